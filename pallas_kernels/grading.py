@@ -1,0 +1,30 @@
+"""Grading: how many bits each input channel deserves, from the magnitude of its activation."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import layout
+
+
+def levels(x: Float[Array, "*rows k"], thresholds: Float[Array, "*rows p"]) -> Int[Array, "*rows k"]:
+    """Level of every channel: the number of thresholds that ``|x|`` reaches.
+
+    ``level_j = #{ l : |x_j| >= t_l }``, written as ``not (|x_j| < t_l)`` so that a NaN activation is
+    read at every level and poisons the output instead of vanishing from it.
+
+    Args:
+      x: activations, any float dtype; compared in float32.
+      thresholds: ``t_1 <= ... <= t_P`` per row (or one set, broadcast over the rows). Zeros read
+        every channel in full, ``inf`` never reads the level.
+
+    Returns:
+      int32 levels in ``0..P``, two bits each.
+    """
+    magnitude = jnp.abs(x.astype(jnp.float32))[..., None]
+    reached = ~(magnitude < thresholds.astype(jnp.float32)[..., None, :])
+    return jnp.sum(reached, axis=-1, dtype=jnp.int32)
+
+
+def realised_bits(level: Int[Array, "*rows k"]) -> Float[Array, "*rows"]:
+    """Mean bits read per weight (scales apart): the mean of ``2 * level`` over the logical channels."""
+    return layout.DIGIT_BITS * jnp.mean(level.astype(jnp.float32), axis=-1)

@@ -1,0 +1,5 @@
+"""Graded matrix-vector product over nested weights."""
+
+from pallas_kernels.matvec.api import IMPLEMENTATIONS, Implementation, choose, graded_matvec
+
+__all__ = ["IMPLEMENTATIONS", "Implementation", "choose", "graded_matvec"]

@@ -1,0 +1,106 @@
+"""The nested quantized weight, one pytree dataclass that states the format's invariants."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import layout
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NestedWeight:
+    """A weight ``W[in_features, out_features]`` of ``y = x @ W``, stored as nested bit planes.
+
+    With ``P`` planes, ``K, N = padded_shape(in_features, out_features)``, slice ``s = k // 128`` and
+    ``d_f[k, n]`` the digit that plane ``f`` holds for channel ``k`` and output ``n``, level ``l``
+    (``0 <= l <= P``, i.e. ``2 * l`` bits) reads the weight as
+
+        ``w_0[k, n] = 0``
+        ``w_l[k, n] = scales[s, n] * (sum_{f < l} d_f[k, n] * 4**-f  +  0.5 * 4**(1 - l)  -  2)``.
+
+    The half step ``0.5 * 4**(1 - l)`` puts the value in the middle of the interval that the digits
+    read so far leave open.
+
+    Attributes:
+      planes: uint32 ``[P, K, N // 16]``. Order of the outputs in a row: see ``layout``. Padding
+        channels (``k >= in_features``) are never read by a graded matvec; padding outputs have scale
+        0. Both hold zeros, so that equal weights are equal bytes.
+      scales: float16 ``[K // 128, N]``, finite, ``>= 0``. A scale of 0 makes its group exactly 0.
+      in_features: logical K, static under ``jit``.
+      out_features: logical N, static under ``jit``.
+
+    The arrays may be traced or abstract: construction checks nothing. ``check`` does, and whatever
+    reads weights from outside calls it.
+    """
+
+    planes: jax.Array
+    scales: jax.Array
+    in_features: int = dataclasses.field(metadata={"static": True})
+    out_features: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def num_planes(self) -> int:
+        """Stored planes ``P``, which is also the highest level."""
+        return self.planes.shape[0]
+
+    @property
+    def max_bits(self) -> int:
+        """Bits of the highest level, ``2 * P``."""
+        return layout.DIGIT_BITS * self.num_planes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of planes and scales, padding included."""
+        return self.planes.size * 4 + self.scales.size * 2
+
+    @classmethod
+    def abstract(cls, in_features: int, out_features: int, max_bits: int = 8) -> "NestedWeight":
+        """The same pytree with ``jax.ShapeDtypeStruct`` leaves: what a checkpoint must hold."""
+        k, n = layout.padded_shape(in_features, out_features)
+        planes = (num_planes(max_bits), k, n // layout.WORD_DIGITS)
+        return cls(
+            planes=jax.ShapeDtypeStruct(planes, jnp.uint32),
+            scales=jax.ShapeDtypeStruct((k // layout.SLICE, n), jnp.float16),
+            in_features=in_features,
+            out_features=out_features,
+        )
+
+    def check(self, name: str = "weight") -> None:
+        """Raises ValueError, naming ``name`` and every broken invariant, if any is broken.
+
+        Looks at shapes, dtypes and the scales' values (a read of N * K / 128 numbers); every value of
+        the planes is a valid code, so there is nothing to check there.
+        """
+        problems = []
+        planes, scales = tuple(self.planes.shape), tuple(self.scales.shape)
+        k, n = layout.padded_shape(self.in_features, self.out_features)
+        if len(planes) != 3 or not 1 <= planes[0] <= layout.MAX_PLANES:
+            problems.append(f"planes has shape {planes}, expected [1..4, {k}, {n // layout.WORD_DIGITS}]")
+        elif planes[1:] != (k, n // layout.WORD_DIGITS):
+            problems.append(f"planes has shape {planes}, expected {(planes[0], k, n // layout.WORD_DIGITS)}")
+        if scales != (k // layout.SLICE, n):
+            problems.append(f"scales has shape {scales}, expected {(k // layout.SLICE, n)}")
+        if self.planes.dtype != jnp.uint32:
+            problems.append(f"planes has dtype {self.planes.dtype}, expected uint32")
+        if self.scales.dtype != jnp.float16:
+            problems.append(f"scales has dtype {self.scales.dtype}, expected float16")
+        else:
+            values = np.asarray(self.scales)
+            if not np.isfinite(values).all() or (values < 0).any():
+                problems.append("scales holds negative or non-finite values")
+        if problems:
+            raise ValueError(f"{name}: " + "; ".join(problems))
+
+
+def num_planes(max_bits: int) -> int:
+    """Planes that a code of ``max_bits`` bits has.
+
+    Raises:
+      ValueError: ``max_bits`` is not 2, 4, 6 or 8.
+    """
+    if max_bits not in (2, 4, 6, 8):
+        raise ValueError(f"max_bits must be 2, 4, 6 or 8, not {max_bits!r}")
+    return max_bits // layout.DIGIT_BITS
