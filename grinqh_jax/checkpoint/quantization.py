@@ -1,0 +1,110 @@
+"""What ``config.json`` says about the quantization of a checkpoint."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from grinqh_jax.errors import CheckpointError
+from pallas_kernels.weight import num_planes
+
+QUANT_METHOD = "grinqh"
+VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizationConfig:
+    """The ``quantization_config`` of a GRINQH checkpoint.
+
+    Attributes:
+      max_bits: bits stored per weight: 2, 4, 6 or 8.
+      targets: the mean bits that each layer's table of thresholds was calibrated for: an ascending,
+        uniform grid of at least two numbers, the last of them ``max_bits``. Row ``t`` of every
+        ``thresholds`` leaf belongs to ``targets[t]``.
+      provenance: how the checkpoint was made (quantizer, calibration text and tokens, versions, bits per
+        weight stored, ...). JSON values, for people and reports; nothing here changes what is computed.
+
+    Raises:
+      CheckpointError: a field breaks these rules; every such field is named.
+    """
+
+    max_bits: int
+    targets: tuple[float, ...]
+    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        problems = []
+        try:
+            num_planes(self.max_bits)
+        except ValueError as error:
+            problems.append(str(error))
+        if problem := _grid_problem(self.targets, self.max_bits):
+            problems.append(problem)
+        if not isinstance(self.provenance, Mapping):
+            problems.append(f"provenance must be an object, not {type(self.provenance).__name__}")
+        if problems:
+            raise CheckpointError("quantization_config: " + "; ".join(problems))
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that goes into ``config.json``."""
+        return {
+            "quant_method": QUANT_METHOD,
+            "version": VERSION,
+            "max_bits": self.max_bits,
+            "targets": list(self.targets),
+            "provenance": dict(self.provenance),
+        }
+
+    @classmethod
+    def from_json(cls, entry: Any) -> "QuantizationConfig":
+        """Reads that object back.
+
+        Raises:
+          CheckpointError: it is not an object, another method's, or another version's, or a field is
+            missing, unknown or has a wrong value.
+        """
+        if not isinstance(entry, Mapping):
+            raise CheckpointError(
+                f"quantization_config must be an object, not {type(entry).__name__}; convert the model again"
+            )
+        method, version = entry.get("quant_method"), entry.get("version")
+        if method != QUANT_METHOD:
+            raise CheckpointError(
+                f"quantization_config: quant_method is {method!r}, expected {QUANT_METHOD!r}; "
+                "convert the original (unquantized) model with python -m checkpoints_tools.convert"
+            )
+        if version != VERSION or isinstance(version, bool):
+            remedy = "install a newer grinqh-jax" if _newer(version) else "convert the model again"
+            raise CheckpointError(
+                f"quantization_config: version is {version!r}, this grinqh-jax reads {VERSION}; {remedy}"
+            )
+        fields = {field.name for field in dataclasses.fields(cls)}
+        given = set(entry) - {"quant_method", "version"}
+        problems = [f"{name} is missing" for name in sorted(fields - given)]
+        problems += [f"{name} is unknown" for name in sorted(given - fields)]
+        if problems:
+            raise CheckpointError("quantization_config: " + "; ".join(problems))
+        targets = entry["targets"]
+        return cls(
+            max_bits=entry["max_bits"],
+            targets=tuple(targets) if isinstance(targets, list) else targets,
+            provenance=entry["provenance"],
+        )
+
+
+def _newer(version: Any) -> bool:
+    return isinstance(version, int | float) and version > VERSION
+
+
+def _grid_problem(targets: Any, max_bits: Any) -> str | None:
+    """Says what is wrong with the grid of targets, if anything is."""
+    if not isinstance(targets, tuple) or len(targets) < 2:
+        return f"targets must be a list of two or more numbers, not {targets!r:.80}"
+    if not all(isinstance(t, int | float) and not isinstance(t, bool) and math.isfinite(t) for t in targets):
+        return f"targets must be finite numbers, not {targets!r:.80}"
+    steps = [b - a for a, b in zip(targets, targets[1:], strict=False)]
+    if steps[0] <= 0 or any(abs(step - steps[0]) > 1e-6 for step in steps):
+        return f"targets must ascend in equal steps, not {targets!r:.80}"
+    if targets[0] < 0 or targets[-1] != max_bits:
+        return f"targets must run from 0 or more to max_bits ({max_bits!r}), not {targets[0]!r} to {targets[-1]!r}"
+    return None
