@@ -1,7 +1,7 @@
 """What ``config.json`` says about the quantization of a checkpoint."""
 
 import dataclasses
-import math
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -100,11 +100,11 @@ def _grid_problem(targets: Any, max_bits: Any) -> str | None:
     """Says what is wrong with the grid of targets, if anything is."""
     if not isinstance(targets, tuple) or len(targets) < 2:
         return f"targets must be a list of two or more numbers, not {targets!r:.80}"
-    if not all(isinstance(t, int | float) and not isinstance(t, bool) and math.isfinite(t) for t in targets):
-        return f"targets must be finite numbers, not {targets!r:.80}"
-    steps = [b - a for a, b in zip(targets, targets[1:], strict=False)]
+    if not all(type(target) in (int, float) and 0 <= target <= 8 for target in targets):
+        return f"targets must be numbers from 0 to 8, not {targets!r:.80}"
+    steps = [after - before for before, after in itertools.pairwise(targets)]
     if steps[0] <= 0 or any(abs(step - steps[0]) > 1e-6 for step in steps):
         return f"targets must ascend in equal steps, not {targets!r:.80}"
-    if targets[0] < 0 or targets[-1] != max_bits:
-        return f"targets must run from 0 or more to max_bits ({max_bits!r}), not {targets[0]!r} to {targets[-1]!r}"
+    if targets[-1] != max_bits:
+        return f"targets must end at max_bits ({max_bits!r}), not at {targets[-1]!r}"
     return None

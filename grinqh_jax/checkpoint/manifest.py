@@ -1,0 +1,167 @@
+"""``manifest.json``: shape, dtype and checksum of every leaf, size and checksum of every file."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from grinqh_jax.checkpoint.files import checksum, file_checksum, in_threads, read_json, write_json
+from grinqh_jax.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+STATE = "state"
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One array of the state tree: its shape, the name of its dtype, its ``files.checksum``."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    checksum: str
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> "Leaf":
+        """Describes an array."""
+        return cls(tuple(array.shape), array.dtype.name, checksum(array))
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry that stands for it in JSON."""
+        return {"shape": list(self.shape), "dtype": self.dtype, "checksum": self.checksum}
+
+    @classmethod
+    def from_json(cls, entry: Any) -> "Leaf":
+        """Reads that entry back. Raises CheckpointError if a field is wrong."""
+        match entry:
+            case {"shape": list(shape), "dtype": str(dtype), "checksum": str(value)} if all(
+                type(size) is int for size in shape
+            ):
+                return cls(tuple(shape), dtype, value)
+        raise CheckpointError(f"expected shape, dtype and checksum, found {entry!r:.80}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """Everything that a whole checkpoint holds.
+
+    Attributes:
+      leaves: by dotted name, e.g. ``layers.0.qkv.planes``.
+      files: ``(size in bytes, checksum)`` by path relative to the checkpoint, with ``/``. The manifest is
+        not among them; it ends with a checksum of itself.
+    """
+
+    leaves: Mapping[str, Leaf]
+    files: Mapping[str, tuple[int, str]]
+
+    @classmethod
+    def of_directory(cls, directory: Path, leaves: Mapping[str, Leaf]) -> "Manifest":
+        """Describes a directory that is known to be right, file by file."""
+        names = [name for name in _file_names(directory) if name != MANIFEST]
+        sums = in_threads(lambda name: file_checksum(directory / name), names)
+        sizes = [(directory / name).stat().st_size for name in names]
+        return cls(dict(leaves), dict(zip(names, zip(sizes, sums, strict=True), strict=True)))
+
+    def write(self, directory: Path) -> None:
+        """Writes ``manifest.json``."""
+        body = {
+            "leaves": {name: leaf.to_json() for name, leaf in sorted(self.leaves.items())},
+            "files": {n: {"size": size, "checksum": value} for n, (size, value) in self.files.items()},
+        }
+        write_json(directory / MANIFEST, {**body, "checksum": _own_checksum(body)})
+
+    @classmethod
+    def read(cls, directory: Path) -> "Manifest":
+        """Reads ``manifest.json``.
+
+        Raises:
+          CheckpointError: it is missing, malformed, or does not agree with its own checksum.
+        """
+        match read_json(directory / MANIFEST):
+            case {"leaves": dict(leaves), "files": dict(files), "checksum": value, **rest} if not rest:
+                if value != _own_checksum({"leaves": leaves, "files": files}):
+                    raise CheckpointError(f"{MANIFEST} does not agree with its own checksum")
+            case _:
+                raise CheckpointError(f"{MANIFEST} does not consist of leaves, files and a checksum")
+        for name, entry in files.items():
+            match entry:
+                case {"size": int(), "checksum": str()} if _is_inside(name):
+                    continue
+            raise CheckpointError(f"{MANIFEST}: file {name!r:.80} is described by {entry!r:.80}")
+        return cls(
+            {name: Leaf.from_json(entry) for name, entry in leaves.items()},
+            {name: (entry["size"], entry["checksum"]) for name, entry in files.items()},
+        )
+
+    def file_problems(self, directory: Path) -> dict[str, str]:
+        """Compares every file with what is written here: name -> what is wrong with it.
+
+        Files that are not listed are reported only under ``state/``, where Orbax might read them.
+        """
+        problems = in_threads(lambda name: _file_problem(directory / name, *self.files[name]), self.files)
+        found = {name: problem for name, problem in zip(self.files, problems, strict=True) if problem}
+        unlisted = [name for name in _file_names(directory / STATE, STATE) if name not in self.files]
+        return found | dict.fromkeys(unlisted, "does not belong here")
+
+    def tree_problems(self, abstract_tree: Mapping[str, Any]) -> list[str]:
+        """Compares the leaves with a nested dictionary of ``jax.ShapeDtypeStruct``, the model's wishes."""
+        expected = traverse_util.flatten_dict(abstract_tree, sep=".")
+        problems = [f"{name} is missing" for name in expected if name not in self.leaves]
+        problems += [f"{name} is unknown to this model" for name in self.leaves if name not in expected]
+        for name, wish in expected.items():
+            if leaf := self.leaves.get(name):
+                dtype = jnp.dtype(wish.dtype).name
+                if leaf.shape != tuple(wish.shape):
+                    problems.append(f"{name} has shape {list(leaf.shape)}, expected {list(wish.shape)}")
+                if leaf.dtype != dtype:
+                    problems.append(f"{name} has dtype {leaf.dtype}, expected {dtype}")
+        return problems
+
+    def array_problems(self, arrays: Mapping[str, jax.Array]) -> list[str]:
+        """Compares arrays, by dotted name, with the checksums of the leaves.
+
+        Those that other processes hold in part are passed over.
+        """
+        names = [name for name, array in arrays.items() if array.is_fully_addressable]
+        found = in_threads(lambda name: Leaf.of(np.asarray(arrays[name])), names)
+        return [
+            f"{name} was written as {self.leaves[name].to_json()} but reads as {leaf.to_json()}"
+            for name, leaf in zip(names, found, strict=True)
+            if leaf != self.leaves[name]
+        ]
+
+
+def _own_checksum(body: Mapping[str, Any]) -> str:
+    return checksum(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
+
+
+def _file_names(directory: Path, prefix: str = "") -> list[str]:
+    return sorted(
+        PurePosixPath(prefix, path.relative_to(directory).as_posix()).as_posix()
+        for path in directory.rglob("*")
+        if not path.is_dir()
+    )
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+
+
+def _file_problem(path: Path, size: int, expected: str) -> str | None:
+    try:
+        if not path.exists():
+            return "is missing"
+        if not path.is_file():
+            return "is not a regular file"
+        if path.stat().st_size != size:
+            return f"has {path.stat().st_size} bytes, expected {size}"
+        found = file_checksum(path)
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
+    return None if found == expected else f"has checksum {found}, expected {expected}"
