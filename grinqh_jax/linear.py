@@ -1,0 +1,83 @@
+"""The two linear modules, dense and graded, behind one protocol."""
+
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Float16, UInt32
+
+from pallas_kernels import NestedWeight, dequantize, graded_matvec
+
+
+class Linear(Protocol):
+    """``y = x @ W`` with ``W [in_features, out_features]``, at full precision."""
+
+    in_features: int
+    out_features: int
+
+    def dense(self, x: Float[Array, "*rows k"], dtype=None) -> Float[Array, "*rows n"]:
+        """``x @ W`` accumulated in float32, returned in ``dtype`` (that of x by default)."""
+        ...
+
+
+class DenseLinear(nnx.Module):
+    """An unquantized linear layer without bias.
+
+    Attributes:
+      kernel: ``[in_features, out_features]``, float32 or bfloat16 (Hugging Face stores the transpose).
+    """
+
+    def __init__(self, kernel: Float[Array, "k n"]):
+        self.kernel = nnx.Param(kernel)
+        self.in_features, self.out_features = kernel.shape
+
+    def dense(self, x: Float[Array, "*rows k"], dtype=None) -> Float[Array, "*rows n"]:
+        """See ``Linear``."""
+        return _matmul(x, self.kernel[...].astype(x.dtype), dtype)
+
+
+class GradedLinear(nnx.Module):
+    """A linear layer stored as nested codes, with its calibrated table of thresholds.
+
+    Attributes:
+      planes, scales: see ``pallas_kernels.NestedWeight``.
+      thresholds: float32 ``[T, P]``, row ``t`` gives the t-th target's mean bits on the calibration
+        text; ascending along P.
+      max_activation: float32 scalar, the largest ``|x|`` met in calibration.
+    """
+
+    def __init__(
+        self,
+        planes: UInt32[Array, "p k w"],
+        scales: Float16[Array, "s n"],
+        thresholds: Float[Array, "t p"],
+        max_activation: Float[Array, ""],
+        *,
+        in_features: int,
+        out_features: int,
+    ):
+        self.planes = nnx.Param(planes)
+        self.scales = nnx.Param(scales)
+        self.thresholds = nnx.Param(thresholds)
+        self.max_activation = nnx.Param(max_activation)
+        self.in_features, self.out_features = in_features, out_features
+
+    @property
+    def weight(self) -> NestedWeight:
+        """The stored weight as the kernels take it."""
+        return NestedWeight(self.planes[...], self.scales[...], self.in_features, self.out_features)
+
+    def dense(self, x: Float[Array, "*rows k"], dtype=None) -> Float[Array, "*rows n"]:
+        """See ``Linear``: every plane is dequantized, to the dtype of x."""
+        return _matmul(x, dequantize(self.weight, dtype=x.dtype), dtype)
+
+    def graded(
+        self, x: Float[Array, "rows k"], thresholds: Float[Array, "rows p"]
+    ) -> tuple[Float[Array, "rows n"], Float[Array, "rows"]]:
+        """``(y, realised_bits)``: each channel read as its activation deserves; float32."""
+        return graded_matvec(x, self.weight, thresholds)
+
+
+def _matmul(x: jax.Array, kernel: jax.Array, dtype) -> jax.Array:
+    return jnp.matmul(x, kernel, preferred_element_type=jnp.float32).astype(dtype or x.dtype)
