@@ -1,0 +1,5 @@
+"""Reading Hugging Face checkpoints (config.json and safetensors) tensor by tensor."""
+
+from grinqh_jax.hf.reader import HFCheckpoint, open_checkpoint, resolve
+
+__all__ = ["HFCheckpoint", "open_checkpoint", "resolve"]

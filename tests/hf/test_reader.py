@@ -1,0 +1,149 @@
+"""Reading Hugging Face checkpoints: what comes out, and what is said about those that cannot be read."""
+
+import json
+
+import hf_directories
+import numpy as np
+import pytest
+from hf_directories import LLAMA3, QWEN3
+
+from grinqh_jax.errors import CheckpointError, UnsupportedModelError
+from grinqh_jax.hf import open_checkpoint, resolve
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+UP = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize("shards", [0, 3])
+@pytest.mark.parametrize("hf_config", [QWEN3, LLAMA3], ids=["qwen3", "llama3"])
+def test_parameters_are_what_was_stored(tmp_path, hf_config, shards):
+    state = hf_directories.random_state(hf_config)
+    checkpoint = open_checkpoint(hf_directories.write(tmp_path, hf_config, state, shards))
+    layer = "model.layers.1.self_attn."
+    qkv = np.concatenate([state[f"{layer}{name}_proj.weight"] for name in "qkv"]).T
+    np.testing.assert_array_equal(checkpoint.read("layers.1.qkv.kernel"), qkv)
+    mlp = [state[f"model.layers.0.mlp.{name}_proj.weight"] for name in ("gate", "up")]
+    np.testing.assert_array_equal(checkpoint.read("layers.0.gate_up.kernel"), np.concatenate(mlp).T)
+    np.testing.assert_array_equal(checkpoint.read("norm.scale"), state["model.norm.weight"])
+    head = state["model.embed_tokens.weight" if hf_config["tie_word_embeddings"] else "lm_head.weight"]
+    np.testing.assert_array_equal(checkpoint.read("lm_head.kernel", slice(32, 96)), head[32:96].T)
+    for key, shape in checkpoint.parameters.items():
+        value = checkpoint.read(key)
+        assert (value.shape, value.dtype.name) == (shape, "bfloat16"), key
+
+
+def test_a_tied_model_may_carry_its_head(tmp_path):
+    state = hf_directories.random_state(QWEN3)
+    state["lm_head.weight"] = np.zeros_like(state["model.embed_tokens.weight"])
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
+    checkpoint = open_checkpoint(hf_directories.write(tmp_path, QWEN3, state))
+    head = checkpoint.read("lm_head.kernel")
+    np.testing.assert_array_equal(head, state["model.embed_tokens.weight"].T)
+
+
+def test_every_wrong_tensor_is_named_at_once(tmp_path):
+    state = hf_directories.random_state(QWEN3)
+    del state[UP]
+    state[Q] = state[Q][:-1]
+    state["model.layers.7.mlp.up_proj.weight"] = np.ones((2, 2), np.float32)
+    state["model.norm.weight"] = state["model.norm.weight"].astype(np.int32)
+    with pytest.raises(CheckpointError) as error:
+        open_checkpoint(hf_directories.write(tmp_path, QWEN3, state, shards=2))
+    message = str(error.value)
+    assert f"tensor {UP} is missing" in message
+    assert f"tensor {Q} has shape [63, 64], config.json asks for [64, 64]" in message
+    assert "tensor model.layers.7.mlp.up_proj.weight is not part of a qwen3 model" in message
+    assert "tensor model.norm.weight has dtype I32" in message
+    assert "\n" not in message
+
+
+def test_every_broken_file_is_named_at_once(tmp_path):
+    state = hf_directories.random_state(QWEN3)
+    first = sorted(state)[0]
+    del state[first]
+    hf_directories.write(tmp_path, QWEN3, state, shards=4)
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    shards[1].unlink()
+    shards[2].write_bytes(shards[2].read_bytes()[:-1])
+    (tmp_path / "config.json").write_text('{"architectures": ["Qwen3')
+    with pytest.raises(CheckpointError) as error:
+        open_checkpoint(tmp_path)
+    message = str(error.value)
+    assert f"{shards[1].name} is missing" in message
+    assert f"{shards[2].name} is truncated or corrupt" in message
+    assert "config.json is not valid JSON" in message
+    # With the config back, the tensors of the broken files are not reported a second time.
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3))
+    with pytest.raises(CheckpointError) as error:
+        open_checkpoint(tmp_path)
+    message = str(error.value)
+    assert f"{shards[2].name} is truncated or corrupt" in message
+    assert message.count("tensor ") == 1
+    assert f"tensor {first} is missing" in message
+
+
+@pytest.mark.parametrize("length", [0, 5, 100, -1])
+def test_a_truncated_single_file_is_refused(tmp_path, length):
+    file = hf_directories.write(tmp_path) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:length])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated or corrupt"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("[]", "holds list, expected an object"),
+        ("{", "is not valid JSON"),
+        ("{}", "has no weight_map"),
+        ('{"weight_map": {"a": "../x.safetensors"}}', r"outside the directory: \.\./x\.safetensors"),
+    ],
+)
+def test_a_wrong_index_is_refused(tmp_path, index, message):
+    hf_directories.write(tmp_path, shards=2)
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path)
+
+
+def test_pickled_weights_are_refused_with_a_remedy(tmp_path):
+    (hf_directories.write(tmp_path) / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="safe_serialization=True"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "pytorch_model.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"no \.safetensors files"):
+        open_checkpoint(tmp_path)
+
+
+def test_an_unsupported_option_is_named(tmp_path):
+    hf_directories.write(tmp_path, QWEN3)
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3 | {"attention_bias": True}))
+    with pytest.raises(UnsupportedModelError, match="attention_bias"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_file_that_changes_after_opening_is_an_error_not_a_crash(tmp_path):
+    checkpoint = open_checkpoint(hf_directories.write(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="cannot read tensor model"):
+        checkpoint.read("norm.scale")
+
+
+@pytest.mark.parametrize("name", ["./nothing", "/nothing/here", "nothing", "a/b/c"])
+def test_what_is_neither_directory_nor_hub_id(name):
+    with pytest.raises(CheckpointError, match="not a directory"):
+        resolve(name)
+
+
+def test_hub_ids_work_offline_from_the_cache_or_say_why(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointError, match="cannot be reached"):
+        resolve("nobody/nothing")
+    with pytest.raises(CheckpointError, match="valid hub id"):
+        resolve("--/..")
+    cached = tmp_path / "models--someone--tiny"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    hf_directories.write(cached / "snapshots" / ("0" * 40))
+    assert open_checkpoint("someone/tiny").config.num_layers == 2
