@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.matvec import reference, xla
+from pallas_kernels.matvec import mosaic_gpu, reference, xla
 from pallas_kernels.weight import NestedWeight
 
 Implementation = Literal["reference", "xla", "mosaic_gpu"]
 
-IMPLEMENTATIONS = {"xla": xla, "reference": reference}
+IMPLEMENTATIONS = {"mosaic_gpu": mosaic_gpu, "xla": xla, "reference": reference}
 """By name, in the order in which they are asked. Each has ``supports(x, weight)``, None or the reason
 why not, and ``graded_matvec(x [rows, K], weight, thresholds [rows, P])``."""
 

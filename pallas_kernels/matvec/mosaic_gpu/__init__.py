@@ -1,0 +1,10 @@
+"""The graded matvec for NVIDIA GPUs: a lane program in Pallas Mosaic GPU.
+
+Reading order: ``program`` (the algorithm and the data layout), ``instructions`` (what it is written in),
+``geometry`` (sizes), ``tuning``, ``kernel`` (the launch). ``ptx`` and ``emulator`` are the back ends.
+"""
+
+from pallas_kernels.matvec.mosaic_gpu.geometry import Config
+from pallas_kernels.matvec.mosaic_gpu.kernel import graded_matvec, supports
+
+__all__ = ["Config", "graded_matvec", "supports"]

@@ -1,0 +1,364 @@
+"""The lane instructions on numpy: all threads of all CTAs in lockstep, each register one array.
+
+It runs the lane program without a GPU and is stricter than one. It raises ``EmulationError`` on
+accesses out of bounds or not aligned, on reads of shared memory that nothing wrote, on reads of data
+that another thread wrote, or writes over data that another thread read or wrote, with no barrier
+between them, on data of asynchronous copies used before a wait, on copies never waited for, and on
+warp instructions that only a part of the warp reaches.
+
+What it does not show: memory ordering between CTAs (the kernel has none), timing, register pressure.
+"""
+
+import contextlib
+
+import numpy as np
+
+from pallas_kernels.matvec.mosaic_gpu.instructions import Instructions, Value
+
+LANES = 32
+
+_ADDRESS_BITS = 40
+"""A global address is ``(array number << 40) + byte``."""
+
+_DTYPE = {"i32": np.int32, "i64": np.int64, "f32": np.float32, "bool": np.bool_}
+
+
+class EmulationError(Exception):
+    """The lane program did what a GPU forbids or leaves undefined."""
+
+
+class LaneValue(Value):
+    """One register of every thread: an array of ``[threads]``."""
+
+    def __init__(self, data: np.ndarray, kind):
+        self.data, self.kind = np.ascontiguousarray(data, _DTYPE[kind]), kind
+
+    def binary(self, operation, other):
+        a = self.data
+        b = other.data if isinstance(other, LaneValue) else np.asarray(other).astype(_DTYPE[self.kind])
+        with np.errstate(all="ignore"):
+            if operation in ("lt", "ge", "eq"):
+                compare = {"lt": np.less, "ge": np.greater_equal, "eq": np.equal}[operation]
+                return LaneValue(compare(a, b), "bool")
+            if operation in ("shr", "div", "rem"):
+                a, b = a.view(np.uint32), np.asarray(b).view(np.uint32)
+                function = {"shr": np.right_shift, "div": np.floor_divide, "rem": np.remainder}[operation]
+                return LaneValue(function(a, b).view(np.int32), "i32")
+            function = {
+                "add": np.add,
+                "sub": np.subtract,
+                "mul": np.multiply,
+                "and": np.bitwise_and,
+                "or": np.bitwise_or,
+                "xor": np.bitwise_xor,
+                "shl": np.left_shift,
+            }[operation]
+            return LaneValue(function(a, b), self.kind)
+
+
+class _SharedMemory:
+    """The shared memory of all CTAs, in words, with the last accesses of each word (no barrier between
+    two threads' accesses to one word, one of them a write: a race)."""
+
+    def __init__(self, blocks: int, threads: int, size: int, rng: np.random.Generator):
+        self.size, self.threads = size, threads
+        words = blocks * size // 4
+        self.data = rng.integers(0, 2**32, words, dtype=np.uint32)
+        self.writer = np.full(words, -1)
+        self.reader = np.full(words, -1)
+        self.write_time = np.zeros((2, words), np.int64)
+        self.read_time = np.zeros((2, words), np.int64)
+        self.block_time = np.zeros(blocks, np.int64)
+        self.warp_time = np.zeros(blocks * threads // LANES, np.int64)
+
+    def words(self, thread, address, count, what):
+        """Word indices ``[len(thread), count]`` of each thread's access."""
+        if (address % (4 * count)).any():
+            raise EmulationError(f"{what} of {4 * count} bytes is not aligned")
+        if (address < 0).any() or (address + 4 * count > self.size).any():
+            raise EmulationError(f"{what} out of the {self.size} bytes of shared memory")
+        base = thread // self.threads * self.size + address
+        return base[:, None] // 4 + np.arange(count)
+
+    def _check(self, thread, word, other, time, what):
+        """``other``, ``time``: who accessed the words last, and when."""
+        same_warp = other // LANES == thread // LANES
+        now = np.where(same_warp, self.warp_time[thread // LANES], self.block_time[thread // self.threads])
+        last = np.where(same_warp, time[1], time[0])
+        if ((other >= 0) & (other != thread) & (last == now)).any():
+            raise EmulationError(f"race in shared memory: {what} another thread's access, no barrier between")
+
+    def _stamp(self, thread):
+        return np.stack([self.block_time[thread // self.threads], self.warp_time[thread // LANES]])
+
+    def read(self, thread, address, count):
+        word = self.words(thread, address, count, "load")
+        thread = np.broadcast_to(thread[:, None], word.shape)
+        if (self.writer[word] < 0).any():
+            raise EmulationError("load of shared memory that nothing has written")
+        self._check(thread, word, self.writer[word], self.write_time[:, word], "load after")
+        self.reader[word] = thread
+        self.read_time[:, word] = self._stamp(thread)
+        return self.data[word]
+
+    def touch(self, thread, word):
+        """Records a write of ``word`` by ``thread`` (both ``[n, count]``), checking for races."""
+        self._check(thread, word, self.writer[word], self.write_time[:, word], "store after")
+        self._check(thread, word, self.reader[word], self.read_time[:, word], "store after")
+        if np.unique(word).size != word.size:
+            raise EmulationError("race in shared memory: two threads store to one word")
+        self.writer[word] = thread
+        self.write_time[:, word] = self._stamp(thread)
+
+    def write(self, thread, address, values):
+        word = self.words(thread, address, values.shape[1], "store")
+        self.touch(np.broadcast_to(thread[:, None], word.shape), word)
+        self.data[word] = values
+
+
+class NumpyInstructions(Instructions):
+    """Executes a lane program. Refs of global memory are what ``array`` returned."""
+
+    def __init__(self, *, blocks: int, threads: int, shared_bytes: int, seed: int = 0):
+        """A grid of ``blocks`` CTAs of ``threads`` threads (whole warps), shared memory full of noise."""
+        self.total = blocks * threads
+        self.threads = threads
+        self.rng = np.random.default_rng(seed)
+        self.shared = _SharedMemory(blocks, threads, shared_bytes, self.rng)
+        self.masks = [np.ones(self.total, bool)]
+        self.arrays: list[np.ndarray] = []
+        self.open_copies: list[list] = [[] for _ in range(self.total // LANES)]
+        self.groups: list[list] = [[] for _ in range(self.total // LANES)]
+
+    def array(self, array: np.ndarray) -> int:
+        """Puts ``array`` (contiguous; stores change it in place) into global memory; returns its ref."""
+        self.arrays.append(array.reshape(-1).view(np.uint8))
+        return len(self.arrays)
+
+    def finish(self) -> None:
+        """Raises EmulationError if copies are still under way when the program has ended."""
+        if any(self.open_copies) or any(self.groups):
+            raise EmulationError("the program ends with asynchronous copies not waited for")
+
+    # --- helpers ---------------------------------------------------------------------------------
+    @property
+    def _mask(self):
+        return self.masks[-1]
+
+    def _active(self):
+        return np.flatnonzero(self._mask)
+
+    def _warps(self, what):
+        """Indices of the active warps; each must be active as a whole."""
+        lanes = self._mask.reshape(-1, LANES)
+        if (lanes.any(1) != lanes.all(1)).any():
+            raise EmulationError(f"{what} reached by a part of a warp")
+        return np.flatnonzero(lanes[:, 0])
+
+    def _global_bytes(self, address, count, what):
+        """Array and byte indices ``[n, count]`` of global addresses that lie in one array."""
+        number = np.unique(address >> _ADDRESS_BITS)
+        if number.size != 1 or not 1 <= number[0] <= len(self.arrays):
+            raise EmulationError(f"{what} outside of every array")
+        array = self.arrays[number[0] - 1]
+        offset = address & ((1 << _ADDRESS_BITS) - 1)
+        if (offset % count).any():
+            raise EmulationError(f"{what} of {count} bytes is not aligned")
+        if (offset + count > array.size).any():
+            raise EmulationError(f"{what} past the end of an array of {array.size} bytes")
+        return array, offset[:, None] + np.arange(count)
+
+    def _load(self, address, count):
+        """``[threads, count]`` bytes, noise in the inactive threads."""
+        out = self.rng.integers(0, 256, (self.total, count), dtype=np.uint8)
+        active = self._active()
+        if active.size:
+            array, index = self._global_bytes(address.data[active], count, "global load")
+            out[active] = array[index]
+        return out
+
+    def _by_warp(self, value, function):
+        self._warps("a warp instruction")
+        out = function(value.data.reshape(-1, LANES))
+        return LaneValue(np.broadcast_to(out, (self.total // LANES, LANES)).reshape(-1), value.kind)
+
+    # --- constants, indices, addresses -----------------------------------------------------------
+    def constant(self, value, kind="i32"):
+        if kind == "i32":
+            value = np.uint32(int(value) & 0xFFFFFFFF).view(np.int32)
+        return LaneValue(np.full(self.total, value), kind)
+
+    def thread_index(self):
+        return LaneValue(np.arange(self.total) % self.threads, "i32")
+
+    def block_index(self):
+        return LaneValue(np.arange(self.total) // self.threads, "i32")
+
+    def global_address(self, ref):
+        return self.constant(ref << _ADDRESS_BITS, "i64")
+
+    def shared_address(self, ref):
+        return self.constant(0)
+
+    # --- registers -------------------------------------------------------------------------------
+    def select(self, condition, yes, no):
+        return LaneValue(np.where(condition.data, yes.data, no.data), yes.kind)
+
+    def bits_to_float(self, word):
+        return LaneValue(word.data.view(np.float32), "f32")
+
+    def float_to_bits(self, number):
+        return LaneValue(number.data.view(np.int32), "i32")
+
+    def int_to_float(self, number):
+        return LaneValue(number.data.astype(np.float32), "f32")
+
+    def half_to_float(self, word, which):
+        halves = word.data.view(np.float16).reshape(-1, 2)
+        return LaneValue(halves[:, {"low": 0, "high": 1}[which]].astype(np.float32), "f32")
+
+    def widen(self, word):
+        return LaneValue(word.data.view(np.uint32).astype(np.int64), "i64")
+
+    def absolute(self, number):
+        return LaneValue((number.data.view(np.uint32) & 0x7FFFFFFF).view(np.float32), "f32")
+
+    def multiply_add(self, a, b, c):
+        with np.errstate(all="ignore"):
+            exact = a.data.astype(np.float64) * b.data.astype(np.float64) + c.data.astype(np.float64)
+            return LaneValue(exact.astype(np.float32), "f32")
+
+    def divide(self, a, b):
+        with np.errstate(all="ignore"):
+            return LaneValue(a.data / b.data, "f32")
+
+    def maximum(self, a, b):
+        return LaneValue(np.maximum(a.data.view(np.uint32), b.data.view(np.uint32)).view(np.int32), "i32")
+
+    def permute_bytes(self, low, high, selector):
+        selector = selector if isinstance(selector, LaneValue) else self.constant(selector)
+        source = np.stack([low.data, high.data], 1).view(np.uint8)
+        index = (selector.data[:, None] >> (4 * np.arange(4))) & 7
+        return LaneValue(np.take_along_axis(source, index, 1).view(np.int32)[:, 0], "i32")
+
+    # --- memory ----------------------------------------------------------------------------------
+    def load_global(self, address, count=1, kind="i32"):
+        words = self._load(address, 4 * count).view(_DTYPE[kind])
+        return [LaneValue(words[:, i], kind) for i in range(count)]
+
+    def load_global_16(self, address):
+        return LaneValue(self._load(address, 2).view(np.uint16)[:, 0].astype(np.int32), "i32")
+
+    def store_global(self, address, values):
+        active = self._active()
+        if active.size:
+            array, index = self._global_bytes(address.data[active], 4 * len(values), "global store")
+            array[index] = np.stack([v.data for v in values], 1)[active].view(np.uint8)
+
+    def load_shared(self, address, count=1, kind="i32"):
+        words = self.rng.integers(0, 2**32, (self.total, count), dtype=np.uint32)
+        active = self._active()
+        if active.size:
+            words[active] = self.shared.read(active, address.data[active].astype(np.int64), count)
+        return [LaneValue(words[:, i].copy().view(_DTYPE[kind]), kind) for i in range(count)]
+
+    def store_shared(self, address, values, where=None):
+        active = np.flatnonzero(self._mask if where is None else self._mask & where.data)
+        if active.size:
+            words = np.stack([v.data.view(np.uint32) for v in values], 1)[active]
+            self.shared.write(active, address.data[active].astype(np.int64), words)
+
+    def copy_async(self, shared, source):
+        active = self._active()
+        if not active.size:
+            return
+        array, index = self._global_bytes(source.data[active], 16, "asynchronous copy")
+        word = self.shared.words(active, shared.data[active].astype(np.int64), 4, "asynchronous copy")
+        self.shared.touch(np.broadcast_to(active[:, None], word.shape), word)
+        self.shared.writer[word] = -1
+        values = array[index].view(np.uint32)
+        for warp in np.unique(active // LANES):
+            mine = active // LANES == warp
+            self.open_copies[warp].append((active[mine], word[mine], values[mine]))
+
+    def commit_copies(self):
+        for warp in self._warps("commit_copies"):
+            self.groups[warp].append(self.open_copies[warp])
+            self.open_copies[warp] = []
+
+    def wait_copies(self, pending):
+        for warp in self._warps("wait_copies"):
+            while len(self.groups[warp]) > pending:
+                for thread, word, values in self.groups[warp].pop(0):
+                    self.shared.data[word] = values
+                    self.shared.writer[word] = thread[:, None]
+                    self.shared.write_time[:, word] = self.shared._stamp(thread)[:, :, None]
+
+    # --- warp and CTA ----------------------------------------------------------------------------
+    def block_barrier(self):
+        blocks = self._mask.reshape(-1, self.threads)
+        if (blocks.any(1) != blocks.all(1)).any():
+            raise EmulationError("block_barrier reached by a part of a CTA")
+        self.shared.block_time[blocks[:, 0]] += 1
+        self.shared.warp_time[np.repeat(blocks[:, 0], self.threads // LANES)] += 1
+
+    def warp_barrier(self):
+        self.shared.warp_time[self._warps("warp_barrier")] += 1
+
+    def shuffle_xor(self, value, mask):
+        return self._by_warp(value, lambda v: v[:, np.arange(LANES) ^ mask])
+
+    def broadcast(self, value, lane):
+        return self._by_warp(value, lambda v: v[:, lane : lane + 1])
+
+    def prefix_sum(self, value):
+        return self._by_warp(value, lambda v: np.cumsum(v, 1, dtype=np.int32))
+
+    def reduce_max(self, value):
+        return self._by_warp(value, lambda v: v.view(np.uint32).max(1, keepdims=True).view(np.int32))
+
+    def reduce_add(self, value):
+        return self._by_warp(value, lambda v: v.sum(1, dtype=np.int32, keepdims=True))
+
+    def matrix_multiply_add(self, c, a, b):
+        self._warps("matrix_multiply_add")
+        warps = self.total // LANES
+        lane = np.arange(LANES)
+        row, column = lane // 4, lane % 4
+        left = np.zeros((warps, 16, 32), np.float64)
+        right = np.zeros((warps, 32, 8), np.float64)
+        byte = np.arange(4)
+        for register, (i, j) in enumerate([(0, 0), (1, 0), (0, 1), (1, 1)]):
+            values = a[register].data.view(np.uint8).reshape(warps, LANES, 4)
+            left[:, (row + 8 * i)[:, None], (4 * column + 16 * j)[:, None] + byte] = values
+        for j, register in enumerate(b):
+            values = register.data.view(np.int8).reshape(warps, LANES, 4)
+            right[:, (4 * column + 16 * j)[:, None] + byte, row[:, None]] = values
+        product = (left @ right).astype(np.int32)  # exact: below 2**53
+        out = []
+        for register, (i, j) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
+            total = c[register].data.reshape(warps, LANES) + product[:, row + 8 * i, 2 * column + j]
+            out.append(LaneValue(total.reshape(-1), "i32"))
+        return out
+
+    # --- control ---------------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def when(self, condition):
+        self.masks.append(self._mask & condition.data)
+        yield
+        self.masks.pop()
+
+    def loop(self, count, carry, body):
+        counts = count.data.reshape(-1, LANES)
+        if (counts != counts[:, :1]).any():
+            raise EmulationError("loop count differs within a warp")
+        i = 0
+        while (running := self._mask & (i < count.data)).any():
+            self.masks.append(running)
+            new = body(self.constant(i), carry)
+            self.masks.pop()
+            carry = [
+                LaneValue(np.where(running, n.data, o.data), o.kind) for n, o in zip(new, carry, strict=True)
+            ]
+            i += 1
+        return list(carry)

@@ -1,0 +1,585 @@
+"""The lane program of the graded matvec: what each lane does, phase by phase.
+
+    y[n] = sum_s scales[s, n] * sum_{k in slice s} x[k] * sum_{f < level_k} (d_f[k, n] - 3/2) 4**-f
+
+which is ``weight.NestedWeight``'s definition, since ``0.5 * 4**(1 - l) - 2 = -3/2 sum_{f < l} 4**-f``.
+
+Storage, and who reads what
+===========================
+
+    planes[f]           tile 0          tile 1       ...      one plane; a row = one input channel
+                   +---------------+---------------+
+    channel 0      | 128 bytes     |               |          a row in a tile: 512 digits of 2 bits,
+    channel 1      |   skipped     |               |          32 words; read in one piece, or not at all
+       ...         |               |               |
+    channel 127    +---------------+---------------+  slice 0 : one scale per output, one list of rows
+    channel 128    |               |               |
+       ...         +---------------+---------------+  slice 1
+
+    CTA        one tile x `slices_per_cta` slices, up to 4 activation rows
+    warps      `warps_per_slice` of them share a slice's list, step by step in turn
+    step       8 rows = 1 KiB, one slot of the warp's ring
+
+Phases
+======
+fetch    scales, thresholds and activations from global memory into registers
+grade    level of each channel and activation row; the slice's largest |x|, its *peak*
+compact  the rows to read, of all planes, as one list in shared memory: (offset of the row, x 4**-f)
+stream   copy listed rows into the ring, `ring_slots - 1` steps ahead ...
+multiply ... and multiply each step on the matrix unit, exactly, in int32
+combine  integers to float32: bytes joined, midpoints subtracted, scales applied
+reduce   sum over the CTA's warps in a fixed order, one partial sum per CTA to global memory
+
+The multiply (see ``layout`` for the order of outputs in a tile)
+================================================================
+
+    word          31  ..  24 23  ..  16 15  ..   8  7 6 5 4 3 2 1 0      16 digits, 4 to a byte
+    & 03030303h                                             d d         digit position p = 0
+    & 0c0c0c0ch                                         d d             p = 1: the byte is 4 d
+                                                                        p = 2, 3: 16 d, 64 d
+
+Masked words go to the matrix unit as they are, as bytes of A [16 words, 32 = 8 list rows x 4 bytes]: no
+shifts, no transposes. The factor 4**p is taken out at the end. B [32, 8] holds x, rounded to 16 bits on
+the grid ``peak / 32512``, split into a high and a low byte: column c < 4 has the high bytes of x for byte
+position c, column c + 4 the low bytes, and zeros where k's byte position is another one. So one instruction
+multiplies 8 rows x 64 outputs, and 2 word groups x 4 digit positions make a tile. All planes go into the
+same accumulators, because the list holds x * 4**-f.
+
+The midpoints need no extra pass: the sum of everything the list holds, times 3/2, is subtracted.
+
+A NaN or Inf in x is read at every level, becomes the peak of its slice, and so the factor that every
+output of the slice is multiplied by.
+"""
+
+import dataclasses
+from typing import Any
+
+from pallas_kernels import layout
+from pallas_kernels.matvec.mosaic_gpu.geometry import (
+    LANES,
+    ROW_BYTES,
+    STEP_BYTES,
+    STEP_ROWS,
+    TILE_OUTPUT_BYTES,
+    Geometry,
+)
+from pallas_kernels.matvec.mosaic_gpu.instructions import Instructions, Value
+
+PEAK_CODE = 127 * 256
+"""The integer that the peak of a slice becomes: its high byte still fits a signed byte after the low
+byte's sign has been carried into it."""
+
+ROUNDING = 1.5 * 2.0**23
+"""Adding it to a float32 below 2**22 leaves the nearest integer in the low mantissa bits."""
+
+ROUNDING_BITS = 0x4B400000
+"""The bits of ``ROUNDING``: bits of ``ROUNDING + i`` are ``ROUNDING_BITS + i``."""
+
+SMALLEST_PEAK_BITS = 0x0DA24260
+"""The bits of 1e-30, in place of smaller peaks (an all-zero slice), so that 1 / peak is finite."""
+
+POSITION_MASKS = tuple(0x03030303 << (2 * p) for p in range(4))
+"""The digits at position ``p`` of the four bytes of a word."""
+
+MEAN_DIGIT = 1.5
+"""What the midpoint of a level subtracts from every digit read."""
+
+COPY_BYTES = 16
+COPY_LANES = ROW_BYTES // COPY_BYTES
+"""Consecutive lanes that copy one row: whole 128-byte lines reach full bandwidth, pieces do not."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Refs:
+    """Arrays in global memory, and the CTA's shared memory.
+
+    ``x [rows, in_features]``, ``thresholds f32 [rows, P]``, ``planes`` and ``scales`` of the weight;
+    written: ``partials f32 [slice_groups, rows, N]`` and ``counts i32 [slice_groups, rows]``, the levels
+    of the group's channels, summed.
+    """
+
+    x: Any
+    thresholds: Any
+    planes: Any
+    scales: Any
+    partials: Any
+    counts: Any
+    shared: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where the lane is, and the shared-memory addresses it works on."""
+
+    thread: Value
+    lane: Value
+    warp: Value
+    part: Value
+    """Which of the warps that share a slice."""
+    slice_in_cta: Value
+    slice: Value
+    """Of the whole weight; may lie past the last one, where all channels count as padding."""
+    slice_group: Value
+    tile: Value
+    first_row: Value
+    """First activation row of the CTA."""
+    shared: Value
+    list: Value
+    """The slice's list."""
+    exchange: Value
+    """The warp's exchange record."""
+    ring: Value
+    """The warp's ring."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Operands:
+    """Registers loaded from global memory. ``q`` counts the channels that this lane grades."""
+
+    thresholds: list[list[Value]]
+    """f32 [row][plane]"""
+    scales: list[list[Value]]
+    """[chunk][2] words: the float16 scales of outputs ``128 chunk + 4 lane + 0..3``."""
+    x: list[list[Value]]
+    """f32 [row][q], zero in padding."""
+    valid: list[Value]
+    """[q]: the channel is not padding."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Grades:
+    """What grading found."""
+
+    reached: list[list[list[Value]]]
+    """[row][q][plane]: this activation reads the channel's row of the plane."""
+    any_reached: list[list[Value]]
+    """[q][plane]: some activation row does, so the row is listed."""
+    counts: list[Value]
+    """i32 [row]: levels of the warp's channels, summed."""
+    peaks: list[Value]
+    """f32 [row]: largest |x| of the slice; NaN or Inf if x has one."""
+    before: Value
+    """Entries of each plane that come before this lane's, one byte to a plane."""
+    total: Value
+    """Entries of each plane in the slice, one byte to a plane (at most 128)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Listed:
+    """The finished list."""
+
+    steps: Value
+    """Steps that this warp takes."""
+    sums: list[Value]
+    """i32 [row]: all integers that this warp's lanes have put into the list, summed."""
+
+
+def graded_matvec_program(isa: Instructions, geometry: Geometry, refs: Refs) -> None:
+    """One lane's whole work."""
+    place = locate(isa, geometry, refs)
+    operands = fetch(isa, geometry, refs, place)
+    grades = grade(isa, geometry, place, operands)
+    listed = compact(isa, geometry, place, operands, grades)
+    accumulators = stream(isa, geometry, refs, place, listed)
+    for row in range(geometry.rows_per_cta):
+        outputs = combine(isa, place, operands, grades, listed, accumulators, row)
+        reduce(isa, geometry, refs, place, grades, outputs, row)
+
+
+def locate(isa: Instructions, g: Geometry, refs: Refs) -> Place:
+    """Cuts the grid: row group fastest, then tile, then slice group."""
+    config = g.config
+    block, thread = isa.block_index(), isa.thread_index()
+    row_group, block = (block % g.row_groups, block // g.row_groups) if g.row_groups > 1 else (None, block)
+    tile, slice_group = block % g.tiles, block // g.tiles
+    lane, warp = thread & (LANES - 1), thread >> 5
+    slice_in_cta, part = warp // config.warps_per_slice, warp % config.warps_per_slice
+    shared = isa.shared_address(refs.shared)
+    return Place(
+        thread=thread,
+        lane=lane,
+        warp=warp,
+        part=part,
+        slice_in_cta=slice_in_cta,
+        slice=slice_group * config.slices_per_cta + slice_in_cta,
+        slice_group=slice_group,
+        tile=tile,
+        first_row=isa.constant(0) if row_group is None else row_group * g.rows_per_cta,
+        shared=shared,
+        list=shared + slice_in_cta * g.list_bytes,
+        exchange=shared + g.exchange_base + warp * g.exchange_bytes,
+        ring=shared + g.ring_base + warp * g.ring_bytes,
+    )
+
+
+def fetch(isa: Instructions, g: Geometry, refs: Refs, place: Place) -> Operands:
+    """Starts all loads that do not depend on another one."""
+    stored_slice = isa.select(place.slice < g.slices, place.slice, isa.constant(g.slices - 1))
+    output = place.tile * layout.TILE + (place.lane << 2)
+    scales = isa.global_address(refs.scales) + isa.widen((stored_slice * g.stored_n + output) << 1)
+    x, thresholds = isa.global_address(refs.x), isa.global_address(refs.thresholds)
+    channels = [first_channel(g, place) + LANES * q for q in range(g.channels_per_lane)]
+    valid = [channel < g.in_features for channel in channels]
+    zero = isa.constant(0.0, "f32")
+    rows_x, rows_thresholds = [], []
+    for r in range(g.rows_per_cta):
+        row = place.first_row + r
+        exists = None
+        if g.rows % g.rows_per_cta:  # The last group has rows to spare: they read nothing.
+            exists = row < g.rows
+            row = isa.select(exists, row, isa.constant(0))
+        rows_x.append([])
+        for channel, ok in zip(channels, valid, strict=True):
+            ok = ok if exists is None else ok & exists
+            element = isa.select(ok, row * g.in_features + channel, isa.constant(0))
+            number = load_activation(isa, g, x + isa.widen(element * g.x_bytes))
+            rows_x[-1].append(isa.select(ok, number, zero))
+        address = thresholds + isa.widen(row * (4 * g.planes))
+        limits = [isa.load_global(address + 4 * f, kind="f32")[0] for f in range(g.planes)]
+        if exists is not None:
+            limits = [isa.select(exists, t, isa.constant(float("inf"), "f32")) for t in limits]
+        rows_thresholds.append(limits)
+    chunk_bytes = LANES * 4 * 2
+    words = [isa.load_global(scales + chunk_bytes * c, 2) for c in range(layout.TILE // (4 * LANES))]
+    return Operands(thresholds=rows_thresholds, scales=words, x=rows_x, valid=valid)
+
+
+def first_channel(g: Geometry, place: Place) -> Value:
+    """Input channel that is the lane's ``q = 0``; the next ones follow at distances of 32."""
+    return place.slice * layout.SLICE + place.part * (LANES * g.channels_per_lane) + place.lane
+
+
+def load_activation(isa: Instructions, g: Geometry, address: Value) -> Value:
+    """One activation as float32."""
+    if g.x_dtype == "float32":
+        return isa.load_global(address, kind="f32")[0]
+    bits = isa.load_global_16(address)
+    return isa.bits_to_float(bits << 16) if g.x_dtype == "bfloat16" else isa.half_to_float(bits, "low")
+
+
+def grade(isa: Instructions, g: Geometry, place: Place, operands: Operands) -> Grades:
+    """Levels by comparison, peaks and list positions by warp sums, joined over the slice's warps."""
+    reached, counts, peaks = [], [], []
+    for x, thresholds in zip(operands.x, operands.thresholds, strict=True):
+        magnitudes = [isa.absolute(v) for v in x]
+        # not (|x| < t), so that a NaN is read at every level
+        reached.append(
+            [[~(m < t) & ok for t in thresholds] for m, ok in zip(magnitudes, operands.valid, strict=True)]
+        )
+        bits = [isa.float_to_bits(m) for m in magnitudes]
+        peak = bits[0]
+        for other in bits[1:]:
+            peak = isa.maximum(peak, other)
+        peaks.append(isa.reduce_max(peak))
+        counts.append(isa.reduce_add(count_true(isa, [p for channel in reached[-1] for p in channel])))
+    any_reached = reached[0]
+    for row in reached[1:]:
+        any_reached = [
+            [a | b for a, b in zip(one, two, strict=True)] for one, two in zip(any_reached, row, strict=True)
+        ]
+    mine = isa.constant(0)
+    for channel in any_reached:
+        for f, listed in enumerate(channel):
+            mine = mine + isa.select(listed, isa.constant(1 << (8 * f)), isa.constant(0))
+    through = isa.prefix_sum(mine)
+    before, total = through - mine, isa.broadcast(through, LANES - 1)
+    if g.config.warps_per_slice > 1:
+        before, total, peaks = join_parts(isa, g, place, before, total, peaks)
+    peaks = [isa.bits_to_float(isa.maximum(p, isa.constant(SMALLEST_PEAK_BITS))) for p in peaks]
+    return Grades(
+        reached=reached, any_reached=any_reached, counts=counts, peaks=peaks, before=before, total=total
+    )
+
+
+def count_true(isa: Instructions, conditions: list[Value]) -> Value:
+    """How many hold, i32."""
+    one, zero = isa.constant(1), isa.constant(0)
+    total = zero
+    for condition in conditions:
+        total = total + isa.select(condition, one, zero)
+    return total
+
+
+def join_parts(
+    isa: Instructions, g: Geometry, place: Place, before: Value, total: Value, peaks: list[Value]
+) -> tuple[Value, Value, list[Value]]:
+    """The same three of the whole slice, from those of its warps, through the exchange records."""
+    with isa.when(place.lane.equals(0)):
+        store_words(isa, place.exchange, [total, *peaks])
+    isa.block_barrier()
+    first = place.exchange - place.part * g.exchange_bytes
+    whole = None
+    for part in range(g.config.warps_per_slice):
+        part_total, *part_peaks = load_words(isa, first + part * g.exchange_bytes, 1 + len(peaks))
+        lower = isa.constant(part) < place.part
+        before = before + isa.select(lower, part_total, isa.constant(0))
+        if whole is None:
+            whole, peaks = part_total, part_peaks
+        else:
+            whole = whole + part_total
+            peaks = [isa.maximum(a, b) for a, b in zip(peaks, part_peaks, strict=True)]
+    return before, whole, peaks
+
+
+def store_words(isa: Instructions, address: Value, words: list[Value]) -> None:
+    """Any number of consecutive words in shared memory, with the widest stores that fit."""
+    while words:
+        width = 4 if len(words) >= 4 else 2 if len(words) >= 2 else 1
+        isa.store_shared(address, words[:width])
+        address, words = address + 4 * width, words[width:]
+
+
+def load_words(isa: Instructions, address: Value, count: int) -> list[Value]:
+    """The inverse of ``store_words``."""
+    words = []
+    while len(words) < count:
+        left = count - len(words)
+        width = 4 if left >= 4 else 2 if left >= 2 else 1
+        words += isa.load_shared(address + 4 * len(words), width)
+    return words
+
+
+def compact(isa: Instructions, g: Geometry, place: Place, operands: Operands, grades: Grades) -> Listed:
+    """Writes the list: plane by plane, in a plane lane by lane, padded with zeros to whole steps."""
+    grids = [isa.divide(isa.constant(float(PEAK_CODE), "f32"), peak) for peak in grades.peaks]
+    rounding = isa.constant(ROUNDING, "f32")
+    row_offset = first_channel(g, place) * g.stored_row_bytes + place.tile * ROW_BYTES
+    entry, zero = isa.constant(g.entry_bytes), isa.constant(0)
+    sums = [zero] * g.rows_per_cta
+    listed_before = zero
+    for f in range(g.planes):
+        position = listed_before + ((grades.before >> (8 * f)) & 0xFF)
+        address = place.list + position * g.entry_bytes
+        steps_of_plane = [grid * 4.0**-f for grid in grids]
+        for q, channel in enumerate(grades.any_reached):
+            codes = []
+            for r in range(g.rows_per_cta):
+                rounded = isa.multiply_add(operands.x[r][q], steps_of_plane[r], rounding)
+                bits = isa.float_to_bits(rounded)
+                reads = grades.reached[r][q][f]
+                sums[r] = sums[r] + isa.select(reads, bits - ROUNDING_BITS, zero)
+                # The low byte is used as signed: carry its sign into the high byte.
+                code = bits + ((bits << 1) & 0x100)
+                codes.append(code if g.rows_per_cta == 1 else isa.select(reads, code, zero))
+            offset = row_offset + (f * g.plane_bytes + q * LANES * g.stored_row_bytes)
+            store_entry(isa, g, address, offset, codes, where=channel[f])
+            address = address + isa.select(channel[f], entry, zero)
+        listed_before = listed_before + ((grades.total >> (8 * f)) & 0xFF)
+    count = listed_before
+    steps = (count + (STEP_ROWS - 1)) >> 3
+    pad = count + place.lane
+    store_entry(
+        isa,
+        g,
+        place.list + pad * g.entry_bytes,
+        padding_offset(isa, g, place),
+        [zero] * g.rows_per_cta,
+        where=(pad < (steps << 3)) & place.part.equals(0),
+    )
+    if g.config.warps_per_slice > 1:
+        isa.block_barrier()
+        parts = g.config.warps_per_slice
+        steps = (steps - place.part + (parts - 1)) // parts
+    else:
+        isa.warp_barrier()
+    return Listed(steps=steps, sums=[isa.reduce_add(s) for s in sums])
+
+
+def padding_offset(isa: Instructions, g: Geometry, place: Place) -> Value:
+    """A row that padding entries may read (times zero): the slice's first, in plane 0."""
+    first = isa.select(place.slice < g.slices, place.slice, isa.constant(0)) * layout.SLICE
+    return first * g.stored_row_bytes + place.tile * ROW_BYTES
+
+
+def store_entry(
+    isa: Instructions, g: Geometry, address: Value, offset: Value, codes: list[Value], where: Value
+) -> None:
+    """One list entry: ``offset`` of the row in the planes, 16-bit codes of two activation rows a word."""
+    words = [offset]
+    for r in range(0, len(codes), 2):
+        pair = codes[r : r + 2]
+        words.append(pair[0] if len(pair) == 1 else isa.permute_bytes(pair[0], pair[1], 0x5410))
+    words += [words[-1]] * (g.entry_words - len(words))
+    isa.store_shared(address, words, where)
+
+
+def stream(isa: Instructions, g: Geometry, refs: Refs, place: Place, listed: Listed) -> list[Value]:
+    """Copies and multiplies the warp's steps; int32 accumulators ``[row][half][position][4]``, flat."""
+    slots = g.config.ring_slots
+    planes = isa.global_address(refs.planes)
+    step_list_bytes = STEP_ROWS * g.entry_bytes
+    stride = step_list_bytes * g.config.warps_per_slice
+    my_list = place.list + place.part * step_list_bytes
+    # Copying: 8 lanes to a row, rows 2 i and 2 i + 1 of the list by lanes 8 i .. 8 i + 7. Slots are
+    # swizzled, so that neither the copies nor the loads below meet in a bank.
+    copy_row, copy_piece = place.lane >> 3, place.lane & (COPY_LANES - 1)
+    copy_to = place.ring + (copy_row << 7) + ((copy_piece ^ (copy_row << 1)) << 4)
+    copy_from = planes + isa.widen(copy_piece << 4)
+    copy_entries = my_list + copy_row * (2 * g.entry_bytes)
+    # Multiplying: lane 4 row + column takes words of group `row` of the list rows 2 column, + 1.
+    row, column = place.lane >> 2, place.lane & 3
+    take_from = place.ring + (column << 7) + ((row ^ (column << 1)) << 4)
+    take_entries = my_list + column * (2 * g.entry_bytes)
+    selectors = byte_selectors(isa, g, row)
+    half_slot = STEP_BYTES // 2
+
+    def copy_step(step: Value, slot: Value) -> None:
+        (even, *_), (odd, *_) = load_entry_pair(isa, g, copy_entries + step * stride)
+        isa.copy_async(copy_to + slot, copy_from + isa.widen(even))
+        isa.copy_async(copy_to + slot + half_slot, copy_from + isa.widen(odd))
+
+    def body(step: Value, accumulators: list[Value]) -> list[Value]:
+        isa.wait_copies(slots - 2)
+        isa.warp_barrier()  # The step's data is visible, and the slot of the last step is free.
+        ahead = step + (slots - 1)
+        with isa.when(ahead < listed.steps):
+            copy_step(ahead, (ahead & (slots - 1)) * STEP_BYTES)
+        isa.commit_copies()
+        slot = take_from + (step & (slots - 1)) * STEP_BYTES
+        even, odd = isa.load_shared(slot, 4), isa.load_shared(slot + half_slot, 4)
+        entries = load_entry_pair(isa, g, take_entries + step * stride)
+        return multiply(isa, g, accumulators, even, odd, entries, selectors)
+
+    for d in range(slots - 1):
+        with isa.when(isa.constant(d) < listed.steps):
+            copy_step(isa.constant(d), isa.constant(d * STEP_BYTES))
+        isa.commit_copies()
+    zeros = [isa.constant(0)] * (32 * g.rows_per_cta)
+    accumulators = isa.loop(listed.steps, zeros, body)
+    isa.wait_copies(0)
+    return accumulators
+
+
+def load_entry_pair(isa: Instructions, g: Geometry, address: Value) -> tuple[list[Value], list[Value]]:
+    """Two consecutive list entries."""
+    if g.entry_words == 2:
+        words = isa.load_shared(address, 4)
+        return words[:2], words[2:]
+    return isa.load_shared(address, 4), isa.load_shared(address + g.entry_bytes, 4)
+
+
+def byte_selectors(isa: Instructions, g: Geometry, column: Value) -> list[Value]:
+    """For even and odd activation rows: the byte permutation that makes B's register from a code.
+
+    Column ``c`` of B wants, at byte position ``c & 3``, the high (``c < 4``) or the low byte of the code,
+    which lies in the low or the high half of the entry's word; zeros (selector 4) elsewhere.
+    """
+    shift = (column & 3) << 2
+    high = isa.select(column < 4, isa.constant(1), isa.constant(0))
+    elsewhere = isa.constant(0x4444) ^ (isa.constant(4) << shift)
+    selectors = [elsewhere | (high << shift)]
+    if g.rows_per_cta > 1:
+        selectors.append(elsewhere | ((high + 2) << shift))
+    return selectors
+
+
+def multiply(
+    isa: Instructions,
+    g: Geometry,
+    accumulators: list[Value],
+    even: list[Value],
+    odd: list[Value],
+    entries: tuple[list[Value], list[Value]],
+    selectors: list[Value],
+) -> list[Value]:
+    """One step: ``even`` and ``odd`` are 4 packed words each of this lane's two list rows."""
+    zero = isa.constant(0)
+    b = []
+    for r in range(g.rows_per_cta):
+        codes = [entry[1 + r // 2] for entry in entries]
+        b.append([isa.permute_bytes(code, zero, selectors[r % 2]) for code in codes])
+    out = list(accumulators)
+    for half in range(2):
+        for p, mask in enumerate(POSITION_MASKS):
+            low, high = 2 * half, 2 * half + 1
+            a = [even[low] & mask, even[high] & mask, odd[low] & mask, odd[high] & mask]
+            for r in range(g.rows_per_cta):
+                at = accumulator(r, half, p)
+                out[at : at + 4] = isa.matrix_multiply_add(out[at : at + 4], a, b[r])
+    return out
+
+
+def accumulator(row: int, half: int, position: int) -> int:
+    """Index of the first of the four accumulators of this row, word group and digit position."""
+    return 32 * row + 16 * half + 4 * position
+
+
+def combine(
+    isa: Instructions,
+    place: Place,
+    operands: Operands,
+    grades: Grades,
+    listed: Listed,
+    accumulators: list[Value],
+    row: int,
+) -> list[list[Value]]:
+    """f32 ``[chunk][4]``: this lane's outputs ``128 chunk + 4 lane + 0..3``, scaled, of this warp alone.
+
+    Accumulator columns 2 c, 2 c + 1 of lane column c: lanes with c < 2 hold sums of high bytes, the others
+    of low bytes of the same outputs. Each keeps one word group's and swaps the other's with lane ^ 2.
+    """
+    has_high = (place.lane & 3) < 2
+    grid = grades.peaks[row] * (1.0 / PEAK_CODE)
+    middle = isa.int_to_float(listed.sums[row]) * -MEAN_DIGIT
+    sums: dict[tuple[int, int], Value] = {}
+    for half in range(2):
+        for p in range(4):
+            at = accumulator(row, half, p)
+            c = accumulators[at : at + 4]
+            for byte in range(2):
+                send = isa.select(has_high, c[2 + byte], c[byte])
+                keep = isa.select(has_high, c[byte], c[2 + byte])
+                received = isa.shuffle_xor(send, 2)
+                high = isa.select(has_high, keep, received)
+                low = isa.select(has_high, received, keep)
+                digits = isa.int_to_float((high << 8) + low)
+                place_value = isa.constant(4.0**-p, "f32")
+                sums[2 * half + p // 2, 2 * (p % 2) + byte] = (
+                    isa.multiply_add(digits, place_value, middle) * grid
+                )
+    outputs = []
+    for chunk, words in enumerate(operands.scales):
+        scales = [isa.half_to_float(w, which) for w in words for which in ("low", "high")]
+        outputs.append([sums[chunk, i] * scales[i] for i in range(4)])
+    return outputs
+
+
+def reduce(
+    isa: Instructions,
+    g: Geometry,
+    refs: Refs,
+    place: Place,
+    grades: Grades,
+    outputs: list[list[Value]],
+    row: int,
+) -> None:
+    """Sums one activation row over the CTA's warps, in their order, and writes the partial sum."""
+    if row == 0:
+        isa.warp_barrier()  # The ring is free.
+        with isa.when(place.lane.equals(0)):
+            store_words(isa, place.exchange, grades.counts)
+    else:
+        isa.block_barrier()  # The sums of the previous row have been read.
+    chunk_bytes = LANES * 16
+    for chunk, values in enumerate(outputs):
+        isa.store_shared(place.ring + chunk * chunk_bytes + (place.lane << 4), values)
+    isa.block_barrier()
+    lanes_of_tile = TILE_OUTPUT_BYTES // 16
+    group_row = place.slice_group * g.rows + place.first_row + row
+    storing = place.thread < lanes_of_tile
+    if g.rows % g.rows_per_cta:
+        storing = storing & (place.first_row + row < g.rows)
+    with isa.when(storing):
+        total = None
+        for warp in range(g.config.warps):
+            address = place.shared + (g.ring_base + warp * g.ring_bytes) + (place.thread << 4)
+            values = isa.load_shared(address, 4, "f32")
+            total = values if total is None else [a + b for a, b in zip(total, values, strict=True)]
+        output = group_row * g.stored_n + place.tile * layout.TILE + (place.thread << 2)
+        isa.store_global(isa.global_address(refs.partials) + (isa.widen(output) << 2), total)
+        with isa.when(place.thread.equals(0) & place.tile.equals(0)):
+            record = place.shared + g.exchange_base + 4 * row
+            count = isa.constant(0)
+            for warp in range(g.config.warps):
+                count = count + isa.load_shared(record + warp * g.exchange_bytes)[0]
+            isa.store_global(isa.global_address(refs.counts) + isa.widen(group_row << 2), [count])

@@ -1,0 +1,249 @@
+"""The lane instructions as MLIR and PTX, for the body of a ``plgpu.inline_mgpu`` (needs jax >= 0.11.2).
+
+Arithmetic and control go through MLIR's arith and scf dialects, so that the compiler folds addresses
+and shares subexpressions; everything else is inline PTX (PTX ISA 8.0, sm_80 and later).
+"""
+
+import contextlib
+
+from jax.experimental.mosaic.gpu import utils as mosaic
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, gpu, llvm, scf
+
+from pallas_kernels.matvec.mosaic_gpu.instructions import Instructions, Kind, Value
+
+_INTEGER = {
+    "add": arith.addi,
+    "sub": arith.subi,
+    "mul": arith.muli,
+    "and": arith.andi,
+    "or": arith.ori,
+    "xor": arith.xori,
+    "shl": arith.shli,
+    "shr": arith.shrui,
+    "div": arith.divui,
+    "rem": arith.remui,
+}
+_FLOAT = {"add": arith.addf, "sub": arith.subf, "mul": arith.mulf}
+_COMPARE_INTEGER = {
+    "lt": arith.CmpIPredicate.slt,
+    "ge": arith.CmpIPredicate.sge,
+    "eq": arith.CmpIPredicate.eq,
+}
+_COMPARE_FLOAT = {"lt": arith.CmpFPredicate.OLT, "ge": arith.CmpFPredicate.OGE}
+
+_REGISTER = {"i32": "r", "i64": "l", "f32": "f", "bool": "b"}
+"""The inline assembly constraint of each kind."""
+
+_VECTOR = {1: "", 2: ".v2", 4: ".v4"}
+_ALL_LANES = "0xffffffff"
+
+
+def _mlir_type(kind: Kind) -> ir.Type:
+    width = {"i32": 32, "i64": 64, "bool": 1}
+    return ir.F32Type.get() if kind == "f32" else ir.IntegerType.get_signless(width[kind])
+
+
+def _constant(value: int | float, kind: Kind) -> "PtxValue":
+    if kind == "f32":
+        attribute = ir.FloatAttr.get(_mlir_type(kind), float(value))
+    else:
+        value = int(value)
+        attribute = ir.IntegerAttr.get(
+            _mlir_type(kind), value - 2**32 if kind == "i32" and value >= 2**31 else value
+        )
+    return PtxValue(arith.constant(_mlir_type(kind), attribute), kind)
+
+
+class PtxValue(Value):
+    """An MLIR SSA value."""
+
+    def __init__(self, ssa: ir.Value, kind: Kind):
+        self.ssa, self.kind = ssa, kind
+
+    def binary(self, operation, other):
+        if not isinstance(other, PtxValue):
+            other = _constant(other, self.kind)
+        is_float = self.kind == "f32"
+        if operation in _COMPARE_INTEGER:
+            compare, table = (arith.cmpf, _COMPARE_FLOAT) if is_float else (arith.cmpi, _COMPARE_INTEGER)
+            return PtxValue(compare(table[operation], self.ssa, other.ssa), "bool")
+        return PtxValue((_FLOAT if is_float else _INTEGER)[operation](self.ssa, other.ssa), self.kind)
+
+
+def _assemble(
+    template: str, inputs, outputs: tuple[Kind, ...] = (), *, effects: bool = False, warp: bool = False
+) -> list[PtxValue]:
+    """One inline assembly statement; ``$0, $1 ..`` number the outputs, then the inputs.
+
+    ``effects`` keeps it from being removed, merged or moved over other such statements; ``warp`` (it
+    exchanges data between lanes) implies that and keeps it out of divergent code.
+    """
+    constraints = [f"={_REGISTER[kind]}" for kind in outputs] + [_REGISTER[v.kind] for v in inputs]
+    types = [_mlir_type(kind) for kind in outputs]
+    if not types:
+        result = ir.Type.parse("!llvm.void")
+    else:
+        result = types[0] if len(types) == 1 else llvm.StructType.get_literal(types)
+    out = llvm.inline_asm(
+        result,
+        [v.ssa for v in inputs],
+        template,
+        ",".join(constraints),
+        has_side_effects=effects or warp,
+        convergent=warp,
+    )
+    if not types:
+        return []
+    if len(types) == 1:
+        return [PtxValue(out, outputs[0])]
+    return [PtxValue(llvm.extractvalue(t, out, [i]), outputs[i]) for i, t in enumerate(types)]
+
+
+def _operands(count: int, first: int) -> str:
+    """``$3`` for one register, ``{$3,$4}`` for a vector of two."""
+    names = [f"${first + i}" for i in range(count)]
+    return names[0] if count == 1 else "{" + ",".join(names) + "}"
+
+
+class PtxInstructions(Instructions):
+    """Emits the lane program into the MLIR block being built. Refs are memrefs."""
+
+    def constant(self, value, kind="i32"):
+        return _constant(value, kind)
+
+    def thread_index(self):
+        index = gpu.thread_id(gpu.Dimension.x)
+        return PtxValue(arith.index_cast(_mlir_type("i32"), index), "i32")
+
+    def block_index(self):
+        index = gpu.block_id(gpu.Dimension.x)
+        return PtxValue(arith.index_cast(_mlir_type("i32"), index), "i32")
+
+    def global_address(self, ref):
+        return PtxValue(llvm.ptrtoint(_mlir_type("i64"), mosaic.memref_ptr(ref)), "i64")
+
+    def shared_address(self, ref):
+        return PtxValue(llvm.ptrtoint(_mlir_type("i32"), mosaic.memref_ptr(ref)), "i32")
+
+    def select(self, condition, yes, no):
+        return PtxValue(arith.select(condition.ssa, yes.ssa, no.ssa), yes.kind)
+
+    def bits_to_float(self, word):
+        return PtxValue(arith.bitcast(_mlir_type("f32"), word.ssa), "f32")
+
+    def float_to_bits(self, number):
+        return PtxValue(arith.bitcast(_mlir_type("i32"), number.ssa), "i32")
+
+    def int_to_float(self, number):
+        return PtxValue(arith.sitofp(_mlir_type("f32"), number.ssa), "f32")
+
+    def half_to_float(self, word, which):
+        half = {"low": "lo", "high": "hi"}[which]
+        template = "{ .reg .b16 lo, hi; mov.b32 {lo, hi}, $1; cvt.f32.f16 $0, " + half + "; }"
+        return _assemble(template, [word], ("f32",))[0]
+
+    def widen(self, word):
+        return PtxValue(arith.extui(_mlir_type("i64"), word.ssa), "i64")
+
+    def absolute(self, number):
+        return _assemble("abs.f32 $0, $1;", [number], ("f32",))[0]
+
+    def multiply_add(self, a, b, c):
+        return _assemble("fma.rn.f32 $0, $1, $2, $3;", [a, b, c], ("f32",))[0]
+
+    def divide(self, a, b):
+        return _assemble("div.full.f32 $0, $1, $2;", [a, b], ("f32",))[0]
+
+    def maximum(self, a, b):
+        return PtxValue(arith.maxui(a.ssa, b.ssa), "i32")
+
+    def permute_bytes(self, low, high, selector):
+        selector = selector if isinstance(selector, PtxValue) else _constant(selector, "i32")
+        return _assemble("prmt.b32 $0, $1, $2, $3;", [low, high, selector], ("i32",))[0]
+
+    def load_global(self, address, count=1, kind="i32"):
+        template = f"ld.global.nc{_VECTOR[count]}.b32 {_operands(count, 0)}, [${count}];"
+        return _assemble(template, [address], (kind,) * count)
+
+    def load_global_16(self, address):
+        template = "{ .reg .b16 h; ld.global.nc.b16 h, [$1]; cvt.u32.u16 $0, h; }"
+        return _assemble(template, [address], ("i32",))[0]
+
+    def store_global(self, address, values):
+        template = f"st.global{_VECTOR[len(values)]}.b32 [$0], {_operands(len(values), 1)};"
+        _assemble(template, [address, *values], effects=True)
+
+    def load_shared(self, address, count=1, kind="i32"):
+        template = f"ld.shared{_VECTOR[count]}.b32 {_operands(count, 0)}, [${count}];"
+        return _assemble(template, [address], (kind,) * count, effects=True)
+
+    def store_shared(self, address, values, where=None):
+        template = f"st.shared{_VECTOR[len(values)]}.b32 [$0], {_operands(len(values), 1)};"
+        if where is None:
+            _assemble(template, [address, *values], effects=True)
+        else:
+            _assemble(f"@${len(values) + 1} {template}", [address, *values, where], effects=True)
+
+    def copy_async(self, shared, source):
+        _assemble("cp.async.cg.shared.global [$0], [$1], 16;", [shared, source], effects=True)
+
+    def commit_copies(self):
+        _assemble("cp.async.commit_group;", [], effects=True)
+
+    def wait_copies(self, pending):
+        _assemble(f"cp.async.wait_group {pending};", [], effects=True)
+
+    def block_barrier(self):
+        gpu.barrier()
+
+    def warp_barrier(self):
+        _assemble(f"bar.warp.sync {_ALL_LANES};", [], warp=True)
+
+    def shuffle_xor(self, value, mask):
+        template = f"shfl.sync.bfly.b32 $0, $1, {mask}, 0x1f, {_ALL_LANES};"
+        return _assemble(template, [value], (value.kind,), warp=True)[0]
+
+    def broadcast(self, value, lane):
+        template = f"shfl.sync.idx.b32 $0, $1, {lane}, 0x1f, {_ALL_LANES};"
+        return _assemble(template, [value], (value.kind,), warp=True)[0]
+
+    def prefix_sum(self, value):
+        for distance in (1, 2, 4, 8, 16):
+            # The predicate is false in the lanes that have no neighbour at this distance.
+            template = (
+                "{ .reg .pred inside; .reg .b32 lower; "
+                f"shfl.sync.up.b32 lower|inside, $1, {distance}, 0x0, {_ALL_LANES}; "
+                "mov.b32 $0, $1; @inside add.u32 $0, lower, $0; }"
+            )
+            value = _assemble(template, [value], ("i32",), warp=True)[0]
+        return value
+
+    def reduce_max(self, value):
+        return _assemble(f"redux.sync.max.u32 $0, $1, {_ALL_LANES};", [value], ("i32",), warp=True)[0]
+
+    def reduce_add(self, value):
+        return _assemble(f"redux.sync.add.s32 $0, $1, {_ALL_LANES};", [value], ("i32",), warp=True)[0]
+
+    def matrix_multiply_add(self, c, a, b):
+        template = (
+            "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 "
+            "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
+        )
+        return _assemble(template, [*a, *b, *c], ("i32",) * 4)
+
+    @contextlib.contextmanager
+    def when(self, condition):
+        branch = scf.IfOp(condition.ssa)
+        with ir.InsertionPoint(branch.then_block):
+            yield
+            scf.yield_([])
+
+    def loop(self, count, carry, body):
+        zero, one = _constant(0, "i32"), _constant(1, "i32")
+        loop = scf.ForOp(zero.ssa, count.ssa, one.ssa, [v.ssa for v in carry])
+        with ir.InsertionPoint(loop.body):
+            inner = [PtxValue(a, v.kind) for a, v in zip(loop.inner_iter_args, carry, strict=True)]
+            out = body(PtxValue(loop.induction_variable, "i32"), inner)
+            scf.yield_([v.ssa for v in out])
+        return [PtxValue(r, v.kind) for r, v in zip(loop.results, carry, strict=True)]
