@@ -1,0 +1,68 @@
+"""Device times of jitted functions, kernel by kernel, from JAX's profiler."""
+
+import collections
+import dataclasses
+import pathlib
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+WARM_UP_SECONDS = 0.25
+"""Long enough for the clocks to rise."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """Device time of the launches whose kernel name was asked for, in microseconds."""
+
+    median: float
+    quartiles: tuple[float, float]
+    launches: int
+
+    @classmethod
+    def of(cls, durations: list[float]) -> "Times":
+        """Statistics of single launches."""
+        if len(durations) < 2:
+            raise RuntimeError(f"the profiler saw {len(durations)} launches of the kernel, expected several")
+        low, _, high = statistics.quantiles(durations, n=4)
+        return cls(statistics.median(durations), (low, high), len(durations))
+
+
+def profile(function: Callable[[], object], repeats: int = 5) -> dict[str, list[float]]:
+    """Runs ``function`` (jitted, no arguments) warm and returns each kernel's durations in microseconds.
+
+    Args:
+      function: called repeatedly; its result is waited for.
+      repeats: profiled calls.
+    """
+    start = time.monotonic()
+    while time.monotonic() - start < WARM_UP_SECONDS:
+        jax.block_until_ready(function())
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory):
+            for _ in range(repeats):
+                jax.block_until_ready(function())
+        (trace,) = pathlib.Path(directory).rglob("*.xplane.pb")
+        data = jax.profiler.ProfileData.from_file(str(trace))
+        durations = collections.defaultdict(list)
+        for plane in data.planes:
+            if "/device:GPU" not in plane.name:
+                continue
+            for line in plane.lines:
+                if line.name.startswith("Stream"):
+                    for event in line.events:
+                        durations[event.name].append(event.duration_ns / 1e3)
+    return dict(durations)
+
+
+def read_bandwidth() -> float:
+    """Bytes per second of summing 4 GiB of float32, kernel time: what this card reads at most."""
+    data = jax.random.normal(jax.random.key(0), (1 << 30,), jnp.float32)
+    total = jax.jit(lambda a: a.reshape(-1, 1 << 14).sum())
+    durations = profile(lambda: total(data))
+    longest = max(durations.values(), key=sum)
+    return data.nbytes / statistics.median(longest) * 1e6

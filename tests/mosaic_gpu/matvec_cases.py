@@ -1,0 +1,101 @@
+"""Cases of the graded matvec and their float64 oracle, run on the emulator here and on a GPU with -m gpu."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import NestedWeight, codes, layout
+from pallas_kernels.matvec.mosaic_gpu import Config
+
+RELATIVE_ERROR = 1e-3
+"""Bound of the design, for Gaussian and heavy-tailed activations."""
+
+DEFAULT_CONFIG = Config(warpgroups=1, warps_per_slice=2, ring_slots=4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One matvec. ``activations`` names a distribution of x (see ``draw_x``)."""
+
+    in_features: int
+    out_features: int
+    rows: int = 1
+    max_bits: int = 8
+    dtype: str = "float32"
+    activations: str = "gaussian"
+    config: Config | None = DEFAULT_CONFIG
+    seed: int = 0
+
+    def __str__(self):
+        config = "best" if self.config is None else "-".join(map(str, self.config.__dict__.values()))
+        return (
+            f"{self.in_features}x{self.out_features}-r{self.rows}-b{self.max_bits}-{self.dtype}"
+            f"-{self.activations}-{config}"
+        )
+
+    def arrays(self) -> tuple[jnp.ndarray, NestedWeight, jnp.ndarray]:
+        """x, weight and thresholds."""
+        rng = np.random.default_rng(self.seed)
+        k, n = layout.padded_shape(self.in_features, self.out_features)
+        planes = rng.integers(0, 2**32, (self.max_bits // 2, k, n // layout.WORD_DIGITS), np.uint32)
+        scales = rng.uniform(0.5, 1.5, (k // layout.SLICE, n)).astype(np.float16)
+        # Padding is left full of codes on purpose: nothing may depend on it.
+        weight = NestedWeight(jnp.asarray(planes), jnp.asarray(scales), self.in_features, self.out_features)
+        x = jnp.asarray(draw_x(rng, (self.rows, self.in_features), self.activations)).astype(self.dtype)
+        return (
+            x,
+            weight,
+            jnp.asarray(draw_thresholds(rng, np.abs(np.asarray(x, np.float32)), weight.num_planes)),
+        )
+
+
+def draw_x(rng: np.random.Generator, shape: tuple[int, int], activations: str) -> np.ndarray:
+    """f32 activations: "gaussian", "outliers" (1 % are 1000 times larger), "heavy" (Student t, 2.5 degrees
+    of freedom), "zeros" (half are exactly 0), "all-zero"."""
+    x = rng.standard_normal(shape)
+    if activations == "outliers":
+        x = np.where(rng.random(shape) < 0.01, 1000 * x, x)
+    elif activations == "heavy":
+        x = rng.standard_t(2.5, shape)
+    elif activations == "zeros":
+        x = np.where(rng.random(shape) < 0.5, 0.0, x)
+    elif activations == "all-zero":
+        x = np.zeros(shape)
+    return x.astype(np.float32)
+
+
+def draw_thresholds(rng: np.random.Generator, magnitudes: np.ndarray, planes: int) -> np.ndarray:
+    """f32 [rows, planes], ascending: in each row a magnitude of that row, or (sometimes) 0 or Inf."""
+    chosen = np.sort(rng.choice(magnitudes, (planes,), axis=1), axis=1)
+    kind = rng.integers(0, 4, magnitudes.shape[0])
+    chosen[kind == 0, 0] = 0
+    chosen[kind == 1, -1] = np.inf
+    return chosen.astype(np.float32)
+
+
+def oracle(x: np.ndarray, weight: NestedWeight, thresholds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """y and realised bits in float64, straight from the formula in ``NestedWeight``."""
+    x, thresholds = np.asarray(x, np.float64), np.asarray(thresholds, np.float64)
+    level = (~(np.abs(x)[:, :, None] < thresholds[:, None, :])).sum(-1)
+    digits = np.asarray(codes.unpack(weight.planes))[:, : weight.in_features, : weight.out_features]
+    scales = np.repeat(np.asarray(weight.scales, np.float64), layout.SLICE, 0)
+    scales = scales[: weight.in_features, : weight.out_features]
+    y = np.zeros((x.shape[0], weight.out_features))
+    read = np.zeros(digits.shape[1:])
+    for l in range(1, weight.num_planes + 1):
+        read = read + digits[l - 1] * 4.0 ** -(l - 1)
+        w = scales * (read + 0.5 * 4.0 ** (1 - l) - 2)
+        y += np.where(level == l, x, 0) @ w
+    return y, 2.0 * level.mean(1)
+
+
+def assert_close(case: Case, y: np.ndarray, bits: np.ndarray) -> None:
+    """Compares with the oracle: each row of y in norm, realised bits exactly (up to float32)."""
+    x, weight, thresholds = case.arrays()
+    exact, exact_bits = oracle(x, weight, thresholds)
+    assert y.shape == exact.shape
+    scale = np.linalg.norm(exact, axis=1)
+    errors = np.linalg.norm(np.asarray(y, np.float64) - exact, axis=1)
+    assert (errors <= RELATIVE_ERROR * scale).all(), f"relative errors {errors / scale}"
+    np.testing.assert_allclose(np.asarray(bits), exact_bits, rtol=1e-6)

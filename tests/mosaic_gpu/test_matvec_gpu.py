@@ -1,0 +1,82 @@
+"""The kernel on a real GPU (``pytest -m gpu``): the emulator's cases, larger ones, and its place in a program."""
+
+import jax
+import jax.numpy as jnp
+import matvec_cases
+import numpy as np
+import pytest
+from matvec_cases import Case
+
+from pallas_kernels import graded_matvec
+from pallas_kernels.matvec.mosaic_gpu import Config, kernel
+
+pytestmark = pytest.mark.gpu
+
+CONFIGS = [
+    Config(warpgroups=g, warps_per_slice=w, ring_slots=s)
+    for g, w, s in [(1, 1, 4), (1, 4, 2), (2, 2, 8), (2, 4, 16)]
+]
+CASES = [
+    *(Case(384, 1024, config=config, seed=i) for i, config in enumerate(CONFIGS)),
+    *(Case(384, 1024, rows=rows, config=config) for rows in range(1, 9) for config in CONFIGS[:2]),
+    *(Case(300, 700, rows=3, max_bits=bits, seed=bits) for bits in (2, 4, 6, 8)),
+    *(Case(301, 515, rows=2, dtype=dtype) for dtype in ("float32", "bfloat16", "float16")),
+    *(
+        Case(1000, 600, rows=2, activations=activations, seed=7)
+        for activations in ("outliers", "heavy", "zeros", "all-zero")
+    ),
+    Case(64, 100, config=None),
+    Case(256, 512, config=None),
+    Case(1024, 6144, config=None, rows=8),
+    Case(3072, 8192, config=None, activations="heavy"),
+    Case(8192, 2048, config=None, activations="outliers"),
+    Case(5120, 13824, config=None, dtype="bfloat16"),
+    Case(1024, 151936, config=None, dtype="bfloat16"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _gpu():
+    if jax.default_backend() != "gpu":
+        pytest.fail("these tests need an NVIDIA GPU")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_agrees_with_float64(case):
+    x, weight, thresholds = case.arrays()
+    assert kernel.supports(x, weight) is None
+    run = jax.jit(lambda x, w, t: kernel.graded_matvec(x, w, t, config=case.config))
+    y, bits = run(x, weight, thresholds)
+    matvec_cases.assert_close(case, np.asarray(y), np.asarray(bits))
+    again, _ = run(x, weight, thresholds)
+    np.testing.assert_array_equal(np.asarray(y), np.asarray(again))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_nan_and_inf_reach_their_row_and_no_other(bad):
+    x, weight, thresholds = Case(384, 1024, rows=3).arrays()
+    clean, _ = graded_matvec(x, weight, thresholds, implementation="mosaic_gpu")
+    y, _ = graded_matvec(x.at[1, 200].set(bad), weight, thresholds, implementation="mosaic_gpu")
+    assert not np.isfinite(np.asarray(y[1])).any()
+    np.testing.assert_array_equal(np.asarray(y[0]), np.asarray(clean[0]))
+    np.testing.assert_array_equal(np.asarray(y[2]), np.asarray(clean[2]))
+
+
+def test_is_the_default_and_runs_in_a_while_loop_without_copying_weights():
+    x, weight, thresholds = Case(512, 512).arrays()
+    x = x / 30
+
+    def three_times(x, weight, thresholds, **options):
+        def step(carry):
+            i, x = carry
+            return i + 1, jnp.tanh(graded_matvec(x, weight, thresholds, **options)[0])
+
+        return jax.lax.while_loop(lambda carry: carry[0] < 3, step, (0, x))[1]
+
+    compiled = jax.jit(three_times).lower(x, weight, thresholds).compile()
+    text = compiled.as_text()
+    assert "mosaic_gpu" in text
+    copies = [line for line in text.splitlines() if " copy(" in line and "u32[4,512,32]" in line]
+    assert not copies, copies
+    expected = three_times(x, weight, thresholds, implementation="reference")
+    np.testing.assert_allclose(np.asarray(compiled(x, weight, thresholds)), np.asarray(expected), atol=1e-2)
