@@ -18,6 +18,20 @@ from grinqh_jax.hf import params
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = ("BF16", "F16", "F32", "F64")
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+"""Files that belong to a model beside its config and weights: tokenizer, chat template, stop tokens."""
+
 HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 
 
@@ -36,6 +50,11 @@ class HFCheckpoint:
     hf_config: dict
     config: ModelConfig
     files: dict[str, Path]
+
+    @property
+    def companions(self) -> list[Path]:
+        """Those of ``COMPANIONS`` that the checkpoint has."""
+        return [path for name in COMPANIONS if (path := self.directory / name).is_file()]
 
     @property
     def parameters(self) -> dict[str, tuple[int, ...]]:
@@ -110,6 +129,9 @@ def open_checkpoint(model: str | os.PathLike[str]) -> HFCheckpoint:
     hf_config = _read_object(directory / "config.json", problems)
     index = _read_object(directory / INDEX, problems) if (directory / INDEX).exists() else None
     placed = _placed_tensors(index, problems)
+    for name in COMPANIONS:
+        if name.endswith(".json") and (directory / name).exists():
+            _read_object(directory / name, problems)
     paths = _weight_files(directory, placed, problems)
     files, shapes, broken = _scan(paths, problems)
     config = ModelConfig.from_hf(hf_config) if hf_config is not None else None

@@ -1,0 +1,181 @@
+"""The conversion: a Hugging Face checkpoint becomes a GRINQH checkpoint, one decoder layer at a time.
+
+Memory holds one layer, the hidden states of the calibration windows, and, at the two ends, the
+embedding or the quantized output projection; never the model.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import unflatten_dict
+from jaxtyping import Int32
+
+from checkpoints_tools.calibration import statistics
+from checkpoints_tools.calibration.allocation import target_grid
+from checkpoints_tools.quantize_linear import quantize_linear
+from checkpoints_tools.quantizers import QUANTIZERS
+from grinqh_jax import __version__
+from grinqh_jax.apply import HEAD
+from grinqh_jax.checkpoint import QuantizationConfig, Writer
+from grinqh_jax.decoder import LAYER_LINEARS, DecoderLayer, RMSNorm, linear_shapes
+from grinqh_jax.hf import HFCheckpoint
+from pallas_kernels import NestedWeight
+
+_BLOCK_BYTES = 1 << 26
+STORED_DTYPE = jnp.bfloat16
+"""Of norms and embeddings in the checkpoint."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """The text that thresholds are calibrated on.
+
+    Attributes:
+      windows: token ids ``[windows, tokens of a window]``.
+      name: of the text, for the checkpoint's provenance.
+    """
+
+    windows: Int32[np.ndarray, "s t"]
+    name: str
+
+
+class Conversion:
+    """Converts an opened checkpoint. The same arguments give the same bytes, interrupted or not.
+
+    Args:
+      source: the checkpoint.
+      calibration: its text.
+      max_bits: bits of the stored codes: 2, 4, 6 or 8.
+      quantizer: a key of ``QUANTIZERS``.
+    """
+
+    def __init__(self, source: HFCheckpoint, calibration: Calibration, *, max_bits: int, quantizer: str):
+        self.source = source
+        self.calibration = calibration
+        self.max_bits = max_bits
+        self.quantizer = quantizer
+        # float32 where bfloat16 is emulated, and slow.
+        self.compute_dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+
+    @property
+    def steps(self) -> int:
+        """How many times ``write`` calls ``progress``."""
+        return self.source.config.num_layers + 2
+
+    def write(
+        self, out: Path, *, overwrite: bool = False, progress: Callable[[str], None] = lambda part: None
+    ) -> Path:
+        """Writes the checkpoint, going on where an interrupted conversion stopped.
+
+        Parts that are already written are not quantized again, but the calibration windows run through
+        their layers once more, because their hidden states died with the process.
+
+        Args:
+          out: directory to make.
+          overwrite: see ``Writer``.
+          progress: called with each part's name when it is done.
+
+        Raises:
+          CheckpointError: see ``Writer``, ``HFCheckpoint.read`` and ``quantize_linear``.
+        """
+        with Writer(out, fingerprint=self.fingerprint(), overwrite=overwrite) as writer:
+            hidden = self._embed(writer)
+            progress("embed")
+            for i in range(self.source.config.num_layers):
+                self._layer(writer, i, hidden)
+                progress(f"layers.{i}")
+            self._head(writer, hidden)
+            progress(HEAD)
+            quantization = QuantizationConfig(
+                max_bits=self.max_bits, targets=target_grid(self.max_bits), provenance=self.provenance()
+            )
+            return writer.finalize(self.source.hf_config, quantization, self.source.companions)
+
+    def fingerprint(self) -> str:
+        """Equal for two conversions whose parts are interchangeable (see ``Writer``)."""
+        files = sorted(set(self.source.files.values()))
+        state = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+        facts = [self.provenance(), self.source.hf_config, state, str(jnp.dtype(self.compute_dtype))]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def provenance(self) -> dict[str, Any]:
+        """What ``quantization_config`` records about how the checkpoint was made."""
+        windows = self.calibration.windows
+        return {
+            "converter": f"grinqh-jax {__version__}",
+            "quantizer": self.quantizer,
+            "bits_per_weight_stored": round(bits_per_weight_stored(self.source, self.max_bits), 4),
+            "calibration": {
+                "text": self.calibration.name,
+                "windows": len(windows),
+                "window_tokens": windows.shape[1],
+                "tokens_sha256": hashlib.sha256(windows.astype("<i4").tobytes()).hexdigest(),
+            },
+        }
+
+    def _embed(self, writer: Writer) -> np.ndarray:
+        key = "embed.embedding"
+        vocab, width = self.source.parameters[key]
+        embedding = np.empty((vocab, width), STORED_DTYPE)
+        rows = max(_BLOCK_BYTES // (4 * width), 1)
+        for start in range(0, vocab, rows):
+            embedding[start : start + rows] = self.source.read(key, slice(start, min(start + rows, vocab)))
+        if "embed" not in writer.parts:
+            writer.save_part("embed", unflatten_dict({key: embedding}, sep="."))
+        return embedding[self.calibration.windows].astype(self.compute_dtype)
+
+    def _layer(self, writer: Writer, i: int, hidden: np.ndarray) -> None:
+        """Moves ``hidden`` through layer i and writes the layer."""
+        name = f"layers.{i}"
+        prefix = name + "."
+        kernels, norms = {}, {}
+        for key in self.source.parameters:
+            if key.startswith(prefix):
+                part, leaf = key.removeprefix(prefix).split(".")
+                (kernels if leaf == "kernel" else norms)[part] = self.source.read(key)
+        tree = {part: {"kernel": kernel} for part, kernel in kernels.items()}
+        tree |= {part: {"scale": jnp.asarray(scale)} for part, scale in norms.items()}
+        seen = statistics.through_layer(DecoderLayer(self.source.config, tree, self.compute_dtype), hidden)
+        if name in writer.parts:
+            return
+        saved = {part: {"scale": scale.astype(STORED_DTYPE)} for part, scale in norms.items()}
+        for part in LAYER_LINEARS:
+            saved[part] = self._quantize(f"{name}.{part}", seen[part], lambda n, w=kernels[part]: w[:, n])
+        writer.save_part(name, {"layers": {str(i): saved}})
+
+    def _head(self, writer: Writer, hidden: np.ndarray) -> None:
+        if HEAD in writer.parts:
+            return
+        scale = self.source.read("norm.scale")
+        seen = statistics.of_head(RMSNorm(jnp.asarray(scale), self.source.config.rms_norm_eps), hidden)
+        head = self._quantize(HEAD, seen, lambda outputs: self.source.read(f"{HEAD}.kernel", outputs))
+        writer.save_part(HEAD, {"norm": {"scale": scale.astype(STORED_DTYPE)}, HEAD: head})
+
+    def _quantize(self, name: str, seen: statistics.LinearStatistics, read_outputs) -> dict[str, np.ndarray]:
+        shape = linear_shapes(self.source.config)[name]
+        quantizer = QUANTIZERS[self.quantizer]
+        return quantize_linear(read_outputs, shape, seen, quantizer, max_bits=self.max_bits, name=name)
+
+
+def bits_per_weight_stored(source: HFCheckpoint, max_bits: int) -> float:
+    """Bits that a weight of the linear layers takes in memory, scales and padding included."""
+    shapes = linear_shapes(source.config).values()
+    stored = sum(
+        leaf.size * leaf.dtype.itemsize
+        for shape in shapes
+        for leaf in jax.tree.leaves(NestedWeight.abstract(*shape, max_bits))
+    )
+    return 8 * stored / sum(k * n for k, n in shapes)
+
+
+def directory_bytes(directory: Path) -> int:
+    """Bytes of all files of a checkpoint."""
+    return sum(os.path.getsize(file) for file in directory.rglob("*") if file.is_file())

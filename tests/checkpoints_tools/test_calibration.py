@@ -1,0 +1,141 @@
+"""Histograms and thresholds: the mean that was asked for, by the allocation that is optimal."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from checkpoints_tools.calibration import histogram
+from checkpoints_tools.calibration.allocation import (
+    mean_bits,
+    target_grid,
+    threshold_ratios,
+    threshold_table,
+)
+from pallas_kernels import codes, grading
+
+GAUSSIAN_ERRORS = np.array([1.0, 0.13, 0.01, 6e-4, 4e-5])
+
+rng = np.random.default_rng(5)
+ACTIVATIONS = {
+    "gaussian": rng.standard_normal((64, 1024)).astype(np.float32),
+    "heavy-tailed": rng.standard_t(2.0, (64, 1024)).astype(np.float32),
+    "log-normal": np.exp(3 * rng.standard_normal((64, 1024))).astype(np.float32),
+    "tiny": (1e-30 * rng.standard_normal((64, 1024))).astype(np.float32),
+}
+
+
+def test_counts_are_those_of_bfloat16_truncation():
+    x = np.concatenate([ACTIVATIONS["heavy-tailed"].reshape(-1), [0.0, -0.0, 3e38, -np.inf, np.nan]])
+    x = x.astype(np.float32)
+    counts = np.asarray(histogram.count(jnp.asarray(x)))
+    expected = np.bincount(np.abs(x).view(np.uint32) >> 16, minlength=histogram.BINS)
+    np.testing.assert_array_equal(counts, expected)
+    assert counts.sum() == x.size
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_share_reaching_follows_the_data(name):
+    x = np.abs(ACTIVATIONS[name]).reshape(-1)
+    counts = np.asarray(histogram.count(jnp.asarray(x)))
+    thresholds = np.quantile(x, np.linspace(0, 1, 41)).astype(np.float32)
+    exact = (x[:, None] >= thresholds).mean(axis=0)
+    np.testing.assert_allclose(histogram.share_reaching(counts, thresholds), exact, atol=0.002)
+    assert histogram.share_reaching(counts, np.float32(0)) == 1
+    assert histogram.share_reaching(counts, np.finfo(np.float32).max) == 0
+
+
+def test_counts_add_up_over_batches_and_dtypes():
+    x = jnp.asarray(ACTIVATIONS["gaussian"], jnp.bfloat16)
+    whole = np.asarray(histogram.count(x))
+    parts = sum(np.asarray(histogram.count(part)) for part in np.split(np.asarray(x), 4))
+    np.testing.assert_array_equal(whole, parts)
+    np.testing.assert_array_equal(whole, np.asarray(histogram.count(x.astype(jnp.float32))))
+
+
+@pytest.mark.parametrize("max_bits", [2, 4, 6, 8])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_target_is_met_on_the_calibration_data(name, max_bits):
+    x = ACTIVATIONS[name]
+    targets = target_grid(max_bits)
+    table = threshold_table(
+        np.asarray(histogram.count(jnp.asarray(x))), GAUSSIAN_ERRORS[: max_bits // 2 + 1], targets
+    )
+    assert table.dtype == np.float32
+    assert np.isfinite(table).all()
+    for target, thresholds in zip(targets, table, strict=True):
+        realised = grading.realised_bits(grading.levels(jnp.asarray(x), jnp.asarray(thresholds))).mean()
+        assert abs(float(realised) - target) < 0.01, target
+    assert (table[-1] == 0).all()
+    assert (np.diff(table, axis=1) >= 0).all()
+    assert (np.diff(table, axis=0) < 0).all()
+
+
+def test_the_grid_runs_in_quarters_up_to_all_bits():
+    assert target_grid(8) == tuple(1 + 0.25 * i for i in range(29))
+    assert target_grid(2) == (1.0, 1.25, 1.5, 1.75, 2.0)
+
+
+errors_strategy = st.lists(st.floats(1e-6, 10), min_size=2, max_size=5)
+
+
+@given(errors=errors_strategy, exponent=st.floats(-6, 6))
+@settings(deadline=None, max_examples=200)
+def test_thresholds_choose_the_least_cost_for_every_activation(errors, exponent):
+    """By brute force over the levels, also for errors that do not fall or are not convex."""
+    errors = np.array(errors)
+    penalty = 10.0**exponent
+    ratios = threshold_ratios(errors)
+    assert (np.diff(ratios) >= 0).all()
+    assert (ratios > 0).all()
+    assert np.isfinite(ratios).all()
+    # Levels that gain nothing are read by activations so large that no real one is among these.
+    x = np.sqrt(penalty) * np.logspace(-3, 3, 301)
+    level = (x[:, None] >= np.sqrt(penalty) * ratios).sum(axis=1)
+    cost = x[:, None] ** 2 * errors + penalty * 2 * np.arange(len(errors))
+    chosen = np.take_along_axis(cost, level[:, None], axis=1)[:, 0]
+    np.testing.assert_allclose(chosen, cost.min(axis=1), rtol=1e-6)
+
+
+def test_a_level_that_is_never_best_shares_its_neighbours_threshold():
+    ratios = threshold_ratios(np.array([1.0, 0.9, 0.1, 0.01, 0.001]))
+    assert ratios[0] == ratios[1] < ratios[2] < ratios[3]
+
+
+def test_dead_weights_and_dead_activations_have_finite_thresholds():
+    x = np.zeros((4, 100), np.float32)
+    x[0] = 1.0
+    counts = np.asarray(histogram.count(jnp.asarray(x)))
+    table = threshold_table(counts, np.zeros(5), (1.0, 2.0, 4.0, 8.0))
+    assert np.isfinite(table).all()
+    # A quarter of the activations is not zero: that is 2 bits at most, and zeros are not read for nothing.
+    np.testing.assert_allclose(mean_bits(counts, table)[1:3], 2.0, atol=0.01)
+    assert mean_bits(counts, table)[3] == 8
+    dead = threshold_table(np.asarray(histogram.count(jnp.zeros(8))), GAUSSIAN_ERRORS, (1.0, 8.0))
+    assert np.isfinite(dead).all()
+
+
+def test_the_allocation_beats_its_neighbours_on_a_real_product():
+    """Output error at equal mean bits: the calibrated thresholds against ones moved apart or together."""
+    generator = np.random.default_rng(0)
+    w = jnp.asarray(generator.standard_normal((256, 64)), jnp.float32)
+    x = jnp.asarray(generator.standard_t(4, (512, 256)), jnp.float32)
+    weight = codes.quantize(w)
+    errors = np.asarray(codes.level_errors(w, weight), np.float64)
+    counts = np.asarray(histogram.count(x))
+    per_level = [codes.dequantize(weight, level) for level in range(5)]
+
+    def output_error(thresholds):
+        level = grading.levels(x, jnp.asarray(thresholds, jnp.float32))
+        y = sum(jnp.where(level == i, x, 0) @ per_level[i] for i in range(5))
+        return float(jnp.mean((y - x @ w) ** 2))
+
+    table = threshold_table(counts, errors, (2.0, 3.0, 4.0))
+    for target, thresholds in zip((2.0, 3.0, 4.0), table, strict=True):
+        for stretch in (0.6, 1.6):
+            shape = np.log(threshold_ratios(errors))
+            moved_errors = np.exp(-2 * stretch * (shape - shape[0]))
+            steps = np.append(moved_errors, 0)  # errors whose thresholds have this shape
+            moved = threshold_table(counts, np.append(np.cumsum(steps[::-1])[::-1], 0)[:5], (target,))[0]
+            assert output_error(thresholds) < output_error(moved)

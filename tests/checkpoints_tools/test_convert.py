@@ -1,0 +1,230 @@
+"""The converter, end to end on tiny models."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import hf_directories
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_models
+from flax.traverse_util import unflatten_dict
+
+from checkpoints_tools import convert
+from grinqh_jax import apply, checkpoint
+from grinqh_jax.decoder import Decoder, linear_names
+from grinqh_jax.hf import open_checkpoint
+from pallas_kernels import dequantize
+
+ROOT = Path(__file__).parents[2]
+
+
+def arguments(model: Path, out: Path, calib: Path, *more: str) -> list[str]:
+    return ["--model", str(model), "--out", str(out), "--calib", str(calib), *more]
+
+
+def content(out: Path) -> dict[str, bytes]:
+    """What a checkpoint says and holds, without the names that Orbax draws for its files."""
+    files = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+    leaves = json.loads((out / "manifest.json").read_text())["leaves"]
+    return {name: (out / name).read_bytes() for name in files} | {"leaves": leaves}
+
+
+@pytest.fixture(scope="module")
+def calib(tmp_path_factory):
+    return tiny_models.text_file(tmp_path_factory.mktemp("calib") / "calib.txt")
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory):
+    return tiny_models.write(tmp_path_factory.mktemp("qwen3") / "model")
+
+
+@pytest.fixture(scope="module")
+def converted(qwen3, calib, tmp_path_factory):
+    out = tmp_path_factory.mktemp("converted") / "out"
+    assert convert.main(arguments(qwen3, out, calib)) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A sharded Llama with scaled rope, grouped queries and its own head; widths that need padding."""
+    return tiny_models.write(tmp_path_factory.mktemp("llama") / "model", hf_directories.LLAMA3, shards=3)
+
+
+def test_a_llama_comes_back_with_the_same_quality(llama, calib, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert convert.main(arguments(llama, out, calib)) == 0
+    assert "bits per weight stored" in capsys.readouterr().out
+    loaded = checkpoint.load(out, jnp.float32)
+    source = open_checkpoint(llama)
+    flat = {key: jnp.asarray(source.read(key), jnp.float32) for key in source.parameters}
+    original = Decoder.from_tree(source.config, unflatten_dict(flat, sep="."), jnp.float32)
+    for name in linear_names(loaded.config):
+        weight = loaded.model.linear(name).weight
+        scale = jnp.repeat(weight.scales.astype(jnp.float32), 128, axis=0)
+        scale = scale[: weight.in_features, : weight.out_features]
+        error = jnp.abs(dequantize(weight) - flat[f"{name}.kernel"])
+        # Half a step of the 8-bit code; the group's largest weight may lie a whole step off.
+        assert (error <= scale / 64 * 1.01).all(), name
+        assert (error <= scale / 128 * 1.01).mean() > 0.98, name
+    for key in ("norm.scale", "layers.2.post_norm.scale"):
+        node = loaded.model.norm if key == "norm.scale" else loaded.model.layers[2].post_norm
+        np.testing.assert_array_equal(node.scale[...].astype(jnp.float32), flat[key])
+    tokens = jnp.asarray(np.random.default_rng(3).integers(0, 256, (2, 100)))
+    logits, expected = loaded.model(tokens), original(tokens)
+    assert float(jnp.abs(logits - expected).max() / jnp.abs(expected).max()) < 0.05
+    same_top = jnp.mean(logits.argmax(-1) == expected.argmax(-1))
+    assert same_top > 0.9
+
+
+def test_realised_bits_are_the_targets_on_the_calibration_text(converted, qwen3):
+    loaded = checkpoint.load(converted, jnp.float32)
+    table = json.loads((converted / "config.json").read_text())["quantization_config"]
+    assert table["targets"][0] == 1.0
+    assert table["targets"][-1] == 8.0
+    assert table["provenance"]["calibration"]["text"] == "calib.txt"
+    names = linear_names(loaded.config)
+    tokens = jnp.asarray([tiny_models.encode(tiny_models.TEXT[:128])])
+    for row, target in enumerate(table["targets"]):
+        if target in (2.0, 3.0, 4.0, 8.0):
+            strategy = apply.Graded({n: loaded.model.linear(n).thresholds[row] for n in names})
+            loaded.model(tokens, strategy)
+            bits = jnp.stack([strategy.bits[name] for name in names])[:, :, 4:]
+            assert abs(float(bits.mean()) - target) < 0.1, target
+
+
+def test_records_and_fewer_planes(qwen3, tmp_path):
+    records = tmp_path / "calib.jsonl"
+    records.write_text("\n".join([json.dumps({"question": "1 + 2?", "answer": "3\n#### 3"})] * 60))
+    assert (
+        convert.main(arguments(qwen3, tmp_path / "out", records, "--max-bits", "4", "--tokens", "400")) == 0
+    )
+    loaded = checkpoint.load(tmp_path / "out")
+    assert loaded.quantization.max_bits == 4
+    assert loaded.quantization.provenance["calibration"]["windows"] == 2
+    assert loaded.model.lm_head.planes.shape[0] == 2
+
+
+def test_a_killed_conversion_goes_on_and_ends_the_same(qwen3, calib, converted, tmp_path):
+    out = tmp_path / "out"
+    partial = tmp_path / "out.partial"
+    command = [sys.executable, "-m", "checkpoints_tools.convert", *arguments(qwen3, out, calib)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+
+    def written() -> int:
+        return len(list(partial.glob("*partial_save/*/_CHECKPOINT_METADATA")))
+
+    kills = 0
+    for wanted in (1, 2):
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+        while process.poll() is None and written() < wanted:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+        assert not out.exists()
+    assert kills == 2
+    with pytest.raises(checkpoint.reader.CheckpointError, match="unfinished"):
+        checkpoint.load(out)
+    before = written()
+    assert before >= 2
+    assert convert.main(arguments(qwen3, out, calib)) == 0
+    assert content(out) == content(converted)
+    assert not partial.exists()
+
+
+def test_finished_output_needs_force(qwen3, calib, converted, tmp_path, capsys):
+    before = content(converted)
+    assert convert.main(arguments(qwen3, converted, calib, "--max-bits", "2")) == 2
+    assert "--force" in capsys.readouterr().err
+    assert content(converted) == before
+    foreign = tmp_path / "notes"
+    foreign.mkdir()
+    (foreign / "diary.txt").write_text("Do not delete.")
+    assert convert.main(arguments(qwen3, foreign, calib, "--force")) == 2
+    assert (foreign / "diary.txt").exists()
+    out = tmp_path / "out"
+    assert convert.main(arguments(qwen3, out, calib, "--max-bits", "2")) == 0
+    assert convert.main(arguments(qwen3, out, calib, "--force")) == 0
+    assert content(out) == before
+
+
+def test_damaged_sources_are_refused_before_anything_is_written(qwen3, calib, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    tiny_models.write(broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    (broken / "generation_config.json").write_text("{")
+    assert convert.main(arguments(broken, tmp_path / "out", calib)) == 2
+    message = capsys.readouterr().err
+    assert "model.safetensors is truncated or corrupt" in message
+    assert "generation_config.json is not valid JSON" in message
+    assert message.count("\n") == 1
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "named"),
+    [
+        ("mlp.up_proj", "layers.1.gate_up: 1 of"),
+        ("input_layernorm", "layers.1.qkv: its inputs are not finite"),
+    ],
+)
+def test_weights_that_are_not_finite_are_named(calib, tmp_path, capsys, tensor, named):
+    state = hf_directories.random_state(hf_directories.QWEN3)
+    state[f"model.layers.1.{tensor}.weight"].reshape(-1)[3] = np.nan
+    model = tiny_models.write(tmp_path / "model", state=state)
+    assert convert.main(arguments(model, tmp_path / "out", calib)) == 2
+    assert named in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--tokens", "0"), "--tokens 0: must be positive"),
+        (("--model", "./nowhere"), "not a directory"),
+        (("--calib", "/nowhere.txt"), "No such file"),
+    ],
+)
+def test_wrong_arguments(qwen3, calib, tmp_path, capsys, more, message):
+    assert convert.main(arguments(qwen3, tmp_path / "out", calib, *more)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_vocabulary_that_the_model_does_not_have(calib, tmp_path, capsys):
+    model = tiny_models.write(tmp_path / "model", hf_directories.QWEN3 | {"vocab_size": 100})
+    assert convert.main(arguments(model, tmp_path / "out", calib)) == 2
+    assert "the model has a vocabulary of 100" in capsys.readouterr().err
+
+
+def test_a_missing_tokenizer(qwen3, calib, tmp_path, capsys):
+    model = hf_directories.write(tmp_path / "model")
+    assert convert.main(arguments(model, tmp_path / "out", calib)) == 2
+    assert "there is no tokenizer" in capsys.readouterr().err
+
+
+def test_layers_share_their_compilations(llama, calib, tmp_path):
+    """A second conversion of the same shapes compiles nothing, so neither does a second layer."""
+    assert convert.main(arguments(llama, tmp_path / "a", calib)) == 0
+    compiled = []
+
+    def listen(event, duration, **metadata):
+        compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        jax.jit(lambda x: x + 1)(jnp.zeros(7))
+        heard = len(compiled)
+        assert convert.main(arguments(llama, tmp_path / "b", calib)) == 0
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert any("backend_compile" in event for event in compiled[:heard])
+    assert not [event for event in compiled[heard:] if "backend_compile" in event]

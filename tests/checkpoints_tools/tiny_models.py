@@ -1,0 +1,37 @@
+"""Tiny Hugging Face checkpoints that a whole conversion takes seconds for: weights and a tokenizer."""
+
+from pathlib import Path
+
+import hf_directories
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+TEXT = "The grey cat sat on 17 mats; 3 + 4 = 7, said she. " * 60
+
+
+def tokenizer() -> Tokenizer:
+    """One token for each byte."""
+    letters = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    result = Tokenizer(models.BPE(letters | {"<eos>": 256}, []))
+    result.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    result.decoder = decoders.ByteLevel()
+    return result
+
+
+def encode(text: str) -> list[int]:
+    """Token ids of a text."""
+    return tokenizer().encode(text).ids
+
+
+def write(directory: Path, hf_config: dict = hf_directories.QWEN3, **options) -> Path:
+    """``hf_directories.write`` and a tokenizer with its files."""
+    hf_directories.write(directory, hf_config, **options)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer(), eos_token="<eos>").save_pretrained(directory)
+    (directory / "generation_config.json").write_text('{"eos_token_id": [256, 257]}')
+    return directory
+
+
+def text_file(path: Path) -> Path:
+    """A calibration text."""
+    path.write_text(TEXT)
+    return path
