@@ -1,0 +1,172 @@
+"""The functional core: prefill and decoding as pure functions on pytrees.
+
+A serving stack may call these without anything above them. Whatever a request sets (bits, sampling,
+stop tokens, limits) is an array; only shapes and ``steps`` are static, so a changed request compiles
+nothing. Caches are donated: use the returned one.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from grinqh_jax import apply
+from grinqh_jax.cache import KVCache
+from grinqh_jax.decoder import Decoder, linear_names
+from grinqh_jax.sampling import Sampling, sample
+
+Thresholds = Mapping[str, Float[Array, "b p"]]
+"""Thresholds of every row of the batch, by the linear layer's name (``thresholds.model_thresholds``)."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Grades:
+    """What graded decoding really read; the last axis runs over ``decoder.linear_names``.
+
+    Attributes:
+      bits: float32 ``[..., linears]``, mean bits read per weight, scales (0.125 bits) not counted.
+      saturation: float32 ``[..., linears]``, largest ``|x|`` over the largest met in calibration.
+    """
+
+    bits: Float[Array, "*steps linears"]
+    saturation: Float[Array, "*steps linears"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """What one ``decode_chunk`` generated.
+
+    Attributes:
+      tokens: int32 ``[B, steps]``; row b holds ``counts[b]`` new tokens, then padding.
+      counts: int32 ``[B]``.
+      last: int32 ``[B]``, the last token of every row, which the model has not read yet.
+      done: bool ``[B]``, rows that met a stop token, their limit or the end of the cache.
+      grades: of each step, ``[steps, B, linears]``, valid as far as the tokens; None for dense models.
+    """
+
+    tokens: Int[Array, "b steps"]
+    counts: Int[Array, "b"]
+    last: Int[Array, "b"]
+    done: Bool[Array, "b"]
+    grades: Grades | None
+
+
+@jax.jit(donate_argnames="cache")
+def prefill(
+    model: Decoder, tokens: Int[Array, "b t"], lengths: Int[Array, "b"], cache: KVCache
+) -> tuple[Float[Array, "b v"], KVCache]:
+    """Reads new tokens at full precision, in one pass.
+
+    Args:
+      model: dense or graded.
+      tokens: right-padded with any valid token.
+      lengths: new tokens of each row, at most t, and no more than the cache has room for.
+      cache: of the earlier tokens; a long prompt may come in several calls.
+
+    Returns:
+      float32 logits that follow each row's last new token (meaningless for a row without any), and
+      the cache.
+    """
+    strategy = apply.Dense()
+    positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
+    x, layers = model.hidden(tokens, positions, strategy, cache.layers)
+    last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+    return model.logits(last, strategy), cache.updated(layers, cache.lengths + lengths)
+
+
+def decode_step(
+    model: Decoder,
+    tokens: Int[Array, "b"],
+    cache: KVCache,
+    thresholds: Thresholds | None,
+    active: Bool[Array, "b"] | None = None,
+) -> tuple[Float[Array, "b v"], KVCache, Grades | None]:
+    """Reads one token of every row, graded.
+
+    Args:
+      model: graded; or dense, with ``thresholds=None``.
+      tokens: one per row.
+      cache: of the earlier tokens.
+      thresholds: by layer name.
+      active: rows that advance (all by default). The others stay as they are; their logits mean
+        nothing.
+
+    Returns:
+      float32 logits of the next token, the cache, and grades ``[B, linears]`` (None if dense).
+    """
+    strategy = apply.Dense() if thresholds is None else apply.Graded(thresholds)
+    x, layers = model.hidden(tokens[:, None], cache.lengths[:, None], strategy, cache.layers)
+    logits = model.logits(x[:, 0], strategy)
+    advance = jnp.ones_like(cache.lengths) if active is None else active.astype(jnp.int32)
+    cache = cache.updated(layers, cache.lengths + advance)
+    if thresholds is None:
+        return logits, cache, None
+    return logits, cache, Grades(_by_linear(model, strategy.bits), _by_linear(model, strategy.saturation))
+
+
+@jax.jit(static_argnames="steps", donate_argnames="cache")
+def decode_chunk(
+    model: Decoder,
+    tokens: Int[Array, "b"],
+    done: Bool[Array, "b"],
+    cache: KVCache,
+    thresholds: Thresholds | None,
+    sampling: Sampling,
+    stop_tokens: Int[Array, "e"],
+    limits: Int[Array, "b"],
+    *,
+    steps: int,
+) -> tuple[Chunk, KVCache]:
+    """Generates up to ``steps`` tokens per row without leaving the device.
+
+    Args:
+      model: as in ``decode_step``.
+      tokens: last token of every row, not yet in the cache.
+      done: rows to leave alone.
+      cache: of the tokens before those.
+      thresholds: as in ``decode_step``.
+      sampling: how tokens are chosen.
+      stop_tokens: a row is done when it generates one of these (which is still returned).
+      limits: tokens that each row may generate in this call.
+      steps: room in the result.
+    """
+    batch, linears = len(tokens), len(linear_names(model.config))
+    done |= (limits <= 0) | (cache.lengths >= cache.capacity)
+    grades = None
+    if thresholds is not None:
+        zeros = jnp.zeros((steps, batch, linears), jnp.float32)
+        grades = Grades(zeros, zeros)
+    start = Chunk(jnp.zeros((batch, steps), jnp.int32), jnp.zeros(batch, jnp.int32), tokens, done, grades)
+
+    def unfinished(state):
+        step, chunk, _ = state
+        return (step < steps) & ~jnp.all(chunk.done)
+
+    def generate_one(state):
+        step, chunk, cache = state
+        active = ~chunk.done
+        logits, cache, grades = decode_step(model, chunk.last, cache, thresholds, active)
+        token = jnp.where(active, sample(logits, sampling, cache.lengths), chunk.last)
+        counts = chunk.counts + active
+        stopped = jnp.any(token[:, None] == stop_tokens, axis=-1)
+        done = chunk.done | stopped | (counts >= limits) | (cache.lengths >= cache.capacity)
+        chunk = Chunk(
+            tokens=chunk.tokens.at[:, step].set(token),
+            counts=counts,
+            last=token,
+            done=done,
+            grades=jax.tree.map(lambda kept, new: kept.at[step].set(new), chunk.grades, grades),
+        )
+        return step + 1, chunk, cache
+
+    _, chunk, cache = jax.lax.while_loop(unfinished, generate_one, (0, start, cache))
+    return chunk, cache
+
+
+def _by_linear(model: Decoder, collected: Mapping[str, jax.Array]) -> Float[Array, "b linears"]:
+    columns = [collected[name].reshape(-1) for name in linear_names(model.config)]
+    return jnp.stack(columns, axis=-1)
