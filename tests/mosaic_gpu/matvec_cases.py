@@ -83,10 +83,10 @@ def oracle(x: np.ndarray, weight: NestedWeight, thresholds: np.ndarray) -> tuple
     scales = scales[: weight.in_features, : weight.out_features]
     y = np.zeros((x.shape[0], weight.out_features))
     read = np.zeros(digits.shape[1:])
-    for l in range(1, weight.num_planes + 1):
-        read = read + digits[l - 1] * 4.0 ** -(l - 1)
-        w = scales * (read + 0.5 * 4.0 ** (1 - l) - 2)
-        y += np.where(level == l, x, 0) @ w
+    for planes_read in range(1, weight.num_planes + 1):
+        read = read + digits[planes_read - 1] * 4.0 ** -(planes_read - 1)
+        w = scales * (read + 0.5 * 4.0 ** (1 - planes_read) - 2)
+        y += np.where(level == planes_read, x, 0) @ w
     return y, 2.0 * level.mean(1)
 
 

@@ -1,4 +1,4 @@
-"""The kernel on a real GPU (``pytest -m gpu``): the emulator's cases, larger ones, and its place in a program."""
+"""The kernel on a real GPU (``pytest -m gpu``), and its place in a program."""
 
 import jax
 import jax.numpy as jnp
@@ -58,8 +58,8 @@ def test_nan_and_inf_reach_their_row_and_no_other(bad):
     clean, _ = graded_matvec(x, weight, thresholds, implementation="mosaic_gpu")
     y, _ = graded_matvec(x.at[1, 200].set(bad), weight, thresholds, implementation="mosaic_gpu")
     assert not np.isfinite(np.asarray(y[1])).any()
-    np.testing.assert_array_equal(np.asarray(y[0]), np.asarray(clean[0]))
-    np.testing.assert_array_equal(np.asarray(y[2]), np.asarray(clean[2]))
+    # The bad row lists one more channel, which may change the order of the other rows' float32 sums.
+    np.testing.assert_allclose(np.asarray(y)[[0, 2]], np.asarray(clean)[[0, 2]], atol=1e-4)
 
 
 def test_is_the_default_and_runs_in_a_while_loop_without_copying_weights():

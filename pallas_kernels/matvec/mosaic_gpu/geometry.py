@@ -23,6 +23,9 @@ STEP_BYTES = STEP_ROWS * ROW_BYTES
 TILE_OUTPUT_BYTES = layout.TILE * 4
 """Bytes of one tile of float32 outputs."""
 
+SCALES_BYTES = layout.TILE * 2
+"""Bytes of the scales of one slice in one tile."""
+
 MAX_ROWS = 8
 """Activation rows (batch) that a launch takes."""
 
@@ -146,7 +149,7 @@ class Geometry:
     def plane_bytes(self) -> int:
         return self.stored_k * self.stored_row_bytes
 
-    # --- shared memory: lists | exchange | rings ---------------------------------------------------
+    # --- shared memory: lists | exchange records | scales | rings -----------------------------------
     @property
     def entry_words(self) -> int:
         """Words of one list entry: the row's offset, then two activation rows' values to a word."""
@@ -167,12 +170,16 @@ class Geometry:
 
     @property
     def exchange_bytes(self) -> int:
-        """Bytes of one warp's record: total and peaks while grading, channel counts at the end."""
-        return layout.round_up(4 * (1 + self.rows_per_cta), 16)
+        """Bytes of one warp's record: total and peaks while grading; counts, sums and peaks later."""
+        return layout.round_up(4 * 3 * self.rows_per_cta, 16)
+
+    @property
+    def scales_base(self) -> int:
+        return layout.round_up(self.exchange_base + self.config.warps * self.exchange_bytes, 128)
 
     @property
     def ring_base(self) -> int:
-        return layout.round_up(self.exchange_base + self.config.warps * self.exchange_bytes, 128)
+        return self.scales_base + self.config.warps * SCALES_BYTES
 
     @property
     def ring_bytes(self) -> int:

@@ -22,7 +22,7 @@ Storage, and who reads what
 
 Phases
 ======
-fetch    scales, thresholds and activations from global memory into registers
+fetch    thresholds and activations from global memory into registers; scales on their way to shared memory
 grade    level of each channel and activation row; the slice's largest |x|, its *peak*
 compact  the rows to read, of all planes, as one list in shared memory: (offset of the row, x 4**-f)
 stream   copy listed rows into the ring, `ring_slots - 1` steps ahead ...
@@ -58,6 +58,7 @@ from pallas_kernels import layout
 from pallas_kernels.matvec.mosaic_gpu.geometry import (
     LANES,
     ROW_BYTES,
+    SCALES_BYTES,
     STEP_BYTES,
     STEP_ROWS,
     TILE_OUTPUT_BYTES,
@@ -128,6 +129,8 @@ class Place:
     """The slice's list."""
     exchange: Value
     """The warp's exchange record."""
+    scales: Value
+    """The warp's scales."""
     ring: Value
     """The warp's ring."""
 
@@ -138,8 +141,6 @@ class Operands:
 
     thresholds: list[list[Value]]
     """f32 [row][plane]"""
-    scales: list[list[Value]]
-    """[chunk][2] words: the float16 scales of outputs ``128 chunk + 4 lane + 0..3``."""
     x: list[list[Value]]
     """f32 [row][q], zero in padding."""
     valid: list[Value]
@@ -166,24 +167,30 @@ class Grades:
 
 @dataclasses.dataclass(frozen=True)
 class Listed:
-    """The finished list."""
+    """The finished list, and what the end of the program needs to know of it."""
 
     steps: Value
     """Steps that this warp takes."""
+    counts: list[Value]
+    """i32 [row]: levels of the channels that this warp has graded, summed."""
     sums: list[Value]
-    """i32 [row]: all integers that this warp's lanes have put into the list, summed."""
+    """i32 [row]: all integers that this warp has put into the list, summed."""
+    peaks: list[Value]
+    """f32 [row]: as in ``Grades``."""
 
 
 def graded_matvec_program(isa: Instructions, geometry: Geometry, refs: Refs) -> None:
     """One lane's whole work."""
     place = locate(isa, geometry, refs)
     operands = fetch(isa, geometry, refs, place)
+    copy_scales(isa, geometry, refs, place)
     grades = grade(isa, geometry, place, operands)
     listed = compact(isa, geometry, place, operands, grades)
-    accumulators = stream(isa, geometry, refs, place, listed)
+    park(isa, geometry, place, listed)
+    accumulators = stream(isa, geometry, refs, place, listed.steps)
     for row in range(geometry.rows_per_cta):
-        outputs = combine(isa, place, operands, grades, listed, accumulators, row)
-        reduce(isa, geometry, refs, place, grades, outputs, row)
+        outputs = combine(isa, geometry, place, accumulators, row)
+        reduce(isa, geometry, refs, place, outputs, row)
 
 
 def locate(isa: Instructions, g: Geometry, refs: Refs) -> Place:
@@ -208,15 +215,13 @@ def locate(isa: Instructions, g: Geometry, refs: Refs) -> Place:
         shared=shared,
         list=shared + slice_in_cta * g.list_bytes,
         exchange=shared + g.exchange_base + warp * g.exchange_bytes,
+        scales=shared + g.scales_base + warp * SCALES_BYTES,
         ring=shared + g.ring_base + warp * g.ring_bytes,
     )
 
 
 def fetch(isa: Instructions, g: Geometry, refs: Refs, place: Place) -> Operands:
-    """Starts all loads that do not depend on another one."""
-    stored_slice = isa.select(place.slice < g.slices, place.slice, isa.constant(g.slices - 1))
-    output = place.tile * layout.TILE + (place.lane << 2)
-    scales = isa.global_address(refs.scales) + isa.widen((stored_slice * g.stored_n + output) << 1)
+    """Loads everything that grading needs; no load depends on another one."""
     x, thresholds = isa.global_address(refs.x), isa.global_address(refs.thresholds)
     channels = [first_channel(g, place) + LANES * q for q in range(g.channels_per_lane)]
     valid = [channel < g.in_features for channel in channels]
@@ -239,9 +244,20 @@ def fetch(isa: Instructions, g: Geometry, refs: Refs, place: Place) -> Operands:
         if exists is not None:
             limits = [isa.select(exists, t, isa.constant(float("inf"), "f32")) for t in limits]
         rows_thresholds.append(limits)
-    chunk_bytes = LANES * 4 * 2
-    words = [isa.load_global(scales + chunk_bytes * c, 2) for c in range(layout.TILE // (4 * LANES))]
-    return Operands(thresholds=rows_thresholds, scales=words, x=rows_x, valid=valid)
+    return Operands(thresholds=rows_thresholds, x=rows_x, valid=valid)
+
+
+def copy_scales(isa: Instructions, g: Geometry, refs: Refs, place: Place) -> None:
+    """Starts copying the warp's 512 scales to shared memory; done when the stream has been waited for.
+
+    In registers they would cost the loop 8 of them, and with those the sixth CTA on a multiprocessor.
+    """
+    stored_slice = isa.select(place.slice < g.slices, place.slice, isa.constant(0))
+    first = (stored_slice * g.stored_n + place.tile * layout.TILE) << 1
+    source = isa.global_address(refs.scales) + isa.widen(first + (place.lane << 4))
+    for part in range(SCALES_BYTES // (LANES * COPY_BYTES)):
+        offset = part * LANES * COPY_BYTES
+        isa.copy_async(place.scales + offset + (place.lane << 4), source + offset)
 
 
 def first_channel(g: Geometry, place: Place) -> Value:
@@ -382,7 +398,16 @@ def compact(isa: Instructions, g: Geometry, place: Place, operands: Operands, gr
         steps = (steps - place.part + (parts - 1)) // parts
     else:
         isa.warp_barrier()
-    return Listed(steps=steps, sums=[isa.reduce_add(s) for s in sums])
+    return Listed(
+        steps=steps, counts=grades.counts, sums=[isa.reduce_add(s) for s in sums], peaks=grades.peaks
+    )
+
+
+def park(isa: Instructions, g: Geometry, place: Place, listed: Listed) -> None:
+    """Leaves counts, sums and peaks in the exchange record: the loop needs the registers."""
+    peaks = [isa.float_to_bits(p) for p in listed.peaks]
+    with isa.when(place.lane.equals(0)):
+        store_words(isa, place.exchange, [*listed.counts, *listed.sums, *peaks])
 
 
 def padding_offset(isa: Instructions, g: Geometry, place: Place) -> Value:
@@ -403,8 +428,8 @@ def store_entry(
     isa.store_shared(address, words, where)
 
 
-def stream(isa: Instructions, g: Geometry, refs: Refs, place: Place, listed: Listed) -> list[Value]:
-    """Copies and multiplies the warp's steps; int32 accumulators ``[row][half][position][4]``, flat."""
+def stream(isa: Instructions, g: Geometry, refs: Refs, place: Place, steps: Value) -> list[Value]:
+    """Copies and multiplies the warp's ``steps``; int32 accumulators ``[row][half][position][4]``, flat."""
     slots = g.config.ring_slots
     planes = isa.global_address(refs.planes)
     step_list_bytes = STEP_ROWS * g.entry_bytes
@@ -432,7 +457,7 @@ def stream(isa: Instructions, g: Geometry, refs: Refs, place: Place, listed: Lis
         isa.wait_copies(slots - 2)
         isa.warp_barrier()  # The step's data is visible, and the slot of the last step is free.
         ahead = step + (slots - 1)
-        with isa.when(ahead < listed.steps):
+        with isa.when(ahead < steps):
             copy_step(ahead, (ahead & (slots - 1)) * STEP_BYTES)
         isa.commit_copies()
         slot = take_from + (step & (slots - 1)) * STEP_BYTES
@@ -441,12 +466,13 @@ def stream(isa: Instructions, g: Geometry, refs: Refs, place: Place, listed: Lis
         return multiply(isa, g, accumulators, even, odd, entries, selectors)
 
     for d in range(slots - 1):
-        with isa.when(isa.constant(d) < listed.steps):
+        with isa.when(isa.constant(d) < steps):
             copy_step(isa.constant(d), isa.constant(d * STEP_BYTES))
         isa.commit_copies()
     zeros = [isa.constant(0)] * (32 * g.rows_per_cta)
-    accumulators = isa.loop(listed.steps, zeros, body)
+    accumulators = isa.loop(steps, zeros, body)
     isa.wait_copies(0)
+    isa.warp_barrier()  # The scales are visible, the ring is free.
     return accumulators
 
 
@@ -505,13 +531,7 @@ def accumulator(row: int, half: int, position: int) -> int:
 
 
 def combine(
-    isa: Instructions,
-    place: Place,
-    operands: Operands,
-    grades: Grades,
-    listed: Listed,
-    accumulators: list[Value],
-    row: int,
+    isa: Instructions, g: Geometry, place: Place, accumulators: list[Value], row: int
 ) -> list[list[Value]]:
     """f32 ``[chunk][4]``: this lane's outputs ``128 chunk + 4 lane + 0..3``, scaled, of this warp alone.
 
@@ -519,8 +539,10 @@ def combine(
     of low bytes of the same outputs. Each keeps one word group's and swaps the other's with lane ^ 2.
     """
     has_high = (place.lane & 3) < 2
-    grid = grades.peaks[row] * (1.0 / PEAK_CODE)
-    middle = isa.int_to_float(listed.sums[row]) * -MEAN_DIGIT
+    (sum_of_codes,) = isa.load_shared(place.exchange + 4 * (g.rows_per_cta + row))
+    (peak,) = isa.load_shared(place.exchange + 4 * (2 * g.rows_per_cta + row), kind="f32")
+    grid = peak * (1.0 / PEAK_CODE)
+    middle = isa.int_to_float(sum_of_codes) * -MEAN_DIGIT
     sums: dict[tuple[int, int], Value] = {}
     for half in range(2):
         for p in range(4):
@@ -538,27 +560,18 @@ def combine(
                     isa.multiply_add(digits, place_value, middle) * grid
                 )
     outputs = []
-    for chunk, words in enumerate(operands.scales):
+    for chunk in range(layout.TILE // (4 * LANES)):
+        words = isa.load_shared(place.scales + chunk * (4 * LANES * 2) + (place.lane << 3), 2)
         scales = [isa.half_to_float(w, which) for w in words for which in ("low", "high")]
         outputs.append([sums[chunk, i] * scales[i] for i in range(4)])
     return outputs
 
 
 def reduce(
-    isa: Instructions,
-    g: Geometry,
-    refs: Refs,
-    place: Place,
-    grades: Grades,
-    outputs: list[list[Value]],
-    row: int,
+    isa: Instructions, g: Geometry, refs: Refs, place: Place, outputs: list[list[Value]], row: int
 ) -> None:
     """Sums one activation row over the CTA's warps, in their order, and writes the partial sum."""
-    if row == 0:
-        isa.warp_barrier()  # The ring is free.
-        with isa.when(place.lane.equals(0)):
-            store_words(isa, place.exchange, grades.counts)
-    else:
+    if row:
         isa.block_barrier()  # The sums of the previous row have been read.
     chunk_bytes = LANES * 16
     for chunk, values in enumerate(outputs):
