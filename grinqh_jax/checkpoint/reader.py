@@ -1,6 +1,7 @@
 """Loading a checkpoint: everything is compared with its description before any of it is used."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from grinqh_jax.decoder import Decoder, abstract_tree
 from grinqh_jax.errors import CheckpointError, UsageError
 
 CONFIG = "config.json"
+READ_AHEAD_BYTES = 1 << 28
+"""Bytes that may be between disk and device while loading, unless one array is larger than half of it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,8 +137,12 @@ def _restore(
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings.get(name, here))
         for name, leaf in wished.items()
     }
+    context = ocp.Context()
+    largest = max(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in wished.values())
+    context.memory.read_concurrent_bytes = max(READ_AHEAD_BYTES, 2 * largest)
     try:
-        tree = ocp.load(directory.absolute(), traverse_util.unflatten_dict(abstract, sep="."))
+        with context:
+            tree = ocp.load(directory.absolute(), traverse_util.unflatten_dict(abstract, sep="."))
     except (
         Exception
     ) as error:  # whatever Orbax and TensorStore raise, the files are what they were written as

@@ -5,7 +5,7 @@ import zlib
 
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
+from flax import nnx, traverse_util
 
 from grinqh_jax.checkpoint import QuantizationConfig, Writer
 from grinqh_jax.config import ModelConfig
@@ -27,7 +27,6 @@ HF_CONFIG = {
     "max_position_embeddings": 64,
 }
 QUANTIZATION = QuantizationConfig(max_bits=4, targets=(1.0, 2.0, 3.0, 4.0), provenance={"quantizer": "rtn"})
-PARTS = ("embed", "layers", "norm", "lm_head")
 
 
 def random_tree(hf_config: dict = HF_CONFIG, quantization: QuantizationConfig = QUANTIZATION) -> dict:
@@ -42,6 +41,22 @@ def random_tree(hf_config: dict = HF_CONFIG, quantization: QuantizationConfig = 
         else:
             tree[name] = np.asarray(rng.uniform(0.01, 0.2, leaf.shape)).astype(leaf.dtype)
     return traverse_util.unflatten_dict(tree, sep=".")
+
+
+def leaves_of(model) -> dict[str, np.ndarray]:
+    """Dotted name -> array of a model's state (NNX counts layers with integers, files with strings)."""
+    state = traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(model)))
+    return {".".join(map(str, path)): np.asarray(array) for path, array in state.items()}
+
+
+def assert_same(model, tree: dict) -> None:
+    """The model holds the tree's leaves: same names, same dtypes, same values."""
+    expected = traverse_util.flatten_dict(tree, sep=".")
+    found = leaves_of(model)
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype, name
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
 
 
 def write(path, tree: dict | None = None, **options):

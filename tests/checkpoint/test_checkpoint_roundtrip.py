@@ -1,0 +1,153 @@
+"""What is written is what is read; what is not a checkpoint is refused with the right remedy."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tiny_checkpoint import HF_CONFIG, QUANTIZATION, assert_same, random_tree, write
+
+from grinqh_jax.checkpoint import QuantizationConfig, load
+from grinqh_jax.checkpoint.manifest import Manifest
+from grinqh_jax.config import ModelConfig
+from grinqh_jax.errors import CheckpointError, UsageError
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("roundtrip") / "tiny")
+
+
+@pytest.fixture
+def own_checkpoint(tmp_path):
+    """One that the test may damage."""
+    return write(tmp_path / "tiny")
+
+
+def rewrite(checkpoint, leaves=lambda leaves: leaves, config=lambda config: config):
+    """Changes the description of a checkpoint consistently: all checksums of files are right after."""
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps(config(json.loads(path.read_text()))))
+    Manifest.of_directory(checkpoint, leaves(dict(Manifest.read(checkpoint).leaves))).write(checkpoint)
+
+
+def test_round_trip(checkpoint):
+    loaded = load(checkpoint)
+    assert loaded.config == ModelConfig.from_hf(HF_CONFIG)
+    assert loaded.quantization == QUANTIZATION
+    assert loaded.directory == checkpoint
+    assert_same(loaded.model, random_tree())
+
+
+def test_other_files_come_along(checkpoint):
+    assert json.loads((checkpoint / "generation_config.json").read_text()) == {"eos_token_id": [1, 2]}
+    assert json.loads((checkpoint / "tokenizer.json").read_text()) == {"model": "none"}
+    config = json.loads((checkpoint / "config.json").read_text())
+    assert config.pop("quantization_config") == QUANTIZATION.to_json()
+    assert config == HF_CONFIG
+
+
+def test_compute_dtype(checkpoint):
+    assert load(checkpoint).model.compute_dtype == jnp.float32  # this is a CPU
+    assert load(checkpoint, jnp.bfloat16).model.compute_dtype == jnp.bfloat16
+
+
+def test_shardings_are_honoured_and_their_names_checked(checkpoint):
+    mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, None, "model"))
+    model = load(checkpoint, shardings={"lm_head.planes": sharding}).model
+    assert model.lm_head.planes[...].sharding == sharding
+    with pytest.raises(UsageError, match=r"lm_head\.plane$"):
+        load(checkpoint, shardings={"lm_head.plane": sharding})
+
+
+def test_all_mismatches_are_in_one_message(own_checkpoint):
+    def change(leaves):
+        leaves["layers.0.o.planes"] = dataclasses.replace(leaves["layers.0.o.planes"], shape=(3, 128, 32))
+        leaves["layers.0.qkv.scales"] = dataclasses.replace(leaves["layers.0.qkv.scales"], dtype="float32")
+        leaves["layers.7.o.planes"] = leaves.pop("layers.0.down.planes")
+        return leaves
+
+    rewrite(own_checkpoint, leaves=change, config=lambda config: config | {"vocab_size": 47})
+    (own_checkpoint / "tokenizer.json").unlink()
+    (own_checkpoint / "generation_config.json").write_text('{"eos_token_id": [1, 3]}')
+    (own_checkpoint / "state" / "stray").touch()
+    with pytest.raises(CheckpointError) as caught:
+        load(own_checkpoint)
+    message = str(caught.value)
+    assert "\n" not in message
+    for expected in (
+        "layers.0.o.planes has shape [3, 128, 32], expected [2, 128, 32]",
+        "layers.0.qkv.scales has dtype float32, expected float16",
+        "layers.7.o.planes is unknown to this model",
+        "layers.0.down.planes is missing",
+        "embed.embedding has shape [48, 32], expected [47, 32]",
+        "tokenizer.json is missing",
+        "generation_config.json has checksum",
+        "state/stray does not belong here",
+    ):
+        assert expected in message
+
+
+def test_arrays_that_differ_from_their_checksum(own_checkpoint):
+    def change(leaves):
+        leaves["norm.scale"] = dataclasses.replace(leaves["norm.scale"], checksum="crc32:00000000")
+        return leaves
+
+    rewrite(own_checkpoint, leaves=change)
+    with pytest.raises(CheckpointError, match=r"norm\.scale was written as"):
+        load(own_checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"version": 2}, "version is 2, this grinqh-jax reads 1; install a newer"),
+        ({"version": "one"}, "version is 'one'"),
+        ({"version": True}, "version is True"),
+        ({"quant_method": "gptq"}, "quant_method is 'gptq', expected 'grinqh'; convert the original"),
+        ({"max_bits": 3, "targets": 5}, "max_bits must be 2, 4, 6 or 8, not 3; targets must be a list"),
+        ({"targets": [1.0, 2.0, 4.0]}, "equal steps"),
+        ({"targets": [1.0, 10**400]}, "from 0 to 8"),
+        ({"targets": [1.0, 2.0, 3.0]}, "end at max_bits"),
+        ({"surprise": 1}, "surprise is unknown"),
+    ],
+)
+def test_quantization_config_of_another_kind(own_checkpoint, entry, message):
+    rewrite(
+        own_checkpoint,
+        config=lambda c: c | {"quantization_config": c["quantization_config"] | entry},
+    )
+    with pytest.raises(CheckpointError) as caught:
+        load(own_checkpoint)
+    assert message in str(caught.value)
+
+
+def test_quantization_config_refuses_what_it_could_not_read_back():
+    with pytest.raises(CheckpointError, match="max_bits"):
+        QuantizationConfig(max_bits=5, targets=(1.0, 5.0))
+
+
+def test_what_is_not_a_checkpoint(tmp_path):
+    def message(path) -> str:
+        with pytest.raises(CheckpointError) as caught:
+            load(path)
+        assert str(path) in str(caught.value)
+        return str(caught.value)
+
+    assert "no such directory" in message(tmp_path / "nothing")
+    directory = tmp_path / "model"
+    directory.mkdir()
+    assert "config.json is missing" in message(directory)
+    (directory / "config.json").write_text(json.dumps(HF_CONFIG))
+    assert "convert the original model again" in message(directory)
+    (directory / "pytorch_model.bin").touch()
+    assert "pickled .bin weights" in message(directory)
+    (directory / "model.safetensors").touch()
+    assert f"python -m checkpoints_tools.convert --model {directory}" in message(directory)
+    (directory / "config.json").write_text("[1, 2")
+    assert "not valid JSON" in message(directory)
+    (directory / "config.json").write_text("[1, 2]")
+    assert "holds a list, expected an object" in message(directory)
+    assert "is not a directory" in message(directory / "config.json")

@@ -1,0 +1,156 @@
+"""The writer: whole or not there, resumed after a kill, never mixing two conversions."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_checkpoint import HF_CONFIG, QUANTIZATION, assert_same, random_tree, write
+
+from grinqh_jax.checkpoint import Writer, load
+from grinqh_jax.errors import CheckpointError
+
+HERE = Path(__file__).parent
+KILLED_WRITER = """
+import os, signal, sys
+from pathlib import Path
+from tiny_checkpoint import write
+
+left = int(sys.argv[2])
+count = 0
+EVENTS = {"os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir", "shutil.copyfile", "shutil.rmtree"}
+
+
+def watch(event, args):
+    global count
+    if event in EVENTS or (event == "open" and isinstance(args[2], int) and args[2] & os.O_CREAT):
+        count += 1
+        if count == left:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+sys.addaudithook(watch)
+write(Path(sys.argv[1]))
+print(count)
+"""
+
+
+def run_writer(path: Path, kill_at: int) -> subprocess.CompletedProcess:
+    """Writes the tiny checkpoint in a process that kills itself at its n-th change of the file system."""
+    paths = os.pathsep.join([str(HERE), str(HERE.parents[1])])
+    return subprocess.run(
+        [sys.executable, "-c", KILLED_WRITER, str(path), str(kill_at)],
+        env=os.environ | {"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_killed_writers_leave_nothing_that_loads_and_the_next_one_goes_on(tmp_path):
+    whole = run_writer(tmp_path / "whole", kill_at=0)
+    assert whole.returncode == 0, whole.stderr
+    operations = int(whole.stdout)
+    path = tmp_path / "killed"
+    # In turn, each going on where the last one stopped: while parts are written, while they are merged,
+    # while the checkpoint is moved into place.
+    for share in (0.15, 0.45, 0.3, 0.5, 0.6):
+        killed = run_writer(path, kill_at=int(share * operations))
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert not path.exists()
+        with pytest.raises(CheckpointError, match="unfinished"):
+            load(path)
+        with pytest.raises(CheckpointError, match="unfinished"):
+            load(path.with_name("killed.partial"))
+    with Writer(path, fingerprint="tiny") as writer:
+        assert writer.parts, "the killed writers got no part done: kill them later"
+    assert_same(load(write(path)).model, random_tree())
+    assert sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir()) == ["killed", "whole"]
+
+
+def test_parts_that_are_there_are_not_written_again(tmp_path):
+    tree = random_tree()
+    with Writer(tmp_path / "out", fingerprint="tiny") as writer:
+        writer.save_part("embed", {"embed": tree["embed"]})
+    with Writer(tmp_path / "out", fingerprint="tiny") as writer:
+        assert writer.parts == {"embed"}
+        with pytest.raises(CheckpointError, match="part embed has been written already"):
+            writer.save_part("embed", {"embed": tree["embed"]})
+        with pytest.raises(CheckpointError, match=r"embed\.embedding has been written already"):
+            writer.save_part("again", {"embed": tree["embed"]})
+        assert writer.parts == {"embed"}
+
+
+def test_a_partial_directory_of_another_conversion(tmp_path):
+    with Writer(tmp_path / "out", fingerprint="one") as writer:
+        writer.save_part("embed", {"embed": random_tree()["embed"]})
+    with pytest.raises(CheckpointError, match=r"another model or with other options; .*--force"):
+        Writer(tmp_path / "out", fingerprint="two")
+    with Writer(tmp_path / "out", fingerprint="two", overwrite=True) as writer:
+        assert writer.parts == frozenset()
+
+
+def test_only_one_process_writes(tmp_path):
+    with (
+        Writer(tmp_path / "out", fingerprint="tiny"),
+        pytest.raises(CheckpointError, match="being written by another process"),
+    ):
+        Writer(tmp_path / "out", fingerprint="tiny")
+    Writer(tmp_path / "out", fingerprint="tiny").close()
+
+
+def test_a_finished_checkpoint_is_replaced_only_when_asked(tmp_path):
+    path = write(tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"exists; .*--force"):
+        Writer(path, fingerprint="tiny")
+    tree = random_tree()
+    tree["norm"]["scale"] = tree["norm"]["scale"] * 2
+    with Writer(path, fingerprint="tiny", overwrite=True) as writer:
+        for part in tree:
+            writer.save_part(part, {part: tree[part]})
+        assert_same(load(path).model, random_tree())  # the old one stays until the new one is whole
+        writer.finalize(HF_CONFIG, QUANTIZATION)
+    assert_same(load(path).model, tree)
+    assert [entry.name for entry in tmp_path.iterdir() if entry.is_dir()] == ["out"]
+
+
+def test_a_directory_that_is_no_checkpoint_is_never_replaced(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").touch()
+    with pytest.raises(CheckpointError, match="not a GRINQH checkpoint"):
+        Writer(tmp_path / "out", fingerprint="tiny", overwrite=True)
+
+
+def test_values_that_no_model_can_have(tmp_path):
+    scale = np.array([1.0, np.nan], np.float32)
+    with (
+        Writer(tmp_path / "out", fingerprint="tiny") as writer,
+        pytest.raises(CheckpointError, match=r"norm\.scale holds NaN or Inf"),
+    ):
+        writer.save_part("norm", {"norm": {"scale": scale}})
+
+
+def test_an_incomplete_tree_is_not_sealed(tmp_path):
+    tree = random_tree()
+    with Writer(tmp_path / "out", fingerprint="tiny") as writer:
+        writer.save_part("norm", {"norm": tree["norm"], "extra": {"scale": tree["norm"]["scale"]}})
+        with pytest.raises(CheckpointError) as caught:
+            writer.finalize(HF_CONFIG, QUANTIZATION)
+    for expected in ("embed.embedding is missing", "lm_head.planes is missing", "extra.scale is unknown"):
+        assert expected in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_copied_files_do_not_replace_the_checkpoints_own(tmp_path):
+    (tmp_path / "config.json").touch()
+    tree = random_tree()
+    with Writer(tmp_path / "out", fingerprint="tiny") as writer:
+        for part in tree:
+            writer.save_part(part, {part: tree[part]})
+        with pytest.raises(CheckpointError, match="its name is taken"):
+            writer.finalize(HF_CONFIG, QUANTIZATION, [tmp_path / "config.json"])
+        writer.finalize(HF_CONFIG, QUANTIZATION)
+    assert_same(load(tmp_path / "out").model, tree)
