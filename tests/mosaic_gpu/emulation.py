@@ -1,0 +1,37 @@
+"""Runs the lane program on the numpy emulator."""
+
+import numpy as np
+
+from pallas_kernels import NestedWeight, layout
+from pallas_kernels.matvec.mosaic_gpu import Config
+from pallas_kernels.matvec.mosaic_gpu.emulator import NumpyInstructions
+from pallas_kernels.matvec.mosaic_gpu.geometry import Geometry
+from pallas_kernels.matvec.mosaic_gpu.program import Refs, graded_matvec_program
+
+
+def emulate(x, weight: NestedWeight, thresholds, config: Config) -> tuple[np.ndarray, np.ndarray]:
+    """``(y, realised bits)`` as ``graded_matvec`` returns them; fails if an output is left unwritten."""
+    stored_k, stored_n = layout.padded_shape(weight.in_features, weight.out_features)
+    geometry = Geometry(
+        in_features=weight.in_features,
+        stored_k=stored_k,
+        stored_n=stored_n,
+        planes=weight.num_planes,
+        rows=x.shape[0],
+        x_dtype=x.dtype.name,
+        config=config,
+    )
+    isa = NumpyInstructions(
+        blocks=geometry.blocks, threads=geometry.threads, shared_bytes=geometry.shared_bytes
+    )
+    unwritten = np.float32(12345.678)
+    partials = np.full((geometry.slice_groups, geometry.rows, stored_n), unwritten)
+    counts = np.full((geometry.slice_groups, geometry.rows), -1, np.int32)
+    inputs = [np.array(a) for a in (x, thresholds, weight.planes, weight.scales)]
+    refs = Refs(*(isa.array(a) for a in (*inputs, partials, counts)), shared=None)
+    graded_matvec_program(isa, geometry, refs)
+    isa.finish()
+    assert not (partials == unwritten).any()
+    assert (counts >= 0).all()
+    y = partials.astype(np.float64).sum(0)[:, : weight.out_features]
+    return y, counts.sum(0) * (2 / weight.in_features)

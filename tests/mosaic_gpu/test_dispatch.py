@@ -1,0 +1,127 @@
+"""When the kernel is chosen, what it says when it is not, which tuning it gets, and that it lowers for GPUs
+that are not here."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType
+from matvec_cases import Case
+
+from pallas_kernels import NestedWeight, graded_matvec
+from pallas_kernels.matvec import choose
+from pallas_kernels.matvec.mosaic_gpu import Config, geometry, kernel, supports, tuning
+
+SHAPES = [(1024, 1024), (2048, 8192), (4096, 24576), (5120, 151936), (300, 700), (64, 100)]
+GPUS = [("NVIDIA H200", 132), ("NVIDIA GeForce RTX 4090", 128)]
+
+needs_mosaic = pytest.mark.skipif(
+    jax.__version_info__ < kernel.OLDEST_JAX, reason="the kernel needs jax >= 0.11.2"
+)
+
+
+def compiling_for(kind: str, multiprocessors: int, platform: str = "gpu"):
+    """A context in which programs are lowered for a device that is not here."""
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=multiprocessors, platform=platform)
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), (AxisType.Explicit,), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+def abstract_arguments(in_features, out_features, rows=1, max_bits=8, dtype="bfloat16"):
+    return (
+        jax.ShapeDtypeStruct((rows, in_features), dtype),
+        NestedWeight.abstract(in_features, out_features, max_bits),
+        jax.ShapeDtypeStruct((rows, max_bits // 2), jnp.float32),
+    )
+
+
+@needs_mosaic
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu[0])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("rows", "max_bits", "dtype"), [(1, 8, "float32"), (3, 4, "bfloat16"), (8, 6, "float16")]
+)
+def test_lowers_for(gpu, shape, rows, max_bits, dtype):
+    arguments = abstract_arguments(*shape, rows, max_bits, dtype)
+    with compiling_for(*gpu):
+        assert choose(*arguments[:2]) == "mosaic_gpu"
+        lowered = jax.jit(graded_matvec).trace(*arguments).lower(lowering_platforms=("cuda",))
+    text = lowered.as_text()
+    assert "mosaic_gpu" in text
+    assert "tensor<i8>" not in text  # no copy of the planes into another type
+
+
+@needs_mosaic
+def test_lowers_inside_a_while_loop():
+    def three_times(x, weight, thresholds):
+        def step(carry):
+            i, x = carry
+            return i + 1, graded_matvec(x, weight, thresholds)[0].astype(x.dtype)
+
+        return jax.lax.while_loop(lambda carry: carry[0] < 3, step, (0, x))
+
+    with compiling_for(*GPUS[0]):
+        jax.jit(three_times).trace(*abstract_arguments(512, 512)).lower(lowering_platforms=("cuda",))
+
+
+@needs_mosaic
+def test_declines_with_a_reason():
+    x, weight, _ = abstract_arguments(256, 512)
+    with compiling_for("NVIDIA H200", 132):
+        assert supports(x, weight) is None
+        nine = jax.ShapeDtypeStruct((9, 256), jnp.float32)
+        assert supports(nine, weight) == "takes 1 to 8 rows, not 9"
+        huge = abstract_arguments(65536, 131072)
+        assert "addresses at most 4294967296 bytes" in supports(*huge[:2])
+    with compiling_for("AMD Instinct MI300X", 304):
+        assert supports(x, weight) == "needs an NVIDIA GPU, the device is AMD Instinct MI300X"
+    with compiling_for("TPU v6 lite", 1, "tpu"):
+        assert supports(x, weight) == "needs an NVIDIA GPU, the device is tpu"
+
+
+def test_declines_an_old_jax(monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 1))
+    x, weight, _ = abstract_arguments(256, 512)
+    assert supports(x, weight).startswith("needs jax >= 0.11.2, this is ")
+
+
+@dataclasses.dataclass
+class OldGpu:
+    platform: str = "gpu"
+    device_kind: str = "NVIDIA Tesla V100"
+    compute_capability: str = "7.0"
+
+
+def test_declines_an_old_gpu(monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", kernel.OLDEST_JAX)
+    monkeypatch.setattr(kernel, "_target_device", OldGpu)
+    x, weight, _ = abstract_arguments(256, 512)
+    assert supports(x, weight) == "needs compute capability 8.0 or later, NVIDIA Tesla V100 has 7.0"
+
+
+def test_a_cpu_runs_xla_and_asking_for_the_kernel_says_why_not():
+    x, weight, thresholds = Case(64, 64).arrays()
+    assert choose(x, weight) == "xla"
+    with pytest.raises(NotImplementedError, match=r"mosaic_gpu: needs (an NVIDIA GPU|jax)"):
+        graded_matvec(x, weight, thresholds, implementation="mosaic_gpu")
+
+
+def test_measured_configurations_win_over_the_rule():
+    best = tuning.best_config(4096, 24576, device_kind="NVIDIA H200", multiprocessors=132)
+    assert best == Config(warpgroups=1, warps_per_slice=2, ring_slots=4)
+    assert tuning._measured()["NVIDIA H200"]
+
+
+@pytest.mark.parametrize("multiprocessors", [60, 114, 128, 132])
+@pytest.mark.parametrize("k", [128, 1024, 4096, 14336])
+@pytest.mark.parametrize("n", [512, 4096, 28672, 152064])
+def test_the_rule_gives_grids_that_fit(k, n, multiprocessors):
+    config = tuning.rule(k, n, multiprocessors)
+    for rows in (1, 4, 8):
+        sizes = geometry.Geometry(
+            in_features=k, stored_k=k, stored_n=n, planes=4, rows=rows, x_dtype="bfloat16", config=config
+        )
+        assert sizes.shared_bytes <= geometry.SHARED_BYTES_LIMIT
+        assert sizes.blocks * config.slices_per_cta * 512 >= k // 128 * n
+        assert sizes.row_groups * sizes.rows_per_cta >= rows

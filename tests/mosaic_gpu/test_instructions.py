@@ -1,0 +1,250 @@
+"""Every instruction of the emulator against its specification, and what the emulator must refuse."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from pallas_kernels.matvec.mosaic_gpu.emulator import EmulationError, LaneValue, NumpyInstructions
+from pallas_kernels.matvec.mosaic_gpu.instructions import Instructions
+
+WARPS = 2
+THREADS = 32 * WARPS
+
+
+@pytest.fixture
+def isa():
+    return NumpyInstructions(blocks=1, threads=THREADS, shared_bytes=4096)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def integers(rng) -> LaneValue:
+    return LaneValue(rng.integers(-(2**31), 2**31, THREADS).astype(np.int32), "i32")
+
+
+def floats(rng) -> LaneValue:
+    return LaneValue(rng.standard_normal(THREADS).astype(np.float32), "f32")
+
+
+def test_the_emulator_has_every_instruction():
+    assert not NumpyInstructions.__abstractmethods__
+    assert len(Instructions.__abstractmethods__) > 30
+
+
+@pytest.mark.parametrize(
+    ("operation", "expected"),
+    [
+        (lambda a, b: a + b, lambda a, b: a + b),
+        (lambda a, b: a - b, lambda a, b: a - b),
+        (lambda a, b: a * b, lambda a, b: a * b),
+        (lambda a, b: a & b, lambda a, b: a & b),
+        (lambda a, b: a | b, lambda a, b: a | b),
+        (lambda a, b: a ^ b, lambda a, b: a ^ b),
+        (lambda a, b: a << 3, lambda a, b: a << 3),
+        (lambda a, b: a >> 3, lambda a, b: (a % 2**32) >> 3),
+        (lambda a, b: a // b, lambda a, b: (a % 2**32) // (b % 2**32)),
+        (lambda a, b: a % b, lambda a, b: (a % 2**32) % (b % 2**32)),
+    ],
+)
+def test_integer_arithmetic_wraps_at_32_bits(rng, operation, expected):
+    a, b = integers(rng), integers(rng)
+    exact = expected(a.data.astype(object), b.data.astype(object))
+    np.testing.assert_array_equal(operation(a, b).data.view(np.uint32), [int(v) % 2**32 for v in exact])
+
+
+def test_comparisons_are_signed_and_false_on_nan(isa):
+    a = LaneValue(np.where(np.arange(THREADS) < 2, -1, 1), "i32")
+    assert (a < 0).data.sum() == 2
+    assert (a >= 0).data.sum() == THREADS - 2
+    assert a.equals(-1).data.sum() == 2
+    nan = isa.constant(np.nan, "f32")
+    assert not (nan < 1.0).data.any()
+    assert not (nan >= 1.0).data.any()
+    assert (~(nan < 1.0)).data.all()
+
+
+def test_select_and_conversions(isa, rng):
+    a, b = integers(rng), integers(rng)
+    np.testing.assert_array_equal(isa.select(a < b, a, b).data, np.minimum(a.data, b.data))
+    np.testing.assert_array_equal(isa.float_to_bits(isa.bits_to_float(a)).data, a.data)
+    np.testing.assert_array_equal(isa.int_to_float(a).data, a.data.astype(np.float32))
+    np.testing.assert_array_equal(isa.widen(a).data, a.data.astype(np.int64) % 2**32)
+    halves = rng.standard_normal((THREADS, 2)).astype(np.float16)
+    word = LaneValue(halves.view(np.int32)[:, 0], "i32")
+    np.testing.assert_array_equal(isa.half_to_float(word, "low").data, halves[:, 0])
+    np.testing.assert_array_equal(isa.half_to_float(word, "high").data, halves[:, 1])
+
+
+def test_float_instructions(isa, rng):
+    a, b, c = floats(rng), floats(rng), floats(rng)
+    np.testing.assert_array_equal(isa.absolute(a).data, np.abs(a.data))
+    exact = a.data.astype(np.float64) * b.data + c.data
+    np.testing.assert_array_equal(isa.multiply_add(a, b, c).data, exact.astype(np.float32))
+    np.testing.assert_allclose(isa.divide(a, b).data, a.data / b.data, rtol=3e-7)
+    for data, expected in ((np.nan, np.nan), (-np.inf, np.inf)):
+        np.testing.assert_array_equal(isa.absolute(isa.constant(data, "f32")).data, np.float32(expected))
+
+
+def test_maximum_orders_numbers_infinity_and_nan(isa):
+    ordered = [isa.float_to_bits(isa.constant(v, "f32")) for v in (0.0, 1e-30, 1.0, np.inf, np.nan)]
+    for small, large in itertools.pairwise(ordered):
+        np.testing.assert_array_equal(isa.maximum(small, large).data, large.data)
+        np.testing.assert_array_equal(isa.maximum(large, small).data, large.data)
+
+
+def test_permute_bytes(isa):
+    low, high = isa.constant(0x33221100), isa.constant(0x77665544)
+    assert (isa.permute_bytes(low, high, 0x3210).data == 0x33221100).all()
+    assert (isa.permute_bytes(low, high, 0x7654).data == 0x77665544).all()
+    assert (isa.permute_bytes(low, high, 0x0417).data == 0x00441177).all()
+
+
+def test_warp_exchanges(isa, rng):
+    a = LaneValue(rng.integers(0, 1000, THREADS), "i32")
+    warps = a.data.reshape(WARPS, 32)
+    np.testing.assert_array_equal(isa.shuffle_xor(a, 2).data, warps[:, np.arange(32) ^ 2].reshape(-1))
+    np.testing.assert_array_equal(isa.broadcast(a, 31).data, np.repeat(warps[:, 31], 32))
+    np.testing.assert_array_equal(isa.prefix_sum(a).data, np.cumsum(warps, 1).reshape(-1))
+    np.testing.assert_array_equal(isa.reduce_max(a).data, np.repeat(warps.max(1), 32))
+    np.testing.assert_array_equal(isa.reduce_add(a).data, np.repeat(warps.sum(1), 32))
+
+
+def test_matrix_multiply_add_follows_the_fragment_layout(isa, rng):
+    a = rng.integers(0, 256, (WARPS, 16, 32))
+    b = rng.integers(-128, 128, (WARPS, 32, 8))
+    c = rng.integers(-1000, 1000, (WARPS, 16, 8))
+    warp, lane = np.divmod(np.arange(THREADS), 32)
+    row, column = lane // 4, lane % 4
+    byte = np.arange(4)
+
+    def word(bytes_):
+        return LaneValue(bytes_.astype(np.uint8).copy().view(np.int32)[:, 0], "i32")
+
+    places = ((0, 0), (1, 0), (0, 1), (1, 1))
+    a_registers = [
+        word(a[warp[:, None], (row + 8 * i)[:, None], (4 * column + 16 * j)[:, None] + byte])
+        for i, j in places
+    ]
+    b_registers = [
+        word(b[warp[:, None], (4 * column + 16 * j)[:, None] + byte, row[:, None]]) for j in (0, 1)
+    ]
+    c_places = ((0, 0), (0, 1), (1, 0), (1, 1))
+    c_registers = [LaneValue(c[warp, row + 8 * i, 2 * column + j], "i32") for i, j in c_places]
+    out = isa.matrix_multiply_add(c_registers, a_registers, b_registers)
+    expected = a @ b + c
+    for register, (i, j) in zip(out, c_places, strict=True):
+        np.testing.assert_array_equal(register.data, expected[warp, row + 8 * i, 2 * column + j])
+
+
+def test_global_memory(isa, rng):
+    source = rng.integers(0, 2**31, 4 * THREADS).astype(np.int32)
+    target = np.zeros_like(source)
+    thread = isa.thread_index()
+    words = isa.load_global(isa.global_address(isa.array(source)) + isa.widen(thread << 4), 4)
+    isa.store_global(isa.global_address(isa.array(target)) + isa.widen(thread << 4), words)
+    np.testing.assert_array_equal(target, source)
+    halves = isa.load_global_16(isa.global_address(1) + isa.widen(thread << 1))
+    np.testing.assert_array_equal(halves.data, source.view(np.uint16)[:THREADS])
+
+
+def test_shared_memory_and_predicates(isa):
+    thread = isa.thread_index()
+    isa.store_shared(thread << 2, [thread])
+    isa.store_shared(thread << 2, [thread + 100], where=thread < 5)
+    with isa.when(thread >= 60):
+        isa.store_shared(thread << 2, [thread + 200])
+    expected = np.arange(THREADS) + np.where(np.arange(THREADS) < 5, 100, 0)
+    expected[60:] += 200
+    np.testing.assert_array_equal(isa.load_shared(thread << 2)[0].data, expected)
+
+
+def test_loop_counts_differ_between_warps(isa):
+    count = isa.select(isa.thread_index() < 32, isa.constant(3), isa.constant(5))
+    (total,) = isa.loop(count, [isa.constant(0)], lambda i, carry: [carry[0] + i])
+    np.testing.assert_array_equal(total.data, [3] * 32 + [10] * 32)
+
+
+def copies(isa, wait: int):
+    source = np.arange(4 * THREADS, dtype=np.int32)
+    thread = isa.thread_index()
+    isa.copy_async(thread << 4, isa.global_address(isa.array(source)) + isa.widen(thread << 4))
+    isa.commit_copies()
+    isa.wait_copies(wait)
+    return isa.load_shared(thread << 4, 4)
+
+
+def test_asynchronous_copies_arrive_when_waited_for(isa):
+    words = copies(isa, 0)
+    np.testing.assert_array_equal(words[3].data, 4 * np.arange(THREADS) + 3)
+    isa.finish()
+
+
+def test_refuses_copies_read_before_the_wait(isa):
+    with pytest.raises(EmulationError, match="nothing has written"):
+        copies(isa, 1)
+
+
+def test_refuses_copies_never_waited_for(isa):
+    thread = isa.thread_index()
+    source = isa.array(np.zeros(4 * THREADS, np.int32))
+    isa.copy_async(thread << 4, isa.global_address(source) + isa.widen(thread << 4))
+    with pytest.raises(EmulationError, match="not waited for"):
+        isa.finish()
+
+
+def neighbour(isa):
+    return (isa.thread_index() ^ 1) << 2
+
+
+def test_refuses_reading_another_lane_s_store_without_a_barrier(isa):
+    isa.store_shared(isa.thread_index() << 2, [isa.thread_index()])
+    with pytest.raises(EmulationError, match="race"):
+        isa.load_shared(neighbour(isa))
+
+
+def test_a_warp_barrier_orders_a_warp_but_not_the_cta(isa):
+    thread = isa.thread_index()
+    isa.store_shared(thread << 2, [thread])
+    isa.warp_barrier()
+    np.testing.assert_array_equal(isa.load_shared(neighbour(isa))[0].data, np.arange(THREADS) ^ 1)
+    with pytest.raises(EmulationError, match="race"):
+        isa.load_shared((thread ^ 32) << 2)
+
+
+def test_a_block_barrier_orders_the_cta(isa):
+    thread = isa.thread_index()
+    isa.store_shared(thread << 2, [thread])
+    isa.block_barrier()
+    np.testing.assert_array_equal(isa.load_shared((thread ^ 32) << 2)[0].data, np.arange(THREADS) ^ 32)
+    with pytest.raises(EmulationError, match="race"):
+        isa.store_shared(thread << 2, [thread])
+
+
+@pytest.mark.parametrize(
+    ("access", "message"),
+    [
+        (lambda isa: isa.load_shared(isa.constant(2)), "not aligned"),
+        (lambda isa: isa.load_shared(isa.constant(4096)), "out of the 4096 bytes"),
+        (lambda isa: isa.load_shared(isa.constant(0)), "nothing has written"),
+        (lambda isa: isa.store_shared(isa.constant(0), [isa.constant(1)]), "two threads store"),
+        (
+            lambda isa: isa.load_global(isa.global_address(isa.array(np.zeros(4, np.int32))) + 16),
+            "past the end",
+        ),
+        (lambda isa: isa.load_global(isa.constant(64, "i64")), "outside of every array"),
+    ],
+)
+def test_refuses_bad_accesses(isa, access, message):
+    with pytest.raises(EmulationError, match=message):
+        access(isa)
+
+
+def test_refuses_warp_instructions_in_divergent_code(isa):
+    with isa.when(isa.thread_index() < 5), pytest.raises(EmulationError, match="part of a warp"):
+        isa.reduce_add(isa.constant(1))
+    with isa.when(isa.thread_index() < 32), pytest.raises(EmulationError, match="part of a CTA"):
+        isa.block_barrier()

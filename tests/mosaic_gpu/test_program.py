@@ -1,0 +1,91 @@
+"""The lane program on the emulator against the float64 oracle."""
+
+import matvec_cases
+import numpy as np
+import pytest
+from emulation import emulate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matvec_cases import DEFAULT_CONFIG, Case
+
+from pallas_kernels.matvec.mosaic_gpu import Config
+
+configs = st.builds(
+    Config,
+    warpgroups=st.sampled_from([1, 2]),
+    warps_per_slice=st.sampled_from([1, 2, 4]),
+    ring_slots=st.sampled_from([2, 4, 8]),
+)
+cases = st.builds(
+    Case,
+    in_features=st.integers(1, 600),
+    out_features=st.integers(1, 600),
+    rows=st.integers(1, 8),
+    max_bits=st.sampled_from([2, 4, 6, 8]),
+    dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
+    activations=st.sampled_from(["gaussian", "outliers", "heavy", "zeros", "all-zero"]),
+    config=configs,
+    seed=st.integers(0, 2**32 - 1),
+)
+
+
+@given(case=cases)
+@settings(max_examples=150, deadline=None)
+def test_agrees_with_float64(case):
+    x, weight, thresholds = case.arrays()
+    matvec_cases.assert_close(
+        matvec_cases.oracle(x, weight, thresholds), *emulate(x, weight, thresholds, case.config)
+    )
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_nan_and_inf_reach_their_row_and_no_other(bad):
+    case = Case(300, 600, rows=3)
+    x, weight, thresholds = case.arrays()
+    clean, _ = emulate(x, weight, thresholds, case.config)
+    x[1, 200] = bad
+    y, _ = emulate(x, weight, thresholds, case.config)
+    assert not np.isfinite(y[1]).any()
+    # The bad row lists one more channel, which may change the order of the other rows' float32 sums.
+    np.testing.assert_allclose(y[[0, 2]], clean[[0, 2]], atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e-10, 1e10, 1e37])
+def test_activations_of_any_size(size):
+    x, weight, _ = Case(256, 512).arrays()
+    x = (x / np.abs(x).max() * size).astype(np.float32)
+    thresholds = np.zeros((1, 4), np.float32)
+    y, bits = emulate(x, weight, thresholds, DEFAULT_CONFIG)
+    matvec_cases.assert_close(matvec_cases.oracle(x, weight, thresholds), y, bits)
+    assert bits == pytest.approx(8)
+
+
+def test_an_outlier_does_not_drown_its_slice():
+    """Even where every channel is read in full, which is when the rounding of x has most terms."""
+    x, weight, _ = Case(128, 512).arrays()
+    x[0, 5] = 1000
+    thresholds = np.zeros((1, 4), np.float32)
+    matvec_cases.assert_close(
+        matvec_cases.oracle(x, weight, thresholds), *emulate(x, weight, thresholds, DEFAULT_CONFIG)
+    )
+
+
+def test_nothing_reached_reads_nothing_and_gives_zero():
+    x, weight, _ = Case(256, 512, rows=2).arrays()
+    y, bits = emulate(x, weight, np.full((2, 4), np.inf, np.float32), DEFAULT_CONFIG)
+    np.testing.assert_array_equal(y, 0)
+    np.testing.assert_array_equal(bits, 0)
+
+
+def test_a_threshold_is_reached_by_its_own_value():
+    x, weight, _ = Case(256, 512).arrays()
+    x = np.where(np.arange(256) < 64, np.float32(1), 0)[None]
+    thresholds = np.asarray([[0.5, 1, 1.0000001, 2]], np.float32)
+    y, bits = emulate(x, weight, thresholds, DEFAULT_CONFIG)
+    assert bits == pytest.approx(2 * 2 * 64 / 256)
+    matvec_cases.assert_close(matvec_cases.oracle(x, weight, thresholds), y, bits)
+
+
+def test_config_names_the_field_and_what_it_allows():
+    with pytest.raises(ValueError, match=r"Config.ring_slots must be one of \(2, 4, 8, 16\), not 3"):
+        Config(warpgroups=1, warps_per_slice=1, ring_slots=3)
