@@ -2,8 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Float16, Int, UInt8, UInt32
+from jaxtyping import Array, Float, Float16, Int, Shaped, UInt8, UInt32
 
 from pallas_kernels import layout
 from pallas_kernels.weight import NestedWeight, num_planes
@@ -14,18 +13,24 @@ RANGE = 2.0
 CODE_STEPS = 64
 """Steps of the 8-bit code per unit of scale: ``code = (w / scale + 2) * 64``."""
 
+DIGIT_MEAN = 1.5
+"""Mean of the digits 0..3: a digit ``d`` of plane ``f`` adds ``(d - 1.5) * 4**-f`` times the scale."""
 
-def quantize(w: Float[Array, "k n"], *, max_bits: int = 8, name: str = "weight") -> NestedWeight:
+
+def quantize(w: Shaped[Array, "..."], *, max_bits: int = 8, name: str = "weight") -> NestedWeight:
     """Rounds ``w`` to nested codes with symmetric max-abs scales per (slice, output).
 
+    Every level ``l >= 1`` of the result is within its half step of ``w``:
+    ``|w - w_l| <= scale * 0.5 * 4**(1 - l)``.
+
     Args:
-      w: ``W[in_features, out_features]`` of ``y = x @ W`` (Hugging Face stores the transpose).
+      w: float ``W[in_features, out_features]`` of ``y = x @ W`` (Hugging Face stores the transpose);
+        concrete, not traced.
       max_bits: 2, 4, 6 or 8; trailing planes are not stored.
       name: what an error calls the tensor.
 
     Raises:
-      ValueError: ``w`` is not a matrix, is empty, holds NaN or Inf, or values whose scale (half the
-        group's largest magnitude) does not fit float16; ``max_bits`` is not 2, 4, 6 or 8.
+      ValueError: as ``check_quantizable``; or ``max_bits`` is not 2, 4, 6 or 8.
     """
     num_planes(max_bits)
     check_quantizable(w, name)
@@ -33,10 +38,16 @@ def quantize(w: Float[Array, "k n"], *, max_bits: int = 8, name: str = "weight")
     return from_codes(encode(w, scales), scales, max_bits=max_bits)
 
 
-def check_quantizable(w: Float[Array, "..."], name: str) -> None:
-    """Raises ValueError naming ``name`` if ``w`` cannot be quantized (see ``quantize``)."""
+def check_quantizable(w: Shaped[Array, "..."], name: str) -> None:
+    """Raises ValueError naming ``name`` if ``w`` cannot be quantized.
+
+    That is: it is not a matrix, is empty, is not of a float dtype, holds NaN or Inf, or holds values
+    whose scale (half the largest magnitude of the group) does not fit float16.
+    """
     if w.ndim != 2 or 0 in w.shape:
         raise ValueError(f"{name}: shape {tuple(w.shape)}, expected a non-empty matrix [in, out]")
+    if not jnp.issubdtype(w.dtype, jnp.floating):
+        raise ValueError(f"{name}: dtype {w.dtype}, expected a float dtype")
     bad = int(jnp.sum(~jnp.isfinite(w)))
     if bad:
         raise ValueError(
@@ -52,10 +63,18 @@ def check_quantizable(w: Float[Array, "..."], name: str) -> None:
 
 @jax.jit
 def max_abs_scales(w: Float[Array, "k n"]) -> Float16[Array, "s n"]:
-    """``max |w| / 2`` over each slice of 128 input channels, rounded to float16 (unpadded N)."""
+    """``max |w| / 2`` over each slice of 128 input channels (N is not padded).
+
+    Rounded *up* to float16: a scale rounded down would clip the group's largest weights, by a third
+    where the scale is a subnormal float16.
+    """
     k, n = w.shape
     w = jnp.pad(jnp.abs(w.astype(jnp.float32)), ((0, layout.round_up(k, layout.SLICE) - k), (0, 0)))
-    return (w.reshape(-1, layout.SLICE, n).max(axis=1) / RANGE).astype(jnp.float16)
+    half = w.reshape(-1, layout.SLICE, n).max(axis=1) / RANGE
+    nearest = half.astype(jnp.float16)
+    # The next float16 of a non-negative one is the next integer.
+    up = jax.lax.bitcast_convert_type(nearest, jnp.uint16) + (nearest.astype(jnp.float32) < half)
+    return jax.lax.bitcast_convert_type(up.astype(jnp.uint16), jnp.float16)
 
 
 @jax.jit
@@ -73,23 +92,28 @@ def from_codes(
 
     Args:
       codes: one 8-bit code per weight; its leading ``max_bits`` bits are kept.
-      scales: float16 per (slice, output), ``s = ceil(k / 128)``.
+      scales: float16 per (slice, output), ``s = ceil(k / 128)``; finite, ``>= 0``.
       max_bits: 2, 4, 6 or 8.
+
+    Raises:
+      ValueError: ``max_bits`` is not 2, 4, 6 or 8, or the shapes do not fit each other.
     """
+    planes = num_planes(max_bits)
     in_features, out_features = codes.shape
     k, n = layout.padded_shape(in_features, out_features)
+    if scales.shape != (k // layout.SLICE, out_features):
+        raise ValueError(
+            f"scales has shape {scales.shape}, expected {(k // layout.SLICE, out_features)} "
+            f"for codes of shape {codes.shape}"
+        )
     codes = jnp.pad(codes, ((0, k - in_features), (0, n - out_features)))
-    scales = jnp.pad(scales, ((0, k // layout.SLICE - scales.shape[0]), (0, n - out_features)))
-    return NestedWeight(pack(codes, num_planes(max_bits)), scales, in_features, out_features)
-
-
-def pack(codes: UInt8[Array, "k n"], planes: int) -> UInt32[Array, "p k w"]:
-    """Splits padded codes into digits and packs each plane, 16 digits to a word (order: ``layout``)."""
-    return _pack(codes, planes)
+    scales = jnp.pad(scales, ((0, 0), (0, n - out_features)))
+    return NestedWeight(pack(codes, planes), scales, in_features, out_features)
 
 
 @jax.jit(static_argnums=1)
-def _pack(codes, planes):
+def pack(codes: UInt8[Array, "k n"], planes: int) -> UInt32[Array, "p k w"]:
+    """Splits padded codes into digits and packs each plane, 16 digits to a word (order: ``layout``)."""
     k, n = codes.shape
     stored = codes.reshape(k, n // layout.TILE, layout.TILE)[:, :, layout.TILE_OUTPUTS]
     stored = stored.reshape(k, n // layout.WORD_DIGITS, layout.WORD_DIGITS).astype(jnp.uint32)
@@ -98,19 +122,21 @@ def _pack(codes, planes):
     return jnp.stack([jnp.sum(d << shifts, axis=-1, dtype=jnp.uint32) for d in digits])
 
 
+def unpack_digit_major(words: UInt32[Array, "*any w"]) -> Int[Array, "*any 16 w"]:
+    """The digits ``0..3`` of packed words, in the order of ``layout.digit_major_positions``."""
+    shifts = jnp.arange(layout.WORD_DIGITS, dtype=jnp.uint32)[:, None] * layout.DIGIT_BITS
+    return ((words[..., None, :] >> shifts) & 3).astype(jnp.int32)
+
+
 def unpack(planes: UInt32[Array, "p k w"]) -> UInt8[Array, "p k n"]:
     """The digits ``0..3`` of every plane, outputs in logical order: the inverse of ``pack``."""
-    p, k, words = planes.shape
-    shifts = jnp.arange(layout.WORD_DIGITS, dtype=jnp.uint32) * layout.DIGIT_BITS
-    digits = ((planes[..., None] >> shifts) & 3).astype(jnp.uint8)
-    digits = digits.reshape(p, k, words // layout.TILE_WORDS, layout.TILE)[..., layout.TILE_POSITIONS]
-    return digits.reshape(p, k, words * layout.WORD_DIGITS)
+    return _logical_order(unpack_digit_major(planes).astype(jnp.uint8))
 
 
-def midpoint(level: Int[Array, "..."] | int) -> Float[Array, "..."]:
-    """``0.5 * 4**(1 - l) - 2`` for ``l >= 1``, and 0 for level 0: what a level adds to its digits."""
-    level = jnp.asarray(level)
-    return jnp.where(level > 0, 2.0 * 4.0 ** -level.astype(jnp.float32) - RANGE, 0.0)
+def _logical_order(digit_major):
+    *any_, digits, words = digit_major.shape
+    flat = digit_major.reshape(*any_, digits * words)
+    return flat[..., layout.digit_major_positions(digits * words)]
 
 
 def dequantize(
@@ -124,21 +150,21 @@ def dequantize(
         stored level by default. A level above the stored planes reads what is stored.
       dtype: of the result.
     """
-    planes, scales = weight.planes, weight.scales
-    if level is None:
-        level = weight.num_planes
-    if isinstance(level, int):
-        planes = planes[: min(level, weight.num_planes)]
-    level = jnp.minimum(jnp.broadcast_to(jnp.asarray(level), (weight.in_features,)), weight.num_planes)
-    digits = unpack(planes)[:, : weight.in_features]
-    place = jnp.asarray(4.0 ** -np.arange(len(digits)), jnp.float32)
-    read = jnp.arange(len(digits))[:, None] < level
-    total = jnp.sum(digits * (place[:, None] * read)[..., None], axis=0) + midpoint(level)[:, None]
-    scale = jnp.repeat(scales.astype(jnp.float32), layout.SLICE, axis=0)[: weight.in_features]
-    return (total * scale)[:, : weight.out_features].astype(dtype)
+    planes = weight.planes[:, : weight.in_features]
+    if level is None or isinstance(level, int):
+        planes = planes[:level]
+        level = len(planes)
+    # Accumulated in the order of the words, because permuting four planes would cost four gathers.
+    total = jnp.zeros((planes.shape[1], layout.WORD_DIGITS, planes.shape[2]), jnp.float32)
+    for f, words in enumerate(planes):
+        place = jnp.where(jnp.asarray(level) > f, 4.0**-f, 0.0).reshape(-1, 1, 1)
+        total += (unpack_digit_major(words) - DIGIT_MEAN) * place
+    scale = jnp.repeat(weight.scales.astype(jnp.float32), layout.SLICE, axis=0)[: weight.in_features]
+    return (_logical_order(total) * scale)[:, : weight.out_features].astype(dtype)
 
 
 def level_errors(w: Float[Array, "k n"], weight: NestedWeight) -> Float[Array, "p1"]:
     """``e(l)``, the mean squared weight error of levels ``0..P`` (``e(0)`` = mean square of ``w``)."""
     w = w.astype(jnp.float32)
-    return jnp.stack([jnp.mean((w - dequantize(weight, l)) ** 2) for l in range(weight.num_planes + 1)])
+    errors = [w - dequantize(weight, level) for level in range(weight.num_planes + 1)]
+    return jnp.stack([jnp.mean(error**2) for error in errors])

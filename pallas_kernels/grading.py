@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import layout
 
 
-def levels(x: Float[Array, "*rows k"], thresholds: Float[Array, "*rows p"]) -> Int[Array, "*rows k"]:
+def levels(x: Float[Array, "*rows k"], thresholds: Float[Array, "*#rows p"]) -> Int[Array, "*rows k"]:
     """Level of every channel: the number of thresholds that ``|x|`` reaches.
 
     ``level_j = #{ l : |x_j| >= t_l }``, written as ``not (|x_j| < t_l)`` so that a NaN activation is
@@ -14,8 +14,8 @@ def levels(x: Float[Array, "*rows k"], thresholds: Float[Array, "*rows p"]) -> I
 
     Args:
       x: activations, any float dtype; compared in float32.
-      thresholds: ``t_1 <= ... <= t_P`` per row (or one set, broadcast over the rows). Zeros read
-        every channel in full, ``inf`` never reads the level.
+      thresholds: ``t_1 <= ... <= t_P`` per row, or one set broadcast over the rows. Zeros read every
+        channel in full; a level at ``inf`` is read for infinite and NaN activations only.
 
     Returns:
       int32 levels in ``0..P``, two bits each.

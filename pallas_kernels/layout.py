@@ -63,3 +63,16 @@ TILE_POSITIONS = _tile_positions()
 
 TILE_OUTPUTS = np.argsort(TILE_POSITIONS).astype(np.int32)
 """int32 [512]: which output is stored at each position (the inverse permutation)."""
+
+
+def digit_major_positions(outputs: int) -> np.ndarray:
+    """int32 ``[outputs]``: where each output of a row lies once its words are unpacked digit by digit.
+
+    Unpacking one digit of *all* words of a row before the next digit keeps the words in vector
+    registers. It yields the outputs in the order ``[16, words]``; ``unpacked.reshape(-1)[positions]``
+    puts them in logical order. ``outputs`` is the stored N, a multiple of the tile.
+    """
+    words = outputs // WORD_DIGITS
+    tile, position = np.divmod(np.arange(outputs), TILE)
+    word, digit = np.divmod(TILE_POSITIONS[position], WORD_DIGITS)
+    return (digit * words + tile * TILE_WORDS + word).astype(np.int32)

@@ -22,7 +22,10 @@ class NestedWeight:
         ``w_l[k, n] = scales[s, n] * (sum_{f < l} d_f[k, n] * 4**-f  +  0.5 * 4**(1 - l)  -  2)``.
 
     The half step ``0.5 * 4**(1 - l)`` puts the value in the middle of the interval that the digits
-    read so far leave open.
+    read so far leave open. As ``sum_{f < l} 1.5 * 4**-f = 2 - 0.5 * 4**(1 - l)``, the same thing without
+    a term that depends on the level, which is how it is computed here, is
+
+        ``w_l[k, n] = scales[s, n] * sum_{f < l} (d_f[k, n] - 1.5) * 4**-f``.
 
     Attributes:
       planes: uint32 ``[P, K, N // 16]``. Order of the outputs in a row: see ``layout``. Padding
