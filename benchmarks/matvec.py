@@ -30,7 +30,7 @@ import timing
 
 from pallas_kernels import NestedWeight, codes, grading
 from pallas_kernels.matvec import mosaic_gpu
-from pallas_kernels.matvec.mosaic_gpu import kernel, tuning
+from pallas_kernels.matvec.mosaic_gpu import kernel
 
 LAYER = ("4096x6144", "4096x4096", "4096x24576", "12288x4096")
 """Fused qkv, o, fused gate and up, and down of Qwen3-8B."""
@@ -195,9 +195,8 @@ def main() -> None:
     for shape, rows in itertools.product(args.shapes, args.rows):
         k, n = map(int, shape.split("x"))
         if args.configs == "best":
-            configs = [
-                tuning.best_config(k, n, device_kind=device.device_kind, multiprocessors=device.core_count)
-            ]
+            x, weight = jax.ShapeDtypeStruct((rows, k), jnp.float32), NestedWeight.abstract(k, n)
+            configs = [kernel.geometry_of(x, weight).config]
         elif args.configs == "all":
             configs = all_configs()
         else:

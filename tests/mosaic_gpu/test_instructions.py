@@ -107,8 +107,11 @@ def test_warp_exchanges(isa, rng):
     a = LaneValue(rng.integers(0, 1000, THREADS), "i32")
     warps = a.data.reshape(WARPS, 32)
     np.testing.assert_array_equal(isa.shuffle_xor(a, 2).data, warps[:, np.arange(32) ^ 2].reshape(-1))
-    np.testing.assert_array_equal(isa.broadcast(a, 31).data, np.repeat(warps[:, 31], 32))
-    np.testing.assert_array_equal(isa.prefix_sum(a).data, np.cumsum(warps, 1).reshape(-1))
+    odd = isa.ballot((a & 1).equals(1))
+    expected = [sum(int(v % 2) << i for i, v in enumerate(warp)) for warp in warps]
+    np.testing.assert_array_equal(odd.data.view(np.uint32), np.repeat(expected, 32))
+    np.testing.assert_array_equal(isa.lower_lanes().data[[0, 1, 31, 33]], [0, 1, 2**31 - 1, 1])
+    np.testing.assert_array_equal(isa.count_bits(odd).data, np.repeat((warps % 2).sum(1), 32))
     np.testing.assert_array_equal(isa.reduce_max(a).data, np.repeat(warps.max(1), 32))
     np.testing.assert_array_equal(isa.reduce_add(a).data, np.repeat(warps.sum(1), 32))
 

@@ -235,6 +235,9 @@ class NumpyInstructions(Instructions):
     def maximum(self, a, b):
         return LaneValue(np.maximum(a.data.view(np.uint32), b.data.view(np.uint32)).view(np.int32), "i32")
 
+    def count_bits(self, word):
+        return LaneValue(np.bitwise_count(word.data.view(np.uint32)), "i32")
+
     def permute_bytes(self, low, high, selector):
         selector = selector if isinstance(selector, LaneValue) else self.constant(selector)
         source = np.stack([low.data, high.data], 1).view(np.uint8)
@@ -308,11 +311,14 @@ class NumpyInstructions(Instructions):
     def shuffle_xor(self, value, mask):
         return self._by_warp(value, lambda v: v[:, np.arange(LANES) ^ mask])
 
-    def broadcast(self, value, lane):
-        return self._by_warp(value, lambda v: v[:, lane : lane + 1])
+    def ballot(self, condition):
+        self._warps("a warp instruction")
+        lanes = condition.data.reshape(-1, LANES).astype(np.uint64) << np.arange(LANES, dtype=np.uint64)
+        return LaneValue(np.repeat(lanes.sum(1).astype(np.uint32).view(np.int32), LANES), "i32")
 
-    def prefix_sum(self, value):
-        return self._by_warp(value, lambda v: np.cumsum(v, 1, dtype=np.int32))
+    def lower_lanes(self):
+        mask = (1 << (np.arange(self.total, dtype=np.int64) % LANES)) - 1
+        return LaneValue(mask.astype(np.int32), "i32")
 
     def reduce_max(self, value):
         return self._by_warp(value, lambda v: v.view(np.uint32).max(1, keepdims=True).view(np.int32))

@@ -43,8 +43,8 @@ class Config:
     Attributes:
       warpgroups: warpgroups (of 4 warps) in a CTA, 1 or 2. More of them sum more slices inside the CTA,
         so fewer partial sums are written; fewer give a finer grid.
-      warps_per_slice: 1, 2 or 4 warps share the rows of one slice. More of them give a finer grid for
-        small shapes; fewer spend less on grading, which all warps of a slice repeat.
+      warps_per_slice: 1, 2 or 4 warps share the channels of one slice. More of them give a finer grid for
+        small shapes; fewer have longer lists, of which less is padding, and write fewer partial sums.
       ring_slots: 2, 4, 8 or 16 KiB of asynchronous copies in flight for each warp, less one.
     """
 
@@ -126,9 +126,14 @@ class Geometry:
         return -(-self.rows // self.row_groups)
 
     @property
-    def blocks(self) -> int:
-        """CTAs in the grid."""
+    def matvec_blocks(self) -> int:
+        """CTAs that multiply."""
         return self.row_groups * self.tiles * self.slice_groups
+
+    @property
+    def blocks(self) -> int:
+        """CTAs in the grid: those that multiply, and one for each activation row that counts its levels."""
+        return self.matvec_blocks + self.rows
 
     @property
     def threads(self) -> int:
@@ -137,7 +142,7 @@ class Geometry:
 
     @property
     def channels_per_lane(self) -> int:
-        """Channels of the slice that one lane grades."""
+        """Channels that one lane grades."""
         return layout.SLICE // LANES // self.config.warps_per_slice
 
     @property
@@ -149,7 +154,7 @@ class Geometry:
     def plane_bytes(self) -> int:
         return self.stored_k * self.stored_row_bytes
 
-    # --- shared memory: lists | exchange records | scales | rings -----------------------------------
+    # --- shared memory: of each warp, a list, then records, then scales, then rings -------------
     @property
     def entry_words(self) -> int:
         """Words of one list entry: the row's offset, then two activation rows' values to a word."""
@@ -161,21 +166,21 @@ class Geometry:
 
     @property
     def list_bytes(self) -> int:
-        """Bytes of one slice's list: every channel in every plane, padded to a whole step."""
-        return (self.planes * layout.SLICE + STEP_ROWS) * self.entry_bytes
+        """Bytes of one warp's list: its channels in every plane, padded to a whole step."""
+        return (self.planes * LANES * self.channels_per_lane + STEP_ROWS) * self.entry_bytes
 
     @property
-    def exchange_base(self) -> int:
-        return self.config.slices_per_cta * self.list_bytes
+    def record_base(self) -> int:
+        return self.config.warps * self.list_bytes
 
     @property
-    def exchange_bytes(self) -> int:
-        """Bytes of one warp's record: total and peaks while grading; counts, sums and peaks later."""
-        return layout.round_up(4 * 3 * self.rows_per_cta, 16)
+    def record_bytes(self) -> int:
+        """Bytes of one warp's record: the sums and peaks of its rows."""
+        return layout.round_up(4 * 2 * self.rows_per_cta, 16)
 
     @property
     def scales_base(self) -> int:
-        return layout.round_up(self.exchange_base + self.config.warps * self.exchange_bytes, 128)
+        return layout.round_up(self.record_base + self.config.warps * self.record_bytes, 128)
 
     @property
     def ring_base(self) -> int:

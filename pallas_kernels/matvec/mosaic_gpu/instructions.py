@@ -153,6 +153,10 @@ class Instructions(abc.ABC):
         numbers < Inf < NaN, so that a NaN wins instead of being dropped."""
 
     @abc.abstractmethod
+    def count_bits(self, word: Value) -> Value:
+        """Ones in ``word``, 0 to 32."""
+
+    @abc.abstractmethod
     def permute_bytes(self, low: Value, high: Value, selector: Value | int) -> Value:
         """Byte ``i`` of the result is byte ``selector >> 4 * i & 7`` of the eight bytes
         ``low[0..3], high[0..3]`` (PTX ``prmt``, selectors below 8)."""
@@ -205,12 +209,12 @@ class Instructions(abc.ABC):
         """The register of lane ``lane ^ mask``."""
 
     @abc.abstractmethod
-    def broadcast(self, value: Value, lane: int) -> Value:
-        """The register of lane ``lane``."""
+    def ballot(self, condition: Value) -> Value:
+        """A word of which bit ``i`` says whether ``condition`` holds in lane ``i``."""
 
     @abc.abstractmethod
-    def prefix_sum(self, value: Value) -> Value:
-        """Inclusive sum of an ``i32`` over the lanes 0 up to this one."""
+    def lower_lanes(self) -> Value:
+        """A word with the bits of all lanes below this one."""
 
     @abc.abstractmethod
     def reduce_max(self, value: Value) -> Value:

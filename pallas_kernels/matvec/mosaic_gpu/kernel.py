@@ -4,6 +4,7 @@ Mosaic GPU is imported only once a device asks for it: ``pallas_kernels`` itself
 with a reason, on every JAX.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -43,11 +44,14 @@ def graded_matvec(
     Args:
       config: the tuning, chosen by ``tuning.best_config`` if not given.
     """
-    device = _target_device()
+    geometry = geometry_of(x, weight, config)
+    partials, bits = launch(geometry)(x, thresholds.astype(jnp.float32), weight.planes, weight.scales)
+    return in_order_sum(partials)[:, : weight.out_features], bits
+
+
+def geometry_of(x: jax.Array, weight: NestedWeight, config: Config | None = None) -> Geometry:
+    """The launch for these arguments; ``config`` as in ``graded_matvec``."""
     stored_k, stored_n = layout.padded_shape(weight.in_features, weight.out_features)
-    config = config or tuning.best_config(
-        stored_k, stored_n, device_kind=device.device_kind, multiprocessors=_multiprocessors(device)
-    )
     geometry = Geometry(
         in_features=weight.in_features,
         stored_k=stored_k,
@@ -55,12 +59,18 @@ def graded_matvec(
         planes=weight.num_planes,
         rows=x.shape[0],
         x_dtype=x.dtype.name,
-        config=config,
+        config=config or ANY_CONFIG,
     )
-    partials, counts = launch(geometry)(x, thresholds.astype(jnp.float32), weight.planes, weight.scales)
-    y = in_order_sum(partials)[:, : weight.out_features]
-    level_sums = in_order_sum(counts).astype(jnp.float32)
-    return y, level_sums * (layout.DIGIT_BITS / weight.in_features)
+    if config is None:
+        device = _target_device()
+        config = tuning.best_config(
+            geometry, device_kind=device.device_kind, multiprocessors=_multiprocessors(device)
+        )
+    return dataclasses.replace(geometry, config=config)
+
+
+ANY_CONFIG = Config(warpgroups=1, warps_per_slice=4, ring_slots=4)
+"""Completes a ``Geometry`` until the tuning is known."""
 
 
 def in_order_sum(partials: jax.Array) -> jax.Array:
@@ -77,25 +87,25 @@ def in_order_sum(partials: jax.Array) -> jax.Array:
 
 @functools.cache
 def launch(geometry: Geometry):
-    """The kernel ``(x, thresholds, planes, scales) -> (partials, counts)``: arrays as in ``program.Refs``."""
+    """The kernel ``(x, thresholds, planes, scales) -> (partials, bits)``: arrays as in ``program.Refs``."""
     from jax.experimental.mosaic import gpu as mosaic_gpu
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     from pallas_kernels.matvec.mosaic_gpu.ptx import PtxInstructions
 
-    def graded_matvec_kernel(x, thresholds, planes, scales, partials, counts, shared):
+    def graded_matvec_kernel(x, thresholds, planes, scales, partials, bits, shared):
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 7)
         def lanes(context, *refs):
             del context
             graded_matvec_program(PtxInstructions(), geometry, Refs(*refs))
 
-        lanes(x, thresholds, planes, scales, partials, counts, shared)
+        lanes(x, thresholds, planes, scales, partials, bits, shared)
 
     return plgpu.kernel(
         graded_matvec_kernel,
         out_type=[
             jax.ShapeDtypeStruct((geometry.slice_groups, geometry.rows, geometry.stored_n), jnp.float32),
-            jax.ShapeDtypeStruct((geometry.slice_groups, geometry.rows), jnp.int32),
+            jax.ShapeDtypeStruct((geometry.rows,), jnp.float32),
         ],
         scratch_types=[plgpu.SMEM((geometry.shared_bytes,), jnp.int8)],
         grid=(geometry.blocks,),

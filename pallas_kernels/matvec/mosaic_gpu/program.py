@@ -17,18 +17,21 @@ Storage, and who reads what
        ...         +---------------+---------------+  slice 1
 
     CTA        one tile x `slices_per_cta` slices, up to 4 activation rows
-    warps      `warps_per_slice` of them share a slice's list, step by step in turn
+    warp       its own channels, 128 / `warps_per_slice` of a slice; on its own until the last phase
     step       8 rows = 1 KiB, one slot of the warp's ring
 
 Phases
 ======
 fetch    thresholds and activations from global memory into registers; scales on their way to shared memory
-grade    level of each channel and activation row; the slice's largest |x|, its *peak*
+grade    level of each channel and activation row; the largest |x| of the warp's channels, its *peak*
 compact  the rows to read, of all planes, as one list in shared memory: (offset of the row, x 4**-f)
 stream   copy listed rows into the ring, `ring_slots - 1` steps ahead ...
 multiply ... and multiply each step on the matrix unit, exactly, in int32
 combine  integers to float32: bytes joined, midpoints subtracted, scales applied
 reduce   sum over the CTA's warps in a fixed order, one partial sum per CTA to global memory
+
+The last CTAs, one per activation row, only count the row's levels (`count_levels`): they are done long before
+the others, and no other kernel has to add up counts.
 
 The multiply (see ``layout`` for the order of outputs in a tile)
 ================================================================
@@ -47,8 +50,8 @@ same accumulators, because the list holds x * 4**-f.
 
 The midpoints need no extra pass: the sum of everything the list holds, times 3/2, is subtracted.
 
-A NaN or Inf in x is read at every level, becomes the peak of its slice, and so the factor that every
-output of the slice is multiplied by.
+A NaN or Inf in x is read at every level, becomes the peak of its warp, and so the factor that every output
+of the warp is multiplied by.
 """
 
 import dataclasses
@@ -67,7 +70,7 @@ from pallas_kernels.matvec.mosaic_gpu.geometry import (
 from pallas_kernels.matvec.mosaic_gpu.instructions import Instructions, Value
 
 PEAK_CODE = 127 * 256
-"""The integer that the peak of a slice becomes: its high byte still fits a signed byte after the low
+"""The integer that the peak becomes: its high byte still fits a signed byte after the low
 byte's sign has been carried into it."""
 
 ROUNDING = 1.5 * 2.0**23
@@ -77,13 +80,16 @@ ROUNDING_BITS = 0x4B400000
 """The bits of ``ROUNDING``: bits of ``ROUNDING + i`` are ``ROUNDING_BITS + i``."""
 
 SMALLEST_PEAK_BITS = 0x0DA24260
-"""The bits of 1e-30, in place of smaller peaks (an all-zero slice), so that 1 / peak is finite."""
+"""The bits of 1e-30, in place of smaller peaks (all channels zero), so that 1 / peak is finite."""
 
 POSITION_MASKS = tuple(0x03030303 << (2 * p) for p in range(4))
 """The digits at position ``p`` of the four bytes of a word."""
 
 MEAN_DIGIT = 1.5
 """What the midpoint of a level subtracts from every digit read."""
+
+COUNT_UNROLL = 16
+"""Activations that a lane loads at once when it counts levels."""
 
 COPY_BYTES = 16
 COPY_LANES = ROW_BYTES // COPY_BYTES
@@ -95,8 +101,8 @@ class Refs:
     """Arrays in global memory, and the CTA's shared memory.
 
     ``x [rows, in_features]``, ``thresholds f32 [rows, P]``, ``planes`` and ``scales`` of the weight;
-    written: ``partials f32 [slice_groups, rows, N]`` and ``counts i32 [slice_groups, rows]``, the levels
-    of the group's channels, summed.
+    written: ``partials f32 [slice_groups, rows, N]`` and ``bits f32 [rows]``, the
+    mean bits read.
     """
 
     x: Any
@@ -104,7 +110,7 @@ class Refs:
     planes: Any
     scales: Any
     partials: Any
-    counts: Any
+    bits: Any
     shared: Any
 
 
@@ -114,21 +120,19 @@ class Place:
 
     thread: Value
     lane: Value
-    warp: Value
-    part: Value
-    """Which of the warps that share a slice."""
-    slice_in_cta: Value
-    slice: Value
+    slice_index: Value
     """Of the whole weight; may lie past the last one, where all channels count as padding."""
+    channel: Value
+    """Input channel that is the lane's ``q = 0``; its next ones follow at distances of 32."""
     slice_group: Value
     tile: Value
     first_row: Value
     """First activation row of the CTA."""
     shared: Value
     list: Value
-    """The slice's list."""
-    exchange: Value
-    """The warp's exchange record."""
+    """The warp's list."""
+    record: Value
+    """The warp's record."""
     scales: Value
     """The warp's scales."""
     ring: Value
@@ -155,14 +159,8 @@ class Grades:
     """[row][q][plane]: this activation reads the channel's row of the plane."""
     any_reached: list[list[Value]]
     """[q][plane]: some activation row does, so the row is listed."""
-    counts: list[Value]
-    """i32 [row]: levels of the warp's channels, summed."""
     peaks: list[Value]
-    """f32 [row]: largest |x| of the slice; NaN or Inf if x has one."""
-    before: Value
-    """Entries of each plane that come before this lane's, one byte to a plane."""
-    total: Value
-    """Entries of each plane in the slice, one byte to a plane (at most 128)."""
+    """f32 [row]: largest |x| of the warp's channels; NaN or Inf if one is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,21 +168,28 @@ class Listed:
     """The finished list, and what the end of the program needs to know of it."""
 
     steps: Value
-    """Steps that this warp takes."""
-    counts: list[Value]
-    """i32 [row]: levels of the channels that this warp has graded, summed."""
+    """Steps of 8 entries."""
     sums: list[Value]
-    """i32 [row]: all integers that this warp has put into the list, summed."""
+    """i32 [row]: all integers in the list, summed."""
     peaks: list[Value]
     """f32 [row]: as in ``Grades``."""
 
 
 def graded_matvec_program(isa: Instructions, geometry: Geometry, refs: Refs) -> None:
     """One lane's whole work."""
+    multiplies = isa.block_index() < geometry.matvec_blocks
+    with isa.when(multiplies):
+        matvec(isa, geometry, refs)
+    with isa.when(~multiplies):
+        count_levels(isa, geometry, refs)
+
+
+def matvec(isa: Instructions, geometry: Geometry, refs: Refs) -> None:
+    """What a lane of the CTAs that multiply does."""
     place = locate(isa, geometry, refs)
     operands = fetch(isa, geometry, refs, place)
     copy_scales(isa, geometry, refs, place)
-    grades = grade(isa, geometry, place, operands)
+    grades = grade(isa, operands)
     listed = compact(isa, geometry, place, operands, grades)
     park(isa, geometry, place, listed)
     accumulators = stream(isa, geometry, refs, place, listed.steps)
@@ -200,21 +205,20 @@ def locate(isa: Instructions, g: Geometry, refs: Refs) -> Place:
     row_group, block = (block % g.row_groups, block // g.row_groups) if g.row_groups > 1 else (None, block)
     tile, slice_group = block % g.tiles, block // g.tiles
     lane, warp = thread & (LANES - 1), thread >> 5
-    slice_in_cta, part = warp // config.warps_per_slice, warp % config.warps_per_slice
+    slice_of_group, part = warp // config.warps_per_slice, warp % config.warps_per_slice
+    slice_index = slice_group * config.slices_per_cta + slice_of_group
     shared = isa.shared_address(refs.shared)
     return Place(
         thread=thread,
         lane=lane,
-        warp=warp,
-        part=part,
-        slice_in_cta=slice_in_cta,
-        slice=slice_group * config.slices_per_cta + slice_in_cta,
+        slice_index=slice_index,
+        channel=slice_index * layout.SLICE + part * (LANES * g.channels_per_lane) + lane,
         slice_group=slice_group,
         tile=tile,
         first_row=isa.constant(0) if row_group is None else row_group * g.rows_per_cta,
         shared=shared,
-        list=shared + slice_in_cta * g.list_bytes,
-        exchange=shared + g.exchange_base + warp * g.exchange_bytes,
+        list=shared + warp * g.list_bytes,
+        record=shared + g.record_base + warp * g.record_bytes,
         scales=shared + g.scales_base + warp * SCALES_BYTES,
         ring=shared + g.ring_base + warp * g.ring_bytes,
     )
@@ -222,8 +226,8 @@ def locate(isa: Instructions, g: Geometry, refs: Refs) -> Place:
 
 def fetch(isa: Instructions, g: Geometry, refs: Refs, place: Place) -> Operands:
     """Loads everything that grading needs; no load depends on another one."""
-    x, thresholds = isa.global_address(refs.x), isa.global_address(refs.thresholds)
-    channels = [first_channel(g, place) + LANES * q for q in range(g.channels_per_lane)]
+    x = isa.global_address(refs.x)
+    channels = [place.channel + LANES * q for q in range(g.channels_per_lane)]
     valid = [channel < g.in_features for channel in channels]
     zero = isa.constant(0.0, "f32")
     rows_x, rows_thresholds = [], []
@@ -239,8 +243,7 @@ def fetch(isa: Instructions, g: Geometry, refs: Refs, place: Place) -> Operands:
             element = isa.select(ok, row * g.in_features + channel, isa.constant(0))
             number = load_activation(isa, g, x + isa.widen(element * g.x_bytes))
             rows_x[-1].append(isa.select(ok, number, zero))
-        address = thresholds + isa.widen(row * (4 * g.planes))
-        limits = [isa.load_global(address + 4 * f, kind="f32")[0] for f in range(g.planes)]
+        limits = load_thresholds(isa, g, refs, row)
         if exists is not None:
             limits = [isa.select(exists, t, isa.constant(float("inf"), "f32")) for t in limits]
         rows_thresholds.append(limits)
@@ -252,7 +255,7 @@ def copy_scales(isa: Instructions, g: Geometry, refs: Refs, place: Place) -> Non
 
     In registers they would cost the loop 8 of them, and with those the sixth CTA on a multiprocessor.
     """
-    stored_slice = isa.select(place.slice < g.slices, place.slice, isa.constant(0))
+    stored_slice = isa.select(place.slice_index < g.slices, place.slice_index, isa.constant(0))
     first = (stored_slice * g.stored_n + place.tile * layout.TILE) << 1
     source = isa.global_address(refs.scales) + isa.widen(first + (place.lane << 4))
     for part in range(SCALES_BYTES // (LANES * COPY_BYTES)):
@@ -260,9 +263,10 @@ def copy_scales(isa: Instructions, g: Geometry, refs: Refs, place: Place) -> Non
         isa.copy_async(place.scales + offset + (place.lane << 4), source + offset)
 
 
-def first_channel(g: Geometry, place: Place) -> Value:
-    """Input channel that is the lane's ``q = 0``; the next ones follow at distances of 32."""
-    return place.slice * layout.SLICE + place.part * (LANES * g.channels_per_lane) + place.lane
+def load_thresholds(isa: Instructions, g: Geometry, refs: Refs, row: Value) -> list[Value]:
+    """The thresholds of one activation row."""
+    address = isa.global_address(refs.thresholds) + isa.widen(row * (4 * g.planes))
+    return [isa.load_global(address + 4 * f, kind="f32")[0] for f in range(g.planes)]
 
 
 def load_activation(isa: Instructions, g: Geometry, address: Value) -> Value:
@@ -273,9 +277,9 @@ def load_activation(isa: Instructions, g: Geometry, address: Value) -> Value:
     return isa.bits_to_float(bits << 16) if g.x_dtype == "bfloat16" else isa.half_to_float(bits, "low")
 
 
-def grade(isa: Instructions, g: Geometry, place: Place, operands: Operands) -> Grades:
-    """Levels by comparison, peaks and list positions by warp sums, joined over the slice's warps."""
-    reached, counts, peaks = [], [], []
+def grade(isa: Instructions, operands: Operands) -> Grades:
+    """Levels by comparison, peaks by a maximum over the warp."""
+    reached, peaks = [], []
     for x, thresholds in zip(operands.x, operands.thresholds, strict=True):
         magnitudes = [isa.absolute(v) for v in x]
         # not (|x| < t), so that a NaN is read at every level
@@ -286,88 +290,28 @@ def grade(isa: Instructions, g: Geometry, place: Place, operands: Operands) -> G
         peak = bits[0]
         for other in bits[1:]:
             peak = isa.maximum(peak, other)
-        peaks.append(isa.reduce_max(peak))
-        counts.append(isa.reduce_add(count_true(isa, [p for channel in reached[-1] for p in channel])))
+        peak = isa.maximum(isa.reduce_max(peak), isa.constant(SMALLEST_PEAK_BITS))
+        peaks.append(isa.bits_to_float(peak))
     any_reached = reached[0]
     for row in reached[1:]:
         any_reached = [
             [a | b for a, b in zip(one, two, strict=True)] for one, two in zip(any_reached, row, strict=True)
         ]
-    mine = isa.constant(0)
-    for channel in any_reached:
-        for f, listed in enumerate(channel):
-            mine = mine + isa.select(listed, isa.constant(1 << (8 * f)), isa.constant(0))
-    through = isa.prefix_sum(mine)
-    before, total = through - mine, isa.broadcast(through, LANES - 1)
-    if g.config.warps_per_slice > 1:
-        before, total, peaks = join_parts(isa, g, place, before, total, peaks)
-    peaks = [isa.bits_to_float(isa.maximum(p, isa.constant(SMALLEST_PEAK_BITS))) for p in peaks]
-    return Grades(
-        reached=reached, any_reached=any_reached, counts=counts, peaks=peaks, before=before, total=total
-    )
-
-
-def count_true(isa: Instructions, conditions: list[Value]) -> Value:
-    """How many hold, i32."""
-    one, zero = isa.constant(1), isa.constant(0)
-    total = zero
-    for condition in conditions:
-        total = total + isa.select(condition, one, zero)
-    return total
-
-
-def join_parts(
-    isa: Instructions, g: Geometry, place: Place, before: Value, total: Value, peaks: list[Value]
-) -> tuple[Value, Value, list[Value]]:
-    """The same three of the whole slice, from those of its warps, through the exchange records."""
-    with isa.when(place.lane.equals(0)):
-        store_words(isa, place.exchange, [total, *peaks])
-    isa.block_barrier()
-    first = place.exchange - place.part * g.exchange_bytes
-    whole = None
-    for part in range(g.config.warps_per_slice):
-        part_total, *part_peaks = load_words(isa, first + part * g.exchange_bytes, 1 + len(peaks))
-        lower = isa.constant(part) < place.part
-        before = before + isa.select(lower, part_total, isa.constant(0))
-        if whole is None:
-            whole, peaks = part_total, part_peaks
-        else:
-            whole = whole + part_total
-            peaks = [isa.maximum(a, b) for a, b in zip(peaks, part_peaks, strict=True)]
-    return before, whole, peaks
-
-
-def store_words(isa: Instructions, address: Value, words: list[Value]) -> None:
-    """Any number of consecutive words in shared memory, with the widest stores that fit."""
-    while words:
-        width = 4 if len(words) >= 4 else 2 if len(words) >= 2 else 1
-        isa.store_shared(address, words[:width])
-        address, words = address + 4 * width, words[width:]
-
-
-def load_words(isa: Instructions, address: Value, count: int) -> list[Value]:
-    """The inverse of ``store_words``."""
-    words = []
-    while len(words) < count:
-        left = count - len(words)
-        width = 4 if left >= 4 else 2 if left >= 2 else 1
-        words += isa.load_shared(address + 4 * len(words), width)
-    return words
+    return Grades(reached=reached, any_reached=any_reached, peaks=peaks)
 
 
 def compact(isa: Instructions, g: Geometry, place: Place, operands: Operands, grades: Grades) -> Listed:
-    """Writes the list: plane by plane, in a plane lane by lane, padded with zeros to whole steps."""
+    """Writes the list: plane by plane, in a plane channel by channel, padded with zeros to a whole step."""
     grids = [isa.divide(isa.constant(float(PEAK_CODE), "f32"), peak) for peak in grades.peaks]
     rounding = isa.constant(ROUNDING, "f32")
-    row_offset = first_channel(g, place) * g.stored_row_bytes + place.tile * ROW_BYTES
-    entry, zero = isa.constant(g.entry_bytes), isa.constant(0)
+    row_offset = place.channel * g.stored_row_bytes + place.tile * ROW_BYTES
+    lower_lanes, count, zero = isa.lower_lanes(), isa.constant(0), isa.constant(0)
     sums = [zero] * g.rows_per_cta
-    listed_before = zero
     for f in range(g.planes):
-        position = listed_before + ((grades.before >> (8 * f)) & 0xFF)
-        address = place.list + position * g.entry_bytes
         steps_of_plane = [grid * 4.0**-f for grid in grids]
         for q, channel in enumerate(grades.any_reached):
+            listed = isa.ballot(channel[f])
+            entry = count + isa.count_bits(listed & lower_lanes)
             codes = []
             for r in range(g.rows_per_cta):
                 rounded = isa.multiply_add(operands.x[r][q], steps_of_plane[r], rounding)
@@ -378,41 +322,27 @@ def compact(isa: Instructions, g: Geometry, place: Place, operands: Operands, gr
                 code = bits + ((bits << 1) & 0x100)
                 codes.append(code if g.rows_per_cta == 1 else isa.select(reads, code, zero))
             offset = row_offset + (f * g.plane_bytes + q * LANES * g.stored_row_bytes)
-            store_entry(isa, g, address, offset, codes, where=channel[f])
-            address = address + isa.select(channel[f], entry, zero)
-        listed_before = listed_before + ((grades.total >> (8 * f)) & 0xFF)
-    count = listed_before
+            store_entry(isa, g, place.list + entry * g.entry_bytes, offset, codes, where=channel[f])
+            count = count + isa.count_bits(listed)
     steps = (count + (STEP_ROWS - 1)) >> 3
     pad = count + place.lane
-    store_entry(
-        isa,
-        g,
-        place.list + pad * g.entry_bytes,
-        padding_offset(isa, g, place),
-        [zero] * g.rows_per_cta,
-        where=(pad < (steps << 3)) & place.part.equals(0),
-    )
-    if g.config.warps_per_slice > 1:
-        isa.block_barrier()
-        parts = g.config.warps_per_slice
-        steps = (steps - place.part + (parts - 1)) // parts
-    else:
-        isa.warp_barrier()
-    return Listed(
-        steps=steps, counts=grades.counts, sums=[isa.reduce_add(s) for s in sums], peaks=grades.peaks
-    )
+    padding = [zero] * g.rows_per_cta
+    address = place.list + pad * g.entry_bytes
+    store_entry(isa, g, address, padding_offset(isa, g, place), padding, where=pad < (steps << 3))
+    isa.warp_barrier()
+    return Listed(steps=steps, sums=[isa.reduce_add(s) for s in sums], peaks=grades.peaks)
 
 
 def park(isa: Instructions, g: Geometry, place: Place, listed: Listed) -> None:
-    """Leaves counts, sums and peaks in the exchange record: the loop needs the registers."""
-    peaks = [isa.float_to_bits(p) for p in listed.peaks]
-    with isa.when(place.lane.equals(0)):
-        store_words(isa, place.exchange, [*listed.counts, *listed.sums, *peaks])
+    """Leaves sums and peaks in the warp's record: the loop needs the registers."""
+    for r in range(g.rows_per_cta):
+        with isa.when(place.lane.equals(r)):
+            isa.store_shared(place.record + 8 * r, [listed.sums[r], isa.float_to_bits(listed.peaks[r])])
 
 
 def padding_offset(isa: Instructions, g: Geometry, place: Place) -> Value:
     """A row that padding entries may read (times zero): the slice's first, in plane 0."""
-    first = isa.select(place.slice < g.slices, place.slice, isa.constant(0)) * layout.SLICE
+    first = isa.select(place.slice_index < g.slices, place.slice_index, isa.constant(0)) * layout.SLICE
     return first * g.stored_row_bytes + place.tile * ROW_BYTES
 
 
@@ -432,19 +362,17 @@ def stream(isa: Instructions, g: Geometry, refs: Refs, place: Place, steps: Valu
     """Copies and multiplies the warp's ``steps``; int32 accumulators ``[row][half][position][4]``, flat."""
     slots = g.config.ring_slots
     planes = isa.global_address(refs.planes)
-    step_list_bytes = STEP_ROWS * g.entry_bytes
-    stride = step_list_bytes * g.config.warps_per_slice
-    my_list = place.list + place.part * step_list_bytes
+    stride = STEP_ROWS * g.entry_bytes
     # Copying: 8 lanes to a row, rows 2 i and 2 i + 1 of the list by lanes 8 i .. 8 i + 7. Slots are
     # swizzled, so that neither the copies nor the loads below meet in a bank.
     copy_row, copy_piece = place.lane >> 3, place.lane & (COPY_LANES - 1)
     copy_to = place.ring + (copy_row << 7) + ((copy_piece ^ (copy_row << 1)) << 4)
     copy_from = planes + isa.widen(copy_piece << 4)
-    copy_entries = my_list + copy_row * (2 * g.entry_bytes)
+    copy_entries = place.list + copy_row * (2 * g.entry_bytes)
     # Multiplying: lane 4 row + column takes words of group `row` of the list rows 2 column, + 1.
     row, column = place.lane >> 2, place.lane & 3
     take_from = place.ring + (column << 7) + ((row ^ (column << 1)) << 4)
-    take_entries = my_list + column * (2 * g.entry_bytes)
+    take_entries = place.list + column * (2 * g.entry_bytes)
     selectors = byte_selectors(isa, g, row)
     half_slot = STEP_BYTES // 2
 
@@ -539,9 +467,8 @@ def combine(
     of low bytes of the same outputs. Each keeps one word group's and swaps the other's with lane ^ 2.
     """
     has_high = (place.lane & 3) < 2
-    (sum_of_codes,) = isa.load_shared(place.exchange + 4 * (g.rows_per_cta + row))
-    (peak,) = isa.load_shared(place.exchange + 4 * (2 * g.rows_per_cta + row), kind="f32")
-    grid = peak * (1.0 / PEAK_CODE)
+    sum_of_codes, peak = isa.load_shared(place.record + 8 * row, 2)
+    grid = isa.bits_to_float(peak) * (1.0 / PEAK_CODE)
     middle = isa.int_to_float(sum_of_codes) * -MEAN_DIGIT
     sums: dict[tuple[int, int], Value] = {}
     for half in range(2):
@@ -590,9 +517,36 @@ def reduce(
             total = values if total is None else [a + b for a, b in zip(total, values, strict=True)]
         output = group_row * g.stored_n + place.tile * layout.TILE + (place.thread << 2)
         isa.store_global(isa.global_address(refs.partials) + (isa.widen(output) << 2), total)
-        with isa.when(place.thread.equals(0) & place.tile.equals(0)):
-            record = place.shared + g.exchange_base + 4 * row
-            count = isa.constant(0)
-            for warp in range(g.config.warps):
-                count = count + isa.load_shared(record + warp * g.exchange_bytes)[0]
-            isa.store_global(isa.global_address(refs.counts) + isa.widen(group_row << 2), [count])
+
+
+def count_levels(isa: Instructions, g: Geometry, refs: Refs) -> None:
+    """Mean bits read of one activation row: ``2 / in_features`` times the sum of its channels' levels."""
+    thread, row = isa.thread_index(), isa.block_index() - g.matvec_blocks
+    x = isa.global_address(refs.x)
+    thresholds = load_thresholds(isa, g, refs, row)
+    at_once = g.threads * COUNT_UNROLL
+
+    def body(i: Value, carry: list[Value]) -> list[Value]:
+        (count,) = carry
+        for u in range(COUNT_UNROLL):
+            channel = i * at_once + (thread + u * g.threads)
+            valid = channel < g.in_features
+            element = row * g.in_features + isa.select(valid, channel, isa.constant(0))
+            magnitude = isa.absolute(load_activation(isa, g, x + isa.widen(element * g.x_bytes)))
+            for t in thresholds:
+                reads = ~(magnitude < t) & valid
+                count = count + isa.select(reads, isa.constant(1), isa.constant(0))
+        return [count]
+
+    (count,) = isa.loop(isa.constant(-(-g.in_features // at_once)), [isa.constant(0)], body)
+    shared = isa.shared_address(refs.shared)
+    of_warp = isa.reduce_add(count)
+    with isa.when((thread & (LANES - 1)).equals(0)):
+        isa.store_shared(shared + ((thread >> 5) << 2), [of_warp])
+    isa.block_barrier()
+    with isa.when(thread.equals(0)):
+        total = isa.constant(0)
+        for warp in range(g.config.warps):
+            total = total + isa.load_shared(shared + 4 * warp)[0]
+        bits = isa.int_to_float(total) * (layout.DIGIT_BITS / g.in_features)
+        isa.store_global(isa.global_address(refs.bits) + isa.widen(row << 2), [bits])

@@ -158,6 +158,9 @@ class PtxInstructions(Instructions):
     def maximum(self, a, b):
         return PtxValue(arith.maxui(a.ssa, b.ssa), "i32")
 
+    def count_bits(self, word):
+        return _assemble("popc.b32 $0, $1;", [word], ("i32",))[0]
+
     def permute_bytes(self, low, high, selector):
         selector = selector if isinstance(selector, PtxValue) else _constant(selector, "i32")
         return _assemble("prmt.b32 $0, $1, $2, $3;", [low, high, selector], ("i32",))[0]
@@ -204,20 +207,11 @@ class PtxInstructions(Instructions):
         template = f"shfl.sync.bfly.b32 $0, $1, {mask}, 0x1f, {_ALL_LANES};"
         return _assemble(template, [value], (value.kind,), warp=True)[0]
 
-    def broadcast(self, value, lane):
-        template = f"shfl.sync.idx.b32 $0, $1, {lane}, 0x1f, {_ALL_LANES};"
-        return _assemble(template, [value], (value.kind,), warp=True)[0]
+    def ballot(self, condition):
+        return _assemble(f"vote.sync.ballot.b32 $0, $1, {_ALL_LANES};", [condition], ("i32",), warp=True)[0]
 
-    def prefix_sum(self, value):
-        for distance in (1, 2, 4, 8, 16):
-            # The predicate is false in the lanes that have no neighbour at this distance.
-            template = (
-                "{ .reg .pred inside; .reg .b32 lower; "
-                f"shfl.sync.up.b32 lower|inside, $1, {distance}, 0x0, {_ALL_LANES}; "
-                "mov.b32 $0, $1; @inside add.u32 $0, lower, $0; }"
-            )
-            value = _assemble(template, [value], ("i32",), warp=True)[0]
-        return value
+    def lower_lanes(self):
+        return _assemble("mov.u32 $0, %lanemask_lt;", [], ("i32",))[0]
 
     def reduce_max(self, value):
         return _assemble(f"redux.sync.max.u32 $0, $1, {_ALL_LANES};", [value], ("i32",), warp=True)[0]
