@@ -27,8 +27,8 @@ grade    level of each channel and activation row; the largest |x| of the warp's
 compact  the rows to read, of all planes, as one list in shared memory: (offset of the row, x 4**-f)
 stream   copy listed rows into the ring, `ring_slots - 1` steps ahead ...
 multiply ... and multiply each step on the matrix unit, exactly, in int32
-combine  integers to float32: bytes joined, midpoints subtracted, scales applied
-reduce   sum over the CTA's warps in a fixed order, one partial sum per CTA to global memory
+combine  integers to float32: bytes joined, midpoints subtracted
+reduce   scales applied, sum over the CTA's warps in a fixed order, one partial sum per CTA to global memory
 
 The last CTAs, one per activation row, only count the row's levels (`count_levels`): they are done long before
 the others, and no other kernel has to add up counts.
@@ -43,10 +43,10 @@ The multiply (see ``layout`` for the order of outputs in a tile)
 
 Masked words go to the matrix unit as they are, as bytes of A [16 words, 32 = 8 list rows x 4 bytes]: no
 shifts, no transposes. The factor 4**p is taken out at the end. B [32, 8] holds x, rounded to 16 bits on
-the grid ``peak / 32512``, split into a high and a low byte: column c < 4 has the high bytes of x for byte
-position c, column c + 4 the low bytes, and zeros where k's byte position is another one. So one instruction
-multiplies 8 rows x 64 outputs, and 2 word groups x 4 digit positions make a tile. All planes go into the
-same accumulators, because the list holds x * 4**-f.
+the grid ``peak / 32512``, split into a high and a low byte: columns 2 b and 2 b + 1 have the high and the
+low byte of x where k's byte position is b, and zeros elsewhere. So one instruction multiplies 8 rows x 64
+outputs, 2 word groups x 4 digit positions make a tile, and a lane ends up with both bytes' sums of its
+outputs. All planes go into the same accumulators, because the list holds x * 4**-f.
 
 The midpoints need no extra pass: the sum of everything the list holds, times 3/2, is subtracted.
 
@@ -64,7 +64,6 @@ from pallas_kernels.matvec.mosaic_gpu.geometry import (
     SCALES_BYTES,
     STEP_BYTES,
     STEP_ROWS,
-    TILE_OUTPUT_BYTES,
     Geometry,
 )
 from pallas_kernels.matvec.mosaic_gpu.instructions import Instructions, Value
@@ -73,11 +72,17 @@ PEAK_CODE = 127 * 256
 """The integer that the peak becomes: its high byte still fits a signed byte after the low
 byte's sign has been carried into it."""
 
-ROUNDING = 1.5 * 2.0**23
-"""Adding it to a float32 below 2**22 leaves the nearest integer in the low mantissa bits."""
+ROUNDING = 1.5 * 2.0**23 + 128
+"""Adding it to a float32 below 2**22 leaves the nearest integer, plus 128, in the low mantissa bits.
 
-ROUNDING_BITS = 0x4B400000
-"""The bits of ``ROUNDING``: bits of ``ROUNDING + i`` are ``ROUNDING_BITS + i``."""
+The 128 carry a low byte of 128 and more into the high byte, as it must be where the low byte is used as
+signed; ``LOW_SIGN`` then restores the low byte."""
+
+ROUNDED_ZERO = 0x4B400080
+"""The bits of ``ROUNDING``: those of ``ROUNDING + i`` are ``ROUNDED_ZERO + i``."""
+
+LOW_SIGN = 0x80
+"""``bits ^ LOW_SIGN`` has the high and the low byte, both signed, of the integer in its low 16 bits."""
 
 SMALLEST_PEAK_BITS = 0x0DA24260
 """The bits of 1e-30, in place of smaller peaks (all channels zero), so that 1 / peak is finite."""
@@ -306,7 +311,8 @@ def compact(isa: Instructions, g: Geometry, place: Place, operands: Operands, gr
     rounding = isa.constant(ROUNDING, "f32")
     row_offset = place.channel * g.stored_row_bytes + place.tile * ROW_BYTES
     lower_lanes, count, zero = isa.lower_lanes(), isa.constant(0), isa.constant(0)
-    sums = [zero] * g.rows_per_cta
+    rounded_zero = isa.constant(ROUNDED_ZERO)
+    sums = [isa.constant(-ROUNDED_ZERO * g.planes * g.channels_per_lane)] * g.rows_per_cta
     for f in range(g.planes):
         steps_of_plane = [grid * 4.0**-f for grid in grids]
         for q, channel in enumerate(grades.any_reached):
@@ -316,11 +322,9 @@ def compact(isa: Instructions, g: Geometry, place: Place, operands: Operands, gr
             for r in range(g.rows_per_cta):
                 rounded = isa.multiply_add(operands.x[r][q], steps_of_plane[r], rounding)
                 bits = isa.float_to_bits(rounded)
-                reads = grades.reached[r][q][f]
-                sums[r] = sums[r] + isa.select(reads, bits - ROUNDING_BITS, zero)
-                # The low byte is used as signed: carry its sign into the high byte.
-                code = bits + ((bits << 1) & 0x100)
-                codes.append(code if g.rows_per_cta == 1 else isa.select(reads, code, zero))
+                bits = isa.select(grades.reached[r][q][f], bits, rounded_zero)
+                sums[r] = sums[r] + bits
+                codes.append(bits ^ LOW_SIGN)
             offset = row_offset + (f * g.plane_bytes + q * LANES * g.stored_row_bytes)
             store_entry(isa, g, place.list + entry * g.entry_bytes, offset, codes, where=channel[f])
             count = count + isa.count_bits(listed)
@@ -415,11 +419,11 @@ def load_entry_pair(isa: Instructions, g: Geometry, address: Value) -> tuple[lis
 def byte_selectors(isa: Instructions, g: Geometry, column: Value) -> list[Value]:
     """For even and odd activation rows: the byte permutation that makes B's register from a code.
 
-    Column ``c`` of B wants, at byte position ``c & 3``, the high (``c < 4``) or the low byte of the code,
-    which lies in the low or the high half of the entry's word; zeros (selector 4) elsewhere.
+    Column ``2 b`` of B wants, at byte position ``b``, the high byte of the code, column ``2 b + 1`` the low
+    one; zeros (selector 4) elsewhere. The code lies in the low or the high half of the entry's word.
     """
-    shift = (column & 3) << 2
-    high = isa.select(column < 4, isa.constant(1), isa.constant(0))
+    shift = (column >> 1) << 2
+    high = (column & 1) ^ 1
     elsewhere = isa.constant(0x4444) ^ (isa.constant(4) << shift)
     selectors = [elsewhere | (high << shift)]
     if g.rows_per_cta > 1:
@@ -460,63 +464,76 @@ def accumulator(row: int, half: int, position: int) -> int:
 
 def combine(
     isa: Instructions, g: Geometry, place: Place, accumulators: list[Value], row: int
-) -> list[list[Value]]:
-    """f32 ``[chunk][4]``: this lane's outputs ``128 chunk + 4 lane + 0..3``, scaled, of this warp alone.
+) -> dict[tuple[int, int, int], Value]:
+    """f32 ``[half, word, p]``: what this warp adds to 16 outputs of this lane, not yet scaled.
 
-    Accumulator columns 2 c, 2 c + 1 of lane column c: lanes with c < 2 hold sums of high bytes, the others
-    of low bytes of the same outputs. Each keeps one word group's and swaps the other's with lane ^ 2.
+    Lane ``4 row + column`` has the outputs of words ``4 row + 2 half + word``, byte ``column``, digit ``p``.
     """
-    has_high = (place.lane & 3) < 2
     sum_of_codes, peak = isa.load_shared(place.record + 8 * row, 2)
     grid = isa.bits_to_float(peak) * (1.0 / PEAK_CODE)
-    middle = isa.int_to_float(sum_of_codes) * -MEAN_DIGIT
-    sums: dict[tuple[int, int], Value] = {}
+    middle = isa.int_to_float(sum_of_codes) * grid * -MEAN_DIGIT
+    grids = [grid * 4.0**-p for p in range(4)]
+    outputs = {}
     for half in range(2):
         for p in range(4):
             at = accumulator(row, half, p)
-            c = accumulators[at : at + 4]
-            for byte in range(2):
-                send = isa.select(has_high, c[2 + byte], c[byte])
-                keep = isa.select(has_high, c[byte], c[2 + byte])
-                received = isa.shuffle_xor(send, 2)
-                high = isa.select(has_high, keep, received)
-                low = isa.select(has_high, received, keep)
+            for word in range(2):
+                high, low = accumulators[at + 2 * word : at + 2 * word + 2]
                 digits = isa.int_to_float((high << 8) + low)
-                place_value = isa.constant(4.0**-p, "f32")
-                sums[2 * half + p // 2, 2 * (p % 2) + byte] = (
-                    isa.multiply_add(digits, place_value, middle) * grid
-                )
-    outputs = []
-    for chunk in range(layout.TILE // (4 * LANES)):
-        words = isa.load_shared(place.scales + chunk * (4 * LANES * 2) + (place.lane << 3), 2)
-        scales = [isa.half_to_float(w, which) for w in words for which in ("low", "high")]
-        outputs.append([sums[chunk, i] * scales[i] for i in range(4)])
+                outputs[half, word, p] = isa.multiply_add(digits, grids[p], middle)
     return outputs
 
 
 def reduce(
-    isa: Instructions, g: Geometry, refs: Refs, place: Place, outputs: list[list[Value]], row: int
+    isa: Instructions,
+    g: Geometry,
+    refs: Refs,
+    place: Place,
+    outputs: dict[tuple[int, int, int], Value],
+    row: int,
 ) -> None:
-    """Sums one activation row over the CTA's warps, in their order, and writes the partial sum."""
+    """Scales and sums one activation row over the CTA's warps, in their order, and writes the partial sum.
+
+    By way of the rings, in the order of the outputs but for a swizzle (see ``swizzled``) that keeps lanes
+    from meeting in a bank: a lane stores single outputs, and takes four consecutive ones of every warp.
+    """
     if row:
         isa.block_barrier()  # The sums of the previous row have been read.
+    lane_row, column = place.lane >> 2, place.lane & 3
+    group = (lane_row << 2) + (column >> 1)
+    mine = swizzled(group << 4, group) + ((column & 1) << 2)
     chunk_bytes = LANES * 16
-    for chunk, values in enumerate(outputs):
-        isa.store_shared(place.ring + chunk * chunk_bytes + (place.lane << 4), values)
+    for (half, word, p), value in outputs.items():
+        flips = 32 * word + 8 * (p & 1)
+        isa.store_shared(place.ring + (mine ^ flips) + chunk_bytes * (2 * half + p // 2), [value])
     isa.block_barrier()
-    lanes_of_tile = TILE_OUTPUT_BYTES // 16
     group_row = place.slice_group * g.rows + place.first_row + row
-    storing = place.thread < lanes_of_tile
+    storing = place.thread < layout.TILE // 4
     if g.rows % g.rows_per_cta:
         storing = storing & (place.first_row + row < g.rows)
     with isa.when(storing):
+        theirs = swizzled(place.thread << 4, place.thread)
         total = None
         for warp in range(g.config.warps):
-            address = place.shared + (g.ring_base + warp * g.ring_bytes) + (place.thread << 4)
-            values = isa.load_shared(address, 4, "f32")
-            total = values if total is None else [a + b for a, b in zip(total, values, strict=True)]
+            ring = place.shared + (g.ring_base + warp * g.ring_bytes)
+            values = [v for flip in (0, 8) for v in isa.load_shared(ring + (theirs ^ flip), 2, "f32")]
+            scales = place.shared + (g.scales_base + warp * SCALES_BYTES) + (place.thread << 3)
+            scales = [
+                isa.half_to_float(w, which) for w in isa.load_shared(scales, 2) for which in ("low", "high")
+            ]
+            if total is None:
+                total = [v * s for v, s in zip(values, scales, strict=True)]
+            else:
+                total = [isa.multiply_add(v, s, t) for v, s, t in zip(values, scales, total, strict=True)]
         output = group_row * g.stored_n + place.tile * layout.TILE + (place.thread << 2)
         isa.store_global(isa.global_address(refs.partials) + (isa.widen(output) << 2), total)
+
+
+def swizzled(offset: Value, group: Value) -> Value:
+    """Byte ``offset`` of outputs ``4 group .. + 3``: bits 3 and 4 of ``group`` flip bits 5 and 3 of it, so
+    that the 32 outputs of one store, which differ in bits 0, 2, 3, 4 of their group and in bit 0 of their
+    number, lie in 32 banks."""
+    return offset ^ (((group >> 3) & 1) << 5) ^ (((group >> 4) & 1) << 3)
 
 
 def count_levels(isa: Instructions, g: Geometry, refs: Refs) -> None:
