@@ -5,6 +5,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Float16, UInt32
 
 from pallas_kernels import NestedWeight, dequantize, graded_matvec
@@ -70,7 +71,11 @@ class GradedLinear(nnx.Module):
 
     def dense(self, x: Float[Array, "*rows k"], dtype=None) -> Float[Array, "*rows n"]:
         """See ``Linear``: every plane is dequantized, to the dtype of x."""
-        return _matmul(x, dequantize(self.weight, dtype=x.dtype), dtype)
+        # The weight is there before x, and without the barrier XLA fuses the dequantization of many
+        # layers into one kernel ahead of them all, which holds the whole model in memory at once.
+        weight, x = jax.lax.optimization_barrier((self.weight, x))
+        kernel = with_layout_constraint(dequantize(weight, dtype=x.dtype), Layout((0, 1)))
+        return _matmul(x, kernel, dtype)
 
     def graded(
         self, x: Float[Array, "rows k"], thresholds: Float[Array, "rows p"]
