@@ -1,0 +1,79 @@
+"""Flags and output that the measuring commands share."""
+
+import argparse
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from grinqh_jax import cli
+from grinqh_jax.errors import UsageError
+
+DEFAULT_BITS: tuple[float | str, ...] = (2.0, 3.0, 4.0, "full")
+
+
+def add_bits(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--bits`` with a list, and ``--json``."""
+    parser.add_argument(
+        "--bits",
+        type=_bits_list,
+        metavar="B,B,...",
+        help="settings of the dial, mean bits read per weight or full (default 2,3,4,full; "
+        "an unquantized model: full)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line instead of a table")
+
+
+def positive(text: str) -> int:
+    """An argparse type: an integer of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return value
+
+
+def settings(wanted: Sequence[float | str] | None, generator) -> list[float | str]:
+    """The settings to measure, checked against the model that ``generator`` holds.
+
+    Raises:
+      UsageError: naming every setting that the model does not have.
+    """
+    if wanted is None:
+        if generator.targets is None:
+            return ["full"]
+        least, most = generator.targets[0], generator.targets[-1]
+        return [bits for bits in DEFAULT_BITS if bits == "full" or least <= bits <= most]
+    problems = []
+    for bits in wanted:
+        try:
+            generator.bits(bits)
+        except UsageError as error:
+            problems.append(str(error))
+    if problems:
+        raise UsageError("; ".join(problems))
+    return list(wanted)
+
+
+def show(rows: Iterable[Mapping[str, Any]], as_json: bool) -> None:
+    """Prints results: JSON objects, each as soon as it is there, or a table when all are."""
+    if as_json:
+        for row in rows:
+            print(json.dumps(row), flush=True)
+        return
+    rows = list(rows)
+    cells = [list(rows[0])] + [[_cell(value) for value in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+
+
+def _bits_list(text: str) -> list[float | str]:
+    return list(dict.fromkeys(cli.bits(part.strip()) for part in text.split(",")))
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
