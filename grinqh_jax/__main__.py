@@ -1,0 +1,38 @@
+"""``python -m grinqh_jax VERB`` and ``grinqh-jax VERB``: the verbs and where they are."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from grinqh_jax import __version__, cli
+
+VERBS = {
+    "generate": ("grinqh_jax.generate", "text from a prompt"),
+    "chat": ("grinqh_jax.chat", "a conversation in the terminal"),
+    "convert": ("checkpoints_tools.convert", "a Hugging Face checkpoint to a GRINQH checkpoint"),
+}
+"""Verb -> (module with ``main(argv) -> exit code``, what it does). A module is imported when its
+verb is used: the others' dependencies cost no time, and the workshop stays above this package."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a verb; returns its exit code (see ``cli``)."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    verbs = "\n".join(f"  {verb:<12}{purpose}" for verb, (_, purpose) in VERBS.items())
+    usage = f"usage: grinqh-jax VERB [flags]\n\n{verbs}\n\ngrinqh-jax VERB --help lists a verb's flags"
+    if argv[:1] in (["-h"], ["--help"]):
+        print(usage)
+        return 0
+    if argv[:1] == ["--version"]:
+        print(f"grinqh-jax {__version__}")
+        return 0
+    if not argv or argv[0] not in VERBS:
+        wrong = f"unknown verb {argv[0]!r}" if argv else "no verb given"
+        print(f"error: {wrong}; choose from {', '.join(VERBS)} (see grinqh-jax --help)", file=sys.stderr)
+        return cli.USAGE_ERROR
+    module = importlib.import_module(VERBS[argv[0]][0])
+    return module.main(argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""The host's side of decoding: a batch of prompts in, tokens out in chunks.
+
+It keeps the cache between calls of the engine, pads prompts to few lengths so that few programs are
+compiled, and compiles them before any clock runs.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Int
+
+from grinqh_jax import engine
+from grinqh_jax.cache import KVCache
+from grinqh_jax.decoder import Decoder
+from grinqh_jax.engine import Thresholds
+from grinqh_jax.errors import UsageError
+from grinqh_jax.sampling import Sampling, sample
+from pallas_kernels.layout import round_up
+
+CHUNK_STEPS = 16
+"""Tokens a row generates before the host looks at them."""
+
+SHORTEST_BLOCK, LONGEST_BLOCK = 32, 2048
+"""Prompts are read in blocks of 32, 64, ... 2048 positions, the last one padded."""
+
+CAPACITY_STEP = 256
+"""Cache capacities are multiples of this, or the context itself."""
+
+_first_token = jax.jit(sample)
+
+
+@dataclasses.dataclass(frozen=True)
+class NewTokens:
+    """What one chunk generated, on the host.
+
+    Attributes:
+      tokens: of each row, those generated; possibly none.
+      grades: of each step and row, ``[steps, B, linears]``; None for the first token, which the
+        prefill yields at full precision, and for dense models. Row b is valid for its
+        ``len(tokens[b])`` steps.
+    """
+
+    tokens: list[list[int]]
+    grades: engine.Grades | None
+
+
+class Decoding:
+    """Generates a continuation of every prompt of a batch."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        max_context: int,
+        thresholds: Thresholds | None,
+        sampling: Sampling,
+        stop_tokens: Sequence[int] = (),
+    ):
+        """Prepares; no token is read yet.
+
+        Args:
+          model: graded; or dense, with ``thresholds=None``.
+          prompts: tokens of each row, at least one.
+          max_tokens: most tokens to generate per row; less where the context ends first.
+          max_context: most tokens of prompt and text together.
+          thresholds: of each row, see ``thresholds.model_thresholds``.
+          sampling: of each row.
+          stop_tokens: a row ends when it generates one of these, which is part of the result.
+
+        Raises:
+          UsageError: a prompt is empty or leaves no room in the context.
+        """
+        lengths = [len(prompt) for prompt in prompts]
+        if min(lengths) < 1:
+            raise UsageError("a prompt has no tokens; give at least one")
+        if max(lengths) >= max_context:
+            raise UsageError(
+                f"the prompt has {max(lengths)} tokens and the context holds {max_context}, the answer "
+                "included; shorten the prompt or raise the context"
+            )
+        self.model = model
+        self._prompts = prompts
+        self._lengths = np.array(lengths)
+        self._room = np.minimum(max_tokens, max_context - self._lengths)
+        self._thresholds = thresholds
+        self._sampling = sampling
+        self._stop_tokens = jnp.array(stop_tokens or (-1,), jnp.int32)
+        needed = int(np.max(self._lengths + self._room))
+        capacity = min(round_up(needed, CAPACITY_STEP), max_context)
+        # Whatever goes in and out of the loop lives where the (replicated) norm does from the start: jit
+        # compiles anew for arguments of the same shapes in another place.
+        self._place = model.norm.scale[...].sharding
+        cache = KVCache.create(model.config, len(prompts), capacity, model.compute_dtype)
+        self._cache: KVCache = jax.device_put(cache, self._place)
+        self._last: Int[jax.Array, "b"] = self._put(np.zeros(len(prompts), np.int32))
+        self._done: Bool[jax.Array, "b"] = self._put(np.ones(len(prompts), bool))
+
+    def compile(self) -> None:
+        """Compiles every program that the batch needs, by running each on no tokens at all."""
+        none = jnp.zeros(len(self._prompts), jnp.int32)
+        for width in sorted({block.shape[1] for block, _ in self._blocks()}):
+            logits, self._cache = engine.prefill(
+                self.model, np.zeros((len(self._prompts), width), np.int32), none, self._cache
+            )
+            _first_token(logits, self._sampling, self._cache.lengths)
+        self._decode(np.zeros_like(self._room))
+        jax.block_until_ready(self._cache)
+
+    def prefill(self) -> NewTokens:
+        """Reads the prompts and chooses the first token of each row, at full precision."""
+        following = None
+        for block, lengths in self._blocks():
+            logits, self._cache = engine.prefill(self.model, block, jnp.asarray(lengths), self._cache)
+            reads = jnp.asarray(lengths > 0)[:, None]
+            following = logits if following is None else jnp.where(reads, logits, following)
+        self._last = _first_token(following, self._sampling, self._cache.lengths)
+        tokens = np.asarray(self._last)
+        self._room -= 1
+        self._done = self._put(np.isin(tokens, self._stop_tokens) | (self._room <= 0))
+        return NewTokens([[int(token)] for token in tokens], None)
+
+    def chunks(self) -> Iterator[NewTokens]:
+        """Decodes until every row is done."""
+        while not self._done.all():
+            chunk = self._decode(self._room)
+            tokens, counts = np.asarray(chunk.tokens), np.asarray(chunk.counts)
+            self._last, self._done = chunk.last, chunk.done
+            self._room -= counts
+            yield NewTokens(
+                [row[:n].tolist() for row, n in zip(tokens, counts, strict=True)],
+                _first_steps(chunk.grades, counts.max()),
+            )
+
+    def stop(self, rows: Bool[np.ndarray, "b"]) -> None:
+        """Ends rows before their limit, because of what their text says."""
+        self._done |= jnp.asarray(rows)
+
+    def _put(self, array: np.ndarray) -> jax.Array:
+        return jax.device_put(array, self._place)
+
+    def _decode(self, limits: Int[np.ndarray, "b"]) -> engine.Chunk:
+        chunk, self._cache = engine.decode_chunk(
+            self.model,
+            self._last,
+            self._done,
+            self._cache,
+            self._thresholds,
+            self._sampling,
+            self._stop_tokens,
+            jnp.asarray(limits, jnp.int32),
+            steps=CHUNK_STEPS,
+        )
+        return chunk
+
+    def _blocks(self) -> Iterator[tuple[Int[np.ndarray, "b t"], Int[np.ndarray, "b"]]]:
+        """The prompts cut into blocks: padded tokens, and how many of them each row has."""
+        longest, start = int(self._lengths.max()), 0
+        while start < longest:
+            width = SHORTEST_BLOCK
+            while width < min(longest - start, LONGEST_BLOCK):
+                width *= 2
+            lengths = np.clip(self._lengths - start, 0, width).astype(np.int32)
+            block = np.zeros((len(self._prompts), width), np.int32)
+            for row, prompt in enumerate(self._prompts):
+                block[row, : lengths[row]] = prompt[start : start + width]
+            yield block, lengths
+            start += width
+
+
+def _first_steps(grades: engine.Grades | None, count: int) -> engine.Grades | None:
+    # cut on the host: on the device every other count would compile another program
+    return jax.tree.map(lambda steps: np.asarray(steps)[:count], grades)
