@@ -1,0 +1,193 @@
+"""Whole-model decoding and prefill at the shapes of published models, random weights, batch 1.
+
+    python benchmarks/decode.py --shapes Qwen3-8B Llama-3.1-8B --output benchmarks/results/decode.json
+    python benchmarks/decode.py --shapes Qwen3-0.6B --contexts 128 --layers 2 --tokens 4     a quick look
+
+For each shape: decoding at several mean bits and contexts, this library's own bf16 decoding in the same
+run, a table of one step's device time by category (``step_profile``), and prefill against bf16 prefill.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import platform
+import re
+import sys
+import time
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+import jax.numpy as jnp
+import step_profile
+
+from grinqh_jax import measure, random_model
+from grinqh_jax.thresholds import model_thresholds
+
+START = time.monotonic()
+
+
+def say(text: str) -> None:
+    print(f"[{time.monotonic() - START:5.0f}s] {text}", flush=True)
+
+
+def thresholds_for(model, bits: float):
+    """Thresholds of a batch of one."""
+    return model_thresholds(model, jnp.asarray(random_model.TARGETS), jnp.full(1, bits))
+
+
+def decode_rows(model, label: str, bits_list, context: int, args, bandwidth: float) -> list[dict]:
+    """Times decoding at each of the bits (None: a dense model); profiles where asked to."""
+    run = measure.DecodeRun(model, context, args.tokens)
+    rows = []
+    for bits in bits_list:
+        thresholds = None if bits is None else thresholds_for(model, bits)
+        timing = measure.timed(lambda t=thresholds: run.run(t), args.tokens, args.repeats)
+        chunk = run.run(thresholds)
+        figures = run.figures(chunk)
+        moved = figures["bytes_per_token"] + run.cache_bytes()
+        row = {
+            "shape": label,
+            "bits": bits or "bf16",
+            "context": context,
+            "tokens_per_second": round(timing.mean, 2),
+            "deviation": round(timing.deviation, 2),
+            "us_per_token": round(1e6 / timing.mean, 1),
+            **figures,
+            "cache_bytes_per_token": run.cache_bytes(),
+            "share_of_read_bandwidth": round(moved * timing.mean / bandwidth, 4),
+        }
+        rows.append(row)
+        realised = "" if bits is None else f" (realised {figures['realised_bits']:.2f})"
+        say(
+            f"{label} context {context}, {row['bits']} bits{realised}: {timing.mean:.1f} "
+            f"+- {timing.deviation:.1f} tokens/s, {row['us_per_token']} us, "
+            f"{moved / 1e9:.2f} GB/token, {row['share_of_read_bandwidth']:.0%} of read bandwidth"
+        )
+        if context in args.profile_contexts and bits in args.profile_bits:
+            row["profile"] = profile(run, thresholds, args, f"{label}-{row['bits']}-{context}")
+    hlo = run.compiled.as_text()
+    rows[0]["copies_in_hlo"] = copies(hlo)
+    if args.hlo:
+        (args.hlo / f"decode-{label}-{'dense' if bits_list[0] is None else 'graded'}.hlo").write_text(hlo)
+    return rows
+
+
+def copies(hlo: str) -> list[str]:
+    """Copies of more than 64 KiB in an optimized HLO, as ``type[shape]``: weights or caches, if any."""
+    sizes = {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "u8": 1, "pred": 1}
+    found = []
+    for dtype, shape in re.findall(r"= (\w+)\[([\d,]*)\]\S* copy(?:-start)?\(", hlo):
+        size = sizes.get(dtype, 8)
+        for n in shape.split(",") if shape else []:
+            size *= int(n)
+        if size > 1 << 16:
+            found.append(f"{dtype}[{shape}]")
+    return found
+
+
+def profile(run: measure.DecodeRun, thresholds, args, label: str) -> dict | None:
+    """The table of one step; None off an accelerator, whose kernels the profiler does not list."""
+    kernels = step_profile.trace(lambda: run.run(thresholds))
+    if not kernels:
+        return None
+    linears = 4 * run.model.config.num_layers + 1
+    table = step_profile.tabulate(kernels, args.tokens, run.compiled.as_text(), linears)
+    say(f"one step of {label}:")
+    print("\n".join(table.lines()), flush=True)
+    return table.to_json()
+
+
+def prefill_row(model, label: str, kind: str, tokens: int, chunk: int | None, repeats: int) -> dict:
+    """Times prefill; ``temp_bytes`` is what XLA allocates beside arguments and results."""
+    run = measure.PrefillRun(model, tokens, chunk)
+    timing = measure.timed(run.run, tokens, repeats)
+    memory = run.compiled.memory_analysis()
+    say(
+        f"{label} {kind} prefill of {tokens} (chunks of {run.chunk}): {timing.mean:.0f} +- "
+        f"{timing.deviation:.0f} tokens/s, {1e3 * tokens / timing.mean:.2f} ms, "
+        f"temporary memory {memory.temp_size_in_bytes / 1e6:.0f} MB"
+    )
+    return {
+        "shape": label,
+        "weights": kind,
+        "prompt": tokens,
+        "chunk": run.chunk,
+        "tokens_per_second": round(timing.mean, 1),
+        "deviation": round(timing.deviation, 1),
+        "temp_bytes": memory.temp_size_in_bytes,
+    }
+
+
+def bench_shape(name: str, args, bandwidth: float) -> dict:
+    """All measurements of one shape: the graded model first, then the dense one, never both."""
+    config = random_model.shape(name)
+    if args.layers:
+        config = dataclasses.replace(config, num_layers=args.layers)
+    report = {"decode": [], "prefill": []}
+    for kind, make, bits in (
+        ("graded", random_model.graded, args.bits),
+        ("bf16", random_model.dense, [None]),
+    ):
+        if kind not in args.weights:
+            continue
+        model = jax.block_until_ready(make(config))
+        say(f"{name}: {kind} weights made")
+        for context in args.contexts:
+            report["decode"] += decode_rows(model, name, bits, context, args, bandwidth)
+        for tokens in args.prefill:
+            report["prefill"].append(prefill_row(model, name, kind, tokens, args.chunk, args.repeats))
+        del model
+    dense = {r["context"]: r["tokens_per_second"] for r in report["decode"] if r["bits"] == "bf16"}
+    for row in report["decode"]:
+        if row["context"] in dense:
+            row["times_bf16"] = round(row["tokens_per_second"] / dense[row["context"]], 3)
+    for row in report["prefill"]:
+        same = [r for r in report["prefill"] if r["weights"] == "bf16" and r["prompt"] == row["prompt"]]
+        if same:
+            row["time_over_bf16"] = round(same[0]["tokens_per_second"] / row["tokens_per_second"], 3)
+    return report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=["Qwen3-8B"], choices=random_model.shapes())
+    parser.add_argument("--layers", type=int, help="keep only so many layers")
+    parser.add_argument("--bits", nargs="+", type=float, default=[2, 3, 4, 8])
+    parser.add_argument("--contexts", nargs="+", type=int, default=[128, 1024, 4096])
+    parser.add_argument("--weights", nargs="+", default=["graded", "bf16"], choices=("graded", "bf16"))
+    parser.add_argument("--tokens", type=int, default=64, help="decoded in one dispatch")
+    parser.add_argument("--prefill", nargs="*", type=int, default=[2048], help="prompt lengths")
+    parser.add_argument("--chunk", type=int, help="prefill so many tokens at a time")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--profile-contexts", nargs="*", type=int, default=[1024])
+    parser.add_argument("--profile-bits", nargs="*", type=float, default=[3, None], help=argparse.SUPPRESS)
+    parser.add_argument("--hlo", type=pathlib.Path, help="write the optimized HLO into this directory")
+    parser.add_argument("--platform", choices=("cpu", "cuda"), help="as in JAX_PLATFORMS")
+    parser.add_argument("--output", type=pathlib.Path, help="JSON file to write")
+    args = parser.parse_args()
+    if args.platform:
+        jax.config.update("jax_platforms", args.platform)
+
+    device = jax.devices()[0]
+    bandwidth = measure.read_bandwidth()
+    say(f"{device.device_kind}, jax {jax.__version__}, reads {bandwidth / 1e12:.2f} TB/s")
+    report = {
+        "device": device.device_kind,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["python", *sys.argv]),
+        "read_bandwidth_bytes_per_second": round(bandwidth),
+        "shapes": {name: bench_shape(name, args, bandwidth) for name in args.shapes},
+    }
+    if args.output:
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

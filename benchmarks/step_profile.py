@@ -1,0 +1,122 @@
+"""Where the time of a decode step goes: device kernels from the profiler, by category.
+
+XLA names a kernel after its HLO instruction; that instruction's ``op_name`` holds the named scopes of the
+library's source (``norm``, ``attention`` ..), which are the categories here. Kernels that are not XLA's
+own (the graded matvec, cuBLAS) are known by their names.
+"""
+
+import collections
+import dataclasses
+import pathlib
+import re
+import tempfile
+from collections.abc import Callable
+
+import jax
+
+MATVEC = re.compile(r"graded_matvec|gemv|nvjet|cutlass|cublas|splitK|xmma|s16816gemm", re.IGNORECASE)
+SCOPES = ("sampling", "grades", "attention", "norm", "mlp", "embed", "linear")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One launch: its name, start and duration in microseconds."""
+
+    name: str
+    start: float
+    duration: float
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTable:
+    """Microseconds and launches per decode step.
+
+    Attributes:
+      span: from the first kernel's start to the last one's end, over the steps.
+      categories: category -> (busy microseconds, launches), ``gaps`` being the time with no kernel.
+      kernels: (name, category) -> (microseconds, launches).
+    """
+
+    span: float
+    categories: dict[str, tuple[float, float]]
+    kernels: dict[tuple[str, str], tuple[float, float]]
+
+    def lines(self, largest: int = 25) -> list[str]:
+        """The table for people, categories first, then the kernels that take longest."""
+        lines = [f"{'category':<14}{'us/step':>10}{'share':>8}{'launches':>10}"]
+        for name, (time, count) in sorted(self.categories.items(), key=lambda item: -item[1][0]):
+            lines.append(f"{name:<14}{time:>10.1f}{time / self.span:>8.1%}{count:>10.1f}")
+        lines.append(f"{'sum':<14}{self.span:>10.1f}")
+        ranked = sorted(self.kernels.items(), key=lambda item: -item[1][0])[:largest]
+        for (name, category), (time, count) in ranked:
+            each = time / count if count else 0.0
+            lines.append(f"  {name[:44]:<45}{category:<12}{time:>9.1f}{count:>8.1f} x {each:.2f}")
+        return lines
+
+    def to_json(self) -> dict:
+        """Categories with microseconds and launches per step."""
+        parts = {
+            name: {"us": round(time, 2), "launches": round(count, 2)}
+            for name, (time, count) in self.categories.items()
+        }
+        return {"span_us": round(self.span, 2), "categories": parts}
+
+
+def trace(function: Callable[[], object]) -> list[Kernel]:
+    """Runs ``function`` once under the profiler; the device's kernels in the order of their start."""
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory):
+            jax.block_until_ready(function())
+        (path,) = pathlib.Path(directory).rglob("*.xplane.pb")
+        data = jax.profiler.ProfileData.from_file(str(path))
+        kernels = [
+            Kernel(event.name, event.start_ns / 1e3, event.duration_ns / 1e3)
+            for plane in data.planes
+            if "/device:GPU" in plane.name
+            for line in plane.lines
+            if line.name.startswith("Stream")
+            for event in line.events
+        ]
+    return sorted(kernels, key=lambda kernel: kernel.start)
+
+
+def scopes_by_kernel(hlo: str) -> dict[str, str]:
+    """Kernel name -> category, from the ``op_name`` of the optimized HLO's instructions."""
+    scopes = {}
+    for name, op_name in re.findall(r'%([\w.-]+) = .*?metadata=\{op_name="([^"]*)"', hlo):
+        parts = op_name.split("/")
+        scopes[re.sub(r"[.-]", "_", name)] = next((s for s in SCOPES if s in parts), "other")
+    return scopes
+
+
+def tabulate(kernels: list[Kernel], steps: int, hlo: str, matvecs: int) -> StepTable:
+    """Sums a trace of ``steps`` decode steps.
+
+    Args:
+      kernels: in the order of their start.
+      steps: decode steps in the trace.
+      hlo: optimized HLO of the traced function.
+      matvecs: linear layers of the model; the last matvec of every step is the head.
+    """
+    scopes = scopes_by_kernel(hlo)
+    categories: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0])
+    by_name: dict[tuple[str, str], list[float]] = collections.defaultdict(lambda: [0.0, 0])
+    seen = 0
+    end, idle = kernels[0].start, 0.0
+    for kernel in kernels:
+        if MATVEC.search(kernel.name):
+            seen += 1
+            category = "head" if seen % matvecs == 0 else "matvec"
+        elif re.search(r"memcpy|memset|^copy|^wrapped_copy", kernel.name, re.IGNORECASE):
+            category = "copies"
+        else:
+            category = scopes.get(re.sub(r"[.-]", "_", kernel.name), "other")
+        for table, key in ((categories, category), (by_name, (kernel.name, category))):
+            table[key][0] += kernel.duration
+            table[key][1] += 1
+        idle += max(0.0, kernel.start - end)
+        end = max(end, kernel.start + kernel.duration)
+    categories["gaps"] = [idle, 0]
+    per_step = {key: (time / steps, count / steps) for key, (time, count) in categories.items()}
+    per_kernel = {key: (time / steps, count / steps) for key, (time, count) in by_name.items()}
+    return StepTable((end - kernels[0].start) / steps, per_step, per_kernel)

@@ -1,0 +1,141 @@
+"""Timing of prefill and decoding, for the verb ``benchmark`` and for the scripts in ``benchmarks``."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grinqh_jax import engine
+from grinqh_jax.cache import KVCache
+from grinqh_jax.config import ModelConfig
+from grinqh_jax.decoder import Decoder
+from grinqh_jax.engine import Grades, Thresholds
+from grinqh_jax.sampling import Sampling
+from grinqh_jax.statistics import grade_statistics
+
+CAPACITY_STEP = 128
+"""Cache capacities are rounded up to a multiple of this."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Tokens per second over several runs, the first one (compilation, clocks) not counted."""
+
+    tokens: int
+    seconds: tuple[float, ...]
+
+    @property
+    def rates(self) -> list[float]:
+        """Tokens per second of each run."""
+        return [self.tokens / s for s in self.seconds]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.rates)
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation, 0 for a single run."""
+        return statistics.stdev(self.rates) if len(self.seconds) > 1 else 0.0
+
+
+def timed(function: Callable[[], object], tokens: int, repeats: int) -> Timing:
+    """Times ``repeats`` calls after one that is not counted; each is waited for."""
+    jax.block_until_ready(function())
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(function())
+        seconds.append(time.perf_counter() - start)
+    return Timing(tokens, tuple(seconds))
+
+
+def filled_cache(config: ModelConfig, context: int, room: int, dtype) -> KVCache:
+    """A cache of one sequence with ``context`` random positions and room for ``room`` more."""
+    capacity = -(-(context + room) // CAPACITY_STEP) * CAPACITY_STEP
+    cache = KVCache.create(config, 1, capacity, dtype)
+    fill = jax.jit(lambda key, a: jax.random.normal(key, a.shape, a.dtype))
+    arrays, structure = jax.tree.flatten((cache.keys, cache.values))
+    keys, values = jax.tree.unflatten(structure, [fill(jax.random.key(i), a) for i, a in enumerate(arrays)])
+    return KVCache(keys, values, jnp.full(1, context, jnp.int32))
+
+
+class DecodeRun:
+    """Repeated greedy decoding of ``tokens`` tokens after ``context`` ones, compiled once.
+
+    Attributes:
+      compiled: the executable; ``compiled.as_text()`` is the optimized HLO.
+    """
+
+    def __init__(self, model: Decoder, context: int, tokens: int):
+        self.model, self.context, self.tokens = model, context, tokens
+        self._cache = filled_cache(model.config, context, tokens, model.compute_dtype)
+        self._rest = (
+            Sampling.create(1),
+            jnp.full(1, -1, jnp.int32),  # no token stops it
+            jnp.full(1, tokens, jnp.int32),
+        )
+        self.compiled = None
+
+    def run(self, thresholds: Thresholds | None) -> engine.Chunk:
+        """Decodes the tokens once. The thresholds may change from run to run: nothing recompiles."""
+        lengths = jnp.full(1, self.context, jnp.int32)
+        cache = dataclasses.replace(self._cache, lengths=lengths)
+        args = (self.model, jnp.zeros(1, jnp.int32), jnp.zeros(1, bool), cache, thresholds, *self._rest)
+        if self.compiled is None:
+            self.compiled = engine.decode_chunk.lower(*args, steps=self.tokens).compile()
+        chunk, self._cache = self.compiled(*args)
+        return chunk
+
+    def figures(self, chunk: engine.Chunk) -> dict:
+        """Realised bits and bytes of weights per token, as ``statistics.grade_statistics`` has them."""
+        grades = chunk.grades
+        if grades is not None:
+            grades = Grades(np.asarray(grades.bits)[:, 0], np.asarray(grades.saturation)[:, 0])
+        fields = grade_statistics(self.model, grades)
+        return {name: fields[name] for name in ("realised_bits", "bytes_per_token", "bytes_per_token_bf16")}
+
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values that a step reads, at the mean length of the run."""
+        config = self.model.config
+        width = 2 * config.num_kv_heads * config.head_dim * self.model.compute_dtype.itemsize
+        return round(config.num_layers * width * (self.context + self.tokens / 2))
+
+
+class PrefillRun:
+    """Repeated prefill of a prompt of ``tokens`` random tokens, ``chunk`` at a time."""
+
+    def __init__(self, model: Decoder, tokens: int, chunk: int | None = None):
+        self.model, self.tokens, self.chunk = model, tokens, min(chunk or tokens, tokens)
+        if tokens % self.chunk:
+            raise ValueError(f"{tokens} tokens are not whole chunks of {self.chunk}")
+        self._cache = KVCache.create(model.config, 1, tokens, model.compute_dtype)
+        self._prompt = jax.random.randint(jax.random.key(0), (1, tokens), 0, model.config.vocab_size)
+        self.compiled = None
+
+    def run(self) -> jax.Array:
+        """Reads the prompt once; the logits after it."""
+        cache = dataclasses.replace(self._cache, lengths=jnp.zeros(1, jnp.int32))
+        for start in range(0, self.tokens, self.chunk):
+            piece = self._prompt[:, start : start + self.chunk]
+            args = (self.model, piece, jnp.full(1, self.chunk, jnp.int32), cache)
+            if self.compiled is None:
+                self.compiled = engine.prefill.lower(*args).compile()
+            logits, cache = self.compiled(*args)
+        self._cache = cache
+        return logits
+
+
+def read_bandwidth(repeats: int = 20) -> float:
+    """Bytes per second at which the device sums float32: what it reads at most, by the clock."""
+    accelerator = jax.default_backend() != "cpu"
+    data = jnp.ones((1 << 30 if accelerator else 1 << 24,), jnp.float32)
+    total = jax.jit(jnp.sum)
+    jax.block_until_ready(total(data))
+    start = time.perf_counter()
+    jax.block_until_ready([total(data) for _ in range(repeats)])
+    return repeats * data.nbytes / (time.perf_counter() - start)
