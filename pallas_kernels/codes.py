@@ -1,5 +1,7 @@
 """Nested codes: quantize, pack, unpack, dequantize. The formulas are in ``weight.NestedWeight``."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float16, Int, Shaped, UInt8, UInt32
@@ -20,7 +22,7 @@ DIGIT_MEAN = 1.5
 def quantize(w: Shaped[Array, "..."], *, max_bits: int = 8, name: str = "weight") -> NestedWeight:
     """Rounds ``w`` to nested codes with symmetric max-abs scales per (slice, output).
 
-    Every level ``l >= 1`` of the result is within its half step of ``w``:
+    Every level ``l >= 1`` of the result is within its half step of ``w``, up to float32 rounding:
     ``|w - w_l| <= scale * 0.5 * 4**(1 - l)``.
 
     Args:
@@ -150,15 +152,21 @@ def dequantize(
         stored level by default. A level above the stored planes reads what is stored.
       dtype: of the result.
     """
-    planes = weight.planes[:, : weight.in_features]
     if level is None or isinstance(level, int):
-        planes = planes[:level]
-        level = len(planes)
-    # Accumulated in the order of the words, because permuting four planes would cost four gathers.
+        weight = dataclasses.replace(weight, planes=weight.planes[:level])
+        level = weight.num_planes
+    f = jnp.arange(weight.num_planes)[:, None]
+    return _dequantize(weight, jnp.where(f < level, 4.0**-f, 0.0), dtype)
+
+
+@jax.jit(static_argnums=2)
+def _dequantize(weight, place, dtype):
+    """``place [P, K or 1]``: what a digit of a plane is worth in a channel, 0 where it is not read."""
+    planes = weight.planes[:, : weight.in_features]
+    # Summed in the order of the words, so that the outputs are permuted once and not in every plane.
     total = jnp.zeros((planes.shape[1], layout.WORD_DIGITS, planes.shape[2]), jnp.float32)
-    for f, words in enumerate(planes):
-        place = jnp.where(jnp.asarray(level) > f, 4.0**-f, 0.0).reshape(-1, 1, 1)
-        total += (unpack_digit_major(words) - DIGIT_MEAN) * place
+    for words, worth in zip(planes, place, strict=True):
+        total += (unpack_digit_major(words) - DIGIT_MEAN) * worth[:, None, None]
     scale = jnp.repeat(weight.scales.astype(jnp.float32), layout.SLICE, axis=0)[: weight.in_features]
     return (_logical_order(total) * scale)[:, : weight.out_features].astype(dtype)
 

@@ -47,6 +47,7 @@ def _tile_positions() -> np.ndarray:
     mma.m16n8k32"): lane ``4 * row + column`` of a warp holds, after the multiply, outputs whose
     packed words were loaded by rows ``row`` of the A fragment. Output ``n = 128 * chunk + 4 * lane +
     inner`` is what lane ``lane`` stores as element ``inner`` of its 16-byte store number ``chunk``.
+    Digit ``d`` of a word is its bits ``2 * d`` and ``2 * d + 1``.
     """
     n = np.arange(TILE)
     chunk, lane, inner = n >> 7, (n >> 2) & 31, n & 3

@@ -49,9 +49,11 @@ def graded_matvec(
 
 
 def choose(
-    x: jax.Array, weight: NestedWeight, implementation: Implementation | None = None
+    x: Array | jax.ShapeDtypeStruct, weight: NestedWeight, implementation: Implementation | None = None
 ) -> Implementation:
     """The implementation that ``graded_matvec`` runs for these arguments on the default device.
+
+    Looks at shapes and dtypes only: ``x`` is ``[rows, in_features]``, and it and the weight may be abstract.
 
     Raises:
       ValueError, NotImplementedError: as ``graded_matvec``.
