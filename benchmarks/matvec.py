@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import timing
 
-from pallas_kernels import NestedWeight, codes, grading
+from pallas_kernels import NestedWeight, codes, grading, layout
 from pallas_kernels.matvec import mosaic_gpu
 from pallas_kernels.matvec.mosaic_gpu import kernel
 
@@ -60,10 +60,11 @@ def thresholds_for(x: np.ndarray, bits: int) -> np.ndarray:
 def random_weights(k: int, n: int) -> list[NestedWeight]:
     """Enough random weights to rotate past the L2. Codes are uniform: no kernel time depends on them."""
     count = max(4, round(ROTATED_BYTES / (k * n * 2.125 / 8)))
+    sizes = NestedWeight.abstract(k, n)
     make = jax.jit(
         lambda key: NestedWeight(
-            jax.random.bits(key, (4, k, n // 16), jnp.uint32),
-            jax.random.uniform(key, (k // 128, n), jnp.float32, 0.5, 1.5).astype(jnp.float16),
+            jax.random.bits(key, sizes.planes.shape, jnp.uint32),
+            jax.random.uniform(key, sizes.scales.shape, jnp.float32, 0.5, 1.5).astype(jnp.float16),
             k,
             n,
         )
@@ -85,7 +86,8 @@ def relative_error(y: jax.Array, x: jax.Array, weight: NestedWeight, thresholds:
 def bytes_read(x: np.ndarray, limits: np.ndarray, k: int, n: int) -> int:
     """Bytes that one launch must read: listed rows (those that some activation row reaches), scales, x."""
     reached = ~(np.abs(x)[:, :, None] < limits[:, None, :])
-    return int(reached.any(0).sum() * (n // 4) + k // 128 * n * 2 + x.nbytes)
+    stored_k, stored_n = layout.padded_shape(k, n)
+    return int(reached.any(0).sum() * (stored_n // 4) + stored_k // 128 * stored_n * 2 + x.nbytes)
 
 
 def measure(k, n, bits_list, rows, config, bandwidth) -> list[dict]:

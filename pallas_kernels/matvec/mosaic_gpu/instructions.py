@@ -96,11 +96,15 @@ class Instructions(abc.ABC):
 
     @abc.abstractmethod
     def thread_index(self) -> Value:
-        """``i32``: which thread of the CTA; lane = index % 32, warp = index // 32."""
+        """``i32``: which thread of the CTA; lane = index % 32, warp = index // 32.
+
+        Asking again costs an instruction, but no register in between: what is computed from it anew is
+        not kept.
+        """
 
     @abc.abstractmethod
     def block_index(self) -> Value:
-        """``i32``: which CTA of the (one-dimensional) grid."""
+        """``i32``: which CTA of the (one-dimensional) grid. Asking again: as for ``thread_index``."""
 
     @abc.abstractmethod
     def global_address(self, ref: Any) -> Value:

@@ -72,7 +72,12 @@ class PtxValue(Value):
 
 
 def _assemble(
-    template: str, inputs, outputs: tuple[Kind, ...] = (), *, effects: bool = False, warp: bool = False
+    template: str,
+    inputs,
+    outputs: tuple[Kind, ...] = (),
+    *,
+    effects: bool = False,
+    warp: bool = False,
 ) -> list[PtxValue]:
     """One inline assembly statement; ``$0, $1 ..`` number the outputs, then the inputs.
 
@@ -113,12 +118,11 @@ class PtxInstructions(Instructions):
         return _constant(value, kind)
 
     def thread_index(self):
-        index = gpu.thread_id(gpu.Dimension.x)
-        return PtxValue(arith.index_cast(_mlir_type("i32"), index), "i32")
+        # With effects, so that two of them are not merged into one long-lived register.
+        return _assemble("mov.u32 $0, %tid.x;", [], ("i32",), effects=True)[0]
 
     def block_index(self):
-        index = gpu.block_id(gpu.Dimension.x)
-        return PtxValue(arith.index_cast(_mlir_type("i32"), index), "i32")
+        return _assemble("mov.u32 $0, %ctaid.x;", [], ("i32",), effects=True)[0]
 
     def global_address(self, ref):
         return PtxValue(llvm.ptrtoint(_mlir_type("i64"), mosaic.memref_ptr(ref)), "i64")

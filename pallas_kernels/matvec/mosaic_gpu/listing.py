@@ -1,0 +1,183 @@
+"""Phases fetch, grade and compact: from activations to the list of rows that a warp reads."""
+
+import dataclasses
+
+from pallas_kernels import layout
+from pallas_kernels.matvec.mosaic_gpu.geometry import LANES, ROW_BYTES, STEP_ROWS, Geometry
+from pallas_kernels.matvec.mosaic_gpu.instructions import Instructions, Value
+from pallas_kernels.matvec.mosaic_gpu.place import Place, Refs
+
+PEAK_CODE = 127 * 256
+"""The integer that the peak becomes: its high byte still fits a signed byte after the low
+byte's sign has been carried into it."""
+
+ROUNDING = 1.5 * 2.0**23 + 128
+"""Adding it to a float32 below 2**22 leaves the nearest integer, plus 128, in the low mantissa bits.
+
+The 128 carry a low byte of 128 and more into the high byte, as it must be where the low byte is used as
+signed; ``LOW_SIGN`` then restores the low byte."""
+
+ROUNDED_ZERO = 0x4B400080
+"""The bits of ``ROUNDING``: those of ``ROUNDING + i`` are ``ROUNDED_ZERO + i``."""
+
+LOW_SIGN = 0x80
+"""``bits ^ LOW_SIGN`` has the high and the low byte, both signed, of the integer in its low 16 bits."""
+
+SMALLEST_PEAK_BITS = 0x0DA24260
+"""The bits of 1e-30, in place of smaller peaks (all channels zero), so that 1 / peak is finite."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Operands:
+    """Registers loaded from global memory. ``q`` counts the channels that this lane grades."""
+
+    thresholds: list[list[Value]]
+    """f32 [row][plane]"""
+    x: list[list[Value]]
+    """f32 [row][q], zero in padding."""
+    valid: list[Value]
+    """[q]: the channel is not padding."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Grades:
+    """What grading found."""
+
+    reached: list[list[list[Value]]]
+    """[row][q][plane]: this activation reads the channel's row of the plane."""
+    any_reached: list[list[Value]]
+    """[q][plane]: some activation row does, so the row is listed."""
+    peaks: list[Value]
+    """f32 [row]: largest |x| of the warp's channels; NaN or Inf if one is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Listed:
+    """The finished list, and what the end of the program needs to know of it."""
+
+    steps: Value
+    """Steps of 8 entries."""
+    sums: list[Value]
+    """i32 [row]: all integers in the list, summed."""
+    peaks: list[Value]
+    """f32 [row]: as in ``Grades``."""
+
+
+def fetch(isa: Instructions, g: Geometry, refs: Refs, place: Place) -> Operands:
+    """Loads everything that grading needs; no load depends on another one."""
+    x = isa.global_address(refs.x)
+    channels = [place.channel + LANES * q for q in range(g.channels_per_lane)]
+    valid = [channel < g.in_features for channel in channels]
+    zero = isa.constant(0.0, "f32")
+    rows_x, rows_thresholds = [], []
+    for r in range(g.rows_per_cta):
+        row = place.first_row + r
+        exists = None
+        if g.rows % g.rows_per_cta:  # The last group has rows to spare: they read nothing.
+            exists = row < g.rows
+            row = isa.select(exists, row, isa.constant(0))
+        rows_x.append([])
+        for channel, ok in zip(channels, valid, strict=True):
+            ok = ok if exists is None else ok & exists
+            element = isa.select(ok, row * g.in_features + channel, isa.constant(0))
+            number = load_activation(isa, g, x + isa.widen(element * g.x_bytes))
+            rows_x[-1].append(isa.select(ok, number, zero))
+        limits = load_thresholds(isa, g, refs, row)
+        if exists is not None:
+            limits = [isa.select(exists, t, isa.constant(float("inf"), "f32")) for t in limits]
+        rows_thresholds.append(limits)
+    return Operands(thresholds=rows_thresholds, x=rows_x, valid=valid)
+
+
+def load_thresholds(isa: Instructions, g: Geometry, refs: Refs, row: Value) -> list[Value]:
+    """The thresholds of one activation row."""
+    address = isa.global_address(refs.thresholds) + isa.widen(row * (4 * g.planes))
+    return [isa.load_global(address + 4 * f, kind="f32")[0] for f in range(g.planes)]
+
+
+def load_activation(isa: Instructions, g: Geometry, address: Value) -> Value:
+    """One activation as float32."""
+    if g.x_dtype == "float32":
+        return isa.load_global(address, kind="f32")[0]
+    bits = isa.load_global_16(address)
+    return isa.bits_to_float(bits << 16) if g.x_dtype == "bfloat16" else isa.half_to_float(bits, "low")
+
+
+def grade(isa: Instructions, operands: Operands) -> Grades:
+    """Levels by comparison, peaks by a maximum over the warp."""
+    reached, peaks = [], []
+    for x, thresholds in zip(operands.x, operands.thresholds, strict=True):
+        magnitudes = [isa.absolute(v) for v in x]
+        # not (|x| < t), so that a NaN is read at every level
+        reached.append(
+            [[~(m < t) & ok for t in thresholds] for m, ok in zip(magnitudes, operands.valid, strict=True)]
+        )
+        bits = [isa.float_to_bits(m) for m in magnitudes]
+        peak = bits[0]
+        for other in bits[1:]:
+            peak = isa.maximum(peak, other)
+        peak = isa.maximum(isa.reduce_max(peak), isa.constant(SMALLEST_PEAK_BITS))
+        peaks.append(isa.bits_to_float(peak))
+    any_reached = reached[0]
+    for row in reached[1:]:
+        any_reached = [
+            [a | b for a, b in zip(one, two, strict=True)] for one, two in zip(any_reached, row, strict=True)
+        ]
+    return Grades(reached=reached, any_reached=any_reached, peaks=peaks)
+
+
+def compact(isa: Instructions, g: Geometry, place: Place, operands: Operands, grades: Grades) -> Listed:
+    """Writes the list: plane by plane, in a plane channel by channel, padded with zeros to a whole step."""
+    grids = [isa.divide(isa.constant(float(PEAK_CODE), "f32"), peak) for peak in grades.peaks]
+    rounding = isa.constant(ROUNDING, "f32")
+    row_offset = place.channel * g.stored_row_bytes + place.tile * ROW_BYTES
+    lower_lanes, count, zero = isa.lower_lanes(), isa.constant(0), isa.constant(0)
+    rounded_zero = isa.constant(ROUNDED_ZERO)
+    sums = [isa.constant(-ROUNDED_ZERO * g.planes * g.channels_per_lane)] * g.rows_per_cta
+    for f in range(g.planes):
+        steps_of_plane = [grid * 4.0**-f for grid in grids]
+        for q, channel in enumerate(grades.any_reached):
+            listed = isa.ballot(channel[f])
+            entry = count + isa.count_bits(listed & lower_lanes)
+            codes = []
+            for r in range(g.rows_per_cta):
+                rounded = isa.multiply_add(operands.x[r][q], steps_of_plane[r], rounding)
+                bits = isa.float_to_bits(rounded)
+                bits = isa.select(grades.reached[r][q][f], bits, rounded_zero)
+                sums[r] = sums[r] + bits
+                codes.append(bits ^ LOW_SIGN)
+            offset = row_offset + (f * g.plane_bytes + q * LANES * g.stored_row_bytes)
+            store_entry(isa, g, place.list + entry * g.entry_bytes, offset, codes, where=channel[f])
+            count = count + isa.count_bits(listed)
+    steps = (count + (STEP_ROWS - 1)) >> 3
+    pad = count + place.lane
+    padding = [zero] * g.rows_per_cta
+    address = place.list + pad * g.entry_bytes
+    store_entry(isa, g, address, padding_offset(isa, g, place), padding, where=pad < (steps << 3))
+    isa.warp_barrier()
+    return Listed(steps=steps, sums=[isa.reduce_add(s) for s in sums], peaks=grades.peaks)
+
+
+def park(isa: Instructions, g: Geometry, place: Place, listed: Listed) -> None:
+    """Leaves sums and peaks in the warp's record: the loop needs the registers."""
+    for r in range(g.rows_per_cta):
+        with isa.when(place.lane.equals(r)):
+            isa.store_shared(place.record + 8 * r, [listed.sums[r], isa.float_to_bits(listed.peaks[r])])
+
+
+def padding_offset(isa: Instructions, g: Geometry, place: Place) -> Value:
+    """A row that padding entries may read (times zero): the slice's first, in plane 0."""
+    first = isa.select(place.slice_index < g.slices, place.slice_index, isa.constant(0)) * layout.SLICE
+    return first * g.stored_row_bytes + place.tile * ROW_BYTES
+
+
+def store_entry(
+    isa: Instructions, g: Geometry, address: Value, offset: Value, codes: list[Value], where: Value
+) -> None:
+    """One list entry: ``offset`` of the row in the planes, 16-bit codes of two activation rows a word."""
+    words = [offset]
+    for r in range(0, len(codes), 2):
+        pair = codes[r : r + 2]
+        words.append(pair[0] if len(pair) == 1 else isa.permute_bytes(pair[0], pair[1], 0x5410))
+    words += [words[-1]] * (g.entry_words - len(words))
+    isa.store_shared(address, words, where)

@@ -1,0 +1,80 @@
+"""Where a lane of the program is: its arrays, its part of the work, its shared memory."""
+
+import dataclasses
+from typing import Any
+
+from pallas_kernels import layout
+from pallas_kernels.matvec.mosaic_gpu.geometry import LANES, SCALES_BYTES, Geometry
+from pallas_kernels.matvec.mosaic_gpu.instructions import Instructions, Value
+
+COPY_BYTES = 16
+"""Bytes of one asynchronous copy of one lane."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Refs:
+    """Arrays in global memory, and the CTA's shared memory.
+
+    ``x [rows, in_features]``, ``thresholds f32 [rows, P]``, ``planes`` and ``scales`` of the weight;
+    written: ``partials f32 [slice_groups, rows, N]`` and ``bits f32 [rows]``, the
+    mean bits read.
+    """
+
+    x: Any
+    thresholds: Any
+    planes: Any
+    scales: Any
+    partials: Any
+    bits: Any
+    shared: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where the lane is, and the shared-memory addresses it works on."""
+
+    thread: Value
+    lane: Value
+    slice_index: Value
+    """Of the whole weight; may lie past the last one, where all channels count as padding."""
+    channel: Value
+    """Input channel that is the lane's ``q = 0``; its next ones follow at distances of 32."""
+    slice_group: Value
+    tile: Value
+    first_row: Value
+    """First activation row of the CTA."""
+    shared: Value
+    list: Value
+    """The warp's list."""
+    record: Value
+    """The warp's record."""
+    scales: Value
+    """The warp's scales."""
+    ring: Value
+    """The warp's ring."""
+
+
+def locate(isa: Instructions, g: Geometry, refs: Refs) -> Place:
+    """Cuts the grid: row group fastest, then tile, then slice group."""
+    config = g.config
+    block, thread = isa.block_index(), isa.thread_index()
+    row_group, block = (block % g.row_groups, block // g.row_groups) if g.row_groups > 1 else (None, block)
+    tile, slice_group = block % g.tiles, block // g.tiles
+    lane, warp = thread & (LANES - 1), thread >> 5
+    slice_of_group, part = warp // config.warps_per_slice, warp % config.warps_per_slice
+    slice_index = slice_group * config.slices_per_cta + slice_of_group
+    shared = isa.shared_address(refs.shared)
+    return Place(
+        thread=thread,
+        lane=lane,
+        slice_index=slice_index,
+        channel=slice_index * layout.SLICE + part * (LANES * g.channels_per_lane) + lane,
+        slice_group=slice_group,
+        tile=tile,
+        first_row=isa.constant(0) if row_group is None else row_group * g.rows_per_cta,
+        shared=shared,
+        list=shared + warp * g.list_bytes,
+        record=shared + g.record_base + warp * g.record_bytes,
+        scales=shared + g.scales_base + warp * SCALES_BYTES,
+        ring=shared + g.ring_base + warp * g.ring_bytes,
+    )
