@@ -125,7 +125,10 @@ def _target_device():
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract is not None:
         return abstract
-    return jax.config.jax_default_device or jax.devices()[0]
+    default = jax.config.jax_default_device
+    if default is None or isinstance(default, str):
+        return jax.devices(default)[0]
+    return default
 
 
 def _multiprocessors(device) -> int:
