@@ -9,6 +9,8 @@ from grinqh_jax import __version__, cli
 VERBS = {
     "generate": ("grinqh_jax.generate", "text from a prompt"),
     "chat": ("grinqh_jax.chat", "a conversation in the terminal"),
+    "perplexity": ("grinqh_jax.evaluation.perplexity_command", "perplexity and KL at settings of the dial"),
+    "evaluate": ("grinqh_jax.evaluation.evaluate_command", "accuracy on word problems, likewise"),
     "convert": ("checkpoints_tools.convert", "a Hugging Face checkpoint to a GRINQH checkpoint"),
 }
 """Verb -> (module with ``main(argv) -> exit code``, what it does). A module is imported when its

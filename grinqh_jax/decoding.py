@@ -116,17 +116,16 @@ class Decoding:
         following = None
         for block, lengths in self._blocks():
             logits, self._cache = engine.prefill(self.model, block, jnp.asarray(lengths), self._cache)
-            reads = jnp.asarray(lengths > 0)[:, None]
-            following = logits if following is None else jnp.where(reads, logits, following)
+            following = logits if following is None else jnp.where((lengths > 0)[:, None], logits, following)
         self._last = _first_token(following, self._sampling, self._cache.lengths)
         tokens = np.asarray(self._last)
         self._room -= 1
-        self._done = self._put(np.isin(tokens, self._stop_tokens) | (self._room <= 0))
+        self._done = self._put(np.isin(tokens, np.asarray(self._stop_tokens)) | (self._room <= 0))
         return NewTokens([[int(token)] for token in tokens], None)
 
     def chunks(self) -> Iterator[NewTokens]:
         """Decodes until every row is done."""
-        while not self._done.all():
+        while not np.asarray(self._done).all():
             chunk = self._decode(self._room)
             tokens, counts = np.asarray(chunk.tokens), np.asarray(chunk.counts)
             self._last, self._done = chunk.last, chunk.done

@@ -1,0 +1,186 @@
+"""Generation as a library, on a tiny model that writes bytes."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from grinqh_jax.decoder import linear_names, linear_shapes
+from grinqh_jax.decoding import Decoding
+from grinqh_jax.errors import UsageError
+from grinqh_jax.generation_config import GenerationConfig
+from grinqh_jax.generator import Generator, Request
+from grinqh_jax.sampling import Sampling
+from grinqh_jax.statistics import Statistics
+
+PROMPT = "Grüße"
+
+
+def finished(generator, prompt=PROMPT, max_context=None, **request):
+    generation = generator.generate(prompt, Request(**request), max_context=max_context)
+    pieces = list(generation)
+    assert "".join(pieces) == generation.text
+    return generation
+
+
+def without_end(generator) -> Generator:
+    return Generator(**{**vars(generator), "defaults": GenerationConfig()})
+
+
+def test_streamed_text_is_the_tokens_text(generator):
+    for seed in range(4):
+        generation = finished(generator, temperature=1.5, seed=seed, max_tokens=60)
+        assert generation.text == generator.tokenizer.decode(generation.tokens)
+        assert generation.finish_reason == ("length" if len(generation.tokens) == 60 else "stop")
+
+
+def test_same_seed_same_text(generator):
+    first, again, other = (finished(generator, temperature=1.0, seed=s).tokens for s in (5, 5, 6))
+    assert first == again != other
+    assert finished(generator).tokens == finished(generator, seed=9).tokens  # greedy needs no seed
+
+
+def test_every_end_token_ends_the_text(generator):
+    free = finished(without_end(generator), max_tokens=40).tokens
+    end = free[20]
+    defaults = GenerationConfig(eos_tokens=(257, end))
+    stopped = finished(Generator(**{**vars(generator), "defaults": defaults}), max_tokens=40)
+    assert stopped.tokens == free[: free.index(end) + 1]
+    assert stopped.finish_reason == "stop"
+
+
+def test_stop_string_cuts_the_text(generator):
+    generator = without_end(generator)
+    free = finished(generator, temperature=1.0, max_tokens=60).text
+    stop = free[25:28]
+    stopped = finished(generator, temperature=1.0, max_tokens=60, stop=["never!", stop])
+    assert stopped.text == free[: free.index(stop)]
+    assert stopped.finish_reason == "stop"
+
+
+def test_context_ends_the_text_and_refuses_a_long_prompt(generator):
+    generator = without_end(generator)
+    generation = finished(generator, max_context=20, max_tokens=500)
+    assert len(generation.tokens) == 20 - len(PROMPT.encode())
+    assert generation.finish_reason == "length"
+    with pytest.raises(UsageError, match="the prompt has 30 tokens and the context holds 20"):
+        generator.generate("x" * 30, max_context=20)
+    with pytest.raises(UsageError, match="a context of 129 tokens: the model has positions for 2 to 128"):
+        generator.generate("x", max_context=129)
+
+
+def test_empty_prompt_begins_with_a_special_token(generator):
+    named = GenerationConfig(bos_token=65, eos_tokens=(0,))
+    with_bos = Generator(**{**vars(generator), "defaults": named})
+    assert finished(with_bos, "", max_tokens=5).tokens == finished(with_bos, [65], max_tokens=5).tokens
+    assert finished(generator, "", max_tokens=5).tokens == finished(generator, [0], max_tokens=5).tokens
+    with pytest.raises(UsageError, match="prompt is empty"):
+        without_end(generator).generate("")
+
+
+@pytest.mark.parametrize("bits", [0.5, 8.1, float("nan")])
+def test_bits_out_of_range(generator, bits):
+    with pytest.raises(UsageError, match="dial goes from 1 to 8"):
+        generator.generate(PROMPT, Request(bits=bits))
+
+
+def test_all_bad_values_of_a_request_are_named():
+    with pytest.raises(UsageError) as caught:
+        Request(max_tokens=0, temperature=-1, top_k=-2, top_p=0, min_p=2, stop=[""])
+    for text in ("max_tokens is 0", "temperature is -1", "top_k is -2", "top_p is 0", "min_p is 2", "stop"):
+        assert text in str(caught.value)
+
+
+def test_unquantized_model_runs_at_full_precision_only(dense_directory, generator):
+    dense = Generator.load(dense_directory)
+    generation = finished(dense, bits="full", max_tokens=8)
+    statistics = generation.statistics()
+    assert generation.bits is None
+    assert statistics.realised_bits is statistics.realised_bits_per_step is None
+    assert statistics.bytes_per_token > 1.9 * statistics.bytes_per_token_bf16  # float32 kernels on a CPU
+    with pytest.raises(UsageError, match=r"bits 3\.0.*not quantized"):
+        dense.generate(PROMPT, Request(bits=3.0))
+    # eight bits of a small random model are close enough for the same greedy beginning
+    assert generation.tokens[:3] == finished(generator, bits="full", max_tokens=3).tokens
+
+
+def test_statistics_are_what_the_steps_read(generator):
+    generator = without_end(generator)
+    generation = finished(generator, bits=4.5, max_tokens=21)
+    statistics, grades = generation.statistics(), generation.grades
+    names = linear_names(generator.model.config)
+    assert grades.bits.shape == grades.saturation.shape == (20, len(names))
+    sizes = [k * n for k, n in linear_shapes(generator.model.config).values()]
+    expected = np.average(grades.bits.mean(0), weights=sizes)
+    assert statistics.realised_bits == pytest.approx(expected)
+    assert 1 < expected < 8
+    assert list(statistics.realised_bits_per_layer) == names
+    small = 2 * (64 * 5 + 2 * 32 * 2 + 64)  # bf16 norms of two layers and one row of the embedding
+    assert statistics.bytes_per_token == pytest.approx(sum(sizes) * (expected + 0.125) / 8 + small)
+    assert statistics.bytes_per_token_bf16 == sum(sizes) * 2 + small
+    assert (statistics.prompt_tokens, statistics.generated_tokens) == (7, 21)
+    assert statistics.generation_tokens_per_second > 0
+    assert statistics.peak_memory_bytes > 1e6
+    full = finished(generator, bits="full", max_tokens=4).statistics()
+    assert full.realised_bits == 8
+
+
+def test_warning_when_activations_leave_the_calibrated_range():
+    def warning(**saturation):
+        fields = dict.fromkeys((f.name for f in dataclasses.fields(Statistics)), 0)
+        return Statistics(**fields | {"saturation": saturation}).warning()
+
+    assert warning(a=0.9, b=1.5) is None
+    assert "in 2 of 3 linear layers (40 times its largest in c)" in warning(a=1.0, b=1.6, c=40.0)
+    assert "1 of 2" in warning(a=float("nan"), b=1.0)
+
+
+def test_no_dial_compiles_anything_after_the_first_text(generator, compilations):
+    finished(generator, max_tokens=20)
+    before = len(compilations)
+    for i, bits in enumerate((1.0, 2.0, 3.3, 5.75, "full")):
+        finished(generator, "x" * (i + 1), bits=bits, max_tokens=18 + i)
+        finished(generator, bits=bits, temperature=i / 2, top_k=i, top_p=1 - i / 8, min_p=i / 10, seed=i)
+    assert len(compilations) == before
+
+
+def test_preparation_compiles_everything(generator, compilations):
+    decoding = Decoding(
+        generator.model,
+        [range(2, 50), range(2, 9), range(40, 43)],  # a batch size of its own
+        max_tokens=20,
+        max_context=128,
+        thresholds=generator.thresholds(3.0, batch=3),
+        sampling=Sampling.create(3, temperature=1.0),
+    )
+    decoding.compile()
+    prepared = len(compilations)
+    assert prepared >= 2
+    decoding.prefill()
+    assert sum(len(chunk.tokens[0]) for chunk in decoding.chunks()) == 19
+    assert len(compilations) == prepared
+
+
+def test_a_batch_of_different_lengths_equals_its_rows(generator, monkeypatch):
+    monkeypatch.setattr("grinqh_jax.decoding.LONGEST_BLOCK", 32)  # so that the longest takes three blocks
+    prompts = [list(range(2, 90)), [5, 6, 7], list(range(100, 140))]
+
+    def run(rows: list[int]) -> list[list[int]]:
+        decoding = Decoding(
+            generator.model,
+            [prompts[row] for row in rows],
+            max_tokens=12,
+            max_context=128,
+            thresholds=generator.thresholds(6.0, batch=len(rows)),
+            sampling=Sampling.create(len(rows)),
+        )
+        tokens = decoding.prefill().tokens
+        for chunk in decoding.chunks():
+            assert jax.tree.leaves(chunk.grades)[0].shape[1] == len(rows)
+            tokens = [old + new for old, new in zip(tokens, chunk.tokens, strict=True)]
+        return tokens
+
+    together = run([0, 1, 2])
+    assert together == [run([row])[0] for row in range(3)]
+    assert [len(tokens) for tokens in together] == [12, 12, 12]
