@@ -1,0 +1,171 @@
+"""Perplexity and KL against numpy, graded reading against the engine's decode steps."""
+
+import json
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grinqh_jax import engine
+from grinqh_jax.cache import KVCache
+from grinqh_jax.decoder import linear_names
+from grinqh_jax.errors import UsageError
+from grinqh_jax.evaluation import perplexity, perplexity_command
+from grinqh_jax.evaluation.perplexity import measure, standard_error
+from grinqh_jax.statistics import weighted_mean
+from grinqh_jax.thresholds import model_thresholds
+
+TOKENS = np.random.default_rng(3).integers(0, 40, 43).astype(np.int32)
+LENGTH = 16
+
+decode_step = jax.jit(engine.decode_step)
+dense = jax.jit(lambda model, tokens: model(tokens))
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    logits = np.asarray(logits, np.float64)
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+def windows() -> list[np.ndarray]:
+    return [TOKENS[start : start + LENGTH] for start in range(0, len(TOKENS), LENGTH)]
+
+
+def decoded(generator, window: np.ndarray, bits: float) -> tuple[np.ndarray, np.ndarray]:
+    """Logits at every position, and bits by linear layer, of tokens that the engine decodes one by one."""
+    model = generator.model
+    thresholds = model_thresholds(model, jnp.asarray(generator.targets), jnp.full(1, bits, jnp.float32))
+    cache = KVCache.create(model.config, 1, LENGTH, model.compute_dtype)
+    logits, grades = [], []
+    for token in window:
+        step, cache, grade = decode_step(model, jnp.array([token]), cache, thresholds)
+        logits.append(np.asarray(step[0]))
+        grades.append(np.asarray(grade.bits[0]))
+    return np.stack(logits), np.stack(grades)
+
+
+def test_graded_tokens_are_read_as_in_decoding(tiny):
+    result, full = measure(tiny.model, tiny.targets, TOKENS, [2.0, "full"], sequence_length=LENGTH)
+    losses, reference_losses, kl, same, bits = [], [], [], [], []
+    for window in windows():
+        logits, grades = decoded(tiny, window, 2.0)
+        log_p, reference = log_softmax(logits[:-1]), log_softmax(dense(tiny.model, window[None])[0, :-1])
+        losses.append(-log_p[np.arange(len(window) - 1), window[1:]])
+        reference_losses.append(-reference[np.arange(len(window) - 1), window[1:]])
+        kl.append((np.exp(reference) * (reference - log_p)).sum(axis=-1))
+        same.append(log_p.argmax(axis=-1) == reference.argmax(axis=-1))
+        # Each window counts as often as it has predicted tokens.
+        bits.append(np.repeat(grades.mean(axis=0, keepdims=True), len(window) - 1, axis=0))
+    losses, reference_losses = np.concatenate(losses), np.concatenate(reference_losses)
+    assert result.tokens == len(losses) == len(TOKENS) - len(windows())
+    assert result.perplexity == pytest.approx(math.exp(losses.mean()), rel=1e-4)
+    assert full.perplexity == pytest.approx(math.exp(reference_losses.mean()), rel=1e-4)
+    assert result.ratio == pytest.approx(result.perplexity / full.perplexity, rel=1e-6)
+    assert result.kl == pytest.approx(np.concatenate(kl).mean(), rel=1e-3)
+    assert result.same_top1 == pytest.approx(np.concatenate(same).mean())
+    by_linear = dict(zip(linear_names(tiny.model.config), np.concatenate(bits).mean(axis=0), strict=True))
+    assert result.realised_bits == pytest.approx(weighted_mean(tiny.model, by_linear), rel=1e-5)
+    assert 0 < result.realised_bits < 4
+    assert (full.kl, full.same_top1, full.ratio, full.realised_bits) == (pytest.approx(0, abs=1e-6), 1, 1, 4)
+
+
+def test_settings_of_the_dial_share_one_program(tiny):
+    perplexity._graded_logits.clear_cache()
+    measure(tiny.model, tiny.targets, TOKENS, [1.0, 1.5, 2.0, 3.3, 4.0], sequence_length=LENGTH)
+    assert perplexity._graded_logits._cache_size() == 1
+
+
+def test_batches_do_not_matter(tiny, monkeypatch):
+    together = measure(tiny.model, tiny.targets, TOKENS, [2.0], sequence_length=LENGTH)[0]
+    monkeypatch.setattr(perplexity, "_LOGIT_BYTES", 1)  # one window at a time
+    done = []
+    alone = measure(tiny.model, tiny.targets, TOKENS, [2.0], sequence_length=LENGTH, progress=done.append)[0]
+    assert alone.to_json() == pytest.approx(together.to_json(), rel=1e-5)
+    assert done == [len(window) for window in windows()]
+
+
+def test_standard_error_is_that_of_the_windows():
+    rng = np.random.default_rng(0)
+    counts = rng.integers(3, 9, 20_000).astype(np.float64)
+    level = rng.normal(2.0, 0.5, counts.shape)  # shared by the tokens of a window: they are not independent
+    texts = [slice(start, start + 40) for start in range(0, len(counts), 40)]
+    means = [(level[t] * counts[t]).sum() / counts[t].sum() for t in texts]
+    estimates = [standard_error(level[t] * counts[t], counts[t]) for t in texts]
+    assert np.mean(estimates) == pytest.approx(np.std(means), rel=0.1)
+    assert standard_error(np.ones(1), np.ones(1)) is None
+
+
+def test_reference_is_what_is_compared_with(tiny):
+    tokens = TOKENS[:LENGTH]
+    (own,) = measure(tiny.model, tiny.targets, tokens, [2.0], sequence_length=LENGTH)
+    (same,) = measure(tiny.model, tiny.targets, tokens, [2.0], sequence_length=LENGTH, reference=tiny.model)
+    assert same == own
+    assert own.stderr is None  # a single window
+
+
+def test_texts_that_cannot_be_measured(tiny):
+    for tokens, length, message in (
+        (TOKENS[:1], 8, "1 tokens"),
+        (TOKENS, 1, "sequence length 1"),
+        (TOKENS + 40, 8, "a vocabulary of 48"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            measure(tiny.model, tiny.targets, tokens, ["full"], sequence_length=length)
+
+
+def test_command_prints_one_object_a_setting(tiny_directory, tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "some text to read. "}\n{"question": "how many 5", "answer": "#### 5"}\n' * 3)
+    flags = ["--model", str(tiny_directory), "--data", str(data), "--sequence-length", "32"]
+    assert perplexity_command.main([*flags, "--bits", "1.5,full", "--tokens", "70", "--json"]) == 0
+    captured = capsys.readouterr()
+    results = [json.loads(line) for line in captured.out.splitlines()]
+    assert [result["bits"] for result in results] == [1.5, "full"]
+    assert all(result["tokens"] == 67 and result["stderr"] > 0 for result in results)
+    assert captured.err == ""  # no bar where stderr is not a terminal
+    assert perplexity_command.main([*flags, "--bits", "2,full"]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split() == list(results[0])
+    assert [line.split()[0] for line in table[1:]] == ["2.0000", "full"]
+
+
+def test_command_refuses_what_it_cannot_do(tiny_directory, tmp_path, capsys):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "fine"}\n{"txt": 1}\n[\n')
+    empty, binary = tmp_path / "empty.txt", tmp_path / "binary.txt"
+    empty.touch()
+    binary.write_bytes(b"ok \xff")
+    model = ["--model", str(tiny_directory)]
+    for arguments, message in (
+        ([*model, "--data", str(bad)], "line 2, 3: expected a JSON object with"),
+        ([*model, "--data", str(empty)], "holds no text"),
+        ([*model, "--data", str(binary)], "not UTF-8 at byte 3"),
+        ([*model, "--data", str(tmp_path / "none.txt")], "No such file"),
+        ([*model, "--data", str(bad), "--bits", "0.5,2,9"], "bits 0.5: .*; bits 9: "),
+        (["--model", str(tmp_path / "none"), "--data", str(bad)], "none"),
+    ):
+        assert perplexity_command.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+        assert re.search(message, error), error
+
+
+def test_perplexity_of_an_unquantized_model(shared, capsys):
+    """Checked against figures computed without this library (numpy and PyTorch)."""
+    model = str(shared / "models" / "qwen3-32m")
+    flags = [
+        "--data",
+        str(shared / "data" / "books_test.txt"),
+        "--tokens",
+        "2048",
+        "--sequence-length",
+        "512",
+    ]
+    assert perplexity_command.main(["--model", model, *flags, "--json"]) == 0
+    (result,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert result["bits"] == "full"
+    assert result["perplexity"] == pytest.approx(41.46, abs=0.02)

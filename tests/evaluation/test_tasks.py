@@ -1,0 +1,100 @@
+"""Word problems: what counts as the answer, and answers of the bundled model."""
+
+import json
+from decimal import Decimal
+
+import pytest
+
+from grinqh_jax import cli
+from grinqh_jax.decoding import Decoding
+from grinqh_jax.errors import UsageError
+from grinqh_jax.evaluation import evaluate_command
+from grinqh_jax.evaluation.tasks import evaluate, final_number, read_problems
+from grinqh_jax.generator import Generator
+
+RECORDS = [
+    {"question": "Ann has 3 cups and finds 4 more. How many cups has Ann?", "answer": "3+4=7.\n#### 7"},
+    {"question": "Tom sells 2 of 9 hats. How many has he?", "answer": "That is 9-2=7.\n#### 7"},
+    {"question": "There are 3 rows of 5 trees. How many trees?", "answer": "3*5=15\n#### 15"},
+    {"question": "Ida had 1,000 pins and lost 1. How many?", "answer": "#### 999"},
+    {"question": "Max has 12 books, Eva 4 more. How many has Eva?", "answer": "12+4=16\n#### 16"},
+]
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    return Generator.load(cli.BUNDLED_MODEL)
+
+
+@pytest.fixture
+def problem_file(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        (" 3+4=7 cups.\n#### 7\n", "7"),
+        ("#### 7 #### 8", "7"),
+        ("####$1,234.50.", "1234.5"),
+        ("#### -3", "-3"),
+        ("#### 7\nQuestion: and 9?", "7"),
+        ("that makes 5, then 6.", "6"),
+        ("that makes 5\nQuestion: and 9?", "5"),
+        ("none", None),
+        ("", None),
+    ],
+)
+def test_final_number(text, number):
+    assert final_number(text) == (None if number is None else Decimal(number))
+
+
+def test_problems_are_read(problem_file):
+    problems = read_problems(problem_file)
+    assert [problem.answer for problem in problems] == [7, 7, 15, 999, 16]
+    assert problems[0].prompt == f"Question: {RECORDS[0]['question']}\nAnswer:"
+    assert read_problems(problem_file, 2) == problems[:2]
+    problem_file.write_text('{"question": "q", "answer": "7"}\n{"question": "q", "answer": "#### 7"}\n{}\n')
+    with pytest.raises(UsageError, match="line 1, 3: expected"):
+        read_problems(problem_file)
+    problem_file.write_text("\n")
+    with pytest.raises(UsageError, match="holds no problems"):
+        read_problems(problem_file)
+
+
+def test_answers_do_not_depend_on_the_batch(bundled, problem_file, monkeypatch):
+    problems = read_problems(problem_file)
+    steps = []
+    decode = Decoding._decode
+    monkeypatch.setattr(Decoding, "_decode", lambda self, limits: steps.append(1) or decode(self, limits))
+    alone = evaluate(bundled, problems, 4.0, batch=1, max_tokens=64)
+    steps.clear()
+    together = evaluate(bundled, problems, 4.0, batch=3, max_tokens=64)
+    assert len(steps) < 2 * 64 / 16, "rows go on after their answers"
+    assert together.accuracy == alone.accuracy
+    assert together.realised_bits == pytest.approx(alone.realised_bits, abs=0.02)
+    assert together.realised_bits == pytest.approx(4.0, abs=0.5)
+    assert together.n == len(problems)
+
+
+def test_command_on_problems_that_the_model_knows(shared, capsys):
+    flags = ["--tasks", str(shared / "data" / "arithmetic_test.jsonl"), "--limit", "6", "--batch", "3"]
+    assert evaluate_command.main([*flags, "--max-tokens", "64", "--bits", "4,full", "--json"]) == 0
+    results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [result["bits"] for result in results] == [4.0, "full"]
+    for result in results:
+        assert result["accuracy"] >= 5 / 6
+        assert result["n"] == 6
+        assert result["stderr"] == pytest.approx((result["accuracy"] * (1 - result["accuracy"]) / 6) ** 0.5)
+    assert results[1]["realised_bits"] == pytest.approx(8.0)
+
+
+def test_command_refuses_what_it_cannot_do(problem_file, capsys):
+    assert evaluate_command.main(["--tasks", str(problem_file), "--bits", "3,40"]) == 2
+    assert "bits 40" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as caught:
+        evaluate_command.main(["--tasks", str(problem_file), "--limit", "0"])
+    assert caught.value.code == 2
+    assert "'0' is not a positive integer" in capsys.readouterr().err
