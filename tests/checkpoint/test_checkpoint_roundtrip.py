@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -151,3 +155,38 @@ def test_what_is_not_a_checkpoint(tmp_path):
     (directory / "config.json").write_text("[1, 2]")
     assert "holds a list, expected an object" in message(directory)
     assert "is not a directory" in message(directory / "config.json")
+
+
+TWO_DEVICES = """
+import sys
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+from tiny_checkpoint import assert_same, random_tree
+
+from grinqh_jax.checkpoint import load
+
+mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+split = NamedSharding(mesh, PartitionSpec(None, None, "model"))
+model = load(sys.argv[1], shardings={"layers.0.qkv.planes": split}).model
+planes = model.layers[0].qkv.planes[...]
+assert planes.sharding == split
+assert [shard.data.shape for shard in planes.addressable_shards] == [(2, 128, 16)] * 2
+assert_same(model, random_tree())
+"""
+
+
+def test_an_array_divided_between_two_devices(checkpoint):
+    here = Path(__file__).parent
+    environment = {
+        "PYTHONPATH": os.pathsep.join([str(here), str(here.parents[1])]),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", TWO_DEVICES, str(checkpoint)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
