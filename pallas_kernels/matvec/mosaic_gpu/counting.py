@@ -6,7 +6,7 @@ from pallas_kernels.matvec.mosaic_gpu.instructions import Instructions, Value
 from pallas_kernels.matvec.mosaic_gpu.listing import load_activation, load_thresholds
 from pallas_kernels.matvec.mosaic_gpu.place import Refs
 
-COUNT_UNROLL = 16
+COUNT_UNROLL = 32
 """Activations that a lane loads at once when it counts levels."""
 
 
@@ -19,13 +19,17 @@ def count_levels(isa: Instructions, g: Geometry, refs: Refs) -> None:
 
     def body(i: Value, carry: list[Value]) -> list[Value]:
         (count,) = carry
-        for u in range(COUNT_UNROLL):
-            channel = i * at_once + (thread + u * g.threads)
-            valid = channel < g.in_features
-            element = row * g.in_features + isa.select(valid, channel, isa.constant(0))
-            magnitude = isa.absolute(load_activation(isa, g, x + isa.widen(element * g.x_bytes)))
+        channels = [i * at_once + (thread + u * g.threads) for u in range(COUNT_UNROLL)]
+        valid = [channel < g.in_features for channel in channels]
+        elements = [
+            row * g.in_features + isa.select(ok, channel, isa.constant(0))
+            for ok, channel in zip(valid, channels, strict=True)
+        ]
+        numbers = [load_activation(isa, g, x + isa.widen(element * g.x_bytes)) for element in elements]
+        for ok, number in zip(valid, numbers, strict=True):
+            magnitude = isa.absolute(number)
             for t in thresholds:
-                reads = ~(magnitude < t) & valid
+                reads = ~(magnitude < t) & ok
                 count = count + isa.select(reads, isa.constant(1), isa.constant(0))
         return [count]
 

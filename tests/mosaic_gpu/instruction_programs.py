@@ -1,0 +1,156 @@
+"""One small lane program for each instruction, to run on both back ends.
+
+A program gets the instructions and a ``Bench`` and returns up to four 32-bit registers.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from pallas_kernels.matvec.mosaic_gpu.emulator import NumpyInstructions
+from pallas_kernels.matvec.mosaic_gpu.instructions import Instructions, Value
+
+THREADS = 128
+SHARED_BYTES = 4096
+INPUT_WORDS = 8
+OUTPUT_WORDS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """What a program works on: two random integers, three normal floats (all of this thread), addresses."""
+
+    thread: Value
+    a: Value
+    b: Value
+    x: Value
+    y: Value
+    z: Value
+    source: Value
+    """Global address of this thread's 8 input words."""
+    shared: Value
+    """Shared address of this thread's 16 bytes."""
+    all_shared: Value
+
+
+def inputs() -> np.ndarray:
+    """u32 [threads, 8]: two random integers, three normal floats, three float16 pairs."""
+    rng = np.random.default_rng(0)
+    words = rng.integers(0, 2**32, (THREADS, INPUT_WORDS), dtype=np.uint32)
+    words[:, 2:5] = rng.standard_normal((THREADS, 3)).astype(np.float32).view(np.uint32)
+    halves = rng.standard_normal((THREADS, 6)).astype(np.float16)
+    words[:, 5:] = halves.view(np.uint32)
+    return words
+
+
+def as_word(isa: Instructions, value: Value) -> Value:
+    """Any 32-bit register or condition as i32."""
+    if value.kind == "f32":
+        return isa.float_to_bits(value)
+    if value.kind == "bool":
+        return isa.select(value, isa.constant(1), isa.constant(0))
+    return value
+
+
+def run(isa: Instructions, program, source: Any, target: Any, shared: Any) -> None:
+    """The whole lane program: load inputs, ``program``, store results."""
+    thread = isa.thread_index()
+    address = isa.global_address(source) + isa.widen(thread * (4 * INPUT_WORDS))
+    a, b = isa.load_global(address, 2)
+    x, y = isa.load_global(address + 8, 2, "f32")
+    (z,) = isa.load_global(address + 16, 1, "f32")
+    base = isa.shared_address(shared)
+    bench = Bench(thread, a, b, x, y, z, address, base + (thread << 4), base)
+    words = [as_word(isa, v) for v in program(isa, bench)]
+    words += [isa.constant(0)] * (OUTPUT_WORDS - len(words))
+    isa.store_global(isa.global_address(target) + isa.widen(thread << 4), words)
+
+
+def emulated(program) -> np.ndarray:
+    """u32 [threads, 4] on the emulator."""
+    isa = NumpyInstructions(blocks=1, threads=THREADS, shared_bytes=SHARED_BYTES)
+    out = np.zeros((THREADS, OUTPUT_WORDS), np.uint32)
+    run(isa, program, isa.array(inputs()), isa.array(out), None)
+    isa.finish()
+    return out
+
+
+def copies(isa: Instructions, t: Bench) -> list[Value]:
+    isa.copy_async(t.shared, t.source)
+    isa.commit_copies()
+    isa.copy_async(t.shared + 16 * THREADS, t.source + 16)
+    isa.commit_copies()
+    isa.wait_copies(1)
+    isa.warp_barrier()
+    first = isa.load_shared((t.shared - t.all_shared ^ 16) + t.all_shared, 2)
+    isa.wait_copies(0)
+    isa.block_barrier()
+    return first + isa.load_shared((t.shared - t.all_shared ^ 1024) + t.all_shared + 16 * THREADS, 2)
+
+
+def stores(isa: Instructions, t: Bench) -> list[Value]:
+    isa.store_shared(t.shared, [t.a, t.b, t.x, t.y])
+    isa.store_shared(t.shared, [t.b], where=t.a < t.b)
+    with isa.when(t.a < 0):
+        isa.store_shared(t.shared + 8, [t.z, t.z])
+    isa.block_barrier()
+    return isa.load_shared((t.shared - t.all_shared ^ 2032) + t.all_shared, 4)
+
+
+def loops(isa: Instructions, t: Bench) -> list[Value]:
+    def body(i: Value, carry: list[Value]) -> list[Value]:
+        return [carry[0] + i, carry[1] * 0.5 + t.x]
+
+    return isa.loop((t.thread >> 5) * 3, [t.a, t.y], body)
+
+
+PROGRAMS = {
+    "constant": lambda isa, t: [isa.constant(0xFFFFFFFE), isa.constant(-2), isa.constant(1.5, "f32")],
+    "indices": lambda isa, t: [t.thread, isa.block_index()],
+    "add": lambda isa, t: [t.a + t.b, t.a + 7, t.x + t.y],
+    "sub": lambda isa, t: [t.a - t.b, t.a - 7, t.x - t.y],
+    "mul": lambda isa, t: [t.a * t.b, t.a * 7, t.x * t.y],
+    "logic": lambda isa, t: [t.a & t.b, t.a | t.b, t.a ^ t.b, t.a & 0xC0C0C0C0],
+    "shift": lambda isa, t: [t.a << 5, t.a >> 5, t.a << (t.b & 31), t.a >> (t.b & 31)],
+    "divide integers": lambda isa, t: [t.a // 48, t.a % 48],
+    "compare": lambda isa, t: [t.a < t.b, t.a >= t.b, t.x < t.y, (t.a & 3).equals(2)],
+    "compare nan": lambda isa, t: [
+        isa.constant(np.nan, "f32") < t.x,
+        ~(isa.constant(np.nan, "f32") < t.x),
+        isa.constant(np.nan, "f32") >= t.x,
+        (t.a < 0) & (t.b < 0) | (t.x < 0.0),
+    ],
+    "select": lambda isa, t: [isa.select(t.a < t.b, t.a, t.b), isa.select(t.x < t.y, t.x, t.y)],
+    "bits": lambda isa, t: [isa.bits_to_float(t.a ^ 1), isa.float_to_bits(t.x) + 1],
+    "int_to_float": lambda isa, t: [isa.int_to_float(t.a), isa.int_to_float(t.a & 0xFF)],
+    "half_to_float": lambda isa, t: [
+        isa.half_to_float(isa.load_global(t.source + 20)[0], which) for which in ("low", "high")
+    ],
+    "widen": lambda isa, t: isa.load_global(
+        isa.widen(t.a * 0 - 4) + t.source + isa.constant(8 - 2**32, "i64"), 1
+    ),
+    "absolute": lambda isa, t: [isa.absolute(t.x), isa.absolute(isa.bits_to_float(t.a | 0x80000000))],
+    "multiply_add": lambda isa, t: [isa.multiply_add(t.x, t.y, t.z)],
+    "divide": lambda isa, t: [isa.divide(t.x, t.y), isa.divide(isa.constant(32512.0, "f32"), t.z)],
+    "maximum": lambda isa, t: [isa.maximum(t.a, t.b)],
+    "count_bits": lambda isa, t: [isa.count_bits(t.a), isa.count_bits(t.b & 0xFF)],
+    "permute_bytes": lambda isa, t: [
+        isa.permute_bytes(t.a, t.b, 0x5410),
+        isa.permute_bytes(t.a, t.b, t.b & 0x7777),
+    ],
+    "load_global": lambda isa, t: isa.load_global(t.source + 16, 4),
+    "load_global_16": lambda isa, t: [isa.load_global_16(t.source + 22)],
+    "shared memory": stores,
+    "asynchronous copies": copies,
+    "shuffle_xor": lambda isa, t: [isa.shuffle_xor(t.a, 2), isa.shuffle_xor(t.x, 16)],
+    "ballot": lambda isa, t: [isa.ballot(t.a < t.b), isa.lower_lanes()],
+    "reductions": lambda isa, t: [isa.reduce_max(t.a), isa.reduce_add(t.a)],
+    "matrix_multiply_add": lambda isa, t: isa.matrix_multiply_add(
+        [t.a & 0xFFFF, t.b & 0xFFFF, t.a & 0xFF, t.b & 0xFF],
+        [t.a, t.b, t.a ^ t.b, t.a + t.b],
+        [t.a * 3, t.b * 5],
+    ),
+    "loop": loops,
+}
+"""By name. Between them they use every instruction."""
