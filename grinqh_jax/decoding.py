@@ -102,7 +102,7 @@ class Decoding:
 
     def compile(self) -> None:
         """Compiles every program that the batch needs, by running each on no tokens at all."""
-        none = jnp.zeros(len(self._prompts), jnp.int32)
+        none = self._put(np.zeros(len(self._prompts), np.int32))
         for width in sorted({block.shape[1] for block, _ in self._blocks()}):
             logits, self._cache = engine.prefill(
                 self.model, np.zeros((len(self._prompts), width), np.int32), none, self._cache
@@ -115,7 +115,7 @@ class Decoding:
         """Reads the prompts and chooses the first token of each row, at full precision."""
         following = None
         for block, lengths in self._blocks():
-            logits, self._cache = engine.prefill(self.model, block, jnp.asarray(lengths), self._cache)
+            logits, self._cache = engine.prefill(self.model, block, self._put(lengths), self._cache)
             following = logits if following is None else jnp.where((lengths > 0)[:, None], logits, following)
         self._last = _first_token(following, self._sampling, self._cache.lengths)
         tokens = np.asarray(self._last)
@@ -151,7 +151,7 @@ class Decoding:
             self._thresholds,
             self._sampling,
             self._stop_tokens,
-            jnp.asarray(limits, jnp.int32),
+            self._put(limits.astype(np.int32)),
             steps=CHUNK_STEPS,
         )
         return chunk
