@@ -67,11 +67,11 @@ class Conversion:
 
     @property
     def steps(self) -> int:
-        """How many times ``write`` calls ``progress``."""
+        """How many times ``write`` calls ``done``."""
         return self.source.config.num_layers + 2
 
     def write(
-        self, out: Path, *, overwrite: bool = False, progress: Callable[[str], None] = lambda part: None
+        self, out: Path, *, overwrite: bool = False, done: Callable[[str], None] = lambda part: None
     ) -> Path:
         """Writes the checkpoint, going on where an interrupted conversion stopped.
 
@@ -81,19 +81,19 @@ class Conversion:
         Args:
           out: directory to make.
           overwrite: see ``Writer``.
-          progress: called with each part's name when it is done.
+          done: called with each part's name when it is.
 
         Raises:
           CheckpointError: see ``Writer``, ``HFCheckpoint.read`` and ``quantize_linear``.
         """
         with Writer(out, fingerprint=self.fingerprint(), overwrite=overwrite) as writer:
             hidden = self._embed(writer)
-            progress("embed")
+            done("embed")
             for i in range(self.source.config.num_layers):
                 self._layer(writer, i, hidden)
-                progress(f"layers.{i}")
+                done(f"layers.{i}")
             self._head(writer, hidden)
-            progress(HEAD)
+            done(HEAD)
             quantization = QuantizationConfig(
                 max_bits=self.max_bits, targets=target_grid(self.max_bits), provenance=self.provenance()
             )

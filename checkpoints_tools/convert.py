@@ -8,18 +8,22 @@ from pathlib import Path
 
 from checkpoints_tools.calibration import text
 from checkpoints_tools.conversion import Calibration, Conversion, bits_per_weight_stored, directory_bytes
-from checkpoints_tools.progress import Progress, peak_memory
 from checkpoints_tools.quantizers import QUANTIZERS
-from grinqh_jax.errors import CheckpointError, GrinqhError, UsageError
+from grinqh_jax import cli
+from grinqh_jax.documents import read_documents
+from grinqh_jax.errors import CheckpointError, UsageError
 from grinqh_jax.hf import HFCheckpoint, open_checkpoint
+from grinqh_jax.memory import peak_host_memory
+from grinqh_jax.progress import Progress
+from grinqh_jax.tokenizer import Tokenizer
 
 TOKENIZERS = {"tokenizer.json", "tokenizer.model", "vocab.json"}
 """Without one of these files transformers makes up an empty tokenizer."""
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> cli.Parser:
     """The command's flags."""
-    result = argparse.ArgumentParser(
+    result = cli.Parser(
         prog="python -m checkpoints_tools.convert",
         description="Quantize a Llama 3 or Qwen3 checkpoint to nested codes, one layer at a time. "
         "An interrupted conversion goes on when the same command is run again.",
@@ -27,7 +31,12 @@ def parser() -> argparse.ArgumentParser:
     add = result.add_argument
     add("--model", required=True, metavar="DIR_OR_HUB_ID", help="Hugging Face checkpoint (safetensors)")
     add("--out", required=True, type=Path, metavar="DIR", help="directory to make")
-    add("--calib", type=Path, metavar="FILE", help=".txt, or .jsonl with text or question and answer")
+    add(
+        "--calib",
+        type=Path,
+        metavar="FILE",
+        help="calibration text: .txt, or .jsonl with text or question and answer (default: a bundled text)",
+    )
     add("--max-bits", type=int, default=8, choices=(2, 4, 6, 8), help="bits stored per weight (default 8)")
     add("--tokens", type=int, default=16384, metavar="N", help="calibration tokens (default 16384)")
     add("--quantizer", default="rtn", choices=tuple(QUANTIZERS), help="how weights are rounded (default rtn)")
@@ -36,60 +45,42 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code: 0 done, 2 usage or bad input, 1 anything else."""
-    args = parser().parse_args(argv)
-    try:
-        _convert(args)
-    except GrinqhError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {error}; mend that and run the same command again to go on", file=sys.stderr)
-        return 1
-    return 0
+    """Runs the command; returns its exit code (see ``grinqh_jax.cli``)."""
+    return cli.run(convert, parser(), argv)
 
 
-def _convert(args: argparse.Namespace) -> None:
+def convert(args: argparse.Namespace) -> int:
+    """Converts as the flags say.
+
+    Raises:
+      GrinqhError: what is wrong with the flags, the source or the output.
+    """
     started = time.monotonic()
     if args.tokens < 1:
         raise UsageError(f"--tokens {args.tokens}: must be positive")
     source = open_checkpoint(args.model)
-    conversion = Conversion(
-        source,
-        _calibration(source, args.calib, args.tokens),
-        max_bits=args.max_bits,
-        quantizer=args.quantizer,
-    )
-    with Progress(f"convert {source.directory.name}", conversion.steps) as progress:
-        out = conversion.write(args.out, overwrite=args.force, progress=progress)
+    calibration = _calibration(source, args.calib, args.tokens)
+    conversion = Conversion(source, calibration, max_bits=args.max_bits, quantizer=args.quantizer)
+    try:
+        with Progress(f"convert {source.directory.name}", conversion.steps, "part") as progress:
+            out = conversion.write(args.out, overwrite=args.force, done=lambda part: progress(1, part))
+    except OSError as error:  # a full disk, a read-only directory
+        raise UsageError(f"{error}; mend that and run the same command again to go on") from None
     print(
         f"{out}: {bits_per_weight_stored(source, args.max_bits):.3f} bits per weight stored, "
-        f"{directory_bytes(out) / 1e6:,.1f} MB on disk, peak memory {peak_memory() / 2**20:,.0f} MiB, "
+        f"{directory_bytes(out) / 1e6:,.1f} MB on disk, peak memory {peak_host_memory() / 2**20:,.0f} MiB, "
         f"{time.monotonic() - started:.0f} s"
     )
+    return 0
 
 
 def _calibration(source: HFCheckpoint, path: Path | None, tokens: int) -> Calibration:
-    if not TOKENIZERS & {path.name for path in source.companions}:
+    if not TOKENIZERS & {file.name for file in source.companions}:
         raise CheckpointError(f"{source.directory}: there is no tokenizer ({', '.join(sorted(TOKENIZERS))})")
-    from transformers import AutoTokenizer  # takes seconds: not before the flags are known to be right
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source.directory, local_files_only=True)
-    except Exception as error:  # transformers raises whatever its parsers raise
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{source.directory}: cannot load the tokenizer: {reason:.300}") from None
-    separator = tokenizer.eos_token or "\n\n"
-    documents = text.read_documents(path or text.DEFAULT_TEXT)
+    tokenizer = Tokenizer.load(source.directory)
+    documents = read_documents(path or text.DEFAULT_TEXT)
     length = min(text.MAX_WINDOW, source.config.max_position_embeddings)
-
-    def encode(piece: str) -> list[int]:
-        return tokenizer(piece, verbose=False)["input_ids"]
-
-    windows = text.windows(separator.join(documents), encode, tokens, length)
+    windows = text.windows("\n\n".join(documents), tokenizer.encode, tokens, length)
     if windows.max() >= source.config.vocab_size:
         raise CheckpointError(
             f"{source.directory}: the tokenizer gives token {windows.max()}, the model has a vocabulary of"

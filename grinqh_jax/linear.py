@@ -44,7 +44,7 @@ class GradedLinear(nnx.Module):
     Attributes:
       planes, scales: see ``pallas_kernels.NestedWeight``.
       thresholds: float32 ``[T, P]``, row ``t`` gives the t-th target's mean bits on the calibration
-        text; ascending along P.
+        text; ascending along P; in units of ``apply.mean_magnitude``.
       max_activation: float32 scalar, the largest ``|x|`` met in calibration.
     """
 

@@ -3,8 +3,9 @@
 Reading channel ``j`` at level ``l`` costs ``2 l`` bits and adds ``x_j**2 e(l)`` to the expected squared
 output error, ``e(l)`` being the mean squared weight error of the level. For a given mean of bits the
 error is least where every channel takes the level with the least ``x_j**2 e(l) + lambda * 2 l``, for
-one ``lambda`` (DESIGN section 2). As ``|x|`` grows, that level walks up the lower convex hull of the points
-``(2 l, e(l))``, so each threshold is ``sqrt(lambda)`` times a constant of the weights.
+one ``lambda``. As ``|x|`` grows, that level walks up the lower convex hull of the points
+``(2 l, e(l))``, so each threshold is ``sqrt(lambda)`` times a constant of the weights. Here ``x`` is in
+units of the token's mean ``|x|``, so ``lambda`` follows the token: each gets the bits asked for.
 """
 
 import numpy as np

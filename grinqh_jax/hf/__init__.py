@@ -1,5 +1,6 @@
 """Reading Hugging Face checkpoints (config.json and safetensors) tensor by tensor."""
 
+from grinqh_jax.hf.load import load_decoder
 from grinqh_jax.hf.reader import HFCheckpoint, open_checkpoint, resolve
 
-__all__ = ["HFCheckpoint", "open_checkpoint", "resolve"]
+__all__ = ["HFCheckpoint", "load_decoder", "open_checkpoint", "resolve"]

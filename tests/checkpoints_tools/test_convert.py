@@ -14,12 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_models
-from flax.traverse_util import unflatten_dict
 
 from checkpoints_tools import convert
 from grinqh_jax import apply, checkpoint
-from grinqh_jax.decoder import Decoder, linear_names
-from grinqh_jax.hf import open_checkpoint
+from grinqh_jax.decoder import linear_names
+from grinqh_jax.hf import load_decoder, open_checkpoint
 from pallas_kernels import dequantize
 
 ROOT = Path(__file__).parents[2]
@@ -65,19 +64,18 @@ def test_a_llama_comes_back_with_the_same_quality(llama, calib, tmp_path, capsys
     assert "bits per weight stored" in capsys.readouterr().out
     loaded = checkpoint.load(out, jnp.float32)
     source = open_checkpoint(llama)
-    flat = {key: jnp.asarray(source.read(key), jnp.float32) for key in source.parameters}
-    original = Decoder.from_tree(source.config, unflatten_dict(flat, sep="."), jnp.float32)
+    original = load_decoder(source, jnp.float32)
     for name in linear_names(loaded.config):
         weight = loaded.model.linear(name).weight
         scale = jnp.repeat(weight.scales.astype(jnp.float32), 128, axis=0)
         scale = scale[: weight.in_features, : weight.out_features]
-        error = jnp.abs(dequantize(weight) - flat[f"{name}.kernel"])
+        error = jnp.abs(dequantize(weight) - jnp.asarray(source.read(f"{name}.kernel"), jnp.float32))
         # Half a step of the 8-bit code; the group's largest weight may lie a whole step off.
         assert (error <= scale / 64 * 1.01).all(), name
         assert (error <= scale / 128 * 1.01).mean() > 0.98, name
     for key in ("norm.scale", "layers.2.post_norm.scale"):
         node = loaded.model.norm if key == "norm.scale" else loaded.model.layers[2].post_norm
-        np.testing.assert_array_equal(node.scale[...].astype(jnp.float32), flat[key])
+        np.testing.assert_array_equal(node.scale[...], source.read(key))
     tokens = jnp.asarray(np.random.default_rng(3).integers(0, 256, (2, 100)))
     logits, expected = loaded.model(tokens), original(tokens)
     assert float(jnp.abs(logits - expected).max() / jnp.abs(expected).max()) < 0.05
