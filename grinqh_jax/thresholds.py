@@ -10,21 +10,23 @@ from grinqh_jax.decoder import Decoder, linear_names
 
 
 def interpolate(
-    table: Float[Array, "t p"], targets: Sequence[float] | Float[Array, "t"], bits: Float[Array, "*b"]
-) -> Float[Array, "*b p"]:
+    table: Float[Array, "t *any"], targets: Sequence[float] | Float[Array, "t"], bits: Float[Array, "*b"]
+) -> Float[Array, "..."]:
     """Thresholds for a mean of ``bits``: linear between the two nearest targets, clamped at the ends.
 
     Thresholds stay ascending along P, as means of ascending ones. Nothing here depends on the value
     of ``bits``, so it may be traced.
 
     Args:
-      table: thresholds at each target.
-      targets: mean bits of the table's rows, ascending.
+      table: thresholds at each target, ``[T, P]`` for one layer, ``[T, layers, P]`` for several.
+      targets: mean bits of the table's rows, ascending, at least two.
       bits: wanted mean bits, a scalar or one per row of a batch.
     """
-    targets = jnp.asarray(targets, jnp.float32)
-    bits = jnp.asarray(bits, jnp.float32)
-    return jax.vmap(jnp.interp, in_axes=(None, None, 1), out_axes=-1)(bits, targets, table)
+    targets, bits = jnp.asarray(targets, jnp.float32), jnp.asarray(bits, jnp.float32)
+    below = jnp.sum(targets[1:-1] <= bits[..., None], axis=-1)
+    share = (bits - targets[below]) / (targets[below + 1] - targets[below])
+    share = jnp.clip(share, 0, 1).reshape(bits.shape + (1,) * (table.ndim - 1))
+    return (1 - share) * table[below] + share * table[below + 1]
 
 
 @jax.jit
@@ -32,7 +34,7 @@ def model_thresholds(
     model: Decoder, targets: Float[Array, "t"], bits: Float[Array, "*b"]
 ) -> dict[str, Float[Array, "*b p"]]:
     """Thresholds of every linear layer of a graded model, by name (see ``interpolate``)."""
-    return {
-        name: interpolate(model.linear(name).thresholds[...], targets, bits)
-        for name in linear_names(model.config)
-    }
+    names = linear_names(model.config)
+    tables = jnp.stack([model.linear(name).thresholds[...] for name in names], axis=1)
+    rows = interpolate(tables, targets, bits)
+    return {name: rows[..., i, :] for i, name in enumerate(names)}

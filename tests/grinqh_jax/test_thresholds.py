@@ -38,7 +38,8 @@ def test_model_thresholds_cover_every_linear_layer_and_ascend():
     model = graded_model("qwen3-tied-gqa")
     thresholds = model_thresholds(model, jnp.array(TARGETS), jnp.array([1.7, 6.3, 8.0]))
     assert set(thresholds) == set(decoder.linear_names(model.config))
-    for rows in thresholds.values():
-        assert rows.shape == (3, 4)
+    for name, rows in thresholds.items():
+        table = model.linear(name).thresholds[...]
+        np.testing.assert_allclose(rows, interpolate(table, TARGETS, [1.7, 6.3, 8.0]), atol=1e-6)
         assert np.all(np.diff(rows, axis=-1) >= 0)
         assert np.all(rows[2] == 0)
