@@ -11,7 +11,7 @@ from grinqh_jax.errors import UsageError
 DEFAULT_TEXT = Path(__file__).parents[1] / "data" / "calibration.txt"
 MAX_WINDOW = 1024
 _LEAST_TOKENS = 256
-_CHARS_PER_TOKEN = 8
+_CHARS_PER_TOKEN = 6
 """More than most tokens have: a span of so many characters a token is long enough for its window."""
 
 

@@ -127,6 +127,11 @@ def open_checkpoint(model: str | os.PathLike[str]) -> HFCheckpoint:
     directory = resolve(model)
     problems: list[str] = []
     hf_config = _read_object(directory / "config.json", problems)
+    match hf_config:
+        case {"quantization_config": {"quant_method": "grinqh"}}:
+            raise CheckpointError(
+                f"{directory} is a GRINQH checkpoint already; name the one it was made from"
+            )
     index = _read_object(directory / INDEX, problems) if (directory / INDEX).exists() else None
     placed = _placed_tensors(index, problems)
     for name in COMPANIONS:

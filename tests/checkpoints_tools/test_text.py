@@ -21,7 +21,7 @@ def test_windows_are_spread_over_the_whole_text():
 
 
 def test_a_short_text_gives_fewer_and_shorter_windows():
-    assert text.windows("x" * 2700, encode, tokens=16384, length=100).shape == (3, 100)
+    assert text.windows("x" * 1900, encode, tokens=16384, length=100).shape == (3, 100)
     assert text.windows("x" * 300, encode, tokens=16384, length=1024).shape == (1, 300)
     assert text.windows("x" * 9000, encode, tokens=300, length=1024).shape == (1, 300)
     with pytest.raises(UsageError, match="255 tokens of 255 characters, need 256"):

@@ -122,6 +122,14 @@ def test_an_unsupported_option_is_named(tmp_path):
         open_checkpoint(tmp_path)
 
 
+def test_a_quantized_checkpoint_is_not_a_source(tmp_path):
+    (tmp_path / "config.json").write_text(
+        json.dumps(QWEN3 | {"quantization_config": {"quant_method": "grinqh"}})
+    )
+    with pytest.raises(CheckpointError, match="GRINQH checkpoint already"):
+        open_checkpoint(tmp_path)
+
+
 def test_a_file_that_changes_after_opening_is_an_error_not_a_crash(tmp_path):
     checkpoint = open_checkpoint(hf_directories.write(tmp_path))
     (tmp_path / "model.safetensors").unlink()
