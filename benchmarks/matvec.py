@@ -12,6 +12,7 @@ own here and is listed apart ("sum"). Levels: the share of channels that reaches
 
 import argparse
 import datetime
+import importlib.metadata
 import itertools
 import json
 import os
@@ -158,6 +159,14 @@ def torch_int4(shapes: list[str]) -> dict[str, float] | None:
     return json.loads(done.stdout)
 
 
+def version(package: str) -> str | None:
+    """Of an installed package, None if it is missing."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def all_configs() -> list[mosaic_gpu.Config]:
     """Every configuration worth trying."""
     choices = itertools.product((1, 2), (1, 2, 4), (4, 8))
@@ -207,7 +216,7 @@ def main() -> None:
             results += measure(k, n, args.bits, rows, config, bandwidth)
     report = {
         "device": device.device_kind,
-        "jax": jax.__version__,
+        "versions": {name: version(name) for name in ("jax", "jaxlib", "numpy", "torch")},
         "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "read_bandwidth_bytes_per_second": round(bandwidth),

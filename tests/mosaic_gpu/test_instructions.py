@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from pallas_kernels.matvec.mosaic_gpu.emulator import EmulationError, LaneValue, NumpyInstructions
+from pallas_kernels.matvec.mosaic_gpu.emulated_memory import EmulationError
+from pallas_kernels.matvec.mosaic_gpu.emulator import LaneValue, NumpyInstructions
 from pallas_kernels.matvec.mosaic_gpu.instructions import Instructions
 
 WARPS = 2

@@ -13,18 +13,13 @@ import contextlib
 
 import numpy as np
 
+from pallas_kernels.matvec.mosaic_gpu.emulated_memory import LANES, EmulationError, SharedMemory
 from pallas_kernels.matvec.mosaic_gpu.instructions import Instructions, Value
-
-LANES = 32
 
 _ADDRESS_BITS = 40
 """A global address is ``(array number << 40) + byte``."""
 
 _DTYPE = {"i32": np.int32, "i64": np.int64, "f32": np.float32, "bool": np.bool_}
-
-
-class EmulationError(Exception):
-    """The lane program did what a GPU forbids or leaves undefined."""
 
 
 class LaneValue(Value):
@@ -56,66 +51,6 @@ class LaneValue(Value):
             return LaneValue(function(a, b), self.kind)
 
 
-class _SharedMemory:
-    """The shared memory of all CTAs, in words, with the last accesses of each word (no barrier between
-    two threads' accesses to one word, one of them a write: a race)."""
-
-    def __init__(self, blocks: int, threads: int, size: int, rng: np.random.Generator):
-        self.size, self.threads = size, threads
-        words = blocks * size // 4
-        self.data = rng.integers(0, 2**32, words, dtype=np.uint32)
-        self.writer = np.full(words, -1)
-        self.reader = np.full(words, -1)
-        self.write_time = np.zeros((2, words), np.int64)
-        self.read_time = np.zeros((2, words), np.int64)
-        self.block_time = np.zeros(blocks, np.int64)
-        self.warp_time = np.zeros(blocks * threads // LANES, np.int64)
-
-    def words(self, thread, address, count, what):
-        """Word indices ``[len(thread), count]`` of each thread's access."""
-        if (address % (4 * count)).any():
-            raise EmulationError(f"{what} of {4 * count} bytes is not aligned")
-        if (address < 0).any() or (address + 4 * count > self.size).any():
-            raise EmulationError(f"{what} out of the {self.size} bytes of shared memory")
-        base = thread // self.threads * self.size + address
-        return base[:, None] // 4 + np.arange(count)
-
-    def _check(self, thread, word, other, time, what):
-        """``other``, ``time``: who accessed the words last, and when."""
-        same_warp = other // LANES == thread // LANES
-        now = np.where(same_warp, self.warp_time[thread // LANES], self.block_time[thread // self.threads])
-        last = np.where(same_warp, time[1], time[0])
-        if ((other >= 0) & (other != thread) & (last == now)).any():
-            raise EmulationError(f"race in shared memory: {what} another thread's access, no barrier between")
-
-    def _stamp(self, thread):
-        return np.stack([self.block_time[thread // self.threads], self.warp_time[thread // LANES]])
-
-    def read(self, thread, address, count):
-        word = self.words(thread, address, count, "load")
-        thread = np.broadcast_to(thread[:, None], word.shape)
-        if (self.writer[word] < 0).any():
-            raise EmulationError("load of shared memory that nothing has written")
-        self._check(thread, word, self.writer[word], self.write_time[:, word], "load after")
-        self.reader[word] = thread
-        self.read_time[:, word] = self._stamp(thread)
-        return self.data[word]
-
-    def touch(self, thread, word):
-        """Records a write of ``word`` by ``thread`` (both ``[n, count]``), checking for races."""
-        self._check(thread, word, self.writer[word], self.write_time[:, word], "store after")
-        self._check(thread, word, self.reader[word], self.read_time[:, word], "store after")
-        if np.unique(word).size != word.size:
-            raise EmulationError("race in shared memory: two threads store to one word")
-        self.writer[word] = thread
-        self.write_time[:, word] = self._stamp(thread)
-
-    def write(self, thread, address, values):
-        word = self.words(thread, address, values.shape[1], "store")
-        self.touch(np.broadcast_to(thread[:, None], word.shape), word)
-        self.data[word] = values
-
-
 class NumpyInstructions(Instructions):
     """Executes a lane program. Refs of global memory are what ``array`` returned."""
 
@@ -124,7 +59,7 @@ class NumpyInstructions(Instructions):
         self.total = blocks * threads
         self.threads = threads
         self.rng = np.random.default_rng(seed)
-        self.shared = _SharedMemory(blocks, threads, shared_bytes, self.rng)
+        self.shared = SharedMemory(blocks, threads, shared_bytes, self.rng)
         self.masks = [np.ones(self.total, bool)]
         self.arrays: list[np.ndarray] = []
         self.open_copies: list[list] = [[] for _ in range(self.total // LANES)]
@@ -277,8 +212,7 @@ class NumpyInstructions(Instructions):
             return
         array, index = self._global_bytes(source.data[active], 16, "asynchronous copy")
         word = self.shared.words(active, shared.data[active].astype(np.int64), 4, "asynchronous copy")
-        self.shared.touch(np.broadcast_to(active[:, None], word.shape), word)
-        self.shared.writer[word] = -1
+        self.shared.expect(active, word)
         values = array[index].view(np.uint32)
         for warp in np.unique(active // LANES):
             mine = active // LANES == warp
@@ -293,9 +227,7 @@ class NumpyInstructions(Instructions):
         for warp in self._warps("wait_copies"):
             while len(self.groups[warp]) > pending:
                 for thread, word, values in self.groups[warp].pop(0):
-                    self.shared.data[word] = values
-                    self.shared.writer[word] = thread[:, None]
-                    self.shared.write_time[:, word] = self.shared._stamp(thread)[:, :, None]
+                    self.shared.arrive(thread, word, values)
 
     # --- warp and CTA ----------------------------------------------------------------------------
     def block_barrier(self):
