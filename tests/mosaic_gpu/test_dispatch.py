@@ -150,3 +150,11 @@ def test_the_rule_gives_launches_that_fit(k, n, multiprocessors):
         assert launch.slice_groups * launch.config.slices_per_cta >= launch.slices
         assert launch.row_groups * launch.rows_per_cta >= rows
         assert launch.matvec_blocks == launch.row_groups * launch.tiles * launch.slice_groups
+
+
+def test_partial_sums_are_added_from_the_first_to_the_last():
+    """float32 addition is not associative: 1 disappears beside 2**24 unless 2**24 is cancelled first."""
+    partials = jnp.asarray([2.0**24, -(2.0**24), 1.0, 2.0**24], jnp.float32)[:, None, None]
+    assert kernel.in_order_sum(partials)[0, 0] == 2.0**24
+    assert kernel.in_order_sum(partials[:3])[0, 0] == 1
+    assert kernel.in_order_sum(partials[jnp.asarray([2, 0, 1])])[0, 0] == 0
