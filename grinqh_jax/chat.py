@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from grinqh_jax import cli
 from grinqh_jax.errors import UsageError
-from grinqh_jax.generate import add_request, report, request
+from grinqh_jax.generate import add_request, load, report, request
 
 
 def parser() -> cli.Parser:
@@ -30,9 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _chat(args: argparse.Namespace) -> int:
     wanted = request(args)
-    from grinqh_jax.generator import Generator
-
-    generator = Generator.load(args.model)
+    generator = load(args.model)
     if args.ignore_chat_template:
         raise UsageError("chat needs the chat template; leave out --ignore-chat-template, or use generate")
     if not generator.tokenizer.has_chat_template:
@@ -47,6 +45,8 @@ def _chat(args: argparse.Namespace) -> int:
         generation = generator.generate(tokens, wanted, max_context=args.max_context)
         interrupted = False
         try:
+            with cli.status("compiling"):
+                generation.prepare()
             for text in generation:
                 print(text, end="", flush=True)
         except KeyboardInterrupt:

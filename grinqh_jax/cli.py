@@ -5,10 +5,11 @@ Exit codes: 0 done; 2 usage or bad input, with a one-line reason on stderr; 130 
 """
 
 import argparse
+import contextlib
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -75,6 +76,19 @@ def decode(data: bytes, place: str) -> str:
             f"{place} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}; "
             "convert it first (iconv -t utf-8)"
         ) from None
+
+
+@contextlib.contextmanager
+def status(text: str) -> Iterator[None]:
+    """Says on stderr what takes its time, for as long as it does; nothing where that is no terminal."""
+    shown = sys.stderr.isatty()
+    if shown:
+        print(f"{text} ...", end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if shown:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def run(command: Callable[[argparse.Namespace], int], parser: Parser, argv: Sequence[str] | None) -> int:

@@ -81,12 +81,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _generate(args: argparse.Namespace) -> int:
     prompt = cli.read_prompt(args.prompt)
     wanted = request(args)  # flags are checked before the model is loaded
-    from grinqh_jax.generator import Generator
-
-    generator = Generator.load(args.model)
+    generator = load(args.model)
     generation = generator.generate(_tokens(generator, prompt, args), wanted, max_context=args.max_context)
     interrupted = False
     try:
+        with cli.status("compiling"):
+            generation.prepare()
         for text in generation:
             if not args.json:
                 print(text, end="", flush=True)
@@ -106,6 +106,14 @@ def _generate(args: argparse.Namespace) -> int:
         print(flush=True)
     report(statistics, interrupted)
     return cli.INTERRUPTED if interrupted else 0
+
+
+def load(model: str):
+    """The generator of a ``--model``."""
+    with cli.status(f"loading {model}"):
+        from grinqh_jax.generator import Generator
+
+        return Generator.load(model)
 
 
 def report(statistics, interrupted: bool = False) -> None:

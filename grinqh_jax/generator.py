@@ -231,7 +231,16 @@ class Generation:
         self._stop = StopStrings(request.stop)
         self._grades: list[Grades] = []
         self._prompt_tokens = prompt_tokens
+        self._prepared = False
         self._compile_seconds = self._prompt_seconds = self._generation_seconds = 0.0
+
+    def prepare(self) -> None:
+        """Compiles what the text needs, seconds for a new shape; iterating does it too, if need be."""
+        if not self._prepared:
+            started = time.perf_counter()
+            self._decoding.compile()
+            self._compile_seconds = time.perf_counter() - started
+            self._prepared = True
 
     def __iter__(self) -> Iterator[str]:
         """Yields the text piece by piece, as whole characters, as soon as they are certain."""
@@ -280,12 +289,10 @@ class Generation:
 
     def _tokens(self) -> Iterator[list[int]]:
         """New tokens chunk by chunk; only the model's time is on the clocks, not the consumer's."""
+        self.prepare()
         started = time.perf_counter()
-        self._decoding.compile()
-        compiled = time.perf_counter()
-        self._compile_seconds = compiled - started
         first = self._decoding.prefill()
-        self._prompt_seconds = time.perf_counter() - compiled
+        self._prompt_seconds = time.perf_counter() - started
         yield first.tokens[0]
         chunks = self._decoding.chunks()
         while True:
