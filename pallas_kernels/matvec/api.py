@@ -20,6 +20,7 @@ def graded_matvec(
     x: Float[Array, "*rows k"],
     weight: NestedWeight,
     thresholds: Float[Array, "*any p"],
+    units: Float[Array, "*rows u"] | None = None,
     *,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "*rows n"], Float[Array, "*rows"]]:
@@ -30,6 +31,8 @@ def graded_matvec(
       weight: the nested weight.
       thresholds: ``[P]``, or ``[rows, P]`` for a set of thresholds per row; ascending, ``>= 0``;
         channel j is read at level ``#{ l : |x_j| >= t_l }`` (see ``grading.levels``).
+      units: the thresholds are multiplied by their sum over the last axis, row by row: levels that follow
+        the scale of the activations at no cost, as sums in several parts fuse into whatever computes x.
       implementation: by name; by default the first that supports the arguments and the device.
 
     Returns:
@@ -44,7 +47,9 @@ def graded_matvec(
     rows = x if x.ndim == 2 else x[None]
     thresholds = jnp.broadcast_to(thresholds, (rows.shape[0], weight.num_planes))
     chosen = choose(rows, weight, implementation)
-    y, bits = IMPLEMENTATIONS[chosen].graded_matvec(rows, weight, thresholds)
+    if units is not None:
+        units = jnp.broadcast_to(units, (rows.shape[0], units.shape[-1]))
+    y, bits = IMPLEMENTATIONS[chosen].graded_matvec(rows, weight, thresholds, units)
     return (y, bits) if x.ndim == 2 else (y[0], bits[0])
 
 

@@ -13,8 +13,12 @@ def supports(x, weight: NestedWeight) -> str | None:
     return None
 
 
-def graded_matvec(x: jax.Array, weight: NestedWeight, thresholds: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """See ``api.graded_matvec``; ``x [rows, K]``, ``thresholds [rows, P]``."""
+def graded_matvec(
+    x: jax.Array, weight: NestedWeight, thresholds: jax.Array, units: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """See ``api.graded_matvec``; ``x [rows, K]``, ``thresholds [rows, P]``, ``units [rows, U]``."""
+    if units is not None:
+        thresholds = thresholds * jnp.sum(units, axis=-1, keepdims=True)
 
     def one_row(x, thresholds):
         level = grading.levels(x, thresholds)

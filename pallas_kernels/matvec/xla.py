@@ -31,8 +31,12 @@ def supports(x, weight: NestedWeight) -> str | None:
     return None
 
 
-def graded_matvec(x: jax.Array, weight: NestedWeight, thresholds: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """See ``api.graded_matvec``; ``x [rows, K]``, ``thresholds [rows, P]``, any number of rows."""
+def graded_matvec(
+    x: jax.Array, weight: NestedWeight, thresholds: jax.Array, units: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """See ``api.graded_matvec``; ``x [rows, K]``, ``thresholds [rows, P]``, ``units [rows, U]``, any rows."""
+    if units is not None:
+        thresholds = thresholds * jnp.sum(units, axis=-1, keepdims=True)
     level = grading.levels(x, thresholds)
     bits = grading.realised_bits(level)
     padding = ((0, 0), (0, weight.planes.shape[1] - weight.in_features))

@@ -9,8 +9,10 @@ from pallas_kernels.matvec.mosaic_gpu.geometry import Geometry
 from pallas_kernels.matvec.mosaic_gpu.program import Refs, graded_matvec_program
 
 
-def emulate(x, weight: NestedWeight, thresholds, config: Config) -> tuple[np.ndarray, np.ndarray]:
+def emulate(x, weight: NestedWeight, thresholds, config: Config, units=None) -> tuple[np.ndarray, np.ndarray]:
     """``(y, realised bits)`` as ``graded_matvec`` returns them; fails if an output is left unwritten."""
+    if units is None:
+        units = np.ones((x.shape[0], 1), np.float32)
     stored_k, stored_n = layout.padded_shape(weight.in_features, weight.out_features)
     geometry = Geometry(
         in_features=weight.in_features,
@@ -20,6 +22,7 @@ def emulate(x, weight: NestedWeight, thresholds, config: Config) -> tuple[np.nda
         rows=x.shape[0],
         x_dtype=x.dtype.name,
         config=config,
+        units=units.shape[1],
     )
     isa = NumpyInstructions(
         blocks=geometry.blocks, threads=geometry.threads, shared_bytes=geometry.shared_bytes
@@ -27,7 +30,7 @@ def emulate(x, weight: NestedWeight, thresholds, config: Config) -> tuple[np.nda
     unwritten = np.float32(12345.678)
     partials = np.full((geometry.slice_groups, geometry.rows, stored_n), unwritten)
     bits = np.full((geometry.rows,), unwritten)
-    inputs = [np.array(a) for a in (x, thresholds, weight.planes, weight.scales)]
+    inputs = [np.array(a) for a in (x, thresholds, units, weight.planes, weight.scales)]
     refs = Refs(*(isa.array(a) for a in (*inputs, partials, bits)), shared=None)
     graded_matvec_program(isa, geometry, refs)
     isa.finish()

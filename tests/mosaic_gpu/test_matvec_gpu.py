@@ -52,6 +52,16 @@ def test_agrees_with_float64(case):
     np.testing.assert_array_equal(np.asarray(y), np.asarray(again))
 
 
+def test_thresholds_count_in_the_sum_of_the_units_of_their_row():
+    x, weight, thresholds = Case(300, 512, rows=3).arrays()
+    units = np.asarray([[1, 0.5, 0.5], [4, 3, 1], [0.25, 0.125, 0.125]], np.float32)  # 2, 8, 1/2: exact
+    scaled = thresholds / units.sum(axis=1, keepdims=True)
+    expected = graded_matvec(x, weight, thresholds, implementation="mosaic_gpu")
+    got = graded_matvec(x, weight, scaled, units, implementation="mosaic_gpu")
+    np.testing.assert_array_equal(np.asarray(got[0]), np.asarray(expected[0]))
+    np.testing.assert_array_equal(np.asarray(got[1]), np.asarray(expected[1]))
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_nan_and_inf_reach_their_row_and_no_other(bad):
     x, weight, thresholds = Case(384, 1024, rows=3).arrays()

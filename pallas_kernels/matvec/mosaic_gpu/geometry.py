@@ -88,6 +88,7 @@ class Geometry:
       rows: activation rows, 1 to 8.
       x_dtype: "float32", "bfloat16" or "float16".
       config: the tuning.
+      units: parts that the unit of a row's thresholds comes in.
     """
 
     in_features: int
@@ -97,6 +98,7 @@ class Geometry:
     rows: int
     x_dtype: str
     config: Config
+    units: int = 1
 
     @property
     def x_bytes(self) -> int:

@@ -9,6 +9,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
 
 from pallas_kernels import layout
 from pallas_kernels.matvec.mosaic_gpu import geometry as geometry_module
@@ -21,6 +22,12 @@ OLDEST_JAX = (0, 11, 2)
 OLDEST_ARCHITECTURE = (8, 0)
 OFFSET_LIMIT = 2**32
 """List entries address the planes with 32 bits."""
+
+DEFAULT_MULTIPROCESSORS = 132
+"""Where the device does not say (an H200's)."""
+
+ANY_CONFIG = Config(warpgroups=1, warps_per_slice=4, ring_slots=4)
+"""Completes a ``Geometry`` until the tuning is known."""
 
 
 def supports(x: jax.Array, weight: NestedWeight) -> str | None:
@@ -37,15 +44,23 @@ def supports(x: jax.Array, weight: NestedWeight) -> str | None:
 
 
 def graded_matvec(
-    x: jax.Array, weight: NestedWeight, thresholds: jax.Array, *, config: Config | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """See ``api.graded_matvec``; ``x [rows, K]``, ``thresholds [rows, P]``, 1 to 8 rows.
+    x: Float[Array, "rows k"],
+    weight: NestedWeight,
+    thresholds: Float[Array, "rows p"],
+    units: Float[Array, "rows u"] | None = None,
+    *,
+    config: Config | None = None,
+) -> tuple[Float32[Array, "rows n"], Float32[Array, "rows"]]:
+    """See ``api.graded_matvec``; ``x [rows, K]``, ``thresholds [rows, P]``, ``units [rows, U]``, 1 to 8 rows.
 
     Args:
       config: the tuning, chosen by ``tuning.best_config`` if not given.
     """
-    geometry = geometry_of(x, weight, config)
-    partials, bits = launch(geometry)(x, thresholds.astype(jnp.float32), weight.planes, weight.scales)
+    if units is None:
+        units = jnp.ones((x.shape[0], 1), jnp.float32)
+    geometry = dataclasses.replace(geometry_of(x, weight, config), units=units.shape[1])
+    thresholds, units = thresholds.astype(jnp.float32), units.astype(jnp.float32)
+    partials, bits = launch(geometry)(x, thresholds, units, weight.planes, weight.scales)
     return in_order_sum(partials)[:, : weight.out_features], bits
 
 
@@ -69,11 +84,7 @@ def geometry_of(x: jax.Array, weight: NestedWeight, config: Config | None = None
     return dataclasses.replace(geometry, config=config)
 
 
-ANY_CONFIG = Config(warpgroups=1, warps_per_slice=4, ring_slots=4)
-"""Completes a ``Geometry`` until the tuning is known."""
-
-
-def in_order_sum(partials: jax.Array) -> jax.Array:
+def in_order_sum(partials: Float32[Array, "groups rows n"]) -> Float32[Array, "rows n"]:
     """Sum over the leading axis, first to last, whatever the compiler does with its neighbours.
 
     Written as single additions: they fuse into the operation that uses the sum, where a reduction would be
@@ -87,19 +98,19 @@ def in_order_sum(partials: jax.Array) -> jax.Array:
 
 @functools.cache
 def launch(geometry: Geometry):
-    """The kernel ``(x, thresholds, planes, scales) -> (partials, bits)``: arrays as in ``program.Refs``."""
+    """The kernel ``(x, thresholds, units, planes, scales) -> (partials, bits)``; see ``place.Refs``."""
     from jax.experimental.mosaic import gpu as mosaic_gpu
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     from pallas_kernels.matvec.mosaic_gpu.ptx import PtxInstructions
 
-    def graded_matvec_kernel(x, thresholds, planes, scales, partials, bits, shared):
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 7)
+    def graded_matvec_kernel(*refs):
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
         def lanes(context, *refs):
             del context
             graded_matvec_program(PtxInstructions(), geometry, Refs(*refs))
 
-        lanes(x, thresholds, planes, scales, partials, bits, shared)
+        lanes(*refs)
 
     return plgpu.kernel(
         graded_matvec_kernel,
@@ -134,10 +145,6 @@ def _target_device():
 def _multiprocessors(device) -> int:
     count = getattr(device, "core_count", None) or getattr(device, "num_cores", None)
     return count or DEFAULT_MULTIPROCESSORS
-
-
-DEFAULT_MULTIPROCESSORS = 132
-"""Where the device does not say (an H200's)."""
 
 
 def _device_problem(device) -> str | None:

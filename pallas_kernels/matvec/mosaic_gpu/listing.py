@@ -90,9 +90,14 @@ def fetch(isa: Instructions, g: Geometry, refs: Refs, place: Place) -> Operands:
 
 
 def load_thresholds(isa: Instructions, g: Geometry, refs: Refs, row: Value) -> list[Value]:
-    """The thresholds of one activation row."""
+    """The thresholds of one activation row, in the scale of the activations."""
     address = isa.global_address(refs.thresholds) + isa.widen(row * (4 * g.planes))
-    return [isa.load_global(address + 4 * f, kind="f32")[0] for f in range(g.planes)]
+    thresholds = [isa.load_global(address + 4 * f, kind="f32")[0] for f in range(g.planes)]
+    address = isa.global_address(refs.units) + isa.widen(row * (4 * g.units))
+    unit, *others = [isa.load_global(address + 4 * i, kind="f32")[0] for i in range(g.units)]
+    for part in others:
+        unit = unit + part
+    return [t * unit for t in thresholds]
 
 
 def load_activation(isa: Instructions, g: Geometry, address: Value) -> Value:

@@ -15,13 +15,14 @@ COPY_BYTES = 16
 class Refs:
     """Arrays in global memory, and the CTA's shared memory.
 
-    ``x [rows, in_features]``, ``thresholds f32 [rows, P]``, ``planes`` and ``scales`` of the weight;
-    written: ``partials f32 [slice_groups, rows, N]`` and ``bits f32 [rows]``, the
-    mean bits read.
+    ``x [rows, in_features]``; ``thresholds f32 [rows, P]``, which count in the sum of
+    ``units f32 [rows, U]``; ``planes`` and ``scales`` of the weight. Written:
+    ``partials f32 [slice_groups, rows, N]`` and ``bits f32 [rows]``, the mean bits read.
     """
 
     x: Any
     thresholds: Any
+    units: Any
     planes: Any
     scales: Any
     partials: Any
