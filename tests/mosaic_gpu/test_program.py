@@ -86,16 +86,6 @@ def test_a_threshold_is_reached_by_its_own_value():
     matvec_cases.assert_close(matvec_cases.oracle(x, weight, thresholds), y, bits)
 
 
-def test_thresholds_count_in_the_sum_of_the_units_of_their_row():
-    x, weight, thresholds = Case(300, 512, rows=3).arrays()
-    units = np.asarray([[1, 0.5, 0.5], [4, 3, 1], [0.25, 0.125, 0.125]], np.float32)  # 2, 8, 1/2: exact
-    expected = emulate(x, weight, thresholds, DEFAULT_CONFIG)
-    scaled = thresholds / units.sum(axis=1, keepdims=True)
-    got = emulate(x, weight, scaled, DEFAULT_CONFIG, units)
-    np.testing.assert_array_equal(got[0], expected[0])
-    np.testing.assert_array_equal(got[1], expected[1])
-
-
 def test_config_names_the_field_and_what_it_allows():
     with pytest.raises(ValueError, match=r"Config.ring_slots must be one of \(2, 4, 8, 16\), not 3"):
         Config(warpgroups=1, warps_per_slice=1, ring_slots=3)

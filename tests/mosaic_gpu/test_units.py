@@ -1,5 +1,7 @@
 """Thresholds in a unit of the activations' own scale, given in parts."""
 
+import jax
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ def test_the_program_multiplies_the_thresholds_by_the_sum(case):
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_so_do_the_other_implementations(case, implementation):
-    x, weight, thresholds = (jnp.asarray(a) if isinstance(a, np.ndarray) else a for a in case.arrays())
+    x, weight, thresholds = jax.tree.map(jnp.asarray, case.arrays())
     units = jnp.asarray(UNITS)
     y, bits = graded_matvec(x, weight, thresholds, units, implementation=implementation)
     scaled = thresholds * jnp.sum(units, axis=1, keepdims=True)
