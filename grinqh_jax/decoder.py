@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from grinqh_jax import rope
 from grinqh_jax.apply import HEAD, Apply, Dense
-from grinqh_jax.attention import KeyValues, attend
+from grinqh_jax.attention import KeyValues, attend_heads
 from grinqh_jax.config import ModelConfig
 from grinqh_jax.linear import DenseLinear, GradedLinear, Linear
+from grinqh_jax.norm import rms_norm
 from pallas_kernels import NestedWeight
 
 LAYER_LINEARS = ("qkv", "o", "gate_up", "down")
@@ -32,6 +32,7 @@ class Embedding(nnx.Module):
     def __init__(self, embedding: Float[Array, "v d"]):
         self.embedding = nnx.Param(embedding)
 
+    @jax.named_scope("embed")
     def __call__(self, tokens: Int[Array, "b t"], dtype) -> Float[Array, "b t d"]:
         return self.embedding[...][tokens].astype(dtype)
 
@@ -44,9 +45,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
-        return (wide * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+        return rms_norm(x, self.scale[...], self.eps)
 
 
 class DecoderLayer(nnx.Module):
@@ -95,23 +94,20 @@ class DecoderLayer(nnx.Module):
           kv: this layer's part of the cache; None where the tokens are the whole sequence.
 
         Returns:
-          ``(x, kv)``: see ``attention.attend`` for kv.
+          ``(x, kv)``: see ``attention.attend_heads`` for kv.
         """
         config = self.config
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         qkv = apply(f"{name}.qkv", self.qkv, self.input_norm(x)).astype(x.dtype)
         qkv = qkv.reshape(*x.shape[:2], heads + 2 * kv_heads, head_dim)
-        queries, keys, values = jnp.split(qkv, (heads, heads + kv_heads), axis=2)
-        if self.q_norm is not None:
-            queries, keys = self.q_norm(queries), self.k_norm(keys)
-        frequencies = rope.inverse_frequencies(config.rope, head_dim)
-        queries, keys = (rope.rotate(a, positions, frequencies) for a in (queries, keys))
-        attended, kv = attend(queries, keys, values, positions, kv)
-        attended = attended.reshape(*x.shape[:2], heads * head_dim)
+        norms = None if self.q_norm is None else (self.q_norm.scale[...], self.k_norm.scale[...])
+        attended, kv = attend_heads(config, qkv, norms, positions, kv)
         x = x + apply(f"{name}.o", self.o, attended).astype(x.dtype)
         gate_up = apply(f"{name}.gate_up", self.gate_up, self.post_norm(x)).astype(x.dtype)
-        gate, up = jnp.split(gate_up, 2, axis=-1)
-        return x + apply(f"{name}.down", self.down, jax.nn.silu(gate) * up).astype(x.dtype), kv
+        with jax.named_scope("mlp"):
+            gate, up = jnp.split(gate_up, 2, axis=-1)
+            activated = jax.nn.silu(gate) * up
+        return x + apply(f"{name}.down", self.down, activated).astype(x.dtype), kv
 
 
 class Decoder(nnx.Module):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from grinqh_jax import apply
+from grinqh_jax.apply import HEAD
 from grinqh_jax.cache import KVCache
 from grinqh_jax.decoder import Decoder, linear_names
 from grinqh_jax.sampling import Sampling, sample
@@ -75,6 +76,9 @@ def prefill(
     positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
     x, layers = model.hidden(tokens, positions, strategy, cache.layers)
     last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+    if model.graded:  # the head at its full bits; dequantized it would be the largest array of all
+        planes = model.lm_head.planes.shape[0]
+        strategy = apply.Graded({HEAD: jnp.zeros(planes, jnp.float32)})
     return model.logits(last, strategy), cache.updated(layers, cache.lengths + lengths)
 
 
@@ -167,6 +171,7 @@ def decode_chunk(
     return chunk, cache
 
 
+@jax.named_scope("grades")
 def _by_linear(model: Decoder, collected: Mapping[str, jax.Array]) -> Float[Array, "b linears"]:
     columns = [collected[name].reshape(-1) for name in linear_names(model.config)]
     return jnp.stack(columns, axis=-1)

@@ -78,10 +78,16 @@ class GradedLinear(nnx.Module):
         return _matmul(x, kernel, dtype)
 
     def graded(
-        self, x: Float[Array, "rows k"], thresholds: Float[Array, "rows p"]
+        self,
+        x: Float[Array, "rows k"],
+        thresholds: Float[Array, "rows p"],
+        units: Float[Array, "rows u"] | None = None,
     ) -> tuple[Float[Array, "rows n"], Float[Array, "rows"]]:
-        """``(y, realised_bits)``: each channel read as its activation deserves; float32."""
-        return graded_matvec(x, self.weight, thresholds)
+        """``(y, realised_bits)``: each channel read as its activation deserves; float32.
+
+        The thresholds count in the sum of ``units`` (see ``pallas_kernels.graded_matvec``).
+        """
+        return graded_matvec(x, self.weight, thresholds, units)
 
 
 def _matmul(x: jax.Array, kernel: jax.Array, dtype) -> jax.Array:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from grinqh_jax import decoder
-from grinqh_jax.apply import HEAD, Dense
+from grinqh_jax.apply import HEAD, Dense, mean_magnitude
 from grinqh_jax.config import ModelConfig
 from grinqh_jax.decoder import Decoder
 from grinqh_jax.errors import UsageError
@@ -95,7 +95,7 @@ def _leaf(key: jax.Array, name: str, size: tuple[int, ...], dtype: str) -> jax.A
 
 
 def fitted_thresholds(sample: Float[Array, "m"]) -> Float[Array, "t 4"]:
-    """Thresholds that give each mean of ``TARGETS`` on a sample of activations.
+    """Thresholds that give each mean of ``TARGETS`` on a sample of activations over their mean magnitude.
 
     Each level of a uniform quantizer has a sixteenth of the squared error of the one below, so the
     allocation of least error has thresholds a factor of 4 apart (``x**2 e(l) + lambda 2 l`` least);
@@ -128,9 +128,9 @@ class _Fitting:
         self.tables: dict[str, tuple[jax.Array, jax.Array]] = {}
 
     def __call__(self, name: str, linear: Linear, x: jax.Array) -> jax.Array:
-        flat = x.reshape(-1)
-        sample = flat[:: -(-flat.size // SAMPLES)]
-        peak = jnp.max(jnp.abs(flat)).astype(jnp.float32)
+        relative = (x / mean_magnitude(x)).reshape(-1)
+        sample = relative[:: -(-relative.size // SAMPLES)]
+        peak = jnp.max(jnp.abs(x)).astype(jnp.float32)
         self.tables[name.rsplit(".", 1)[-1]] = fitted_thresholds(sample), peak
         return Dense()(name, linear, x)
 

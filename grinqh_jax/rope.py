@@ -4,6 +4,7 @@ Source: "RoFormer", arXiv 2104.09864, in Hugging Face's arrangement (the first h
 rotated against the second); the scaling is that of Llama 3.1's reference code.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -26,12 +27,20 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
     return frequency.astype(np.float32)
 
 
+def cos_sin(
+    positions: Int[Array, "*rows"], frequencies: Float[Array, "half"]
+) -> tuple[Float[Array, "*rows half"], Float[Array, "*rows half"]]:
+    """float32 cosine and sine of every rotation angle."""
+    angle = positions[..., None].astype(jnp.float32) * frequencies
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+@jax.named_scope("attention")
 def rotate(
     x: Float[Array, "b t heads d"], positions: Int[Array, "b t"], frequencies: Float[Array, "half"]
 ) -> Float[Array, "b t heads d"]:
     """Rotates every head by its position; computed in float32, returned in the dtype of x."""
-    angle = positions[..., None, None].astype(jnp.float32) * frequencies
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    cos, sin = (a[..., None, :] for a in cos_sin(positions, frequencies))
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)

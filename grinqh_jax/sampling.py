@@ -58,6 +58,7 @@ class Sampling:
         )
 
 
+@jax.named_scope("sampling")
 def sample(logits: Float[Array, "b v"], sampling: Sampling, positions: Int[Array, "b"]) -> Int[Array, "b"]:
     """The next token of every row, int32.
 
