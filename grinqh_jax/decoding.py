@@ -1,7 +1,7 @@
 """The host's side of decoding: a batch of prompts in, tokens out in chunks.
 
 It keeps the cache between calls of the engine, pads prompts to few lengths so that few programs are
-compiled, and compiles them before any clock runs.
+compiled, and can compile them before any clock runs.
 """
 
 import dataclasses
@@ -60,6 +60,7 @@ class Decoding:
         thresholds: Thresholds | None,
         sampling: Sampling,
         stop_tokens: Sequence[int] = (),
+        compiled: set[tuple] | None = None,
     ):
         """Prepares; no token is read yet.
 
@@ -71,6 +72,8 @@ class Decoding:
           thresholds: of each row, see ``thresholds.model_thresholds``.
           sampling: of each row.
           stop_tokens: a row ends when it generates one of these, which is part of the result.
+          compiled: which programs earlier batches of the same model have compiled, to be kept by the
+            caller from batch to batch; none by default.
 
         Raises:
           UsageError: a prompt is empty or leaves no room in the context.
@@ -99,17 +102,31 @@ class Decoding:
         self._cache: KVCache = jax.device_put(cache, self._place)
         self._last: Int[jax.Array, "b"] = self._put(np.zeros(len(prompts), np.int32))
         self._done: Bool[jax.Array, "b"] = self._put(np.ones(len(prompts), bool))
+        self._compiled = set() if compiled is None else compiled
 
-    def compile(self) -> None:
-        """Compiles every program that the batch needs, by running each on no tokens at all."""
-        none = self._put(np.zeros(len(self._prompts), np.int32))
+    def compile_prefill(self) -> None:
+        """Compiles what ``prefill`` needs, if it is new, by running it on no tokens at all."""
+        batch, capacity = len(self._prompts), self._cache.capacity
+        none = self._put(np.zeros(batch, np.int32))
         for width in sorted({block.shape[1] for block, _ in self._blocks()}):
-            logits, self._cache = engine.prefill(
-                self.model, np.zeros((len(self._prompts), width), np.int32), none, self._cache
-            )
-            _first_token(logits, self._sampling, self._cache.lengths)
-        self._decode(np.zeros_like(self._room))
-        jax.block_until_ready(self._cache)
+            if ("prefill", batch, width, capacity) in self._compiled:
+                continue
+            blank = np.zeros((batch, width), np.int32)
+            logits, self._cache = engine.prefill(self.model, blank, none, self._cache)
+            _first_token(logits, self._sampling, self._cache.lengths).block_until_ready()
+            self._compiled.add(("prefill", batch, width, capacity))
+
+    def compile_decode(self) -> None:
+        """Compiles what ``chunks`` needs, if it is new and not every row is done after ``prefill``.
+
+        It does so by decoding no tokens at all.
+        """
+        if np.asarray(self._done).all():
+            return
+        program = ("decode", len(self._prompts), self._cache.capacity, len(self._stop_tokens))
+        if program not in self._compiled:
+            self._decode(np.zeros_like(self._room)).done.block_until_ready()
+            self._compiled.add(program)
 
     def prefill(self) -> NewTokens:
         """Reads the prompts and chooses the first token of each row, at full precision."""

@@ -10,7 +10,7 @@ print(generation.statistics().realised_bits_per_layer)
 import dataclasses
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -104,6 +104,7 @@ class Generator:
         self.defaults = defaults
         self.targets = targets
         self.directory = directory
+        self._compiled: set[tuple] = set()
 
     @classmethod
     def load(cls, model: str | os.PathLike[str], compute_dtype=None) -> "Generator":
@@ -160,6 +161,7 @@ class Generator:
             thresholds=self.thresholds(request.bits),
             sampling=Sampling.create(seed=request.seed, **sampling),
             stop_tokens=defaults.eos_tokens,
+            compiled=self._compiled,
         )
         return Generation(self, decoding, request, prompt_tokens=len(tokens) or 1)
 
@@ -231,16 +233,11 @@ class Generation:
         self._stop = StopStrings(request.stop)
         self._grades: list[Grades] = []
         self._prompt_tokens = prompt_tokens
-        self._prepared = False
         self._compile_seconds = self._prompt_seconds = self._generation_seconds = 0.0
 
     def prepare(self) -> None:
-        """Compiles what the text needs, seconds for a new shape; iterating does it too, if need be."""
-        if not self._prepared:
-            started = time.perf_counter()
-            self._decoding.compile()
-            self._compile_seconds = time.perf_counter() - started
-            self._prepared = True
+        """Compiles what the first token needs, seconds for a new shape; iterating does it too."""
+        self._compile(self._decoding.compile_prefill)
 
     def __iter__(self) -> Iterator[str]:
         """Yields the text piece by piece, as whole characters, as soon as they are certain."""
@@ -294,6 +291,7 @@ class Generation:
         first = self._decoding.prefill()
         self._prompt_seconds = time.perf_counter() - started
         yield first.tokens[0]
+        self._compile(self._decoding.compile_decode)  # the first piece of text need not wait for it
         chunks = self._decoding.chunks()
         while True:
             started = time.perf_counter()
@@ -304,3 +302,8 @@ class Generation:
             if chunk.grades is not None:
                 self._grades.append(jax.tree.map(lambda steps: steps[:, 0], chunk.grades))
             yield chunk.tokens[0]
+
+    def _compile(self, compile: Callable[[], None]) -> None:
+        started = time.perf_counter()
+        compile()
+        self._compile_seconds += time.perf_counter() - started

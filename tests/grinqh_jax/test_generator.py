@@ -25,7 +25,13 @@ def finished(generator, prompt=PROMPT, max_context=None, **request):
 
 
 def without_end(generator) -> Generator:
-    return Generator(**{**vars(generator), "defaults": GenerationConfig()})
+    return with_defaults(generator)
+
+
+def with_defaults(generator, **defaults) -> Generator:
+    """The same model with other special tokens."""
+    g = generator
+    return Generator(g.model, g.tokenizer, GenerationConfig(**defaults), g.targets, g.directory)
 
 
 def test_streamed_text_is_the_tokens_text(generator):
@@ -44,8 +50,7 @@ def test_same_seed_same_text(generator):
 def test_every_end_token_ends_the_text(generator):
     free = finished(without_end(generator), max_tokens=40).tokens
     end = free[20]
-    defaults = GenerationConfig(eos_tokens=(257, end))
-    stopped = finished(Generator(**{**vars(generator), "defaults": defaults}), max_tokens=40)
+    stopped = finished(with_defaults(generator, eos_tokens=(257, end)), max_tokens=40)
     assert stopped.tokens == free[: free.index(end) + 1]
     assert stopped.finish_reason == "stop"
 
@@ -71,8 +76,7 @@ def test_context_ends_the_text_and_refuses_a_long_prompt(generator):
 
 
 def test_empty_prompt_begins_with_a_special_token(generator):
-    named = GenerationConfig(bos_token=65, eos_tokens=(0,))
-    with_bos = Generator(**{**vars(generator), "defaults": named})
+    with_bos = with_defaults(generator, bos_token=65, eos_tokens=(0,))
     assert finished(with_bos, "", max_tokens=5).tokens == finished(with_bos, [65], max_tokens=5).tokens
     assert finished(generator, "", max_tokens=5).tokens == finished(generator, [0], max_tokens=5).tokens
     with pytest.raises(UsageError, match="prompt is empty"):
@@ -154,10 +158,14 @@ def test_preparation_compiles_everything(generator, compilations):
         thresholds=generator.thresholds(3.0, batch=3),
         sampling=Sampling.create(3, temperature=1.0),
     )
-    decoding.compile()
-    prepared = len(compilations)
-    assert prepared >= 2
+    decoding.compile_prefill()
+    after_prefill = len(compilations)
+    assert after_prefill >= 2
     decoding.prefill()
+    assert len(compilations) == after_prefill
+    decoding.compile_decode()
+    prepared = len(compilations)
+    assert prepared > after_prefill
     assert sum(len(chunk.tokens[0]) for chunk in decoding.chunks()) == 19
     assert len(compilations) == prepared
 
