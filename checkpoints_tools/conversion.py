@@ -20,14 +20,19 @@ from jaxtyping import Int32
 
 from checkpoints_tools.calibration import statistics
 from checkpoints_tools.calibration.allocation import target_grid
+from checkpoints_tools.principal_basis import RotatedCheckpoint, principal_axes, second_moments
 from checkpoints_tools.quantize_linear import quantize_linear
 from checkpoints_tools.quantizers import QUANTIZERS
+from checkpoints_tools.source_layer import dense_layer, read_layer
 from grinqh_jax import __version__
 from grinqh_jax.apply import HEAD
 from grinqh_jax.checkpoint import QuantizationConfig, Writer
-from grinqh_jax.decoder import LAYER_LINEARS, DecoderLayer, RMSNorm, linear_shapes
+from grinqh_jax.decoder import LAYER_LINEARS, RMSNorm, linear_shapes
 from grinqh_jax.hf import HFCheckpoint
 from pallas_kernels import NestedWeight
+
+PRINCIPAL, ORIGINAL = BASES = ("principal", "original")
+"""See ``Conversion``."""
 
 _BLOCK_BYTES = 1 << 26
 STORED_DTYPE = jnp.bfloat16
@@ -55,20 +60,26 @@ class Conversion:
       calibration: its text.
       max_bits: bits of the stored codes: 2, 4, 6 or 8.
       quantizer: a key of ``QUANTIZERS``.
+      basis: one of ``BASES``: turn the residual stream onto its principal axes first, or leave it.
     """
 
-    def __init__(self, source: HFCheckpoint, calibration: Calibration, *, max_bits: int, quantizer: str):
+    def __init__(
+        self, source: HFCheckpoint, calibration: Calibration, *, max_bits: int, quantizer: str, basis: str
+    ):
         self.source = source
+        self.weights: HFCheckpoint | RotatedCheckpoint = source
         self.calibration = calibration
         self.max_bits = max_bits
         self.quantizer = quantizer
+        self.basis = basis
         # float32 where bfloat16 is emulated, and slow.
         self.compute_dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
     @property
     def steps(self) -> int:
         """How many times ``write`` calls ``done``."""
-        return self.source.config.num_layers + 2
+        passes = 2 if self.basis == PRINCIPAL else 1
+        return passes * self.source.config.num_layers + 2
 
     def write(
         self, out: Path, *, overwrite: bool = False, done: Callable[[str], None] = lambda part: None
@@ -87,6 +98,9 @@ class Conversion:
           CheckpointError: see ``Writer``, ``HFCheckpoint.read`` and ``quantize_linear``.
         """
         with Writer(out, fingerprint=self.fingerprint(), overwrite=overwrite) as writer:
+            if self.basis == PRINCIPAL:
+                moments = second_moments(self.source, self.calibration.windows, self.compute_dtype, done)
+                self.weights = RotatedCheckpoint(self.source, principal_axes(moments))
             hidden = self._embed(writer)
             done("embed")
             for i in range(self.source.config.num_layers):
@@ -112,6 +126,7 @@ class Conversion:
         return {
             "converter": f"grinqh-jax {__version__}",
             "quantizer": self.quantizer,
+            "basis": self.basis,
             "bits_per_weight_stored": round(bits_per_weight_stored(self.source, self.max_bits), 4),
             "calibration": {
                 "text": self.calibration.name,
@@ -127,7 +142,7 @@ class Conversion:
         embedding = np.empty((vocab, width), STORED_DTYPE)
         rows = max(_BLOCK_BYTES // (4 * width), 1)
         for start in range(0, vocab, rows):
-            embedding[start : start + rows] = self.source.read(key, slice(start, min(start + rows, vocab)))
+            embedding[start : start + rows] = self.weights.read(key, slice(start, min(start + rows, vocab)))
         if "embed" not in writer.parts:
             writer.save_part("embed", unflatten_dict({key: embedding}, sep="."))
         return embedding[self.calibration.windows].astype(self.compute_dtype)
@@ -135,15 +150,9 @@ class Conversion:
     def _layer(self, writer: Writer, i: int, hidden: np.ndarray) -> None:
         """Moves ``hidden`` through layer i and writes the layer."""
         name = f"layers.{i}"
-        prefix = name + "."
-        kernels, norms = {}, {}
-        for key in self.source.parameters:
-            if key.startswith(prefix):
-                part, leaf = key.removeprefix(prefix).split(".")
-                (kernels if leaf == "kernel" else norms)[part] = self.source.read(key)
-        tree = {part: {"kernel": kernel} for part, kernel in kernels.items()}
-        tree |= {part: {"scale": jnp.asarray(scale)} for part, scale in norms.items()}
-        seen = statistics.through_layer(DecoderLayer(self.source.config, tree, self.compute_dtype), hidden)
+        kernels, norms = read_layer(self.weights, i)
+        layer = dense_layer(self.weights, kernels, norms, self.compute_dtype)
+        seen = statistics.through_layer(layer, hidden)
         if name in writer.parts:
             return
         saved = {part: {"scale": scale.astype(STORED_DTYPE)} for part, scale in norms.items()}
@@ -154,9 +163,9 @@ class Conversion:
     def _head(self, writer: Writer, hidden: np.ndarray) -> None:
         if HEAD in writer.parts:
             return
-        scale = self.source.read("norm.scale")
+        scale = self.weights.read("norm.scale")
         seen = statistics.of_head(RMSNorm(jnp.asarray(scale), self.source.config.rms_norm_eps), hidden)
-        head = self._quantize(HEAD, seen, lambda outputs: self.source.read(f"{HEAD}.kernel", outputs))
+        head = self._quantize(HEAD, seen, lambda outputs: self.weights.read(f"{HEAD}.kernel", outputs))
         writer.save_part(HEAD, {"norm": {"scale": scale.astype(STORED_DTYPE)}, HEAD: head})
 
     def _quantize(self, name: str, seen: statistics.LinearStatistics, read_outputs) -> dict[str, np.ndarray]:

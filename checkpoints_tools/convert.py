@@ -7,7 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoints_tools.calibration import text
-from checkpoints_tools.conversion import Calibration, Conversion, bits_per_weight_stored, directory_bytes
+from checkpoints_tools.conversion import (
+    BASES,
+    PRINCIPAL,
+    Calibration,
+    Conversion,
+    bits_per_weight_stored,
+    directory_bytes,
+)
 from checkpoints_tools.quantizers import QUANTIZERS
 from grinqh_jax import cli
 from grinqh_jax.documents import read_documents
@@ -40,6 +47,12 @@ def parser() -> cli.Parser:
     add("--max-bits", type=int, default=8, choices=(2, 4, 6, 8), help="bits stored per weight (default 8)")
     add("--tokens", type=int, default=16384, metavar="N", help="calibration tokens (default 16384)")
     add("--quantizer", default="rtn", choices=tuple(QUANTIZERS), help="how weights are rounded (default rtn)")
+    add(
+        "--basis",
+        default=PRINCIPAL,
+        choices=BASES,
+        help="principal: turn the residual stream onto its principal axes (default); original: as it is",
+    )
     add("--force", action="store_true", help="replace an existing checkpoint")
     return result
 
@@ -60,7 +73,9 @@ def convert(args: argparse.Namespace) -> int:
         raise UsageError(f"--tokens {args.tokens}: must be positive")
     source = open_checkpoint(args.model)
     calibration = _calibration(source, args.calib, args.tokens)
-    conversion = Conversion(source, calibration, max_bits=args.max_bits, quantizer=args.quantizer)
+    conversion = Conversion(
+        source, calibration, max_bits=args.max_bits, quantizer=args.quantizer, basis=args.basis
+    )
     try:
         with Progress(f"convert {source.directory.name}", conversion.steps, "part") as progress:
             out = conversion.write(args.out, overwrite=args.force, done=lambda part: progress(1, part))

@@ -60,7 +60,7 @@ def llama(tmp_path_factory):
 
 def test_a_llama_comes_back_with_the_same_quality(llama, calib, tmp_path, capsys):
     out = tmp_path / "out"
-    assert convert.main(arguments(llama, out, calib)) == 0
+    assert convert.main(arguments(llama, out, calib, "--basis", "original")) == 0
     assert "bits per weight stored" in capsys.readouterr().out
     loaded = checkpoint.load(out, jnp.float32)
     source = open_checkpoint(llama)
@@ -81,6 +81,17 @@ def test_a_llama_comes_back_with_the_same_quality(llama, calib, tmp_path, capsys
     assert float(jnp.abs(logits - expected).max() / jnp.abs(expected).max()) < 0.05
     same_top = jnp.mean(logits.argmax(-1) == expected.argmax(-1))
     assert same_top > 0.9
+
+
+def test_a_llama_in_its_principal_basis_is_the_same_model(llama, calib, tmp_path):
+    out = tmp_path / "out"
+    assert convert.main(arguments(llama, out, calib)) == 0
+    loaded = checkpoint.load(out, jnp.float32)
+    assert loaded.quantization.provenance["basis"] == "principal"
+    tokens = jnp.asarray(np.random.default_rng(3).integers(0, 256, (2, 100)))
+    logits, expected = loaded.model(tokens), load_decoder(open_checkpoint(llama), jnp.float32)(tokens)
+    assert float(jnp.abs(logits - expected).max() / jnp.abs(expected).max()) < 0.05
+    assert jnp.mean(logits.argmax(-1) == expected.argmax(-1)) > 0.9
 
 
 def test_realised_bits_are_the_targets_on_the_calibration_text(converted, qwen3):

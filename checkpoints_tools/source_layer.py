@@ -1,0 +1,32 @@
+"""One decoder layer of a source checkpoint, dense."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from grinqh_jax.decoder import DecoderLayer
+
+
+def read_layer(source, i: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """``(kernels, norms)`` of layer ``i`` by part (``qkv``, ``input_norm``), in the dtype that is stored.
+
+    Args:
+      source: ``grinqh_jax.hf.HFCheckpoint``, or what reads like one.
+      i: which layer.
+    """
+    prefix = f"layers.{i}."
+    kernels, norms = {}, {}
+    # Kernels first: a rotated checkpoint learns the norms from them.
+    for key in sorted(source.parameters, key=lambda key: not key.endswith(".kernel")):
+        if key.startswith(prefix):
+            part, leaf = key.removeprefix(prefix).split(".")
+            (kernels if leaf == "kernel" else norms)[part] = source.read(key)
+    return kernels, norms
+
+
+def dense_layer(
+    source, kernels: dict[str, np.ndarray], norms: dict[str, np.ndarray], compute_dtype
+) -> DecoderLayer:
+    """The layer that ``read_layer`` has read, ready to run."""
+    tree = {part: {"kernel": kernel} for part, kernel in kernels.items()}
+    tree |= {part: {"scale": jnp.asarray(scale)} for part, scale in norms.items()}
+    return DecoderLayer(source.config, tree, compute_dtype)
