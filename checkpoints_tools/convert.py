@@ -72,7 +72,7 @@ def convert(args: argparse.Namespace) -> int:
     if args.tokens < 1:
         raise UsageError(f"--tokens {args.tokens}: must be positive")
     source = open_checkpoint(args.model)
-    calibration = _calibration(source, args.calib, args.tokens)
+    calibration = read_calibration(source, args.calib, args.tokens)
     conversion = Conversion(
         source, calibration, max_bits=args.max_bits, quantizer=args.quantizer, basis=args.basis
     )
@@ -89,7 +89,12 @@ def convert(args: argparse.Namespace) -> int:
     return 0
 
 
-def _calibration(source: HFCheckpoint, path: Path | None, tokens: int) -> Calibration:
+def read_calibration(source: HFCheckpoint, path: Path | None, tokens: int) -> Calibration:
+    """The calibration windows of a text file, or of the bundled text.
+
+    Raises:
+      GrinqhError: there is no usable tokenizer, or the text cannot be used.
+    """
     if not TOKENIZERS & {file.name for file in source.companions}:
         raise CheckpointError(f"{source.directory}: there is no tokenizer ({', '.join(sorted(TOKENIZERS))})")
     tokenizer = Tokenizer.load(source.directory)

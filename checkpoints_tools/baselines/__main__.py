@@ -1,0 +1,69 @@
+"""``python -m checkpoints_tools.baselines``: a checkpoint rounded by RTN, GPTQ or AWQ, to compare with."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from checkpoints_tools.baselines import model
+from checkpoints_tools.convert import read_calibration
+from grinqh_jax import cli
+from grinqh_jax.errors import UsageError
+from grinqh_jax.hf import open_checkpoint
+from grinqh_jax.progress import Progress
+
+
+def parser() -> cli.Parser:
+    """The command's flags."""
+    result = cli.Parser(
+        prog="python -m checkpoints_tools.baselines",
+        description="Round a checkpoint to fixed precision (groups of 128, zero points) and write the "
+        "dequantized weights as a Hugging Face checkpoint, which every verb reads with --bits full.",
+    )
+    add = result.add_argument
+    add("--model", required=True, metavar="DIR_OR_HUB_ID", help="Hugging Face checkpoint (safetensors)")
+    add("--out", required=True, type=Path, metavar="DIR", help="directory to make")
+    add("--method", required=True, choices=model.METHODS, help="the quantizer")
+    add("--w-bits", required=True, type=int, choices=(2, 3, 4, 8), help="bits of the integers")
+    add("--calib", type=Path, metavar="FILE", help="calibration text, as of convert")
+    add("--tokens", type=int, default=16384, metavar="N", help="calibration tokens (default 16384)")
+    add("--act-order", action="store_true", help="gptq: channels with most energy first")
+    add("--damping", type=float, default=0.01, help="gptq: share of the mean diagonal added (default 0.01)")
+    return result
+
+
+def quantize(args: argparse.Namespace) -> int:
+    """Quantizes as the flags say.
+
+    Raises:
+      GrinqhError: what is wrong with the flags or the source.
+    """
+    if args.out.exists():
+        raise UsageError(f"--out {args.out} exists; name a new directory")
+    source = open_checkpoint(args.model)
+    windows = read_calibration(source, args.calib, args.tokens).windows
+    options = {"act_order": args.act_order, "damping": args.damping} if args.method == "gptq" else {}
+    with Progress(f"{args.method} {source.directory.name}", source.config.num_layers, "layer") as progress:
+        model.write(
+            source,
+            windows,
+            args.out,
+            method=args.method,
+            bits=args.w_bits,
+            done=lambda part: progress(1, part),
+            **options,
+        )
+    layers, everything = model.mean_bits_read(source, args.w_bits)
+    print(
+        f"{args.out}: {layers:.3f} bits read per weight of the layers, {everything:.3f} with the 16-bit head"
+    )
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code (see ``grinqh_jax.cli``)."""
+    return cli.run(quantize, parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""AWQ (Lin et al., arXiv 2306.00978): input channels scaled by their activations, then ranges clipped.
+
+``x @ W = (x / s) @ (diag(s) W)``: the channels that matter are scaled up before rounding and keep more of
+their precision; ``1 / s`` belongs to whatever precedes the layer. ``s = (mean |x|) ** alpha``, with the
+``alpha`` of a grid that leaves the least output error. Then each group's range is shrunk as far as
+that lowers the error of its part of the output. Both errors are ``tr(D^T H D)`` with ``D`` the weights'
+error and ``H = E[x x^T]``.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from checkpoints_tools.baselines import groups
+from checkpoints_tools.baselines.groups import GROUP, Grid
+
+ALPHAS = tuple(np.arange(20) / 20)
+SHRINKS = tuple(1 - np.arange(10) / 20)
+
+
+def output_error(error: Float[Array, "k n"], hessian: Float[Array, "k k"]) -> Float[Array, ""]:
+    """Mean squared output error of weights that are off by ``error``, summed over the outputs."""
+    return jnp.sum(error * jnp.matmul(hessian, error, precision="highest"))
+
+
+def channel_scales(magnitude: Float[Array, "k"], alpha: float) -> Float[Array, "k"]:
+    """``magnitude ** alpha``, centred between its extremes; 1 where a channel is never active."""
+    powered = jnp.where(magnitude > 0, magnitude, 1) ** alpha
+    return powered / jnp.sqrt(powered.max() * powered.min())
+
+
+@partial(jax.jit, static_argnames="bits")
+def awq(
+    w: Float[Array, "k n"], hessian: Float[Array, "k k"], magnitude: Float[Array, "k"], bits: int
+) -> Float[Array, "k n"]:
+    """The weights that act after AWQ: ``diag(1 / s) round(diag(s) W)``.
+
+    Args:
+      w: ``[in, out]``.
+      hessian: ``E[x x^T]``.
+      magnitude: ``E|x|`` of each channel.
+      bits: of the integers.
+    """
+    w, hessian = w.astype(jnp.float32), hessian.astype(jnp.float32)
+
+    def attempt(alpha):
+        s = channel_scales(magnitude, alpha)[:, None]
+        return output_error(groups.rtn(w * s, bits) / s - w, hessian)
+
+    alphas = jnp.asarray(ALPHAS, jnp.float32)
+    s = channel_scales(magnitude, alphas[jnp.argmin(jax.lax.map(attempt, alphas))])
+    return _clipped(w * s[:, None], hessian / s / s[:, None], bits) / s[:, None]
+
+
+def _clipped(w: Float[Array, "k n"], hessian: Float[Array, "k k"], bits: int) -> Float[Array, "k n"]:
+    """Rounded weights, the range of each group and output shrunk by the best of ``SHRINKS``."""
+    k, n = w.shape
+    padded = -k % GROUP
+    hessian = jnp.pad(hessian, ((0, padded), (0, padded)))
+    blocks = hessian.reshape(-1, GROUP, len(hessian) // GROUP, GROUP)
+    blocks = jnp.moveaxis(jnp.diagonal(blocks, axis1=0, axis2=2), -1, 0)
+
+    def group(args):
+        w, hessian = args
+
+        def attempt(shrink):
+            rounded = groups.round_to(w, groups.fit(w, bits, shrink), bits)
+            error = rounded - w
+            return jnp.sum(error * jnp.matmul(hessian, error, precision="highest"), axis=0)
+
+        shrinks = jnp.asarray(SHRINKS, jnp.float32)
+        best = shrinks[jnp.argmin(jax.lax.map(attempt, shrinks), axis=0)]
+        return groups.round_to(w, Grid(*groups.fit(w, bits, best)), bits)
+
+    return jax.lax.map(group, (groups.grouped(w), blocks)).reshape(-1, n)[:k]

@@ -1,0 +1,55 @@
+"""The common ground of the baselines: asymmetric integers, one scale and zero point per group of inputs.
+
+A group is 128 consecutive input channels of one output, ``w ~ scale * (q - zero)`` with ``q`` and ``zero``
+in ``0 ... 2**bits - 1``. Groups always cover 0, so a zero point exists.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+GROUP = 128
+SCALE_BITS = 16
+
+
+class Grid(NamedTuple):
+    """Scales and zero points of some groups, broadcastable to their weights."""
+
+    scale: Float[Array, "..."]
+    zero: Float[Array, "..."]
+
+
+def bits_read(bits: int) -> float:
+    """Bits that a weight takes, its share of a float16 scale and a packed zero point included."""
+    return bits + (SCALE_BITS + bits) / GROUP
+
+
+def fit(w: Float[Array, "group n"], bits: int, shrink: Float[Array, "..."] | float = 1.0) -> Grid:
+    """The grid that spans each column's values (and 0), or ``shrink`` times that; scales in float16."""
+    low = jnp.minimum(w.min(axis=0), 0) * shrink
+    high = jnp.maximum(w.max(axis=0), 0) * shrink
+    scale = ((high - low) / (2**bits - 1)).astype(jnp.float16).astype(jnp.float32)
+    scale = jnp.where(scale > 0, scale, 1)
+    return Grid(scale, jnp.clip(jnp.round(-low / scale), 0, 2**bits - 1))
+
+
+def round_to(w: Float[Array, "*any n"], grid: Grid, bits: int) -> Float[Array, "*any n"]:
+    """The nearest values of the grid."""
+    q = jnp.clip(jnp.round(w / grid.scale) + grid.zero, 0, 2**bits - 1)
+    return grid.scale * (q - grid.zero)
+
+
+def grouped(w: Float[Array, "k n"]) -> Float[Array, "g group n"]:
+    """``w`` cut into groups; rows of zeros, which change no group's range, fill the last one up."""
+    k, n = w.shape
+    return jnp.pad(w, ((0, -k % GROUP), (0, 0))).reshape(-1, GROUP, n)
+
+
+def rtn(w: Float[Array, "k n"], bits: int) -> Float[Array, "k n"]:
+    """Round to nearest: every group on the grid that spans it."""
+    cut = grouped(w)
+    low, high = jnp.minimum(cut.min(axis=1), 0), jnp.maximum(cut.max(axis=1), 0)
+    grid = fit(jnp.stack([low, high]), bits)
+    grid = Grid(grid.scale[:, None], grid.zero[:, None])
+    return round_to(cut, grid, bits).reshape(-1, w.shape[1])[: len(w)]
