@@ -1,7 +1,6 @@
 """Thresholds in a unit of the activations' own scale, given in parts."""
 
 import jax
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
