@@ -32,7 +32,11 @@ COMPANIONS = (
 )
 """Files that belong to a model beside its config and weights: tokenizer, chat template, stop tokens."""
 
-HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
+HUB_PATTERNS = (
+    *("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"),
+    *("state/*", "orbax.checkpoint", "_CHECKPOINT_METADATA"),  # of a GRINQH checkpoint
+)
+"""Files that a hub id downloads: unquantized checkpoints and GRINQH ones, not ``.bin`` pickles."""
 
 
 @dataclasses.dataclass(frozen=True)

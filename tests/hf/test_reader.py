@@ -6,9 +6,12 @@ import hf_directories
 import numpy as np
 import pytest
 from hf_directories import LLAMA3, QWEN3
+from huggingface_hub.utils import filter_repo_objects
 
+from grinqh_jax import BUNDLED_MODEL
 from grinqh_jax.errors import CheckpointError, UnsupportedModelError
 from grinqh_jax.hf import open_checkpoint, resolve
+from grinqh_jax.hf.reader import HUB_PATTERNS
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -155,3 +158,10 @@ def test_hub_ids_work_offline_from_the_cache_or_say_why(tmp_path, monkeypatch):
     (cached / "refs" / "main").write_text("0" * 40)
     hf_directories.write(cached / "snapshots" / ("0" * 40))
     assert open_checkpoint("someone/tiny").config.num_layers == 2
+
+
+def test_a_hub_id_downloads_every_file_of_a_grinqh_checkpoint_and_no_pickles():
+    files = {str(file.relative_to(BUNDLED_MODEL)) for file in BUNDLED_MODEL.rglob("*") if file.is_file()}
+    published = sorted(files | {"pytorch_model.bin"})
+    wanted = set(filter_repo_objects(published, allow_patterns=list(HUB_PATTERNS)))
+    assert wanted == files - {"README.md"}
