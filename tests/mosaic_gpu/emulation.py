@@ -1,11 +1,13 @@
 """Runs the lane program on the numpy emulator."""
 
+import dataclasses
+
 import numpy as np
 
-from pallas_kernels import NestedWeight, layout
+from pallas_kernels import NestedWeight
 from pallas_kernels.matvec.mosaic_gpu import Config
 from pallas_kernels.matvec.mosaic_gpu.emulator import NumpyInstructions
-from pallas_kernels.matvec.mosaic_gpu.geometry import Geometry
+from pallas_kernels.matvec.mosaic_gpu.kernel import geometry_of
 from pallas_kernels.matvec.mosaic_gpu.program import Refs, graded_matvec_program
 
 
@@ -13,22 +15,12 @@ def emulate(x, weight: NestedWeight, thresholds, config: Config, units=None) -> 
     """``(y, realised bits)`` as ``graded_matvec`` returns them; fails if an output is left unwritten."""
     if units is None:
         units = np.ones((x.shape[0], 1), np.float32)
-    stored_k, stored_n = layout.padded_shape(weight.in_features, weight.out_features)
-    geometry = Geometry(
-        in_features=weight.in_features,
-        stored_k=stored_k,
-        stored_n=stored_n,
-        planes=weight.num_planes,
-        rows=x.shape[0],
-        x_dtype=x.dtype.name,
-        config=config,
-        units=units.shape[1],
-    )
+    geometry = dataclasses.replace(geometry_of(x, weight, config), units=units.shape[1])
     isa = NumpyInstructions(
         blocks=geometry.blocks, threads=geometry.threads, shared_bytes=geometry.shared_bytes
     )
     unwritten = np.float32(12345.678)
-    partials = np.full((geometry.slice_groups, geometry.rows, stored_n), unwritten)
+    partials = np.full((geometry.slice_groups, geometry.rows, geometry.stored_n), unwritten)
     bits = np.full((geometry.rows,), unwritten)
     inputs = [np.array(a) for a in (x, thresholds, units, weight.planes, weight.scales)]
     refs = Refs(*(isa.array(a) for a in (*inputs, partials, bits)), shared=None)
