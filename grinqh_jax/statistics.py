@@ -135,8 +135,8 @@ def grade_statistics(model: Decoder, grades: Grades | None) -> dict[str, Any]:
 
 
 def weighted_mean(model: Decoder, bits: Mapping[str, float]) -> float:
-    """Mean bits per weight of all linear layers, from each layer's mean."""
-    sizes = {name: k * n for name, (k, n) in linear_shapes(model.config).items()}
+    """Mean bits per weight of the linear layers in ``bits``, from each layer's mean."""
+    sizes = {name: k * n for name, (k, n) in linear_shapes(model.config).items() if name in bits}
     return sum(bits[name] * size for name, size in sizes.items()) / sum(sizes.values())
 
 

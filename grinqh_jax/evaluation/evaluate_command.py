@@ -4,7 +4,6 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from grinqh_jax import cli
 from grinqh_jax.evaluation import flags
@@ -28,7 +27,7 @@ def parser() -> cli.Parser:
     flags.add_bits(result)
     add("--limit", type=flags.positive, metavar="N", help="the first N problems (default all)")
     add("--max-tokens", type=flags.positive, default=256, metavar="N", help="of an answer (default 256)")
-    add("--batch", type=flags.positive, default=64, metavar="N", help="problems at a time (default 64)")
+    add("--batch", type=flags.positive, default=64, metavar="N", help="most problems at a time (default 64)")
     return result
 
 
@@ -49,13 +48,13 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 def _results(
     generator, problems, bits: Sequence[float | str], args: argparse.Namespace
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[flags.Result]:
     from grinqh_jax.evaluation.tasks import evaluate
     from grinqh_jax.progress import Progress
 
     with Progress("evaluate", len(bits) * len(problems), "problem") as progress:
         for setting in bits:
-            result = evaluate(
+            yield evaluate(
                 generator,
                 problems,
                 setting,
@@ -63,7 +62,6 @@ def _results(
                 batch=args.batch,
                 progress=lambda done, setting=setting: progress(done, f"{setting} bits"),
             )
-            yield result.to_json()
 
 
 if __name__ == "__main__":

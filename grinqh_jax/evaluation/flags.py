@@ -2,8 +2,8 @@
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 from grinqh_jax import cli
 from grinqh_jax.errors import UsageError
@@ -56,13 +56,25 @@ def settings(wanted: Sequence[float | str] | None, generator) -> list[float | st
     return list(wanted)
 
 
-def show(rows: Iterable[Mapping[str, Any]], as_json: bool) -> None:
+class Result(Protocol):
+    """What a command found at one setting of the dial."""
+
+    def to_json(self) -> dict[str, Any]:
+        """For programs."""
+        ...
+
+    def cells(self) -> dict[str, Any]:
+        """For people: the columns of a table, the same for all results of a command."""
+        ...
+
+
+def show(results: Iterable[Result], as_json: bool) -> None:
     """Prints results: JSON objects, each as soon as it is there, or a table when all are."""
     if as_json:
-        for row in rows:
-            print(json.dumps(row), flush=True)
+        for result in results:
+            print(json.dumps(result.to_json()), flush=True)
         return
-    rows = list(rows)
+    rows = [result.cells() for result in results]
     cells = [list(rows[0])] + [[_cell(value) for value in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
@@ -76,4 +88,4 @@ def _bits_list(text: str) -> list[float | str]:
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -16,7 +16,9 @@ def parser() -> cli.Parser:
     """The command's flags."""
     result = cli.Parser(
         prog="python -m grinqh_jax perplexity",
-        description="Perplexity of a text, and KL divergence from full precision, with every token graded.",
+        description="Perplexity of a text, and KL divergence from full precision, with every token graded. "
+        "Standard errors take windows as the independent draws; those of the ratio to the reference are "
+        "paired.",
     )
     cli.add_model(result)
     add = result.add_argument
@@ -71,7 +73,10 @@ def _perplexity(args: argparse.Namespace) -> int:
             reference=reference,
             progress=progress,
         )
-    flags.show((result.to_json() for result in results), args.json)
+    flags.show(results, args.json)
+    for result in results:
+        if result.token_bits and not args.json:
+            print(f"--bits {result.bits:g}: {result.token_bits.line()}")
     return 0
 
 

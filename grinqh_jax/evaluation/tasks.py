@@ -8,15 +8,11 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from grinqh_jax.decoder import linear_names
-from grinqh_jax.decoding import Decoding, NewTokens
 from grinqh_jax.documents import read_records
 from grinqh_jax.errors import UsageError
-from grinqh_jax.generator import Bits, Generator
-from grinqh_jax.sampling import Sampling
-from grinqh_jax.statistics import weighted_mean
+from grinqh_jax.evaluation.completion import complete
+from grinqh_jax.evaluation.result import Bits
+from grinqh_jax.generator import Generator
 
 _NEXT_QUESTION = "Question:"
 _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
@@ -45,20 +41,35 @@ class Accuracy:
     Attributes:
       bits: as asked.
       realised_bits: mean bits read per weight over all decode steps; None for an unquantized model.
+      realised_bits_without_head: the same without the output projection.
       accuracy: share of problems whose final number is right.
       stderr: of ``accuracy``, ``sqrt(accuracy (1 - accuracy) / n)``.
       n: problems.
+      right: of each problem, whether its answer is.
     """
 
     bits: Bits
     realised_bits: float | None
+    realised_bits_without_head: float | None
     accuracy: float
     stderr: float
     n: int
+    right: tuple[bool, ...] = dataclasses.field(repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        """The fields by name."""
-        return dataclasses.asdict(self)
+        """All fields but ``right``, by name."""
+        fields = dataclasses.asdict(self)
+        del fields["right"]
+        return fields
+
+    def cells(self) -> dict[str, Any]:
+        """For people: the columns of a table."""
+        return {
+            "bits": self.bits,
+            "bits read": None if self.realised_bits is None else f"{self.realised_bits:.3f}",
+            "accuracy": f"{self.accuracy:.4f} ± {self.stderr:.4f}",
+            "n": self.n,
+        }
 
 
 def read_problems(path: Path, limit: int | None = None) -> list[Problem]:
@@ -97,92 +108,43 @@ def evaluate(
 ) -> Accuracy:
     """Answers every problem greedily and counts the right ones.
 
-    Prompts are read at full precision, answers decoded graded, as in generation. A row of the batch
-    ends with a stop token, with its final number, or when it asks the next question. Further settings
-    of the dial compile nothing.
+    See ``completion.complete``; an answer ends with a stop token, with its final number, or when it asks
+    the next question.
 
     Args:
       generator: model and tokenizer.
       problems: at least one.
       bits: setting of the dial.
       max_tokens: most tokens of an answer.
-      batch: problems answered at a time.
+      batch: most problems at a time.
       progress: called with the number of problems done, batch by batch.
 
     Raises:
       UsageError: ``bits`` are out of the checkpoint's range, or a prompt is longer than its context.
     """
-    batch = min(batch, len(problems))
-    thresholds = generator.thresholds(bits, batch)
-    # Longest first: rows of a batch have prompts, and mostly answers, of similar lengths.
-    prompts = [generator.tokenizer.encode(problem.prompt) for problem in problems]
-    order = sorted(range(len(problems)), key=lambda i: -len(prompts[i]))
-    right, steps = 0, _Steps()
-    for start in range(0, len(order), batch):
-        rows = order[start : start + batch]
-        decoding = Decoding(
-            generator.model,
-            [prompts[i] for i in rows] + [prompts[rows[0]]] * (batch - len(rows)),
-            max_tokens=max_tokens,
-            max_context=generator.model.config.max_position_embeddings,
-            thresholds=thresholds,
-            sampling=Sampling.create(batch),
-            stop_tokens=generator.defaults.eos_tokens,
-        )
-        texts = _answers(generator, decoding, len(rows), batch, steps)
-        right += sum(final_number(text) == problems[i].answer for i, text in zip(rows, texts, strict=True))
-        progress(len(rows))
-    accuracy = right / len(problems)
+    completions = complete(
+        generator,
+        [generator.tokenizer.encode(problem.prompt) for problem in problems],
+        bits,
+        max_tokens=max_tokens,
+        batch=batch,
+        ended=lambda text: _NEXT_QUESTION in text or _COMPLETE.search(text) is not None,
+        progress=progress,
+    )
+    right = [
+        final_number(text) == problem.answer
+        for problem, text in zip(problems, completions.texts, strict=True)
+    ]
+    accuracy = sum(right) / len(right)
     return Accuracy(
         bits=bits,
-        realised_bits=steps.realised_bits(generator),
+        realised_bits=completions.bits.mean(generator.model),
+        realised_bits_without_head=completions.bits.mean(generator.model, head=False),
         accuracy=accuracy,
-        stderr=math.sqrt(accuracy * (1 - accuracy) / len(problems)),
-        n=len(problems),
+        stderr=math.sqrt(accuracy * (1 - accuracy) / len(right)),
+        n=len(right),
+        right=tuple(right),
     )
-
-
-class _Steps:
-    """Adds up the bits that decode steps read, by linear layer."""
-
-    def __init__(self):
-        self._bits: Any = 0.0
-        self._count = 0
-
-    def add(self, new: NewTokens, rows: int) -> None:
-        if new.grades is None:
-            return
-        counts = np.array([len(tokens) for tokens in new.tokens[:rows]])
-        valid = np.arange(len(new.grades.bits))[:, None] < counts
-        self._bits = self._bits + np.sum(new.grades.bits[:, :rows], axis=(0, 1), where=valid[..., None])
-        self._count += int(counts.sum())
-
-    def realised_bits(self, generator: Generator) -> float | None:
-        if not self._count:
-            return None
-        names = linear_names(generator.model.config)
-        mean = dict(zip(names, (self._bits / self._count).tolist(), strict=True))
-        return weighted_mean(generator.model, mean)
-
-
-def _answers(generator: Generator, decoding: Decoding, rows: int, batch: int, steps: _Steps) -> list[str]:
-    """Texts of the first ``rows`` rows; the others fill the batch up."""
-    tokens: list[list[int]] = [[] for _ in range(rows)]
-    texts = [""] * rows
-
-    def take(new: NewTokens) -> None:
-        ended = np.ones(batch, bool)
-        for row in range(rows):
-            tokens[row] += new.tokens[row]
-            texts[row] = generator.tokenizer.decode(tokens[row])
-            ended[row] = _NEXT_QUESTION in texts[row] or _COMPLETE.search(texts[row]) is not None
-        steps.add(new, rows)
-        decoding.stop(ended)
-
-    take(decoding.prefill())
-    for new in decoding.chunks():
-        take(new)
-    return texts
 
 
 def _problem(record: Any) -> Problem | None:

@@ -14,7 +14,8 @@ from grinqh_jax.cache import KVCache
 from grinqh_jax.decoder import linear_names
 from grinqh_jax.errors import UsageError
 from grinqh_jax.evaluation import perplexity, perplexity_command
-from grinqh_jax.evaluation.perplexity import measure, standard_error
+from grinqh_jax.evaluation.perplexity import measure
+from grinqh_jax.evaluation.result import Perplexity, TokenBits, WindowSums, standard_error
 from grinqh_jax.statistics import weighted_mean
 from grinqh_jax.thresholds import model_thresholds
 
@@ -57,8 +58,7 @@ def test_graded_tokens_are_read_as_in_decoding(tiny):
         reference_losses.append(-reference[np.arange(len(window) - 1), window[1:]])
         kl.append((np.exp(reference) * (reference - log_p)).sum(axis=-1))
         same.append(log_p.argmax(axis=-1) == reference.argmax(axis=-1))
-        # Each window counts as often as it has predicted tokens.
-        bits.append(np.repeat(grades.mean(axis=0, keepdims=True), len(window) - 1, axis=0))
+        bits.append(grades[:-1])  # the last token of a window predicts nothing
     losses, reference_losses = np.concatenate(losses), np.concatenate(reference_losses)
     assert result.tokens == len(losses) == len(TOKENS) - len(windows())
     assert result.perplexity == pytest.approx(math.exp(losses.mean()), rel=1e-4)
@@ -66,9 +66,23 @@ def test_graded_tokens_are_read_as_in_decoding(tiny):
     assert result.ratio == pytest.approx(result.perplexity / full.perplexity, rel=1e-6)
     assert result.kl == pytest.approx(np.concatenate(kl).mean(), rel=1e-3, abs=1e-7)
     assert result.same_top1 == pytest.approx(np.concatenate(same).mean())
-    by_linear = dict(zip(linear_names(tiny.model.config), np.concatenate(bits).mean(axis=0), strict=True))
-    assert result.realised_bits == pytest.approx(weighted_mean(tiny.model, by_linear), rel=1e-5)
+    by_linear = dict(zip(linear_names(tiny.model.config), np.concatenate(bits).T, strict=True))
+    per_token = weighted_mean(tiny.model, by_linear)
+    assert result.realised_bits == pytest.approx(per_token.mean(), rel=1e-5)
     assert 0 < result.realised_bits < 4
+    spread = result.token_bits
+    assert (spread.mean, spread.deviation) == pytest.approx((per_token.mean(), per_token.std()), rel=1e-4)
+    assert spread.percentiles == pytest.approx(
+        {str(p): np.percentile(per_token, p) for p in (5, 25, 50, 75, 95)}, rel=1e-4
+    )
+    assert spread.loss_correlation == pytest.approx(
+        np.corrcoef(per_token, reference_losses)[0, 1], rel=1e-3, abs=1e-5
+    )
+    del by_linear["lm_head"]
+    layers = weighted_mean(tiny.model, by_linear).mean()
+    assert result.realised_bits_without_head == pytest.approx(layers, rel=1e-5)
+    assert abs(layers - per_token.mean()) > 1e-3
+    assert full.token_bits is None
     assert (full.kl, full.same_top1, full.ratio, full.realised_bits) == (pytest.approx(0, abs=1e-6), 1, 1, 4)
 
 
@@ -83,7 +97,10 @@ def test_batches_do_not_matter(tiny, monkeypatch):
     monkeypatch.setattr(perplexity, "_LOGIT_BYTES", 1)  # one window at a time
     done = []
     alone = measure(tiny.model, tiny.targets, TOKENS, [2.0], sequence_length=LENGTH, progress=done.append)[0]
-    assert alone.to_json() == pytest.approx(together.to_json(), rel=1e-5, abs=1e-9)
+    alone, together = alone.to_json(), together.to_json()
+    for key, value in together.pop("token_bits").items():
+        assert alone["token_bits"][key] == pytest.approx(value, rel=1e-4)
+    assert {key: alone[key] for key in together} == pytest.approx(together, rel=1e-4, abs=1e-7)
     assert done == [len(window) for window in windows()]
 
 
@@ -96,6 +113,41 @@ def test_standard_error_is_that_of_the_windows():
     estimates = [standard_error(level[t] * counts[t], counts[t]) for t in texts]
     assert np.mean(estimates) == pytest.approx(np.std(means), rel=0.1)
     assert standard_error(np.ones(1), np.ones(1)) is None
+
+
+def test_errors_of_differences_are_paired():
+    """Texts that are hard for both say nothing about which is better: drawn again, differences vary less."""
+    rng = np.random.default_rng(1)
+
+    def draw():
+        tokens = rng.integers(50, 90, 400).astype(np.float64)
+        reference = tokens * rng.normal(3.0, 0.3, tokens.shape)
+        loss = reference + tokens * rng.normal(0.05, 0.02, tokens.shape)
+        kl, same = tokens * rng.exponential(0.1, tokens.shape), tokens * rng.uniform(0.6, 1.0, tokens.shape)
+        return Perplexity.of(2.0, WindowSums(loss, reference, kl, same, tokens * 2, tokens * 2, tokens), None)
+
+    draws = [draw() for _ in range(300)]
+    for value, error in (
+        ("perplexity", "stderr"),
+        ("difference", "difference_stderr"),
+        ("ratio", "ratio_stderr"),
+        ("kl", "kl_stderr"),
+        ("same_top1", "same_top1_stderr"),
+    ):
+        found = np.array([getattr(draw, value) for draw in draws])
+        assert np.mean([getattr(draw, error) for draw in draws]) == pytest.approx(found.std(), rel=0.12), value
+    assert draws[0].difference == pytest.approx(draws[0].perplexity * (1 - 1 / draws[0].ratio))
+    assert draws[0].difference_stderr < 0.2 * draws[0].stderr
+
+
+def test_bits_of_hard_tokens():
+    losses = np.linspace(0, 5, 101)
+    spread = TokenBits.of(2 + losses / 5, losses)
+    assert spread.loss_correlation == pytest.approx(1)
+    assert spread.percentiles == pytest.approx({"5": 2.05, "25": 2.25, "50": 2.5, "75": 2.75, "95": 2.95})
+    assert "95 % 2.950" in spread.line()
+    assert "correlation with its loss +1.00" in spread.line()
+    assert TokenBits.of(np.full(101, 2.0), losses).loss_correlation is None
 
 
 def test_reference_is_what_is_compared_with(tiny):
@@ -125,11 +177,15 @@ def test_command_prints_one_object_a_setting(tiny_directory, tmp_path, capsys):
     results = [json.loads(line) for line in captured.out.splitlines()]
     assert [result["bits"] for result in results] == [1.5, "full"]
     assert all(result["tokens"] == 67 and result["stderr"] > 0 for result in results)
+    assert results[0]["token_bits"]["percentiles"].keys() == {"5", "25", "50", "75", "95"}
+    assert "windows" not in results[0]
     assert captured.err == ""  # no bar where stderr is not a terminal
     assert perplexity_command.main([*flags, "--bits", "2,full"]) == 0
     table = capsys.readouterr().out.splitlines()
-    assert table[0].split() == list(results[0])
-    assert [line.split()[0] for line in table[1:]] == ["2.0000", "full"]
+    assert table[0].split()[:4] == ["bits", "bits", "read", "perplexity"]
+    assert [line.split()[0] for line in table[1:3]] == ["2", "full"]
+    assert re.fullmatch(r"--bits 2: bits of a token: mean .* 5 % .*", table[3])
+    assert len(table) == 4
 
 
 def test_command_refuses_what_it_cannot_do(tiny_directory, tmp_path, capsys):

@@ -76,7 +76,10 @@ def test_answers_do_not_depend_on_the_batch(bundled, problem_file, monkeypatch):
     assert together.accuracy == alone.accuracy
     assert together.realised_bits == pytest.approx(alone.realised_bits, abs=0.02)
     assert together.realised_bits == pytest.approx(4.0, abs=0.5)
-    assert together.n == len(problems)
+    assert together.n == len(together.right) == len(problems)
+    assert together.right == alone.right
+    # Half of the bundled model's weights are in the output projection.
+    assert 0.01 < abs(together.realised_bits_without_head - together.realised_bits) < 0.5
 
 
 def test_command_on_problems_that_the_model_knows(shared, capsys):

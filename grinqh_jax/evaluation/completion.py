@@ -1,0 +1,126 @@
+"""Completions of many prompts, in batches: dense prefill, graded decoding, as ``generate`` does for one."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from grinqh_jax.apply import HEAD
+from grinqh_jax.decoder import Decoder, linear_names
+from grinqh_jax.decoding import Decoding, NewTokens
+from grinqh_jax.evaluation.result import Bits
+from grinqh_jax.generator import Generator
+from grinqh_jax.sampling import Sampling
+from grinqh_jax.statistics import weighted_mean
+
+
+class DecodedBits:
+    """The bits that decode steps read, by linear layer, added up."""
+
+    def __init__(self):
+        self._bits: Any = 0.0
+        self._count = 0
+
+    def add(self, new: NewTokens, rows: int) -> None:
+        """Counts what the first ``rows`` rows generated."""
+        if new.grades is None:
+            return
+        counts = np.array([len(tokens) for tokens in new.tokens[:rows]])
+        valid = np.arange(len(new.grades.bits))[:, None] < counts
+        self._bits = self._bits + np.sum(new.grades.bits[:, :rows], axis=(0, 1), where=valid[..., None])
+        self._count += int(counts.sum())
+
+    def mean(self, model: Decoder, *, head: bool = True) -> float | None:
+        """Mean bits read per weight, with or without the output projection; None if nothing was graded."""
+        if not self._count:
+            return None
+        by_name = zip(linear_names(model.config), (self._bits / self._count).tolist(), strict=True)
+        return weighted_mean(model, {name: bits for name, bits in by_name if head or name != HEAD})
+
+
+@dataclasses.dataclass(frozen=True)
+class Completions:
+    """Texts in the order of their prompts, and the bits that decoding them read."""
+
+    texts: list[str]
+    bits: DecodedBits
+
+
+def complete(
+    generator: Generator,
+    prompts: Sequence[Sequence[int]],
+    bits: Bits,
+    *,
+    max_tokens: int,
+    batch: int,
+    ended: Callable[[str], bool],
+    sampling: Mapping[str, Any] | None = None,
+    progress: Callable[[int], Any] = lambda prompts: None,
+) -> Completions:
+    """Continues every prompt.
+
+    Prompts are read at full precision, what follows is decoded graded. A row ends with a stop token of the
+    model's or when its text says so. Further settings of the dial compile nothing.
+
+    Args:
+      generator: model and tokenizer.
+      prompts: tokens of each, at least one prompt.
+      bits: setting of the dial.
+      max_tokens: most tokens of a completion.
+      batch: most prompts at a time; all batches are made equally large.
+      ended: looks at the text of a row every few tokens; true where the rest is of no interest.
+      sampling: parameters of ``Sampling.create``; greedy by default.
+      progress: called with the number of prompts done, batch by batch.
+
+    Raises:
+      UsageError: ``bits`` are out of the checkpoint's range, or a prompt is empty or longer than its context.
+    """
+    batches = -(-len(prompts) // batch)
+    batch = -(-len(prompts) // batches)
+    thresholds = generator.thresholds(bits, batch)
+    # Longest first: rows of a batch have prompts, and mostly completions, of similar lengths.
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    texts, counter = [""] * len(prompts), DecodedBits()
+    for start in range(0, len(order), batch):
+        rows = order[start : start + batch]
+        decoding = Decoding(
+            generator.model,
+            [prompts[i] for i in rows] + [prompts[rows[0]]] * (batch - len(rows)),
+            max_tokens=max_tokens,
+            max_context=generator.model.config.max_position_embeddings,
+            thresholds=thresholds,
+            sampling=Sampling.create(batch, **(sampling or {})),
+            stop_tokens=generator.defaults.eos_tokens,
+        )
+        for i, text in zip(rows, _texts(generator, decoding, len(rows), batch, ended, counter), strict=True):
+            texts[i] = text
+        progress(len(rows))
+    return Completions(texts, counter)
+
+
+def _texts(
+    generator: Generator,
+    decoding: Decoding,
+    rows: int,
+    batch: int,
+    ended: Callable[[str], bool],
+    counter: DecodedBits,
+) -> list[str]:
+    """Texts of the first ``rows`` rows; the others fill the batch up."""
+    tokens: list[list[int]] = [[] for _ in range(rows)]
+    texts = [""] * rows
+
+    def take(new: NewTokens) -> None:
+        stopped = np.ones(batch, bool)
+        for row in range(rows):
+            tokens[row] += new.tokens[row]
+            texts[row] = generator.tokenizer.decode(tokens[row])
+            stopped[row] = ended(texts[row])
+        counter.add(new, rows)
+        decoding.stop(stopped)
+
+    take(decoding.prefill())
+    for new in decoding.chunks():
+        take(new)
+    return texts
