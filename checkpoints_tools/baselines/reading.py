@@ -1,0 +1,129 @@
+"""Other ways to read a GRINQH checkpoint, to see what each part of grading gains.
+
+What grading decides are thresholds, so a way of reading is another table of them on the same codes: no
+new weights, and whatever measures the checkpoint measures these too. Both give every linear layer, the
+output projection included, the same mean of bits.
+
+*Truncation* reads every channel at one level: what the nested code alone is worth.
+
+*Skip and int4* knows two levels, nothing and 4 bits: the sparsity of TEAL (Liu et al., arXiv 2408.14690)
+on 4-bit integers. A layer skips the share ``1 - b / 4`` of its activations whose magnitudes are smallest
+on a calibration text, for a mean of ``b`` bits.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Float, Int, Int32
+
+from checkpoints_tools.calibration import histogram, statistics
+from grinqh_jax.apply import Dense
+from grinqh_jax.decoder import Decoder, linear_names
+from grinqh_jax.errors import UsageError
+from grinqh_jax.generator import Generator
+from pallas_kernels.layout import DIGIT_BITS
+
+INT4_LEVEL, INT4_BITS = 2, 4
+SKIP_TARGETS = tuple(np.arange(1, 17) / 4)
+"""Mean bits that skip-and-int4 has thresholds for: every quarter up to 4, where nothing is skipped."""
+
+NEVER = 1e30
+"""A threshold that no activation reaches, finite so that the dial may interpolate."""
+
+_BISECTIONS = 64
+
+
+def truncation(generator: Generator) -> Generator:
+    """The same model read at one level throughout: its dial has the settings 2, 4 ... up to all bits.
+
+    Between two of them the dial stands at the lower one, as the realised bits say.
+    """
+    planes = _planes(generator)
+    levels = np.arange(1, planes + 1)
+    table = np.where(np.arange(planes) < levels[:, None], 0, NEVER).astype(np.float32)
+    targets = tuple((DIGIT_BITS * levels).tolist())
+    return _reread(generator, dict.fromkeys(linear_names(generator.model.config), table), targets)
+
+
+def skip_int4(generator: Generator, windows: Int32[np.ndarray, "s t"]) -> Generator:
+    """The same model with every channel either skipped or read at 4 bits: ``SKIP_TARGETS`` on its dial.
+
+    Args:
+      generator: of a GRINQH checkpoint.
+      windows: calibration tokens, of windows of one length.
+
+    Raises:
+      UsageError: the checkpoint stores less than 4 bits.
+    """
+    planes = _planes(generator)
+    if planes < INT4_LEVEL:
+        raise UsageError(
+            f"{generator.directory} stores {planes * DIGIT_BITS} bits per weight, skip-int4 reads "
+            f"{INT4_BITS}; convert it with --max-bits 4 or more"
+        )
+    tables = {}
+    for name, counts in activation_counts(generator.model, windows).items():
+        cut = skip_thresholds(counts, SKIP_TARGETS)[:, None]
+        tables[name] = np.where(np.arange(planes) < INT4_LEVEL, cut, NEVER).astype(np.float32)
+    return _reread(generator, tables, SKIP_TARGETS)
+
+
+def skip_thresholds(counts: Int[np.ndarray, "bins"], targets: Sequence[float]) -> Float[np.ndarray, "t"]:
+    """The magnitudes that the share ``target / 4`` of the counted activations reaches; 0 for all of them.
+
+    Args:
+      counts: of ``histogram.count``, not empty.
+      targets: mean bits, above 0 and up to 4.
+    """
+    share = np.asarray(targets, np.float64) / INT4_BITS
+    low, high = (np.full(len(share), np.log(limit)) for limit in (1e-30, NEVER))
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        too_many = histogram.share_reaching(counts, np.exp(middle)) > share
+        low, high = np.where(too_many, middle, low), np.where(too_many, high, middle)
+    return np.where(share >= 1, 0, np.exp(high))
+
+
+def activation_counts(model: Decoder, windows: Int32[np.ndarray, "s t"]) -> dict[str, np.ndarray]:
+    """Histograms, by linear layer, of activations as thresholds are compared with them, at full precision.
+
+    Args:
+      model: dense or graded.
+      windows: tokens; read one window at a time.
+    """
+    total = None
+    for window in windows:
+        seen = jax.tree.map(lambda counts: np.asarray(counts, np.int64), _window_counts(model, window[None]))
+        total = seen if total is None else jax.tree.map(np.add, total, seen)
+    return total
+
+
+@jax.jit
+def _window_counts(model: Decoder, window: Int[jax.Array, "1 t"]) -> dict[str, jax.Array]:
+    dense, counts = Dense(), {}
+
+    def observe(name, linear, x):
+        counts[name] = statistics.observe(x)["counts"]
+        return dense(name, linear, x)
+
+    model(window, observe)
+    return counts
+
+
+def _planes(generator: Generator) -> int:
+    if not generator.model.graded:
+        raise UsageError(f"{generator.directory} is not a GRINQH checkpoint; convert it first")
+    return generator.model.lm_head.weight.num_planes
+
+
+def _reread(
+    generator: Generator, tables: Mapping[str, Float[np.ndarray, "t p"]], targets: tuple[float, ...]
+) -> Generator:
+    """The same weights under other tables of thresholds; the arrays are shared."""
+    model = nnx.merge(*nnx.split(generator.model))
+    for name, table in tables.items():
+        model.linear(name).thresholds = nnx.Param(jnp.asarray(table))
+    return Generator(model, generator.tokenizer, generator.defaults, targets, generator.directory)
