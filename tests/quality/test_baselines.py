@@ -32,17 +32,52 @@ def numpy_round(w, scale, zero, bits):
 
 
 def numpy_obq(w, hessian, bits, order):
-    """Optimal brain quantization in a fixed order, an inverse of the rest at every step: no Cholesky."""
+    """Optimal brain quantization in a fixed order, rows eliminated from the inverse in turn: no Cholesky."""
     w, hessian = w[order].astype(np.float64), hessian[np.ix_(order, order)].copy()
     hessian += 0.01 * np.diag(hessian).mean() * np.eye(len(w))
+    inverse = np.linalg.inv(hessian)
     for i in range(len(w)):
         if i % 128 == 0:
             grid = numpy_grid(w[i : i + 128], bits)
         rounded = numpy_round(w[i], *grid, bits)
-        inverse = np.linalg.inv(hessian[i:, i:])
         w[i:] -= inverse[:, :1] / inverse[0, 0] * (w[i] - rounded)
         w[i] = rounded
+        inverse = (inverse - np.outer(inverse[0], inverse[0]) / inverse[0, 0])[1:, 1:]
     return w[np.argsort(order)]
+
+
+def numpy_awq(w, hessian, magnitude, bits):
+    """AWQ by plain loops: every alpha of the grid, then every shrinking of every group and output."""
+
+    def rounded(w, shrink=1.0):
+        pieces = []
+        for start in range(0, len(w), 128):
+            group = w[start : start + 128]
+            low, high = np.minimum(group.min(0), 0) * shrink, np.maximum(group.max(0), 0) * shrink
+            scale = ((high - low) / (2**bits - 1)).astype(np.float16).astype(np.float64)
+            zero = np.clip(np.round(-low / scale), 0, 2**bits - 1)
+            pieces.append(numpy_round(group, scale, zero, bits))
+        return np.concatenate(pieces)
+
+    best = np.inf
+    for alpha in np.arange(20) / 20:
+        s = magnitude**alpha
+        s = (s / np.sqrt(s.max() * s.min()))[:, None]
+        error = rounded(w * s) / s - w
+        loss = np.sum(error * (hessian @ error))
+        if loss < best:
+            best, scales = loss, s
+    scaled, expected = w * scales, np.empty_like(w, np.float64)
+    for start in range(0, len(w), 128):
+        rows = slice(start, start + 128)
+        least = np.full(w.shape[1], np.inf)
+        for shrink in 1 - np.arange(10) / 20:
+            candidate = rounded(scaled[rows], shrink)
+            error = (candidate - scaled[rows]) / scales[rows]
+            loss = np.sum(error * (hessian[rows, rows] @ error), axis=0)
+            expected[rows] = np.where(loss < least, candidate / scales[rows], expected[rows])
+            least = np.minimum(loss, least)
+    return expected
 
 
 @given(st.integers(1, 300), st.sampled_from([2, 3, 4]), st.integers(0, 2**32 - 1))
@@ -60,11 +95,11 @@ def test_honest_bits():
     assert groups.bits_read(4) == 4 + 20 / 128
 
 
-@pytest.mark.parametrize("act_order", [False, True])
-def test_gptq_is_optimal_brain_quantization_in_order(act_order):
+@pytest.mark.parametrize(("bits", "act_order"), [(2, False), (3, False), (3, True), (4, False), (4, True)])
+def test_gptq_is_optimal_brain_quantization_in_order(bits, act_order):
     order = np.argsort(-np.diag(HESSIAN), kind="stable") if act_order else np.arange(K)
-    expected = numpy_obq(W, HESSIAN, BITS, order)
-    found = np.asarray(gptq(jnp.asarray(W), jnp.asarray(HESSIAN), BITS, act_order=act_order))
+    expected = numpy_obq(W, HESSIAN, bits, order)
+    found = np.asarray(gptq(jnp.asarray(W), jnp.asarray(HESSIAN), bits, act_order=act_order))
     # A value on the verge may round the other way, and what follows it then differs too.
     same = np.isclose(found, expected, atol=1e-3).all(axis=0)
     assert same.mean() > 0.8
@@ -85,6 +120,25 @@ def test_gptq_and_awq_leave_less_error_than_rtn():
     plain = output_error(groups.rtn(w, BITS) - w, hessian)
     assert output_error(gptq(w, hessian, BITS) - w, hessian) < 0.5 * plain
     assert output_error(awq(w, hessian, magnitude, BITS) - w, hessian) < 0.8 * plain
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_awq_is_its_grid_search(bits):
+    magnitude = np.abs(X).mean(0)
+    expected = numpy_awq(W.astype(np.float64), HESSIAN, magnitude, bits)
+    found = np.asarray(awq(jnp.asarray(W), jnp.asarray(HESSIAN), jnp.asarray(magnitude), bits))
+    assert np.isclose(found, expected, atol=1e-3).all(axis=0).mean() > 0.8
+    error = [
+        float(output_error(jnp.asarray(v - W, jnp.float32), jnp.asarray(HESSIAN))) for v in (found, expected)
+    ]
+    assert error[0] == pytest.approx(error[1], rel=0.02)
+
+
+def test_damping_goes_from_gptq_to_rtn():
+    w, hessian = jnp.asarray(W), jnp.asarray(HESSIAN)
+    errors = [float(output_error(gptq(w, hessian, BITS, damping=d) - w, hessian)) for d in (0.01, 1.0, 1e4)]
+    assert errors[0] < errors[1] < errors[2]
+    np.testing.assert_allclose(gptq(w, hessian, BITS, damping=1e6), groups.rtn(w, BITS), atol=2e-3)
 
 
 def test_a_dead_channel_costs_nothing():
