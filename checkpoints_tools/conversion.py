@@ -7,6 +7,7 @@ embedding or the quantized output projection; never the model.
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,9 @@ from flax.traverse_util import unflatten_dict
 from jaxtyping import Int32
 
 from checkpoints_tools.calibration import statistics
-from checkpoints_tools.calibration.allocation import target_grid
+from checkpoints_tools.calibration.allocation import GradedCosts, target_grid, threshold_tables
+from checkpoints_tools.calibration.sensitivity import output_sensitivities
+from checkpoints_tools.calibration.text import windows_of_two_kinds
 from checkpoints_tools.principal_basis import RotatedCheckpoint, principal_axes, second_moments
 from checkpoints_tools.quantize_linear import quantize_linear
 from checkpoints_tools.quantizers import QUANTIZERS
@@ -33,6 +36,9 @@ from pallas_kernels import NestedWeight
 
 PRINCIPAL, ORIGINAL = BASES = ("principal", "original")
 """See ``Conversion``."""
+
+THRESHOLDS = "thresholds"
+"""Name of the part that holds the thresholds of all layers, and of each one's leaf."""
 
 _BLOCK_BYTES = 1 << 26
 STORED_DTYPE = jnp.bfloat16
@@ -68,7 +74,12 @@ class Conversion:
     ):
         self.source = source
         self.weights: HFCheckpoint | RotatedCheckpoint = source
+        self.sensitivities: dict[str, np.ndarray] = {}
+        self.costs: dict[str, GradedCosts] = {}
         self.calibration = calibration
+        # A basis suits the text that it was made from better than any other, so thresholds are placed on
+        # other windows: they would read too much of all text but that.
+        self.survey_windows, self.threshold_windows = windows_of_two_kinds(calibration.windows)
         self.max_bits = max_bits
         self.quantizer = quantizer
         self.basis = basis
@@ -78,8 +89,8 @@ class Conversion:
     @property
     def steps(self) -> int:
         """How many times ``write`` calls ``done``."""
-        passes = 2 if self.basis == PRINCIPAL else 1
-        return passes * self.source.config.num_layers + 2
+        passes = 4 if self.basis == PRINCIPAL else 3
+        return passes * self.source.config.num_layers + 3
 
     def write(
         self, out: Path, *, overwrite: bool = False, done: Callable[[str], None] = lambda part: None
@@ -98,9 +109,7 @@ class Conversion:
           CheckpointError: see ``Writer``, ``HFCheckpoint.read`` and ``quantize_linear``.
         """
         with Writer(out, fingerprint=self.fingerprint(), overwrite=overwrite) as writer:
-            if self.basis == PRINCIPAL:
-                moments = second_moments(self.source, self.calibration.windows, self.compute_dtype, done)
-                self.weights = RotatedCheckpoint(self.source, principal_axes(moments))
+            self._survey(done)
             hidden = self._embed(writer)
             done("embed")
             for i in range(self.source.config.num_layers):
@@ -108,6 +117,8 @@ class Conversion:
                 done(f"layers.{i}")
             self._head(writer, hidden)
             done(HEAD)
+            self._thresholds(writer)
+            done("thresholds")
             quantization = QuantizationConfig(
                 max_bits=self.max_bits, targets=target_grid(self.max_bits), provenance=self.provenance()
             )
@@ -136,6 +147,17 @@ class Conversion:
             },
         }
 
+    def _survey(self, done: Callable[[str], None]) -> None:
+        """Chooses the basis, and finds what each output matters, on windows that thresholds do not see."""
+        windows, axes = self.survey_windows, None
+        if self.basis == PRINCIPAL:
+            axes = principal_axes(second_moments(self.source, windows, self.compute_dtype, done))
+        self.sensitivities = output_sensitivities(
+            self.source, windows, self.compute_dtype, axes=axes, done=done
+        )
+        if axes is not None:
+            self.weights = RotatedCheckpoint(self.source, axes, self.sensitivities)
+
     def _embed(self, writer: Writer) -> np.ndarray:
         key = "embed.embedding"
         vocab, width = self.source.parameters[key]
@@ -145,7 +167,7 @@ class Conversion:
             embedding[start : start + rows] = self.weights.read(key, slice(start, min(start + rows, vocab)))
         if "embed" not in writer.parts:
             writer.save_part("embed", unflatten_dict({key: embedding}, sep="."))
-        return embedding[self.calibration.windows].astype(self.compute_dtype)
+        return embedding[self.threshold_windows].astype(self.compute_dtype)
 
     def _layer(self, writer: Writer, i: int, hidden: np.ndarray) -> None:
         """Moves ``hidden`` through layer i and writes the layer."""
@@ -153,25 +175,51 @@ class Conversion:
         kernels, norms = read_layer(self.weights, i)
         layer = dense_layer(self.weights, kernels, norms, self.compute_dtype)
         seen = statistics.through_layer(layer, hidden)
-        if name in writer.parts:
-            return
-        saved = {part: {"scale": scale.astype(STORED_DTYPE)} for part, scale in norms.items()}
-        for part in LAYER_LINEARS:
-            saved[part] = self._quantize(f"{name}.{part}", seen[part], lambda n, w=kernels[part]: w[:, n])
-        writer.save_part(name, {"layers": {str(i): saved}})
+        parts = {f"{name}.{part}": seen[part] for part in LAYER_LINEARS}
+        if name not in writer.parts:
+            saved = {part: {"scale": scale.astype(STORED_DTYPE)} for part, scale in norms.items()}
+            errors = {}
+            for part in LAYER_LINEARS:
+                saved[part], errors[f"{name}.{part}"] = self._quantize(
+                    f"{name}.{part}", seen[part], lambda n, w=kernels[part]: w[:, n]
+                )
+            writer.save_part(name, {"layers": {str(i): saved}}, notes=errors)
+        self._note_costs(writer.notes(name), parts)
 
     def _head(self, writer: Writer, hidden: np.ndarray) -> None:
-        if HEAD in writer.parts:
-            return
         scale = self.weights.read("norm.scale")
         seen = statistics.of_head(RMSNorm(jnp.asarray(scale), self.source.config.rms_norm_eps), hidden)
-        head = self._quantize(HEAD, seen, lambda outputs: self.weights.read(f"{HEAD}.kernel", outputs))
-        writer.save_part(HEAD, {"norm": {"scale": scale.astype(STORED_DTYPE)}, HEAD: head})
+        if HEAD not in writer.parts:
+            head, errors = self._quantize(HEAD, seen, lambda n: self.weights.read(f"{HEAD}.kernel", n))
+            saved = {"norm": {"scale": scale.astype(STORED_DTYPE)}, HEAD: head}
+            writer.save_part(HEAD, saved, notes={HEAD: errors})
+        self._note_costs(writer.notes(HEAD), {HEAD: seen})
 
-    def _quantize(self, name: str, seen: statistics.LinearStatistics, read_outputs) -> dict[str, np.ndarray]:
-        shape = linear_shapes(self.source.config)[name]
-        quantizer = QUANTIZERS[self.quantizer]
-        return quantize_linear(read_outputs, shape, seen, quantizer, max_bits=self.max_bits, name=name)
+    def _quantize(
+        self, name: str, seen: statistics.LinearStatistics, read_outputs
+    ) -> tuple[dict[str, np.ndarray], list[float]]:
+        leaves, errors = quantize_linear(
+            read_outputs,
+            linear_shapes(self.source.config)[name],
+            seen,
+            QUANTIZERS[self.quantizer],
+            sensitivities=self.sensitivities[name],
+            max_bits=self.max_bits,
+            name=name,
+        )
+        return leaves, errors.tolist()
+
+    def _note_costs(self, errors: dict[str, list[float]], seen: dict[str, statistics.LinearStatistics]):
+        shapes = linear_shapes(self.source.config)
+        for name in seen:
+            self.costs[name] = GradedCosts(seen[name].counts, np.array(errors[name]), math.prod(shapes[name]))
+
+    def _thresholds(self, writer: Writer) -> None:
+        """The last part, because the bits are split over all layers together."""
+        if THRESHOLDS not in writer.parts:
+            tables = threshold_tables(self.costs, target_grid(self.max_bits))
+            leaves = {f"{name}.{THRESHOLDS}": table for name, table in tables.items()}
+            writer.save_part(THRESHOLDS, unflatten_dict(leaves, sep="."))
 
 
 def bits_per_weight_stored(source: HFCheckpoint, max_bits: int) -> float:

@@ -13,12 +13,13 @@ which cuts the least axes off; here every token decides for itself which ones it
 
 * ``Q`` holds the eigenvectors of the second moments of ``r(x)``, summed over everything that reads
   from the stream, largest first: the energy of a typical token then lies in few channels.
-* ``s_j`` is the size of row j, ``||W_j||`` over its geometric mean. With rows of equal size, ``|x_j|`` alone
-  says how much channel j moves the outputs, which is what it is graded by.
+* ``s_j`` is the size of row j over the geometric mean of all rows', each output weighted by how much the
+  predictions depend on it (``calibration.sensitivity``). With rows of equal size, ``|x_j|`` alone says how
+  much channel j matters, which is what it is graded by.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from checkpoints_tools.calibration.statistics import SKIPPED_POSITIONS
-from checkpoints_tools.source_layer import dense_layer, read_layer
+from checkpoints_tools.source_layer import WRITERS, dense_layer, embed, read_layer
 from grinqh_jax.apply import HEAD, Dense
 from grinqh_jax.config import ModelConfig
 from grinqh_jax.decoder import DecoderLayer
@@ -39,9 +40,6 @@ from pallas_kernels import codes
 
 READERS = {"qkv": "input_norm", "gate_up": "post_norm", HEAD: "norm"}
 """Linear layers that read the residual stream, and the norm before each."""
-
-WRITERS = ("o", "down")
-"""Linear layers that write to it."""
 
 GAIN_RANGE = 64.0
 """Gains stay within this factor of their mean: rows smaller than that are noise."""
@@ -101,7 +99,7 @@ def second_moments(
       CheckpointError: weights or hidden states are NaN or Inf; names the layer.
     """
     config = source.config
-    hidden = _embed(source, windows, compute_dtype)
+    hidden = embed(source, windows, compute_dtype)
     total = np.zeros((config.hidden_size, config.hidden_size))
     for i in range(config.num_layers):
         kernels, norms = read_layer(source, i)
@@ -119,18 +117,6 @@ def second_moments(
         total += np.asarray(_moments(_normalised(window, config.rms_norm_eps), np.ones(config.hidden_size)))
     _check_moments(total, HEAD)
     return total
-
-
-def _embed(source: HFCheckpoint, windows: np.ndarray, dtype) -> Float[np.ndarray, "s t d"]:
-    vocab, width = source.parameters["embed.embedding"]
-    hidden = np.empty((*windows.shape, width), dtype)
-    block = max(_BLOCK_VALUES // width, 1)
-    for start in range(0, vocab, block):
-        here = (windows >= start) & (windows < start + block)
-        if here.any():
-            rows = source.read("embed.embedding", slice(start, min(start + block, vocab)))
-            hidden[here] = rows[windows[here] - start]
-    return hidden
 
 
 def _check(kernel: np.ndarray, name: str) -> None:
@@ -175,10 +161,13 @@ class RotatedCheckpoint:
     Attributes:
       source: the checkpoint.
       axes: orthogonal ``Q``, ``[hidden, hidden]``.
+      sensitivities: weights of the outputs of each of the ``READERS`` layers in the size of a row, by name;
+        all equal by default.
     """
 
     source: HFCheckpoint
     axes: Float[np.ndarray, "d d"]
+    sensitivities: Mapping[str, Float[np.ndarray, "n"]] = dataclasses.field(default_factory=dict)
 
     @property
     def config(self) -> ModelConfig:
@@ -211,7 +200,7 @@ class RotatedCheckpoint:
         if leaf == "kernel" and part in READERS:
             kernel, dtype = self._turned(prefix, rows)
             if prefix not in self._gains and rows == slice(None):
-                self._gains[prefix] = row_gains(np.square(kernel).sum(axis=1, dtype=np.float64))
+                self._gains[prefix] = row_gains(self._row_squares(prefix, kernel, rows))
             kernel /= self._gains_of(prefix)[:, None]
             return kernel.astype(dtype)
         for reader, norm in READERS.items():
@@ -234,9 +223,14 @@ class RotatedCheckpoint:
             squares = np.zeros(width)
             for start in range(0, outputs, block):
                 rows = slice(start, min(start + block, outputs)) if block < outputs else slice(None)
-                squares += np.square(self._turned(prefix, rows)[0]).sum(axis=1, dtype=np.float64)
+                squares += self._row_squares(prefix, self._turned(prefix, rows)[0], rows)
             self._gains[prefix] = row_gains(squares)
         return self._gains[prefix]
+
+    def _row_squares(self, prefix: str, kernel: Float[np.ndarray, "d n"], outputs: slice) -> np.ndarray:
+        if prefix not in self.sensitivities:
+            return np.square(kernel).sum(axis=1, dtype=np.float64)
+        return np.square(kernel) @ self.sensitivities[prefix][outputs]
 
     def _turned(self, prefix: str, rows: slice) -> tuple[Float[np.ndarray, "d n"], np.dtype]:
         """``Q^T diag(g) W`` of a reader, float32 and writable, and the dtype of W."""

@@ -1,9 +1,15 @@
-"""One decoder layer of a source checkpoint, dense."""
+"""A source checkpoint a piece at a time: the embedded windows, and one decoder layer, dense."""
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int32
 
 from grinqh_jax.decoder import DecoderLayer
+
+WRITERS = ("o", "down")
+"""Linear layers that write to the residual stream."""
+
+_BLOCK_VALUES = 1 << 24
 
 
 def read_layer(source, i: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -30,3 +36,16 @@ def dense_layer(
     tree = {part: {"kernel": kernel} for part, kernel in kernels.items()}
     tree |= {part: {"scale": jnp.asarray(scale)} for part, scale in norms.items()}
     return DecoderLayer(source.config, tree, compute_dtype)
+
+
+def embed(source, windows: Int32[np.ndarray, "s t"], dtype) -> Float[np.ndarray, "s t d"]:
+    """Hidden states before the first layer; the embedding is read in blocks."""
+    vocab, width = source.parameters["embed.embedding"]
+    hidden = np.empty((*windows.shape, width), dtype)
+    block = max(_BLOCK_VALUES // width, 1)
+    for start in range(0, vocab, block):
+        here = (windows >= start) & (windows < start + block)
+        if here.any():
+            rows = source.read("embed.embedding", slice(start, min(start + block, vocab)))
+            hidden[here] = rows[windows[here] - start]
+    return hidden

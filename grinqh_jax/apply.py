@@ -31,22 +31,11 @@ class Dense:
         return linear.dense(x, jnp.float32 if name == HEAD else None)
 
 
-def mean_magnitude(x: Float[Array, "*rows k"]) -> Float[Array, "*rows 1"]:
-    """Mean ``|x|`` of every row, float32: the unit that a layer's thresholds are stored in.
-
-    In this unit the activations of one text are distributed like those of another. Fixed thresholds
-    read 0.2 bits more from code than from novels; these keep the mean that was asked for within 0.02.
-    """
-    # Divided before it is summed: after the sum, the division would be one more kernel on a GPU.
-    return jnp.sum(jnp.abs(x.astype(jnp.float32)) * (1 / x.shape[-1]), axis=-1, keepdims=True)
-
-
 class Graded:
-    """Every layer graded by its input: channel j at level ``#{ l : |x_j| >= t_l * mean |x| }``.
+    """Every layer graded by its input: channel j at level ``#{ l : |x_j| >= t_l }``.
 
     Attributes:
-      thresholds: by layer name, float32 ``[P]``, or ``[B, P]`` for a set per row of the batch, in
-        units of the row's ``mean_magnitude``.
+      thresholds: by layer name, float32 ``[P]``, or ``[B, P]`` for a set per row of the batch.
       bits: by layer name, realised mean bits of every row, float32 of shape ``x.shape[:-1]``.
       saturation: by layer name, ``max |x| / max_activation`` of every row, likewise; above 1 the
         activations leave the range that calibration saw.
@@ -82,7 +71,7 @@ class Graded:
         planes = thresholds.shape[-1]
         thresholds = jnp.broadcast_to(thresholds, (*rows, planes)).reshape(-1, planes)
         x_rows = x.reshape(-1, x.shape[-1])
-        y, bits = linear.graded(x_rows, thresholds, mean_magnitude(x_rows))
+        y, bits = linear.graded(x_rows, thresholds)
         self.bits[name] = bits.reshape(rows)
         # The barrier keeps XLA from computing x a second time for the maximum.
         self._inputs[name] = jax.lax.optimization_barrier(x), linear

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int
 from grinqh_jax import engine
 from grinqh_jax.cache import KVCache
 from grinqh_jax.decoder import Decoder
-from grinqh_jax.engine import Thresholds
+from grinqh_jax.dial import Dial
 from grinqh_jax.errors import UsageError
 from grinqh_jax.sampling import Sampling, sample
 from pallas_kernels.layout import round_up
@@ -57,7 +57,7 @@ class Decoding:
         *,
         max_tokens: int,
         max_context: int,
-        thresholds: Thresholds | None,
+        dial: Dial | None,
         sampling: Sampling,
         stop_tokens: Sequence[int] = (),
         compiled: set[tuple] | None = None,
@@ -65,11 +65,11 @@ class Decoding:
         """Prepares; no token is read yet.
 
         Args:
-          model: graded; or dense, with ``thresholds=None``.
+          model: graded; or dense, with ``dial=None``.
           prompts: tokens of each row, at least one.
           max_tokens: most tokens to generate per row; less where the context ends first.
           max_context: most tokens of prompt and text together.
-          thresholds: of each row, see ``thresholds.model_thresholds``.
+          dial: of all rows; learns from what they read.
           sampling: of each row.
           stop_tokens: a row ends when it generates one of these, which is part of the result.
           compiled: which programs earlier batches of the same model have compiled, to be kept by the
@@ -90,7 +90,8 @@ class Decoding:
         self._prompts = prompts
         self._lengths = np.array(lengths)
         self._room = np.minimum(max_tokens, max_context - self._lengths)
-        self._thresholds = thresholds
+        self._dial = dial
+        self._thresholds = None if dial is None else dial.thresholds
         self._sampling = sampling
         self._stop_tokens = jnp.array(stop_tokens or (-1,), jnp.int32)
         needed = int(np.max(self._lengths + self._room))
@@ -147,10 +148,11 @@ class Decoding:
             tokens, counts = np.asarray(chunk.tokens), np.asarray(chunk.counts)
             self._last, self._done = chunk.last, chunk.done
             self._room -= counts
-            yield NewTokens(
-                [row[:n].tolist() for row, n in zip(tokens, counts, strict=True)],
-                _first_steps(chunk.grades, counts.max()),
-            )
+            grades = _first_steps(chunk.grades, counts.max())
+            if grades is not None:
+                self._dial.observe(grades.bits.swapaxes(0, 1), counts)
+                self._thresholds = self._dial.thresholds
+            yield NewTokens([row[:n].tolist() for row, n in zip(tokens, counts, strict=True)], grades)
 
     def stop(self, rows: Bool[np.ndarray, "b"]) -> None:
         """Ends rows before their limit, because of what their text says."""

@@ -22,14 +22,14 @@ from grinqh_jax import checkpoint, hf
 from grinqh_jax.checkpoint.files import read_json
 from grinqh_jax.decoder import Decoder
 from grinqh_jax.decoding import Decoding
-from grinqh_jax.engine import Grades, Thresholds
+from grinqh_jax.dial import Dial
+from grinqh_jax.engine import Grades
 from grinqh_jax.errors import UsageError
 from grinqh_jax.generation_config import GenerationConfig
 from grinqh_jax.memory import peak_memory
 from grinqh_jax.sampling import Sampling
 from grinqh_jax.statistics import Statistics, grade_statistics
 from grinqh_jax.stop import StopStrings
-from grinqh_jax.thresholds import model_thresholds
 from grinqh_jax.tokenizer import Tokenizer
 
 FULL = "full"
@@ -158,7 +158,7 @@ class Generator:
             [tokens or [self._first_token()]],
             max_tokens=request.max_tokens,
             max_context=self._context(max_context),
-            thresholds=self.thresholds(request.bits),
+            dial=self.dial(request.bits),
             sampling=Sampling.create(seed=request.seed, **sampling),
             stop_tokens=defaults.eos_tokens,
             compiled=self._compiled,
@@ -186,16 +186,15 @@ class Generator:
             )
         return float(bits)
 
-    def thresholds(self, bits: Bits | None, batch: int = 1) -> Thresholds | None:
-        """Thresholds for every row of a batch, by layer name; None for an unquantized model.
+    def dial(self, bits: Bits | None, batch: int = 1) -> Dial | None:
+        """A dial for every row of a batch; None for an unquantized model.
 
         Raises:
           UsageError: ``bits`` are out of the dial's range.
         """
-        if (dial := self.bits(bits)) is None:
+        if (setting := self.bits(bits)) is None:
             return None
-        targets = jnp.asarray(self.targets, jnp.float32)
-        return model_thresholds(self.model, targets, jnp.full(batch, dial, jnp.float32))
+        return Dial(self.model, self.targets, np.full(batch, setting))
 
     def _context(self, max_context: int | None) -> int:
         most = self.model.config.max_position_embeddings

@@ -44,7 +44,7 @@ class GradedLinear(nnx.Module):
     Attributes:
       planes, scales: see ``pallas_kernels.NestedWeight``.
       thresholds: float32 ``[T, P]``, row ``t`` gives the t-th target's mean bits on the calibration
-        text; ascending along P; in units of ``apply.mean_magnitude``.
+        text; ascending along P.
       max_activation: float32 scalar, the largest ``|x|`` met in calibration.
     """
 
@@ -78,16 +78,10 @@ class GradedLinear(nnx.Module):
         return _matmul(x, kernel, dtype)
 
     def graded(
-        self,
-        x: Float[Array, "rows k"],
-        thresholds: Float[Array, "rows p"],
-        units: Float[Array, "rows u"] | None = None,
+        self, x: Float[Array, "rows k"], thresholds: Float[Array, "rows p"]
     ) -> tuple[Float[Array, "rows n"], Float[Array, "rows"]]:
-        """``(y, realised_bits)``: each channel read as its activation deserves; float32.
-
-        The thresholds count in the sum of ``units`` (see ``pallas_kernels.graded_matvec``).
-        """
-        return graded_matvec(x, self.weight, thresholds, units)
+        """``(y, realised_bits)``: each channel read as its activation deserves; float32."""
+        return graded_matvec(x, self.weight, thresholds)
 
 
 def _matmul(x: jax.Array, kernel: jax.Array, dtype) -> jax.Array:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from grinqh_jax import decoder
-from grinqh_jax.apply import HEAD, Dense, mean_magnitude
+from grinqh_jax.apply import HEAD, Dense
 from grinqh_jax.config import ModelConfig
 from grinqh_jax.decoder import Decoder
 from grinqh_jax.errors import UsageError
@@ -128,8 +128,7 @@ class _Fitting:
         self.tables: dict[str, tuple[jax.Array, jax.Array]] = {}
 
     def __call__(self, name: str, linear: Linear, x: jax.Array) -> jax.Array:
-        relative = (x / mean_magnitude(x)).reshape(-1)
-        sample = relative[:: -(-relative.size // SAMPLES)]
+        sample = x.reshape(-1)[:: -(-x.size // SAMPLES)]
         peak = jnp.max(jnp.abs(x)).astype(jnp.float32)
         self.tables[name.rsplit(".", 1)[-1]] = fitted_thresholds(sample), peak
         return Dense()(name, linear, x)

@@ -171,8 +171,14 @@ def _dequantize(weight, place, dtype):
     return (_logical_order(total) * scale)[:, : weight.out_features].astype(dtype)
 
 
-def level_errors(w: Float[Array, "k n"], weight: NestedWeight) -> Float[Array, "p1"]:
-    """``e(l)``, the mean squared weight error of levels ``0..P`` (``e(0)`` = mean square of ``w``)."""
+def level_errors(
+    w: Float[Array, "k n"], weight: NestedWeight, output_weights: Float[Array, "n"] | None = None
+) -> Float[Array, "p1"]:
+    """``e(l)``, the mean squared weight error of levels ``0..P`` (``e(0)`` = mean square of ``w``).
+
+    ``output_weights`` multiply the squared errors of each output; all are 1 by default.
+    """
     w = w.astype(jnp.float32)
+    output_weights = 1.0 if output_weights is None else output_weights
     errors = [w - dequantize(weight, level) for level in range(weight.num_planes + 1)]
-    return jnp.stack([jnp.mean(error**2) for error in errors])
+    return jnp.stack([jnp.mean(error**2 * output_weights) for error in errors])

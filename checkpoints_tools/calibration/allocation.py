@@ -1,15 +1,19 @@
-"""From a layer's activations and its weights' errors to thresholds: how many bits each channel gets.
+"""How the bits are split: over the channels of a layer, and over layers, by one rule.
 
-Reading channel ``j`` at level ``l`` costs ``2 l`` bits and adds ``x_j**2 e(l)`` to the expected squared
-output error, ``e(l)`` being the mean squared weight error of the level. For a given mean of bits the
-error is least where every channel takes the level with the least ``x_j**2 e(l) + lambda * 2 l``, for
-one ``lambda``. As ``|x|`` grows, that level walks up the lower convex hull of the points
-``(2 l, e(l))``, so each threshold is ``sqrt(lambda)`` times a constant of the weights. Here ``x`` is in
-units of the token's mean ``|x|``, so ``lambda`` follows the token: each gets the bits asked for.
+Reading channel ``j`` of a layer at level ``l`` costs ``2 l`` bits for each of its weights and adds
+``x_j**2 e(l)`` to the layer's expected squared output error, ``e(l)`` being the mean squared weight error of
+the level, each output weighted by its sensitivity (``calibration.sensitivity``). So weighted, the errors of
+all layers are parts of one sum, the divergence of the predictions. For a given mean of bits over all weights
+that sum is least where every channel of every layer takes the level with the least
+``x_j**2 e(l) + lambda * 2 l``, for one ``lambda``. As ``|x|`` grows, that level walks up the lower convex
+hull of the points ``(2 l, e(l))``, so each threshold is ``sqrt(lambda)`` times a constant of its layer.
 """
 
+import dataclasses
+from collections.abc import Mapping
+
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from checkpoints_tools.calibration import histogram
 from pallas_kernels.layout import DIGIT_BITS
@@ -18,11 +22,28 @@ TARGET_STEP = 0.25
 LOWEST_TARGET = 1.0
 _BISECTIONS = 64
 _LEAST_GAIN = 1e-8  # of e(0), per bit: the last level of an 8-bit code gains 1e-5
+_LEAST_SLOPE = 1e-60  # of a layer without weights, or that nothing depends on: read after all others
+_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 def target_grid(max_bits: int) -> tuple[float, ...]:
     """The mean bits that thresholds are stored for: 1.0, 1.25, ... ``max_bits``."""
     return tuple(np.arange(LOWEST_TARGET, max_bits + TARGET_STEP / 2, TARGET_STEP).tolist())
+
+
+@dataclasses.dataclass(frozen=True)
+class GradedCosts:
+    """What one linear layer has to do with the split.
+
+    Attributes:
+      counts: histogram of its activations (``histogram.count``), not empty.
+      errors: float64 ``[P + 1]``, its ``e(0) ... e(P)``.
+      weights: how many it has.
+    """
+
+    counts: Int[np.ndarray, "bins"]
+    errors: Float[np.ndarray, "p1"]
+    weights: int
 
 
 def threshold_ratios(errors: Float[np.ndarray, "p1"]) -> Float[np.ndarray, "p"]:
@@ -32,14 +53,11 @@ def threshold_ratios(errors: Float[np.ndarray, "p1"]) -> Float[np.ndarray, "p"]:
     Levels inside an edge are never the best choice: they share their edge's threshold.
 
     Args:
-      errors: ``e(0) ... e(P)``. Levels that gain nothing over a lower one are read last; an all-zero
-        weight, where none does, is graded like a Gaussian one, ``e(l) ~ 16**-l``.
+      errors: ``e(0) ... e(P)``. Levels that gain nothing over a lower one are read last.
     """
     errors = np.asarray(errors, np.float64)
     levels = len(errors) - 1
-    if not errors.any():
-        errors = 16.0 ** -np.arange(levels + 1)
-    least_slope = _LEAST_GAIN * errors[0]
+    least_slope = max(_LEAST_GAIN * errors[0], _LEAST_SLOPE)
     ratios = np.empty(levels)
     start = 0
     while start < levels:
@@ -51,34 +69,46 @@ def threshold_ratios(errors: Float[np.ndarray, "p1"]) -> Float[np.ndarray, "p"]:
     return ratios
 
 
-def mean_bits(counts: Float[np.ndarray, "bins"], thresholds: Float[np.ndarray, "*any p"]):
+def mean_bits(counts: Int[np.ndarray, "bins"], thresholds: Float[np.ndarray, "*any p"]):
     """Mean bits read with these thresholds from the activations that ``counts`` has counted."""
     return DIGIT_BITS * histogram.share_reaching(counts, thresholds).sum(axis=-1)
 
 
-def threshold_table(
-    counts: Float[np.ndarray, "bins"], errors: Float[np.ndarray, "p1"], targets: tuple[float, ...]
-) -> Float[np.ndarray, "t p"]:
-    """Thresholds that read each target's mean bits from the counted activations.
+def threshold_tables(
+    layers: Mapping[str, GradedCosts], targets: tuple[float, ...]
+) -> dict[str, Float[np.ndarray, "t p"]]:
+    """Thresholds with which all layers together read each target's mean bits a weight.
 
     Args:
-      counts: a histogram of ``|x|`` (``histogram.count``), not empty.
-      errors: ``e(0) ... e(P)`` of the weight.
+      layers: by name.
       targets: mean bits, each above 0; ``2 P`` (everything is read) gives zeros.
 
     Returns:
-      float32 ``[T, P]``, finite, ascending along P, descending along T. A target that needs more than
-      all activations other than exact zeros reads just those.
+      By name, float32 ``[T, P]``, finite, ascending along P, descending along T. A target that needs more
+      than all activations other than exact zeros reads just those.
     """
-    ratios = threshold_ratios(errors)
+    ratios = {name: threshold_ratios(layer.errors) for name, layer in layers.items()}
+    total = sum(layer.weights for layer in layers.values())
     wanted = np.asarray(targets, np.float64)
+
+    def thresholds(name: str, log_root: Float[np.ndarray, "t"]) -> Float[np.ndarray, "t p"]:
+        return np.clip(np.exp(log_root)[:, None] * ratios[name], _SMALLEST, _LARGEST)
+
+    def read(log_root: Float[np.ndarray, "t"]) -> Float[np.ndarray, "t"]:
+        bits = (
+            layer.weights * mean_bits(layer.counts, thresholds(n, log_root)) for n, layer in layers.items()
+        )
+        return sum(bits) / total
+
     # Between these two every activation of any size is read in full, or none is.
-    low = np.full(len(wanted), np.log(np.finfo(np.float32).tiny / ratios[-1]))
-    high = np.full(len(wanted), np.log(np.finfo(np.float32).max / ratios[-1]))
+    extremes = np.log([min(r[0] for r in ratios.values()), max(r[-1] for r in ratios.values())])
+    low = np.full(len(wanted), np.log(_SMALLEST) - extremes[1])
+    high = np.full(len(wanted), np.log(_LARGEST) - extremes[0])
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        too_many = mean_bits(counts, np.exp(middle)[:, None] * ratios) > wanted
+        too_many = read(middle) > wanted
         low, high = np.where(too_many, middle, low), np.where(too_many, high, middle)
-    table = np.exp(high)[:, None] * ratios
-    table[wanted >= DIGIT_BITS * len(ratios)] = 0
-    return table.astype(np.float32)
+    tables = {name: thresholds(name, high).astype(np.float32) for name in layers}
+    for name, table in tables.items():
+        table[wanted >= DIGIT_BITS * len(ratios[name])] = 0
+    return tables

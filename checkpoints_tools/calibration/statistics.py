@@ -8,7 +8,6 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from checkpoints_tools.calibration import histogram
-from grinqh_jax.apply import mean_magnitude
 from grinqh_jax.decoder import LAYER_LINEARS, DecoderLayer, RMSNorm
 from grinqh_jax.linear import Linear
 
@@ -27,8 +26,8 @@ class LinearStatistics:
     """What is known about the inputs of one linear layer; a quantizer may use any of it.
 
     Attributes:
-      counts: int64 ``[histogram.BINS]``, the histogram of ``|x|`` in units of its mean in the token
-        (``graded_magnitude``), over all channels, and all tokens but the first few of each window.
+      counts: int64 ``[histogram.BINS]``, the histogram of ``|x|`` over all channels, and all tokens but the
+        first few of each window.
       max_activation: the largest ``|x|`` of all tokens.
     """
 
@@ -51,17 +50,11 @@ class LinearStatistics:
         return not self.counts[histogram.FINITE_BINS :].any()
 
 
-def graded_magnitude(x: Float[Array, "*rows k"]) -> Float[Array, "*rows k"]:
-    """``|x|`` as thresholds are compared with it: in units of the token's mean (``apply.Graded``)."""
-    mean = mean_magnitude(x)
-    return jnp.abs(x.astype(jnp.float32)) / jnp.where(mean == 0, 1, mean)
-
-
 def observe(x: Float[Array, "b t k"]) -> dict[str, jax.Array]:
     """The statistics of one batch of whole windows, on the device."""
     counted = x[:, min(SKIPPED_POSITIONS, x.shape[1] - 1) :]
     return {
-        "counts": histogram.count(graded_magnitude(counted)),
+        "counts": histogram.count(counted),
         "max": jnp.max(jnp.abs(x.astype(jnp.float32))),
     }
 

@@ -40,3 +40,13 @@ def windows(
             f"calibration text: {total} tokens of {len(text)} characters, need {_LEAST_TOKENS} or more"
         )
     return np.array([row[:shortest] for row in rows], np.int32)
+
+
+def windows_of_two_kinds(
+    windows: Int32[np.ndarray, "s t"],
+) -> tuple[Int32[np.ndarray, "a t"], Int32[np.ndarray, "b t"]]:
+    """Every other window, and the others; the two halves of a single window."""
+    if len(windows) == 1:
+        middle = windows.shape[1] // 2
+        return windows[:, :middle], windows[:, middle : 2 * middle]
+    return windows[::2], windows[1::2]

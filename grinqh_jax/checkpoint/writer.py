@@ -62,7 +62,7 @@ class Writer:
         self._lock = _lock(self._partial)
         try:
             self._enter_conversion({"fingerprint": fingerprint, "version": VERSION}, overwrite)
-            self._leaves = self._completed_parts()
+            self._leaves, self._notes = self._completed_parts()
         except BaseException:
             self.close()
             raise
@@ -72,7 +72,11 @@ class Writer:
         """Names of the parts that are complete, those of an interrupted run included."""
         return frozenset(self._leaves)
 
-    def save_part(self, name: str, tree: Mapping[str, Any]) -> None:
+    def notes(self, name: str) -> Any:
+        """What was noted with a complete part (see ``save_part``)."""
+        return self._notes[name]
+
+    def save_part(self, name: str, tree: Mapping[str, Any], notes: Any = None) -> None:
         """Writes one part, completely or (if the process dies) not at all.
 
         Args:
@@ -80,6 +84,7 @@ class Writer:
           tree: nested dictionary from the root of the state tree, e.g.
             ``{"layers": {"0": {"qkv": {"planes": ..., "scales": ...}}}}``, of numpy or JAX arrays.
             The arrays may be released when this returns.
+          notes: anything that JSON holds, kept with the part for a later run and not in the checkpoint.
 
         Raises:
           CheckpointError: the part, or one of its leaves, has been written already, or a float leaf
@@ -97,15 +102,16 @@ class Writer:
         if problems:
             raise CheckpointError("; ".join(problems))
         leaves = {leaf: Leaf.of(array) for leaf, array in arrays.items()}
+        record = {leaf: spec.to_json() for leaf, spec in leaves.items()}
         with _storage():
             ocp.partial.save(
                 self._partial / _PARTS,
                 traverse_util.unflatten_dict(arrays, sep="."),
                 # Kept by Orbax beside the arrays and committed with them: the record of what is complete
                 # cannot disagree with what is.
-                custom_metadata={"parts": {name: {leaf: spec.to_json() for leaf, spec in leaves.items()}}},
+                custom_metadata={"part": name, "leaves": record, "notes": notes},
             )
-        self._leaves[name] = leaves
+        self._leaves[name], self._notes[name] = leaves, notes
 
     def finalize(
         self, config: Mapping[str, Any], quantization: QuantizationConfig, files: Iterable[str | Path] = ()
@@ -179,15 +185,16 @@ class Writer:
         _remove(entry for entry in self._partial.iterdir() if entry.name != _LOCK)
         write_json(record, conversion)
 
-    def _completed_parts(self) -> dict[str, dict[str, Leaf]]:
-        """Reads what an interrupted run completed and clears away what it did not."""
+    def _completed_parts(self) -> tuple[dict[str, dict[str, Leaf]], dict[str, Any]]:
+        """Leaves and notes of what an interrupted run completed; clears away what it did not."""
         parts = self._partial / (_PARTS + _PARTIAL_SAVE)
         _remove(p for p in self._partial.glob(parts.name + "*") if p != parts)
-        leaves = {}
+        leaves, notes = {}, {}
         for metadata in sorted(parts.glob("*/" + _ORBAX_METADATA)):
-            for name, part in read_json(metadata)["custom_metadata"]["parts"].items():
-                leaves[name] = {leaf: Leaf.from_json(spec) for leaf, spec in part.items()}
-        return leaves
+            part = read_json(metadata)["custom_metadata"]
+            leaves[part["part"]] = {leaf: Leaf.from_json(spec) for leaf, spec in part["leaves"].items()}
+            notes[part["part"]] = part["notes"]
+        return leaves, notes
 
     def _seal(self) -> Path:
         """Makes one Orbax checkpoint of the parts.

@@ -78,7 +78,6 @@ def complete(
     """
     batches = -(-len(prompts) // batch)
     batch = -(-len(prompts) // batches)
-    thresholds = generator.thresholds(bits, batch)
     # Longest first: rows of a batch have prompts, and mostly completions, of similar lengths.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     texts, counter = [""] * len(prompts), DecodedBits()
@@ -89,7 +88,7 @@ def complete(
             [prompts[i] for i in rows] + [prompts[rows[0]]] * (batch - len(rows)),
             max_tokens=max_tokens,
             max_context=generator.model.config.max_position_embeddings,
-            thresholds=thresholds,
+            dial=generator.dial(bits, batch),
             sampling=Sampling.create(batch, **(sampling or {})),
             stop_tokens=generator.defaults.eos_tokens,
         )

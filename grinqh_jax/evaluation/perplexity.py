@@ -8,15 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer
 
-from grinqh_jax.apply import HEAD, Graded
-from grinqh_jax.decoder import Decoder
+from grinqh_jax.apply import Graded
+from grinqh_jax.decoder import Decoder, linear_names
+from grinqh_jax.dial import Dial, layer_shares
 from grinqh_jax.errors import UsageError
 from grinqh_jax.evaluation.result import Bits, Perplexity, TokenBits, WindowSums
-from grinqh_jax.statistics import weighted_mean
-from grinqh_jax.thresholds import model_thresholds
-
-_LOGIT_BYTES = 1 << 28
-"""Room for one batch of float32 logits; as many windows as fit are read at once, and at least one."""
 
 
 class _Compared(NamedTuple):
@@ -47,8 +43,8 @@ def measure(
 ) -> list[Perplexity]:
     """Measures a text at several settings of the dial.
 
-    The text is cut into windows that do not overlap, each read on its own from its first position. A
-    shorter last window counts. Memory grows with the text by a few numbers a token, and all settings run
+    The text is cut into windows that do not overlap, each read on its own from its first position, one after
+    another: what the dial learns from one window counts from the next on. A shorter last window counts. Memory grows with the text by a few numbers a token, and all settings run
     the same compiled program.
 
     Args:
@@ -65,27 +61,25 @@ def measure(
         a reference with another vocabulary.
     """
     _check(model, tokens, sequence_length, reference)
-    thresholds = [
-        None
-        if setting == "full"
-        else model_thresholds(model, jnp.asarray(targets, jnp.float32), jnp.float32(setting))
-        for setting in bits
-    ]
+    dials = [None if setting == "full" else Dial(model, targets, np.array([setting])) for setting in bits]
+    shares = layer_shares(model)
     found = [_Tokens() for _ in bits]
-    for windows, lengths in _batches(tokens, sequence_length, model.config.vocab_size):
+    for windows, lengths in _windows(tokens, sequence_length):
         full = _dense_logits(model, windows) if reference is None or "full" in bits else None
         compared = full if reference is None else _dense_logits(reference, windows)
         predicted = np.arange(1, windows.shape[1]) < lengths[:, None]
-        for setting, levels in zip(found, thresholds, strict=True):
-            if levels is None:
+        for setting, dial in zip(found, dials, strict=True):
+            if dial is None:
                 logits, realised = full, _full_bits(model, windows.shape)
             else:
-                logits, realised = _graded_logits(model, windows, levels)
+                logits, by_linear = _graded_logits(model, windows, dial.thresholds)
+                dial.observe(by_linear, lengths)
+                realised = _realised(by_linear, shares)
             setting.add(_compare(logits, compared, windows), realised, predicted)
         progress(int(lengths.sum()))
     return [
-        setting.summary(name, graded=levels is not None)
-        for name, setting, levels in zip(bits, found, thresholds, strict=True)
+        setting.summary(name, graded=dial is not None)
+        for name, setting, dial in zip(bits, found, dials, strict=True)
     ]
 
 
@@ -140,20 +134,14 @@ def _check(model: Decoder, tokens: np.ndarray, sequence_length: int, reference: 
         )
 
 
-def _batches(
-    tokens: np.ndarray, length: int, vocabulary: int
-) -> Iterator[tuple[Int[np.ndarray, "b t"], Int[np.ndarray, "b"]]]:
-    """Windows in batches of one shape, padded with zeros, and the tokens in each (0 for a padding window)."""
+def _windows(
+    tokens: np.ndarray, length: int
+) -> Iterator[tuple[Int[np.ndarray, "1 t"], Int[np.ndarray, "1"]]]:
+    """One window after another, as a reader would come by them; the last one padded with zeros."""
     length = min(length, len(tokens))
-    windows = -(-len(tokens) // length)
-    most = max(1, _LOGIT_BYTES // (4 * length * vocabulary))
-    batches = -(-windows // most)
-    batch = -(-windows // batches)
-    padded = np.zeros((batches * batch, length), np.int32)
-    padded.reshape(-1)[: len(tokens)] = tokens
-    lengths = np.clip(len(tokens) - length * np.arange(len(padded)), 0, length)
-    for start in range(0, len(padded), batch):
-        yield padded[start : start + batch], lengths[start : start + batch]
+    for start in range(0, len(tokens), length):
+        window = tokens[start : start + length]
+        yield np.pad(window, (0, length - len(window)))[None].astype(np.int32), np.array([len(window)])
 
 
 @jax.jit
@@ -163,11 +151,15 @@ def _dense_logits(model: Decoder, windows: Int[Array, "b t"]) -> Float[Array, "b
 
 @jax.jit
 def _graded_logits(model: Decoder, windows: Int[Array, "b t"], thresholds: dict[str, Float[Array, "p"]]):
-    """Logits ``[b, t, v]`` and ``_Realised`` bits with every linear layer graded."""
+    """Logits ``[b, t, v]`` with every linear layer graded, and the bits that each read, ``[b, t, linears]``."""
     graded = Graded(thresholds)
     logits = model(windows, graded)
-    layers = {name: bits for name, bits in graded.bits.items() if name != HEAD}
-    return logits, _Realised(weighted_mean(model, graded.bits), weighted_mean(model, layers))
+    return logits, jnp.stack([graded.bits[name] for name in linear_names(model.config)], axis=-1)
+
+
+def _realised(bits: Float[Array, "b t linears"], shares: Float[np.ndarray, "linears"]) -> _Realised:
+    bits = np.asarray(bits)
+    return _Realised(bits @ shares, bits[..., :-1] @ (shares[:-1] / shares[:-1].sum()))
 
 
 @jax.jit

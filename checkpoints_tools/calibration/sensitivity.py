@@ -1,0 +1,177 @@
+"""How much the model's predictions depend on each output of each linear layer.
+
+A small error ``d`` of a layer's outputs changes the predicted distribution by a divergence of
+``E[(g . d)**2] / 2``, where ``g`` is the gradient, with respect to those outputs, of the log-likelihood of
+a token drawn from the model's own prediction (the Fisher information; Amari 1998). With errors that are
+uncorrelated between outputs that is ``sum_n E[g_n**2] E[d_n**2] / 2``, so ``E[g_n**2]`` is what an output's
+squared error is to be weighted by, and errors so weighted are comparable between layers.
+
+One pass forward, which keeps the hidden states between the layers, and one back. Memory holds one layer, and
+those states of a few thousand tokens.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Int32
+
+from checkpoints_tools.calibration.statistics import SKIPPED_POSITIONS
+from checkpoints_tools.source_layer import WRITERS, dense_layer, embed, read_layer
+from grinqh_jax.apply import HEAD, Dense
+from grinqh_jax.decoder import LAYER_LINEARS, DecoderLayer, RMSNorm
+from grinqh_jax.hf import HFCheckpoint
+
+TOKENS = 4096
+"""Enough: what is wanted is one number an output, averaged over a layer when bits are split."""
+
+_BLOCK_VALUES = 1 << 24
+
+
+def output_sensitivities(
+    source: HFCheckpoint,
+    windows: Int32[np.ndarray, "s t"],
+    compute_dtype,
+    *,
+    axes: Float[np.ndarray, "d d"] | None = None,
+    done: Callable[[str], None] = lambda part: None,
+) -> dict[str, Float[np.ndarray, "n"]]:
+    """``E[g_n**2]`` of every output of every linear layer, by name.
+
+    Args:
+      source: the checkpoint.
+      windows: token ids; as many windows are used as make ``TOKENS`` tokens, at least one.
+      compute_dtype: of the hidden states.
+      axes: orthogonal ``Q``: outputs that are added to the residual stream are counted along its columns.
+      done: called after each layer of each of the two passes, with its name.
+    """
+    config = source.config
+    windows = windows[: max(TOKENS // windows.shape[1], 1)]
+    states = [embed(source, windows, compute_dtype)]
+    for i in range(config.num_layers):
+        layer = dense_layer(source, *read_layer(source, i), compute_dtype)
+        states.append(np.stack([_run_layer(layer, window) for window in states[-1]]))
+        done(f"forward {i}")
+    axes = None if axes is None else jnp.asarray(axes)
+    norm = RMSNorm(jnp.asarray(source.read("norm.scale")), config.rms_norm_eps)
+    found, gradients = _head(source, norm, states.pop())
+    for i in reversed(range(config.num_layers)):
+        layer = dense_layer(source, *read_layer(source, i), compute_dtype)
+        sums: dict[str, np.ndarray] = dict.fromkeys(LAYER_LINEARS, np.float64(0))
+        for window, gradient in zip(states.pop(), gradients, strict=True):
+            back, squares = _layer_gradients(layer, window, gradient, axes)
+            gradient[...] = back
+            sums = {part: sums[part] + np.asarray(squares[part], np.float64) for part in LAYER_LINEARS}
+        found |= {f"layers.{i}.{part}": sums[part] / len(windows) for part in LAYER_LINEARS}
+        done(f"backward {i}")
+    return found
+
+
+class _Perturbed(Dense):
+    """An ``apply`` strategy that adds a given array to the outputs of each layer, by part."""
+
+    def __init__(self, added: dict[str, Float[Array, "b t n"]]):
+        self.added = added
+
+    def __call__(self, name: str, linear, x: Float[Array, "b t k"]) -> Float[Array, "b t n"]:
+        return super().__call__(name, linear, x) + self.added[name.rpartition(".")[2]]
+
+
+@jax.jit
+def _run_layer(layer: DecoderLayer, x: Float[Array, "t d"]) -> Float[Array, "t d"]:
+    return layer("layer", x[None], jnp.arange(len(x))[None], Dense())[0][0]
+
+
+@jax.jit
+def _layer_gradients(
+    layer: DecoderLayer, x: Float[Array, "t d"], gradient: Float[Array, "t d"], axes: jax.Array | None
+) -> tuple[Float[Array, "t d"], dict[str, Float[Array, "n"]]]:
+    """From the gradient behind a layer to that before it, and mean squares of those at its linears' outputs."""
+
+    def run(x, added):
+        return layer("layer", x[None], jnp.arange(len(x))[None], _Perturbed(added))[0][0]
+
+    outputs = {part: getattr(layer, part).out_features for part in LAYER_LINEARS}
+    nothing = {part: jnp.zeros((1, len(x), n), x.dtype) for part, n in outputs.items()}
+    _, pull_back = jax.vjp(run, x, nothing)
+    back, inner = pull_back(gradient)
+    if axes is not None:
+        inner |= {part: inner[part] @ axes for part in WRITERS}
+    return back, {part: _mean_square(g[0]) for part, g in inner.items()}
+
+
+def _mean_square(gradient: Float[Array, "t n"]) -> Float[Array, "n"]:
+    # The first positions have activations and gradients like no others (see SKIPPED_POSITIONS).
+    counted = gradient[min(SKIPPED_POSITIONS, len(gradient) - 1) :]
+    return jnp.mean(counted.astype(jnp.float32) ** 2, axis=0)
+
+
+def _head(
+    source: HFCheckpoint, norm: RMSNorm, hidden: Float[np.ndarray, "s t d"]
+) -> tuple[dict[str, np.ndarray], Float[np.ndarray, "s t d"]]:
+    """The head's sensitivities, and the gradients behind the last layer. The vocabulary goes by in blocks."""
+    windows, length, width = hidden.shape
+    rows = jnp.asarray(hidden.reshape(-1, width))
+    normed, pull_back = jax.vjp(norm, rows)
+    vocabulary = source.config.vocab_size
+    block = max(_BLOCK_VALUES // max(width, len(rows)), 1)
+    starts = range(0, vocabulary, block)
+
+    def kernel(start: int) -> np.ndarray:
+        return source.read(f"{HEAD}.kernel", slice(start, min(start + block, vocabulary)))
+
+    # Log-normaliser of every row's prediction, and a token drawn from it: the largest of logit + Gumbel noise.
+    drawn = tuple(jnp.full(len(rows), fill) for fill in (-jnp.inf, -jnp.inf, 0))
+    for start in starts:
+        drawn = _draw(*drawn, normed, kernel(start), start)
+    normaliser, _, token = drawn
+    counted = jnp.arange(len(rows)) % length >= min(SKIPPED_POSITIONS, length - 1)
+    squares, gradient = np.empty(vocabulary), jnp.zeros(normed.shape, jnp.float32)
+    for start in starts:
+        w = kernel(start)
+        here, gradient = _head_gradients(normaliser, token, counted, gradient, normed, w, start)
+        squares[start : start + w.shape[1]] = here
+    (gradient,) = pull_back(gradient.astype(normed.dtype))
+    return {HEAD: squares}, np.array(gradient).reshape(hidden.shape)
+
+
+@jax.jit
+def _draw(
+    normaliser: Float[Array, "t"],
+    best: Float[Array, "t"],
+    token: Int[Array, "t"],
+    normed: Float[Array, "t d"],
+    w: Float[Array, "d n"],
+    start: Int[Array, ""],
+) -> tuple[Float[Array, "t"], Float[Array, "t"], Int[Array, "t"]]:
+    """Takes the block of the vocabulary from ``start`` on into account."""
+    logits = _logits(normed, w)
+    noisy = logits + jax.random.gumbel(jax.random.fold_in(jax.random.key(0), start), logits.shape)
+    better = noisy.max(axis=-1) > best
+    return (
+        jnp.logaddexp(normaliser, jax.nn.logsumexp(logits, axis=-1)),
+        jnp.where(better, noisy.max(axis=-1), best),
+        jnp.where(better, start + jnp.argmax(noisy, axis=-1), token),
+    )
+
+
+@jax.jit
+def _head_gradients(
+    normaliser: Float[Array, "t"],
+    token: Int[Array, "t"],
+    counted: Bool[Array, "t"],
+    gradient: Float[Array, "t d"],
+    normed: Float[Array, "t d"],
+    w: Float[Array, "d n"],
+    start: Int[Array, ""],
+) -> tuple[Float[Array, "n"], Float[Array, "t d"]]:
+    """Mean squares of the gradients at a block's logits, and the gradient at their input with its share."""
+    probabilities = jnp.exp(_logits(normed, w) - normaliser[:, None])
+    change = (token[:, None] == start + jnp.arange(w.shape[1])) - probabilities
+    squares = jnp.mean(change**2, axis=0, where=counted[:, None])
+    return squares, gradient + jnp.matmul(change, w.T.astype(jnp.float32))
+
+
+def _logits(normed: Float[Array, "t d"], w: Float[Array, "d n"]) -> Float[Array, "t n"]:
+    return jnp.matmul(normed, w.astype(normed.dtype), preferred_element_type=jnp.float32)

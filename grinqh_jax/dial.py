@@ -1,0 +1,68 @@
+"""The dial in use: thresholds for a wanted mean of bits, kept true to the text that is being read.
+
+Thresholds are fixed numbers for a layer, so a token with larger activations, a harder one as a rule, gets
+more bits. The same makes a text that is unlike the calibration text read more, or less, than asked, by 0.3
+bits at times. A text differs by about as much at every setting, so the dial, after each few tokens, is set
+off by the difference seen so far.
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from grinqh_jax.decoder import Decoder, linear_names, linear_shapes
+from grinqh_jax.engine import Thresholds
+from grinqh_jax.thresholds import model_thresholds
+
+PRIOR_TOKENS = 16
+"""A text counts as calibration text for so many tokens more than were seen: few tokens say little."""
+
+
+class Dial:
+    """The settings of the rows of a batch, which are independent of one another.
+
+    Args:
+      model: graded.
+      targets: of its threshold tables.
+      bits: float ``[rows]``, the mean that each row is to read.
+    """
+
+    def __init__(self, model: Decoder, targets: Sequence[float], bits: Float[np.ndarray, "rows"]):
+        self._model = model
+        self._targets = jnp.asarray(targets, jnp.float32)
+        self._range = targets[0], targets[-1]
+        self._wanted = np.asarray(bits, np.float64)
+        self._excess = np.zeros_like(self._wanted)  # of all tokens so far, in bits
+        self._tokens = np.zeros_like(self._wanted)
+        self._shares = layer_shares(model)
+
+    @property
+    def setting(self) -> Float[np.ndarray, "rows"]:
+        """Where the dial stands: what is wanted, less the text's excess."""
+        return np.clip(self._wanted - self._excess / (self._tokens + PRIOR_TOKENS), *self._range)
+
+    @property
+    def thresholds(self) -> Thresholds:
+        """Of every linear layer and row, for the setting. A new setting compiles nothing."""
+        return model_thresholds(self._model, self._targets, jnp.asarray(self.setting, jnp.float32))
+
+    def observe(self, bits: Float[np.ndarray, "rows steps linears"], counts: Int[np.ndarray, "rows"]) -> None:
+        """Takes into account what was read with the present thresholds.
+
+        Args:
+          bits: of every token and linear layer, the latter as in ``decoder.linear_names``.
+          counts: how many steps of each row count.
+        """
+        counted = np.arange(bits.shape[1]) < np.asarray(counts)[:, None]
+        read = np.sum(np.asarray(bits, np.float64) @ self._shares, axis=1, where=counted)
+        self._excess = self._excess + read - counts * self.setting
+        self._tokens = self._tokens + counts
+
+
+def layer_shares(model: Decoder) -> Float[np.ndarray, "linears"]:
+    """Each linear layer's share of all their weights, in the order of ``decoder.linear_names``."""
+    shapes = linear_shapes(model.config)
+    sizes = np.array([np.prod(shapes[name], dtype=np.float64) for name in linear_names(model.config)])
+    return sizes / sizes.sum()
