@@ -8,7 +8,7 @@ from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Float16, UInt32
 
-from pallas_kernels import NestedWeight, dequantize, graded_matvec
+from pallas_kernels import Activations, NestedWeight, PartialSums, dequantize, graded_partial_sums
 
 
 class Linear(Protocol):
@@ -78,16 +78,10 @@ class GradedLinear(nnx.Module):
         return _matmul(x, kernel, dtype)
 
     def graded(
-        self,
-        x: Float[Array, "rows k"],
-        thresholds: Float[Array, "rows p"],
-        units: Float[Array, "rows u"] | None = None,
-    ) -> tuple[Float[Array, "rows n"], Float[Array, "rows"]]:
-        """``(y, realised_bits)``: each channel read as its activation deserves; float32.
-
-        The thresholds count in the sum of ``units`` (see ``pallas_kernels.graded_matvec``).
-        """
-        return graded_matvec(x, self.weight, thresholds, units)
+        self, x: Activations, thresholds: Float[Array, "rows p"]
+    ) -> tuple[PartialSums, Float[Array, "rows"]]:
+        """``(y, realised_bits)``: each channel read as its activation deserves (``graded_partial_sums``)."""
+        return graded_partial_sums(x, self.weight, thresholds)
 
 
 def _matmul(x: jax.Array, kernel: jax.Array, dtype) -> jax.Array:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.activations import Activations, PartialSums
 from pallas_kernels.matvec import mosaic_gpu, reference, xla
 from pallas_kernels.weight import NestedWeight
 
@@ -13,7 +14,7 @@ Implementation = Literal["reference", "xla", "mosaic_gpu"]
 
 IMPLEMENTATIONS = {"mosaic_gpu": mosaic_gpu, "xla": xla, "reference": reference}
 """By name, in the order in which they are asked. Each has ``supports(x, weight)``, None or the reason
-why not, and ``graded_matvec(x [rows, K], weight, thresholds [rows, P])``."""
+why not, and ``partial_sums(x, weight, thresholds [rows, P])``, see ``graded_partial_sums``."""
 
 
 def graded_matvec(
@@ -45,12 +46,38 @@ def graded_matvec(
     """
     _check(x, weight, thresholds)
     rows = x if x.ndim == 2 else x[None]
-    thresholds = jnp.broadcast_to(thresholds, (rows.shape[0], weight.num_planes))
-    chosen = choose(rows, weight, implementation)
     if units is not None:
         units = jnp.broadcast_to(units, (rows.shape[0], units.shape[-1]))
-    y, bits = IMPLEMENTATIONS[chosen].graded_matvec(rows, weight, thresholds, units)
+    sums, bits = graded_partial_sums(
+        Activations(rows, units), weight, thresholds, implementation=implementation
+    )
+    y = sums.total()
     return (y, bits) if x.ndim == 2 else (y[0], bits[0])
+
+
+def graded_partial_sums(
+    x: Activations,
+    weight: NestedWeight,
+    thresholds: Float[Array, "*any p"],
+    *,
+    implementation: Implementation | None = None,
+) -> tuple[PartialSums, Float[Array, "rows"]]:
+    """``graded_matvec`` between neighbours that take part in its sums (see ``activations``).
+
+    Args:
+      x: activations, with parts of their unit and of the norm that they still lack.
+      weight, thresholds, implementation: as in ``graded_matvec``.
+
+    Returns:
+      ``(sums, realised_bits)``: ``sums.total()`` is y.
+
+    Raises:
+      ValueError, NotImplementedError: as ``graded_matvec``.
+    """
+    _check(x.values, weight, thresholds)
+    thresholds = jnp.broadcast_to(thresholds, (x.values.shape[0], weight.num_planes))
+    chosen = choose(x.values, weight, implementation)
+    return IMPLEMENTATIONS[chosen].partial_sums(x, weight, thresholds)
 
 
 def choose(

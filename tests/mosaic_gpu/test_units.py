@@ -1,4 +1,4 @@
-"""Thresholds in a unit of the activations' own scale, given in parts."""
+"""Activations whose unit and whose norm's mean square come in parts."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 from emulation import emulate
 from matvec_cases import Case
 
-from pallas_kernels import graded_matvec
+from pallas_kernels import Activations, graded_matvec, graded_partial_sums
 
 UNITS = np.array([[0.25, 0.5, 1.25], [0.0, 0.0, 0.5]], np.float32)
 
@@ -35,3 +35,43 @@ def test_so_do_the_other_implementations(case, implementation):
     expected, expected_bits = graded_matvec(x, weight, scaled, implementation=implementation)
     np.testing.assert_array_equal(y, expected)
     np.testing.assert_array_equal(bits, expected_bits)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 16, 32, 33, 70])
+def test_any_number_of_parts(case, parts):
+    x, weight, thresholds = case.arrays()
+    rng = np.random.default_rng(parts)
+    units = rng.integers(0, 8, (2, parts)).astype(np.float32) / 32  # sums are exact in any order
+    _, bits = emulate(x, weight, thresholds, case.config, units)
+    scaled = thresholds * units.sum(1, keepdims=True)
+    np.testing.assert_array_equal(bits, emulate(x, weight, scaled, case.config)[1])
+
+
+SQUARES = np.array([[1.0, 2.0, 0.75], [0.0, 0.0, 0.0]], np.float32)
+FACTORS = np.array([[0.5], [2.0]])
+
+
+def test_the_program_divides_by_the_root_of_the_mean_square(case):
+    x, weight, thresholds = case.arrays()
+    y, bits = emulate(x, weight, thresholds, case.config, squares=SQUARES, eps=0.25)
+    plain, plain_bits = emulate(x, weight, thresholds, case.config)
+    np.testing.assert_allclose(y, plain * FACTORS, rtol=1e-6)
+    np.testing.assert_array_equal(bits, plain_bits)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_so_do_the_others(case, implementation):
+    x, weight, thresholds = jax.tree.map(jnp.asarray, case.arrays())
+    inputs = Activations(x, None, jnp.asarray(SQUARES), eps=0.25)
+    sums, bits = graded_partial_sums(inputs, weight, thresholds, implementation=implementation)
+    plain, plain_bits = graded_matvec(x, weight, thresholds, implementation=implementation)
+    np.testing.assert_allclose(sums.total(), plain * FACTORS, rtol=1e-6)
+    np.testing.assert_array_equal(bits, plain_bits)
+
+
+def test_nan_in_the_mean_square_reaches_the_row(case):
+    x, weight, thresholds = case.arrays()
+    squares = np.array([[np.nan, 1], [1, 0]], np.float32)
+    y, _ = emulate(x, weight, thresholds, case.config, squares=squares)
+    assert np.isnan(y[0]).all()
+    assert np.isfinite(y[1]).all()

@@ -1,8 +1,8 @@
 """The CTAs that count levels."""
 
 from pallas_kernels import layout
-from pallas_kernels.matvec.mosaic_gpu.geometry import LANES, Geometry
-from pallas_kernels.matvec.mosaic_gpu.instructions import Instructions, Value
+from pallas_kernels.lanes.instructions import LANES, Instructions, Value
+from pallas_kernels.matvec.mosaic_gpu.geometry import Geometry
 from pallas_kernels.matvec.mosaic_gpu.listing import load_activation, load_thresholds
 from pallas_kernels.matvec.mosaic_gpu.place import Refs
 
