@@ -68,7 +68,7 @@ def decode_rows(model, label: str, bits_list, context: int, args, bandwidth: flo
             f"{moved / 1e9:.2f} GB/token, {row['share_of_read_bandwidth']:.0%} of read bandwidth"
         )
         if context in args.profile_contexts and bits in args.profile_bits:
-            row["profile"] = profile(run, thresholds, args, f"{label}-{row['bits']}-{context}")
+            row["profile"] = profile(run, thresholds, args, row)
     hlo = run.compiled.as_text()
     rows[0]["copies_in_hlo"] = copies(hlo)
     if args.hlo:
@@ -89,14 +89,15 @@ def copies(hlo: str) -> list[str]:
     return found
 
 
-def profile(run: measure.DecodeRun, thresholds, args, label: str) -> dict | None:
+def profile(run: measure.DecodeRun, thresholds, args, row: dict) -> dict | None:
     """The table of one step; None off an accelerator, whose kernels the profiler does not list."""
     kernels = step_profile.trace(lambda: run.run(thresholds))
     if not kernels:
         return None
     linears = 4 * run.model.config.num_layers + 1
-    table = step_profile.tabulate(kernels, args.tokens, run.compiled.as_text(), linears)
-    say(f"one step of {label}:")
+    hlo = run.compiled.as_text()
+    table = step_profile.tabulate(kernels, args.tokens, hlo, linears, row["us_per_token"])
+    say(f"one step of {row['shape']}, {row['bits']} bits, context {row['context']}:")
     print("\n".join(table.lines()), flush=True)
     return table.to_json()
 

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import timing
 
-from pallas_kernels import NestedWeight, codes, grading, layout
+from pallas_kernels import Activations, NestedWeight, codes, grading, layout
 from pallas_kernels.matvec import mosaic_gpu
 from pallas_kernels.matvec.mosaic_gpu import kernel
 
@@ -207,7 +207,7 @@ def main() -> None:
         k, n = map(int, shape.split("x"))
         if args.configs == "best":
             x, weight = jax.ShapeDtypeStruct((rows, k), jnp.float32), NestedWeight.abstract(k, n)
-            configs = [kernel.geometry_of(x, weight).config]
+            configs = [kernel.geometry_of(Activations(x), weight).config]
         elif args.configs == "all":
             configs = all_configs()
         else:

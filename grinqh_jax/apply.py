@@ -5,6 +5,7 @@ inputs, such as calibration: any callable ``apply(name, linear, x [..., K]) -> y
 A strategy may collect what it saw during the call, traced values included, for its caller to read.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from grinqh_jax.linear import GradedLinear, Linear
+from pallas_kernels import Activations, PartialSums, decode_rows
 
 HEAD = "lm_head"
 """Name of the output projection; its result is float32 whatever the compute dtype."""
@@ -44,35 +46,42 @@ class Graded:
     def __init__(self, thresholds: Mapping[str, Float[Array, "*b p"]]):
         self.thresholds = thresholds
         self.bits: dict[str, Float[Array, "*rows"]] = {}
-        self._inputs: dict[str, tuple[Float[Array, "*rows k"], GradedLinear]] = {}
+        self._inputs: dict[str, tuple[Activations, GradedLinear]] = {}
 
     @property
     @jax.named_scope("grades")
     def saturation(self) -> dict[str, Float[Array, "*rows"]]:
-        """See the class. For all layers of a width together: one reduction, not one each."""
-        by_shape: dict[tuple[int, ...], list[str]] = {}
+        """See the class. For all layers of a kind together: one reduction, not one each."""
+        by_kind: dict[tuple, list[str]] = {}
         for name, (x, _) in self._inputs.items():
-            by_shape.setdefault(x.shape, []).append(name)
+            squares = None if x.squares is None else x.squares.shape
+            by_kind.setdefault((x.peaks.shape, squares), []).append(name)
         found = {}
-        for names in by_shape.values():
-            largest = jnp.max(jnp.abs(jnp.stack([self._inputs[name][0] for name in names])), axis=-1)
+        for names in by_kind.values():
+            inputs = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(self._inputs[n][0] for n in names))
+            largest = jnp.max(jnp.abs(inputs.peaks).astype(jnp.float32), axis=-1, keepdims=True)
             calibrated = jnp.stack([self._inputs[name][1].max_activation[...] for name in names])
-            calibrated = calibrated.reshape(-1, *(1,) * (largest.ndim - 1))
-            found |= zip(names, largest.astype(jnp.float32) / calibrated, strict=True)
-        return {name: found[name] for name in self._inputs}
+            found |= zip(names, largest * inputs.factor() / calibrated[:, None, None], strict=True)
+        return {name: found[name].reshape(self.bits[name].shape) for name in self._inputs}
 
     def __call__(
-        self, name: str, linear: GradedLinear, x: Float[Array, "*rows k"]
-    ) -> Float[Array, "*rows n"]:
-        rows = x.shape[:-1]
+        self, name: str, linear: GradedLinear, x: Float[Array, "*rows k"] | Activations
+    ) -> Float[Array, "*rows n"] | PartialSums:
+        if isinstance(x, Activations):
+            inputs, rows = x, (x.values.shape[0], 1)
+        else:
+            values, rows = x.reshape(-1, x.shape[-1]), x.shape[:-1]
+            # The barrier keeps XLA from computing x a second time for the maximum.
+            inputs = Activations(values, peaks=jax.lax.optimization_barrier(values))
         thresholds = self.thresholds[name]
         if thresholds.ndim == 2:  # [B, P]: a batch row's positions share its thresholds
             thresholds = thresholds.reshape(-1, *(1,) * (len(rows) - 1), thresholds.shape[-1])
         planes = thresholds.shape[-1]
         thresholds = jnp.broadcast_to(thresholds, (*rows, planes)).reshape(-1, planes)
-        x_rows = x.reshape(-1, x.shape[-1])
-        y, bits = linear.graded(x_rows, thresholds)
+        y, bits = linear.graded(inputs, thresholds)
         self.bits[name] = bits.reshape(rows)
-        # The barrier keeps XLA from computing x a second time for the maximum.
-        self._inputs[name] = jax.lax.optimization_barrier(x), linear
-        return y.reshape(*rows, -1).astype(jnp.float32 if name == HEAD else x.dtype)
+        self._inputs[name] = dataclasses.replace(inputs, values=None), linear
+        one_token = len(rows) == 2 and rows[1] == 1
+        if one_token and name != HEAD and decode_rows.supports(y, inputs.values.dtype) is None:
+            return y
+        return y.total().reshape(*rows, -1).astype(jnp.float32 if name == HEAD else inputs.values.dtype)

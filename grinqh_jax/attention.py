@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 from grinqh_jax import rope
 from grinqh_jax.config import ModelConfig
 from grinqh_jax.norm import rms_norm
-from pallas_kernels import decode_attention
+from pallas_kernels import Activations, PartialSums, decode_attention
 
 KeyValues = tuple[Float[Array, "b s kv_heads d"], Float[Array, "b s kv_heads d"]]
 """Keys and values of one layer."""
@@ -16,37 +16,42 @@ KeyValues = tuple[Float[Array, "b s kv_heads d"], Float[Array, "b s kv_heads d"]
 @jax.named_scope("attention")
 def attend_heads(
     config: ModelConfig,
-    qkv: Float[Array, "b t all_heads d"],
+    qkv: Float[Array, "b t all_heads_d"] | PartialSums,
     norms: tuple[Float[Array, "d"], Float[Array, "d"]] | None,
     positions: Int[Array, "b t"],
     cache: KeyValues | None = None,
-) -> tuple[Float[Array, "b t heads_d"], KeyValues]:
+) -> tuple[Float[Array, "b t heads_d"] | Activations, KeyValues]:
     """From the projections of new tokens to what their heads attend to: norms, rotation, attention.
 
     One new token per sequence takes one kernel where the device has it, XLA's operations otherwise.
 
     Args:
       config: for the numbers of heads and the rotation.
-      qkv: query heads, key heads, value heads.
+      qkv: query heads, key heads, value heads; partial sums in a decode step on a GPU.
       norms: scales of the query and key norms, for models that have them.
       positions, cache: as in ``attend``.
 
     Returns:
       ``(outputs, (keys, values))``, the heads side by side; keys and values as in ``attend``.
     """
-    batch, tokens, _, head_dim = qkv.shape
-    heads, kv_heads = config.num_heads, config.num_kv_heads
+    batch, tokens = positions.shape
+    heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
     frequencies = rope.inverse_frequencies(config.rope, head_dim)
     if cache is not None:
         reason = decode_attention.supports(
-            tokens=tokens, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=qkv.dtype
+            tokens=tokens, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=cache[0].dtype
         )
         if reason is None:
+            in_parts = isinstance(qkv, PartialSums)
+            sums = qkv if in_parts else PartialSums(qkv.astype(jnp.float32)[None, :, 0], qkv.shape[-1])
             cos, sin = rope.cos_sin(positions[:, 0], frequencies)
             outputs, *cache = decode_attention.decode_attention(
-                qkv.reshape(batch, -1), cos, sin, norms, config.rms_norm_eps, *cache, positions[:, 0]
+                sums, cos, sin, norms, config.rms_norm_eps, *cache, positions[:, 0]
             )
-            return outputs[:, None].astype(qkv.dtype), tuple(cache)
+            return outputs if in_parts else outputs.values[:, None], tuple(cache)
+    if isinstance(qkv, PartialSums):
+        qkv = qkv.total()[:, None].astype(cache[0].dtype)
+    qkv = qkv.reshape(batch, tokens, -1, head_dim)
     rotated, values = jnp.split(qkv, (heads + kv_heads,), axis=2)
     if norms is not None:
         is_query = jnp.arange(heads + kv_heads)[:, None] < heads

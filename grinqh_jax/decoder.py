@@ -16,8 +16,9 @@ from grinqh_jax.apply import HEAD, Apply, Dense
 from grinqh_jax.attention import KeyValues, attend_heads
 from grinqh_jax.config import ModelConfig
 from grinqh_jax.linear import DenseLinear, GradedLinear, Linear
-from grinqh_jax.norm import rms_norm
-from pallas_kernels import NestedWeight
+from grinqh_jax.norm import add_norm, rms_norm
+from grinqh_jax.swiglu import swiglu
+from pallas_kernels import Activations, NestedWeight, PartialSums
 
 LAYER_LINEARS = ("qkv", "o", "gate_up", "down")
 """The linear layers of one decoder layer, in the order in which they run."""
@@ -46,6 +47,12 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
         return rms_norm(x, self.scale[...], self.eps)
+
+    def add(
+        self, x: Float[Array, "b t d"], update: Float[Array, "b t d"] | PartialSums | None
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b t d"] | Activations]:
+        """``(x + update, its norm)``, see ``norm.add_norm``."""
+        return add_norm(x, update, self.scale[...], self.eps)
 
 
 class DecoderLayer(nnx.Module):
@@ -96,18 +103,28 @@ class DecoderLayer(nnx.Module):
         Returns:
           ``(x, kv)``: see ``attention.attend_heads`` for kv.
         """
-        config = self.config
-        heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        qkv = apply(f"{name}.qkv", self.qkv, self.input_norm(x)).astype(x.dtype)
-        qkv = qkv.reshape(*x.shape[:2], heads + 2 * kv_heads, head_dim)
+        x, update, kv = self.advance(name, x, None, positions, apply, kv)
+        if isinstance(update, PartialSums):
+            update = update.total()[:, None].astype(x.dtype)
+        return x + update, kv
+
+    def advance(
+        self,
+        name: str,
+        x: Float[Array, "b t d"],
+        update: Float[Array, "b t d"] | PartialSums | None,
+        positions: Int[Array, "b t"],
+        apply: Apply,
+        kv: KeyValues | None = None,
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b t d"] | PartialSums, KeyValues]:
+        """Runs the layer on ``x + update``, and leaves its own last addition to the norm that follows."""
+        x, normed = self.input_norm.add(x, update)
+        qkv = apply(f"{name}.qkv", self.qkv, normed)
         norms = None if self.q_norm is None else (self.q_norm.scale[...], self.k_norm.scale[...])
-        attended, kv = attend_heads(config, qkv, norms, positions, kv)
-        x = x + apply(f"{name}.o", self.o, attended).astype(x.dtype)
-        gate_up = apply(f"{name}.gate_up", self.gate_up, self.post_norm(x)).astype(x.dtype)
-        with jax.named_scope("mlp"):
-            gate, up = jnp.split(gate_up, 2, axis=-1)
-            activated = jax.nn.silu(gate) * up
-        return x + apply(f"{name}.down", self.down, activated).astype(x.dtype), kv
+        attended, kv = attend_heads(self.config, qkv, norms, positions, kv)
+        x, normed = self.post_norm.add(x, apply(f"{name}.o", self.o, attended))
+        activated = swiglu(apply(f"{name}.gate_up", self.gate_up, normed))
+        return x, apply(f"{name}.down", self.down, activated), kv
 
 
 class Decoder(nnx.Module):
@@ -141,17 +158,17 @@ class Decoder(nnx.Module):
         positions: Int[Array, "b t"],
         apply: Apply,
         cache: Sequence[KeyValues] | None = None,
-    ) -> tuple[Float[Array, "b t d"], list[KeyValues]]:
+    ) -> tuple[Float[Array, "b t d"] | Activations, list[KeyValues]]:
         """Hidden states after the final norm, and the keys and values of every layer."""
-        x = self.embed(tokens, self.compute_dtype)
+        x, update = self.embed(tokens, self.compute_dtype), None
         cache = [None] * len(self.layers) if cache is None else cache
         kept = []
         for i, (layer, kv) in enumerate(zip(self.layers, cache, strict=True)):
-            x, kv = layer(f"layers.{i}", x, positions, apply, kv)
+            x, update, kv = layer.advance(f"layers.{i}", x, update, positions, apply, kv)
             kept.append(kv)
-        return self.norm(x), kept
+        return self.norm.add(x, update)[1], kept
 
-    def logits(self, x: Float[Array, "*rows d"], apply: Apply) -> Float[Array, "*rows v"]:
+    def logits(self, x: Float[Array, "*rows d"] | Activations, apply: Apply) -> Float[Array, "*rows v"]:
         """float32 logits of hidden states."""
         return apply(HEAD, self.lm_head, x).astype(jnp.float32)
 

@@ -18,6 +18,10 @@ from grinqh_jax.cache import KVCache
 from grinqh_jax.decoder import Decoder, linear_names
 from grinqh_jax.sampling import Sampling, sample
 
+STEPS_A_LOOK = 4
+"""Decode steps between two looks at whether any row goes on: on a GPU a look is a wait of the host for the
+device, in which the device has nothing to do. The price is up to three steps of no use at a text's end."""
+
 Thresholds = Mapping[str, Float[Array, "b p"]]
 """Thresholds of every row of the batch, by the linear layer's name (``thresholds.model_thresholds``)."""
 
@@ -104,7 +108,7 @@ def decode_step(
     """
     strategy = apply.Dense() if thresholds is None else apply.Graded(thresholds)
     x, layers = model.hidden(tokens[:, None], cache.lengths[:, None], strategy, cache.layers)
-    logits = model.logits(x[:, 0], strategy)
+    logits = model.logits(x, strategy)[:, 0]
     advance = jnp.ones_like(cache.lengths) if active is None else active.astype(jnp.int32)
     cache = cache.updated(layers, cache.lengths + advance)
     if thresholds is None:
@@ -152,7 +156,7 @@ def decode_chunk(
 
     def generate_one(state):
         step, chunk, cache = state
-        active = ~chunk.done
+        active = ~chunk.done & (step < steps)
         logits, cache, grades = decode_step(model, chunk.last, cache, thresholds, active)
         token = jnp.where(active, sample(logits, sampling, cache.lengths), chunk.last)
         counts = chunk.counts + active
@@ -167,7 +171,10 @@ def decode_chunk(
         )
         return step + 1, chunk, cache
 
-    _, chunk, cache = jax.lax.while_loop(unfinished, generate_one, (0, start, cache))
+    def generate_some(state):
+        return jax.lax.fori_loop(0, STEPS_A_LOOK, lambda _, state: generate_one(state), state)
+
+    _, chunk, cache = jax.lax.while_loop(unfinished, generate_some, (0, start, cache))
     return chunk, cache
 
 

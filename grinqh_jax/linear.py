@@ -8,7 +8,7 @@ from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Float16, UInt32
 
-from pallas_kernels import NestedWeight, dequantize, graded_matvec
+from pallas_kernels import Activations, NestedWeight, PartialSums, dequantize, graded_partial_sums
 
 
 class Linear(Protocol):
@@ -78,10 +78,10 @@ class GradedLinear(nnx.Module):
         return _matmul(x, kernel, dtype)
 
     def graded(
-        self, x: Float[Array, "rows k"], thresholds: Float[Array, "rows p"]
-    ) -> tuple[Float[Array, "rows n"], Float[Array, "rows"]]:
-        """``(y, realised_bits)``: each channel read as its activation deserves; float32."""
-        return graded_matvec(x, self.weight, thresholds)
+        self, x: Activations, thresholds: Float[Array, "rows p"]
+    ) -> tuple[PartialSums, Float[Array, "rows"]]:
+        """``(y, realised_bits)``: each channel read as its activation deserves (``graded_partial_sums``)."""
+        return graded_partial_sums(x, self.weight, thresholds)
 
 
 def _matmul(x: jax.Array, kernel: jax.Array, dtype) -> jax.Array:

@@ -6,8 +6,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Int
 
-from pallas_kernels.decode_attention.program import THREADS, Refs, Shape, attention_program
-from pallas_kernels.matvec.mosaic_gpu import kernel as matvec_kernel
+from pallas_kernels.activations import Activations, PartialSums
+from pallas_kernels.decode_attention.merging import MergeRefs, merge_program
+from pallas_kernels.decode_attention.place import THREADS, Refs, Shape
+from pallas_kernels.decode_attention.program import attention_program
+from pallas_kernels.lanes import device
+from pallas_kernels.lanes.launch import lane_kernel
+from pallas_kernels.lanes.rows import Rows
 
 HEAD_DIMS = (64, 128)
 MAX_GROUP = 5
@@ -22,8 +27,6 @@ MIN_POSITIONS = 32
 
 def supports(*, tokens: int, heads: int, kv_heads: int, head_dim: int, dtype) -> str | None:
     """None if the kernel runs for these sizes on the device being compiled for, else the reason."""
-    if jax.__version_info__ < matvec_kernel.OLDEST_JAX:
-        return f"needs jax >= {'.'.join(map(str, matvec_kernel.OLDEST_JAX))}, this is {jax.__version__}"
     if tokens != 1:
         return f"takes one new token of each sequence, not {tokens}"
     if jnp.dtype(dtype) != jnp.bfloat16:
@@ -32,11 +35,11 @@ def supports(*, tokens: int, heads: int, kv_heads: int, head_dim: int, dtype) ->
         return f"takes heads of {' or '.join(map(str, HEAD_DIMS))}, not {head_dim}"
     if heads > MAX_GROUP * kv_heads:
         return f"takes at most {MAX_GROUP} query heads to a kv head, not {heads // kv_heads}"
-    return matvec_kernel._device_problem(matvec_kernel._target_device())
+    return device.problem()
 
 
 def decode_attention(
-    qkv: BFloat16[Array, "b row"],
+    qkv: PartialSums,
     cos: Float[Array, "b half"],
     sin: Float[Array, "b half"],
     scales: tuple[BFloat16[Array, "d"], BFloat16[Array, "d"]] | None,
@@ -44,7 +47,7 @@ def decode_attention(
     keys: BFloat16[Array, "b s kv_heads d"],
     values: BFloat16[Array, "b s kv_heads d"],
     lengths: Int[Array, "b"],
-) -> tuple[Float[Array, "b heads_d"], BFloat16[Array, "b s kv_heads d"], BFloat16[Array, "b s kv_heads d"]]:
+) -> tuple[Activations, BFloat16[Array, "b s kv_heads d"], BFloat16[Array, "b s kv_heads d"]]:
     """Norm, rotation, cache update and attention of one new token per sequence.
 
     Args:
@@ -57,65 +60,61 @@ def decode_attention(
         cache is full; the token attends to itself in any case.
 
     Returns:
-      ``(outputs, keys, values)``: float32 ``[B, heads * D]``, and the updated cache.
+      ``(outputs, keys, values)``: bfloat16 ``[B, heads * D]``, and the updated cache.
     """
     batch, capacity, kv_heads, head_dim = keys.shape
-    splits = max(1, min(BLOCKS // (batch * kv_heads), -(-capacity // MIN_POSITIONS)))
     shape = Shape(
         batch=batch,
         kv_heads=kv_heads,
-        group=qkv.shape[1] // (kv_heads * head_dim) - 2,
+        group=qkv.features // (kv_heads * head_dim) - 2,
         head_dim=head_dim,
         capacity=capacity,
-        splits=splits,
+        splits=max(1, min(BLOCKS // (batch * kv_heads), -(-capacity // MIN_POSITIONS))),
         eps=None if scales is None else eps,
+        parts=qkv.parts.shape[0],
+        stored_columns=qkv.parts.shape[2],
     )
     unscaled = jnp.ones(head_dim, jnp.bfloat16)
-    q_scale, k_scale = scales or (unscaled, unscaled)
+    q_scale, k_scale = (scale.astype(jnp.bfloat16) for scale in scales or (unscaled, unscaled))
     keys_ref, values_ref = jax.new_ref(keys), jax.new_ref(values)
-    parts = launch(shape)(qkv, cos, sin, q_scale, k_scale, lengths.astype(jnp.int32), keys_ref, values_ref)
-    return merge(*parts), jax.freeze(keys_ref), jax.freeze(values_ref)
-
-
-def merge(
-    mixed: Float[Array, "b h s g d"], maxima: Float[Array, "b h s g d"], sums: Float[Array, "b h s g d"]
-) -> Float[Array, "b n"]:
-    """The softmax over all splits. Written as single operations, which fuse into one kernel."""
-    splits = range(mixed.shape[2])
-    top = functools.reduce(jnp.maximum, [maxima[:, :, s] for s in splits])
-    weights = [jnp.exp2(maxima[:, :, s] - top) for s in splits]
-    total = sum(w * sums[:, :, s] for s, w in zip(splits, weights, strict=True))
-    outputs = sum(w * mixed[:, :, s] for s, w in zip(splits, weights, strict=True))
-    return (outputs / total).reshape(mixed.shape[0], -1)
+    lengths = lengths.astype(jnp.int32)
+    mixed, tops = _attention(shape)(qkv.parts, cos, sin, q_scale, k_scale, lengths, keys_ref, values_ref)
+    outputs, peaks = _merge(shape)(mixed, tops)
+    return Activations(outputs, peaks=peaks), jax.freeze(keys_ref), jax.freeze(values_ref)
 
 
 @functools.cache
-def launch(shape: Shape):
-    """The kernel: arguments and results as in ``program.Refs``, without the shared memory."""
-    from jax.experimental.mosaic import gpu as mosaic_gpu
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    from pallas_kernels.decode_attention.instructions import ptx_instructions
-
-    def decode_attention_kernel(*refs):
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
-        def lanes(context, *refs):
-            del context
-            attention_program(ptx_instructions(), shape, Refs(*refs))
-
-        lanes(*refs)
-
-    part = (shape.batch, shape.kv_heads, shape.splits, shape.group, shape.head_dim)
-    return plgpu.kernel(
-        decode_attention_kernel,
-        out_type=[jax.ShapeDtypeStruct(part, jnp.float32)] * 3,
-        scratch_types=[plgpu.SMEM((shape.shared_bytes,), jnp.int8)],
-        grid=(shape.blocks,),
-        grid_names=("block",),
-        num_threads=THREADS // 128,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=mosaic_gpu.LoweringSemantics.Lane,
-            unsafe_no_auto_barriers=True,
-        ),
+def _attention(shape: Shape):
+    """The kernel: arguments and results as in ``place.Refs``, without the shared memory."""
+    part = (shape.batch, shape.kv_heads, shape.splits, shape.group)
+    return lane_kernel(
+        "decode_attention_kernel",
+        lambda isa, refs: attention_program(isa, shape, Refs(*refs)),
+        outputs=[
+            jax.ShapeDtypeStruct((*part, shape.head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((*part, 2), jnp.float32),
+        ],
+        blocks=shape.blocks,
+        threads=THREADS,
+        shared_bytes=shape.shared_bytes,
     )
+
+
+@functools.cache
+def _merge(shape: Shape):
+    """Likewise, ``merging.MergeRefs``."""
+    rows = merged_rows(shape)
+    part = jax.ShapeDtypeStruct((rows.rows, rows.parts), jnp.float32)
+    return lane_kernel(
+        "merge_attention_kernel",
+        lambda isa, refs: merge_program(isa, shape, rows, MergeRefs(*refs)),
+        outputs=[jax.ShapeDtypeStruct((rows.rows, rows.columns), jnp.bfloat16), part],
+        blocks=rows.blocks,
+        threads=rows.threads,
+        shared_bytes=rows.shared_bytes,
+    )
+
+
+def merged_rows(shape: Shape) -> Rows:
+    """The attention's outputs."""
+    return Rows(shape.batch, shape.kv_heads * shape.group * shape.head_dim)

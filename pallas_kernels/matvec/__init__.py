@@ -1,5 +1,11 @@
 """Graded matrix-vector product over nested weights."""
 
-from pallas_kernels.matvec.api import IMPLEMENTATIONS, Implementation, choose, graded_matvec
+from pallas_kernels.matvec.api import (
+    IMPLEMENTATIONS,
+    Implementation,
+    choose,
+    graded_matvec,
+    graded_partial_sums,
+)
 
-__all__ = ["IMPLEMENTATIONS", "Implementation", "choose", "graded_matvec"]
+__all__ = ["IMPLEMENTATIONS", "Implementation", "choose", "graded_matvec", "graded_partial_sums"]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.activations import Activations, PartialSums
 from pallas_kernels.matvec import mosaic_gpu, reference, xla
 from pallas_kernels.weight import NestedWeight
 
@@ -13,14 +14,13 @@ Implementation = Literal["reference", "xla", "mosaic_gpu"]
 
 IMPLEMENTATIONS = {"mosaic_gpu": mosaic_gpu, "xla": xla, "reference": reference}
 """By name, in the order in which they are asked. Each has ``supports(x, weight)``, None or the reason
-why not, and ``graded_matvec(x [rows, K], weight, thresholds [rows, P])``."""
+why not, and ``partial_sums(x, weight, thresholds [rows, P])``, see ``graded_partial_sums``."""
 
 
 def graded_matvec(
     x: Float[Array, "*rows k"],
     weight: NestedWeight,
     thresholds: Float[Array, "*any p"],
-    units: Float[Array, "*rows u"] | None = None,
     *,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "*rows n"], Float[Array, "*rows"]]:
@@ -31,8 +31,6 @@ def graded_matvec(
       weight: the nested weight.
       thresholds: ``[P]``, or ``[rows, P]`` for a set of thresholds per row; ascending, ``>= 0``;
         channel j is read at level ``#{ l : |x_j| >= t_l }`` (see ``grading.levels``).
-      units: the thresholds are multiplied by their sum over the last axis, row by row: levels that follow
-        the scale of the activations at no cost, as sums in several parts fuse into whatever computes x.
       implementation: by name; by default the first that supports the arguments and the device.
 
     Returns:
@@ -45,12 +43,36 @@ def graded_matvec(
     """
     _check(x, weight, thresholds)
     rows = x if x.ndim == 2 else x[None]
-    thresholds = jnp.broadcast_to(thresholds, (rows.shape[0], weight.num_planes))
-    chosen = choose(rows, weight, implementation)
-    if units is not None:
-        units = jnp.broadcast_to(units, (rows.shape[0], units.shape[-1]))
-    y, bits = IMPLEMENTATIONS[chosen].graded_matvec(rows, weight, thresholds, units)
+    sums, bits = graded_partial_sums(
+        Activations(rows), weight, thresholds, implementation=implementation
+    )
+    y = sums.total()
     return (y, bits) if x.ndim == 2 else (y[0], bits[0])
+
+
+def graded_partial_sums(
+    x: Activations,
+    weight: NestedWeight,
+    thresholds: Float[Array, "*any p"],
+    *,
+    implementation: Implementation | None = None,
+) -> tuple[PartialSums, Float[Array, "rows"]]:
+    """``graded_matvec`` between neighbours that take part in its sums (see ``activations``).
+
+    Args:
+      x: activations, with parts of the norm that they still lack.
+      weight, thresholds, implementation: as in ``graded_matvec``.
+
+    Returns:
+      ``(sums, realised_bits)``: ``sums.total()`` is y.
+
+    Raises:
+      ValueError, NotImplementedError: as ``graded_matvec``.
+    """
+    _check(x.values, weight, thresholds)
+    thresholds = jnp.broadcast_to(thresholds, (x.values.shape[0], weight.num_planes))
+    chosen = choose(x.values, weight, implementation)
+    return IMPLEMENTATIONS[chosen].partial_sums(x, weight, thresholds)
 
 
 def choose(

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import codes, grading
+from pallas_kernels.activations import Activations, PartialSums
 from pallas_kernels.weight import NestedWeight
 
 
@@ -13,12 +14,10 @@ def supports(x, weight: NestedWeight) -> str | None:
     return None
 
 
-def graded_matvec(
-    x: jax.Array, weight: NestedWeight, thresholds: jax.Array, units: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """See ``api.graded_matvec``; ``x [rows, K]``, ``thresholds [rows, P]``, ``units [rows, U]``."""
-    if units is not None:
-        thresholds = thresholds * jnp.sum(units, axis=-1, keepdims=True)
+def partial_sums(
+    x: Activations, weight: NestedWeight, thresholds: jax.Array
+) -> tuple[PartialSums, jax.Array]:
+    """See ``api.graded_partial_sums``; one part."""
 
     def one_row(x, thresholds):
         level = grading.levels(x, thresholds)
@@ -26,4 +25,5 @@ def graded_matvec(
         y = jnp.dot(x.astype(jnp.float32), w, precision=jax.lax.Precision.HIGHEST)
         return y, grading.realised_bits(level)
 
-    return jax.lax.map(lambda row: one_row(*row), (x, thresholds))
+    y, bits = jax.lax.map(lambda row: one_row(*row), (x.values, x.scaled(thresholds)))
+    return PartialSums((y * x.factor())[None], weight.out_features), bits

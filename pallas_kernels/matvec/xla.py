@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import codes, grading, layout
+from pallas_kernels.activations import Activations, PartialSums
 from pallas_kernels.weight import NestedWeight
 
 ROWS_BY_CHANNEL = 8
@@ -31,25 +32,24 @@ def supports(x, weight: NestedWeight) -> str | None:
     return None
 
 
-def graded_matvec(
-    x: jax.Array, weight: NestedWeight, thresholds: jax.Array, units: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """See ``api.graded_matvec``; ``x [rows, K]``, ``thresholds [rows, P]``, ``units [rows, U]``, any rows."""
-    if units is not None:
-        thresholds = thresholds * jnp.sum(units, axis=-1, keepdims=True)
-    level = grading.levels(x, thresholds)
+def partial_sums(
+    x: Activations, weight: NestedWeight, thresholds: jax.Array
+) -> tuple[PartialSums, jax.Array]:
+    """See ``api.graded_partial_sums``; one part, any rows."""
+    level = grading.levels(x.values, x.scaled(thresholds))
     bits = grading.realised_bits(level)
     padding = ((0, 0), (0, weight.planes.shape[1] - weight.in_features))
-    x = jnp.pad(x.astype(jnp.float32), padding)
+    values = jnp.pad(x.values.astype(jnp.float32), padding)
     level = jnp.pad(level, padding)
     positions = layout.digit_major_positions(weight.scales.shape[1])
     scales = weight.scales[:, positions.argsort()].astype(jnp.float32)
-    arguments = (x, level, weight.planes, scales)
-    if len(x) <= ROWS_BY_CHANNEL:
+    arguments = (values, level, weight.planes, scales)
+    if len(values) <= ROWS_BY_CHANNEL:
         y = jax.lax.platform_dependent(*arguments, cpu=_by_channel, default=_dense)
     else:
         y = _dense(*arguments)
-    return y[:, positions[: weight.out_features]], bits
+    y = y[:, positions[: weight.out_features]] * x.factor()
+    return PartialSums(y[None], weight.out_features), bits
 
 
 def _by_channel(x, level, planes, scales):

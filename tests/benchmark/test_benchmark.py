@@ -151,15 +151,17 @@ def test_the_table_accounts_for_all_of_the_time(step_profile):
         kernels += [
             kernel("loop_add_fusion_1", start, 2.0),
             kernel("graded_matvec_kernel", start + 2, 10.0),
+            kernel("add_norm_kernel", start + 12, 1.5),
             kernel("graded_matvec_kernel", start + 15, 30.0),
             kernel("MemcpyD2H", start + 45, 1.0),
         ]
     hlo = '  %loop_add_fusion.1 = f32[4] fusion(), metadata={op_name="jit(f)/while/body/norm/add"}\n'
-    table = step_profile.tabulate(kernels, steps=2, hlo=hlo, matvecs=2)
-    assert table.categories["norm"] == (2.0, 1.0)
+    table = step_profile.tabulate(kernels, steps=2, hlo=hlo, matvecs=2, span=50.0)
+    assert table.categories["norm"] == (3.5, 2.0)
     assert table.categories["matvec"] == (10.0, 1.0)
     assert table.categories["head"] == (30.0, 1.0)
     assert table.categories["copies"] == (1.0, 1.0)
+    assert table.categories["no kernel"] == (pytest.approx(5.5), 0.0)
     assert sum(time for time, _ in table.categories.values()) == pytest.approx(table.span)
 
 

@@ -24,7 +24,7 @@ def test_agrees_with_xla(monkeypatch, name, lengths):
         jax.random.normal(k, (batch, capacity, config.num_kv_heads, config.head_dim), jnp.bfloat16)
         for k in keys[:2]
     )
-    qkv = jax.random.normal(keys[2], (batch, 1, all_heads, config.head_dim), jnp.bfloat16)
+    qkv = jax.random.normal(keys[2], (batch, 1, all_heads * config.head_dim), jnp.bfloat16)
     norms = tuple(1 + 0.2 * jax.random.normal(k, (config.head_dim,), jnp.bfloat16) for k in keys[3:])
     positions = jnp.array(lengths, jnp.int32)[:, None]
 
@@ -44,5 +44,8 @@ def test_agrees_with_xla(monkeypatch, name, lengths):
     fits = np.array(lengths) < capacity
     error = np.linalg.norm((outputs - expected)[fits]) / max(np.linalg.norm(expected[fits]), 1e-9)
     assert error < 1e-2
-    for mine, xla in zip(cached, expected_cached, strict=True):
-        np.testing.assert_allclose(mine, xla, rtol=2**-6, atol=1e-3)
+    # Before the rotation keys are rounded to bfloat16; where that falls the other way, a rotated key may be
+    # off by a 256th of the larger of the two numbers that it was made of.
+    np.testing.assert_allclose(cached[0], expected_cached[0], rtol=2**-7, atol=2**-7 * 5)
+    assert np.mean(cached[0] == expected_cached[0]) > 1 - 1e-3
+    np.testing.assert_array_equal(cached[1], expected_cached[1])

@@ -1,28 +1,28 @@
 """Runs the lane program on the numpy emulator."""
 
-import dataclasses
-
 import numpy as np
 
-from pallas_kernels import NestedWeight
+from pallas_kernels import Activations, NestedWeight
+from pallas_kernels.lanes.emulator import NumpyInstructions
 from pallas_kernels.matvec.mosaic_gpu import Config
-from pallas_kernels.matvec.mosaic_gpu.emulator import NumpyInstructions
 from pallas_kernels.matvec.mosaic_gpu.kernel import geometry_of
 from pallas_kernels.matvec.mosaic_gpu.program import Refs, graded_matvec_program
 
 
-def emulate(x, weight: NestedWeight, thresholds, config: Config, units=None) -> tuple[np.ndarray, np.ndarray]:
+def emulate(
+    x, weight: NestedWeight, thresholds, config: Config, squares=None, eps=0.0
+) -> tuple[np.ndarray, np.ndarray]:
     """``(y, realised bits)`` as ``graded_matvec`` returns them; fails if an output is left unwritten."""
-    if units is None:
-        units = np.ones((x.shape[0], 1), np.float32)
-    geometry = dataclasses.replace(geometry_of(x, weight, config), units=units.shape[1])
+    inputs = Activations(x, squares, eps=eps)
+    geometry = geometry_of(inputs, weight, config)
+    squares = thresholds if squares is None else squares
     isa = NumpyInstructions(
         blocks=geometry.blocks, threads=geometry.threads, shared_bytes=geometry.shared_bytes
     )
     unwritten = np.float32(12345.678)
     partials = np.full((geometry.slice_groups, geometry.rows, geometry.stored_n), unwritten)
     bits = np.full((geometry.rows,), unwritten)
-    inputs = [np.array(a) for a in (x, thresholds, units, weight.planes, weight.scales)]
+    inputs = [np.array(a) for a in (x, thresholds, squares, weight.planes, weight.scales)]
     refs = Refs(*(isa.array(a) for a in (*inputs, partials, bits)), shared=None)
     graded_matvec_program(isa, geometry, refs)
     isa.finish()

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from pallas_kernels.matvec.mosaic_gpu.emulator import NumpyInstructions
-from pallas_kernels.matvec.mosaic_gpu.instructions import Instructions, Value
+from pallas_kernels.lanes.emulator import NumpyInstructions
+from pallas_kernels.lanes.instructions import Instructions, Value
 
 THREADS = 128
 SHARED_BYTES = 4096
@@ -133,6 +133,9 @@ PROGRAMS = {
     "absolute": lambda isa, t: [isa.absolute(t.x), isa.absolute(isa.bits_to_float(t.a | 0x80000000))],
     "multiply_add": lambda isa, t: [isa.multiply_add(t.x, t.y, t.z)],
     "divide": lambda isa, t: [isa.divide(t.x, t.y), isa.divide(isa.constant(32512.0, "f32"), t.z)],
+    "exp2": lambda isa, t: [isa.exp2(t.x), isa.exp2(t.y * 20.0), isa.exp2(isa.constant(-1e30, "f32"))],
+    "rsqrt": lambda isa, t: [isa.rsqrt(isa.absolute(t.x)), isa.rsqrt(isa.absolute(t.y) * 1e20)],
+    "pack_bfloat16": lambda isa, t: [isa.pack_bfloat16(t.x, t.y), isa.pack_bfloat16(t.z * 1e-39, t.z * 1e38)],
     "maximum": lambda isa, t: [isa.maximum(t.a, t.b)],
     "count_bits": lambda isa, t: [isa.count_bits(t.a), isa.count_bits(t.b & 0xFF)],
     "permute_bytes": lambda isa, t: [
@@ -140,6 +143,7 @@ PROGRAMS = {
         isa.permute_bytes(t.a, t.b, t.b & 0x7777),
     ],
     "load_global": lambda isa, t: isa.load_global(t.source + 16, 4),
+    "early load": lambda isa, t: isa.load_global(t.source + 8, 2, "f32", early=True),
     "load_global_16": lambda isa, t: [isa.load_global_16(t.source + 22)],
     "shared memory": stores,
     "asynchronous copies": copies,

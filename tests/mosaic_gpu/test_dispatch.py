@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import AxisType
 from matvec_cases import Case
 
-from pallas_kernels import NestedWeight, graded_matvec
+from pallas_kernels import NestedWeight, PartialSums, graded_matvec
+from pallas_kernels.lanes import device
 from pallas_kernels.matvec import choose
 from pallas_kernels.matvec.mosaic_gpu import Config, geometry, kernel, supports, tuning
 
@@ -17,14 +18,14 @@ SHAPES = [(1024, 1024), (2048, 8192), (4096, 24576), (5120, 151936), (300, 700),
 GPUS = [("NVIDIA H200", 132), ("NVIDIA GeForce RTX 4090", 128)]
 
 needs_mosaic = pytest.mark.skipif(
-    jax.__version_info__ < kernel.OLDEST_JAX, reason="the kernel needs jax >= 0.11.2"
+    jax.__version_info__ < device.OLDEST_JAX, reason="the kernel needs jax >= 0.11.2"
 )
 
 
 def compiling_for(kind: str, multiprocessors: int, platform: str = "gpu"):
     """A context in which programs are lowered for a device that is not here."""
-    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=multiprocessors, platform=platform)
-    mesh = jax.sharding.AbstractMesh((1,), ("x",), (AxisType.Explicit,), abstract_device=device)
+    gpu = jax.sharding.AbstractDevice(device_kind=kind, num_cores=multiprocessors, platform=platform)
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), (AxisType.Explicit,), abstract_device=gpu)
     return jax.sharding.use_abstract_mesh(mesh)
 
 
@@ -94,8 +95,8 @@ class OldGpu:
 
 
 def test_declines_an_old_gpu(monkeypatch):
-    monkeypatch.setattr(jax, "__version_info__", kernel.OLDEST_JAX)
-    monkeypatch.setattr(kernel, "_target_device", OldGpu)
+    monkeypatch.setattr(jax, "__version_info__", device.OLDEST_JAX)
+    monkeypatch.setattr(device, "target_device", OldGpu)
     x, weight, _ = abstract_arguments(256, 512)
     assert supports(x, weight) == "needs compute capability 8.0 or later, NVIDIA Tesla V100 has 7.0"
 
@@ -154,7 +155,6 @@ def test_the_rule_gives_launches_that_fit(k, n, multiprocessors):
 
 def test_partial_sums_are_added_from_the_first_to_the_last():
     """float32 addition is not associative: 1 disappears beside 2**24 unless 2**24 is cancelled first."""
-    partials = jnp.asarray([2.0**24, -(2.0**24), 1.0, 2.0**24], jnp.float32)[:, None, None]
-    assert kernel.in_order_sum(partials)[0, 0] == 2.0**24
-    assert kernel.in_order_sum(partials[:3])[0, 0] == 1
-    assert kernel.in_order_sum(partials[jnp.asarray([2, 0, 1])])[0, 0] == 0
+    parts = jnp.asarray([2.0**24, -(2.0**24), 1.0, 2.0**24], jnp.float32)[:, None, None]
+    for order, total in (([0, 1, 2, 3], 2.0**24), ([0, 1, 2], 1), ([2, 0, 1], 0)):
+        assert PartialSums(parts[jnp.asarray(order)], 1).total()[0, 0] == total

@@ -5,9 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
-from pallas_kernels.matvec.mosaic_gpu.emulated_memory import EmulationError
-from pallas_kernels.matvec.mosaic_gpu.emulator import LaneValue, NumpyInstructions
-from pallas_kernels.matvec.mosaic_gpu.instructions import Instructions
+from pallas_kernels.lanes.emulated_memory import EmulationError
+from pallas_kernels.lanes.emulator import LaneValue, NumpyInstructions
+from pallas_kernels.lanes.instructions import Instructions
 
 WARPS = 2
 THREADS = 32 * WARPS
@@ -86,8 +86,21 @@ def test_float_instructions(isa, rng):
     exact = a.data.astype(np.float64) * b.data + c.data
     np.testing.assert_array_equal(isa.multiply_add(a, b, c).data, exact.astype(np.float32))
     np.testing.assert_allclose(isa.divide(a, b).data, a.data / b.data, rtol=3e-7)
+    np.testing.assert_allclose(isa.exp2(a * 10.0).data, np.exp2(10.0 * a.data.astype(np.float64)), rtol=3e-6)
+    assert (isa.exp2(isa.constant(-1e30, "f32")).data == 0).all()
+    exact = 1 / np.sqrt(np.abs(a.data.astype(np.float64)))
+    np.testing.assert_allclose(isa.rsqrt(isa.absolute(a)).data, exact, rtol=3e-7)
     for data, expected in ((np.nan, np.nan), (-np.inf, np.inf)):
         np.testing.assert_array_equal(isa.absolute(isa.constant(data, "f32")).data, np.float32(expected))
+
+
+def test_pack_bfloat16_rounds_to_even_and_keeps_nan(isa):
+    for number, bits in ((1.0, 0x3F80), (1 + 2**-8, 0x3F80), (1 + 3 * 2**-8, 0x3F82), (-np.inf, 0xFF80)):
+        word = isa.pack_bfloat16(isa.constant(number, "f32"), isa.constant(-2.0, "f32")).data
+        assert (word.view(np.uint32) == (0xC000 << 16) + bits).all()
+    nan = isa.pack_bfloat16(isa.constant(np.nan, "f32"), isa.constant(0.0, "f32")).data
+    assert ((nan & 0x7F80) == 0x7F80).all()
+    assert (nan & 0x7F).all()
 
 
 def test_maximum_orders_numbers_infinity_and_nan(isa):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from matvec_cases import Case
 
-from pallas_kernels import graded_matvec
+from pallas_kernels import Activations, graded_matvec, graded_partial_sums
 from pallas_kernels.matvec.mosaic_gpu import Config, kernel
 
 pytestmark = pytest.mark.gpu
@@ -52,14 +52,16 @@ def test_agrees_with_float64(case):
     np.testing.assert_array_equal(np.asarray(y), np.asarray(again))
 
 
-def test_thresholds_count_in_the_sum_of_the_units_of_their_row():
+def test_a_norm_that_is_still_to_be_applied():
+    """Factors 1/2, 1 and 2 are exact, so the levels are those of the multiplied activations."""
     x, weight, thresholds = Case(300, 512, rows=3).arrays()
-    units = np.asarray([[1, 0.5, 0.5], [4, 3, 1], [0.25, 0.125, 0.125]], np.float32)  # 2, 8, 1/2: exact
-    scaled = thresholds / units.sum(axis=1, keepdims=True)
-    expected = graded_matvec(x, weight, thresholds, implementation="mosaic_gpu")
-    got = graded_matvec(x, weight, scaled, units, implementation="mosaic_gpu")
-    np.testing.assert_array_equal(np.asarray(got[0]), np.asarray(expected[0]))
-    np.testing.assert_array_equal(np.asarray(got[1]), np.asarray(expected[1]))
+    squares = np.asarray([[1, 2, 0.75], [0.25, 0.5, 0], [0, 0, 0]], np.float32)
+    normed = (x.astype(np.float32) * [[0.5], [1], [2]]).astype(x.dtype)
+    inputs = Activations(jnp.asarray(x), jnp.asarray(squares), eps=0.25)
+    sums, bits = graded_partial_sums(inputs, weight, thresholds, implementation="mosaic_gpu")
+    y, expected_bits = graded_matvec(normed, weight, thresholds, implementation="mosaic_gpu")
+    np.testing.assert_allclose(sums.total(), y, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(bits, expected_bits, atol=0.02)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -5,6 +5,6 @@ Reading order: ``program`` (the algorithm and the data layout), ``instructions``
 """
 
 from pallas_kernels.matvec.mosaic_gpu.geometry import Config
-from pallas_kernels.matvec.mosaic_gpu.kernel import graded_matvec, supports
+from pallas_kernels.matvec.mosaic_gpu.kernel import graded_matvec, partial_sums, supports
 
-__all__ = ["Config", "graded_matvec", "supports"]
+__all__ = ["Config", "graded_matvec", "partial_sums", "supports"]

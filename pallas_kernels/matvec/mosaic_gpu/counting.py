@@ -1,8 +1,8 @@
 """The CTAs that count levels."""
 
 from pallas_kernels import layout
-from pallas_kernels.matvec.mosaic_gpu.geometry import LANES, Geometry
-from pallas_kernels.matvec.mosaic_gpu.instructions import Instructions, Value
+from pallas_kernels.lanes.instructions import LANES, Instructions, Value
+from pallas_kernels.matvec.mosaic_gpu.geometry import Geometry
 from pallas_kernels.matvec.mosaic_gpu.listing import load_activation, load_thresholds
 from pallas_kernels.matvec.mosaic_gpu.place import Refs
 
@@ -14,7 +14,7 @@ a microsecond or two."""
 def count_levels(isa: Instructions, g: Geometry, refs: Refs) -> None:
     """Mean bits read of one activation row: ``2 / in_features`` times the sum of its channels' levels."""
     thread, row = isa.thread_index(), isa.block_index() - g.matvec_blocks
-    thresholds = load_thresholds(isa, g, refs, row)
+    thresholds, _ = load_thresholds(isa, g, refs, row)
     first = isa.global_address(refs.x) + isa.widen((row * g.in_features + thread) * g.x_bytes)
     stride = g.threads * g.x_bytes
 

@@ -3,9 +3,7 @@
 import dataclasses
 
 from pallas_kernels import layout
-
-LANES = 32
-"""Lanes of a warp."""
+from pallas_kernels.lanes.instructions import LANES
 
 WARPS_PER_WARPGROUP = 4
 """Mosaic GPU launches whole warpgroups."""
@@ -88,7 +86,8 @@ class Geometry:
       rows: activation rows, 1 to 8.
       x_dtype: "float32", "bfloat16" or "float16".
       config: the tuning.
-      units: parts that the unit of a row's thresholds comes in.
+      squares: parts that the mean square comes in, by the root of which y is divided; 0: y is not divided.
+      eps: added to the mean square.
     """
 
     in_features: int
@@ -98,7 +97,8 @@ class Geometry:
     rows: int
     x_dtype: str
     config: Config
-    units: int = 1
+    squares: int = 0
+    eps: float = 0.0
 
     @property
     def x_bytes(self) -> int:

@@ -3,8 +3,8 @@
 import dataclasses
 
 from pallas_kernels import layout
-from pallas_kernels.matvec.mosaic_gpu.geometry import LANES, ROW_BYTES, STEP_ROWS, Geometry
-from pallas_kernels.matvec.mosaic_gpu.instructions import Instructions, Value
+from pallas_kernels.lanes.instructions import LANES, Instructions, Value
+from pallas_kernels.matvec.mosaic_gpu.geometry import ROW_BYTES, STEP_ROWS, Geometry
 from pallas_kernels.matvec.mosaic_gpu.place import Place, Refs
 
 PEAK_CODE = 127 * 256
@@ -37,6 +37,8 @@ class Operands:
     """f32 [row][q], zero in padding."""
     valid: list[Value]
     """[q]: the channel is not padding."""
+    factors: list[Value] | None
+    """f32 [row]: what the norm still has to multiply x by."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Listed:
     sums: list[Value]
     """i32 [row]: all integers in the list, summed."""
     peaks: list[Value]
-    """f32 [row]: as in ``Grades``."""
+    """f32 [row]: as in ``Grades``, times the norm's factor: what the row's outputs are multiplied by."""
 
 
 def fetch(isa: Instructions, g: Geometry, refs: Refs, place: Place) -> Operands:
@@ -69,7 +71,7 @@ def fetch(isa: Instructions, g: Geometry, refs: Refs, place: Place) -> Operands:
     channels = [place.channel + LANES * q for q in range(g.channels_per_lane)]
     valid = [channel < g.in_features for channel in channels]
     zero = isa.constant(0.0, "f32")
-    rows_x, rows_thresholds = [], []
+    rows_x, rows_thresholds, factors = [], [], []
     for r in range(g.rows_per_cta):
         row = place.first_row + r
         exists = None
@@ -82,22 +84,44 @@ def fetch(isa: Instructions, g: Geometry, refs: Refs, place: Place) -> Operands:
             element = isa.select(ok, row * g.in_features + channel, isa.constant(0))
             number = load_activation(isa, g, x + isa.widen(element * g.x_bytes))
             rows_x[-1].append(isa.select(ok, number, zero))
-        limits = load_thresholds(isa, g, refs, row)
+        limits, factor = load_thresholds(isa, g, refs, row)
+        factors.append(factor)
         if exists is not None:
             limits = [isa.select(exists, t, isa.constant(float("inf"), "f32")) for t in limits]
         rows_thresholds.append(limits)
-    return Operands(thresholds=rows_thresholds, x=rows_x, valid=valid)
+    return Operands(thresholds=rows_thresholds, x=rows_x, valid=valid, factors=factors if g.squares else None)
 
 
-def load_thresholds(isa: Instructions, g: Geometry, refs: Refs, row: Value) -> list[Value]:
-    """The thresholds of one activation row, in the scale of the activations."""
+def load_thresholds(
+    isa: Instructions, g: Geometry, refs: Refs, row: Value
+) -> tuple[list[Value], Value | None]:
+    """The thresholds of one activation row in the scale of the activations, and the norm's factor."""
     address = isa.global_address(refs.thresholds) + isa.widen(row * (4 * g.planes))
     thresholds = [isa.load_global(address + 4 * f, kind="f32")[0] for f in range(g.planes)]
-    address = isa.global_address(refs.units) + isa.widen(row * (4 * g.units))
-    unit, *others = [isa.load_global(address + 4 * i, kind="f32")[0] for i in range(g.units)]
-    for part in others:
-        unit = unit + part
-    return [t * unit for t in thresholds]
+    if not g.squares:
+        return thresholds, None
+    square = sum_of_parts(isa, refs.squares, row, g.squares) + g.eps
+    factor = isa.rsqrt(square)
+    return [t * (square * factor) for t in thresholds], factor
+
+
+def sum_of_parts(isa: Instructions, ref, row: Value, parts: int) -> Value:
+    """Sum of one row of ``f32 [rows, parts]``: a part or a few to each lane, then a sum over the warp."""
+    lane = isa.thread_index() & (LANES - 1)
+    total = None
+    for first in range(0, parts, LANES):
+        count = min(LANES, parts - first)
+        index = lane if count == LANES else isa.select(lane < count, lane, isa.constant(0))
+        address = isa.global_address(ref) + isa.widen((row * parts + index + first) << 2)
+        (part,) = isa.load_global(address, kind="f32")
+        if parts == 1:
+            return part
+        if count < LANES:
+            part = isa.select(lane < count, part, isa.constant(0.0, "f32"))
+        total = part if total is None else total + part
+    for distance in (1, 2, 4, 8, 16):
+        total = total + isa.shuffle_xor(total, distance)
+    return total
 
 
 def load_activation(isa: Instructions, g: Geometry, address: Value) -> Value:
@@ -160,7 +184,10 @@ def compact(isa: Instructions, g: Geometry, place: Place, operands: Operands, gr
     address = place.list + pad * g.entry_bytes
     store_entry(isa, g, address, padding_offset(isa, g, place), padding, where=pad < (steps << 3))
     isa.warp_barrier()
-    return Listed(steps=steps, sums=[isa.reduce_add(s) for s in sums], peaks=grades.peaks)
+    peaks = grades.peaks
+    if operands.factors is not None:
+        peaks = [peak * factor for peak, factor in zip(peaks, operands.factors, strict=True)]
+    return Listed(steps=steps, sums=[isa.reduce_add(s) for s in sums], peaks=peaks)
 
 
 def park(isa: Instructions, g: Geometry, place: Place, listed: Listed) -> None:

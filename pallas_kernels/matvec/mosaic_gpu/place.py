@@ -4,8 +4,8 @@ import dataclasses
 from typing import Any
 
 from pallas_kernels import layout
-from pallas_kernels.matvec.mosaic_gpu.geometry import LANES, SCALES_BYTES, Geometry
-from pallas_kernels.matvec.mosaic_gpu.instructions import Instructions, Value
+from pallas_kernels.lanes.instructions import LANES, Instructions, Value
+from pallas_kernels.matvec.mosaic_gpu.geometry import SCALES_BYTES, Geometry
 
 COPY_BYTES = 16
 """Bytes of one asynchronous copy of one lane."""
@@ -15,14 +15,14 @@ COPY_BYTES = 16
 class Refs:
     """Arrays in global memory, and the CTA's shared memory.
 
-    ``x [rows, in_features]``; ``thresholds f32 [rows, P]``, which count in the sum of
-    ``units f32 [rows, U]``; ``planes`` and ``scales`` of the weight. Written:
+    ``x [rows, in_features]``; ``thresholds f32 [rows, P]``; ``squares f32 [rows, S]``, whose sum is the mean square that x is yet to be
+    divided by the root of; ``planes`` and ``scales`` of the weight. Written:
     ``partials f32 [slice_groups, rows, N]`` and ``bits f32 [rows]``, the mean bits read.
     """
 
     x: Any
     thresholds: Any
-    units: Any
+    squares: Any
     planes: Any
     scales: Any
     partials: Any

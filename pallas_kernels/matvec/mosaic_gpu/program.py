@@ -57,9 +57,9 @@ A NaN or Inf in x is read at every level, becomes the peak of its warp, and so t
 of the warp is multiplied by.
 """
 
+from pallas_kernels.lanes.instructions import Instructions
 from pallas_kernels.matvec.mosaic_gpu.counting import count_levels
 from pallas_kernels.matvec.mosaic_gpu.geometry import Geometry
-from pallas_kernels.matvec.mosaic_gpu.instructions import Instructions
 from pallas_kernels.matvec.mosaic_gpu.listing import compact, fetch, grade, park
 from pallas_kernels.matvec.mosaic_gpu.place import Refs, locate
 from pallas_kernels.matvec.mosaic_gpu.reduction import combine, copy_scales, reduce

@@ -1,8 +1,8 @@
 """Phases combine and reduce: from integer sums of a warp to a partial sum of the CTA."""
 
 from pallas_kernels import layout
-from pallas_kernels.matvec.mosaic_gpu.geometry import LANES, SCALES_BYTES, Geometry
-from pallas_kernels.matvec.mosaic_gpu.instructions import Instructions, Value
+from pallas_kernels.lanes.instructions import LANES, Instructions, Value
+from pallas_kernels.matvec.mosaic_gpu.geometry import SCALES_BYTES, Geometry
 from pallas_kernels.matvec.mosaic_gpu.listing import PEAK_CODE
 from pallas_kernels.matvec.mosaic_gpu.place import COPY_BYTES, Place, Refs
 from pallas_kernels.matvec.mosaic_gpu.streaming import accumulator

@@ -1,7 +1,7 @@
 """Phases stream and multiply: listed rows through the warp's ring to the matrix unit."""
 
+from pallas_kernels.lanes.instructions import Instructions, Value
 from pallas_kernels.matvec.mosaic_gpu.geometry import ROW_BYTES, STEP_BYTES, STEP_ROWS, Geometry
-from pallas_kernels.matvec.mosaic_gpu.instructions import Instructions, Value
 from pallas_kernels.matvec.mosaic_gpu.place import COPY_BYTES, Place, Refs
 
 COPY_LANES = ROW_BYTES // COPY_BYTES

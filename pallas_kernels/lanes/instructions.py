@@ -1,6 +1,6 @@
-"""The instruction set that the kernel is written in: what one lane of a CUDA warp can do.
+"""The instruction set that the kernels are written in: what one lane of a CUDA warp can do.
 
-Pallas has no ballots, shuffles, gathers by lane, byte permutes or integer matrix instructions, so the
+Pallas has no ballots, shuffles, gathers by lane, byte permutes or integer matrix instructions, so a
 kernel is a *lane program*: Python code that calls the instructions below and describes what a single
 lane does. Two back ends carry it out: ``ptx`` emits MLIR and PTX inside a Pallas Mosaic GPU kernel,
 ``emulator`` executes all lanes in lockstep on numpy arrays. This page is the specification of both.
@@ -17,6 +17,9 @@ import abc
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
+
+LANES = 32
+"""Lanes of a warp."""
 
 Kind = Literal["i32", "i64", "f32", "bool"]
 """What a lane's register holds. ``i32`` serves signed and unsigned numbers and raw bits alike."""
@@ -152,6 +155,18 @@ class Instructions(abc.ABC):
         """``a / b`` in ``f32`` within 2 ulp over the full range."""
 
     @abc.abstractmethod
+    def exp2(self, x: Value) -> Value:
+        """``2**x`` in ``f32`` within 2 ulp; 0 far below zero."""
+
+    @abc.abstractmethod
+    def rsqrt(self, x: Value) -> Value:
+        """``1 / sqrt(x)`` in ``f32`` within 2 ulp."""
+
+    @abc.abstractmethod
+    def pack_bfloat16(self, low: Value, high: Value) -> Value:
+        """Two ``f32`` rounded to the nearest bfloat16, ties to even, as the halves of an ``i32``."""
+
+    @abc.abstractmethod
     def maximum(self, a: Value, b: Value) -> Value:
         """The larger of two ``i32`` as unsigned. On the bits of non-negative floats it orders
         numbers < Inf < NaN, so that a NaN wins instead of being dropped."""
@@ -167,8 +182,14 @@ class Instructions(abc.ABC):
 
     # --- memory ----------------------------------------------------------------------------------
     @abc.abstractmethod
-    def load_global(self, address: Value, count: int = 1, kind: Kind = "i32") -> list[Value]:
-        """``count`` (1, 2 or 4) consecutive 32-bit words that nothing writes while the kernel runs."""
+    def load_global(
+        self, address: Value, count: int = 1, kind: Kind = "i32", *, early: bool = False
+    ) -> list[Value]:
+        """``count`` (1, 2 or 4) consecutive 32-bit words that nothing writes while the kernel runs.
+
+        With ``early`` the load starts here, ahead of what is written after it; otherwise the compiler may
+        move it.
+        """
 
     @abc.abstractmethod
     def load_global_16(self, address: Value) -> Value:

@@ -10,7 +10,7 @@ from jax.experimental.mosaic.gpu import utils as mosaic
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, scf
 
-from pallas_kernels.matvec.mosaic_gpu.instructions import Instructions, Kind, Value
+from pallas_kernels.lanes.instructions import Instructions, Kind, Value
 
 _INTEGER = {
     "add": arith.addi,
@@ -159,6 +159,15 @@ class PtxInstructions(Instructions):
     def divide(self, a, b):
         return _assemble("div.full.f32 $0, $1, $2;", [a, b], ("f32",))[0]
 
+    def exp2(self, x):
+        return _assemble("ex2.approx.ftz.f32 $0, $1;", [x], ("f32",))[0]
+
+    def rsqrt(self, x):
+        return _assemble("rsqrt.approx.f32 $0, $1;", [x], ("f32",))[0]
+
+    def pack_bfloat16(self, low, high):
+        return _assemble("cvt.rn.bf16x2.f32 $0, $2, $1;", [low, high], ("i32",))[0]
+
     def maximum(self, a, b):
         return PtxValue(arith.maxui(a.ssa, b.ssa), "i32")
 
@@ -169,9 +178,9 @@ class PtxInstructions(Instructions):
         selector = selector if isinstance(selector, PtxValue) else _constant(selector, "i32")
         return _assemble("prmt.b32 $0, $1, $2, $3;", [low, high, selector], ("i32",))[0]
 
-    def load_global(self, address, count=1, kind="i32"):
+    def load_global(self, address, count=1, kind="i32", *, early=False):
         template = f"ld.global.nc{_VECTOR[count]}.b32 {_operands(count, 0)}, [${count}];"
-        return _assemble(template, [address], (kind,) * count)
+        return _assemble(template, [address], (kind,) * count, effects=early)
 
     def load_global_16(self, address):
         template = "{ .reg .b16 h; ld.global.nc.b16 h, [$1]; cvt.u32.u16 $0, h; }"

@@ -11,10 +11,11 @@ What it does not show: memory ordering between CTAs (the kernel has none), timin
 
 import contextlib
 
+import ml_dtypes
 import numpy as np
 
-from pallas_kernels.matvec.mosaic_gpu.emulated_memory import LANES, EmulationError, SharedMemory
-from pallas_kernels.matvec.mosaic_gpu.instructions import Instructions, Value
+from pallas_kernels.lanes.emulated_memory import EmulationError, SharedMemory
+from pallas_kernels.lanes.instructions import LANES, Instructions, Value
 
 _ADDRESS_BITS = 40
 """A global address is ``(array number << 40) + byte``."""
@@ -167,6 +168,19 @@ class NumpyInstructions(Instructions):
         with np.errstate(all="ignore"):
             return LaneValue(a.data / b.data, "f32")
 
+    def exp2(self, x):
+        with np.errstate(all="ignore"):
+            return LaneValue(np.exp2(x.data), "f32")
+
+    def rsqrt(self, x):
+        with np.errstate(all="ignore"):
+            return LaneValue(1 / np.sqrt(x.data), "f32")
+
+    def pack_bfloat16(self, low, high):
+        # Not by arithmetic on the bits: that would make a number of some NaNs.
+        halves = np.stack([low.data, high.data], 1).astype(ml_dtypes.bfloat16)
+        return LaneValue(halves.view(np.int32)[:, 0], "i32")
+
     def maximum(self, a, b):
         return LaneValue(np.maximum(a.data.view(np.uint32), b.data.view(np.uint32)).view(np.int32), "i32")
 
@@ -180,7 +194,7 @@ class NumpyInstructions(Instructions):
         return LaneValue(np.take_along_axis(source, index, 1).view(np.int32)[:, 0], "i32")
 
     # --- memory ----------------------------------------------------------------------------------
-    def load_global(self, address, count=1, kind="i32"):
+    def load_global(self, address, count=1, kind="i32", *, early=False):
         words = self._load(address, 4 * count).view(_DTYPE[kind])
         return [LaneValue(words[:, i], kind) for i in range(count)]
 

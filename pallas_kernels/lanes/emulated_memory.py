@@ -2,7 +2,7 @@
 
 import numpy as np
 
-LANES = 32
+from pallas_kernels.lanes.instructions import LANES
 
 
 class EmulationError(Exception):

@@ -1,0 +1,74 @@
+"""The new token's query, key and value: summed, normed, rotated, put into shared memory and the cache."""
+
+import math
+
+from pallas_kernels.decode_attention.place import Place, Refs, Shape
+from pallas_kernels.lanes.instructions import Value
+from pallas_kernels.lanes.rows import load_pair, sum_of_pairs, unpack_bfloat16
+
+
+def new_vectors(
+    isa, shape: Shape, refs: Refs, place: Place, shared: Value, length: Value, takes_new: Value
+) -> None:
+    """Warp h < group prepares query head h; where needed, the next warps the new key and the new value.
+
+    Elsewhere those warps read a query head too, which costs nothing, and what they make is not used.
+    """
+    dim, half_words = shape.head_dim, shape.head_dim // 4  # words of half a head
+    word = place.lane & (half_words - 1)
+    is_query, is_key = place.warp < shape.group, place.warp.equals(shape.group)
+    is_value = place.warp.equals(shape.group + 1)
+    first_query = place.kv_head * shape.group
+    key_head = place.kv_head + shape.group * shape.kv_heads
+    other = isa.select(is_key, key_head, key_head + shape.kv_heads)
+    head = isa.select(
+        is_query,
+        first_query + place.warp,
+        isa.select(takes_new & (is_key | is_value), other, first_query),
+    )
+    first = place.batch * shape.stored_columns + head * dim + word * 2
+    stride = shape.batch * shape.stored_columns
+    halves = [sum_of_pairs(isa, refs.qkv, first + offset, stride, shape.parts) for offset in (0, dim // 2)]
+    raw = [isa.pack_bfloat16(*half) for half in halves]
+    numbers = [unpack_bfloat16(isa, w) for w in raw]
+    if shape.eps is not None:
+        total = numbers[0][0] * numbers[0][0]
+        for x in (numbers[0][1], *numbers[1]):
+            total = isa.multiply_add(x, x, total)
+        distance = 1
+        while distance < half_words:
+            total = total + isa.shuffle_xor(total, distance)
+            distance *= 2
+        inverse = isa.rsqrt(total * (1 / dim) + shape.eps)
+        scale_addresses = [isa.global_address(a) + isa.widen(word * 4) for a in (refs.q_scale, refs.k_scale)]
+        normed = []
+        for half, offset in zip(numbers, (0, dim), strict=True):
+            of_query, of_key = (isa.load_global(address + offset)[0] for address in scale_addresses)
+            scales = unpack_bfloat16(isa, isa.select(is_query, of_query, of_key))
+            scaled = [x * inverse * s for x, s in zip(half, scales, strict=True)]
+            normed.append(unpack_bfloat16(isa, isa.pack_bfloat16(*scaled)))
+        numbers = normed
+    angle = place.batch * (dim // 2) + word * 2
+    cos, sin = load_pair(isa, refs.cos, angle), load_pair(isa, refs.sin, angle)
+    low = [a * c - b * s for a, b, c, s in zip(*numbers, cos, sin, strict=True)]
+    high = [b * c + a * s for a, b, c, s in zip(*numbers, cos, sin, strict=True)]
+    rotated = [isa.pack_bfloat16(*low), isa.pack_bfloat16(*high)]
+    words = [isa.select(is_value, w, r) for w, r in zip(raw, rotated, strict=True)]
+
+    unit = isa.select(
+        is_query,
+        isa.constant(math.log2(math.e) / math.sqrt(dim), "f32"),
+        isa.constant(1.0, "f32"),
+    )
+    mine = (place.warp < shape.group + 2) & (place.lane < half_words)
+    for half, w in enumerate(words):
+        target = shared + place.warp * (4 * dim) + word * 8 + half * (2 * dim)
+        isa.store_shared(target, [x * unit for x in unpack_bfloat16(isa, w)], mine)
+    slot = (place.batch * shape.capacity + length) * shape.kv_heads + place.kv_head
+    offset = isa.widen(slot) * (2 * dim) + isa.widen(word * 4)
+    writes = mine & takes_new & (length < shape.capacity)
+    for cache, is_mine in ((refs.keys, is_key), (refs.values, is_value)):
+        with isa.when(writes & is_mine):
+            target = isa.global_address(cache) + offset
+            isa.store_global(target, [words[0]])
+            isa.store_global(target + dim, [words[1]])

@@ -1,0 +1,5 @@
+"""The rows of activations between two graded products of a decode step: residual and norm, SwiGLU."""
+
+from pallas_kernels.decode_rows.kernel import add_norm, supports, swiglu
+
+__all__ = ["add_norm", "supports", "swiglu"]

@@ -1,0 +1,43 @@
+"""The device being compiled for, and whether lane programs run on it."""
+
+import jax
+
+OLDEST_JAX = (0, 11, 2)
+OLDEST_ARCHITECTURE = (8, 0)
+
+DEFAULT_MULTIPROCESSORS = 132
+"""Where the device does not say (an H200's)."""
+
+
+def problem() -> str | None:
+    """Why lane programs do not run on the device being compiled for, or None if they do."""
+    if jax.__version_info__ < OLDEST_JAX:
+        return f"needs jax >= {'.'.join(map(str, OLDEST_JAX))}, this is {jax.__version__}"
+    device = target_device()
+    if device.platform not in ("gpu", "cuda"):
+        return f"needs an NVIDIA GPU, the device is {device.platform}"
+    if "NVIDIA" not in device.device_kind.upper():
+        return f"needs an NVIDIA GPU, the device is {device.device_kind}"
+    capability = getattr(device, "compute_capability", None)
+    if capability is not None:
+        architecture = tuple(int(part) for part in capability.split("."))
+        if architecture < OLDEST_ARCHITECTURE:
+            return f"needs compute capability 8.0 or later, {device.device_kind} has {capability}"
+    return None
+
+
+def target_device():
+    """The device being compiled for: that of the abstract mesh in use, else the default one."""
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is not None:
+        return abstract
+    default = jax.config.jax_default_device
+    if default is None or isinstance(default, str):
+        return jax.devices(default)[0]
+    return default
+
+
+def multiprocessors(device) -> int:
+    """Multiprocessors of the device."""
+    count = getattr(device, "core_count", None) or getattr(device, "num_cores", None)
+    return count or DEFAULT_MULTIPROCESSORS

@@ -1,0 +1,53 @@
+"""A decode step compiled for GPUs that are not here: which kernels it is made of."""
+
+import collections
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType
+
+from grinqh_jax import decoder, engine, random_model
+from grinqh_jax.cache import KVCache
+from grinqh_jax.decoder import Decoder
+from pallas_kernels.lanes import device
+
+pytestmark = pytest.mark.skipif(
+    jax.__version_info__ < device.OLDEST_JAX, reason="lane programs need jax >= 0.11.2"
+)
+
+
+def lowered_step(name: str, batch: int) -> str:
+    """The StableHLO of one decode step of a model with two layers."""
+    config = dataclasses.replace(random_model.shape(name), num_layers=2)
+    tree = decoder.abstract_tree(config, 8, 3)
+    thresholds = {n: jax.ShapeDtypeStruct((batch, 4), jnp.float32) for n in decoder.linear_names(config)}
+
+    def step(tree, tokens, cache, thresholds):
+        return engine.decode_step(Decoder.from_tree(config, tree, jnp.bfloat16), tokens, cache, thresholds)
+
+    cache = jax.eval_shape(lambda: KVCache.create(config, batch, 256, jnp.bfloat16))
+    tokens = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    h200 = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), (AxisType.Explicit,), abstract_device=h200)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(step, donate_argnums=2).trace(tree, tokens, cache, thresholds)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("name", ["Qwen3-8B", "Llama-3.1-8B", "Qwen3-14B"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_kernels_of_a_step(name, batch):
+    text = lowered_step(name, batch)
+    calls = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
+    kernels = collections.Counter(re.search(r"00(\w+)_kernel_mosaic_gpu", call).group(1) for call in calls)
+    layers = 2
+    assert kernels == {
+        "graded_matvec": 4 * layers + 1,
+        "decode_attention": layers,
+        "merge_attention": layers,
+        "add_norm": 2 * layers,
+        "swiglu": layers,
+    }
