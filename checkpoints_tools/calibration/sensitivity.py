@@ -87,7 +87,7 @@ def _run_layer(layer: DecoderLayer, x: Float[Array, "t d"]) -> Float[Array, "t d
 def _layer_gradients(
     layer: DecoderLayer, x: Float[Array, "t d"], gradient: Float[Array, "t d"], axes: jax.Array | None
 ) -> tuple[Float[Array, "t d"], dict[str, Float[Array, "n"]]]:
-    """From the gradient behind a layer to that before it, and mean squares of those at its linears' outputs."""
+    """From the gradient behind a layer to that before it, and the mean squares at its linears' outputs."""
 
     def run(x, added):
         return layer("layer", x[None], jnp.arange(len(x))[None], _Perturbed(added))[0][0]
@@ -111,7 +111,7 @@ def _head(
     source: HFCheckpoint, norm: RMSNorm, hidden: Float[np.ndarray, "s t d"]
 ) -> tuple[dict[str, np.ndarray], Float[np.ndarray, "s t d"]]:
     """The head's sensitivities, and the gradients behind the last layer. The vocabulary goes by in blocks."""
-    windows, length, width = hidden.shape
+    _, length, width = hidden.shape
     rows = jnp.asarray(hidden.reshape(-1, width))
     normed, pull_back = jax.vjp(norm, rows)
     vocabulary = source.config.vocab_size
@@ -121,7 +121,7 @@ def _head(
     def kernel(start: int) -> np.ndarray:
         return source.read(f"{HEAD}.kernel", slice(start, min(start + block, vocabulary)))
 
-    # Log-normaliser of every row's prediction, and a token drawn from it: the largest of logit + Gumbel noise.
+    # Log-normaliser of each prediction, and a token drawn from it: the largest of logit + Gumbel noise.
     drawn = tuple(jnp.full(len(rows), fill) for fill in (-jnp.inf, -jnp.inf, 0))
     for start in starts:
         drawn = _draw(*drawn, normed, kernel(start), start)

@@ -27,6 +27,8 @@ OUTPUT = Path(__file__).with_name("calibration.txt")
 ROOT = Path(__file__).parents[2]
 SOURCES = ("pallas_kernels/layout.py", "pallas_kernels/codes.py", "grinqh_jax/config.py")
 TOKENS = 512
+ROUNDS = 6
+"""Continuations of each opening."""
 OPENINGS = (
     "The old house stood at the end of the lane,",
     '"You are late," said the captain, and',
@@ -53,7 +55,7 @@ OPENINGS = (
 
 
 def generated_texts(decoder: Decoder, tokenizer: Tokenizer, seed: int) -> list[str]:
-    """One continuation of every opening, drawn at temperature 0.8 with top-p 0.95."""
+    """One continuation of every opening, drawn with top-p 0.95."""
     prompts = [tokenizer.encode(opening).ids for opening in OPENINGS]
     lengths = jnp.array([len(prompt) for prompt in prompts])
     padded = np.zeros((len(prompts), int(lengths.max())), np.int32)
@@ -62,7 +64,7 @@ def generated_texts(decoder: Decoder, tokenizer: Tokenizer, seed: int) -> list[s
     batch = len(prompts)
     cache = KVCache.create(decoder.config, batch, padded.shape[1] + TOKENS, jnp.float32)
     logits, cache = prefill(decoder, jnp.asarray(padded), lengths, cache)
-    sampling = Sampling.create(batch, temperature=0.8, top_p=0.95, seed=seed)
+    sampling = Sampling.create(batch, temperature=1.0, top_p=0.95, seed=seed)
     first = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     end = jnp.array([tokenizer.token_to_id("<|endoftext|>")])
     chunk, _ = decode_chunk(
@@ -113,9 +115,11 @@ def main() -> int:
     checkpoint = open_checkpoint(args.model)
     tokenizer = Tokenizer.from_file(str(checkpoint.directory / "tokenizer.json"))
     rng = random.Random(args.seed)
-    documents = generated_texts(load_decoder(checkpoint, jnp.float32), tokenizer, args.seed)
-    documents += ["\n\n".join(arithmetic(rng) for _ in range(8)) for _ in range(4)]
-    documents += [records(rng) for _ in range(4)]
+    decoder, documents = load_decoder(checkpoint, jnp.float32), []
+    for i in range(ROUNDS):
+        documents += generated_texts(decoder, tokenizer, args.seed + i)
+    documents += ["\n\n".join(arithmetic(rng) for _ in range(8)) for _ in range(4 * ROUNDS)]
+    documents += [records(rng) for _ in range(2 * ROUNDS)]
     documents += [(ROOT / source).read_text(encoding="utf-8")[:4000] for source in SOURCES]
     rng.shuffle(documents)
     OUTPUT.write_text("\n\n".join(documents) + "\n", encoding="utf-8")

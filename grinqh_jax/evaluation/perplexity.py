@@ -44,8 +44,8 @@ def measure(
     """Measures a text at several settings of the dial.
 
     The text is cut into windows that do not overlap, each read on its own from its first position, one after
-    another: what the dial learns from one window counts from the next on. A shorter last window counts. Memory grows with the text by a few numbers a token, and all settings run
-    the same compiled program.
+    another: what the dial learns from one window counts from the next on. A shorter last window counts.
+    Memory grows with the text by a few numbers a token, and all settings run the same compiled program.
 
     Args:
       model: graded; or dense, if ``bits`` holds nothing but ``full``.
@@ -151,7 +151,7 @@ def _dense_logits(model: Decoder, windows: Int[Array, "b t"]) -> Float[Array, "b
 
 @jax.jit
 def _graded_logits(model: Decoder, windows: Int[Array, "b t"], thresholds: dict[str, Float[Array, "p"]]):
-    """Logits ``[b, t, v]`` with every linear layer graded, and the bits that each read, ``[b, t, linears]``."""
+    """Graded logits ``[b, t, v]``, and the bits that each linear layer read, ``[b, t, linears]``."""
     graded = Graded(thresholds)
     logits = model(windows, graded)
     return logits, jnp.stack([graded.bits[name] for name in linear_names(model.config)], axis=-1)

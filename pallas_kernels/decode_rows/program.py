@@ -7,9 +7,9 @@ from typing import Any
 from pallas_kernels.lanes.instructions import Instructions, Value
 from pallas_kernels.lanes.rows import (
     Rows,
+    larger_magnitude,
     load_bfloat16_pair,
     locate,
-    larger_magnitude,
     store_parts,
     store_rounded,
     sum_of_pairs,

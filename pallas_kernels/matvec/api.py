@@ -43,9 +43,7 @@ def graded_matvec(
     """
     _check(x, weight, thresholds)
     rows = x if x.ndim == 2 else x[None]
-    sums, bits = graded_partial_sums(
-        Activations(rows), weight, thresholds, implementation=implementation
-    )
+    sums, bits = graded_partial_sums(Activations(rows), weight, thresholds, implementation=implementation)
     y = sums.total()
     return (y, bits) if x.ndim == 2 else (y[0], bits[0])
 

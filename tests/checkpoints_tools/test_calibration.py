@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 
 from checkpoints_tools.calibration import histogram
 from checkpoints_tools.calibration.allocation import (
+    GradedCosts,
     mean_bits,
     target_grid,
     threshold_ratios,
-    threshold_table,
+    threshold_tables,
 )
 from pallas_kernels import codes, grading
 
@@ -24,6 +25,11 @@ ACTIVATIONS = {
     "log-normal": np.exp(3 * rng.standard_normal((64, 1024))).astype(np.float32),
     "tiny": (1e-30 * rng.standard_normal((64, 1024))).astype(np.float32),
 }
+
+
+def threshold_table(counts, errors, targets):
+    """Of a model of one layer."""
+    return threshold_tables({"layer": GradedCosts(np.asarray(counts), errors, 1)}, targets)["layer"]
 
 
 def test_counts_are_those_of_bfloat16_truncation():
@@ -114,6 +120,49 @@ def test_dead_weights_and_dead_activations_have_finite_thresholds():
     assert mean_bits(counts, table)[3] == 8
     dead = threshold_table(np.asarray(histogram.count(jnp.zeros(8))), GAUSSIAN_ERRORS, (1.0, 8.0))
     assert np.isfinite(dead).all()
+
+
+def test_a_layer_that_nothing_depends_on_is_read_after_all_others():
+    counts = np.asarray(histogram.count(jnp.asarray(ACTIVATIONS["gaussian"])))
+    layers = {"live": GradedCosts(counts, GAUSSIAN_ERRORS, 1), "dead": GradedCosts(counts, np.zeros(5), 1)}
+    tables = threshold_tables(layers, (2.0, 5.0, 8.0))
+    for table in tables.values():
+        assert np.isfinite(table).all()
+    assert mean_bits(counts, tables["dead"])[0] == 0
+    np.testing.assert_allclose(mean_bits(counts, tables["live"])[:2], (4.0, 8.0), atol=0.01)
+    np.testing.assert_allclose(mean_bits(counts, tables["dead"])[1:], (2.0, 8.0), atol=0.01)
+
+
+def test_bits_are_split_so_that_no_exchange_between_layers_gains():
+    """Three layers of unlike sizes, errors and activations; bits moved from any one to any other."""
+    generator = np.random.default_rng(1)
+    samples = {
+        "a": ACTIVATIONS["gaussian"],
+        "b": 5 * ACTIVATIONS["heavy-tailed"],
+        "c": ACTIVATIONS["gaussian"],
+    }
+    errors = {"a": GAUSSIAN_ERRORS, "b": 0.01 * GAUSSIAN_ERRORS**1.1, "c": 20 * GAUSSIAN_ERRORS}
+    weights = {"a": 1000, "b": 5000, "c": 300}
+    layers = {
+        name: GradedCosts(np.asarray(histogram.count(jnp.asarray(x))), errors[name], weights[name])
+        for name, x in samples.items()
+    }
+
+    def cost(name, thresholds):
+        """Bits of the layer's weights, and its part of the divergence."""
+        x = np.abs(samples[name].reshape(-1, 1)).astype(np.float64)
+        level = (x >= thresholds).sum(axis=1)
+        return weights[name] * 2 * level.mean(), weights[name] * (x[:, 0] ** 2 * errors[name][level]).mean()
+
+    for target in (1.5, 3.0, 5.0):
+        tables = {name: table[0] for name, table in threshold_tables(layers, (target,)).items()}
+        bits, loss = map(sum, zip(*(cost(name, tables[name]) for name in layers), strict=True))
+        assert abs(bits / sum(weights.values()) - target) < 0.01
+        for _ in range(30):
+            moved = {name: tables[name] * np.exp(0.3 * generator.standard_normal()) for name in layers}
+            moved_bits, moved_loss = map(sum, zip(*(cost(n, moved[n]) for n in layers), strict=True))
+            if moved_bits <= bits:
+                assert moved_loss > 0.999 * loss
 
 
 def test_the_allocation_beats_its_neighbours_on_a_real_product():

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoints_tools.calibration import histogram, statistics
-from checkpoints_tools.calibration.allocation import threshold_table
+from checkpoints_tools.calibration.allocation import GradedCosts, threshold_tables
 from checkpoints_tools.principal_basis import RotatedCheckpoint, principal_axes, row_gains, second_moments
 from grinqh_jax.apply import Dense, Graded
 from grinqh_jax.hf import load_decoder, open_checkpoint
@@ -112,8 +112,8 @@ def graded_error(checkpoint, bits):
         x, dense = inputs.seen[name]
         w = dense.kernel[...]
         weight = quantize(w)
-        counts = np.asarray(histogram.count(statistics.graded_magnitude(x)))
-        table = threshold_table(counts, np.asarray(codes.level_errors(w, weight)), (bits, 8.0))
+        costs = GradedCosts(np.asarray(histogram.count(x)), np.asarray(codes.level_errors(w, weight)), w.size)
+        table = threshold_tables({name: costs}, (bits, 8.0))[name]
         linear = GradedLinear(
             weight.planes, weight.scales, table, jnp.max(x), in_features=w.shape[0], out_features=w.shape[1]
         )

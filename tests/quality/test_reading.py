@@ -7,7 +7,7 @@ import pytest
 from checkpoints_tools.baselines import reading
 from checkpoints_tools.calibration import histogram
 from grinqh_jax import cli
-from grinqh_jax.apply import HEAD, Graded, mean_magnitude
+from grinqh_jax.apply import HEAD, Graded
 from grinqh_jax.errors import UsageError
 from grinqh_jax.evaluation.perplexity import measure
 from grinqh_jax.generator import Generator
@@ -35,7 +35,7 @@ def found_levels(model, tokens, thresholds):
     strategy, found = Graded(thresholds), {}
 
     def apply(name, linear, x):
-        found[name] = grading.levels(x, thresholds[name] * mean_magnitude(x))
+        found[name] = grading.levels(x, thresholds[name])
         return strategy(name, linear, x)
 
     model(tokens, apply)
@@ -43,7 +43,7 @@ def found_levels(model, tokens, thresholds):
 
 
 def levels(bundled, generator, bits):
-    thresholds = {name: rows[0] for name, rows in generator.thresholds(bits).items()}
+    thresholds = {name: rows[0] for name, rows in generator.dial(bits).thresholds.items()}
     # The weights are the same: one program serves all ways of reading them.
     return found_levels(bundled.model, np.array([bundled.tokenizer.encode(TEXT)[:64]]), thresholds)
 

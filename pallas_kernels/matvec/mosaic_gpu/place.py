@@ -15,8 +15,8 @@ COPY_BYTES = 16
 class Refs:
     """Arrays in global memory, and the CTA's shared memory.
 
-    ``x [rows, in_features]``; ``thresholds f32 [rows, P]``; ``squares f32 [rows, S]``, whose sum is the mean square that x is yet to be
-    divided by the root of; ``planes`` and ``scales`` of the weight. Written:
+    ``x [rows, in_features]``; ``thresholds f32 [rows, P]``; ``squares f32 [rows, S]``, whose sum is the mean
+    square that x is yet to be divided by the root of; ``planes`` and ``scales`` of the weight. Written:
     ``partials f32 [slice_groups, rows, N]`` and ``bits f32 [rows]``, the mean bits read.
     """
 
