@@ -135,7 +135,9 @@ def test_errors_of_differences_are_paired():
         ("same_top1", "same_top1_stderr"),
     ):
         found = np.array([getattr(draw, value) for draw in draws])
-        assert np.mean([getattr(draw, error) for draw in draws]) == pytest.approx(found.std(), rel=0.12), value
+        assert np.mean([getattr(draw, error) for draw in draws]) == pytest.approx(found.std(), rel=0.12), (
+            value
+        )
     assert draws[0].difference == pytest.approx(draws[0].perplexity * (1 - 1 / draws[0].ratio))
     assert draws[0].difference_stderr < 0.2 * draws[0].stderr
 
