@@ -11,6 +11,7 @@ VERBS = {
     "chat": ("grinqh_jax.chat", "a conversation in the terminal"),
     "perplexity": ("grinqh_jax.evaluation.perplexity_command", "perplexity and KL at settings of the dial"),
     "evaluate": ("grinqh_jax.evaluation.evaluate_command", "accuracy on word problems, likewise"),
+    "lm-eval": ("grinqh_jax.evaluation.harness_command", "tasks of lm-evaluation-harness (extra: eval)"),
     "benchmark": ("grinqh_jax.benchmark", "prompt and generation speed at settings of the dial"),
     "convert": ("checkpoints_tools.convert", "a Hugging Face checkpoint to a GRINQH checkpoint"),
 }

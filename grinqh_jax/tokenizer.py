@@ -65,6 +65,14 @@ class Tokenizer:
         """Tokens of a conversation as the model was trained to see it, ending where the answer begins.
 
         Raises:
+          UsageError: see ``chat_text``.
+        """
+        return self.encode(self.chat_text(messages), special_tokens=False)
+
+    def chat_text(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+        """The text of a conversation, special tokens and all, by default up to where the answer begins.
+
+        Raises:
           UsageError: the tokenizer has no chat template, or its template refuses these messages.
         """
         if not self.has_chat_template:
@@ -74,12 +82,11 @@ class Tokenizer:
         if self._transformers is None:
             self._transformers = _load_transformers(self._directory)
         try:
-            text = self._transformers.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
+            return self._transformers.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except Exception as error:  # templates are programs: they raise what they like
             raise UsageError(f"{self._directory}: the chat template fails: {_line(error)}") from None
-        return self.encode(text, special_tokens=False)
 
     def stream(self) -> "TextStream":
         """A decoder for tokens that arrive one by one."""

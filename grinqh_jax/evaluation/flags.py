@@ -15,12 +15,17 @@ def add_bits(parser: argparse.ArgumentParser) -> None:
     """Adds ``--bits`` with a list, and ``--json``."""
     parser.add_argument(
         "--bits",
-        type=_bits_list,
+        type=bits_list,
         metavar="B,B,...",
         help="settings of the dial, mean bits read per weight or full (default 2,3,4,full; "
         "an unquantized model: full)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object a line instead of a table")
+
+
+def bits_list(text: str) -> list[float | str]:
+    """An argparse type: settings of the dial, comma-separated, each once."""
+    return list(dict.fromkeys(cli.bits(part.strip()) for part in text.split(",")))
 
 
 def positive(text: str) -> int:
@@ -79,10 +84,6 @@ def show(results: Iterable[Result], as_json: bool) -> None:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
-
-
-def _bits_list(text: str) -> list[float | str]:
-    return list(dict.fromkeys(cli.bits(part.strip()) for part in text.split(",")))
 
 
 def _cell(value: Any) -> str:

@@ -1,5 +1,6 @@
 """A random graded model that reads characters, as a checkpoint on disk and as a generator."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -22,11 +23,16 @@ def tiny_directory(tmp_path_factory) -> Path:
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
     tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": len(CHARACTERS)}))
     tree = random_tree()
     with Writer(directory / "model", fingerprint="tiny") as writer:
         for part in tree:
             writer.save_part(part, {part: tree[part]})
-        return writer.finalize(HF_CONFIG, QUANTIZATION, [directory / "tokenizer.json"])
+        return writer.finalize(
+            HF_CONFIG,
+            QUANTIZATION,
+            [directory / name for name in ("tokenizer.json", "generation_config.json")],
+        )
 
 
 @pytest.fixture(scope="session")

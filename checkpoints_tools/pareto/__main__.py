@@ -1,0 +1,182 @@
+"""``python -m checkpoints_tools.pareto``: the quality of methods and settings against the bits they read."""
+
+import argparse
+import dataclasses
+import datetime
+import itertools
+import json
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+
+from checkpoints_tools.pareto import figure, flags, paired, table
+from checkpoints_tools.pareto.rows import ACCURACY, PERPLEXITY, Measurements, Row, Tasks, Text
+from checkpoints_tools.pareto.series import (
+    GRINQH,
+    METHODS,
+    SKIP_INT4,
+    TRUNCATION,
+    UNQUANTIZED,
+    Series,
+    Workshop,
+)
+from checkpoints_tools.pareto.timing import Timing
+from grinqh_jax import __version__, cli
+from grinqh_jax.errors import UsageError
+from grinqh_jax.hf import open_checkpoint
+
+_PAIRED = ("window_losses", "window_tokens", "right")
+"""What rows keep for paired comparisons, too much for people to read."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code (see ``grinqh_jax.cli``), 1 where ``--sweep`` finds a rise."""
+    return cli.run(pareto, flags.parser(), argv)
+
+
+def pareto(args: argparse.Namespace) -> int:
+    """Sweeps as the flags say.
+
+    Raises:
+      GrinqhError: what is wrong with the flags, a checkpoint or a text.
+    """
+    if args.draw:
+        return _redraw(args)
+    flags.check(args)
+    source = open_checkpoint(args.model)
+    timing = Timing(args.timing, source.config) if args.timing else None
+    workshop = Workshop(
+        source=source,
+        work=args.work / source.directory.name,
+        calib=args.calib,
+        calib_tokens=args.calib_tokens,
+    )
+    series = _series(args, workshop)
+    texts = [Text(path=path, tokens=args.tokens, sequence_length=args.sequence_length) for path in args.data]
+    tasks = [
+        Tasks(path=path, limit=args.limit, max_tokens=args.max_tokens, batch=args.batch)
+        for path in args.tasks
+    ]
+    measurements = Measurements(source.directory, workshop.work / "rows")
+    rows, swept, compared = [], [], []
+    for data in (*texts, *tasks):
+        of_data = [row for one in series for row in _rows(measurements, one, data, timing)]
+        rows += of_data
+        if data.kind == PERPLEXITY:
+            swept += list(_sweeps(of_data, args.sweep))
+            compared += _comparisons(of_data)
+        print(table.markdown([row for row in of_data if row["shown"]]), flush=True)
+    results = {
+        "title": args.title or f"{source.directory.name}: quality against bits",
+        "model": source.directory.name,
+        "command": shlex.join(["python", "-m", "checkpoints_tools.pareto", *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": jax.devices()[0].device_kind,
+        "versions": {"grinqh-jax": __version__, "jax": jax.__version__},
+        "calibration": {"text": args.calib.name if args.calib else "bundled", "tokens": args.calib_tokens},
+        "measured": {
+            "tokens": args.tokens,
+            "sequence_length": args.sequence_length,
+            "problems": args.limit,
+        },
+        "timing": timing and {"file": args.timing.name, "what": timing.what},
+        "rows": [{key: value for key, value in row.items() if key not in _PAIRED} for row in rows],
+        "sweep": swept,
+        "comparisons": compared,
+    }
+    path = args.json or workshop.work / "pareto.json"
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"results: {path}")
+    if not args.no_figure:
+        picture = args.figure or workshop.work / "pareto.png"
+        figure.draw(results, picture)
+        print(f"figure: {picture}")
+    return _verdict(swept)
+
+
+def _series(args: argparse.Namespace, workshop: Workshop) -> list[Series]:
+    series = [workshop.unquantized()]
+    for method in METHODS:
+        if method not in args.methods:
+            continue
+        if method == GRINQH:
+            settings = sorted({*args.bits, *args.sweep})
+            variants = [("GRINQH", args.convert), *flags.variants(args)]
+            shown = frozenset(args.bits)
+            series += [workshop.grinqh(label, options, settings, shown) for label, options in variants]
+        elif method in (SKIP_INT4, TRUNCATION):
+            series.append(workshop.reread(method, args.convert, args.bits))
+        else:
+            series.append(workshop.fixed_precision(method, args.w_bits))
+    return series
+
+
+def _rows(
+    measurements: Measurements, series: Series, data: Text | Tasks, timing: Timing | None
+) -> Iterator[Row]:
+    if data.kind == ACCURACY:  # a sweep is about perplexity
+        kept = tuple(bits for bits in series.settings if bits in series.shown)
+        series = dataclasses.replace(series, settings=kept)
+    for row in measurements.of(series, data):
+        row |= {"label": series.label, "shown": row["bits"] in series.shown}
+        if timing:
+            row["kernel_us"] = timing.us(row)
+        yield row
+
+
+def _sweeps(rows: Sequence[Row], sweep: Sequence[float]) -> Iterator[dict[str, Any]]:
+    graded = [row for row in rows if row["method"] == GRINQH and row["bits"] in sweep]
+    for label, own in itertools.groupby(graded, key=lambda row: row["label"]):
+        steps = paired.steps(list(own))
+        yield {
+            "data": graded[0]["data"],
+            "label": label,
+            "never_rises": not any(step["rises"] for step in steps),
+            "never_rises_paired": not any(step["rises_paired"] for step in steps),
+            "steps": steps,
+        }
+
+
+def _comparisons(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    shown = [row for row in rows if row["shown"]]
+    first = [row for row in shown if row["method"] == GRINQH]
+    first = [row for row in first if row["label"] == first[0]["label"]]
+    others = [row for row in shown if row not in first and row["method"] != UNQUANTIZED]
+    (full,) = (row for row in shown if row["method"] == UNQUANTIZED)
+    return paired.comparisons(first, others, full)
+
+
+def _verdict(swept: Sequence[dict[str, Any]]) -> int:
+    for sweep in swept:
+        rises = [step for step in sweep["steps"] if step["rises"]]
+        small = sum(step["rises_paired"] for step in sweep["steps"])
+        verdict = "never rises by more than its standard error"
+        if rises:
+            places = ", ".join(f"{step['from']:g} to {step['to']:g} bits" for step in rises)
+            verdict = f"RISES by more than its standard error from {places}"
+        print(
+            f"{sweep['label']}, {sweep['data']}: over {len(sweep['steps'])} steps of the dial perplexity "
+            f"{verdict}; by more than the paired standard error in {small}"
+        )
+    return int(not all(sweep["never_rises"] for sweep in swept))
+
+
+def _redraw(args: argparse.Namespace) -> int:
+    try:
+        results = json.loads(args.draw.read_text(encoding="utf-8"))
+        rows = results["rows"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"--draw {args.draw}: no results of this command ({error})") from None
+    if args.title:
+        results["title"] = args.title
+    picture = args.figure or args.draw.with_suffix(".png")
+    figure.draw(results, picture)
+    print(f"figure of {len(rows)} rows: {picture}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""The figure of a sweep: perplexity, KL divergence and accuracy against bits read or kernel time."""
+
+import math
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from checkpoints_tools.pareto.rows import ACCURACY, Row
+from checkpoints_tools.pareto.series import FIXED, GRINQH, SKIP_INT4, TRUNCATION, UNQUANTIZED
+from grinqh_jax.errors import UsageError
+
+_STYLES = {
+    "rtn": ("#8c8c8c", "s"),
+    "gptq": ("#2b6cb0", "D"),
+    "gptq-act-order": ("#63a0d8", "d"),
+    "awq": ("#2f8f6b", "^"),
+    SKIP_INT4: ("#d98e04", "v"),
+    TRUNCATION: ("#8e6bb0", "P"),
+}
+_GRINQH_COLOURS = ("#c0203a", "#e8788a", "#7d1128", "#f2a7b2")
+_FULL = "#333333"
+_HEADROOM = 1.5
+"""Room above the perplexities that must be seen, for a list of those that are off the chart."""
+
+_NOTE = (
+    "Bits of the layers, scales and zero points included; the output projection, 16 bits in RTN, GPTQ and "
+    "AWQ and graded in GRINQH, is not counted. Error bars: one standard error, of perplexities paired with "
+    "full precision's."
+)
+
+
+def check_available() -> None:
+    """Raises UsageError where matplotlib is missing."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UsageError(
+            "a figure needs matplotlib, which is not installed: pip install 'grinqh-jax[eval]', "
+            "or ask for --no-figure"
+        ) from None
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Draws the figure of a sweep's results: against bits, and below against kernel time if they have it.
+
+    Args:
+      results: what the sweep wrote as JSON.
+      path: of the figure; its suffix says which format.
+
+    Raises:
+      UsageError: matplotlib is missing, or does not know the suffix.
+    """
+    check_available()
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    rows = [row for row in results["rows"] if row["shown"]]
+    panels = list(dict.fromkeys((row["data"], row["measure"]) for row in rows))
+    columns = [(data, value) for data, measure in panels for value in _values(measure)]
+    axes_x, note = [("bits_read_layers", "bits read per weight")], _NOTE
+    if any(row.get("kernel_us") for row in rows):
+        axes_x.append(("kernel_us", "kernel time, µs"))
+        note += f" Time: {results['timing']['what']}; 4-bit integers by PyTorch's int4 kernel."
+    with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(4.4 * len(columns) + 0.4, 3.9 * len(axes_x) + 1.3), layout="constrained")
+        grid = figure.subplots(len(axes_x), len(columns), squeeze=False)
+        for line, (x, label) in zip(grid, axes_x, strict=True):
+            for axes, (data, value) in zip(line, columns, strict=True):
+                _panel(axes, [row for row in rows if row["data"] == data], x, value)
+                axes.set_title(data, fontsize=10, color="#555555")
+                axes.set_xlabel(label)
+        handles = {}
+        for axes in grid.flat:
+            handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+        figure.legend(
+            handles.values(),
+            handles,
+            loc="outside upper center",
+            ncols=min(len(handles), 5),
+            frameon=False,
+            title=results["title"],
+            title_fontproperties={"size": 13, "weight": "bold"},
+        )
+        note = textwrap.fill(note, 76 * len(columns))
+        figure.supxlabel(note, fontsize=8, color="#555555", x=0.01, ha="left")
+        try:
+            figure.savefig(path, dpi=200)
+        except ValueError as error:
+            raise UsageError(f"--figure {path}: {error}") from None
+
+
+def _values(measure: str) -> tuple[str, ...]:
+    return ("accuracy",) if measure == ACCURACY else ("perplexity", "kl")
+
+
+def _panel(axes, rows: Sequence[Row], x: str, value: str) -> None:
+    """One set of axes: a line for each series, full precision as a level."""
+    names = {
+        "perplexity": "perplexity",
+        "kl": "KL divergence to full precision, nats",
+        "accuracy": "accuracy",
+    }
+    errors = {"perplexity": "difference_stderr", "kl": "kl_stderr", "accuracy": "stderr"}
+    whole = next((row for row in rows if row["method"] == UNQUANTIZED), {})
+    full = whole.get(value)
+    labels = list(dict.fromkeys(row["label"] for row in rows if row["method"] == GRINQH))
+    rows = [row for row in rows if row["method"] != UNQUANTIZED and row.get(x) is not None]
+    if value != "accuracy":
+        axes.set_yscale("log")
+    top = _top(rows) if value == "perplexity" else math.inf
+    beyond: list[tuple[float, str, str]] = []
+    for label in dict.fromkeys(row["label"] for row in rows):
+        points = sorted((row for row in rows if row["label"] == label), key=lambda row: row[x])
+        method = points[0]["method"]
+        own = method == GRINQH
+        colour, marker = (_GRINQH_COLOURS[labels.index(label) % 4], "o") if own else _STYLES[method]
+        seen = [row for row in points if row[value] <= top]
+        axes.errorbar(
+            [row[x] for row in seen],
+            [row[value] for row in seen],
+            yerr=[row[errors[value]] or 0 for row in seen],
+            color=colour,
+            marker=marker,
+            markersize=6 if own else 5.5,
+            linewidth=2.2 if own else 1.1,
+            linestyle=":" if method in FIXED else "-",
+            elinewidth=0.9,
+            label=label,
+            zorder=5 if own else 3,
+        )
+        beyond += [(row[x], f"{label} {row[value]:,.0f} ↑", colour) for row in points if row[value] > top]
+    _annotate(axes, beyond)
+    if full is not None and value != "kl":
+        axes.axhline(full, color=_FULL, linewidth=1, linestyle=(0, (5, 3)), label="full precision (16 bits)")
+        if whole.get("kernel_us") and x == "kernel_us":
+            axes.plot(whole[x], full, color=_FULL, marker="*", markersize=10, clip_on=False, zorder=6)
+    if value == "perplexity":
+        axes.set_ylim(0.99 * min(row[value] for row in (whole, *rows) if row), top)
+    axes.set_ylabel(names[value])
+    axes.grid(True, which="both", axis="y", color="#e6e6e6", linewidth=0.6)
+    axes.grid(True, axis="x", color="#f0f0f0", linewidth=0.6)
+    axes.set_axisbelow(True)
+    if value == "perplexity":
+        from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
+
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _top(rows: Sequence[Row]) -> float:
+    """Upper end of the perplexities: above all of GRINQH, and above what other methods do from 3 bits on."""
+    within = [row["perplexity"] for row in rows if row["method"] == GRINQH or row["bits"] >= 3]
+    return _HEADROOM * max(within or [row["perplexity"] for row in rows], default=1.0)
+
+
+def _annotate(axes, beyond: Sequence[tuple[float, str, str]]) -> None:
+    """What is off the chart, at its upper edge, each in a line of its own below those near it."""
+    for i, (x, text, colour) in enumerate(sorted(beyond)):
+        axes.annotate(
+            text,
+            (x, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(2, -1 - 9 * i),
+            textcoords="offset points",
+            color=colour,
+            fontsize=7.5,
+            va="top",
+        )

@@ -1,0 +1,161 @@
+"""The command's flags."""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from checkpoints_tools.pareto import figure
+from checkpoints_tools.pareto.series import GRINQH, METHODS, check_options
+from grinqh_jax import cli
+from grinqh_jax.errors import UsageError
+from grinqh_jax.evaluation import flags
+
+W_BITS = (2, 3, 4)
+BITS = (1.5, 2.0, 2.5, 3.0, 4.0)
+
+
+class _Parser(cli.Parser):
+    """Flags that it does not know are the converter's: ``args.convert``."""
+
+    def parse_args(self, args=None, namespace=None):
+        namespace, namespace.convert = self.parse_known_args(args, namespace)
+        return namespace
+
+
+def parser() -> cli.Parser:
+    """The command's flags."""
+    result = _Parser(
+        prog="python -m checkpoints_tools.pareto",
+        allow_abbrev=False,
+        description="Quality against bits read: quantizes a checkpoint with every method, measures each "
+        "setting on texts and word problems against the unquantized model, and writes a table, JSON and a "
+        "figure. What is in --work already is not done again. Flags not listed here (--quantizer, --basis, "
+        "...) are passed on to checkpoints_tools.convert.",
+    )
+    add = result.add_argument
+    add("--model", metavar="DIR_OR_HUB_ID", help="Hugging Face checkpoint (safetensors)")
+    add("--work", type=Path, metavar="DIR", help="directory for converted checkpoints and results")
+    add("--data", type=Path, nargs="+", default=[], metavar="FILE", help="texts to measure perplexity on")
+    add(
+        "--tasks",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE.jsonl",
+        help="word problems, as of evaluate",
+    )
+    add(
+        "--methods",
+        type=_methods,
+        default=list(METHODS),
+        metavar="M,M,...",
+        help=f"of {', '.join(METHODS)} (default all; full precision is always measured)",
+    )
+    add("--w-bits", type=_w_bits, default=list(W_BITS), metavar="B,B", help="of fixed precision (2,3,4)")
+    add(
+        "--bits",
+        type=flags.bits_list,
+        default=list(BITS),
+        metavar="B,B,...",
+        help="settings of the dial (default 1.5,2,2.5,3,4); skip-int4 takes those up to 4",
+    )
+    add(
+        "--sweep",
+        type=_sweep,
+        default=[],
+        metavar="LOW:HIGH:STEP",
+        help="also turn the dial in such steps, as 1.5:8:0.25, and end with exit code 1 if perplexity ever "
+        "rises by more than its standard error",
+    )
+    add(
+        "--variant",
+        action="append",
+        default=[],
+        metavar="'LABEL: FLAGS'",
+        help="one more GRINQH curve with flags of convert, as 'plain: --quantizer rtn --basis original'",
+    )
+    add("--calib", type=Path, metavar="FILE", help="calibration text of all methods (default: a bundled one)")
+    add("--calib-tokens", type=flags.positive, default=16384, metavar="N", help="of it (default 16384)")
+    add("--tokens", type=flags.positive, metavar="N", help="the first N tokens of each text (default all)")
+    add("--sequence-length", type=flags.positive, default=512, metavar="L", help="of a window (default 512)")
+    add("--limit", type=flags.positive, metavar="N", help="the first N problems (default all)")
+    add("--max-tokens", type=flags.positive, default=256, metavar="N", help="of an answer (default 256)")
+    add(
+        "--batch", type=flags.positive, default=128, metavar="N", help="most problems at a time (default 128)"
+    )
+    add("--timing", type=Path, metavar="FILE", help="kernel times: a file of benchmarks/matvec.py")
+    add("--json", type=Path, metavar="FILE", help="results (default WORK/pareto.json)")
+    add("--figure", type=Path, metavar="FILE", help=".png, .svg or .pdf (default WORK/pareto.png)")
+    add("--no-figure", action="store_true", help="draw none")
+    add("--title", metavar="TEXT", help="of the figure")
+    add(
+        "--draw", type=Path, metavar="FILE.json", help="only draw --figure from the results of an earlier run"
+    )
+    return result
+
+
+def check(args: argparse.Namespace) -> None:
+    """Finds what can be found wrong before hours of work.
+
+    Raises:
+      UsageError: all of it.
+    """
+    missing = [name for name in ("model", "work") if getattr(args, name) is None]
+    problems = [f"--{name} is required" for name in missing]
+    if not args.data and not args.tasks:
+        problems.append("give a text (--data) or word problems (--tasks)")
+    problems += [f"{path}: no such file" for path in (*args.data, *args.tasks) if not path.is_file()]
+    if "full" in args.bits:
+        problems.append("--bits full: full precision is measured anyway")
+    if (args.sweep or args.variant) and GRINQH not in args.methods:
+        problems.append("--sweep and --variant need grinqh among --methods")
+    if problems:
+        raise UsageError("; ".join(problems))
+    for options in (args.convert, *(options for _, options in variants(args))):
+        check_options(options)
+    if not args.no_figure:
+        try:
+            figure.check_available()
+        except UsageError as error:  # the measurements are worth more than the figure
+            print(f"note: {error}; the results will be written all the same", file=sys.stderr)
+
+
+def variants(args: argparse.Namespace) -> list[tuple[str, list[str]]]:
+    """Labels of ``--variant`` and their flags of convert."""
+    found = []
+    for text in args.variant:
+        label, colon, options = text.partition(":")
+        if not colon or not label.strip():
+            raise UsageError(f"--variant {text!r}: expected 'LABEL: FLAGS'")
+        found.append((label.strip(), shlex.split(options)))
+    return found
+
+
+def _methods(text: str) -> list[str]:
+    methods = text.split(",")
+    if unknown := [method for method in methods if method not in METHODS]:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: choose from {', '.join(METHODS)}")
+    return methods
+
+
+def _w_bits(text: str) -> list[int]:
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = [0]
+    if not set(found) <= {2, 3, 4, 8}:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected some of 2,3,4,8")
+    return found
+
+
+def _sweep(text: str) -> list[float]:
+    try:
+        low, high, step = map(float, text.split(":"))
+        if not 0 < step <= high - low or low <= 0:
+            raise ValueError
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected LOW:HIGH:STEP, as 1.5:8:0.25") from None
+    return np.round(np.arange(low, high + step / 2, step), 6).tolist()

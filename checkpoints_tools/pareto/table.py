@@ -1,0 +1,38 @@
+"""Rows of a sweep as a Markdown table, for a README or a terminal."""
+
+from collections.abc import Sequence
+
+from checkpoints_tools.pareto.rows import ACCURACY, Row
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A table of one text's or one file of problems' rows, under its name."""
+    accuracy = rows[0]["measure"] == ACCURACY
+    bits = ["bits read, layers", "with the output projection"]
+    measured = ["accuracy"] if accuracy else ["perplexity", "above full precision", "KL", "same top token"]
+    lines = [["", "bits", *bits, *measured], ["---"] * (4 + len(measured))]
+    for before, row in zip([None, *rows], rows, strict=False):
+        label = row["label"] if before is None or before["label"] != row["label"] else ""
+        cells = [label, f"{row['bits']:g}" if row["bits"] != "full" else "16"]
+        cells += [f"{row['bits_read_layers']:.3f}", f"{row['bits_read_with_head']:.3f}"]
+        lines.append(cells + (_accuracy(row) if accuracy else _perplexity(row)))
+    body = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    unit = f"{rows[0]['n']} problems" if accuracy else f"{rows[0]['tokens']} predicted tokens"
+    return f"\n{rows[0]['data']}, {unit}\n\n{body}\n"
+
+
+def _perplexity(row: Row) -> list[str]:
+    return [
+        _with_error(row["perplexity"], row["stderr"], 2),
+        _with_error(row["difference"], row["difference_stderr"], 2),
+        _with_error(row["kl"], row["kl_stderr"], 4),
+        f"{row['same_top1']:.1%}",
+    ]
+
+
+def _accuracy(row: Row) -> list[str]:
+    return [f"{row['accuracy']:.1%} ± {row['stderr']:.1%}"]
+
+
+def _with_error(value: float, error: float | None, digits: int) -> str:
+    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")

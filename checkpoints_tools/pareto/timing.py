@@ -1,0 +1,86 @@
+"""Kernel times, from a file of ``benchmarks/matvec.py``, for the bits that a row reads."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from checkpoints_tools.pareto.rows import Row
+from checkpoints_tools.pareto.series import FIXED, UNQUANTIZED
+from grinqh_jax.apply import HEAD
+from grinqh_jax.config import ModelConfig
+from grinqh_jax.decoder import linear_shapes
+from grinqh_jax.errors import UsageError
+
+_INT4_BITS = 4
+
+
+class Timing:
+    """Times of matvecs by shape: graded at some bits, bf16, and int4 where the file has it.
+
+    A token's time is that of all linear layers of the model, if the file has their shapes; else that of one
+    layer of the shapes that it has, read at the same bits. ``what`` says which, and on what device.
+
+    Args:
+      path: of the file.
+      config: of the model.
+
+    Raises:
+      UsageError: it is not such a file.
+    """
+
+    def __init__(self, path: Path, config: ModelConfig):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            self._kernel: dict[str, dict[float, float]] = {}
+            for row in content["kernel"]:
+                if row["rows"] == 1:
+                    self._kernel.setdefault(row["shape"], {})[row["bits"]] = row["kernel_us"]
+            self._bf16: Mapping[str, float] = content["xla_bf16_us"]
+            self._int4: Mapping[str, float] = content.get("torch_int4_us", {})
+            device = content["device"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(
+                f"{path} is no file of kernel times ({type(error).__name__}: {error}); make one with "
+                "benchmarks/matvec.py --output"
+            ) from None
+        own = {name: f"{k}x{n}" for name, (k, n) in linear_shapes(config).items()}
+        if set(own.values()) <= set(self._kernel):
+            self._shapes = list(own.values())
+            self.what = f"kernel time of a token's matvecs, {device}"
+        elif {shape for name, shape in own.items() if name != HEAD} <= set(self._kernel):
+            self._shapes = [shape for name, shape in own.items() if name != HEAD]
+            self.what = f"kernel time of a token's matvecs without the output projection, {device}"
+        else:
+            self._shapes = list(self._kernel)
+            self.what = f"kernel time of one layer of {', '.join(self._shapes)}, {device}"
+
+    def us(self, row: Row) -> float | None:
+        """Microseconds at the bits that a row reads, linear between those measured; None outside of them.
+
+        Full precision is timed as bf16, 4-bit integers as the file's int4 kernel; others are not timed.
+        """
+        if row["method"] == UNQUANTIZED:
+            return self._total(self._bf16)
+        if row["method"] in FIXED:
+            return self._total(self._int4) if row["bits"] == _INT4_BITS else None
+        bits = row["realised_bits_without_head"]
+        times = {shape: self._interpolated(shape, bits) for shape in set(self._shapes)}
+        return self._total({shape: time for shape, time in times.items() if time is not None})
+
+    def _total(self, times: Mapping[str, Any]) -> float | None:
+        if any(shape not in times for shape in self._shapes):
+            return None
+        return float(sum(times[shape] for shape in self._shapes))
+
+    def _interpolated(self, shape: str, bits: float) -> float | None:
+        measured = sorted(self._kernel[shape].items())
+        if not measured[0][0] - _NEARLY <= bits <= measured[-1][0] + _NEARLY:
+            return None
+        return float(np.interp(bits, *zip(*measured, strict=True)))
+
+
+_NEARLY = 0.05
+"""Realised bits may miss the least and the most measured ones by this much."""

@@ -1,0 +1,32 @@
+"""``python -m grinqh_jax lm-eval``: the command line of lm-evaluation-harness, with ``--model grinqh``."""
+
+import sys
+from collections.abc import Sequence
+
+from grinqh_jax import cli
+from grinqh_jax.errors import GrinqhError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the harness with its own flags; returns its exit code (see ``cli``)."""
+    try:
+        from lm_eval.__main__ import cli_evaluate
+
+        from grinqh_jax.evaluation import harness  # noqa: F401, registers the model
+    except ImportError as error:
+        print(
+            f"error: lm-evaluation-harness is not installed ({error}): pip install 'grinqh-jax[eval]'",
+            file=sys.stderr,
+        )
+        return cli.USAGE_ERROR
+    sys.argv = ["lm-eval", *(sys.argv[1:] if argv is None else argv)]  # it reads no other arguments
+    try:
+        cli_evaluate()
+    except GrinqhError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return cli.USAGE_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""The adapter to lm-evaluation-harness on tasks made here: its figures against those of ``perplexity``."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from grinqh_jax import __main__ as commands
+from grinqh_jax.errors import UsageError
+from grinqh_jax.evaluation.perplexity import measure
+
+lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness (extra: eval) is not installed")
+pytestmark = pytest.mark.filterwarnings("default")  # the harness's own are not ours to forbid
+
+QUESTION = (
+    "Hugo has 86 coins and gives 27 of them to Noah. Later Hugo finds 5 more coins near the harbour. "
+    "How many coins does Hugo have?"
+)
+CHOICES = """
+task: tiny_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list: [{{metric: acc}}]
+"""
+TEXTS = """
+task: tiny_text
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{text}}}}"
+metric_list: [{{metric: word_perplexity}}]
+"""
+SUMS = """
+task: tiny_sums
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "Question: {{{{question}}}}\\nAnswer:"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{until: ["\\n\\n", "Question:"], max_gen_toks: 48, do_sample: false}}
+filter_list:
+  - name: number
+    filter: [{{function: regex, regex_pattern: "#### (-?[0-9]+)"}}, {{function: take_first}}]
+metric_list: [{{metric: exact_match}}]
+"""
+
+
+def tasks(directory, **records):
+    """A task of each name: its YAML and its JSON lines."""
+    from lm_eval.tasks import TaskManager
+
+    for name, (template, lines) in records.items():
+        data = directory / f"{name}.jsonl"
+        data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (directory / f"{name}.yaml").write_text(template.format(data=data))
+    return TaskManager(include_path=str(directory), include_defaults=False)
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    from grinqh_jax import cli
+    from grinqh_jax.evaluation.harness import GrinqhLM
+
+    return GrinqhLM(str(cli.BUNDLED_MODEL), bits=4, max_length=128)
+
+
+@pytest.fixture(scope="module")
+def tiny_lm(tiny_directory):
+    from grinqh_jax.evaluation.harness import GrinqhLM
+
+    return GrinqhLM(str(tiny_directory), bits=2.5, batch_size=4, max_length=32)
+
+
+def instance(kind, *arguments):
+    from lm_eval.api.instance import Instance
+
+    return Instance(kind, {}, arguments, 0)
+
+
+def test_a_text_has_the_perplexity_that_perplexity_says(tiny_lm):
+    generator = tiny_lm.generator
+    text = "the old house stood at the end."
+    tokens = np.array([tiny_lm.prefix_token_id, *generator.tokenizer.encode(text)])
+    perplexities = []
+    for bits in (2.5, "full"):
+        (expected,) = measure(generator.model, generator.targets, tokens, [bits], sequence_length=64)
+        tiny_lm.bits = bits
+        (found,) = tiny_lm.loglikelihood_rolling([instance("loglikelihood_rolling", text)])
+        perplexities.append(math.exp(-found / expected.tokens))
+        assert perplexities[-1] == pytest.approx(expected.perplexity, rel=1e-4)
+        (whole,) = tiny_lm.loglikelihood([instance("loglikelihood", "", text)])
+        assert whole[0] == pytest.approx(found, rel=1e-5)
+    tiny_lm.bits = 2.5
+    assert abs(perplexities[0] - perplexities[1]) > 1e-3, "bits make no difference"
+
+
+def test_a_continuation_adds_up_and_is_greedy_if_it_is(tiny_lm):
+    context, first, second = "ann has 3 cups", " and", " a hat"
+    tokens = tiny_lm.tok_encode(context)
+    logits = [tiny_lm._score([(tokens, [token])])[0].log_likelihood for token in range(48)]
+    likeliest = int(np.argmax(logits))
+    results = tiny_lm.loglikelihood(
+        [
+            instance("loglikelihood", context, first + second),
+            instance("loglikelihood", context, first),
+            instance("loglikelihood", context + first, second),
+        ]
+    )
+    whole, begin, end = (score for score, _ in results)
+    assert whole == pytest.approx(begin + end, rel=1e-4)
+    assert np.logaddexp.reduce(logits) == pytest.approx(0, abs=1e-4)
+    for token, greedy in ((likeliest, True), ((likeliest + 1) % 48, False)):
+        assert tiny_lm._score([(tokens, [token])])[0].greedy is greedy
+
+
+def test_long_requests_lose_their_beginning(tiny_lm):
+    words = "one two three four five six seven eight nine ten " * 3
+    (long,) = tiny_lm.loglikelihood([instance("loglikelihood", words, " cat")])
+    tokens = tiny_lm.tok_encode(words + " cat")
+    (score,) = tiny_lm._score([(tokens[-33:-5], tokens[-5:])])  # a context's trailing blank moves over
+    assert long[0] == pytest.approx(score.log_likelihood, rel=1e-5)
+    assert score.tokens == 32
+    (rolling,) = tiny_lm.loglikelihood_rolling([instance("loglikelihood_rolling", words)])
+    assert rolling < -len(words)  # a random model: more than a nat a letter
+    with pytest.raises(UsageError, match="one token of it must fit"):
+        tiny_lm._score([([1], [2] * 33)])
+
+
+def test_tasks_of_log_likelihoods(tiny_lm, tmp_path):
+    questions = [
+        {"question": "the sun rises in the", "choices": [" east.", " qqq.", " xkcd"], "answer": 0},
+        {"question": "he opened the", "choices": ["zzz", " door."], "answer": 1},
+    ]
+    text = "it was a cold night in the old house."
+    manager = tasks(tmp_path, choice=(CHOICES, questions), text=(TEXTS, [{"text": text}]))
+    results = lm_eval.simple_evaluate(
+        tiny_lm, tasks=["tiny_choice", "tiny_text"], task_manager=manager, bootstrap_iters=0
+    )
+    right = 0
+    for record in questions:
+        scores = tiny_lm.loglikelihood(
+            [instance("loglikelihood", record["question"], f" {choice}") for choice in record["choices"]]
+        )
+        right += int(np.argmax([score for score, _ in scores])) == record["answer"]
+    assert results["results"]["tiny_choice"]["acc,none"] == right / 2
+    (rolling,) = tiny_lm.loglikelihood_rolling([instance("loglikelihood_rolling", text)])
+    found = results["results"]["tiny_text"]["word_perplexity,none"]
+    assert found == pytest.approx(math.exp(-rolling / len(text.split())), rel=1e-5)
+    assert results["config"]["bits"] == 2.5
+    assert 0 < results["config"]["realised_bits_loglikelihood"] < 4
+    assert results["config"]["realised_bits_generation"] is None
+
+
+def test_a_task_of_generation(bundled, tmp_path):
+    manager = tasks(tmp_path, sums=(SUMS, [{"question": QUESTION, "answer": "64"}]))
+    results = lm_eval.simple_evaluate(bundled, tasks=["tiny_sums"], task_manager=manager, bootstrap_iters=0)
+    assert results["results"]["tiny_sums"]["exact_match,number"] == 1
+    assert results["config"]["realised_bits_generation"] == pytest.approx(4, abs=0.5)
+
+
+def test_stops_and_sampling(bundled):
+    prompt = f"Question: {QUESTION}\nAnswer:"
+    plain, cut, drawn, again, other = bundled.generate_until(
+        [
+            instance("generate_until", prompt, options)
+            for options in (
+                {"until": ["####"], "max_gen_toks": 40},
+                {"until": "64", "max_gen_toks": 40},
+                {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 3.0, "seed": 5},
+                {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 3.0, "seed": 5, "x": 1},
+                {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 3.0, "seed": 6},
+            )
+        ]
+    )
+    assert "64" in plain
+    assert "####" not in plain
+    assert cut == plain.split("64")[0]
+    assert drawn == again != other
+
+
+def test_the_command_knows_the_model(tiny_directory, tmp_path, capsys, monkeypatch):
+    tasks(tmp_path, text=(TEXTS, [{"text": "some text to read. and more"}]))
+    monkeypatch.setattr("sys.argv", ["pytest"])
+    flags = ["--model", "grinqh", "--include_path", str(tmp_path), "--tasks", "tiny_text"]
+    assert commands.main(["lm-eval", *flags, "--model_args", f"pretrained={tiny_directory},bits=2.5"]) == 0
+    assert "word_perplexity" in capsys.readouterr().out
+    assert commands.main(["lm-eval", *flags, "--model_args", f"pretrained={tiny_directory},bits=9"]) == 2
+    assert "error: bits 9" in capsys.readouterr().err
