@@ -37,6 +37,9 @@ from pallas_kernels import NestedWeight
 PRINCIPAL, ORIGINAL = BASES = ("principal", "original")
 """See ``Conversion``."""
 
+SENSITIVITY, UNIFORM = SPLITS = ("sensitivity", "uniform")
+"""Likewise."""
+
 THRESHOLDS = "thresholds"
 """Name of the part that holds the thresholds of all layers, and of each one's leaf."""
 
@@ -67,10 +70,18 @@ class Conversion:
       max_bits: bits of the stored codes: 2, 4, 6 or 8.
       quantizer: a key of ``QUANTIZERS``.
       basis: one of ``BASES``: turn the residual stream onto its principal axes first, or leave it.
+      split: one of ``SPLITS``: bits go to the layers where they help most, or to all layers alike.
     """
 
     def __init__(
-        self, source: HFCheckpoint, calibration: Calibration, *, max_bits: int, quantizer: str, basis: str
+        self,
+        source: HFCheckpoint,
+        calibration: Calibration,
+        *,
+        max_bits: int,
+        quantizer: str,
+        basis: str,
+        split: str,
     ):
         self.source = source
         self.weights: HFCheckpoint | RotatedCheckpoint = source
@@ -83,6 +94,7 @@ class Conversion:
         self.max_bits = max_bits
         self.quantizer = quantizer
         self.basis = basis
+        self.split = split
         # float32 where bfloat16 is emulated, and slow.
         self.compute_dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
@@ -138,6 +150,7 @@ class Conversion:
             "converter": f"grinqh-jax {__version__}",
             "quantizer": self.quantizer,
             "basis": self.basis,
+            "split": self.split,
             "bits_per_weight_stored": round(bits_per_weight_stored(self.source, self.max_bits), 4),
             "calibration": {
                 "text": self.calibration.name,
@@ -217,7 +230,10 @@ class Conversion:
     def _thresholds(self, writer: Writer) -> None:
         """The last part, because the bits are split over all layers together."""
         if THRESHOLDS not in writer.parts:
-            tables = threshold_tables(self.costs, target_grid(self.max_bits))
+            together = [self.costs] if self.split == SENSITIVITY else [{n: c} for n, c in self.costs.items()]
+            tables = {}
+            for costs in together:
+                tables |= threshold_tables(costs, target_grid(self.max_bits))
             leaves = {f"{name}.{THRESHOLDS}": table for name, table in tables.items()}
             writer.save_part(THRESHOLDS, unflatten_dict(leaves, sep="."))
 

@@ -10,6 +10,8 @@ from checkpoints_tools.calibration import text
 from checkpoints_tools.conversion import (
     BASES,
     PRINCIPAL,
+    SENSITIVITY,
+    SPLITS,
     Calibration,
     Conversion,
     bits_per_weight_stored,
@@ -45,13 +47,19 @@ def parser() -> cli.Parser:
         help="calibration text: .txt, or .jsonl with text or question and answer (default: a bundled text)",
     )
     add("--max-bits", type=int, default=8, choices=(2, 4, 6, 8), help="bits stored per weight (default 8)")
-    add("--tokens", type=int, default=16384, metavar="N", help="calibration tokens (default 16384)")
+    add("--tokens", type=int, default=65536, metavar="N", help="calibration tokens, at most (default 65536)")
     add("--quantizer", default="rtn", choices=tuple(QUANTIZERS), help="how weights are rounded (default rtn)")
     add(
         "--basis",
         default=PRINCIPAL,
         choices=BASES,
         help="principal: turn the residual stream onto its principal axes (default); original: as it is",
+    )
+    add(
+        "--split",
+        default=SENSITIVITY,
+        choices=SPLITS,
+        help="sensitivity: more bits for layers that the predictions depend on (default); uniform: all alike",
     )
     add("--force", action="store_true", help="replace an existing checkpoint")
     return result
@@ -74,7 +82,12 @@ def convert(args: argparse.Namespace) -> int:
     source = open_checkpoint(args.model)
     calibration = read_calibration(source, args.calib, args.tokens)
     conversion = Conversion(
-        source, calibration, max_bits=args.max_bits, quantizer=args.quantizer, basis=args.basis
+        source,
+        calibration,
+        max_bits=args.max_bits,
+        quantizer=args.quantizer,
+        basis=args.basis,
+        split=args.split,
     )
     try:
         with Progress(f"convert {source.directory.name}", conversion.steps, "part") as progress:
