@@ -5,7 +5,6 @@ import dataclasses
 import datetime
 import itertools
 import json
-import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -72,7 +71,7 @@ def pareto(args: argparse.Namespace) -> int:
     results = {
         "title": args.title or f"{source.directory.name}: quality against bits",
         "model": source.directory.name,
-        "command": shlex.join(["python", "-m", "checkpoints_tools.pareto", *sys.argv[1:]]),
+        "command": args.command,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": jax.devices()[0].device_kind,
         "versions": {"grinqh-jax": __version__, "jax": jax.__version__},

@@ -18,10 +18,12 @@ BITS = (1.5, 2.0, 2.5, 3.0, 4.0)
 
 
 class _Parser(cli.Parser):
-    """Flags that it does not know are the converter's: ``args.convert``."""
+    """Flags that it does not know are the converter's, ``args.convert``; all of them, ``args.command``."""
 
     def parse_args(self, args=None, namespace=None):
-        namespace, namespace.convert = self.parse_known_args(args, namespace)
+        given = sys.argv[1:] if args is None else list(args)
+        namespace, namespace.convert = self.parse_known_args(given, namespace)
+        namespace.command = shlex.join(["python", "-m", "checkpoints_tools.pareto", *given])
         return namespace
 
 

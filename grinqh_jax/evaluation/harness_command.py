@@ -6,9 +6,21 @@ from collections.abc import Sequence
 from grinqh_jax import cli
 from grinqh_jax.errors import GrinqhError
 
+_USAGE = """usage: grinqh-jax lm-eval --model grinqh --model_args pretrained=DIR,bits=B --tasks TASK [flags]
+
+The command line of lm-evaluation-harness (grinqh-jax lm-eval run --help lists its flags), which knows
+GRINQH checkpoints as --model grinqh. Needs the extra eval: pip install 'grinqh-jax[eval]'.
+
+--model_args: pretrained (directory or hub id), bits (a number or full), batch_size, max_length,
+max_gen_toks"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the harness with its own flags; returns its exit code (see ``cli``)."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_USAGE)
+        return 0
     try:
         from lm_eval.__main__ import cli_evaluate
 
@@ -19,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return cli.USAGE_ERROR
-    sys.argv = ["lm-eval", *(sys.argv[1:] if argv is None else argv)]  # it reads no other arguments
+    sys.argv = ["lm-eval", *argv]  # it reads no other arguments
     try:
         cli_evaluate()
     except GrinqhError as error:
