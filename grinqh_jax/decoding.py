@@ -86,7 +86,7 @@ class Decoding:
                 f"the prompt has {max(lengths)} tokens and the context holds {max_context}, the answer "
                 "included; shorten the prompt or raise the context"
             )
-        self.model = model
+        self._model = engine.FlatModel(model)
         self._prompts = prompts
         self._lengths = np.array(lengths)
         self._room = np.minimum(max_tokens, max_context - self._lengths)
@@ -113,7 +113,7 @@ class Decoding:
             if ("prefill", batch, width, capacity) in self._compiled:
                 continue
             blank = np.zeros((batch, width), np.int32)
-            logits, self._cache = engine.prefill(self.model, blank, none, self._cache)
+            logits, self._cache = engine.prefill(self._model, blank, none, self._cache)
             _first_token(logits, self._sampling, self._cache.lengths).block_until_ready()
             self._compiled.add(("prefill", batch, width, capacity))
 
@@ -133,7 +133,7 @@ class Decoding:
         """Reads the prompts and chooses the first token of each row, at full precision."""
         following = None
         for block, lengths in self._blocks():
-            logits, self._cache = engine.prefill(self.model, block, self._put(lengths), self._cache)
+            logits, self._cache = engine.prefill(self._model, block, self._put(lengths), self._cache)
             following = logits if following is None else jnp.where((lengths > 0)[:, None], logits, following)
         self._last = _first_token(following, self._sampling, self._cache.lengths)
         tokens = np.asarray(self._last)
@@ -163,7 +163,7 @@ class Decoding:
 
     def _decode(self, limits: Int[np.ndarray, "b"]) -> engine.Chunk:
         chunk, self._cache = engine.decode_chunk(
-            self.model,
+            self._model,
             self._last,
             self._done,
             self._cache,

@@ -73,6 +73,7 @@ class DecodeRun:
 
     def __init__(self, model: Decoder, context: int, tokens: int):
         self.model, self.context, self.tokens = model, context, tokens
+        self._flat = engine.FlatModel(model)
         self._cache = filled_cache(model.config, context, tokens, model.compute_dtype)
         self._rest = (
             Sampling.create(1),
@@ -85,7 +86,7 @@ class DecodeRun:
         """Decodes the tokens once. The thresholds may change from run to run: nothing recompiles."""
         lengths = jnp.full(1, self.context, jnp.int32)
         cache = dataclasses.replace(self._cache, lengths=lengths)
-        args = (self.model, jnp.zeros(1, jnp.int32), jnp.zeros(1, bool), cache, thresholds, *self._rest)
+        args = (self._flat, jnp.zeros(1, jnp.int32), jnp.zeros(1, bool), cache, thresholds, *self._rest)
         if self.compiled is None:
             self.compiled = engine.decode_chunk.lower(*args, steps=self.tokens).compile()
         chunk, self._cache = self.compiled(*args)
@@ -110,7 +111,7 @@ class PrefillRun:
     """Repeated prefill of a prompt of ``tokens`` random tokens, ``chunk`` at a time."""
 
     def __init__(self, model: Decoder, tokens: int, chunk: int | None = None):
-        self.model, self.tokens, self.chunk = model, tokens, min(chunk or tokens, tokens)
+        self.model, self.tokens, self.chunk = engine.FlatModel(model), tokens, min(chunk or tokens, tokens)
         if tokens % self.chunk:
             raise ValueError(f"{tokens} tokens are not whole chunks of {self.chunk}")
         self._cache = KVCache.create(model.config, 1, tokens, model.compute_dtype)

@@ -67,17 +67,28 @@ def sample(logits: Float[Array, "b v"], sampling: Sampling, positions: Int[Array
       sampling: the parameters.
       positions: of the tokens to be chosen, in their sequences.
     """
-    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jax.lax.cond(
+        jnp.any(sampling.temperature > 0),
+        lambda: drawn(logits, sampling, positions),
+        lambda: likeliest(logits),
+    )
 
-    def draw():
-        keys = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(
-            sampling.seed, positions
-        )
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
-        drawn = jnp.argmax(filtered(logits, sampling) + noise, axis=-1).astype(jnp.int32)
-        return jnp.where(sampling.temperature > 0, drawn, likeliest)
 
-    return jax.lax.cond(jnp.any(sampling.temperature > 0), draw, lambda: likeliest)
+@jax.named_scope("sampling")
+def likeliest(logits: Float[Array, "b v"]) -> Int[Array, "b"]:
+    """``sample`` where every temperature is 0."""
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+@jax.named_scope("sampling")
+def drawn(logits: Float[Array, "b v"], sampling: Sampling, positions: Int[Array, "b"]) -> Int[Array, "b"]:
+    """``sample`` where some temperature is not 0."""
+    keys = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(
+        sampling.seed, positions
+    )
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
+    tokens = jnp.argmax(filtered(logits, sampling) + noise, axis=-1).astype(jnp.int32)
+    return jnp.where(sampling.temperature > 0, tokens, likeliest(logits))
 
 
 def filtered(logits: Float[Array, "b v"], sampling: Sampling) -> Float[Array, "b v"]:

@@ -17,17 +17,29 @@ from pallas_kernels.lanes.instructions import Instructions, Value
 from pallas_kernels.lanes.rows import Rows, larger_magnitude, load_pair, locate, store_parts, store_rounded
 
 
-def merge_in_warp(isa, state: Softmax) -> None:
-    """Merges the softmaxes of the warp's 4 groups, in place; all of them end up with the result."""
-    for distance in (GROUP_LANES, 2 * GROUP_LANES):
-        for head, top in enumerate(state.maxima):
-            together = larger(isa, top, isa.shuffle_xor(top, distance))
-            shrink = isa.exp2(top - together)
-            state.maxima[head] = together
-            total = state.sums[head] * shrink
-            state.sums[head] = total + isa.shuffle_xor(total, distance)
-            mixed = [w * shrink for w in state.weighted[head]]
-            state.weighted[head] = [w + isa.shuffle_xor(w, distance) for w in mixed]
+def merge_in_warp(isa, state: Softmax, lane: Value) -> None:
+    """Merges the softmaxes of the warp's 4 groups, in place.
+
+    Each lane ends up with a quarter of its weighted values (the first half if bit 4 of the lane is clear, of
+    that the first half if bit 3 is): two lanes that add halves of each other's values exchange half as many
+    as two that add all.
+    """
+    for head, top in enumerate(state.maxima):
+        together = top
+        for distance in (GROUP_LANES, 2 * GROUP_LANES):
+            together = larger(isa, together, isa.shuffle_xor(together, distance))
+        shrink = isa.exp2(top - together)
+        total = state.sums[head] * shrink
+        mixed = [w * shrink for w in state.weighted[head]]
+        for distance in (2 * GROUP_LANES, GROUP_LANES):
+            total = total + isa.shuffle_xor(total, distance)
+            upper = (lane & distance).equals(distance)
+            low, high = mixed[: len(mixed) // 2], mixed[len(mixed) // 2 :]
+            mixed = [
+                isa.select(upper, b, a) + isa.shuffle_xor(isa.select(upper, a, b), distance)
+                for a, b in zip(low, high, strict=True)
+            ]
+        state.maxima[head], state.sums[head], state.weighted[head] = together, total, mixed
 
 
 def merge_in_block(isa, shape: Shape, refs: Refs, state: Softmax, place: Place, shared: Value) -> None:
@@ -36,14 +48,13 @@ def merge_in_block(isa, shape: Shape, refs: Refs, state: Softmax, place: Place, 
     dim, heads = shape.head_dim, shape.group
     tops = shared + (heads + 2) * dim * 4
     mixes = tops + WARPS * heads * 8
+    width = dim // GROUP_LANES
+    kept = ((lane >> 4) & 1) * (width // 2) + ((lane >> 3) & 1) * (width // 4)  # of ``merge_in_warp``
+    mine = mixes + ((kept >> 3) * CHUNK + part * 8 + (kept & 7)) * 4
     for head in range(heads):
         row = warp * heads + head
         isa.store_shared(tops + row * 8, [state.maxima[head], state.sums[head]], lane.equals(0))
-        for chunk in range(dim // CHUNK):
-            for quarter in (0, 4):
-                target = mixes + row * (4 * dim) + part * 32 + (chunk * CHUNK + quarter) * 4
-                four = state.weighted[head][8 * chunk + quarter : 8 * chunk + quarter + 4]
-                isa.store_shared(target, four, lane < GROUP_LANES)
+        isa.store_shared(mine + row * (4 * dim), state.weighted[head])
     isa.block_barrier()
     for begin in range(0, heads * dim, THREADS):
         item = thread + begin

@@ -28,6 +28,14 @@ def new_vectors(
     )
     first = place.batch * shape.stored_columns + head * dim + word * 2
     stride = shape.batch * shape.stored_columns
+    # All loads first: none of them waits for another.
+    angle = place.batch * (dim // 2) + word * 2
+    cos, sin = load_pair(isa, refs.cos, angle), load_pair(isa, refs.sin, angle)
+    if shape.eps is not None:
+        scale_words = [
+            [isa.load_global(isa.global_address(a) + isa.widen(word * 4) + offset)[0] for offset in (0, dim)]
+            for a in (refs.q_scale, refs.k_scale)
+        ]
     halves = [sum_of_pairs(isa, refs.qkv, first + offset, stride, shape.parts) for offset in (0, dim // 2)]
     raw = [isa.pack_bfloat16(*half) for half in halves]
     numbers = [unpack_bfloat16(isa, w) for w in raw]
@@ -40,16 +48,12 @@ def new_vectors(
             total = total + isa.shuffle_xor(total, distance)
             distance *= 2
         inverse = isa.rsqrt(total * (1 / dim) + shape.eps)
-        scale_addresses = [isa.global_address(a) + isa.widen(word * 4) for a in (refs.q_scale, refs.k_scale)]
         normed = []
-        for half, offset in zip(numbers, (0, dim), strict=True):
-            of_query, of_key = (isa.load_global(address + offset)[0] for address in scale_addresses)
+        for half, of_query, of_key in zip(numbers, *scale_words, strict=True):
             scales = unpack_bfloat16(isa, isa.select(is_query, of_query, of_key))
             scaled = [x * inverse * s for x, s in zip(half, scales, strict=True)]
             normed.append(unpack_bfloat16(isa, isa.pack_bfloat16(*scaled)))
         numbers = normed
-    angle = place.batch * (dim // 2) + word * 2
-    cos, sin = load_pair(isa, refs.cos, angle), load_pair(isa, refs.sin, angle)
     low = [a * c - b * s for a, b, c, s in zip(*numbers, cos, sin, strict=True)]
     high = [b * c + a * s for a, b, c, s in zip(*numbers, cos, sin, strict=True)]
     rotated = [isa.pack_bfloat16(*low), isa.pack_bfloat16(*high)]

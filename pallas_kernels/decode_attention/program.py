@@ -89,7 +89,7 @@ def attention_program(isa: Instructions, shape: Shape, refs: Refs) -> None:
     # One group of the CTA that has fewest positions takes the new one, in the warp that has fewest.
     once = isa.select(takes_new & place.warp.equals(WARPS - 1), isa.constant(1), isa.constant(0))
     state, _ = Softmax.split(isa.loop(once, state.flat(), attend_new), shape.group, width)
-    merge_in_warp(isa, state)
+    merge_in_warp(isa, state, place.lane)
     merge_in_block(isa, shape, refs, state, place, shared)
 
 

@@ -11,8 +11,8 @@ from typing import Any
 from pallas_kernels.lanes.instructions import LANES, Instructions, Value
 from pallas_kernels.lanes.launch import WARPGROUP
 
-MOST_PARTS = 32
-"""Wanted at most: a warp of the next kernel loads them at once."""
+MOST_PARTS = 64
+"""Wanted at most: every warp of the next kernel adds them up."""
 
 
 @dataclasses.dataclass(frozen=True)

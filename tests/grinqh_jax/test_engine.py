@@ -174,3 +174,39 @@ def test_same_seed_same_tokens_whatever_the_chunks(dense):
         return tokens
 
     assert run(12, 1) == run(4, 1) != run(12, 2)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_the_loops_of_a_gpu_generate_the_same(graded, monkeypatch, temperature):
+    """Fewer looks at the condition and no branch in the loop: the same tokens, counts, grades and cache."""
+
+    def run():
+        engine.decode_chunk.clear_cache()
+        _, cache = engine.prefill(graded, TOKENS[:, :16], jnp.array([16, 7]), empty_cache(graded))
+        sampling = Sampling.create(2, temperature=temperature, top_k=50, seed=3)
+        return decode(
+            engine.FlatModel(graded),
+            cache,
+            [1, 2],
+            at(graded, [3.0, 5.0]),
+            jnp.array([3, 11]),
+            steps=13,
+            sampling=sampling,
+        )
+
+    chunk, cache = run()
+    monkeypatch.setattr(engine.device, "waits_for_host", lambda: True)
+    monkeypatch.setattr(engine, "STEPS_A_LOOK", 4)
+    other, other_cache = run()
+    engine.decode_chunk.clear_cache()
+    assert chunk.counts.tolist() == other.counts.tolist() == [3, 11]
+    assert chunk.done.tolist() == other.done.tolist()
+    assert cache.lengths.tolist() == other_cache.lengths.tolist()
+    for row, count in enumerate([3, 11]):
+        assert chunk.tokens[row, :count].tolist() == other.tokens[row, :count].tolist()
+        np.testing.assert_allclose(chunk.grades.bits[:count, row], other.grades.bits[:count, row], rtol=1e-6)
+        length = cache.lengths[row]
+        for mine, theirs in zip(
+            cache.keys + cache.values, other_cache.keys + other_cache.values, strict=True
+        ):
+            np.testing.assert_allclose(mine[row, :length], theirs[row, :length], rtol=1e-5, atol=1e-6)

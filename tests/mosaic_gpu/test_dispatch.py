@@ -122,7 +122,7 @@ def sizes(k, n, rows=1, planes=4) -> geometry.Geometry:
 
 def test_measured_configurations_win_over_the_rule():
     best = tuning.best_config(sizes(4096, 24576), device_kind="NVIDIA H200", multiprocessors=132)
-    assert best == Config(warpgroups=1, warps_per_slice=2, ring_slots=4)
+    assert best == Config(warpgroups=1, warps_per_slice=1, ring_slots=8)
     other = tuning.best_config(sizes(4096, 24576), device_kind="NVIDIA H9000", multiprocessors=10)
     assert other == tuning.rule(sizes(4096, 24576), 10)
 

@@ -23,6 +23,9 @@ ROUNDED_ZERO = 0x4B400080
 LOW_SIGN = 0x80
 """``bits ^ LOW_SIGN`` has the high and the low byte, both signed, of the integer in its low 16 bits."""
 
+PARTS_IN_LANE = 16
+"""Parts of a sum over a row of activations that every lane adds up for itself, at most."""
+
 SMALLEST_PEAK_BITS = 0x0DA24260
 """The bits of 1e-30, in place of smaller peaks (all channels zero), so that 1 / peak is finite."""
 
@@ -106,19 +109,27 @@ def load_thresholds(
 
 
 def sum_of_parts(isa: Instructions, ref, row: Value, parts: int) -> Value:
-    """Sum of one row of ``f32 [rows, parts]``: a part or a few to each lane, then a sum over the warp."""
+    """Sum of one row of ``f32 [rows, parts]``, in a fixed order.
+
+    Few parts are loaded by every lane, four at a time; of many, which would take too many registers, each
+    lane loads some, and the warp adds them up.
+    """
+    first = isa.global_address(ref) + isa.widen(row * (4 * parts))
+    if parts <= PARTS_IN_LANE:
+        width = 4 if parts % 4 == 0 else 1
+        numbers = [v for i in range(0, parts, width) for v in isa.load_global(first + 4 * i, width, "f32")]
+        while len(numbers) > 1:
+            half = len(numbers) // 2
+            pairs = zip(numbers[:half], numbers[half : 2 * half], strict=True)
+            numbers = [a + b for a, b in pairs] + numbers[2 * half :]
+        return numbers[0]
     lane = isa.thread_index() & (LANES - 1)
-    total = None
-    for first in range(0, parts, LANES):
-        count = min(LANES, parts - first)
-        index = lane if count == LANES else isa.select(lane < count, lane, isa.constant(0))
-        address = isa.global_address(ref) + isa.widen((row * parts + index + first) << 2)
-        (part,) = isa.load_global(address, kind="f32")
-        if parts == 1:
-            return part
-        if count < LANES:
-            part = isa.select(lane < count, part, isa.constant(0.0, "f32"))
-        total = part if total is None else total + part
+    total = isa.constant(0.0, "f32")
+    for begin in range(0, parts, LANES):
+        inside = lane < parts - begin
+        index = isa.select(inside, lane, isa.constant(0)) + begin
+        (part,) = isa.load_global(first + isa.widen(index << 2), kind="f32")
+        total = total + isa.select(inside, part, isa.constant(0.0, "f32"))
     for distance in (1, 2, 4, 8, 16):
         total = total + isa.shuffle_xor(total, distance)
     return total
