@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 
 from grinqh_jax.decoder import Decoder, linear_names, linear_shapes
 from grinqh_jax.engine import Thresholds
-from grinqh_jax.thresholds import model_thresholds
+from grinqh_jax.thresholds import stacked_tables, thresholds_at
 
 PRIOR_TOKENS = 16
 """A text counts as calibration text for so many tokens more than were seen: few tokens say little."""
@@ -30,7 +30,8 @@ class Dial:
     """
 
     def __init__(self, model: Decoder, targets: Sequence[float], bits: Float[np.ndarray, "rows"]):
-        self._model = model
+        self._names = linear_names(model.config)
+        self._tables = stacked_tables(model)
         self._targets = jnp.asarray(targets, jnp.float32)
         self._range = targets[0], targets[-1]
         self._wanted = np.asarray(bits, np.float64)
@@ -46,7 +47,7 @@ class Dial:
     @property
     def thresholds(self) -> Thresholds:
         """Of every linear layer and row, for the setting. A new setting compiles nothing."""
-        return model_thresholds(self._model, self._targets, jnp.asarray(self.setting, jnp.float32))
+        return thresholds_at(self._names, self._tables, self._targets, jnp.asarray(self.setting, jnp.float32))
 
     def observe(self, bits: Float[np.ndarray, "rows steps linears"], counts: Int[np.ndarray, "rows"]) -> None:
         """Takes into account what was read with the present thresholds.

@@ -29,12 +29,31 @@ def interpolate(
     return (1 - share) * table[below] + share * table[below + 1]
 
 
-@jax.jit
+def stacked_tables(model: Decoder) -> Float[Array, "t linears p"]:
+    """The threshold tables of a graded model, in the order of ``decoder.linear_names``."""
+    return jnp.stack([model.linear(name).thresholds[...] for name in linear_names(model.config)], axis=1)
+
+
+def thresholds_at(
+    names: Sequence[str],
+    tables: Float[Array, "t linears p"],
+    targets: Float[Array, "t"],
+    bits: Float[Array, "*b"],
+) -> dict[str, Float[Array, "*b p"]]:
+    """Thresholds of every linear layer, by name, from ``stacked_tables`` (see ``interpolate``)."""
+    return dict(zip(names, _by_linear(tables, targets, bits), strict=True))
+
+
 def model_thresholds(
     model: Decoder, targets: Float[Array, "t"], bits: Float[Array, "*b"]
 ) -> dict[str, Float[Array, "*b p"]]:
     """Thresholds of every linear layer of a graded model, by name (see ``interpolate``)."""
-    names = linear_names(model.config)
-    tables = jnp.stack([model.linear(name).thresholds[...] for name in names], axis=1)
+    return thresholds_at(linear_names(model.config), stacked_tables(model), targets, bits)
+
+
+@jax.jit
+def _by_linear(
+    tables: Float[Array, "t linears p"], targets: Float[Array, "t"], bits: Float[Array, "*b"]
+) -> list[Float[Array, "*b p"]]:
     rows = interpolate(tables, targets, bits)
-    return {name: rows[..., i, :] for i, name in enumerate(names)}
+    return [rows[..., i, :] for i in range(rows.shape[-2])]
