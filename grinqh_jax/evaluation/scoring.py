@@ -67,8 +67,7 @@ def score(
       UsageError: ``bits`` are out of the dial's range, a context is empty, or a continuation is too long.
     """
     graded = bits != "full" and generator.targets is not None
-    generator.bits(bits)
-    thresholds = {name: rows[0] for name, rows in generator.thresholds(bits).items()} if graded else None
+    thresholds = {name: rows[0] for name, rows in generator.dial(bits).thresholds.items()} if graded else None
     # The last token of a row is predicted, not read.
     rows = [[*context, *continuation][-max_length - 1 :] for context, continuation in pairs]
     for row, (context, continuation) in zip(rows, pairs, strict=True):

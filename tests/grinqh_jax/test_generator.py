@@ -155,7 +155,7 @@ def test_preparation_compiles_everything(generator, compilations):
         [range(2, 50), range(2, 9), range(40, 43)],  # a batch size of its own
         max_tokens=20,
         max_context=128,
-        thresholds=generator.thresholds(3.0, batch=3),
+        dial=generator.dial(3.0, batch=3),
         sampling=Sampling.create(3, temperature=1.0),
     )
     decoding.compile_prefill()
@@ -180,7 +180,7 @@ def test_a_batch_of_different_lengths_equals_its_rows(generator, monkeypatch):
             [prompts[row] for row in rows],
             max_tokens=12,
             max_context=128,
-            thresholds=generator.thresholds(6.0, batch=len(rows)),
+            dial=generator.dial(6.0, batch=len(rows)),
             sampling=Sampling.create(len(rows)),
         )
         tokens = decoding.prefill().tokens
