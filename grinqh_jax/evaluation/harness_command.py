@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from grinqh_jax import cli
 from grinqh_jax.errors import GrinqhError
 
-_USAGE = """usage: grinqh-jax lm-eval --model grinqh --model_args pretrained=DIR,bits=B --tasks TASK --batch_size 32
+_USAGE = """usage: grinqh-jax lm-eval --model grinqh --model_args pretrained=DIR,bits=B --tasks TASK ...
 
 The command line of lm-evaluation-harness (grinqh-jax lm-eval run --help lists its flags), which knows
 GRINQH checkpoints as --model grinqh. Needs the extra eval: pip install 'grinqh-jax[eval]'.
