@@ -27,8 +27,6 @@ from grinqh_jax.generator import Generator
 from pallas_kernels.layout import DIGIT_BITS
 
 INT4_LEVEL, INT4_BITS = 2, 4
-SKIP_TARGETS = tuple(np.arange(1, 17) / 4)
-"""Mean bits that skip-and-int4 has thresholds for: every quarter up to 4, where nothing is skipped."""
 
 NEVER = 1e30
 """A threshold that no activation reaches, finite so that the dial may interpolate."""
@@ -37,19 +35,15 @@ _BISECTIONS = 64
 
 
 def truncation(generator: Generator) -> Generator:
-    """The same model read at one level throughout: its dial has the settings 2, 4 ... up to all bits.
-
-    Between two of them the dial stands at the lower one, as the realised bits say.
-    """
+    """The same model read at one level throughout: 2, 4 ... bits, whichever of them the dial is next to."""
     planes = _planes(generator)
-    levels = np.arange(1, planes + 1)
-    table = np.where(np.arange(planes) < levels[:, None], 0, NEVER).astype(np.float32)
-    targets = tuple((DIGIT_BITS * levels).tolist())
-    return _reread(generator, dict.fromkeys(linear_names(generator.model.config), table), targets)
+    level = np.clip(np.round(np.array(generator.targets) / DIGIT_BITS), 1, planes)
+    table = np.where(np.arange(planes) < level[:, None], 0, NEVER)
+    return _reread(generator, dict.fromkeys(linear_names(generator.model.config), table))
 
 
 def skip_int4(generator: Generator, windows: Int32[np.ndarray, "s t"]) -> Generator:
-    """The same model with every channel either skipped or read at 4 bits: ``SKIP_TARGETS`` on its dial.
+    """The same model with every channel either skipped or read at 4 bits; from 4 on nothing is skipped.
 
     Args:
       generator: of a GRINQH checkpoint.
@@ -66,9 +60,9 @@ def skip_int4(generator: Generator, windows: Int32[np.ndarray, "s t"]) -> Genera
         )
     tables = {}
     for name, counts in activation_counts(generator.model, windows).items():
-        cut = skip_thresholds(counts, SKIP_TARGETS)[:, None]
-        tables[name] = np.where(np.arange(planes) < INT4_LEVEL, cut, NEVER).astype(np.float32)
-    return _reread(generator, tables, SKIP_TARGETS)
+        cut = skip_thresholds(counts, generator.targets)[:, None]
+        tables[name] = np.where(np.arange(planes) < INT4_LEVEL, cut, NEVER)
+    return _reread(generator, tables)
 
 
 def skip_thresholds(counts: Int[np.ndarray, "bins"], targets: Sequence[float]) -> Float[np.ndarray, "t"]:
@@ -76,7 +70,7 @@ def skip_thresholds(counts: Int[np.ndarray, "bins"], targets: Sequence[float]) -
 
     Args:
       counts: of ``histogram.count``, not empty.
-      targets: mean bits, above 0 and up to 4.
+      targets: mean bits, above 0.
     """
     share = np.asarray(targets, np.float64) / INT4_BITS
     low, high = (np.full(len(share), np.log(limit)) for limit in (1e-30, NEVER))
@@ -119,11 +113,9 @@ def _planes(generator: Generator) -> int:
     return generator.model.lm_head.weight.num_planes
 
 
-def _reread(
-    generator: Generator, tables: Mapping[str, Float[np.ndarray, "t p"]], targets: tuple[float, ...]
-) -> Generator:
-    """The same weights under other tables of thresholds; the arrays are shared."""
+def _reread(generator: Generator, tables: Mapping[str, Float[np.ndarray, "t p"]]) -> Generator:
+    """The same weights under other tables of thresholds; arrays, targets and compiled programs are shared."""
     model = nnx.merge(*nnx.split(generator.model))
     for name, table in tables.items():
-        model.linear(name).thresholds = nnx.Param(jnp.asarray(table))
-    return Generator(model, generator.tokenizer, generator.defaults, targets, generator.directory)
+        model.linear(name).thresholds = nnx.Param(jnp.asarray(table, jnp.float32))
+    return Generator(model, generator.tokenizer, generator.defaults, generator.targets, generator.directory)

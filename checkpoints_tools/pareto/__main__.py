@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import datetime
-import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -52,20 +51,23 @@ def pareto(args: argparse.Namespace) -> int:
         work=args.work / source.directory.name,
         calib=args.calib,
         calib_tokens=args.calib_tokens,
+        dtype=args.dtype,
     )
+    if args.dtype == "float32":  # a GPU would multiply in fewer bits
+        jax.config.update("jax_default_matmul_precision", "highest")
     series = _series(args, workshop)
     texts = [Text(path=path, tokens=args.tokens, sequence_length=args.sequence_length) for path in args.data]
     tasks = [
         Tasks(path=path, limit=args.limit, max_tokens=args.max_tokens, batch=args.batch)
         for path in args.tasks
     ]
-    measurements = Measurements(source.directory, workshop.work / "rows")
+    measurements = Measurements(workshop, workshop.work / "rows")
     rows, swept, compared = [], [], []
     for data in (*texts, *tasks):
         of_data = [row for one in series for row in _rows(measurements, one, data, timing)]
         rows += of_data
         if data.kind == PERPLEXITY:
-            swept += list(_sweeps(of_data, args.sweep))
+            swept += [_sweep(of_data, args.sweep)] if args.sweep else []
             compared += _comparisons(of_data)
         print(table.markdown([row for row in of_data if row["shown"]]), flush=True)
     results = {
@@ -80,6 +82,7 @@ def pareto(args: argparse.Namespace) -> int:
             "tokens": args.tokens,
             "sequence_length": args.sequence_length,
             "problems": args.limit,
+            "dtype": args.dtype or "default",
         },
         "timing": timing and {"file": args.timing.name, "what": timing.what},
         "rows": [{key: value for key, value in row.items() if key not in _PAIRED} for row in rows],
@@ -103,9 +106,9 @@ def _series(args: argparse.Namespace, workshop: Workshop) -> list[Series]:
             continue
         if method == GRINQH:
             settings = sorted({*args.bits, *args.sweep})
-            variants = [("GRINQH", args.convert), *flags.variants(args)]
-            shown = frozenset(args.bits)
-            series += [workshop.grinqh(label, options, settings, shown) for label, options in variants]
+            series.append(workshop.grinqh("GRINQH", args.convert, settings, args.bits))
+            for label, options in flags.variants(args):
+                series.append(workshop.grinqh(label, options, args.bits, args.bits))
         elif method in (SKIP_INT4, TRUNCATION):
             series.append(workshop.reread(method, args.convert, args.bits))
         else:
@@ -126,23 +129,27 @@ def _rows(
         yield row
 
 
-def _sweeps(rows: Sequence[Row], sweep: Sequence[float]) -> Iterator[dict[str, Any]]:
-    graded = [row for row in rows if row["method"] == GRINQH and row["bits"] in sweep]
-    for label, own in itertools.groupby(graded, key=lambda row: row["label"]):
-        steps = paired.steps(list(own))
-        yield {
-            "data": graded[0]["data"],
-            "label": label,
-            "never_rises": not any(step["rises"] for step in steps),
-            "never_rises_paired": not any(step["rises_paired"] for step in steps),
-            "steps": steps,
-        }
+def _first_curve(rows: Sequence[Row]) -> list[Row]:
+    """The rows of the first GRINQH curve, by ascending bits."""
+    graded = [row for row in rows if row["method"] == GRINQH]
+    return [row for row in graded if row["label"] == graded[0]["label"]]
+
+
+def _sweep(rows: Sequence[Row], sweep: Sequence[float]) -> dict[str, Any]:
+    swept = [row for row in _first_curve(rows) if row["bits"] in sweep]
+    steps = paired.steps(swept)
+    return {
+        "data": swept[0]["data"],
+        "label": swept[0]["label"],
+        "never_rises": not any(step["rises"] for step in steps),
+        "never_rises_paired": not any(step["rises_paired"] for step in steps),
+        "steps": steps,
+    }
 
 
 def _comparisons(rows: Sequence[Row]) -> list[dict[str, Any]]:
     shown = [row for row in rows if row["shown"]]
-    first = [row for row in shown if row["method"] == GRINQH]
-    first = [row for row in first if row["label"] == first[0]["label"]]
+    first = _first_curve(shown)
     others = [row for row in shown if row not in first and row["method"] != UNQUANTIZED]
     (full,) = (row for row in shown if row["method"] == UNQUANTIZED)
     return paired.comparisons(first, others, full)

@@ -69,8 +69,8 @@ def parser() -> cli.Parser:
         type=_sweep,
         default=[],
         metavar="LOW:HIGH:STEP",
-        help="also turn the dial in such steps, as 1.5:8:0.25, and end with exit code 1 if perplexity ever "
-        "rises by more than its standard error",
+        help="also turn the dial of the first GRINQH curve in such steps, as 1.5:8:0.25, and end with exit "
+        "code 1 if perplexity ever rises by more than its standard error",
     )
     add(
         "--variant",
@@ -87,6 +87,12 @@ def parser() -> cli.Parser:
     add("--max-tokens", type=flags.positive, default=256, metavar="N", help="of an answer (default 256)")
     add(
         "--batch", type=flags.positive, default=128, metavar="N", help="most problems at a time (default 128)"
+    )
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="that models are measured in (default: float32 on a CPU, bfloat16 elsewhere); float32 is exact "
+        "on a GPU too",
     )
     add("--timing", type=Path, metavar="FILE", help="kernel times: a file of benchmarks/matvec.py")
     add("--json", type=Path, metavar="FILE", help="results (default WORK/pareto.json)")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints_tools.pareto.series import Series, identity
+from checkpoints_tools.pareto.series import Series, Workshop, identity
 from grinqh_jax.evaluation.perplexity import measure
 from grinqh_jax.evaluation.perplexity_command import read_tokens
 from grinqh_jax.evaluation.result import Bits, Perplexity
@@ -54,12 +54,12 @@ class Measurements:
     """Rows of one model, measured when they are first asked for.
 
     Args:
-      reference: the unquantized checkpoint, which texts are compared with.
+      workshop: loads models; its ``source`` is what texts are compared with.
       directory: where rows are kept.
     """
 
-    def __init__(self, reference: Path, directory: Path):
-        self._reference_path = reference
+    def __init__(self, workshop: Workshop, directory: Path):
+        self._workshop = workshop
         self._directory = directory
         self._reference: Generator | None = None
 
@@ -81,7 +81,8 @@ class Measurements:
             "method": series.method,
             "bits": bits,
             "checkpoint": identity(checkpoint),
-            "reference": identity(self._reference_path),
+            "reference": identity(self._workshop.source.directory),
+            "dtype": self._workshop.dtype,
             "data": hashlib.sha256(data.path.read_bytes()).hexdigest(),
             **{k: v for k, v in dataclasses.asdict(data).items() if k not in ("path", "batch")},
         }
@@ -108,7 +109,7 @@ class Measurements:
         self, series: Series, generator: Generator, settings: Sequence[Bits], tokens, data: Text, progress
     ) -> Iterator[tuple[Bits, Row]]:
         if self._reference is None:
-            self._reference = Generator.load(self._reference_path)
+            self._reference = self._workshop.load(self._workshop.source.directory)
         started = time.monotonic()
         found = measure(
             generator.model,

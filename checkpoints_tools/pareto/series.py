@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
 from checkpoints_tools import convert
 from checkpoints_tools.baselines import __main__ as baselines
 from checkpoints_tools.baselines import model as fixed
@@ -75,12 +77,18 @@ class Workshop:
       source: the unquantized checkpoint.
       work: directory for what is made.
       calib: calibration text (None: the bundled one), and ``calib_tokens`` of it, of all methods.
+      dtype: that models are measured in, ``float32`` or ``bfloat16``; None: what the device prefers.
     """
 
     source: HFCheckpoint
     work: Path
     calib: Path | None
     calib_tokens: int
+    dtype: str | None
+
+    def load(self, checkpoint: Path) -> Generator:
+        """A checkpoint, in ``dtype``."""
+        return Generator.load(checkpoint, self.dtype and jnp.dtype(self.dtype))
 
     def unquantized(self) -> Series:
         """The model itself, in 16 bits."""
@@ -90,7 +98,7 @@ class Workshop:
             settings=(FULL,),
             shown=frozenset((FULL,)),
             checkpoint=lambda bits: self.source.directory,
-            load=lambda bits: Generator.load(self.source.directory),
+            load=lambda bits: self.load(self.source.directory),
             dial=lambda bits: FULL,
             bits_read=lambda bits, layers, everything: (fixed.UNQUANTIZED_BITS, fixed.UNQUANTIZED_BITS),
         )
@@ -109,7 +117,7 @@ class Workshop:
             settings=tuple(settings),
             shown=frozenset(settings),
             checkpoint=checkpoint,
-            load=lambda bits: Generator.load(checkpoint(bits)),
+            load=lambda bits: self.load(checkpoint(bits)),
             dial=lambda bits: FULL,
             bits_read=lambda bits, layers, everything: fixed.mean_bits_read(self.source, int(bits)),
         )
@@ -124,7 +132,7 @@ class Workshop:
             return self._graded(
                 method, "truncation of the nested code", options, (2, 4, 6, 8), None, reading.truncation
             )
-        settings = [bits for bits in settings if reading.SKIP_TARGETS[0] <= bits <= reading.INT4_BITS]
+        settings = [bits for bits in settings if bits <= reading.INT4_BITS]
 
         def skipping(generator: Generator) -> Generator:
             calibration = convert.read_calibration(self.source, self.calib, self.calib_tokens)
@@ -144,7 +152,7 @@ class Workshop:
             settings=tuple(settings),
             shown=frozenset(settings if shown is None else shown),
             checkpoint=checkpoint,
-            load=lambda bits: reread(Generator.load(checkpoint(bits))),
+            load=lambda bits: reread(self.load(checkpoint(bits))),
             dial=lambda bits: bits,
             bits_read=lambda bits, layers, everything: (layers + SCALE_BITS, everything + SCALE_BITS),
         )

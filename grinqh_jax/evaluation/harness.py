@@ -1,6 +1,6 @@
 """An adapter to lm-evaluation-harness: its tasks on a GRINQH checkpoint, at a setting of the dial.
 
-    python -m grinqh_jax lm-eval --model grinqh --model_args pretrained=DIR,bits=3 --tasks arc_easy
+    python -m grinqh_jax lm-eval --model grinqh --model_args pretrained=DIR,bits=3 --batch_size 8 --tasks TASK
 
 or, from Python, where importing this module registers the name ``grinqh``:
 

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from grinqh_jax import cli
 from grinqh_jax.errors import GrinqhError
 
-_USAGE = """usage: grinqh-jax lm-eval --model grinqh --model_args pretrained=DIR,bits=B --tasks TASK [flags]
+_USAGE = """usage: grinqh-jax lm-eval --model grinqh --model_args pretrained=DIR,bits=B --tasks TASK ...
 
 The command line of lm-evaluation-harness (grinqh-jax lm-eval run --help lists its flags), which knows
 GRINQH checkpoints as --model grinqh. Needs the extra eval: pip install 'grinqh-jax[eval]'.
 
---model_args: pretrained (directory or hub id), bits (a number or full), batch_size, max_length,
-max_gen_toks"""
+--model_args: pretrained (directory or hub id), bits (a number or full), max_length, max_gen_toks
+--batch_size: most requests at a time; the harness's default of 1 is slow"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
