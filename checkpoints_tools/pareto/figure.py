@@ -1,5 +1,6 @@
 """The figure of a sweep: perplexity, KL divergence and accuracy against bits read or kernel time."""
 
+import itertools
 import math
 import textwrap
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ _FULL = "#333333"
 _HEADROOM = 1.5
 """Room above the perplexities that must be seen, for a list of those that are off the chart."""
 
+_BITS, _TIME = "bits_read_layers", "kernel_us"
+_X = {_BITS: "bits read per weight", _TIME: "kernel time, µs"}
 _NOTE = (
     "Bits of the layers, scales and zero points included; the output projection, 16 bits in RTN, GPTQ and "
     "AWQ and graded in GRINQH, is not counted. Error bars: one standard error, of perplexities paired with "
@@ -42,7 +45,7 @@ def check_available() -> None:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Draws the figure of a sweep's results: against bits, and below against kernel time if they have it.
+    """Draws the figure of a sweep's results: against bits, and below against kernel time if it is there.
 
     Args:
       results: what the sweep wrote as JSON.
@@ -56,20 +59,22 @@ def draw(results: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = [row for row in results["rows"] if row["shown"]]
-    panels = list(dict.fromkeys((row["data"], row["measure"]) for row in rows))
-    columns = [(data, value) for data, measure in panels for value in _values(measure)]
-    axes_x, note = [("bits_read_layers", "bits read per weight")], _NOTE
-    if any(row.get("kernel_us") for row in rows):
-        axes_x.append(("kernel_us", "kernel time, µs"))
+    timed, note = any(row.get("kernel_us") for row in rows), _NOTE
+    if timed:
         note += f" Time: {results['timing']['what']}; 4-bit integers by PyTorch's int4 kernel."
+    panels = _panels(rows, timed)
+    height, width = len(panels), len(panels[0])
     with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(4.4 * len(columns) + 0.4, 3.9 * len(axes_x) + 1.3), layout="constrained")
-        grid = figure.subplots(len(axes_x), len(columns), squeeze=False)
-        for line, (x, label) in zip(grid, axes_x, strict=True):
-            for axes, (data, value) in zip(line, columns, strict=True):
-                _panel(axes, [row for row in rows if row["data"] == data], x, value)
-                axes.set_title(data, fontsize=10, color="#555555")
-                axes.set_xlabel(label)
+        figure = Figure(figsize=(4.4 * width + 0.4, 3.7 * height + 1.3), layout="constrained")
+        grid = figure.subplots(height, width, squeeze=False)
+        for axes, panel in zip(grid.flat, itertools.chain(*panels), strict=True):
+            if panel is None:
+                axes.set_axis_off()
+                continue
+            data, value, x = panel
+            _draw_panel(axes, [row for row in rows if row["data"] == data], x, value)
+            axes.set_title(data, fontsize=10, color="#555555")
+            axes.set_xlabel(_X[x])
         handles = {}
         for axes in grid.flat:
             handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
@@ -82,7 +87,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
             title=results["title"],
             title_fontproperties={"size": 13, "weight": "bold"},
         )
-        note = textwrap.fill(note, 76 * len(columns))
+        note = textwrap.fill(note, 76 * width)
         figure.supxlabel(note, fontsize=8, color="#555555", x=0.01, ha="left")
         try:
             figure.savefig(path, dpi=200)
@@ -90,11 +95,20 @@ def draw(results: dict[str, Any], path: Path) -> None:
             raise UsageError(f"--figure {path}: {error}") from None
 
 
-def _values(measure: str) -> tuple[str, ...]:
-    return ("accuracy",) if measure == ACCURACY else ("perplexity", "kl")
+def _panels(rows: Sequence[Row], timed: bool) -> list[list[tuple[str, str, str] | None]]:
+    """What stands where: data, value and x axis. A column for each text; for a single one, for each value."""
+    measures = dict.fromkeys((row["data"], row["measure"]) for row in rows)
+    main = [(data, ACCURACY if measure == ACCURACY else "perplexity") for data, measure in measures]
+    texts = [data for data, value in main if value != ACCURACY]
+    if len(texts) == 1:
+        main.insert(main.index((texts[0], "perplexity")) + 1, (texts[0], "kl"))
+    panels: list[list[tuple[str, str, str] | None]] = [[(*panel, _BITS) for panel in main]]
+    if len(texts) > 1:
+        panels.append([(data, "kl", _BITS) if value != ACCURACY else None for data, value in main])
+    return panels + ([[(*panel, _TIME) for panel in main]] if timed else [])
 
 
-def _panel(axes, rows: Sequence[Row], x: str, value: str) -> None:
+def _draw_panel(axes, rows: Sequence[Row], x: str, value: str) -> None:
     """One set of axes: a line for each series, full precision as a level."""
     names = {
         "perplexity": "perplexity",
@@ -133,7 +147,7 @@ def _panel(axes, rows: Sequence[Row], x: str, value: str) -> None:
     _annotate(axes, beyond)
     if full is not None and value != "kl":
         axes.axhline(full, color=_FULL, linewidth=1, linestyle=(0, (5, 3)), label="full precision (16 bits)")
-        if whole.get("kernel_us") and x == "kernel_us":
+        if whole.get("kernel_us") and x == _TIME:
             axes.plot(whole[x], full, color=_FULL, marker="*", markersize=10, clip_on=False, zorder=6)
     if value == "perplexity":
         axes.set_ylim(0.99 * min(row[value] for row in (whole, *rows) if row), top)
