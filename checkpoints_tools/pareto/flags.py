@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from checkpoints_tools import convert
 from checkpoints_tools.pareto import figure
 from checkpoints_tools.pareto.series import GRINQH, METHODS, check_options
 from grinqh_jax import cli
@@ -80,7 +81,8 @@ def parser() -> cli.Parser:
         help="one more GRINQH curve with flags of convert, as 'plain: --quantizer rtn --basis original'",
     )
     add("--calib", type=Path, metavar="FILE", help="calibration text of all methods (default: a bundled one)")
-    add("--calib-tokens", type=flags.positive, default=16384, metavar="N", help="of it (default 16384)")
+    tokens = convert.parser().get_default("tokens")
+    add("--calib-tokens", type=flags.positive, default=tokens, metavar="N", help=f"of it (default {tokens})")
     add("--tokens", type=flags.positive, metavar="N", help="the first N tokens of each text (default all)")
     add("--sequence-length", type=flags.positive, default=512, metavar="L", help="of a window (default 512)")
     add("--limit", type=flags.positive, metavar="N", help="the first N problems (default all)")

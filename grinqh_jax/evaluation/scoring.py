@@ -58,7 +58,8 @@ def score(
       generator: model and tokenizer.
       pairs: tokens of a context, at least one, and of its continuation. Of a pair that is too long, the
         beginning of the context is dropped.
-      bits: setting of the dial; ``"full"`` grades nothing.
+      bits: setting of the dial; ``"full"`` grades nothing. The dial does not follow the texts: a score
+        depends on its own pair alone, and says what bits it read.
       max_length: most tokens read of a pair.
       batch: most pairs at a time.
       progress: called with the number of pairs done, batch by batch.
@@ -66,8 +67,9 @@ def score(
     Raises:
       UsageError: ``bits`` are out of the dial's range, a context is empty, or a continuation is too long.
     """
-    graded = bits != "full" and generator.targets is not None
-    thresholds = {name: rows[0] for name, rows in generator.dial(bits).thresholds.items()} if graded else None
+    dial, thresholds = generator.dial(bits), None
+    if dial is not None and bits != "full":
+        thresholds = {name: rows[0] for name, rows in dial.thresholds.items()}
     # The last token of a row is predicted, not read.
     rows = [[*context, *continuation][-max_length - 1 :] for context, continuation in pairs]
     for row, (context, continuation) in zip(rows, pairs, strict=True):

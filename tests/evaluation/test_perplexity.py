@@ -12,12 +12,12 @@ import pytest
 from grinqh_jax import engine
 from grinqh_jax.cache import KVCache
 from grinqh_jax.decoder import linear_names
+from grinqh_jax.dial import Dial
 from grinqh_jax.errors import UsageError
 from grinqh_jax.evaluation import perplexity, perplexity_command
 from grinqh_jax.evaluation.perplexity import measure
 from grinqh_jax.evaluation.result import Perplexity, TokenBits, WindowSums, standard_error
 from grinqh_jax.statistics import weighted_mean
-from grinqh_jax.thresholds import model_thresholds
 
 TOKENS = np.random.default_rng(3).integers(0, 40, 43).astype(np.int32)
 LENGTH = 16
@@ -35,24 +35,25 @@ def windows() -> list[np.ndarray]:
     return [TOKENS[start : start + LENGTH] for start in range(0, len(TOKENS), LENGTH)]
 
 
-def decoded(generator, window: np.ndarray, bits: float) -> tuple[np.ndarray, np.ndarray]:
+def decoded(generator, window: np.ndarray, dial: Dial) -> tuple[np.ndarray, np.ndarray]:
     """Logits at every position, and bits by linear layer, of tokens that the engine decodes one by one."""
-    model = generator.model
-    thresholds = model_thresholds(model, jnp.asarray(generator.targets), jnp.full(1, bits, jnp.float32))
+    model, thresholds = generator.model, dial.thresholds
     cache = KVCache.create(model.config, 1, LENGTH, model.compute_dtype)
     logits, grades = [], []
     for token in window:
         step, cache, grade = decode_step(model, jnp.array([token]), cache, thresholds)
         logits.append(np.asarray(step[0]))
         grades.append(np.asarray(grade.bits[0]))
+    dial.observe(np.stack(grades)[None], np.array([len(window)]))  # the next window starts from there
     return np.stack(logits), np.stack(grades)
 
 
 def test_graded_tokens_are_read_as_in_decoding(tiny):
     result, full = measure(tiny.model, tiny.targets, TOKENS, [2.0, "full"], sequence_length=LENGTH)
     losses, reference_losses, kl, same, bits = [], [], [], [], []
+    dial = tiny.dial(2.0)
     for window in windows():
-        logits, grades = decoded(tiny, window, 2.0)
+        logits, grades = decoded(tiny, window, dial)
         log_p, reference = log_softmax(logits[:-1]), log_softmax(dense(tiny.model, window[None])[0, :-1])
         losses.append(-log_p[np.arange(len(window) - 1), window[1:]])
         reference_losses.append(-reference[np.arange(len(window) - 1), window[1:]])
@@ -92,16 +93,13 @@ def test_settings_of_the_dial_share_one_program(tiny):
     assert perplexity._graded_logits._cache_size() == 1
 
 
-def test_batches_do_not_matter(tiny, monkeypatch):
-    together = measure(tiny.model, tiny.targets, TOKENS, [2.0], sequence_length=LENGTH)[0]
-    monkeypatch.setattr(perplexity, "_LOGIT_BYTES", 1)  # one window at a time
+def test_windows_are_read_one_after_another(tiny):
     done = []
-    alone = measure(tiny.model, tiny.targets, TOKENS, [2.0], sequence_length=LENGTH, progress=done.append)[0]
-    alone, together = alone.to_json(), together.to_json()
-    for key, value in together.pop("token_bits").items():
-        assert alone["token_bits"][key] == pytest.approx(value, rel=1e-4)
-    assert {key: alone[key] for key in together} == pytest.approx(together, rel=1e-4, abs=1e-7)
+    (first,) = measure(tiny.model, tiny.targets, TOKENS[:LENGTH], [2.0], sequence_length=LENGTH)
+    (result,) = measure(tiny.model, tiny.targets, TOKENS, [2.0], sequence_length=LENGTH, progress=done.append)
     assert done == [len(window) for window in windows()]
+    assert result.windows.tokens.tolist() == [len(window) - 1 for window in windows()]
+    assert result.windows.loss[0] == pytest.approx(first.windows.loss[0], rel=1e-5)
 
 
 def test_standard_error_is_that_of_the_windows():
