@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from checkpoints_tools.pareto import figure, flags, paired, table
-from checkpoints_tools.pareto.rows import ACCURACY, PERPLEXITY, Measurements, Row, Tasks, Text
+from checkpoints_tools.pareto.rows import ACCURACY, PERPLEXITY, Measurements, Row, Tasks, Text, bits_read
 from checkpoints_tools.pareto.series import (
     GRINQH,
     METHODS,
@@ -123,7 +123,7 @@ def _rows(
         kept = tuple(bits for bits in series.settings if bits in series.shown)
         series = dataclasses.replace(series, settings=kept)
     for row in measurements.of(series, data):
-        row |= {"label": series.label, "shown": row["bits"] in series.shown}
+        row |= {"label": series.label, "shown": row["bits"] in series.shown, "bits_read": bits_read(row)}
         if timing:
             row["kernel_us"] = timing.us(row)
         yield row

@@ -24,12 +24,12 @@ _FULL = "#333333"
 _HEADROOM = 1.5
 """Room above the perplexities that must be seen, for a list of those that are off the chart."""
 
-_BITS, _TIME = "bits_read_layers", "kernel_us"
+_BITS, _TIME = "bits_read", "kernel_us"
 _X = {_BITS: "bits read per weight", _TIME: "kernel time, µs"}
 _NOTE = (
-    "Bits of the layers, scales and zero points included; the output projection, 16 bits in RTN, GPTQ and "
-    "AWQ and graded in GRINQH, is not counted. Error bars: one standard error, of perplexities paired with "
-    "full precision's."
+    "Bits of all linear layers, scales and zero points included; only the output projection of RTN, GPTQ and "
+    "AWQ, 16 bits, is not counted. Error bars: one standard error, of perplexities paired with full "
+    "precision's."
 )
 
 

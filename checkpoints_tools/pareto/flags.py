@@ -78,7 +78,7 @@ def parser() -> cli.Parser:
         action="append",
         default=[],
         metavar="'LABEL: FLAGS'",
-        help="one more GRINQH curve with flags of convert, as 'plain: --quantizer rtn --basis original'",
+        help="one more GRINQH curve with flags of convert, as 'plain: --basis original --split uniform'",
     )
     add("--calib", type=Path, metavar="FILE", help="calibration text of all methods (default: a bundled one)")
     tokens = convert.parser().get_default("tokens")

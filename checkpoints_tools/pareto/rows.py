@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints_tools.pareto.series import Series, Workshop, identity
+from checkpoints_tools.pareto.series import FIXED, Series, Workshop, identity
 from grinqh_jax.evaluation.perplexity import measure
 from grinqh_jax.evaluation.perplexity_command import read_tokens
 from grinqh_jax.evaluation.result import Bits, Perplexity
@@ -173,3 +173,8 @@ def _write(path: Path, row: Row) -> None:
 def windows(row: Row) -> tuple[np.ndarray, np.ndarray]:
     """Summed losses and tokens of each window of a text's row."""
     return np.array(row["window_losses"]), np.array(row["window_tokens"])
+
+
+def bits_read(row: Row) -> float:
+    """The figure to compare by: of all linear layers, in fixed precision without its 16-bit projection."""
+    return row["bits_read_layers" if row["method"] in FIXED else "bits_read_with_head"]

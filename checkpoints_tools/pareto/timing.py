@@ -66,7 +66,7 @@ class Timing:
             return self._total(self._bf16)
         if row["method"] in FIXED:
             return self._total(self._int4) if row["bits"] == _INT4_BITS else None
-        bits = row["realised_bits_without_head"]
+        bits = row["realised_bits"]  # with the head, which may read more than the layers timed
         times = {shape: self._interpolated(shape, bits) for shape in set(self._shapes)}
         return self._total({shape: time for shape, time in times.items() if time is not None})
 

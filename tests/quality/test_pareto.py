@@ -109,6 +109,7 @@ def test_bits_read_are_honest(swept):
             expected = (row["realised_bits_without_head"] + 0.125, row["realised_bits"] + 0.125)
             assert row["realised_bits"] == pytest.approx(row["bits"], abs=0.5), row["label"]
         assert (row["bits_read_layers"], row["bits_read_with_head"]) == pytest.approx(expected)
+        assert row["bits_read"] == pytest.approx(expected[0] if row["method"] == "rtn" else expected[1])
 
 
 def test_rows_say_how_good_and_how_sure(swept):
@@ -139,7 +140,7 @@ def test_kernel_times_are_those_of_the_shapes(swept, files):
         results["timing"]["what"] == "kernel time of a token's matvecs without the output projection, a GPU"
     )
     for row in results["rows"]:
-        bits = row["realised_bits_without_head"]
+        bits = row["realised_bits"]
         expected = {"full": 80, "rtn": 20}.get(row["method"])
         if expected is None and bits > 1.95:
             expected = pytest.approx(4 * max(bits, 2))
@@ -147,9 +148,9 @@ def test_kernel_times_are_those_of_the_shapes(swept, files):
     config = ModelConfig.from_hf(CONFIG)
     other = Timing(timing_file(files / "other.json", ["64x64", "64x32"]), config)
     assert other.what == "kernel time of one layer of 64x64, 64x32, a GPU"
-    graded = {"method": "grinqh", "bits": 2.5, "realised_bits_without_head": 2.5}
+    graded = {"method": "grinqh", "bits": 2.5, "realised_bits": 2.5}
     assert other.us(graded) == pytest.approx(5)
-    assert other.us(graded | {"realised_bits_without_head": 1.5}) is None  # was not measured
+    assert other.us(graded | {"realised_bits": 1.5}) is None  # was not measured
     assert other.us({"method": "gptq", "bits": 3}) is None
     (files / "broken.json").write_text('{"kernel": []}')
     with pytest.raises(UsageError, match=r"broken.json is no file of kernel times"):
