@@ -10,6 +10,7 @@ run, a table of one step's device time by category (``step_profile``), and prefi
 import argparse
 import dataclasses
 import datetime
+import itertools
 import json
 import os
 import pathlib
@@ -21,11 +22,9 @@ import time
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
-import jax.numpy as jnp
 import step_profile
 
 from grinqh_jax import measure, random_model
-from grinqh_jax.thresholds import model_thresholds
 
 START = time.monotonic()
 
@@ -34,17 +33,16 @@ def say(text: str) -> None:
     print(f"[{time.monotonic() - START:5.0f}s] {text}", flush=True)
 
 
-def thresholds_for(model, bits: float):
-    """Thresholds of a batch of one."""
-    return model_thresholds(model, jnp.asarray(random_model.TARGETS), jnp.full(1, bits))
+def decode_rows(model, label: str, bits_list, args, bandwidth: float) -> list[dict]:
+    """Times decoding at each of the contexts and bits (None: a dense model); profiles where asked to.
 
-
-def decode_rows(model, label: str, bits_list, context: int, args, bandwidth: float) -> list[dict]:
-    """Times decoding at each of the bits (None: a dense model); profiles where asked to."""
-    run = measure.DecodeRun(model, context, args.tokens)
+    One program, with a cache for the longest context, serves them all.
+    """
+    run = measure.DecodeRun(model, max(args.contexts), args.tokens)
     rows = []
-    for bits in bits_list:
-        thresholds = None if bits is None else thresholds_for(model, bits)
+    for context, bits in itertools.product(args.contexts, bits_list):
+        run.context = context
+        thresholds = None if bits is None else run.settled(random_model.TARGETS, bits)
         timing = measure.timed(lambda t=thresholds: run.run(t), args.tokens, args.repeats)
         chunk = run.run(thresholds)
         figures = run.figures(chunk)
@@ -137,17 +135,18 @@ def bench_shape(name: str, args, bandwidth: float) -> dict:
             continue
         model = jax.block_until_ready(make(config))
         say(f"{name}: {kind} weights made")
-        for context in args.contexts:
-            report["decode"] += decode_rows(model, name, bits, context, args, bandwidth)
-        for tokens in args.prefill:
-            report["prefill"].append(prefill_row(model, name, kind, tokens, args.chunk, args.repeats))
+        report["decode"] += decode_rows(model, name, bits, args, bandwidth)
+        chunks = [None, args.chunk] if args.chunk else [None]
+        for tokens, chunk in itertools.product(args.prefill, chunks):
+            report["prefill"].append(prefill_row(model, name, kind, tokens, chunk, args.repeats))
         del model
     dense = {r["context"]: r["tokens_per_second"] for r in report["decode"] if r["bits"] == "bf16"}
     for row in report["decode"]:
         if row["context"] in dense:
             row["times_bf16"] = round(row["tokens_per_second"] / dense[row["context"]], 3)
     for row in report["prefill"]:
-        same = [r for r in report["prefill"] if r["weights"] == "bf16" and r["prompt"] == row["prompt"]]
+        dense = [r for r in report["prefill"] if r["weights"] == "bf16"]
+        same = [r for r in dense if (r["prompt"], r["chunk"]) == (row["prompt"], row["chunk"])]
         if same:
             row["time_over_bf16"] = round(same[0]["tokens_per_second"] / row["tokens_per_second"], 3)
     return report
@@ -162,7 +161,7 @@ def main() -> None:
     parser.add_argument("--weights", nargs="+", default=["graded", "bf16"], choices=("graded", "bf16"))
     parser.add_argument("--tokens", type=int, default=64, help="decoded in one dispatch")
     parser.add_argument("--prefill", nargs="*", type=int, default=[2048], help="prompt lengths")
-    parser.add_argument("--chunk", type=int, help="prefill so many tokens at a time")
+    parser.add_argument("--chunk", type=int, help="prefill so many tokens at a time, too")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--profile-contexts", nargs="*", type=int, default=[1024])
     parser.add_argument("--profile-bits", nargs="*", type=float, default=[3, None], help=argparse.SUPPRESS)

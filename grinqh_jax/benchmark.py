@@ -11,13 +11,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from grinqh_jax import cli, measure, random_model
 from grinqh_jax.decoder import Decoder
 from grinqh_jax.errors import UsageError
 from grinqh_jax.generator import Generator
-from grinqh_jax.thresholds import model_thresholds
 
 BF16 = "bf16"
 """In ``--bits``: an unquantized model of the same shape with random weights, for comparison."""
@@ -116,7 +114,7 @@ def _rows_of(label, model: Decoder, targets, bits_list, args, bandwidth) -> Iter
         thresholds = None
         if model.graded:
             wanted = targets[-1] if bits == "full" else float(bits)
-            thresholds = model_thresholds(model, jnp.asarray(targets), jnp.full(1, wanted))
+            thresholds = run.settled(targets, wanted)
         timing = measure.timed(lambda t=thresholds: run.run(t), args.generate_tokens, args.repeats)
         figures = run.figures(run.run(thresholds))
         moved = figures["bytes_per_token"] + run.cache_bytes()

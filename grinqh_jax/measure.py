@@ -3,7 +3,7 @@
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,13 @@ from grinqh_jax import engine
 from grinqh_jax.cache import KVCache
 from grinqh_jax.config import ModelConfig
 from grinqh_jax.decoder import Decoder
+from grinqh_jax.dial import Dial
 from grinqh_jax.engine import Grades, Thresholds
 from grinqh_jax.sampling import Sampling
 from grinqh_jax.statistics import grade_statistics
+
+SETTLING_RUNS = 3
+"""Runs after which the dial's correction is within a twentieth of what it will be."""
 
 CAPACITY_STEP = 128
 """Cache capacities are rounded up to a multiple of this."""
@@ -68,6 +72,7 @@ class DecodeRun:
     """Repeated greedy decoding of ``tokens`` tokens after ``context`` ones, compiled once.
 
     Attributes:
+      context: tokens before the first one; may be changed from run to run, up to what it was at first.
       compiled: the executable; ``compiled.as_text()`` is the optimized HLO.
     """
 
@@ -91,6 +96,19 @@ class DecodeRun:
             self.compiled = engine.decode_chunk.lower(*args, steps=self.tokens).compile()
         chunk, self._cache = self.compiled(*args)
         return chunk
+
+    def settled(self, targets: Sequence[float], bits: float) -> Thresholds:
+        """Thresholds with which the run reads the mean that is wanted, as the dial finds them in a long text.
+
+        Args:
+          targets: of the model's threshold tables.
+          bits: the mean that is wanted.
+        """
+        dial = Dial(self.model, targets, np.full(1, bits))
+        for _ in range(SETTLING_RUNS):
+            chunk = self.run(dial.thresholds)
+            dial.observe(np.asarray(chunk.grades.bits).swapaxes(0, 1), np.asarray(chunk.counts))
+        return dial.thresholds
 
     def figures(self, chunk: engine.Chunk) -> dict:
         """Realised bits and bytes of weights per token, as ``statistics.grade_statistics`` has them."""

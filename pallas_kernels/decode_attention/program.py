@@ -11,8 +11,8 @@ the work is even whatever the length, and the first loads wait for nothing, not 
 group of 8 lanes takes a position of its own and keeps a softmax of its own (maximum, sum, weighted values);
 they are merged at the end, first in the warp, then in the CTA. ``merge`` is a launch of its own.
 
-The new token's key and value are not read back from the cache: the CTA that the position falls to takes
-them from shared memory. So no CTA reads what another one writes.
+The new token's key and value are not read back from the cache: one CTA of each kv head takes them from
+shared memory. So no CTA reads what another one writes.
 """
 
 from pallas_kernels.decode_attention.merging import larger, merge_in_block, merge_in_warp
@@ -52,9 +52,11 @@ def attention_program(isa: Instructions, shape: Shape, refs: Refs) -> None:
     for step in range(AHEAD):
         position = position_of(isa.constant(step))
         ahead += load(position, position < shape.capacity)
-    (length,) = isa.load_global(isa.global_address(refs.lengths) + isa.widen(place.batch * 4))
-    takes_new = place.split.equals(length % shape.splits)
-    new_vectors(isa, shape, refs, place, shared, length, takes_new)
+    (length,) = isa.load_global(isa.global_address(refs.lengths) + isa.widen(place.batch * 4), early=True)
+    takes_new = place.split.equals(shape.splits - 1)  # It has no more cached positions than any other.
+    # Always so, but the compiler cannot know, and would start the loads above after all of this.
+    with isa.when(place.block < shape.blocks):
+        new_vectors(isa, shape, refs, place, shared, length, takes_new)
     isa.block_barrier()
     queries = [shared_vector(isa, shape, shared, head, place.part) for head in range(shape.group)]
 
@@ -86,7 +88,7 @@ def attention_program(isa: Instructions, shape: Shape, refs: Refs) -> None:
         value = shared_vector(isa, shape, shared, shape.group + 1, place.part)
         return attend(isa, queries, state, key, value, place.lane < GROUP_LANES).flat()
 
-    # One group of the CTA that has fewest positions takes the new one, in the warp that has fewest.
+    # One group takes the new position, in the warp that has fewest others.
     once = isa.select(takes_new & place.warp.equals(WARPS - 1), isa.constant(1), isa.constant(0))
     state, _ = Softmax.split(isa.loop(once, state.flat(), attend_new), shape.group, width)
     merge_in_warp(isa, state, place.lane)

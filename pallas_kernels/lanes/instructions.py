@@ -187,8 +187,8 @@ class Instructions(abc.ABC):
     ) -> list[Value]:
         """``count`` (1, 2 or 4) consecutive 32-bit words that nothing writes while the kernel runs.
 
-        With ``early`` the load starts here, ahead of what is written after it; otherwise the compiler may
-        move it.
+        The compiler moves it to where it likes; with ``early`` not behind a later barrier, and not into a
+        later ``when`` or ``loop``.
         """
 
     @abc.abstractmethod

@@ -179,7 +179,9 @@ class PtxInstructions(Instructions):
         return _assemble("prmt.b32 $0, $1, $2, $3;", [low, high, selector], ("i32",))[0]
 
     def load_global(self, address, count=1, kind="i32", *, early=False):
-        template = f"ld.global.nc{_VECTOR[count]}.b32 {_operands(count, 0)}, [${count}];"
+        # Loads through the read-only path (nc) are free to move across barriers, and ptxas does move them.
+        path = "" if early else ".nc"
+        template = f"ld.global{path}{_VECTOR[count]}.b32 {_operands(count, 0)}, [${count}];"
         return _assemble(template, [address], (kind,) * count, effects=early)
 
     def load_global_16(self, address):
