@@ -9,7 +9,7 @@ import numpy as np
 
 from checkpoints_tools import convert
 from checkpoints_tools.pareto import figure
-from checkpoints_tools.pareto.series import GRINQH, METHODS, check_options
+from checkpoints_tools.pareto.series import GRINQH, METHODS, converter_flags
 from grinqh_jax import cli
 from grinqh_jax.errors import UsageError
 from grinqh_jax.evaluation import flags
@@ -125,7 +125,7 @@ def check(args: argparse.Namespace) -> None:
     if problems:
         raise UsageError("; ".join(problems))
     for options in (args.convert, *(options for _, options in variants(args))):
-        check_options(options)
+        converter_flags(options)
     if not args.no_figure:
         try:
             figure.check_available()

@@ -93,6 +93,8 @@ class Measurements:
         self, series: Series, generator: Generator, settings: Sequence[Bits], data: Text | Tasks
     ) -> Iterator[tuple[Bits, Row]]:
         note = f"{series.label}, {data.path.name}"
+        for bits in settings:
+            generator.bits(series.dial(bits))  # raises if the checkpoint's dial does not go there
         if isinstance(data, Tasks):
             problems = read_problems(data.path, data.limit)
             for bits in settings:

@@ -3,6 +3,7 @@
 Checkpoints are made on first use in a work directory, and found there by the next run.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import hashlib
@@ -129,8 +130,9 @@ class Workshop:
     def reread(self, method: str, options: Sequence[str], settings: Sequence[float]) -> Series:
         """The checkpoint of ``grinqh(..., options)`` read in another way: ``SKIP_INT4`` or ``TRUNCATION``."""
         if method == TRUNCATION:
+            stored = range(2, converter_flags(options).max_bits + 1, 2)
             return self._graded(
-                method, "truncation of the nested code", options, (2, 4, 6, 8), None, reading.truncation
+                method, "truncation of the nested code", options, stored, None, reading.truncation
             )
         settings = [bits for bits in settings if bits <= reading.INT4_BITS]
 
@@ -184,9 +186,9 @@ class Workshop:
         return out
 
 
-def check_options(options: Sequence[str]) -> None:
-    """Ends with the converter's message if it does not know these flags."""
-    convert.parser().parse_args([*options, "--model", "model", "--out", "out"])
+def converter_flags(options: Sequence[str]) -> argparse.Namespace:
+    """The converter's flags; ends with its message if it does not know them."""
+    return convert.parser().parse_args([*options, "--model", "model", "--out", "out"])
 
 
 def identity(checkpoint: Path) -> list[Any]:

@@ -270,5 +270,17 @@ def test_fixed_precision_is_made_by_the_baselines_command():
         assert made.act_order == method.endswith("-act-order")
 
 
+def test_half_the_planes_give_half_the_settings(files, capsys):
+    plain = ["--max-bits", "4", "--basis", "original", "--split", "uniform"]
+    more = ["--no-figure", "--methods", "truncation,grinqh", "--work", str(files / "half"), *plain]
+    short = [part for part in arguments(files, *more, "--tokens", "130") if "sums" not in part]
+    short.remove("--tasks")
+    assert pareto.main(short) == 0
+    results = json.loads((files / "half" / "tiny" / "pareto.json").read_text())
+    assert [row["bits"] for row in rows_of(results, method="truncation", measure="perplexity")] == [2, 4]
+    assert pareto.main([*short, "--sweep", "2:6:2"]) == 2
+    assert "bits 6: this checkpoint's dial goes from 1 to 4" in capsys.readouterr().err
+
+
 def test_a_sweep_is_a_range():
     assert flags.parser().parse_args(["--sweep", "1.5:8:0.25"]).sweep == np.arange(1.5, 8.01, 0.25).tolist()
