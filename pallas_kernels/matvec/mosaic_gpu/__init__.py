@@ -1,7 +1,7 @@
 """The graded matvec for NVIDIA GPUs: a lane program in Pallas Mosaic GPU.
 
-Reading order: ``program`` (the algorithm and the data layout), ``instructions`` (what it is written in),
-``geometry`` (sizes), ``tuning``, ``kernel`` (the launch). ``ptx`` and ``emulator`` are the back ends.
+Reading order: ``program`` (the algorithm and the data layout), ``lanes.instructions`` (what it is written
+in), ``geometry`` (sizes), ``tuning``, ``kernel`` (the launch).
 """
 
 from pallas_kernels.matvec.mosaic_gpu.geometry import Config
