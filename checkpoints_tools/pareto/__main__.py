@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import datetime
+import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -62,17 +63,31 @@ def pareto(args: argparse.Namespace) -> int:
         for path in args.tasks
     ]
     measurements = Measurements(workshop, workshop.work / "rows")
-    rows, swept, compared = [], [], []
+    path = args.json or workshop.work / "pareto.json"
+    results = _circumstances(args, source.directory.name, timing)
+    for one in series:
+        one.groups()  # makes what is to be measured, or says why it cannot
+    by_data: list[list[Row]] = []
     for data in (*texts, *tasks):
-        of_data = [row for one in series for row in _rows(measurements, one, data, timing)]
-        rows += of_data
-        if data.kind == PERPLEXITY:
-            swept += [_sweep(of_data, args.sweep)] if args.sweep else []
-            compared += _comparisons(of_data)
-        print(table.markdown([row for row in of_data if row["shown"]]), flush=True)
-    results = {
-        "title": args.title or f"{source.directory.name}: quality against bits",
-        "model": source.directory.name,
+        by_data.append([])
+        for one in series:
+            by_data[-1] += _rows(measurements, one, data, timing)
+            results |= _findings(by_data, args.sweep)
+            path.write_text(json.dumps(results, indent=1) + "\n")  # what is there, if it is interrupted
+        print(table.markdown([row for row in by_data[-1] if row["shown"]]), flush=True)
+    print(f"results: {path}")
+    code = _verdict(results["sweep"])
+    if not args.no_figure:
+        picture = args.figure or workshop.work / "pareto.png"
+        figure.draw(results, picture)
+        print(f"figure: {picture}")
+    return code
+
+
+def _circumstances(args: argparse.Namespace, model: str, timing: Timing | None) -> dict[str, Any]:
+    return {
+        "title": args.title or f"{model}: quality against bits",
+        "model": model,
         "command": args.command,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": jax.devices()[0].device_kind,
@@ -85,18 +100,17 @@ def pareto(args: argparse.Namespace) -> int:
             "dtype": args.dtype or "default",
         },
         "timing": timing and {"file": args.timing.name, "what": timing.what},
-        "rows": [{key: value for key, value in row.items() if key not in _PAIRED} for row in rows],
-        "sweep": swept,
-        "comparisons": compared,
     }
-    path = args.json or workshop.work / "pareto.json"
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"results: {path}")
-    if not args.no_figure:
-        picture = args.figure or workshop.work / "pareto.png"
-        figure.draw(results, picture)
-        print(f"figure: {picture}")
-    return _verdict(swept)
+
+
+def _findings(by_data: Sequence[Sequence[Row]], sweep: Sequence[float]) -> dict[str, Any]:
+    texts = [rows for rows in by_data if rows[0]["measure"] == PERPLEXITY]
+    rows = itertools.chain(*by_data)
+    return {
+        "rows": [{key: value for key, value in row.items() if key not in _PAIRED} for row in rows],
+        "sweep": [_sweep(rows, sweep) for rows in texts if sweep and _first_curve(rows)],
+        "comparisons": list(itertools.chain(*map(_comparisons, texts))),
+    }
 
 
 def _series(args: argparse.Namespace, workshop: Workshop) -> list[Series]:
