@@ -45,8 +45,10 @@ def windows(
 def windows_of_two_kinds(
     windows: Int32[np.ndarray, "s t"],
 ) -> tuple[Int32[np.ndarray, "a t"], Int32[np.ndarray, "b t"]]:
-    """Every other window, and the others; the two halves of a single window."""
+    """Three windows of every four, and the fourth; of fewer, the last one is apart; one is cut in halves."""
     if len(windows) == 1:
         middle = windows.shape[1] // 2
         return windows[:, :middle], windows[:, middle : 2 * middle]
-    return windows[::2], windows[1::2]
+    step = min(4, len(windows))
+    apart = np.arange(len(windows)) % step == step - 1
+    return windows[~apart], windows[apart]

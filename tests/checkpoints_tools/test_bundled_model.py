@@ -36,7 +36,7 @@ def test_the_bundled_model_says_where_it_comes_from(bundled):
     assert "OpenStax" in card
     assert "python -m checkpoints_tools.convert --model ../shared/models/qwen3-7m" in card
     provenance = bundled.quantization.provenance
-    assert provenance["calibration"]["text"] == "bundled"
+    assert provenance["calibration"]["text"] == "books_calib.txt"
     size = sum(file.stat().st_size for file in cli.BUNDLED_MODEL.rglob("*") if file.is_file())
     assert size < 15e6
     assert json.loads((cli.BUNDLED_MODEL / "generation_config.json").read_text())["eos_token_id"] == 0
