@@ -47,7 +47,7 @@ def parser() -> cli.Parser:
         help="calibration text: .txt, or .jsonl with text or question and answer (default: a bundled text)",
     )
     add("--max-bits", type=int, default=8, choices=(2, 4, 6, 8), help="bits stored per weight (default 8)")
-    add("--tokens", type=int, default=65536, metavar="N", help="calibration tokens, at most (default 65536)")
+    add("--tokens", type=int, default=32768, metavar="N", help="calibration tokens, at most (default 32768)")
     add("--quantizer", default="rtn", choices=tuple(QUANTIZERS), help="how weights are rounded (default rtn)")
     add(
         "--basis",

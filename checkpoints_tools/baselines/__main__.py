@@ -26,7 +26,7 @@ def parser() -> cli.Parser:
     add("--method", required=True, choices=model.METHODS, help="the quantizer")
     add("--w-bits", required=True, type=int, choices=(2, 3, 4, 8), help="bits of the integers")
     add("--calib", type=Path, metavar="FILE", help="calibration text, as of convert")
-    add("--tokens", type=int, default=65536, metavar="N", help="calibration tokens, at most (default 65536)")
+    add("--tokens", type=int, default=32768, metavar="N", help="calibration tokens, at most (default 32768)")
     add("--act-order", action="store_true", help="gptq: channels with most energy first")
     add("--damping", type=float, default=0.01, help="gptq: share of the mean diagonal added (default 0.01)")
     return result
