@@ -76,7 +76,7 @@ def _run_layer(layer: DecoderLayer, x: Float[Array, "1 t d"]):
 
 
 @jax.jit
-def _normalised(x: Float[Array, "t d"], eps: float) -> Float[Array, "t d"]:
+def _normalised(x: Float[Array, "t d"], eps: float | Float[Array, ""]) -> Float[Array, "t d"]:
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + eps)
 

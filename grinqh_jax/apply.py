@@ -7,7 +7,7 @@ A strategy may collect what it saw during the call, traced values included, for 
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ HEAD = "lm_head"
 """Name of the output projection; its result is float32 whatever the compute dtype."""
 
 
+@runtime_checkable
 class Apply(Protocol):
     """Applies the linear layer called ``name`` to ``x``."""
 

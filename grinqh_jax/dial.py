@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Integer
 
 from grinqh_jax.decoder import Decoder, linear_names, linear_shapes
 from grinqh_jax.engine import Thresholds
@@ -49,7 +49,7 @@ class Dial:
         """Of every linear layer and row, for the setting. A new setting compiles nothing."""
         return thresholds_at(self._names, self._tables, self._targets, jnp.asarray(self.setting, jnp.float32))
 
-    def observe(self, bits: Float[np.ndarray, "rows steps linears"], counts: Int[np.ndarray, "rows"]) -> None:
+    def observe(self, bits: Float[Array, "rows steps linears"], counts: Integer[np.ndarray, "rows"]) -> None:
         """Takes into account what was read with the present thresholds.
 
         Args:

@@ -1,6 +1,6 @@
 """The two linear modules, dense and graded, behind one protocol."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Float16, UInt32
 from pallas_kernels import Activations, NestedWeight, PartialSums, dequantize, graded_partial_sums
 
 
+@runtime_checkable
 class Linear(Protocol):
     """``y = x @ W`` with ``W [in_features, out_features]``, at full precision."""
 

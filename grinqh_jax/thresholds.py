@@ -10,7 +10,9 @@ from grinqh_jax.decoder import Decoder, linear_names
 
 
 def interpolate(
-    table: Float[Array, "t *any"], targets: Sequence[float] | Float[Array, "t"], bits: Float[Array, "*b"]
+    table: Float[Array, "t *any"],
+    targets: Sequence[float] | Float[Array, "t"],
+    bits: Float[Array, "*b"] | Sequence[float] | float | int,
 ) -> Float[Array, "..."]:
     """Thresholds for a mean of ``bits``: linear between the two nearest targets, clamped at the ends.
 

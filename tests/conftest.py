@@ -9,11 +9,20 @@ import numpy as np
 import pytest
 
 # Before the packages are imported: their jaxtyping annotations (shapes, dtypes) are checked at every call.
-# A NumPy array may stand wherever an array may. Not pallas_kernels.weight: the fields of a pytree may hold
-# shapes, shardings or anything else that a tree_map makes of it.
+# A NumPy array may stand wherever an array may. Not pallas_kernels.weight and .activations: the
+# fields of a pytree may hold shapes, shardings or anything else that a tree_map makes of it.
 jaxtyping.Array = jax.Array | np.ndarray
 jaxtyping.install_import_hook(
     [
+        "checkpoints_tools.calibration",
+        "checkpoints_tools.principal_basis",
+        "checkpoints_tools.quantize_linear",
+        "checkpoints_tools.source_layer",
+        "grinqh_jax.dial",
+        "grinqh_jax.norm",
+        "grinqh_jax.rope",
+        "grinqh_jax.sampling",
+        "grinqh_jax.thresholds",
         "pallas_kernels.codes",
         "pallas_kernels.grading",
         "pallas_kernels.matvec.api",

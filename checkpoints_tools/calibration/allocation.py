@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 
 from checkpoints_tools.calibration import histogram
 from pallas_kernels.layout import DIGIT_BITS
@@ -41,7 +41,7 @@ class GradedCosts:
       weights: how many it has.
     """
 
-    counts: Int[np.ndarray, "bins"]
+    counts: Integer[np.ndarray, "bins"]
     errors: Float[np.ndarray, "p1"]
     weights: int
 
@@ -69,7 +69,7 @@ def threshold_ratios(errors: Float[np.ndarray, "p1"]) -> Float[np.ndarray, "p"]:
     return ratios
 
 
-def mean_bits(counts: Int[np.ndarray, "bins"], thresholds: Float[np.ndarray, "*any p"]):
+def mean_bits(counts: Integer[np.ndarray, "bins"], thresholds: Float[np.ndarray, "*any p"]):
     """Mean bits read with these thresholds from the activations that ``counts`` has counted."""
     return DIGIT_BITS * histogram.share_reaching(counts, thresholds).sum(axis=-1)
 

@@ -8,7 +8,7 @@ edges that are known before any data is seen.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, Integer
 
 BINS = 1 << 15
 FINITE_BINS = 0x7F80
@@ -25,8 +25,8 @@ def count(x: Float[Array, "..."]) -> Int32[Array, "bins"]:
 
 
 def share_reaching(
-    counts: Int32[np.ndarray, "bins"] | Float[np.ndarray, "bins"], thresholds: Float[np.ndarray, "*any"]
-) -> Float[np.ndarray, "*any"]:
+    counts: Integer[np.ndarray, "bins"], thresholds: Float[np.ndarray, "*any"] | np.floating
+) -> Float[np.ndarray, "*any"] | np.floating:
     """The share of the counted magnitudes that are at least as large as each threshold.
 
     Inside a bin the magnitudes are taken as evenly spread, which makes the share continuous in the

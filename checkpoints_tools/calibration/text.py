@@ -44,7 +44,7 @@ def windows(
 
 def windows_of_two_kinds(
     windows: Int32[np.ndarray, "s t"],
-) -> tuple[Int32[np.ndarray, "a t"], Int32[np.ndarray, "b t"]]:
+) -> tuple[Int32[np.ndarray, "a u"], Int32[np.ndarray, "b u"]]:
     """Three windows of every four, and the fourth; of fewer, the last one is apart; one is cut in halves."""
     if len(windows) == 1:
         middle = windows.shape[1] // 2

@@ -61,7 +61,9 @@ def measure(
         a reference with another vocabulary.
     """
     _check(model, tokens, sequence_length, reference)
-    dials = [None if setting == "full" else Dial(model, targets, np.array([setting])) for setting in bits]
+    dials = [
+        None if setting == "full" else Dial(model, targets, np.array([setting], float)) for setting in bits
+    ]
     shares = layer_shares(model)
     found = [_Tokens() for _ in bits]
     for windows, lengths in _windows(tokens, sequence_length):
