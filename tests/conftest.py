@@ -21,7 +21,6 @@ jaxtyping.install_import_hook(
         "grinqh_jax.dial",
         "grinqh_jax.norm",
         "grinqh_jax.rope",
-        "grinqh_jax.sampling",
         "grinqh_jax.thresholds",
         "pallas_kernels.codes",
         "pallas_kernels.grading",
