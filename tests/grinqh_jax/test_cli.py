@@ -152,7 +152,9 @@ def test_a_bug_is_not_mistaken_for_the_users_mistake(capsys):
 def test_ctrl_c_ends_the_text_and_prints_the_figures(graded_directory):
     model = ["--model", str(graded_directory), "--bits", "full", "-m", "120", "--stop", "never"]
     code = (
-        "import sys, time, grinqh_jax.decoding as d, grinqh_jax.generate as g\n"
+        "import signal, sys, time, grinqh_jax.decoding as d, grinqh_jax.generate as g\n"
+        # as in a terminal: what a shell runs in the background inherits interrupts that are ignored
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "chunks = d.Decoding.chunks\n"
         "def slow(self):\n"
         "    for chunk in chunks(self):\n"
