@@ -20,6 +20,7 @@ from flax import nnx
 from jaxtyping import Float, Int, Int32
 
 from checkpoints_tools.calibration import histogram, statistics
+from checkpoints_tools.calibration.allocation import least_within
 from grinqh_jax.apply import Dense
 from grinqh_jax.decoder import Decoder, linear_names
 from grinqh_jax.errors import UsageError
@@ -30,8 +31,6 @@ INT4_LEVEL, INT4_BITS = 2, 4
 
 NEVER = 1e30
 """A threshold that no activation reaches, finite so that the dial may interpolate."""
-
-_BISECTIONS = 64
 
 
 def truncation(generator: Generator) -> Generator:
@@ -74,11 +73,8 @@ def skip_thresholds(counts: Int[np.ndarray, "bins"], targets: Sequence[float]) -
     """
     share = np.asarray(targets, np.float64) / INT4_BITS
     low, high = (np.full(len(share), np.log(limit)) for limit in (1e-30, NEVER))
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        too_many = histogram.share_reaching(counts, np.exp(middle)) > share
-        low, high = np.where(too_many, middle, low), np.where(too_many, high, middle)
-    return np.where(share >= 1, 0, np.exp(high))
+    cut = np.exp(least_within(lambda log: histogram.share_reaching(counts, np.exp(log)), share, low, high))
+    return np.where(share >= 1, 0, cut)
 
 
 def activation_counts(model: Decoder, windows: Int32[np.ndarray, "s t"]) -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ hull of the points ``(2 l, e(l))``, so each threshold is ``sqrt(lambda)`` times 
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from jaxtyping import Float, Integer
@@ -74,6 +74,26 @@ def mean_bits(counts: Integer[np.ndarray, "bins"], thresholds: Float[np.ndarray,
     return DIGIT_BITS * histogram.share_reaching(counts, thresholds).sum(axis=-1)
 
 
+def least_within(
+    read: Callable[[Float[np.ndarray, "t"]], Float[np.ndarray, "t"]],
+    wanted: Float[np.ndarray, "t"],
+    low: Float[np.ndarray, "t"],
+    high: Float[np.ndarray, "t"],
+) -> Float[np.ndarray, "t"]:
+    """The least arguments at which ``read``, which never rises, is not above ``wanted``, by bisection.
+
+    Args:
+      read: of one argument for each of ``wanted``, independent of one another.
+      wanted: values of ``read``.
+      low, high: where to look; where ``read`` stays above ``wanted`` the result is ``high``.
+    """
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        too_many = read(middle) > wanted
+        low, high = np.where(too_many, middle, low), np.where(too_many, high, middle)
+    return high
+
+
 def threshold_tables(
     layers: Mapping[str, GradedCosts], targets: tuple[float, ...]
 ) -> dict[str, Float[np.ndarray, "t p"]]:
@@ -104,11 +124,8 @@ def threshold_tables(
     extremes = np.log([min(r[0] for r in ratios.values()), max(r[-1] for r in ratios.values())])
     low = np.full(len(wanted), np.log(_SMALLEST) - extremes[1])
     high = np.full(len(wanted), np.log(_LARGEST) - extremes[0])
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        too_many = read(middle) > wanted
-        low, high = np.where(too_many, middle, low), np.where(too_many, high, middle)
-    tables = {name: thresholds(name, high).astype(np.float32) for name in layers}
+    log_root = least_within(read, wanted, low, high)
+    tables = {name: thresholds(name, log_root).astype(np.float32) for name in layers}
     for name, table in tables.items():
         table[wanted >= DIGIT_BITS * len(ratios[name])] = 0
     return tables
