@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from checkpoints_tools.pareto.rows import ACCURACY, Row
+from grinqh_jax.evaluation.result import with_error
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -23,16 +24,12 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def _perplexity(row: Row) -> list[str]:
     return [
-        _with_error(row["perplexity"], row["stderr"], 2),
-        _with_error(row["difference"], row["difference_stderr"], 2),
-        _with_error(row["kl"], row["kl_stderr"], 4),
+        with_error(row["perplexity"], row["stderr"], ".2f"),
+        with_error(row["difference"], row["difference_stderr"], ".2f"),
+        with_error(row["kl"], row["kl_stderr"], ".4f"),
         f"{row['same_top1']:.1%}",
     ]
 
 
 def _accuracy(row: Row) -> list[str]:
-    return [f"{row['accuracy']:.1%} ± {row['stderr']:.1%}"]
-
-
-def _with_error(value: float, error: float | None, digits: int) -> str:
-    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+    return [with_error(row["accuracy"], row["stderr"], ".1%")]

@@ -151,19 +151,20 @@ class Perplexity:
 
     def cells(self) -> dict[str, Any]:
         """For people: the columns of a table."""
-
-        def measured(value: float, error: float | None, digits: int) -> str:
-            return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
-
         return {
             "bits": self.bits,
             "bits read": f"{self.realised_bits:.3f}",
-            "perplexity": measured(self.perplexity, self.stderr, 2),
-            "of reference": measured(self.ratio, self.ratio_stderr, 4),
-            "kl": measured(self.kl, self.kl_stderr, 5),
-            "same top1": measured(self.same_top1, self.same_top1_stderr, 4),
+            "perplexity": with_error(self.perplexity, self.stderr, ".2f"),
+            "of reference": with_error(self.ratio, self.ratio_stderr, ".4f"),
+            "kl": with_error(self.kl, self.kl_stderr, ".5f"),
+            "same top1": with_error(self.same_top1, self.same_top1_stderr, ".4f"),
             "tokens": self.tokens,
         }
+
+
+def with_error(value: float, error: float | None, form: str) -> str:
+    """``value ± error``, both in one format (``.2f``); the value alone where the error is not known."""
+    return f"{value:{form}}" + ("" if error is None else f" ± {error:{form}}")
 
 
 def standard_error(sums: Float64[np.ndarray, "w"], counts: Float64[np.ndarray, "w"]) -> float | None:

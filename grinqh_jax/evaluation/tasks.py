@@ -11,7 +11,7 @@ from typing import Any
 from grinqh_jax.documents import read_records
 from grinqh_jax.errors import UsageError
 from grinqh_jax.evaluation.completion import complete
-from grinqh_jax.evaluation.result import Bits
+from grinqh_jax.evaluation.result import Bits, with_error
 from grinqh_jax.generator import Generator
 
 _NEXT_QUESTION = "Question:"
@@ -67,7 +67,7 @@ class Accuracy:
         return {
             "bits": self.bits,
             "bits read": None if self.realised_bits is None else f"{self.realised_bits:.3f}",
-            "accuracy": f"{self.accuracy:.4f} ± {self.stderr:.4f}",
+            "accuracy": with_error(self.accuracy, self.stderr, ".4f"),
             "n": self.n,
         }
 
