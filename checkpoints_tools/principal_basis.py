@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from checkpoints_tools.calibration.statistics import SKIPPED_POSITIONS
+from checkpoints_tools.calibration.statistics import first_counted
 from checkpoints_tools.source_layer import WRITERS, dense_layer, embed, read_layer
 from grinqh_jax.apply import HEAD, Dense
 from grinqh_jax.config import ModelConfig
@@ -50,7 +50,7 @@ _BLOCK_VALUES = 1 << 24
 @jax.jit
 def _moments(x: Float[Array, "*rows t d"], gains: Float[Array, "d"]) -> Float[Array, "d d"]:
     """Of ``x / gains``, without the first positions; channels with a gain of 0 say nothing."""
-    x = x[..., min(SKIPPED_POSITIONS, x.shape[-2] - 1) :, :].astype(jnp.float32)
+    x = x[..., first_counted(x.shape[-2]) :, :].astype(jnp.float32)
     x = jnp.where(gains == 0, 0, x / jnp.where(gains == 0, 1, gains)).reshape(-1, x.shape[-1])
     return jnp.matmul(x.T, x, precision="highest")
 
@@ -91,7 +91,7 @@ def second_moments(
 
     Args:
       source: the checkpoint.
-      windows: token ids; the first positions of each are left out (``SKIPPED_POSITIONS``).
+      windows: token ids; the first positions of each are left out (``statistics.first_counted``).
       compute_dtype: of the hidden states.
       done: called after each layer with its name.
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from checkpoints_tools.calibration.statistics import SKIPPED_POSITIONS
+from checkpoints_tools.calibration.statistics import first_counted
 from checkpoints_tools.source_layer import WRITERS, dense_layer, embed, read_layer
 from grinqh_jax.apply import HEAD, Dense
 from grinqh_jax.decoder import LAYER_LINEARS, DecoderLayer, RMSNorm
@@ -102,8 +102,8 @@ def _layer_gradients(
 
 
 def _mean_square(gradient: Float[Array, "t n"]) -> Float[Array, "n"]:
-    # The first positions have activations and gradients like no others (see SKIPPED_POSITIONS).
-    counted = gradient[min(SKIPPED_POSITIONS, len(gradient) - 1) :]
+    # The first positions have activations and gradients like no others (``statistics.SKIPPED_POSITIONS``).
+    counted = gradient[first_counted(len(gradient)) :]
     return jnp.mean(counted.astype(jnp.float32) ** 2, axis=0)
 
 
@@ -126,7 +126,7 @@ def _head(
     for start in starts:
         drawn = _draw(*drawn, normed, kernel(start), start)
     normaliser, _, token = drawn
-    counted = jnp.arange(len(rows)) % length >= min(SKIPPED_POSITIONS, length - 1)
+    counted = jnp.arange(len(rows)) % length >= first_counted(length)
     squares, gradient = np.empty(vocabulary), jnp.zeros(normed.shape, jnp.float32)
     for start in starts:
         w = kernel(start)

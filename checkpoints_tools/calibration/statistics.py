@@ -21,6 +21,11 @@ would occur in every window. They do belong to the range of what a model's activ
 """
 
 
+def first_counted(length: int) -> int:
+    """The first position of a window of ``length`` tokens that is counted: there is always one."""
+    return min(SKIPPED_POSITIONS, length - 1)
+
+
 @dataclasses.dataclass
 class LinearStatistics:
     """What is known about the inputs of one linear layer; a quantizer may use any of it.
@@ -52,9 +57,8 @@ class LinearStatistics:
 
 def observe(x: Float[Array, "b t k"]) -> dict[str, jax.Array]:
     """The statistics of one batch of whole windows, on the device."""
-    counted = x[:, min(SKIPPED_POSITIONS, x.shape[1] - 1) :]
     return {
-        "counts": histogram.count(counted),
+        "counts": histogram.count(x[:, first_counted(x.shape[1]) :]),
         "max": jnp.max(jnp.abs(x.astype(jnp.float32))),
     }
 
