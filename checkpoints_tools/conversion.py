@@ -26,7 +26,7 @@ from checkpoints_tools.calibration.text import windows_of_two_kinds
 from checkpoints_tools.principal_basis import RotatedCheckpoint, principal_axes, second_moments
 from checkpoints_tools.quantize_linear import quantize_linear
 from checkpoints_tools.quantizers import QUANTIZERS
-from checkpoints_tools.source_layer import dense_layer, read_layer
+from checkpoints_tools.source_layer import BLOCK_VALUES, dense_layer, read_layer
 from grinqh_jax import __version__
 from grinqh_jax.apply import HEAD
 from grinqh_jax.checkpoint import QuantizationConfig, Writer
@@ -43,7 +43,6 @@ SENSITIVITY, UNIFORM = SPLITS = ("sensitivity", "uniform")
 THRESHOLDS = "thresholds"
 """Name of the part that holds the thresholds of all layers, and of each one's leaf."""
 
-_BLOCK_BYTES = 1 << 26
 STORED_DTYPE = jnp.bfloat16
 """Of norms and embeddings in the checkpoint."""
 
@@ -175,7 +174,7 @@ class Conversion:
         key = "embed.embedding"
         vocab, width = self.source.parameters[key]
         embedding = np.empty((vocab, width), STORED_DTYPE)
-        rows = max(_BLOCK_BYTES // (4 * width), 1)
+        rows = max(BLOCK_VALUES // width, 1)
         for start in range(0, vocab, rows):
             embedding[start : start + rows] = self.weights.read(key, slice(start, min(start + rows, vocab)))
         if "embed" not in writer.parts:

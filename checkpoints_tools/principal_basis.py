@@ -30,7 +30,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from checkpoints_tools.calibration.statistics import first_counted
-from checkpoints_tools.source_layer import WRITERS, dense_layer, embed, read_layer
+from checkpoints_tools.source_layer import BLOCK_VALUES, WRITERS, dense_layer, embed, read_layer
 from grinqh_jax.apply import HEAD, Dense
 from grinqh_jax.config import ModelConfig
 from grinqh_jax.decoder import DecoderLayer
@@ -43,8 +43,6 @@ READERS = {"qkv": "input_norm", "gate_up": "post_norm", HEAD: "norm"}
 
 GAIN_RANGE = 64.0
 """Gains stay within this factor of their mean: rows smaller than that are noise."""
-
-_BLOCK_VALUES = 1 << 24
 
 
 @jax.jit
@@ -219,7 +217,7 @@ class RotatedCheckpoint:
         """``s`` before a reader, from one pass over its outputs in blocks."""
         if prefix not in self._gains:
             width, outputs = self.parameters[f"{prefix}.kernel"]
-            block = max(_BLOCK_VALUES // width, 1) if prefix == HEAD else outputs
+            block = max(BLOCK_VALUES // width, 1) if prefix == HEAD else outputs
             squares = np.zeros(width)
             for start in range(0, outputs, block):
                 rows = slice(start, min(start + block, outputs)) if block < outputs else slice(None)

@@ -9,7 +9,8 @@ from grinqh_jax.decoder import DecoderLayer
 WRITERS = ("o", "down")
 """Linear layers that write to the residual stream."""
 
-_BLOCK_VALUES = 1 << 24
+BLOCK_VALUES = 1 << 24
+"""Of an embedding or an output projection in memory at a time: 64 MiB as float32."""
 
 
 def read_layer(source, i: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -42,7 +43,7 @@ def embed(source, windows: Int32[np.ndarray, "s t"], dtype) -> Float[np.ndarray,
     """Hidden states before the first layer; the embedding is read in blocks."""
     vocab, width = source.parameters["embed.embedding"]
     hidden = np.empty((*windows.shape, width), dtype)
-    block = max(_BLOCK_VALUES // width, 1)
+    block = max(BLOCK_VALUES // width, 1)
     for start in range(0, vocab, block):
         here = (windows >= start) & (windows < start + block)
         if here.any():

@@ -18,15 +18,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from checkpoints_tools.calibration.statistics import first_counted
-from checkpoints_tools.source_layer import WRITERS, dense_layer, embed, read_layer
+from checkpoints_tools.source_layer import BLOCK_VALUES, WRITERS, dense_layer, embed, read_layer
 from grinqh_jax.apply import HEAD, Dense
 from grinqh_jax.decoder import LAYER_LINEARS, DecoderLayer, RMSNorm
 from grinqh_jax.hf import HFCheckpoint
 
 TOKENS = 4096
 """Enough: what is wanted is one number an output, averaged over a layer when bits are split."""
-
-_BLOCK_VALUES = 1 << 24
 
 
 def output_sensitivities(
@@ -115,7 +113,7 @@ def _head(
     rows = jnp.asarray(hidden.reshape(-1, width))
     normed, pull_back = jax.vjp(norm, rows)
     vocabulary = source.config.vocab_size
-    block = max(_BLOCK_VALUES // max(width, len(rows)), 1)
+    block = max(BLOCK_VALUES // max(width, len(rows)), 1)
     starts = range(0, vocabulary, block)
 
     def kernel(start: int) -> np.ndarray:

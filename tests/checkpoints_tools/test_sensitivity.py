@@ -95,7 +95,7 @@ def test_they_predict_the_divergence_that_noise_causes(source):
 
 def test_blocks_of_the_vocabulary_change_nothing(source, monkeypatch):
     whole = sensitivity.output_sensitivities(source, WINDOWS, np.float32)[HEAD]
-    monkeypatch.setattr(sensitivity, "_BLOCK_VALUES", 120 * 100)
+    monkeypatch.setattr(sensitivity, "BLOCK_VALUES", 120 * 100)
     normaliser_of_blocks = sensitivity.output_sensitivities(source, WINDOWS, np.float32)[HEAD]
     # Other blocks draw other tokens; what all outputs together have to do with them stays.
     assert whole.shape == normaliser_of_blocks.shape
