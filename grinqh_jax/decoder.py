@@ -198,7 +198,7 @@ def linear_names(config: ModelConfig) -> list[str]:
 
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """``(in_features, out_features)`` of all linear layers, by name."""
+    """``(in_features, out_features)`` of all linear layers by name, in the order of ``linear_names``."""
     attention = config.num_heads * config.head_dim
     parts = {
         "qkv": (config.hidden_size, attention + 2 * config.num_kv_heads * config.head_dim),

@@ -64,6 +64,5 @@ class Dial:
 
 def layer_shares(model: Decoder) -> Float[np.ndarray, "linears"]:
     """Each linear layer's share of all their weights, in the order of ``decoder.linear_names``."""
-    shapes = linear_shapes(model.config)
-    sizes = np.array([np.prod(shapes[name], dtype=np.float64) for name in linear_names(model.config)])
+    sizes = np.prod(list(linear_shapes(model.config).values()), axis=1, dtype=np.float64)
     return sizes / sizes.sum()

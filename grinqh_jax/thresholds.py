@@ -33,7 +33,7 @@ def interpolate(
 
 def stacked_tables(model: Decoder) -> Float[Array, "t linears p"]:
     """The threshold tables of a graded model, in the order of ``decoder.linear_names``."""
-    return jnp.stack([model.linear(name).thresholds[...] for name in linear_names(model.config)], axis=1)
+    return _stack([model.linear(name).thresholds[...] for name in linear_names(model.config)])
 
 
 def thresholds_at(
@@ -51,6 +51,12 @@ def model_thresholds(
 ) -> dict[str, Float[Array, "*b p"]]:
     """Thresholds of every linear layer of a graded model, by name (see ``interpolate``)."""
     return thresholds_at(linear_names(model.config), stacked_tables(model), targets, bits)
+
+
+# Compiled, like the next: one dispatch for all layers of a model, at every request, and not one for each.
+@jax.jit
+def _stack(tables: list[Float[Array, "t p"]]) -> Float[Array, "t linears p"]:
+    return jnp.stack(tables, axis=1)
 
 
 @jax.jit
