@@ -8,7 +8,14 @@ from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Float16, UInt32
 
-from pallas_kernels import Activations, NestedWeight, PartialSums, dequantize, graded_partial_sums
+from pallas_kernels import (
+    Activations,
+    NestedWeight,
+    PartialSums,
+    dequantization,
+    dequantize,
+    graded_partial_sums,
+)
 
 
 @runtime_checkable
@@ -75,7 +82,10 @@ class GradedLinear(nnx.Module):
         # The weight is there before x, and without the barrier XLA fuses the dequantization of many
         # layers into one kernel ahead of them all, which holds the whole model in memory at once.
         weight, x = jax.lax.optimization_barrier((self.weight, x))
-        kernel = with_layout_constraint(dequantize(weight, dtype=x.dtype), Layout((0, 1)))
+        if dequantization.supports(weight, x.dtype) is None:
+            kernel = dequantization.dequantize_to_bfloat16(weight)
+        else:
+            kernel = with_layout_constraint(dequantize(weight, dtype=x.dtype), Layout((0, 1)))
         return _matmul(x, kernel, dtype)
 
     def graded(

@@ -1,0 +1,159 @@
+"""Runs every GPU kernel on small cases of each class of shapes: what compute-sanitizer is to look at.
+
+    compute-sanitizer --tool memcheck --kernel-name kns=mosaic_gpu python benchmarks/sanitize.py
+    compute-sanitizer --tool racecheck --kernel-name kns=mosaic_gpu python benchmarks/sanitize.py
+
+No test runner, no autotuning, and every array in an allocation of its own, so that an access past its end
+does not fall into another one. Results are compared with XLA's operations on the CPU, loosely: exactness is
+the business of ``pytest -m gpu``.
+"""
+
+import os
+
+os.environ["XLA_PYTHON_CLIENT_ALLOCATOR"] = "platform"
+os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0 --xla_gpu_enable_command_buffer="
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grinqh_jax import attention, norm, random_model, swiglu
+from pallas_kernels import Activations, NestedWeight, PartialSums, codes, decode_rows, dequantization, layout
+from pallas_kernels.matvec import mosaic_gpu, reference
+from pallas_kernels.matvec.mosaic_gpu import Config
+
+TOLERANCE = 2e-2
+"""Of the norm of the difference, relative: two or three roundings to bfloat16."""
+
+EPS = 1e-6
+
+Case = tuple[str, Callable[..., Any], Callable[..., Any], tuple]
+"""A name, the kernel, the same in XLA's operations, and the arguments of both. They return one array or
+several."""
+
+
+def random_weight(k: int, n: int, max_bits: int) -> NestedWeight:
+    rng = np.random.default_rng(k + n)
+    stored_k, stored_n = layout.padded_shape(k, n)
+    planes = rng.integers(0, 2**32, (max_bits // 2, stored_k, stored_n // layout.WORD_DIGITS), np.uint32)
+    scales = rng.uniform(0.5, 1.5, (stored_k // layout.SLICE, stored_n)).astype(np.float16)
+    return NestedWeight(planes, scales, k, n)
+
+
+def matvec_cases() -> Iterator[Case]:
+    """Every split of a slice over warps, padded and whole shapes, all row counts' classes, planes, dtypes."""
+    classes = [
+        (384, 1024, 1, 8, "float32", 0, Config(warpgroups=1, warps_per_slice=1, ring_slots=4)),
+        (384, 1024, 1, 8, "bfloat16", 16, Config(warpgroups=1, warps_per_slice=4, ring_slots=2)),
+        (384, 1024, 2, 8, "bfloat16", 48, Config(warpgroups=2, warps_per_slice=2, ring_slots=8)),
+        (384, 1024, 4, 8, "bfloat16", 3, Config(warpgroups=2, warps_per_slice=4, ring_slots=16)),
+        (256, 512, 8, 8, "bfloat16", 16, None),
+        (1000, 600, 5, 8, "float16", 0, None),
+        *((300, 700, 3, bits, "float32", 5, None) for bits in (2, 4, 6, 8)),
+        (64, 100, 1, 8, "bfloat16", 0, None),
+    ]
+    for k, n, rows, max_bits, dtype, parts, config in classes:
+        rng = np.random.default_rng(rows)
+        weight = random_weight(k, n, max_bits)
+        x = jnp.asarray(rng.standard_normal((rows, k)), dtype)
+        squares = np.asarray(rng.uniform(0, 1, (rows, parts)), np.float32) if parts else None
+        thresholds = np.sort(rng.uniform(0, 1.5, (rows, max_bits // 2)), axis=1).astype(np.float32)
+        inputs = Activations(x, squares, eps=EPS)
+        yield (
+            f"matvec {k}x{n}, {rows} rows, {max_bits} bits, {dtype}, norm in {parts} parts, {config}",
+            lambda *arguments, config=config: mosaic_gpu.partial_sums(*arguments, config=config)[0].total(),
+            lambda *arguments: reference.partial_sums(*arguments)[0].total(),
+            (inputs, weight, thresholds),
+        )
+
+
+def rows_cases() -> Iterator[Case]:
+    for rows, columns, parts in [(1, 4096, 16), (3, 1024, 4), (2, 300, 1), (1, 12288, 8)]:
+        rng = np.random.default_rng(columns)
+        stored = layout.round_up(2 * columns, layout.TILE)
+        x = jnp.asarray(rng.standard_normal((rows, columns)), jnp.bfloat16)
+        gain = jnp.asarray(rng.uniform(0.5, 1.5, columns), jnp.bfloat16)
+        both = rng.standard_normal((parts, rows, stored)).astype(np.float32)
+        update, gate_up = PartialSums(both, columns), PartialSums(both, 2 * columns)
+        shape = f"{rows}x{columns}, {parts} parts"
+        yield (
+            f"residual and norm {shape}",
+            lambda *arguments: norm_of(decode_rows.add_norm(*arguments, EPS)[1]),
+            lambda x, update, gain: norm.rms_norm(x + update.total(), gain, EPS),
+            (x, update, gain),
+        )
+        yield (
+            f"SwiGLU {shape}",
+            lambda gate_up: decode_rows.swiglu(gate_up).values,
+            lambda gate_up: swiglu.swiglu(gate_up.total()),
+            (gate_up,),
+        )
+
+
+def norm_of(x: Activations) -> jax.Array:
+    return x.values * x.factor()
+
+
+def attention_cases() -> Iterator[Case]:
+    for name, heads, kv_heads, lengths in [
+        ("Qwen3-8B", 8, 2, (299,)),
+        ("Qwen3-8B", 4, 2, (0, 130, 300)),
+        ("Llama-3.2-1B", 8, 2, (37, 1)),
+        ("Llama-3.1-8B", 5, 1, (260,)),
+    ]:
+        config = dataclasses.replace(random_model.shape(name), num_heads=heads, num_kv_heads=kv_heads)
+        rng, dim = np.random.default_rng(heads), config.head_dim
+        qkv, norms = rng.standard_normal((len(lengths), 1, (heads + 2 * kv_heads) * dim)), None
+        cache = [rng.standard_normal((len(lengths), 301, kv_heads, dim)) for _ in range(2)]
+        if config.qk_norm:
+            norms = tuple(jnp.asarray(rng.uniform(0.5, 1.5, dim), jnp.bfloat16) for _ in range(2))
+        positions = np.asarray(lengths, np.int32)[:, None]
+        qkv, cache = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), (qkv, tuple(cache)))
+
+        def attend(*arguments, config=config):
+            return attention.attend_heads(config, *arguments)
+
+        arguments = qkv, norms, positions, cache
+        yield f"attention {heads}/{kv_heads} heads of {dim}, lengths {lengths}", attend, attend, arguments
+
+
+def dequantization_cases() -> Iterator[Case]:
+    for k, n, max_bits in [(256, 1024, 8), (300, 1000, 8), (130, 520, 4)]:
+        weight = random_weight(k, n, max_bits)
+        yield (
+            f"dequantization {k}x{n}, {max_bits} bits",
+            dequantization.dequantize_to_bfloat16,
+            lambda weight: codes.dequantize(weight, dtype=jnp.bfloat16),
+            (weight,),
+        )
+
+
+def relative_error(got: np.ndarray, expected: np.ndarray) -> float:
+    got, expected = got.astype(np.float64), expected.astype(np.float64)
+    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+
+
+def main() -> None:
+    cpu = jax.devices("cpu")[0]
+    # Inputs are made on the CPU, so that the device runs nothing but the kernels and what surrounds them.
+    with jax.default_device(cpu):
+        makers = (matvec_cases, rows_cases, attention_cases, dequantization_cases)
+        cases = [case for make in makers for case in make()]
+    for name, kernel, same, arguments in cases:
+        arguments = jax.tree.map(np.asarray, arguments)
+        with jax.default_device(cpu):
+            expected = jax.tree.leaves(jax.device_get(jax.jit(same)(*arguments)))
+        got = jax.tree.leaves(jax.device_get(jax.jit(kernel)(*arguments)))
+        error = max(map(relative_error, got, expected))
+        print(f"{name}: {error:.1e}", flush=True)
+        if not error < TOLERANCE:
+            raise SystemExit(f"{name}: off by {error:.1e}")
+    print(f"{len(cases)} cases")
+
+
+if __name__ == "__main__":
+    main()

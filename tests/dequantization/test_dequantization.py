@@ -1,0 +1,55 @@
+"""Dequantizing a whole weight: the lane program on the emulator, bit for bit what ``codes`` defines."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from pallas_kernels import NestedWeight, codes, dequantization, layout
+from pallas_kernels.dequantization.program import THREADS, Refs, Shape, dequantization_program
+from pallas_kernels.lanes import device
+from pallas_kernels.lanes.emulator import NumpyInstructions
+
+
+def random_weight(in_features: int, out_features: int, planes: int) -> NestedWeight:
+    """Random codes, in the padding too; a few scales are zero or subnormal."""
+    rng = np.random.default_rng(in_features + planes)
+    k, n = layout.padded_shape(in_features, out_features)
+    scales = rng.uniform(0.001, 3, (k // layout.SLICE, n)).astype(np.float16)
+    scales[:, ::7], scales[:, 1::7] = 0, 1e-7
+    words = rng.integers(0, 2**32, (planes, k, n // layout.WORD_DIGITS), np.uint32)
+    return NestedWeight(words, scales, in_features, out_features)
+
+
+@pytest.mark.parametrize("planes", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [(128, 512), (256, 1024), (130, 520), (301, 1000)], ids=str)
+def test_is_what_the_codes_define(size, planes):
+    weight = random_weight(*size, planes)
+    shape = Shape(*size, weight.scales.shape[1], planes)
+    isa = NumpyInstructions(blocks=shape.blocks, threads=THREADS, shared_bytes=0)
+    dense = np.full(size, np.nan, jnp.bfloat16)
+    arrays = (isa.array(a) for a in (weight.planes, weight.scales, dense))
+    dequantization_program(isa, shape, Refs(*arrays, shared=None))
+    isa.finish()
+    np.testing.assert_array_equal(dense, codes.dequantize(weight, dtype=jnp.bfloat16))
+
+
+def test_says_what_it_does_not_take():
+    weight = NestedWeight.abstract(256, 1004)
+    assert "multiple of 8 outputs, not 1004" in dequantization.supports(weight, jnp.bfloat16)
+    assert "bfloat16, not float32" in dequantization.supports(weight, jnp.float32)
+
+
+@pytest.mark.skipif(jax.__version_info__ < device.OLDEST_JAX, reason="lane programs need jax >= 0.11.2")
+@pytest.mark.parametrize("kind", ["NVIDIA H200", "NVIDIA GeForce RTX 4090"])
+@pytest.mark.parametrize("size", [(4096, 6144), (1000, 1000), (4096, 128256)], ids=str)
+def test_lowers_for(kind, size):
+    gpu = jax.sharding.AbstractDevice(device_kind=kind, num_cores=128, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), (AxisType.Explicit,), abstract_device=gpu)
+    weight = NestedWeight.abstract(*size)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert dequantization.supports(weight, jnp.bfloat16) is None
+        traced = jax.jit(dequantization.dequantize_to_bfloat16).trace(weight)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 1
