@@ -183,10 +183,12 @@ def main() -> None:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python", *sys.argv]),
         "read_bandwidth_bytes_per_second": round(bandwidth),
-        "shapes": {name: bench_shape(name, args, bandwidth) for name in args.shapes},
+        "shapes": {},
     }
-    if args.output:
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
+    for name in args.shapes:
+        report["shapes"][name] = bench_shape(name, args, bandwidth)
+        if args.output:
+            args.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

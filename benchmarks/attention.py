@@ -1,0 +1,92 @@
+"""Times the attention kernels of a decode step alone, at several lengths of the cache.
+
+    python benchmarks/attention.py --output benchmarks/results/attention.json
+    python benchmarks/attention.py --shapes Qwen3-8B --lengths 1056
+
+Kernel times are medians from the profiler, one layer after the other over caches that exceed the L2.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import pathlib
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+import jax.numpy as jnp
+import timing
+
+from grinqh_jax import attention, random_model
+from grinqh_jax.config import ModelConfig
+from pallas_kernels import PartialSums
+
+CAPACITY = 4224
+LAYERS = 16
+PARTS = 8
+"""Partial sums that the projection before leaves on an H200."""
+
+KERNELS = {"attention": "decode_attention_kernel", "merge": "merge_attention_kernel"}
+
+
+def measure(config: ModelConfig, length: int) -> dict[str, timing.Times]:
+    """Times of the attention and of its merge with ``length`` positions in the cache."""
+    dim, keys = config.head_dim, jax.random.split(jax.random.key(length), 2 * LAYERS + 2)
+    size = (1, CAPACITY, config.num_kv_heads, dim)
+    caches = [(_normal(keys[2 * i], size), _normal(keys[2 * i + 1], size)) for i in range(LAYERS)]
+    columns = (config.num_heads + 2 * config.num_kv_heads) * dim
+    qkv = PartialSums(jax.random.normal(keys[-1], (PARTS, 1, columns)), columns)
+    norms = (jnp.ones(dim, jnp.bfloat16),) * 2 if config.qk_norm else None
+    positions = jnp.full((1, 1), length, jnp.int32)
+
+    def all_layers(caches):
+        done = [attention.attend_heads(config, qkv, norms, positions, cache) for cache in caches]
+        return [outputs for outputs, _ in done], [cache for _, cache in done]
+
+    step = jax.jit(all_layers, donate_argnums=0)
+
+    def run():
+        nonlocal caches
+        outputs, caches = step(caches)
+        return outputs
+
+    durations = timing.profile(run)
+    return {
+        label: timing.Times.of([t for name, times in durations.items() if kernel in name for t in times])
+        for label, kernel in KERNELS.items()
+    }
+
+
+def _normal(key: jax.Array, size: tuple[int, ...]) -> jax.Array:
+    return jax.jit(lambda key: jax.random.normal(key, size, jnp.bfloat16))(key)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=["Qwen3-8B"], choices=random_model.shapes())
+    parser.add_argument("--lengths", nargs="+", type=int, default=[8, 160, 500, 1056, 2048, 4160])
+    parser.add_argument("--output", type=pathlib.Path, help="JSON file to write")
+    args = parser.parse_args()
+    rows = []
+    for name in args.shapes:
+        config = random_model.shape(name)
+        for length in args.lengths:
+            read = 4 * length * config.num_kv_heads * config.head_dim
+            row = {"shape": name, "length": length, "bytes_read": read}
+            for label, times in measure(config, length).items():
+                row |= {f"{label}_us": round(times.median, 3), f"{label}_quartiles_us": times.quartiles}
+            rows.append(row)
+            print(f"{name} {length}: {row['attention_us']} us, merge {row['merge_us']} us", flush=True)
+    report = {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "rows": rows,
+    }
+    if args.output:
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
