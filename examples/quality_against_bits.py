@@ -15,6 +15,7 @@ import numpy as np
 import grinqh_jax
 from grinqh_jax import hf
 from grinqh_jax.evaluation.perplexity import measure
+from grinqh_jax.evaluation.result import with_error
 
 COLUMNS = ("--bits", "bits read", "perplexity", "of full precision", "KL divergence (nats)", "same top token")
 
@@ -37,7 +38,7 @@ def main() -> None:
     print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
     for row in measure(generator.model, generator.targets, tokens, bits, reference=reference):
         print(
-            f"| {row.bits} | {row.realised_bits:.2f} | {row.perplexity:.2f} ± {row.stderr or 0:.2f} "
+            f"| {row.bits} | {row.realised_bits:.2f} | {with_error(row.perplexity, row.stderr, '.2f')} "
             f"| {row.ratio:.3f} | {row.kl:.4f} | {row.same_top1:.1%} |"
         )
 
