@@ -9,7 +9,7 @@ from grinqh_jax.config import ModelConfig
 from grinqh_jax.norm import rms_norm
 from pallas_kernels import Activations, PartialSums, decode_attention
 
-KeyValues = tuple[Float[Array, "b s kv_heads d"], Float[Array, "b s kv_heads d"]]
+KeyValues = tuple[Float[Array, "b s kv_heads head_dim"], Float[Array, "b s kv_heads head_dim"]]
 """Keys and values of one layer."""
 
 
@@ -17,7 +17,7 @@ KeyValues = tuple[Float[Array, "b s kv_heads d"], Float[Array, "b s kv_heads d"]
 def attend_heads(
     config: ModelConfig,
     qkv: Float[Array, "b t all_heads_d"] | PartialSums,
-    norms: tuple[Float[Array, "d"], Float[Array, "d"]] | None,
+    norms: tuple[Float[Array, "head_dim"], Float[Array, "head_dim"]] | None,
     positions: Int[Array, "b t"],
     cache: KeyValues | None = None,
 ) -> tuple[Float[Array, "b t heads_d"] | Activations, KeyValues]:
@@ -63,12 +63,12 @@ def attend_heads(
 
 
 def attend(
-    queries: Float[Array, "b t heads d"],
-    keys: Float[Array, "b t kv_heads d"],
-    values: Float[Array, "b t kv_heads d"],
+    queries: Float[Array, "b t heads head_dim"],
+    keys: Float[Array, "b t kv_heads head_dim"],
+    values: Float[Array, "b t kv_heads head_dim"],
     positions: Int[Array, "b t"],
     cache: KeyValues | None = None,
-) -> tuple[Float[Array, "b t heads d"], KeyValues]:
+) -> tuple[Float[Array, "b t heads head_dim"], KeyValues]:
     """Attention of every query to the positions up to its own. Softmax in float32.
 
     Args:

@@ -22,8 +22,8 @@ class KVCache:
       lengths: int32 ``[B]``, tokens of each row so far.
     """
 
-    keys: tuple[Float[Array, "b s kv_heads d"], ...]
-    values: tuple[Float[Array, "b s kv_heads d"], ...]
+    keys: tuple[Float[Array, "b s kv_heads head_dim"], ...]
+    values: tuple[Float[Array, "b s kv_heads head_dim"], ...]
     lengths: Int[Array, "b"]
 
     @classmethod

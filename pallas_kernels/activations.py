@@ -58,7 +58,7 @@ class Activations:
     peaks: Float[Array, "rows m"] | None = None
     eps: float = dataclasses.field(default=0.0, metadata={"static": True})
 
-    def factor(self) -> Float[Array, "rows 1"] | float:
+    def factor(self) -> Float[Array, "*rows 1"] | float:
         """What the values are to be multiplied by."""
         if self.squares is None:
             return 1.0

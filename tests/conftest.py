@@ -8,27 +8,64 @@ import jaxtyping
 import numpy as np
 import pytest
 
-# Before the packages are imported: their jaxtyping annotations (shapes, dtypes) are checked at every call.
-# A NumPy array may stand wherever an array may. Not pallas_kernels.weight and .activations: the
-# fields of a pytree may hold shapes, shardings or anything else that a tree_map makes of it.
+# Before the packages are imported: their annotations, jaxtyping's shapes and dtypes among them, are checked
+# at every call. A NumPy array may stand wherever an array may.
 jaxtyping.Array = jax.Array | np.ndarray
+
+# The fields of a pytree may hold shapes, shardings or anything else that a tree_map makes of it: they are not
+# checked (jaxtyping asks a class for this mark before it checks its __init__), their methods are.
+_register_dataclass = jax.tree_util.register_dataclass
+
+
+def _register_with_free_fields(cls, *args, **kwargs):
+    cls.__no_type_check__ = True
+    return _register_dataclass(cls, *args, **kwargs)
+
+
+jax.tree_util.register_dataclass = _register_with_free_fields
+
+# Left out: what takes no arrays (lane programs, command lines); checkpoint.quantization, whose fields come
+# from a file and are checked by the class itself; hf, whose functions take whatever reads like a checkpoint.
 jaxtyping.install_import_hook(
     [
+        "checkpoints_tools.baselines",
         "checkpoints_tools.calibration",
+        "checkpoints_tools.conversion",
         "checkpoints_tools.principal_basis",
         "checkpoints_tools.quantize_linear",
+        "checkpoints_tools.quantizers",
         "checkpoints_tools.source_layer",
+        "grinqh_jax.apply",
+        "grinqh_jax.attention",
+        "grinqh_jax.cache",
+        "grinqh_jax.checkpoint.files",
+        "grinqh_jax.checkpoint.manifest",
+        "grinqh_jax.checkpoint.reader",
+        "grinqh_jax.checkpoint.writer",
+        "grinqh_jax.decoder",
         "grinqh_jax.dial",
+        "grinqh_jax.engine",
+        "grinqh_jax.evaluation",
+        "grinqh_jax.linear",
         "grinqh_jax.norm",
         "grinqh_jax.rope",
+        "grinqh_jax.sampling",
+        "grinqh_jax.swiglu",
         "grinqh_jax.thresholds",
+        "pallas_kernels.activations",
         "pallas_kernels.codes",
+        "pallas_kernels.decode_attention.kernel",
+        "pallas_kernels.decode_rows.kernel",
+        "pallas_kernels.dequantization.kernel",
         "pallas_kernels.grading",
         "pallas_kernels.matvec.api",
+        "pallas_kernels.matvec.mosaic_gpu.kernel",
         "pallas_kernels.matvec.reference",
         "pallas_kernels.matvec.xla",
+        "pallas_kernels.weight",
     ],
-    "beartype.beartype",
+    # An int may stand where a float may, as PEP 484 has it.
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
 
 

@@ -26,7 +26,7 @@ def output_error(error: Float[Array, "k n"], hessian: Float[Array, "k k"]) -> Fl
     return jnp.sum(error * jnp.matmul(hessian, error, precision="highest"))
 
 
-def channel_scales(magnitude: Float[Array, "k"], alpha: float) -> Float[Array, "k"]:
+def channel_scales(magnitude: Float[Array, "k"], alpha: float | Float[Array, ""]) -> Float[Array, "k"]:
     """``magnitude ** alpha``, centred between its extremes; 1 where a channel is never active."""
     powered = jnp.where(magnitude > 0, magnitude, 1) ** alpha
     return powered / jnp.sqrt(powered.max() * powered.min())

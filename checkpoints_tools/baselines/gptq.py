@@ -21,7 +21,7 @@ def gptq(
     hessian: Float[Array, "k k"],
     bits: int,
     *,
-    damping: float = 0.01,
+    damping: float | Float[Array, ""] = 0.01,
     act_order: bool = False,
 ) -> Float[Array, "k n"]:
     """Dequantized weights after GPTQ with groups of 128 channels.

@@ -25,7 +25,7 @@ def bits_read(bits: int) -> float:
     return bits + (SCALE_BITS + bits) / GROUP
 
 
-def fit(w: Float[Array, "group n"], bits: int, shrink: Float[Array, "..."] | float = 1.0) -> Grid:
+def fit(w: Float[Array, "group *any"], bits: int, shrink: Float[Array, "..."] | float = 1.0) -> Grid:
     """The grid that spans each column's values (and 0), or ``shrink`` times that; scales in float16."""
     low = jnp.minimum(w.min(axis=0), 0) * shrink
     high = jnp.maximum(w.max(axis=0), 0) * shrink

@@ -3,7 +3,7 @@
 import argparse
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from grinqh_jax import cli
 from grinqh_jax.errors import UsageError
@@ -61,6 +61,7 @@ def settings(wanted: Sequence[float | str] | None, generator) -> list[float | st
     return list(wanted)
 
 
+@runtime_checkable
 class Result(Protocol):
     """What a command found at one setting of the dial."""
 

@@ -152,7 +152,7 @@ def _dense_logits(model: Decoder, windows: Int[Array, "b t"]) -> Float[Array, "b
 
 
 @jax.jit
-def _graded_logits(model: Decoder, windows: Int[Array, "b t"], thresholds: dict[str, Float[Array, "p"]]):
+def _graded_logits(model: Decoder, windows: Int[Array, "b t"], thresholds: dict[str, Float[Array, "b p"]]):
     """Graded logits ``[b, t, v]``, and the bits that each linear layer read, ``[b, t, linears]``."""
     graded = Graded(thresholds)
     logits = model(windows, graded)

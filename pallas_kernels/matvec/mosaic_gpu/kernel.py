@@ -24,7 +24,7 @@ ANY_CONFIG = Config(warpgroups=1, warps_per_slice=4, ring_slots=4)
 """Completes a ``Geometry`` until the tuning is known."""
 
 
-def supports(x: jax.Array, weight: NestedWeight) -> str | None:
+def supports(x: Array | jax.ShapeDtypeStruct, weight: NestedWeight) -> str | None:
     """None if this kernel runs for these arguments on the device being compiled for, else the reason."""
     rows = x.shape[0]
     if not 1 <= rows <= geometry_module.MAX_ROWS:
