@@ -190,6 +190,6 @@ class Decoding:
             start += width
 
 
-def _first_steps(grades: engine.Grades | None, count: int) -> engine.Grades | None:
+def _first_steps(grades: engine.Grades | None, count: int | np.integer) -> engine.Grades | None:
     # cut on the host: on the device every other count would compile another program
     return jax.tree.map(lambda steps: np.asarray(steps)[:count], grades)

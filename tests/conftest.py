@@ -24,8 +24,8 @@ def _register_with_free_fields(cls, *args, **kwargs):
 
 jax.tree_util.register_dataclass = _register_with_free_fields
 
-# Left out: what takes no arrays (lane programs, command lines); checkpoint.quantization, whose fields come
-# from a file and are checked by the class itself; hf, whose functions take whatever reads like a checkpoint.
+# Left out: what says nothing of arrays (lane programs, command lines); checkpoint.quantization, whose class
+# checks itself what it is given from a file; hf, whose functions take whatever reads like a checkpoint.
 jaxtyping.install_import_hook(
     [
         "checkpoints_tools.baselines",
@@ -43,13 +43,18 @@ jaxtyping.install_import_hook(
         "grinqh_jax.checkpoint.reader",
         "grinqh_jax.checkpoint.writer",
         "grinqh_jax.decoder",
+        "grinqh_jax.decoding",
         "grinqh_jax.dial",
         "grinqh_jax.engine",
         "grinqh_jax.evaluation",
+        "grinqh_jax.generator",
         "grinqh_jax.linear",
+        "grinqh_jax.measure",
         "grinqh_jax.norm",
+        "grinqh_jax.random_model",
         "grinqh_jax.rope",
         "grinqh_jax.sampling",
+        "grinqh_jax.statistics",
         "grinqh_jax.swiglu",
         "grinqh_jax.thresholds",
         "pallas_kernels.activations",

@@ -133,6 +133,7 @@ def test_statistics_are_what_the_steps_read(generator):
 def test_warning_when_activations_leave_the_calibrated_range():
     def warning(**saturation):
         fields = dict.fromkeys((f.name for f in dataclasses.fields(Statistics)), 0)
+        fields |= {"realised_bits_per_layer": {}, "realised_bits_per_step": None}
         return Statistics(**fields | {"saturation": saturation}).warning()
 
     assert warning(a=0.9, b=1.5) is None
