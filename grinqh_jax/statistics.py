@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from grinqh_jax.decoder import Decoder, linear_names, linear_shapes
 from grinqh_jax.engine import Grades
@@ -134,8 +134,10 @@ def grade_statistics(model: Decoder, grades: Grades | None) -> dict[str, Any]:
     return fields
 
 
-def weighted_mean(model: Decoder, bits: Mapping[str, float]) -> float:
-    """Mean bits per weight of the linear layers in ``bits``, from each layer's mean."""
+def weighted_mean(
+    model: Decoder, bits: Mapping[str, float | Float[Array, "*any"]]
+) -> float | Float[Array, "*any"]:
+    """Mean bits per weight of the linear layers in ``bits``, from the mean, or means, of each."""
     sizes = {name: k * n for name, (k, n) in linear_shapes(model.config).items() if name in bits}
     return sum(bits[name] * size for name, size in sizes.items()) / sum(sizes.values())
 
