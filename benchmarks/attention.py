@@ -11,6 +11,7 @@ import datetime
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
@@ -30,17 +31,16 @@ PARTS = 8
 KERNELS = {"attention": "decode_attention_kernel", "merge": "merge_attention_kernel"}
 
 
-def measure(config: ModelConfig, length: int) -> dict[str, timing.Times]:
-    """Times of the attention and of its merge with ``length`` positions in the cache."""
-    dim, keys = config.head_dim, jax.random.split(jax.random.key(length), 2 * LAYERS + 2)
+def measure(config: ModelConfig, lengths: list[int]) -> Iterator[dict[str, timing.Times]]:
+    """Times of the attention and of its merge with each of the lengths of the cache."""
+    dim, keys = config.head_dim, jax.random.split(jax.random.key(0), 2 * LAYERS + 1)
     size = (1, CAPACITY, config.num_kv_heads, dim)
     caches = [(_normal(keys[2 * i], size), _normal(keys[2 * i + 1], size)) for i in range(LAYERS)]
     columns = (config.num_heads + 2 * config.num_kv_heads) * dim
     qkv = PartialSums(jax.random.normal(keys[-1], (PARTS, 1, columns)), columns)
     norms = (jnp.ones(dim, jnp.bfloat16),) * 2 if config.qk_norm else None
-    positions = jnp.full((1, 1), length, jnp.int32)
 
-    def all_layers(caches):
+    def all_layers(caches, positions):
         done = [attention.attend_heads(config, qkv, norms, positions, cache) for cache in caches]
         return [outputs for outputs, _ in done], [cache for _, cache in done]
 
@@ -48,14 +48,16 @@ def measure(config: ModelConfig, length: int) -> dict[str, timing.Times]:
 
     def run():
         nonlocal caches
-        outputs, caches = step(caches)
+        outputs, caches = step(caches, positions)
         return outputs
 
-    durations = timing.profile(run)
-    return {
-        label: timing.Times.of([t for name, times in durations.items() if kernel in name for t in times])
-        for label, kernel in KERNELS.items()
-    }
+    for length in lengths:
+        positions = jnp.full((1, 1), length, jnp.int32)
+        durations = timing.profile(run)
+        yield {
+            label: timing.Times.of([t for name, times in durations.items() if kernel in name for t in times])
+            for label, kernel in KERNELS.items()
+        }
 
 
 def _normal(key: jax.Array, size: tuple[int, ...]) -> jax.Array:
@@ -71,10 +73,10 @@ def main() -> None:
     rows = []
     for name in args.shapes:
         config = random_model.shape(name)
-        for length in args.lengths:
+        for length, found in zip(args.lengths, measure(config, args.lengths), strict=True):
             read = 4 * length * config.num_kv_heads * config.head_dim
             row = {"shape": name, "length": length, "bytes_read": read}
-            for label, times in measure(config, length).items():
+            for label, times in found.items():
                 row |= {f"{label}_us": round(times.median, 3), f"{label}_quartiles_us": times.quartiles}
             rows.append(row)
             print(f"{name} {length}: {row['attention_us']} us, merge {row['merge_us']} us", flush=True)

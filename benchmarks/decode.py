@@ -28,6 +28,9 @@ from grinqh_jax import measure, random_model
 
 START = time.monotonic()
 
+WARM_UP_SECONDS = 2.0
+"""Of decoding before the first measurement of a model: right after its weights were made it is slower."""
+
 
 def say(text: str) -> None:
     print(f"[{time.monotonic() - START:5.0f}s] {text}", flush=True)
@@ -40,6 +43,10 @@ def decode_rows(model, label: str, bits_list, args, bandwidth: float) -> list[di
     """
     run = measure.DecodeRun(model, max(args.contexts), args.tokens)
     rows = []
+    thresholds = None if bits_list[0] is None else run.settled(random_model.TARGETS, bits_list[0])
+    warm = time.monotonic() + WARM_UP_SECONDS
+    while time.monotonic() < warm:
+        jax.block_until_ready(run.run(thresholds))
     for context, bits in itertools.product(args.contexts, bits_list):
         run.context = context
         thresholds = None if bits is None else run.settled(random_model.TARGETS, bits)

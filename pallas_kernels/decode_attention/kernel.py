@@ -8,15 +8,15 @@ from jaxtyping import Array, BFloat16, Float, Int
 
 from pallas_kernels.activations import Activations, PartialSums
 from pallas_kernels.decode_attention.merging import MergeRefs, merge_program
-from pallas_kernels.decode_attention.place import THREADS, Refs, Shape
+from pallas_kernels.decode_attention.place import THREADS, WARPS, Refs, Shape
 from pallas_kernels.decode_attention.program import attention_program
 from pallas_kernels.lanes import device
 from pallas_kernels.lanes.launch import lane_kernel
 from pallas_kernels.lanes.rows import Rows
 
 HEAD_DIMS = (64, 128)
-MAX_GROUP = 5
-"""Query heads to a kv head: each takes 32 registers of every lane."""
+MAX_GROUP = WARPS - 2
+"""Query heads to a kv head: each is prepared by a warp, as are the new key and the new value."""
 
 BLOCKS = 128
 """CTAs wanted: about one on every multiprocessor."""

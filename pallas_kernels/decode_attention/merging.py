@@ -1,60 +1,28 @@
-"""Merging softmaxes: of a warp's groups, of a CTA's warps, and, in a launch of its own, of the CTAs."""
+"""Merging softmaxes: of a CTA's warps, and, in a launch of its own, of the CTAs."""
 
 import dataclasses
 from typing import Any
 
-from pallas_kernels.decode_attention.place import (
-    CHUNK,
-    GROUP_LANES,
-    THREADS,
-    WARPS,
-    Place,
-    Refs,
-    Shape,
-    Softmax,
-)
+from pallas_kernels.decode_attention.place import CHUNK, THREADS, WARPS, Place, Refs, Shape, Softmax
 from pallas_kernels.lanes.instructions import Instructions, Value
 from pallas_kernels.lanes.rows import Rows, larger_magnitude, load_pair, locate, store_parts, store_rounded
 
 
-def merge_in_warp(isa, state: Softmax, lane: Value) -> None:
-    """Merges the softmaxes of the warp's 4 groups, in place.
-
-    Each lane ends up with a quarter of its weighted values (the first half if bit 4 of the lane is clear, of
-    that the first half if bit 3 is): two lanes that add halves of each other's values exchange half as many
-    as two that add all.
-    """
-    for head, top in enumerate(state.maxima):
-        together = top
-        for distance in (GROUP_LANES, 2 * GROUP_LANES):
-            together = larger(isa, together, isa.shuffle_xor(together, distance))
-        shrink = isa.exp2(top - together)
-        total = state.sums[head] * shrink
-        mixed = [w * shrink for w in state.weighted[head]]
-        for distance in (2 * GROUP_LANES, GROUP_LANES):
-            total = total + isa.shuffle_xor(total, distance)
-            upper = (lane & distance).equals(distance)
-            low, high = mixed[: len(mixed) // 2], mixed[len(mixed) // 2 :]
-            mixed = [
-                isa.select(upper, b, a) + isa.shuffle_xor(isa.select(upper, a, b), distance)
-                for a, b in zip(low, high, strict=True)
-            ]
-        state.maxima[head], state.sums[head], state.weighted[head] = together, total, mixed
-
-
 def merge_in_block(isa, shape: Shape, refs: Refs, state: Softmax, place: Place, shared: Value) -> None:
     """Merges the warps' softmaxes through shared memory and writes the CTA's result."""
-    thread, lane, warp, part = place.thread, place.lane, place.warp, place.part
-    dim, heads = shape.head_dim, shape.group
-    tops = shared + (heads + 2) * dim * 4
-    mixes = tops + WARPS * heads * 8
-    width = dim // GROUP_LANES
-    kept = ((lane >> 4) & 1) * (width // 2) + ((lane >> 3) & 1) * (width // 4)  # of ``merge_in_warp``
-    mine = mixes + ((kept >> 3) * CHUNK + part * 8 + (kept & 7)) * 4
-    for head in range(heads):
-        row = warp * heads + head
-        isa.store_shared(tops + row * 8, [state.maxima[head], state.sums[head]], lane.equals(0))
-        isa.store_shared(mine + row * (4 * dim), state.weighted[head])
+    thread, warp, dim, heads = place.thread, place.warp, shape.head_dim, shape.group
+    tops, mixes = shared + shape.tops_base, shared + shape.mixes_base
+    total = state.total
+    for distance in (1, 2):
+        total = total + isa.shuffle_xor(total, distance)
+    is_head, mine = place.row < heads, warp * heads + place.row
+    isa.store_shared(tops + mine * 8, [state.maximum, total], is_head & place.column.equals(0))
+    for chunk in range(dim // CHUNK):
+        for half in range(2):  # Blocks of a chunk follow one another: a lane has 16 consecutive values of it.
+            target = mixes + mine * (4 * dim) + place.column * 64 + (chunk * CHUNK + half * 8) * 4
+            run = [state.mixed[2 * (chunk * 8 + block) + half] for block in range(8)]
+            isa.store_shared(target, run[:4], is_head)
+            isa.store_shared(target + 16, run[4:], is_head)
     isa.block_barrier()
     for begin in range(0, heads * dim, THREADS):
         item = thread + begin

@@ -7,17 +7,13 @@ from pallas_kernels.lanes.instructions import LANES, Instructions, Value
 
 WARPS = 8
 THREADS = WARPS * LANES
-GROUP_LANES = 8
-"""Lanes that share a position: each loads 16 bytes of every 64 values."""
+STEP_POSITIONS = 16
+"""Positions that a warp works on at once: the size of a matrix instruction."""
 
-GROUPS = THREADS // GROUP_LANES
-"""Positions that the CTA works on at once."""
+BLOCK_POSITIONS = WARPS * STEP_POSITIONS
 
-AHEAD = 2
-"""Positions that each group has loaded, or is loading, before it computes with the next one."""
-
-CHUNK = 8 * GROUP_LANES
-"""Values of a head that one 16-byte load of each of the group's lanes covers."""
+CHUNK = 64
+"""Values of a head that one 16-byte load of each of a row's 8 lanes covers."""
 
 NEVER = -1e30
 """A score below all others, finite so that differences are."""
@@ -45,10 +41,22 @@ class Shape:
         return self.batch * self.kv_heads * self.splits
 
     @property
+    def vector_bytes(self) -> int:
+        """Of one head in bfloat16."""
+        return 2 * self.head_dim
+
+    @property
+    def tops_base(self) -> int:
+        """Shared memory: new vectors in bfloat16, every warp's maxima and sums, its weighted values."""
+        return (self.group + 2) * self.vector_bytes
+
+    @property
+    def mixes_base(self) -> int:
+        return self.tops_base + WARPS * self.group * 8
+
+    @property
     def shared_bytes(self) -> int:
-        """New vectors, then every warp's maximum and sum, then its weighted values; all float32."""
-        vectors = (self.group + 2) * self.head_dim
-        return 4 * (vectors + WARPS * self.group * (2 + self.head_dim))
+        return self.mixes_base + WARPS * self.group * self.head_dim * 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,37 +84,33 @@ class Refs:
 
 @dataclasses.dataclass
 class Softmax:
-    """A running softmax for every query head of the group, over the positions seen so far."""
+    """A running softmax of the query head that is the lane's row, over the warp's positions so far."""
 
-    maxima: list[Value]
-    sums: list[Value]
-    weighted: list[list[Value]]
-    """[head][value]: the lane's share of the head dimension."""
+    maximum: Value
+    total: Value
+    """This lane's share: the row's four lanes have a sum each."""
+    mixed: list[Value]
+    """Weighted values: of every block of 8 values (``program``) those of columns ``2 column`` and ``+ 1``."""
 
     def flat(self) -> list[Value]:
-        return [*self.maxima, *self.sums, *(v for head in self.weighted for v in head)]
+        return [self.maximum, self.total, *self.mixed]
 
     @classmethod
-    def split(cls, carry: list[Value], heads: int, width: int) -> tuple["Softmax", list[Value]]:
-        """What ``flat`` made (``width`` values of each head to a lane), and what follows it."""
-        numbers, rest = carry[: heads * (2 + width)], carry[heads * (2 + width) :]
-        weighted = numbers[2 * heads :]
-        return cls(
-            numbers[:heads],
-            numbers[heads : 2 * heads],
-            [weighted[i * width : (i + 1) * width] for i in range(heads)],
-        ), rest
+    def split(cls, carry: list[Value], head_dim: int) -> tuple["Softmax", list[Value]]:
+        """What ``flat`` made, and what follows it."""
+        end = 2 + head_dim // 4
+        return cls(carry[0], carry[1], carry[2:end]), carry[end:]
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where the lane is."""
+    """Where the lane is; ``row`` and ``column`` as in the matrix instructions."""
 
     thread: Value
     lane: Value
     warp: Value
-    part: Value
-    """Of its group's 8 lanes."""
+    row: Value
+    column: Value
     split: Value
     kv_head: Value
     batch: Value
@@ -117,11 +121,13 @@ def locate(isa: Instructions, shape: Shape) -> Place:
     """Cuts the grid: split fastest, then kv head, then batch row."""
     thread, block = isa.thread_index(), isa.block_index()
     split, rest = block % shape.splits, block // shape.splits
+    lane = thread & (LANES - 1)
     return Place(
         thread=thread,
-        lane=thread & (LANES - 1),
+        lane=lane,
         warp=thread >> 5,
-        part=thread & (GROUP_LANES - 1),
+        row=lane >> 2,
+        column=lane & 3,
         split=split,
         kv_head=rest % shape.kv_heads,
         batch=rest // shape.kv_heads,

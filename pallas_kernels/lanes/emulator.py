@@ -20,6 +20,12 @@ from pallas_kernels.lanes.instructions import LANES, Instructions, Value
 _ADDRESS_BITS = 40
 """A global address is ``(array number << 40) + byte``."""
 
+_FRAGMENT = ((0, 0), (1, 0), (0, 1), (1, 1))
+"""(i, j) of A's registers in a matrix instruction: rows ``+ 8 i``, the second half of the columns."""
+
+_RESULT = ((0, 0), (0, 1), (1, 0), (1, 1))
+"""(i, j) of C's registers: rows ``+ 8 i``, columns ``+ j``."""
+
 _DTYPE = {"i32": np.int32, "i64": np.int64, "f32": np.float32, "bool": np.bool_}
 
 
@@ -280,7 +286,7 @@ class NumpyInstructions(Instructions):
         left = np.zeros((warps, 16, 32), np.float64)
         right = np.zeros((warps, 32, 8), np.float64)
         byte = np.arange(4)
-        for register, (i, j) in enumerate([(0, 0), (1, 0), (0, 1), (1, 1)]):
+        for register, (i, j) in enumerate(_FRAGMENT):
             values = a[register].data.view(np.uint8).reshape(warps, LANES, 4)
             left[:, (row + 8 * i)[:, None], (4 * column + 16 * j)[:, None] + byte] = values
         for j, register in enumerate(b):
@@ -288,9 +294,32 @@ class NumpyInstructions(Instructions):
             right[:, (4 * column + 16 * j)[:, None] + byte, row[:, None]] = values
         product = (left @ right).astype(np.int32)  # exact: below 2**53
         out = []
-        for register, (i, j) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
+        for register, (i, j) in enumerate(_RESULT):
             total = c[register].data.reshape(warps, LANES) + product[:, row + 8 * i, 2 * column + j]
             out.append(LaneValue(total.reshape(-1), "i32"))
+        return out
+
+    def matrix_multiply_add_bfloat16(self, c, a, b):
+        self._warps("matrix_multiply_add_bfloat16")
+        warps = self.total // LANES
+        row, column = np.divmod(np.arange(LANES), 4)
+        left, right = np.zeros((warps, 16, 16)), np.zeros((warps, 16, 8))
+        pair = np.arange(2)
+
+        def numbers(register):
+            with np.errstate(invalid="ignore"):  # signalling NaNs
+                return register.data.view(ml_dtypes.bfloat16).astype(np.float64).reshape(warps, LANES, 2)
+
+        for register, (i, j) in zip(a, _FRAGMENT, strict=True):
+            left[:, (row + 8 * i)[:, None], (2 * column + 8 * j)[:, None] + pair] = numbers(register)
+        for j, register in enumerate(b):
+            right[:, (2 * column + 8 * j)[:, None] + pair, row[:, None]] = numbers(register)
+        with np.errstate(all="ignore"):
+            product = left @ right
+            out = []
+            for register, (i, j) in zip(c, _RESULT, strict=True):
+                total = register.data.reshape(warps, LANES) + product[:, row + 8 * i, 2 * column + j]
+                out.append(LaneValue(total.reshape(-1), "f32"))
         return out
 
     # --- control ---------------------------------------------------------------------------------

@@ -259,6 +259,16 @@ class Instructions(abc.ABC):
         ``C[row + 8 i, 2 column + j]`` for ``(i, j) = (0,0) (0,1) (1,0) (1,1)``.
         """
 
+    @abc.abstractmethod
+    def matrix_multiply_add_bfloat16(
+        self, c: Sequence[Value], a: Sequence[Value], b: Sequence[Value]
+    ) -> list[Value]:
+        """``C + A @ B`` on the matrix unit (``mma.sync.m16n8k16``, bfloat16 A and B, ``f32`` C).
+
+        With row and column as in ``matrix_multiply_add`` and two bfloat16 to a register, ``a[0..3]`` are
+        ``A[row + 8 i, 2 column + 8 j ..+1]``, ``b[0..1]`` are ``B[2 column + 8 j ..+1, row]``; C as there.
+        """
+
     # --- control ---------------------------------------------------------------------------------
     @abc.abstractmethod
     def when(self, condition: Value) -> AbstractContextManager[None]:

@@ -241,6 +241,13 @@ class PtxInstructions(Instructions):
         )
         return _assemble(template, [*a, *b, *c], ("i32",) * 4)
 
+    def matrix_multiply_add_bfloat16(self, c, a, b):
+        template = (
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+            "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
+        )
+        return _assemble(template, [*a, *b, *c], ("f32",) * 4)
+
     @contextlib.contextmanager
     def when(self, condition):
         branch = scf.IfOp(condition.ssa)

@@ -65,9 +65,9 @@ def locate(isa: Instructions, rows: Rows) -> Columns:
     return Columns(row, isa.select(inside, column, isa.constant(0)), inside, part, thread)
 
 
-def load_pair(isa: Instructions, ref: Any, index: Value) -> list[Value]:
-    """Two neighbouring ``f32``, the first one at ``index``, which is even."""
-    return isa.load_global(isa.global_address(ref) + isa.widen(index << 2), 2, "f32")
+def load_pair(isa: Instructions, ref: Any, index: Value, *, early: bool = False) -> list[Value]:
+    """Two neighbouring ``f32``, the first one at ``index``, an even one; ``early``: see ``load_global``."""
+    return isa.load_global(isa.global_address(ref) + isa.widen(index << 2), 2, "f32", early=early)
 
 
 def load_bfloat16_pair(isa: Instructions, ref: Any, index: Value) -> list[Value]:
@@ -75,9 +75,11 @@ def load_bfloat16_pair(isa: Instructions, ref: Any, index: Value) -> list[Value]
     return unpack_bfloat16(isa, isa.load_global(isa.global_address(ref) + isa.widen(index << 1))[0])
 
 
-def sum_of_pairs(isa: Instructions, ref: Any, first: Value, stride: int, count: int) -> list[Value]:
+def sum_of_pairs(
+    isa: Instructions, ref: Any, first: Value, stride: int, count: int, *, early: bool = False
+) -> list[Value]:
     """Sum, from the first to the last, of ``count`` pairs of ``f32`` that are ``stride`` numbers apart."""
-    pairs = [load_pair(isa, ref, first + i * stride) for i in range(count)]
+    pairs = [load_pair(isa, ref, first + i * stride, early=early) for i in range(count)]
     total = pairs[0]
     for pair in pairs[1:]:
         total = [a + b for a, b in zip(total, pair, strict=True)]

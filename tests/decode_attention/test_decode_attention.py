@@ -23,9 +23,13 @@ CASES = {  # shape, lengths
         {"batch": 2, "kv_heads": 2, "group": 4, "head_dim": 64, "capacity": 96, "splits": 2, "eps": None},
         [96, 1],
     ),
-    "odd group": (
-        {"batch": 1, "kv_heads": 1, "group": 5, "head_dim": 128, "capacity": 128, "splits": 1, "eps": 1e-5},
-        [127],
+    "odd group, several steps": (
+        {"batch": 1, "kv_heads": 1, "group": 5, "head_dim": 128, "capacity": 300, "splits": 1, "eps": 1e-5},
+        [290],
+    ),
+    "largest group": (
+        {"batch": 1, "kv_heads": 1, "group": 6, "head_dim": 64, "capacity": 400, "splits": 2, "eps": None},
+        [270],
     ),
     "one head each": (
         {"batch": 1, "kv_heads": 2, "group": 1, "head_dim": 64, "capacity": 70, "splits": 4, "eps": 1e-6},

@@ -53,6 +53,11 @@ def as_word(isa: Instructions, value: Value) -> Value:
     return value
 
 
+def small_bfloat16(isa: Instructions, word: Value) -> Value:
+    """Two bfloat16 that are integers below 16, so that sums of products are exact."""
+    return isa.pack_bfloat16(isa.int_to_float(word & 15), isa.int_to_float((word >> 8) & 15))
+
+
 def run(isa: Instructions, program, source: Any, target: Any, shared: Any) -> None:
     """The whole lane program: load inputs, ``program``, store results."""
     thread = isa.thread_index()
@@ -154,6 +159,11 @@ PROGRAMS = {
         [t.a & 0xFFFF, t.b & 0xFFFF, t.a & 0xFF, t.b & 0xFF],
         [t.a, t.b, t.a ^ t.b, t.a + t.b],
         [t.a * 3, t.b * 5],
+    ),
+    "matrix_multiply_add_bfloat16": lambda isa, t: isa.matrix_multiply_add_bfloat16(
+        [isa.int_to_float(t.a & 0xFF), t.z * 0.0, t.z * 0.0, isa.int_to_float(t.b & 0xFF)],
+        [small_bfloat16(isa, word) for word in (t.a, t.b, t.a ^ t.b, t.a + t.b)],
+        [small_bfloat16(isa, word) for word in (t.a * 3, t.b * 5)],
     ),
     "loop": loops,
 }

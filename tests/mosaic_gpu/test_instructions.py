@@ -2,6 +2,7 @@
 
 import itertools
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -155,6 +156,27 @@ def test_matrix_multiply_add_follows_the_fragment_layout(isa, rng):
     expected = a @ b + c
     for register, (i, j) in zip(out, c_places, strict=True):
         np.testing.assert_array_equal(register.data, expected[warp, row + 8 * i, 2 * column + j])
+
+
+def test_matrix_multiply_add_bfloat16_follows_the_fragment_layout(isa, rng):
+    a, b, c = (rng.integers(-50, 50, (WARPS, *size)) for size in ((16, 16), (16, 8), (16, 8)))
+    warp, lane = np.divmod(np.arange(THREADS), 32)
+    row, column = lane // 4, lane % 4
+    pair = np.arange(2)
+
+    def word(numbers):
+        return LaneValue(numbers.astype(ml_dtypes.bfloat16).view(np.int32)[:, 0], "i32")
+
+    a_registers = [
+        word(a[warp[:, None], (row + 8 * i)[:, None], (2 * column + 8 * j)[:, None] + pair])
+        for i, j in ((0, 0), (1, 0), (0, 1), (1, 1))
+    ]
+    b_registers = [word(b[warp[:, None], (2 * column + 8 * j)[:, None] + pair, row[:, None]]) for j in (0, 1)]
+    places = ((0, 0), (0, 1), (1, 0), (1, 1))
+    c_registers = [LaneValue(c[warp, row + 8 * i, 2 * column + j], "f32") for i, j in places]
+    out = isa.matrix_multiply_add_bfloat16(c_registers, a_registers, b_registers)
+    for register, (i, j) in zip(out, places, strict=True):
+        np.testing.assert_array_equal(register.data, (a @ b + c)[warp, row + 8 * i, 2 * column + j])
 
 
 def test_global_memory(isa, rng):
