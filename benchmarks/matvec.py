@@ -169,7 +169,7 @@ def version(package: str) -> str | None:
 
 def all_configs() -> list[mosaic_gpu.Config]:
     """Every configuration worth trying."""
-    choices = itertools.product((1, 2, 3), (1, 2, 4), (4, 8))
+    choices = itertools.product((1, 2), (1, 2, 4), (4, 8))
     return [mosaic_gpu.Config(warpgroups=g, warps_per_slice=w, ring_slots=s) for g, w, s in choices]
 
 

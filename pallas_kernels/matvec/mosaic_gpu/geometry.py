@@ -39,7 +39,7 @@ class Config:
     """How one launch is tuned. None of it changes the result, except the order of float32 sums.
 
     Attributes:
-      warpgroups: warpgroups (of 4 warps) in a CTA, 1 to 3. More of them sum more slices inside the CTA,
+      warpgroups: warpgroups (of 4 warps) in a CTA, 1 or 2. More of them sum more slices inside the CTA,
         so fewer partial sums are written; fewer give a finer grid.
       warps_per_slice: 1, 2 or 4 warps share the channels of one slice. More of them give a finer grid for
         small shapes; fewer have longer lists, of which less is padding, and write fewer partial sums.
@@ -52,7 +52,7 @@ class Config:
 
     def __post_init__(self):
         for name, allowed in (
-            ("warpgroups", (1, 2, 3)),
+            ("warpgroups", (1, 2)),
             ("warps_per_slice", (1, 2, 4)),
             ("ring_slots", (2, 4, 8, 16)),
         ):

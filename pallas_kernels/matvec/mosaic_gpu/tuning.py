@@ -25,9 +25,7 @@ HALF_SPEED_IN_FLIGHT = 8 * 1024
 """Bytes of copies in flight on a multiprocessor at which it reads at half its speed."""
 
 REGISTERS = {1: 72, 2: 112, 3: 144, 4: 184}
-"""Registers of a lane, by activation rows that share a read."""
-
-REGISTERS_PER_SM = 65536
+"""Registers of a lane, by activation rows that share a read (of 65,536 on a multiprocessor)."""
 
 SHARED_BYTES_PER_SM = 227 * 1024
 SHARED_BYTES_OF_SYSTEM = 1024
@@ -58,13 +56,11 @@ def rule(geometry: Geometry, multiprocessors: int) -> Config:
         dataclasses.replace(
             geometry, config=Config(warpgroups=groups, warps_per_slice=warps, ring_slots=slots)
         )
-        for groups in (1, 2, 3)
+        for groups in (1, 2)
         for warps in (1, 2, 4)
         for slots in (4, 8)
     ]
-    fitting = [
-        g for g in candidates if g.shared_bytes <= SHARED_BYTES_LIMIT and _registers(g) <= REGISTERS_PER_SM
-    ]
+    fitting = [g for g in candidates if g.shared_bytes <= SHARED_BYTES_LIMIT]
     return min(fitting, key=lambda g: expected_microseconds(g, multiprocessors)).config
 
 
@@ -73,7 +69,7 @@ def expected_microseconds(geometry: Geometry, multiprocessors: int) -> float:
     config, blocks = geometry.config, geometry.matvec_blocks
     of_busiest = math.ceil(blocks / multiprocessors)
     at_once = min(
-        REGISTERS_PER_SM // _registers(geometry),
+        65536 // (REGISTERS[geometry.rows_per_cta] * geometry.threads),
         SHARED_BYTES_PER_SM // (geometry.shared_bytes + SHARED_BYTES_OF_SYSTEM),
     )
     waves = math.ceil(of_busiest / at_once)
@@ -87,11 +83,6 @@ def expected_microseconds(geometry: Geometry, multiprocessors: int) -> float:
         + PARTIAL_OVERHEAD * geometry.slice_groups
         + reading * unevenness**0.5 * (1 + HALF_SPEED_IN_FLIGHT / in_flight)
     )
-
-
-def _registers(geometry: Geometry) -> int:
-    """Of one CTA."""
-    return REGISTERS[geometry.rows_per_cta] * geometry.threads
 
 
 @functools.cache
