@@ -15,7 +15,7 @@ from pallas_kernels import codes, layout
 _BLOCK_WEIGHTS = 1 << 23
 """Weights quantized at a time: 32 MiB as float32."""
 
-_level_errors = jax.jit(codes.level_errors)
+_level_fit = jax.jit(codes.level_fit)
 
 
 def quantize_linear(
@@ -41,8 +41,8 @@ def quantize_linear(
 
     Returns:
       ``(leaves, errors)``: the leaves of a ``GradedLinear`` that do not depend on other layers, in host
-      memory: planes, scales, max_activation; and float64 ``[P + 1]``, for each level the mean over the
-      outputs of their mean squared weight error times their sensitivity.
+      memory: planes, scales, gains, max_activation; and float64 ``[P + 1]``, for each level the mean over
+      the outputs of their mean squared weight error times their sensitivity.
 
     Raises:
       CheckpointError: weights or activations are not finite, or do not fit the codes' scales.
@@ -53,7 +53,7 @@ def quantize_linear(
             f"{name}: its inputs are not finite on the calibration text; the weights before it are damaged"
         )
     block = max(_BLOCK_WEIGHTS // in_features // layout.TILE, 1) * layout.TILE
-    planes, scales, errors = [], [], np.zeros(max_bits // layout.DIGIT_BITS + 1)
+    planes, scales, fits = [], [], []
     for start in range(0, out_features, block):
         outputs = slice(start, min(start + block, out_features))
         w = jnp.asarray(read_outputs(outputs), jnp.float32)
@@ -63,11 +63,34 @@ def quantize_linear(
             raise CheckpointError(str(error)) from None
         planes.append(np.asarray(weight.planes))
         scales.append(np.asarray(weight.scales))
-        here = _level_errors(w, weight, jnp.asarray(sensitivities[outputs], jnp.float32))
-        errors += np.asarray(here, np.float64) * w.shape[1] / out_features
+        here = _level_fit(w, weight, jnp.asarray(sensitivities[outputs], jnp.float32))
+        fits.append([np.asarray(mean, np.float64) * w.shape[1] / out_features for mean in here])
+    gains, errors = fit_gains(*(np.sum(part, axis=0) for part in zip(*fits, strict=True)))
     leaves = {
         "planes": np.concatenate(planes, axis=-1),
         "scales": np.concatenate(scales, axis=-1),
+        "gains": gains,
         "max_activation": np.float32(statistics.max_activation),
     }
     return leaves, errors
+
+
+def fit_gains(
+    errors: Float[np.ndarray, "p1"], slopes: Float[np.ndarray, "p"], squares: Float[np.ndarray, "p"]
+) -> tuple[Float[np.ndarray, "p"], Float[np.ndarray, "p1"]]:
+    """Gains ``g_l`` that minimise ``(w - g_l w_l)**2``, and the errors with them.
+
+    With ``w = w_l + d`` the mean square is ``e(l) + 2 (1 - g) E[w_l d] + (1 - g)**2 E[w_l**2]``, least at
+    ``g = 1 + E[w_l d] / E[w_l**2]``. The highest level, full precision, is left as it is.
+
+    Args:
+      errors, slopes, squares: as in ``codes.LevelFit``.
+
+    Returns:
+      ``(gains, errors)``: float32 ``[P]`` and float64 ``[P + 1]``.
+    """
+    gains = 1 + np.divide(slopes, squares, out=np.zeros_like(slopes), where=squares > 0)
+    gains[-1] = 1
+    gains = gains.astype(np.float32)
+    less = 1 - gains.astype(np.float64)
+    return gains, np.concatenate([errors[:1], errors[1:] + 2 * less * slopes + less**2 * squares])

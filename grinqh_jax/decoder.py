@@ -228,6 +228,7 @@ def abstract_tree(config: ModelConfig, max_bits: int, num_targets: int) -> dict[
             "planes": weight.planes,
             "scales": weight.scales,
             "thresholds": jax.ShapeDtypeStruct((num_targets, weight.num_planes), jnp.float32),
+            "gains": weight.gains,
             "max_activation": jax.ShapeDtypeStruct((), jnp.float32),
         }
 

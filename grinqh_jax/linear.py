@@ -53,6 +53,7 @@ class GradedLinear(nnx.Module):
       planes, scales: see ``pallas_kernels.NestedWeight``.
       thresholds: float32 ``[T, P]``, row ``t`` gives the t-th target's mean bits on the calibration
         text; ascending along P.
+      gains: float32 ``[P]``, see ``pallas_kernels.NestedWeight``.
       max_activation: float32 scalar, the largest ``|x|`` met in calibration.
     """
 
@@ -61,6 +62,7 @@ class GradedLinear(nnx.Module):
         planes: UInt32[Array, "p k w"],
         scales: Float16[Array, "s n"],
         thresholds: Float[Array, "t p"],
+        gains: Float[Array, "p"],
         max_activation: Float[Array, ""],
         *,
         in_features: int,
@@ -69,13 +71,15 @@ class GradedLinear(nnx.Module):
         self.planes = nnx.Param(planes)
         self.scales = nnx.Param(scales)
         self.thresholds = nnx.Param(thresholds)
+        self.gains = nnx.Param(gains)
         self.max_activation = nnx.Param(max_activation)
         self.in_features, self.out_features = in_features, out_features
 
     @property
     def weight(self) -> NestedWeight:
         """The stored weight as the kernels take it."""
-        return NestedWeight(self.planes[...], self.scales[...], self.in_features, self.out_features)
+        arrays = self.planes[...], self.scales[...]
+        return NestedWeight(*arrays, self.in_features, self.out_features, self.gains[...])
 
     def dense(self, x: Float[Array, "*rows k"], dtype=None) -> Float[Array, "*rows n"]:
         """See ``Linear``: every plane is dequantized, to the dtype of x."""

@@ -89,7 +89,7 @@ def _leaf(key: jax.Array, name: str, size: tuple[int, ...], dtype: str) -> jax.A
         return jax.random.normal(key, size, dtype) * jnp.asarray(size[0] ** -0.5, dtype)
     if name == "embedding":
         return jax.random.normal(key, size, dtype)
-    if name == "scale":  # of a norm
+    if name in ("scale", "gains"):  # "scale" is a norm's
         return jnp.ones(size, dtype)
     return jnp.zeros(size, dtype)  # thresholds and largest activations, until calibrated
 

@@ -1,12 +1,13 @@
 """Nested codes: quantize, pack, unpack, dequantize. The formulas are in ``weight.NestedWeight``."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float16, Int, Shaped, UInt8, UInt32
 
-from pallas_kernels import layout
+from pallas_kernels import grading, layout
 from pallas_kernels.weight import NestedWeight, num_planes
 
 RANGE = 2.0
@@ -90,7 +91,7 @@ def encode(w: Float[Array, "k n"], scales: Float16[Array, "s n"]) -> UInt8[Array
 def from_codes(
     codes: UInt8[Array, "k n"], scales: Float16[Array, "s n"], *, max_bits: int = 8
 ) -> NestedWeight:
-    """Packs 8-bit codes and their scales, padding K to the slice and N to the tile.
+    """Packs 8-bit codes and their scales, padding K to the slice and N to the tile. All gains are 1.
 
     Args:
       codes: one 8-bit code per weight; its leading ``max_bits`` bits are kept.
@@ -110,7 +111,7 @@ def from_codes(
         )
     codes = jnp.pad(codes, ((0, k - in_features), (0, n - out_features)))
     scales = jnp.pad(scales, ((0, 0), (0, n - out_features)))
-    return NestedWeight(pack(codes, planes), scales, in_features, out_features)
+    return NestedWeight(pack(codes, planes), scales, in_features, out_features, jnp.ones(planes))
 
 
 @jax.jit(static_argnums=1)
@@ -155,8 +156,10 @@ def dequantize(
     if level is None or isinstance(level, int):
         weight = dataclasses.replace(weight, planes=weight.planes[:level])
         level = weight.num_planes
+    level = jnp.minimum(level, weight.num_planes)
     f = jnp.arange(weight.num_planes)[:, None]
-    return _dequantize(weight, jnp.where(f < level, 4.0**-f, 0.0), dtype)
+    gain = grading.level_gains(level, weight.gains)
+    return _dequantize(weight, jnp.where(f < level, gain * 4.0**-f, 0.0), dtype)
 
 
 @jax.jit(static_argnums=2)
@@ -171,14 +174,35 @@ def _dequantize(weight, place, dtype):
     return (_logical_order(total) * scale)[:, : weight.out_features].astype(dtype)
 
 
-def level_errors(
-    w: Float[Array, "k n"], weight: NestedWeight, output_weights: Float[Array, "n"] | None = None
-) -> Float[Array, "p1"]:
-    """``e(l)``, the mean squared weight error of levels ``0..P`` (``e(0)`` = mean square of ``w``).
+class LevelFit(NamedTuple):
+    """How the levels of a weight's codes fit it: means over its entries.
 
-    ``output_weights`` multiply the squared errors of each output; all are 1 by default.
+    Attributes:
+      errors: ``e(l) = (w - w_l)**2``, ``[P + 1]``, of levels ``0..P`` (``e(0)`` = mean square of ``w``).
+      slopes: ``w_l (w - w_l)``, ``[P]``, of levels ``1..P``: above 0 where ``w_l`` is too small.
+      squares: ``w_l**2``, likewise.
     """
+
+    errors: Float[Array, "p1"]
+    slopes: Float[Array, "p"]
+    squares: Float[Array, "p"]
+
+
+def level_fit(
+    w: Float[Array, "k n"], weight: NestedWeight, output_weights: Float[Array, "n"] | None = None
+) -> LevelFit:
+    """Of ``w`` and its codes. ``output_weights`` multiply what each output adds; all are 1 by default."""
     w = w.astype(jnp.float32)
     output_weights = 1.0 if output_weights is None else output_weights
-    errors = [w - dequantize(weight, level) for level in range(weight.num_planes + 1)]
-    return jnp.stack([jnp.mean(error**2 * output_weights) for error in errors])
+    found = []
+    for level in range(weight.num_planes + 1):
+        read = dequantize(weight, level)
+        error = w - read
+        found.append([jnp.mean(product * output_weights) for product in (error**2, read * error, read**2)])
+    errors, slopes, squares = (jnp.stack(column) for column in zip(*found, strict=True))
+    return LevelFit(errors, slopes[1:], squares[1:])
+
+
+def level_errors(w: Float[Array, "k n"], weight: NestedWeight) -> Float[Array, "p1"]:
+    """``e(l)``, the mean squared weight error of levels ``0..P`` (``e(0)`` = mean square of ``w``)."""
+    return level_fit(w, weight).errors

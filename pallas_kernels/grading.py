@@ -25,6 +25,11 @@ def levels(x: Float[Array, "*rows k"], thresholds: Float[Array, "*#rows p"]) -> 
     return jnp.sum(reached, axis=-1, dtype=jnp.int32)
 
 
+def level_gains(level: Int[Array, "*any"], gains: Float[Array, "p"] | None) -> Float[Array, "*any"] | float:
+    """What each channel is multiplied by for its level (see ``NestedWeight``); at level 0, anything."""
+    return 1.0 if gains is None else gains[jnp.maximum(level, 1) - 1]
+
+
 def realised_bits(level: Int[Array, "*rows k"]) -> Float[Array, "*rows"]:
     """Mean bits read per weight (scales apart): the mean of ``2 * level`` over the logical channels."""
     return layout.DIGIT_BITS * jnp.mean(level.astype(jnp.float32), axis=-1)

@@ -1,6 +1,7 @@
 """The graded matvec in XLA operations: what a CPU, or a device without a kernel of its own, runs.
 
-Two programs for the same sum (see ``NestedWeight``), with ``l_k`` the level of channel ``k``:
+Two programs for the same sum (see ``NestedWeight``), with ``l_k`` the level of channel ``k`` and
+``x_k`` its activation times the level's gain:
 
     ``y_n = sum_s scales[s, n] sum_f sum_{k in s, l_k > f} (x_k 4**-f) (d_f[k, n] - 1.5)``.
 
@@ -39,7 +40,8 @@ def partial_sums(
     level = grading.levels(x.values, x.scaled(thresholds))
     bits = grading.realised_bits(level)
     padding = ((0, 0), (0, weight.planes.shape[1] - weight.in_features))
-    values = jnp.pad(x.values.astype(jnp.float32), padding)
+    values = x.values.astype(jnp.float32) * grading.level_gains(level, weight.gains)
+    values = jnp.pad(values, padding)
     level = jnp.pad(level, padding)
     positions = layout.digit_major_positions(weight.scales.shape[1])
     scales = weight.scales[:, positions.argsort()].astype(jnp.float32)

@@ -110,5 +110,6 @@ def graded_tree(tree: dict, max_bits: int = 8) -> dict:
         "planes": weight.planes,
         "scales": weight.scales,
         "thresholds": jnp.asarray(scale * np.array([0.7, 1.4, 2.4, 3.5])[: max_bits // 2], jnp.float32),
+        "gains": jnp.asarray([*np.array([0.8, 0.9, 1.05])[: max_bits // 2 - 1], 1.0], jnp.float32),
         "max_activation": jnp.float32(2.0),
     }

@@ -16,13 +16,14 @@ def emulate(
     inputs = Activations(x, squares, eps=eps)
     geometry = geometry_of(inputs, weight, config)
     squares = thresholds if squares is None else squares
+    gains = np.ones(weight.num_planes, np.float32) if weight.gains is None else weight.gains
     isa = NumpyInstructions(
         blocks=geometry.blocks, threads=geometry.threads, shared_bytes=geometry.shared_bytes
     )
     unwritten = np.float32(12345.678)
     partials = np.full((geometry.slice_groups, geometry.rows, geometry.stored_n), unwritten)
     bits = np.full((geometry.rows,), unwritten)
-    inputs = [np.array(a) for a in (x, thresholds, squares, weight.planes, weight.scales)]
+    inputs = [np.array(a) for a in (x, thresholds, squares, gains, weight.planes, weight.scales)]
     refs = Refs(*(isa.array(a) for a in (*inputs, partials, bits)), shared=None)
     graded_matvec_program(isa, geometry, refs)
     isa.finish()

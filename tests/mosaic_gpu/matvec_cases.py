@@ -41,7 +41,8 @@ class Case:
         planes = rng.integers(0, 2**32, (self.max_bits // 2, k, n // layout.WORD_DIGITS), np.uint32)
         scales = rng.uniform(0.5, 1.5, (k // layout.SLICE, n)).astype(np.float16)
         # Padding is left full of codes on purpose: nothing may depend on it.
-        weight = NestedWeight(planes, scales, self.in_features, self.out_features)
+        gains = np.append(rng.uniform(0.5, 1.5, self.max_bits // 2 - 1), 1).astype(np.float32)
+        weight = NestedWeight(planes, scales, self.in_features, self.out_features, gains)
         dtype = ml_dtypes.bfloat16 if self.dtype == "bfloat16" else self.dtype
         x = draw_x(rng, (self.rows, self.in_features), self.activations).astype(dtype)
         return x, weight, draw_thresholds(rng, np.abs(x.astype(np.float32)), weight.num_planes)
@@ -94,7 +95,7 @@ def oracle(x: np.ndarray, weight: NestedWeight, thresholds: np.ndarray) -> Exact
     read = np.zeros(digits.shape[1:])
     for planes_read in range(1, weight.num_planes + 1):
         read = read + digits[planes_read - 1] * 4.0 ** -(planes_read - 1)
-        w = scales * (read + 0.5 * 4.0 ** (1 - planes_read) - 2)
+        w = scales * (read + 0.5 * 4.0 ** (1 - planes_read) - 2) * float(weight.gains[planes_read - 1])
         chosen = np.where(level == planes_read, x, 0)
         y += chosen @ w
         squares += chosen**2 @ w**2

@@ -22,7 +22,10 @@ def dequantize(weight, level) -> np.ndarray:
     for f, digit in enumerate(digits(weight)):
         value += np.where(f < level, digit / 4.0**f, 0)
     value = np.where(level > 0, value + 0.5 * 4.0 ** (1 - level) - 2, 0)
-    return value * scale_of_each_weight(weight)
+    gains = (
+        np.ones(weight.num_planes) if weight.gains is None else np.asarray(weight.gains).astype(np.float64)
+    )
+    return value * scale_of_each_weight(weight) * np.append(1, gains)[level]
 
 
 def scale_of_each_weight(weight) -> np.ndarray:

@@ -164,6 +164,31 @@ def test_level_errors_fall_with_the_level_and_start_at_the_mean_square():
     assert (np.diff(errors) < 0).all()
 
 
+def test_a_weight_with_gains_reads_each_level_times_its_own():
+    weight = codes.quantize(jnp.asarray(gaussian(200, 60)))
+    gains = [0.85, 0.98, 1.01, 1.0]
+    scaled = dataclasses.replace(weight, gains=jnp.asarray(gains))
+    scaled.check()
+    for level, gain in enumerate(gains, start=1):
+        expected = gain * nested_emulator.dequantize(weight, level)
+        np.testing.assert_allclose(codes.dequantize(scaled, level), expected, rtol=1e-6)
+    np.testing.assert_array_equal(codes.dequantize(scaled), codes.dequantize(weight))
+    mixed = np.arange(200) % 5
+    expected = nested_emulator.dequantize(weight, mixed) * np.append(1, gains)[mixed][:, None]
+    np.testing.assert_allclose(codes.dequantize(scaled, jnp.asarray(mixed)), expected, rtol=1e-6)
+
+
+def test_the_fit_of_the_levels_is_that_of_the_emulator():
+    w, s = gaussian(200, 60), np.random.default_rng(1).uniform(0.5, 2, 60)
+    weight = codes.quantize(jnp.asarray(w))
+    fit = codes.level_fit(jnp.asarray(w), weight, jnp.asarray(s, jnp.float32))
+    read = np.stack([nested_emulator.dequantize(weight, level) for level in range(5)])
+    np.testing.assert_allclose(fit.errors, np.mean((w - read) ** 2 * s, axis=(1, 2)), rtol=1e-4)
+    np.testing.assert_allclose(fit.squares, np.mean(read**2 * s, axis=(1, 2))[1:], rtol=1e-4)
+    slopes = np.mean(read * (w - read) * s, axis=(1, 2))[1:]
+    np.testing.assert_allclose(fit.slopes, slopes, atol=1e-6 * fit.squares[0])
+
+
 @pytest.mark.parametrize(
     ("w", "message"),
     [
@@ -208,6 +233,8 @@ def test_check_names_every_problem_at_once():
         ({"scales": weight.scales.astype(jnp.float32)}, "dtype float32, expected float16"),
         ({"scales": weight.scales * jnp.float16(np.inf)}, "negative or non-finite"),
         ({"in_features": 600}, "planes has shape .* scales has shape"),
+        ({"gains": jnp.ones(3)}, r"gains is float32 \(3,\), expected float32 \(4,\)"),
+        ({"gains": jnp.full(4, 0.5)}, "gains is .*, expected finite ones above 0, the last of them 1"),
     ):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(weight, **problem).check()
@@ -221,7 +248,7 @@ def test_the_abstract_weight_is_what_quantize_makes(max_bits):
     assert jax.tree.map(lambda a: (a.shape, a.dtype), weight) == jax.tree.map(
         lambda a: (a.shape, a.dtype), abstract
     )
-    assert weight.nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(weight))
+    assert weight.nbytes == weight.planes.nbytes + weight.scales.nbytes
 
 
 def test_the_weight_passes_through_jax_transformations():
@@ -232,7 +259,8 @@ def test_the_weight_passes_through_jax_transformations():
     np.testing.assert_allclose(jax.vmap(codes.dequantize)(stacked)[1], expected, rtol=1e-6)
     mesh = jax.make_mesh((1,), ("outputs",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec
-    specs = dataclasses.replace(weight, planes=spec(None, None, "outputs"), scales=spec(None, "outputs"))
+    split = {"planes": spec(None, None, "outputs"), "scales": spec(None, "outputs"), "gains": spec()}
+    specs = dataclasses.replace(weight, **split)
     sharded = jax.shard_map(
         codes.dequantize, mesh=mesh, in_specs=(specs,), out_specs=spec(None, "outputs"), check_vma=False
     )

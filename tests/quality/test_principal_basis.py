@@ -115,7 +115,13 @@ def graded_error(checkpoint, bits):
         costs = GradedCosts(np.asarray(histogram.count(x)), np.asarray(codes.level_errors(w, weight)), w.size)
         table = threshold_tables({name: costs}, (bits, 8.0))[name]
         linear = GradedLinear(
-            weight.planes, weight.scales, table, jnp.max(x), in_features=w.shape[0], out_features=w.shape[1]
+            weight.planes,
+            weight.scales,
+            table,
+            jnp.ones(4),
+            jnp.max(x),
+            in_features=w.shape[0],
+            out_features=w.shape[1],
         )
         y = Graded({name: jnp.asarray(table[0])})(name, linear, x)
         exact = dense.dense(x)

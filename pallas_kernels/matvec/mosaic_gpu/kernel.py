@@ -62,7 +62,8 @@ def partial_sums(
     geometry = geometry_of(x, weight, config)
     # A launch has the same operands whether it uses them or not.
     squares = thresholds if x.squares is None else x.squares
-    floats = [a.astype(jnp.float32) for a in (thresholds, squares)]
+    gains = jnp.ones(weight.num_planes) if weight.gains is None else weight.gains
+    floats = [a.astype(jnp.float32) for a in (thresholds, squares, gains)]
     parts, bits = launch(geometry)(x.values, *floats, weight.planes, weight.scales)
     return PartialSums(parts, weight.out_features), bits
 

@@ -42,6 +42,8 @@ class Operands:
     """[q]: the channel is not padding."""
     factors: list[Value] | None
     """f32 [row]: what the norm still has to multiply x by."""
+    gains: list[Value]
+    """f32 [level], of levels 1 and up to the one before the last, whose gain is 1."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Grades:
     """[row][q][plane]: this activation reads the channel's row of the plane."""
     any_reached: list[list[Value]]
     """[q][plane]: some activation row does, so the row is listed."""
+    x: list[list[Value]]
+    """f32 [row][q]: times the gain of its level."""
     peaks: list[Value]
     """f32 [row]: largest |x| of the warp's channels; NaN or Inf if one is."""
 
@@ -92,7 +96,14 @@ def fetch(isa: Instructions, g: Geometry, refs: Refs, place: Place) -> Operands:
         if exists is not None:
             limits = [isa.select(exists, t, isa.constant(float("inf"), "f32")) for t in limits]
         rows_thresholds.append(limits)
-    return Operands(thresholds=rows_thresholds, x=rows_x, valid=valid, factors=factors if g.squares else None)
+    gains = isa.global_address(refs.gains)
+    return Operands(
+        thresholds=rows_thresholds,
+        x=rows_x,
+        valid=valid,
+        factors=factors if g.squares else None,
+        gains=[isa.load_global(gains + 4 * f, kind="f32")[0] for f in range(g.planes - 1)],
+    )
 
 
 def load_thresholds(
@@ -144,15 +155,18 @@ def load_activation(isa: Instructions, g: Geometry, address: Value) -> Value:
 
 
 def grade(isa: Instructions, operands: Operands) -> Grades:
-    """Levels by comparison, peaks by a maximum over the warp."""
-    reached, peaks = [], []
+    """Levels by comparison, gains by selection, peaks by a maximum over the warp."""
+    reached, scaled, peaks = [], [], []
     for x, thresholds in zip(operands.x, operands.thresholds, strict=True):
         magnitudes = [isa.absolute(v) for v in x]
         # not (|x| < t), so that a NaN is read at every level
         reached.append(
             [[~(m < t) & ok for t in thresholds] for m, ok in zip(magnitudes, operands.valid, strict=True)]
         )
-        bits = [isa.float_to_bits(m) for m in magnitudes]
+        scaled.append(
+            [at_level(isa, v, levels, operands.gains) for v, levels in zip(x, reached[-1], strict=True)]
+        )
+        bits = [isa.float_to_bits(isa.absolute(v)) for v in scaled[-1]]
         peak = bits[0]
         for other in bits[1:]:
             peak = isa.maximum(peak, other)
@@ -163,10 +177,20 @@ def grade(isa: Instructions, operands: Operands) -> Grades:
         any_reached = [
             [a | b for a, b in zip(one, two, strict=True)] for one, two in zip(any_reached, row, strict=True)
         ]
-    return Grades(reached=reached, any_reached=any_reached, peaks=peaks)
+    return Grades(reached=reached, any_reached=any_reached, x=scaled, peaks=peaks)
 
 
-def compact(isa: Instructions, g: Geometry, place: Place, operands: Operands, grades: Grades) -> Listed:
+def at_level(isa: Instructions, x: Value, reached: list[Value], gains: list[Value]) -> Value:
+    """``x`` times the gain of its level; the highest level's is 1."""
+    scaled = x
+    for gain, passed in zip(reversed(gains), reversed(reached[1:]), strict=True):
+        scaled = isa.select(passed, scaled, x * gain)
+    return scaled
+
+
+def compact(
+    isa: Instructions, g: Geometry, place: Place, factors: list[Value] | None, grades: Grades
+) -> Listed:
     """Writes the list: plane by plane, in a plane channel by channel, padded with zeros to a whole step."""
     grids = [isa.divide(isa.constant(float(PEAK_CODE), "f32"), peak) for peak in grades.peaks]
     rounding = isa.constant(ROUNDING, "f32")
@@ -181,7 +205,7 @@ def compact(isa: Instructions, g: Geometry, place: Place, operands: Operands, gr
             entry = count + isa.count_bits(listed & lower_lanes)
             codes = []
             for r in range(g.rows_per_cta):
-                rounded = isa.multiply_add(operands.x[r][q], steps_of_plane[r], rounding)
+                rounded = isa.multiply_add(grades.x[r][q], steps_of_plane[r], rounding)
                 bits = isa.float_to_bits(rounded)
                 bits = isa.select(grades.reached[r][q][f], bits, rounded_zero)
                 sums[r] = sums[r] + bits
@@ -196,8 +220,8 @@ def compact(isa: Instructions, g: Geometry, place: Place, operands: Operands, gr
     store_entry(isa, g, address, padding_offset(isa, g, place), padding, where=pad < (steps << 3))
     isa.warp_barrier()
     peaks = grades.peaks
-    if operands.factors is not None:
-        peaks = [peak * factor for peak, factor in zip(peaks, operands.factors, strict=True)]
+    if factors is not None:
+        peaks = [peak * factor for peak, factor in zip(peaks, factors, strict=True)]
     return Listed(steps=steps, sums=[isa.reduce_add(s) for s in sums], peaks=peaks)
 
 

@@ -16,13 +16,14 @@ class Refs:
     """Arrays in global memory, and the CTA's shared memory.
 
     ``x [rows, in_features]``; ``thresholds f32 [rows, P]``; ``squares f32 [rows, S]``, whose sum is the mean
-    square that x is yet to be divided by the root of; ``planes`` and ``scales`` of the weight. Written:
-    ``partials f32 [slice_groups, rows, N]`` and ``bits f32 [rows]``, the mean bits read.
+    square that x is yet to be divided by the root of; ``gains``, ``planes`` and ``scales`` of the weight.
+    Written: ``partials f32 [slice_groups, rows, N]`` and ``bits f32 [rows]``, the mean bits read.
     """
 
     x: Any
     thresholds: Any
     squares: Any
+    gains: Any
     planes: Any
     scales: Any
     partials: Any

@@ -23,7 +23,8 @@ Storage, and who reads what
 Phases
 ======
 fetch    thresholds and activations from global memory into registers; scales on their way to shared memory
-grade    level of each channel and activation row; the largest |x| of the warp's channels, its *peak*
+grade    level of each channel and activation row, x times the level's gain; the largest |x| of the warp's
+         channels, its *peak*
 compact  the rows to read, of all planes, as one list in shared memory: (offset of the row, x 4**-f)
 stream   copy listed rows into the ring, `ring_slots - 1` steps ahead ...
 multiply ... and multiply each step on the matrix unit, exactly, in int32
@@ -81,7 +82,7 @@ def matvec(isa: Instructions, geometry: Geometry, refs: Refs) -> None:
     operands = fetch(isa, geometry, refs, place)
     copy_scales(isa, geometry, refs, place)
     grades = grade(isa, operands)
-    listed = compact(isa, geometry, place, operands, grades)
+    listed = compact(isa, geometry, place, operands.factors, grades)
     park(isa, geometry, place, listed)
     accumulators = stream(isa, geometry, refs, place, listed.steps)
     place = locate(isa, geometry, refs)  # Again, rather than in registers during the loop.
