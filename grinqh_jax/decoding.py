@@ -18,10 +18,12 @@ from grinqh_jax.decoder import Decoder
 from grinqh_jax.dial import Dial
 from grinqh_jax.errors import UsageError
 from grinqh_jax.sampling import Sampling, sample
+from pallas_kernels.lanes import device
 from pallas_kernels.layout import round_up
 
-CHUNK_STEPS = 16
-"""Tokens a row generates before the host looks at them."""
+CHUNK_STEPS, GPU_CHUNK_STEPS = 16, 64
+"""Tokens a row generates before the host looks at them. A GPU stands still meanwhile, and for the launch of
+the next chunk: several tokens' time for a model of 8B (``benchmarks/NOTES.md``)."""
 
 SHORTEST_BLOCK, LONGEST_BLOCK = 32, 2048
 """Prompts are read in blocks of 32, 64, ... 2048 positions, the last one padded."""
@@ -61,6 +63,7 @@ class Decoding:
         sampling: Sampling,
         stop_tokens: Sequence[int] = (),
         compiled: set[tuple] | None = None,
+        chunk_steps: int | None = None,
     ):
         """Prepares; no token is read yet.
 
@@ -74,6 +77,8 @@ class Decoding:
           stop_tokens: a row ends when it generates one of these, which is part of the result.
           compiled: which programs earlier batches of the same model have compiled, to be kept by the
             caller from batch to batch; none by default.
+          chunk_steps: tokens a row generates before the host looks at them; by default what suits the
+            device.
 
         Raises:
           UsageError: a prompt is empty or leaves no room in the context.
@@ -93,6 +98,7 @@ class Decoding:
         self._dial = dial
         self._thresholds = None if dial is None else dial.thresholds
         self._sampling = sampling
+        self._chunk_steps = chunk_steps or (GPU_CHUNK_STEPS if device.waits_for_host() else CHUNK_STEPS)
         self._stop_tokens = jnp.array(stop_tokens or (-1,), jnp.int32)
         needed = int(np.max(self._lengths + self._room))
         capacity = min(round_up(needed, CAPACITY_STEP), max_context)
@@ -124,7 +130,8 @@ class Decoding:
         """
         if np.asarray(self._done).all():
             return
-        program = ("decode", len(self._prompts), self._cache.capacity, len(self._stop_tokens))
+        sizes = len(self._prompts), self._cache.capacity, len(self._stop_tokens), self._chunk_steps
+        program = ("decode", *sizes)
         if program not in self._compiled:
             self._decode(np.zeros_like(self._room)).done.block_until_ready()
             self._compiled.add(program)
@@ -171,7 +178,7 @@ class Decoding:
             self._sampling,
             self._stop_tokens,
             self._put(limits.astype(np.int32)),
-            steps=CHUNK_STEPS,
+            steps=self._chunk_steps,
         )
         return chunk
 

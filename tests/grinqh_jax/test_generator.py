@@ -1,6 +1,7 @@
 """Generation as a library, on a tiny model that writes bytes."""
 
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
@@ -169,6 +170,29 @@ def test_preparation_compiles_everything(generator, compilations):
     assert prepared > after_prefill
     assert sum(len(chunk.tokens[0]) for chunk in decoding.chunks()) == 19
     assert len(compilations) == prepared
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_a_text_comes_in_chunks_that_suit_the_device(generator, monkeypatch, on_gpu):
+    monkeypatch.setattr("pallas_kernels.lanes.device.waits_for_host", lambda: on_gpu)
+
+    def chunks(**options) -> list[list[int]]:
+        decoding = Decoding(
+            generator.model,
+            [[5, 6, 7]],
+            max_tokens=101,
+            max_context=128,
+            dial=generator.dial("full"),
+            sampling=Sampling.create(1),
+            **options,
+        )
+        decoding.prefill()
+        return [chunk.tokens[0] for chunk in decoding.chunks()]
+
+    usual, short = chunks(), chunks(chunk_steps=7)
+    assert [len(tokens) for tokens in usual] == ([64, 36] if on_gpu else [16] * 6 + [4])
+    assert [len(tokens) for tokens in short] == [7] * 14 + [2]
+    assert list(itertools.chain(*usual)) == list(itertools.chain(*short))
 
 
 def test_a_batch_of_different_lengths_equals_its_rows(generator, monkeypatch):
