@@ -27,7 +27,7 @@ def levels(x: Float[Array, "*rows k"], thresholds: Float[Array, "*#rows p"]) -> 
 
 def level_gains(level: Int[Array, "*any"], gains: Float[Array, "p"] | None) -> Float[Array, "*any"] | float:
     """What each channel is multiplied by for its level (see ``NestedWeight``); at level 0, anything."""
-    return 1.0 if gains is None else gains[jnp.maximum(level, 1) - 1]
+    return 1.0 if gains is None else jnp.asarray(gains)[jnp.maximum(level, 1) - 1]
 
 
 def realised_bits(level: Int[Array, "*rows k"]) -> Float[Array, "*rows"]:
