@@ -110,6 +110,7 @@ def second_moments(
             for part in (part for part in READERS if part in moments):
                 total += np.asarray(moments[part])
                 _check_moments(total, f"layers.{i}.{part}")
+        del kernel, kernels, layer  # or they would be in memory beside the next one's
         done(f"axes of layers.{i}")
     for window in hidden:
         total += np.asarray(_moments(_normalised(window, config.rms_norm_eps), np.ones(config.hidden_size)))

@@ -50,6 +50,7 @@ def output_sensitivities(
     for i in range(config.num_layers):
         layer = dense_layer(source, *read_layer(source, i), compute_dtype)
         states.append(np.stack([_run_layer(layer, window) for window in states[-1]]))
+        del layer  # or it would be in memory beside the next one
         done(f"forward {i}")
     axes = None if axes is None else jnp.asarray(axes)
     norm = RMSNorm(jnp.asarray(source.read("norm.scale")), config.rms_norm_eps)
@@ -62,6 +63,7 @@ def output_sensitivities(
             gradient[...] = back
             sums = {part: sums[part] + np.asarray(squares[part], np.float64) for part in LAYER_LINEARS}
         found |= {f"layers.{i}.{part}": sums[part] / len(windows) for part in LAYER_LINEARS}
+        del layer
         done(f"backward {i}")
     return found
 
