@@ -9,8 +9,14 @@ from jaxtyping import Float
 
 from checkpoints_tools.calibration.statistics import LinearStatistics
 from checkpoints_tools.quantizers import Quantizer
+from grinqh_jax.apply import HEAD
 from grinqh_jax.errors import CheckpointError
 from pallas_kernels import codes, layout
+
+GAINED = ("qkv", HEAD)
+"""Linear layers whose levels get gains. In the others skipping takes from sums that add up (SwiGLU's products,
+a head's values), or the result goes through SwiGLU: there levels that are too large make up for what is
+missing, and with gains the 32m model of ``docs/quality.md`` diverges more."""
 
 _BLOCK_WEIGHTS = 1 << 23
 """Weights quantized at a time: 32 MiB as float32."""
@@ -42,7 +48,8 @@ def quantize_linear(
     Returns:
       ``(leaves, errors)``: the leaves of a ``GradedLinear`` that do not depend on other layers, in host
       memory: planes, scales, gains, max_activation; and float64 ``[P + 1]``, for each level the mean over
-      the outputs of their mean squared weight error times their sensitivity.
+      the outputs of their mean squared weight error times their sensitivity. These errors do not count the
+      gains: thresholds that do put more channels at level 1, and the model diverges more.
 
     Raises:
       CheckpointError: weights or activations are not finite, or do not fit the codes' scales.
@@ -65,32 +72,24 @@ def quantize_linear(
         scales.append(np.asarray(weight.scales))
         here = _level_fit(w, weight, jnp.asarray(sensitivities[outputs], jnp.float32))
         fits.append([np.asarray(mean, np.float64) * w.shape[1] / out_features for mean in here])
-    gains, errors = fit_gains(*(np.sum(part, axis=0) for part in zip(*fits, strict=True)))
+    fit = codes.LevelFit(*(np.sum(part, axis=0) for part in zip(*fits, strict=True)))
     leaves = {
         "planes": np.concatenate(planes, axis=-1),
         "scales": np.concatenate(scales, axis=-1),
-        "gains": gains,
+        "gains": fit_gains(fit)
+        if name.rpartition(".")[2] in GAINED
+        else np.ones(len(fit.slopes), np.float32),
         "max_activation": np.float32(statistics.max_activation),
     }
-    return leaves, errors
+    return leaves, fit.errors
 
 
-def fit_gains(
-    errors: Float[np.ndarray, "p1"], slopes: Float[np.ndarray, "p"], squares: Float[np.ndarray, "p"]
-) -> tuple[Float[np.ndarray, "p"], Float[np.ndarray, "p1"]]:
-    """Gains ``g_l`` that minimise ``(w - g_l w_l)**2``, and the errors with them.
+def fit_gains(fit: codes.LevelFit) -> Float[np.ndarray, "p"]:
+    """Gains ``g_l`` that minimise ``E[(w - g_l w_l)**2]``: ``1 + E[w_l (w - w_l)] / E[w_l**2]``, float32.
 
-    With ``w = w_l + d`` the mean square is ``e(l) + 2 (1 - g) E[w_l d] + (1 - g)**2 E[w_l**2]``, least at
-    ``g = 1 + E[w_l d] / E[w_l**2]``. The highest level, full precision, is left as it is.
-
-    Args:
-      errors, slopes, squares: as in ``codes.LevelFit``.
-
-    Returns:
-      ``(gains, errors)``: float32 ``[P]`` and float64 ``[P + 1]``.
+    The highest level, full precision, is left as it is.
     """
+    slopes, squares = fit.slopes, fit.squares
     gains = 1 + np.divide(slopes, squares, out=np.zeros_like(slopes), where=squares > 0)
     gains[-1] = 1
-    gains = gains.astype(np.float32)
-    less = 1 - gains.astype(np.float64)
-    return gains, np.concatenate([errors[:1], errors[1:] + 2 * less * slopes + less**2 * squares])
+    return gains.astype(np.float32)

@@ -11,7 +11,7 @@ from checkpoints_tools.quantizers import QUANTIZERS
 from pallas_kernels import NestedWeight, codes
 
 
-def quantized(w, sensitivities, max_bits=8):
+def quantized(w, sensitivities, max_bits=8, name="layers.0.qkv"):
     """The layer as it is stored, and its levels' errors."""
     counts = np.zeros(histogram.BINS, np.int64)
     leaves, errors = module.quantize_linear(
@@ -21,14 +21,14 @@ def quantized(w, sensitivities, max_bits=8):
         QUANTIZERS["rtn"],
         sensitivities=sensitivities,
         max_bits=max_bits,
-        name="layer",
+        name=name,
     )
     arrays = {name: jnp.asarray(leaves[name]) for name in ("planes", "scales", "gains")}
     return NestedWeight(in_features=w.shape[0], out_features=w.shape[1], **arrays), errors
 
 
 @pytest.mark.parametrize("max_bits", [2, 8])
-def test_gains_are_least_squares_and_errors_count_them(monkeypatch, max_bits):
+def test_gains_are_least_squares_and_errors_those_without_them(monkeypatch, max_bits):
     rng = np.random.default_rng(0)
     w = rng.standard_normal((256, 1200)).astype(np.float32)
     sensitivities = rng.uniform(0.5, 2, 1200)
@@ -41,7 +41,7 @@ def test_gains_are_least_squares_and_errors_count_them(monkeypatch, max_bits):
         best = np.sum(w * read * sensitivities) / np.sum(read**2 * sensitivities)
         gain = 1 if level == max_bits // 2 else best
         np.testing.assert_allclose(weight.gains[level - 1], gain, rtol=1e-5)
-        expected = np.mean((w - gain * read) ** 2 * sensitivities)
+        expected = np.mean((w - read) ** 2 * sensitivities)
         np.testing.assert_allclose(errors[level], expected, rtol=1e-3)
     np.testing.assert_allclose(errors[0], np.mean(w**2 * sensitivities), rtol=1e-5)
 
@@ -51,10 +51,14 @@ def test_level_1_of_gaussian_weights_is_too_large_by_a_seventh():
     w = np.random.default_rng(1).standard_normal((1280, 512)).astype(np.float32)
     weight, errors = quantized(w, np.ones(512))
     assert 0.85 < weight.gains[0] < 0.88
-    assert (
-        errors[1]
-        < 0.9 * np.asarray(codes.level_errors(w, NestedWeight(weight.planes, weight.scales, 1280, 512)))[1]
-    )
+    assert codes.level_errors(jnp.asarray(w), weight)[1] < 0.9 * errors[1]
+
+
+@pytest.mark.parametrize("part", ["o", "gate_up", "down"])
+def test_other_layers_have_gains_of_1(part):
+    w = np.random.default_rng(1).standard_normal((128, 512)).astype(np.float32)
+    weight, _ = quantized(w, np.ones(512), name=f"layers.0.{part}")
+    np.testing.assert_array_equal(weight.gains, np.ones(4))
 
 
 def test_a_layer_of_zeros_has_gains_of_1():
