@@ -14,8 +14,8 @@ from grinqh_jax.errors import CheckpointError
 from pallas_kernels import codes, layout
 
 GAINED = ("qkv", HEAD)
-"""Linear layers whose levels get gains. In the others skipping takes from sums that add up (SwiGLU's products,
-a head's values), or the result goes through SwiGLU: there levels that are too large make up for what is
+"""Linear layers whose levels get gains. In the others skipping takes from sums that add up (a head's values,
+SwiGLU's products), or the result goes through SwiGLU: there levels that are too large make up for what is
 missing, and with gains the 32m model of ``docs/quality.md`` diverges more."""
 
 _BLOCK_WEIGHTS = 1 << 23
