@@ -43,7 +43,7 @@ def quantize_linear(
       quantizer: see ``Quantizer``.
       sensitivities: of its outputs (``calibration.sensitivity``).
       max_bits: bits of the stored codes.
-      name: what an error calls the layer.
+      name: of the layer, ``layers.3.qkv``: what an error calls it, and what ``GAINED`` goes by.
 
     Returns:
       ``(leaves, errors)``: the leaves of a ``GradedLinear`` that do not depend on other layers, in host

@@ -62,8 +62,8 @@ class NestedWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of planes and scales, padding included."""
-        return self.planes.size * 4 + self.scales.size * 2
+        """Bytes of all arrays, padding included."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
     @classmethod
     def abstract(cls, in_features: int, out_features: int, max_bits: int = 8) -> "NestedWeight":

@@ -248,7 +248,8 @@ def test_the_abstract_weight_is_what_quantize_makes(max_bits):
     assert jax.tree.map(lambda a: (a.shape, a.dtype), weight) == jax.tree.map(
         lambda a: (a.shape, a.dtype), abstract
     )
-    assert weight.nbytes == weight.planes.nbytes + weight.scales.nbytes
+    assert weight.nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(weight))
+    assert abstract.nbytes == weight.nbytes
 
 
 def test_the_weight_passes_through_jax_transformations():
