@@ -152,10 +152,11 @@ class Decoding:
         """Decodes until every row is done."""
         while not np.asarray(self._done).all():
             chunk = self._decode(self._room)
-            tokens, counts = np.asarray(chunk.tokens), np.asarray(chunk.counts)
             self._last, self._done = chunk.last, chunk.done
+            # All at once, done (which is looked at next) included: the host waits for the device but once.
+            tokens, counts, grades, _ = jax.device_get((chunk.tokens, chunk.counts, chunk.grades, chunk.done))
             self._room -= counts
-            grades = _first_steps(chunk.grades, counts.max())
+            grades = _first_steps(grades, counts.max())
             if grades is not None:
                 self._dial.observe(grades.bits.swapaxes(0, 1), counts)
                 self._thresholds = self._dial.thresholds
@@ -199,4 +200,4 @@ class Decoding:
 
 def _first_steps(grades: engine.Grades | None, count: int | np.integer) -> engine.Grades | None:
     # cut on the host: on the device every other count would compile another program
-    return jax.tree.map(lambda steps: np.asarray(steps)[:count], grades)
+    return jax.tree.map(lambda steps: steps[:count], grades)

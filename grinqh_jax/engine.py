@@ -16,7 +16,9 @@ from grinqh_jax import apply
 from grinqh_jax.apply import HEAD
 from grinqh_jax.cache import KVCache
 from grinqh_jax.decoder import Decoder, linear_names
+from grinqh_jax.flat_model import FlatModel
 from grinqh_jax.sampling import Sampling, drawn, likeliest, sample
+from grinqh_jax.thresholds import StackedThresholds
 from pallas_kernels.lanes import device
 
 STEPS_A_LOOK = 32
@@ -24,32 +26,8 @@ STEPS_A_LOOK = 32
 text's end, 0.06 s of them at most for a model of 8B."""
 
 Thresholds = Mapping[str, Float[Array, "b p"]]
-"""Thresholds of every row of the batch, by the linear layer's name (``thresholds.model_thresholds``)."""
-
-
-@jax.tree_util.register_pytree_node_class
-class FlatModel:
-    """A decoder as a list of its arrays, for the functions of this module that take one.
-
-    Flattening a module of 36 layers takes milliseconds at every call; this is flattened once.
-    """
-
-    def __init__(self, model: Decoder):
-        leaves, self.structure = jax.tree.flatten(model)
-        self.leaves = tuple(leaves)
-
-    @property
-    def module(self) -> Decoder:
-        return jax.tree.unflatten(self.structure, self.leaves)
-
-    def tree_flatten(self):
-        return self.leaves, self.structure
-
-    @classmethod
-    def tree_unflatten(cls, structure, leaves) -> "FlatModel":
-        flat = object.__new__(cls)
-        flat.leaves, flat.structure = leaves, structure
-        return flat
+"""Thresholds of every row of the batch, by the linear layer's name. ``thresholds.StackedThresholds`` is one
+that a call hands over as a single array."""
 
 
 @jax.tree_util.register_dataclass
@@ -170,6 +148,8 @@ def decode_chunk(
       steps: room in the result.
     """
     model = _module(model)
+    if isinstance(thresholds, StackedThresholds):
+        thresholds = thresholds.by_name()  # before the loop, not in it
     batch, linears = len(tokens), len(linear_names(model.config))
     done |= (limits <= 0) | (cache.lengths >= cache.capacity)
     grades = None

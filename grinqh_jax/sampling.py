@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
+from pallas_kernels.lanes import device
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +100,13 @@ def filtered(logits: Float[Array, "b v"], sampling: Sampling) -> Float[Array, "b
     """
     temperature = jnp.where(sampling.temperature > 0, sampling.temperature, 1)
     scaled = logits / temperature[:, None]
-    sorts = jnp.any((sampling.top_k > 0) | (sampling.top_p < 1))
-    cutoff = jax.lax.cond(
-        sorts, lambda: _cutoff(scaled, sampling), lambda: jnp.full(len(scaled), -jnp.inf, scaled.dtype)
-    )
+    if device.waits_for_host():  # A branch would cost more than the sort.
+        cutoff = _cutoff(scaled, sampling)
+    else:
+        sorts = jnp.any((sampling.top_k > 0) | (sampling.top_p < 1))
+        cutoff = jax.lax.cond(
+            sorts, lambda: _cutoff(scaled, sampling), lambda: jnp.full(len(scaled), -jnp.inf, scaled.dtype)
+        )
     cutoff = jnp.maximum(cutoff, jnp.max(scaled, axis=-1) + jnp.log(sampling.min_p))
     return jnp.where(scaled >= cutoff[:, None], scaled, -jnp.inf)
 

@@ -1,12 +1,43 @@
 """The dial: from mean bits to thresholds, by interpolation in each layer's calibrated table."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from grinqh_jax.decoder import Decoder, linear_names
+from grinqh_jax.stacks import unstacked
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StackedThresholds(Mapping[str, Float[Array, "*b p"]]):
+    """Thresholds of all linear layers of a model: a mapping by name, a single array to ``jit``.
+
+    Attributes:
+      rows: float32 ``[*b, linears, P]``.
+      names: of the linear layers.
+    """
+
+    rows: Float[Array, "*b linears p"]
+    names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+
+    def by_name(self) -> dict[str, Float[Array, "*b p"]]:
+        """The same as a dict, for functions that are traced: see ``stacks.unstacked``."""
+        return dict(zip(self.names, unstacked(jnp.moveaxis(self.rows, -2, 0)), strict=True))
+
+    def __getitem__(self, name: str) -> Float[Array, "*b p"]:
+        if name not in self.names:
+            raise KeyError(name)
+        return self.rows[..., self.names.index(name), :]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def interpolate(
@@ -41,15 +72,15 @@ def thresholds_at(
     tables: Float[Array, "t linears p"],
     targets: Float[Array, "t"],
     bits: Float[Array, "*b"],
-) -> dict[str, Float[Array, "*b p"]]:
-    """Thresholds of every linear layer, by name, from ``stacked_tables`` (see ``interpolate``)."""
-    return dict(zip(names, _by_linear(tables, targets, bits), strict=True))
+) -> StackedThresholds:
+    """Thresholds of every linear layer, from ``stacked_tables`` (see ``interpolate``)."""
+    return StackedThresholds(_interpolate(tables, targets, bits), tuple(names))
 
 
 def model_thresholds(
     model: Decoder, targets: Float[Array, "t"], bits: Float[Array, "*b"]
-) -> dict[str, Float[Array, "*b p"]]:
-    """Thresholds of every linear layer of a graded model, by name (see ``interpolate``)."""
+) -> StackedThresholds:
+    """Thresholds of every linear layer of a graded model (see ``interpolate``)."""
     return thresholds_at(linear_names(model.config), stacked_tables(model), targets, bits)
 
 
@@ -59,9 +90,4 @@ def _stack(tables: list[Float[Array, "t p"]]) -> Float[Array, "t linears p"]:
     return jnp.stack(tables, axis=1)
 
 
-@jax.jit
-def _by_linear(
-    tables: Float[Array, "t linears p"], targets: Float[Array, "t"], bits: Float[Array, "*b"]
-) -> list[Float[Array, "*b p"]]:
-    rows = interpolate(tables, targets, bits)
-    return [rows[..., i, :] for i in range(rows.shape[-2])]
+_interpolate = jax.jit(interpolate)

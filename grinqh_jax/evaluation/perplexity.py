@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 from grinqh_jax.apply import Graded
 from grinqh_jax.decoder import Decoder, linear_names
 from grinqh_jax.dial import Dial, layer_shares
+from grinqh_jax.engine import Thresholds
 from grinqh_jax.errors import UsageError
 from grinqh_jax.evaluation.result import Bits, Perplexity, TokenBits, WindowSums
 
@@ -152,7 +153,7 @@ def _dense_logits(model: Decoder, windows: Int[Array, "b t"]) -> Float[Array, "b
 
 
 @jax.jit
-def _graded_logits(model: Decoder, windows: Int[Array, "b t"], thresholds: dict[str, Float[Array, "b p"]]):
+def _graded_logits(model: Decoder, windows: Int[Array, "b t"], thresholds: Thresholds):
     """Graded logits ``[b, t, v]``, and the bits that each linear layer read, ``[b, t, linears]``."""
     graded = Graded(thresholds)
     logits = model(windows, graded)
