@@ -160,7 +160,9 @@ def key_words(isa, shape: Shape, refs: Refs, place: Place, position: Value, limi
     """Of a cached key the lane's share as an operand of the scores."""
     base = cached(isa, shape, refs.keys, place, position, limit) + isa.widen(place.column * 16)
     return [
-        word for t in range(shape.head_dim // 32) for word in isa.load_global(base + t * 64, 4, early=True)
+        word
+        for t in range(shape.head_dim // 32)
+        for word in isa.load_global(base + t * 64, 4, early=True, once=True)
     ]
 
 
@@ -168,7 +170,7 @@ def value_words(isa, shape: Shape, refs: Refs, place: Place, position: Value, li
     """Of a cached value the lane's share as an operand of the weighted values."""
     base = cached(isa, shape, refs.values, place, position, limit) + isa.widen(place.row * 16)
     chunks = range(shape.head_dim // CHUNK)
-    return [word for c in chunks for word in isa.load_global(base + c * 2 * CHUNK, 4, early=True)]
+    return [word for c in chunks for word in isa.load_global(base + c * 2 * CHUNK, 4, early=True, once=True)]
 
 
 def cached(isa, shape: Shape, cache, place: Place, position: Value, limit: Value) -> Value:

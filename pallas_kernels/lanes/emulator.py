@@ -200,7 +200,7 @@ class NumpyInstructions(Instructions):
         return LaneValue(np.take_along_axis(source, index, 1).view(np.int32)[:, 0], "i32")
 
     # --- memory ----------------------------------------------------------------------------------
-    def load_global(self, address, count=1, kind="i32", *, early=False):
+    def load_global(self, address, count=1, kind="i32", *, early=False, once=False):
         words = self._load(address, 4 * count).view(_DTYPE[kind])
         return [LaneValue(words[:, i], kind) for i in range(count)]
 
@@ -226,7 +226,7 @@ class NumpyInstructions(Instructions):
             words = np.stack([v.data.view(np.uint32) for v in values], 1)[active]
             self.shared.write(active, address.data[active].astype(np.int64), words)
 
-    def copy_async(self, shared, source):
+    def copy_async(self, shared, source, *, once=False):
         active = self._active()
         if not active.size:
             return

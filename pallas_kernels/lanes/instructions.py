@@ -183,12 +183,12 @@ class Instructions(abc.ABC):
     # --- memory ----------------------------------------------------------------------------------
     @abc.abstractmethod
     def load_global(
-        self, address: Value, count: int = 1, kind: Kind = "i32", *, early: bool = False
+        self, address: Value, count: int = 1, kind: Kind = "i32", *, early: bool = False, once: bool = False
     ) -> list[Value]:
         """``count`` (1, 2 or 4) consecutive 32-bit words that nothing writes while the kernel runs.
 
         The compiler moves it to where it likes; with ``early`` not behind a later barrier, and not into a
-        later ``when`` or ``loop``.
+        later ``when`` or ``loop``. With ``once`` nobody will want the words again: see ``copy_async``.
         """
 
     @abc.abstractmethod
@@ -208,8 +208,11 @@ class Instructions(abc.ABC):
         """1, 2 or 4 consecutive 32-bit words, in the lanes where ``where`` holds."""
 
     @abc.abstractmethod
-    def copy_async(self, shared: Value, source: Value) -> None:
-        """Starts copying 16 bytes from global to shared memory (``cp.async.cg``: past the L1)."""
+    def copy_async(self, shared: Value, source: Value, *, once: bool = False) -> None:
+        """Starts copying 16 bytes from global to shared memory (``cp.async.cg``: past the L1).
+
+        With ``once`` nobody will want them again: they are the first to leave the L2 when it needs room.
+        """
 
     @abc.abstractmethod
     def commit_copies(self) -> None:

@@ -111,6 +111,14 @@ def _operands(count: int, first: int) -> str:
     return names[0] if count == 1 else "{" + ",".join(names) + "}"
 
 
+def _first_out(once: bool, number: int) -> tuple[str, list[PtxValue], str]:
+    """What makes an access (if it is ``once``) leave the L2 early: a modifier, and the policy as operand."""
+    if not once:
+        return "", [], ""
+    policy = _assemble("createpolicy.fractional.L2::evict_first.b64 $0, 1.0;", [], ("i64",))
+    return ".L2::cache_hint", policy, f", ${number}"
+
+
 class PtxInstructions(Instructions):
     """Emits the lane program into the MLIR block being built. Refs are memrefs."""
 
@@ -178,11 +186,12 @@ class PtxInstructions(Instructions):
         selector = selector if isinstance(selector, PtxValue) else _constant(selector, "i32")
         return _assemble("prmt.b32 $0, $1, $2, $3;", [low, high, selector], ("i32",))[0]
 
-    def load_global(self, address, count=1, kind="i32", *, early=False):
+    def load_global(self, address, count=1, kind="i32", *, early=False, once=False):
         # Loads through the read-only path (nc) are free to move across barriers, and ptxas does move them.
         path = "" if early else ".nc"
-        template = f"ld.global{path}{_VECTOR[count]}.b32 {_operands(count, 0)}, [${count}];"
-        return _assemble(template, [address], (kind,) * count, effects=early)
+        hint, policy, operand = _first_out(once, count + 1)
+        template = f"ld.global{path}{hint}{_VECTOR[count]}.b32 {_operands(count, 0)}, [${count}]{operand};"
+        return _assemble(template, [address, *policy], (kind,) * count, effects=early)
 
     def load_global_16(self, address):
         template = "{ .reg .b16 h; ld.global.nc.b16 h, [$1]; cvt.u32.u16 $0, h; }"
@@ -203,8 +212,10 @@ class PtxInstructions(Instructions):
         else:
             _assemble(f"@${len(values) + 1} {template}", [address, *values, where], effects=True)
 
-    def copy_async(self, shared, source):
-        _assemble("cp.async.cg.shared.global [$0], [$1], 16;", [shared, source], effects=True)
+    def copy_async(self, shared, source, *, once=False):
+        hint, policy, operand = _first_out(once, 2)
+        template = f"cp.async.cg.shared.global{hint} [$0], [$1], 16{operand};"
+        _assemble(template, [shared, source, *policy], effects=True)
 
     def commit_copies(self):
         _assemble("cp.async.commit_group;", [], effects=True)

@@ -84,7 +84,7 @@ def emulated(program) -> np.ndarray:
 def copies(isa: Instructions, t: Bench) -> list[Value]:
     isa.copy_async(t.shared, t.source)
     isa.commit_copies()
-    isa.copy_async(t.shared + 16 * THREADS, t.source + 16)
+    isa.copy_async(t.shared + 16 * THREADS, t.source + 16, once=True)
     isa.commit_copies()
     isa.wait_copies(1)
     isa.warp_barrier()
@@ -148,6 +148,8 @@ PROGRAMS = {
         isa.permute_bytes(t.a, t.b, t.b & 0x7777),
     ],
     "load_global": lambda isa, t: isa.load_global(t.source + 16, 4),
+    "load once": lambda isa, t: isa.load_global(t.source + 16, 4, once=True),
+    "early load once": lambda isa, t: isa.load_global(t.source + 8, 2, early=True, once=True),
     "early load": lambda isa, t: isa.load_global(t.source + 8, 2, "f32", early=True),
     "load_global_16": lambda isa, t: [isa.load_global_16(t.source + 22)],
     "shared memory": stores,

@@ -32,8 +32,8 @@ def stream(isa: Instructions, g: Geometry, refs: Refs, place: Place, steps: Valu
     def copy_step(step: Value, slot: Value) -> None:
         entries = copy_entries + step * stride
         even, odd = [isa.load_shared(entries + i * g.entry_bytes)[0] for i in range(2)]
-        isa.copy_async(copy_to + slot, copy_from + isa.widen(even))
-        isa.copy_async(copy_to + slot + half_slot, copy_from + isa.widen(odd))
+        isa.copy_async(copy_to + slot, copy_from + isa.widen(even), once=True)
+        isa.copy_async(copy_to + slot + half_slot, copy_from + isa.widen(odd), once=True)
 
     def body(step: Value, accumulators: list[Value]) -> list[Value]:
         isa.wait_copies(slots - 2)
