@@ -57,7 +57,8 @@ class Grades:
     x: list[list[Value]]
     """f32 [row][q]: times the gain of its level."""
     peaks: list[Value]
-    """f32 [row]: largest |x| of the warp's channels; NaN or Inf if one is."""
+    """f32 [row]: the warp's largest |x| times the largest gain, so no ``x`` above is larger; NaN or Inf if
+    an activation is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,13 +97,12 @@ def fetch(isa: Instructions, g: Geometry, refs: Refs, place: Place) -> Operands:
         if exists is not None:
             limits = [isa.select(exists, t, isa.constant(float("inf"), "f32")) for t in limits]
         rows_thresholds.append(limits)
-    gains = isa.global_address(refs.gains)
     return Operands(
         thresholds=rows_thresholds,
         x=rows_x,
         valid=valid,
         factors=factors if g.squares else None,
-        gains=[isa.load_global(gains + 4 * f, kind="f32")[0] for f in range(g.planes - 1)],
+        gains=load_by_plane(isa, g, isa.global_address(refs.gains))[:-1],
     )
 
 
@@ -111,12 +111,19 @@ def load_thresholds(
 ) -> tuple[list[Value], Value | None]:
     """The thresholds of one activation row in the scale of the activations, and the norm's factor."""
     address = isa.global_address(refs.thresholds) + isa.widen(row * (4 * g.planes))
-    thresholds = [isa.load_global(address + 4 * f, kind="f32")[0] for f in range(g.planes)]
+    thresholds = load_by_plane(isa, g, address)
     if not g.squares:
         return thresholds, None
     square = sum_of_parts(isa, refs.squares, row, g.squares) + g.eps
     factor = isa.rsqrt(square)
     return [t * (square * factor) for t in thresholds], factor
+
+
+def load_by_plane(isa: Instructions, g: Geometry, address: Value) -> list[Value]:
+    """``f32 [planes]``, in one piece if it can be: single loads are moved, the last of them to where the
+    first result has long been waited for, which costs a second latency."""
+    width = 1 if g.planes == 3 else g.planes
+    return [v for f in range(0, g.planes, width) for v in isa.load_global(address + 4 * f, width, "f32")]
 
 
 def sum_of_parts(isa: Instructions, ref, row: Value, parts: int) -> Value:
@@ -155,8 +162,15 @@ def load_activation(isa: Instructions, g: Geometry, address: Value) -> Value:
 
 
 def grade(isa: Instructions, operands: Operands) -> Grades:
-    """Levels by comparison, gains by selection, peaks by a maximum over the warp."""
+    """Levels by comparison, gains by selection, peaks by a maximum over the warp.
+
+    The maximum is taken before the gains, so that neither of the two waits for the other.
+    """
     reached, scaled, peaks = [], [], []
+    largest_gain = isa.float_to_bits(isa.constant(1.0, "f32"))
+    for gain in operands.gains:
+        largest_gain = isa.maximum(largest_gain, isa.float_to_bits(gain))
+    largest_gain = isa.bits_to_float(largest_gain)
     for x, thresholds in zip(operands.x, operands.thresholds, strict=True):
         magnitudes = [isa.absolute(v) for v in x]
         # not (|x| < t), so that a NaN is read at every level
@@ -166,12 +180,12 @@ def grade(isa: Instructions, operands: Operands) -> Grades:
         scaled.append(
             [at_level(isa, v, levels, operands.gains) for v, levels in zip(x, reached[-1], strict=True)]
         )
-        bits = [isa.float_to_bits(isa.absolute(v)) for v in scaled[-1]]
+        bits = [isa.float_to_bits(m) for m in magnitudes]
         peak = bits[0]
         for other in bits[1:]:
             peak = isa.maximum(peak, other)
         peak = isa.maximum(isa.reduce_max(peak), isa.constant(SMALLEST_PEAK_BITS))
-        peaks.append(isa.bits_to_float(peak))
+        peaks.append(isa.bits_to_float(peak) * largest_gain)
     any_reached = reached[0]
     for row in reached[1:]:
         any_reached = [
@@ -182,10 +196,10 @@ def grade(isa: Instructions, operands: Operands) -> Grades:
 
 def at_level(isa: Instructions, x: Value, reached: list[Value], gains: list[Value]) -> Value:
     """``x`` times the gain of its level; the highest level's is 1."""
-    scaled = x
+    factor = isa.constant(1.0, "f32")
     for gain, passed in zip(reversed(gains), reversed(reached[1:]), strict=True):
-        scaled = isa.select(passed, scaled, x * gain)
-    return scaled
+        factor = isa.select(passed, factor, gain)
+    return x * factor
 
 
 def compact(

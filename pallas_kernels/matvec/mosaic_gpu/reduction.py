@@ -21,7 +21,7 @@ def copy_scales(isa: Instructions, g: Geometry, refs: Refs, place: Place) -> Non
     source = isa.global_address(refs.scales) + isa.widen(first + (place.lane << 4))
     for part in range(SCALES_BYTES // (LANES * COPY_BYTES)):
         offset = part * LANES * COPY_BYTES
-        isa.copy_async(place.scales + offset + (place.lane << 4), source + offset)
+        isa.copy_async(place.scales + offset + (place.lane << 4), source + offset, once=True)
 
 
 def combine(
@@ -73,24 +73,27 @@ def reduce(
         isa.store_shared(place.ring + (mine ^ flips) + chunk_bytes * (2 * half + p // 2), [value])
     isa.block_barrier()
     group_row = place.slice_group * g.rows + place.first_row + row
-    storing = place.thread < layout.TILE // 4
+    each = layout.TILE // g.threads  # 4 or 2 consecutive outputs
+    storing = isa.constant(True, "bool")
     if g.rows % g.rows_per_cta:
-        storing = storing & (place.first_row + row < g.rows)
+        storing = place.first_row + row < g.rows
     with isa.when(storing):
-        theirs = swizzled(place.thread << 4, place.thread)
+        group = (place.thread * each) >> 2
+        theirs = swizzled(group << 4, group)
+        if each == 2:
+            theirs = theirs ^ ((place.thread & 1) << 3)
         total = None
         for warp in range(g.config.warps):
             ring = place.shared + (g.ring_base + warp * g.ring_bytes)
-            values = [v for flip in (0, 8) for v in isa.load_shared(ring + (theirs ^ flip), 2, "f32")]
-            scales = place.shared + (g.scales_base + warp * SCALES_BYTES) + (place.thread << 3)
-            scales = [
-                isa.half_to_float(w, which) for w in isa.load_shared(scales, 2) for which in ("low", "high")
-            ]
+            values = [v for i in range(each // 2) for v in isa.load_shared(ring + (theirs ^ 8 * i), 2, "f32")]
+            scales = place.shared + (g.scales_base + warp * SCALES_BYTES) + place.thread * (2 * each)
+            words = isa.load_shared(scales, each // 2)
+            scales = [isa.half_to_float(word, which) for word in words for which in ("low", "high")]
             if total is None:
                 total = [v * s for v, s in zip(values, scales, strict=True)]
             else:
                 total = [isa.multiply_add(v, s, t) for v, s, t in zip(values, scales, total, strict=True)]
-        output = group_row * g.stored_n + place.tile * layout.TILE + (place.thread << 2)
+        output = group_row * g.stored_n + place.tile * layout.TILE + place.thread * each
         isa.store_global(isa.global_address(refs.partials) + (isa.widen(output) << 2), total)
 
 
