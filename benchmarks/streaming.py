@@ -1,12 +1,18 @@
 """Decoding as a user gets it: chunk by chunk, through the host, with the dial, at several chunk sizes.
 
     python benchmarks/streaming.py --shape Qwen3-8B --chunks 16 64
+    python benchmarks/streaming.py --temperatures 0 0.6 --top-k 20 --top-p 0.95      sampled, too
 
-Prints each size's tokens per second over the whole text, and over all but the first chunk, which loads the
-kernels. What ``benchmarks/decode.py`` times is one dispatch by itself.
+Each row: tokens per second over the whole text, over all but the first chunk (which loads the kernels), and
+what a chunk costs that generates nothing. What ``benchmarks/decode.py`` times is one dispatch by itself.
 """
 
 import argparse
+import datetime
+import itertools
+import json
+import pathlib
+import statistics
 import time
 
 import jax
@@ -18,6 +24,39 @@ from grinqh_jax.dial import Dial
 from grinqh_jax.sampling import Sampling
 
 PROMPT_TOKENS = 64
+EMPTY_CHUNKS = 10
+
+
+def stream(model, steps: int, temperature: float, args: argparse.Namespace) -> dict:
+    """Generates one text in chunks of ``steps`` tokens; the row of figures."""
+    decoding = Decoding(
+        model,
+        [[1] * PROMPT_TOKENS],
+        max_tokens=args.tokens + 1,
+        max_context=PROMPT_TOKENS + args.tokens + 1,
+        dial=Dial(model, random_model.TARGETS, np.full(1, args.bits)),
+        sampling=Sampling.create(1, temperature=temperature, top_k=args.top_k, top_p=args.top_p),
+        chunk_steps=steps,
+    )
+    decoding.compile_prefill()
+    decoding.prefill()
+    decoding.compile_decode()
+    counts, ends = [], [time.perf_counter()]
+    for chunk in decoding.chunks():
+        counts.append(len(chunk.tokens[0]))
+        ends.append(time.perf_counter())
+    empty = []
+    for _ in range(EMPTY_CHUNKS):  # no room is left: the same call, and no step
+        start = time.perf_counter()
+        decoding._decode(np.zeros(1, np.int32)).done.block_until_ready()
+        empty.append(time.perf_counter() - start)
+    return {
+        "chunk": steps,
+        "temperature": temperature,
+        "tokens_per_second": round(sum(counts) / (ends[-1] - ends[0]), 1),
+        "after_the_first_chunk": round(sum(counts[1:]) / (ends[-1] - ends[1]), 1),
+        "empty_chunk_ms": round(1e3 * statistics.median(empty), 3),
+    }
 
 
 def main() -> None:
@@ -26,31 +65,29 @@ def main() -> None:
     parser.add_argument("--bits", type=float, default=3.0)
     parser.add_argument("--chunks", nargs="+", type=int, default=[16, 64], help="tokens of a chunk")
     parser.add_argument("--tokens", type=int, default=384)
+    parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0])
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--output", type=pathlib.Path, help="JSON file to write")
     args = parser.parse_args()
+    report = {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "shape": args.shape,
+        "bits": args.bits,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "rows": [],
+    }
+    print({name: value for name, value in report.items() if name != "rows"}, flush=True)
     model = jax.block_until_ready(random_model.graded(random_model.shape(args.shape)))
-    print(
-        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {args.shape}, {args.bits} bits", flush=True
-    )
-    for steps in args.chunks:
-        decoding = Decoding(
-            model,
-            [[1] * PROMPT_TOKENS],
-            max_tokens=args.tokens + 1,
-            max_context=PROMPT_TOKENS + args.tokens + 1,
-            dial=Dial(model, random_model.TARGETS, np.full(1, args.bits)),
-            sampling=Sampling.create(1),
-            chunk_steps=steps,
-        )
-        decoding.compile_prefill()
-        decoding.prefill()
-        decoding.compile_decode()
-        counts, ends = [], [time.perf_counter()]
-        for chunk in decoding.chunks():
-            counts.append(len(chunk.tokens[0]))
-            ends.append(time.perf_counter())
-        whole = sum(counts) / (ends[-1] - ends[0])
-        later = sum(counts[1:]) / (ends[-1] - ends[1])
-        print(f"chunks of {steps}: {whole:.1f} tokens/s, after the first {later:.1f}", flush=True)
+    for steps, temperature in itertools.product(args.chunks, args.temperatures):
+        row = stream(model, steps, temperature, args)
+        report["rows"].append(row)
+        print(row, flush=True)
+    if args.output:
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,14 +12,18 @@ import numpy as np
 from grinqh_jax import engine
 from grinqh_jax.cache import KVCache
 from grinqh_jax.config import ModelConfig
-from grinqh_jax.decoder import Decoder
-from grinqh_jax.dial import Dial
+from grinqh_jax.decoder import Decoder, linear_names
+from grinqh_jax.dial import layer_shares
 from grinqh_jax.engine import Grades, Thresholds
 from grinqh_jax.sampling import Sampling
 from grinqh_jax.statistics import grade_statistics
+from grinqh_jax.thresholds import stacked_tables, thresholds_at
 
-SETTLING_RUNS = 3
-"""Runs after which the dial's correction is within a twentieth of what it will be."""
+SETTLING_RUNS = 8
+"""Most runs that look for the setting with which a run reads the bits that are wanted."""
+
+SETTLED_BITS = 0.01
+"""Distance from the wanted mean that needs no further run."""
 
 CAPACITY_STEP = 128
 """Cache capacities are rounded up to a multiple of this."""
@@ -80,6 +84,7 @@ class DecodeRun:
         self.model, self.context, self.tokens = model, context, tokens
         self._flat = engine.FlatModel(model)
         self._cache = filled_cache(model.config, context, tokens, model.compute_dtype)
+        self._start = jnp.zeros(1, jnp.int32), jnp.zeros(1, bool)
         self._rest = (
             Sampling.create(1),
             jnp.full(1, -1, jnp.int32),  # no token stops it
@@ -91,7 +96,7 @@ class DecodeRun:
         """Decodes the tokens once. The thresholds may change from run to run: nothing recompiles."""
         lengths = jnp.full(1, self.context, jnp.int32)
         cache = dataclasses.replace(self._cache, lengths=lengths)
-        args = (self._flat, jnp.zeros(1, jnp.int32), jnp.zeros(1, bool), cache, thresholds, *self._rest)
+        args = (self._flat, *self._start, cache, thresholds, *self._rest)
         if self.compiled is None:
             self.compiled = engine.decode_chunk.lower(*args, steps=self.tokens).compile()
         chunk, self._cache = self.compiled(*args)
@@ -100,15 +105,24 @@ class DecodeRun:
     def settled(self, targets: Sequence[float], bits: float) -> Thresholds:
         """Thresholds with which the run reads the mean that is wanted, as the dial finds them in a long text.
 
+        The text of a run, and so what it reads, is not the same at another setting: several are tried, each
+        off by what the last one read too much, and the one that comes nearest is taken.
+
         Args:
           targets: of the model's threshold tables.
           bits: the mean that is wanted.
         """
-        dial = Dial(self.model, targets, np.full(1, bits))
+        names, tables = linear_names(self.model.config), stacked_tables(self.model)
+        shares, setting, found = layer_shares(self.model), bits, []
         for _ in range(SETTLING_RUNS):
-            chunk = self.run(dial.thresholds)
-            dial.observe(np.asarray(chunk.grades.bits).swapaxes(0, 1), np.asarray(chunk.counts))
-        return dial.thresholds
+            here = np.array([setting], np.float32)
+            thresholds = thresholds_at(names, tables, jnp.asarray(targets, jnp.float32), here)
+            excess = float(np.mean(np.asarray(self.run(thresholds).grades.bits) @ shares)) - bits
+            found.append((abs(excess), thresholds))
+            if abs(excess) <= SETTLED_BITS:
+                break
+            setting = float(np.clip(setting - excess, targets[0], targets[-1]))
+        return min(found, key=lambda pair: pair[0])[1]
 
     def figures(self, chunk: engine.Chunk) -> dict:
         """Realised bits and bytes of weights per token, as ``statistics.grade_statistics`` has them."""
