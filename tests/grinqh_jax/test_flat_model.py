@@ -64,5 +64,5 @@ def test_stacked_thresholds_are_a_mapping_and_one_array(model):
     for name, rows in thresholds.items():
         assert rows.shape == (2, model.linear(name).weight.num_planes)
         np.testing.assert_array_equal(rows, by_name[name])
-    with pytest.raises(KeyError, match="layers.9.qkv"):
+    with pytest.raises(KeyError, match=r"layers\.9\.qkv"):
         thresholds["layers.9.qkv"]
