@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
-from jaxtyping import Int32
+from jaxtyping import Int, Int32
 
+from checkpoints_tools import vocabulary
 from checkpoints_tools.calibration import statistics
 from checkpoints_tools.calibration.allocation import GradedCosts, target_grid, threshold_tables
 from checkpoints_tools.calibration.sensitivity import output_sensitivities
@@ -28,7 +29,7 @@ from checkpoints_tools.quantize_linear import quantize_linear
 from checkpoints_tools.quantizers import QUANTIZERS
 from checkpoints_tools.source_layer import BLOCK_VALUES, dense_layer, read_layer
 from grinqh_jax import __version__
-from grinqh_jax.apply import HEAD
+from grinqh_jax.apply import HEAD, of_head
 from grinqh_jax.checkpoint import QuantizationConfig, Writer
 from grinqh_jax.decoder import LAYER_LINEARS, RMSNorm, linear_shapes
 from grinqh_jax.hf import HFCheckpoint
@@ -39,6 +40,14 @@ PRINCIPAL, ORIGINAL = BASES = ("principal", "original")
 
 SENSITIVITY, UNIFORM = SPLITS = ("sensitivity", "uniform")
 """Likewise."""
+
+FITTED, NONE = GAINS = ("fitted", "none")
+"""Likewise."""
+
+GAINED = (".qkv",)
+"""Linear layers whose levels get gains, beside the output projection. In the others skipping takes from sums
+that add up (a head's values, SwiGLU's products), or the result goes through SwiGLU: there levels that are
+too large make up for what is missing, and with gains the 32m model of ``docs/quality.md`` diverges more."""
 
 THRESHOLDS = "thresholds"
 """Name of the part that holds the thresholds of all layers, and of each one's leaf."""
@@ -70,6 +79,7 @@ class Conversion:
       quantizer: a key of ``QUANTIZERS``.
       basis: one of ``BASES``: turn the residual stream onto its principal axes first, or leave it.
       split: one of ``SPLITS``: bits go to the layers where they help most, or to all layers alike.
+      gains: one of ``GAINS``: fit gains to the levels of some layers (``GAINED``), or leave them as they are.
     """
 
     def __init__(
@@ -81,10 +91,13 @@ class Conversion:
         quantizer: str,
         basis: str,
         split: str,
+        gains: str,
     ):
         self.source = source
+        self.shapes = linear_shapes(source.config)
         self.weights: HFCheckpoint | RotatedCheckpoint = source
         self.sensitivities: dict[str, np.ndarray] = {}
+        self.blocks: dict[str, Int[np.ndarray, "tokens"]] = {}  # of the output projection
         self.costs: dict[str, GradedCosts] = {}
         self.calibration = calibration
         # A basis suits the text that it was made from better than any other, so thresholds are placed on
@@ -94,6 +107,7 @@ class Conversion:
         self.quantizer = quantizer
         self.basis = basis
         self.split = split
+        self.gains = gains
         # float32 where bfloat16 is emulated, and slow.
         self.compute_dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
@@ -150,6 +164,7 @@ class Conversion:
             "quantizer": self.quantizer,
             "basis": self.basis,
             "split": self.split,
+            "gains": self.gains,
             "bits_per_weight_stored": round(bits_per_weight_stored(self.source, self.max_bits), 4),
             "calibration": {
                 "text": self.calibration.name,
@@ -164,9 +179,11 @@ class Conversion:
         windows, axes = self.survey_windows, None
         if self.basis == PRINCIPAL:
             axes = principal_axes(second_moments(self.source, windows, self.compute_dtype, done))
-        self.sensitivities = output_sensitivities(
-            self.source, windows, self.compute_dtype, axes=axes, done=done
-        )
+        found = output_sensitivities(self.source, windows, self.compute_dtype, axes=axes, done=done)
+        found[HEAD] = vocabulary.for_any_text(found[HEAD])
+        heads = [name for name in self.shapes if of_head(name)]
+        self.blocks = dict(zip(heads, vocabulary.token_blocks(found[HEAD]), strict=True))
+        self.sensitivities = found | {name: found[HEAD][tokens] for name, tokens in self.blocks.items()}
         if axes is not None:
             self.weights = RotatedCheckpoint(self.source, axes, self.sensitivities)
 
@@ -202,29 +219,35 @@ class Conversion:
         scale = self.weights.read("norm.scale")
         seen = statistics.of_head(RMSNorm(jnp.asarray(scale), self.source.config.rms_norm_eps), hidden)
         if HEAD not in writer.parts:
-            head, errors = self._quantize(HEAD, seen, lambda n: self.weights.read(f"{HEAD}.kernel", n))
-            saved = {"norm": {"scale": scale.astype(STORED_DTYPE)}, HEAD: head}
-            writer.save_part(HEAD, saved, notes={HEAD: errors})
-        self._note_costs(writer.notes(HEAD), {HEAD: seen})
+            saved = {"norm.scale": scale.astype(STORED_DTYPE)}
+            saved[f"{HEAD}.columns"] = vocabulary.token_columns(list(self.blocks.values()))
+            errors = {}
+            for name, tokens in self.blocks.items():
+                saved[name], errors[name] = self._quantize(
+                    name, seen, lambda n, tokens=tokens: self.weights.read(f"{HEAD}.kernel", tokens[n])
+                )
+            writer.save_part(HEAD, unflatten_dict(saved, sep="."), notes=errors)
+        self._note_costs(writer.notes(HEAD), dict.fromkeys(self.blocks, seen))
 
     def _quantize(
         self, name: str, seen: statistics.LinearStatistics, read_outputs
     ) -> tuple[dict[str, np.ndarray], list[float]]:
         leaves, errors = quantize_linear(
             read_outputs,
-            linear_shapes(self.source.config)[name],
+            self.shapes[name],
             seen,
             QUANTIZERS[self.quantizer],
             sensitivities=self.sensitivities[name],
             max_bits=self.max_bits,
+            gained=self.gains == FITTED and (of_head(name) or name.endswith(GAINED)),
             name=name,
         )
         return leaves, errors.tolist()
 
     def _note_costs(self, errors: dict[str, list[float]], seen: dict[str, statistics.LinearStatistics]):
-        shapes = linear_shapes(self.source.config)
         for name in seen:
-            self.costs[name] = GradedCosts(seen[name].counts, np.array(errors[name]), math.prod(shapes[name]))
+            weights = math.prod(self.shapes[name])
+            self.costs[name] = GradedCosts(seen[name].counts, np.array(errors[name]), weights)
 
     def _thresholds(self, writer: Writer) -> None:
         """The last part, because the bits are split over all layers together."""

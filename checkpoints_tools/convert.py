@@ -9,6 +9,8 @@ from pathlib import Path
 from checkpoints_tools.calibration import text
 from checkpoints_tools.conversion import (
     BASES,
+    FITTED,
+    GAINS,
     PRINCIPAL,
     SENSITIVITY,
     SPLITS,
@@ -61,6 +63,12 @@ def parser() -> cli.Parser:
         choices=SPLITS,
         help="sensitivity: more bits for layers that the predictions depend on (default); uniform: all alike",
     )
+    add(
+        "--gains",
+        default=FITTED,
+        choices=GAINS,
+        help="fitted: least-squares gains for levels where they help (default); none: levels as they are",
+    )
     add("--force", action="store_true", help="replace an existing checkpoint")
     return result
 
@@ -88,6 +96,7 @@ def convert(args: argparse.Namespace) -> int:
         quantizer=args.quantizer,
         basis=args.basis,
         split=args.split,
+        gains=args.gains,
     )
     try:
         with Progress(f"convert {source.directory.name}", conversion.steps, "part") as progress:

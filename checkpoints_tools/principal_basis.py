@@ -36,6 +36,7 @@ from grinqh_jax.config import ModelConfig
 from grinqh_jax.decoder import DecoderLayer
 from grinqh_jax.errors import CheckpointError
 from grinqh_jax.hf import HFCheckpoint
+from grinqh_jax.hf.reader import Rows
 from pallas_kernels import codes
 
 READERS = {"qkv": "input_norm", "gate_up": "post_norm", HEAD: "norm"}
@@ -188,7 +189,7 @@ class RotatedCheckpoint:
         """The source's."""
         return self.source.parameters
 
-    def read(self, key: str, rows: slice = slice(None)) -> np.ndarray:
+    def read(self, key: str, rows: Rows = slice(None)) -> np.ndarray:
         """As ``HFCheckpoint.read``; ``rows`` may be given for the embedding and the head.
 
         Raises:
@@ -198,7 +199,7 @@ class RotatedCheckpoint:
         above, _, part = prefix.rpartition(".")
         if leaf == "kernel" and part in READERS:
             kernel, dtype = self._turned(prefix, rows)
-            if prefix not in self._gains and rows == slice(None):
+            if prefix not in self._gains and prefix != HEAD:
                 self._gains[prefix] = row_gains(self._row_squares(prefix, kernel, rows))
             kernel /= self._gains_of(prefix)[:, None]
             return kernel.astype(dtype)
@@ -226,12 +227,12 @@ class RotatedCheckpoint:
             self._gains[prefix] = row_gains(squares)
         return self._gains[prefix]
 
-    def _row_squares(self, prefix: str, kernel: Float[np.ndarray, "d n"], outputs: slice) -> np.ndarray:
+    def _row_squares(self, prefix: str, kernel: Float[np.ndarray, "d n"], outputs: Rows) -> np.ndarray:
         if prefix not in self.sensitivities:
             return np.square(kernel).sum(axis=1, dtype=np.float64)
         return np.square(kernel) @ self.sensitivities[prefix][outputs]
 
-    def _turned(self, prefix: str, rows: slice) -> tuple[Float[np.ndarray, "d n"], np.dtype]:
+    def _turned(self, prefix: str, rows: Rows) -> tuple[Float[np.ndarray, "d n"], np.dtype]:
         """``Q^T diag(g) W`` of a reader, float32 and writable, and the dtype of W."""
         above, _, part = prefix.rpartition(".")
         gains = self.source.read(f"{above}.{READERS[part]}.scale".removeprefix(".")).astype(np.float32)

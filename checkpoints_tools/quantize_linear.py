@@ -9,14 +9,8 @@ from jaxtyping import Float
 
 from checkpoints_tools.calibration.statistics import LinearStatistics
 from checkpoints_tools.quantizers import Quantizer
-from grinqh_jax.apply import HEAD
 from grinqh_jax.errors import CheckpointError
 from pallas_kernels import codes, layout
-
-GAINED = ("qkv", HEAD)
-"""Linear layers whose levels get gains. In the others skipping takes from sums that add up (a head's values,
-SwiGLU's products), or the result goes through SwiGLU: there levels that are too large make up for what is
-missing, and with gains the 32m model of ``docs/quality.md`` diverges more."""
 
 _BLOCK_WEIGHTS = 1 << 23
 """Weights quantized at a time: 32 MiB as float32."""
@@ -32,6 +26,7 @@ def quantize_linear(
     *,
     sensitivities: Float[np.ndarray, "n"],
     max_bits: int,
+    gained: bool,
     name: str,
 ) -> tuple[dict[str, np.ndarray], Float[np.ndarray, "p1"]]:
     """Quantizes a layer.
@@ -43,7 +38,8 @@ def quantize_linear(
       quantizer: see ``Quantizer``.
       sensitivities: of its outputs (``calibration.sensitivity``).
       max_bits: bits of the stored codes.
-      name: of the layer, ``layers.3.qkv``: what an error calls it, and what ``GAINED`` goes by.
+      gained: whether the levels get gains, or are taken as they are.
+      name: of the layer: what an error calls it.
 
     Returns:
       ``(leaves, errors)``: the leaves of a ``GradedLinear`` that do not depend on other layers, in host
@@ -76,9 +72,7 @@ def quantize_linear(
     leaves = {
         "planes": np.concatenate(planes, axis=-1),
         "scales": np.concatenate(scales, axis=-1),
-        "gains": fit_gains(fit)
-        if name.rpartition(".")[2] in GAINED
-        else np.ones(len(fit.slopes), np.float32),
+        "gains": fit_gains(fit) if gained else np.ones(len(fit.slopes), np.float32),
         "max_activation": np.float32(statistics.max_activation),
     }
     return leaves, fit.errors

@@ -17,7 +17,13 @@ from grinqh_jax.linear import GradedLinear, Linear
 from pallas_kernels import Activations, PartialSums, decode_rows
 
 HEAD = "lm_head"
-"""Name of the output projection; its result is float32 whatever the compute dtype."""
+"""Name of the output projection, and what the names of its blocks begin with. Its result is float32 whatever
+the compute dtype."""
+
+
+def of_head(name: str) -> bool:
+    """Whether a linear layer is a block of the output projection."""
+    return name.startswith(HEAD)
 
 
 @runtime_checkable
@@ -31,7 +37,7 @@ class Dense:
     """Every layer at full precision (all planes of a graded one)."""
 
     def __call__(self, name: str, linear: Linear, x: Float[Array, "*rows k"]) -> Float[Array, "*rows n"]:
-        return linear.dense(x, jnp.float32 if name == HEAD else None)
+        return linear.dense(x, jnp.float32 if of_head(name) else None)
 
 
 class Graded:
@@ -83,6 +89,6 @@ class Graded:
         self.bits[name] = bits.reshape(rows)
         self._inputs[name] = dataclasses.replace(inputs, values=None), linear
         one_token = len(rows) == 2 and rows[1] == 1
-        if one_token and name != HEAD and decode_rows.supports(y, inputs.values.dtype) is None:
+        if one_token and not of_head(name) and decode_rows.supports(y, inputs.values.dtype) is None:
             return y
-        return y.total().reshape(*rows, -1).astype(jnp.float32 if name == HEAD else inputs.values.dtype)
+        return y.total().reshape(*rows, -1).astype(jnp.float32 if of_head(name) else inputs.values.dtype)

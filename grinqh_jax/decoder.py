@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from grinqh_jax.apply import HEAD, Apply, Dense
+from grinqh_jax.apply import HEAD, Apply, Dense, of_head
 from grinqh_jax.attention import KeyValues, attend_heads
 from grinqh_jax.config import ModelConfig
-from grinqh_jax.linear import DenseLinear, GradedLinear, Linear
+from grinqh_jax.linear import GradedLinear, Linear, linear_of
 from grinqh_jax.norm import add_norm, rms_norm
+from grinqh_jax.output_projection import OutputProjection, block_shapes
 from grinqh_jax.swiglu import swiglu
 from pallas_kernels import Activations, NestedWeight, PartialSums
 
@@ -68,7 +69,7 @@ class DecoderLayer(nnx.Module):
         shapes = linear_shapes(config)
 
         def linear(name: str) -> Linear:
-            return _linear(tree[name], shapes[f"layers.0.{name}"], compute_dtype)
+            return linear_of(tree[name], shapes[f"layers.0.{name}"], compute_dtype)
 
         def norm(name: str) -> RMSNorm:
             return RMSNorm(tree[name]["scale"], config.rms_norm_eps)
@@ -138,7 +139,7 @@ class Decoder(nnx.Module):
             [DecoderLayer(config, tree["layers"][str(i)], compute_dtype) for i in range(config.num_layers)]
         )
         self.norm = RMSNorm(tree["norm"]["scale"], config.rms_norm_eps)
-        self.lm_head = _linear(tree[HEAD], linear_shapes(config)[HEAD], compute_dtype)
+        self.lm_head = OutputProjection(tree[HEAD], (config.hidden_size, config.vocab_size), compute_dtype)
 
     @classmethod
     def from_tree(cls, config: ModelConfig, tree: Tree, compute_dtype) -> "Decoder":
@@ -170,7 +171,7 @@ class Decoder(nnx.Module):
 
     def logits(self, x: Float[Array, "*rows d"] | Activations, apply: Apply) -> Float[Array, "*rows v"]:
         """float32 logits of hidden states."""
-        return apply(HEAD, self.lm_head, x).astype(jnp.float32)
+        return self.lm_head(x, apply)
 
     def __call__(self, tokens: Int[Array, "b t"], apply: Apply | None = None) -> Float[Array, "b t v"]:
         """float32 logits at every position of whole sequences (no cache, no padding)."""
@@ -180,21 +181,26 @@ class Decoder(nnx.Module):
 
     def linear(self, name: str) -> Linear:
         """The linear layer of a name as in ``linear_names``."""
-        if name == HEAD:
-            return self.lm_head
+        if of_head(name):
+            return self.lm_head.block(name)
         _, index, part = name.split(".")
         return getattr(self.layers[int(index)], part)
 
     @property
     def graded(self) -> bool:
         """Whether the linear layers are stored as nested codes."""
-        return isinstance(self.lm_head, GradedLinear)
+        return isinstance(self.lm_head.blocks[0], GradedLinear)
+
+    @property
+    def full_bits(self) -> int:
+        """Bits of a weight of the linear layers: of the stored codes, or of the compute dtype if dense."""
+        block = self.lm_head.blocks[0]
+        return block.weight.max_bits if self.graded else 8 * block.kernel[...].dtype.itemsize
 
 
 def linear_names(config: ModelConfig) -> list[str]:
-    """Names of all linear layers in the order in which they run."""
-    names = [f"layers.{i}.{part}" for i in range(config.num_layers) for part in LAYER_LINEARS]
-    return [*names, HEAD]
+    """Names of all linear layers of a graded model in the order in which they run."""
+    return list(linear_shapes(config))
 
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -205,9 +211,9 @@ def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
         "o": (attention, config.hidden_size),
         "gate_up": (config.hidden_size, 2 * config.intermediate_size),
         "down": (config.intermediate_size, config.hidden_size),
-        HEAD: (config.hidden_size, config.vocab_size),
     }
-    return {name: parts[name.rsplit(".", 1)[-1]] for name in linear_names(config)}
+    layers = {f"layers.{i}.{part}": parts[part] for i in range(config.num_layers) for part in LAYER_LINEARS}
+    return layers | block_shapes(config.hidden_size, config.vocab_size)
 
 
 def abstract_tree(config: ModelConfig, max_bits: int, num_targets: int) -> dict[str, Any]:
@@ -240,16 +246,14 @@ def abstract_tree(config: ModelConfig, max_bits: int, num_targets: int) -> dict[
         str(i): norms | {part: graded(shapes[f"layers.{i}.{part}"]) for part in LAYER_LINEARS}
         for i in range(config.num_layers)
     }
+    head = block_shapes(config.hidden_size, config.vocab_size)
     embedding = jax.ShapeDtypeStruct((config.vocab_size, config.hidden_size), jnp.bfloat16)
     return {
         "embed": {"embedding": embedding},
         "layers": layers,
         "norm": scale(config.hidden_size),
-        HEAD: graded(shapes[HEAD]),
+        HEAD: {
+            "columns": jax.ShapeDtypeStruct((config.vocab_size,), jnp.int32),
+            "blocks": {str(i): graded(shape) for i, shape in enumerate(head.values())},
+        },
     }
-
-
-def _linear(tree: Tree, shape: tuple[int, int], compute_dtype) -> Linear:
-    if "kernel" in tree:
-        return DenseLinear(jnp.asarray(tree["kernel"], compute_dtype))
-    return GradedLinear(**tree, in_features=shape[0], out_features=shape[1])

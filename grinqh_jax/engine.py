@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from grinqh_jax import apply
-from grinqh_jax.apply import HEAD
 from grinqh_jax.cache import KVCache
 from grinqh_jax.decoder import Decoder, linear_names
 from grinqh_jax.flat_model import FlatModel
 from grinqh_jax.sampling import Sampling, drawn, likeliest, sample
 from grinqh_jax.thresholds import StackedThresholds
 from pallas_kernels.lanes import device
+from pallas_kernels.layout import DIGIT_BITS
 
 STEPS_A_LOOK = 32
 """Decode steps on a GPU between two looks at whether any row goes on. The price is steps of no use at a
@@ -86,8 +86,9 @@ def prefill(
     x, layers = model.hidden(tokens, positions, strategy, cache.layers)
     last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
     if model.graded:  # the head at its full bits; dequantized it would be the largest array of all
-        planes = model.lm_head.planes.shape[0]
-        strategy = apply.Graded({HEAD: jnp.zeros(planes, jnp.float32)})
+        read_all = jnp.zeros(model.full_bits // DIGIT_BITS, jnp.float32)
+        names = [name for name in linear_names(model.config) if apply.of_head(name)]
+        strategy = apply.Graded(dict.fromkeys(names, read_all))
     return model.logits(last, strategy), cache.updated(layers, cache.lengths + lengths)
 
 

@@ -1,6 +1,7 @@
 """The two linear modules, dense and graded, behind one protocol."""
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +98,19 @@ class GradedLinear(nnx.Module):
     ) -> tuple[PartialSums, Float[Array, "rows"]]:
         """``(y, realised_bits)``: each channel read as its activation deserves (``graded_partial_sums``)."""
         return graded_partial_sums(x, self.weight, thresholds)
+
+
+def linear_of(tree: Mapping[str, Any], shape: tuple[int, int], compute_dtype) -> Linear:
+    """The module around a layer's arrays: dense, cast to the compute dtype, if there is a ``kernel``.
+
+    Args:
+      tree: the layer's leaves by name.
+      shape: ``(in_features, out_features)``, which the padded arrays of a graded layer do not tell.
+      compute_dtype: float32 or bfloat16.
+    """
+    if "kernel" in tree:
+        return DenseLinear(jnp.asarray(tree["kernel"], compute_dtype))
+    return GradedLinear(**tree, in_features=shape[0], out_features=shape[1])
 
 
 def _matmul(x: jax.Array, kernel: jax.Array, dtype) -> jax.Array:

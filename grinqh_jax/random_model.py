@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from grinqh_jax import decoder
-from grinqh_jax.apply import HEAD, Dense
+from grinqh_jax.apply import HEAD, Dense, of_head
 from grinqh_jax.config import ModelConfig
 from grinqh_jax.decoder import Decoder
 from grinqh_jax.errors import UsageError
@@ -58,12 +58,14 @@ def graded(config: ModelConfig, seed: int = 0, compute_dtype=jnp.bfloat16) -> De
 def dense(config: ModelConfig, seed: int = 0, compute_dtype=jnp.bfloat16) -> Decoder:
     """An unquantized model with Gaussian weights."""
     tree = decoder.abstract_tree(config, MAX_BITS, len(TARGETS))
-    for name, (k, n) in decoder.linear_shapes(config).items():
-        part = tree
-        *parents, last = name.split(".")
-        for key in parents:
-            part = part[key]
-        part[last] = {"kernel": jax.ShapeDtypeStruct((k, n), compute_dtype)}
+    shapes = decoder.linear_shapes(config)
+
+    def kernel(k: int, n: int):
+        return {"kernel": jax.ShapeDtypeStruct((k, n), compute_dtype)}
+
+    for layer in tree["layers"].values():
+        layer |= {part: kernel(*shapes[f"layers.0.{part}"]) for part in decoder.LAYER_LINEARS}
+    tree[HEAD] = kernel(config.hidden_size, config.vocab_size)
     return Decoder.from_tree(config, _filled(tree, seed), compute_dtype)
 
 
@@ -89,6 +91,8 @@ def _leaf(key: jax.Array, name: str, size: tuple[int, ...], dtype: str) -> jax.A
         return jax.random.normal(key, size, dtype) * jnp.asarray(size[0] ** -0.5, dtype)
     if name == "embedding":
         return jax.random.normal(key, size, dtype)
+    if name == "columns":
+        return jax.random.permutation(key, size[0]).astype(dtype)
     if name in ("scale", "gains"):  # "scale" is a norm's
         return jnp.ones(size, dtype)
     return jnp.zeros(size, dtype)  # thresholds and largest activations, until calibrated
@@ -130,7 +134,7 @@ class _Fitting:
     def __call__(self, name: str, linear: Linear, x: jax.Array) -> jax.Array:
         sample = x.reshape(-1)[:: -(-x.size // SAMPLES)]
         peak = jnp.max(jnp.abs(x)).astype(jnp.float32)
-        self.tables[name.rsplit(".", 1)[-1]] = fitted_thresholds(sample), peak
+        self.tables[HEAD if of_head(name) else name.rsplit(".", 1)[-1]] = fitted_thresholds(sample), peak
         return Dense()(name, linear, x)
 
 
@@ -148,7 +152,7 @@ def _calibrate(model: Decoder, key: jax.Array) -> None:
     @jax.jit
     def head_step(norm, head, x):
         fitting = _Fitting()
-        fitting(HEAD, head, norm(x))
+        head(norm(x), fitting)
         return fitting.tables
 
     x = model.embed(tokens, model.compute_dtype)
@@ -156,7 +160,9 @@ def _calibrate(model: Decoder, key: jax.Array) -> None:
         x, tables = layer_step(layer, x)
         for part, (thresholds, peak) in tables.items():
             _set(getattr(layer, part), thresholds, peak)
-    _set(model.lm_head, *head_step(model.norm, model.lm_head, x)[HEAD])
+    tables = head_step(model.norm, model.lm_head, x)[HEAD]
+    for block in model.lm_head.blocks:  # all of which have the same input
+        _set(block, *tables)
 
 
 def _set(linear: Linear, thresholds: jax.Array, peak: jax.Array) -> None:

@@ -9,7 +9,6 @@ from jaxtyping import Array, Float
 
 from grinqh_jax.decoder import Decoder, linear_names, linear_shapes
 from grinqh_jax.engine import Grades
-from grinqh_jax.linear import DenseLinear
 from pallas_kernels.layout import SLICE
 
 BF16_BYTES = 2
@@ -119,9 +118,8 @@ def grade_statistics(model: Decoder, grades: Grades | None) -> dict[str, Any]:
         "bytes_per_token": None,
         "bytes_per_token_bf16": _bytes_per_token(model, dict.fromkeys(names, 8 * BF16_BYTES)),
     }
-    if isinstance(model.lm_head, DenseLinear):
-        bits = {name: 8 * model.linear(name).kernel[...].dtype.itemsize for name in names}
-        fields["bytes_per_token"] = _bytes_per_token(model, bits)
+    if not model.graded:
+        fields["bytes_per_token"] = _bytes_per_token(model, dict.fromkeys(names, model.full_bits))
     elif grades is not None and len(grades.bits):
         bits = dict(zip(names, np.mean(grades.bits, axis=0, dtype=np.float64).tolist(), strict=True))
         fields |= {

@@ -15,7 +15,7 @@ from checkpoints_tools.baselines import groups
 from checkpoints_tools.baselines.awq import awq
 from checkpoints_tools.baselines.gptq import gptq
 from checkpoints_tools.source_layer import dense_layer, read_layer
-from grinqh_jax.apply import HEAD, Dense
+from grinqh_jax.apply import HEAD, Dense, of_head
 from grinqh_jax.decoder import DecoderLayer, linear_shapes
 from grinqh_jax.hf import HFCheckpoint, params
 
@@ -145,6 +145,7 @@ def _mean_moments(layer: DecoderLayer, hidden: np.ndarray) -> dict[str, tuple[ja
 def mean_bits_read(source: HFCheckpoint, bits: int) -> tuple[float, float]:
     """Bits read per weight: of the quantized layers, and over all linear layers, a 16-bit head included."""
     sizes = {name: k * n for name, (k, n) in linear_shapes(source.config).items()}
-    quantized = sum(size for name, size in sizes.items() if name != HEAD)
-    total = quantized * groups.bits_read(bits) + sizes[HEAD] * UNQUANTIZED_BITS
-    return groups.bits_read(bits), total / (quantized + sizes[HEAD])
+    quantized = sum(size for name, size in sizes.items() if not of_head(name))
+    everything = sum(sizes.values())
+    total = quantized * groups.bits_read(bits) + (everything - quantized) * UNQUANTIZED_BITS
+    return groups.bits_read(bits), total / everything

@@ -106,7 +106,7 @@ def _window_counts(model: Decoder, window: Int[jax.Array, "1 t"]) -> dict[str, j
 def _planes(generator: Generator) -> int:
     if not generator.model.graded:
         raise UsageError(f"{generator.directory} is not a GRINQH checkpoint; convert it first")
-    return generator.model.lm_head.weight.num_planes
+    return generator.model.full_bits // DIGIT_BITS
 
 
 def _reread(generator: Generator, tables: Mapping[str, Float[np.ndarray, "t p"]]) -> Generator:

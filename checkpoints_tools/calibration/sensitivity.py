@@ -169,7 +169,9 @@ def _head_gradients(
     """Mean squares of the gradients at a block's logits, and the gradient at their input with its share."""
     probabilities = jnp.exp(_logits(normed, w) - normaliser[:, None])
     change = (token[:, None] == start + jnp.arange(w.shape[1])) - probabilities
-    squares = jnp.mean(change**2, axis=0, where=counted[:, None])
+    # The mean of change**2 over all tokens that could have been drawn: rare ones hardly ever are.
+    variance = probabilities * (1 - probabilities)
+    squares = jnp.mean(variance, axis=0, where=counted[:, None])
     return squares, gradient + jnp.matmul(change, w.T.astype(jnp.float32))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from checkpoints_tools.pareto.rows import Row
 from checkpoints_tools.pareto.series import FIXED, UNQUANTIZED
-from grinqh_jax.apply import HEAD
+from grinqh_jax.apply import of_head
 from grinqh_jax.config import ModelConfig
 from grinqh_jax.decoder import linear_shapes
 from grinqh_jax.errors import UsageError
@@ -50,8 +50,8 @@ class Timing:
         if set(own.values()) <= set(self._kernel):
             self._shapes = list(own.values())
             self.what = f"kernel time of a token's matvecs, {device}"
-        elif {shape for name, shape in own.items() if name != HEAD} <= set(self._kernel):
-            self._shapes = [shape for name, shape in own.items() if name != HEAD]
+        elif {shape for name, shape in own.items() if not of_head(name)} <= set(self._kernel):
+            self._shapes = [shape for name, shape in own.items() if not of_head(name)]
             self.what = f"kernel time of a token's matvecs without the output projection, {device}"
         else:
             self._shapes = list(self._kernel)

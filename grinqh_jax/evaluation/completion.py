@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from grinqh_jax.apply import HEAD
+from grinqh_jax.apply import of_head
 from grinqh_jax.decoder import Decoder, linear_names
 from grinqh_jax.decoding import Decoding, NewTokens
 from grinqh_jax.evaluation.result import Bits
@@ -36,7 +36,7 @@ class DecodedBits:
         if not self._count:
             return None
         by_name = zip(linear_names(model.config), (self._bits / self._count).tolist(), strict=True)
-        return weighted_mean(model, {name: bits for name, bits in by_name if head or name != HEAD})
+        return weighted_mean(model, {name: bits for name, bits in by_name if head or not of_head(name)})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -114,9 +114,7 @@ class _Tokens:
 
 def _full_bits(model: Decoder, shape: tuple[int, ...]) -> _Realised:
     """What full precision reads: all planes, or a dense kernel's dtype."""
-    head = model.lm_head
-    bits = head.weight.max_bits if model.graded else 8 * head.kernel[...].dtype.itemsize
-    return _Realised(*2 * (np.full(shape, bits, np.float32),))
+    return _Realised(*2 * (np.full(shape, model.full_bits, np.float32),))
 
 
 def _check(model: Decoder, tokens: np.ndarray, sequence_length: int, reference: Decoder | None) -> None:

@@ -60,10 +60,10 @@ def test_compute_dtype(checkpoint):
 def test_shardings_are_honoured_and_their_names_checked(checkpoint):
     mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, None, "model"))
-    model = load(checkpoint, shardings={"lm_head.planes": sharding}).model
-    assert model.lm_head.planes[...].sharding == sharding
-    with pytest.raises(UsageError, match=r"lm_head\.plane$"):
-        load(checkpoint, shardings={"lm_head.plane": sharding})
+    model = load(checkpoint, shardings={"lm_head.blocks.0.planes": sharding}).model
+    assert model.linear("lm_head.blocks.0").planes[...].sharding == sharding
+    with pytest.raises(UsageError, match=r"lm_head\.blocks\.0\.plane$"):
+        load(checkpoint, shardings={"lm_head.blocks.0.plane": sharding})
 
 
 def test_all_mismatches_are_in_one_message(own_checkpoint):

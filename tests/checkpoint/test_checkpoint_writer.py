@@ -139,7 +139,7 @@ def test_an_incomplete_tree_is_not_sealed(tmp_path):
         writer.save_part("norm", {"norm": tree["norm"], "extra": {"scale": tree["norm"]["scale"]}})
         with pytest.raises(CheckpointError) as caught:
             writer.finalize(HF_CONFIG, QUANTIZATION)
-    for expected in ("embed.embedding is missing", "lm_head.planes is missing", "extra.scale is unknown"):
+    for expected in ("embed.embedding is missing", "lm_head.columns is missing", "extra.scale is unknown"):
         assert expected in str(caught.value)
     assert not (tmp_path / "out").exists()
 

@@ -38,6 +38,8 @@ def random_tree(hf_config: dict = HF_CONFIG, quantization: QuantizationConfig = 
         rng = np.random.default_rng(zlib.crc32(name.encode()))
         if leaf.dtype == jnp.uint32:
             tree[name] = rng.integers(0, 2**32, leaf.shape, np.uint32)
+        elif leaf.dtype == jnp.int32:
+            tree[name] = rng.permutation(leaf.shape[0]).astype(np.int32)
         else:
             tree[name] = np.asarray(rng.uniform(0.01, 0.2, leaf.shape)).astype(leaf.dtype)
     return traverse_util.unflatten_dict(tree, sep=".")

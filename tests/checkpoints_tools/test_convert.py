@@ -66,11 +66,16 @@ def test_a_llama_comes_back_with_the_same_quality(llama, calib, tmp_path, capsys
     loaded = checkpoint.load(out, jnp.float32)
     source = open_checkpoint(llama)
     original = load_decoder(source, jnp.float32)
+    columns = loaded.model.lm_head.columns[...]
     for name in linear_names(loaded.config):
         weight = loaded.model.linear(name).weight
         scale = jnp.repeat(weight.scales.astype(jnp.float32), 128, axis=0)
         scale = scale[: weight.in_features, : weight.out_features]
-        error = jnp.abs(dequantize(weight) - jnp.asarray(source.read(f"{name}.kernel"), jnp.float32))
+        if name == "lm_head.blocks.0":  # the only one of so small a vocabulary
+            kernel = source.read("lm_head.kernel")[:, np.argsort(columns)]
+        else:
+            kernel = source.read(f"{name}.kernel")
+        error = jnp.abs(dequantize(weight) - jnp.asarray(kernel, jnp.float32))
         # Half a step of the 8-bit code; the group's largest weight may lie a whole step off.
         assert (error <= scale / 64 * 1.01).all(), name
         assert (error <= scale / 128 * 1.01).mean() > 0.98, name
@@ -120,7 +125,7 @@ def test_records_and_fewer_planes(qwen3, tmp_path):
     loaded = checkpoint.load(tmp_path / "out")
     assert loaded.quantization.max_bits == 4
     assert loaded.quantization.provenance["calibration"]["windows"] == 2
-    assert loaded.model.lm_head.planes.shape[0] == 2
+    assert loaded.model.full_bits == 4
 
 
 def test_a_killed_conversion_goes_on_and_ends_the_same(qwen3, calib, converted, tmp_path):

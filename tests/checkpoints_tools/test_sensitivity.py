@@ -57,6 +57,10 @@ def test_they_are_the_mean_squares_of_the_whole_models_gradients(source, exact_p
     added = {name: jnp.zeros((*tokens.shape, shapes[name][1])) for name in linear_names(source.config)}
     gradients = jax.jit(jax.grad(log_likelihood))(added)
     found = sensitivity.output_sensitivities(source, WINDOWS, np.float32)
+    # Of the output projection it is the mean over all tokens that might have been drawn.
+    p = np.asarray(jax.nn.softmax(model(tokens)), np.float64)[:, SKIPPED_POSITIONS:]
+    np.testing.assert_allclose(found.pop(HEAD), np.mean(p * (1 - p), axis=(0, 1)), rtol=1e-3)
+    del gradients[f"{HEAD}.blocks.0"]
     assert found.keys() == gradients.keys()
     for name, gradient in gradients.items():
         expected = np.mean(np.asarray(gradient, np.float64)[:, SKIPPED_POSITIONS:] ** 2, axis=(0, 1))
@@ -80,11 +84,12 @@ def test_they_predict_the_divergence_that_noise_causes(source):
     """KL is about ``sum_n E[g_n**2] E[d_n**2] / 2``; one token is drawn per position, hence the tolerance."""
     windows = np.random.default_rng(7).integers(0, 300, (40, 40)).astype(np.int32)
     found = sensitivity.output_sensitivities(source, windows, np.float32)
+    found[f"{HEAD}.blocks.0"] = found[HEAD]
     model = load_decoder(source, jnp.float32)
     tokens = jnp.asarray(windows)
     shapes = linear_shapes(source.config)
     reference = jax.nn.log_softmax(model(tokens))
-    for seed, name in enumerate(("layers.0.qkv", "layers.1.gate_up", "layers.1.down", HEAD)):
+    for seed, name in enumerate(("layers.0.qkv", "layers.1.gate_up", "layers.1.down", f"{HEAD}.blocks.0")):
         noise = jax.random.normal(jax.random.key(seed), (*tokens.shape, shapes[name][1]))
         noise *= jnp.sqrt(0.004 / found[name].sum())
         added = {n: noise if n == name else 0.0 for n in shapes}

@@ -39,7 +39,7 @@ def test_layer_by_layer_sees_what_the_whole_model_sees(decoder):
         seen = statistics.through_layer(layer, hidden)
         for part in LAYER_LINEARS:
             check(seen[part], recorder.inputs[f"layers.{i}.{part}"])
-    check(statistics.of_head(decoder.norm, hidden), recorder.inputs["lm_head"])
+    check(statistics.of_head(decoder.norm, hidden), recorder.inputs["lm_head.blocks.0"])
     np.testing.assert_allclose(decoder.norm(hidden), final, rtol=1e-4, atol=1e-5)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 import tokenizers
-from random_models import CONFIGS, TARGETS, graded_tree, random_state, state_tree
+from random_models import CONFIGS, TARGETS, graded_model_tree, random_state, state_tree
 from safetensors.numpy import save_file
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -50,7 +50,7 @@ def dense_directory(tmp_path_factory) -> Path:
 def write_graded(directory: Path, companions: list[Path]) -> Path:
     """The same model as a GRINQH checkpoint."""
     _, tree = state_tree(CONFIG)
-    tree = graded_tree(tree)
+    tree = graded_model_tree(tree)
 
     def rounded(node):  # embedding and norms are stored in bfloat16
         if not isinstance(node, dict):

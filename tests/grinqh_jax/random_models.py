@@ -9,6 +9,7 @@ from flax.traverse_util import unflatten_dict
 from grinqh_jax.config import ModelConfig
 from grinqh_jax.decoder import Decoder
 from grinqh_jax.hf import params
+from grinqh_jax.output_projection import block_sizes
 from pallas_kernels import quantize
 
 _SMALL = {
@@ -93,11 +94,23 @@ def state_tree(hf_config: dict, seed: int = 0) -> tuple[ModelConfig, dict]:
 def graded_model(name: str, *, max_bits: int = 8, compute_dtype=jnp.float32) -> Decoder:
     """A model of ``CONFIGS`` in nested codes, with thresholds made by hand for targets ``TARGETS``."""
     config, tree = state_tree(CONFIGS[name])
-    return Decoder.from_tree(config, graded_tree(tree, max_bits), compute_dtype)
+    return Decoder.from_tree(config, graded_model_tree(tree, max_bits), compute_dtype)
 
 
 TARGETS = (1.0, 4.5, 8.0)
 """Mean bits that the rows of ``graded_tree``'s threshold tables stand for (roughly)."""
+
+
+def graded_model_tree(tree: dict, max_bits: int = 8) -> dict:
+    """A model's dense state tree in nested codes, with the vocabulary in an order of its own."""
+    kernel = tree["lm_head"]["kernel"]
+    order = np.random.default_rng(3).permutation(kernel.shape[1])
+    ends = np.cumsum(block_sizes(kernel.shape[1]))
+    blocks = [graded_tree({"kernel": kernel[:, tokens]}, max_bits) for tokens in np.split(order, ends[:-1])]
+    blocks = {str(i): block for i, block in enumerate(blocks)}
+    head = {"columns": jnp.asarray(np.argsort(order), jnp.int32), "blocks": blocks}
+    layers = {name: part for name, part in tree.items() if name != "lm_head"}
+    return graded_tree(layers, max_bits) | {"lm_head": head}
 
 
 def graded_tree(tree: dict, max_bits: int = 8) -> dict:

@@ -30,6 +30,8 @@ def test_parameters_are_what_was_stored(tmp_path, hf_config, shards):
     np.testing.assert_array_equal(checkpoint.read("norm.scale"), state["model.norm.weight"])
     head = state["model.embed_tokens.weight" if hf_config["tie_word_embeddings"] else "lm_head.weight"]
     np.testing.assert_array_equal(checkpoint.read("lm_head.kernel", slice(32, 96)), head[32:96].T)
+    tokens = np.array([0, 5, 6, 7, 95, 2])
+    np.testing.assert_array_equal(checkpoint.read("lm_head.kernel", tokens), head[tokens].T)
     for key, shape in checkpoint.parameters.items():
         value = checkpoint.read(key)
         assert (value.shape, value.dtype.name) == (shape, "bfloat16"), key

@@ -68,13 +68,13 @@ def test_rows_are_equal_and_the_axes_principal(source, rotated):
     load_decoder(rotated, jnp.float32)(WINDOWS, inputs)
     total = 0.0
     for name, (x, linear) in inputs.seen.items():
-        part = name.rpartition(".")[2]
+        part = name.removesuffix(".blocks.0").rpartition(".")[2]
         if part not in ("qkv", "gate_up", "lm_head"):
             continue
         kernel = np.asarray(linear.kernel[...], np.float64)
         sizes = np.linalg.norm(kernel, axis=1)
         np.testing.assert_allclose(sizes, sizes.mean(), rtol=0.01)  # gains are bfloat16
-        prefix = name.removesuffix(part)
+        prefix = name.removesuffix(".blocks.0").removesuffix(part)
         norm = {"qkv": "input_norm", "gate_up": "post_norm", "lm_head": "norm"}[part]
         stream = np.asarray(x, np.float64)[:, statistics.SKIPPED_POSITIONS :] / rotated.read(
             f"{prefix}{norm}.scale"
@@ -90,6 +90,8 @@ def test_blocks_of_the_head_are_the_head(rotated):
     fresh = dataclasses.replace(rotated)  # which has not seen any kernel yet
     blocks = [fresh.read("lm_head.kernel", slice(start, start + 100)) for start in (0, 100, 200)]
     np.testing.assert_allclose(np.concatenate(blocks, axis=1), whole, atol=1e-6)
+    tokens = np.array([3, 4, 5, 9, 250, 251])
+    np.testing.assert_allclose(fresh.read("lm_head.kernel", tokens), whole[:, tokens], atol=1e-6)
 
 
 @given(st.lists(st.floats(0, 1e12), min_size=1, max_size=40))

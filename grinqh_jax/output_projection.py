@@ -1,0 +1,64 @@
+"""The output projection: the vocabulary in a few blocks, each with thresholds of its own.
+
+What an error of a token's logit does to the prediction goes by how likely the token is, and most of a
+vocabulary is hardly ever likely. So in a graded model the tokens are ordered by how much predictions depend
+on them and cut into blocks, and the same activation is read with more bits for the first block than for the
+last.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from grinqh_jax.apply import HEAD, Apply
+from grinqh_jax.linear import Linear, linear_of
+from pallas_kernels import Activations, layout
+
+_EDGES = (16, 4, 1)
+"""The blocks end at these fractions of the vocabulary."""
+
+
+def block_sizes(vocabulary: int) -> tuple[int, ...]:
+    """Tokens of each block of a vocabulary of so many, whole tiles but for the last: few to begin with."""
+    edges = {min(layout.round_up(-(-vocabulary // part), layout.TILE), vocabulary) for part in _EDGES}
+    ends = sorted(edges)
+    return tuple(end - start for start, end in zip([0, *ends], ends, strict=False))
+
+
+def block_shapes(hidden: int, vocabulary: int) -> dict[str, tuple[int, int]]:
+    """``(in_features, out_features)`` of the blocks by name, which is also their place in the state tree."""
+    return {f"{HEAD}.blocks.{i}": (hidden, size) for i, size in enumerate(block_sizes(vocabulary))}
+
+
+class OutputProjection(nnx.Module):
+    """Hidden states to logits.
+
+    Attributes:
+      blocks: linear layers. A dense model has one, with its tokens in order.
+      columns: int32 ``[vocab]``: where the logit of each token is among the outputs of all blocks; None
+        where they are in order.
+    """
+
+    def __init__(self, tree: Mapping[str, Any], shape: tuple[int, int], compute_dtype):
+        if "kernel" in tree:
+            self.blocks = nnx.List([linear_of(tree, shape, compute_dtype)])
+            self.columns = None
+        else:
+            shapes = block_shapes(*shape).values()
+            self.blocks = nnx.List(
+                [linear_of(tree["blocks"][str(i)], shape, compute_dtype) for i, shape in enumerate(shapes)]
+            )
+            self.columns = nnx.Param(tree["columns"])
+
+    def __call__(self, x: Float[Array, "*rows d"] | Activations, apply: Apply) -> Float[Array, "*rows v"]:
+        """float32 logits; ``apply`` is called for each block."""
+        outputs = [apply(f"{HEAD}.blocks.{i}", block, x) for i, block in enumerate(self.blocks)]
+        logits = jnp.concatenate([output.astype(jnp.float32) for output in outputs], axis=-1)
+        return logits if self.columns is None else logits[..., self.columns[...]]
+
+    def block(self, name: str) -> Linear:
+        """The block of a name as in ``block_shapes``."""
+        return self.blocks[int(name.rpartition(".")[2])]
