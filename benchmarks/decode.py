@@ -25,6 +25,7 @@ import jax
 import step_profile
 
 from grinqh_jax import measure, random_model
+from grinqh_jax.decoder import linear_names
 
 START = time.monotonic()
 
@@ -99,7 +100,8 @@ def profile(run: measure.DecodeRun, thresholds, args, row: dict) -> dict | None:
     kernels = step_profile.trace(lambda: run.run(thresholds))
     if not kernels:
         return None
-    linears = 4 * run.model.config.num_layers + 1
+    config, blocks = run.model.config, len(run.model.lm_head.blocks)  # one if dense
+    linears = linear_names(config)[: 4 * config.num_layers + blocks]
     hlo = run.compiled.as_text()
     table = step_profile.tabulate(kernels, args.tokens, hlo, linears, row["us_per_token"])
     say(f"one step of {row['shape']}, {row['bits']} bits, context {row['context']}:")

@@ -13,9 +13,11 @@ import dataclasses
 import pathlib
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
+
+from grinqh_jax.apply import of_head
 
 MATVEC = re.compile(r"graded_matvec|gemm|gemv|nvjet|cutlass|cublas|splitK|xmma|s16816gemm", re.IGNORECASE)
 OWN_KERNELS = {"attention_kernel": "attention", "add_norm_kernel": "norm", "swiglu_kernel": "mlp"}
@@ -93,14 +95,14 @@ def scopes_by_kernel(hlo: str) -> dict[str, str]:
     return scopes
 
 
-def tabulate(kernels: list[Kernel], steps: int, hlo: str, matvecs: int, span: float) -> StepTable:
+def tabulate(kernels: list[Kernel], steps: int, hlo: str, linears: Sequence[str], span: float) -> StepTable:
     """Sums a trace of ``steps`` decode steps.
 
     Args:
       kernels: in the order of their start.
       steps: decode steps in the trace.
       hlo: optimized HLO of the traced function.
-      matvecs: linear layers of the model; the last matvec of every step is the head.
+      linears: names of the model's linear layers in the order in which they run.
       span: microseconds of a step by the clock, not profiled.
     """
     scopes = scopes_by_kernel(hlo)
@@ -109,8 +111,8 @@ def tabulate(kernels: list[Kernel], steps: int, hlo: str, matvecs: int, span: fl
     seen = 0
     for kernel in kernels:
         if MATVEC.search(kernel.name):
+            category = "head" if of_head(linears[seen % len(linears)]) else "matvec"
             seen += 1
-            category = "head" if seen % matvecs == 0 else "matvec"
         elif re.search(r"memcpy|memset|^copy|^wrapped_copy", kernel.name, re.IGNORECASE):
             category = "copies"
         else:

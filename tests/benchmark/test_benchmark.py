@@ -157,7 +157,9 @@ def test_the_table_accounts_for_all_of_the_time(step_profile):
             kernel("MemcpyD2H", start + 45, 1.0),
         ]
     hlo = '  %loop_add_fusion.1 = f32[4] fusion(), metadata={op_name="jit(f)/while/body/norm/add"}\n'
-    table = step_profile.tabulate(kernels, steps=2, hlo=hlo, matvecs=2, span=50.0)
+    table = step_profile.tabulate(
+        kernels, steps=2, hlo=hlo, linears=["layers.0.down", "lm_head.blocks.0"], span=50.0
+    )
     assert table.categories["norm"] == (3.5, 2.0)
     assert table.categories["matvec"] == (10.0, 1.0)
     assert table.categories["head"] == (30.0, 1.0)
