@@ -5,7 +5,7 @@ from jaxtyping import Float, Int, Int32
 
 from grinqh_jax.output_projection import block_sizes
 
-UNSEEN = 0.2
+UNSEEN = 0.15
 """The share of all sensitivity that is spread evenly over the vocabulary. Tokens that the calibration text
 never comes near would count for nothing, and another text has other tokens."""
 

@@ -7,7 +7,8 @@ uncorrelated between outputs that is ``sum_n E[g_n**2] E[d_n**2] / 2``, so ``E[g
 squared error is to be weighted by, and errors so weighted are comparable between layers.
 
 One pass forward, which keeps the hidden states between the layers, and one back. Memory holds one layer, and
-those states of a few thousand tokens.
+those states of a few thousand tokens. The output projection needs no way back, and one number for each token
+of the vocabulary that means something: it gets more tokens.
 """
 
 from collections.abc import Callable
@@ -26,6 +27,9 @@ from grinqh_jax.hf import HFCheckpoint
 TOKENS = 4096
 """Enough: what is wanted is one number an output, averaged over a layer when bits are split."""
 
+HEAD_TOKENS = 16384
+"""For the output projection, whose outputs are ordered by what is found."""
+
 
 def output_sensitivities(
     source: HFCheckpoint,
@@ -39,22 +43,30 @@ def output_sensitivities(
 
     Args:
       source: the checkpoint.
-      windows: token ids; as many windows are used as make ``TOKENS`` tokens, at least one.
+      windows: token ids; as many are used as make ``TOKENS`` tokens, or ``HEAD_TOKENS``, at least one.
       compute_dtype: of the hidden states.
       axes: orthogonal ``Q``: outputs that are added to the residual stream are counted along its columns.
       done: called after each layer of each of the two passes, with its name.
     """
     config = source.config
-    windows = windows[: max(TOKENS // windows.shape[1], 1)]
-    states = [embed(source, windows, compute_dtype)]
+    way_back, all_windows = (max(tokens // windows.shape[1], 1) for tokens in (TOKENS, HEAD_TOKENS))
+    hidden = embed(source, windows[:all_windows], compute_dtype)
+    states = []
     for i in range(config.num_layers):
         layer = dense_layer(source, *read_layer(source, i), compute_dtype)
-        states.append(np.stack([_run_layer(layer, window) for window in states[-1]]))
+        states.append(hidden[:way_back].copy())
+        for window in hidden:
+            window[...] = _run_layer(layer, window)
         del layer  # or it would be in memory beside the next one
         done(f"forward {i}")
     axes = None if axes is None else jnp.asarray(axes)
     norm = RMSNorm(jnp.asarray(source.read("norm.scale")), config.rms_norm_eps)
-    found, gradients = _head(source, norm, states.pop())
+    squares, gradients = _head(source, norm, hidden[:way_back])
+    found = {HEAD: squares * len(gradients) / len(hidden)}
+    for start in range(way_back, len(hidden), way_back):  # a part at a time: only the first goes back
+        more = hidden[start : start + way_back]
+        found[HEAD] += _head(source, norm, more)[0] * len(more) / len(hidden)
+    del hidden
     for i in reversed(range(config.num_layers)):
         layer = dense_layer(source, *read_layer(source, i), compute_dtype)
         sums: dict[str, np.ndarray] = dict.fromkeys(LAYER_LINEARS, np.float64(0))
@@ -62,7 +74,7 @@ def output_sensitivities(
             back, squares = _layer_gradients(layer, window, gradient, axes)
             gradient[...] = back
             sums = {part: sums[part] + np.asarray(squares[part], np.float64) for part in LAYER_LINEARS}
-        found |= {f"layers.{i}.{part}": sums[part] / len(windows) for part in LAYER_LINEARS}
+        found |= {f"layers.{i}.{part}": sums[part] / len(gradients) for part in LAYER_LINEARS}
         del layer
         done(f"backward {i}")
     return found
@@ -109,7 +121,7 @@ def _mean_square(gradient: Float[Array, "t n"]) -> Float[Array, "n"]:
 
 def _head(
     source: HFCheckpoint, norm: RMSNorm, hidden: Float[np.ndarray, "s t d"]
-) -> tuple[dict[str, np.ndarray], Float[np.ndarray, "s t d"]]:
+) -> tuple[Float[np.ndarray, "v"], Float[np.ndarray, "s t d"]]:
     """The head's sensitivities, and the gradients behind the last layer. The vocabulary goes by in blocks."""
     _, length, width = hidden.shape
     rows = jnp.asarray(hidden.reshape(-1, width))
@@ -133,7 +145,7 @@ def _head(
         here, gradient = _head_gradients(normaliser, token, counted, gradient, normed, w, start)
         squares[start : start + w.shape[1]] = here
     (gradient,) = pull_back(gradient.astype(normed.dtype))
-    return {HEAD: squares}, np.array(gradient).reshape(hidden.shape)
+    return squares, np.array(gradient).reshape(hidden.shape)
 
 
 @jax.jit

@@ -98,6 +98,17 @@ def test_they_predict_the_divergence_that_noise_causes(source):
         assert 0.6 * 0.002 < float(divergence) < 1.6 * 0.002, name
 
 
+def test_more_windows_count_for_the_head_only(source, monkeypatch):
+    monkeypatch.setattr(sensitivity, "TOKENS", 40)
+    one, three = (sensitivity.output_sensitivities(source, WINDOWS[:n], np.float32) for n in (1, 3))
+    p = np.asarray(jax.nn.softmax(load_decoder(source, jnp.float32)(jnp.asarray(WINDOWS))), np.float64)
+    expected = np.mean((p * (1 - p))[:, SKIPPED_POSITIONS:], axis=(0, 1))
+    np.testing.assert_allclose(three[HEAD], expected, rtol=1e-3)
+    assert not np.allclose(one.pop(HEAD), three.pop(HEAD), rtol=0.01)
+    for name in one:
+        np.testing.assert_allclose(three[name], one[name], rtol=1e-5, err_msg=name)
+
+
 def test_blocks_of_the_vocabulary_change_nothing(source, monkeypatch):
     whole = sensitivity.output_sensitivities(source, WINDOWS, np.float32)[HEAD]
     monkeypatch.setattr(sensitivity, "BLOCK_VALUES", 120 * 100)
