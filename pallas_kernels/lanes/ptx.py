@@ -214,6 +214,10 @@ class PtxInstructions(Instructions):
 
     def copy_async(self, shared, source, *, once=False):
         hint, policy, operand = _first_out(once, 2)
+        if once:
+            # Not a sum any more: for [register + uniform register] and a policy together ptxas 13.0 and 13.5
+            # leave the policy in other registers than the instruction reads, an illegal instruction at best.
+            (shared,) = _assemble("min.u32 $0, $1, 0x7fffffff;", [shared], ("i32",))
         template = f"cp.async.cg.shared.global{hint} [$0], [$1], 16{operand};"
         _assemble(template, [shared, source, *policy], effects=True)
 
