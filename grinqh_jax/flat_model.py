@@ -41,11 +41,11 @@ class FlatModel:
         """The decoder, of slices of the stacks: for use in a traced function."""
         structure, stacks = self._form
         small = self.arrays[len(self.arrays) - len(stacks) :]
-        leaves = {
-            i: leaf
-            for members, stack in zip(stacks, small, strict=True)
-            for i, leaf in zip(members, unstacked(stack), strict=True)
-        }
+        members = [i for members in stacks for i in members]
+        # Behind a barrier: fused into what uses it, each slice would make the kernels of every layer different,
+        # and all of them would have to be compiled.
+        slices = jax.lax.optimization_barrier([leaf for stack in small for leaf in unstacked(stack)])
+        leaves = dict(zip(members, slices, strict=True))
         large = iter(self.arrays)
         return jax.tree.unflatten(
             structure, [leaves[i] if i in leaves else next(large) for i in range(structure.num_leaves)]
