@@ -42,8 +42,8 @@ class FlatModel:
         structure, stacks = self._form
         small = self.arrays[len(self.arrays) - len(stacks) :]
         members = [i for members in stacks for i in members]
-        # Behind a barrier: fused into what uses it, each slice would make the kernels of every layer different,
-        # and all of them would have to be compiled.
+        # Behind a barrier: fused into what uses it, each slice would make the kernels of every layer
+        # different, and all of them would have to be compiled.
         slices = jax.lax.optimization_barrier([leaf for stack in small for leaf in unstacked(stack)])
         leaves = dict(zip(members, slices, strict=True))
         large = iter(self.arrays)
