@@ -25,6 +25,7 @@ import jax
 import step_profile
 
 from grinqh_jax import measure, random_model
+from grinqh_jax.apply import of_head
 from grinqh_jax.decoder import linear_names
 
 START = time.monotonic()
@@ -100,8 +101,8 @@ def profile(run: measure.DecodeRun, thresholds, args, row: dict) -> dict | None:
     kernels = step_profile.trace(lambda: run.run(thresholds))
     if not kernels:
         return None
-    config, blocks = run.model.config, len(run.model.lm_head.blocks)  # one if dense
-    linears = linear_names(config)[: 4 * config.num_layers + blocks]
+    layers = [name for name in linear_names(run.model.config) if not of_head(name)]
+    linears = [*layers, *run.model.lm_head.names]  # of which a dense model has but one
     hlo = run.compiled.as_text()
     table = step_profile.tabulate(kernels, args.tokens, hlo, linears, row["us_per_token"])
     say(f"one step of {row['shape']}, {row['bits']} bits, context {row['context']}:")

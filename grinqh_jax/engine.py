@@ -87,8 +87,7 @@ def prefill(
     last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
     if model.graded:  # the head at its full bits; dequantized it would be the largest array of all
         read_all = jnp.zeros(model.full_bits // DIGIT_BITS, jnp.float32)
-        names = [name for name in linear_names(model.config) if apply.of_head(name)]
-        strategy = apply.Graded(dict.fromkeys(names, read_all))
+        strategy = apply.Graded(dict.fromkeys(model.lm_head.names, read_all))
     return model.logits(last, strategy), cache.updated(layers, cache.lengths + lengths)
 
 

@@ -6,6 +6,7 @@ on them and cut into blocks, and the same activation is read with more bits for 
 last.
 """
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,12 +26,18 @@ def block_sizes(vocabulary: int) -> tuple[int, ...]:
     """Tokens of each block of a vocabulary of so many, whole tiles but for the last: few to begin with."""
     edges = {min(layout.round_up(-(-vocabulary // part), layout.TILE), vocabulary) for part in _EDGES}
     ends = sorted(edges)
-    return tuple(end - start for start, end in zip([0, *ends], ends, strict=False))
+    return tuple(end - start for start, end in itertools.pairwise([0, *ends]))
 
 
 def block_shapes(hidden: int, vocabulary: int) -> dict[str, tuple[int, int]]:
     """``(in_features, out_features)`` of the blocks by name, which is also their place in the state tree."""
-    return {f"{HEAD}.blocks.{i}": (hidden, size) for i, size in enumerate(block_sizes(vocabulary))}
+    sizes = block_sizes(vocabulary)
+    return {name: (hidden, size) for name, size in zip(block_names(len(sizes)), sizes, strict=True)}
+
+
+def block_names(count: int) -> list[str]:
+    """What the linear layers of a projection of so many blocks are called."""
+    return [f"{HEAD}.blocks.{i}" for i in range(count)]
 
 
 class OutputProjection(nnx.Module):
@@ -55,10 +62,15 @@ class OutputProjection(nnx.Module):
 
     def __call__(self, x: Float[Array, "*rows d"] | Activations, apply: Apply) -> Float[Array, "*rows v"]:
         """float32 logits; ``apply`` is called for each block."""
-        outputs = [apply(f"{HEAD}.blocks.{i}", block, x) for i, block in enumerate(self.blocks)]
+        outputs = [apply(name, block, x) for name, block in zip(self.names, self.blocks, strict=True)]
         logits = jnp.concatenate([output.astype(jnp.float32) for output in outputs], axis=-1)
         return logits if self.columns is None else logits[..., self.columns[...]]
 
+    @property
+    def names(self) -> list[str]:
+        """Of the blocks, which ``apply`` is called with."""
+        return block_names(len(self.blocks))
+
     def block(self, name: str) -> Linear:
-        """The block of a name as in ``block_shapes``."""
+        """The block of one of ``names``."""
         return self.blocks[int(name.rpartition(".")[2])]

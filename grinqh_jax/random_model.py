@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from grinqh_jax import decoder
-from grinqh_jax.apply import HEAD, Dense, of_head
+from grinqh_jax.apply import HEAD, Dense
 from grinqh_jax.config import ModelConfig
 from grinqh_jax.decoder import Decoder
 from grinqh_jax.errors import UsageError
@@ -134,7 +134,7 @@ class _Fitting:
     def __call__(self, name: str, linear: Linear, x: jax.Array) -> jax.Array:
         sample = x.reshape(-1)[:: -(-x.size // SAMPLES)]
         peak = jnp.max(jnp.abs(x)).astype(jnp.float32)
-        self.tables[HEAD if of_head(name) else name.rsplit(".", 1)[-1]] = fitted_thresholds(sample), peak
+        self.tables[name.rsplit(".", 1)[-1]] = fitted_thresholds(sample), peak
         return Dense()(name, linear, x)
 
 
@@ -160,9 +160,8 @@ def _calibrate(model: Decoder, key: jax.Array) -> None:
         x, tables = layer_step(layer, x)
         for part, (thresholds, peak) in tables.items():
             _set(getattr(layer, part), thresholds, peak)
-    tables = head_step(model.norm, model.lm_head, x)[HEAD]
-    for block in model.lm_head.blocks:  # all of which have the same input
-        _set(block, *tables)
+    for part, (thresholds, peak) in head_step(model.norm, model.lm_head, x).items():
+        _set(model.lm_head.block(part), thresholds, peak)
 
 
 def _set(linear: Linear, thresholds: jax.Array, peak: jax.Array) -> None:
