@@ -14,6 +14,7 @@ from flax import traverse_util
 from grinqh_jax.checkpoint.files import read_json
 from grinqh_jax.checkpoint.manifest import Manifest
 from grinqh_jax.checkpoint.quantization import QuantizationConfig
+from grinqh_jax.checkpoint.values import value_problems
 from grinqh_jax.checkpoint.writer import CONVERSION
 from grinqh_jax.config import ModelConfig
 from grinqh_jax.decoder import Decoder, abstract_tree
@@ -49,8 +50,9 @@ def load(
     """Loads a GRINQH checkpoint.
 
     Every file is compared with ``manifest.json`` before Orbax opens it (damaged metadata could otherwise
-    make it fail in any way, or wait for ever), and every array after. Peak memory is that of the
-    model: each array is read straight to where it stays.
+    make it fail in any way, or wait for ever), and every array after; then values are checked that would make
+    the answers wrong (``values``). Peak memory is that of the model: each array is read straight to where it
+    stays.
 
     Args:
       path: the checkpoint's directory.
@@ -81,7 +83,7 @@ def load(
     if problems:
         raise _damaged(directory, problems)
     arrays = _restore(directory, traverse_util.flatten_dict(wished, sep="."), shardings or {})
-    if problems := manifest.array_problems(arrays):
+    if problems := manifest.array_problems(arrays) + value_problems(arrays):
         raise _damaged(directory, problems)
     if compute_dtype is None:
         compute_dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16

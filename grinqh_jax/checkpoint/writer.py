@@ -14,6 +14,7 @@ from flax import traverse_util
 from grinqh_jax.checkpoint.files import read_json, write_json
 from grinqh_jax.checkpoint.manifest import MANIFEST, Leaf, Manifest
 from grinqh_jax.checkpoint.quantization import VERSION, QuantizationConfig
+from grinqh_jax.checkpoint.values import value_problems
 from grinqh_jax.config import ModelConfig
 from grinqh_jax.decoder import abstract_tree
 from grinqh_jax.errors import CheckpointError
@@ -88,7 +89,7 @@ class Writer:
 
         Raises:
           CheckpointError: the part, or one of its leaves, has been written already, or a float leaf
-            holds NaN or Inf.
+            holds NaN or Inf, or what ``values`` refuses.
         """
         arrays = {
             leaf: np.asarray(array) for leaf, array in traverse_util.flatten_dict(tree, sep=".").items()
@@ -99,6 +100,7 @@ class Writer:
         problems += [
             f"{leaf} holds NaN or Inf" for leaf, array in arrays.items() if not np.isfinite(array).all()
         ]
+        problems += value_problems(arrays)
         if problems:
             raise CheckpointError("; ".join(problems))
         leaves = {leaf: Leaf.of(array) for leaf, array in arrays.items()}

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 from tiny_checkpoint import HF_CONFIG, QUANTIZATION, assert_same, random_tree, write
 
-from grinqh_jax.checkpoint import QuantizationConfig, load
+from grinqh_jax.checkpoint import QuantizationConfig, load, writer
 from grinqh_jax.checkpoint.manifest import Manifest
 from grinqh_jax.config import ModelConfig
 from grinqh_jax.errors import CheckpointError, UsageError
@@ -102,6 +102,28 @@ def test_arrays_that_differ_from_their_checksum(own_checkpoint):
     rewrite(own_checkpoint, leaves=change)
     with pytest.raises(CheckpointError, match=r"norm\.scale was written as"):
         load(own_checkpoint)
+
+
+def test_values_that_would_give_wrong_answers(tmp_path, monkeypatch):
+    tree = random_tree()
+    columns, head = tree["lm_head"]["columns"], tree["lm_head"]["blocks"]["0"]
+    columns[columns == 7] = 8  # two tokens with the logit of one
+    head["thresholds"][2] = head["thresholds"][2, ::-1]
+    tree["layers"]["0"]["o"]["thresholds"][0, 0] = -0.01
+    problems = (
+        "lm_head.columns must hold each number from 0 to 47 once, and lacks 7",
+        "lm_head.blocks.0.thresholds must ascend from 0 or more along its last axis",
+        "layers.0.o.thresholds must ascend",
+    )
+    with pytest.raises(CheckpointError, match=r"layers\.0\.o\.thresholds must ascend"):
+        write(tmp_path / "refused", tree)
+    monkeypatch.setattr(writer, "value_problems", lambda arrays: [])  # one of another make
+    with pytest.raises(CheckpointError) as caught:
+        load(write(tmp_path / "tiny", tree))
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / 'tiny'} is damaged (copy or download it again, or convert")
+    assert all(problem in message for problem in problems)
+    assert message.count(" must ") == len(problems)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ QUANTIZATION = QuantizationConfig(max_bits=4, targets=(1.0, 2.0, 3.0, 4.0), prov
 
 
 def random_tree(hf_config: dict = HF_CONFIG, quantization: QuantizationConfig = QUANTIZATION) -> dict:
-    """A state tree of plausible values: any bits are valid digits, scales and thresholds are positive."""
+    """A state tree of plausible values: any bits are valid digits, scales are positive, thresholds ascend."""
     config = ModelConfig.from_hf(hf_config)
     wished = abstract_tree(config, quantization.max_bits, len(quantization.targets))
     tree = {}
@@ -41,7 +41,9 @@ def random_tree(hf_config: dict = HF_CONFIG, quantization: QuantizationConfig = 
         elif leaf.dtype == jnp.int32:
             tree[name] = rng.permutation(leaf.shape[0]).astype(np.int32)
         else:
-            tree[name] = np.asarray(rng.uniform(0.01, 0.2, leaf.shape)).astype(leaf.dtype)
+            values = rng.uniform(0.01, 0.2, leaf.shape)
+            values = np.sort(values) if name.endswith(".thresholds") else np.asarray(values)
+            tree[name] = values.astype(leaf.dtype)
     return traverse_util.unflatten_dict(tree, sep=".")
 
 
