@@ -33,15 +33,25 @@ _NOTE = (
 )
 
 
-def check_available() -> None:
-    """Raises UsageError where matplotlib is missing."""
+def check(path: Path | None) -> None:
+    """Finds out before the work whether a figure can be drawn.
+
+    Args:
+      path: of the figure, or None: its suffix is right.
+
+    Raises:
+      UsageError: matplotlib is missing, or does not know the suffix.
+    """
     try:
-        import matplotlib  # noqa: F401
+        from matplotlib.figure import Figure
     except ImportError:
         raise UsageError(
             "a figure needs matplotlib, which is not installed: pip install 'grinqh-jax[eval]', "
             "or ask for --no-figure"
         ) from None
+    formats = Figure().canvas.get_supported_filetypes()
+    if path and path.suffix.removeprefix(".").lower() not in formats:
+        raise UsageError(f"--figure {path}: expected a suffix of {', '.join(formats)}")
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -52,9 +62,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
       path: of the figure; its suffix says which format.
 
     Raises:
-      UsageError: matplotlib is missing, or does not know the suffix.
+      UsageError: see ``check``.
     """
-    check_available()
+    check(path)
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -89,10 +99,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         )
         note = textwrap.fill(note, 76 * width)
         figure.supxlabel(note, fontsize=8, color="#555555", x=0.01, ha="left")
-        try:
-            figure.savefig(path, dpi=200)
-        except ValueError as error:
-            raise UsageError(f"--figure {path}: {error}") from None
+        figure.savefig(path, dpi=200)
 
 
 def _panels(rows: Sequence[Row], timed: bool) -> list[list[tuple[str, str, str] | None]]:

@@ -118,19 +118,21 @@ def check(args: argparse.Namespace) -> None:
     if not args.data and not args.tasks:
         problems.append("give a text (--data) or word problems (--tasks)")
     problems += [f"{path}: no such file" for path in (*args.data, *args.tasks) if not path.is_file()]
+    outputs = [path for path in (args.json, args.figure) if path is not None]
+    problems += [f"{path}: no such directory" for path in outputs if not path.parent.is_dir()]
     if "full" in args.bits:
         problems.append("--bits full: full precision is measured anyway")
     if (args.sweep or args.variant) and GRINQH not in args.methods:
         problems.append("--sweep and --variant need grinqh among --methods")
+    if not args.no_figure:
+        try:
+            figure.check(args.figure)
+        except UsageError as error:
+            problems.append(str(error))
     if problems:
         raise UsageError("; ".join(problems))
     for options in (args.convert, *(options for _, options in variants(args))):
         converter_flags(options)
-    if not args.no_figure:
-        try:
-            figure.check_available()
-        except UsageError as error:  # the measurements are worth more than the figure
-            print(f"note: {error}; the results will be written all the same", file=sys.stderr)
 
 
 def variants(args: argparse.Namespace) -> list[tuple[str, list[str]]]:

@@ -187,20 +187,22 @@ def test_figures_are_drawn_from_results(swept, files, tmp_path, capsys):
     drawn = (tmp_path / "figure.svg").read_text()
     for label in ("GRINQH", "skip and int4 (TEAL)", "kernel time", "sums.jsonl", "KL divergence"):
         assert f"<!-- {label}" in drawn, label
-    assert pareto.main(["--draw", str(results), "--figure", str(tmp_path / "figure.xyz")]) == 2
-    assert "figure.xyz" in capsys.readouterr().err
+    for refused in (["--draw", str(results)], arguments(files, "--work", str(tmp_path / "none"))):
+        assert pareto.main([*refused, "--figure", str(tmp_path / "figure.xyz")]) == 2
+        assert "figure.xyz: expected a suffix of" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
     (tmp_path / "bad.json").write_text("{}")
     assert pareto.main(["--draw", str(tmp_path / "bad.json")]) == 2
 
 
-def test_without_matplotlib_the_results_are_there_all_the_same(swept, files, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    results = files / "without.json"
-    assert pareto.main(arguments(files, "--quantizer", "rtn", "--json", str(results))) == 2
-    captured = capsys.readouterr()
-    assert json.loads(results.read_text())["rows"]
-    assert captured.err.startswith("note: a figure needs matplotlib")
-    assert "pip install 'grinqh-jax[eval]'" in captured.err.splitlines()[-1]
+def test_without_matplotlib_it_says_so_before_anything_is_done(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if it were not installed
+    assert pareto.main(arguments(files, "--bits", "2,full", "--work", str(tmp_path / "none"))) == 2
+    assert not (tmp_path / "none").exists()
+    error = capsys.readouterr().err
+    assert "--bits full" in error
+    assert "a figure needs matplotlib, which is not installed: pip install 'grinqh-jax[eval]'" in error
+    assert "--no-figure" in error
 
 
 def row(bits, losses, tokens):
@@ -244,6 +246,7 @@ def test_what_is_wrong_is_said_before_anything_is_done(files, capsys):
         (["--methods", "rtn", "--sweep", "2:4:1"], "need grinqh among --methods"),
         (["--variant", "no colon"], "expected 'LABEL: FLAGS'"),
         (["--data", str(files / "none.txt")], "none.txt: no such file"),
+        (["--json", str(files / "none" / "results.json")], "results.json: no such directory"),
     ):
         assert pareto.main(arguments(files, *more)) == 2, more
         assert message in capsys.readouterr().err
@@ -272,12 +275,14 @@ def test_fixed_precision_is_made_by_the_baselines_command():
 
 def test_half_the_planes_give_half_the_settings(files, capsys):
     plain = ["--max-bits", "4", "--basis", "original", "--split", "uniform"]
+    results = files / "half.json"
     more = ["--no-figure", "--methods", "truncation,grinqh", "--work", str(files / "half"), *plain]
+    more += ["--json", str(results)]
     short = [part for part in arguments(files, *more, "--tokens", "130") if "sums" not in part]
     short.remove("--tasks")
     assert pareto.main(short) == 0
-    results = json.loads((files / "half" / "tiny" / "pareto.json").read_text())
-    assert [row["bits"] for row in rows_of(results, method="truncation", measure="perplexity")] == [2, 4]
+    truncated = rows_of(json.loads(results.read_text()), method="truncation", measure="perplexity")
+    assert [row["bits"] for row in truncated] == [2, 4]
     assert pareto.main([*short, "--sweep", "2:6:2"]) == 2
     assert "bits 6: this checkpoint's dial goes from 1 to 4" in capsys.readouterr().err
 
