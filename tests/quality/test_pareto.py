@@ -248,7 +248,7 @@ def test_what_is_wrong_is_said_before_anything_is_done(files, capsys):
         (["--data", str(files / "none.txt")], "none.txt: no such file"),
         (["--json", str(files / "none" / "results.json")], "results.json: no such directory"),
     ):
-        assert pareto.main(arguments(files, *more)) == 2, more
+        assert pareto.main(arguments(files, "--no-figure", *more)) == 2, more
         assert message in capsys.readouterr().err
     for more, message in (
         (["--quantizer", "none"], "invalid choice: 'none'"),
@@ -259,7 +259,7 @@ def test_what_is_wrong_is_said_before_anything_is_done(files, capsys):
         (["--w-bits", "5"], "expected some of 2,3,4,8"),
     ):
         with pytest.raises(SystemExit) as caught:
-            pareto.main(arguments(files, *more))
+            pareto.main(arguments(files, "--no-figure", *more))
         assert caught.value.code == 2
         assert message in capsys.readouterr().err
     assert pareto.main([]) == 2
