@@ -16,7 +16,7 @@ from grinqh_jax import apply
 from grinqh_jax.cache import KVCache
 from grinqh_jax.decoder import Decoder, linear_names
 from grinqh_jax.flat_model import FlatModel
-from grinqh_jax.sampling import Sampling, drawn, likeliest, sample
+from grinqh_jax.sampling import Sampling, drawn, likeliest
 from grinqh_jax.thresholds import StackedThresholds
 from pallas_kernels.lanes import device
 from pallas_kernels.layout import DIGIT_BITS
@@ -111,14 +111,20 @@ def decode_step(
     Returns:
       float32 logits of the next token, the cache, and grades ``[B, linears]`` (None if dense).
     """
+    outputs, cache, grades = _step(model, tokens, cache, thresholds, active)
+    return model.lm_head.in_order(outputs), cache, grades
+
+
+def _step(model, tokens, cache, thresholds, active):
+    """``decode_step`` with logits in the order of the output projection's outputs."""
     strategy = apply.Dense() if thresholds is None else apply.Graded(thresholds)
     x, layers = model.hidden(tokens[:, None], cache.lengths[:, None], strategy, cache.layers)
-    logits = model.logits(x, strategy)[:, 0]
+    outputs = model.lm_head.outputs(x, strategy)[:, 0]
     advance = jnp.ones_like(cache.lengths) if active is None else active.astype(jnp.int32)
     cache = cache.updated(layers, cache.lengths + advance)
     if thresholds is None:
-        return logits, cache, None
-    return logits, cache, Grades(_by_linear(model, strategy.bits), _by_linear(model, strategy.saturation))
+        return outputs, cache, None
+    return outputs, cache, Grades(_by_linear(model, strategy.bits), _by_linear(model, strategy.saturation))
 
 
 @jax.jit(static_argnames="steps", donate_argnames="cache")
@@ -165,8 +171,8 @@ def decode_chunk(
     def generate_one(state, choose):
         step, chunk, cache = state
         active = ~chunk.done & (step < steps)
-        logits, cache, grades = decode_step(model, chunk.last, cache, thresholds, active)
-        token = jnp.where(active, choose(logits, cache.lengths), chunk.last)
+        outputs, cache, grades = _step(model, chunk.last, cache, thresholds, active)
+        token = jnp.where(active, choose(outputs, cache.lengths), chunk.last)
         counts = chunk.counts + active
         stopped = jnp.any(token[:, None] == stop_tokens, axis=-1)
         done = chunk.done | stopped | (counts >= limits) | (cache.lengths >= cache.capacity)
@@ -185,17 +191,30 @@ def decode_chunk(
 
         return jax.lax.while_loop(lambda state: wanted & unfinished(state), some, state)
 
+    tokens_of_outputs = model.lm_head.tokens()  # made here, not in the loop
+
+    def draw(outputs, positions):
+        return drawn(model.lm_head.in_order(outputs), sampling, positions)
+
+    def take_likeliest(outputs, _):
+        return likeliest(outputs, tokens_of_outputs)
+
     state = 0, start, cache
+    draws = jnp.any(sampling.temperature > 0)
     if device.waits_for_host():
         # On a GPU each decision of the host, the loop's condition or a branch in it, is a wait for the device
         # and then, for the device, for the launch of a whole step: up to half a millisecond for a model of
         # 8B. So the condition is looked at now and then, and instead of a branch in the loop there are two
         # loops, one of which does nothing (a branch around them would copy the cache).
-        draws, steps_a_look = jnp.any(sampling.temperature > 0), min(steps, STEPS_A_LOOK)
-        state = generate(state, lambda logits, at: drawn(logits, sampling, at), draws, steps_a_look)
-        state = generate(state, lambda logits, _: likeliest(logits), ~draws, steps_a_look)
+        steps_a_look = min(steps, STEPS_A_LOOK)
+        state = generate(state, draw, draws, steps_a_look)
+        state = generate(state, take_likeliest, ~draws, steps_a_look)
     else:
-        state = generate(state, lambda logits, at: sample(logits, sampling, at), True, 1)
+
+        def choose(outputs, positions):
+            return jax.lax.cond(draws, draw, take_likeliest, outputs, positions)
+
+        state = generate(state, choose, True, 1)
     return state[1], state[2]
 
 

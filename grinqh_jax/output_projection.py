@@ -12,7 +12,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from grinqh_jax.apply import HEAD, Apply
 from grinqh_jax.linear import Linear, linear_of
@@ -46,7 +46,8 @@ class OutputProjection(nnx.Module):
     Attributes:
       blocks: linear layers. A dense model has one, with its tokens in order.
       columns: int32 ``[vocab]``: where the logit of each token is among the outputs of all blocks; None
-        where they are in order.
+        where they are in order. A gather of a whole vocabulary takes longer than the choice of a token, so
+        ``outputs`` and ``tokens`` are there for whoever does not mind the order.
     """
 
     def __init__(self, tree: Mapping[str, Any], shape: tuple[int, int], compute_dtype):
@@ -62,9 +63,23 @@ class OutputProjection(nnx.Module):
 
     def __call__(self, x: Float[Array, "*rows d"] | Activations, apply: Apply) -> Float[Array, "*rows v"]:
         """float32 logits; ``apply`` is called for each block."""
+        return self.in_order(self.outputs(x, apply))
+
+    def outputs(self, x: Float[Array, "*rows d"] | Activations, apply: Apply) -> Float[Array, "*rows v"]:
+        """The same logits, in the order of the blocks' outputs."""
         outputs = [apply(name, block, x) for name, block in zip(self.names, self.blocks, strict=True)]
-        logits = jnp.concatenate([output.astype(jnp.float32) for output in outputs], axis=-1)
-        return logits if self.columns is None else logits[..., self.columns[...]]
+        return jnp.concatenate([output.astype(jnp.float32) for output in outputs], axis=-1)
+
+    def in_order(self, outputs: Float[Array, "*rows v"]) -> Float[Array, "*rows v"]:
+        """``outputs`` in the order of the tokens."""
+        return outputs if self.columns is None else outputs[..., self.columns[...]]
+
+    def tokens(self) -> Int[Array, "v"]:
+        """int32, the token that each of the ``outputs`` is the logit of."""
+        in_order = jnp.arange(sum(block.out_features for block in self.blocks), dtype=jnp.int32)
+        if self.columns is None:
+            return in_order
+        return jnp.zeros_like(in_order).at[self.columns[...]].set(in_order, unique_indices=True)
 
     @property
     def names(self) -> list[str]:

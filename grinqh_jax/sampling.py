@@ -77,9 +77,25 @@ def sample(logits: Float[Array, "b v"], sampling: Sampling, positions: Int[Array
 
 
 @jax.named_scope("sampling")
-def likeliest(logits: Float[Array, "b v"]) -> Int[Array, "b"]:
-    """``sample`` where every temperature is 0."""
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+def likeliest(logits: Float[Array, "b v"], tokens: Int[Array, "v"] | None = None) -> Int[Array, "b"]:
+    """``sample`` where every temperature is 0: the largest logit, of equal ones that of the lowest token.
+
+    Args:
+      logits: float32, in any order.
+      tokens: int32, what each logit is of; None where they are in the order of the tokens.
+    """
+    if tokens is None:
+        tokens = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    logits = jnp.where(jnp.isnan(logits), jnp.inf, logits)  # shown, not passed over
+
+    def better(one, other):
+        (logit, token), (rival, rival_token) = one, other
+        wins = (logit > rival) | ((logit == rival) & (token < rival_token))
+        return jnp.where(wins, logit, rival), jnp.where(wins, token, rival_token)
+
+    least = jnp.float32(-jnp.inf), jnp.iinfo(jnp.int32).max
+    pairs = logits, jnp.broadcast_to(tokens, logits.shape)
+    return jax.lax.reduce(pairs, least, better, dimensions=[1])[1]
 
 
 @jax.named_scope("sampling")

@@ -1,4 +1,4 @@
-"""A decode step compiled for GPUs that are not here: which kernels it is made of."""
+"""Decode steps compiled for GPUs that are not here: which kernels they are made of."""
 
 import collections
 import dataclasses
@@ -13,6 +13,7 @@ from grinqh_jax import decoder, engine, random_model
 from grinqh_jax.cache import KVCache
 from grinqh_jax.decoder import Decoder
 from grinqh_jax.output_projection import block_sizes
+from grinqh_jax.sampling import Sampling
 from pallas_kernels.lanes import device
 
 pytestmark = pytest.mark.skipif(
@@ -20,28 +21,28 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def lowered_step(name: str, batch: int) -> str:
-    """The StableHLO of one decode step of a model with two layers."""
+def lowered(function, name: str, batch: int) -> str:
+    """The StableHLO of ``function(model, tokens, cache, thresholds)`` for a model with two layers."""
     config = dataclasses.replace(random_model.shape(name), num_layers=2)
     tree = decoder.abstract_tree(config, 8, 3)
     thresholds = {n: jax.ShapeDtypeStruct((batch, 4), jnp.float32) for n in decoder.linear_names(config)}
 
-    def step(tree, tokens, cache, thresholds):
-        return engine.decode_step(Decoder.from_tree(config, tree, jnp.bfloat16), tokens, cache, thresholds)
+    def of_tree(tree, *arguments):
+        return function(Decoder.from_tree(config, tree, jnp.bfloat16), *arguments)
 
     cache = jax.eval_shape(lambda: KVCache.create(config, batch, 256, jnp.bfloat16))
     tokens = jax.ShapeDtypeStruct((batch,), jnp.int32)
     h200 = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
     mesh = jax.sharding.AbstractMesh((1,), ("x",), (AxisType.Explicit,), abstract_device=h200)
     with jax.sharding.use_abstract_mesh(mesh):
-        traced = jax.jit(step, donate_argnums=2).trace(tree, tokens, cache, thresholds)
+        traced = jax.jit(of_tree, donate_argnums=2).trace(tree, tokens, cache, thresholds)
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize("name", ["Qwen3-8B", "Llama-3.1-8B", "Qwen3-14B"])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_kernels_of_a_step(name, batch):
-    text = lowered_step(name, batch)
+    text = lowered(engine.decode_step, name, batch)
     calls = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
     kernels = collections.Counter(re.search(r"00(\w+)_kernel_mosaic_gpu", call).group(1) for call in calls)
     layers = 2
@@ -52,3 +53,16 @@ def test_kernels_of_a_step(name, batch):
         "add_norm": 2 * layers,
         "swiglu": layers,
     }
+
+
+def test_only_sampling_gathers_logits_in_the_order_of_the_tokens():
+    """Of the two loops of a chunk, the greedy one takes the logits as the output projection has them."""
+
+    def chunk(model, tokens, cache, thresholds):
+        done, stop, limits = jnp.zeros(1, bool), jnp.full(1, -1), jnp.full(1, 8)
+        sampling = Sampling.create(1)
+        return engine.decode_chunk(model, tokens, done, cache, thresholds, sampling, stop, limits, steps=8)
+
+    vocabulary = random_model.shape("Qwen3-8B").vocab_size
+    gathers = re.findall(rf"stablehlo\.gather.*-> tensor<1x{vocabulary}xf32>", lowered(chunk, "Qwen3-8B", 1))
+    assert len(gathers) == 1

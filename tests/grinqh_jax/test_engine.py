@@ -107,6 +107,19 @@ def test_greedy_chunks_equal_greedy_forward_passes(dense):
     assert np.concatenate(generated, 1).tolist() == expected[:, 10:19].tolist()
 
 
+def test_a_graded_chunk_takes_the_token_of_the_largest_logit(graded):
+    """It chooses among the outputs of the blocks; the logits of a step are in the order of the tokens."""
+    thresholds = at(graded, [3.0, 6.0])
+    _, cache = engine.prefill(graded, TOKENS[:, :9], jnp.array([9, 4]), empty_cache(graded))
+    last, expected, stepped = jnp.array([1, 2]), [], jax.tree.map(jnp.copy, cache)
+    for _ in range(6):
+        logits, stepped, _ = step(graded, last, stepped, thresholds)
+        last = jnp.asarray(np.argmax(logits, -1))
+        expected.append(last.tolist())
+    chunk, _ = decode(graded, cache, [1, 2], thresholds, steps=6)
+    assert chunk.tokens.T.tolist() == expected
+
+
 def test_rows_stop_at_stop_tokens_limits_and_the_end_of_the_cache(dense):
     prompt = TOKENS[:1, :6].repeat(4, 0)
     logits, cache = engine.prefill(dense, prompt, jnp.full(4, 6), empty_cache(dense, 4, 13))

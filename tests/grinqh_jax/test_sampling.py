@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from grinqh_jax import sampling as library
-from grinqh_jax.sampling import Sampling, filtered
+from grinqh_jax.sampling import Sampling, filtered, likeliest
 
 sample = jax.jit(library.sample)
 jit_filtered = jax.jit(filtered)
@@ -78,6 +78,21 @@ def test_temperature_zero_is_greedy_beside_rows_that_sample():
     draws = np.array([sample(logits, sampling, np.array([p, p])) for p in range(30)])
     assert set(draws[:, 0]) == {int(jnp.argmax(logits[0]))}
     assert len(set(draws[:, 1])) > 5
+
+
+def test_the_likeliest_is_the_lowest_of_equal_tokens_in_any_order():
+    rng = np.random.default_rng(0)
+    logits = rng.integers(0, 4, (6, 1000)).astype(np.float32)
+    logits[1] = -np.inf
+    logits[2, [700, 30, 999]] = np.inf
+    logits[3, [800, 400]] = np.nan
+    order = rng.permutation(1000).astype(np.int32)
+    expected = [np.flatnonzero(row == np.max(row, initial=-np.inf))[:1] for row in logits]
+    expected[3] = [400]
+    choose = jax.jit(likeliest)
+    assert (
+        choose(logits).tolist() == choose(logits[:, order], order).tolist() == [int(e[0]) for e in expected]
+    )
 
 
 def test_frequencies_are_the_filtered_probabilities():
