@@ -25,13 +25,17 @@ SETTLING_RUNS = 8
 SETTLED_BITS = 0.01
 """Distance from the wanted mean that needs no further run."""
 
+WARM_UP_RUNS = 3
+"""Runs before the clock. The first compiles; on a GPU the two after it still take up to half as long again as
+later ones (``benchmarks/NOTES.md``, whole-model decoding, entry 13)."""
+
 CAPACITY_STEP = 128
 """Cache capacities are rounded up to a multiple of this."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Tokens per second over several runs, the first one (compilation, clocks) not counted."""
+    """Tokens per second over several runs, none of them a program's first."""
 
     tokens: int
     seconds: tuple[float, ...]
@@ -52,8 +56,9 @@ class Timing:
 
 
 def timed(function: Callable[[], object], tokens: int, repeats: int) -> Timing:
-    """Times ``repeats`` calls after one that is not counted; each is waited for."""
-    jax.block_until_ready(function())
+    """Times ``repeats`` calls after ``WARM_UP_RUNS`` that are not counted; each is waited for."""
+    for _ in range(WARM_UP_RUNS):
+        jax.block_until_ready(function())
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
