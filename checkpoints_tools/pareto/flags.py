@@ -3,16 +3,21 @@
 import argparse
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from checkpoints_tools import convert
+from checkpoints_tools.calibration.allocation import target_grid
 from checkpoints_tools.pareto import figure
 from checkpoints_tools.pareto.series import GRINQH, METHODS, converter_flags
 from grinqh_jax import cli
+from grinqh_jax.documents import read_documents
 from grinqh_jax.errors import UsageError
 from grinqh_jax.evaluation import flags
+from grinqh_jax.evaluation.tasks import read_problems
 
 W_BITS = (2, 3, 4)
 BITS = (1.5, 2.0, 2.5, 3.0, 4.0)
@@ -117,22 +122,42 @@ def check(args: argparse.Namespace) -> None:
     problems = [f"--{name} is required" for name in missing]
     if not args.data and not args.tasks:
         problems.append("give a text (--data) or word problems (--tasks)")
-    problems += [f"{path}: no such file" for path in (*args.data, *args.tasks) if not path.is_file()]
+    for read, paths in ((read_documents, args.data), (read_problems, args.tasks)):
+        problems += [problem for path in paths if (problem := _problem(read, path))]
     outputs = [path for path in (args.json, args.figure) if path is not None]
     problems += [f"{path}: no such directory" for path in outputs if not path.parent.is_dir()]
     if "full" in args.bits:
         problems.append("--bits full: full precision is measured anyway")
     if (args.sweep or args.variant) and GRINQH not in args.methods:
         problems.append("--sweep and --variant need grinqh among --methods")
-    if not args.no_figure:
-        try:
-            figure.check(args.figure)
-        except UsageError as error:
-            problems.append(str(error))
+    if not args.no_figure and (problem := _problem(figure.check, args.figure)):
+        problems.append(problem)
+    problems += _beyond_the_dial(args)
     if problems:
         raise UsageError("; ".join(problems))
-    for options in (args.convert, *(options for _, options in variants(args))):
-        converter_flags(options)
+
+
+def _problem(check: Callable[[Any], Any], value: Any) -> str | None:
+    """What ``check(value)`` has against the value."""
+    try:
+        check(value)
+    except UsageError as error:
+        return str(error)
+    return None
+
+
+def _beyond_the_dial(args: argparse.Namespace) -> list[str]:
+    """Settings that the dial of a curve will not have. Bad flags of convert end with its message."""
+    problems = []
+    curves = [(args.convert, [*args.bits, *args.sweep])]
+    for options, settings in curves + [(options, args.bits) for _, options in variants(args)]:
+        least, *_, most = target_grid(converter_flags(options).max_bits)
+        numbers = [bits for bits in settings if bits != "full"]
+        beyond = [f"{bits:g}" for bits in numbers if not least <= bits <= most]
+        if beyond and GRINQH in args.methods:
+            converted = f" with {shlex.join(options)}" if options else ""
+            problems.append(f"bits {', '.join(beyond)}: the dial goes from {least:g} to {most:g}{converted}")
+    return problems
 
 
 def variants(args: argparse.Namespace) -> list[tuple[str, list[str]]]:

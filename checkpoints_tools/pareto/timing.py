@@ -20,8 +20,9 @@ _INT4_BITS = 4
 class Timing:
     """Times of matvecs by shape: graded at some bits, bf16, and int4 where the file has it.
 
-    A token's time is that of all linear layers of the model, if the file has their shapes; else that of one
-    layer of the shapes that it has, read at the same bits. ``what`` says which, and on what device.
+    A token's time is that of all linear layers of the model, if the file has their shapes; else that of the
+    layers without the output projection; else that of one layer of the shapes that it has. Layers are taken
+    to read their mean. ``what`` says which, and on what device.
 
     Args:
       path: of the file.
@@ -46,9 +47,10 @@ class Timing:
                 f"{path} is no file of kernel times ({type(error).__name__}: {error}); make one with "
                 "benchmarks/matvec.py --output"
             ) from None
+        self._bits = "realised_bits_without_head"
         own = {name: f"{k}x{n}" for name, (k, n) in linear_shapes(config).items()}
         if set(own.values()) <= set(self._kernel):
-            self._shapes = list(own.values())
+            self._shapes, self._bits = list(own.values()), "realised_bits"
             self.what = f"kernel time of a token's matvecs, {device}"
         elif {shape for name, shape in own.items() if not of_head(name)} <= set(self._kernel):
             self._shapes = [shape for name, shape in own.items() if not of_head(name)]
@@ -66,7 +68,7 @@ class Timing:
             return self._total(self._bf16)
         if row["method"] in FIXED:
             return self._total(self._int4) if row["bits"] == _INT4_BITS else None
-        bits = row["realised_bits"]  # with the head, which may read more than the layers timed
+        bits = row[self._bits]
         times = {shape: self._interpolated(shape, bits) for shape in set(self._shapes)}
         return self._total({shape: time for shape, time in times.items() if time is not None})
 

@@ -140,7 +140,7 @@ def test_kernel_times_are_those_of_the_shapes(swept, files):
         results["timing"]["what"] == "kernel time of a token's matvecs without the output projection, a GPU"
     )
     for row in results["rows"]:
-        bits = row["realised_bits"]
+        bits = row["realised_bits_without_head"]
         expected = {"full": 80, "rtn": 20}.get(row["method"])
         if expected is None and bits > 1.95:
             expected = pytest.approx(4 * max(bits, 2))
@@ -148,9 +148,9 @@ def test_kernel_times_are_those_of_the_shapes(swept, files):
     config = ModelConfig.from_hf(CONFIG)
     other = Timing(timing_file(files / "other.json", ["64x64", "64x32"]), config)
     assert other.what == "kernel time of one layer of 64x64, 64x32, a GPU"
-    graded = {"method": "grinqh", "bits": 2.5, "realised_bits": 2.5}
+    graded = {"method": "grinqh", "bits": 2.5, "realised_bits_without_head": 2.5}
     assert other.us(graded) == pytest.approx(5)
-    assert other.us(graded | {"realised_bits": 1.5}) is None  # was not measured
+    assert other.us(graded | {"realised_bits_without_head": 1.5}) is None  # was not measured
     assert other.us({"method": "gptq", "bits": 3}) is None
     (files / "broken.json").write_text('{"kernel": []}')
     with pytest.raises(UsageError, match=r"broken.json is no file of kernel times"):
@@ -245,7 +245,10 @@ def test_what_is_wrong_is_said_before_anything_is_done(files, capsys):
         (["--bits", "2,full"], "--bits full"),
         (["--methods", "rtn", "--sweep", "2:4:1"], "need grinqh among --methods"),
         (["--variant", "no colon"], "expected 'LABEL: FLAGS'"),
-        (["--data", str(files / "none.txt")], "none.txt: no such file"),
+        (["--data", str(files / "none.txt")], "none.txt: No such file"),
+        (["--tasks", str(files / "text.txt")], "text.txt: line 1: expected a JSON object"),
+        (["--bits", "0.5,3"], "bits 0.5: the dial goes from 1 to 8"),
+        (["--variant", "half: --max-bits 2"], "bits 3: the dial goes from 1 to 2 with --max-bits 2"),
         (["--json", str(files / "none" / "results.json")], "results.json: no such directory"),
     ):
         assert pareto.main(arguments(files, "--no-figure", *more)) == 2, more
@@ -284,7 +287,8 @@ def test_half_the_planes_give_half_the_settings(files, capsys):
     truncated = rows_of(json.loads(results.read_text()), method="truncation", measure="perplexity")
     assert [row["bits"] for row in truncated] == [2, 4]
     assert pareto.main([*short, "--sweep", "2:6:2"]) == 2
-    assert "bits 6: this checkpoint's dial goes from 1 to 4" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "bits 6: the dial goes from 1 to 4 with --max-bits 4 --basis original --split uniform" in error
 
 
 def test_a_sweep_is_a_range():
