@@ -187,14 +187,16 @@ def _verdict(swept: Sequence[dict[str, Any]]) -> int:
 def _redraw(args: argparse.Namespace) -> int:
     try:
         results = json.loads(args.draw.read_text(encoding="utf-8"))
-        rows = results["rows"]
+        drawn = [(results["title"], row["data"]) for row in results["rows"] if row["shown"]]
+        if not drawn:
+            raise ValueError("no rows")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"--draw {args.draw}: no results of this command ({error})") from None
     if args.title:
         results["title"] = args.title
     picture = args.figure or args.draw.with_suffix(".png")
     figure.draw(results, picture)
-    print(f"figure of {len(rows)} rows: {picture}")
+    print(f"figure of {len(drawn)} rows: {picture}")
     return 0
 
 

@@ -191,8 +191,10 @@ def test_figures_are_drawn_from_results(swept, files, tmp_path, capsys):
         assert pareto.main([*refused, "--figure", str(tmp_path / "figure.xyz")]) == 2
         assert "figure.xyz: expected a suffix of" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
-    (tmp_path / "bad.json").write_text("{}")
-    assert pareto.main(["--draw", str(tmp_path / "bad.json")]) == 2
+    for bad in ("{}", '{"title": "none", "rows": []}', '{"title": "other", "rows": [{"bits": 3}]}'):
+        (tmp_path / "bad.json").write_text(bad)
+        assert pareto.main(["--draw", str(tmp_path / "bad.json")]) == 2
+        assert "bad.json: no results of this command" in capsys.readouterr().err
 
 
 def test_without_matplotlib_it_says_so_before_anything_is_done(files, tmp_path, monkeypatch, capsys):
