@@ -11,6 +11,9 @@ from pallas_kernels.matvec.mosaic_gpu import Config
 RELATIVE_ERROR = 1e-3
 """Bound of the design, for Gaussian and heavy-tailed activations."""
 
+UNIFORM_VARIANCE = 4 / 3
+"""Of codes that are uniform on (-2, 2)."""
+
 DEFAULT_CONFIG = Config(warpgroups=1, warps_per_slice=2, ring_slots=4)
 
 
@@ -79,7 +82,8 @@ class Exact:
     y: np.ndarray
     """[rows, out_features]"""
     spread: np.ndarray
-    """[rows, out_features]: root of the sum of the squared terms of y, what y would be without luck."""
+    """[rows, out_features]: root of the summed squares of x times a weight's typical size, what y would be
+    without luck: neither do its terms cancel, nor is a weight a thousandth of its scale."""
     bits: np.ndarray
     """[rows]"""
 
@@ -95,10 +99,10 @@ def oracle(x: np.ndarray, weight: NestedWeight, thresholds: np.ndarray) -> Exact
     read = np.zeros(digits.shape[1:])
     for planes_read in range(1, weight.num_planes + 1):
         read = read + digits[planes_read - 1] * 4.0 ** -(planes_read - 1)
-        w = scales * (read + 0.5 * 4.0 ** (1 - planes_read) - 2) * float(weight.gains[planes_read - 1])
+        gained = scales * float(weight.gains[planes_read - 1])
         chosen = np.where(level == planes_read, x, 0)
-        y += chosen @ w
-        squares += chosen**2 @ w**2
+        y += chosen @ (gained * (read + 0.5 * 4.0 ** (1 - planes_read) - 2))
+        squares += chosen**2 @ (gained**2 * UNIFORM_VARIANCE)
     return Exact(y, np.sqrt(squares), 2.0 * level.mean(1))
 
 
@@ -110,7 +114,7 @@ def unpacked(planes: np.ndarray) -> np.ndarray:
 
 
 def assert_close(exact: Exact, y: np.ndarray, bits: np.ndarray) -> None:
-    """Each row of y in norm (of y, or of its spread where the terms happen to cancel), bits exactly."""
+    """Each row of y in norm (of y, or of its spread where y happens to be small), bits exactly."""
     y = np.asarray(y, np.float64)
     assert y.shape == exact.y.shape
     scale = np.maximum(np.linalg.norm(exact.y, axis=1), np.linalg.norm(exact.spread, axis=1))
