@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer
 
-from grinqh_jax.apply import Graded
+from grinqh_jax.apply import Graded, of_head
 from grinqh_jax.decoder import Decoder, linear_names
 from grinqh_jax.dial import Dial, layer_shares
 from grinqh_jax.engine import Thresholds
@@ -65,7 +65,6 @@ def measure(
     dials = [
         None if setting == "full" else Dial(model, targets, np.array([setting], float)) for setting in bits
     ]
-    shares = layer_shares(model)
     found = [_Tokens() for _ in bits]
     for windows, lengths in _windows(tokens, sequence_length):
         full = _dense_logits(model, windows) if reference is None or "full" in bits else None
@@ -77,7 +76,7 @@ def measure(
             else:
                 logits, by_linear = _graded_logits(model, windows, dial.thresholds)
                 dial.observe(by_linear, lengths)
-                realised = _realised(by_linear, shares)
+                realised = _realised(model, by_linear)
             setting.add(_compare(logits, compared, windows), realised, predicted)
         progress(int(lengths.sum()))
     return [
@@ -158,9 +157,10 @@ def _graded_logits(model: Decoder, windows: Int[Array, "b t"], thresholds: Thres
     return logits, jnp.stack([graded.bits[name] for name in linear_names(model.config)], axis=-1)
 
 
-def _realised(bits: Float[Array, "b t linears"], shares: Float[np.ndarray, "linears"]) -> _Realised:
-    bits = np.asarray(bits)
-    return _Realised(bits @ shares, bits[..., :-1] @ (shares[:-1] / shares[:-1].sum()))
+def _realised(model: Decoder, bits: Float[Array, "b t linears"]) -> _Realised:
+    bits, shares = np.asarray(bits), layer_shares(model)
+    layers = np.where([of_head(name) for name in linear_names(model.config)], 0, shares)
+    return _Realised(bits @ shares, bits @ (layers / layers.sum()))
 
 
 @jax.jit

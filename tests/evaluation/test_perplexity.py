@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_checkpoint import HF_CONFIG, QUANTIZATION, random_tree
 
 from grinqh_jax import engine
 from grinqh_jax.apply import of_head
 from grinqh_jax.cache import KVCache
-from grinqh_jax.decoder import linear_names
+from grinqh_jax.config import ModelConfig
+from grinqh_jax.decoder import Decoder, linear_names
 from grinqh_jax.dial import Dial
 from grinqh_jax.errors import UsageError
 from grinqh_jax.evaluation import perplexity, perplexity_command
@@ -36,9 +38,9 @@ def windows() -> list[np.ndarray]:
     return [TOKENS[start : start + LENGTH] for start in range(0, len(TOKENS), LENGTH)]
 
 
-def decoded(generator, window: np.ndarray, dial: Dial) -> tuple[np.ndarray, np.ndarray]:
+def decoded(model: Decoder, window: np.ndarray, dial: Dial) -> tuple[np.ndarray, np.ndarray]:
     """Logits at every position, and bits by linear layer, of tokens that the engine decodes one by one."""
-    model, thresholds = generator.model, dial.thresholds
+    thresholds = dial.thresholds
     cache = KVCache.create(model.config, 1, LENGTH, model.compute_dtype)
     logits, grades = [], []
     for token in window:
@@ -54,7 +56,7 @@ def test_graded_tokens_are_read_as_in_decoding(tiny):
     losses, reference_losses, kl, same, bits = [], [], [], [], []
     dial = tiny.dial(2.0)
     for window in windows():
-        logits, grades = decoded(tiny, window, dial)
+        logits, grades = decoded(tiny.model, window, dial)
         log_p, reference = log_softmax(logits[:-1]), log_softmax(dense(tiny.model, window[None])[0, :-1])
         losses.append(-log_p[np.arange(len(window) - 1), window[1:]])
         reference_losses.append(-reference[np.arange(len(window) - 1), window[1:]])
@@ -86,6 +88,18 @@ def test_graded_tokens_are_read_as_in_decoding(tiny):
     assert abs(layers - per_token.mean()) > 1e-3
     assert full.token_bits is None
     assert (full.kl, full.same_top1, full.ratio, full.realised_bits) == (pytest.approx(0, abs=1e-6), 1, 1, 4)
+
+
+def test_bits_without_the_head_leave_out_every_block_of_it():
+    hf_config = HF_CONFIG | {"vocab_size": 1100}
+    model = Decoder.from_tree(ModelConfig.from_hf(hf_config), random_tree(hf_config), jnp.float32)
+    names, window = linear_names(model.config), TOKENS[:LENGTH]
+    assert sum(map(of_head, names)) == 2
+    (result,) = measure(model, QUANTIZATION.targets, window, [2.0], sequence_length=LENGTH)
+    _, bits = decoded(model, window, Dial(model, QUANTIZATION.targets, np.array([2.0])))
+    by_linear = dict(zip(names, bits[:-1].T, strict=True))
+    layers = weighted_mean(model, {name: read for name, read in by_linear.items() if not of_head(name)})
+    assert result.realised_bits_without_head == pytest.approx(layers.mean(), rel=1e-5)
 
 
 def test_settings_of_the_dial_share_one_program(tiny):
