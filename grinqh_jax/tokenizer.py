@@ -16,6 +16,9 @@ from tokenizers.decoders import DecodeStream
 from grinqh_jax.checkpoint.files import read_json
 from grinqh_jax.errors import CheckpointError, UsageError
 
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""Without one of these files transformers makes up an empty tokenizer."""
+
 Message = Mapping[str, str]
 """One turn of a conversation: ``{"role": "system" | "user" | "assistant", "content": text}``."""
 
@@ -36,6 +39,10 @@ class Tokenizer:
           CheckpointError: there is none, or it is damaged.
         """
         directory = Path(directory)
+        if not any((directory / name).is_file() for name in VOCABULARIES):
+            raise CheckpointError(
+                f"{directory}: there is no tokenizer ({', '.join(VOCABULARIES)}); copy the original model's"
+            )
         path = directory / "tokenizer.json"
         if not path.exists():
             return cls(_load_transformers(directory).backend_tokenizer, directory)
