@@ -7,41 +7,46 @@
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
 import grinqh_jax
-from grinqh_jax import hf
+from grinqh_jax import cli, hf
 from grinqh_jax.evaluation.perplexity import measure
 from grinqh_jax.evaluation.result import with_error
 
 COLUMNS = ("--bits", "bits read", "perplexity", "of full precision", "KL divergence (nats)", "same top token")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+def main() -> int:
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="text that the model was not calibrated on")
     parser.add_argument("--model", help="checkpoint directory (default: the bundled model)")
     parser.add_argument("--reference", type=Path, help="unquantized Hugging Face directory")
     parser.add_argument("--tokens", type=int, default=20_000)
-    parser.add_argument("--bits", nargs="+", default=["1.5", "2", "2.5", "3", "4", "full"])
-    args = parser.parse_args()
+    parser.add_argument("--bits", type=cli.bits, nargs="+", default=[1.5, 2.0, 2.5, 3.0, 4.0, "full"])
+    return cli.run(table, parser, None)
 
+
+def table(args: argparse.Namespace) -> int:
     generator = grinqh_jax.Generator.load(args.model or grinqh_jax.BUNDLED_MODEL)
     tokens = np.array(generator.tokenizer.encode(args.data.read_text(encoding="utf-8"))[: args.tokens])
     reference = None
     if args.reference:
         reference = hf.load_decoder(hf.open_checkpoint(args.reference), jnp.float32)
-    bits = [setting if setting == "full" else float(setting) for setting in args.bits]
+    rows = measure(generator.model, generator.targets, tokens, args.bits, reference=reference)
     print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
-    for row in measure(generator.model, generator.targets, tokens, bits, reference=reference):
+    for row in rows:
         print(
             f"| {row.bits} | {row.realised_bits:.2f} | {with_error(row.perplexity, row.stderr, '.2f')} "
             f"| {row.ratio:.3f} | {row.kl:.4f} | {row.same_top1:.1%} |"
         )
 
+    return 0
+
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Integer
 
 from grinqh_jax.decoder import Decoder, linear_names, linear_shapes
 from grinqh_jax.engine import Thresholds
+from grinqh_jax.errors import UsageError
 from grinqh_jax.thresholds import stacked_tables, thresholds_at
 
 PRIOR_TOKENS = 16
@@ -27,9 +28,14 @@ class Dial:
       model: graded.
       targets: of its threshold tables.
       bits: float ``[rows]``, the mean that each row is to read.
+
+    Raises:
+      UsageError: ``bits`` are out of the targets' range.
     """
 
     def __init__(self, model: Decoder, targets: Sequence[float], bits: Float[np.ndarray, "rows"]):
+        for setting in bits:
+            check_bits(setting, targets)
         self._names = linear_names(model.config)
         self._tables = stacked_tables(model)
         self._targets = jnp.asarray(targets, jnp.float32)
@@ -60,6 +66,14 @@ class Dial:
         read = np.sum(np.asarray(bits, np.float64) @ self._shares, axis=1, where=counted)
         self._excess = self._excess + read - counts * self.setting
         self._tokens = self._tokens + counts
+
+
+def check_bits(bits: float, targets: Sequence[float]) -> None:
+    """Raises UsageError where no dial of a model with these targets goes to ``bits``."""
+    if not targets[0] <= bits <= targets[-1]:
+        raise UsageError(
+            f"bits {bits:g}: this checkpoint's dial goes from {targets[0]:g} to {targets[-1]:g}, or full"
+        )
 
 
 def layer_shares(model: Decoder) -> Float[np.ndarray, "linears"]:

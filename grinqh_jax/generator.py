@@ -22,7 +22,7 @@ from grinqh_jax import checkpoint, hf
 from grinqh_jax.checkpoint.files import read_json
 from grinqh_jax.decoder import Decoder
 from grinqh_jax.decoding import Decoding
-from grinqh_jax.dial import Dial
+from grinqh_jax.dial import Dial, check_bits
 from grinqh_jax.engine import Grades
 from grinqh_jax.errors import UsageError
 from grinqh_jax.generation_config import GenerationConfig
@@ -178,12 +178,9 @@ class Generator:
                     "full, or convert it first (python -m checkpoints_tools.convert)"
                 )
             return None
-        least, most = self.targets[0], self.targets[-1]
+        most = self.targets[-1]
         bits = min(DEFAULT_BITS, most) if wanted is None else most if wanted == FULL else wanted
-        if not least <= bits <= most:
-            raise UsageError(
-                f"bits {bits:g}: this checkpoint's dial goes from {least:g} to {most:g}, or full"
-            )
+        check_bits(bits, self.targets)
         return float(bits)
 
     def dial(self, bits: Bits | None, batch: int = 1) -> Dial | None:

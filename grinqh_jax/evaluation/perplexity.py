@@ -58,10 +58,13 @@ def measure(
       progress: called with the number of tokens that all settings are done with, batch by batch.
 
     Raises:
-      UsageError: fewer than two tokens, a token outside the vocabulary, windows shorter than two tokens, or
-        a reference with another vocabulary.
+      UsageError: fewer than two tokens, a token outside the vocabulary, windows shorter than two tokens or
+        longer than a model has positions for, a reference with another vocabulary, or bits out of the
+        dial's range.
     """
     _check(model, tokens, sequence_length, reference)
+    if targets is None and (graded := [setting for setting in bits if setting != "full"]):
+        raise UsageError(f"bits {graded[0]:g}: the model is not quantized and runs at full precision only")
     dials = [
         None if setting == "full" else Dial(model, targets, np.array([setting], float)) for setting in bits
     ]
@@ -127,6 +130,12 @@ def _check(model: Decoder, tokens: np.ndarray, sequence_length: int, reference: 
         )
     if sequence_length < 2:
         raise UsageError(f"sequence length {sequence_length}: a window needs two tokens or more")
+    positions = min(one.config.max_position_embeddings for one in (model, reference or model))
+    if sequence_length > positions:
+        raise UsageError(
+            f"sequence length {sequence_length}: the model has positions for {positions} tokens; "
+            f"name {positions} or less"
+        )
     if reference is not None and reference.config.vocab_size != vocabulary:
         raise UsageError(
             f"the reference has a vocabulary of {reference.config.vocab_size}, the model one of "

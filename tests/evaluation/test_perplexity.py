@@ -173,14 +173,19 @@ def test_reference_is_what_is_compared_with(tiny):
     assert own.stderr is None  # a single window
 
 
-def test_texts_that_cannot_be_measured(tiny):
-    for tokens, length, message in (
-        (TOKENS[:1], 8, "1 tokens"),
-        (TOKENS, 1, "sequence length 1"),
-        (TOKENS + 40, 8, "a vocabulary of 48"),
+def test_what_cannot_be_measured(tiny):
+    for tokens, length, bits, message in (
+        (TOKENS[:1], 8, "full", "1 tokens"),
+        (TOKENS, 1, "full", "sequence length 1"),
+        (TOKENS, 65, "full", "sequence length 65: the model has positions for 64"),
+        (TOKENS + 40, 8, "full", "a vocabulary of 48"),
+        (TOKENS, 8, 9.0, "bits 9: this checkpoint's dial goes from 1 to 4"),
+        (TOKENS, 8, float("nan"), "bits nan"),
     ):
         with pytest.raises(UsageError, match=message):
-            measure(tiny.model, tiny.targets, tokens, ["full"], sequence_length=length)
+            measure(tiny.model, tiny.targets, tokens, [bits], sequence_length=length)
+    with pytest.raises(UsageError, match="bits 3: the model is not quantized"):
+        measure(tiny.model, None, TOKENS, ["full", 3.0], sequence_length=8)
 
 
 def test_command_prints_one_object_a_setting(tiny_directory, tmp_path, capsys):
