@@ -1,10 +1,10 @@
 """The model configuration: what a Hugging Face ``config.json`` says, checked and in one spelling."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from grinqh_jax.errors import UnsupportedModelError
+from grinqh_jax.errors import UnsupportedModelError, UsageError
 
 ARCHITECTURES: dict[str, Literal["llama", "qwen3"]] = {
     "LlamaForCausalLM": "llama",
@@ -100,6 +100,15 @@ class ModelConfig:
             raise UnsupportedModelError("unsupported model configuration: " + "; ".join(reader.problems))
         return config
 
+    def check_tokens(self, tokens: Iterable[int]) -> None:
+        """Raises UsageError where one is outside the vocabulary: JAX would read another one's embedding."""
+        outside = next((token for token in tokens if not 0 <= token < self.vocab_size), None)
+        if outside is not None:
+            raise UsageError(
+                f"token {outside} is outside the model's vocabulary of {self.vocab_size}: "
+                "the tokenizer belongs to another model"
+            )
+
 
 class _Reader:
     """Reads values of a parsed JSON object and collects everything that is wrong with them."""
@@ -132,6 +141,16 @@ class _Reader:
             return default
         return float(value)
 
+    def names(self, key: str) -> list[str]:
+        """A list of strings, empty if absent or null."""
+        value = self.values.get(key)
+        if value is None:
+            return []
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            self.problem(f"{key} is {value!r}, expected a list of names")
+            return []
+        return value
+
     def section(self, key: str) -> "_Reader":
         """A nested object, empty if absent; its problems are this reader's problems."""
         value = self.values.get(key)
@@ -144,14 +163,14 @@ class _Reader:
 
 
 def _architecture(reader: _Reader) -> Literal["llama", "qwen3"]:
-    names = reader.values.get("architectures") or []
+    names = reader.names("architectures")
     model_type = reader.values.get("model_type")
     for name in names:
         if name in ARCHITECTURES:
             return ARCHITECTURES[name]
     if not names and model_type in ARCHITECTURES.values():
         return model_type
-    found = f"architecture {', '.join(map(str, names))}" if names else f"model_type {model_type!r}"
+    found = f"architecture {', '.join(names)}" if names else f"model_type {model_type!r}"
     reader.problem(f"{found} (supported: {', '.join(ARCHITECTURES)})")
     return "llama"
 
@@ -199,7 +218,7 @@ def _refuse_options(reader: _Reader) -> None:
     activation = hf.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         reader.problem(f"hidden_act {activation!r} (supported: silu)")
-    other_layers = sorted({str(t) for t in hf.get("layer_types") or []} - {"full_attention"})
+    other_layers = sorted(set(reader.names("layer_types")) - {"full_attention"})
     if other_layers:
         reader.problem(f"layer_types {', '.join(other_layers)} (supported: full_attention)")
     # Qwen3 states a window that it does not use; where no switch exists, a stated window is in use.

@@ -49,7 +49,7 @@ class Request:
       bits: mean bits to read per weight, or ``"full"``, the only one for an unquantized model.
       max_tokens: most tokens to generate; the context may end the text earlier.
       temperature, top_k, top_p, min_p, seed: see ``sampling.Sampling``.
-      stop: texts that end the generation and are not part of it.
+      stop: texts that end the generation and are not part of it; a string is one of them.
     """
 
     bits: Bits | None = None
@@ -59,9 +59,11 @@ class Request:
     top_p: float | None = None
     min_p: float | None = None
     seed: int = 0
-    stop: Sequence[str] = ()
+    stop: str | Sequence[str] = ()
 
     def __post_init__(self):
+        if isinstance(self.stop, str):  # each of its characters would be taken for one
+            object.__setattr__(self, "stop", (self.stop,))
         ranges = {
             "max_tokens": (1, 2**31 - 1),
             "temperature": (0, 1e6),
@@ -121,8 +123,8 @@ class Generator:
         """
         directory = hf.resolve(model)
         config = read_json(directory / "config.json") if (directory / "config.json").exists() else {}
-        unquantized = list(directory.glob("*.safetensors")) and "quantization_config" not in config
-        if unquantized:
+        quantized = isinstance(config, dict) and config.get("quantization_config") is not None
+        if not quantized and list(directory.glob("*.safetensors")):
             if compute_dtype is None:
                 compute_dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
             decoder, targets = hf.load_decoder(hf.open_checkpoint(directory), compute_dtype), None
@@ -146,16 +148,19 @@ class Generator:
 
         Raises:
           UsageError: bits out of the dial's range, a prompt too long for the context, an empty prompt
-            for a model without BOS and EOS tokens, a context larger than the model's.
+            for a model without BOS and EOS tokens, a token outside the vocabulary, a context larger than
+            the model's.
         """
         request = request or Request()
         tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        tokens = tokens or [self._first_token()]
+        self.model.config.check_tokens(tokens)
         defaults = self.defaults
         sampling = {name: getattr(request, name) for name in ("temperature", "top_k", "top_p", "min_p")}
         sampling = {k: getattr(defaults, k) if v is None else v for k, v in sampling.items()}
         decoding = Decoding(
             self.model,
-            [tokens or [self._first_token()]],
+            [tokens],
             max_tokens=request.max_tokens,
             max_context=self._context(max_context),
             dial=self.dial(request.bits),
@@ -163,7 +168,7 @@ class Generator:
             stop_tokens=defaults.eos_tokens,
             compiled=self._compiled,
         )
-        return Generation(self, decoding, request, prompt_tokens=len(tokens) or 1)
+        return Generation(self, decoding, request, prompt_tokens=len(tokens))
 
     def bits(self, wanted: Bits | None) -> float | None:
         """What the dial stands at for a request's bits; None for an unquantized model.
@@ -208,7 +213,7 @@ class Generator:
 
 
 class Generation:
-    """One text in the making: iterate over its pieces, then read its figures.
+    """One text in the making: iterate over its pieces, once, then read its figures.
 
     Attributes:
       text: generated so far.
@@ -227,6 +232,7 @@ class Generation:
         self._decoding = decoding
         self._stream = generator.tokenizer.stream()
         self._stop = StopStrings(request.stop)
+        self._begun = False
         self._grades: list[Grades] = []
         self._prompt_tokens = prompt_tokens
         self._compile_seconds = self._prompt_seconds = self._generation_seconds = 0.0
@@ -236,7 +242,17 @@ class Generation:
         self._compile(self._decoding.compile_prefill)
 
     def __iter__(self) -> Iterator[str]:
-        """Yields the text piece by piece, as whole characters, as soon as they are certain."""
+        """Yields the text piece by piece, as whole characters, as soon as they are certain.
+
+        Raises:
+          UsageError: it is not the first time. The cache holds the text already.
+        """
+        if self._begun:
+            raise UsageError(
+                "a generation is iterated over once: read its text, keep its iterator to go on later, "
+                "or call generate again"
+            )
+        self._begun = True
         for piece in self._pieces():
             self.text += piece
             yield piece

@@ -74,8 +74,11 @@ def complete(
       progress: called with the number of prompts done, batch by batch.
 
     Raises:
-      UsageError: ``bits`` are out of the checkpoint's range, or a prompt is empty or longer than its context.
+      UsageError: ``bits`` are out of the checkpoint's range, a prompt is empty or longer than its context,
+        or has a token outside the vocabulary.
     """
+    for prompt in prompts:
+        generator.model.config.check_tokens(prompt)
     batches = -(-len(prompts) // batch)
     batch = -(-len(prompts) // batches)
     # Longest first: rows of a batch have prompts, and mostly completions, of similar lengths.

@@ -123,11 +123,7 @@ def _check(model: Decoder, tokens: np.ndarray, sequence_length: int, reference: 
     vocabulary = model.config.vocab_size
     if len(tokens) < 2:
         raise UsageError(f"the text has {len(tokens)} tokens; perplexity needs two or more")
-    if tokens.min() < 0 or tokens.max() >= vocabulary:
-        raise UsageError(
-            f"the text has token {tokens.max()}, the model a vocabulary of {vocabulary}: "
-            "the tokenizer belongs to another model"
-        )
+    model.config.check_tokens(tokens.tolist())
     if sequence_length < 2:
         raise UsageError(f"sequence length {sequence_length}: a window needs two tokens or more")
     positions = min(one.config.max_position_embeddings for one in (model, reference or model))

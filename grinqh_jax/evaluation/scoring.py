@@ -65,7 +65,8 @@ def score(
       progress: called with the number of pairs done, batch by batch.
 
     Raises:
-      UsageError: ``bits`` are out of the dial's range, a context is empty, or a continuation is too long.
+      UsageError: ``bits`` are out of the dial's range, a context is empty, a continuation is too long, or a
+        token is outside the vocabulary.
     """
     dial, thresholds = generator.dial(bits), None
     if dial is not None and bits != "full":
@@ -73,6 +74,7 @@ def score(
     # The last token of a row is predicted, not read.
     rows = [[*context, *continuation][-max_length - 1 :] for context, continuation in pairs]
     for row, (context, continuation) in zip(rows, pairs, strict=True):
+        generator.model.config.check_tokens(row)
         if not context or len(row) <= len(continuation):
             raise UsageError(
                 f"a continuation of {len(continuation)} tokens after {len(context)}: it needs a context, "

@@ -178,7 +178,7 @@ def test_what_cannot_be_measured(tiny):
         (TOKENS[:1], 8, "full", "1 tokens"),
         (TOKENS, 1, "full", "sequence length 1"),
         (TOKENS, 65, "full", "sequence length 65: the model has positions for 64"),
-        (TOKENS + 40, 8, "full", "a vocabulary of 48"),
+        (TOKENS + 40, 8, "full", "is outside the model's vocabulary of 48"),
         (TOKENS, 8, 9.0, "bits 9: this checkpoint's dial goes from 1 to 4"),
         (TOKENS, 8, float("nan"), "bits nan"),
     ):

@@ -88,6 +88,15 @@ def test_all_unsupported_options_are_named_at_once():
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("key", ["architectures", "layer_types"])
+@pytest.mark.parametrize("value", [5, "Qwen3ForCausalLM", [["Qwen3ForCausalLM"]]])
+def test_what_should_be_a_list_of_names(key, value):
+    with pytest.raises(UnsupportedModelError) as caught:
+        ModelConfig.from_hf(QWEN3 | {key: value})
+    expected = f"unsupported model configuration: {key} is {value!r}, expected a list of names"
+    assert str(caught.value) == expected
+
+
 def test_llama3_rope_without_its_factors():
     scaling = {"rope_type": "llama3", "factor": 8.0}
     with pytest.raises(UnsupportedModelError, match="lacks low_freq_factor, high_freq_factor"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 
 import jax
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 
 from grinqh_jax.decoder import linear_names, linear_shapes
 from grinqh_jax.decoding import Decoding
-from grinqh_jax.errors import UsageError
+from grinqh_jax.errors import CheckpointError, UsageError
+from grinqh_jax.evaluation.completion import complete
+from grinqh_jax.evaluation.scoring import score
 from grinqh_jax.generation_config import GenerationConfig
 from grinqh_jax.generator import Generator, Request
 from grinqh_jax.sampling import Sampling
@@ -60,9 +63,29 @@ def test_stop_string_cuts_the_text(generator):
     generator = without_end(generator)
     free = finished(generator, temperature=1.0, max_tokens=60).text
     stop = free[25:28]
-    stopped = finished(generator, temperature=1.0, max_tokens=60, stop=["never!", stop])
-    assert stopped.text == free[: free.index(stop)]
-    assert stopped.finish_reason == "stop"
+    for given in (["never!", stop], stop):
+        stopped = finished(generator, temperature=1.0, max_tokens=60, stop=given)
+        assert stopped.text == free[: free.index(stop)]
+        assert stopped.finish_reason == "stop"
+
+
+def test_a_generation_is_iterated_over_once(generator):
+    generation = finished(generator, max_tokens=8)
+    text = generation.text
+    with pytest.raises(UsageError, match="iterated over once"):
+        next(iter(generation))
+    assert generation.text == text
+
+
+@pytest.mark.parametrize("token", [10**6, -5, 258])
+def test_tokens_outside_the_vocabulary(generator, token):
+    message = f"token {token} is outside the model's vocabulary of 258"
+    with pytest.raises(UsageError, match=message):
+        generator.generate([5, token])
+    with pytest.raises(UsageError, match=message):
+        score(generator, [([5, 6], [7]), ([5, token], [7])], "full", max_length=16)
+    with pytest.raises(UsageError, match=message):
+        complete(generator, [[5], [token]], "full", max_tokens=2, batch=2, ended=lambda text: False)
 
 
 def test_context_ends_the_text_and_refuses_a_long_prompt(generator):
@@ -108,6 +131,18 @@ def test_unquantized_model_runs_at_full_precision_only(dense_directory, generato
         dense.generate(PROMPT, Request(bits=3.0))
     # eight bits of a small random model are close enough for the same greedy beginning
     assert generation.tokens[:3] == finished(generator, bits="full", max_tokens=3).tokens
+
+
+def test_a_config_without_an_object_or_with_a_null_in_it(dense_directory, tmp_path):
+    for path in dense_directory.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    config, text = tmp_path / "config.json", (dense_directory / "config.json").read_text()
+    config.unlink()
+    config.write_text("null")
+    with pytest.raises(CheckpointError, match=r"config\.json holds NoneType, expected an object"):
+        Generator.load(tmp_path)
+    config.write_text(json.dumps(json.loads(text) | {"quantization_config": None}))
+    assert Generator.load(tmp_path).targets is None
 
 
 def test_statistics_are_what_the_steps_read(generator):
