@@ -1,6 +1,7 @@
 """``python -m checkpoints_tools.baselines``: a checkpoint rounded by RTN, GPTQ or AWQ, to compare with."""
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,21 +39,32 @@ def quantize(args: argparse.Namespace) -> int:
     Raises:
       GrinqhError: what is wrong with the flags or the source.
     """
+    problems = []
+    if args.tokens < 1:
+        problems.append(f"--tokens {args.tokens}: must be positive")
+    if not (args.damping > 0 and math.isfinite(args.damping)):
+        problems.append(f"--damping {args.damping:g}: must be a positive number, such as 0.01")
+    if problems:
+        raise UsageError("; ".join(problems))
     if args.out.exists():
         raise UsageError(f"--out {args.out} exists; name a new directory")
     source = open_checkpoint(args.model)
     windows = read_calibration(source, args.calib, args.tokens).windows
     options = {"act_order": args.act_order, "damping": args.damping} if args.method == "gptq" else {}
-    with Progress(f"{args.method} {source.directory.name}", source.config.num_layers, "layer") as progress:
-        model.write(
-            source,
-            windows,
-            args.out,
-            method=args.method,
-            bits=args.w_bits,
-            done=lambda part: progress(1, part),
-            **options,
-        )
+    title = f"{args.method} {source.directory.name}"
+    try:
+        with Progress(title, source.config.num_layers, "layer") as progress:
+            model.write(
+                source,
+                windows,
+                args.out,
+                method=args.method,
+                bits=args.w_bits,
+                done=lambda part: progress(1, part),
+                **options,
+            )
+    except OSError as error:  # a full disk, a read-only directory
+        raise UsageError(f"{error}; mend that or name another --out directory") from None
     layers, everything = model.mean_bits_read(source, args.w_bits)
     print(
         f"{args.out}: {layers:.3f} bits read per weight of the layers, {everything:.3f} with the 16-bit head"

@@ -4,9 +4,11 @@ import hf_directories
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_models
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from checkpoints_tools.baselines import __main__ as command
 from checkpoints_tools.baselines import groups, model
 from checkpoints_tools.baselines.awq import awq, channel_scales, output_error
 from checkpoints_tools.baselines.gptq import gptq
@@ -173,3 +175,21 @@ def test_a_whole_model(method, tmp_path):
     if method != "awq":
         for column in kernel.T:
             assert len(np.unique(column.round(6))) <= 8
+
+
+def test_the_command_refuses_what_it_cannot_do(tmp_path, capsys):
+    source, file = tiny_models.write(tmp_path / "source"), tiny_models.text_file(tmp_path / "calib.txt")
+    flags = ["--model", str(source), "--calib", str(file), "--method", "rtn", "--w-bits", "3"]
+    for more, message in (
+        (["--tokens", "0"], "--tokens 0: must be positive"),
+        (["--damping", "-1"], "--damping -1: must be a positive number"),
+        (["--damping", "nan"], "--damping nan: must be"),
+        (["--out", str(file / "x")], "Not a directory"),
+        (["--out", str(source)], "exists; name a new directory"),
+    ):
+        assert command.main([*flags, "--out", str(tmp_path / "out"), *more]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+        assert message in error
+    assert not (tmp_path / "out").exists()

@@ -3,13 +3,9 @@
 import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoints_tools"))
-
 import tiny_models
 
 from checkpoints_tools.baselines import __main__ as baselines
