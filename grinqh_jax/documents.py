@@ -61,7 +61,7 @@ def _parsed(line: str, parse: Callable[[Any], Record | None]) -> Record | None:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8")
+        return path.read_bytes().decode("utf-8-sig")  # some editors put a byte order mark first
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:

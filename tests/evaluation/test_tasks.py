@@ -56,6 +56,8 @@ def test_problems_are_read(problem_file):
     assert [problem.answer for problem in problems] == [7, 7, 15, 999, 16]
     assert problems[0].prompt == f"Question: {RECORDS[0]['question']}\nAnswer:"
     assert read_problems(problem_file, 2) == problems[:2]
+    problem_file.write_bytes(b"\xef\xbb\xbf" + problem_file.read_bytes())
+    assert read_problems(problem_file) == problems
     problem_file.write_text('{"question": "q", "answer": "7"}\n{"question": "q", "answer": "#### 7"}\n{}\n')
     with pytest.raises(UsageError, match="line 1, 3: expected"):
         read_problems(problem_file)
