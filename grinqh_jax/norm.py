@@ -24,7 +24,10 @@ def add_norm(
     scale: Float[Array, "d"],
     eps: float,
 ) -> tuple[Float[Array, "b t d"], Float[Array, "b t d"] | Activations]:
-    """``(x + update, rms_norm(x + update))``; in a decode step on a GPU one kernel, see ``activations``."""
+    """``(x + update, rms_norm(x + update))``; in a decode step on a GPU one kernel.
+
+    See ``pallas_kernels.activations``.
+    """
     if isinstance(update, PartialSums):
         total, normed = decode_rows.add_norm(x[:, 0], update, scale, eps)
         return total[:, None], normed
