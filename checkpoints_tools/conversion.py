@@ -27,12 +27,14 @@ from checkpoints_tools.calibration.text import windows_of_two_kinds
 from checkpoints_tools.principal_basis import RotatedCheckpoint, principal_axes, second_moments
 from checkpoints_tools.quantize_linear import quantize_linear
 from checkpoints_tools.quantizers import QUANTIZERS
-from checkpoints_tools.source_layer import BLOCK_VALUES, dense_layer, read_layer
+from checkpoints_tools.refit import Refit, fitting_windows
+from checkpoints_tools.source_layer import BLOCK_VALUES, dense_layer, embed, read_layer
 from grinqh_jax import __version__
 from grinqh_jax.apply import HEAD, of_head
 from grinqh_jax.checkpoint import QuantizationConfig, Writer
 from grinqh_jax.decoder import LAYER_LINEARS, RMSNorm, linear_shapes
 from grinqh_jax.hf import HFCheckpoint
+from grinqh_jax.linear import linear_of
 from pallas_kernels import NestedWeight
 
 PRINCIPAL, ORIGINAL = BASES = ("principal", "original")
@@ -48,9 +50,6 @@ GAINED = (".qkv",)
 """Linear layers whose levels get gains, beside the output projection. In the others skipping takes from sums
 that add up (a head's values, SwiGLU's products), or the result goes through SwiGLU: there levels that are
 too large make up for what is missing, and with gains the 32m model of ``docs/quality.md`` diverges more."""
-
-THRESHOLDS = "thresholds"
-"""Name of the part that holds the thresholds of all layers, and of each one's leaf."""
 
 STORED_DTYPE = jnp.bfloat16
 """Of norms and embeddings in the checkpoint."""
@@ -80,6 +79,7 @@ class Conversion:
       basis: one of ``BASES``: turn the residual stream onto its principal axes first, or leave it.
       split: one of ``SPLITS``: bits go to the layers where they help most, or to all layers alike.
       gains: one of ``GAINS``: fit gains to the levels of some layers (``GAINED``), or leave them as they are.
+      refit: fit weights to what graded reading makes of their inputs (``refit``), or round them as they are.
     """
 
     def __init__(
@@ -92,13 +92,15 @@ class Conversion:
         basis: str,
         split: str,
         gains: str,
+        refit: bool,
     ):
         self.source = source
         self.shapes = linear_shapes(source.config)
         self.weights: HFCheckpoint | RotatedCheckpoint = source
         self.sensitivities: dict[str, np.ndarray] = {}
         self.blocks: dict[str, Int[np.ndarray, "tokens"]] = {}  # of the output projection
-        self.costs: dict[str, GradedCosts] = {}
+        self.inputs: dict[str, statistics.LinearStatistics] = {}
+        self.tables: dict[str, np.ndarray] = {}
         self.calibration = calibration
         # A basis suits the text that it was made from better than any other, so thresholds are placed on
         # other windows: they would read too much of all text but that.
@@ -108,22 +110,22 @@ class Conversion:
         self.basis = basis
         self.split = split
         self.gains = gains
+        self.refit = refit
         # float32 where bfloat16 is emulated, and slow.
         self.compute_dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
     @property
     def steps(self) -> int:
         """How many times ``write`` calls ``done``."""
-        passes = 4 if self.basis == PRINCIPAL else 3
-        return passes * self.source.config.num_layers + 3
+        passes = 5 if self.basis == PRINCIPAL else 4
+        return passes * self.source.config.num_layers + 2
 
     def write(
         self, out: Path, *, overwrite: bool = False, done: Callable[[str], None] = lambda part: None
     ) -> Path:
         """Writes the checkpoint, going on where an interrupted conversion stopped.
 
-        Parts that are already written are not quantized again, but the calibration windows run through
-        their layers once more, because their hidden states died with the process.
+        What was found out before the first part died with the process and is found out again.
 
         Args:
           out: directory to make.
@@ -135,15 +137,14 @@ class Conversion:
         """
         with Writer(out, fingerprint=self.fingerprint(), overwrite=overwrite) as writer:
             self._survey(done)
-            hidden = self._embed(writer)
+            self._place_thresholds(done)
+            refit = self._embed(writer)
             done("embed")
             for i in range(self.source.config.num_layers):
-                self._layer(writer, i, hidden)
+                self._layer(writer, i, refit)
                 done(f"layers.{i}")
-            self._head(writer, hidden)
+            self._head(writer, refit)
             done(HEAD)
-            self._thresholds(writer)
-            done("thresholds")
             quantization = QuantizationConfig(
                 max_bits=self.max_bits, targets=target_grid(self.max_bits), provenance=self.provenance()
             )
@@ -165,6 +166,7 @@ class Conversion:
             "basis": self.basis,
             "split": self.split,
             "gains": self.gains,
+            "refit": self.refit,
             "bits_per_weight_stored": round(bits_per_weight_stored(self.source, self.max_bits), 4),
             "calibration": {
                 "text": self.calibration.name,
@@ -187,77 +189,108 @@ class Conversion:
         if axes is not None:
             self.weights = RotatedCheckpoint(self.source, axes, self.sensitivities)
 
-    def _embed(self, writer: Writer) -> np.ndarray:
+    def _place_thresholds(self, done: Callable[[str], None]) -> None:
+        """The tables of all layers, which share the bits: from each one's inputs, and its codes' errors."""
+        hidden = embed(self.weights, self.threshold_windows, self.compute_dtype)
+        errors = {}
+        for i in range(self.source.config.num_layers):
+            kernels, norms = read_layer(self.weights, i)
+            layer = dense_layer(self.weights, kernels, norms, self.compute_dtype)
+            for part, seen in statistics.through_layer(layer, hidden).items():
+                name = f"layers.{i}.{part}"
+                self.inputs[name] = seen
+                _, errors[name] = self._quantize(name, lambda n, w=kernels[part]: w[:, n])
+            del layer  # or it would be in memory beside the next one
+            done(f"grade {i}")
+        seen = statistics.of_head(self._norm(), hidden)
+        for name, tokens in self.blocks.items():
+            self.inputs[name] = seen
+            _, errors[name] = self._quantize(name, lambda n, tokens=tokens: self._head_outputs(tokens[n]))
+        costs = {
+            name: GradedCosts(self.inputs[name].counts, errors[name], math.prod(shape))
+            for name, shape in self.shapes.items()
+        }
+        for together in [costs] if self.split == SENSITIVITY else [{n: c} for n, c in costs.items()]:
+            self.tables |= threshold_tables(together, target_grid(self.max_bits))
+
+    def _embed(self, writer: Writer) -> Refit | None:
+        """Writes the embedding; where weights are refitted, returns the windows that they are fitted on."""
         key = "embed.embedding"
         vocab, width = self.source.parameters[key]
-        embedding = np.empty((vocab, width), STORED_DTYPE)
-        rows = max(BLOCK_VALUES // width, 1)
-        for start in range(0, vocab, rows):
-            embedding[start : start + rows] = self.weights.read(key, slice(start, min(start + rows, vocab)))
         if "embed" not in writer.parts:
+            embedding = np.empty((vocab, width), STORED_DTYPE)
+            rows = max(BLOCK_VALUES // width, 1)
+            for start in range(0, vocab, rows):
+                stop = min(start + rows, vocab)
+                embedding[start:stop] = self.weights.read(key, slice(start, stop))
             writer.save_part("embed", unflatten_dict({key: embedding}, sep="."))
-        return embedding[self.threshold_windows].astype(self.compute_dtype)
+        if not self.refit:
+            return None
+        windows = fitting_windows(self.survey_windows, width * jnp.dtype(self.compute_dtype).itemsize)
+        hidden = embed(self.weights, windows, self.compute_dtype)
+        return Refit(hidden, self.tables, target_grid(self.max_bits))
 
-    def _layer(self, writer: Writer, i: int, hidden: np.ndarray) -> None:
-        """Moves ``hidden`` through layer i and writes the layer."""
+    def _layer(self, writer: Writer, i: int, refit: Refit | None) -> None:
+        """Writes a layer; where weights are refitted, their windows go on to the next."""
         name = f"layers.{i}"
+        if name in writer.parts:
+            if refit is not None and (streams := writer.handed_over(name)) is not None:
+                refit.streams = streams
+            return
         kernels, norms = read_layer(self.weights, i)
-        layer = dense_layer(self.weights, kernels, norms, self.compute_dtype)
-        seen = statistics.through_layer(layer, hidden)
-        parts = {f"{name}.{part}": seen[part] for part in LAYER_LINEARS}
-        if name not in writer.parts:
-            saved = {part: {"scale": scale.astype(STORED_DTYPE)} for part, scale in norms.items()}
-            errors = {}
-            for part in LAYER_LINEARS:
-                saved[part], errors[f"{name}.{part}"] = self._quantize(
-                    f"{name}.{part}", seen[part], lambda n, w=kernels[part]: w[:, n]
-                )
-            writer.save_part(name, {"layers": {str(i): saved}}, notes=errors)
-        self._note_costs(writer.notes(name), parts)
+        saved = {part: {"scale": scale.astype(STORED_DTYPE)} for part, scale in norms.items()}
+        if refit is not None:
+            layer = dense_layer(self.weights, kernels, norms, self.compute_dtype)
+            refit.enter(layer.input_norm)
+        for part in LAYER_LINEARS:
+            linear_name, w = f"{name}.{part}", kernels[part]
+            if refit is not None:
+                w = refit.fitted(linear_name, w)
+            saved[part], _ = self._quantize(linear_name, lambda n, w=w: w[:, n])
+            if refit is not None:
+                arrays = {leaf: jnp.asarray(array) for leaf, array in saved[part].items()}
+                linear = linear_of(arrays, self.shapes[linear_name], self.compute_dtype)
+                refit.pass_by(linear_name, layer, linear)
+        writer.save_part(name, {"layers": {str(i): saved}}, hand_over=refit and refit.streams)
 
-    def _head(self, writer: Writer, hidden: np.ndarray) -> None:
-        scale = self.weights.read("norm.scale")
-        seen = statistics.of_head(RMSNorm(jnp.asarray(scale), self.source.config.rms_norm_eps), hidden)
-        if HEAD not in writer.parts:
-            saved = {"norm.scale": scale.astype(STORED_DTYPE)}
-            saved[f"{HEAD}.columns"] = vocabulary.token_columns(list(self.blocks.values()))
-            errors = {}
-            for name, tokens in self.blocks.items():
-                saved[name], errors[name] = self._quantize(
-                    name, seen, lambda n, tokens=tokens: self.weights.read(f"{HEAD}.kernel", tokens[n])
-                )
-            writer.save_part(HEAD, unflatten_dict(saved, sep="."), notes=errors)
-        self._note_costs(writer.notes(HEAD), dict.fromkeys(self.blocks, seen))
+    def _head(self, writer: Writer, refit: Refit | None) -> None:
+        if HEAD in writer.parts:
+            return
+        norm = self._norm()
+        if refit is not None:
+            refit.enter(norm)
+        saved = {"norm.scale": np.asarray(norm.scale[...], STORED_DTYPE)}
+        saved[f"{HEAD}.columns"] = vocabulary.token_columns(list(self.blocks.values()))
+        for name, tokens in self.blocks.items():
+
+            def read(outputs: slice, name=name, tokens=tokens) -> np.ndarray:
+                w = self._head_outputs(tokens[outputs])
+                return w if refit is None else refit.fitted(name, w)
+
+            saved[name], _ = self._quantize(name, read)
+        writer.save_part(HEAD, unflatten_dict(saved, sep="."))
+
+    def _head_outputs(self, tokens: Int[np.ndarray, "n"]) -> np.ndarray:
+        return self.weights.read(f"{HEAD}.kernel", tokens)
+
+    def _norm(self) -> RMSNorm:
+        return RMSNorm(jnp.asarray(self.weights.read("norm.scale")), self.source.config.rms_norm_eps)
 
     def _quantize(
-        self, name: str, seen: statistics.LinearStatistics, read_outputs
-    ) -> tuple[dict[str, np.ndarray], list[float]]:
+        self, name: str, read_outputs: Callable[[slice], np.ndarray]
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """The leaves of a layer, with its thresholds once they are placed, and the errors of its levels."""
         leaves, errors = quantize_linear(
             read_outputs,
             self.shapes[name],
-            seen,
+            self.inputs[name],
             QUANTIZERS[self.quantizer],
             sensitivities=self.sensitivities[name],
             max_bits=self.max_bits,
             gained=self.gains == FITTED and (of_head(name) or name.endswith(GAINED)),
             name=name,
         )
-        return leaves, errors.tolist()
-
-    def _note_costs(self, errors: dict[str, list[float]], seen: dict[str, statistics.LinearStatistics]):
-        for name in seen:
-            weights = math.prod(self.shapes[name])
-            self.costs[name] = GradedCosts(seen[name].counts, np.array(errors[name]), weights)
-
-    def _thresholds(self, writer: Writer) -> None:
-        """The last part, because the bits are split over all layers together."""
-        if THRESHOLDS not in writer.parts:
-            together = [self.costs] if self.split == SENSITIVITY else [{n: c} for n, c in self.costs.items()]
-            tables = {}
-            for costs in together:
-                tables |= threshold_tables(costs, target_grid(self.max_bits))
-            leaves = {f"{name}.{THRESHOLDS}": table for name, table in tables.items()}
-            writer.save_part(THRESHOLDS, unflatten_dict(leaves, sep="."))
+        return leaves | ({"thresholds": self.tables[name]} if self.tables else {}), errors
 
 
 def bits_per_weight_stored(source: HFCheckpoint, max_bits: int) -> float:

@@ -28,9 +28,6 @@ from grinqh_jax.memory import peak_host_memory
 from grinqh_jax.progress import Progress
 from grinqh_jax.tokenizer import Tokenizer
 
-TOKENIZERS = {"tokenizer.json", "tokenizer.model", "vocab.json"}
-"""Without one of these files transformers makes up an empty tokenizer."""
-
 
 def parser() -> cli.Parser:
     """The command's flags."""
@@ -69,6 +66,12 @@ def parser() -> cli.Parser:
         choices=GAINS,
         help="fitted: least-squares gains for levels where they help (default); none: levels as they are",
     )
+    add(
+        "--refit",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="fit weights to what graded reading makes of their inputs (default), or round them as they are",
+    )
     add("--force", action="store_true", help="replace an existing checkpoint")
     return result
 
@@ -97,6 +100,7 @@ def convert(args: argparse.Namespace) -> int:
         basis=args.basis,
         split=args.split,
         gains=args.gains,
+        refit=args.refit,
     )
     try:
         with Progress(f"convert {source.directory.name}", conversion.steps, "part") as progress:
@@ -117,8 +121,6 @@ def read_calibration(source: HFCheckpoint, path: Path | None, tokens: int) -> Ca
     Raises:
       GrinqhError: there is no usable tokenizer, or the text cannot be used.
     """
-    if not TOKENIZERS & {file.name for file in source.companions}:
-        raise CheckpointError(f"{source.directory}: there is no tokenizer ({', '.join(sorted(TOKENIZERS))})")
     tokenizer = Tokenizer.load(source.directory)
     documents = read_documents(path or text.DEFAULT_TEXT)
     length = min(text.MAX_WINDOW, source.config.max_position_embeddings)

@@ -34,6 +34,7 @@ jaxtyping.install_import_hook(
         "checkpoints_tools.principal_basis",
         "checkpoints_tools.quantize_linear",
         "checkpoints_tools.quantizers",
+        "checkpoints_tools.refit",
         "checkpoints_tools.source_layer",
         "grinqh_jax.apply",
         "grinqh_jax.attention",

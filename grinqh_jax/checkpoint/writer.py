@@ -28,6 +28,7 @@ _ORBAX_METADATA = "_CHECKPOINT_METADATA"
 _SEALED = "sealed"
 CONVERSION = "conversion.json"
 _LOCK = "lock"
+_HANDED_OVER = "handed_over-"
 
 
 class Writer:
@@ -63,7 +64,7 @@ class Writer:
         self._lock = _lock(self._partial)
         try:
             self._enter_conversion({"fingerprint": fingerprint, "version": VERSION}, overwrite)
-            self._leaves, self._notes = self._completed_parts()
+            self._leaves = self._completed_parts()
         except BaseException:
             self.close()
             raise
@@ -73,11 +74,17 @@ class Writer:
         """Names of the parts that are complete, those of an interrupted run included."""
         return frozenset(self._leaves)
 
-    def notes(self, name: str) -> Any:
-        """What was noted with a complete part (see ``save_part``)."""
-        return self._notes[name]
+    def handed_over(self, name: str) -> dict[str, np.ndarray] | None:
+        """What was handed over with a part, if no later one has handed over anything (see ``save_part``)."""
+        file = self._hand_over_file(name)
+        if name not in self._leaves or not file.exists():
+            return None
+        with np.load(file) as arrays:
+            return dict(arrays)
 
-    def save_part(self, name: str, tree: Mapping[str, Any], notes: Any = None) -> None:
+    def save_part(
+        self, name: str, tree: Mapping[str, Any], hand_over: Mapping[str, np.ndarray] | None = None
+    ) -> None:
         """Writes one part, completely or (if the process dies) not at all.
 
         Args:
@@ -85,7 +92,8 @@ class Writer:
           tree: nested dictionary from the root of the state tree, e.g.
             ``{"layers": {"0": {"qkv": {"planes": ..., "scales": ...}}}}``, of numpy or JAX arrays.
             The arrays may be released when this returns.
-          notes: anything that JSON holds, kept with the part for a later run and not in the checkpoint.
+          hand_over: arrays that a later run needs to go on behind this part, if it is the last one that
+            is complete. They are not in the checkpoint.
 
         Raises:
           CheckpointError: the part, or one of its leaves, has been written already, or a float leaf
@@ -105,15 +113,22 @@ class Writer:
             raise CheckpointError("; ".join(problems))
         leaves = {leaf: Leaf.of(array) for leaf, array in arrays.items()}
         record = {leaf: spec.to_json() for leaf, spec in leaves.items()}
+        if hand_over is not None:
+            writing = self._partial / "handing_over.npz"
+            np.savez(writing, **hand_over)
+            writing.rename(self._hand_over_file(name))
         with _storage():
             ocp.partial.save(
                 self._partial / _PARTS,
                 traverse_util.unflatten_dict(arrays, sep="."),
                 # Kept by Orbax beside the arrays and committed with them: the record of what is complete
                 # cannot disagree with what is.
-                custom_metadata={"part": name, "leaves": record, "notes": notes},
+                custom_metadata={"part": name, "leaves": record},
             )
-        self._leaves[name], self._notes[name] = leaves, notes
+        self._leaves[name] = leaves
+        if hand_over is not None:
+            earlier = self._partial.glob(_HANDED_OVER + "*")
+            _remove(file for file in earlier if file != self._hand_over_file(name))
 
     def finalize(
         self, config: Mapping[str, Any], quantization: QuantizationConfig, files: Iterable[str | Path] = ()
@@ -161,6 +176,9 @@ class Writer:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
+    def _hand_over_file(self, name: str) -> Path:
+        return self._partial / f"{_HANDED_OVER}{name}.npz"
+
     def _refuse_existing(self, overwrite: bool) -> None:
         if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
             return
@@ -187,16 +205,15 @@ class Writer:
         _remove(entry for entry in self._partial.iterdir() if entry.name != _LOCK)
         write_json(record, conversion)
 
-    def _completed_parts(self) -> tuple[dict[str, dict[str, Leaf]], dict[str, Any]]:
-        """Leaves and notes of what an interrupted run completed; clears away what it did not."""
+    def _completed_parts(self) -> dict[str, dict[str, Leaf]]:
+        """Leaves of what an interrupted run completed; clears away what it did not."""
         parts = self._partial / (_PARTS + _PARTIAL_SAVE)
         _remove(p for p in self._partial.glob(parts.name + "*") if p != parts)
-        leaves, notes = {}, {}
+        leaves = {}
         for metadata in sorted(parts.glob("*/" + _ORBAX_METADATA)):
             part = read_json(metadata)["custom_metadata"]
             leaves[part["part"]] = {leaf: Leaf.from_json(spec) for leaf, spec in part["leaves"].items()}
-            notes[part["part"]] = part["notes"]
-        return leaves, notes
+        return leaves
 
     def _seal(self) -> Path:
         """Makes one Orbax checkpoint of the parts.
