@@ -27,7 +27,7 @@ from checkpoints_tools.calibration.text import windows_of_two_kinds
 from checkpoints_tools.principal_basis import RotatedCheckpoint, principal_axes, second_moments
 from checkpoints_tools.quantize_linear import quantize_linear
 from checkpoints_tools.quantizers import QUANTIZERS
-from checkpoints_tools.refit import Refit, fitting_windows
+from checkpoints_tools.refit import LEAST_TOKENS, Refit, fitting_windows
 from checkpoints_tools.source_layer import BLOCK_VALUES, dense_layer, embed, read_layer
 from grinqh_jax import __version__
 from grinqh_jax.apply import HEAD, of_head
@@ -79,7 +79,8 @@ class Conversion:
       basis: one of ``BASES``: turn the residual stream onto its principal axes first, or leave it.
       split: one of ``SPLITS``: bits go to the layers where they help most, or to all layers alike.
       gains: one of ``GAINS``: fit gains to the levels of some layers (``GAINED``), or leave them as they are.
-      refit: fit weights to what graded reading makes of their inputs (``refit``), or round them as they are.
+      refit: fit weights to what graded reading makes of their inputs (``refit``), if there are tokens enough
+        to fit to, or round them as they are.
     """
 
     def __init__(
@@ -110,7 +111,7 @@ class Conversion:
         self.basis = basis
         self.split = split
         self.gains = gains
-        self.refit = refit
+        self.refit = refit and self.survey_windows.size >= LEAST_TOKENS
         # float32 where bfloat16 is emulated, and slow.
         self.compute_dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 

@@ -47,6 +47,9 @@ STAY = 2.0
 TOKENS = 32768
 """At most so many tokens are fitted to: time grows with them."""
 
+LEAST_TOKENS = 4096
+"""With fewer nothing is refitted: they show too few of the inputs that a layer may have."""
+
 HIDDEN_BYTES = 1 << 26
 """At most so many bytes of hidden states are kept, of the original and again of the graded model."""
 

@@ -62,7 +62,9 @@ def llama(tmp_path_factory):
 def test_a_llama_comes_back_with_the_same_quality(llama, calib, tmp_path, capsys):
     out = tmp_path / "out"
     assert convert.main(arguments(llama, out, calib, "--basis", "original", "--no-refit")) == 0
-    assert "bits per weight stored" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "bits per weight stored" in printed
+    assert "not refitted" not in printed  # nobody asked for it
     loaded = checkpoint.load(out, jnp.float32)
     source = open_checkpoint(llama)
     original = load_decoder(source, jnp.float32)
@@ -89,11 +91,13 @@ def test_a_llama_comes_back_with_the_same_quality(llama, calib, tmp_path, capsys
     assert same_top > 0.9
 
 
-def test_a_llama_in_its_principal_basis_is_the_same_model(llama, calib, tmp_path):
+def test_a_llama_in_its_principal_basis_is_the_same_model(llama, calib, tmp_path, capsys):
     out = tmp_path / "out"
-    assert convert.main(arguments(llama, out, calib, "--no-refit")) == 0
+    assert convert.main(arguments(llama, out, calib)) == 0
+    assert "weights were not refitted: 512 calibration tokens are too few" in capsys.readouterr().out
     loaded = checkpoint.load(out, jnp.float32)
     assert loaded.quantization.provenance["basis"] == "principal"
+    assert not loaded.quantization.provenance["refit"]
     tokens = jnp.asarray(np.random.default_rng(3).integers(0, 256, (2, 100)))
     logits, expected = loaded.model(tokens), load_decoder(open_checkpoint(llama), jnp.float32)(tokens)
     assert float(jnp.abs(logits - expected).max() / jnp.abs(expected).max()) < 0.05
@@ -128,8 +132,12 @@ def test_records_and_fewer_planes(qwen3, tmp_path):
     assert loaded.model.full_bits == 4
 
 
-def test_a_killed_conversion_goes_on_and_ends_the_same(qwen3, calib, converted, tmp_path):
-    out = tmp_path / "out"
+def test_a_killed_conversion_goes_on_and_ends_the_same(qwen3, tmp_path, capsys):
+    calib = tmp_path / "long.txt"  # long enough for weights to be refitted
+    calib.write_text(tiny_models.TEXT * 13)
+    uninterrupted, out = tmp_path / "uninterrupted", tmp_path / "out"
+    assert convert.main(arguments(qwen3, uninterrupted, calib)) == 0
+    assert "not refitted" not in capsys.readouterr().out
     partial = tmp_path / "out.partial"
     command = [sys.executable, "-m", "checkpoints_tools.convert", *arguments(qwen3, out, calib)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
@@ -151,7 +159,7 @@ def test_a_killed_conversion_goes_on_and_ends_the_same(qwen3, calib, converted, 
     before = written()
     assert before >= 2
     assert convert.main(arguments(qwen3, out, calib)) == 0
-    assert content(out) == content(converted)
+    assert content(out) == content(uninterrupted)
     assert not partial.exists()
 
 
