@@ -244,10 +244,13 @@ class Conversion:
             layer = dense_layer(self.weights, kernels, norms, self.compute_dtype)
             refit.enter(layer.input_norm)
         for part in LAYER_LINEARS:
-            linear_name, w = f"{name}.{part}", kernels[part]
-            if refit is not None:
-                w = refit.fitted(linear_name, w)
-            saved[part], _ = self._quantize(linear_name, lambda n, w=w: w[:, n])
+            linear_name = f"{name}.{part}"
+
+            def read(outputs: slice, linear_name=linear_name, kernel=kernels[part]) -> np.ndarray:
+                w = kernel[:, outputs]
+                return w if refit is None else refit.fitted(linear_name, w, outputs)
+
+            saved[part], _ = self._quantize(linear_name, read)
             if refit is not None:
                 arrays = {leaf: jnp.asarray(array) for leaf, array in saved[part].items()}
                 linear = linear_of(arrays, self.shapes[linear_name], self.compute_dtype)
@@ -266,7 +269,7 @@ class Conversion:
 
             def read(outputs: slice, name=name, tokens=tokens) -> np.ndarray:
                 w = self._head_outputs(tokens[outputs])
-                return w if refit is None else refit.fitted(name, w)
+                return w if refit is None else refit.fitted(name, w, outputs)
 
             saved[name], _ = self._quantize(name, read)
         writer.save_part(HEAD, unflatten_dict(saved, sep="."))

@@ -19,7 +19,6 @@ step is shortened by what that is of the whole gain (James and Stein 1961).
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +88,7 @@ class Refit:
         self._tables, self._targets = tables, targets
         self._bits = min(BITS, SHARE_OF_BITS * targets[-1])
         self._exact, self._graded = _Windows(hidden), _Windows(hidden.copy())
+        self._factor_of: tuple[str, Float[Array, "k k"] | None] = "", None
 
     @property
     def streams(self) -> dict[str, Float[np.ndarray, "s t d"]]:
@@ -105,19 +105,23 @@ class Refit:
         for windows in (self._exact, self._graded):
             windows.inputs = [np.asarray(_normed(norm, stream)) for stream in windows.stream]
 
-    def fitted(self, name: str, w: Float[np.ndarray, "k n"]) -> Float[np.ndarray, "k n"]:
-        """The refitted weights of the projection that the windows are before, or of some of its outputs.
+    def fitted(self, name: str, w: Float[np.ndarray, "k n"], outputs: slice) -> Float[np.ndarray, "k n"]:
+        """The refitted weights of some outputs of the projection that the windows are before.
 
         Args:
           name: of the linear layer.
-          w: its weights.
+          w: the weights of these outputs.
+          outputs: which they are.
         """
         least_read = self._thresholds(name)[0]
         lacking = [None] * len(self._exact.inputs)
         if name.rpartition(".")[2] in WRITERS:
-            lacking = list(self._exact.stream - self._graded.stream)
+            pairs = zip(self._exact.stream, self._graded.stream, strict=True)
+            lacking = [exact[:, outputs] - graded[:, outputs] for exact, graded in pairs]
         windows = list(zip(self._exact.inputs, self._graded.inputs, lacking, strict=True))
-        return refitted(w, windows, least_read)
+        if self._factor_of[0] != name:  # All outputs have the same inputs.
+            self._factor_of = name, factor(windows, least_read)
+        return refitted(w, windows, least_read, self._factor_of[1])
 
     def pass_by(self, name: str, layer: DecoderLayer, linear: GradedLinear) -> None:
         """Takes the windows past a projection.
@@ -156,73 +160,110 @@ class _Windows:
             self.stream[s], self.inputs[s] = stream, np.asarray(following)
 
 
-class _Sums(NamedTuple):
-    """Over all tokens: ``A``, ``G``, and ``|y - z W|**2``."""
+def factor(windows: Sequence[tuple], least_read: Float[Array, ""] | float) -> Float[Array, "k k"] | None:
+    """The Cholesky factor of ``A`` (see the module), damped; None with no more tokens than inputs.
 
-    a: Float[Array, "k k"]
-    g: Float[Array, "k n"]
-    energy: Float[Array, ""]
+    Args:
+      windows, least_read: as in ``refitted``.
+    """
+    k = windows[0][0].shape[1]
+    if _tokens(windows) <= k:  # All that could be gained would be chance.
+        return None
+    a = jnp.zeros((k, k))
+    for exact, here, _ in windows:
+        # Waited for, or the arguments of many windows would be in memory at once.
+        a = _add_squares(a, exact, here, least_read).block_until_ready()
+    return _cholesky(a)
 
 
 def refitted(
     w: Float[np.ndarray, "k n"],
     windows: Sequence[tuple],
     least_read: Float[Array, ""] | float,
+    a_factor: Float[Array, "k k"] | None,
 ) -> Float[np.ndarray, "k n"]:
     """``W'`` (see the module), float32.
 
     Args:
-      w: ``W``.
+      w: ``W``, or some of its columns.
       windows: of each window the exact inputs ``x [t, k]``, the inputs here ``[t, k]``, and what the outputs
         are to make up for, ``[t, n]`` or None.
       least_read: inputs here that are smaller in size are skipped.
+      a_factor: of ``factor``; None leaves the weights as they are.
     """
     w = jnp.asarray(w, jnp.float32)
-    k, n = w.shape
-    tokens = sum(len(here) - first_counted(len(here)) for _, here, _ in windows)
-    if tokens <= k:  # All that could be gained would be chance.
+    if a_factor is None:
         return np.asarray(w)
-    sums = _Sums(jnp.zeros((k, k)), jnp.zeros((k, n)), jnp.zeros(()))
+    g, energy = jnp.zeros(w.shape), jnp.zeros(())
     for exact, here, lacking in windows:
-        sums = _add(sums, exact, here, lacking, least_read, w)
-        sums.energy.block_until_ready()  # or the arguments of many windows would be in memory at once
-    return np.asarray(w + _step(sums, tokens))
+        g, energy = _add_residuals(g, energy, exact, here, lacking, least_read, w)
+        energy.block_until_ready()
+    return np.asarray(_moved(w, a_factor, g, energy, _tokens(windows)))
+
+
+def _tokens(windows: Sequence[tuple]) -> int:
+    return sum(len(here) - first_counted(len(here)) for _, here, _ in windows)
+
+
+def _counted(
+    exact: Float[Array, "t k"], here: Float[Array, "t k"], least_read: Float[Array, ""] | float
+) -> tuple[Float[Array, "t2 k"], Float[Array, "t2 k"]]:
+    """``x`` and ``z`` of the positions that are counted."""
+    counted = slice(first_counted(len(here)), None)
+    x, z = (rows[counted].astype(jnp.float32) for rows in (exact, here))
+    return x, jnp.where(jnp.abs(z) < least_read, 0, z)
 
 
 @jax.jit(donate_argnums=0)
-def _add(
-    sums: _Sums,
+def _add_squares(
+    a: Float[Array, "k k"],
+    exact: Float[Array, "t k"],
+    here: Float[Array, "t k"],
+    least_read: Float[Array, ""] | float,
+) -> Float[Array, "k k"]:
+    x, z = _counted(exact, here, least_read)
+    return a + _product(z.T, z) + STAY * _product(x.T, x)
+
+
+@jax.jit
+def _cholesky(a: Float[Array, "k k"]) -> Float[Array, "k k"]:
+    damped = a + DAMPING * jnp.trace(a) / len(a) * jnp.eye(len(a))
+    # A projection whose inputs are all zero has nothing to fit.
+    return jnp.linalg.cholesky(jnp.where(jnp.trace(a) > 0, damped, jnp.eye(len(a))))
+
+
+@jax.jit(donate_argnums=(0, 1))
+def _add_residuals(
+    g: Float[Array, "k n"],
+    energy: Float[Array, ""],
     exact: Float[Array, "t k"],
     here: Float[Array, "t k"],
     lacking: Float[Array, "t n"] | None,
     least_read: Float[Array, ""] | float,
     w: Float[Array, "k n"],
-) -> _Sums:
-    counted = slice(first_counted(len(here)), None)
-    x, z = (rows[counted].astype(jnp.float32) for rows in (exact, here))
-    z = jnp.where(jnp.abs(z) < least_read, 0, z)
+) -> tuple[Float[Array, "k n"], Float[Array, ""]]:
+    """Adds a window's to ``G`` and ``|y - z W|**2``."""
+    x, z = _counted(exact, here, least_read)
     residual = _product(x - z, w)
     if lacking is not None:
-        residual += lacking[counted].astype(jnp.float32)
-    return _Sums(
-        sums.a + _product(z.T, z) + STAY * _product(x.T, x),
-        sums.g + _product(z.T, residual),
-        sums.energy + jnp.sum(residual**2),
-    )
+        residual += lacking[first_counted(len(here)) :].astype(jnp.float32)
+    return g + _product(z.T, residual), energy + jnp.sum(residual**2)
 
 
 @jax.jit
-def _step(sums: _Sums, tokens: Int[Array, ""] | int) -> Float[Array, "k n"]:
-    """``A^-1 G``, damped, and shortened by the share of its gain that is chance."""
-    k = len(sums.a)
-    damped = sums.a + DAMPING * jnp.trace(sums.a) / k * jnp.eye(k)
-    # A projection whose inputs are all zero has nothing to fit.
-    damped = jnp.where(jnp.trace(sums.a) > 0, damped, jnp.eye(k))
-    step = jax.scipy.linalg.solve(damped, sums.g, assume_a="pos")
-    gain = jnp.sum(step * sums.g)
+def _moved(
+    w: Float[Array, "k n"],
+    a_factor: Float[Array, "k k"],
+    g: Float[Array, "k n"],
+    energy: Float[Array, ""],
+    tokens: Int[Array, ""] | int,
+) -> Float[Array, "k n"]:
+    """``W + A^-1 G``, the step shortened by the share of its gain that is chance."""
+    step = jax.scipy.linalg.cho_solve((a_factor, True), g)
+    gain = jnp.sum(step * g)
     # A is larger than z^T z by the part that holds the weights where they are; so is chance's gain smaller.
-    chance = k / tokens * sums.energy / (1 + STAY)
-    return step * jnp.where(gain > chance, 1 - chance / gain, 0)
+    chance = len(w) / tokens * energy / (1 + STAY)
+    return w + step * jnp.where(gain > chance, 1 - chance / gain, 0)
 
 
 def _product(a: Float[Array, "a b"], b: Float[Array, "b c"]) -> Float[Array, "a c"]:

@@ -19,6 +19,10 @@ SKIPPED = 4
 STAY, DAMPING = 2.0, 0.01
 
 
+def refitted(w, windows, least_read):
+    return refit.refitted(w, windows, least_read, refit.factor(windows, least_read))
+
+
 def observed(rng, *, windows=3, t=64, k=24, n=10):
     """Exact inputs, inputs that err, and what is lacking behind them."""
     mixing = rng.standard_normal((k, k))
@@ -32,7 +36,7 @@ def test_the_step_is_the_damped_least_squares_of_numpy():
     rng = np.random.default_rng(0)
     w = rng.standard_normal((24, 10)).astype(np.float32)
     windows = list(observed(rng))
-    found = refit.refitted(w, windows, 0.5)
+    found = refitted(w, windows, 0.5)
     x, z, lacking = (
         np.concatenate([np.float64(window[i])[SKIPPED:] for window in windows]) for i in range(3)
     )
@@ -57,7 +61,7 @@ def test_what_is_read_stands_in_for_what_is_skipped():
     x = np.float32(np.concatenate([large, 0.3 * large], axis=1))
     z = np.float32(np.concatenate([large, 0 * large], axis=1))
     w = np.array([[1.0], [1.0]], np.float32)
-    found = refit.refitted(w, [(x, x, None)], 1.5)
+    found = refitted(w, [(x, x, None)], 1.5)
     graded, exact = (np.mean((inputs @ found - x @ w) ** 2) for inputs in (z, x))
     assert graded < 0.1 * np.mean((z @ w - x @ w) ** 2)
     assert exact < 0.01 * np.mean((x @ w) ** 2)
@@ -70,7 +74,7 @@ def test_noise_is_not_fitted():
     for t in (30, 4000):
         x = np.float32(rng.standard_normal((t, 40)))
         noise = np.float32(rng.standard_normal((t, 8)))
-        moved.append(np.abs(refit.refitted(w, [(x, x, noise)], 0.0) - w).max())
+        moved.append(np.abs(refitted(w, [(x, x, noise)], 0.0) - w).max())
     assert moved[0] == 0  # fewer tokens than channels
     assert moved[1] < 0.01
 
@@ -86,7 +90,9 @@ def test_windows_take_the_way_of_the_layer_and_exact_inputs_leave_weights_as_the
     fit.enter(layer.input_norm)
     for part in LAYER_LINEARS:
         w = np.asarray(kernels[part], np.float32)
-        assert np.abs(fit.fitted(f"layers.0.{part}", w) - w).max() < 0.02 * np.abs(w).max()
+        for outputs in (slice(0, 20), slice(20, None)):
+            found = fit.fitted(f"layers.0.{part}", w[:, outputs], outputs)
+            assert np.abs(found - w[:, outputs]).max() < 0.02 * np.abs(w).max()
         fit.pass_by(f"layers.0.{part}", layer, nested(w))
     positions = jnp.broadcast_to(jnp.arange(96), (2, 96))
     expected, _ = layer("layer", jnp.asarray(hidden), positions, Dense())
