@@ -246,11 +246,12 @@ class Conversion:
         for part in LAYER_LINEARS:
             linear_name = f"{name}.{part}"
 
-            def read(outputs: slice, linear_name=linear_name, kernel=kernels[part]) -> np.ndarray:
-                w = kernel[:, outputs]
+            def read(outputs: slice, linear_name=linear_name, part=part) -> np.ndarray:
+                w = kernels[part][:, outputs]
                 return w if refit is None else refit.fitted(linear_name, w, outputs)
 
             saved[part], _ = self._quantize(linear_name, read)
+            del kernels[part]  # or two copies of the layer would be in memory beside the windows
             if refit is not None:
                 arrays = {leaf: jnp.asarray(array) for leaf, array in saved[part].items()}
                 linear = linear_of(arrays, self.shapes[linear_name], self.compute_dtype)
