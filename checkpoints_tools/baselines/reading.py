@@ -1,16 +1,20 @@
 """Other ways to read a GRINQH checkpoint, to see what each part of grading gains.
 
 What grading decides are thresholds, so a way of reading is another table of them on the same codes: no
-new weights, and whatever measures the checkpoint measures these too. Both give every linear layer, the
-output projection included, the same mean of bits.
+new weights, and whatever measures the checkpoint measures these too. The first two give every linear
+layer, the output projection included, the same mean of bits.
 
 *Truncation* reads every channel at one level: what the nested code alone is worth.
 
 *Skip and int4* knows two levels, nothing and 4 bits: the sparsity of TEAL (Liu et al., arXiv 2408.14690)
 on 4-bit integers. A layer skips the share ``1 - b / 4`` of its activations whose magnitudes are smallest
 on a calibration text, for a mean of ``b`` bits.
+
+*The whole head* leaves the layers graded as they are and reads the output projection with all its bits: what
+fixed-precision quantizers do, which leave it in 16, so that layers are compared with layers.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -21,8 +25,9 @@ from jaxtyping import Float, Int, Int32
 
 from checkpoints_tools.calibration import histogram, statistics
 from checkpoints_tools.calibration.allocation import least_within
-from grinqh_jax.apply import Dense
-from grinqh_jax.decoder import Decoder, linear_names
+from grinqh_jax.apply import Dense, of_head
+from grinqh_jax.config import ModelConfig
+from grinqh_jax.decoder import Decoder, linear_names, linear_shapes
 from grinqh_jax.errors import UsageError
 from grinqh_jax.generator import Generator
 from pallas_kernels.layout import DIGIT_BITS
@@ -62,6 +67,28 @@ def skip_int4(generator: Generator, windows: Int32[np.ndarray, "s t"]) -> Genera
         cut = skip_thresholds(counts, generator.targets)[:, None]
         tables[name] = np.where(np.arange(planes) < INT4_LEVEL, cut, NEVER)
     return _reread(generator, tables)
+
+
+def whole_head(generator: Generator) -> Generator:
+    """The same model with the output projection read to its last plane.
+
+    Its dial, and its ``targets``, are ``with_whole_head`` of the bits that the layers are to read.
+    """
+    planes = _planes(generator)
+    config, most = generator.model.config, planes * DIGIT_BITS
+    everything = np.zeros((len(generator.targets), planes))
+    tables = {
+        name: everything if of_head(name) else np.asarray(generator.model.linear(name).thresholds[...])
+        for name in linear_names(config)
+    }
+    return _reread(generator, tables, [with_whole_head(bits, config, most) for bits in generator.targets])
+
+
+def with_whole_head(bits: float, config: ModelConfig, max_bits: int) -> float:
+    """The mean over all linear layers if the decoder layers read ``bits`` and the output projection all."""
+    sizes = {name: math.prod(shape) for name, shape in linear_shapes(config).items()}
+    head = sum(size for name, size in sizes.items() if of_head(name)) / sum(sizes.values())
+    return (1 - head) * bits + head * max_bits
 
 
 def skip_thresholds(counts: Int[np.ndarray, "bins"], targets: Sequence[float]) -> Float[np.ndarray, "t"]:
@@ -109,9 +136,15 @@ def _planes(generator: Generator) -> int:
     return generator.model.full_bits // DIGIT_BITS
 
 
-def _reread(generator: Generator, tables: Mapping[str, Float[np.ndarray, "t p"]]) -> Generator:
-    """The same weights under other tables of thresholds; arrays, targets and compiled programs are shared."""
+def _reread(
+    generator: Generator,
+    tables: Mapping[str, Float[np.ndarray, "t p"]],
+    targets: Sequence[float] | None = None,
+) -> Generator:
+    """The same weights under other tables of thresholds, for other targets if some are given; arrays and
+    compiled programs are shared."""
     model = nnx.merge(*nnx.split(generator.model))
     for name, table in tables.items():
         model.linear(name).thresholds = nnx.Param(jnp.asarray(table, jnp.float32))
-    return Generator(model, generator.tokenizer, generator.defaults, generator.targets, generator.directory)
+    targets = generator.targets if targets is None else targets
+    return Generator(model, generator.tokenizer, generator.defaults, targets, generator.directory)

@@ -14,11 +14,13 @@ import jax
 from checkpoints_tools.pareto import figure, flags, paired, table
 from checkpoints_tools.pareto.rows import ACCURACY, PERPLEXITY, Measurements, Row, Tasks, Text, bits_read
 from checkpoints_tools.pareto.series import (
+    FIXED,
     GRINQH,
     METHODS,
     SKIP_INT4,
     TRUNCATION,
     UNQUANTIZED,
+    WHOLE_HEAD,
     Series,
     Workshop,
 )
@@ -123,7 +125,7 @@ def _series(args: argparse.Namespace, workshop: Workshop) -> list[Series]:
             series.append(workshop.grinqh("GRINQH", args.convert, settings, args.bits))
             for label, options in flags.variants(args):
                 series.append(workshop.grinqh(label, options, args.bits, args.bits))
-        elif method in (SKIP_INT4, TRUNCATION):
+        elif method in (SKIP_INT4, TRUNCATION, WHOLE_HEAD):
             series.append(workshop.reread(method, args.convert, args.bits))
         else:
             series.append(workshop.fixed_precision(method, args.w_bits))
@@ -166,7 +168,8 @@ def _comparisons(rows: Sequence[Row]) -> list[dict[str, Any]]:
     first = _first_curve(shown)
     others = [row for row in shown if row not in first and row["method"] != UNQUANTIZED]
     (full,) = (row for row in shown if row["method"] == UNQUANTIZED)
-    return paired.comparisons(first, others, full)
+    whole, fixed = ([row for row in shown if row["method"] in methods] for methods in ((WHOLE_HEAD,), FIXED))
+    return paired.comparisons(first, others, full) + paired.comparisons(whole, fixed, full)
 
 
 def _verdict(swept: Sequence[dict[str, Any]]) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_tools.pareto.rows import ACCURACY, Row
-from checkpoints_tools.pareto.series import FIXED, GRINQH, SKIP_INT4, TRUNCATION, UNQUANTIZED
+from checkpoints_tools.pareto.series import FIXED, GRINQH, SKIP_INT4, TRUNCATION, UNQUANTIZED, WHOLE_HEAD
 from grinqh_jax.errors import UsageError
 
 _STYLES = {
@@ -18,8 +18,9 @@ _STYLES = {
     "awq": ("#2f8f6b", "^"),
     SKIP_INT4: ("#d98e04", "v"),
     TRUNCATION: ("#8e6bb0", "P"),
+    WHOLE_HEAD: ("#e8788a", "o"),
 }
-_GRINQH_COLOURS = ("#c0203a", "#e8788a", "#7d1128", "#f2a7b2")
+_GRINQH_COLOURS = ("#c0203a", "#7d1128", "#f2a7b2", "#a05060")
 _FULL = "#333333"
 _HEADROOM = 1.5
 """Room above the perplexities that must be seen, for a list of those that are off the chart."""
@@ -27,8 +28,8 @@ _HEADROOM = 1.5
 _BITS, _TIME = "bits_read", "kernel_us"
 _X = {_BITS: "bits read per weight", _TIME: "kernel time, µs"}
 _NOTE = (
-    "Bits of all linear layers, scales and zero points included; only the output projection of RTN, GPTQ and "
-    "AWQ, 16 bits, is not counted. Error bars: one standard error, of perplexities paired with full "
+    "Bits of all linear layers, scales and zero points included; not counted is the output projection of RTN, "
+    "GPTQ and AWQ, 16 bits, and of GRINQH, whole head, all that are stored. Error bars: one standard error, of perplexities paired with full "
     "precision's."
 )
 

@@ -12,7 +12,7 @@ import numpy as np
 from checkpoints_tools import convert
 from checkpoints_tools.calibration.allocation import target_grid
 from checkpoints_tools.pareto import figure
-from checkpoints_tools.pareto.series import GRINQH, METHODS, converter_flags
+from checkpoints_tools.pareto.series import GRINQH, METHODS, WHOLE_HEAD, converter_flags
 from grinqh_jax import cli
 from grinqh_jax.documents import read_documents
 from grinqh_jax.errors import UsageError
@@ -154,7 +154,7 @@ def _beyond_the_dial(args: argparse.Namespace) -> list[str]:
         least, *_, most = target_grid(converter_flags(options).max_bits)
         numbers = [bits for bits in settings if bits != "full"]
         beyond = [f"{bits:g}" for bits in numbers if not least <= bits <= most]
-        if beyond and GRINQH in args.methods:
+        if beyond and not {GRINQH, WHOLE_HEAD}.isdisjoint(args.methods):
             converted = f" with {shlex.join(options)}" if options else ""
             problems.append(f"bits {', '.join(beyond)}: the dial goes from {least:g} to {most:g}{converted}")
     return problems

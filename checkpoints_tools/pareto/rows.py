@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints_tools.pareto.series import FIXED, Series, Workshop, identity
+from checkpoints_tools.pareto.series import FIXED, WHOLE_HEAD, Series, Workshop, identity
 from grinqh_jax.evaluation.perplexity import measure
 from grinqh_jax.evaluation.perplexity_command import read_tokens
 from grinqh_jax.evaluation.result import Bits, Perplexity
@@ -178,5 +178,5 @@ def windows(row: Row) -> tuple[np.ndarray, np.ndarray]:
 
 
 def bits_read(row: Row) -> float:
-    """The figure to compare by: of all linear layers, in fixed precision without its 16-bit projection."""
-    return row["bits_read_layers" if row["method"] in FIXED else "bits_read_with_head"]
+    """The figure to compare by: of all linear layers, or without an output projection that is read whole."""
+    return row["bits_read_layers" if row["method"] in (*FIXED, WHOLE_HEAD) else "bits_read_with_head"]

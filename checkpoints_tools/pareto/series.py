@@ -26,7 +26,8 @@ from grinqh_jax.generator import FULL, Generator
 from grinqh_jax.hf import HFCheckpoint
 from grinqh_jax.statistics import SCALE_BITS
 
-GRINQH, SKIP_INT4, TRUNCATION, UNQUANTIZED = "grinqh", "skip-int4", "truncation", "full"
+GRINQH, WHOLE_HEAD, UNQUANTIZED = "grinqh", "whole-head", "full"
+SKIP_INT4, TRUNCATION = "skip-int4", "truncation"
 FIXED: dict[str, tuple[str, list[str]]] = {
     "rtn": ("RTN", ["--method", "rtn"]),
     "gptq": ("GPTQ", ["--method", "gptq"]),
@@ -34,7 +35,7 @@ FIXED: dict[str, tuple[str, list[str]]] = {
     "awq": ("AWQ", ["--method", "awq"]),
 }
 """Fixed precision: label and flags of ``checkpoints_tools.baselines``."""
-METHODS = (*FIXED, SKIP_INT4, TRUNCATION, GRINQH)
+METHODS = (*FIXED, SKIP_INT4, TRUNCATION, WHOLE_HEAD, GRINQH)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,11 +129,17 @@ class Workshop:
         return self._graded(GRINQH, label, options, settings, shown, lambda generator: generator)
 
     def reread(self, method: str, options: Sequence[str], settings: Sequence[float]) -> Series:
-        """The checkpoint of ``grinqh(..., options)`` read in another way: ``SKIP_INT4`` or ``TRUNCATION``."""
+        """The checkpoint of ``grinqh(..., options)`` read in another way: see ``baselines.reading``."""
         if method == TRUNCATION:
             stored = range(2, converter_flags(options).max_bits + 1, 2)
             return self._graded(
                 method, "truncation of the nested code", options, stored, None, reading.truncation
+            )
+        if method == WHOLE_HEAD:
+            most = converter_flags(options).max_bits
+            return dataclasses.replace(
+                self._graded(method, "GRINQH, whole head", options, settings, None, reading.whole_head),
+                dial=lambda bits: reading.with_whole_head(bits, self.source.config, most),
             )
         settings = [bits for bits in settings if bits <= reading.INT4_BITS]
 

@@ -8,6 +8,7 @@ from checkpoints_tools.baselines import reading
 from checkpoints_tools.calibration import histogram
 from grinqh_jax import cli
 from grinqh_jax.apply import Graded, of_head
+from grinqh_jax.decoder import linear_shapes
 from grinqh_jax.errors import UsageError
 from grinqh_jax.evaluation.perplexity import measure
 from grinqh_jax.generator import Generator
@@ -81,6 +82,29 @@ def test_skip_int4_knows_two_levels_and_keeps_the_mean(bundled, windows):
     assert again == own
 
 
+def test_the_whole_head_is_read_and_the_layers_keep_their_mean(bundled):
+    whole = reading.whole_head(bundled)
+    config = bundled.model.config
+    asked = {bits: reading.with_whole_head(bits, config, 8) for bits in (2.0, 3.0)}
+    found = levels(bundled, whole, asked[2.0])
+    for name, own in levels(bundled, bundled, 2.0).items():
+        if of_head(name):
+            assert set(np.unique(found[name])) == {4}, name
+        else:
+            np.testing.assert_allclose(found[name].mean(), own.mean(), atol=0.02)
+    tokens = np.array(bundled.tokenizer.encode(TEXT * 2)[:384])
+    own = measure(bundled.model, bundled.targets, tokens, [2.0, 3.0], sequence_length=64)
+    read = measure(whole.model, whole.targets, tokens, list(asked.values()), sequence_length=64)
+    head = config.hidden_size * config.vocab_size
+    shapes = linear_shapes(config)
+    share = head / sum(k * n for k, n in shapes.values())
+    for bits, graded, result in zip(asked, own, read, strict=True):
+        assert result.realised_bits_without_head == pytest.approx(bits, abs=0.1)
+        expected = (1 - share) * result.realised_bits_without_head + share * 8
+        assert result.realised_bits == pytest.approx(expected, abs=1e-3)
+        assert result.kl < 0.95 * graded.kl
+
+
 def test_counts_are_those_of_the_layers_inputs(bundled, windows):
     counts = reading.activation_counts(bundled.model, windows)
     sizes = {"layers.0.qkv": 256, "layers.5.down": 768, "lm_head.blocks.1": 256}
@@ -98,3 +122,5 @@ def test_what_cannot_be_read_so(shared):
     dense = Generator.load(shared / "models" / "qwen3-7m")
     with pytest.raises(UsageError, match="is not a GRINQH checkpoint"):
         reading.truncation(dense)
+    with pytest.raises(UsageError, match="is not a GRINQH checkpoint"):
+        reading.whole_head(dense)
