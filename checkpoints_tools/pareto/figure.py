@@ -28,8 +28,8 @@ _HEADROOM = 1.5
 _BITS, _TIME = "bits_read", "kernel_us"
 _X = {_BITS: "bits read per weight", _TIME: "kernel time, µs"}
 _NOTE = (
-    "Bits of all linear layers, scales and zero points included; not counted is the output projection where it "
-    "is read whole: of RTN, GPTQ and AWQ, 16 bits, and of 'GRINQH, whole head'. Error bars: one standard "
+    "Bits of all linear layers, scales and zero points included; not counted is the output projection where "
+    "it is read whole: of RTN, GPTQ and AWQ, 16 bits, and of 'GRINQH, whole head'. Error bars: one standard "
     "error, of perplexities paired with full precision's."
 )
 
