@@ -100,7 +100,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         )
         note = textwrap.fill(note, 76 * width)
         figure.supxlabel(note, fontsize=8, color="#555555", x=0.01, ha="left")
-        figure.savefig(path, dpi=200)
+        figure.savefig(path, dpi=150)
 
 
 def _panels(rows: Sequence[Row], timed: bool) -> list[list[tuple[str, str, str] | None]]:
@@ -135,7 +135,7 @@ def _draw_panel(axes, rows: Sequence[Row], x: str, value: str) -> None:
     for label in dict.fromkeys(row["label"] for row in rows):
         points = sorted((row for row in rows if row["label"] == label), key=lambda row: row[x])
         method = points[0]["method"]
-        own = method == GRINQH
+        own, first = method == GRINQH, label in labels[:1]
         colour, marker = (_GRINQH_COLOURS[labels.index(label) % 4], "o") if own else _STYLES[method]
         seen = [row for row in points if row[value] <= top]
         axes.errorbar(
@@ -144,12 +144,12 @@ def _draw_panel(axes, rows: Sequence[Row], x: str, value: str) -> None:
             yerr=[row[errors[value]] or 0 for row in seen],
             color=colour,
             marker=marker,
-            markersize=6 if own else 5.5,
-            linewidth=2.2 if own else 1.1,
+            markersize=6 if first else 5,
+            linewidth=2.2 if first else 1.1,
             linestyle=":" if method in FIXED else "-",
             elinewidth=0.9,
             label=label,
-            zorder=5 if own else 3,
+            zorder=5 if first else 3,
         )
         beyond += [(row[x], f"{label} {row[value]:,.0f} ↑", colour) for row in points if row[value] > top]
     _annotate(axes, beyond)
