@@ -27,6 +27,10 @@ CASES = {  # shape, lengths
         {"batch": 1, "kv_heads": 1, "group": 5, "head_dim": 128, "capacity": 300, "splits": 1, "eps": 1e-5},
         [290],
     ),
+    "three and four steps a warp, two and three": (
+        {"batch": 2, "kv_heads": 1, "group": 4, "head_dim": 128, "capacity": 400, "splits": 1, "eps": 1e-6},
+        [390, 300],
+    ),
     "largest group": (
         {"batch": 1, "kv_heads": 1, "group": 6, "head_dim": 64, "capacity": 400, "splits": 2, "eps": None},
         [270],
