@@ -23,7 +23,6 @@ from grinqh_jax import attention, random_model
 from grinqh_jax.config import ModelConfig
 from pallas_kernels import PartialSums
 
-CAPACITY = 4224
 LAYERS = 16
 PARTS = 8
 """Partial sums that the projection before leaves on an H200."""
@@ -31,10 +30,10 @@ PARTS = 8
 KERNELS = {"attention": "decode_attention_kernel", "merge": "merge_attention_kernel"}
 
 
-def measure(config: ModelConfig, lengths: list[int]) -> Iterator[dict[str, timing.Times]]:
+def measure(config: ModelConfig, capacity: int, lengths: list[int]) -> Iterator[dict[str, timing.Times]]:
     """Times of the attention and of its merge with each of the lengths of the cache."""
     dim, keys = config.head_dim, jax.random.split(jax.random.key(0), 2 * LAYERS + 1)
-    size = (1, CAPACITY, config.num_kv_heads, dim)
+    size = (1, capacity, config.num_kv_heads, dim)
     caches = [(_normal(keys[2 * i], size), _normal(keys[2 * i + 1], size)) for i in range(LAYERS)]
     columns = (config.num_heads + 2 * config.num_kv_heads) * dim
     qkv = PartialSums(jax.random.normal(keys[-1], (PARTS, 1, columns)), columns)
@@ -68,14 +67,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["Qwen3-8B"], choices=random_model.shapes())
     parser.add_argument("--lengths", nargs="+", type=int, default=[8, 160, 500, 1056, 2048, 4160])
+    parser.add_argument("--capacity", type=int, default=4224, help="positions that a cache has room for")
     parser.add_argument("--output", type=pathlib.Path, help="JSON file to write")
     args = parser.parse_args()
     rows = []
     for name in args.shapes:
         config = random_model.shape(name)
-        for length, found in zip(args.lengths, measure(config, args.lengths), strict=True):
+        for length, found in zip(args.lengths, measure(config, args.capacity, args.lengths), strict=True):
             read = 4 * length * config.num_kv_heads * config.head_dim
-            row = {"shape": name, "length": length, "bytes_read": read}
+            row = {"shape": name, "length": length, "capacity": args.capacity, "bytes_read": read}
             for label, times in found.items():
                 row |= {f"{label}_us": round(times.median, 3), f"{label}_quartiles_us": times.quartiles}
             rows.append(row)
