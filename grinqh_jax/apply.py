@@ -11,10 +11,10 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from grinqh_jax.linear import GradedLinear, Linear
-from pallas_kernels import Activations, PartialSums, decode_rows
+from pallas_kernels import Activations, PartialSums, decode_rows, grading
 
 HEAD = "lm_head"
 """Name of the output projection, and what the names of its blocks begin with. Its result is float32 whatever
@@ -38,6 +38,30 @@ class Dense:
 
     def __call__(self, name: str, linear: Linear, x: Float[Array, "*rows k"]) -> Float[Array, "*rows n"]:
         return linear.dense(x, jnp.float32 if of_head(name) else None)
+
+
+class Preview(Dense):
+    """Every layer at full precision, and, at some positions, what graded reading would have taken.
+
+    Attributes:
+      thresholds: by layer name, float32 ``[B, P]``.
+      positions: which to look at, int32 ``[B, s]``.
+      bits: by layer name, mean bits at those positions, float32 ``[B, s]``.
+    """
+
+    def __init__(self, thresholds: Mapping[str, Float[Array, "b p"]], positions: Int[Array, "b s"]):
+        self.thresholds = thresholds
+        self.positions = positions
+        self.bits: dict[str, Float[Array, "b s"]] = {}
+
+    def __call__(self, name: str, linear: Linear, x: Float[Array, "b t k"]) -> Float[Array, "b t n"]:
+        self.look(name, x)
+        return super().__call__(name, linear, x)
+
+    def look(self, name: str, x: Float[Array, "b t k"]) -> None:
+        """Counts the bits of a layer whose outputs nobody wants."""
+        seen = jnp.take_along_axis(x, self.positions[..., None], axis=1)
+        self.bits[name] = grading.realised_bits(grading.levels(seen, self.thresholds[name][:, None]))
 
 
 class Graded:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from grinqh_jax import engine
 from grinqh_jax.cache import KVCache
@@ -119,7 +119,7 @@ class Decoding:
             if ("prefill", batch, width, capacity) in self._compiled:
                 continue
             blank = np.zeros((batch, width), np.int32)
-            logits, self._cache = engine.prefill(self._model, blank, none, self._cache)
+            logits = self._read(blank, none)
             _first_token(logits, self._sampling, self._cache.lengths).block_until_ready()
             self._compiled.add(("prefill", batch, width, capacity))
 
@@ -140,7 +140,7 @@ class Decoding:
         """Reads the prompts and chooses the first token of each row, at full precision."""
         following = None
         for block, lengths in self._blocks():
-            logits, self._cache = engine.prefill(self._model, block, self._put(lengths), self._cache)
+            logits = self._read(block, self._put(lengths))
             following = logits if following is None else jnp.where((lengths > 0)[:, None], logits, following)
         self._last = _first_token(following, self._sampling, self._cache.lengths)
         tokens = np.asarray(self._last)
@@ -158,8 +158,7 @@ class Decoding:
             self._room -= counts
             grades = _first_steps(grades, counts.max())
             if grades is not None:
-                self._dial.observe(grades.bits.swapaxes(0, 1), counts)
-                self._thresholds = self._dial.thresholds
+                self._follow(grades.bits.swapaxes(0, 1), counts)
             yield NewTokens([row[:n].tolist() for row, n in zip(tokens, counts, strict=True)], grades)
 
     def stop(self, rows: Bool[np.ndarray, "b"]) -> None:
@@ -168,6 +167,21 @@ class Decoding:
 
     def _put(self, array: np.ndarray) -> jax.Array:
         return jax.device_put(array, self._place)
+
+    def _read(self, block: Int[np.ndarray, "b t"], lengths: Int[jax.Array, "b"]) -> Float[jax.Array, "b v"]:
+        """Reads a block of the prompts; the dial learns from it what their text takes."""
+        if self._dial is None:
+            logits, self._cache = engine.prefill(self._model, block, lengths, self._cache)
+            return logits
+        logits, self._cache, preview = engine.prefill_with_preview(
+            self._model, block, lengths, self._cache, self._thresholds
+        )
+        self._follow(*jax.device_get((preview.bits, preview.counts)))
+        return logits
+
+    def _follow(self, bits: Float[np.ndarray, "b steps linears"], counts: Int[np.ndarray, "b"]) -> None:
+        self._dial.observe(bits, counts)
+        self._thresholds = self._dial.thresholds
 
     def _decode(self, limits: Int[np.ndarray, "b"]) -> engine.Chunk:
         chunk, self._cache = engine.decode_chunk(

@@ -1,9 +1,9 @@
 """The dial in use: thresholds for a wanted mean of bits, kept true to the text that is being read.
 
 Thresholds are fixed numbers for a layer, so a token with larger activations gets more bits. The same makes
-a text that is unlike the calibration text read more, or less, than asked, by 0.3 bits at times. A text
-differs by about as much at every setting, so the dial, after each few tokens, is set off by the difference
-seen so far.
+a text that is unlike the calibration text read more, or less, than asked, by 0.4 bits at times. A text
+differs by about as much at every setting, so the dial is set off by the difference seen so far: first in the
+prompt, which is not graded but shows what grading would take (``engine.Preview``), then every few tokens.
 """
 
 from collections.abc import Sequence

@@ -25,6 +25,17 @@ STEPS_A_LOOK = 32
 """Decode steps on a GPU between two looks at whether any row goes on. The price is steps of no use at a
 text's end, 0.06 s of them at most for a model of 8B."""
 
+PREVIEW_TOKENS = 64
+"""Of a prompt's block so many tokens, the last, say how much graded reading of its text takes."""
+
+SKIPPED_POSITIONS = 4
+"""The first positions of a text, which say nothing of how much is read of others.
+
+Attention dumps what it does not need on the first tokens of whatever it sees, and their activations
+are unlike all others: a few channels hundreds of times the usual, the rest small. In real decoding they
+occur once in a conversation and nearly always in the prompt, which is not graded.
+"""
+
 Thresholds = Mapping[str, Float[Array, "b p"]]
 """Thresholds of every row of the batch, by the linear layer's name. ``thresholds.StackedThresholds`` is one
 that a call hands over as a single array."""
@@ -64,6 +75,20 @@ class Chunk:
     grades: Grades | None
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Preview:
+    """What graded reading of a prompt would have taken.
+
+    Attributes:
+      bits: float32 ``[B, PREVIEW_TOKENS, linears]`` (as ``Grades.bits``), of row b's first ``counts[b]``.
+      counts: int32 ``[B]``, tokens looked at.
+    """
+
+    bits: Float[Array, "b s linears"]
+    counts: Int[Array, "b"]
+
+
 @jax.jit(donate_argnames="cache")
 def prefill(
     model: Decoder | FlatModel, tokens: Int[Array, "b t"], lengths: Int[Array, "b"], cache: KVCache
@@ -80,15 +105,53 @@ def prefill(
       float32 logits that follow each row's last new token (meaningless for a row without any), and
       the cache.
     """
+    logits, _, cache = _prefill(_module(model), tokens, lengths, cache, apply.Dense())
+    return logits, cache
+
+
+@jax.jit(donate_argnames="cache")
+def prefill_with_preview(
+    model: Decoder | FlatModel,
+    tokens: Int[Array, "b t"],
+    lengths: Int[Array, "b"],
+    cache: KVCache,
+    thresholds: Thresholds,
+) -> tuple[Float[Array, "b v"], KVCache, Preview]:
+    """``prefill``, which also finds out what thresholds would make of the text.
+
+    Args:
+      model: graded.
+      tokens, lengths, cache: as in ``prefill``.
+      thresholds: as in ``decode_step``.
+
+    Returns:
+      Logits and cache as ``prefill``, and the preview of each row's last new tokens.
+    """
     model = _module(model)
-    strategy = apply.Dense()
+    if isinstance(thresholds, StackedThresholds):
+        thresholds = thresholds.by_name()
+    start = jnp.maximum(jnp.maximum(lengths - PREVIEW_TOKENS, SKIPPED_POSITIONS - cache.lengths), 0)
+    positions = jnp.minimum(start[:, None] + jnp.arange(PREVIEW_TOKENS), tokens.shape[1] - 1)
+    strategy = apply.Preview(thresholds, positions)
+    logits, x, cache = _prefill(model, tokens, lengths, cache, strategy)
+    for name in model.lm_head.names:
+        strategy.look(name, x)
+    bits = jnp.stack([strategy.bits[name] for name in linear_names(model.config)], axis=-1)
+    return logits, cache, Preview(bits, jnp.maximum(lengths - start, 0))
+
+
+def _prefill(
+    model: Decoder, tokens: jax.Array, lengths: jax.Array, cache: KVCache, strategy: apply.Dense
+) -> tuple[Float[Array, "b v"], Float[Array, "b t d"], KVCache]:
+    """Logits as ``prefill``, the hidden states that all could come from, and the cache."""
     positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
     x, layers = model.hidden(tokens, positions, strategy, cache.layers)
     last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+    of_last = apply.Dense()
     if model.graded:  # the head at its full bits; dequantized it would be the largest array of all
         read_all = jnp.zeros(model.full_bits // DIGIT_BITS, jnp.float32)
-        strategy = apply.Graded(dict.fromkeys(model.lm_head.names, read_all))
-    return model.logits(last, strategy), cache.updated(layers, cache.lengths + lengths)
+        of_last = apply.Graded(dict.fromkeys(model.lm_head.names, read_all))
+    return model.logits(last, of_last), x, cache.updated(layers, cache.lengths + lengths)
 
 
 def decode_step(

@@ -17,7 +17,7 @@ from grinqh_jax.dial import layer_shares
 from grinqh_jax.engine import Grades, Thresholds
 from grinqh_jax.sampling import Sampling
 from grinqh_jax.statistics import grade_statistics
-from grinqh_jax.thresholds import stacked_tables, thresholds_at
+from grinqh_jax.thresholds import StackedThresholds, stacked_tables, thresholds_at
 
 SETTLING_RUNS = 8
 """Most runs that look for the setting with which a run reads the bits that are wanted."""
@@ -145,7 +145,10 @@ class DecodeRun:
 
 
 class PrefillRun:
-    """Repeated prefill of a prompt of ``tokens`` random tokens, ``chunk`` at a time."""
+    """Repeated prefill of a prompt of ``tokens`` random tokens, ``chunk`` at a time.
+
+    As in generating, a graded model's includes the preview of what grading takes of the prompt.
+    """
 
     def __init__(self, model: Decoder, tokens: int, chunk: int | None = None):
         self.model, self.tokens, self.chunk = engine.FlatModel(model), tokens, min(chunk or tokens, tokens)
@@ -153,6 +156,12 @@ class PrefillRun:
             raise ValueError(f"{tokens} tokens are not whole chunks of {self.chunk}")
         self._cache = KVCache.create(model.config, 1, tokens, model.compute_dtype)
         self._prompt = jax.random.randint(jax.random.key(0), (1, tokens), 0, model.config.vocab_size)
+        self._program, self._thresholds = engine.prefill, ()
+        if model.graded:
+            names = tuple(linear_names(model.config))
+            planes = model.linear(names[0]).weight.num_planes
+            self._program = engine.prefill_with_preview
+            self._thresholds = (StackedThresholds(jnp.zeros((1, len(names), planes)), names),)
         self.compiled = None
 
     def run(self) -> jax.Array:
@@ -160,10 +169,10 @@ class PrefillRun:
         cache = dataclasses.replace(self._cache, lengths=jnp.zeros(1, jnp.int32))
         for start in range(0, self.tokens, self.chunk):
             piece = self._prompt[:, start : start + self.chunk]
-            args = (self.model, piece, jnp.full(1, self.chunk, jnp.int32), cache)
+            args = (self.model, piece, jnp.full(1, self.chunk, jnp.int32), cache, *self._thresholds)
             if self.compiled is None:
-                self.compiled = engine.prefill.lower(*args).compile()
-            logits, cache = self.compiled(*args)
+                self.compiled = self._program.lower(*args).compile()
+            logits, cache, *_ = self.compiled(*args)
         self._cache = cache
         return logits
 

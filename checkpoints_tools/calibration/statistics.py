@@ -9,20 +9,16 @@ from jaxtyping import Array, Float
 
 from checkpoints_tools.calibration import histogram
 from grinqh_jax.decoder import LAYER_LINEARS, DecoderLayer, RMSNorm
+from grinqh_jax.engine import SKIPPED_POSITIONS
 from grinqh_jax.linear import Linear
-
-SKIPPED_POSITIONS = 4
-"""The first positions of a window, which are not counted.
-
-Attention dumps what it does not need on the first tokens of whatever it sees, and their activations
-are unlike all others: a few channels hundreds of times the usual, the rest small. In real decoding they
-occur once in a conversation and nearly always in the prompt, which is not graded; in calibration they
-would occur in every window. They do belong to the range of what a model's activations can be.
-"""
 
 
 def first_counted(length: int) -> int:
-    """The first position of a window of ``length`` tokens that is counted: there is always one."""
+    """The first position of a window of ``length`` tokens that is counted: there is always one.
+
+    Those before it would occur in every window here, and in decoding hardly ever (``SKIPPED_POSITIONS``).
+    They do belong to the range of what a model's activations can be.
+    """
     return min(SKIPPED_POSITIONS, length - 1)
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bits_by_hand import bits_to_read
 from random_models import CONFIGS, TARGETS, TOKENS, graded_model, state_tree
 
 from grinqh_jax import apply, decoder, engine
@@ -69,6 +70,38 @@ def test_padded_and_chunked_prefill_equal_the_whole_sequence(dense):
         for row in np.flatnonzero(chunk):
             np.testing.assert_allclose(logits[row], whole[row, read[row] - 1], atol=2e-5)
     assert cache.lengths.tolist() == [19, 40]
+
+
+def test_a_preview_counts_what_graded_reading_of_a_prompt_takes(graded):
+    thresholds = at(graded, [2.0, 5.0])
+    expected = bits_to_read(graded, TOKENS, thresholds)
+    cache, read, counts = empty_cache(graded), np.zeros(2, int), []
+    for chunk in ([32, 3], [8, 0], [0, 32]):
+        tokens = np.zeros((2, 32), np.int32)
+        for row in range(2):
+            tokens[row, : chunk[row]] = TOKENS[row, read[row] : read[row] + chunk[row]]
+        plain, _ = engine.prefill(graded, tokens, jnp.array(chunk), jax.tree.map(jnp.copy, cache))
+        logits, cache, preview = engine.prefill_with_preview(
+            graded, tokens, jnp.array(chunk), cache, thresholds
+        )
+        np.testing.assert_allclose(logits, plain, atol=1e-5)
+        counts.append(preview.counts.tolist())
+        for row, count in enumerate(preview.counts):
+            last = read[row] + chunk[row]
+            found = preview.bits[row, :count]
+            np.testing.assert_allclose(found, expected[row, last - count : last], atol=0.05)
+        read += chunk
+    assert counts == [[28, 0], [8, 0], [0, 31]]  # without the first four positions
+
+
+def test_a_preview_is_of_the_last_tokens(graded):
+    tokens, thresholds = np.tile(TOKENS, (1, 2)), at(graded, [3.0, 3.0])
+    cache = empty_cache(graded, capacity=80)
+    _, _, preview = engine.prefill_with_preview(graded, tokens, jnp.array([80, 6]), cache, thresholds)
+    assert preview.counts.tolist() == [64, 2]
+    expected = bits_to_read(graded, tokens, thresholds)
+    np.testing.assert_allclose(preview.bits[0], expected[0, 16:80], atol=0.05)
+    np.testing.assert_allclose(preview.bits[1, :2], expected[1, 4:6], atol=0.05)
 
 
 def test_prompt_that_fills_the_cache_in_a_longer_padded_block(dense):

@@ -7,9 +7,11 @@ import json
 import jax
 import numpy as np
 import pytest
+from bits_by_hand import bits_to_read
 
 from grinqh_jax.decoder import linear_names, linear_shapes
 from grinqh_jax.decoding import Decoding
+from grinqh_jax.dial import PRIOR_TOKENS, layer_shares
 from grinqh_jax.errors import CheckpointError, UsageError
 from grinqh_jax.evaluation.completion import complete
 from grinqh_jax.evaluation.scoring import score
@@ -228,6 +230,21 @@ def test_a_text_comes_in_chunks_that_suit_the_device(generator, monkeypatch, on_
     assert [len(tokens) for tokens in usual] == ([64, 36] if on_gpu else [16] * 6 + [4])
     assert [len(tokens) for tokens in short] == [7] * 14 + [2]
     assert list(itertools.chain(*usual)) == list(itertools.chain(*short))
+
+
+def test_the_dial_learns_from_the_prompt(generator):
+    dial = generator.dial(3.0, batch=2)
+    prompts = [list(range(2, 62)), [5, 6, 7]]
+    decoding = Decoding(
+        generator.model, prompts, max_tokens=4, max_context=128, dial=dial, sampling=Sampling.create(2)
+    )
+    decoding.prefill()
+    read = bits_to_read(generator.model, np.array(prompts[:1]), generator.dial(3.0).thresholds)[0, 4:]
+    excess = (read @ layer_shares(generator.model)).mean() - 3
+    assert abs(excess) > 0.01
+    expected = 3 - excess * 56 / (56 + PRIOR_TOKENS)
+    # A prompt of three tokens says nothing.
+    np.testing.assert_allclose(dial.setting, [expected, 3], atol=0.01)
 
 
 def test_a_batch_of_different_lengths_equals_its_rows(generator, monkeypatch):
