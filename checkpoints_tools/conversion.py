@@ -21,7 +21,12 @@ from jaxtyping import Int, Int32
 
 from checkpoints_tools import vocabulary
 from checkpoints_tools.calibration import statistics
-from checkpoints_tools.calibration.allocation import GradedCosts, target_grid, threshold_tables
+from checkpoints_tools.calibration.allocation import (
+    GradedCosts,
+    for_any_text,
+    target_grid,
+    threshold_tables,
+)
 from checkpoints_tools.calibration.sensitivity import output_sensitivities
 from checkpoints_tools.calibration.text import windows_of_two_kinds
 from checkpoints_tools.principal_basis import RotatedCheckpoint, principal_axes, second_moments
@@ -211,7 +216,8 @@ class Conversion:
             name: GradedCosts(self.inputs[name].counts, errors[name], math.prod(shape))
             for name, shape in self.shapes.items()
         }
-        for together in [costs] if self.split == SENSITIVITY else [{n: c} for n, c in costs.items()]:
+        alone = [{name: cost} for name, cost in costs.items()]
+        for together in [for_any_text(costs)] if self.split == SENSITIVITY else alone:
             self.tables |= threshold_tables(together, target_grid(self.max_bits))
 
     def _embed(self, writer: Writer) -> Refit | None:

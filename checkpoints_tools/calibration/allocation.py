@@ -7,6 +7,8 @@ all layers are parts of one sum, the divergence of the predictions. For a given 
 that sum is least where every channel of every layer takes the level with the least
 ``x_j**2 e(l) + lambda * 2 l``, for one ``lambda``. As ``|x|`` grows, that level walks up the lower convex
 hull of the points ``(2 l, e(l))``, so each threshold is ``sqrt(lambda)`` times a constant of its layer.
+
+What little depends on a layer on one text may depend on it on another (``for_any_text``).
 """
 
 import dataclasses
@@ -17,6 +19,9 @@ from jaxtyping import Float, Integer
 
 from checkpoints_tools.calibration import histogram
 from pallas_kernels.layout import DIGIT_BITS
+
+UNSEEN = 0.25
+"""The share of all that depends on any layer that is spread evenly: see ``for_any_text``."""
 
 TARGET_STEP = 0.25
 LOWEST_TARGET = 1.0
@@ -44,6 +49,30 @@ class GradedCosts:
     counts: Integer[np.ndarray, "bins"]
     errors: Float[np.ndarray, "p1"]
     weights: int
+
+
+def for_any_text(layers: Mapping[str, GradedCosts]) -> dict[str, GradedCosts]:
+    """Costs with which a layer that the calibration text hardly needs is not starved on other text.
+
+    What depends on a layer is what would be lost without it, ``E[x**2] e(0)`` for each of its weights. On
+    novels next to nothing depends on some layers that arithmetic cannot do without. So each layer's errors
+    are scaled to where a share of ``UNSEEN`` of the whole is spread evenly over all weights.
+
+    Args:
+      layers: by name, as calibration found them.
+
+    Returns:
+      The same, with other errors; a layer that nothing at all depends on keeps its own.
+    """
+    lost = {n: histogram.mean_square(layer.counts) * layer.errors[0] for n, layer in layers.items()}
+    weights = {name: layer.weights for name, layer in layers.items()}
+    even = sum(lost[name] * weights[name] for name in layers) / sum(weights.values())
+    return {
+        name: dataclasses.replace(layer, errors=layer.errors * (1 - UNSEEN + UNSEEN * even / lost[name]))
+        if lost[name] > 0
+        else layer
+        for name, layer in layers.items()
+    }
 
 
 def threshold_ratios(errors: Float[np.ndarray, "p1"]) -> Float[np.ndarray, "p"]:

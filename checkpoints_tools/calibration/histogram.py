@@ -24,6 +24,15 @@ def count(x: Float[Array, "..."]) -> Int32[Array, "bins"]:
     return jnp.zeros(BINS, jnp.int32).at[(pattern >> _SHIFT).reshape(-1)].add(1)
 
 
+def mean_square(counts: Integer[np.ndarray, "bins"]) -> float:
+    """The mean of ``x**2`` over the finite activations counted (0 if there are none), within 1 %."""
+    finite = np.asarray(counts[:FINITE_BINS], np.float64)
+    middles = (np.arange(FINITE_BINS, dtype=np.uint32) << _SHIFT) + (1 << (_SHIFT - 1))
+    middles[0] = 0  # zeros, and nothing else that counts
+    squares = middles.view(np.float32).astype(np.float64) ** 2
+    return float(finite @ squares / max(finite.sum(), 1))
+
+
 def share_reaching(
     counts: Integer[np.ndarray, "bins"], thresholds: Float[np.ndarray, "*any"] | np.floating
 ) -> Float[np.ndarray, "*any"] | np.floating:

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from checkpoints_tools.calibration import histogram
 from checkpoints_tools.calibration.allocation import (
+    UNSEEN,
     GradedCosts,
+    for_any_text,
     mean_bits,
     target_grid,
     threshold_ratios,
@@ -131,6 +133,34 @@ def test_a_layer_that_nothing_depends_on_is_read_after_all_others():
     assert mean_bits(counts, tables["dead"])[0] == 0
     np.testing.assert_allclose(mean_bits(counts, tables["live"])[:2], (4.0, 8.0), atol=0.01)
     np.testing.assert_allclose(mean_bits(counts, tables["dead"])[1:], (2.0, 8.0), atol=0.01)
+
+
+def test_a_layer_that_the_text_hardly_needs_is_not_starved():
+    x = ACTIVATIONS["heavy-tailed"]
+    counts = np.asarray(histogram.count(jnp.asarray(x)))
+    squares = float(np.mean(np.square(x, dtype=np.float64)))
+    assert histogram.mean_square(counts) == pytest.approx(squares, rel=0.01)
+    errors = {"much": GAUSSIAN_ERRORS, "little": 1e-4 * GAUSSIAN_ERRORS, "none": np.zeros(5)}
+    sizes = {"much": 100, "little": 300, "none": 100}
+    layers = {name: GradedCosts(counts, errors[name], sizes[name]) for name in errors}
+    spread = for_any_text(layers)
+    # Three quarters stay where they are, one is spread over 500 weights, of which 100 cannot have theirs.
+    before, after = (
+        {name: layer.errors[0] * layer.weights for name, layer in costs.items()} for costs in (layers, spread)
+    )
+    total = sum(before.values())
+    for name in ("much", "little"):
+        expected = (1 - UNSEEN) * before[name] + UNSEEN * total * sizes[name] / 500
+        assert after[name] == pytest.approx(expected)
+        np.testing.assert_allclose(spread[name].errors / errors[name], after[name] / before[name])
+    assert after["none"] == 0
+    starved, fed = (
+        mean_bits(counts, threshold_tables(costs, (2.0,))["little"]) for costs in (layers, spread)
+    )
+    assert starved < 1.3 < fed < 2
+    alike = {name: GradedCosts(counts, GAUSSIAN_ERRORS, size) for name, size in sizes.items()}
+    for name, layer in for_any_text(alike).items():
+        np.testing.assert_allclose(layer.errors, alike[name].errors)
 
 
 def test_bits_are_split_so_that_no_exchange_between_layers_gains():
