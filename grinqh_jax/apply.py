@@ -46,22 +46,33 @@ class Preview(Dense):
     Attributes:
       thresholds: by layer name, float32 ``[B, P]``.
       positions: which to look at, int32 ``[B, s]``.
-      bits: by layer name, mean bits at those positions, float32 ``[B, s]``.
     """
 
     def __init__(self, thresholds: Mapping[str, Float[Array, "b p"]], positions: Int[Array, "b s"]):
         self.thresholds = thresholds
         self.positions = positions
-        self.bits: dict[str, Float[Array, "b s"]] = {}
+        self._seen: dict[str, Float[Array, "b s k"]] = {}
 
     def __call__(self, name: str, linear: Linear, x: Float[Array, "b t k"]) -> Float[Array, "b t n"]:
         self.look(name, x)
         return super().__call__(name, linear, x)
 
     def look(self, name: str, x: Float[Array, "b t k"]) -> None:
-        """Counts the bits of a layer whose outputs nobody wants."""
-        seen = jnp.take_along_axis(x, self.positions[..., None], axis=1)
-        self.bits[name] = grading.realised_bits(grading.levels(seen, self.thresholds[name][:, None]))
+        """Looks at the inputs of a layer whose outputs nobody wants."""
+        self._seen[name] = jnp.take_along_axis(x, self.positions[..., None], axis=1)
+
+    @property
+    def bits(self) -> dict[str, Float[Array, "b s"]]:
+        """By layer name, mean bits at the positions. Layers of a width go together: less to compile."""
+        by_width: dict[int, list[str]] = {}
+        for name, seen in self._seen.items():
+            by_width.setdefault(seen.shape[-1], []).append(name)
+        found = {}
+        for names in by_width.values():
+            seen = jnp.stack([self._seen[name] for name in names])
+            thresholds = jnp.stack([self.thresholds[name] for name in names])[:, :, None]
+            found |= zip(names, grading.realised_bits(grading.levels(seen, thresholds)), strict=True)
+        return found
 
 
 class Graded:

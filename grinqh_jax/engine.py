@@ -128,15 +128,14 @@ def prefill_with_preview(
       Logits and cache as ``prefill``, and the preview of each row's last new tokens.
     """
     model = _module(model)
-    if isinstance(thresholds, StackedThresholds):
-        thresholds = thresholds.by_name()
     start = jnp.maximum(jnp.maximum(lengths - PREVIEW_TOKENS, SKIPPED_POSITIONS - cache.lengths), 0)
     positions = jnp.minimum(start[:, None] + jnp.arange(PREVIEW_TOKENS), tokens.shape[1] - 1)
     strategy = apply.Preview(thresholds, positions)
     logits, x, cache = _prefill(model, tokens, lengths, cache, strategy)
     for name in model.lm_head.names:
         strategy.look(name, x)
-    bits = jnp.stack([strategy.bits[name] for name in linear_names(model.config)], axis=-1)
+    found = strategy.bits
+    bits = jnp.stack([found[name] for name in linear_names(model.config)], axis=-1)
     return logits, cache, Preview(bits, jnp.maximum(lengths - start, 0))
 
 

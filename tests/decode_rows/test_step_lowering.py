@@ -55,6 +55,24 @@ def test_kernels_of_a_step(name, batch):
     }
 
 
+def test_a_preview_adds_no_kernels_to_a_prompt():
+    """What grading would take is counted from the inputs; each weight is dequantized once as ever."""
+
+    def plain(model, tokens, cache, thresholds):
+        return engine.prefill(model, jnp.tile(tokens[:, None], (1, 128)), jnp.full(1, 100), cache)
+
+    def previewed(model, tokens, cache, thresholds):
+        block = jnp.tile(tokens[:, None], (1, 128))
+        return engine.prefill_with_preview(model, block, jnp.full(1, 100), cache, thresholds)
+
+    kernels = [
+        re.findall(r"00(\w+)_kernel_mosaic_gpu", lowered(function, "Qwen3-8B", 1))
+        for function in (plain, previewed)
+    ]
+    assert collections.Counter(kernels[0]) == collections.Counter(kernels[1])
+    assert sum("dequant" in name for name in kernels[0]) == 4 * 2
+
+
 def test_only_sampling_gathers_logits_in_the_order_of_the_tokens():
     """Of the two loops of a chunk, the greedy one takes the logits as the output projection has them."""
 
