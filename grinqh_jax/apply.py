@@ -21,6 +21,10 @@ HEAD = "lm_head"
 the compute dtype."""
 
 
+COUNTED_TOGETHER = 4
+"""Layers of a width whose inputs ``Previewing`` keeps before it counts their bits."""
+
+
 def of_head(name: str) -> bool:
     """Whether a linear layer is a block of the output projection."""
     return name.startswith(HEAD)
@@ -40,7 +44,7 @@ class Dense:
         return linear.dense(x, jnp.float32 if of_head(name) else None)
 
 
-class Preview(Dense):
+class Previewing(Dense):
     """Every layer at full precision, and, at some positions, what graded reading would have taken.
 
     Attributes:
@@ -51,28 +55,33 @@ class Preview(Dense):
     def __init__(self, thresholds: Mapping[str, Float[Array, "b p"]], positions: Int[Array, "b s"]):
         self.thresholds = thresholds
         self.positions = positions
-        self._seen: dict[str, Float[Array, "b s k"]] = {}
+        self._waiting: dict[int, dict[str, Float[Array, "b s k"]]] = {}
+        self._bits: dict[str, Float[Array, "b s"]] = {}
 
     def __call__(self, name: str, linear: Linear, x: Float[Array, "b t k"]) -> Float[Array, "b t n"]:
         self.look(name, x)
         return super().__call__(name, linear, x)
 
     def look(self, name: str, x: Float[Array, "b t k"]) -> None:
-        """Looks at the inputs of a layer whose outputs nobody wants."""
-        self._seen[name] = jnp.take_along_axis(x, self.positions[..., None], axis=1)
+        """Looks at a layer's inputs; by itself, for a layer whose outputs nobody wants."""
+        # A few layers of a width are counted together: quicker to compile than one by one, and the inputs of
+        # all would be in memory at once.
+        waiting = self._waiting.setdefault(x.shape[-1], {})
+        waiting[name] = jnp.take_along_axis(x, self.positions[..., None], axis=1)
+        if len(waiting) == COUNTED_TOGETHER:
+            self._count(self._waiting.pop(x.shape[-1]))
 
     @property
     def bits(self) -> dict[str, Float[Array, "b s"]]:
-        """By layer name, mean bits at the positions. Layers of a width go together: less to compile."""
-        by_width: dict[int, list[str]] = {}
-        for name, seen in self._seen.items():
-            by_width.setdefault(seen.shape[-1], []).append(name)
-        found = {}
-        for names in by_width.values():
-            seen = jnp.stack([self._seen[name] for name in names])
-            thresholds = jnp.stack([self.thresholds[name] for name in names])[:, :, None]
-            found |= zip(names, grading.realised_bits(grading.levels(seen, thresholds)), strict=True)
-        return found
+        """By layer name, mean bits at the positions."""
+        while self._waiting:
+            self._count(self._waiting.popitem()[1])
+        return self._bits
+
+    def _count(self, seen: Mapping[str, Float[Array, "b s k"]]) -> None:
+        thresholds = jnp.stack([self.thresholds[name] for name in seen])[:, :, None]
+        levels = grading.levels(jnp.stack(list(seen.values())), thresholds)
+        self._bits |= zip(seen, grading.realised_bits(levels), strict=True)
 
 
 class Graded:

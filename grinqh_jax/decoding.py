@@ -119,7 +119,7 @@ class Decoding:
             if ("prefill", batch, width, capacity) in self._compiled:
                 continue
             blank = np.zeros((batch, width), np.int32)
-            logits = self._read(blank, none)
+            logits, _ = self._read(blank, none)
             _first_token(logits, self._sampling, self._cache.lengths).block_until_ready()
             self._compiled.add(("prefill", batch, width, capacity))
 
@@ -137,13 +137,19 @@ class Decoding:
             self._compiled.add(program)
 
     def prefill(self) -> NewTokens:
-        """Reads the prompts and chooses the first token of each row, at full precision."""
-        following = None
+        """Reads the prompts and chooses the first token of each row, at full precision.
+
+        From the end of each prompt the dial learns what its text takes.
+        """
+        following = preview = None
         for block, lengths in self._blocks():
-            logits = self._read(block, self._put(lengths))
+            logits, seen = self._read(block, self._put(lengths))
             following = logits if following is None else jnp.where((lengths > 0)[:, None], logits, following)
+            preview = seen if preview is None else engine.fuller(preview, seen)
         self._last = _first_token(following, self._sampling, self._cache.lengths)
-        tokens = np.asarray(self._last)
+        tokens, preview = jax.device_get((self._last, preview))
+        if preview is not None:
+            self._follow(preview.bits, preview.counts)
         self._room -= 1
         self._done = self._put(np.isin(tokens, np.asarray(self._stop_tokens)) | (self._room <= 0))
         return NewTokens([[int(token)] for token in tokens], None)
@@ -168,16 +174,17 @@ class Decoding:
     def _put(self, array: np.ndarray) -> jax.Array:
         return jax.device_put(array, self._place)
 
-    def _read(self, block: Int[np.ndarray, "b t"], lengths: Int[jax.Array, "b"]) -> Float[jax.Array, "b v"]:
-        """Reads a block of the prompts; the dial learns from it what their text takes."""
+    def _read(
+        self, block: Int[np.ndarray, "b t"], lengths: Int[jax.Array, "b"]
+    ) -> tuple[Float[jax.Array, "b v"], engine.Preview | None]:
+        """Reads a block of the prompts."""
         if self._dial is None:
             logits, self._cache = engine.prefill(self._model, block, lengths, self._cache)
-            return logits
+            return logits, None
         logits, self._cache, preview = engine.prefill_with_preview(
             self._model, block, lengths, self._cache, self._thresholds
         )
-        self._follow(*jax.device_get((preview.bits, preview.counts)))
-        return logits
+        return logits, preview
 
     def _follow(self, bits: Float[np.ndarray, "b steps linears"], counts: Int[np.ndarray, "b"]) -> None:
         self._dial.observe(bits, counts)

@@ -126,17 +126,30 @@ def prefill_with_preview(
 
     Returns:
       Logits and cache as ``prefill``, and the preview of each row's last new tokens.
+
+    Raises:
+      ValueError: the model is dense.
     """
     model = _module(model)
+    if not model.graded:
+        raise ValueError("a dense model has nothing to preview; use prefill")
     start = jnp.maximum(jnp.maximum(lengths - PREVIEW_TOKENS, SKIPPED_POSITIONS - cache.lengths), 0)
     positions = jnp.minimum(start[:, None] + jnp.arange(PREVIEW_TOKENS), tokens.shape[1] - 1)
-    strategy = apply.Preview(thresholds, positions)
+    strategy = apply.Previewing(thresholds, positions)
     logits, x, cache = _prefill(model, tokens, lengths, cache, strategy)
     for name in model.lm_head.names:
         strategy.look(name, x)
     found = strategy.bits
     bits = jnp.stack([found[name] for name in linear_names(model.config)], axis=-1)
     return logits, cache, Preview(bits, jnp.maximum(lengths - start, 0))
+
+
+@jax.jit
+def fuller(earlier: Preview, later: Preview) -> Preview:
+    """Of each row the preview that looked at more tokens, the later one if both looked at as many."""
+    take = later.counts >= earlier.counts
+    bits = jnp.where(take[:, None, None], later.bits, earlier.bits)
+    return Preview(bits, jnp.where(take, later.counts, earlier.counts))
 
 
 def _prefill(

@@ -147,7 +147,8 @@ class DecodeRun:
 class PrefillRun:
     """Repeated prefill of a prompt of ``tokens`` random tokens, ``chunk`` at a time.
 
-    As in generating, a graded model's includes the preview of what grading takes of the prompt.
+    As in generating, a graded model's includes the preview of what grading takes of the prompt (not what the
+    dial makes of it on the host).
     """
 
     def __init__(self, model: Decoder, tokens: int, chunk: int | None = None):

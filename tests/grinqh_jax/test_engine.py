@@ -75,7 +75,7 @@ def test_padded_and_chunked_prefill_equal_the_whole_sequence(dense):
 def test_a_preview_counts_what_graded_reading_of_a_prompt_takes(graded):
     thresholds = at(graded, [2.0, 5.0])
     expected = bits_to_read(graded, TOKENS, thresholds)
-    cache, read, counts = empty_cache(graded), np.zeros(2, int), []
+    cache, read, counts, fullest = empty_cache(graded), np.zeros(2, int), [], None
     for chunk in ([32, 3], [8, 0], [0, 32]):
         tokens = np.zeros((2, 32), np.int32)
         for row in range(2):
@@ -91,10 +91,14 @@ def test_a_preview_counts_what_graded_reading_of_a_prompt_takes(graded):
             found = preview.bits[row, :count]
             np.testing.assert_allclose(found, expected[row, last - count : last], atol=0.05)
         read += chunk
+        fullest = preview if fullest is None else engine.fuller(fullest, preview)
     assert counts == [[28, 0], [8, 0], [0, 31]]  # without the first four positions
+    assert fullest.counts.tolist() == [28, 31]
+    np.testing.assert_allclose(fullest.bits[0, :28], expected[0, 4:32], atol=0.05)
+    np.testing.assert_allclose(fullest.bits[1, :31], expected[1, 4:35], atol=0.05)
 
 
-def test_a_preview_is_of_the_last_tokens(graded):
+def test_a_preview_is_of_the_last_tokens(graded, dense):
     tokens, thresholds = np.tile(TOKENS, (1, 2)), at(graded, [3.0, 3.0])
     cache = empty_cache(graded, capacity=80)
     _, _, preview = engine.prefill_with_preview(graded, tokens, jnp.array([80, 6]), cache, thresholds)
@@ -102,6 +106,8 @@ def test_a_preview_is_of_the_last_tokens(graded):
     expected = bits_to_read(graded, tokens, thresholds)
     np.testing.assert_allclose(preview.bits[0], expected[0, 16:80], atol=0.05)
     np.testing.assert_allclose(preview.bits[1, :2], expected[1, 4:6], atol=0.05)
+    with pytest.raises(ValueError, match="use prefill"):
+        engine.prefill_with_preview(dense, tokens, jnp.array([80, 6]), empty_cache(dense), thresholds)
 
 
 def test_prompt_that_fills_the_cache_in_a_longer_padded_block(dense):
