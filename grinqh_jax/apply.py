@@ -20,7 +20,6 @@ HEAD = "lm_head"
 """Name of the output projection, and what the names of its blocks begin with. Its result is float32 whatever
 the compute dtype."""
 
-
 COUNTED_TOGETHER = 4
 """Layers of a width whose inputs ``Previewing`` keeps before it counts their bits."""
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer
 
+from grinqh_jax.config import ModelConfig
 from grinqh_jax.decoder import Decoder, linear_names, linear_shapes
 from grinqh_jax.engine import Thresholds
 from grinqh_jax.errors import UsageError
@@ -43,7 +44,7 @@ class Dial:
         self._wanted = np.asarray(bits, np.float64)
         self._excess = np.zeros_like(self._wanted)  # of all tokens so far, in bits
         self._tokens = np.zeros_like(self._wanted)
-        self._shares = layer_shares(model)
+        self._shares = layer_shares(model.config)
 
     @property
     def setting(self) -> Float[np.ndarray, "rows"]:
@@ -76,7 +77,7 @@ def check_bits(bits: float, targets: Sequence[float]) -> None:
         )
 
 
-def layer_shares(model: Decoder) -> Float[np.ndarray, "linears"]:
+def layer_shares(config: ModelConfig) -> Float[np.ndarray, "linears"]:
     """Each linear layer's share of all their weights, in the order of ``decoder.linear_names``."""
-    sizes = np.prod(list(linear_shapes(model.config).values()), axis=1, dtype=np.float64)
+    sizes = np.prod(list(linear_shapes(config).values()), axis=1, dtype=np.float64)
     return sizes / sizes.sum()

@@ -118,7 +118,7 @@ class DecodeRun:
           bits: the mean that is wanted.
         """
         names, tables = linear_names(self.model.config), stacked_tables(self.model)
-        shares, setting, found = layer_shares(self.model), bits, []
+        shares, setting, found = layer_shares(self.model.config), bits, []
         for _ in range(SETTLING_RUNS):
             here = np.array([setting], np.float32)
             thresholds = thresholds_at(names, tables, jnp.asarray(targets, jnp.float32), here)

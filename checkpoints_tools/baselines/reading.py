@@ -10,11 +10,10 @@ layer, the output projection included, the same mean of bits.
 on 4-bit integers. A layer skips the share ``1 - b / 4`` of its activations whose magnitudes are smallest
 on a calibration text, for a mean of ``b`` bits.
 
-*The whole head* leaves the layers graded as they are and reads the output projection with all its bits: what
-fixed-precision quantizers do, which leave it in 16, so that layers are compared with layers.
+*The whole head* reads the output projection with all its bits, as fixed-precision quantizers leave it in 16,
+and gives the layers alone the mean that is asked: so layers are compared with layers.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -27,7 +26,8 @@ from checkpoints_tools.calibration import histogram, statistics
 from checkpoints_tools.calibration.allocation import least_within
 from grinqh_jax.apply import Dense, of_head
 from grinqh_jax.config import ModelConfig
-from grinqh_jax.decoder import Decoder, linear_names, linear_shapes
+from grinqh_jax.decoder import Decoder, linear_names
+from grinqh_jax.dial import layer_shares
 from grinqh_jax.errors import UsageError
 from grinqh_jax.generator import Generator
 from pallas_kernels.layout import DIGIT_BITS
@@ -86,9 +86,8 @@ def whole_head(generator: Generator) -> Generator:
 
 def with_whole_head(bits: float, config: ModelConfig, max_bits: int) -> float:
     """The mean over all linear layers if the decoder layers read ``bits`` and the output projection all."""
-    sizes = {name: math.prod(shape) for name, shape in linear_shapes(config).items()}
-    head = sum(size for name, size in sizes.items() if of_head(name)) / sum(sizes.values())
-    return (1 - head) * bits + head * max_bits
+    head = layer_shares(config)[[of_head(name) for name in linear_names(config)]].sum()
+    return float((1 - head) * bits + head * max_bits)
 
 
 def skip_thresholds(counts: Int[np.ndarray, "bins"], targets: Sequence[float]) -> Float[np.ndarray, "t"]:

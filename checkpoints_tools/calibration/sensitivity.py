@@ -114,7 +114,7 @@ def _layer_gradients(
 
 
 def _mean_square(gradient: Float[Array, "t n"]) -> Float[Array, "n"]:
-    # The first positions have activations and gradients like no others (``statistics.SKIPPED_POSITIONS``).
+    # The first positions have activations and gradients like no others (``engine.SKIPPED_POSITIONS``).
     counted = gradient[first_counted(len(gradient)) :]
     return jnp.mean(counted.astype(jnp.float32) ** 2, axis=0)
 

@@ -163,7 +163,7 @@ def _graded_logits(model: Decoder, windows: Int[Array, "b t"], thresholds: Thres
 
 
 def _realised(model: Decoder, bits: Float[Array, "b t linears"]) -> _Realised:
-    bits, shares = np.asarray(bits), layer_shares(model)
+    bits, shares = np.asarray(bits), layer_shares(model.config)
     layers = np.where([of_head(name) for name in linear_names(model.config)], 0, shares)
     return _Realised(bits @ shares, bits @ (layers / layers.sum()))
 

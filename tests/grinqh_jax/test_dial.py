@@ -51,7 +51,7 @@ def test_only_tokens_that_count_do_and_rows_are_independent(model):
 
 
 def test_a_layer_counts_by_its_size(model):
-    shares = layer_shares(model)
+    shares = layer_shares(model.config)
     assert shares.sum() == pytest.approx(1)
     linears = [model.linear(name) for name in linear_names(model.config)]
     sizes = np.array([linear.in_features * linear.out_features for linear in linears])

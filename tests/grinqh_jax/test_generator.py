@@ -240,7 +240,7 @@ def test_the_dial_learns_from_the_prompt(generator):
     )
     decoding.prefill()
     read = bits_to_read(generator.model, np.array(prompts[:1]), generator.dial(3.0).thresholds)[0, 4:]
-    excess = (read @ layer_shares(generator.model)).mean() - 3
+    excess = (read @ layer_shares(generator.model.config)).mean() - 3
     assert abs(excess) > 0.01
     expected = 3 - excess * 56 / (56 + PRIOR_TOKENS)
     # A prompt of three tokens says nothing.

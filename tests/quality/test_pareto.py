@@ -61,10 +61,8 @@ def arguments(files, *more):
     }
     common = [part for flag, name in named.items() for part in (f"--{flag}", str(files / name))]
     sizes = ["--calib-tokens", "512", "--sequence-length", "64", "--max-tokens", "4", "--batch", "2"]
-    methods = [
-        "--methods",
-        "rtn,skip-int4,truncation,whole-head,grinqh",
-    ]  # the others take their time to compile
+    # The other methods take their time to compile.
+    methods = ["--methods", "rtn,skip-int4,truncation,whole-head,grinqh"]
     return [*common, *sizes, *methods, "--bits", "2,3", "--w-bits", "4", *more]
 
 
