@@ -1,0 +1,180 @@
+"""How long the converter takes for a model of a published shape, stage by stage, and what memory it needs.
+
+    python benchmarks/conversion.py --shape Qwen3-8B --work /tmp/qwen3-8b --output FILE
+    python benchmarks/conversion.py --shape Qwen3-8B --layers 4 --work /tmp/four --output FILE    a quick look
+
+A Hugging Face checkpoint of that shape, random weights and the bundled model's tokenizer, is written to
+``WORK/model`` if it is not there. Then the real command, ``python -m checkpoints_tools.convert``, runs in
+this process; all that is changed is its progress bar, which keeps the time of every part.
+
+It may be stopped and started again with the same arguments: the weights are used again, the converter goes on
+where it stopped, and the report, which is written after every part, gets an entry for each run.
+
+Random weights take the time and the memory of trained ones, but for one thing: the tokens of the bundled
+model's tokenizer lie in few blocks of a large vocabulary, and only those of the embedding are read for them.
+"""
+
+import argparse
+import datetime
+import functools
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import sys
+import time
+from collections.abc import Callable
+
+import jax
+import random_checkpoint
+
+from checkpoints_tools import convert
+from checkpoints_tools.conversion import directory_bytes
+from grinqh_jax import BUNDLED_MODEL
+from grinqh_jax.memory import peak_host_memory
+from grinqh_jax.progress import Progress
+
+STAGES = {
+    "axes of layers": "second moments",
+    "forward": "forward",
+    "backward": "backward",
+    "grade": "thresholds",
+    "embed": "embedding",
+    "layers": "layers",
+    "lm_head": "head",
+    "finalize": "finalize",
+}
+"""What the names of parts begin with, and their stage. The first part of a stage has what lies between two of
+them, too: the eigenvectors before ``forward``, the head's sensitivities before ``backward``, the first
+quantization of the head and the tables of thresholds before ``embedding``."""
+
+WARM_UP = 2
+"""Parts of a stage that may compile: the others tell the seconds of a layer."""
+
+PACKAGES = ("jax", "jaxlib", "flax", "numpy", "orbax-checkpoint", "tensorstore", "safetensors")
+
+
+class TimedProgress(Progress):
+    """The converter's progress bar; ``keep`` is called with the name and the seconds of every part."""
+
+    def __init__(self, keep: Callable[[str, float], None], description: str, total: int, unit: str):
+        super().__init__(description, total, unit)
+        self._keep = keep
+        self._last = time.monotonic()
+
+    def __call__(self, units: int, note: str = "") -> None:
+        self._part(note)
+        super().__call__(units, note)
+
+    def __exit__(self, *exc_info: object) -> None:
+        super().__exit__(*exc_info)
+        if exc_info[0] is None:
+            self._part("finalize")
+
+    def _part(self, name: str) -> None:
+        now = time.monotonic()
+        self._keep(name, now - self._last)
+        self._last = now
+
+
+def stages(parts: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Seconds of each stage, of its first part, and of a layer where enough parts went before."""
+    times: dict[str, list[float]] = {}
+    for part, seconds in parts.items():
+        stage = next(stage for prefix, stage in STAGES.items() if part.startswith(prefix))
+        times.setdefault(stage, []).append(seconds)
+    found = {stage: {"seconds": sum(seconds), "first": seconds[0]} for stage, seconds in times.items()}
+    for stage, seconds in times.items():
+        if later := seconds[WARM_UP:]:
+            found[stage]["each_layer"] = sum(later) / len(later)
+    return {stage: {name: round(s, 3) for name, s in row.items()} for stage, row in found.items()}
+
+
+def timed_conversion(command: list[str], out: pathlib.Path, report: dict, output: pathlib.Path) -> int:
+    """Runs the converter, adds to the report's runs, and returns the exit code."""
+
+    def save() -> None:
+        writing = output.with_name(output.name + ".writing")
+        writing.write_text(json.dumps(report, indent=1) + "\n")
+        writing.rename(output)
+
+    written = {part for run in report["runs"] for part in run["parts"] if part.startswith("layers.")}
+    parts: dict[str, float] = {}
+    run = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "parts": parts}
+    report["runs"].append(run)
+
+    def keep(part: str, seconds: float) -> None:
+        if part in written:
+            return
+        parts[part] = round(seconds, 3)
+        memory = jax.local_devices()[0].memory_stats() or {}
+        run["stages"] = stages(parts)
+        run["peak_host_bytes"] = peak_host_memory()
+        run["peak_device_bytes"] = memory.get("peak_bytes_in_use")
+        print(f"[{time.monotonic() - start:5.0f}s] {part}: {seconds:.2f} s", flush=True)
+        save()
+
+    convert.Progress = functools.partial(TimedProgress, keep)
+    start = time.monotonic()
+    if code := convert.main(command):
+        return code
+    run["seconds"] = round(time.monotonic() - start, 1)
+    run["bytes_on_disk"] = directory_bytes(out)
+    each = sum(row.get("each_layer", 0) for row in run["stages"].values())
+    if each and not written:
+        missing = report["layers_of_shape"] - report["layers"]
+        run |= {"each_layer": round(each, 3), "of_all_layers": round(run["seconds"] + missing * each, 1)}
+    save()
+    print(json.dumps(run | {"parts": len(parts)}, indent=1))
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    shapes = json.loads((BUNDLED_MODEL.parent / "shapes.json").read_text())
+    parser.add_argument("--shape", default="Qwen3-8B", choices=shapes)
+    parser.add_argument("--config", type=pathlib.Path, help="config.json of another shape")
+    parser.add_argument("--layers", type=int, help="keep only so many layers")
+    parser.add_argument("--tokens", type=int, default=32768, help="of the calibration text")
+    parser.add_argument("--calib", type=pathlib.Path, help="calibration text (default: the bundled one)")
+    parser.add_argument("--work", type=pathlib.Path, required=True, help="directory of both checkpoints")
+    parser.add_argument("--output", type=pathlib.Path, required=True, help="JSON file to write")
+    args = parser.parse_args()
+    config = json.loads(args.config.read_text()) if args.config else shapes[args.shape]
+    layers_of_shape = config["num_hidden_layers"]
+    config["num_hidden_layers"] = args.layers or layers_of_shape
+
+    model, out = args.work / "model", args.work / "out"
+    start = time.monotonic()
+    if not (model / "config.json").exists():
+        random_checkpoint.write(model, config)
+    elif json.loads((model / "config.json").read_text()) != config:
+        parser.error(f"{model} is of another shape: choose another --work")
+    print(f"weights written in {time.monotonic() - start:.1f} s", flush=True)
+
+    report = {
+        "command": " ".join(["python", *sys.argv]),
+        "device": jax.devices()[0].device_kind,
+        "cpus": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "shape": str(args.config or args.shape),
+        "layers": config["num_hidden_layers"],
+        "layers_of_shape": layers_of_shape,
+        "tokens": args.tokens,
+        "model_bytes": directory_bytes(model),
+        "runs": [],
+    }
+    if args.output.exists() and (args.work / "out.partial").exists():
+        earlier = json.loads(args.output.read_text())
+        if earlier["command"] == report["command"] and "seconds" not in earlier["runs"][-1]:
+            report["runs"] = earlier["runs"]
+    command = ["--model", str(model), "--out", str(out), "--tokens", str(args.tokens), "--force"]
+    command += ["--calib", str(args.calib)] if args.calib else []
+    return timed_conversion(command, out, report, args.output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
