@@ -31,7 +31,7 @@ import random_checkpoint
 
 from checkpoints_tools import convert
 from checkpoints_tools.conversion import directory_bytes
-from grinqh_jax import BUNDLED_MODEL
+from grinqh_jax import random_model
 from grinqh_jax.memory import peak_host_memory
 from grinqh_jax.progress import Progress
 
@@ -132,7 +132,7 @@ def timed_conversion(command: list[str], out: pathlib.Path, report: dict, output
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    shapes = json.loads((BUNDLED_MODEL.parent / "shapes.json").read_text())
+    shapes = random_model.hf_configs()
     parser.add_argument("--shape", default="Qwen3-8B", choices=shapes)
     parser.add_argument("--config", type=pathlib.Path, help="config.json of another shape")
     parser.add_argument("--layers", type=int, help="keep only so many layers")

@@ -8,6 +8,7 @@ layer, so that decoding really reads the mean bits asked for.
 import functools
 import importlib.resources
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +30,14 @@ SAMPLES = 1 << 15
 """Activations of each layer that its thresholds are fitted to, at most."""
 
 
+def hf_configs() -> dict[str, dict[str, Any]]:
+    """Hugging Face's ``config.json`` of published models that can be benchmarked without weights, by name."""
+    return json.loads((importlib.resources.files("grinqh_jax") / "models" / "shapes.json").read_text())
+
+
 def shapes() -> dict[str, ModelConfig]:
-    """The configurations of published models that can be benchmarked without their weights, by name."""
-    text = (importlib.resources.files("grinqh_jax") / "models" / "shapes.json").read_text()
-    return {name: ModelConfig.from_hf(fields) for name, fields in json.loads(text).items()}
+    """The configurations of those models."""
+    return {name: ModelConfig.from_hf(fields) for name, fields in hf_configs().items()}
 
 
 def shape(name: str) -> ModelConfig:
