@@ -19,7 +19,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from jaxtyping import Int, Int32
 
-from checkpoints_tools import vocabulary
+from checkpoints_tools import trained_gains, vocabulary
 from checkpoints_tools.calibration import statistics
 from checkpoints_tools.calibration.allocation import (
     GradedCosts,
@@ -29,6 +29,7 @@ from checkpoints_tools.calibration.allocation import (
 )
 from checkpoints_tools.calibration.sensitivity import output_sensitivities
 from checkpoints_tools.calibration.text import windows_of_two_kinds
+from checkpoints_tools.graded_divergence import GradedParts
 from checkpoints_tools.principal_basis import RotatedCheckpoint, principal_axes, second_moments
 from checkpoints_tools.quantize_linear import quantize_linear
 from checkpoints_tools.quantizers import QUANTIZERS
@@ -41,6 +42,7 @@ from grinqh_jax.decoder import LAYER_LINEARS, RMSNorm, linear_shapes
 from grinqh_jax.hf import HFCheckpoint
 from grinqh_jax.linear import linear_of
 from pallas_kernels import NestedWeight
+from pallas_kernels.layout import DIGIT_BITS
 
 PRINCIPAL, ORIGINAL = BASES = ("principal", "original")
 """See ``Conversion``."""
@@ -48,13 +50,15 @@ PRINCIPAL, ORIGINAL = BASES = ("principal", "original")
 SENSITIVITY, UNIFORM = SPLITS = ("sensitivity", "uniform")
 """Likewise."""
 
-FITTED, NONE = GAINS = ("fitted", "none")
+TRAINED, FITTED, NONE = GAINS = ("trained", "fitted", "none")
 """Likewise."""
 
 GAINED = (".qkv",)
-"""Linear layers whose levels get gains, beside the output projection. In the others skipping takes from sums
-that add up (a head's values, SwiGLU's products), or the result goes through SwiGLU: there levels that are
-too large make up for what is missing, and with gains the 32m model of ``docs/quality.md`` diverges more."""
+"""Linear layers whose levels get least-squares gains, beside the output projection. In the others such gains
+make the 32m model of ``docs/quality.md`` diverge more. Training begins with these."""
+
+TRAINED_GAINS = "gains"
+"""The part of a checkpoint that holds them."""
 
 STORED_DTYPE = jnp.bfloat16
 """Of norms and embeddings in the checkpoint."""
@@ -83,7 +87,8 @@ class Conversion:
       quantizer: a key of ``QUANTIZERS``.
       basis: one of ``BASES``: turn the residual stream onto its principal axes first, or leave it.
       split: one of ``SPLITS``: bits go to the layers where they help most, or to all layers alike.
-      gains: one of ``GAINS``: fit gains to the levels of some layers (``GAINED``), or leave them as they are.
+      gains: one of ``GAINS``: train the gains of all levels (``trained_gains``), fit those of some layers
+        (``GAINED``), or leave the levels as they are. With too few tokens, or one level, they are fitted.
       refit: fit weights to what graded reading makes of their inputs (``refit``), if there are tokens enough
         to fit to, or round them as they are.
     """
@@ -115,7 +120,9 @@ class Conversion:
         self.quantizer = quantizer
         self.basis = basis
         self.split = split
-        self.gains = gains
+        trainable = calibration.windows.size >= trained_gains.LEAST_TOKENS and max_bits > DIGIT_BITS
+        self.gains = gains if gains != TRAINED or trainable else FITTED
+        self.fitted_gains: dict[str, np.ndarray] = {}
         self.refit = refit and self.survey_windows.size >= LEAST_TOKENS
         # float32 where bfloat16 is emulated, and slow.
         self.compute_dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
@@ -124,7 +131,8 @@ class Conversion:
     def steps(self) -> int:
         """How many times ``write`` calls ``done``."""
         passes = 5 if self.basis == PRINCIPAL else 4
-        return passes * self.source.config.num_layers + 2
+        training = trained_gains.STEPS if self.gains == TRAINED else 0
+        return passes * self.source.config.num_layers + training + 2
 
     def write(
         self, out: Path, *, overwrite: bool = False, done: Callable[[str], None] = lambda part: None
@@ -151,6 +159,9 @@ class Conversion:
                 done(f"layers.{i}")
             self._head(writer, refit)
             done(HEAD)
+            del refit
+            if self.gains == TRAINED:
+                self._train_gains(writer, done)
             quantization = QuantizationConfig(
                 max_bits=self.max_bits, targets=target_grid(self.max_bits), provenance=self.provenance()
             )
@@ -205,13 +216,17 @@ class Conversion:
             for part, seen in statistics.through_layer(layer, hidden).items():
                 name = f"layers.{i}.{part}"
                 self.inputs[name] = seen
-                _, errors[name] = self._quantize(name, lambda n, w=kernels[part]: w[:, n])
+                leaves, errors[name] = self._quantize(name, lambda n, w=kernels[part]: w[:, n])
+                self.fitted_gains[name] = leaves["gains"]
             del layer  # or it would be in memory beside the next one
             done(f"grade {i}")
         seen = statistics.of_head(self._norm(), hidden)
         for name, tokens in self.blocks.items():
             self.inputs[name] = seen
-            _, errors[name] = self._quantize(name, lambda n, tokens=tokens: self._head_outputs(tokens[n]))
+            leaves, errors[name] = self._quantize(
+                name, lambda n, tokens=tokens: self._head_outputs(tokens[n])
+            )
+            self.fitted_gains[name] = leaves["gains"]
         costs = {
             name: GradedCosts(self.inputs[name].counts, errors[name], math.prod(shape))
             for name, shape in self.shapes.items()
@@ -262,6 +277,8 @@ class Conversion:
                 arrays = {leaf: jnp.asarray(array) for leaf, array in saved[part].items()}
                 linear = linear_of(arrays, self.shapes[linear_name], self.compute_dtype)
                 refit.pass_by(linear_name, layer, linear)
+            if self.gains == TRAINED:
+                del saved[part]["gains"]
         writer.save_part(name, {"layers": {str(i): saved}}, hand_over=refit and refit.streams)
 
     def _head(self, writer: Writer, refit: Refit | None) -> None:
@@ -279,7 +296,27 @@ class Conversion:
                 return w if refit is None else refit.fitted(name, w, outputs)
 
             saved[name], _ = self._quantize(name, read)
+            if self.gains == TRAINED:
+                del saved[name]["gains"]
         writer.save_part(HEAD, unflatten_dict(saved, sep="."))
+
+    def _train_gains(self, writer: Writer, done: Callable[[str], None]) -> None:
+        """Writes the gains of all layers, whose other leaves are all written."""
+        if TRAINED_GAINS in writer.parts:
+            for step in range(trained_gains.STEPS):
+                done(f"{TRAINED_GAINS} {step}")
+            return
+        graded = GradedParts(
+            self.source,
+            self.weights,
+            writer.read_part,
+            self.blocks,
+            target_grid(self.max_bits),
+            self.compute_dtype,
+        )
+        gains = trained_gains.train_gains(graded, self.calibration.windows, self.fitted_gains, done)
+        leaves = {f"{name}.gains": array for name, array in gains.items()}
+        writer.save_part(TRAINED_GAINS, unflatten_dict(leaves, sep="."))
 
     def _head_outputs(self, tokens: Int[np.ndarray, "n"]) -> np.ndarray:
         return self.weights.read(f"{HEAD}.kernel", tokens)
@@ -298,7 +335,7 @@ class Conversion:
             QUANTIZERS[self.quantizer],
             sensitivities=self.sensitivities[name],
             max_bits=self.max_bits,
-            gained=self.gains == FITTED and (of_head(name) or name.endswith(GAINED)),
+            gained=self.gains != NONE and (of_head(name) or name.endswith(GAINED)),
             name=name,
         )
         return leaves | ({"thresholds": self.tables[name]} if self.tables else {}), errors

@@ -9,11 +9,11 @@ from pathlib import Path
 from checkpoints_tools.calibration import text
 from checkpoints_tools.conversion import (
     BASES,
-    FITTED,
     GAINS,
     PRINCIPAL,
     SENSITIVITY,
     SPLITS,
+    TRAINED,
     Calibration,
     Conversion,
     bits_per_weight_stored,
@@ -27,6 +27,7 @@ from grinqh_jax.hf import HFCheckpoint, open_checkpoint
 from grinqh_jax.memory import peak_host_memory
 from grinqh_jax.progress import Progress
 from grinqh_jax.tokenizer import Tokenizer
+from pallas_kernels.layout import DIGIT_BITS
 
 
 def parser() -> cli.Parser:
@@ -62,9 +63,10 @@ def parser() -> cli.Parser:
     )
     add(
         "--gains",
-        default=FITTED,
+        default=TRAINED,
         choices=GAINS,
-        help="fitted: least-squares gains for levels where they help (default); none: levels as they are",
+        help="trained: a gain for every level, trained end to end (default, if the calibration text has some "
+        "4000 tokens); fitted: least-squares gains where they help; none: levels as they are",
     )
     add(
         "--refit",
@@ -115,6 +117,8 @@ def convert(args: argparse.Namespace) -> int:
     )
     if args.refit and not conversion.refit:
         print(f"weights were not refitted: {calibration.windows.size:,} calibration tokens are too few")
+    if args.gains == TRAINED and conversion.gains != TRAINED and args.max_bits > DIGIT_BITS:
+        print(f"gains were fitted, not trained: {calibration.windows.size:,} calibration tokens are too few")
     return 0
 
 

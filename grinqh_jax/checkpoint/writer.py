@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from flax import traverse_util
@@ -65,6 +66,7 @@ class Writer:
         try:
             self._enter_conversion({"fingerprint": fingerprint, "version": VERSION}, overwrite)
             self._leaves = self._completed_parts()
+            self._sealed_parts: frozenset[str] = frozenset()
         except BaseException:
             self.close()
             raise
@@ -129,6 +131,26 @@ class Writer:
         if hand_over is not None:
             earlier = self._partial.glob(_HANDED_OVER + "*")
             _remove(file for file in earlier if file != self._hand_over_file(name))
+
+    def read_part(self, name: str) -> dict[str, Any]:
+        """Reads back what ``save_part`` was given: a nested dictionary of arrays on the first device.
+
+        Raises:
+          CheckpointError: the part has not been written.
+        """
+        if name not in self._leaves:
+            raise CheckpointError(f"part {name} has not been written")
+        if self._sealed_parts != self.parts:  # Orbax reads whole checkpoints only, if only in part.
+            self._seal()
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        wished = {
+            leaf: jax.ShapeDtypeStruct(spec.shape, jax.numpy.dtype(spec.dtype), sharding=here)
+            for leaf, spec in self._leaves[name].items()
+        }
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        with context:
+            return ocp.load(self._partial / _SEALED, traverse_util.unflatten_dict(wished, sep="."))
 
     def finalize(
         self, config: Mapping[str, Any], quantization: QuantizationConfig, files: Iterable[str | Path] = ()
@@ -228,6 +250,7 @@ class Writer:
         shutil.copytree(self._partial / (_PARTS + _PARTIAL_SAVE), merging, copy_function=_link_data)
         with _storage():
             ocp.partial.finalize(sealed)
+        self._sealed_parts = self.parts
         return sealed
 
 
