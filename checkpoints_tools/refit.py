@@ -103,6 +103,7 @@ class Refit:
     def enter(self, norm: RMSNorm) -> None:
         """Goes to the projection behind a norm of the residual stream."""
         for windows in (self._exact, self._graded):
+            windows.inputs = []  # or those of the projection before would be in memory beside the new ones
             windows.inputs = [np.asarray(_normed(norm, stream)) for stream in windows.stream]
 
     def fitted(self, name: str, w: Float[np.ndarray, "k n"], outputs: slice) -> Float[np.ndarray, "k n"]:
@@ -132,6 +133,7 @@ class Refit:
           linear: what it has become.
         """
         part = name.rpartition(".")[2]
+        self._factor_of = "", None  # as large as all the states, and of no more use
         self._exact.pass_by(part, layer, getattr(layer, part), None)
         self._graded.pass_by(part, layer, linear, self._thresholds(name))
 
@@ -171,8 +173,9 @@ def factor(windows: Sequence[tuple], least_read: Float[Array, ""] | float) -> Fl
         return None
     a = jnp.zeros((k, k))
     for exact, here, _ in windows:
-        # Waited for, or the arguments of many windows would be in memory at once.
-        a = _add_squares(a, exact, here, least_read).block_until_ready()
+        # One product after the other, and waited for: each is as large as A.
+        a = _add_squares(a, here, least_read, 1.0).block_until_ready()
+        a = _add_squares(a, exact, jnp.float32(0), STAY).block_until_ready()
     return _cholesky(a)
 
 
@@ -205,27 +208,24 @@ def _tokens(windows: Sequence[tuple]) -> int:
     return sum(len(here) - first_counted(len(here)) for _, here, _ in windows)
 
 
-def _counted(
-    exact: Float[Array, "t k"], here: Float[Array, "t k"], least_read: Float[Array, ""] | float
-) -> tuple[Float[Array, "t2 k"], Float[Array, "t2 k"]]:
-    """``x`` and ``z`` of the positions that are counted."""
-    counted = slice(first_counted(len(here)), None)
-    x, z = (rows[counted].astype(jnp.float32) for rows in (exact, here))
-    return x, jnp.where(jnp.abs(z) < least_read, 0, z)
+def _counted(rows: Float[Array, "t k"], least_read: Float[Array, ""] | float) -> Float[Array, "t2 k"]:
+    """The inputs that are read, zeros where they are skipped, of the positions that are counted."""
+    rows = rows[first_counted(len(rows)) :].astype(jnp.float32)
+    return jnp.where(jnp.abs(rows) < least_read, 0, rows)
 
 
 @jax.jit(donate_argnums=0)
 def _add_squares(
     a: Float[Array, "k k"],
-    exact: Float[Array, "t k"],
-    here: Float[Array, "t k"],
+    rows: Float[Array, "t k"],
     least_read: Float[Array, ""] | float,
+    weight: Float[Array, ""] | float,
 ) -> Float[Array, "k k"]:
-    x, z = _counted(exact, here, least_read)
-    return a + _product(z.T, z) + STAY * _product(x.T, x)
+    rows = _counted(rows, least_read)
+    return a + weight * _product(rows.T, rows)
 
 
-@jax.jit
+@jax.jit(donate_argnums=0)
 def _cholesky(a: Float[Array, "k k"]) -> Float[Array, "k k"]:
     damped = a + DAMPING * jnp.trace(a) / len(a) * jnp.eye(len(a))
     # A projection whose inputs are all zero has nothing to fit.
@@ -243,7 +243,7 @@ def _add_residuals(
     w: Float[Array, "k n"],
 ) -> tuple[Float[Array, "k n"], Float[Array, ""]]:
     """Adds a window's to ``G`` and ``|y - z W|**2``."""
-    x, z = _counted(exact, here, least_read)
+    x, z = _counted(exact, 0.0), _counted(here, least_read)
     residual = _product(x - z, w)
     if lacking is not None:
         residual += lacking[first_counted(len(here)) :].astype(jnp.float32)
