@@ -33,7 +33,7 @@ from checkpoints_tools.graded_divergence import GradedParts
 from checkpoints_tools.principal_basis import RotatedCheckpoint, principal_axes, second_moments
 from checkpoints_tools.quantize_linear import quantize_linear
 from checkpoints_tools.quantizers import QUANTIZERS
-from checkpoints_tools.refit import LEAST_TOKENS, Refit, fitting_windows
+from checkpoints_tools.refit import Refit, fitting_windows, input_widths, refitted_parts, shortage
 from checkpoints_tools.source_layer import BLOCK_VALUES, dense_layer, embed, read_layer
 from grinqh_jax import __version__
 from grinqh_jax.apply import HEAD, of_head
@@ -89,8 +89,13 @@ class Conversion:
       split: one of ``SPLITS``: bits go to the layers where they help most, or to all layers alike.
       gains: one of ``GAINS``: train the gains of all levels (``trained_gains``), fit those of some layers
         (``GAINED``), or leave the levels as they are. With too few tokens, or one level, they are fitted.
-      refit: fit weights to what graded reading makes of their inputs (``refit``), if there are tokens enough
-        to fit to, or round them as they are.
+      refit: fit weights to what graded reading makes of their inputs (``refit``), where there are tokens
+        enough to fit to, or round them as they are.
+
+    Attributes:
+      gains: one of ``GAINS``: what is really done.
+      refit: names of the parts that are refitted, in every layer.
+      not_refitted: a line that says which parts are not, though that was asked for, and why; else empty.
     """
 
     def __init__(
@@ -123,9 +128,13 @@ class Conversion:
         trainable = calibration.windows.size >= trained_gains.LEAST_TOKENS and max_bits > DIGIT_BITS
         self.gains = gains if gains != TRAINED or trainable else FITTED
         self.fitted_gains: dict[str, np.ndarray] = {}
-        self.refit = refit and self.survey_windows.size >= LEAST_TOKENS
         # float32 where bfloat16 is emulated, and slow.
         self.compute_dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        widths = input_widths(self.shapes)
+        itemsize = jnp.dtype(self.compute_dtype).itemsize
+        self.refit_windows = fitting_windows(self.survey_windows, widths, itemsize)
+        self.refit = refitted_parts(self.refit_windows, widths) if refit else []
+        self.not_refitted = shortage(self.refit_windows, widths) if refit else ""
 
     @property
     def steps(self) -> int:
@@ -248,8 +257,7 @@ class Conversion:
             writer.save_part("embed", unflatten_dict({key: embedding}, sep="."))
         if not self.refit:
             return None
-        windows = fitting_windows(self.survey_windows, width * jnp.dtype(self.compute_dtype).itemsize)
-        hidden = embed(self.weights, windows, self.compute_dtype)
+        hidden = embed(self.weights, self.refit_windows, self.compute_dtype)
         return Refit(hidden, self.tables, target_grid(self.max_bits))
 
     def _layer(self, writer: Writer, i: int, refit: Refit | None) -> None:

@@ -72,8 +72,8 @@ def parser() -> cli.Parser:
         "--refit",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="fit weights to what graded reading makes of their inputs (default, if the calibration text has "
-        "some 6000 tokens), or round them as they are",
+        help="fit weights to what graded reading makes of their inputs (default, where the calibration text "
+        "has some 6000 tokens, and 1.4 for each input), or round them as they are",
     )
     add("--force", action="store_true", help="replace an existing checkpoint")
     return result
@@ -115,8 +115,8 @@ def convert(args: argparse.Namespace) -> int:
         f"{directory_bytes(out) / 1e6:,.1f} MB on disk, peak memory {peak_host_memory() / 2**20:,.0f} MiB, "
         f"{time.monotonic() - started:.0f} s"
     )
-    if args.refit and not conversion.refit:
-        print(f"weights were not refitted: {calibration.windows.size:,} calibration tokens are too few")
+    if conversion.not_refitted:
+        print(conversion.not_refitted)
     if args.gains == TRAINED and conversion.gains != TRAINED and args.max_bits > DIGIT_BITS:
         print(f"gains were fitted, not trained: {calibration.windows.size:,} calibration tokens are too few")
     return 0

@@ -16,6 +16,23 @@ from grading, and one weight serves all settings of the dial.)
 
 A fit of K numbers to T tokens also fits their noise: it gains ``K / T`` of the residual energy by chance. The
 step is shortened by what that is of the whole gain (James and Stein 1961).
+
+A projection is refitted if more tokens are counted than it has inputs, which is known before the conversion
+begins; the others are rounded as they are, and named.
+
+Memory is at its most at ``down``, which has the most inputs. In float32, as on a CPU, where host and device
+are one, Qwen3-8B (hidden 4096, intermediate 12288, 16,384 tokens) takes some 5 GiB there:
+
+* 0.5: the residual stream of all windows, in the original and graded (2 x 16,384 x 4096 x 4 bytes);
+* 1.5: the inputs of ``down`` of both (2 x 16,384 x 12288 x 4);
+* 1.1: two matrices K x K (2 x 12288 x 12288 x 4): ``A`` and a product that is added to it, or ``A`` and its
+  factor, or the factor and a triangular solve's copy of it;
+* 0.7, 0.1 and 0.2: the original layer, the kernel that is read, the codes of the layer;
+* the process itself, and a window or a block of outputs on its way.
+
+(Measured: 4.7, 0.2 of it the process, with the states and the layer made up and one window multiplied.)
+Llama-3.1-8B (intermediate 14336, 17,408 tokens) takes 0.9 more. In bfloat16 all that Qwen3-8B gets of 32,768
+calibration tokens, 24,576, are fitted to: 1.5 GiB of states in host memory, the matrices on the device.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +44,7 @@ from jaxtyping import Array, Float, Int, Int32, Shaped
 
 from checkpoints_tools.calibration.statistics import first_counted
 from checkpoints_tools.source_layer import WRITERS
-from grinqh_jax.apply import Dense, Graded
+from grinqh_jax.apply import HEAD, Dense, Graded, of_head
 from grinqh_jax.attention import attend_heads
 from grinqh_jax.decoder import DecoderLayer, RMSNorm
 from grinqh_jax.linear import GradedLinear, Linear
@@ -49,8 +66,12 @@ TOKENS = 32768
 LEAST_TOKENS = 4096
 """With fewer nothing is refitted: they show too few of the inputs that a layer may have."""
 
-HIDDEN_BYTES = 1 << 26
-"""At most so many bytes of hidden states are kept, of the original and again of the graded model."""
+STATE_BYTES = 1 << 31
+"""Tokens are fitted to until their states, of the original and graded model together, take so many bytes."""
+
+TOKENS_PER_INPUT = 1.25
+"""So many for each input of the widest projection are fitted to even if their states take more: its matrix
+``A`` takes as much again, and with fewer tokens than inputs the projection could not be refitted at all."""
 
 DAMPING = 0.01
 """Added to the diagonal of A, in units of its mean."""
@@ -59,15 +80,63 @@ ANY_LAYER = "layer"
 """What every linear layer is called here, so that layers share their compiled programs."""
 
 
-def fitting_windows(windows: Int32[np.ndarray, "s t"], token_bytes: int) -> Int32[np.ndarray, "s2 t"]:
+def input_widths(shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+    """How many inputs each part has: the projections of a layer, alike in all layers, and ``HEAD``.
+
+    Args:
+      shapes: ``decoder.linear_shapes``.
+    """
+    return {HEAD if of_head(name) else name.rpartition(".")[2]: k for name, (k, _) in shapes.items()}
+
+
+def fitting_windows(
+    windows: Int32[np.ndarray, "s t"], widths: Mapping[str, int], itemsize: int
+) -> Int32[np.ndarray, "s2 t"]:
     """The first of the calibration windows, as many as are fitted to (at least one).
 
     Args:
       windows: token ids.
-      token_bytes: size of one token's hidden state.
+      widths: of ``input_widths``.
+      itemsize: bytes of one number of a hidden state.
     """
-    tokens = min(TOKENS, HIDDEN_BYTES // token_bytes)
+    widest = max(widths.values())
+    token_bytes = 2 * (widths["qkv"] + widest) * itemsize  # the stream, and the inputs of the widest
+    tokens = min(TOKENS, max(STATE_BYTES // token_bytes, int(TOKENS_PER_INPUT * widest)))
     return windows[: max(tokens // windows.shape[1], 1)]
+
+
+def refitted_parts(windows: Int32[np.ndarray, "s t"], widths: Mapping[str, int]) -> list[str]:
+    """The parts that have tokens enough to be refitted on these windows, in the order of ``widths``.
+
+    Args:
+      windows: of ``fitting_windows``.
+      widths: of ``input_widths``.
+    """
+    if windows.size < LEAST_TOKENS:
+        return []
+    return [part for part, k in widths.items() if _counted_tokens(windows) > k]
+
+
+def shortage(windows: Int32[np.ndarray, "s t"], widths: Mapping[str, int]) -> str:
+    """One line that names the parts that are not refitted and the tokens that each needs; empty if all are.
+
+    Args:
+      windows, widths: as in ``refitted_parts``.
+    """
+    kept = refitted_parts(windows, widths)
+    needed = {part: max(k + 1, LEAST_TOKENS) for part, k in widths.items() if part not in kept}
+    if not needed:
+        return ""
+    parts = ", ".join(f"{part} (needs {tokens:,} tokens)" for part, tokens in needed.items())
+    return (
+        f"weights were not refitted in {parts}: {_counted_tokens(windows):,} of the calibration text are "
+        "fitted to, three of four at most"
+    )
+
+
+def _counted_tokens(windows: Int32[np.ndarray, "s t"]) -> int:
+    count, length = windows.shape
+    return count * (length - first_counted(length))
 
 
 class Refit:
@@ -103,6 +172,7 @@ class Refit:
     def enter(self, norm: RMSNorm) -> None:
         """Goes to the projection behind a norm of the residual stream."""
         for windows in (self._exact, self._graded):
+            windows.inputs = []  # or those of the projection before would be in memory beside the new ones
             windows.inputs = [np.asarray(_normed(norm, stream)) for stream in windows.stream]
 
     def fitted(self, name: str, w: Float[np.ndarray, "k n"], outputs: slice) -> Float[np.ndarray, "k n"]:
@@ -132,6 +202,7 @@ class Refit:
           linear: what it has become.
         """
         part = name.rpartition(".")[2]
+        self._factor_of = "", None  # as large as all the states, and of no more use
         self._exact.pass_by(part, layer, getattr(layer, part), None)
         self._graded.pass_by(part, layer, linear, self._thresholds(name))
 
@@ -171,8 +242,9 @@ def factor(windows: Sequence[tuple], least_read: Float[Array, ""] | float) -> Fl
         return None
     a = jnp.zeros((k, k))
     for exact, here, _ in windows:
-        # Waited for, or the arguments of many windows would be in memory at once.
-        a = _add_squares(a, exact, here, least_read).block_until_ready()
+        # One product after the other, and waited for: each is as large as A.
+        a = _add_squares(a, here, least_read, 1.0).block_until_ready()
+        a = _add_squares(a, exact, jnp.float32(0), STAY).block_until_ready()
     return _cholesky(a)
 
 
@@ -205,27 +277,24 @@ def _tokens(windows: Sequence[tuple]) -> int:
     return sum(len(here) - first_counted(len(here)) for _, here, _ in windows)
 
 
-def _counted(
-    exact: Float[Array, "t k"], here: Float[Array, "t k"], least_read: Float[Array, ""] | float
-) -> tuple[Float[Array, "t2 k"], Float[Array, "t2 k"]]:
-    """``x`` and ``z`` of the positions that are counted."""
-    counted = slice(first_counted(len(here)), None)
-    x, z = (rows[counted].astype(jnp.float32) for rows in (exact, here))
-    return x, jnp.where(jnp.abs(z) < least_read, 0, z)
+def _counted(rows: Float[Array, "t k"], least_read: Float[Array, ""] | float) -> Float[Array, "t2 k"]:
+    """The inputs that are read, zeros where they are skipped, of the positions that are counted."""
+    rows = rows[first_counted(len(rows)) :].astype(jnp.float32)
+    return jnp.where(jnp.abs(rows) < least_read, 0, rows)
 
 
 @jax.jit(donate_argnums=0)
 def _add_squares(
     a: Float[Array, "k k"],
-    exact: Float[Array, "t k"],
-    here: Float[Array, "t k"],
+    rows: Float[Array, "t k"],
     least_read: Float[Array, ""] | float,
+    weight: Float[Array, ""] | float,
 ) -> Float[Array, "k k"]:
-    x, z = _counted(exact, here, least_read)
-    return a + _product(z.T, z) + STAY * _product(x.T, x)
+    rows = _counted(rows, least_read)
+    return a + weight * _product(rows.T, rows)
 
 
-@jax.jit
+@jax.jit(donate_argnums=0)
 def _cholesky(a: Float[Array, "k k"]) -> Float[Array, "k k"]:
     damped = a + DAMPING * jnp.trace(a) / len(a) * jnp.eye(len(a))
     # A projection whose inputs are all zero has nothing to fit.
@@ -243,7 +312,7 @@ def _add_residuals(
     w: Float[Array, "k n"],
 ) -> tuple[Float[Array, "k n"], Float[Array, ""]]:
     """Adds a window's to ``G`` and ``|y - z W|**2``."""
-    x, z = _counted(exact, here, least_read)
+    x, z = _counted(exact, 0.0), _counted(here, least_read)
     residual = _product(x - z, w)
     if lacking is not None:
         residual += lacking[first_counted(len(here)) :].astype(jnp.float32)

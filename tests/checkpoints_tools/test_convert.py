@@ -94,14 +94,35 @@ def test_a_llama_comes_back_with_the_same_quality(llama, calib, tmp_path, capsys
 def test_a_llama_in_its_principal_basis_is_the_same_model(llama, calib, tmp_path, capsys):
     out = tmp_path / "out"
     assert convert.main(arguments(llama, out, calib)) == 0
-    assert "weights were not refitted: 512 calibration tokens are too few" in capsys.readouterr().out
+    note = "weights were not refitted in qkv (needs 4,096 tokens), o (needs 4,096 tokens)"
+    assert note in capsys.readouterr().out
     loaded = checkpoint.load(out, jnp.float32)
     assert loaded.quantization.provenance["basis"] == "principal"
-    assert not loaded.quantization.provenance["refit"]
+    assert loaded.quantization.provenance["refit"] == []
     tokens = jnp.asarray(np.random.default_rng(3).integers(0, 256, (2, 100)))
     logits, expected = loaded.model(tokens), load_decoder(open_checkpoint(llama), jnp.float32)(tokens)
     assert float(jnp.abs(logits - expected).max() / jnp.abs(expected).max()) < 0.05
     assert jnp.mean(logits.argmax(-1) == expected.argmax(-1)) > 0.9
+
+
+def test_a_projection_with_more_inputs_than_there_are_tokens_is_left_as_it_is_and_named(tmp_path, capsys):
+    """4,864 tokens are fitted to, the first 4 of each of 38 windows not counted; ``down`` has 4,800."""
+    wide = hf_directories.QWEN3 | {"intermediate_size": 4800, "num_hidden_layers": 1}
+    model = tiny_models.write(tmp_path / "model", wide)
+    calib = tmp_path / "calib.txt"
+    calib.write_text(tiny_models.TEXT * 13)
+    parts, leaves = {"qkv", "o", "gate_up", "lm_head"}, {}
+    for flag, refitted in (("--refit", ["qkv", "o", "gate_up", "lm_head"]), ("--no-refit", [])):
+        out = tmp_path / flag
+        assert convert.main(arguments(model, out, calib, flag)) == 0
+        printed = capsys.readouterr().out
+        note = "weights were not refitted in down (needs 4,801 tokens): 4,712 of the calibration text"
+        assert (note in printed) == (flag == "--refit")
+        provenance = json.loads((out / "config.json").read_text())["quantization_config"]["provenance"]
+        assert provenance["refit"] == refitted
+        leaves[flag] = content(out)["leaves"]
+    changed = {leaf for leaf, entry in leaves["--refit"].items() if entry != leaves["--no-refit"][leaf]}
+    assert {part for part in (*parts, "down") if any(part in leaf.split(".") for leaf in changed)} == parts
 
 
 def test_realised_bits_are_the_targets_on_the_calibration_text(converted, qwen3):
