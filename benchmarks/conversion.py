@@ -43,6 +43,7 @@ STAGES = {
     "embed": "embedding",
     "layers": "layers",
     "lm_head": "head",
+    "gains": "gains",
     "finalize": "finalize",
 }
 """What the names of parts begin with, and their stage. The first part of a stage has what lies between two of
@@ -50,7 +51,7 @@ them, too: the eigenvectors before ``forward``, the head's sensitivities before 
 quantization of the head and the tables of thresholds before ``embedding``."""
 
 WARM_UP = 2
-"""Parts of a stage that may compile: the others tell the seconds of a layer."""
+"""Parts of a stage that may compile: the others tell the seconds of a layer, or of a step of the gains."""
 
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "orbax-checkpoint", "tensorstore", "safetensors")
 
@@ -87,7 +88,7 @@ def stages(parts: dict[str, float]) -> dict[str, dict[str, float]]:
     found = {stage: {"seconds": sum(seconds), "first": seconds[0]} for stage, seconds in times.items()}
     for stage, seconds in times.items():
         if later := seconds[WARM_UP:]:
-            found[stage]["each_layer"] = sum(later) / len(later)
+            found[stage]["each_step" if stage == "gains" else "each_layer"] = sum(later) / len(later)
     return {stage: {name: round(s, 3) for name, s in row.items()} for stage, row in found.items()}
 
 
@@ -123,6 +124,9 @@ def timed_conversion(command: list[str], out: pathlib.Path, report: dict, output
     run["bytes_on_disk"] = directory_bytes(out)
     each = sum(row.get("each_layer", 0) for row in run["stages"].values())
     if each and not written:
+        # As if a step of the gains were nothing but layers: too much rather than too little.
+        steps = sum(part.startswith("gains") for part in parts)
+        each += steps * run["stages"].get("gains", {}).get("each_step", 0) / report["layers"]
         missing = report["layers_of_shape"] - report["layers"]
         run |= {"each_layer": round(each, 3), "of_all_layers": round(run["seconds"] + missing * each, 1)}
     save()

@@ -23,7 +23,7 @@ SETTINGS = (1.5, 2.0, 3.0)
 STEPS = 32
 """Of Adam, each with a window for every setting."""
 
-RATE = 0.02
+RATE = 0.03
 """About how much a step changes the logarithm of a gain, in the first half; then it falls to 0."""
 
 SECOND_MOMENT_DECAY = 0.95

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tiny_models
 
-from checkpoints_tools import convert
+from checkpoints_tools import conversion, convert, trained_gains
 from grinqh_jax import apply, checkpoint
 from grinqh_jax.decoder import linear_names
 from grinqh_jax.hf import load_decoder, open_checkpoint
@@ -95,9 +95,12 @@ def test_a_llama_in_its_principal_basis_is_the_same_model(llama, calib, tmp_path
     out = tmp_path / "out"
     assert convert.main(arguments(llama, out, calib)) == 0
     note = "weights were not refitted in qkv (needs 4,096 tokens), o (needs 4,096 tokens)"
-    assert note in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert note in printed
+    assert "gains were fitted, not trained: 512 calibration tokens are too few" in printed
     loaded = checkpoint.load(out, jnp.float32)
     assert loaded.quantization.provenance["basis"] == "principal"
+    assert loaded.quantization.provenance["gains"] == "fitted"
     assert loaded.quantization.provenance["refit"] == []
     tokens = jnp.asarray(np.random.default_rng(3).integers(0, 256, (2, 100)))
     logits, expected = loaded.model(tokens), load_decoder(open_checkpoint(llama), jnp.float32)(tokens)
@@ -167,21 +170,48 @@ def test_a_killed_conversion_goes_on_and_ends_the_same(qwen3, tmp_path, capsys):
         return len(list(partial.glob("*partial_save/*/_CHECKPOINT_METADATA")))
 
     kills = 0
-    for wanted in (1, 2):
+    for wanted in (1, 2, 4):  # the last one while gains are trained
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
         while process.poll() is None and written() < wanted:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL
         assert not out.exists()
-    assert kills == 2
+    assert kills == 3
     with pytest.raises(checkpoint.reader.CheckpointError, match="unfinished"):
         checkpoint.load(out)
-    before = written()
-    assert before >= 2
+    assert written() == 4
     assert convert.main(arguments(qwen3, out, calib)) == 0
     assert content(out) == content(uninterrupted)
     assert not partial.exists()
+    loaded = checkpoint.load(out)
+    assert loaded.quantization.provenance["gains"] == "trained"
+    for name in linear_names(loaded.config):
+        gains = loaded.model.linear(name).gains[...]
+        assert gains[-1] == 1
+        assert (gains[:-1] != 1).all(), name
+
+
+@pytest.mark.parametrize("basis", conversion.BASES)
+def test_it_knows_how_many_parts_it_will_report(qwen3, calib, tmp_path, monkeypatch, basis):
+    monkeypatch.setattr(trained_gains, "STEPS", 2)
+    monkeypatch.setattr(trained_gains, "LEAST_TOKENS", 256)
+    source = open_checkpoint(qwen3)
+    planned = conversion.Conversion(
+        source,
+        convert.read_calibration(source, calib, 512),
+        max_bits=8,
+        quantizer="rtn",
+        basis=basis,
+        split="sensitivity",
+        gains="trained",
+        refit=False,
+    )
+    reported = []
+    planned.write(tmp_path / "out", done=reported.append)
+    assert len(reported) == planned.steps
+    assert reported[-2:] == ["gains 0", "gains 1"]
+    assert checkpoint.load(tmp_path / "out").quantization.provenance["gains"] == "trained"
 
 
 def test_finished_output_needs_force(qwen3, calib, converted, tmp_path, capsys):

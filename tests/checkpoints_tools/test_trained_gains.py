@@ -111,7 +111,7 @@ def test_the_gradient_is_that_of_the_whole_model(pair, monkeypatch):
         ]
         return jnp.sum(jnp.log(jnp.stack(each))), each
 
-    (_, expected), gradient = jax.value_and_grad(objective, has_aux=True)(gains)
+    (_, expected), gradient = jax.jit(jax.value_and_grad(objective, has_aux=True))(gains)
     parts = parts_of(pair)
     monkeypatch.setattr(graded_divergence, "BLOCK_VALUES", 1)  # a tile of the vocabulary at a time
     found, by_layer = divergence(parts, parts.head(), Text.read(parts, WINDOWS), gains, SETTINGS)
@@ -142,31 +142,28 @@ def test_a_product_is_that_of_the_levels_dequantized():
     np.testing.assert_allclose(found, expected[:, start:stop], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("pair", ["qwen3-tied"], indirect=True)
 def test_training_lowers_the_divergence_on_other_text(pair, monkeypatch):
-    """On windows that it did not see, at every setting, and also where it was not trained."""
-    monkeypatch.setattr(trained_gains, "STEPS", 12)
-    rng = np.random.default_rng(8)
-    seen, unseen = rng.integers(0, 256, (2, 40, 48)).astype(np.int32)
-    model = pair[1].model
-    names = linear_names(model.config)
+    """At every setting, and also between those where it was trained."""
+    monkeypatch.setattr(trained_gains, "STEPS", 8)
+    seen, unseen = np.random.default_rng(8).integers(0, 256, (2, 30, 48)).astype(np.int32)
+    names = linear_names(pair[1].config)
     started = {name: np.float32([1.15, 1.05, 1, 1]) for name in names}
     steps = []
     trained = trained_gains.train_gains(parts_of(pair), seen, started, steps.append)
-    assert len(steps) == 12
+    assert len(steps) == 8
     assert list(trained) == names
     for gains in trained.values():
         assert gains.dtype == np.float32
         assert gains[-1] == 1
         assert (gains > 0).all()
-    again = trained_gains.train_gains(parts_of(pair), seen, started)
-    for name, gains in trained.items():
-        np.testing.assert_array_equal(again[name], gains, err_msg=name)
-    tokens = jnp.asarray(unseen)
+
+    @jax.jit
+    def loss(gains, bits):
+        return whole_model_divergence(pair, jnp.asarray(unseen), gains, bits)
+
     for bits in (1.5, 2.0, 2.5, 3.0):
-        before, after = (
-            whole_model_divergence(pair, tokens, {n: jnp.asarray(g) for n, g in gains.items()}, bits)
-            for gains in (started, trained)
-        )
+        before, after = loss(started, jnp.float32(bits)), loss(trained, jnp.float32(bits))
         assert after < 0.97 * before, bits
 
 
