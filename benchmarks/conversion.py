@@ -30,7 +30,7 @@ import jax
 import random_checkpoint
 
 from checkpoints_tools import convert
-from checkpoints_tools.conversion import directory_bytes
+from checkpoints_tools.sizes import directory_bytes
 from grinqh_jax import random_model
 from grinqh_jax.memory import peak_host_memory
 from grinqh_jax.progress import Progress

@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,9 @@ from checkpoints_tools.graded_divergence import GradedParts
 from checkpoints_tools.principal_basis import RotatedCheckpoint, principal_axes, second_moments
 from checkpoints_tools.quantize_linear import quantize_linear
 from checkpoints_tools.quantizers import QUANTIZERS
-from checkpoints_tools.refit import Refit, fitting_windows, input_widths, refitted_parts, shortage
+from checkpoints_tools.refit import Refit
+from checkpoints_tools.refit_tokens import fitting_windows, input_widths, refitted_parts, shortage
+from checkpoints_tools.sizes import bits_per_weight_stored
 from checkpoints_tools.source_layer import BLOCK_VALUES, dense_layer, embed, read_layer
 from grinqh_jax import __version__
 from grinqh_jax.apply import HEAD, of_head
@@ -41,7 +42,6 @@ from grinqh_jax.checkpoint import QuantizationConfig, Writer
 from grinqh_jax.decoder import LAYER_LINEARS, RMSNorm, linear_shapes
 from grinqh_jax.hf import HFCheckpoint
 from grinqh_jax.linear import linear_of
-from pallas_kernels import NestedWeight
 from pallas_kernels.layout import DIGIT_BITS
 
 PRINCIPAL, ORIGINAL = BASES = ("principal", "original")
@@ -347,19 +347,3 @@ class Conversion:
             name=name,
         )
         return leaves | ({"thresholds": self.tables[name]} if self.tables else {}), errors
-
-
-def bits_per_weight_stored(source: HFCheckpoint, max_bits: int) -> float:
-    """Bits that a weight of the linear layers takes in memory, scales and padding included."""
-    shapes = linear_shapes(source.config).values()
-    stored = sum(
-        leaf.size * leaf.dtype.itemsize
-        for shape in shapes
-        for leaf in jax.tree.leaves(NestedWeight.abstract(*shape, max_bits))
-    )
-    return 8 * stored / sum(k * n for k, n in shapes)
-
-
-def directory_bytes(directory: Path) -> int:
-    """Bytes of all files of a checkpoint."""
-    return sum(os.path.getsize(file) for file in directory.rglob("*") if file.is_file())

@@ -16,10 +16,9 @@ from checkpoints_tools.conversion import (
     TRAINED,
     Calibration,
     Conversion,
-    bits_per_weight_stored,
-    directory_bytes,
 )
 from checkpoints_tools.quantizers import QUANTIZERS
+from checkpoints_tools.sizes import bits_per_weight_stored, directory_bytes
 from grinqh_jax import cli
 from grinqh_jax.documents import read_documents
 from grinqh_jax.errors import CheckpointError, UsageError

@@ -238,26 +238,22 @@ def _through_head(
     rows = max(states[0].shape)
     normed, ways_back = zip(*(jax.vjp(head.norm, x) for x in states), strict=True)
     normalisers = [jnp.full(len(x), -jnp.inf) for x in normed]
-    for name, block in head.blocks.items():
-        for start, stop in _pieces(block.out_features, rows):
-            weight, thresholds = columns(block.weight, start, stop), block.thresholds[...]
-            for s, x in enumerate(normed):
-                arguments = x, weight, thresholds, gains[name], dials[s]
-                normalisers[s] = _with_graded_logits(normalisers[s], *arguments).block_until_ready()
+    for name, _, weight, table in _head_pieces(head, rows):
+        for s, x in enumerate(normed):
+            arguments = x, weight, table, gains[name], dials[s]
+            normalisers[s] = _with_graded_logits(normalisers[s], *arguments).block_until_ready()
     divergences = [jnp.zeros(()) for _ in normed]
     back = [jnp.zeros(x.shape) for x in normed]
     by_gains = [{name: jnp.zeros_like(gains[name]) for name in head.blocks} for _ in normed]
-    for name, block in head.blocks.items():
-        for start, stop in _pieces(block.out_features, rows):
-            weight, thresholds = columns(block.weight, start, stop), block.thresholds[...]
-            kernel = jnp.asarray(graded.original.read(f"{HEAD}.kernel", graded.tokens[name][start:stop]))
-            for s, x in enumerate(normed):
-                exact = _logits(text.exact[s], kernel) - text.normalisers[s][:, None]
-                arguments = x, weight, thresholds, gains[name], dials[s]
-                found = jax.block_until_ready(_piece(exact, normalisers[s], *arguments))
-                divergences[s] += found[0]
-                back[s] += found[1]
-                by_gains[s][name] += found[2]
+    for name, outputs, weight, table in _head_pieces(head, rows):
+        kernel = jnp.asarray(graded.original.read(f"{HEAD}.kernel", graded.tokens[name][outputs]))
+        for s, x in enumerate(normed):
+            exact = _logits(text.exact[s], kernel) - text.normalisers[s][:, None]
+            arguments = x, weight, table, gains[name], dials[s]
+            found = jax.block_until_ready(_piece(exact, normalisers[s], *arguments))
+            divergences[s] += found[0]
+            back[s] += found[1]
+            by_gains[s][name] += found[2]
     shares = [1 / jnp.maximum(d, _LEAST) for d in divergences]
     gradients = {
         name: sum(share * found[name] for share, found in zip(shares, by_gains, strict=True))
@@ -275,6 +271,15 @@ def _pieces(outputs: int, rows: int) -> Iterator[tuple[int, int]]:
     piece = max(BLOCK_VALUES // rows // layout.TILE, 1) * layout.TILE
     for start in range(0, outputs, piece):
         yield start, min(start + piece, outputs)
+
+
+def _head_pieces(
+    head: Head, rows: int
+) -> Iterator[tuple[str, slice, NestedWeight, Float[Array, "targets p"]]]:
+    """The blocks in pieces: the block's name, which of its outputs, their weights, its threshold table."""
+    for name, block in head.blocks.items():
+        for start, stop in _pieces(block.out_features, rows):
+            yield name, slice(start, stop), columns(block.weight, start, stop), block.thresholds[...]
 
 
 def columns(weight: NestedWeight, start: int, stop: int) -> NestedWeight:

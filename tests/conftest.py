@@ -36,6 +36,8 @@ jaxtyping.install_import_hook(
         "checkpoints_tools.quantize_linear",
         "checkpoints_tools.quantizers",
         "checkpoints_tools.refit",
+        "checkpoints_tools.refit_tokens",
+        "checkpoints_tools.sizes",
         "checkpoints_tools.source_layer",
         "checkpoints_tools.trained_gains",
         "grinqh_jax.apply",

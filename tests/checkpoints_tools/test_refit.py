@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tiny_models
 
-from checkpoints_tools import refit
+from checkpoints_tools import refit, refit_tokens
 from checkpoints_tools.source_layer import dense_layer, embed, read_layer
 from grinqh_jax import random_model
 from grinqh_jax.apply import Dense
@@ -121,23 +121,23 @@ def calibration(count, length=1024):
 @pytest.mark.parametrize(("dtype", "windows"), [(jnp.float32, 16), (jnp.bfloat16, 24)])
 def test_8b_is_refitted_in_2_gib_of_states(dtype, windows):
     """The inputs of ``down``, 12,288, are three times those of the others."""
-    widths = refit.input_widths(linear_shapes(random_model.shape("Qwen3-8B")))
+    widths = refit_tokens.input_widths(linear_shapes(random_model.shape("Qwen3-8B")))
     assert widths == {"qkv": 4096, "o": 4096, "gate_up": 4096, "down": 12288, "lm_head": 4096}
-    found = refit.fitting_windows(calibration(24), widths, jnp.dtype(dtype).itemsize)
+    found = refit_tokens.fitting_windows(calibration(24), widths, jnp.dtype(dtype).itemsize)
     assert len(found) == windows
     assert windows * (1024 - SKIPPED) > 12288
     assert 2 * windows * 1024 * (4096 + 12288) * jnp.dtype(dtype).itemsize <= 2 * 2**30
-    assert refit.refitted_parts(found, widths) == list(widths)
-    assert refit.shortage(found, widths) == ""
+    assert refit_tokens.refitted_parts(found, widths) == list(widths)
+    assert refit_tokens.shortage(found, widths) == ""
 
 
 @pytest.mark.parametrize("shape", random_model.shapes())
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_no_published_shape_is_short_of_tokens(shape, itemsize):
-    widths = refit.input_widths(linear_shapes(random_model.shape(shape)))
-    found = refit.fitting_windows(calibration(32), widths, itemsize)
+    widths = refit_tokens.input_widths(linear_shapes(random_model.shape(shape)))
+    found = refit_tokens.fitting_windows(calibration(32), widths, itemsize)
     assert len(found) * (1024 - SKIPPED) > 1.1 * max(widths.values())
-    assert refit.refitted_parts(found, widths) == list(widths)
+    assert refit_tokens.refitted_parts(found, widths) == list(widths)
 
 
 @pytest.mark.parametrize(("hidden", "intermediate"), [(256, 768), (512, 1408)])
@@ -145,25 +145,25 @@ def test_no_published_shape_is_short_of_tokens(shape, itemsize):
 def test_small_models_are_fitted_to_32768_tokens(hidden, intermediate, itemsize):
     """Those of the bundled model and of ``docs/quality.md``, whose figures stand for this number."""
     widths = dict.fromkeys(("qkv", "o", "gate_up", "lm_head"), hidden) | {"down": intermediate}
-    assert refit.fitting_windows(calibration(48), widths, itemsize).size == 32768
+    assert refit_tokens.fitting_windows(calibration(48), widths, itemsize).size == 32768
 
 
 def test_parts_without_tokens_enough_are_named_and_are_those_that_have_no_factor(monkeypatch):
     widths = {"qkv": 8, "o": 4, "gate_up": 8, "down": 41, "lm_head": 8}
     windows = calibration(2, 24)  # 40 of 48 tokens count
-    assert refit.refitted_parts(windows, widths) == []
-    assert "qkv (needs 4,096 tokens)" in refit.shortage(windows, widths)
-    monkeypatch.setattr(refit, "LEAST_TOKENS", 48)
-    assert refit.refitted_parts(windows, widths) == ["qkv", "o", "gate_up", "lm_head"]
-    monkeypatch.setattr(refit, "LEAST_TOKENS", 1)
-    assert refit.shortage(windows, widths) == (
+    assert refit_tokens.refitted_parts(windows, widths) == []
+    assert "qkv (needs 4,096 tokens)" in refit_tokens.shortage(windows, widths)
+    monkeypatch.setattr(refit_tokens, "LEAST_TOKENS", 48)
+    assert refit_tokens.refitted_parts(windows, widths) == ["qkv", "o", "gate_up", "lm_head"]
+    monkeypatch.setattr(refit_tokens, "LEAST_TOKENS", 1)
+    assert refit_tokens.shortage(windows, widths) == (
         "weights were not refitted in down (needs 42 tokens): 40 of the calibration text are fitted to, "
         "three of four at most"
     )
     for k in (39, 40, 41):
         x = np.random.default_rng(k).standard_normal((24, k)).astype(np.float32)
         fitted = refit.factor([(x, x, None)] * 2, 0.0) is not None
-        assert refit.refitted_parts(windows, {"down": k}) == (["down"] if fitted else [])
+        assert refit_tokens.refitted_parts(windows, {"down": k}) == (["down"] if fitted else [])
         assert fitted == (k < 40)
 
 
