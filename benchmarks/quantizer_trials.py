@@ -1,0 +1,153 @@
+"""Ways to round that were tried and are not in the product: a model converted with each, and what it loses.
+
+    python benchmarks/quantizer_trials.py --model M --calib books_calib.txt --data books_test.txt --work WORK
+
+The real converter does all but the rounding of the layers (the output projection is rounded plainly). Weights
+are not refitted and gains are fitted, so that nothing else makes up for a rounding's errors. Trials:
+
+* ``rtn``: the product's.
+* ``scale-search``: of each group of 128 the scale, max-abs or down to 0.6 of it, with the least squared
+  error, each level's counted by the energy that the activations read at it carry.
+* ``scale-search-plain``: the levels' errors counted alike.
+* ``graded-gptq``: GPTQ (``checkpoints_tools.baselines.gptq``) on nested codes: what a channel pushes onto
+  those behind it is the mean of its levels' errors, each by its share of the channel's energy.
+
+Shares of energy are those of a normal distribution with each channel's own second moment, at the thresholds
+that give the layer alone a mean of ``BITS``.
+"""
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from checkpoints_tools import convert
+from checkpoints_tools.baselines.model import _mean_moments
+from checkpoints_tools.calibration import statistics as calibration
+from checkpoints_tools.calibration.allocation import GradedCosts, threshold_tables
+from checkpoints_tools.quantizers import QUANTIZERS, rtn
+from grinqh_jax.__main__ import main as grinqh
+from pallas_kernels import NestedWeight, codes, layout
+
+BITS = 3.0
+SHRUNK = np.arange(0.6, 1.01, 0.05)
+DAMPING = 0.01
+LEVELS = 4
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", required=True)
+    for flag in ("--calib", "--data", "--work"):
+        parser.add_argument(flag, required=True, type=Path)
+    parser.add_argument("--calib-tokens", default="65536")
+    parser.add_argument("--tokens", default="8192")
+    parser.add_argument("--bits", default="2,3,4,full")
+    parser.add_argument("--trials", nargs="+", choices=TRIALS, default=list(TRIALS))
+    args = parser.parse_args()
+    QUANTIZERS.update(TRIALS)
+    through_layer = calibration.through_layer
+
+    def with_moments(layer, hidden):
+        """Statistics of a layer's inputs that also hold their second moments."""
+        moments = _mean_moments(layer, hidden.copy())
+        found = through_layer(layer, hidden)
+        for part, seen in found.items():
+            seen.moments = moments[part][0]
+        return found
+
+    calibration.through_layer = with_moments
+    for trial in args.trials:
+        out = args.work / trial
+        if not out.exists():
+            command = ["--model", args.model, "--calib", str(args.calib), "--tokens", args.calib_tokens]
+            command += ["--quantizer", trial, "--no-refit", "--gains", "fitted", "--out", str(out)]
+            if code := convert.main(command):
+                return code
+        print(f"== {trial}", flush=True)
+        measured = ["perplexity", "--model", str(out), "--reference", args.model, "--data", str(args.data)]
+        measured += ["--bits", args.bits, "--tokens", args.tokens, "--sequence-length", "512"]
+        if code := grinqh(measured):
+            return code
+    return 0
+
+
+def level_energies(w: jax.Array, statistics) -> np.ndarray:
+    """``[K, P + 1]``: the energy ``E[x_j**2]`` of each channel, by the level that it is read at."""
+    errors = np.asarray(codes.level_errors(w, codes.quantize(w)), np.float64)
+    alone = {"layer": GradedCosts(statistics.counts, errors, w.size)}
+    thresholds = threshold_tables(alone, (BITS, 8.0))["layer"][0].astype(np.float64)
+    energy = np.maximum(np.asarray(jnp.diagonal(statistics.moments), np.float64), 1e-30)
+    z = thresholds / np.sqrt(energy)[:, None]
+    below = np.asarray(jax.scipy.special.erf(z / np.sqrt(2))) - z * np.sqrt(2 / np.pi) * np.exp(-(z**2) / 2)
+    edges = np.concatenate([np.zeros((len(z), 1)), below, np.ones((len(z), 1))], axis=1)
+    return energy[:, None] * np.diff(edges, axis=1)
+
+
+def scale_search(w: jax.Array, statistics, *, max_bits: int, name: str, weighted: bool) -> NestedWeight:
+    """See the module. A ``Quantizer``."""
+    if not hasattr(statistics, "moments"):
+        return rtn(w, statistics, max_bits=max_bits, name=name)
+    energies = level_energies(w, statistics) if weighted else np.ones((len(w), LEVELS + 1))
+    most = codes.max_abs_scales(w)
+    best, least = None, None
+    for factor in SHRUNK[::-1]:
+        scales = (most.astype(jnp.float32) * factor).astype(jnp.float16)
+        candidate = codes.from_codes(codes.encode(w, scales), scales)
+        lost = sum(
+            energies[:, level, None] * (w - codes.dequantize(candidate, level)) ** 2
+            for level in range(1, LEVELS + 1)
+        )
+        lost = jnp.pad(lost, ((0, -len(w) % layout.SLICE), (0, 0)))
+        lost = lost.reshape(-1, layout.SLICE, w.shape[1]).sum(axis=1)
+        better = True if least is None else lost < least
+        best = scales if least is None else jnp.where(better, scales, best)
+        least = lost if least is None else jnp.where(better, lost, least)
+    return codes.from_codes(codes.encode(w, best), best, max_bits=max_bits)
+
+
+def graded_gptq(w: jax.Array, statistics, *, max_bits: int, name: str) -> NestedWeight:
+    """See the module. A ``Quantizer``."""
+    if not hasattr(statistics, "moments"):
+        return rtn(w, statistics, max_bits=max_bits, name=name)
+    energies = level_energies(w, statistics)
+    shares = jnp.asarray(energies / energies.sum(axis=1, keepdims=True), jnp.float32)
+    scales = codes.max_abs_scales(w)
+    hessian = statistics.moments + DAMPING * jnp.mean(jnp.diagonal(statistics.moments)) * jnp.eye(len(w))
+    inverse = jnp.linalg.inv(hessian)
+    upper = jnp.linalg.cholesky((inverse + inverse.T) / 2).T
+    return codes.from_codes(_compensated(w, scales, upper, shares), scales, max_bits=max_bits)
+
+
+@jax.jit
+def _compensated(w, scales, upper, shares):
+    """8-bit codes ``[K, N]``, each channel's after the errors of those before it."""
+
+    def step(i, state):
+        w, found = state
+        scale = scales[i // layout.SLICE].astype(jnp.float32)
+        ratio = jnp.where(scale > 0, w[i] / jnp.where(scale > 0, scale, 1), 0)
+        code = jnp.clip(jnp.floor((ratio + codes.RANGE) * codes.CODE_STEPS), 0, 255).astype(jnp.int32)
+        read, mean = jnp.zeros_like(ratio), jnp.zeros_like(ratio)
+        for f in range(LEVELS):
+            read += (((code >> (6 - 2 * f)) & 3) - codes.DIGIT_MEAN) * 4.0**-f
+            mean += shares[i, f + 1] * read * scale
+        behind = jnp.where(jnp.arange(len(w)) > i, upper[i], 0) / upper[i, i]
+        return w - behind[:, None] * (w[i] - mean), found.at[i].set(code.astype(jnp.uint8))
+
+    return jax.lax.fori_loop(0, len(w), step, (w, jnp.zeros(w.shape, jnp.uint8)))[1]
+
+
+TRIALS = {
+    "rtn": rtn,
+    "scale-search": partial(scale_search, weighted=True),
+    "scale-search-plain": partial(scale_search, weighted=False),
+    "graded-gptq": graded_gptq,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
