@@ -237,7 +237,7 @@ def _through_head(
     """Divergences, and gradients of their logarithms' sum: behind the last layer, and by the head's gains."""
     rows = max(states[0].shape)
     normed, ways_back = zip(*(jax.vjp(head.norm, x) for x in states), strict=True)
-    normalisers = [jnp.full(len(x), -jnp.inf) for x in normed]
+    normalisers = [jnp.full(len(x), -jnp.inf, jnp.float32) for x in normed]
     for name, _, weight, table in _head_pieces(head, rows):
         for s, x in enumerate(normed):
             arguments = x, weight, table, gains[name], dials[s]

@@ -59,7 +59,9 @@ def train_gains(
     head = graded.head()
     rate = optax.linear_schedule(RATE, 0, transition_steps=STEPS // 2, transition_begin=STEPS // 2)
     adam = optax.adam(rate, b2=SECOND_MOMENT_DECAY)
-    factors = {name: jnp.zeros(len(gains) - 1) for name, gains in initial.items()}  # their logarithms
+    factors = {name: np.zeros(len(gains) - 1, np.float32) for name, gains in initial.items()}  # logarithms
+    # Bound to the device like all that comes of them, or the second step would compile everything again.
+    factors = jax.device_put(factors, jax.local_devices()[0])
     state = adam.init(factors)
     for step in range(STEPS):
         gains, to_factors = jax.vjp(lambda factors: _gains(initial, factors), factors)

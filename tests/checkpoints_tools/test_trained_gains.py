@@ -167,6 +167,31 @@ def test_training_lowers_the_divergence_on_other_text(pair, monkeypatch):
         assert after < 0.97 * before, bits
 
 
+@pytest.mark.parametrize("pair", ["qwen3-tied"], indirect=True)
+def test_a_second_step_compiles_no_layer_again(pair, monkeypatch):
+    monkeypatch.setattr(trained_gains, "STEPS", 3)
+    compiled, seconds = [], []
+
+    def listen(event, duration, **metadata):
+        if "backend_compile" in event:
+            compiled.append(duration)
+
+    def step_done(step):
+        seconds.append(sum(compiled))
+        compiled.clear()
+
+    started = {name: np.ones(4, np.float32) for name in linear_names(pair[1].config)}
+    jax.clear_caches()
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        trained_gains.train_gains(parts_of(pair), WINDOWS, started, step_done)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    first, second, third = seconds
+    assert first > 0.2
+    assert second + third < 0.1 * first
+
+
 def test_windows_come_from_the_whole_text_once_each():
     windows = np.arange(3 * 1100, dtype=np.int32).reshape(3, 1100)
     found = trained_gains.training_windows(windows, 100)
