@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from checkpoints_tools import convert
-from checkpoints_tools.baselines.model import _mean_moments
+from checkpoints_tools.baselines.model import mean_moments
 from checkpoints_tools.calibration import statistics as calibration
 from checkpoints_tools.calibration.allocation import GradedCosts, threshold_tables
 from checkpoints_tools.quantizers import QUANTIZERS, rtn
@@ -54,7 +54,7 @@ def main() -> int:
 
     def with_moments(layer, hidden):
         """Statistics of a layer's inputs that also hold their second moments."""
-        moments = _mean_moments(layer, hidden.copy())
+        moments = mean_moments(layer, hidden)
         found = through_layer(layer, hidden)
         for part, seen in found.items():
             seen.moments = moments[part][0]

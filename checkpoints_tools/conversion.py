@@ -95,7 +95,7 @@ class Conversion:
     Attributes:
       gains: one of ``GAINS``: what is really done.
       refit: names of the parts that are refitted, in every layer.
-      not_refitted: a line that says which parts are not, though that was asked for, and why; else empty.
+      not_done: a line for each thing that was asked for and is not done, and why.
     """
 
     def __init__(
@@ -134,7 +134,10 @@ class Conversion:
         itemsize = jnp.dtype(self.compute_dtype).itemsize
         self.refit_windows = fitting_windows(self.survey_windows, widths, itemsize)
         self.refit = refitted_parts(self.refit_windows, widths) if refit else []
-        self.not_refitted = shortage(self.refit_windows, widths) if refit else ""
+        self.not_done = [line] if refit and (line := shortage(self.refit_windows, widths)) else []
+        if self.gains != gains and max_bits > DIGIT_BITS:
+            tokens = f"{calibration.windows.size:,} calibration tokens"
+            self.not_done.append(f"gains were fitted, not trained: {tokens} are too few")
 
     @property
     def steps(self) -> int:
@@ -314,14 +317,8 @@ class Conversion:
             for step in range(trained_gains.STEPS):
                 done(f"{TRAINED_GAINS} {step}")
             return
-        graded = GradedParts(
-            self.source,
-            self.weights,
-            writer.read_part,
-            self.blocks,
-            target_grid(self.max_bits),
-            self.compute_dtype,
-        )
+        targets, dtype = target_grid(self.max_bits), self.compute_dtype
+        graded = GradedParts(self.source, self.weights, writer.read_part, self.blocks, targets, dtype)
         gains = trained_gains.train_gains(graded, self.calibration.windows, self.fitted_gains, done)
         leaves = {f"{name}.gains": array for name, array in gains.items()}
         writer.save_part(TRAINED_GAINS, unflatten_dict(leaves, sep="."))

@@ -26,7 +26,6 @@ from grinqh_jax.hf import HFCheckpoint, open_checkpoint
 from grinqh_jax.memory import peak_host_memory
 from grinqh_jax.progress import Progress
 from grinqh_jax.tokenizer import Tokenizer
-from pallas_kernels.layout import DIGIT_BITS
 
 
 def parser() -> cli.Parser:
@@ -114,10 +113,8 @@ def convert(args: argparse.Namespace) -> int:
         f"{directory_bytes(out) / 1e6:,.1f} MB on disk, peak memory {peak_host_memory() / 2**20:,.0f} MiB, "
         f"{time.monotonic() - started:.0f} s"
     )
-    if conversion.not_refitted:
-        print(conversion.not_refitted)
-    if args.gains == TRAINED and conversion.gains != TRAINED and args.max_bits > DIGIT_BITS:
-        print(f"gains were fitted, not trained: {calibration.windows.size:,} calibration tokens are too few")
+    for line in conversion.not_done:
+        print(line)
     return 0
 
 

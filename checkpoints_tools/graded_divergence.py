@@ -19,8 +19,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
 from checkpoints_tools.calibration.statistics import first_counted
-from checkpoints_tools.source_layer import BLOCK_VALUES, dense_layer, embed, read_layer
-from grinqh_jax.apply import HEAD, Dense
+from checkpoints_tools.source_head import logits, vocabulary, with_logits
+from checkpoints_tools.source_layer import BLOCK_VALUES, dense_layer, embed, read_layer, run_layer
+from grinqh_jax.apply import HEAD
 from grinqh_jax.decoder import LAYER_LINEARS, DecoderLayer, RMSNorm
 from grinqh_jax.hf import HFCheckpoint
 from grinqh_jax.linear import GradedLinear, linear_of
@@ -30,7 +31,6 @@ from pallas_kernels import NestedWeight, codes, grading, layout
 
 Gains = Mapping[str, Float[Array, "p"]]
 """By linear layer: of each level above 0."""
-
 
 _LEAST = 1e-12
 """Divergence: what is less is rounding."""
@@ -107,16 +107,15 @@ class Text:
         for i in range(original.config.num_layers):
             layer = dense_layer(original, *read_layer(original, i), dtype)
             for window in exact:
-                window[...] = _exact(layer, window)
+                window[...] = run_layer(layer, window)
             del layer  # or it would be in memory beside the next one
         norm = RMSNorm(jnp.asarray(original.read("norm.scale")), original.config.rms_norm_eps)
         normalisers = np.full(windows.shape, -np.inf, np.float32)
         for window in exact:
             window[...] = norm(jnp.asarray(window))
-        for start, stop in _pieces(original.config.vocab_size, max(exact.shape[1:])):
-            kernel = jnp.asarray(original.read(f"{HEAD}.kernel", slice(start, stop)))
+        for _, kernel in vocabulary(original, windows.shape[1]):
             for normaliser, window in zip(normalisers, exact, strict=True):
-                normaliser[...] = _with_logits(normaliser, _logits(window, kernel))
+                normaliser[...] = with_logits(normaliser, logits(window, kernel))
         return cls(embed(graded.embedding, windows, dtype), exact, normalisers)
 
     def at(self, chosen: Int[np.ndarray, "n"]) -> "Text":
@@ -212,11 +211,6 @@ def graded_product(
 
 
 @jax.jit
-def _exact(layer: DecoderLayer, x: Float[Array, "t d"]) -> Float[Array, "t d"]:
-    return layer("layer", x[None], jnp.arange(len(x))[None], Dense())[0][0]
-
-
-@jax.jit
 def _forward(layer: DecoderLayer, gains: Gains, dial: Dial, x: Float[Array, "t d"]) -> Float[Array, "t d"]:
     return layer("layer", x[None], jnp.arange(len(x))[None], _Graded(gains, dial))[0][0]
 
@@ -248,7 +242,7 @@ def _through_head(
     for name, outputs, weight, table in _head_pieces(head, rows):
         kernel = jnp.asarray(graded.original.read(f"{HEAD}.kernel", graded.tokens[name][outputs]))
         for s, x in enumerate(normed):
-            exact = _logits(text.exact[s], kernel) - text.normalisers[s][:, None]
+            exact = logits(text.exact[s], kernel) - text.normalisers[s][:, None]
             arguments = x, weight, table, gains[name], dials[s]
             found = jax.block_until_ready(_piece(exact, normalisers[s], *arguments))
             divergences[s] += found[0]
@@ -291,16 +285,6 @@ def columns(weight: NestedWeight, start: int, stop: int) -> NestedWeight:
 
 
 @jax.jit
-def _logits(x: Float[Array, "t d"], kernel: Float[Array, "d n"]) -> Float[Array, "t n"]:
-    return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
-
-
-@jax.jit
-def _with_logits(normaliser: Float[Array, "t"], logits: Float[Array, "t n"]) -> Float[Array, "t"]:
-    return jnp.logaddexp(normaliser, jax.nn.logsumexp(logits, axis=-1))
-
-
-@jax.jit
 def _with_graded_logits(
     normaliser: Float[Array, "t"],
     x: Float[Array, "t d"],
@@ -309,7 +293,7 @@ def _with_graded_logits(
     gains: Float[Array, "p"],
     dial: Dial,
 ) -> Float[Array, "t"]:
-    return _with_logits(normaliser, graded_product(x, weight, interpolate(table, *dial), gains))
+    return with_logits(normaliser, graded_product(x, weight, interpolate(table, *dial), gains))
 
 
 @jax.jit
@@ -329,8 +313,8 @@ def _piece(
       normaliser: of the graded model's softmax.
     """
     thresholds = interpolate(table, *dial)
-    logits, pull_back = jax.vjp(lambda x, gains: graded_product(x, weight, thresholds, gains), x, gains)
-    log_p = logits - normaliser[:, None]
+    read, pull_back = jax.vjp(lambda x, gains: graded_product(x, weight, thresholds, gains), x, gains)
+    log_p = read - normaliser[:, None]
     first = first_counted(len(x))
     share = (jnp.arange(len(x)) >= first)[:, None] / (len(x) - first)
     found = jnp.sum(share * jnp.exp(exact) * (exact - log_p))

@@ -1,9 +1,11 @@
 """A source checkpoint a piece at a time: the embedded windows, and one decoder layer, dense."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int32
+from jaxtyping import Array, Float, Int32
 
+from grinqh_jax.apply import Dense
 from grinqh_jax.decoder import DecoderLayer
 
 WRITERS = ("o", "down")
@@ -37,6 +39,12 @@ def dense_layer(
     tree = {part: {"kernel": kernel} for part, kernel in kernels.items()}
     tree |= {part: {"scale": jnp.asarray(scale)} for part, scale in norms.items()}
     return DecoderLayer(source.config, tree, compute_dtype)
+
+
+@jax.jit
+def run_layer(layer: DecoderLayer, x: Float[Array, "t d"]) -> Float[Array, "t d"]:
+    """Takes the hidden states of a window through a dense layer."""
+    return layer("layer", x[None], jnp.arange(len(x))[None], Dense())[0][0]
 
 
 def embed(source, windows: Int32[np.ndarray, "s t"], dtype) -> Float[np.ndarray, "s t d"]:

@@ -29,7 +29,7 @@ class NestedWeight:
 
     Weights are denser near 0 than near the ends of the range, so the middle of a wide interval is further
     out than the mean of what lies in it: at level 1 by about 15 per cent. A weight may have a gain for each
-    level, ``gains[l - 1] * w_l``, that takes this back (by least squares: ``checkpoints_tools``).
+    level, ``gains[l - 1] * w_l``, that takes this back (``checkpoints_tools`` finds them).
 
     Attributes:
       planes: uint32 ``[P, K, N // 16]``. Order of the outputs in a row: see ``layout``. Padding

@@ -38,6 +38,7 @@ jaxtyping.install_import_hook(
         "checkpoints_tools.refit",
         "checkpoints_tools.refit_tokens",
         "checkpoints_tools.sizes",
+        "checkpoints_tools.source_head",
         "checkpoints_tools.source_layer",
         "checkpoints_tools.trained_gains",
         "grinqh_jax.apply",

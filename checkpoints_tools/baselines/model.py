@@ -113,7 +113,7 @@ def write(
         kernels, norms = read_layer(source, i)
         moments = {}
         if method != "rtn":
-            moments = _mean_moments(dense_layer(source, kernels, norms, jnp.float32), hidden)
+            moments = mean_moments(dense_layer(source, kernels, norms, jnp.float32), hidden)
         kernels = quantize_layer(kernels, moments, method, bits, **options)
         if method != "rtn":
             layer = dense_layer(source, kernels, norms, jnp.float32)
@@ -134,7 +134,8 @@ def write(
         shutil.copy(file, out)
 
 
-def _mean_moments(layer: DecoderLayer, hidden: np.ndarray) -> dict[str, tuple[jax.Array, jax.Array]]:
+def mean_moments(layer: DecoderLayer, hidden: np.ndarray) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """``(E[x x^T] [k, k], E[|x|] [k])`` of the inputs of each part of a dense layer, from ``[s, t, d]``."""
     total = None
     for window in hidden:
         seen = _run(layer, window[None])[1]

@@ -14,7 +14,7 @@ Memory holds one layer, and the states of a few thousand tokens. In float32, as 
 itself included (measured with two layers of its shape and one window). The vocabulary goes by in blocks.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
 from checkpoints_tools.calibration.statistics import first_counted
-from checkpoints_tools.source_layer import BLOCK_VALUES, WRITERS, dense_layer, embed, read_layer
+from checkpoints_tools.source_head import logits, vocabulary, with_logits
+from checkpoints_tools.source_layer import WRITERS, dense_layer, embed, read_layer, run_layer
 from grinqh_jax.apply import HEAD, Dense
 from grinqh_jax.decoder import LAYER_LINEARS, DecoderLayer, RMSNorm
 from grinqh_jax.hf import HFCheckpoint
@@ -59,7 +60,7 @@ def output_sensitivities(
         layer = dense_layer(source, *read_layer(source, i), compute_dtype)
         states.append(hidden[:way_back].copy())
         for window in hidden:
-            window[...] = _run_layer(layer, window)
+            window[...] = run_layer(layer, window)
         del layer  # or it would be in memory beside the next one
         done(f"forward {i}")
     axes = None if axes is None else jnp.asarray(axes)
@@ -88,11 +89,6 @@ class _Perturbed(Dense):
 
     def __call__(self, name: str, linear, x: Float[Array, "b t k"]) -> Float[Array, "b t n"]:
         return super().__call__(name, linear, x) + self.added[name.rpartition(".")[2]]
-
-
-@jax.jit
-def _run_layer(layer: DecoderLayer, x: Float[Array, "t d"]) -> Float[Array, "t d"]:
-    return layer("layer", x[None], jnp.arange(len(x))[None], Dense())[0][0]
 
 
 @jax.jit
@@ -128,11 +124,11 @@ def _head_variances(
     """
     counted = hidden[:, first_counted(hidden.shape[1]) :]
     normaliser = np.full(counted.shape[:2], -np.inf, np.float32)
-    for _, w in _vocabulary(source, counted.shape[1]):
+    for _, w in vocabulary(source, counted.shape[1]):
         for window, x in zip(normaliser, counted, strict=True):
             window[...] = _normaliser(window, norm(x), w)
     sums = []
-    for _, w in _vocabulary(source, counted.shape[1]):
+    for _, w in vocabulary(source, counted.shape[1]):
         windows = zip(normaliser, counted, strict=True)
         sums.append(sum(np.asarray(_variances(window, norm(x), w), np.float64) for window, x in windows))
     return np.concatenate(sums) / normaliser.size
@@ -146,33 +142,21 @@ def _head_gradients(
     normed, pull_back = jax.vjp(norm, rows)
     # Log-normaliser of each prediction, and a token drawn from it: the largest of logit + Gumbel noise.
     drawn = tuple(jnp.full(len(rows), fill) for fill in (-jnp.inf, -jnp.inf, 0))
-    for start, w in _vocabulary(source, len(rows)):
+    for start, w in vocabulary(source, len(rows)):
         drawn = jax.block_until_ready(_draw(*drawn, normed, w, start))
     normaliser, _, token = drawn
     gradient = jnp.zeros(normed.shape, jnp.float32)
-    for start, w in _vocabulary(source, len(rows)):
+    for start, w in vocabulary(source, len(rows)):
         gradient = _share_of_gradient(normaliser, token, normed, w, start, gradient).block_until_ready()
     (gradient,) = pull_back(gradient.astype(normed.dtype))
     return np.array(gradient).reshape(hidden.shape)
-
-
-def _vocabulary(source: HFCheckpoint, rows: int) -> Iterator[tuple[int, Float[Array, "d n"]]]:
-    """The output projection in blocks: the first token of each, and its kernel.
-
-    Neither a block nor the logits of ``rows`` tokens in it are more than ``BLOCK_VALUES``. What is
-    computed from one is to be waited for before the next, or many would be in memory at once.
-    """
-    width, vocabulary = source.config.hidden_size, source.config.vocab_size
-    block = max(BLOCK_VALUES // max(width, rows), 1)
-    for start in range(0, vocabulary, block):
-        yield start, jnp.asarray(source.read(f"{HEAD}.kernel", slice(start, min(start + block, vocabulary))))
 
 
 @jax.jit
 def _normaliser(
     normaliser: Float[Array, "t"], normed: Float[Array, "t d"], w: Float[Array, "d n"]
 ) -> Float[Array, "t"]:
-    return jnp.logaddexp(normaliser, jax.nn.logsumexp(_logits(normed, w), axis=-1))
+    return with_logits(normaliser, logits(normed, w))
 
 
 @jax.jit
@@ -180,7 +164,7 @@ def _variances(
     normaliser: Float[Array, "t"], normed: Float[Array, "t d"], w: Float[Array, "d n"]
 ) -> Float[Array, "n"]:
     """Sums of ``p (1 - p)`` over the positions."""
-    probabilities = jnp.exp(_logits(normed, w) - normaliser[:, None])
+    probabilities = jnp.exp(logits(normed, w) - normaliser[:, None])
     return jnp.sum(probabilities * (1 - probabilities), axis=0)
 
 
@@ -194,11 +178,11 @@ def _draw(
     start: Int[Array, ""],
 ) -> tuple[Float[Array, "t"], Float[Array, "t"], Int[Array, "t"]]:
     """Takes the block of the vocabulary from ``start`` on into account."""
-    logits = _logits(normed, w)
-    noisy = logits + jax.random.gumbel(jax.random.fold_in(jax.random.key(0), start), logits.shape)
+    here = logits(normed, w)
+    noisy = here + jax.random.gumbel(jax.random.fold_in(jax.random.key(0), start), here.shape)
     better = noisy.max(axis=-1) > best
     return (
-        jnp.logaddexp(normaliser, jax.nn.logsumexp(logits, axis=-1)),
+        with_logits(normaliser, here),
         jnp.where(better, noisy.max(axis=-1), best),
         jnp.where(better, start + jnp.argmax(noisy, axis=-1), token),
     )
@@ -214,10 +198,6 @@ def _share_of_gradient(
     gradient: Float[Array, "t d"],
 ) -> Float[Array, "t d"]:
     """Adds what a block of the logits has to do with the gradient at their input."""
-    probabilities = jnp.exp(_logits(normed, w) - normaliser[:, None])
+    probabilities = jnp.exp(logits(normed, w) - normaliser[:, None])
     change = (token[:, None] == start + jnp.arange(w.shape[1])) - probabilities
     return gradient + jnp.matmul(change, w.T.astype(jnp.float32))
-
-
-def _logits(normed: Float[Array, "t d"], w: Float[Array, "d n"]) -> Float[Array, "t n"]:
-    return jnp.matmul(normed, w.astype(normed.dtype), preferred_element_type=jnp.float32)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from checkpoints_tools import source_head
 from checkpoints_tools.calibration import sensitivity
 from checkpoints_tools.calibration.statistics import SKIPPED_POSITIONS
 from grinqh_jax.apply import HEAD, Dense
@@ -111,8 +112,8 @@ def test_more_windows_count_for_the_head_only(source, monkeypatch):
 
 def test_blocks_of_the_vocabulary_change_nothing(source, exact_prediction, monkeypatch):
     whole = sensitivity.output_sensitivities(source, WINDOWS, np.float32)
-    monkeypatch.setattr(sensitivity, "BLOCK_VALUES", 120 * 100)
-    assert len(list(sensitivity._vocabulary(source, 40))) > 1
+    monkeypatch.setattr(source_head, "BLOCK_VALUES", 120 * 100)
+    assert len(list(source_head.vocabulary(source, 40))) > 1
     in_blocks = sensitivity.output_sensitivities(source, WINDOWS, np.float32)
     for name in whole:
         np.testing.assert_allclose(

@@ -9,7 +9,7 @@ import pytest
 import tiny_models
 from hf_directories import LLAMA3, QWEN3
 
-from checkpoints_tools import convert, graded_divergence, trained_gains
+from checkpoints_tools import convert, graded_divergence, source_head, trained_gains
 from checkpoints_tools.graded_divergence import GradedParts, Text, columns, divergence, graded_product
 from grinqh_jax import checkpoint
 from grinqh_jax.apply import HEAD, Graded
@@ -114,6 +114,7 @@ def test_the_gradient_is_that_of_the_whole_model(pair, monkeypatch):
     (_, expected), gradient = jax.jit(jax.value_and_grad(objective, has_aux=True))(gains)
     parts = parts_of(pair)
     monkeypatch.setattr(graded_divergence, "BLOCK_VALUES", 1)  # a tile of the vocabulary at a time
+    monkeypatch.setattr(source_head, "BLOCK_VALUES", 300 * 128)  # of the original's, some 300 tokens
     found, by_layer = divergence(parts, parts.head(), Text.read(parts, WINDOWS), gains, SETTINGS)
     np.testing.assert_allclose(found, expected, rtol=2e-4)
     assert by_layer.keys() == gradient.keys()
