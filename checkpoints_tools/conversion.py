@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
-from jaxtyping import Int, Int32
+from jaxtyping import Array, Int, Int32
 
 from checkpoints_tools import trained_gains, vocabulary
 from checkpoints_tools.calibration import statistics
@@ -278,7 +278,7 @@ class Conversion:
         for part in LAYER_LINEARS:
             linear_name = f"{name}.{part}"
 
-            def read(outputs: slice, linear_name=linear_name, part=part) -> np.ndarray:
+            def read(outputs: slice, linear_name=linear_name, part=part) -> np.ndarray | Array:
                 w = kernels[part][:, outputs]
                 return w if refit is None else refit.fitted(linear_name, w, outputs)
 
@@ -302,7 +302,7 @@ class Conversion:
         saved[f"{HEAD}.columns"] = vocabulary.token_columns(list(self.blocks.values()))
         for name, tokens in self.blocks.items():
 
-            def read(outputs: slice, name=name, tokens=tokens) -> np.ndarray:
+            def read(outputs: slice, name=name, tokens=tokens) -> np.ndarray | Array:
                 w = self._head_outputs(tokens[outputs])
                 return w if refit is None else refit.fitted(name, w, outputs)
 
@@ -323,14 +323,14 @@ class Conversion:
         leaves = {f"{name}.gains": array for name, array in gains.items()}
         writer.save_part(TRAINED_GAINS, unflatten_dict(leaves, sep="."))
 
-    def _head_outputs(self, tokens: Int[np.ndarray, "n"]) -> np.ndarray:
+    def _head_outputs(self, tokens: Int[np.ndarray, "n"]) -> np.ndarray | Array:
         return self.weights.read(f"{HEAD}.kernel", tokens)
 
     def _norm(self) -> RMSNorm:
         return RMSNorm(jnp.asarray(self.weights.read("norm.scale")), self.source.config.rms_norm_eps)
 
     def _quantize(
-        self, name: str, read_outputs: Callable[[slice], np.ndarray]
+        self, name: str, read_outputs: Callable[[slice], np.ndarray | Array]
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """The leaves of a layer, with its thresholds once they are placed, and the errors of its levels."""
         leaves, errors = quantize_linear(

@@ -6,7 +6,7 @@ which level a channel gets only now and then.
 
 One pass forward, which keeps the states between the layers, and one back. Memory holds the codes of one
 layer and of the output projection, one dequantized level of one linear layer, and the states; the vocabulary
-goes by in pieces.
+goes by in pieces. Where there is more, layers and the original's vocabulary stay in it from call to call.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
 from checkpoints_tools.calibration.statistics import first_counted
+from checkpoints_tools.kept import Kept
 from checkpoints_tools.source_head import logits, vocabulary, with_logits
 from checkpoints_tools.source_layer import BLOCK_VALUES, dense_layer, embed, read_layer, run_layer
 from grinqh_jax.apply import HEAD
@@ -47,6 +48,7 @@ class GradedParts:
       tokens: of each block of the output projection, by name: which ones its outputs are the logits of.
       targets: mean bits of the rows of the threshold tables.
       compute_dtype: of hidden states and products.
+      kept: what has been read and stays in memory.
     """
 
     original: HFCheckpoint
@@ -55,12 +57,22 @@ class GradedParts:
     tokens: Mapping[str, Int[np.ndarray, "n"]]
     targets: Sequence[float]
     compute_dtype: Any
+    kept: Kept = dataclasses.field(default_factory=Kept)
 
     def layer(self, i: int) -> DecoderLayer:
         """Layer ``i``, all its gains 1."""
-        tree = self.read_part(f"layers.{i}")["layers"][str(i)]
-        ungained = {part: _ungained(tree[part]) for part in LAYER_LINEARS}
-        return DecoderLayer(self.original.config, {**tree, **ungained}, self.compute_dtype)
+
+        def read() -> DecoderLayer:
+            tree = self.read_part(f"layers.{i}")["layers"][str(i)]
+            ungained = {part: _ungained(tree[part]) for part in LAYER_LINEARS}
+            return DecoderLayer(self.original.config, {**tree, **ungained}, self.compute_dtype)
+
+        return self.kept(f"layers.{i}", read)
+
+    def original_head(self, name: str, outputs: slice) -> Float[Array, "d n"]:
+        """The original's kernel of some outputs of a block of the output projection."""
+        key, tokens = f"{HEAD}.kernel", self.tokens[name][outputs]
+        return self.kept(f"{name} {outputs}", lambda: jnp.asarray(self.original.read(key, tokens)))
 
     def head(self) -> "Head":
         """The output projection, all its gains 1."""
@@ -240,7 +252,7 @@ def _through_head(
     back = [jnp.zeros(x.shape) for x in normed]
     by_gains = [{name: jnp.zeros_like(gains[name]) for name in head.blocks} for _ in normed]
     for name, outputs, weight, table in _head_pieces(head, rows):
-        kernel = jnp.asarray(graded.original.read(f"{HEAD}.kernel", graded.tokens[name][outputs]))
+        kernel = graded.original_head(name, outputs)
         for s, x in enumerate(normed):
             exact = logits(text.exact[s], kernel) - text.normalisers[s][:, None]
             arguments = x, weight, table, gains[name], dials[s]

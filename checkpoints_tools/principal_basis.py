@@ -27,7 +27,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from checkpoints_tools.calibration.statistics import first_counted
 from checkpoints_tools.source_layer import BLOCK_VALUES, WRITERS, dense_layer, embed, read_layer
@@ -44,6 +44,13 @@ READERS = {"qkv": "input_norm", "gate_up": "post_norm", HEAD: "norm"}
 
 GAIN_RANGE = 64.0
 """Gains stay within this factor of their mean: rows smaller than that are noise."""
+
+
+@jax.jit(donate_argnums=0)
+def _add(
+    total: Float[Array, "d d"], moments: Float[Array, "d d"]
+) -> tuple[Float[Array, "d d"], Bool[Array, ""]]:
+    return total + moments, jnp.isfinite(moments).all()
 
 
 @jax.jit
@@ -99,7 +106,9 @@ def second_moments(
     """
     config = source.config
     hidden = embed(source, windows, compute_dtype)
-    total = np.zeros((config.hidden_size, config.hidden_size))
+    # In float64, on the device: the sums are of many windows and layers, and each is as large as a kernel.
+    with jax.enable_x64(True):
+        total = jnp.zeros((config.hidden_size, config.hidden_size))
     for i in range(config.num_layers):
         kernels, norms = read_layer(source, i)
         for part, kernel in kernels.items():
@@ -109,14 +118,13 @@ def second_moments(
             x, moments = _run_layer(layer, window[None])
             window[...] = x[0]
             for part in (part for part in READERS if part in moments):
-                total += np.asarray(moments[part])
-                _check_moments(total, f"layers.{i}.{part}")
+                total = _with_moments(total, moments[part], f"layers.{i}.{part}")
         del kernel, kernels, layer  # or they would be in memory beside the next one's
         done(f"axes of layers.{i}")
     for window in hidden:
-        total += np.asarray(_moments(_normalised(window, config.rms_norm_eps), np.ones(config.hidden_size)))
-    _check_moments(total, HEAD)
-    return total
+        moments = _moments(_normalised(window, config.rms_norm_eps), np.ones(config.hidden_size))
+        total = _with_moments(total, moments, HEAD)
+    return np.asarray(total)
 
 
 def _check(kernel: np.ndarray, name: str) -> None:
@@ -126,11 +134,14 @@ def _check(kernel: np.ndarray, name: str) -> None:
         raise CheckpointError(str(error)) from None
 
 
-def _check_moments(moments: np.ndarray, name: str) -> None:
-    if not np.isfinite(moments).all():
+def _with_moments(total: Float[Array, "d d"], moments: Float[Array, "d d"], name: str) -> Float[Array, "d d"]:
+    with jax.enable_x64(True):
+        total, finite = _add(total, moments)
+    if not finite:
         raise CheckpointError(
             f"{name}: its inputs are not finite on the calibration text; the weights before it are damaged"
         )
+    return total
 
 
 def principal_axes(moments: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d d"]:
@@ -156,7 +167,8 @@ def row_gains(squares: Float[np.ndarray, "d"]) -> Float[np.ndarray, "d"]:
 class RotatedCheckpoint:
     """A checkpoint that computes the same function as ``source`` in another basis, and is read like it.
 
-    Kernels and the embedding keep their dtype; norms before the layers of ``READERS`` hold ``s``, float32.
+    Kernels and the embedding keep their dtype, but for float64, which becomes float32; norms before the
+    layers of ``READERS`` hold ``s``, float32.
 
     Attributes:
       source: the checkpoint.
@@ -189,8 +201,12 @@ class RotatedCheckpoint:
         """The source's."""
         return self.source.parameters
 
-    def read(self, key: str, rows: Rows = slice(None)) -> np.ndarray:
-        """As ``HFCheckpoint.read``; ``rows`` may be given for the embedding and the head.
+    def read(self, key: str, rows: Rows = slice(None)) -> np.ndarray | Array:
+        """As ``HFCheckpoint.read``; what is turned is on the device, where it was turned.
+
+        Args:
+          key: which parameter.
+          rows: may be given for the embedding and the head.
 
         Raises:
           CheckpointError: see ``HFCheckpoint.read``.
@@ -201,15 +217,20 @@ class RotatedCheckpoint:
             kernel, dtype = self._turned(prefix, rows)
             if prefix not in self._gains and prefix != HEAD:
                 self._gains[prefix] = row_gains(self._row_squares(prefix, kernel, rows))
-            kernel /= self._gains_of(prefix)[:, None]
-            return kernel.astype(dtype)
+            gains = self._gains_of(prefix)
+            with jax.enable_x64(True):
+                return _divided(kernel, jnp.asarray(gains, jnp.float64), dtype)
         for reader, norm in READERS.items():
             if part == norm:
                 return self._gains_of(f"{above}.{reader}".removeprefix("."))
         value = self.source.read(key, rows)
         if part in WRITERS or key == "embed.embedding":
-            return np.asarray(_product(value, self.axes)).astype(value.dtype)
+            return _product(value, self._axes).astype(_stored(value.dtype))
         return value
+
+    @cached_property
+    def _axes(self) -> Float[Array, "d d"]:
+        return jnp.asarray(self.axes)
 
     @cached_property
     def _gains(self) -> dict[str, np.ndarray]:
@@ -227,17 +248,33 @@ class RotatedCheckpoint:
             self._gains[prefix] = row_gains(squares)
         return self._gains[prefix]
 
-    def _row_squares(self, prefix: str, kernel: Float[np.ndarray, "d n"], outputs: Rows) -> np.ndarray:
-        if prefix not in self.sensitivities:
-            return np.square(kernel).sum(axis=1, dtype=np.float64)
-        return np.square(kernel) @ self.sensitivities[prefix][outputs]
+    def _row_squares(self, prefix: str, kernel: Float[Array, "d n"], outputs: Rows) -> np.ndarray:
+        weights = self.sensitivities.get(prefix, np.ones(self.parameters[f"{prefix}.kernel"][1]))
+        # In float64, or the sums of long rows would depend on the order that a device adds in.
+        with jax.enable_x64(True):
+            return np.asarray(_weighted_squares(kernel, jnp.asarray(weights[outputs], jnp.float64)))
 
-    def _turned(self, prefix: str, rows: Rows) -> tuple[Float[np.ndarray, "d n"], np.dtype]:
-        """``Q^T diag(g) W`` of a reader, float32 and writable, and the dtype of W."""
+    def _turned(self, prefix: str, rows: Rows) -> tuple[Float[Array, "d n"], np.dtype]:
+        """``Q^T diag(g) W`` of a reader, float32, and the dtype of W."""
         above, _, part = prefix.rpartition(".")
         gains = self.source.read(f"{above}.{READERS[part]}.scale".removeprefix(".")).astype(np.float32)
         kernel = self.source.read(f"{prefix}.kernel", rows)
-        return np.array(_product(self.axes.T * gains, kernel)), kernel.dtype
+        return _product(self._axes.T * gains, kernel), _stored(kernel.dtype)
+
+
+def _stored(dtype: np.dtype) -> np.dtype:
+    return np.dtype(np.float32) if dtype == np.float64 else dtype  # which a device does not take
+
+
+@jax.jit
+def _weighted_squares(kernel: Float[Array, "d n"], weights: Float[Array, "n"]) -> Float[Array, "d"]:
+    return jnp.square(kernel).astype(jnp.float64) @ weights
+
+
+@jax.jit(donate_argnums=0, static_argnums=2)
+def _divided(kernel: Float[Array, "d n"], gains: Float[Array, "d"], dtype) -> Float[Array, "d n"]:
+    # XLA multiplies by a reciprocal. In float64 the float32 quotient is right all the same.
+    return (kernel.astype(jnp.float64) / gains[:, None]).astype(jnp.float32).astype(dtype)
 
 
 @jax.jit

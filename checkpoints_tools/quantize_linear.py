@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from checkpoints_tools.calibration.statistics import LinearStatistics
 from checkpoints_tools.quantizers import Quantizer
@@ -19,7 +19,7 @@ _level_fit = jax.jit(codes.level_fit)
 
 
 def quantize_linear(
-    read_outputs: Callable[[slice], Float[np.ndarray, "k n"]],
+    read_outputs: Callable[[slice], Float[np.ndarray | Array, "k n"]],
     shape: tuple[int, int],
     statistics: LinearStatistics,
     quantizer: Quantizer,

@@ -53,8 +53,10 @@ ANY_LAYER = "layer"
 class Refit:
     """The calibration windows on their way through the layers, as in the original and graded.
 
+    They stay on the device: every block of outputs is fitted to all of them.
+
     Args:
-      hidden: hidden states ``[s, t, d]`` before the first layer, in host memory; changed in place.
+      hidden: hidden states ``[s, t, d]`` before the first layer.
       tables: thresholds of every linear layer, by name.
       targets: mean bits of the tables' rows, ascending; the last is the codes' own.
     """
@@ -67,26 +69,29 @@ class Refit:
     ):
         self._tables, self._targets = tables, targets
         self._bits = min(BITS, SHARE_OF_BITS * targets[-1])
-        self._exact, self._graded = _Windows(hidden), _Windows(hidden.copy())
+        stream = [jnp.asarray(window) for window in hidden]
+        self._exact, self._graded = _Windows(stream), _Windows(list(stream))
         self._factor_of: tuple[str, Float[Array, "k k"] | None] = "", None
 
     @property
-    def streams(self) -> dict[str, Float[np.ndarray, "s t d"]]:
-        """The residual stream of all windows, in the original and here; may be set, between two layers."""
-        return {"exact": self._exact.stream, "graded": self._graded.stream}
+    def streams(self) -> dict[str, Float[np.ndarray, "t d"]]:
+        """The residual stream of each window, in the original and here; may be set, between two layers."""
+        pairs = {"exact": self._exact, "graded": self._graded}.items()
+        return {f"{kind} {s}": np.asarray(x) for kind, windows in pairs for s, x in enumerate(windows.stream)}
 
     @streams.setter
-    def streams(self, streams: Mapping[str, Shaped[np.ndarray, "s t d"]]) -> None:
-        dtype = self._exact.stream.dtype  # which a file does not tell, if it is bfloat16
-        self._exact.stream, self._graded.stream = streams["exact"].view(dtype), streams["graded"].view(dtype)
+    def streams(self, streams: Mapping[str, Shaped[np.ndarray, "t d"]]) -> None:
+        for kind, windows in {"exact": self._exact, "graded": self._graded}.items():
+            for s, x in enumerate(windows.stream):  # A file does not tell that something is bfloat16.
+                windows.stream[s] = jnp.asarray(streams[f"{kind} {s}"].view(x.dtype))
 
     def enter(self, norm: RMSNorm) -> None:
         """Goes to the projection behind a norm of the residual stream."""
         for windows in (self._exact, self._graded):
             windows.inputs = []  # or those of the projection before would be in memory beside the new ones
-            windows.inputs = [np.asarray(_normed(norm, stream)) for stream in windows.stream]
+            windows.inputs = [_normed(norm, stream) for stream in windows.stream]
 
-    def fitted(self, name: str, w: Float[np.ndarray, "k n"], outputs: slice) -> Float[np.ndarray, "k n"]:
+    def fitted(self, name: str, w: Float[Array, "k n"], outputs: slice) -> Float[Array, "k n"]:
         """The refitted weights of some outputs of the projection that the windows are before.
 
         Args:
@@ -125,21 +130,22 @@ class _Windows:
     """Calibration windows before some projection.
 
     Attributes:
-      stream: the residual stream ``[s, t, d]``, in host memory.
-      inputs: of the projection, ``[t, k]`` for each window, likewise.
+      stream: the residual stream of each.
+      inputs: of the projection, likewise.
     """
 
-    def __init__(self, stream: Float[np.ndarray, "s t d"]):
+    def __init__(self, stream: list[Float[Array, "t d"]]):
         self.stream = stream
-        self.inputs: list[Float[np.ndarray, "t k"]] = []
+        self.inputs: list[Float[Array, "t k"]] = []
 
     def pass_by(
         self, part: str, layer: DecoderLayer, linear: Linear, thresholds: Float[Array, "p"] | None
     ) -> None:
         """Takes the windows past ``part`` of a layer, computed by ``linear``."""
         for s, inputs in enumerate(self.inputs):
-            stream, following = _pass_by(layer, linear, thresholds, self.stream[s], inputs, part)
-            self.stream[s], self.inputs[s] = stream, np.asarray(following)
+            found = _pass_by(layer, linear, thresholds, self.stream[s], inputs, part)
+            # Waited for, or what many windows need on their way would be in memory at once.
+            self.stream[s], self.inputs[s] = jax.block_until_ready(found)
 
 
 def factor(windows: Sequence[tuple], least_read: Float[Array, ""] | float) -> Float[Array, "k k"] | None:
@@ -160,11 +166,11 @@ def factor(windows: Sequence[tuple], least_read: Float[Array, ""] | float) -> Fl
 
 
 def refitted(
-    w: Float[np.ndarray, "k n"],
+    w: Float[Array, "k n"],
     windows: Sequence[tuple],
     least_read: Float[Array, ""] | float,
     a_factor: Float[Array, "k k"] | None,
-) -> Float[np.ndarray, "k n"]:
+) -> Float[Array, "k n"]:
     """``W'`` (see the module), float32.
 
     Args:
@@ -176,12 +182,12 @@ def refitted(
     """
     w = jnp.asarray(w, jnp.float32)
     if a_factor is None:
-        return np.asarray(w)
+        return w
     g, energy = jnp.zeros(w.shape), jnp.zeros(())
     for exact, here, lacking in windows:
         g, energy = _add_residuals(g, energy, exact, here, lacking, least_read, w)
         energy.block_until_ready()
-    return np.asarray(_moved(w, a_factor, g, energy, _tokens(windows)))
+    return _moved(w, a_factor, g, energy, _tokens(windows))
 
 
 def _tokens(windows: Sequence[tuple]) -> int:

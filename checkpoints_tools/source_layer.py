@@ -15,7 +15,7 @@ BLOCK_VALUES = 1 << 24
 """Of an embedding or an output projection in memory at a time: 64 MiB as float32."""
 
 
-def read_layer(source, i: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def read_layer(source, i: int) -> tuple[dict[str, np.ndarray | Array], dict[str, np.ndarray]]:
     """``(kernels, norms)`` of layer ``i`` by part (``qkv``, ``input_norm``), in the dtype that is stored.
 
     Args:
@@ -33,7 +33,7 @@ def read_layer(source, i: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndar
 
 
 def dense_layer(
-    source, kernels: dict[str, np.ndarray], norms: dict[str, np.ndarray], compute_dtype
+    source, kernels: dict[str, np.ndarray | Array], norms: dict[str, np.ndarray], compute_dtype
 ) -> DecoderLayer:
     """The layer that ``read_layer`` has read, ready to run."""
     tree = {part: {"kernel": kernel} for part, kernel in kernels.items()}
@@ -55,6 +55,6 @@ def embed(source, windows: Int32[np.ndarray, "s t"], dtype) -> Float[np.ndarray,
     for start in range(0, vocab, block):
         here = (windows >= start) & (windows < start + block)
         if here.any():
-            rows = source.read("embed.embedding", slice(start, min(start + block, vocab)))
+            rows = np.asarray(source.read("embed.embedding", slice(start, min(start + block, vocab))))
             hidden[here] = rows[windows[here] - start]
     return hidden

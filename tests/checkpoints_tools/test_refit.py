@@ -104,14 +104,16 @@ def test_windows_take_the_way_of_the_layer_and_exact_inputs_leave_weights_as_the
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_streams_come_back_from_a_file(tmp_path, dtype):
-    streams = np.random.default_rng(0).standard_normal((2, 2, 5, 3)).astype(dtype)
+    names = ["exact 0", "exact 1", "graded 0", "graded 1"]
+    numbers = np.random.default_rng(0).standard_normal((4, 5, 3)).astype(dtype)
     first, second = (refit.Refit(np.zeros((2, 5, 3), dtype), {}, (1.0, 8.0)) for _ in range(2))
-    first.streams = dict(zip(("exact", "graded"), streams, strict=True))
+    first.streams = dict(zip(names, numbers, strict=True))
     np.savez(tmp_path / "file.npz", **first.streams)
     second.streams = dict(np.load(tmp_path / "file.npz"))
-    for name, stream in first.streams.items():
-        assert second.streams[name].dtype == dtype
-        np.testing.assert_array_equal(second.streams[name], stream)
+    assert list(second.streams) == names
+    for stream, expected in zip(second.streams.values(), numbers, strict=True):
+        assert stream.dtype == dtype
+        np.testing.assert_array_equal(stream, expected)
 
 
 def calibration(count, length=1024):
