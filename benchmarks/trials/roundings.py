@@ -1,11 +1,7 @@
-"""Ways to round that were tried and are not in the product: a model converted with each, and what it loses.
+"""Ways to round the layers (the output projection is rounded plainly).
 
-    python benchmarks/quantizer_trials.py --model M --calib books_calib.txt --data books_test.txt --work WORK
+Weights are not refitted and gains are fitted, so that nothing else makes up for a rounding's errors.
 
-The real converter does all but the rounding of the layers (the output projection is rounded plainly). Weights
-are not refitted and gains are fitted, so that nothing else makes up for a rounding's errors. Trials:
-
-* ``rtn``: the product's.
 * ``scale-search``: of each group of 128 the scale, max-abs or down to 0.6 of it, with the least squared
   error, each level's counted by the energy that the activations read at it carry.
 * ``scale-search-plain``: the levels' errors counted alike.
@@ -16,21 +12,20 @@ Shares of energy are those of a normal distribution with each channel's own seco
 that give the layer alone a mean of ``BITS``.
 """
 
-import argparse
-import sys
+import contextlib
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from trial import PLAIN_WEIGHTS, Trial
 
-from checkpoints_tools import convert
 from checkpoints_tools.baselines.model import mean_moments
 from checkpoints_tools.calibration import statistics as calibration
 from checkpoints_tools.calibration.allocation import GradedCosts, threshold_tables
-from checkpoints_tools.quantizers import QUANTIZERS, rtn
-from grinqh_jax.__main__ import main as grinqh
+from checkpoints_tools.quantizers import QUANTIZERS, Quantizer, rtn
 from pallas_kernels import NestedWeight, codes, layout
 
 BITS = 3.0
@@ -39,41 +34,24 @@ DAMPING = 0.01
 LEVELS = 4
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", required=True)
-    for flag in ("--calib", "--data", "--work"):
-        parser.add_argument(flag, required=True, type=Path)
-    parser.add_argument("--calib-tokens", default="65536")
-    parser.add_argument("--tokens", default="8192")
-    parser.add_argument("--bits", default="2,3,4,full")
-    parser.add_argument("--trials", nargs="+", choices=TRIALS, default=list(TRIALS))
-    args = parser.parse_args()
-    QUANTIZERS.update(TRIALS)
+def rounded_by(quantizer: Quantizer) -> Callable[[], contextlib.AbstractContextManager]:
+    """A ``change`` after which layers are rounded by ``quantizer``, which gets second moments, too."""
     through_layer = calibration.through_layer
 
     def with_moments(layer, hidden):
-        """Statistics of a layer's inputs that also hold their second moments."""
         moments = mean_moments(layer, hidden)
         found = through_layer(layer, hidden)
         for part, seen in found.items():
             seen.moments = moments[part][0]
         return found
 
-    calibration.through_layer = with_moments
-    for trial in args.trials:
-        out = args.work / trial
-        if not out.exists():
-            command = ["--model", args.model, "--calib", str(args.calib), "--tokens", args.calib_tokens]
-            command += ["--quantizer", trial, "--no-refit", "--gains", "fitted", "--out", str(out)]
-            if code := convert.main(command):
-                return code
-        print(f"== {trial}", flush=True)
-        measured = ["perplexity", "--model", str(out), "--reference", args.model, "--data", str(args.data)]
-        measured += ["--bits", args.bits, "--tokens", args.tokens, "--sequence-length", "512"]
-        if code := grinqh(measured):
-            return code
-    return 0
+    @contextlib.contextmanager
+    def change():
+        with_seen = mock.patch.object(calibration, "through_layer", with_moments)
+        with with_seen, mock.patch.dict(QUANTIZERS, rtn=quantizer):
+            yield
+
+    return change
 
 
 def level_energies(w: jax.Array, statistics) -> np.ndarray:
@@ -142,12 +120,13 @@ def _compensated(w, scales, upper, shares):
     return jax.lax.fori_loop(0, len(w), step, (w, jnp.zeros(w.shape, jnp.uint8)))[1]
 
 
-TRIALS = {
-    "rtn": rtn,
-    "scale-search": partial(scale_search, weighted=True),
-    "scale-search-plain": partial(scale_search, weighted=False),
-    "graded-gptq": graded_gptq,
+ROUNDINGS = {
+    "rtn": Trial("plain, the product's", PLAIN_WEIGHTS),
+    "scale-search": Trial(
+        "scale search, weighted", PLAIN_WEIGHTS, rounded_by(partial(scale_search, weighted=True))
+    ),
+    "scale-search-plain": Trial(
+        "scale search, unweighted", PLAIN_WEIGHTS, rounded_by(partial(scale_search, weighted=False))
+    ),
+    "graded-gptq": Trial("GPTQ by the mean error of the levels", PLAIN_WEIGHTS, rounded_by(graded_gptq)),
 }
-
-if __name__ == "__main__":
-    sys.exit(main())
