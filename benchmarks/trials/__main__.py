@@ -18,9 +18,19 @@ import sys
 from pathlib import Path
 
 import trial
+from bases import BASES
+from code_trials import CODE_TRIALS
+from gains_trials import GAINS_TRIALS
 from roundings import ROUNDINGS
+from splits import SPLITS
 
-GROUPS = {"roundings": ROUNDINGS}
+GROUPS = {
+    "bases": BASES,
+    "codes": CODE_TRIALS,
+    "gains": GAINS_TRIALS,
+    "roundings": ROUNDINGS,
+    "splits": SPLITS,
+}
 TRIALS = {name: one for group in GROUPS.values() for name, one in group.items()}
 
 COLUMNS = ("bits", "realised_bits", "kl", "kl_stderr", "perplexity", "stderr")
