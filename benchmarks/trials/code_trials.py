@@ -1,0 +1,300 @@
+"""Codes, scales and norms chosen by what graded reading makes of them.
+
+Weights are not refitted and gains are fitted, so that nothing else makes up for the errors of codes.
+
+The first three take an input that is read at level ``l`` for an input of its own, ``x_j [level_j = l]``: a
+channel is five inputs, each with an error of its own, and one nested code serves them all. Their second
+moments are measured at the thresholds that give the layer alone a mean of ``BITS``. The output projection is
+rounded plainly.
+
+* ``expanded-gptq``: GPTQ (``checkpoints_tools.baselines.gptq``) on these inputs. A channel's code is that of
+  the mean of what its levels are to be, each by its energy; its errors are pushed onto the channels behind.
+* ``expanded-gptq-least``: the code is the one, of those around that, whose five errors cost least.
+* ``coordinate-descent``: from plain codes, ``SWEEPS`` times through all channels: each weight takes the code,
+  of those around its own, with the least error of the output.
+
+The others train the model that plain rounding gives to the least sum of the logarithms of the divergences at
+``SETTINGS``. Thresholds and gains stay; the gradient takes the levels as constants.
+
+* ``trained-codes``: the codes of all layers, straight through: the gradient by a rounded weight, at whatever
+  level, counts as that by the weight. ``trained-codes-fast``: in larger steps.
+* ``trained-scales-and-norms``: a factor for each scale, and for each number of each norm.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import partial
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import scipy.linalg
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+from trial import PLAIN_WEIGHTS, Trial, patched
+
+from checkpoints_tools import convert
+from checkpoints_tools.calibration import statistics as calibration
+from checkpoints_tools.calibration.allocation import GradedCosts, threshold_tables
+from checkpoints_tools.calibration.statistics import first_counted
+from checkpoints_tools.quantizers import QUANTIZERS, rtn
+from checkpoints_tools.trained_gains import SECOND_MOMENT_DECAY, training_windows
+from grinqh_jax.apply import Dense
+from grinqh_jax.checkpoint import Loaded, Writer, load
+from grinqh_jax.decoder import LAYER_LINEARS, Decoder, linear_names
+from grinqh_jax.hf import load_decoder, open_checkpoint
+from grinqh_jax.thresholds import interpolate
+from pallas_kernels import NestedWeight, codes, grading, layout
+
+BITS, DAMPING, SWEEPS = 3.0, 0.01, 3
+LEVELS = 5
+"""Of a channel, 0 included."""
+
+AROUND = np.array([0] + [sign * n * step for step in (1, 4, 16) for n in (1, 2, 3) for sign in (1, -1)])
+"""From a code to those around it: some steps of its last three digits."""
+
+DIGITS = (np.arange(256)[:, None] >> (6 - 2 * np.arange(LEVELS - 1))) & 3
+VALUES = np.cumsum((DIGITS - codes.DIGIT_MEAN) * 4.0 ** -np.arange(LEVELS - 1), axis=1)
+VALUES = np.concatenate([np.zeros((256, 1)), VALUES], axis=1).astype(np.float32)
+"""What each code is at each level, in scales."""
+
+SETTINGS, STEPS = (1.5, 2.0, 3.0, 4.0, 8.0), 64
+
+
+class _Expanded(Dense):
+    """An ``apply`` strategy that collects the second moments of the inputs by level (``seen``, by part)."""
+
+    def __init__(self, thresholds: dict[str, jax.Array]):
+        self.thresholds, self.seen = thresholds, {}
+
+    def __call__(self, name: str, linear, x):
+        part = name.rpartition(".")[2]
+        rows = x[0, first_counted(x.shape[1]) :]
+        at = grading.levels(rows, self.thresholds[part])[..., None] == jnp.arange(LEVELS)
+        rows = jnp.where(at, rows[..., None], 0).reshape(len(rows), -1)
+        self.seen[part] = rows.T @ rows / len(rows)
+        return super().__call__(name, linear, x)
+
+
+@jax.jit
+def _run(layer, x, thresholds):
+    expanded = _Expanded(thresholds)
+    return layer("layer", x, jnp.arange(x.shape[1])[None], expanded)[0], expanded.seen
+
+
+def rounded_by(quantizer):
+    """A ``change`` after which layers are rounded by ``quantizer(w, Hessian)``, to 8-bit codes ``[K, N]``."""
+    through_layer = calibration.through_layer
+
+    def with_moments(layer, hidden):
+        before = hidden.copy()
+        found = through_layer(layer, hidden)
+        thresholds = {part: _thresholds(getattr(layer, part).kernel[...], found[part]) for part in found}
+        totals = dict.fromkeys(LAYER_LINEARS, 0)
+        for window in before:
+            seen = _run(layer, window[None], thresholds)[1]
+            totals = jax.block_until_ready({part: totals[part] + seen[part] for part in totals})
+        for part, total in totals.items():
+            found[part].moments = total / len(before)
+        return found
+
+    def quantize(w: jax.Array, seen, *, max_bits: int, name: str) -> NestedWeight:
+        if not hasattr(seen, "moments"):
+            return rtn(w, seen, max_bits=max_bits, name=name)
+        damping = DAMPING * jnp.mean(jnp.diagonal(seen.moments)) * jnp.eye(len(seen.moments))
+        found = quantizer(w, seen.moments + damping).astype(jnp.uint8)
+        return codes.from_codes(found, codes.max_abs_scales(w), max_bits=max_bits)
+
+    @contextlib.contextmanager
+    def change():
+        seeing = mock.patch.object(calibration, "through_layer", with_moments)
+        with seeing, mock.patch.dict(QUANTIZERS, rtn=quantize):
+            yield
+
+    return change
+
+
+def _thresholds(w: jax.Array, seen) -> jax.Array:
+    errors = np.asarray(codes.level_errors(w, codes.quantize(w)), np.float64)
+    alone = {"layer": GradedCosts(seen.counts, errors, w.size)}
+    return jnp.asarray(threshold_tables(alone, (BITS, 8.0))["layer"][0])
+
+
+def expanded_gptq(around: np.ndarray, w: jax.Array, hessian: jax.Array) -> jax.Array:
+    """See the module; ``around``: from a channel's plain code to those that it may take."""
+    # ``H^-1 = U^T U`` with an upper U, which is the inverse of V in ``H = V V^T``, upper, too.
+    flipped = np.asarray(hessian, np.float64)[::-1, ::-1]
+    factor, one = np.linalg.cholesky(flipped), np.eye(len(flipped))
+    upper = scipy.linalg.solve_triangular(factor, one, lower=True)[::-1, ::-1]
+    blocks = np.stack([upper[i : i + LEVELS, i : i + LEVELS] for i in range(0, len(upper), LEVELS)])
+    whitening = np.linalg.inv(blocks).transpose(0, 2, 1)
+    energies = np.asarray(jnp.diagonal(hessian)).reshape(-1, LEVELS).copy()
+    energies[:, 0] = 0  # No code does anything about what is skipped.
+    shares = energies / energies.sum(axis=1, keepdims=True)
+    arrays = [jnp.asarray(array, jnp.float32) for array in (upper, whitening, shares)]
+    return _compensated(w, codes.max_abs_scales(w), *arrays, jnp.asarray(around))
+
+
+@jax.jit
+def _compensated(w, scales, upper, whitening, shares, around):
+    """Codes ``[K, N]``, each channel's after the errors of those before it."""
+
+    def step(i, state):
+        targets, found = state
+        here = jax.lax.dynamic_slice_in_dim(targets, LEVELS * i, LEVELS)
+        scale = scales[i // layout.SLICE].astype(jnp.float32)
+        plain = codes.encode((shares[i] @ here)[None], scale[None]).astype(jnp.int32)
+        candidates = jnp.clip(plain + around[:, None], 0, 255)
+        errors = here.T - jnp.asarray(VALUES)[candidates] * scale[:, None]  # [candidates, N, levels]
+        white = errors @ whitening[i].T
+        best = jnp.argmin(jnp.sum(white**2, axis=-1), axis=0)[None]
+        white = jnp.take_along_axis(white, best[..., None], axis=0)[0]
+        rows = jax.lax.dynamic_slice_in_dim(upper, LEVELS * i, LEVELS)
+        behind = jnp.where(jnp.arange(len(targets)) >= LEVELS * (i + 1), rows, 0)
+        code = jnp.take_along_axis(candidates, best, axis=0)[0]
+        return targets - behind.T @ white.T, found.at[i].set(code)
+
+    start = jnp.repeat(w, LEVELS, axis=0), jnp.zeros(w.shape, jnp.int32)
+    return jax.lax.fori_loop(0, len(w), step, start)[1]
+
+
+@jax.jit
+def coordinate_descent(w: jax.Array, hessian: jax.Array) -> jax.Array:
+    """See the module. An input's levels exclude one another, so ``H`` is diagonal within a channel."""
+    scales = codes.max_abs_scales(w)
+    values = jnp.asarray(VALUES)
+    diagonal = jnp.diagonal(hessian).reshape(-1, LEVELS)
+
+    def step(turn, state):
+        found, errors = state
+        i = turn % len(w)
+        scale = scales[i // layout.SLICE].astype(jnp.float32)
+        here = jax.lax.dynamic_slice_in_dim(errors, LEVELS * i, LEVELS)
+        gradient = jax.lax.dynamic_slice_in_dim(hessian, LEVELS * i, LEVELS) @ errors
+        candidates = jnp.clip(found[i] + jnp.asarray(AROUND)[:, None], 0, 255)
+        change = w[i][:, None] - values[candidates] * scale[:, None] - here.T
+        cost = jnp.sum(2 * gradient.T * change + diagonal[i] * change**2, axis=-1)
+        best = jnp.argmin(cost, axis=0)[None]
+        here += jnp.take_along_axis(change, best[..., None], axis=0)[0].T
+        code = jnp.take_along_axis(candidates, best, axis=0)[0]
+        return found.at[i].set(code), jax.lax.dynamic_update_slice_in_dim(errors, here, LEVELS * i, 0)
+
+    plain = codes.encode(w, scales).astype(jnp.int32)
+    scale = jnp.repeat(scales.astype(jnp.float32), layout.SLICE, axis=0)[: len(w)]
+    errors = (w[..., None] - values[plain] * scale[..., None]).transpose(0, 2, 1).reshape(-1, w.shape[1])
+    return jax.lax.fori_loop(0, SWEEPS * len(w), step, (plain, errors))[0]
+
+
+def trained(rate: float, *kinds: str):
+    """A ``change``: "weights", "scales" or "norms" are trained in the model before it is measured.
+
+    A step of Adam changes a weight by about ``rate`` scales (the last digit's step is 1 / 64 of one), or the
+    logarithm of a factor by ``rate``; in the second half the rate falls to 0.
+    """
+    ordinary = convert.main
+
+    def convert_and_train(argv: Sequence[str]) -> int:
+        args = convert.parser().parse_args(argv)
+        start = args.out.with_name("rtn")  # as the trial of that name makes it
+        if not start.exists() and (code := ordinary([*argv, "--out", str(start)])):
+            return code
+        source, loaded = open_checkpoint(args.model), load(start)
+        calib = convert.read_calibration(source, args.calib, args.tokens)
+        windows = training_windows(calib.windows, STEPS * len(SETTINGS))
+        leaves = flatten_dict(nnx.to_pure_dict(nnx.state(loaded.model)))
+        leaves = {".".join(map(str, path)): leaf for path, leaf in leaves.items()}
+        adam = optax.adam(optax.linear_schedule(rate, 0, STEPS // 2, STEPS // 2), b2=SECOND_MOMENT_DECAY)
+        found = _train(kinds, adam, load_decoder(source, jnp.float32), loaded, leaves, windows)
+        with Writer(args.out, fingerprint=args.out.name) as writer:
+            writer.save_part("all", unflatten_dict(leaves | _stored(loaded.model, leaves, found), sep="."))
+            writer.finalize(source.hf_config, loaded.quantization, source.companions)
+        return 0
+
+    return patched((convert, "main", convert_and_train))
+
+
+def _train(kinds: Sequence[str], adam, original: Decoder, loaded: Loaded, leaves: Mapping, windows):
+    """Weights in scales, logarithms of the factors of scales and norms; those of ``kinds`` are trained."""
+    stored = {name: loaded.model.linear(name).weight for name in linear_names(loaded.config)}
+    ones = {name: jnp.ones_like(w.scales) for name, w in stored.items()}
+    fixed = {
+        "weights": {n: codes.dequantize(dataclasses.replace(w, scales=ones[n])) for n, w in stored.items()},
+        "scales": {name: jnp.zeros(one.shape) for name, one in ones.items()},
+        "norms": {name: jnp.zeros(leaf.shape) for name, leaf in leaves.items() if name.endswith(".scale")},
+    }
+    found = {kind: fixed.pop(kind) for kind in kinds}
+    state = adam.init(found)
+    targets = jnp.asarray(loaded.quantization.targets, jnp.float32)
+
+    @jax.jit
+    @jax.value_and_grad
+    def gradient(found, fixed, leaves, bits, tokens, exact):
+        parameters = found | fixed
+        norms = {name: leaves[name] * jnp.exp(factors) for name, factors in parameters["norms"].items()}
+        model = Decoder.from_tree(loaded.config, unflatten_dict(leaves | norms, sep="."), jnp.float32)
+        graded = jax.nn.log_softmax(model(tokens[None], _Trained(parameters, targets, bits))[0])
+        lost = jnp.sum(jnp.exp(exact) * (exact - graded), axis=-1)
+        return jnp.log(jnp.mean(lost[first_counted(len(tokens)) :]))
+
+    predict = jax.jit(lambda original, tokens: jax.nn.log_softmax(original(tokens[None])[0]))
+    for step in range(STEPS):
+        total = jax.tree.map(jnp.zeros_like, found)
+        for s, bits in enumerate(SETTINGS):
+            tokens = jnp.asarray(windows[(step * len(SETTINGS) + s) % len(windows)])
+            lost, here = gradient(found, fixed, leaves, bits, tokens, predict(original, tokens))
+            total = jax.tree.map(jnp.add, total, here)
+            print(f"step {step}, {bits} bits: {np.exp(lost):.3g}", flush=True)
+        updates, state = adam.update(total, state)
+        found = optax.apply_updates(found, updates)
+    return found | fixed
+
+
+class _Trained:
+    """An ``apply`` strategy: graded, with what is trained in place of codes and scales."""
+
+    def __init__(self, parameters: Mapping, targets: jax.Array, bits: jax.Array):
+        self.parameters, self.dial = parameters, (targets, bits)
+
+    def __call__(self, name: str, linear, x):
+        level = grading.levels(x, interpolate(linear.thresholds[...], *self.dial))
+        weights = self.parameters["weights"][name]
+        scales = _scales(linear, self.parameters["scales"][name])
+        scales = jnp.repeat(scales, layout.SLICE, axis=0)[: linear.in_features, : linear.out_features]
+        total = 0
+        for of_level in range(1, LEVELS):
+            width = 4.0 ** (1 - of_level)
+            inside = jnp.clip(weights, -codes.RANGE, codes.RANGE - 1 / codes.CODE_STEPS)
+            middle = (jnp.floor((inside + codes.RANGE) / width) + 0.5) * width - codes.RANGE
+            read = weights + jax.lax.stop_gradient(middle - weights)
+            here = jnp.where(level == of_level, x * linear.gains[...][of_level - 1], 0)
+            total += here @ (read * scales)
+        return total
+
+
+def _scales(linear, factors: jax.Array) -> jax.Array:
+    return linear.scales[...] * jnp.exp(factors)
+
+
+def _stored(model: Decoder, leaves: Mapping, found: Mapping) -> dict[str, jax.Array]:
+    """The leaves that training has changed, as a checkpoint holds them."""
+    stored = {}
+    for name, weights in found["weights"].items():
+        linear = model.linear(name)
+        scales = _scales(linear, found["scales"][name])[:, : linear.out_features].astype(jnp.float16)
+        weight = codes.from_codes(codes.encode(weights, jnp.ones_like(scales)), scales)
+        stored |= {f"{name}.planes": weight.planes, f"{name}.scales": weight.scales}
+    norms = found["norms"].items()
+    return stored | {n: (leaves[n] * jnp.exp(factor)).astype(leaves[n].dtype) for n, factor in norms}
+
+
+CODE_TRIALS = {
+    "expanded-gptq": Trial("expanded GPTQ", PLAIN_WEIGHTS, rounded_by(partial(expanded_gptq, AROUND[:1]))),
+    "expanded-gptq-least": Trial("least error", PLAIN_WEIGHTS, rounded_by(partial(expanded_gptq, AROUND))),
+    "coordinate-descent": Trial("coordinate descent", PLAIN_WEIGHTS, rounded_by(coordinate_descent)),
+    "trained-codes": Trial("codes trained", PLAIN_WEIGHTS, trained(0.0005, "weights")),
+    "trained-codes-fast": Trial("the same, four times as fast", PLAIN_WEIGHTS, trained(0.002, "weights")),
+    "trained-scales-and-norms": Trial("scales and norms", PLAIN_WEIGHTS, trained(0.002, "scales", "norms")),
+}

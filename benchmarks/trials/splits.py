@@ -1,0 +1,96 @@
+"""Other splits of the bits: over layers, over the vocabulary, over tokens.
+
+Gains are fitted, not trained; weights are refitted unless said. To be compared with ``bases``' ``basis``, the
+product with these flags.
+
+* ``more-bits-for-down``, ``most-bits-for-down``: errors of ``down`` count 2 or 4 times.
+* ``layers-as-seen``: no share of the layers' sensitivity is spread over all (``allocation.UNSEEN``).
+* ``vocabulary-as-seen``, ``vocabulary-nearly-as-seen``: likewise for the tokens' (``vocabulary.UNSEEN``),
+  none, or a third of the product's.
+* ``one-block``, ``more-blocks``: the vocabulary in one block, or in up to five.
+* ``uniform-split``: every layer has the mean that is asked; weights as they are.
+* ``unit-of-the-token``: the same, and thresholds are in units of the token's mean ``|x|``.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+from trial import NOT_TRAINED, PLAIN_WEIGHTS, Trial, patched
+
+from checkpoints_tools import conversion, vocabulary
+from checkpoints_tools.calibration import allocation, histogram, statistics
+from checkpoints_tools.calibration.allocation import GradedCosts, for_any_text
+from grinqh_jax import output_projection
+from grinqh_jax.apply import Graded
+from pallas_kernels import Activations
+
+UNIFORM = (*PLAIN_WEIGHTS, "--split", "uniform")
+
+
+def counting_down(times: float) -> Callable[[], contextlib.AbstractContextManager]:
+    """A ``change`` after which errors of ``down`` count so many times."""
+
+    def costs(layers: Mapping[str, GradedCosts]) -> dict[str, GradedCosts]:
+        return {
+            name: GradedCosts(c.counts, c.errors * (times if name.endswith(".down") else 1), c.weights)
+            for name, c in for_any_text(layers).items()
+        }
+
+    return patched((conversion, "for_any_text", costs))
+
+
+def mean_magnitude(x: jax.Array) -> jax.Array:
+    """Of each token, ``[..., 1]``; 1 where all its activations are 0."""
+    mean = jnp.mean(jnp.abs(x.astype(jnp.float32)), axis=-1, keepdims=True)
+    return jnp.where(mean > 0, mean, 1)
+
+
+@contextlib.contextmanager
+def unit_of_the_token() -> Iterator[None]:
+    """A ``change``: thresholds are multiples of the token's mean ``|x|``, in calibration and in reading."""
+
+    def observe(x: jax.Array) -> dict[str, jax.Array]:
+        counted = x[:, statistics.first_counted(x.shape[1]) :]
+        largest = jnp.max(jnp.abs(x.astype(jnp.float32)))
+        return {"counts": histogram.count(counted / mean_magnitude(counted)), "max": largest}
+
+    def graded(self, name, linear, x):
+        values = x.reshape(-1, x.shape[-1])
+        thresholds = jnp.broadcast_to(
+            self.thresholds[name][:, None], (*x.shape[:-1], linear.weight.num_planes)
+        )
+        y, bits = linear.graded(
+            Activations(values), thresholds.reshape(len(values), -1) * mean_magnitude(values)
+        )
+        self.bits[name] = bits.reshape(x.shape[:-1])
+        return y.total().reshape(*x.shape[:-1], -1)
+
+    calibration = mock.patch.object(statistics, "observe", observe)
+    with calibration, mock.patch.object(Graded, "__call__", graded):
+        yield
+
+
+SPLITS = {
+    "more-bits-for-down": Trial("errors of `down` count twice", NOT_TRAINED, counting_down(2.0)),
+    "most-bits-for-down": Trial("errors of `down` count four times", NOT_TRAINED, counting_down(4.0)),
+    "layers-as-seen": Trial(
+        "layers as the text needs them", NOT_TRAINED, patched((allocation, "UNSEEN", 0.0))
+    ),
+    "vocabulary-as-seen": Trial(
+        "tokens as the text needs them", NOT_TRAINED, patched((vocabulary, "UNSEEN", 0.0))
+    ),
+    "vocabulary-nearly-as-seen": Trial(
+        "a third of the share for all tokens", NOT_TRAINED, patched((vocabulary, "UNSEEN", 0.05))
+    ),
+    "one-block": Trial(
+        "one block of the vocabulary", NOT_TRAINED, patched((output_projection, "_EDGES", (1,)))
+    ),
+    "more-blocks": Trial(
+        "up to five blocks", NOT_TRAINED, patched((output_projection, "_EDGES", (64, 16, 4, 2, 1)))
+    ),
+    "uniform-split": Trial("each layer has the mean", UNIFORM),
+    "unit-of-the-token": Trial("the same, unit of the token", UNIFORM, unit_of_the_token),
+}
