@@ -33,6 +33,9 @@ GROUPS = {
 }
 TRIALS = {name: one for group in GROUPS.values() for name, one in group.items()}
 
+OTHERS = (2.0, 3.0)
+"""Settings whose figures on other texts, and perplexities, are in the table."""
+
 COLUMNS = ("bits", "realised_bits", "kl", "kl_stderr", "perplexity", "stderr")
 PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 
@@ -48,14 +51,17 @@ def main() -> int:
     parser.add_argument("--trials", nargs="+", choices=TRIALS, default=list(TRIALS))
     parser.add_argument("--groups", nargs="+", choices=GROUPS, help="all trials of these")
     parser.add_argument("--here", choices=TRIALS, help=argparse.SUPPRESS)
+    parser.add_argument("--print", action="store_true", help="only print the table of what is in the file")
     args = parser.parse_args()
     if args.here:
         return _measure(args)
     chosen = [name for group in args.groups for name in GROUPS[group]] if args.groups else args.trials
-    for name in chosen:
-        trial.run_apart(name, sys.argv[1:])
-        print(_table(json.loads(args.output.read_text()), [name]), flush=True)
-    print(_table(json.loads(args.output.read_text()), chosen))
+    if not args.print:
+        for name in chosen:
+            trial.run_apart(name, sys.argv[1:])
+            print(_table(json.loads(args.output.read_text()), [name]), flush=True)
+    report = json.loads(args.output.read_text())
+    print(_table(report, [name for name in chosen if name in report]))
     return 0
 
 
@@ -79,13 +85,15 @@ def _measure(args: argparse.Namespace) -> int:
 
 
 def _table(report: dict, names: list[str]) -> str:
-    """Markdown: the divergence at every setting, on every text, and the perplexity on the first."""
+    """Markdown: the divergence at every setting on the first text, at those of ``OTHERS`` on the others, and
+    there the perplexity on the first."""
     lines = []
     for name in names:
-        texts = report[name]["texts"]
-        cells = [f"{row['kl']:.3g}" for rows in texts.values() for row in rows]
-        cells += [f"{row['perplexity']:.2f}" for row in next(iter(texts.values()))]
-        lines.append("| " + " | ".join([f"`{name}`: {report[name]['what']}", *cells]) + " |")
+        first, *others = report[name]["texts"].values()
+        numbers = [f"{row['kl']:.3g}" for row in first]
+        numbers += [f"{row['kl']:.3g}" for rows in others for row in rows if row["bits"] in OTHERS]
+        numbers += [f"{row['perplexity']:.2f}" for row in first if row["bits"] in OTHERS]
+        lines.append("| " + " | ".join([f"{TRIALS[name].what} (`{name}`)", *numbers]) + " |")
     return "\n".join(lines)
 
 

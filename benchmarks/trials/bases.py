@@ -204,7 +204,7 @@ def value_axes(source: HFCheckpoint, windows: np.ndarray) -> dict[str, np.ndarra
 
 
 BASES = {
-    "basis": Trial("the product's", NOT_TRAINED),
+    "basis": Trial("the product, gains fitted", NOT_TRAINED),
     "original-basis": Trial("the model's own basis", ("--basis", "original", *NOT_TRAINED)),
     "hadamard-64": Trial("64 leading axes mixed", NOT_TRAINED, with_axes(mixed_axes(64))),
     "hadamard-8": Trial("8 leading axes mixed", NOT_TRAINED, with_axes(mixed_axes(8))),

@@ -292,9 +292,13 @@ def _stored(model: Decoder, leaves: Mapping, found: Mapping) -> dict[str, jax.Ar
 
 CODE_TRIALS = {
     "expanded-gptq": Trial("expanded GPTQ", PLAIN_WEIGHTS, rounded_by(partial(expanded_gptq, AROUND[:1]))),
-    "expanded-gptq-least": Trial("least error", PLAIN_WEIGHTS, rounded_by(partial(expanded_gptq, AROUND))),
+    "expanded-gptq-least": Trial(
+        "expanded GPTQ, codes of least error", PLAIN_WEIGHTS, rounded_by(partial(expanded_gptq, AROUND))
+    ),
     "coordinate-descent": Trial("coordinate descent", PLAIN_WEIGHTS, rounded_by(coordinate_descent)),
     "trained-codes": Trial("codes trained", PLAIN_WEIGHTS, trained(0.0005, "weights")),
-    "trained-codes-fast": Trial("the same, four times as fast", PLAIN_WEIGHTS, trained(0.002, "weights")),
-    "trained-scales-and-norms": Trial("scales and norms", PLAIN_WEIGHTS, trained(0.002, "scales", "norms")),
+    "trained-codes-fast": Trial("codes trained four times as fast", PLAIN_WEIGHTS, trained(0.002, "weights")),
+    "trained-scales-and-norms": Trial(
+        "scales and norms trained", PLAIN_WEIGHTS, trained(0.002, "scales", "norms")
+    ),
 }

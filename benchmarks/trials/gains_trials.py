@@ -35,25 +35,23 @@ def from_1(graded, windows, initial, done=lambda step: None):
 _gains, _train_gains = trained_gains._gains, trained_gains.train_gains
 
 GAINS_TRIALS = {
-    "gains-trained": Trial("trained, the product's"),
-    "gains-none": Trial("none", ("--gains", "none")),
+    "gains-trained": Trial("the product, gains trained"),
+    "gains-none": Trial("no gains", ("--gains", "none")),
     "gains-fitted-everywhere": Trial(
-        "fitted in all layers", NOT_TRAINED, patched((conversion, "GAINED", ALL_LINEAR))
+        "gains fitted in all layers", NOT_TRAINED, patched((conversion, "GAINED", ALL_LINEAR))
     ),
     "gains-half-the-steps": Trial(
-        "trained in half the steps, twice as large",
+        "half the steps, twice as large",
         change=patched((trained_gains, "STEPS", 16), (trained_gains, "RATE", 0.06)),
     ),
     "gains-to-the-sum": Trial(
-        "trained to the sum of divergences",
+        "to the sum of the divergences",
         # A divergence below _LEAST counts as if it were that: with 1, all of them count alike.
         change=patched((graded_divergence, "_LEAST", 1.0)),
     ),
-    "gains-at-2-bits": Trial(
-        "trained at 2 bits only", change=patched((trained_gains, "SETTINGS", (2.0, 2.0, 2.0)))
-    ),
+    "gains-at-2-bits": Trial("at 2 bits only", change=patched((trained_gains, "SETTINGS", (2.0, 2.0, 2.0)))),
     "gains-third-level-at-1": Trial(
-        "trained, the third level's kept", change=patched((trained_gains, "_gains", third_level_kept))
+        "the third level's kept", change=patched((trained_gains, "_gains", third_level_kept))
     ),
-    "gains-from-1": Trial("trained from 1", change=patched((trained_gains, "train_gains", from_1))),
+    "gains-from-1": Trial("from gains of 1", change=patched((trained_gains, "train_gains", from_1))),
 }

@@ -121,7 +121,7 @@ def _compensated(w, scales, upper, shares):
 
 
 ROUNDINGS = {
-    "rtn": Trial("plain, the product's", PLAIN_WEIGHTS),
+    "rtn": Trial("the product, no refit, gains fitted", PLAIN_WEIGHTS),
     "scale-search": Trial(
         "scale search, weighted", PLAIN_WEIGHTS, rounded_by(partial(scale_search, weighted=True))
     ),

@@ -92,5 +92,5 @@ SPLITS = {
         "up to five blocks", NOT_TRAINED, patched((output_projection, "_EDGES", (64, 16, 4, 2, 1)))
     ),
     "uniform-split": Trial("each layer has the mean", UNIFORM),
-    "unit-of-the-token": Trial("the same, unit of the token", UNIFORM, unit_of_the_token),
+    "unit-of-the-token": Trial("each layer has the mean, in units of the token", UNIFORM, unit_of_the_token),
 }
