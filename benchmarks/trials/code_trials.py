@@ -21,11 +21,9 @@ The others train the model that plain rounding gives to the least sum of the log
 * ``trained-scales-and-norms``: a factor for each scale, and for each number of each norm.
 """
 
-import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -34,13 +32,13 @@ import optax
 import scipy.linalg
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
-from trial import PLAIN_WEIGHTS, Trial, patched
+from trial import PLAIN_WEIGHTS, Trial, patched, rounded
 
 from checkpoints_tools import convert
 from checkpoints_tools.calibration import statistics as calibration
 from checkpoints_tools.calibration.allocation import GradedCosts, threshold_tables
 from checkpoints_tools.calibration.statistics import first_counted
-from checkpoints_tools.quantizers import QUANTIZERS, rtn
+from checkpoints_tools.quantizers import rtn
 from checkpoints_tools.trained_gains import SECOND_MOMENT_DECAY, training_windows
 from grinqh_jax.apply import Dense
 from grinqh_jax.checkpoint import Loaded, Writer, load
@@ -108,13 +106,7 @@ def rounded_by(quantizer):
         found = quantizer(w, seen.moments + damping).astype(jnp.uint8)
         return codes.from_codes(found, codes.max_abs_scales(w), max_bits=max_bits)
 
-    @contextlib.contextmanager
-    def change():
-        seeing = mock.patch.object(calibration, "through_layer", with_moments)
-        with seeing, mock.patch.dict(QUANTIZERS, rtn=quantize):
-            yield
-
-    return change
+    return rounded(with_moments, quantize)
 
 
 def _thresholds(w: jax.Array, seen) -> jax.Array:

@@ -12,20 +12,19 @@ Shares of energy are those of a normal distribution with each channel's own seco
 that give the layer alone a mean of ``BITS``.
 """
 
-import contextlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from trial import PLAIN_WEIGHTS, Trial
+from trial import PLAIN_WEIGHTS, Trial, rounded
 
 from checkpoints_tools.baselines.model import mean_moments
 from checkpoints_tools.calibration import statistics as calibration
 from checkpoints_tools.calibration.allocation import GradedCosts, threshold_tables
-from checkpoints_tools.quantizers import QUANTIZERS, Quantizer, rtn
+from checkpoints_tools.quantizers import Quantizer, rtn
 from pallas_kernels import NestedWeight, codes, layout
 
 BITS = 3.0
@@ -34,7 +33,7 @@ DAMPING = 0.01
 LEVELS = 4
 
 
-def rounded_by(quantizer: Quantizer) -> Callable[[], contextlib.AbstractContextManager]:
+def rounded_by(quantizer: Quantizer) -> Callable[[], AbstractContextManager]:
     """A ``change`` after which layers are rounded by ``quantizer``, which gets second moments, too."""
     through_layer = calibration.through_layer
 
@@ -45,13 +44,7 @@ def rounded_by(quantizer: Quantizer) -> Callable[[], contextlib.AbstractContextM
             seen.moments = moments[part][0]
         return found
 
-    @contextlib.contextmanager
-    def change():
-        with_seen = mock.patch.object(calibration, "through_layer", with_moments)
-        with with_seen, mock.patch.dict(QUANTIZERS, rtn=quantizer):
-            yield
-
-    return change
+    return rounded(with_moments, quantizer)
 
 
 def level_energies(w: jax.Array, statistics) -> np.ndarray:

@@ -11,6 +11,8 @@ from pathlib import Path
 from unittest import mock
 
 from checkpoints_tools import convert
+from checkpoints_tools.calibration import statistics
+from checkpoints_tools.quantizers import QUANTIZERS, Quantizer
 from grinqh_jax.__main__ import main as grinqh
 
 BITS = "1.5,2,3,4,full"
@@ -47,6 +49,18 @@ def patched(*replacements: tuple[object, str, object]) -> Callable[[], contextli
         with contextlib.ExitStack() as stack:
             for replacement in replacements:
                 stack.enter_context(mock.patch.object(*replacement))
+            yield
+
+    return change
+
+
+def rounded(through_layer: Callable, quantizer: Quantizer) -> Callable[[], contextlib.AbstractContextManager]:
+    """A ``change``: layers are rounded by ``quantizer``, from what ``through_layer`` sees of their inputs."""
+
+    @contextlib.contextmanager
+    def change() -> Iterator[None]:
+        seeing = mock.patch.object(statistics, "through_layer", through_layer)
+        with seeing, mock.patch.dict(QUANTIZERS, rtn=quantizer):
             yield
 
     return change
