@@ -7,7 +7,7 @@ product with these flags.
 * ``layers-as-seen``: no share of the layers' sensitivity is spread over all (``allocation.UNSEEN``).
 * ``vocabulary-as-seen``, ``vocabulary-nearly-as-seen``: likewise for the tokens' (``vocabulary.UNSEEN``),
   none, or a third of the product's.
-* ``one-block``, ``more-blocks``: the vocabulary in one block, or in up to five.
+* ``one-block``, ``more-blocks``: the vocabulary in one block, or in up to five (a small one in four).
 * ``uniform-split``: every layer has the mean that is asked; weights as they are.
 * ``unit-of-the-token``: the same, and thresholds are in units of the token's mean ``|x|``.
 """
@@ -89,7 +89,7 @@ SPLITS = {
         "one block of the vocabulary", NOT_TRAINED, patched((output_projection, "_EDGES", (1,)))
     ),
     "more-blocks": Trial(
-        "up to five blocks", NOT_TRAINED, patched((output_projection, "_EDGES", (64, 16, 4, 2, 1)))
+        "four blocks", NOT_TRAINED, patched((output_projection, "_EDGES", (64, 16, 4, 2, 1)))
     ),
     "uniform-split": Trial("each layer has the mean", UNIFORM),
     "unit-of-the-token": Trial("each layer has the mean, in units of the token", UNIFORM, unit_of_the_token),
