@@ -12,8 +12,8 @@
 * ``gains-from-1``: trained from gains of 1, not from the fitted ones.
 """
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from unittest import mock
 
 import jax
@@ -42,8 +42,7 @@ def from_1(graded, windows, initial, done=lambda step: None):
     return _train_gains(graded, windows, {n: np.ones_like(gains) for n, gains in initial.items()}, done)
 
 
-@contextlib.contextmanager
-def fitted_to_outputs() -> Iterator[None]:
+def fitted_to_outputs() -> Callable[[], AbstractContextManager]:
     """A ``change``: see ``gains-fitted-to-outputs``."""
 
     def observe(x: jax.Array) -> dict[str, jax.Array]:
@@ -62,13 +61,11 @@ def fitted_to_outputs() -> Iterator[None]:
         with mock.patch.object(quantize_linear, "_level_fit", fit):
             return quantize_linear.quantize_linear(read_outputs, shape, seen, *args, **options)
 
-    change = patched(
+    return patched(
         (statistics, "observe", observe),
         (statistics.LinearStatistics, "add", add),
         (conversion, "quantize_linear", with_moments),
     )
-    with change():
-        yield
 
 
 def level_fit_of_outputs(moments, w, weight, output_weights) -> codes.LevelFit:
@@ -92,7 +89,7 @@ GAINS_TRIALS = {
     "gains-fitted-everywhere": Trial(
         "gains fitted in all layers", NOT_TRAINED, patched((conversion, "GAINED", ALL_LINEAR))
     ),
-    "gains-fitted-to-outputs": Trial("gains fitted to outputs", NOT_TRAINED, fitted_to_outputs),
+    "gains-fitted-to-outputs": Trial("gains fitted to outputs", NOT_TRAINED, fitted_to_outputs()),
     "gains-half-the-steps": Trial(
         "half the steps, twice as large",
         change=patched((trained_gains, "STEPS", 16), (trained_gains, "RATE", 0.06)),

@@ -12,9 +12,8 @@ product with these flags.
 * ``unit-of-the-token``: the same, and thresholds are in units of the token's mean ``|x|``.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from unittest import mock
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +29,7 @@ from pallas_kernels import Activations
 UNIFORM = (*PLAIN_WEIGHTS, "--split", "uniform")
 
 
-def counting_down(times: float) -> Callable[[], contextlib.AbstractContextManager]:
+def counting_down(times: float) -> Callable[[], AbstractContextManager]:
     """A ``change`` after which errors of ``down`` count so many times."""
 
     def costs(layers: Mapping[str, GradedCosts]) -> dict[str, GradedCosts]:
@@ -48,8 +47,7 @@ def mean_magnitude(x: jax.Array) -> jax.Array:
     return jnp.where(mean > 0, mean, 1)
 
 
-@contextlib.contextmanager
-def unit_of_the_token() -> Iterator[None]:
+def unit_of_the_token() -> Callable[[], AbstractContextManager]:
     """A ``change``: thresholds are multiples of the token's mean ``|x|``, in calibration and in reading."""
 
     def observe(x: jax.Array) -> dict[str, jax.Array]:
@@ -68,9 +66,7 @@ def unit_of_the_token() -> Iterator[None]:
         self.bits[name] = bits.reshape(x.shape[:-1])
         return y.total().reshape(*x.shape[:-1], -1)
 
-    calibration = mock.patch.object(statistics, "observe", observe)
-    with calibration, mock.patch.object(Graded, "__call__", graded):
-        yield
+    return patched((statistics, "observe", observe), (Graded, "__call__", graded))
 
 
 SPLITS = {
@@ -92,5 +88,7 @@ SPLITS = {
         "four blocks", NOT_TRAINED, patched((output_projection, "_EDGES", (64, 16, 4, 2, 1)))
     ),
     "uniform-split": Trial("each layer has the mean", UNIFORM),
-    "unit-of-the-token": Trial("each layer has the mean, in units of the token", UNIFORM, unit_of_the_token),
+    "unit-of-the-token": Trial(
+        "each layer has the mean, in units of the token", UNIFORM, unit_of_the_token()
+    ),
 }
