@@ -11,6 +11,7 @@ from hf_directories import LLAMA3, QWEN3
 
 from checkpoints_tools import convert, graded_divergence, source_head, trained_gains
 from checkpoints_tools.graded_divergence import GradedParts, Text, columns, divergence, graded_product
+from checkpoints_tools.kept import Kept
 from grinqh_jax import checkpoint
 from grinqh_jax.apply import HEAD, Graded
 from grinqh_jax.decoder import linear_names
@@ -166,6 +167,20 @@ def test_training_lowers_the_divergence_on_other_text(pair, monkeypatch):
     for bits in (1.5, 2.0, 2.5, 3.0):
         before, after = loss(started, jnp.float32(bits)), loss(trained, jnp.float32(bits))
         assert after < 0.97 * before, bits
+
+
+@pytest.mark.parametrize("pair", ["qwen3-tied"], indirect=True)
+@pytest.mark.parametrize(("room", "reads"), [(1 << 30, 1), (0, 4)])
+def test_layers_are_read_once_where_there_is_room(pair, monkeypatch, room, reads):
+    monkeypatch.setattr(trained_gains, "STEPS", 2)
+    graded, read = parts_of(pair), []
+    counted = dataclasses.replace(
+        graded, read_part=lambda name: (read.append(name), graded.read_part(name))[1], kept=Kept(room)
+    )
+    started = {name: np.ones(4, np.float32) for name in linear_names(pair[1].config)}
+    trained_gains.train_gains(counted, WINDOWS, started)
+    layers = [f"layers.{i}" for i in range(pair[1].config.num_layers)]
+    assert {name: read.count(name) for name in layers} == dict.fromkeys(layers, reads)
 
 
 @pytest.mark.parametrize("pair", ["qwen3-tied"], indirect=True)
