@@ -5,7 +5,6 @@ inputs, such as calibration: any callable ``apply(name, linear, x [..., K]) -> y
 A strategy may collect what it saw during the call, traced values included, for its caller to read.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from grinqh_jax.linear import GradedLinear, Linear
-from pallas_kernels import Activations, PartialSums, decode_rows, grading
+from pallas_kernels import Activations, PartialSums, Reading, decode_rows, grading
 
 HEAD = "lm_head"
 """Name of the output projection, and what the names of its blocks begin with. Its result is float32 whatever
@@ -91,31 +90,17 @@ class Graded:
 
     Attributes:
       thresholds: by layer name, float32 ``[P]``, or ``[B, P]`` for a set per row of the batch.
-      bits: by layer name, realised mean bits of every row, float32 of shape ``x.shape[:-1]``.
-      saturation: by layer name, ``max |x| / max_activation`` of every row, likewise; above 1 the
-        activations leave the range that calibration saw.
+      readings: by layer name, realised mean bits and largest ``|x|`` of every row of ``x.shape[:-1]``.
     """
 
     def __init__(self, thresholds: Mapping[str, Float[Array, "*b p"]]):
         self.thresholds = thresholds
-        self.bits: dict[str, Float[Array, "*rows"]] = {}
-        self._inputs: dict[str, tuple[Activations, GradedLinear]] = {}
+        self.readings: dict[str, Reading] = {}
 
     @property
-    @jax.named_scope("grades")
-    def saturation(self) -> dict[str, Float[Array, "*rows"]]:
-        """See the class. For all layers of a kind together: one reduction, not one each."""
-        by_kind: dict[tuple, list[str]] = {}
-        for name, (x, _) in self._inputs.items():
-            squares = None if x.squares is None else x.squares.shape
-            by_kind.setdefault((x.peaks.shape, squares), []).append(name)
-        found = {}
-        for names in by_kind.values():
-            inputs = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(self._inputs[n][0] for n in names))
-            largest = jnp.max(jnp.abs(inputs.peaks).astype(jnp.float32), axis=-1, keepdims=True)
-            calibrated = jnp.stack([self._inputs[name][1].max_activation[...] for name in names])
-            found |= zip(names, largest * inputs.factor() / calibrated[:, None, None], strict=True)
-        return {name: found[name].reshape(self.bits[name].shape) for name in self._inputs}
+    def bits(self) -> dict[str, Float[Array, "*rows"]]:
+        """By layer name, realised mean bits of every row."""
+        return {name: reading.bits for name, reading in self.readings.items()}
 
     def __call__(
         self, name: str, linear: GradedLinear, x: Float[Array, "*rows k"] | Activations
@@ -123,17 +108,14 @@ class Graded:
         if isinstance(x, Activations):
             inputs, rows = x, (x.values.shape[0], 1)
         else:
-            values, rows = x.reshape(-1, x.shape[-1]), x.shape[:-1]
-            # The barrier keeps XLA from computing x a second time for the maximum.
-            inputs = Activations(values, peaks=jax.lax.optimization_barrier(values))
+            inputs, rows = Activations(x.reshape(-1, x.shape[-1])), x.shape[:-1]
         thresholds = self.thresholds[name]
         if thresholds.ndim == 2:  # [B, P]: a batch row's positions share its thresholds
             thresholds = thresholds.reshape(-1, *(1,) * (len(rows) - 1), thresholds.shape[-1])
         planes = thresholds.shape[-1]
         thresholds = jnp.broadcast_to(thresholds, (*rows, planes)).reshape(-1, planes)
-        y, bits = linear.graded(inputs, thresholds)
-        self.bits[name] = bits.reshape(rows)
-        self._inputs[name] = dataclasses.replace(inputs, values=None), linear
+        y, reading = linear.graded(inputs, thresholds)
+        self.readings[name] = jax.tree.map(lambda numbers: numbers.reshape(*rows, -1), reading)
         one_token = len(rows) == 2 and rows[1] == 1
         if one_token and not of_head(name) and decode_rows.supports(y, inputs.values.dtype) is None:
             return y

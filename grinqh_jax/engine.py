@@ -18,6 +18,7 @@ from grinqh_jax.decoder import Decoder, linear_names
 from grinqh_jax.flat_model import FlatModel
 from grinqh_jax.sampling import Sampling, drawn, likeliest
 from grinqh_jax.thresholds import StackedThresholds
+from pallas_kernels import Reading
 from pallas_kernels.lanes import device
 from pallas_kernels.layout import DIGIT_BITS
 
@@ -186,12 +187,13 @@ def decode_step(
     Returns:
       float32 logits of the next token, the cache, and grades ``[B, linears]`` (None if dense).
     """
-    outputs, cache, grades = _step(model, tokens, cache, thresholds, active)
-    return model.lm_head.in_order(outputs), cache, grades
+    outputs, cache, reading = _step(model, tokens, cache, thresholds, active)
+    return model.lm_head.in_order(outputs), cache, _grades(model, reading)
 
 
 def _step(model, tokens, cache, thresholds, active):
-    """``decode_step`` with logits in the order of the output projection's outputs."""
+    """``decode_step`` with logits in the order of the output projection's outputs, and, in place of grades,
+    the reading of ``[B, linears]``."""
     strategy = apply.Dense() if thresholds is None else apply.Graded(thresholds)
     x, layers = model.hidden(tokens[:, None], cache.lengths[:, None], strategy, cache.layers)
     outputs = model.lm_head.outputs(x, strategy)[:, 0]
@@ -199,7 +201,7 @@ def _step(model, tokens, cache, thresholds, active):
     cache = cache.updated(layers, cache.lengths + advance)
     if thresholds is None:
         return outputs, cache, None
-    return outputs, cache, Grades(_by_linear(model, strategy.bits), _by_linear(model, strategy.saturation))
+    return outputs, cache, _by_linear(model, strategy.readings)
 
 
 @jax.jit(static_argnames="steps", donate_argnames="cache")
@@ -233,20 +235,17 @@ def decode_chunk(
         thresholds = thresholds.by_name()  # before the loop, not in it
     batch, linears = len(tokens), len(linear_names(model.config))
     done |= (limits <= 0) | (cache.lengths >= cache.capacity)
-    grades = None
-    if thresholds is not None:
-        zeros = jnp.zeros((steps, batch, linears), jnp.float32)
-        grades = Grades(zeros, zeros)
-    start = Chunk(jnp.zeros((batch, steps), jnp.int32), jnp.zeros(batch, jnp.int32), tokens, done, grades)
+    readings = None if thresholds is None else Reading(jnp.zeros((steps, batch, linears, 2), jnp.float32))
+    start = Chunk(jnp.zeros((batch, steps), jnp.int32), jnp.zeros(batch, jnp.int32), tokens, done, None)
 
     def unfinished(state):
-        step, chunk, _ = state
+        step, chunk, *_ = state
         return (step < steps) & ~jnp.all(chunk.done)
 
     def generate_one(state, choose):
-        step, chunk, cache = state
+        step, chunk, readings, cache = state
         active = ~chunk.done & (step < steps)
-        outputs, cache, grades = _step(model, chunk.last, cache, thresholds, active)
+        outputs, cache, reading = _step(model, chunk.last, cache, thresholds, active)
         token = jnp.where(active, choose(outputs, cache.lengths), chunk.last)
         counts = chunk.counts + active
         stopped = jnp.any(token[:, None] == stop_tokens, axis=-1)
@@ -256,9 +255,10 @@ def decode_chunk(
             counts=counts,
             last=token,
             done=done,
-            grades=jax.tree.map(lambda kept, new: kept.at[step].set(new), chunk.grades, grades),
+            grades=None,  # of all steps, behind the loop
         )
-        return step + 1, chunk, cache
+        readings = jax.tree.map(lambda kept, new: kept.at[step].set(new), readings, reading)
+        return step + 1, chunk, readings, cache
 
     def generate(state, choose, wanted, steps_a_look):
         def some(state):
@@ -274,7 +274,7 @@ def decode_chunk(
     def take_likeliest(outputs, _):
         return likeliest(outputs, tokens_of_outputs)
 
-    state = 0, start, cache
+    state = 0, start, readings, cache
     draws = jnp.any(sampling.temperature > 0)
     if device.waits_for_host():
         # On a GPU each decision of the host, the loop's condition or a branch in it, is a wait for the device
@@ -290,7 +290,8 @@ def decode_chunk(
             return jax.lax.cond(draws, draw, take_likeliest, outputs, positions)
 
         state = generate(state, choose, True, 1)
-    return state[1], state[2]
+    _, chunk, readings, cache = state
+    return dataclasses.replace(chunk, grades=_grades(model, readings)), cache
 
 
 def _module(model: Decoder | FlatModel) -> Decoder:
@@ -298,6 +299,15 @@ def _module(model: Decoder | FlatModel) -> Decoder:
 
 
 @jax.named_scope("grades")
-def _by_linear(model: Decoder, collected: Mapping[str, jax.Array]) -> Float[Array, "b linears"]:
-    columns = [collected[name].reshape(-1) for name in linear_names(model.config)]
-    return jnp.stack(columns, axis=-1)
+def _by_linear(model: Decoder, readings: Mapping[str, Reading]) -> Reading:
+    """Those of one position of every row, ``[B, linears]``."""
+    numbers = [readings[name].numbers.reshape(-1, 2) for name in linear_names(model.config)]
+    return Reading(jnp.stack(numbers, axis=1))
+
+
+@jax.named_scope("grades")
+def _grades(model: Decoder, reading: Reading | None) -> Grades | None:
+    if reading is None:
+        return None
+    calibrated = [model.linear(name).max_activation[...] for name in linear_names(model.config)]
+    return Grades(reading.bits, reading.largest / jnp.stack(calibrated))

@@ -13,6 +13,7 @@ from pallas_kernels import (
     Activations,
     NestedWeight,
     PartialSums,
+    Reading,
     dequantization,
     dequantize,
     graded_partial_sums,
@@ -93,10 +94,8 @@ class GradedLinear(nnx.Module):
             kernel = with_layout_constraint(dequantize(weight, dtype=x.dtype), Layout((0, 1)))
         return _matmul(x, kernel, dtype)
 
-    def graded(
-        self, x: Activations, thresholds: Float[Array, "rows p"]
-    ) -> tuple[PartialSums, Float[Array, "rows"]]:
-        """``(y, realised_bits)``: each channel read as its activation deserves (``graded_partial_sums``)."""
+    def graded(self, x: Activations, thresholds: Float[Array, "rows p"]) -> tuple[PartialSums, Reading]:
+        """``(y, reading)``: each channel read as its activation deserves (``graded_partial_sums``)."""
         return graded_partial_sums(x, self.weight, thresholds)
 
 

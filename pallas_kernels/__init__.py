@@ -2,7 +2,7 @@
 
 from pallas_kernels.activations import Activations, PartialSums
 from pallas_kernels.codes import dequantize, from_codes, quantize
-from pallas_kernels.grading import levels, realised_bits
+from pallas_kernels.grading import Reading, levels, realised_bits
 from pallas_kernels.matvec import graded_matvec, graded_partial_sums
 from pallas_kernels.weight import NestedWeight
 
@@ -10,6 +10,7 @@ __all__ = [
     "Activations",
     "NestedWeight",
     "PartialSums",
+    "Reading",
     "dequantize",
     "from_codes",
     "graded_matvec",

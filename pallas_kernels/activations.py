@@ -49,13 +49,11 @@ class Activations:
     Attributes:
       values: ``[rows, K]`` float32, bfloat16 or float16.
       squares: float32 ``[rows, S]``: parts of ``mean(h**2)``; None where the factor is 1.
-      peaks: float32 ``[rows, M]``: the largest ``|values|`` of each part of the row; None where not known.
       eps: of the norm.
     """
 
     values: Float[Array, "rows k"]
     squares: Float[Array, "rows s"] | None = None
-    peaks: Float[Array, "rows m"] | None = None
     eps: float = dataclasses.field(default=0.0, metadata={"static": True})
 
     def factor(self) -> Float[Array, "*rows 1"] | float:

@@ -1,9 +1,36 @@
 """Grading: how many bits each input channel deserves, from the magnitude of its activation."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import layout
+from pallas_kernels.activations import Activations
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What a graded product found in its input.
+
+    Attributes:
+      numbers: float32 ``[*rows, 2]``: each row's ``bits`` and ``largest``. A single array: a decode step
+        gathers those of all its products, and of two arrays each it would take twice as long.
+    """
+
+    numbers: Float[Array, "*rows 2"]
+
+    @property
+    def bits(self) -> Float[Array, "*rows"]:
+        """Mean bits read per weight, scales (0.125 bits) not counted."""
+        return self.numbers[..., 0]
+
+    @property
+    def largest(self) -> Float[Array, "*rows"]:
+        """The largest ``|x|``; NaN if an activation is."""
+        return self.numbers[..., 1]
 
 
 def levels(x: Float[Array, "*rows k"], thresholds: Float[Array, "*#rows p"]) -> Int[Array, "*rows k"]:
@@ -33,3 +60,9 @@ def level_gains(level: Int[Array, "*any"], gains: Float[Array, "p"] | None) -> F
 def realised_bits(level: Int[Array, "*rows k"]) -> Float[Array, "*rows"]:
     """Mean bits read per weight (scales apart): the mean of ``2 * level`` over the logical channels."""
     return layout.DIGIT_BITS * jnp.mean(level.astype(jnp.float32), axis=-1)
+
+
+def reading(x: Activations, level: Int[Array, "rows k"]) -> Reading:
+    """The reading of activations of these levels."""
+    largest = jnp.max(jnp.abs(x.values).astype(jnp.float32), axis=-1, keepdims=True) * x.factor()
+    return Reading(jnp.concatenate([realised_bits(level)[:, None], largest], axis=-1))

@@ -24,7 +24,7 @@ from checkpoints_tools.calibration import allocation, histogram, statistics
 from checkpoints_tools.calibration.allocation import GradedCosts, for_any_text
 from grinqh_jax import output_projection
 from grinqh_jax.apply import Graded
-from pallas_kernels import Activations
+from pallas_kernels import Activations, Reading
 
 UNIFORM = (*PLAIN_WEIGHTS, "--split", "uniform")
 
@@ -60,10 +60,10 @@ def unit_of_the_token() -> Callable[[], AbstractContextManager]:
         thresholds = jnp.broadcast_to(
             self.thresholds[name][:, None], (*x.shape[:-1], linear.weight.num_planes)
         )
-        y, bits = linear.graded(
+        y, reading = linear.graded(
             Activations(values), thresholds.reshape(len(values), -1) * mean_magnitude(values)
         )
-        self.bits[name] = bits.reshape(x.shape[:-1])
+        self.readings[name] = Reading(reading.numbers.reshape(*x.shape[:-1], 2))
         return y.total().reshape(*x.shape[:-1], -1)
 
     return patched((statistics, "observe", observe), (Graded, "__call__", graded))

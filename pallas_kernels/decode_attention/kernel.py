@@ -79,8 +79,8 @@ def decode_attention(
     keys_ref, values_ref = jax.new_ref(keys), jax.new_ref(values)
     lengths = lengths.astype(jnp.int32)
     mixed, tops = _attention(shape)(qkv.parts, cos, sin, q_scale, k_scale, lengths, keys_ref, values_ref)
-    outputs, peaks = _merge(shape)(mixed, tops)
-    return Activations(outputs, peaks=peaks), jax.freeze(keys_ref), jax.freeze(values_ref)
+    (outputs,) = _merge(shape)(mixed, tops)
+    return Activations(outputs), jax.freeze(keys_ref), jax.freeze(values_ref)
 
 
 @functools.cache
@@ -104,11 +104,10 @@ def _attention(shape: Shape):
 def _merge(shape: Shape):
     """Likewise, ``merging.MergeRefs``."""
     rows = merged_rows(shape)
-    part = jax.ShapeDtypeStruct((rows.rows, rows.parts), jnp.float32)
     return lane_kernel(
         "merge_attention_kernel",
         lambda isa, refs: merge_program(isa, shape, rows, MergeRefs(*refs)),
-        outputs=[jax.ShapeDtypeStruct((rows.rows, rows.columns), jnp.bfloat16), part],
+        outputs=[jax.ShapeDtypeStruct((rows.rows, rows.columns), jnp.bfloat16)],
         blocks=rows.blocks,
         threads=rows.threads,
         shared_bytes=rows.shared_bytes,

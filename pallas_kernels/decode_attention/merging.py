@@ -5,7 +5,7 @@ from typing import Any
 
 from pallas_kernels.decode_attention.place import CHUNK, THREADS, WARPS, Place, Refs, Shape, Softmax
 from pallas_kernels.lanes.instructions import Instructions, Value
-from pallas_kernels.lanes.rows import Rows, larger_magnitude, load_pair, locate, store_parts, store_rounded
+from pallas_kernels.lanes.rows import Rows, load_pair, locate, store_rounded
 
 
 def merge_in_block(isa, shape: Shape, refs: Refs, state: Softmax, place: Place, shared: Value) -> None:
@@ -47,13 +47,11 @@ def merge_in_block(isa, shape: Shape, refs: Refs, state: Softmax, place: Place, 
 
 @dataclasses.dataclass(frozen=True)
 class MergeRefs:
-    """``mixed`` and ``tops`` as in ``place.Refs``; written: ``values bf16 [B, heads * D]`` and ``peaks f32
-    [B, row parts]``."""
+    """``mixed`` and ``tops`` as in ``place.Refs``; written: ``values bf16 [B, heads * D]``."""
 
     mixed: Any
     tops: Any
     values: Any
-    peaks: Any
     shared: Any
 
 
@@ -75,9 +73,7 @@ def merge_program(isa: Instructions, shape: Shape, rows: Rows, refs: MergeRefs) 
         weight = isa.exp2(maximum - top)
         total = isa.multiply_add(weight, part_sum, total)
         low, high = isa.multiply_add(weight, a, low), isa.multiply_add(weight, b, high)
-    outputs = [isa.divide(a, total) for a in (low, high)]
-    peak = larger_magnitude(isa, store_rounded(isa, rows, at, refs.values, outputs))
-    store_parts(isa, rows, at, refs.shared, [], (refs.peaks, peak))
+    store_rounded(isa, rows, at, refs.values, [isa.divide(a, total) for a in (low, high)])
 
 
 def larger(isa, a: Value, b: Value) -> Value:

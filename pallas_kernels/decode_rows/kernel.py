@@ -40,17 +40,15 @@ def add_norm(
       eps: of the norm.
     """
     rows = Rows(*x.shape)
-    total, values, squares, peaks = _add_norm(_shape(rows, update))(
-        x, update.parts, gain.astype(jnp.bfloat16)
-    )
-    return total, Activations(values, squares, peaks, eps)
+    total, values, squares = _add_norm(_shape(rows, update))(x, update.parts, gain.astype(jnp.bfloat16))
+    return total, Activations(values, squares, eps)
 
 
 def swiglu(gate_up: PartialSums) -> Activations:
     """``silu(gate) * up`` in bfloat16, the gate being the first half of the columns."""
     rows = Rows(gate_up.parts.shape[1], gate_up.features // 2)
-    values, peaks = _swiglu(_shape(rows, gate_up))(gate_up.parts)
-    return Activations(values, peaks=peaks)
+    (values,) = _swiglu(_shape(rows, gate_up))(gate_up.parts)
+    return Activations(values)
 
 
 def _shape(rows: Rows, sums: PartialSums) -> Shape:
@@ -59,33 +57,28 @@ def _shape(rows: Rows, sums: PartialSums) -> Shape:
 
 @functools.cache
 def _add_norm(shape: Shape):
-    values, part = _outputs(shape.rows)
+    rows = shape.rows
     return lane_kernel(
         "add_norm_kernel",
         lambda isa, refs: add_norm_program(isa, shape, AddNormRefs(*refs)),
-        outputs=[values, values, part, part],
-        blocks=shape.rows.blocks,
-        threads=shape.rows.threads,
-        shared_bytes=shape.rows.shared_bytes,
+        outputs=[_values(rows), _values(rows), jax.ShapeDtypeStruct((rows.rows, rows.parts), jnp.float32)],
+        blocks=rows.blocks,
+        threads=rows.threads,
+        shared_bytes=rows.shared_bytes,
     )
 
 
 @functools.cache
 def _swiglu(shape: Shape):
-    values, part = _outputs(shape.rows)
     return lane_kernel(
         "swiglu_kernel",
         lambda isa, refs: swiglu_program(isa, shape, SwigluRefs(*refs)),
-        outputs=[values, part],
+        outputs=[_values(shape.rows)],
         blocks=shape.rows.blocks,
         threads=shape.rows.threads,
         shared_bytes=shape.rows.shared_bytes,
     )
 
 
-def _outputs(rows: Rows) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    """Of the values, and of one sum in parts."""
-    return (
-        jax.ShapeDtypeStruct((rows.rows, rows.columns), jnp.bfloat16),
-        jax.ShapeDtypeStruct((rows.rows, rows.parts), jnp.float32),
-    )
+def _values(rows: Rows) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((rows.rows, rows.columns), jnp.bfloat16)

@@ -7,10 +7,9 @@ from typing import Any
 from pallas_kernels.lanes.instructions import Instructions, Value
 from pallas_kernels.lanes.rows import (
     Rows,
-    larger_magnitude,
     load_bfloat16_pair,
     locate,
-    store_parts,
+    store_part_of_sum,
     store_rounded,
     sum_of_pairs,
 )
@@ -38,7 +37,7 @@ class Shape:
 @dataclasses.dataclass(frozen=True)
 class AddNormRefs:
     """``x bf16 [rows, N]``, ``parts f32 [parts, rows, columns]``, ``gain bf16 [N]``; written: ``total`` and
-    ``values bf16 [rows, N]``, ``squares`` and ``peaks f32 [rows, row parts]``."""
+    ``values bf16 [rows, N]`` and ``squares f32 [rows, row parts]``."""
 
     x: Any
     parts: Any
@@ -46,7 +45,6 @@ class AddNormRefs:
     total: Any
     values: Any
     squares: Any
-    peaks: Any
     shared: Any
 
 
@@ -58,20 +56,18 @@ def add_norm_program(isa: Instructions, shape: Shape, refs: AddNormRefs) -> None
     gain = load_bfloat16_pair(isa, refs.gain, at.column)
     update = sum_of_pairs(isa, refs.parts, shape.index(at.row, at.column), shape.stride, shape.parts)
     total = store_rounded(isa, rows, at, refs.total, [a + b for a, b in zip(x, update, strict=True)])
-    values = store_rounded(isa, rows, at, refs.values, [a * b for a, b in zip(total, gain, strict=True)])
+    store_rounded(isa, rows, at, refs.values, [a * b for a, b in zip(total, gain, strict=True)])
     square = isa.multiply_add(total[0], total[0], total[1] * total[1]) * (1 / rows.columns)
-    peak = larger_magnitude(isa, values)
-    store_parts(isa, rows, at, refs.shared, [(refs.squares, square)], (refs.peaks, peak))
+    store_part_of_sum(isa, rows, at, refs.shared, refs.squares, square)
 
 
 @dataclasses.dataclass(frozen=True)
 class SwigluRefs:
     """``parts f32 [parts, rows, columns]``, the gate's outputs and then up's; written: ``values bf16 [rows,
-    N]`` and ``peaks f32 [rows, row parts]``."""
+    N]``."""
 
     parts: Any
     values: Any
-    peaks: Any
     shared: Any
 
 
@@ -85,5 +81,4 @@ def swiglu_program(isa: Instructions, shape: Shape, refs: SwigluRefs) -> None:
     activated = [
         isa.divide(a * b, isa.exp2(a * -math.log2(math.e)) + 1.0) for a, b in zip(gate, up, strict=True)
     ]
-    peak = larger_magnitude(isa, store_rounded(isa, rows, at, refs.values, activated))
-    store_parts(isa, rows, at, refs.shared, [], (refs.peaks, peak))
+    store_rounded(isa, rows, at, refs.values, activated)

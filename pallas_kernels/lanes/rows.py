@@ -1,7 +1,7 @@
-"""Lane programs that compute rows of activations element by element and leave sums over them in parts.
+"""Lane programs that compute rows of activations element by element and leave a sum over them in parts.
 
-Each lane has two neighbouring columns, each CTA a piece of one row, and no CTA waits for another: what
-needs the whole row (a mean, a largest magnitude) is left in parts, one for each CTA of the row.
+Each lane has two neighbouring columns, each CTA a piece of one row, and no CTA waits for another: a sum over
+the whole row is left in parts, one for each CTA of the row.
 """
 
 import dataclasses
@@ -38,8 +38,8 @@ class Rows:
 
     @property
     def shared_bytes(self) -> int:
-        """Room for one word of each warp for up to four results."""
-        return 16 * self.threads // LANES
+        """Room for one word of each warp."""
+        return 4 * self.threads // LANES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,42 +102,19 @@ def store_rounded(
     return unpack_bfloat16(isa, isa.select(at.inside, word, isa.constant(0)))
 
 
-def larger_magnitude(isa: Instructions, values: list[Value]) -> Value:
-    """The larger magnitude of a lane's two numbers; NaN if one is."""
-    a, b = (isa.float_to_bits(isa.absolute(v)) for v in values)
-    return isa.bits_to_float(isa.maximum(a, b))
-
-
-def store_parts(
-    isa: Instructions,
-    rows: Rows,
-    at: Columns,
-    shared: Any,
-    sums: Sequence[tuple[Any, Value]],
-    largest: tuple[Any, Value],
+def store_part_of_sum(
+    isa: Instructions, rows: Rows, at: Columns, shared: Any, target: Any, number: Value
 ) -> None:
-    """Reduces over the CTA in a fixed order and stores the row's part.
-
-    Args:
-      sums: ``f32 [rows, parts]`` arrays, and what this lane adds to their part.
-      largest: likewise for a maximum of magnitudes; NaN if one is.
-    """
+    """Adds up what the CTA's lanes have, in a fixed order, and stores the part in ``f32 [rows, parts]``."""
     base = isa.shared_address(shared)
-    lane, warp, warps = at.thread & (LANES - 1), at.thread >> 5, rows.threads // LANES
-    words = []
-    for _, number in sums:
-        for distance in (1, 2, 4, 8, 16):
-            number = number + isa.shuffle_xor(number, distance)
-        words.append(isa.float_to_bits(number))
-    words.append(isa.reduce_max(isa.float_to_bits(largest[1])))
-    for i, word in enumerate(words):
-        isa.store_shared(base + (warp << 2) + 4 * i * warps, [word], where=lane.equals(0))
+    lane, warp = at.thread & (LANES - 1), at.thread >> 5
+    for distance in (1, 2, 4, 8, 16):
+        number = number + isa.shuffle_xor(number, distance)
+    isa.store_shared(base + (warp << 2), [isa.float_to_bits(number)], where=lane.equals(0))
     isa.block_barrier()
     with isa.when(at.thread.equals(0)):
-        target = isa.widen((at.row * rows.parts + at.part) << 2)
-        for i, (ref, _) in enumerate([*sums, largest]):
-            kind = "f32" if i < len(sums) else "i32"
-            total, *others = [isa.load_shared(base + 4 * (i * warps + w), 1, kind)[0] for w in range(warps)]
-            for other in others:
-                total = total + other if i < len(sums) else isa.maximum(total, other)
-            isa.store_global(isa.global_address(ref) + target, [total])
+        total, *others = [isa.load_shared(base + 4 * w, 1, "f32")[0] for w in range(rows.threads // LANES)]
+        for other in others:
+            total = total + other
+        offset = isa.widen((at.row * rows.parts + at.part) << 2)
+        isa.store_global(isa.global_address(target) + offset, [total])

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.activations import Activations, PartialSums
+from pallas_kernels.grading import Reading
 from pallas_kernels.matvec import mosaic_gpu, reference, xla
 from pallas_kernels.weight import NestedWeight
 
@@ -43,9 +44,9 @@ def graded_matvec(
     """
     _check(x, weight, thresholds)
     rows = x if x.ndim == 2 else x[None]
-    sums, bits = graded_partial_sums(Activations(rows), weight, thresholds, implementation=implementation)
+    sums, reading = graded_partial_sums(Activations(rows), weight, thresholds, implementation=implementation)
     y = sums.total()
-    return (y, bits) if x.ndim == 2 else (y[0], bits[0])
+    return (y, reading.bits) if x.ndim == 2 else (y[0], reading.bits[0])
 
 
 def graded_partial_sums(
@@ -54,7 +55,7 @@ def graded_partial_sums(
     thresholds: Float[Array, "*any p"],
     *,
     implementation: Implementation | None = None,
-) -> tuple[PartialSums, Float[Array, "rows"]]:
+) -> tuple[PartialSums, Reading]:
     """``graded_matvec`` between neighbours that take part in its sums (see ``activations``).
 
     Args:
@@ -62,7 +63,7 @@ def graded_partial_sums(
       weight, thresholds, implementation: as in ``graded_matvec``.
 
     Returns:
-      ``(sums, realised_bits)``: ``sums.total()`` is y.
+      ``(sums, reading)``: ``sums.total()`` is y, and ``reading`` what was found in x.
 
     Raises:
       ValueError, NotImplementedError: as ``graded_matvec``.

@@ -16,14 +16,13 @@ def supports(x, weight: NestedWeight) -> str | None:
 
 def partial_sums(
     x: Activations, weight: NestedWeight, thresholds: jax.Array
-) -> tuple[PartialSums, jax.Array]:
+) -> tuple[PartialSums, grading.Reading]:
     """See ``api.graded_partial_sums``; one part."""
 
-    def one_row(x, thresholds):
-        level = grading.levels(x, thresholds)
+    def one_row(x, level):
         w = codes.dequantize(weight, level)
-        y = jnp.dot(x.astype(jnp.float32), w, precision=jax.lax.Precision.HIGHEST)
-        return y, grading.realised_bits(level)
+        return jnp.dot(x.astype(jnp.float32), w, precision=jax.lax.Precision.HIGHEST)
 
-    y, bits = jax.lax.map(lambda row: one_row(*row), (x.values, x.scaled(thresholds)))
-    return PartialSums((y * x.factor())[None], weight.out_features), bits
+    level = grading.levels(x.values, x.scaled(thresholds))
+    y = jax.lax.map(lambda row: one_row(*row), (x.values, level))
+    return PartialSums((y * x.factor())[None], weight.out_features), grading.reading(x, level)

@@ -35,10 +35,10 @@ def supports(x, weight: NestedWeight) -> str | None:
 
 def partial_sums(
     x: Activations, weight: NestedWeight, thresholds: jax.Array
-) -> tuple[PartialSums, jax.Array]:
+) -> tuple[PartialSums, grading.Reading]:
     """See ``api.graded_partial_sums``; one part, any rows."""
     level = grading.levels(x.values, x.scaled(thresholds))
-    bits = grading.realised_bits(level)
+    reading = grading.reading(x, level)
     padding = ((0, 0), (0, weight.planes.shape[1] - weight.in_features))
     values = x.values.astype(jnp.float32) * grading.level_gains(level, weight.gains)
     values = jnp.pad(values, padding)
@@ -51,7 +51,7 @@ def partial_sums(
     else:
         y = _dense(*arguments)
     y = y[:, positions[: weight.out_features]] * x.factor()
-    return PartialSums(y[None], weight.out_features), bits
+    return PartialSums(y[None], weight.out_features), reading
 
 
 def _by_channel(x, level, planes, scales):

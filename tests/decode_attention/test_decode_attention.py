@@ -118,9 +118,8 @@ def test_programs_match_the_oracle(case):
     refs = Refs(*(isa.array(a) for a in (*arrays.values(), *parts)), shared=None)
     attention_program(isa, shape, refs)
     isa.finish()
-    merged, peaks = emulated_merge(shape, parts)
+    merged = emulated_merge(shape, parts)
     np.testing.assert_allclose(merged, expected, atol=6e-3 * np.abs(expected).max())
-    np.testing.assert_array_equal(peaks.max(1), np.abs(merged).max(1))
     np.testing.assert_array_equal(arrays["values"], expected_values)
     np.testing.assert_allclose(
         arrays["keys"].astype(np.float32), expected_keys.astype(np.float32), rtol=2**-7, atol=1e-6
@@ -128,14 +127,13 @@ def test_programs_match_the_oracle(case):
 
 
 def emulated_merge(shape: Shape, parts):
-    """Values and peaks of the second launch."""
+    """What the second launch makes of them."""
     rows = kernel.merged_rows(shape)
     isa = NumpyInstructions(blocks=rows.blocks, threads=rows.threads, shared_bytes=rows.shared_bytes)
     values = np.full((rows.rows, rows.columns), np.nan, jnp.bfloat16)
-    peaks = np.full((rows.rows, rows.parts), np.nan, np.float32)
-    merge_program(isa, shape, rows, MergeRefs(*(isa.array(a) for a in (*parts, values, peaks)), shared=None))
+    merge_program(isa, shape, rows, MergeRefs(*(isa.array(a) for a in (*parts, values)), shared=None))
     isa.finish()
-    return values.astype(np.float32), peaks
+    return values.astype(np.float32)
 
 
 @pytest.mark.parametrize(

@@ -50,12 +50,11 @@ def test_add_norm(size):
     gain = np.array(jnp.asarray(rng.uniform(0.5, 1.5, size[1]), jnp.bfloat16))
     sums = partial_sums(rng, size, rows.columns)
     shape = Shape(rows, size[2], sums.shape[2])
-    total, values, squares, peaks = run(add_norm_program, AddNormRefs, shape, (x, sums, gain), 2, 2)
+    total, values, squares = run(add_norm_program, AddNormRefs, shape, (x, sums, gain), 1, 2)
     expected = x.astype(np.float64) + sums[:, :, : rows.columns].sum(0)
     np.testing.assert_allclose(total, expected, rtol=2**-8, atol=1e-6)
     np.testing.assert_array_equal(values, rounded(total * gain.astype(np.float64)))
     np.testing.assert_allclose(squares.sum(1), (total**2).mean(1), rtol=1e-5)
-    np.testing.assert_array_equal(peaks.max(1), np.abs(values).max(1))
 
 
 @sizes
@@ -65,12 +64,11 @@ def test_swiglu(size):
     sums = partial_sums(rng, size, 2 * rows.columns)
     sums[0, 0, :4] = 40, -40, 400, -400
     shape = Shape(rows, size[2], sums.shape[2])
-    values, peaks = run(swiglu_program, SwigluRefs, shape, (sums,), 1, 1)
+    (values,) = run(swiglu_program, SwigluRefs, shape, (sums,), 0, 1)
     gate, up = np.split(sums.astype(np.float64).sum(0)[:, : 2 * rows.columns], 2, axis=1)
     with np.errstate(over="ignore"):
         expected = gate / (1 + np.exp(-gate)) * up
     np.testing.assert_allclose(values, expected, rtol=2**-8, atol=1e-6)
-    np.testing.assert_array_equal(peaks.max(1), np.abs(values).max(1))
 
 
 def test_nan_reaches_every_sum():
@@ -78,7 +76,7 @@ def test_nan_reaches_every_sum():
     x = np.ones((1, 512), jnp.bfloat16)
     sums = np.ones((1, 1, 512), np.float32)
     sums[0, 0, 300] = np.nan
-    outputs = run(add_norm_program, AddNormRefs, Shape(rows, 1, 512), (x, sums, x[0]), 2, 2)
+    outputs = run(add_norm_program, AddNormRefs, Shape(rows, 1, 512), (x, sums, x[0]), 1, 2)
     for output in outputs:
         assert np.isnan(output).any()
 

@@ -33,9 +33,6 @@ def test_agrees_with_xla(size):
     activated = jax.jit(swiglu)(gate_up)
     expected = swiglu(gate_up.total())
     np.testing.assert_allclose(activated.values.astype(np.float32), expected, rtol=2**-7, atol=1e-4)
-    for made in (normed, activated):
-        magnitudes = np.abs(made.values.astype(np.float32))
-        np.testing.assert_array_equal(made.peaks.max(1), magnitudes.max(1))
 
 
 @pytest.mark.parametrize("name", ["Qwen3-0.6B", "Llama-3.2-1B"])

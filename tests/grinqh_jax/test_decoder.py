@@ -24,9 +24,9 @@ run = jax.jit(lambda model, tokens: model(tokens))
 
 @jax.jit
 def run_graded(model, tokens, thresholds):
-    """Logits, and what the strategy collected: realised bits and saturation by name."""
+    """Logits, and by name what the strategy read."""
     strategy = apply.Graded(thresholds)
-    return model(tokens, strategy), strategy.bits, strategy.saturation
+    return model(tokens, strategy), strategy.readings
 
 
 def relative_difference(ours, theirs) -> float:
@@ -65,33 +65,35 @@ def test_a_graded_model_at_zero_thresholds_equals_its_dequantized_self(name):
     model = graded_model(name)
     names = decoder.linear_names(model.config)
     assert all(isinstance(model.linear(n), GradedLinear) for n in names)
-    graded, bits, _ = run_graded(model, TOKENS, {n: jnp.zeros(4) for n in names})
+    graded, readings = run_graded(model, TOKENS, {n: jnp.zeros(4) for n in names})
     assert relative_difference(graded, np.asarray(run(model, TOKENS))) < 1e-5
-    assert bits.keys() == set(names)
-    assert all(b.shape == TOKENS.shape and np.all(b == 8) for b in bits.values())
+    assert readings.keys() == set(names)
+    assert all(r.bits.shape == TOKENS.shape and np.all(r.bits == 8) for r in readings.values())
 
 
 def test_each_row_of_a_batch_has_its_own_thresholds():
     model = graded_model("qwen3-tied-gqa")
     names = decoder.linear_names(model.config)
     high, low = jnp.zeros(4), jnp.array([0.3, 0.8, 2.0, 4.0])
-    together, bits, saturation = run_graded(model, TOKENS, dict.fromkeys(names, jnp.stack([high, low])))
+    together, readings = run_graded(model, TOKENS, dict.fromkeys(names, jnp.stack([high, low])))
     for row, thresholds in enumerate((high, low)):
-        alone = run_graded(model, TOKENS[row : row + 1], dict.fromkeys(names, thresholds[None]))
-        assert relative_difference(together[row : row + 1], np.asarray(alone[0])) < 1e-4
+        alone, of_row = run_graded(model, TOKENS[row : row + 1], dict.fromkeys(names, thresholds[None]))
+        assert relative_difference(together[row : row + 1], np.asarray(alone)) < 1e-4
         for n in names:
-            np.testing.assert_allclose(bits[n][row], alone[1][n][0], atol=0.2)
-            np.testing.assert_allclose(saturation[n][row], alone[2][n][0], rtol=1e-3)
+            np.testing.assert_allclose(readings[n].bits[row], of_row[n].bits[0], atol=0.2)
+            np.testing.assert_allclose(readings[n].largest[row], of_row[n].largest[0], rtol=1e-3)
 
 
-def test_saturation_is_the_largest_activation_over_the_calibrated_one():
+def test_a_reading_has_the_bits_and_the_largest_activation_of_every_position():
     model = graded_model("qwen3-tied-gqa")
     x = jnp.array([[[0.5, -3.0] + [0.0] * 62, [1.0] * 64]])
     thresholds = jnp.array([0.1, 0.4, 1.5, 2.0])
     strategy = apply.Graded({"layers.0.qkv": thresholds})
     strategy("layers.0.qkv", model.linear("layers.0.qkv"), x)
-    np.testing.assert_allclose(strategy.saturation["layers.0.qkv"], [[1.5, 0.5]])
-    np.testing.assert_allclose(strategy.bits["layers.0.qkv"], [[(4 + 8) / 64, 4.0]])
+    reading = strategy.readings["layers.0.qkv"]
+    np.testing.assert_allclose(reading.largest, [[3.0, 1.0]])
+    np.testing.assert_allclose(reading.bits, [[(4 + 8) / 64, 4.0]])
+    np.testing.assert_array_equal(strategy.bits["layers.0.qkv"], reading.bits)
 
 
 def test_the_state_tree_is_what_abstract_tree_says():

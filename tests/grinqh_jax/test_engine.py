@@ -21,7 +21,7 @@ step = jax.jit(engine.decode_step)
 @jax.jit
 def graded_forward(model, tokens, thresholds):
     strategy = apply.Graded(thresholds)
-    return model(tokens, strategy), strategy.bits, strategy.saturation
+    return model(tokens, strategy), strategy.readings
 
 
 @pytest.fixture(scope="module")
@@ -118,15 +118,16 @@ def test_prompt_that_fills_the_cache_in_a_longer_padded_block(dense):
 
 def test_decode_steps_equal_the_graded_whole_sequence(graded):
     thresholds = at(graded, [3.0, 6.0])
-    whole, bits, saturation = graded_forward(graded, TOKENS[:, :12], thresholds)
+    whole, readings = graded_forward(graded, TOKENS[:, :12], thresholds)
     cache = empty_cache(graded)
     for position in range(12):
         logits, cache, grades = step(graded, TOKENS[:, position], cache, thresholds)
         np.testing.assert_allclose(logits, whole[:, position], atol=1e-4)
         for column, name in enumerate(decoder.linear_names(graded.config)):
             # a channel within rounding of its threshold may fall on either side
-            np.testing.assert_allclose(grades.bits[:, column], bits[name][:, position], atol=0.05)
-            expected = saturation[name][:, position]
+            np.testing.assert_allclose(grades.bits[:, column], readings[name].bits[:, position], atol=0.05)
+            largest = readings[name].largest[:, position]
+            expected = largest / graded.linear(name).max_activation[...]
             np.testing.assert_allclose(grades.saturation[:, column], expected, rtol=1e-3)
 
 

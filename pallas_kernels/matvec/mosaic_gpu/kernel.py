@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Float32
 
 from pallas_kernels import layout
 from pallas_kernels.activations import Activations, PartialSums
+from pallas_kernels.grading import Reading
 from pallas_kernels.lanes import device
 from pallas_kernels.lanes.launch import lane_kernel
 from pallas_kernels.matvec.mosaic_gpu import geometry as geometry_module
@@ -43,8 +44,8 @@ def graded_matvec(
     config: Config | None = None,
 ) -> tuple[Float32[Array, "rows n"], Float32[Array, "rows"]]:
     """See ``api.graded_matvec``; 1 to 8 rows. ``config``: the tuning, as in ``partial_sums``."""
-    sums, bits = partial_sums(Activations(x), weight, thresholds, config=config)
-    return sums.total(), bits
+    sums, reading = partial_sums(Activations(x), weight, thresholds, config=config)
+    return sums.total(), reading.bits
 
 
 def partial_sums(
@@ -53,7 +54,7 @@ def partial_sums(
     thresholds: Float[Array, "rows p"],
     *,
     config: Config | None = None,
-) -> tuple[PartialSums, Float32[Array, "rows"]]:
+) -> tuple[PartialSums, Reading]:
     """See ``api.graded_partial_sums``; 1 to 8 rows.
 
     Args:
@@ -64,8 +65,8 @@ def partial_sums(
     squares = thresholds if x.squares is None else x.squares
     gains = jnp.ones(weight.num_planes) if weight.gains is None else weight.gains
     floats = [a.astype(jnp.float32) for a in (thresholds, squares, gains)]
-    parts, bits = launch(geometry)(x.values, *floats, weight.planes, weight.scales)
-    return PartialSums(parts, weight.out_features), bits
+    parts, reading = launch(geometry)(x.values, *floats, weight.planes, weight.scales)
+    return PartialSums(parts, weight.out_features), Reading(reading)
 
 
 def geometry_of(x: Activations, weight: NestedWeight, config: Config | None = None) -> Geometry:
@@ -98,7 +99,7 @@ def launch(geometry: Geometry):
         lambda isa, refs: graded_matvec_program(isa, geometry, Refs(*refs)),
         outputs=[
             jax.ShapeDtypeStruct((geometry.slice_groups, geometry.rows, geometry.stored_n), jnp.float32),
-            jax.ShapeDtypeStruct((geometry.rows,), jnp.float32),
+            jax.ShapeDtypeStruct((geometry.rows, 2), jnp.float32),
         ],
         blocks=geometry.blocks,
         threads=geometry.threads,

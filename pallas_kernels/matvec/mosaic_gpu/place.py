@@ -17,7 +17,8 @@ class Refs:
 
     ``x [rows, in_features]``; ``thresholds f32 [rows, P]``; ``squares f32 [rows, S]``, whose sum is the mean
     square that x is yet to be divided by the root of; ``gains``, ``planes`` and ``scales`` of the weight.
-    Written: ``partials f32 [slice_groups, rows, N]`` and ``bits f32 [rows]``, the mean bits read.
+    Written: ``partials f32 [slice_groups, rows, N]`` and ``reading f32 [rows, 2]``, the mean
+    bits read and the largest ``|x|``.
     """
 
     x: Any
@@ -27,7 +28,7 @@ class Refs:
     planes: Any
     scales: Any
     partials: Any
-    bits: Any
+    reading: Any
     shared: Any
 
 
