@@ -52,7 +52,7 @@ def decode_rows(model, label: str, bits_list, args, bandwidth: float) -> list[di
     for context, bits in itertools.product(args.contexts, bits_list):
         run.context = context
         thresholds = None if bits is None else run.settled(random_model.TARGETS, bits)
-        timing = measure.timed(lambda t=thresholds: run.run(t), args.tokens, args.repeats)
+        timing = measure.timed_in_a_row(lambda t=thresholds: run.run(t), args.tokens, args.repeats)
         chunk = run.run(thresholds)
         figures = run.figures(chunk)
         moved = figures["bytes_per_token"] + run.cache_bytes()

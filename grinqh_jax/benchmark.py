@@ -116,7 +116,7 @@ def _rows_of(label, model: Decoder, targets, bits_list, args, bandwidth) -> Iter
         if model.graded:
             wanted = targets[-1] if bits == "full" else float(bits)
             thresholds = run.settled(targets, wanted)
-        timing = measure.timed(lambda t=thresholds: run.run(t), args.generate_tokens, args.repeats)
+        timing = measure.timed_in_a_row(lambda t=thresholds: run.run(t), args.generate_tokens, args.repeats)
         figures = run.figures(run.run(thresholds))
         moved = figures["bytes_per_token"] + run.cache_bytes()
         share = moved * timing.mean / bandwidth

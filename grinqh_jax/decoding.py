@@ -1,10 +1,13 @@
 """The host's side of decoding: a batch of prompts in, tokens out in chunks.
 
 It keeps the cache between calls of the engine, pads prompts to few lengths so that few programs are
-compiled, and can compile them before any clock runs.
+compiled, and can compile them before any clock runs. A GPU has its next chunk before the host looks at one.
 """
 
+import collections
+import concurrent.futures
 import dataclasses
+import time
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -21,9 +24,9 @@ from grinqh_jax.sampling import Sampling, sample
 from pallas_kernels.lanes import device
 from pallas_kernels.layout import round_up
 
-CHUNK_STEPS, GPU_CHUNK_STEPS = 16, 64
-"""Tokens a row generates before the host looks at them. A GPU stands still meanwhile, and for the launch of
-the next chunk: several tokens' time for a model of 8B (``benchmarks/NOTES.md``)."""
+CHUNK_STEPS, GPU_CHUNK_STEPS = 16, 32
+"""Tokens a row generates before the host looks at them. On a GPU the host needs the time of several tokens to
+launch a chunk (``benchmarks/NOTES.md``), which must be less than the GPU needs for the chunk before it."""
 
 SHORTEST_BLOCK, LONGEST_BLOCK = 32, 2048
 """Prompts are read in blocks of 32, 64, ... 2048 positions, the last one padded."""
@@ -43,10 +46,12 @@ class NewTokens:
       grades: of each step and row, ``[steps, B, linears]``; None for the first token, which the
         prefill yields at full precision, and for dense models. Row b is valid for its
         ``len(tokens[b])`` steps.
+      seconds: the model's time, the consumer's between two chunks not counted.
     """
 
     tokens: list[list[int]]
     grades: engine.Grades | None
+    seconds: float
 
 
 class Decoding:
@@ -99,6 +104,7 @@ class Decoding:
         self._thresholds = None if dial is None else dial.thresholds
         self._sampling = sampling
         self._chunk_steps = chunk_steps or (GPU_CHUNK_STEPS if device.waits_for_host() else CHUNK_STEPS)
+        self._ahead = 1 if device.waits_for_host() else 0
         self._stop_tokens = jnp.array(stop_tokens or (-1,), jnp.int32)
         needed = int(np.max(self._lengths + self._room))
         capacity = min(round_up(needed, CAPACITY_STEP), max_context)
@@ -109,6 +115,9 @@ class Decoding:
         self._cache: KVCache = jax.device_put(cache, self._place)
         self._last: Int[jax.Array, "b"] = self._put(np.zeros(len(prompts), np.int32))
         self._done: Bool[jax.Array, "b"] = self._put(np.ones(len(prompts), bool))
+        self._limits: Int[jax.Array, "b"] = self._put(np.zeros(len(prompts), np.int32))
+        # What of this the host knows: rows that have ended, and those whose rest is of no interest.
+        self._ended, self._stopped = np.ones(len(prompts), bool), np.zeros(len(prompts), bool)
         self._compiled = set() if compiled is None else compiled
 
     def compile_prefill(self) -> None:
@@ -116,24 +125,26 @@ class Decoding:
         batch, capacity = len(self._prompts), self._cache.capacity
         none = self._put(np.zeros(batch, np.int32))
         for width in sorted({block.shape[1] for block, _ in self._blocks()}):
-            if ("prefill", batch, width, capacity) in self._compiled:
+            program = ("prefill", batch, width, capacity, self._sampling.draws)
+            if program in self._compiled:
                 continue
             blank = np.zeros((batch, width), np.int32)
             logits, _ = self._read(blank, none)
             _first_token(logits, self._sampling, self._cache.lengths).block_until_ready()
-            self._compiled.add(("prefill", batch, width, capacity))
+            self._compiled.add(program)
 
     def compile_decode(self) -> None:
         """Compiles what ``chunks`` needs, if it is new and not every row is done after ``prefill``.
 
         It does so by decoding no tokens at all.
         """
-        if np.asarray(self._done).all():
+        if self._ended.all():
             return
         sizes = len(self._prompts), self._cache.capacity, len(self._stop_tokens), self._chunk_steps
-        program = ("decode", *sizes)
+        program = ("decode", *sizes, self._sampling.draws)
         if program not in self._compiled:
-            self._decode(np.zeros_like(self._room)).done.block_until_ready()
+            none = self._put(np.zeros(len(self._prompts), np.int32))
+            (self._limits - self._decode(none).counts).block_until_ready()
             self._compiled.add(program)
 
     def prefill(self) -> NewTokens:
@@ -141,6 +152,7 @@ class Decoding:
 
         From the end of each prompt the dial learns what its text takes.
         """
+        started = time.perf_counter()
         following = preview = None
         for block, lengths in self._blocks():
             logits, seen = self._read(block, self._put(lengths))
@@ -151,25 +163,53 @@ class Decoding:
         if preview is not None:
             self._follow(preview.bits, preview.counts)
         self._room -= 1
-        self._done = self._put(np.isin(tokens, np.asarray(self._stop_tokens)) | (self._room <= 0))
-        return NewTokens([[int(token)] for token in tokens], None)
+        self._ended = np.isin(tokens, np.asarray(self._stop_tokens)) | (self._room <= 0)
+        self._done, self._limits = self._put(self._ended), self._put(self._room.astype(np.int32))
+        return NewTokens([[int(token)] for token in tokens], None, time.perf_counter() - started)
 
     def chunks(self) -> Iterator[NewTokens]:
-        """Decodes until every row is done."""
-        while not np.asarray(self._done).all():
-            chunk = self._decode(self._room)
-            self._last, self._done = chunk.last, chunk.done
-            # All at once, done (which is looked at next) included: the host waits for the device but once.
-            tokens, counts, grades, _ = jax.device_get((chunk.tokens, chunk.counts, chunk.grades, chunk.done))
-            self._room -= counts
-            grades = _first_steps(grades, counts.max())
-            if grades is not None:
-                self._follow(grades.bits.swapaxes(0, 1), counts)
-            yield NewTokens([row[:n].tolist() for row, n in zip(tokens, counts, strict=True)], grades)
+        """Decodes until every row is done.
+
+        On a GPU one chunk is under way while the consumer has the one before it: the dial follows, and rows
+        are stopped, a chunk later.
+        """
+        under_way, ready = collections.deque(), 0.0
+        observed = None  # what the dial is yet to follow
+        reader = concurrent.futures.ThreadPoolExecutor(1)
+        try:
+            while True:
+                started = time.perf_counter()
+                if observed is not None:
+                    self._follow(*observed)
+                while len(under_way) <= self._ahead and self._goes_on(len(under_way)):
+                    chunk = self._decode(self._limits)
+                    self._last, self._done = chunk.last, chunk.done
+                    self._limits = self._limits - chunk.counts
+                    under_way.append((started, reader.submit(_on_host, chunk)))
+                if not self._goes_on(0):
+                    return  # and what is under way is of no interest
+                started, result = under_way.popleft()
+                chunk, now = result.result()
+                seconds, ready = now - max(started, ready), now
+                counts = np.where(self._stopped, 0, chunk.counts)
+                self._room, self._ended = self._room - counts, chunk.done
+                grades = _first_steps(chunk.grades, counts.max())
+                if grades is not None:
+                    observed = grades.bits.swapaxes(0, 1), counts
+                tokens = [row[:n].tolist() for row, n in zip(chunk.tokens, counts, strict=True)]
+                yield NewTokens(tokens, grades, seconds)
+        finally:
+            reader.shutdown(wait=False)
 
     def stop(self, rows: Bool[np.ndarray, "b"]) -> None:
-        """Ends rows before their limit, because of what their text says."""
+        """Ends rows before their limit, because of what their text says: they generate nothing further."""
+        self._stopped |= rows
         self._done |= jnp.asarray(rows)
+
+    def _goes_on(self, under_way: int) -> bool:
+        """Whether any row may have tokens to generate beyond so many chunks."""
+        open_rows = ~(self._ended | self._stopped)
+        return bool(np.any(open_rows & (self._room > under_way * self._chunk_steps)))
 
     def _put(self, array: np.ndarray) -> jax.Array:
         return jax.device_put(array, self._place)
@@ -190,7 +230,7 @@ class Decoding:
         self._dial.observe(bits, counts)
         self._thresholds = self._dial.thresholds
 
-    def _decode(self, limits: Int[np.ndarray, "b"]) -> engine.Chunk:
+    def _decode(self, limits: Int[jax.Array, "b"]) -> engine.Chunk:
         chunk, self._cache = engine.decode_chunk(
             self._model,
             self._last,
@@ -199,7 +239,7 @@ class Decoding:
             self._thresholds,
             self._sampling,
             self._stop_tokens,
-            self._put(limits.astype(np.int32)),
+            limits,
             steps=self._chunk_steps,
         )
         return chunk
@@ -217,6 +257,11 @@ class Decoding:
                 block[row, : lengths[row]] = prompt[start : start + width]
             yield block, lengths
             start += width
+
+
+def _on_host(chunk: engine.Chunk) -> tuple[engine.Chunk, float]:
+    """The chunk as numpy arrays, all in one transfer, and when it was there."""
+    return jax.device_get(chunk), time.perf_counter()
 
 
 def _first_steps(grades: engine.Grades | None, count: int | np.integer) -> engine.Grades | None:

@@ -1,8 +1,8 @@
 """The functional core: prefill and decoding as pure functions on pytrees.
 
 A serving stack may call these without anything above them. Whatever a request sets (bits, sampling,
-stop tokens, limits) is an array; only shapes and ``steps`` are static, so a changed request compiles
-nothing. Caches are donated: use the returned one.
+stop tokens, limits) is an array; only shapes, ``steps`` and whether a batch draws at all (``Sampling.draws``)
+are static, so a changed request compiles nothing. Caches are donated: use the returned one.
 """
 
 import dataclasses
@@ -21,10 +21,6 @@ from grinqh_jax.thresholds import StackedThresholds
 from pallas_kernels import Reading
 from pallas_kernels.lanes import device
 from pallas_kernels.layout import DIGIT_BITS
-
-STEPS_A_LOOK = 32
-"""Decode steps on a GPU between two looks at whether any row goes on. The price is steps of no use at a
-text's end, 0.06 s of them at most for a model of 8B."""
 
 PREVIEW_TOKENS = 64
 """Of a prompt's block so many tokens, the last, say how much graded reading of its text takes."""
@@ -219,6 +215,10 @@ def decode_chunk(
 ) -> tuple[Chunk, KVCache]:
     """Generates up to ``steps`` tokens per row without leaving the device.
 
+    On a GPU it returns while the device is at work, and always takes ``steps`` steps: to end when all rows
+    are done, the host would have to look, and the device to wait for it. So the next chunk can be asked for
+    while one is under way.
+
     Args:
       model: as in ``decode_step``.
       tokens: last token of every row, not yet in the cache.
@@ -238,13 +238,20 @@ def decode_chunk(
     readings = None if thresholds is None else Reading(jnp.zeros((steps, batch, linears, 2), jnp.float32))
     start = Chunk(jnp.zeros((batch, steps), jnp.int32), jnp.zeros(batch, jnp.int32), tokens, done, None)
 
+    tokens_of_outputs = model.lm_head.tokens()  # made here, not in the loop
+
+    def choose(outputs, positions):
+        if sampling.draws:
+            return drawn(model.lm_head.in_order(outputs), sampling, positions)
+        return likeliest(outputs, tokens_of_outputs)
+
     def unfinished(state):
         step, chunk, *_ = state
         return (step < steps) & ~jnp.all(chunk.done)
 
-    def generate_one(state, choose):
+    def generate_one(state):
         step, chunk, readings, cache = state
-        active = ~chunk.done & (step < steps)
+        active = ~chunk.done
         outputs, cache, reading = _step(model, chunk.last, cache, thresholds, active)
         token = jnp.where(active, choose(outputs, cache.lengths), chunk.last)
         counts = chunk.counts + active
@@ -260,36 +267,11 @@ def decode_chunk(
         readings = jax.tree.map(lambda kept, new: kept.at[step].set(new), readings, reading)
         return step + 1, chunk, readings, cache
 
-    def generate(state, choose, wanted, steps_a_look):
-        def some(state):
-            return jax.lax.fori_loop(0, steps_a_look, lambda _, state: generate_one(state, choose), state)
-
-        return jax.lax.while_loop(lambda state: wanted & unfinished(state), some, state)
-
-    tokens_of_outputs = model.lm_head.tokens()  # made here, not in the loop
-
-    def draw(outputs, positions):
-        return drawn(model.lm_head.in_order(outputs), sampling, positions)
-
-    def take_likeliest(outputs, _):
-        return likeliest(outputs, tokens_of_outputs)
-
     state = 0, start, readings, cache
-    draws = jnp.any(sampling.temperature > 0)
     if device.waits_for_host():
-        # On a GPU each decision of the host, the loop's condition or a branch in it, is a wait for the device
-        # and then, for the device, for the launch of a whole step: up to half a millisecond for a model of
-        # 8B. So the condition is looked at now and then, and instead of a branch in the loop there are two
-        # loops, one of which does nothing (a branch around them would copy the cache).
-        steps_a_look = min(steps, STEPS_A_LOOK)
-        state = generate(state, draw, draws, steps_a_look)
-        state = generate(state, take_likeliest, ~draws, steps_a_look)
+        state = jax.lax.fori_loop(0, steps, lambda _, state: generate_one(state), state)
     else:
-
-        def choose(outputs, positions):
-            return jax.lax.cond(draws, draw, take_likeliest, outputs, positions)
-
-        state = generate(state, choose, True, 1)
+        state = jax.lax.while_loop(unfinished, generate_one, state)
     _, chunk, readings, cache = state
     return dataclasses.replace(chunk, grades=_grades(model, readings)), cache
 

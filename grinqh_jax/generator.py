@@ -299,18 +299,12 @@ class Generation:
     def _tokens(self) -> Iterator[list[int]]:
         """New tokens chunk by chunk; only the model's time is on the clocks, not the consumer's."""
         self.prepare()
-        started = time.perf_counter()
         first = self._decoding.prefill()
-        self._prompt_seconds = time.perf_counter() - started
+        self._prompt_seconds = first.seconds
         yield first.tokens[0]
         self._compile(self._decoding.compile_decode)  # the first piece of text need not wait for it
-        chunks = self._decoding.chunks()
-        while True:
-            started = time.perf_counter()
-            chunk = next(chunks, None)
-            self._generation_seconds += time.perf_counter() - started
-            if chunk is None:
-                return
+        for chunk in self._decoding.chunks():
+            self._generation_seconds += chunk.seconds
             if chunk.grades is not None:
                 self._grades.append(jax.tree.map(lambda steps: steps[:, 0], chunk.grades))
             yield chunk.tokens[0]

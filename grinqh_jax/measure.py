@@ -1,6 +1,7 @@
 """Timing of prefill and decoding, for the verb ``benchmark`` and for the scripts in ``benchmarks``."""
 
 import dataclasses
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from grinqh_jax.engine import Grades, Thresholds
 from grinqh_jax.sampling import Sampling
 from grinqh_jax.statistics import grade_statistics
 from grinqh_jax.thresholds import StackedThresholds, stacked_tables, thresholds_at
+from pallas_kernels.lanes import device
 
 SETTLING_RUNS = 8
 """Most runs that look for the setting with which a run reads the bits that are wanted."""
@@ -65,6 +67,23 @@ def timed(function: Callable[[], object], tokens: int, repeats: int) -> Timing:
         jax.block_until_ready(function())
         seconds.append(time.perf_counter() - start)
     return Timing(tokens, tuple(seconds))
+
+
+def timed_in_a_row(function: Callable[[], object], tokens: int, repeats: int) -> Timing:
+    """Likewise, each call made while the one before it is under way: how chunks of a text follow one another
+    on a GPU (``decoding``). On a CPU the same as ``timed``."""
+    if not device.waits_for_host():
+        return timed(function, tokens, repeats)
+    for _ in range(WARM_UP_RUNS):
+        jax.block_until_ready(function())
+    ends, running = [], function()
+    for _ in range(repeats + 1):
+        following = function()
+        jax.block_until_ready(running)
+        ends.append(time.perf_counter())
+        running = following
+    jax.block_until_ready(running)
+    return Timing(tokens, tuple(end - start for start, end in itertools.pairwise(ends)))
 
 
 def filled_cache(config: ModelConfig, context: int, room: int, dtype) -> KVCache:

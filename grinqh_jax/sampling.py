@@ -1,8 +1,8 @@
 """Choosing the next token from logits: greedy, or sampled with temperature, top-k, top-p and min-p.
 
-Every parameter is an array with one entry per row of the batch, so that changing one compiles
-nothing. The filters mean what they mean in Hugging Face transformers, in its order: temperature,
-top-k, top-p (of what top-k left), min-p.
+Every parameter is an array with one entry per row of the batch, so that changing one compiles nothing; only
+batches in which nothing is drawn have a program of their own. The filters mean what they mean in Hugging
+Face transformers, in its order: temperature, top-k, top-p (of what top-k left), min-p.
 """
 
 import dataclasses
@@ -27,6 +27,8 @@ class Sampling:
       min_p: float32 ``[B]`` in [0, 1]; keep tokens at least this fraction as likely as the likeliest.
       seed: uint32 ``[B]``; with the token's position it determines the draw, whatever the batch or
         the division into chunks.
+      draws: False where every temperature is 0, and nothing needs to be sorted or drawn. Static: to ask
+        the device would make it wait for the host at every step.
     """
 
     temperature: Float[Array, "b"]
@@ -34,6 +36,7 @@ class Sampling:
     top_p: Float[Array, "b"]
     min_p: Float[Array, "b"]
     seed: UInt32[Array, "b"]
+    draws: bool = dataclasses.field(default=True, metadata={"static": True})
 
     @classmethod
     def create(
@@ -57,6 +60,7 @@ class Sampling:
             top_p=rows(top_p, jnp.float32),
             min_p=rows(min_p, jnp.float32),
             seed=rows(seed % 2**32, jnp.uint32) + jnp.arange(batch, dtype=jnp.uint32),
+            draws=temperature > 0,
         )
 
 
@@ -69,11 +73,7 @@ def sample(logits: Float[Array, "b v"], sampling: Sampling, positions: Int[Array
       sampling: the parameters.
       positions: of the tokens to be chosen, in their sequences.
     """
-    return jax.lax.cond(
-        jnp.any(sampling.temperature > 0),
-        lambda: drawn(logits, sampling, positions),
-        lambda: likeliest(logits),
-    )
+    return drawn(logits, sampling, positions) if sampling.draws else likeliest(logits)
 
 
 @jax.named_scope("sampling")

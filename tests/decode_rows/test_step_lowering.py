@@ -74,13 +74,14 @@ def test_a_preview_adds_no_kernels_to_a_prompt():
 
 
 def test_only_sampling_gathers_logits_in_the_order_of_the_tokens():
-    """Of the two loops of a chunk, the greedy one takes the logits as the output projection has them."""
+    """Greedy decoding takes the logits as the output projection has them."""
 
-    def chunk(model, tokens, cache, thresholds):
+    def chunk(temperature, model, tokens, cache, thresholds):
         done, stop, limits = jnp.zeros(1, bool), jnp.full(1, -1), jnp.full(1, 8)
-        sampling = Sampling.create(1)
+        sampling = Sampling.create(1, temperature=temperature)
         return engine.decode_chunk(model, tokens, done, cache, thresholds, sampling, stop, limits, steps=8)
 
     vocabulary = random_model.shape("Qwen3-8B").vocab_size
-    gathers = re.findall(rf"stablehlo\.gather.*-> tensor<1x{vocabulary}xf32>", lowered(chunk, "Qwen3-8B", 1))
-    assert len(gathers) == 1
+    for temperature, gathers in ((0.0, 0), (1.0, 1)):
+        text = lowered(functools.partial(chunk, temperature), "Qwen3-8B", 1)
+        assert len(re.findall(rf"stablehlo\.gather.*-> tensor<1x{vocabulary}xf32>", text)) == gathers

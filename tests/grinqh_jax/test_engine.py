@@ -209,7 +209,7 @@ def test_turning_any_dial_compiles_nothing(graded):
         _, cache = engine.prefill(graded, TOKENS[:1, :8], jnp.array([8]), empty_cache(graded, 1))
         chunk, _ = decode(graded, cache, [5], thresholds, sampling=sampling, steps=6)
         results.add((tuple(chunk.tokens[0].tolist()), float(np.asarray(chunk.grades.bits).mean())))
-        if after_first is None:
+        if len(results) == 2:  # a greedy text and a drawn one
             after_first = len(compiled)
     assert after_first > 0, "the listener saw no compilation at all"
     assert len(compiled) == after_first
@@ -230,8 +230,8 @@ def test_same_seed_same_tokens_whatever_the_chunks(dense):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_the_loops_of_a_gpu_generate_the_same(graded, monkeypatch, temperature):
-    """Fewer looks at the condition and no branch in the loop: the same tokens, counts, grades and cache."""
+def test_the_loop_of_a_gpu_generates_the_same(graded, monkeypatch, temperature):
+    """It does not end before its last step: the same tokens, counts, grades and cache."""
 
     def run():
         engine.decode_chunk.clear_cache()
@@ -249,7 +249,6 @@ def test_the_loops_of_a_gpu_generate_the_same(graded, monkeypatch, temperature):
 
     chunk, cache = run()
     monkeypatch.setattr(engine.device, "waits_for_host", lambda: True)
-    monkeypatch.setattr(engine, "STEPS_A_LOOK", 4)
     other, other_cache = run()
     engine.decode_chunk.clear_cache()
     assert chunk.counts.tolist() == other.counts.tolist() == [3, 11]
