@@ -181,21 +181,22 @@ class Decoding:
                 started = time.perf_counter()
                 if observed is not None:
                     self._follow(*observed)
+                setting = None if self._dial is None else self._dial.setting
                 while len(under_way) <= self._ahead and self._goes_on(len(under_way)):
                     chunk = self._decode(self._limits)
                     self._last, self._done = chunk.last, chunk.done
                     self._limits = self._limits - chunk.counts
-                    under_way.append((started, reader.submit(_on_host, chunk)))
+                    under_way.append((started, setting, reader.submit(_on_host, chunk)))
                 if not self._goes_on(0):
                     return  # and what is under way is of no interest
-                started, result = under_way.popleft()
+                started, setting, result = under_way.popleft()
                 chunk, now = result.result()
                 seconds, ready = now - max(started, ready), now
                 counts = np.where(self._stopped, 0, chunk.counts)
                 self._room, self._ended = self._room - counts, chunk.done
                 grades = _first_steps(chunk.grades, counts.max())
                 if grades is not None:
-                    observed = grades.bits.swapaxes(0, 1), counts
+                    observed = grades.bits.swapaxes(0, 1), counts, setting
                 tokens = [row[:n].tolist() for row, n in zip(chunk.tokens, counts, strict=True)]
                 yield NewTokens(tokens, grades, seconds)
         finally:
@@ -226,8 +227,13 @@ class Decoding:
         )
         return logits, preview
 
-    def _follow(self, bits: Float[np.ndarray, "b steps linears"], counts: Int[np.ndarray, "b"]) -> None:
-        self._dial.observe(bits, counts)
+    def _follow(
+        self,
+        bits: Float[np.ndarray, "b steps linears"],
+        counts: Int[np.ndarray, "b"],
+        setting: Float[np.ndarray, "b"] | None = None,
+    ) -> None:
+        self._dial.observe(bits, counts, setting)
         self._thresholds = self._dial.thresholds
 
     def _decode(self, limits: Int[jax.Array, "b"]) -> engine.Chunk:

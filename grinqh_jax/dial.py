@@ -56,16 +56,23 @@ class Dial:
         """Of every linear layer and row, for the setting. A new setting compiles nothing."""
         return thresholds_at(self._names, self._tables, self._targets, jnp.asarray(self.setting, jnp.float32))
 
-    def observe(self, bits: Float[Array, "rows steps linears"], counts: Integer[np.ndarray, "rows"]) -> None:
-        """Takes into account what was read with the present thresholds.
+    def observe(
+        self,
+        bits: Float[Array, "rows steps linears"],
+        counts: Integer[np.ndarray, "rows"],
+        setting: Float[np.ndarray, "rows"] | None = None,
+    ) -> None:
+        """Takes into account what was read.
 
         Args:
           bits: of every token and linear layer, the latter as in ``decoder.linear_names``.
           counts: how many steps of each row count.
+          setting: where the dial stood for them, by default where it stands now.
         """
+        setting = self.setting if setting is None else setting
         counted = np.arange(bits.shape[1]) < np.asarray(counts)[:, None]
         read = np.sum(np.asarray(bits, np.float64) @ self._shares, axis=1, where=counted)
-        self._excess = self._excess + read - counts * self.setting
+        self._excess = self._excess + read - counts * setting
         self._tokens = self._tokens + counts
 
 

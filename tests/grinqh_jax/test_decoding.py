@@ -117,10 +117,29 @@ def test_only_the_models_time_counts(generator, on_gpu):
         assert sum(seconds) == pytest.approx(took, abs=0.1)
 
 
-def test_the_dial_follows_what_was_read(generator, on_gpu):
+def test_the_dial_follows_what_was_read(generator, on_gpu, monkeypatch):
+    """Each chunk is set against the setting that it was read at."""
     decoding = begun(generator, PROMPTS[:1], bits=3.0, chunk_steps=8)
+    dial, used, said = decoding._dial, [], []
+    decode, observe = decoding._decode, dial.observe
+
+    def decoded(limits):
+        used.append(np.asarray(decoding._thresholds["layers.0.qkv"]))
+        return decode(limits)
+
+    def observed(bits, counts, setting):
+        targets, tables = np.array(generator.targets), generator.model.linear("layers.0.qkv").thresholds
+        columns = np.asarray(tables[...], np.float64).T
+        said.append([np.interp(setting[0], targets, column) for column in columns])
+        observe(bits, counts, setting)
+
+    monkeypatch.setattr(decoding, "_decode", decoded)
+    monkeypatch.setattr(dial, "observe", observed)
     settings = []
-    for _ in decoding.chunks():
-        settings.append(float(decoding._dial.setting[0]))
-    # It has followed every chunk before the next is asked for, which is when the one behind is looked at.
-    assert len(set(settings)) == len(settings)
+    for chunk in decoding.chunks():
+        assert chunk.grades is not None
+        settings.append(float(dial.setting[0]))
+    assert len(used) == 13
+    np.testing.assert_allclose(said, np.concatenate(used)[: len(said)], rtol=1e-4)
+    assert len(said) == 13
+    assert len(set(settings)) >= 12  # the second chunk of a GPU was asked for before the first was known

@@ -42,6 +42,17 @@ def test_the_mean_of_a_text_that_reads_more_comes_to_what_was_asked(model):
     assert (np.diff(np.abs(np.array(read) - 3.0), axis=0) <= 1e-12).all()  # and never overshoots
 
 
+def test_it_follows_what_was_read_at_an_earlier_setting(model):
+    """As on a GPU: when a chunk is asked for, the one before it is not known yet."""
+    dial = Dial(model, TARGETS, np.array([3.0]))
+    settings = [dial.setting, dial.setting]
+    for i in range(20):
+        dial.observe(all_read(model, 1, 16, settings[i] + 0.3), np.array([16]), settings[i])
+        expected = 0.3 * 16 * (i + 1) / (16 * (i + 1) + PRIOR_TOKENS)
+        np.testing.assert_allclose(dial.setting, 3.0 - expected, rtol=1e-6)
+        settings.append(dial.setting)
+
+
 def test_only_tokens_that_count_do_and_rows_are_independent(model):
     dial = Dial(model, TARGETS, np.array([3.0, 3.0]))
     bits = np.array(all_read(model, 2, 16, [4.0, 8.0]))
