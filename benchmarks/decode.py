@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", type=float, default=[2, 3, 4, 8])
     parser.add_argument("--contexts", nargs="+", type=int, default=[128, 1024, 4096])
     parser.add_argument("--weights", nargs="+", default=["graded", "bf16"], choices=("graded", "bf16"))
-    parser.add_argument("--tokens", type=int, default=64, help="decoded in one dispatch")
+    parser.add_argument("--tokens", type=int, default=64, help="decoded in one dispatch, of several in a row")
     parser.add_argument("--prefill", nargs="*", type=int, default=[2048], help="prompt lengths")
     parser.add_argument("--chunk", type=int, help="prefill so many tokens at a time, too")
     parser.add_argument("--repeats", type=int, default=5)
