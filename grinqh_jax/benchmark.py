@@ -1,9 +1,9 @@
 """``python -m grinqh_jax benchmark``: prompt and generation speed in rows like llama-bench's.
 
 ``pp512`` reads a prompt of 512 tokens, ``tg128`` decodes 128 tokens one by one; each is run a few times to
-compile and to warm up, and then timed ``--repeats`` times. On a GPU the runs of ``tg`` are in a row, each asked
-for while the one before it is under way, as the chunks of a text are. Any model directory, or a published
-shape with random weights.
+compile and to warm up, and then timed ``--repeats`` times. On a GPU the runs of ``tg`` are in a row, each
+asked for while the one before it is under way, as the chunks of a text are. Any model directory, or a
+published shape with random weights.
 """
 
 import argparse

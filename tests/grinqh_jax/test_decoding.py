@@ -103,7 +103,7 @@ def test_a_stopped_row_generates_nothing_further(generator, on_gpu, dispatched):
 
 
 def test_only_the_models_time_counts(generator, on_gpu):
-    """With a consumer who takes longer for a chunk than the model does, and the first one uncounted."""
+    """With a consumer who takes longer for a chunk than the model does."""
     decoding = begun(generator)
     decoding.compile_decode()
     started, seconds = time.perf_counter(), []
@@ -112,9 +112,9 @@ def test_only_the_models_time_counts(generator, on_gpu):
         time.sleep(0.3)
     took = time.perf_counter() - started - 0.3 * len(seconds)
     assert min(seconds) > 0
-    assert sum(seconds[1:]) < 0.3
+    assert sum(seconds) < 0.3 * len(seconds)
     if not on_gpu:
-        assert sum(seconds) == pytest.approx(took, abs=0.1)
+        assert took / 2 < sum(seconds) <= took
 
 
 def test_the_dial_follows_what_was_read(generator, on_gpu, monkeypatch):
