@@ -115,7 +115,7 @@ class Graded:
         planes = thresholds.shape[-1]
         thresholds = jnp.broadcast_to(thresholds, (*rows, planes)).reshape(-1, planes)
         y, reading = linear.graded(inputs, thresholds)
-        self.readings[name] = jax.tree.map(lambda numbers: numbers.reshape(*rows, -1), reading)
+        self.readings[name] = Reading(reading.numbers.reshape(*rows, 2))
         one_token = len(rows) == 2 and rows[1] == 1
         if one_token and not of_head(name) and decode_rows.supports(y, inputs.values.dtype) is None:
             return y

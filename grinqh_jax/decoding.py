@@ -103,8 +103,9 @@ class Decoding:
         self._dial = dial
         self._thresholds = None if dial is None else dial.thresholds
         self._sampling = sampling
-        self._chunk_steps = chunk_steps or (GPU_CHUNK_STEPS if device.waits_for_host() else CHUNK_STEPS)
-        self._ahead = 1 if device.waits_for_host() else 0
+        on_gpu = device.waits_for_host()
+        self._chunk_steps = chunk_steps or (GPU_CHUNK_STEPS if on_gpu else CHUNK_STEPS)
+        self._ahead = 1 if on_gpu else 0
         self._stop_tokens = jnp.array(stop_tokens or (-1,), jnp.int32)
         needed = int(np.max(self._lengths + self._room))
         capacity = min(round_up(needed, CAPACITY_STEP), max_context)

@@ -59,8 +59,7 @@ class Timing:
 
 def timed(function: Callable[[], object], tokens: int, repeats: int) -> Timing:
     """Times ``repeats`` calls after ``WARM_UP_RUNS`` that are not counted; each is waited for."""
-    for _ in range(WARM_UP_RUNS):
-        jax.block_until_ready(function())
+    _warm_up(function)
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -74,8 +73,7 @@ def timed_in_a_row(function: Callable[[], object], tokens: int, repeats: int) ->
     on a GPU (``decoding``). On a CPU the same as ``timed``."""
     if not device.waits_for_host():
         return timed(function, tokens, repeats)
-    for _ in range(WARM_UP_RUNS):
-        jax.block_until_ready(function())
+    _warm_up(function)
     ends, running = [], function()
     for _ in range(repeats + 1):
         following = function()
@@ -84,6 +82,11 @@ def timed_in_a_row(function: Callable[[], object], tokens: int, repeats: int) ->
         running = following
     jax.block_until_ready(running)
     return Timing(tokens, tuple(end - start for start, end in itertools.pairwise(ends)))
+
+
+def _warm_up(function: Callable[[], object]) -> None:
+    for _ in range(WARM_UP_RUNS):
+        jax.block_until_ready(function())
 
 
 def filled_cache(config: ModelConfig, context: int, room: int, dtype) -> KVCache:

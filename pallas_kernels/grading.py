@@ -16,8 +16,8 @@ class Reading:
     """What a graded product found in its input.
 
     Attributes:
-      numbers: float32 ``[*rows, 2]``: each row's ``bits`` and ``largest``. A single array: a decode step
-        gathers those of all its products, and of two arrays each it would take twice as long.
+      numbers: float32 ``[*rows, 2]``: each row's ``bits`` and ``largest``. A single array, so that a decode
+        step gathers those of all its products at once.
     """
 
     numbers: Float[Array, "*rows 2"]
