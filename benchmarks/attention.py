@@ -65,7 +65,7 @@ def _normal(key: jax.Array, size: tuple[int, ...]) -> jax.Array:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=["Qwen3-8B"], choices=random_model.shapes())
+    parser.add_argument("--shapes", nargs="+", default=["Qwen3-8B"], metavar="NAME_OR_DIR")
     parser.add_argument("--lengths", nargs="+", type=int, default=[8, 160, 500, 1056, 2048, 4160])
     parser.add_argument("--capacity", type=int, default=4224, help="positions that a cache has room for")
     parser.add_argument("--output", type=pathlib.Path, help="JSON file to write")

@@ -1,7 +1,8 @@
-"""Whole-model decoding and prefill at the shapes of published models, random weights, batch 1.
+"""Whole-model decoding and prefill at the shapes of published or other models, random weights, batch 1.
 
     python benchmarks/decode.py --shapes Qwen3-8B Llama-3.1-8B --output benchmarks/results/decode.json
     python benchmarks/decode.py --shapes Qwen3-0.6B --contexts 128 --layers 2 --tokens 4     a quick look
+    python benchmarks/decode.py --shapes ../shared/models/qwen3-32m     of a model that is in a directory
 
 For each shape: decoding at several mean bits and contexts, this library's own bf16 decoding in the same
 run, a table of one step's device time by category (``step_profile``), and prefill against bf16 prefill.
@@ -26,6 +27,7 @@ import step_profile
 
 from grinqh_jax import measure, random_model
 from grinqh_jax.apply import of_head
+from grinqh_jax.config import ModelConfig
 from grinqh_jax.decoder import linear_names
 
 START = time.monotonic()
@@ -131,9 +133,8 @@ def prefill_row(model, label: str, kind: str, tokens: int, chunk: int | None, re
     }
 
 
-def bench_shape(name: str, args, bandwidth: float) -> dict:
+def bench_shape(config: ModelConfig, name: str, args, bandwidth: float) -> dict:
     """All measurements of one shape: the graded model first, then the dense one, never both."""
-    config = random_model.shape(name)
     if args.layers:
         config = dataclasses.replace(config, num_layers=args.layers)
     report = {"decode": [], "prefill": []}
@@ -164,7 +165,7 @@ def bench_shape(name: str, args, bandwidth: float) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=["Qwen3-8B"], choices=random_model.shapes())
+    parser.add_argument("--shapes", nargs="+", default=["Qwen3-8B"], metavar="NAME_OR_DIR")
     parser.add_argument("--layers", type=int, help="keep only so many layers")
     parser.add_argument("--bits", nargs="+", type=float, default=[2, 3, 4, 8])
     parser.add_argument("--contexts", nargs="+", type=int, default=[128, 1024, 4096])
@@ -195,8 +196,9 @@ def main() -> None:
         "read_bandwidth_bytes_per_second": round(bandwidth),
         "shapes": {},
     }
-    for name in args.shapes:
-        report["shapes"][name] = bench_shape(name, args, bandwidth)
+    for shape in args.shapes:
+        name = pathlib.Path(shape).resolve().name
+        report["shapes"][name] = bench_shape(random_model.shape(shape), name, args, bandwidth)
         if args.output:
             args.output.write_text(json.dumps(report, indent=1) + "\n")
 

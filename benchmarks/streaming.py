@@ -52,7 +52,7 @@ def stream(model, steps: int, temperature: float, args: argparse.Namespace) -> d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--shape", default="Qwen3-8B", choices=random_model.shapes())
+    parser.add_argument("--shape", default="Qwen3-8B", metavar="NAME_OR_DIR")
     parser.add_argument("--bits", type=float, default=3.0)
     parser.add_argument("--chunks", nargs="+", type=int, default=[32, 64], help="tokens of a chunk")
     parser.add_argument("--tokens", type=int, default=384)

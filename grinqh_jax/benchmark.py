@@ -8,6 +8,7 @@ published shape with random weights.
 
 import argparse
 import json
+import pathlib
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -40,8 +41,9 @@ def parser() -> cli.Parser:
     cli.add_model(source)
     source.add_argument(
         "--shape",
-        choices=random_model.shapes(),
-        help="random weights of a published shape instead of a model",
+        metavar="NAME_OR_DIR",
+        help="random weights instead of a model's: of a published shape, or of the model in a directory "
+        f"({', '.join(random_model.shapes())})",
     )
     flags.add_argument(
         "--bits",
@@ -98,7 +100,8 @@ def rows(args: argparse.Namespace, bandwidth: float) -> Iterator[dict[str, Any]]
 def _load(args: argparse.Namespace) -> tuple[str, Decoder, Sequence[float]]:
     """``(name, model, targets)``; no targets for an unquantized model."""
     if args.shape:
-        return args.shape, random_model.graded(random_model.shape(args.shape)), random_model.TARGETS
+        model = random_model.graded(random_model.shape(args.shape))
+        return pathlib.Path(args.shape).resolve().name, model, random_model.TARGETS
     generator = Generator.load(args.model)
     return generator.directory.name, generator.model, tuple(generator.targets or ())
 

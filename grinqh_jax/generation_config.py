@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from grinqh_jax.checkpoint.files import read_json
+from grinqh_jax.checkpoint.files import read_object
 from grinqh_jax.errors import CheckpointError
 
 
@@ -68,9 +68,4 @@ class GenerationConfig:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}, expected an object")
-    return value
+    return read_object(path) if path.exists() else {}

@@ -1,4 +1,4 @@
-"""Models of a published shape with random weights, made on the device: what benchmarks run on.
+"""Models of a given shape with random weights, made on the device: what benchmarks run on.
 
 Codes are uniform and scales equal but for a random factor, so that outputs keep the size of the inputs;
 activations are then those of a real forward pass, and the thresholds are calibrated on them, layer by
@@ -8,6 +8,7 @@ layer, so that decoding really reads the mean bits asked for.
 import functools
 import importlib.resources
 import json
+import pathlib
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from jaxtyping import Array, Float
 
 from grinqh_jax import decoder
 from grinqh_jax.apply import HEAD, Dense
+from grinqh_jax.checkpoint.files import read_object
 from grinqh_jax.config import ModelConfig
 from grinqh_jax.decoder import Decoder
 from grinqh_jax.errors import UsageError
@@ -41,15 +43,22 @@ def shapes() -> dict[str, ModelConfig]:
 
 
 def shape(name: str) -> ModelConfig:
-    """The configuration of that name.
+    """The configuration of a published model, by its name, or of any model, by its directory.
 
     Raises:
-      UsageError: there is none; names those that exist.
+      UsageError: there is none; names the published ones.
+      CheckpointError: the directory's ``config.json`` cannot be read.
+      UnsupportedModelError: it asks for what the decoder does not have.
     """
     known = shapes()
-    if name not in known:
-        raise UsageError(f"no shape is called {name!r}: choose from {', '.join(known)}")
-    return known[name]
+    if name in known:
+        return known[name]
+    file = pathlib.Path(name) / "config.json"
+    if not file.is_file():
+        raise UsageError(
+            f"no shape is called {name!r}: choose from {', '.join(known)}, or name the directory of a model"
+        )
+    return ModelConfig.from_hf(read_object(file))
 
 
 def graded(config: ModelConfig, seed: int = 0, compute_dtype=jnp.bfloat16) -> Decoder:

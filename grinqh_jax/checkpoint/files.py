@@ -66,6 +66,18 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from None
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """Parses a JSON file that holds an object.
+
+    Raises:
+      CheckpointError: as of ``read_json``; or it holds anything else.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds {type(value).__name__}, expected an object")
+    return value
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes ``value`` as indented JSON. NaN and Inf are a ValueError, as in the JSON standard."""
     path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")

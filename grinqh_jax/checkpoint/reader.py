@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import orbax.checkpoint.experimental.v1 as ocp
 from flax import traverse_util
 
-from grinqh_jax.checkpoint.files import read_json
+from grinqh_jax.checkpoint.files import read_object
 from grinqh_jax.checkpoint.manifest import Manifest
 from grinqh_jax.checkpoint.quantization import QuantizationConfig
 from grinqh_jax.checkpoint.values import value_problems
@@ -109,9 +109,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     weights = sorted({file.suffix for file in directory.glob("*") if file.suffix in (".safetensors", ".bin")})
     if not (directory / CONFIG).exists():
         raise CheckpointError(f"{directory}: {CONFIG} is missing; this is not a checkpoint, or part of one")
-    config = read_json(directory / CONFIG)
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{directory / CONFIG} holds a {type(config).__name__}, expected an object")
+    config = read_object(directory / CONFIG)
     if config.get("quantization_config") is not None:
         return config
     convert = f"python -m checkpoints_tools.convert --model {directory} --out OUT"

@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
 
-from grinqh_jax.checkpoint.files import read_json
+from grinqh_jax.checkpoint.files import read_object
 from grinqh_jax.config import ModelConfig
 from grinqh_jax.errors import CheckpointError
 from grinqh_jax.hf import params
@@ -163,14 +163,10 @@ def open_checkpoint(model: str | os.PathLike[str]) -> HFCheckpoint:
 
 def _read_object(path: Path, problems: list[str]) -> dict | None:
     try:
-        value = read_json(path)
+        return read_object(path)
     except CheckpointError as error:
         problems.append(str(error))
         return None
-    if not isinstance(value, dict):
-        problems.append(f"{path} holds {type(value).__name__}, expected an object")
-        return None
-    return value
 
 
 def _placed_tensors(index: dict | None, problems: list[str]) -> dict[str, str]:

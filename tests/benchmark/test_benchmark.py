@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grinqh_jax import benchmark, measure, random_model
+from grinqh_jax import BUNDLED_MODEL, benchmark, measure, random_model
 from grinqh_jax.decoder import linear_shapes
-from grinqh_jax.errors import UsageError
+from grinqh_jax.errors import CheckpointError, UsageError
 from grinqh_jax.thresholds import model_thresholds
 
 TINY = dataclasses.replace(
@@ -56,6 +56,17 @@ def test_shapes_have_the_published_numbers_of_parameters(name, billions):
 def test_an_unknown_shape_is_refused_by_name():
     with pytest.raises(UsageError, match=r"no shape is called 'Qwen3-9B'.*Qwen3-8B"):
         random_model.shape("Qwen3-9B")
+
+
+def test_the_shape_of_a_model_in_a_directory(tmp_path):
+    bundled = random_model.shape(str(BUNDLED_MODEL))
+    assert (bundled.hidden_size, bundled.num_layers, bundled.vocab_size) == (256, 6, 8192)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(random_model.hf_configs()["Llama-3.2-1B"]))
+    assert random_model.shape(str(tmp_path)) == random_model.shape("Llama-3.2-1B")
+    config.write_text("[]")
+    with pytest.raises(CheckpointError, match=r"config\.json holds list, expected an object"):
+        random_model.shape(str(tmp_path))
 
 
 def test_fitted_thresholds_give_every_target_on_their_sample():
@@ -144,6 +155,16 @@ def test_rows(monkeypatch, capsys):
     assert len(lines) == 4
     assert "tokens/s" in lines[0]
     assert "±" in lines[1]
+
+
+def test_rows_of_random_weights_for_the_shape_in_a_directory(monkeypatch, capsys):
+    monkeypatch.setattr(measure, "read_bandwidth", lambda: 1e9)
+    flags = ["--prompt-tokens", "0", "--generate-tokens", "4", "--repeats", "1", "--json"]
+    assert benchmark.main(["--shape", str(BUNDLED_MODEL), "--bits", "3", *flags]) == 0
+    (row,) = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert (row["model"], row["test"]) == ("qwen3-7m", "tg4")
+    assert benchmark.main(["--shape", "Qwen3-9B", *flags]) == 2
+    assert "no shape is called 'Qwen3-9B'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ def test_what_is_not_a_checkpoint(tmp_path):
     (directory / "config.json").write_text("[1, 2")
     assert "not valid JSON" in message(directory)
     (directory / "config.json").write_text("[1, 2]")
-    assert "holds a list, expected an object" in message(directory)
+    assert "holds list, expected an object" in message(directory)
     assert "is not a directory" in message(directory / "config.json")
 
 
