@@ -2,7 +2,8 @@
 
     python benchmarks/matvec.py --output benchmarks/results/matvec.json     one Qwen3-8B layer, batch 1
     python benchmarks/matvec.py --shapes 4096x4096 --bits 3 --rows 4
-    python benchmarks/matvec.py --configs all --tune measured.json           find the best configurations
+    python benchmarks/matvec.py --configs all --bits 2 3 4 --no-baselines \\
+        --tune pallas_kernels/matvec/mosaic_gpu/measured.json                find the best configurations
 
 Kernel times are medians from the profiler, over weights that rotate through several times the L2. The
 sum of the partial results over CTAs, which in a model fuses with the next operation, is a kernel of its
@@ -32,6 +33,7 @@ import timing
 from pallas_kernels import Activations, NestedWeight, codes, grading, layout
 from pallas_kernels.matvec import mosaic_gpu
 from pallas_kernels.matvec.mosaic_gpu import kernel
+from pallas_kernels.matvec.mosaic_gpu.tuning import PARTIAL_OVERHEAD
 
 LAYER = ("4096x6144", "4096x4096", "4096x24576", "12288x4096")
 """Fused qkv, o, fused gate and up, and down of Qwen3-8B."""
@@ -95,6 +97,7 @@ def measure(k, n, bits_list, rows, config, bandwidth) -> list[dict]:
     """Times and checks one configuration of one shape at several mean bits."""
     weights = random_weights(k, n)
     x = np.random.default_rng(k + n).standard_normal((rows, k)).astype(np.float32)
+    geometry = kernel.geometry_of(Activations(jnp.asarray(x)), weights[0], config)
 
     @jax.jit
     def all_weights(x, thresholds, weights):
@@ -118,6 +121,7 @@ def measure(k, n, bits_list, rows, config, bandwidth) -> list[dict]:
                 "bits": bits,
                 "realised_bits": float(np.mean(realised)),
                 "config": config.__dict__,
+                "parts": geometry.slice_groups,
                 "kernel_us": round(mine.median, 3),
                 "kernel_quartiles_us": [round(q, 3) for q in mine.quartiles],
                 "launches": mine.launches,
@@ -173,19 +177,36 @@ def all_configs() -> list[mosaic_gpu.Config]:
     return [mosaic_gpu.Config(warpgroups=g, warps_per_slice=w, ring_slots=s) for g, w, s in choices]
 
 
-def best_of(results: list[dict], device: str) -> dict:
-    """For each shape the configuration of the smallest summed time, in the form of ``measured.json``."""
+def best_of(results: list[dict]) -> list[dict]:
+    """For each shape the configuration of the smallest summed time, as an entry of ``measured.json``.
+
+    Partial sums count with what they cost the kernel that adds them up.
+    """
     entries = []
     for shape in dict.fromkeys(r["shape"] for r in results):
         times: dict[str, float] = {}
         for r in results:
             if r["shape"] == shape:
                 key = json.dumps(r["config"])
-                times[key] = times.get(key, 0.0) + r["kernel_us"]
-        k, n = map(int, shape.split("x"))
+                time = r["kernel_us"] + PARTIAL_OVERHEAD * r["parts"]
+                times[key] = times.get(key, 0.0) + time
+        k, n = layout.padded_shape(*map(int, shape.split("x")))
         best = min(times, key=times.__getitem__)
         entries.append({"stored_k": k, "stored_n": n, "config": json.loads(best)})
-    return {device: entries}
+    return entries
+
+
+def write_best(file: pathlib.Path, device: str, entries: list[dict]) -> None:
+    """Puts the device's entries into ``measured.json``, those of other devices and other shapes kept."""
+    known = json.loads(file.read_text()) if file.exists() else {}
+    new = [(e["stored_k"], e["stored_n"]) for e in entries]
+    kept = [e for e in known.get(device, []) if (e["stored_k"], e["stored_n"]) not in new]
+    known[device] = kept + entries
+    devices = [
+        f"  {json.dumps(name)}: [\n" + ",\n".join(f"    {json.dumps(entry)}" for entry in found) + "\n  ]"
+        for name, found in known.items()
+    ]
+    file.write_text("{\n" + ",\n".join(devices) + "\n}\n")
 
 
 def main() -> None:
@@ -196,7 +217,7 @@ def main() -> None:
     parser.add_argument("--configs", default="best", help="best, all, or JSON: a list of Config fields")
     parser.add_argument("--no-baselines", action="store_true", help="only the graded kernel")
     parser.add_argument("--output", type=pathlib.Path, help="JSON file to write")
-    parser.add_argument("--tune", type=pathlib.Path, help="write the best configurations here")
+    parser.add_argument("--tune", type=pathlib.Path, help="put the best configurations in here")
     args = parser.parse_args()
 
     device = jax.devices()[0]
@@ -233,7 +254,7 @@ def main() -> None:
     if args.output:
         args.output.write_text(json.dumps(report, indent=1) + "\n")
     if args.tune:
-        args.tune.write_text(json.dumps(best_of(results, device.device_kind), indent=1) + "\n")
+        write_best(args.tune, device.device_kind, best_of(results))
     worst = max(r["relative_error"] for r in results)
     if not worst <= 1e-3 or not all(r["deterministic"] for r in results):
         sys.exit(f"wrong results: largest relative error {worst:.1e}")
