@@ -182,6 +182,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.platform:
         jax.config.update("jax_platforms", args.platform)
+    configs = {pathlib.Path(shape).resolve().name: random_model.shape(shape) for shape in args.shapes}
 
     device = jax.devices()[0]
     bandwidth = measure.read_bandwidth()
@@ -196,9 +197,8 @@ def main() -> None:
         "read_bandwidth_bytes_per_second": round(bandwidth),
         "shapes": {},
     }
-    for shape in args.shapes:
-        name = pathlib.Path(shape).resolve().name
-        report["shapes"][name] = bench_shape(random_model.shape(shape), name, args, bandwidth)
+    for name, config in configs.items():
+        report["shapes"][name] = bench_shape(config, name, args, bandwidth)
         if args.output:
             args.output.write_text(json.dumps(report, indent=1) + "\n")
 

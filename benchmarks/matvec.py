@@ -219,6 +219,8 @@ def main() -> None:
     parser.add_argument("--output", type=pathlib.Path, help="JSON file to write")
     parser.add_argument("--tune", type=pathlib.Path, help="put the best configurations in here")
     args = parser.parse_args()
+    if args.tune and args.rows != [1]:
+        parser.error("--tune is for one activation row: leave --rows out")
 
     device = jax.devices()[0]
     bandwidth = timing.read_bandwidth()

@@ -2,6 +2,8 @@
 that are not here."""
 
 import dataclasses
+import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,9 @@ import pytest
 from jax.sharding import AxisType
 from matvec_cases import Case
 
-from pallas_kernels import NestedWeight, PartialSums, graded_matvec
+from grinqh_jax import random_model
+from grinqh_jax.decoder import linear_shapes
+from pallas_kernels import NestedWeight, PartialSums, graded_matvec, layout
 from pallas_kernels.lanes import device
 from pallas_kernels.matvec import choose
 from pallas_kernels.matvec.mosaic_gpu import Config, geometry, kernel, supports, tuning
@@ -125,6 +129,19 @@ def test_measured_configurations_win_over_the_rule():
     assert best == Config(warpgroups=1, warps_per_slice=1, ring_slots=8)
     other = tuning.best_config(sizes(4096, 24576), device_kind="NVIDIA H9000", multiprocessors=10)
     assert other == tuning.rule(sizes(4096, 24576), 10)
+
+
+def test_what_was_measured_is_a_shape_that_a_model_has():
+    configs = random_model.shapes().values()
+    known = {layout.padded_shape(*shape) for config in configs for shape in linear_shapes(config).values()}
+    measured = json.loads((pathlib.Path(tuning.__file__).parent / "measured.json").read_text())
+    for device_kind, entries in measured.items():
+        shapes = [(entry["stored_k"], entry["stored_n"]) for entry in entries]
+        assert set(shapes) <= known, device_kind
+        assert len(set(shapes)) == len(shapes), device_kind
+        for shape, entry in zip(shapes, entries, strict=True):
+            best = tuning.best_config(sizes(*shape), device_kind=device_kind, multiprocessors=132)
+            assert best == Config(**entry["config"])
 
 
 @pytest.mark.parametrize(("k", "n"), [(4096, 4096), (4096, 6144), (4096, 24576), (12288, 4096)])
