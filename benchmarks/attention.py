@@ -72,7 +72,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = []
     for name in args.shapes:
-        config = random_model.shape(name)
+        config, name = random_model.shape(name), random_model.label(name)
         for length, found in zip(args.lengths, measure(config, args.capacity, args.lengths), strict=True):
             read = 4 * length * config.num_kv_heads * config.head_dim
             row = {"shape": name, "length": length, "capacity": args.capacity, "bytes_read": read}

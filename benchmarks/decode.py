@@ -182,7 +182,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.platform:
         jax.config.update("jax_platforms", args.platform)
-    configs = {pathlib.Path(shape).resolve().name: random_model.shape(shape) for shape in args.shapes}
+    configs = {random_model.label(shape): random_model.shape(shape) for shape in args.shapes}
+    if len(configs) < len(args.shapes):
+        parser.error(f"--shapes {' '.join(args.shapes)}: two have the same name; measure them one at a time")
 
     device = jax.devices()[0]
     bandwidth = measure.read_bandwidth()

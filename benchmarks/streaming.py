@@ -65,7 +65,7 @@ def main() -> None:
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "shape": args.shape,
+        "shape": random_model.label(args.shape),
         "bits": args.bits,
         "top_k": args.top_k,
         "top_p": args.top_p,

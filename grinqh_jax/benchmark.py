@@ -2,13 +2,12 @@
 
 ``pp512`` reads a prompt of 512 tokens, ``tg128`` decodes 128 tokens one by one; each is run a few times to
 compile and to warm up, and then timed ``--repeats`` times. On a GPU the runs of ``tg`` are in a row, each
-asked for while the one before it is under way, as the chunks of a text are. Any model directory, or a
-published shape with random weights.
+asked for while the one before it is under way, as the chunks of a text are. Any model directory, or random
+weights of a published shape or of the shape of the model in a directory.
 """
 
 import argparse
 import json
-import pathlib
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -101,7 +100,7 @@ def _load(args: argparse.Namespace) -> tuple[str, Decoder, Sequence[float]]:
     """``(name, model, targets)``; no targets for an unquantized model."""
     if args.shape:
         model = random_model.graded(random_model.shape(args.shape))
-        return pathlib.Path(args.shape).resolve().name, model, random_model.TARGETS
+        return random_model.label(args.shape), model, random_model.TARGETS
     generator = Generator.load(args.model)
     return generator.directory.name, generator.model, tuple(generator.targets or ())
 

@@ -61,6 +61,11 @@ def shape(name: str) -> ModelConfig:
     return ModelConfig.from_hf(read_object(file))
 
 
+def label(name: str) -> str:
+    """What results call the model that ``shape`` is asked for: a published one's name, or the directory's."""
+    return pathlib.Path(name).resolve().name
+
+
 def graded(config: ModelConfig, seed: int = 0, compute_dtype=jnp.bfloat16) -> Decoder:
     """A graded model with 8-bit random codes and thresholds for every target in ``TARGETS``."""
     tree = decoder.abstract_tree(config, MAX_BITS, len(TARGETS))
