@@ -174,6 +174,13 @@ class NumpyInstructions(Instructions):
         with np.errstate(all="ignore"):
             return LaneValue(a.data / b.data, "f32")
 
+    def reciprocal(self, x):
+        smallest = np.finfo(np.float32).tiny
+        with np.errstate(all="ignore"):
+            result = 1 / np.where(np.abs(x.data) < smallest, np.copysign(np.float32(0), x.data), x.data)
+            zero = np.copysign(np.float32(0), result)
+            return LaneValue(np.where(np.abs(result) < smallest, zero, result), "f32")
+
     def exp2(self, x):
         with np.errstate(all="ignore"):
             return LaneValue(np.exp2(x.data), "f32")

@@ -155,6 +155,10 @@ class Instructions(abc.ABC):
         """``a / b`` in ``f32`` within 2 ulp over the full range."""
 
     @abc.abstractmethod
+    def reciprocal(self, x: Value) -> Value:
+        """``1 / x`` in ``f32`` within 2 ulp; numbers below 1.2e-38 count as zero, in x and in the result."""
+
+    @abc.abstractmethod
     def exp2(self, x: Value) -> Value:
         """``2**x`` in ``f32`` within 2 ulp; 0 far below zero."""
 

@@ -167,6 +167,9 @@ class PtxInstructions(Instructions):
     def divide(self, a, b):
         return _assemble("div.full.f32 $0, $1, $2;", [a, b], ("f32",))[0]
 
+    def reciprocal(self, x):
+        return _assemble("rcp.approx.ftz.f32 $0, $1;", [x], ("f32",))[0]
+
     def exp2(self, x):
         return _assemble("ex2.approx.ftz.f32 $0, $1;", [x], ("f32",))[0]
 

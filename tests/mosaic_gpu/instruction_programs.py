@@ -138,6 +138,7 @@ PROGRAMS = {
     "absolute": lambda isa, t: [isa.absolute(t.x), isa.absolute(isa.bits_to_float(t.a | 0x80000000))],
     "multiply_add": lambda isa, t: [isa.multiply_add(t.x, t.y, t.z)],
     "divide": lambda isa, t: [isa.divide(t.x, t.y), isa.divide(isa.constant(32512.0, "f32"), t.z)],
+    "reciprocal": lambda isa, t: [isa.reciprocal(t.x), isa.reciprocal(t.y * 1e30), isa.reciprocal(t.z * 0.0)],
     "exp2": lambda isa, t: [isa.exp2(t.x), isa.exp2(t.y * 20.0), isa.exp2(isa.constant(-1e30, "f32"))],
     "rsqrt": lambda isa, t: [isa.rsqrt(isa.absolute(t.x)), isa.rsqrt(isa.absolute(t.y) * 1e20)],
     "pack_bfloat16": lambda isa, t: [isa.pack_bfloat16(t.x, t.y), isa.pack_bfloat16(t.z * 1e-39, t.z * 1e38)],

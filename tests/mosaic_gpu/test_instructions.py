@@ -87,6 +87,10 @@ def test_float_instructions(isa, rng):
     exact = a.data.astype(np.float64) * b.data + c.data
     np.testing.assert_array_equal(isa.multiply_add(a, b, c).data, exact.astype(np.float32))
     np.testing.assert_allclose(isa.divide(a, b).data, a.data / b.data, rtol=3e-7)
+    np.testing.assert_allclose(isa.reciprocal(a).data, 1 / a.data.astype(np.float64), rtol=3e-7)
+    for data, expected in ((1e-39, np.inf), (3e38, 0.0), (np.inf, 0.0), (np.nan, np.nan)):
+        result = isa.reciprocal(isa.constant(data, "f32")).data
+        np.testing.assert_array_equal(result, np.float32(expected))
     np.testing.assert_allclose(isa.exp2(a * 10.0).data, np.exp2(10.0 * a.data.astype(np.float64)), rtol=3e-6)
     assert (isa.exp2(isa.constant(-1e30, "f32")).data == 0).all()
     exact = 1 / np.sqrt(np.abs(a.data.astype(np.float64)))

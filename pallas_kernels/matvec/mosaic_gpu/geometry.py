@@ -119,6 +119,11 @@ class Geometry:
         return -(-self.slices // self.config.slices_per_cta)
 
     @property
+    def has_padding(self) -> bool:
+        """Whether some lanes have channels that do not exist: K's padding, or slices past the last one."""
+        return self.in_features < self.slice_groups * self.config.slices_per_cta * layout.SLICE
+
+    @property
     def row_groups(self) -> int:
         return -(-self.rows // MAX_ROWS_PER_CTA)
 

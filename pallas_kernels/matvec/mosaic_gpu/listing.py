@@ -38,8 +38,8 @@ class Operands:
     """f32 [row][plane]"""
     x: list[list[Value]]
     """f32 [row][q], zero in padding."""
-    valid: list[Value]
-    """[q]: the channel is not padding."""
+    valid: list[Value] | None
+    """[q]: the channel is not padding; None where there is none."""
     factors: list[Value] | None
     """f32 [row]: what the norm still has to multiply x by."""
     gains: list[Value]
@@ -76,8 +76,8 @@ class Listed:
 def fetch(isa: Instructions, g: Geometry, refs: Refs, place: Place) -> Operands:
     """Loads everything that grading needs; no load depends on another one."""
     x = isa.global_address(refs.x)
-    channels = [place.channel + LANES * q for q in range(g.channels_per_lane)]
-    valid = [channel < g.in_features for channel in channels]
+    numbers = range(g.channels_per_lane)
+    valid = [place.channel + LANES * q < g.in_features for q in numbers] if g.has_padding else None
     zero = isa.constant(0.0, "f32")
     rows_x, rows_thresholds, factors = [], [], []
     for r in range(g.rows_per_cta):
@@ -86,12 +86,16 @@ def fetch(isa: Instructions, g: Geometry, refs: Refs, place: Place) -> Operands:
         if g.rows % g.rows_per_cta:  # The last group has rows to spare: they read nothing.
             exists = row < g.rows
             row = isa.select(exists, row, isa.constant(0))
+        first = row * g.in_features + place.channel
         rows_x.append([])
-        for channel, ok in zip(channels, valid, strict=True):
-            ok = ok if exists is None else ok & exists
-            element = isa.select(ok, row * g.in_features + channel, isa.constant(0))
-            number = load_activation(isa, g, x + isa.widen(element * g.x_bytes))
-            rows_x[-1].append(isa.select(ok, number, zero))
+        for q in numbers:
+            address = x + isa.widen(first * g.x_bytes) + LANES * q * g.x_bytes
+            if valid is not None:
+                address = isa.select(valid[q], address, x)
+            number = load_activation(isa, g, address)
+            for ok in (valid and valid[q], exists):
+                number = number if ok is None else isa.select(ok, number, zero)
+            rows_x[-1].append(number)
         limits, factor = load_thresholds(isa, g, refs, row)
         factors.append(factor)
         if exists is not None:
@@ -174,9 +178,12 @@ def grade(isa: Instructions, operands: Operands) -> Grades:
     for x, thresholds in zip(operands.x, operands.thresholds, strict=True):
         magnitudes = [isa.absolute(v) for v in x]
         # not (|x| < t), so that a NaN is read at every level
-        reached.append(
-            [[~(m < t) & ok for t in thresholds] for m, ok in zip(magnitudes, operands.valid, strict=True)]
-        )
+        reached.append([[~(m < t) for t in thresholds] for m in magnitudes])
+        if operands.valid is not None:
+            reached[-1] = [
+                [level & ok for level in levels]
+                for levels, ok in zip(reached[-1], operands.valid, strict=True)
+            ]
         scaled.append(
             [at_level(isa, v, levels, operands.gains) for v, levels in zip(x, reached[-1], strict=True)]
         )
@@ -206,17 +213,18 @@ def compact(
     isa: Instructions, g: Geometry, place: Place, factors: list[Value] | None, grades: Grades
 ) -> Listed:
     """Writes the list: plane by plane, in a plane channel by channel, padded with zeros to a whole step."""
-    grids = [isa.divide(isa.constant(float(PEAK_CODE), "f32"), peak) for peak in grades.peaks]
+    grids = [isa.reciprocal(peak * (1.0 / PEAK_CODE)) for peak in grades.peaks]
     rounding = isa.constant(ROUNDING, "f32")
     row_offset = place.channel * g.stored_row_bytes + place.tile * ROW_BYTES
-    lower_lanes, count, zero = isa.lower_lanes(), isa.constant(0), isa.constant(0)
+    lower_lanes, zero = isa.lower_lanes(), isa.constant(0)
     rounded_zero = isa.constant(ROUNDED_ZERO)
+    end = place.list
     sums = [isa.constant(-ROUNDED_ZERO * g.planes * g.channels_per_lane)] * g.rows_per_cta
-    for f in range(g.planes):
-        steps_of_plane = [grid * 4.0**-f for grid in grids]
-        for q, channel in enumerate(grades.any_reached):
+    steps_of_planes = [[grid * 4.0**-f for grid in grids] for f in range(g.planes)]
+    for q, channel in enumerate(grades.any_reached):
+        for f, steps_of_plane in enumerate(steps_of_planes):
             listed = isa.ballot(channel[f])
-            entry = count + isa.count_bits(listed & lower_lanes)
+            entry = end + isa.count_bits(listed & lower_lanes) * g.entry_bytes
             codes = []
             for r in range(g.rows_per_cta):
                 rounded = isa.multiply_add(grades.x[r][q], steps_of_plane[r], rounding)
@@ -225,13 +233,16 @@ def compact(
                 sums[r] = sums[r] + bits
                 codes.append(bits ^ LOW_SIGN)
             offset = row_offset + (f * g.plane_bytes + q * LANES * g.stored_row_bytes)
-            store_entry(isa, g, place.list + entry * g.entry_bytes, offset, codes, where=channel[f])
-            count = count + isa.count_bits(listed)
-    steps = (count + (STEP_ROWS - 1)) >> 3
-    pad = count + place.lane
+            store_entry(isa, g, entry, offset, codes, where=channel[f])
+            end = end + isa.count_bits(listed) * g.entry_bytes
+    step_bytes = STEP_ROWS * g.entry_bytes
+    size = (end - place.list + (step_bytes - 1)) & -step_bytes
+    steps = size // step_bytes
     padding = [zero] * g.rows_per_cta
-    address = place.list + pad * g.entry_bytes
-    store_entry(isa, g, address, padding_offset(isa, g, place), padding, where=pad < (steps << 3))
+    address = end + place.lane * g.entry_bytes
+    store_entry(
+        isa, g, address, padding_offset(isa, g, place), padding, where=address < place.list + size
+    )
     isa.warp_barrier()
     peaks = grades.peaks
     if factors is not None:
