@@ -166,6 +166,8 @@ class NumpyInstructions(Instructions):
         return LaneValue((number.data.view(np.uint32) & 0x7FFFFFFF).view(np.float32), "f32")
 
     def multiply_add(self, a, b, c):
+        if a.kind == "i32":
+            return a * b + c
         with np.errstate(all="ignore"):
             exact = a.data.astype(np.float64) * b.data.astype(np.float64) + c.data.astype(np.float64)
             return LaneValue(exact.astype(np.float32), "f32")

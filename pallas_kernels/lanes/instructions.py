@@ -148,7 +148,7 @@ class Instructions(abc.ABC):
 
     @abc.abstractmethod
     def multiply_add(self, a: Value, b: Value, c: Value) -> Value:
-        """``a * b + c`` in ``f32``, rounded once."""
+        """``a * b + c`` in one instruction: ``f32``, rounded once, or ``i32``."""
 
     @abc.abstractmethod
     def divide(self, a: Value, b: Value) -> Value:

@@ -162,7 +162,8 @@ class PtxInstructions(Instructions):
         return _assemble("abs.f32 $0, $1;", [number], ("f32",))[0]
 
     def multiply_add(self, a, b, c):
-        return _assemble("fma.rn.f32 $0, $1, $2, $3;", [a, b, c], ("f32",))[0]
+        name = "fma.rn.f32" if a.kind == "f32" else "mad.lo.s32"
+        return _assemble(f"{name} $0, $1, $2, $3;", [a, b, c], (a.kind,))[0]
 
     def divide(self, a, b):
         return _assemble("div.full.f32 $0, $1, $2;", [a, b], ("f32",))[0]

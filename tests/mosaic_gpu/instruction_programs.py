@@ -136,7 +136,11 @@ PROGRAMS = {
         isa.widen(t.a * 0 - 4) + t.source + isa.constant(8 - 2**32, "i64"), 1
     ),
     "absolute": lambda isa, t: [isa.absolute(t.x), isa.absolute(isa.bits_to_float(t.a | 0x80000000))],
-    "multiply_add": lambda isa, t: [isa.multiply_add(t.x, t.y, t.z)],
+    "multiply_add": lambda isa, t: [
+        isa.multiply_add(t.x, t.y, t.z),
+        isa.multiply_add(t.a, t.b, t.a),
+        isa.multiply_add(t.b, isa.constant(256), t.a),
+    ],
     "divide": lambda isa, t: [isa.divide(t.x, t.y), isa.divide(isa.constant(32512.0, "f32"), t.z)],
     "reciprocal": lambda isa, t: [isa.reciprocal(t.x), isa.reciprocal(t.y * 1e30), isa.reciprocal(t.z * 0.0)],
     "exp2": lambda isa, t: [isa.exp2(t.x), isa.exp2(t.y * 20.0), isa.exp2(isa.constant(-1e30, "f32"))],

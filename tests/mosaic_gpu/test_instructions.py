@@ -14,9 +14,13 @@ WARPS = 2
 THREADS = 32 * WARPS
 
 
+def new_isa() -> NumpyInstructions:
+    return NumpyInstructions(blocks=1, threads=THREADS, shared_bytes=4096)
+
+
 @pytest.fixture
 def isa():
-    return NumpyInstructions(blocks=1, threads=THREADS, shared_bytes=4096)
+    return new_isa()
 
 
 @pytest.fixture
@@ -50,6 +54,7 @@ def test_the_emulator_has_every_instruction():
         (lambda a, b: a >> 3, lambda a, b: (a % 2**32) >> 3),
         (lambda a, b: a // b, lambda a, b: (a % 2**32) // (b % 2**32)),
         (lambda a, b: a % b, lambda a, b: (a % 2**32) % (b % 2**32)),
+        (lambda a, b: new_isa().multiply_add(a, b, a), lambda a, b: a * b + a),
     ],
 )
 def test_integer_arithmetic_wraps_at_32_bits(rng, operation, expected):

@@ -220,9 +220,9 @@ def compact(
     rounded_zero = isa.constant(ROUNDED_ZERO)
     end = place.list
     sums = [isa.constant(-ROUNDED_ZERO * g.planes * g.channels_per_lane)] * g.rows_per_cta
-    steps_of_planes = [[grid * 4.0**-f for grid in grids] for f in range(g.planes)]
-    for q, channel in enumerate(grades.any_reached):
-        for f, steps_of_plane in enumerate(steps_of_planes):
+    for f in range(g.planes):
+        steps_of_plane = [grid * 4.0**-f for grid in grids]
+        for q, channel in enumerate(grades.any_reached):
             listed = isa.ballot(channel[f])
             entry = end + isa.count_bits(listed & lower_lanes) * g.entry_bytes
             codes = []
@@ -240,9 +240,7 @@ def compact(
     steps = size // step_bytes
     padding = [zero] * g.rows_per_cta
     address = end + place.lane * g.entry_bytes
-    store_entry(
-        isa, g, address, padding_offset(isa, g, place), padding, where=address < place.list + size
-    )
+    store_entry(isa, g, address, padding_offset(isa, g, place), padding, where=address < place.list + size)
     isa.warp_barrier()
     peaks = grades.peaks
     if factors is not None:

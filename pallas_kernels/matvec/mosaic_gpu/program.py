@@ -63,7 +63,7 @@ from pallas_kernels.matvec.mosaic_gpu.counting import count_levels
 from pallas_kernels.matvec.mosaic_gpu.geometry import Geometry
 from pallas_kernels.matvec.mosaic_gpu.listing import compact, fetch, grade, park
 from pallas_kernels.matvec.mosaic_gpu.place import Refs, locate
-from pallas_kernels.matvec.mosaic_gpu.reduction import combine, copy_scales, reduce
+from pallas_kernels.matvec.mosaic_gpu.reduction import combine, copy_scales, exits, reduce
 from pallas_kernels.matvec.mosaic_gpu.streaming import stream
 
 
@@ -84,8 +84,8 @@ def matvec(isa: Instructions, geometry: Geometry, refs: Refs) -> None:
     grades = grade(isa, operands)
     listed = compact(isa, geometry, place, operands.factors, grades)
     park(isa, geometry, place, listed)
+    ends = exits(isa, geometry, place)
     accumulators = stream(isa, geometry, refs, place, listed.steps)
-    place = locate(isa, geometry, refs)  # Again, rather than in registers during the loop.
     for row in range(geometry.rows_per_cta):
-        outputs = combine(isa, geometry, place, accumulators, row)
-        reduce(isa, geometry, refs, place, outputs, row)
+        outputs = combine(isa, geometry, ends, accumulators, row)
+        reduce(isa, geometry, refs, place, ends, outputs, row)

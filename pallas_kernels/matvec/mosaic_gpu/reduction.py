@@ -1,5 +1,7 @@
 """Phases combine and reduce: from integer sums of a warp to a partial sum of the CTA."""
 
+import dataclasses
+
 from pallas_kernels import layout
 from pallas_kernels.lanes.instructions import LANES, Instructions, Value
 from pallas_kernels.matvec.mosaic_gpu.geometry import SCALES_BYTES, Geometry
@@ -9,6 +11,46 @@ from pallas_kernels.matvec.mosaic_gpu.streaming import accumulator
 
 MEAN_DIGIT = 1.5
 """What the midpoint of a level subtracts from every digit read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Exits:
+    """Addresses that the end of the program needs: computed before the loop, since then nothing waits for
+    them, and the last warp to end is alone on its way."""
+
+    record: Value
+    """The warp's record."""
+    mine: Value
+    """In the warp's ring, where this lane puts its outputs."""
+    theirs: Value
+    """In the first warp's ring, the outputs that this thread sums over the warps."""
+    scales: Value
+    """In the first warp's scales, those of the same outputs."""
+    output: Value
+    """Index of these outputs in the partial sums of the CTA's first row."""
+
+
+def exits(isa: Instructions, g: Geometry, place: Place) -> Exits:
+    """See ``Exits``; outputs pass through the rings in the order of the outputs, ``swizzled``."""
+    lane_row, column = place.lane >> 2, place.lane & 3
+    group = (lane_row << 2) + (column >> 1)
+    mine = swizzled(group << 4, group) + ((column & 1) << 2)
+    each = layout.TILE // g.threads  # 4 or 2 consecutive outputs
+    group = (place.thread * each) >> 2
+    theirs = swizzled(group << 4, group)
+    if each == 2:
+        theirs = theirs ^ ((place.thread & 1) << 3)
+    group_row = place.slice_group * g.rows + place.first_row
+    output = group_row * g.stored_n + place.tile * layout.TILE + place.thread * each
+    addresses = (
+        place.record,
+        place.ring + mine,
+        place.shared + g.ring_base + theirs,
+        place.shared + g.scales_base + place.thread * (2 * each),
+        output,
+    )
+    # Each from its own lane: ptxas moves anything but a shuffle behind the loop, where it is to be used.
+    return Exits(*(isa.shuffle_xor(address, 0) for address in addresses))
 
 
 def copy_scales(isa: Instructions, g: Geometry, refs: Refs, place: Place) -> None:
@@ -25,23 +67,24 @@ def copy_scales(isa: Instructions, g: Geometry, refs: Refs, place: Place) -> Non
 
 
 def combine(
-    isa: Instructions, g: Geometry, place: Place, accumulators: list[Value], row: int
+    isa: Instructions, g: Geometry, exits: Exits, accumulators: list[Value], row: int
 ) -> dict[tuple[int, int, int], Value]:
     """f32 ``[half, word, p]``: what this warp adds to 16 outputs of this lane, not yet scaled.
 
     Lane ``4 row + column`` has the outputs of words ``4 row + 2 half + word``, byte ``column``, digit ``p``.
     """
-    sum_of_codes, peak = isa.load_shared(place.record + 8 * row, 2)
+    sum_of_codes, peak = isa.load_shared(exits.record + 8 * row, 2)
     grid = isa.bits_to_float(peak) * (1.0 / PEAK_CODE)
     middle = isa.int_to_float(sum_of_codes) * grid * -MEAN_DIGIT
     grids = [grid * 4.0**-p for p in range(4)]
+    byte = isa.constant(256)
     outputs = {}
     for half in range(2):
         for word in range(2):
             sums = []
             for p in range(4):
                 high, low = accumulators[accumulator(row, half, p) + 2 * word :][:2]
-                sums.append((high << 8) + low)
+                sums.append(isa.multiply_add(high, byte, low))
             sums[0] = sums[0] - sums[1] - sums[2] - sums[3]
             for p in range(4):
                 digits = isa.int_to_float(sums[p])
@@ -54,6 +97,7 @@ def reduce(
     g: Geometry,
     refs: Refs,
     place: Place,
+    exits: Exits,
     outputs: dict[tuple[int, int, int], Value],
     row: int,
 ) -> None:
@@ -64,37 +108,28 @@ def reduce(
     """
     if row:
         isa.block_barrier()  # The sums of the previous row have been read.
-    lane_row, column = place.lane >> 2, place.lane & 3
-    group = (lane_row << 2) + (column >> 1)
-    mine = swizzled(group << 4, group) + ((column & 1) << 2)
     chunk_bytes = LANES * 16
     for (half, word, p), value in outputs.items():
-        flips = 32 * word + 8 * (p & 1)
-        isa.store_shared(place.ring + (mine ^ flips) + chunk_bytes * (2 * half + p // 2), [value])
+        flips = 32 * word + 8 * (p & 1)  # Rings are aligned, so the whole address can be flipped.
+        isa.store_shared((exits.mine ^ flips) + chunk_bytes * (2 * half + p // 2), [value])
     isa.block_barrier()
-    group_row = place.slice_group * g.rows + place.first_row + row
-    each = layout.TILE // g.threads  # 4 or 2 consecutive outputs
+    each = layout.TILE // g.threads
     storing = isa.constant(True, "bool")
     if g.rows % g.rows_per_cta:
         storing = place.first_row + row < g.rows
     with isa.when(storing):
-        group = (place.thread * each) >> 2
-        theirs = swizzled(group << 4, group)
-        if each == 2:
-            theirs = theirs ^ ((place.thread & 1) << 3)
         total = None
         for warp in range(g.config.warps):
-            ring = place.shared + (g.ring_base + warp * g.ring_bytes)
-            values = [v for i in range(each // 2) for v in isa.load_shared(ring + (theirs ^ 8 * i), 2, "f32")]
-            scales = place.shared + (g.scales_base + warp * SCALES_BYTES) + place.thread * (2 * each)
-            words = isa.load_shared(scales, each // 2)
+            theirs = exits.theirs + warp * g.ring_bytes
+            values = [v for i in range(each // 2) for v in isa.load_shared(theirs ^ 8 * i, 2, "f32")]
+            words = isa.load_shared(exits.scales + warp * SCALES_BYTES, each // 2)
             scales = [isa.half_to_float(word, which) for word in words for which in ("low", "high")]
             if total is None:
                 total = [v * s for v, s in zip(values, scales, strict=True)]
             else:
                 total = [isa.multiply_add(v, s, t) for v, s, t in zip(values, scales, total, strict=True)]
-        output = group_row * g.stored_n + place.tile * layout.TILE + place.thread * each
-        isa.store_global(isa.global_address(refs.partials) + (isa.widen(output) << 2), total)
+        output = isa.widen(exits.output + row * g.stored_n) << 2
+        isa.store_global(isa.global_address(refs.partials) + output, total)
 
 
 def swizzled(offset: Value, group: Value) -> Value:
