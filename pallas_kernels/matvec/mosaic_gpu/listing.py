@@ -5,7 +5,7 @@ import dataclasses
 from pallas_kernels import layout
 from pallas_kernels.lanes.instructions import LANES, Instructions, Value
 from pallas_kernels.matvec.mosaic_gpu.geometry import ROW_BYTES, STEP_ROWS, Geometry
-from pallas_kernels.matvec.mosaic_gpu.place import Place, Refs
+from pallas_kernels.matvec.mosaic_gpu.place import Place, Refs, stored_slice
 
 PEAK_CODE = 127 * 256
 """The integer that the peak becomes: its high byte still fits a signed byte after the low
@@ -257,7 +257,7 @@ def park(isa: Instructions, g: Geometry, place: Place, listed: Listed) -> None:
 
 def padding_offset(isa: Instructions, g: Geometry, place: Place) -> Value:
     """A row that padding entries may read (times zero): the slice's first, in plane 0."""
-    first = isa.select(place.slice_index < g.slices, place.slice_index, isa.constant(0)) * layout.SLICE
+    first = stored_slice(isa, g, place) * layout.SLICE
     return first * g.stored_row_bytes + place.tile * ROW_BYTES
 
 

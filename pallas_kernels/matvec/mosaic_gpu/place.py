@@ -57,6 +57,13 @@ class Place:
     """The warp's ring."""
 
 
+def stored_slice(isa: Instructions, g: Geometry, place: Place) -> Value:
+    """The warp's slice, or the first one where the warp's does not exist."""
+    if not g.has_padding:
+        return place.slice_index
+    return isa.select(place.slice_index < g.slices, place.slice_index, isa.constant(0))
+
+
 def locate(isa: Instructions, g: Geometry, refs: Refs) -> Place:
     """Cuts the grid: row group fastest, then tile, then slice group."""
     config = g.config

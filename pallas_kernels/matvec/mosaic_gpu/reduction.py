@@ -6,7 +6,7 @@ from pallas_kernels import layout
 from pallas_kernels.lanes.instructions import LANES, Instructions, Value
 from pallas_kernels.matvec.mosaic_gpu.geometry import SCALES_BYTES, Geometry
 from pallas_kernels.matvec.mosaic_gpu.listing import PEAK_CODE
-from pallas_kernels.matvec.mosaic_gpu.place import COPY_BYTES, Place, Refs
+from pallas_kernels.matvec.mosaic_gpu.place import COPY_BYTES, Place, Refs, stored_slice
 from pallas_kernels.matvec.mosaic_gpu.streaming import accumulator
 
 MEAN_DIGIT = 1.5
@@ -58,8 +58,7 @@ def copy_scales(isa: Instructions, g: Geometry, refs: Refs, place: Place) -> Non
 
     In registers they would cost the loop 8 of them, and with those the sixth CTA on a multiprocessor.
     """
-    stored_slice = isa.select(place.slice_index < g.slices, place.slice_index, isa.constant(0))
-    first = (stored_slice * g.stored_n + place.tile * layout.TILE) << 1
+    first = (stored_slice(isa, g, place) * g.stored_n + place.tile * layout.TILE) << 1
     source = isa.global_address(refs.scales) + isa.widen(first + (place.lane << 4))
     for part in range(SCALES_BYTES // (LANES * COPY_BYTES)):
         offset = part * LANES * COPY_BYTES
