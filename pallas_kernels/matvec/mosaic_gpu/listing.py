@@ -1,6 +1,7 @@
 """Phases fetch, grade and compact: from activations to the list of rows that a warp reads."""
 
 import dataclasses
+from collections.abc import Callable
 
 from pallas_kernels import layout
 from pallas_kernels.lanes.instructions import LANES, Instructions, Value
@@ -210,9 +211,18 @@ def at_level(isa: Instructions, x: Value, reached: list[Value], gains: list[Valu
 
 
 def compact(
-    isa: Instructions, g: Geometry, place: Place, factors: list[Value] | None, grades: Grades
+    isa: Instructions,
+    g: Geometry,
+    place: Place,
+    factors: list[Value] | None,
+    grades: Grades,
+    begin: Callable[[Value], None],
 ) -> Listed:
-    """Writes the list: plane by plane, in a plane channel by channel, padded with zeros to a whole step."""
+    """Writes the list: plane by plane, in a plane channel by channel, padded with zeros to a whole step.
+
+    ``begin`` is called when the first plane is listed, with the number of whole steps that it has: copying
+    them need not wait for the other planes.
+    """
     grids = [isa.reciprocal(peak * (1.0 / PEAK_CODE)) for peak in grades.peaks]
     rounding = isa.constant(ROUNDING, "f32")
     row_offset = place.channel * g.stored_row_bytes + place.tile * ROW_BYTES
@@ -235,6 +245,9 @@ def compact(
             offset = row_offset + (f * g.plane_bytes + q * LANES * g.stored_row_bytes)
             store_entry(isa, g, entry, offset, codes, where=channel[f])
             end = end + isa.count_bits(listed) * g.entry_bytes
+        if f == 0:
+            isa.warp_barrier()
+            begin((end - place.list) // (STEP_ROWS * g.entry_bytes))
     step_bytes = STEP_ROWS * g.entry_bytes
     size = (end - place.list + (step_bytes - 1)) & -step_bytes
     steps = size // step_bytes

@@ -64,7 +64,7 @@ from pallas_kernels.matvec.mosaic_gpu.geometry import Geometry
 from pallas_kernels.matvec.mosaic_gpu.listing import compact, fetch, grade, park
 from pallas_kernels.matvec.mosaic_gpu.place import Refs, locate
 from pallas_kernels.matvec.mosaic_gpu.reduction import combine, copy_scales, exits, reduce
-from pallas_kernels.matvec.mosaic_gpu.streaming import stream
+from pallas_kernels.matvec.mosaic_gpu.streaming import Copies, stream
 
 
 def graded_matvec_program(isa: Instructions, geometry: Geometry, refs: Refs) -> None:
@@ -82,10 +82,15 @@ def matvec(isa: Instructions, geometry: Geometry, refs: Refs) -> None:
     operands = fetch(isa, geometry, refs, place)
     copy_scales(isa, geometry, refs, place)
     grades = grade(isa, operands)
-    listed = compact(isa, geometry, place, operands.factors, grades)
+    copies = Copies.of(isa, geometry, refs, place)
+    begun = []
+    listed = compact(
+        isa, geometry, place, operands.factors, grades, lambda steps: begun.append(copies.begin(steps))
+    )
+    copies.go_on(*begun, listed.steps)
     park(isa, geometry, place, listed)
     ends = exits(isa, geometry, place)
-    accumulators = stream(isa, geometry, refs, place, listed.steps)
+    accumulators = stream(isa, geometry, place, copies, listed.steps)
     for row in range(geometry.rows_per_cta):
         outputs = combine(isa, geometry, ends, accumulators, row)
         reduce(isa, geometry, refs, place, ends, outputs, row)

@@ -1,5 +1,7 @@
 """Phases stream and multiply: listed rows through the warp's ring to the matrix unit."""
 
+import dataclasses
+
 from pallas_kernels.lanes.instructions import Instructions, Value
 from pallas_kernels.matvec.mosaic_gpu.geometry import ROW_BYTES, STEP_BYTES, STEP_ROWS, Geometry
 from pallas_kernels.matvec.mosaic_gpu.place import COPY_BYTES, Place, Refs
@@ -11,46 +13,91 @@ POSITION_MASKS = (0xFFFFFFFF, 0x0C0C0C0C, 0x30303030, 0xC0C0C0C0)
 """What is multiplied for digit position ``p`` of a word's four bytes: these digits, for 0 all of them."""
 
 
-def stream(isa: Instructions, g: Geometry, refs: Refs, place: Place, steps: Value) -> list[Value]:
-    """Copies and multiplies the warp's ``steps``; int32 accumulators ``[row][half][position][4]``, flat."""
+@dataclasses.dataclass(frozen=True)
+class Copies:
+    """Copying steps of the list into the warp's ring: 8 lanes to a row, rows 2 i and 2 i + 1 of the list by
+    lanes 8 i .. 8 i + 7. Slots are swizzled, so that neither these copies nor the loads of ``stream`` meet
+    in a bank."""
+
+    isa: Instructions
+    g: Geometry
+    target: Value
+    source: Value
+    entries: Value
+
+    @classmethod
+    def of(cls, isa: Instructions, g: Geometry, refs: Refs, place: Place) -> "Copies":
+        """Those of the lane at ``place``."""
+        row, piece = place.lane >> 3, place.lane & (COPY_LANES - 1)
+        return cls(
+            isa,
+            g,
+            target=place.ring + (row << 7) + ((piece ^ (row << 1)) << 4),
+            source=isa.global_address(refs.planes) + isa.widen(piece << 4),
+            entries=place.list + row * (2 * g.entry_bytes),
+        )
+
+    def copy(self, step: Value) -> None:
+        """Starts copying one step into its slot."""
+        isa, g = self.isa, self.g
+        entries = self.entries + step * (STEP_ROWS * g.entry_bytes)
+        slot = self.target + (step & (g.config.ring_slots - 1)) * STEP_BYTES
+        even, odd = [isa.load_shared(entries + i * g.entry_bytes)[0] for i in range(2)]
+        isa.copy_async(slot, self.source + isa.widen(even), once=True)
+        isa.copy_async(slot + STEP_BYTES // 2, self.source + isa.widen(odd), once=True)
+
+    def begin(self, steps: Value) -> Value:
+        """Copies the first of the list's ``steps``, as many as the ring takes; how many they are.
+
+        Each is a group of its own, as in ``go_on`` and in ``stream``.
+        """
+        ahead = self.g.config.ring_slots - 1
+        begun = self.isa.select(steps < ahead, steps, self.isa.constant(ahead))
+
+        def body(step: Value, carry: list[Value]) -> list[Value]:
+            self.copy(step)
+            self.isa.commit_copies()
+            return carry
+
+        self.isa.loop(begun, [], body)
+        return begun
+
+    def go_on(self, begun: Value, steps: Value) -> None:
+        """Fills the ring with what the list has after the steps begun; empty groups for what it has not."""
+
+        def body(i: Value, carry: list[Value]) -> list[Value]:
+            with self.isa.when(begun + i < steps):
+                self.copy(begun + i)
+            self.isa.commit_copies()
+            return carry
+
+        self.isa.loop(self.isa.constant(self.g.config.ring_slots - 1) - begun, [], body)
+
+
+def stream(isa: Instructions, g: Geometry, place: Place, copies: Copies, steps: Value) -> list[Value]:
+    """Multiplies the warp's ``steps``, of which the first are on their way, and copies the others.
+
+    Returns int32 accumulators ``[row][half][position][4]``, flat.
+    """
     slots = g.config.ring_slots
-    planes = isa.global_address(refs.planes)
-    stride = STEP_ROWS * g.entry_bytes
-    # Copying: 8 lanes to a row, rows 2 i and 2 i + 1 of the list by lanes 8 i .. 8 i + 7. Slots are
-    # swizzled, so that neither the copies nor the loads below meet in a bank.
-    copy_row, copy_piece = place.lane >> 3, place.lane & (COPY_LANES - 1)
-    copy_to = place.ring + (copy_row << 7) + ((copy_piece ^ (copy_row << 1)) << 4)
-    copy_from = planes + isa.widen(copy_piece << 4)
-    copy_entries = place.list + copy_row * (2 * g.entry_bytes)
-    # Multiplying: lane 4 row + column takes words of group `row` of the list rows 2 column, + 1.
+    # Lane 4 row + column takes words of group `row` of the list rows 2 column, + 1.
     row, column = place.lane >> 2, place.lane & 3
     take_from = place.ring + (column << 7) + ((row ^ (column << 1)) << 4)
     take_entries = place.list + column * (2 * g.entry_bytes)
     selectors = byte_selectors(isa, g, row)
-    half_slot = STEP_BYTES // 2
-
-    def copy_step(step: Value, slot: Value) -> None:
-        entries = copy_entries + step * stride
-        even, odd = [isa.load_shared(entries + i * g.entry_bytes)[0] for i in range(2)]
-        isa.copy_async(copy_to + slot, copy_from + isa.widen(even), once=True)
-        isa.copy_async(copy_to + slot + half_slot, copy_from + isa.widen(odd), once=True)
 
     def body(step: Value, accumulators: list[Value]) -> list[Value]:
         isa.wait_copies(slots - 2)
         isa.warp_barrier()  # The step's data is visible, and the slot of the last step is free.
         slot = take_from + (step & (slots - 1)) * STEP_BYTES
-        even, odd = isa.load_shared(slot, 4), isa.load_shared(slot + half_slot, 4)
-        entries = load_entry_pair(isa, g, take_entries + step * stride)
+        even, odd = isa.load_shared(slot, 4), isa.load_shared(slot + STEP_BYTES // 2, 4)
+        entries = load_entry_pair(isa, g, take_entries + step * (STEP_ROWS * g.entry_bytes))
         ahead = step + (slots - 1)
         with isa.when(ahead < steps):
-            copy_step(ahead, (ahead & (slots - 1)) * STEP_BYTES)
+            copies.copy(ahead)
         isa.commit_copies()
         return multiply(isa, g, accumulators, even, odd, entries, selectors)
 
-    for d in range(slots - 1):
-        with isa.when(isa.constant(d) < steps):
-            copy_step(isa.constant(d), isa.constant(d * STEP_BYTES))
-        isa.commit_copies()
     zeros = [isa.constant(0)] * (32 * g.rows_per_cta)
     accumulators = isa.loop(steps, zeros, body)
     isa.wait_copies(0)
