@@ -1,7 +1,6 @@
 """Phases fetch, grade and compact: from activations to the list of rows that a warp reads."""
 
 import dataclasses
-from collections.abc import Callable
 
 from pallas_kernels import layout
 from pallas_kernels.lanes.instructions import LANES, Instructions, Value
@@ -48,18 +47,13 @@ class Operands:
 
 
 @dataclasses.dataclass(frozen=True)
-class Grades:
-    """What grading found."""
+class Reached:
+    """Which of the lane's channels reach a plane."""
 
-    reached: list[list[list[Value]]]
-    """[row][q][plane]: this activation reads the channel's row of the plane."""
-    any_reached: list[list[Value]]
-    """[q][plane]: some activation row does, so the row is listed."""
-    x: list[list[Value]]
-    """f32 [row][q]: times the gain of its level."""
-    peaks: list[Value]
-    """f32 [row]: the warp's largest |x| times the largest gain, so no ``x`` above is larger; NaN or Inf if
-    an activation is."""
+    rows: list[list[Value]]
+    """[row][q]: this activation reads the channel's row of the plane."""
+    some: list[Value]
+    """[q]: some activation row does, so the row is listed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +65,18 @@ class Listed:
     sums: list[Value]
     """i32 [row]: all integers in the list, summed."""
     peaks: list[Value]
-    """f32 [row]: as in ``Grades``, times the norm's factor: what the row's outputs are multiplied by."""
+    """f32 [row]: as in ``Scaled``, times the norm's factor: what the row's outputs are multiplied by."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+    """Activations as the list has them, but for rounding."""
+
+    x: list[list[Value]]
+    """f32 [row][q]: times the gain of its level."""
+    peaks: list[Value]
+    """f32 [row]: the warp's largest |x| times the largest gain, so no ``x`` above is larger; NaN or Inf if
+    an activation is."""
 
 
 def fetch(isa: Instructions, g: Geometry, refs: Refs, place: Place) -> Operands:
@@ -166,40 +171,76 @@ def load_activation(isa: Instructions, g: Geometry, address: Value) -> Value:
     return isa.bits_to_float(bits << 16) if g.x_dtype == "bfloat16" else isa.half_to_float(bits, "low")
 
 
-def grade(isa: Instructions, operands: Operands) -> Grades:
-    """Levels by comparison, gains by selection, peaks by a maximum over the warp.
+def grade(isa: Instructions, operands: Operands, plane: int) -> Reached:
+    """Levels by comparison, one plane at a time."""
+    rows = []
+    for x, thresholds in zip(operands.x, operands.thresholds, strict=True):
+        # not (|x| < t), so that a NaN is read at every level
+        reached = [~(isa.absolute(v) < thresholds[plane]) for v in x]
+        if operands.valid is not None:
+            reached = [level & ok for level, ok in zip(reached, operands.valid, strict=True)]
+        rows.append(reached)
+    some = rows[0]
+    for row in rows[1:]:
+        some = [a | b for a, b in zip(some, row, strict=True)]
+    return Reached(rows, some)
+
+
+@dataclasses.dataclass
+class RowList:
+    """The list as far as it is written: plane by plane, in a plane channel by channel."""
+
+    isa: Instructions
+    g: Geometry
+    place: Place
+    end: Value
+    """Shared-memory address behind the last entry, the same in the whole warp."""
+
+    def append(self, listed: Value, plane: int, q: int) -> tuple[Value, Value]:
+        """Takes the rows of the lanes where ``listed`` holds; the lane's entry's address, its row's offset."""
+        isa, g = self.isa, self.g
+        lanes = isa.ballot(listed)
+        entry = self.end + isa.count_bits(lanes & isa.lower_lanes()) * g.entry_bytes
+        self.end = self.end + isa.count_bits(lanes) * g.entry_bytes
+        channel = self.place.channel * g.stored_row_bytes + self.place.tile * ROW_BYTES
+        return entry, channel + (plane * g.plane_bytes + q * LANES * g.stored_row_bytes)
+
+    def whole_steps(self) -> Value:
+        """Steps that have all their entries."""
+        return (self.end - self.place.list) // (STEP_ROWS * self.g.entry_bytes)
+
+
+def list_first_plane(isa: Instructions, g: Geometry, rows: RowList, first: Reached) -> list[Value]:
+    """Lists plane 0 without codes: to copy its rows nothing else need be known. The entries' addresses."""
+    addresses = []
+    for q, listed in enumerate(first.some):
+        address, offset = rows.append(listed, 0, q)
+        isa.store_shared(address, [offset], listed)
+        addresses.append(address)
+    isa.warp_barrier()
+    return addresses
+
+
+def scale(isa: Instructions, operands: Operands, reached: list[Reached]) -> Scaled:
+    """Gains by selection, peaks by a maximum over the warp.
 
     The maximum is taken before the gains, so that neither of the two waits for the other.
     """
-    reached, scaled, peaks = [], [], []
+    scaled, peaks = [], []
     largest_gain = isa.float_to_bits(isa.constant(1.0, "f32"))
     for gain in operands.gains:
         largest_gain = isa.maximum(largest_gain, isa.float_to_bits(gain))
     largest_gain = isa.bits_to_float(largest_gain)
-    for x, thresholds in zip(operands.x, operands.thresholds, strict=True):
-        magnitudes = [isa.absolute(v) for v in x]
-        # not (|x| < t), so that a NaN is read at every level
-        reached.append([[~(m < t) for t in thresholds] for m in magnitudes])
-        if operands.valid is not None:
-            reached[-1] = [
-                [level & ok for level in levels]
-                for levels, ok in zip(reached[-1], operands.valid, strict=True)
-            ]
-        scaled.append(
-            [at_level(isa, v, levels, operands.gains) for v, levels in zip(x, reached[-1], strict=True)]
-        )
-        bits = [isa.float_to_bits(m) for m in magnitudes]
+    for r, x in enumerate(operands.x):
+        levels = [[plane.rows[r][q] for plane in reached] for q in range(len(x))]
+        scaled.append([at_level(isa, v, level, operands.gains) for v, level in zip(x, levels, strict=True)])
+        bits = [isa.float_to_bits(isa.absolute(v)) for v in x]
         peak = bits[0]
         for other in bits[1:]:
             peak = isa.maximum(peak, other)
         peak = isa.maximum(isa.reduce_max(peak), isa.constant(SMALLEST_PEAK_BITS))
         peaks.append(isa.bits_to_float(peak) * largest_gain)
-    any_reached = reached[0]
-    for row in reached[1:]:
-        any_reached = [
-            [a | b for a, b in zip(one, two, strict=True)] for one, two in zip(any_reached, row, strict=True)
-        ]
-    return Grades(reached=reached, any_reached=any_reached, x=scaled, peaks=peaks)
+    return Scaled(scaled, peaks)
 
 
 def at_level(isa: Instructions, x: Value, reached: list[Value], gains: list[Value]) -> Value:
@@ -211,54 +252,38 @@ def at_level(isa: Instructions, x: Value, reached: list[Value], gains: list[Valu
 
 
 def compact(
-    isa: Instructions,
-    g: Geometry,
-    place: Place,
-    factors: list[Value] | None,
-    grades: Grades,
-    begin: Callable[[Value], None],
+    isa: Instructions, g: Geometry, operands: Operands, first: Reached, addresses: list[Value], rows: RowList
 ) -> Listed:
-    """Writes the list: plane by plane, in a plane channel by channel, padded with zeros to a whole step.
-
-    ``begin`` is called when the first plane is listed, with the number of whole steps that it has: copying
-    them need not wait for the other planes.
-    """
-    grids = [isa.reciprocal(peak * (1.0 / PEAK_CODE)) for peak in grades.peaks]
-    rounding = isa.constant(ROUNDING, "f32")
-    row_offset = place.channel * g.stored_row_bytes + place.tile * ROW_BYTES
-    lower_lanes, zero = isa.lower_lanes(), isa.constant(0)
-    rounded_zero = isa.constant(ROUNDED_ZERO)
-    end = place.list
+    """Completes the list: codes of the first plane, the other planes, zeros up to a whole step."""
+    reached = [first] + [grade(isa, operands, f) for f in range(1, g.planes)]
+    scaled = scale(isa, operands, reached)
+    grids = [isa.reciprocal(peak * (1.0 / PEAK_CODE)) for peak in scaled.peaks]
+    rounding, rounded_zero = isa.constant(ROUNDING, "f32"), isa.constant(ROUNDED_ZERO)
     sums = [isa.constant(-ROUNDED_ZERO * g.planes * g.channels_per_lane)] * g.rows_per_cta
-    for f in range(g.planes):
+    for f, plane in enumerate(reached):
         steps_of_plane = [grid * 4.0**-f for grid in grids]
-        for q, channel in enumerate(grades.any_reached):
-            listed = isa.ballot(channel[f])
-            entry = end + isa.count_bits(listed & lower_lanes) * g.entry_bytes
+        for q, listed in enumerate(plane.some):
             codes = []
             for r in range(g.rows_per_cta):
-                rounded = isa.multiply_add(grades.x[r][q], steps_of_plane[r], rounding)
-                bits = isa.float_to_bits(rounded)
-                bits = isa.select(grades.reached[r][q][f], bits, rounded_zero)
+                rounded = isa.multiply_add(scaled.x[r][q], steps_of_plane[r], rounding)
+                bits = isa.select(plane.rows[r][q], isa.float_to_bits(rounded), rounded_zero)
                 sums[r] = sums[r] + bits
                 codes.append(bits ^ LOW_SIGN)
-            offset = row_offset + (f * g.plane_bytes + q * LANES * g.stored_row_bytes)
-            store_entry(isa, g, entry, offset, codes, where=channel[f])
-            end = end + isa.count_bits(listed) * g.entry_bytes
-        if f == 0:
-            isa.warp_barrier()
-            begin((end - place.list) // (STEP_ROWS * g.entry_bytes))
-    step_bytes = STEP_ROWS * g.entry_bytes
-    size = (end - place.list + (step_bytes - 1)) & -step_bytes
-    steps = size // step_bytes
-    padding = [zero] * g.rows_per_cta
-    address = end + place.lane * g.entry_bytes
-    store_entry(isa, g, address, padding_offset(isa, g, place), padding, where=address < place.list + size)
+            if f == 0:
+                store_codes(isa, g, addresses[q], codes, listed)
+            else:
+                address, offset = rows.append(listed, f, q)
+                store_entry(isa, g, address, offset, codes, listed)
+    place, step_bytes = rows.place, STEP_ROWS * g.entry_bytes
+    size = (rows.end - place.list + (step_bytes - 1)) & -step_bytes
+    zeros = [isa.constant(0)] * g.rows_per_cta
+    address = rows.end + place.lane * g.entry_bytes
+    store_entry(isa, g, address, padding_offset(isa, g, place), zeros, where=address < place.list + size)
     isa.warp_barrier()
-    peaks = grades.peaks
-    if factors is not None:
-        peaks = [peak * factor for peak, factor in zip(peaks, factors, strict=True)]
-    return Listed(steps=steps, sums=[isa.reduce_add(s) for s in sums], peaks=peaks)
+    peaks = scaled.peaks
+    if operands.factors is not None:
+        peaks = [peak * factor for peak, factor in zip(peaks, operands.factors, strict=True)]
+    return Listed(steps=size // step_bytes, sums=[isa.reduce_add(s) for s in sums], peaks=peaks)
 
 
 def park(isa: Instructions, g: Geometry, place: Place, listed: Listed) -> None:
@@ -278,9 +303,21 @@ def store_entry(
     isa: Instructions, g: Geometry, address: Value, offset: Value, codes: list[Value], where: Value
 ) -> None:
     """One list entry: ``offset`` of the row in the planes, 16-bit codes of two activation rows a word."""
-    words = [offset]
+    isa.store_shared(address, [offset, *packed_codes(isa, g, codes)], where)
+
+
+def store_codes(isa: Instructions, g: Geometry, address: Value, codes: list[Value], where: Value) -> None:
+    """The codes of an entry that has its offset."""
+    first, *others = packed_codes(isa, g, codes)
+    isa.store_shared(address + 4, [first], where)
+    if others:
+        isa.store_shared(address + 8, others, where)
+
+
+def packed_codes(isa: Instructions, g: Geometry, codes: list[Value]) -> list[Value]:
+    """The words of an entry behind its offset."""
+    words = []
     for r in range(0, len(codes), 2):
         pair = codes[r : r + 2]
         words.append(pair[0] if len(pair) == 1 else isa.permute_bytes(pair[0], pair[1], 0x5410))
-    words += [words[-1]] * (g.entry_words - len(words))
-    isa.store_shared(address, words, where)
+    return words + [words[-1]] * (g.entry_words - 1 - len(words))

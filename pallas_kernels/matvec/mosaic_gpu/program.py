@@ -61,7 +61,7 @@ of the warp is multiplied by.
 from pallas_kernels.lanes.instructions import Instructions
 from pallas_kernels.matvec.mosaic_gpu.counting import count_levels
 from pallas_kernels.matvec.mosaic_gpu.geometry import Geometry
-from pallas_kernels.matvec.mosaic_gpu.listing import compact, fetch, grade, park
+from pallas_kernels.matvec.mosaic_gpu.listing import RowList, compact, fetch, grade, list_first_plane, park
 from pallas_kernels.matvec.mosaic_gpu.place import Refs, locate
 from pallas_kernels.matvec.mosaic_gpu.reduction import combine, copy_scales, exits, reduce
 from pallas_kernels.matvec.mosaic_gpu.streaming import Copies, stream
@@ -80,14 +80,13 @@ def matvec(isa: Instructions, geometry: Geometry, refs: Refs) -> None:
     """What a lane of the CTAs that multiply does."""
     place = locate(isa, geometry, refs)
     operands = fetch(isa, geometry, refs, place)
-    copy_scales(isa, geometry, refs, place)
-    grades = grade(isa, operands)
+    first, rows = grade(isa, operands, 0), RowList(isa, geometry, place, end=place.list)
+    addresses = list_first_plane(isa, geometry, rows, first)
     copies = Copies.of(isa, geometry, refs, place)
-    begun = []
-    listed = compact(
-        isa, geometry, place, operands.factors, grades, lambda steps: begun.append(copies.begin(steps))
-    )
-    copies.go_on(*begun, listed.steps)
+    begun = copies.begin(rows.whole_steps())
+    copy_scales(isa, geometry, refs, place)
+    listed = compact(isa, geometry, operands, first, addresses, rows)
+    copies.go_on(begun, listed.steps)
     park(isa, geometry, place, listed)
     ends = exits(isa, geometry, place)
     accumulators = stream(isa, geometry, place, copies, listed.steps)
