@@ -197,7 +197,7 @@ class RowList:
     """Shared-memory address behind the last entry, the same in the whole warp."""
 
     def append(self, listed: Value, plane: int, q: int) -> tuple[Value, Value]:
-        """Takes the rows of the lanes where ``listed`` holds; the lane's entry's address, its row's offset."""
+        """Takes in rows where ``listed`` holds: the address of the lane's entry, and its row's offset."""
         isa, g = self.isa, self.g
         lanes = isa.ballot(listed)
         entry = self.end + isa.count_bits(lanes & isa.lower_lanes()) * g.entry_bytes

@@ -80,11 +80,11 @@ def matvec(isa: Instructions, geometry: Geometry, refs: Refs) -> None:
     """What a lane of the CTAs that multiply does."""
     place = locate(isa, geometry, refs)
     operands = fetch(isa, geometry, refs, place)
+    copy_scales(isa, geometry, refs, place)
     first, rows = grade(isa, operands, 0), RowList(isa, geometry, place, end=place.list)
     addresses = list_first_plane(isa, geometry, rows, first)
     copies = Copies.of(isa, geometry, refs, place)
     begun = copies.begin(rows.whole_steps())
-    copy_scales(isa, geometry, refs, place)
     listed = compact(isa, geometry, operands, first, addresses, rows)
     copies.go_on(begun, listed.steps)
     park(isa, geometry, place, listed)
