@@ -24,7 +24,7 @@ BYTES_PER_MICROSECOND_AND_SM = 4.7e6 / 132
 HALF_SPEED_IN_FLIGHT = 8 * 1024
 """Bytes of copies in flight on a multiprocessor at which it reads at half its speed."""
 
-REGISTERS = {1: 72, 2: 112, 3: 144, 4: 184}
+REGISTERS = {1: 72, 2: 112, 3: 168, 4: 200}
 """Registers of a lane, by activation rows that share a read (of 65,536 on a multiprocessor)."""
 
 SHARED_BYTES_PER_SM = 227 * 1024
