@@ -77,6 +77,24 @@ def test_nothing_reached_reads_nothing_and_gives_zero():
     np.testing.assert_array_equal(bits, 0)
 
 
+@pytest.mark.parametrize("reached", [0, 7, 8, 9, 24, 25, 57, 128])
+@pytest.mark.parametrize("slots", [2, 4, 8])
+def test_lists_of_any_length(reached, slots):
+    """Whole steps of plane 0 are copied first: more than the ring has slots, as many, fewer, or none. Where
+    K is whole slices of whole CTAs, too, and no channel is checked for padding."""
+    config = Config(warpgroups=1, warps_per_slice=1, ring_slots=slots)
+    x, weight, _ = Case(512, 512, config=config).arrays()
+    rng = np.random.default_rng(reached)
+    for slice_of_x in np.split(x[0], 4):
+        order = rng.permutation(128)
+        slice_of_x[order] = np.sign(slice_of_x[order]) * np.where(np.arange(128) < reached, 2.0, 0.5)
+        slice_of_x[order[: reached // 3]] *= 4
+    thresholds = np.asarray([[1, 4, 8, 9]], np.float32)
+    y, bits = emulate(x, weight, thresholds, config)
+    assert bits == pytest.approx(2 * (reached + 2 * (reached // 3)) / 128)
+    matvec_cases.assert_close(matvec_cases.oracle(x, weight, thresholds), y, bits)
+
+
 def test_a_threshold_is_reached_by_its_own_value():
     x, weight, _ = Case(256, 512).arrays()
     x = np.where(np.arange(256) < 64, np.float32(1), 0)[None]

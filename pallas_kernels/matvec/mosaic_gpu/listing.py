@@ -1,4 +1,4 @@
-"""Phases fetch, grade and compact: from activations to the list of rows that a warp reads."""
+"""Phases fetch, grade, list and compact: from activations to the list of rows that a warp reads."""
 
 import dataclasses
 

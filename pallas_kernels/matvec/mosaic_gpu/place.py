@@ -48,7 +48,8 @@ class Place:
     """First activation row of the CTA."""
     shared: Value
     list: Value
-    """The warp's list."""
+    """The warp's list. The compiler knows that it is the same in the whole warp, and so is what is computed
+    from it: it would take a loop over steps of the list for a divergent one."""
     record: Value
     """The warp's record."""
     scales: Value
@@ -74,7 +75,6 @@ def locate(isa: Instructions, g: Geometry, refs: Refs) -> Place:
     slice_of_group, part = warp // config.warps_per_slice, warp % config.warps_per_slice
     slice_index = slice_group * config.slices_per_cta + slice_of_group
     shared = isa.shared_address(refs.shared)
-    uniform = isa.reduce_max(warp)
     return Place(
         thread=thread,
         lane=lane,
@@ -84,7 +84,7 @@ def locate(isa: Instructions, g: Geometry, refs: Refs) -> Place:
         tile=tile,
         first_row=isa.constant(0) if row_group is None else row_group * g.rows_per_cta,
         shared=shared,
-        list=shared + uniform * g.list_bytes,
+        list=shared + isa.reduce_max(warp) * g.list_bytes,
         record=shared + g.record_base + warp * g.record_bytes,
         scales=shared + g.scales_base + warp * SCALES_BYTES,
         ring=shared + g.ring_base + warp * g.ring_bytes,

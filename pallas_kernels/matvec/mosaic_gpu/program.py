@@ -23,9 +23,11 @@ Storage, and who reads what
 Phases
 ======
 fetch    thresholds and activations from global memory into registers; scales on their way to shared memory
-grade    level of each channel and activation row, x times the level's gain; the largest |x| of the warp's
-         channels, its *peak*
-compact  the rows to read, of all planes, as one list in shared memory: (offset of the row, x 4**-f)
+grade    level of each channel and activation row by comparison, one plane at a time
+list     the rows of plane 0 that are reached, in shared memory: to copy a row its offset is enough, so the
+         first are on their way to the ring before anything else is known
+compact  the finished list, of all planes: (offset of the row, x 4**-f); x is times its level's gain, and
+         rounded on a grid that the largest |x| of the warp's channels, its *peak*, decides
 stream   copy listed rows into the ring, `ring_slots - 1` steps ahead ...
 multiply ... and multiply each step on the matrix unit, exactly, in int32
 combine  integers to float32: bytes joined, midpoints subtracted
@@ -63,7 +65,7 @@ from pallas_kernels.matvec.mosaic_gpu.counting import count_levels
 from pallas_kernels.matvec.mosaic_gpu.geometry import Geometry
 from pallas_kernels.matvec.mosaic_gpu.listing import RowList, compact, fetch, grade, list_first_plane, park
 from pallas_kernels.matvec.mosaic_gpu.place import Refs, locate
-from pallas_kernels.matvec.mosaic_gpu.reduction import combine, copy_scales, exits, reduce
+from pallas_kernels.matvec.mosaic_gpu.reduction import combine, copy_scales, end_addresses, reduce
 from pallas_kernels.matvec.mosaic_gpu.streaming import Copies, stream
 
 
@@ -88,7 +90,7 @@ def matvec(isa: Instructions, geometry: Geometry, refs: Refs) -> None:
     listed = compact(isa, geometry, operands, first, addresses, rows)
     copies.go_on(begun, listed.steps)
     park(isa, geometry, place, listed)
-    ends = exits(isa, geometry, place)
+    ends = end_addresses(isa, geometry, place)
     accumulators = stream(isa, geometry, place, copies, listed.steps)
     for row in range(geometry.rows_per_cta):
         outputs = combine(isa, geometry, ends, accumulators, row)

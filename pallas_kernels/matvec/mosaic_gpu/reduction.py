@@ -14,9 +14,9 @@ MEAN_DIGIT = 1.5
 
 
 @dataclasses.dataclass(frozen=True)
-class Exits:
-    """Addresses that the end of the program needs: computed before the loop, since then nothing waits for
-    them, and the last warp to end is alone on its way."""
+class EndAddresses:
+    """What combine and reduce need to know of their place. Computed before the loop, where nothing waits for
+    it; behind the loop the last warp is alone, and the launch waits for each of its instructions."""
 
     record: Value
     """The warp's record."""
@@ -30,8 +30,8 @@ class Exits:
     """Index of these outputs in the partial sums of the CTA's first row."""
 
 
-def exits(isa: Instructions, g: Geometry, place: Place) -> Exits:
-    """See ``Exits``; outputs pass through the rings in the order of the outputs, ``swizzled``."""
+def end_addresses(isa: Instructions, g: Geometry, place: Place) -> EndAddresses:
+    """See ``EndAddresses``; outputs pass through the rings in the order of the outputs, ``swizzled``."""
     lane_row, column = place.lane >> 2, place.lane & 3
     group = (lane_row << 2) + (column >> 1)
     mine = swizzled(group << 4, group) + ((column & 1) << 2)
@@ -50,11 +50,11 @@ def exits(isa: Instructions, g: Geometry, place: Place) -> Exits:
         output,
     )
     # Each from its own lane: ptxas moves anything but a shuffle behind the loop, where it is to be used.
-    return Exits(*(isa.shuffle_xor(address, 0) for address in addresses))
+    return EndAddresses(*(isa.shuffle_xor(address, 0) for address in addresses))
 
 
 def copy_scales(isa: Instructions, g: Geometry, refs: Refs, place: Place) -> None:
-    """Starts copying the warp's 512 scales to shared memory; done when the stream has been waited for.
+    """Starts copying the warp's 512 scales to shared memory, in the group of whatever is copied next.
 
     In registers they would cost the loop 8 of them, and with those the sixth CTA on a multiprocessor.
     """
@@ -66,13 +66,13 @@ def copy_scales(isa: Instructions, g: Geometry, refs: Refs, place: Place) -> Non
 
 
 def combine(
-    isa: Instructions, g: Geometry, exits: Exits, accumulators: list[Value], row: int
+    isa: Instructions, g: Geometry, ends: EndAddresses, accumulators: list[Value], row: int
 ) -> dict[tuple[int, int, int], Value]:
     """f32 ``[half, word, p]``: what this warp adds to 16 outputs of this lane, not yet scaled.
 
     Lane ``4 row + column`` has the outputs of words ``4 row + 2 half + word``, byte ``column``, digit ``p``.
     """
-    sum_of_codes, peak = isa.load_shared(exits.record + 8 * row, 2)
+    sum_of_codes, peak = isa.load_shared(ends.record + 8 * row, 2)
     grid = isa.bits_to_float(peak) * (1.0 / PEAK_CODE)
     middle = isa.int_to_float(sum_of_codes) * grid * -MEAN_DIGIT
     grids = [grid * 4.0**-p for p in range(4)]
@@ -96,7 +96,7 @@ def reduce(
     g: Geometry,
     refs: Refs,
     place: Place,
-    exits: Exits,
+    ends: EndAddresses,
     outputs: dict[tuple[int, int, int], Value],
     row: int,
 ) -> None:
@@ -110,7 +110,7 @@ def reduce(
     chunk_bytes = LANES * 16
     for (half, word, p), value in outputs.items():
         flips = 32 * word + 8 * (p & 1)  # Rings are aligned, so the whole address can be flipped.
-        isa.store_shared((exits.mine ^ flips) + chunk_bytes * (2 * half + p // 2), [value])
+        isa.store_shared((ends.mine ^ flips) + chunk_bytes * (2 * half + p // 2), [value])
     isa.block_barrier()
     each = layout.TILE // g.threads
     storing = isa.constant(True, "bool")
@@ -119,15 +119,15 @@ def reduce(
     with isa.when(storing):
         total = None
         for warp in range(g.config.warps):
-            theirs = exits.theirs + warp * g.ring_bytes
+            theirs = ends.theirs + warp * g.ring_bytes
             values = [v for i in range(each // 2) for v in isa.load_shared(theirs ^ 8 * i, 2, "f32")]
-            words = isa.load_shared(exits.scales + warp * SCALES_BYTES, each // 2)
+            words = isa.load_shared(ends.scales + warp * SCALES_BYTES, each // 2)
             scales = [isa.half_to_float(word, which) for word in words for which in ("low", "high")]
             if total is None:
                 total = [v * s for v, s in zip(values, scales, strict=True)]
             else:
                 total = [isa.multiply_add(v, s, t) for v, s, t in zip(values, scales, total, strict=True)]
-        output = isa.widen(exits.output + row * g.stored_n) << 2
+        output = isa.widen(ends.output + row * g.stored_n) << 2
         isa.store_global(isa.global_address(refs.partials) + output, total)
 
 

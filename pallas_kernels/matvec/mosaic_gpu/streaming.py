@@ -22,8 +22,11 @@ class Copies:
     isa: Instructions
     g: Geometry
     target: Value
+    """Shared-memory address of the lane's 16 bytes of an even row in slot 0."""
     source: Value
+    """Global address of the lane's 16 bytes of a row of offset 0."""
     entries: Value
+    """Shared-memory address of the lane's pair of entries of step 0."""
 
     @classmethod
     def of(cls, isa: Instructions, g: Geometry, refs: Refs, place: Place) -> "Copies":
