@@ -148,6 +148,11 @@ class Geometry:
         return self.config.warps * LANES
 
     @property
+    def outputs_per_thread(self) -> int:
+        """Consecutive outputs of a tile that one thread sums over the CTA's warps: 4 or 2."""
+        return layout.TILE // self.threads
+
+    @property
     def channels_per_lane(self) -> int:
         """Channels that one lane grades."""
         return layout.SLICE // LANES // self.config.warps_per_slice
@@ -170,6 +175,11 @@ class Geometry:
     @property
     def entry_bytes(self) -> int:
         return 4 * self.entry_words
+
+    @property
+    def step_entries_bytes(self) -> int:
+        """Bytes of the entries of one step."""
+        return STEP_ROWS * self.entry_bytes
 
     @property
     def list_bytes(self) -> int:

@@ -4,7 +4,7 @@ import dataclasses
 
 from pallas_kernels import layout
 from pallas_kernels.lanes.instructions import LANES, Instructions, Value
-from pallas_kernels.matvec.mosaic_gpu.geometry import ROW_BYTES, STEP_ROWS, Geometry
+from pallas_kernels.matvec.mosaic_gpu.geometry import ROW_BYTES, Geometry
 from pallas_kernels.matvec.mosaic_gpu.place import Place, Refs, stored_slice
 
 PEAK_CODE = 127 * 256
@@ -27,7 +27,8 @@ PARTS_IN_LANE = 16
 """Parts of a sum over a row of activations that every lane adds up for itself, at most."""
 
 SMALLEST_PEAK_BITS = 0x0DA24260
-"""The bits of 1e-30, in place of smaller peaks (all channels zero), so that 1 / peak is finite."""
+"""The bits of 1e-30, in place of smaller peaks (all channels zero), so that the grid, peak / PEAK_CODE, is
+a number that ``reciprocal`` does not count as zero."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +208,7 @@ class RowList:
 
     def whole_steps(self) -> Value:
         """Steps that have all their entries."""
-        return (self.end - self.place.list) // (STEP_ROWS * self.g.entry_bytes)
+        return (self.end - self.place.list) // self.g.step_entries_bytes
 
 
 def list_first_plane(isa: Instructions, g: Geometry, rows: RowList, first: Reached) -> list[Value]:
@@ -274,7 +275,7 @@ def compact(
             else:
                 address, offset = rows.append(listed, f, q)
                 store_entry(isa, g, address, offset, codes, listed)
-    place, step_bytes = rows.place, STEP_ROWS * g.entry_bytes
+    place, step_bytes = rows.place, g.step_entries_bytes
     size = (rows.end - place.list + (step_bytes - 1)) & -step_bytes
     zeros = [isa.constant(0)] * g.rows_per_cta
     address = rows.end + place.lane * g.entry_bytes

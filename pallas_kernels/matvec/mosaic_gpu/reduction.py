@@ -35,7 +35,7 @@ def end_addresses(isa: Instructions, g: Geometry, place: Place) -> EndAddresses:
     lane_row, column = place.lane >> 2, place.lane & 3
     group = (lane_row << 2) + (column >> 1)
     mine = swizzled(group << 4, group) + ((column & 1) << 2)
-    each = layout.TILE // g.threads  # 4 or 2 consecutive outputs
+    each = g.outputs_per_thread
     group = (place.thread * each) >> 2
     theirs = swizzled(group << 4, group)
     if each == 2:
@@ -112,7 +112,7 @@ def reduce(
         flips = 32 * word + 8 * (p & 1)  # Rings are aligned, so the whole address can be flipped.
         isa.store_shared((ends.mine ^ flips) + chunk_bytes * (2 * half + p // 2), [value])
     isa.block_barrier()
-    each = layout.TILE // g.threads
+    each = g.outputs_per_thread
     storing = isa.constant(True, "bool")
     if g.rows % g.rows_per_cta:
         storing = place.first_row + row < g.rows

@@ -3,7 +3,7 @@
 import dataclasses
 
 from pallas_kernels.lanes.instructions import Instructions, Value
-from pallas_kernels.matvec.mosaic_gpu.geometry import ROW_BYTES, STEP_BYTES, STEP_ROWS, Geometry
+from pallas_kernels.matvec.mosaic_gpu.geometry import ROW_BYTES, STEP_BYTES, Geometry
 from pallas_kernels.matvec.mosaic_gpu.place import COPY_BYTES, Place, Refs
 
 COPY_LANES = ROW_BYTES // COPY_BYTES
@@ -13,11 +13,18 @@ POSITION_MASKS = (0xFFFFFFFF, 0x0C0C0C0C, 0x30303030, 0xC0C0C0C0)
 """What is multiplied for digit position ``p`` of a word's four bytes: these digits, for 0 all of them."""
 
 
+def in_first_slot(ring: Value, pair: Value, piece: Value) -> Value:
+    """Address of 16 bytes, number ``piece``, of a pair's even row in slot 0; the odd row is half a slot on.
+
+    Swizzled, so that neither the lanes that copy nor those that multiply meet in a bank.
+    """
+    return ring + (pair << 7) + ((piece ^ (pair << 1)) << 4)
+
+
 @dataclasses.dataclass(frozen=True)
 class Copies:
     """Copying steps of the list into the warp's ring: 8 lanes to a row, rows 2 i and 2 i + 1 of the list by
-    lanes 8 i .. 8 i + 7. Slots are swizzled, so that neither these copies nor the loads of ``stream`` meet
-    in a bank."""
+    lanes 8 i .. 8 i + 7."""
 
     isa: Instructions
     g: Geometry
@@ -35,7 +42,7 @@ class Copies:
         return cls(
             isa,
             g,
-            target=place.ring + (row << 7) + ((piece ^ (row << 1)) << 4),
+            target=in_first_slot(place.ring, row, piece),
             source=isa.global_address(refs.planes) + isa.widen(piece << 4),
             entries=place.list + row * (2 * g.entry_bytes),
         )
@@ -43,7 +50,7 @@ class Copies:
     def copy(self, step: Value) -> None:
         """Starts copying one step into its slot."""
         isa, g = self.isa, self.g
-        entries = self.entries + step * (STEP_ROWS * g.entry_bytes)
+        entries = self.entries + step * g.step_entries_bytes
         slot = self.target + (step & (g.config.ring_slots - 1)) * STEP_BYTES
         even, odd = [isa.load_shared(entries + i * g.entry_bytes)[0] for i in range(2)]
         isa.copy_async(slot, self.source + isa.widen(even), once=True)
@@ -85,7 +92,7 @@ def stream(isa: Instructions, g: Geometry, place: Place, copies: Copies, steps: 
     slots = g.config.ring_slots
     # Lane 4 row + column takes words of group `row` of the list rows 2 column, + 1.
     row, column = place.lane >> 2, place.lane & 3
-    take_from = place.ring + (column << 7) + ((row ^ (column << 1)) << 4)
+    take_from = in_first_slot(place.ring, column, row)
     take_entries = place.list + column * (2 * g.entry_bytes)
     selectors = byte_selectors(isa, g, row)
 
@@ -94,7 +101,7 @@ def stream(isa: Instructions, g: Geometry, place: Place, copies: Copies, steps: 
         isa.warp_barrier()  # The step's data is visible, and the slot of the last step is free.
         slot = take_from + (step & (slots - 1)) * STEP_BYTES
         even, odd = isa.load_shared(slot, 4), isa.load_shared(slot + STEP_BYTES // 2, 4)
-        entries = load_entry_pair(isa, g, take_entries + step * (STEP_ROWS * g.entry_bytes))
+        entries = load_entry_pair(isa, g, take_entries + step * g.step_entries_bytes)
         ahead = step + (slots - 1)
         with isa.when(ahead < steps):
             copies.copy(ahead)
