@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import timing
 
-from grinqh_jax import attention, random_model
-from grinqh_jax.config import ModelConfig
+from grinqh_jax.benchmarking import random_model
+from grinqh_jax.model import attention
+from grinqh_jax.model.config import ModelConfig
 from pallas_kernels import PartialSums
 
 LAYERS = 16

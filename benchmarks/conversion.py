@@ -29,11 +29,11 @@ from collections.abc import Callable
 import jax
 import random_checkpoint
 
-from checkpoints_tools import convert
-from checkpoints_tools.sizes import directory_bytes
-from grinqh_jax import random_model
+from checkpoints_tools.convert import command as convert
+from checkpoints_tools.convert.sizes import directory_bytes
+from grinqh_jax.benchmarking import random_model
+from grinqh_jax.cli.progress import Progress
 from grinqh_jax.memory import peak_host_memory
-from grinqh_jax.progress import Progress
 
 STAGES = {
     "axes of layers": "second moments",

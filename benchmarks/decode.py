@@ -25,10 +25,10 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 import step_profile
 
-from grinqh_jax import measure, random_model
-from grinqh_jax.apply import of_head
-from grinqh_jax.config import ModelConfig
-from grinqh_jax.decoder import linear_names
+from grinqh_jax.benchmarking import measure, random_model
+from grinqh_jax.model.apply import of_head
+from grinqh_jax.model.config import ModelConfig
+from grinqh_jax.model.decoder import linear_names
 
 START = time.monotonic()
 

@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grinqh_jax import attention, norm, random_model, swiglu
+from grinqh_jax.benchmarking import random_model
+from grinqh_jax.model import attention, norm, swiglu
 from pallas_kernels import Activations, NestedWeight, PartialSums, codes, decode_rows, dequantization, layout
 from pallas_kernels.matvec import mosaic_gpu, reference
 from pallas_kernels.matvec.mosaic_gpu import Config

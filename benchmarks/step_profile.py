@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from grinqh_jax.apply import of_head
+from grinqh_jax.model.apply import of_head
 
 MATVEC = re.compile(r"graded_matvec|gemm|gemv|nvjet|cutlass|cublas|splitK|xmma|s16816gemm", re.IGNORECASE)
 OWN_KERNELS = {"attention_kernel": "attention", "add_norm_kernel": "norm", "swiglu_kernel": "mlp"}

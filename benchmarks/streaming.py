@@ -16,10 +16,10 @@ import time
 import jax
 import numpy as np
 
-from grinqh_jax import random_model
-from grinqh_jax.decoding import Decoding
-from grinqh_jax.dial import Dial
-from grinqh_jax.sampling import Sampling
+from grinqh_jax.benchmarking import random_model
+from grinqh_jax.decoding.batch import Decoding
+from grinqh_jax.decoding.dial import Dial
+from grinqh_jax.decoding.sampling import Sampling
 
 PROMPT_TOKENS = 64
 

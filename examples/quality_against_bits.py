@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import grinqh_jax
-from grinqh_jax import cli, hf
+from grinqh_jax import hf
+from grinqh_jax.cli import command as cli
+from grinqh_jax.cli import flags
 from grinqh_jax.evaluation.perplexity import measure
 from grinqh_jax.evaluation.result import with_error
 
@@ -27,7 +29,7 @@ def main() -> int:
     parser.add_argument("--model", help="checkpoint directory (default: the bundled model)")
     parser.add_argument("--reference", type=Path, help="unquantized Hugging Face directory")
     parser.add_argument("--tokens", type=int, default=20_000)
-    parser.add_argument("--bits", type=cli.bits, nargs="+", default=[1.5, 2.0, 2.5, 3.0, 4.0, "full"])
+    parser.add_argument("--bits", type=flags.bits, nargs="+", default=[1.5, 2.0, 2.5, 3.0, 4.0, "full"])
     return cli.run(table, parser, None)
 
 

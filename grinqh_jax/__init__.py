@@ -5,27 +5,27 @@
     for text in generation:
         print(text, end="", flush=True)
 
-``Generator`` is the way in; ``engine`` has the pure functions beneath it, ``checkpoint`` the format.
+``Generator`` is the way in; ``decoding.engine`` has the pure functions beneath it, ``checkpoint`` the format.
 """
 
 import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from grinqh_jax.cli import BUNDLED_MODEL
+    from grinqh_jax.bundled import BUNDLED_MODEL
+    from grinqh_jax.decoding.generator import Generation, Generator, Request
     from grinqh_jax.errors import CheckpointError, GrinqhError, UnsupportedModelError, UsageError
-    from grinqh_jax.generator import Generation, Generator, Request
 
 __version__ = "0.1.0"
 
 # Imported when first used: JAX takes a second, and --help or a mistyped flag should not wait for it.
 _HOMES = {
-    "BUNDLED_MODEL": "cli",
+    "BUNDLED_MODEL": "bundled",
     "CheckpointError": "errors",
-    "Generation": "generator",
-    "Generator": "generator",
+    "Generation": "decoding.generator",
+    "Generator": "decoding.generator",
     "GrinqhError": "errors",
-    "Request": "generator",
+    "Request": "decoding.generator",
     "UnsupportedModelError": "errors",
     "UsageError": "errors",
 }

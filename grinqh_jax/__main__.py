@@ -4,16 +4,17 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from grinqh_jax import __version__, cli
+from grinqh_jax import __version__
+from grinqh_jax.cli import command as cli
 
 VERBS = {
-    "generate": ("grinqh_jax.generate", "text from a prompt"),
-    "chat": ("grinqh_jax.chat", "a conversation in the terminal"),
-    "perplexity": ("grinqh_jax.evaluation.perplexity_command", "perplexity and KL at settings of the dial"),
-    "evaluate": ("grinqh_jax.evaluation.evaluate_command", "accuracy on word problems, likewise"),
-    "lm-eval": ("grinqh_jax.evaluation.harness_command", "tasks of lm-evaluation-harness (extra: eval)"),
-    "benchmark": ("grinqh_jax.benchmark", "prompt and generation speed at settings of the dial"),
-    "convert": ("checkpoints_tools.convert", "a Hugging Face checkpoint to a GRINQH checkpoint"),
+    "generate": ("grinqh_jax.cli.generate", "text from a prompt"),
+    "chat": ("grinqh_jax.cli.chat", "a conversation in the terminal"),
+    "perplexity": ("grinqh_jax.cli.perplexity", "perplexity and KL at settings of the dial"),
+    "evaluate": ("grinqh_jax.cli.evaluate", "accuracy on word problems, likewise"),
+    "lm-eval": ("grinqh_jax.cli.lm_eval", "tasks of lm-evaluation-harness (extra: eval)"),
+    "benchmark": ("grinqh_jax.cli.benchmark", "prompt and generation speed at settings of the dial"),
+    "convert": ("checkpoints_tools.convert.command", "a Hugging Face checkpoint to a GRINQH checkpoint"),
 }
 """Verb -> (module with ``main(argv) -> exit code``, what it does). A module is imported when its
 verb is used: the others' dependencies cost no time, and the workshop stays above this package."""

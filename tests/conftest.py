@@ -3,6 +3,12 @@
 import os
 from pathlib import Path
 
+# One cache of compiled programs for the whole run, subprocesses included, and for the next run. Set before
+# JAX is imported, which reads it then.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
 import jax
 import jaxtyping
 import numpy as np
@@ -30,41 +36,42 @@ jaxtyping.install_import_hook(
     [
         "checkpoints_tools.baselines",
         "checkpoints_tools.calibration",
-        "checkpoints_tools.conversion",
-        "checkpoints_tools.graded_divergence",
-        "checkpoints_tools.principal_basis",
-        "checkpoints_tools.quantize_linear",
+        "checkpoints_tools.convert.conversion",
+        "checkpoints_tools.convert.graded_divergence",
+        "checkpoints_tools.convert.principal_basis",
+        "checkpoints_tools.convert.quantize_linear",
         "checkpoints_tools.quantizers",
-        "checkpoints_tools.refit",
-        "checkpoints_tools.refit_tokens",
-        "checkpoints_tools.sizes",
-        "checkpoints_tools.source_head",
-        "checkpoints_tools.source_layer",
-        "checkpoints_tools.trained_gains",
-        "grinqh_jax.apply",
-        "grinqh_jax.attention",
-        "grinqh_jax.cache",
-        "grinqh_jax.checkpoint.files",
+        "checkpoints_tools.convert.refit",
+        "checkpoints_tools.convert.refit_tokens",
+        "checkpoints_tools.convert.sizes",
+        "checkpoints_tools.source.head",
+        "checkpoints_tools.source.layer",
+        "checkpoints_tools.convert.trained_gains",
+        "grinqh_jax.model.apply",
+        "grinqh_jax.model.attention",
+        "grinqh_jax.model.cache",
+        "grinqh_jax.checkpoint.checksums",
+        "grinqh_jax.json_files",
         "grinqh_jax.checkpoint.manifest",
         "grinqh_jax.checkpoint.reader",
         "grinqh_jax.checkpoint.writer",
-        "grinqh_jax.decoder",
-        "grinqh_jax.decoding",
-        "grinqh_jax.dial",
-        "grinqh_jax.engine",
+        "grinqh_jax.model.decoder",
+        "grinqh_jax.decoding.batch",
+        "grinqh_jax.decoding.dial",
+        "grinqh_jax.decoding.engine",
         "grinqh_jax.evaluation",
-        "grinqh_jax.flat_model",
-        "grinqh_jax.generator",
-        "grinqh_jax.linear",
-        "grinqh_jax.measure",
-        "grinqh_jax.norm",
-        "grinqh_jax.random_model",
-        "grinqh_jax.rope",
-        "grinqh_jax.sampling",
-        "grinqh_jax.stacks",
-        "grinqh_jax.statistics",
-        "grinqh_jax.swiglu",
-        "grinqh_jax.thresholds",
+        "grinqh_jax.model.flat_model",
+        "grinqh_jax.decoding.generator",
+        "grinqh_jax.model.linear",
+        "grinqh_jax.benchmarking.measure",
+        "grinqh_jax.model.norm",
+        "grinqh_jax.benchmarking.random_model",
+        "grinqh_jax.model.rope",
+        "grinqh_jax.decoding.sampling",
+        "grinqh_jax.model.stacks",
+        "grinqh_jax.decoding.statistics",
+        "grinqh_jax.model.swiglu",
+        "grinqh_jax.decoding.thresholds",
         "pallas_kernels.activations",
         "pallas_kernels.codes",
         "pallas_kernels.decode_attention.kernel",
@@ -80,6 +87,9 @@ jaxtyping.install_import_hook(
     # An int may stand where a float may, as PEP 484 has it.
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
+
+
+pytest_plugins = ["byte_model", "character_model"]  # fixtures: tiny checkpoints
 
 
 @pytest.fixture(scope="session")

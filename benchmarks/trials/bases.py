@@ -29,13 +29,14 @@ import scipy.linalg
 import scipy.special
 from trial import NOT_TRAINED, Trial, patched
 
-from checkpoints_tools import conversion, convert, principal_basis
 from checkpoints_tools.baselines.model import mean_moments
 from checkpoints_tools.calibration.text import windows_of_two_kinds
-from checkpoints_tools.principal_basis import READERS, principal_axes, second_moments
-from checkpoints_tools.source_layer import dense_layer, embed, read_layer, run_layer
-from grinqh_jax.apply import HEAD
+from checkpoints_tools.convert import command as convert
+from checkpoints_tools.convert import conversion, principal_basis
+from checkpoints_tools.convert.principal_basis import READERS, principal_axes, second_moments
+from checkpoints_tools.source.layer import dense_layer, embed, read_layer, run_layer
 from grinqh_jax.hf import HFCheckpoint
+from grinqh_jax.model.apply import HEAD
 from pallas_kernels import codes
 
 BITS, POINTS, STEPS, RATE = 3.0, 64, 300, 0.0003

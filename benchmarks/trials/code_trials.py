@@ -34,17 +34,17 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from trial import PLAIN_WEIGHTS, Trial, patched, rounded
 
-from checkpoints_tools import convert
 from checkpoints_tools.calibration import statistics as calibration
 from checkpoints_tools.calibration.allocation import GradedCosts, threshold_tables
 from checkpoints_tools.calibration.statistics import first_counted
+from checkpoints_tools.convert import command as convert
+from checkpoints_tools.convert.trained_gains import SECOND_MOMENT_DECAY, training_windows
 from checkpoints_tools.quantizers import rtn
-from checkpoints_tools.trained_gains import SECOND_MOMENT_DECAY, training_windows
-from grinqh_jax.apply import Dense
 from grinqh_jax.checkpoint import Loaded, Writer, load
-from grinqh_jax.decoder import LAYER_LINEARS, Decoder, linear_names
+from grinqh_jax.decoding.thresholds import interpolate
 from grinqh_jax.hf import load_decoder, open_checkpoint
-from grinqh_jax.thresholds import interpolate
+from grinqh_jax.model.apply import Dense
+from grinqh_jax.model.decoder import LAYER_LINEARS, Decoder, linear_names
 from pallas_kernels import NestedWeight, codes, grading, layout
 
 BITS, DAMPING, SWEEPS = 3.0, 0.01, 3

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from trial import NOT_TRAINED, Trial, patched
 
-from checkpoints_tools import conversion, graded_divergence, quantize_linear, trained_gains
 from checkpoints_tools.calibration import statistics
+from checkpoints_tools.convert import conversion, graded_divergence, quantize_linear, trained_gains
 from pallas_kernels import codes
 
 THIRD = 2

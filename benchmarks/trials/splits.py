@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 from trial import NOT_TRAINED, PLAIN_WEIGHTS, Trial, patched
 
-from checkpoints_tools import conversion, vocabulary
 from checkpoints_tools.calibration import allocation, histogram, statistics
 from checkpoints_tools.calibration.allocation import GradedCosts, for_any_text
-from grinqh_jax import output_projection
-from grinqh_jax.apply import Graded
+from checkpoints_tools.convert import conversion, vocabulary
+from grinqh_jax.model import output_projection
+from grinqh_jax.model.apply import Graded
 from pallas_kernels import Activations, Reading
 
 UNIFORM = (*PLAIN_WEIGHTS, "--split", "uniform")

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from unittest import mock
 
-from checkpoints_tools import convert
 from checkpoints_tools.calibration import statistics
+from checkpoints_tools.convert import command as convert
 from checkpoints_tools.quantizers import QUANTIZERS, Quantizer
 from grinqh_jax.__main__ import main as grinqh
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoints_tools.baselines import model
-from checkpoints_tools.convert import read_calibration
-from grinqh_jax import cli
+from checkpoints_tools.convert.command import read_calibration
+from grinqh_jax.cli import command as cli
+from grinqh_jax.cli.progress import Progress
 from grinqh_jax.errors import UsageError
 from grinqh_jax.hf import open_checkpoint
-from grinqh_jax.progress import Progress
 
 
 def parser() -> cli.Parser:
@@ -73,7 +73,7 @@ def quantize(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code (see ``grinqh_jax.cli``)."""
+    """Runs the command; returns its exit code (see ``grinqh_jax.cli.command``)."""
     return cli.run(quantize, parser(), argv)
 
 

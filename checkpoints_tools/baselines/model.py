@@ -14,10 +14,10 @@ from safetensors.numpy import save_file
 from checkpoints_tools.baselines import groups
 from checkpoints_tools.baselines.awq import awq
 from checkpoints_tools.baselines.gptq import gptq
-from checkpoints_tools.source_layer import dense_layer, read_layer
-from grinqh_jax.apply import HEAD, Dense, of_head
-from grinqh_jax.decoder import DecoderLayer, linear_shapes
+from checkpoints_tools.source.layer import dense_layer, read_layer
 from grinqh_jax.hf import HFCheckpoint, params
+from grinqh_jax.model.apply import HEAD, Dense, of_head
+from grinqh_jax.model.decoder import DecoderLayer, linear_shapes
 
 METHODS = ("rtn", "gptq", "awq")
 UNQUANTIZED_BITS = 16

@@ -24,12 +24,12 @@ from jaxtyping import Float, Int, Int32
 
 from checkpoints_tools.calibration import histogram, statistics
 from checkpoints_tools.calibration.allocation import least_within
-from grinqh_jax.apply import Dense, of_head
-from grinqh_jax.config import ModelConfig
-from grinqh_jax.decoder import Decoder, linear_names
-from grinqh_jax.dial import layer_shares
+from grinqh_jax.decoding.dial import layer_shares
+from grinqh_jax.decoding.generator import Generator
 from grinqh_jax.errors import UsageError
-from grinqh_jax.generator import Generator
+from grinqh_jax.model.apply import Dense, of_head
+from grinqh_jax.model.config import ModelConfig
+from grinqh_jax.model.decoder import Decoder, linear_names
 from pallas_kernels.layout import DIGIT_BITS
 
 INT4_LEVEL, INT4_BITS = 2, 4

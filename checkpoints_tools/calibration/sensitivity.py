@@ -22,11 +22,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
 from checkpoints_tools.calibration.statistics import first_counted
-from checkpoints_tools.source_head import logits, vocabulary, with_logits
-from checkpoints_tools.source_layer import WRITERS, dense_layer, embed, read_layer, run_layer
-from grinqh_jax.apply import HEAD, Dense
-from grinqh_jax.decoder import LAYER_LINEARS, DecoderLayer, RMSNorm
+from checkpoints_tools.source.head import logits, vocabulary, with_logits
+from checkpoints_tools.source.layer import WRITERS, dense_layer, embed, read_layer, run_layer
 from grinqh_jax.hf import HFCheckpoint
+from grinqh_jax.model.apply import HEAD, Dense
+from grinqh_jax.model.decoder import LAYER_LINEARS, DecoderLayer, RMSNorm
 
 TOKENS = 4096
 """Enough: what is wanted is one number an output, averaged over a layer when bits are split."""

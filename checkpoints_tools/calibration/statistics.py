@@ -8,9 +8,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from checkpoints_tools.calibration import histogram
-from grinqh_jax.decoder import LAYER_LINEARS, DecoderLayer, RMSNorm
-from grinqh_jax.engine import SKIPPED_POSITIONS
-from grinqh_jax.linear import Linear
+from grinqh_jax.decoding.engine import SKIPPED_POSITIONS
+from grinqh_jax.model.decoder import LAYER_LINEARS, DecoderLayer, RMSNorm
+from grinqh_jax.model.linear import Linear
 
 
 def first_counted(length: int) -> int:

@@ -17,15 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
-from grinqh_jax.cache import KVCache
-from grinqh_jax.decoder import Decoder
-from grinqh_jax.engine import decode_chunk, prefill
+from grinqh_jax.decoding.engine import decode_chunk, prefill
+from grinqh_jax.decoding.sampling import Sampling
 from grinqh_jax.hf import load_decoder, open_checkpoint
-from grinqh_jax.sampling import Sampling
+from grinqh_jax.model.cache import KVCache
+from grinqh_jax.model.decoder import Decoder
 
 OUTPUT = Path(__file__).with_name("calibration.txt")
 ROOT = Path(__file__).parents[2]
-SOURCES = ("pallas_kernels/layout.py", "pallas_kernels/codes.py", "grinqh_jax/config.py")
+SOURCES = ("pallas_kernels/layout.py", "pallas_kernels/codes.py", "grinqh_jax/model/config.py")
 TOKENS = 512
 ROUNDS = 6
 """Continuations of each opening."""

@@ -25,7 +25,8 @@ from checkpoints_tools.pareto.series import (
     Workshop,
 )
 from checkpoints_tools.pareto.timing import Timing
-from grinqh_jax import __version__, cli
+from grinqh_jax import __version__
+from grinqh_jax.cli import command as cli
 from grinqh_jax.errors import UsageError
 from grinqh_jax.hf import open_checkpoint
 
@@ -34,7 +35,7 @@ _PAIRED = ("window_losses", "window_tokens", "right")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code (see ``grinqh_jax.cli``), 1 where ``--sweep`` finds a rise."""
+    """Runs the command; returns its exit code (``grinqh_jax.cli.command``), 1 if ``--sweep`` finds a rise."""
     return cli.run(pareto, flags.parser(), argv)
 
 

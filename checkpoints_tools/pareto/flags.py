@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints_tools import convert
 from checkpoints_tools.calibration.allocation import target_grid
+from checkpoints_tools.convert import command as convert
 from checkpoints_tools.pareto import figure
 from checkpoints_tools.pareto.series import GRINQH, METHODS, WHOLE_HEAD, converter_flags
-from grinqh_jax import cli
-from grinqh_jax.documents import read_documents
+from grinqh_jax.cli import command as cli
+from grinqh_jax.cli import evaluation_flags as flags
 from grinqh_jax.errors import UsageError
-from grinqh_jax.evaluation import flags
 from grinqh_jax.evaluation.tasks import read_problems
+from grinqh_jax.text.documents import read_documents
 
 W_BITS = (2, 3, 4)
 BITS = (1.5, 2.0, 2.5, 3.0, 4.0)

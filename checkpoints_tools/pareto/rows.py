@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from checkpoints_tools.pareto.series import FIXED, WHOLE_HEAD, Series, Workshop, identity
+from grinqh_jax.cli.perplexity import read_tokens
+from grinqh_jax.cli.progress import Progress
+from grinqh_jax.decoding.generator import Generator
 from grinqh_jax.evaluation.perplexity import measure
-from grinqh_jax.evaluation.perplexity_command import read_tokens
 from grinqh_jax.evaluation.result import Bits, Perplexity
 from grinqh_jax.evaluation.tasks import Accuracy, Problem, evaluate, read_problems
-from grinqh_jax.generator import Generator
-from grinqh_jax.progress import Progress
 
 PERPLEXITY, ACCURACY = "perplexity", "accuracy"
 

@@ -16,15 +16,15 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from checkpoints_tools import convert
 from checkpoints_tools.baselines import __main__ as baselines
 from checkpoints_tools.baselines import model as fixed
 from checkpoints_tools.baselines import reading
+from checkpoints_tools.convert import command as convert
+from grinqh_jax.decoding.generator import FULL, Generator
+from grinqh_jax.decoding.statistics import SCALE_BITS
 from grinqh_jax.errors import UsageError
 from grinqh_jax.evaluation.result import Bits
-from grinqh_jax.generator import FULL, Generator
 from grinqh_jax.hf import HFCheckpoint
-from grinqh_jax.statistics import SCALE_BITS
 
 GRINQH, WHOLE_HEAD, UNQUANTIZED = "grinqh", "whole-head", "full"
 SKIP_INT4, TRUNCATION = "skip-int4", "truncation"

@@ -9,10 +9,10 @@ import numpy as np
 
 from checkpoints_tools.pareto.rows import Row
 from checkpoints_tools.pareto.series import FIXED, UNQUANTIZED
-from grinqh_jax.apply import of_head
-from grinqh_jax.config import ModelConfig
-from grinqh_jax.decoder import linear_shapes
 from grinqh_jax.errors import UsageError
+from grinqh_jax.model.apply import of_head
+from grinqh_jax.model.config import ModelConfig
+from grinqh_jax.model.decoder import linear_shapes
 
 _INT4_BITS = 4
 

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from grinqh_jax.checkpoint.files import checksum, file_checksum, in_threads, read_json, write_json
+from grinqh_jax.checkpoint.checksums import checksum, file_checksum, in_threads
 from grinqh_jax.errors import CheckpointError
+from grinqh_jax.json_files import read_json, write_json
 
 MANIFEST = "manifest.json"
 STATE = "state"

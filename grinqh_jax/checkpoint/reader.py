@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import orbax.checkpoint.experimental.v1 as ocp
 from flax import traverse_util
 
-from grinqh_jax.checkpoint.files import read_object
 from grinqh_jax.checkpoint.manifest import Manifest
 from grinqh_jax.checkpoint.quantization import QuantizationConfig
 from grinqh_jax.checkpoint.values import value_problems
 from grinqh_jax.checkpoint.writer import CONVERSION
-from grinqh_jax.config import ModelConfig
-from grinqh_jax.decoder import Decoder, abstract_tree
 from grinqh_jax.errors import CheckpointError, UsageError
+from grinqh_jax.json_files import read_object
+from grinqh_jax.model.config import ModelConfig
+from grinqh_jax.model.decoder import Decoder, abstract_tree
 
 CONFIG = "config.json"
 READ_AHEAD_BYTES = 1 << 28

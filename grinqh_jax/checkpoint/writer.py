@@ -12,13 +12,13 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from flax import traverse_util
 
-from grinqh_jax.checkpoint.files import read_json, write_json
 from grinqh_jax.checkpoint.manifest import MANIFEST, Leaf, Manifest
 from grinqh_jax.checkpoint.quantization import VERSION, QuantizationConfig
 from grinqh_jax.checkpoint.values import value_problems
-from grinqh_jax.config import ModelConfig
-from grinqh_jax.decoder import abstract_tree
 from grinqh_jax.errors import CheckpointError
+from grinqh_jax.json_files import read_json, write_json
+from grinqh_jax.model.config import ModelConfig
+from grinqh_jax.model.decoder import abstract_tree
 
 # Orbax gathers the parts of `ocp.partial.save("parts", ...)` under "parts.partial_save", each in a directory
 # of its own that appears by one rename and keeps its `custom_metadata` in this file. While a part is

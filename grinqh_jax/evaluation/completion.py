@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from grinqh_jax.apply import of_head
-from grinqh_jax.decoder import Decoder, linear_names
-from grinqh_jax.decoding import Decoding, NewTokens
+from grinqh_jax.decoding.batch import Decoding, NewTokens
+from grinqh_jax.decoding.generator import Generator
+from grinqh_jax.decoding.sampling import Sampling
+from grinqh_jax.decoding.statistics import weighted_mean
 from grinqh_jax.evaluation.result import Bits
-from grinqh_jax.generator import Generator
-from grinqh_jax.sampling import Sampling
-from grinqh_jax.statistics import weighted_mean
+from grinqh_jax.model.apply import of_head
+from grinqh_jax.model.decoder import Decoder, linear_names
 
 
 class DecodedBits:

@@ -20,12 +20,12 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from grinqh_jax.cli.progress import Progress
+from grinqh_jax.decoding.generator import FULL, Generator
 from grinqh_jax.errors import UsageError
 from grinqh_jax.evaluation.completion import complete
 from grinqh_jax.evaluation.result import Bits
 from grinqh_jax.evaluation.scoring import Score, mean_bits, score
-from grinqh_jax.generator import FULL, Generator
-from grinqh_jax.progress import Progress
 
 MAX_LENGTH = 4096
 """Tokens of a request by default, where the model has positions for more."""

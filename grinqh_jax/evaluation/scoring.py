@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from grinqh_jax.apply import Dense, Graded
-from grinqh_jax.decoder import Decoder
+from grinqh_jax.decoding.generator import Generator
+from grinqh_jax.decoding.statistics import weighted_mean
 from grinqh_jax.errors import UsageError
 from grinqh_jax.evaluation.result import Bits
-from grinqh_jax.generator import Generator
-from grinqh_jax.statistics import weighted_mean
+from grinqh_jax.model.apply import Dense, Graded
+from grinqh_jax.model.decoder import Decoder
 
 _LOGIT_BYTES = 1 << 28
 """Room for one batch of float32 logits; as many rows as fit are read at once, and at least one."""

@@ -8,11 +8,11 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from grinqh_jax.documents import read_records
+from grinqh_jax.decoding.generator import Generator
 from grinqh_jax.errors import UsageError
 from grinqh_jax.evaluation.completion import complete
 from grinqh_jax.evaluation.result import Bits, with_error
-from grinqh_jax.generator import Generator
+from grinqh_jax.text.documents import read_records
 
 _NEXT_QUESTION = "Question:"
 _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")

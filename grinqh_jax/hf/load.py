@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
-from grinqh_jax.decoder import Decoder
 from grinqh_jax.hf.reader import HFCheckpoint
+from grinqh_jax.model.decoder import Decoder
 
 
 def load_decoder(checkpoint: HFCheckpoint, compute_dtype) -> Decoder:

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 
-from grinqh_jax.config import ModelConfig
+from grinqh_jax.model.config import ModelConfig
 
 TABLE = {
     "model.embed_tokens.weight": ("embed.embedding", "vocab hidden"),

@@ -11,10 +11,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
 
-from grinqh_jax.checkpoint.files import read_object
-from grinqh_jax.config import ModelConfig
 from grinqh_jax.errors import CheckpointError
 from grinqh_jax.hf import params
+from grinqh_jax.json_files import read_object
+from grinqh_jax.model.config import ModelConfig
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

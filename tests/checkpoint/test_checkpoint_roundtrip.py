@@ -14,8 +14,8 @@ from tiny_checkpoint import HF_CONFIG, QUANTIZATION, assert_same, random_tree, w
 
 from grinqh_jax.checkpoint import QuantizationConfig, load, writer
 from grinqh_jax.checkpoint.manifest import Manifest
-from grinqh_jax.config import ModelConfig
 from grinqh_jax.errors import CheckpointError, UsageError
+from grinqh_jax.model.config import ModelConfig
 
 
 @pytest.fixture(scope="module")
@@ -198,9 +198,9 @@ assert_same(model, random_tree())
 
 
 def test_an_array_divided_between_two_devices(checkpoint):
-    here = Path(__file__).parent
+    tests = Path(__file__).parents[1]
     environment = {
-        "PYTHONPATH": os.pathsep.join([str(here), str(here.parents[1])]),
+        "PYTHONPATH": os.pathsep.join([str(tests / "helpers"), str(tests.parent)]),
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
     }

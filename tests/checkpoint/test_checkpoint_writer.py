@@ -13,7 +13,7 @@ from tiny_checkpoint import HF_CONFIG, QUANTIZATION, assert_same, random_tree, w
 from grinqh_jax.checkpoint import Writer, load
 from grinqh_jax.errors import CheckpointError
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 KILLED_WRITER = """
 import os, signal, sys
 from pathlib import Path
@@ -40,7 +40,7 @@ print(count)
 
 def run_writer(path: Path, kill_at: int) -> subprocess.CompletedProcess:
     """Writes the tiny checkpoint in a process that kills itself at its n-th change of the file system."""
-    paths = os.pathsep.join([str(HERE), str(HERE.parents[1])])
+    paths = os.pathsep.join([str(TESTS / "helpers"), str(TESTS.parent)])
     return subprocess.run(
         [sys.executable, "-c", KILLED_WRITER, str(path), str(kill_at)],
         env=os.environ | {"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"},

@@ -67,7 +67,7 @@ def tasks(directory, **records):
 
 @pytest.fixture(scope="module")
 def bundled():
-    from grinqh_jax import cli
+    from grinqh_jax.cli import command as cli
     from grinqh_jax.evaluation.harness import GrinqhLM
 
     return GrinqhLM(str(cli.BUNDLED_MODEL), bits=4, max_length=128)

@@ -10,17 +10,18 @@ import numpy as np
 import pytest
 from tiny_checkpoint import HF_CONFIG, QUANTIZATION, random_tree
 
-from grinqh_jax import engine
-from grinqh_jax.apply import of_head
-from grinqh_jax.cache import KVCache
-from grinqh_jax.config import ModelConfig
-from grinqh_jax.decoder import Decoder, linear_names
-from grinqh_jax.dial import Dial
+from grinqh_jax.cli import perplexity as perplexity_command
+from grinqh_jax.decoding import engine
+from grinqh_jax.decoding.dial import Dial
+from grinqh_jax.decoding.statistics import weighted_mean
 from grinqh_jax.errors import UsageError
-from grinqh_jax.evaluation import perplexity, perplexity_command
+from grinqh_jax.evaluation import perplexity
 from grinqh_jax.evaluation.perplexity import measure
 from grinqh_jax.evaluation.result import Perplexity, TokenBits, WindowSums, standard_error
-from grinqh_jax.statistics import weighted_mean
+from grinqh_jax.model.apply import of_head
+from grinqh_jax.model.cache import KVCache
+from grinqh_jax.model.config import ModelConfig
+from grinqh_jax.model.decoder import Decoder, linear_names
 
 TOKENS = np.random.default_rng(3).integers(0, 40, 43).astype(np.int32)
 LENGTH = 16

@@ -5,12 +5,12 @@ from decimal import Decimal
 
 import pytest
 
-from grinqh_jax import cli
-from grinqh_jax.decoding import Decoding
+from grinqh_jax.cli import command as cli
+from grinqh_jax.cli import evaluate as evaluate_command
+from grinqh_jax.decoding.batch import Decoding
+from grinqh_jax.decoding.generator import Generator
 from grinqh_jax.errors import UsageError
-from grinqh_jax.evaluation import evaluate_command
 from grinqh_jax.evaluation.tasks import evaluate, final_number, read_problems
-from grinqh_jax.generator import Generator
 
 RECORDS = [
     {"question": "Ann has 3 cups and finds 4 more. How many cups has Ann?", "answer": "3+4=7.\n#### 7"},

@@ -1,0 +1,1 @@
+"""Speed measurements, and models with random weights to measure."""

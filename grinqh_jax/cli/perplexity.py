@@ -1,0 +1,90 @@
+"""``python -m grinqh_jax perplexity``: how well a text is predicted at each setting of the dial."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int32
+
+from grinqh_jax.cli import command as cli
+from grinqh_jax.cli import flags
+from grinqh_jax.cli.evaluation_flags import add_bits, positive, settings, show
+
+
+def parser() -> cli.Parser:
+    """The command's flags."""
+    result = cli.Parser(
+        prog="python -m grinqh_jax perplexity",
+        description="Perplexity of a text, and KL divergence from full precision, with every token graded. "
+        "Standard errors take windows as the independent draws; those of the ratio to the reference are "
+        "paired.",
+    )
+    flags.add_model(result)
+    add = result.add_argument
+    add("--data", type=Path, required=True, metavar="FILE", help="text, or .jsonl with text or questions")
+    add_bits(result)
+    add(
+        "--tokens",
+        type=positive,
+        metavar="N",
+        help="the first N tokens of the data (default all)",
+    )
+    add(
+        "--sequence-length",
+        type=positive,
+        default=1024,
+        metavar="L",
+        help="tokens of a window; windows do not overlap (default 1024)",
+    )
+    add("--reference", metavar="DIR_OR_HUB_ID", help="compare with this model, not with full precision")
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code (see ``cli``)."""
+    return cli.run(_perplexity, parser(), argv)
+
+
+def read_tokens(generator, path: Path, limit: int | None) -> Int32[np.ndarray, "n"]:
+    """The first ``limit`` tokens of a data file; an end-of-text token between documents, if there is one."""
+    from grinqh_jax.text.documents import read_documents
+
+    separator = list(generator.defaults.eos_tokens[:1])
+    tokens: list[int] = []
+    for document in read_documents(path):
+        if limit is not None and len(tokens) >= limit:
+            break
+        tokens += (separator if tokens else []) + generator.tokenizer.encode(document)
+    return np.array(tokens[:limit], np.int32)
+
+
+def _perplexity(args: argparse.Namespace) -> int:
+    from grinqh_jax.cli.progress import Progress
+    from grinqh_jax.decoding.generator import Generator
+    from grinqh_jax.evaluation.perplexity import measure
+
+    generator = Generator.load(args.model)
+    bits = settings(args.bits, generator)
+    tokens = read_tokens(generator, args.data, args.tokens)
+    reference = Generator.load(args.reference).model if args.reference else None
+    with Progress("perplexity", len(tokens), "token") as progress:
+        results = measure(
+            generator.model,
+            generator.targets,
+            tokens,
+            bits,
+            sequence_length=args.sequence_length,
+            reference=reference,
+            progress=progress,
+        )
+    show(results, args.json)
+    for result in results:
+        if result.token_bits and not args.json:
+            print(f"--bits {result.bits:g}: {result.token_bits.line()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""The dial: from mean bits to thresholds, by interpolation in each layer's calibrated table."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from grinqh_jax.model.decoder import Decoder, linear_names
+from grinqh_jax.model.stacks import unstacked
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StackedThresholds(Mapping[str, Float[Array, "*b p"]]):
+    """Thresholds of all linear layers of a model: a mapping by name, a single array to ``jit``.
+
+    Attributes:
+      rows: float32 ``[*b, linears, P]``.
+      names: of the linear layers.
+    """
+
+    rows: Float[Array, "*b linears p"]
+    names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+
+    def by_name(self) -> dict[str, Float[Array, "*b p"]]:
+        """The same as a dict, for functions that are traced: see ``stacks.unstacked``."""
+        return dict(zip(self.names, unstacked(jnp.moveaxis(self.rows, -2, 0)), strict=True))
+
+    def __getitem__(self, name: str) -> Float[Array, "*b p"]:
+        if name not in self.names:
+            raise KeyError(name)
+        return self.rows[..., self.names.index(name), :]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def interpolate(
+    table: Float[Array, "t *any"],
+    targets: Sequence[float] | Float[Array, "t"],
+    bits: Float[Array, "*b"] | Sequence[float] | float | int,
+) -> Float[Array, "..."]:
+    """Thresholds for a mean of ``bits``: linear between the two nearest targets, clamped at the ends.
+
+    Thresholds stay ascending along P, as means of ascending ones. Nothing here depends on the value
+    of ``bits``, so it may be traced.
+
+    Args:
+      table: thresholds at each target, ``[T, P]`` for one layer, ``[T, layers, P]`` for several.
+      targets: mean bits of the table's rows, ascending, at least two.
+      bits: wanted mean bits, a scalar or one per row of a batch.
+    """
+    targets, bits = jnp.asarray(targets, jnp.float32), jnp.asarray(bits, jnp.float32)
+    below = jnp.sum(targets[1:-1] <= bits[..., None], axis=-1)
+    share = (bits - targets[below]) / (targets[below + 1] - targets[below])
+    share = jnp.clip(share, 0, 1).reshape(bits.shape + (1,) * (table.ndim - 1))
+    return (1 - share) * table[below] + share * table[below + 1]
+
+
+def stacked_tables(model: Decoder) -> Float[Array, "t linears p"]:
+    """The threshold tables of a graded model, in the order of ``decoder.linear_names``."""
+    return _stack([model.linear(name).thresholds[...] for name in linear_names(model.config)])
+
+
+def thresholds_at(
+    names: Sequence[str],
+    tables: Float[Array, "t linears p"],
+    targets: Float[Array, "t"],
+    bits: Float[Array, "*b"],
+) -> StackedThresholds:
+    """Thresholds of every linear layer, from ``stacked_tables`` (see ``interpolate``)."""
+    return StackedThresholds(_interpolate(tables, targets, bits), tuple(names))
+
+
+def model_thresholds(
+    model: Decoder, targets: Float[Array, "t"], bits: Float[Array, "*b"]
+) -> StackedThresholds:
+    """Thresholds of every linear layer of a graded model (see ``interpolate``)."""
+    return thresholds_at(linear_names(model.config), stacked_tables(model), targets, bits)
+
+
+# Compiled, like the next: one dispatch for all layers of a model, at every request, and not one for each.
+@jax.jit
+def _stack(tables: list[Float[Array, "t p"]]) -> Float[Array, "t linears p"]:
+    return jnp.stack(tables, axis=1)
+
+
+_interpolate = jax.jit(interpolate)

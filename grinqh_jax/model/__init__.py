@@ -1,0 +1,1 @@
+"""The decoder as Flax NNX modules: configuration, layers, key-value cache."""

@@ -1,0 +1,227 @@
+"""The verb ``benchmark``, random models of published shapes, and the table of a step's time."""
+
+import dataclasses
+import importlib.util
+import json
+import pathlib
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grinqh_jax import BUNDLED_MODEL
+from grinqh_jax.benchmarking import measure, random_model
+from grinqh_jax.cli import benchmark
+from grinqh_jax.decoding.thresholds import model_thresholds
+from grinqh_jax.errors import CheckpointError, UsageError
+from grinqh_jax.model.decoder import linear_shapes
+
+TINY = dataclasses.replace(
+    random_model.shape("Qwen3-0.6B"),
+    vocab_size=300,
+    hidden_size=256,
+    intermediate_size=384,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+)
+
+
+@pytest.fixture(scope="module")
+def tiny_model():
+    return random_model.graded(TINY, compute_dtype=jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("Qwen3-0.6B", 0.60),
+        ("Qwen3-8B", 8.19),
+        ("Qwen3-14B", 14.77),
+        ("Llama-3.2-1B", 1.24),
+        ("Llama-3.1-8B", 8.03),
+    ],
+)
+def test_shapes_have_the_published_numbers_of_parameters(name, billions):
+    config = random_model.shape(name)
+    embedding = config.vocab_size * config.hidden_size
+    total = embedding + sum(k * n for k, n in linear_shapes(config).values())
+    if config.tie_word_embeddings:
+        total -= embedding
+    assert total / 1e9 == pytest.approx(billions, abs=0.01)
+
+
+def test_an_unknown_shape_is_refused_by_name():
+    with pytest.raises(UsageError, match=r"no shape is called 'Qwen3-9B'.*Qwen3-8B"):
+        random_model.shape("Qwen3-9B")
+
+
+def test_the_shape_of_a_model_in_a_directory(tmp_path):
+    bundled = random_model.shape(str(BUNDLED_MODEL))
+    assert (bundled.hidden_size, bundled.num_layers, bundled.vocab_size) == (256, 6, 8192)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(random_model.hf_configs()["Llama-3.2-1B"]))
+    assert random_model.shape(str(tmp_path)) == random_model.shape("Llama-3.2-1B")
+    config.write_text("[]")
+    with pytest.raises(CheckpointError, match=r"config\.json holds list, expected an object"):
+        random_model.shape(str(tmp_path))
+
+
+def test_fitted_thresholds_give_every_target_on_their_sample():
+    sample = np.random.default_rng(0).standard_normal(20000).astype(np.float32)
+    table = np.asarray(random_model.fitted_thresholds(jnp.asarray(sample)))
+    for target, thresholds in zip(random_model.TARGETS, table, strict=True):
+        bits = 2 * np.sum(np.abs(sample)[:, None] >= thresholds, axis=1)
+        assert np.mean(bits) == pytest.approx(target, abs=2e-3)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model):
+    return measure.DecodeRun(tiny_model, context=16, tokens=8)
+
+
+def decode(run, bits):
+    targets = jnp.asarray(random_model.TARGETS)
+    return run.run(model_thresholds(run.model, targets, jnp.full(1, bits)))
+
+
+@pytest.mark.parametrize("bits", [2.0, 3.0, 8.0])
+def test_a_settled_run_reads_the_bits_asked_for(tiny_model, bits):
+    run = measure.DecodeRun(tiny_model, context=16, tokens=64)
+    figures = run.figures(run.run(run.settled(random_model.TARGETS, bits)))
+    assert figures["realised_bits"] == pytest.approx(bits, abs=0.03)
+    weights = sum(k * n for k, n in linear_shapes(TINY).values())
+    assert figures["bytes_per_token"] > weights * figures["realised_bits"] / 8
+
+
+def test_slow_first_runs_are_not_counted():
+    pauses = iter([0.2, 0.1, 0.1, 0.0, 0.0])
+    timing = measure.timed(lambda: time.sleep(next(pauses)), tokens=10, repeats=2)
+    assert len(timing.seconds) == 2
+    assert max(timing.seconds) < 0.1
+    assert next(pauses, None) is None
+
+
+def test_runs_in_a_row_hide_what_the_host_does_between_them(monkeypatch):
+    """A device that takes 100 ms a run, and a host that takes 50 to ask for one."""
+    idle_from = 0.0
+
+    class Result:
+        def __init__(self):
+            nonlocal idle_from
+            time.sleep(0.05)
+            self.ready = idle_from = max(idle_from, time.perf_counter()) + 0.1
+
+        def block_until_ready(self):
+            time.sleep(max(0, self.ready - time.perf_counter()))
+
+    assert min(measure.timed_in_a_row(Result, tokens=10, repeats=3).seconds) > 0.14
+    monkeypatch.setattr(measure.device, "waits_for_host", lambda: True)
+    timing = measure.timed_in_a_row(Result, tokens=10, repeats=3)
+    assert len(timing.seconds) == 3
+    assert 0.08 < sum(timing.seconds) / 3 < 0.13
+
+
+def test_a_run_repeats_itself(run):
+    np.testing.assert_array_equal(decode(run, 3.0).tokens, decode(run, 3.0).tokens)
+
+
+def test_a_prompt_in_chunks_gives_the_same_logits(tiny_model):
+    whole = measure.PrefillRun(tiny_model, 32).run()
+    pieces = measure.PrefillRun(tiny_model, 32, chunk=8).run()
+    np.testing.assert_allclose(pieces, whole, atol=2e-3 * float(jnp.abs(whole).max()))
+    with pytest.raises(ValueError, match="whole chunks"):
+        measure.PrefillRun(tiny_model, 30, chunk=8)
+
+
+def test_rows(monkeypatch, capsys):
+    monkeypatch.setattr(random_model, "shapes", lambda: {"tiny": TINY})
+    monkeypatch.setattr(measure, "read_bandwidth", lambda: 1e9)
+    flags = ["--shape", "tiny", "--bits", "3,full,bf16", "--repeats", "2"]
+    assert benchmark.main([*flags, "--prompt-tokens", "16", "--generate-tokens", "8", "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    expected = [("pp16", "full"), ("tg8", "3"), ("tg8", "full"), ("pp16", "bf16"), ("tg8", "bf16")]
+    assert [(row["test"], row["bits"]) for row in rows] == expected
+    three, full, bf16 = (row for row in rows if row["test"] == "tg8")
+    assert full["realised_bits"] == pytest.approx(8, abs=1e-3)
+    assert three["bytes_per_token"] < full["bytes_per_token"] < bf16["bytes_per_token"]
+    moved = three["share_of_read_bandwidth"] * 1e9
+    assert moved > three["bytes_per_token"] * three["tokens_per_second"] * 0.999
+
+    assert benchmark.main([*flags, "--prompt-tokens", "0", "--generate-tokens", "8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert "tokens/s" in lines[0]
+    assert "±" in lines[1]
+
+
+def test_rows_of_random_weights_for_the_shape_in_a_directory(monkeypatch, capsys):
+    monkeypatch.setattr(measure, "read_bandwidth", lambda: 1e9)
+    flags = ["--prompt-tokens", "0", "--generate-tokens", "4", "--repeats", "1", "--json"]
+    assert benchmark.main(["--shape", str(BUNDLED_MODEL), "--bits", "3", *flags]) == 0
+    (row,) = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert (row["model"], row["test"]) == ("qwen3-7m", "tg4")
+    assert benchmark.main(["--shape", "Qwen3-9B", *flags]) == 2
+    assert "no shape is called 'Qwen3-9B'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--bits", "9"], "--bits 9: tiny goes from 1 to 8"),
+        (["--bits", "few"], "'few' is neither a number nor full"),
+        (["--repeats", "0"], "'0' is not a positive whole number"),
+    ],
+)
+def test_mistakes_are_one_line(monkeypatch, capsys, flags, message):
+    monkeypatch.setattr(random_model, "shapes", lambda: {"tiny": TINY})
+    monkeypatch.setattr(measure, "read_bandwidth", lambda: 1e9)
+    try:
+        code = benchmark.main(["--shape", "tiny", *flags])
+    except SystemExit as exit:
+        code = exit.code
+    assert code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def step_profile():
+    path = pathlib.Path(__file__).parents[2] / "benchmarks" / "step_profile.py"
+    spec = importlib.util.spec_from_file_location("step_profile", path)
+    module = sys.modules["step_profile"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_accounts_for_all_of_the_time(step_profile):
+    kernel = step_profile.Kernel
+    kernels = []
+    for start in (0.0, 100.0):
+        kernels += [
+            kernel("loop_add_fusion_1", start, 2.0),
+            kernel("graded_matvec_kernel", start + 2, 10.0),
+            kernel("add_norm_kernel", start + 12, 1.5),
+            kernel("graded_matvec_kernel", start + 15, 30.0),
+            kernel("MemcpyD2H", start + 45, 1.0),
+        ]
+    hlo = '  %loop_add_fusion.1 = f32[4] fusion(), metadata={op_name="jit(f)/while/body/norm/add"}\n'
+    table = step_profile.tabulate(
+        kernels, steps=2, hlo=hlo, linears=["layers.0.down", "lm_head.blocks.0"], span=50.0
+    )
+    assert table.categories["norm"] == (3.5, 2.0)
+    assert table.categories["matvec"] == (10.0, 1.0)
+    assert table.categories["head"] == (30.0, 1.0)
+    assert table.categories["copies"] == (1.0, 1.0)
+    assert table.categories["no kernel"] == (pytest.approx(5.5), 0.0)
+    assert sum(time for time, _ in table.categories.values()) == pytest.approx(table.span)
+
+
+def test_scopes_of_the_real_step(step_profile, run):
+    decode(run, 3.0)
+    found = set(step_profile.scopes_by_kernel(run.compiled.as_text()).values())
+    assert {"norm", "attention", "mlp", "sampling", "embed"} <= found
+    assert jax.default_backend() != "cpu" or not step_profile.trace(lambda: jnp.ones(3) + 1)

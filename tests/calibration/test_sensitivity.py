@@ -1,0 +1,121 @@
+"""Sensitivities: the layer-by-layer pass against the gradient of the whole model, and against divergences."""
+
+import hf_directories
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from checkpoints_tools.calibration import sensitivity
+from checkpoints_tools.calibration.statistics import SKIPPED_POSITIONS
+from checkpoints_tools.source import head as source_head
+from grinqh_jax.hf import load_decoder, open_checkpoint
+from grinqh_jax.model.apply import HEAD, Dense
+from grinqh_jax.model.decoder import linear_names, linear_shapes
+
+WINDOWS = np.random.default_rng(6).integers(0, 300, (3, 40)).astype(np.int32)
+
+
+@pytest.fixture(scope="module", params=["qwen3-tied", "llama-untied"])
+def source(request, tmp_path_factory):
+    hf_config = hf_directories.QWEN3 if request.param == "qwen3-tied" else hf_directories.LLAMA3
+    return open_checkpoint(hf_directories.write(tmp_path_factory.mktemp(request.param), hf_config))
+
+
+class Perturbed(Dense):
+    """Adds an array to the outputs of every layer."""
+
+    def __init__(self, added):
+        self.added = added
+
+    def __call__(self, name, linear, x):
+        return super().__call__(name, linear, x) + self.added[name]
+
+
+@pytest.fixture
+def exact_prediction(monkeypatch):
+    """Makes the drawn token a fixed function of the position, so that the oracle draws the same."""
+
+    def largest(*args, **kwargs):
+        return jnp.zeros(args[1])
+
+    monkeypatch.setattr(jax.random, "gumbel", largest)
+    sensitivity._draw.clear_cache()
+    yield
+    sensitivity._draw.clear_cache()
+
+
+def test_they_are_the_mean_squares_of_the_whole_models_gradients(source, exact_prediction):
+    model = load_decoder(source, jnp.float32)
+    tokens = jnp.asarray(WINDOWS)
+    predicted = jnp.argmax(model(tokens), axis=-1)
+
+    def log_likelihood(added):
+        log_p = jax.nn.log_softmax(model(tokens, Perturbed(added)))
+        return jnp.sum(jnp.take_along_axis(log_p, predicted[..., None], axis=-1))
+
+    shapes = linear_shapes(source.config)
+    added = {name: jnp.zeros((*tokens.shape, shapes[name][1])) for name in linear_names(source.config)}
+    gradients = jax.jit(jax.grad(log_likelihood))(added)
+    found = sensitivity.output_sensitivities(source, WINDOWS, np.float32)
+    # Of the output projection it is the mean over all tokens that might have been drawn.
+    p = np.asarray(jax.nn.softmax(model(tokens)), np.float64)[:, SKIPPED_POSITIONS:]
+    np.testing.assert_allclose(found.pop(HEAD), np.mean(p * (1 - p), axis=(0, 1)), rtol=1e-3)
+    del gradients[f"{HEAD}.blocks.0"]
+    assert found.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        expected = np.mean(np.asarray(gradient, np.float64)[:, SKIPPED_POSITIONS:] ** 2, axis=(0, 1))
+        np.testing.assert_allclose(found[name], expected, rtol=2e-3, atol=1e-4 * expected.max(), err_msg=name)
+
+
+def test_along_other_axes_they_are_those_of_the_turned_outputs(source):
+    width = source.config.hidden_size
+    axes = np.linalg.qr(np.random.default_rng(0).standard_normal((width, width)))[0].astype(np.float32)
+    plain = sensitivity.output_sensitivities(source, WINDOWS, np.float32)
+    turned = sensitivity.output_sensitivities(source, WINDOWS, np.float32, axes=axes)
+    for name in plain:
+        if name.endswith((".o", ".down")):
+            assert not np.allclose(turned[name], plain[name], rtol=0.01)
+            np.testing.assert_allclose(turned[name].sum(), plain[name].sum(), rtol=1e-3)
+        else:
+            np.testing.assert_array_equal(turned[name], plain[name])
+
+
+def test_they_predict_the_divergence_that_noise_causes(source):
+    """KL is about ``sum_n E[g_n**2] E[d_n**2] / 2``; one token is drawn per position, hence the tolerance."""
+    windows = np.random.default_rng(7).integers(0, 300, (40, 40)).astype(np.int32)
+    found = sensitivity.output_sensitivities(source, windows, np.float32)
+    found[f"{HEAD}.blocks.0"] = found[HEAD]
+    model = load_decoder(source, jnp.float32)
+    tokens = jnp.asarray(windows)
+    shapes = linear_shapes(source.config)
+    reference = jax.nn.log_softmax(model(tokens))
+    for seed, name in enumerate(("layers.0.qkv", "layers.1.gate_up", "layers.1.down", f"{HEAD}.blocks.0")):
+        noise = jax.random.normal(jax.random.key(seed), (*tokens.shape, shapes[name][1]))
+        noise *= jnp.sqrt(0.004 / found[name].sum())
+        added = {n: noise if n == name else 0.0 for n in shapes}
+        log_p = jax.nn.log_softmax(model(tokens, Perturbed(added)))
+        divergence = jnp.sum(jnp.exp(reference) * (reference - log_p), axis=-1)[:, SKIPPED_POSITIONS:].mean()
+        assert 0.6 * 0.002 < float(divergence) < 1.6 * 0.002, name
+
+
+def test_more_windows_count_for_the_head_only(source, monkeypatch):
+    monkeypatch.setattr(sensitivity, "TOKENS", 40)
+    one, three = (sensitivity.output_sensitivities(source, WINDOWS[:n], np.float32) for n in (1, 3))
+    p = np.asarray(jax.nn.softmax(load_decoder(source, jnp.float32)(jnp.asarray(WINDOWS))), np.float64)
+    expected = np.mean((p * (1 - p))[:, SKIPPED_POSITIONS:], axis=(0, 1))
+    np.testing.assert_allclose(three[HEAD], expected, rtol=1e-3)
+    assert not np.allclose(one.pop(HEAD), three.pop(HEAD), rtol=0.01)
+    for name in one:
+        np.testing.assert_allclose(three[name], one[name], rtol=1e-5, err_msg=name)
+
+
+def test_blocks_of_the_vocabulary_change_nothing(source, exact_prediction, monkeypatch):
+    whole = sensitivity.output_sensitivities(source, WINDOWS, np.float32)
+    monkeypatch.setattr(source_head, "BLOCK_VALUES", 120 * 100)
+    assert len(list(source_head.vocabulary(source, 40))) > 1
+    in_blocks = sensitivity.output_sensitivities(source, WINDOWS, np.float32)
+    for name in whole:
+        np.testing.assert_allclose(
+            in_blocks[name], whole[name], rtol=1e-3, atol=1e-5 * whole[name].max(), err_msg=name
+        )

@@ -1,0 +1,186 @@
+"""The commands as a user meets them: streams, exit codes, one-line errors."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from grinqh_jax import __main__
+from grinqh_jax.cli import chat, generate
+from grinqh_jax.cli import command as cli
+
+
+def run(capsys, main, *argv) -> SimpleNamespace:
+    """Exit code, stdout and stderr of a command in this process."""
+    try:
+        code = main([str(a) for a in argv])
+    except SystemExit as exit:  # argparse leaves this way
+        code = exit.code
+    out, err = capsys.readouterr()
+    return SimpleNamespace(code=code, out=out, err=err)
+
+
+def stdin(monkeypatch, data: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="ascii"))
+
+
+def assert_refused(result, *texts: str) -> None:
+    assert result.code == 2
+    assert result.out == ""
+    assert result.err.startswith("error: ")
+    assert result.err.count("\n") == 1
+    assert [text for text in texts if text not in result.err] == []
+
+
+def test_text_on_stdout_figures_on_stderr(capsys, graded_directory):
+    result = run(capsys, generate.main, "--model", graded_directory, "-p", "ab", "-m", 8, "--bits", 3)
+    assert result.code == 0
+    lines = result.err.splitlines()
+    assert [line.split(":")[0] for line in lines[:5]] == [
+        "prompt",
+        "generation",
+        "realised bits",
+        "weights read per token",
+        "peak memory",
+    ]
+    as_json = run(
+        capsys, generate.main, "--model", graded_directory, "-p", "ab", "-m", 8, "--bits", 3, "--json"
+    )
+    found = json.loads(as_json.out)
+    assert result.out == found["text"] + "\n"
+    assert found["bits"] == 3
+    assert found["prompt_tokens"] == 2
+    assert found["generated_tokens"] == 8
+    assert 1 <= found["realised_bits"] <= 8
+    assert len(found["realised_bits_per_layer"]) == 9
+    assert [len(step) for step in found["realised_bits_per_step"]] == [9] * 7
+    assert found["finish_reason"] in ("stop", "length")
+    assert found["bytes_per_token"] < found["bytes_per_token_bf16"]
+
+
+def test_prompt_from_standard_input_is_the_same(capsys, monkeypatch, graded_directory):
+    flags = ("--model", graded_directory, "-m", 6, "--temp", 1, "--seed", 4)
+    given = run(capsys, generate.main, *flags, "-p", "Grüße\n")
+    stdin(monkeypatch, "Grüße\n".encode())
+    read = run(capsys, generate.main, *flags, "-p", "-")
+    assert read.out == given.out
+    assert read.code == given.code == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "texts"),
+    [
+        (["--bits", "9"], ["bits 9", "1 to 8"]),
+        (["--bits", "nan"], ["'nan'", "neither a number nor full"]),
+        (["--max-context", "500"], ["500", "128"]),
+        (["-p", "x" * 200], ["the prompt has 200 tokens", "holds 128"]),
+        (["--top-p", "0", "--temp", "-1"], ["top_p is 0", "temperature is -1"]),
+        (["--system-prompt", "Be brief."], ["--system-prompt", "chat template"]),
+        (["--model", "/nowhere"], ["/nowhere"]),
+        (["-m", "many"], ["-m/--max-tokens", "many"]),
+        (["-p", "ab\udcff"], ["the prompt is not UTF-8", "0xff at offset 2"]),
+    ],
+)
+def test_mistakes_are_refused_in_one_line(capsys, graded_directory, flags, texts):
+    assert_refused(run(capsys, generate.main, "--model", graded_directory, "-p", "x", *flags), *texts)
+
+
+def test_standard_input_that_is_not_utf8(capsys, monkeypatch, graded_directory):
+    stdin(monkeypatch, b"abc\xe9")
+    result = run(capsys, generate.main, "--model", graded_directory, "-p", "-")
+    assert_refused(result, "standard input is not UTF-8: byte 0xe9 at offset 3")
+
+
+def test_unquantized_model_needs_full(capsys, dense_directory):
+    flags = ("--model", dense_directory, "-p", "ab", "-m", 3)
+    assert_refused(run(capsys, generate.main, *flags, "--bits", 3), "not quantized", "full", "convert")
+    assert run(capsys, generate.main, *flags, "--bits", "full").code == 0
+
+
+def test_chat_keeps_the_conversation(capsys, monkeypatch, chat_directory):
+    seen = []
+    monkeypatch.setattr(
+        "grinqh_jax.text.tokenizer.Tokenizer.chat", lambda self, messages: seen.append([*messages]) or [5, 6]
+    )
+    stdin(monkeypatch, "first\n\nzwölf\n".encode())
+    result = run(capsys, chat.main, "--model", chat_directory, "-m", 4, "--system-prompt", "Be brief.")
+    assert result.code == 0
+    answers = [m["content"] for m in seen[1] if m["role"] == "assistant"]
+    assert [m["content"] for m in seen[1] if m["role"] != "assistant"] == ["Be brief.", "first", "zwölf"]
+    assert seen[0] == seen[1][:2]
+    assert result.out.startswith(answers[0] + "\n")
+    assert result.err.count("generation: ") == 2
+
+
+def test_chat_template_is_used_and_can_be_ignored(capsys, chat_directory):
+    flags = ("--model", chat_directory, "-p", "ab", "-m", 2, "--json")
+    templated = json.loads(run(capsys, generate.main, *flags).out)
+    plain = json.loads(run(capsys, generate.main, *flags, "--ignore-chat-template").out)
+    assert templated["prompt_tokens"] == len("?user: ab\n?assistant:")
+    assert plain["prompt_tokens"] == 2
+
+
+def test_chat_without_a_template(capsys, graded_directory):
+    assert_refused(run(capsys, chat.main, "--model", graded_directory), "no chat template")
+
+
+def test_verbs(capsys, graded_directory):
+    assert_refused(run(capsys, __main__.main), "no verb given", "generate")
+    assert_refused(run(capsys, __main__.main, "dance"), "unknown verb 'dance'")
+    listed = run(capsys, __main__.main, "--help").out
+    for verb in __main__.VERBS:
+        assert f"\n  {verb} " in listed
+        helped = run(capsys, __main__.main, verb, "--help")
+        assert helped.code == 0
+        assert "usage:" in helped.out
+    assert run(capsys, __main__.main, "--version").out.startswith("grinqh-jax 0.")
+    flags = ("--model", graded_directory, "-p", "ab", "-m", 2)
+    assert run(capsys, __main__.main, "generate", *flags).code == 0
+
+
+def test_a_bug_is_not_mistaken_for_the_users_mistake(capsys):
+    def broken(args):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        cli.run(broken, cli.Parser(prog="x"), [])
+
+
+def test_ctrl_c_ends_the_text_and_prints_the_figures(graded_directory):
+    model = ["--model", str(graded_directory), "--bits", "full", "-m", "120", "--stop", "never"]
+    code = (
+        "import signal, sys, time, grinqh_jax.decoding.batch as d, grinqh_jax.cli.generate as g\n"
+        # as in a terminal: what a shell runs in the background inherits interrupts that are ignored
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "chunks = d.Decoding.chunks\n"
+        "def slow(self):\n"
+        "    for chunk in chunks(self):\n"
+        "        yield chunk\n"
+        "        print('CHUNK', file=sys.stderr, flush=True)\n"
+        "        time.sleep(30)\n"
+        "d.Decoding.chunks = slow\n"
+        f"sys.exit(g.main({['-p', 'x', *model]!r}))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
+    child = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in child.stderr:
+        if line.startswith("CHUNK"):
+            break
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert "interrupted\n" in err
+    assert "generation: 17 tokens" in err
+    assert "Traceback" not in err
+    assert out

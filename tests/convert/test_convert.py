@@ -1,0 +1,307 @@
+"""The converter, end to end on tiny models."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import hf_directories
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_models
+
+from checkpoints_tools.convert import command as convert
+from checkpoints_tools.convert import conversion, trained_gains
+from grinqh_jax import checkpoint
+from grinqh_jax.decoding.statistics import weighted_mean
+from grinqh_jax.hf import load_decoder, open_checkpoint
+from grinqh_jax.model import apply
+from grinqh_jax.model.decoder import linear_names
+from pallas_kernels import dequantize
+
+ROOT = Path(__file__).parents[2]
+
+
+def arguments(model: Path, out: Path, calib: Path, *more: str) -> list[str]:
+    return ["--model", str(model), "--out", str(out), "--calib", str(calib), *more]
+
+
+def content(out: Path) -> dict[str, bytes]:
+    """What a checkpoint says and holds, without the names that Orbax draws for its files."""
+    files = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+    leaves = json.loads((out / "manifest.json").read_text())["leaves"]
+    return {name: (out / name).read_bytes() for name in files} | {"leaves": leaves}
+
+
+@pytest.fixture(scope="module")
+def calib(tmp_path_factory):
+    return tiny_models.text_file(tmp_path_factory.mktemp("calib") / "calib.txt")
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory):
+    return tiny_models.write(tmp_path_factory.mktemp("qwen3") / "model")
+
+
+@pytest.fixture(scope="module")
+def converted(qwen3, calib, tmp_path_factory):
+    out = tmp_path_factory.mktemp("converted") / "out"
+    assert convert.main(arguments(qwen3, out, calib)) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A sharded Llama with scaled rope, grouped queries and its own head; widths that need padding."""
+    return tiny_models.write(tmp_path_factory.mktemp("llama") / "model", hf_directories.LLAMA3, shards=3)
+
+
+def test_a_llama_comes_back_with_the_same_quality(llama, calib, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert convert.main(arguments(llama, out, calib, "--basis", "original", "--no-refit")) == 0
+    printed = capsys.readouterr().out
+    assert "bits per weight stored" in printed
+    assert "not refitted" not in printed  # nobody asked for it
+    loaded = checkpoint.load(out, jnp.float32)
+    source = open_checkpoint(llama)
+    original = load_decoder(source, jnp.float32)
+    columns = loaded.model.lm_head.columns[...]
+    for name in linear_names(loaded.config):
+        weight = loaded.model.linear(name).weight
+        scale = jnp.repeat(weight.scales.astype(jnp.float32), 128, axis=0)
+        scale = scale[: weight.in_features, : weight.out_features]
+        if name == "lm_head.blocks.0":  # the only one of so small a vocabulary
+            kernel = source.read("lm_head.kernel")[:, np.argsort(columns)]
+        else:
+            kernel = source.read(f"{name}.kernel")
+        error = jnp.abs(dequantize(weight) - jnp.asarray(kernel, jnp.float32))
+        # Half a step of the 8-bit code; the group's largest weight may lie a whole step off.
+        assert (error <= scale / 64 * 1.01).all(), name
+        assert (error <= scale / 128 * 1.01).mean() > 0.98, name
+    for key in ("norm.scale", "layers.2.post_norm.scale"):
+        node = loaded.model.norm if key == "norm.scale" else loaded.model.layers[2].post_norm
+        np.testing.assert_array_equal(node.scale[...], source.read(key))
+    tokens = jnp.asarray(np.random.default_rng(3).integers(0, 256, (2, 100)))
+    logits, expected = loaded.model(tokens), original(tokens)
+    assert float(jnp.abs(logits - expected).max() / jnp.abs(expected).max()) < 0.05
+    same_top = jnp.mean(logits.argmax(-1) == expected.argmax(-1))
+    assert same_top > 0.9
+
+
+def test_a_llama_in_its_principal_basis_is_the_same_model(llama, calib, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert convert.main(arguments(llama, out, calib)) == 0
+    note = "weights were not refitted in qkv (needs 4,096 tokens), o (needs 4,096 tokens)"
+    printed = capsys.readouterr().out
+    assert note in printed
+    assert "gains were fitted, not trained: 512 calibration tokens are too few" in printed
+    loaded = checkpoint.load(out, jnp.float32)
+    assert loaded.quantization.provenance["basis"] == "principal"
+    assert loaded.quantization.provenance["gains"] == "fitted"
+    assert loaded.quantization.provenance["refit"] == []
+    tokens = jnp.asarray(np.random.default_rng(3).integers(0, 256, (2, 100)))
+    logits, expected = loaded.model(tokens), load_decoder(open_checkpoint(llama), jnp.float32)(tokens)
+    assert float(jnp.abs(logits - expected).max() / jnp.abs(expected).max()) < 0.05
+    assert jnp.mean(logits.argmax(-1) == expected.argmax(-1)) > 0.9
+
+
+def test_a_projection_with_more_inputs_than_there_are_tokens_is_left_as_it_is_and_named(tmp_path, capsys):
+    """4,864 tokens are fitted to, the first 4 of each of 38 windows not counted; ``down`` has 4,800."""
+    wide = hf_directories.QWEN3 | {"intermediate_size": 4800, "num_hidden_layers": 1}
+    model = tiny_models.write(tmp_path / "model", wide)
+    calib = tmp_path / "calib.txt"
+    calib.write_text(tiny_models.TEXT * 13)
+    parts, leaves = {"qkv", "o", "gate_up", "lm_head"}, {}
+    for flag, refitted in (("--refit", ["qkv", "o", "gate_up", "lm_head"]), ("--no-refit", [])):
+        out = tmp_path / flag
+        # Trained gains would follow from all weights.
+        assert convert.main(arguments(model, out, calib, flag, "--gains", "fitted")) == 0
+        printed = capsys.readouterr().out
+        note = "weights were not refitted in down (needs 4,801 tokens): 4,712 of the calibration text"
+        assert (note in printed) == (flag == "--refit")
+        provenance = json.loads((out / "config.json").read_text())["quantization_config"]["provenance"]
+        assert provenance["refit"] == refitted
+        leaves[flag] = content(out)["leaves"]
+    changed = {leaf for leaf, entry in leaves["--refit"].items() if entry != leaves["--no-refit"][leaf]}
+    assert {part for part in (*parts, "down") if any(part in leaf.split(".") for leaf in changed)} == parts
+
+
+def test_realised_bits_are_the_targets_on_the_calibration_text(converted, qwen3):
+    loaded = checkpoint.load(converted, jnp.float32)
+    table = json.loads((converted / "config.json").read_text())["quantization_config"]
+    assert table["targets"][0] == 1.0
+    assert table["targets"][-1] == 8.0
+    assert table["provenance"]["calibration"]["text"] == "calib.txt"
+    names = linear_names(loaded.config)
+    tokens = jnp.asarray([tiny_models.encode(tiny_models.TEXT[:128])])
+    for row, target in enumerate(table["targets"]):
+        if target in (2.0, 3.0, 4.0, 8.0):
+            strategy = apply.Graded({n: loaded.model.linear(n).thresholds[row] for n in names})
+            loaded.model(tokens, strategy)
+            bits = {name: float(strategy.bits[name][:, 4:].mean()) for name in names}
+            assert abs(weighted_mean(loaded.model, bits) - target) < 0.1, target
+
+
+def test_records_and_fewer_planes(qwen3, tmp_path):
+    records = tmp_path / "calib.jsonl"
+    records.write_text("\n".join([json.dumps({"question": "1 + 2?", "answer": "3\n#### 3"})] * 60))
+    assert (
+        convert.main(arguments(qwen3, tmp_path / "out", records, "--max-bits", "4", "--tokens", "400")) == 0
+    )
+    loaded = checkpoint.load(tmp_path / "out")
+    assert loaded.quantization.max_bits == 4
+    assert loaded.quantization.provenance["calibration"]["windows"] == 2
+    assert loaded.model.full_bits == 4
+
+
+def test_a_killed_conversion_goes_on_and_ends_the_same(qwen3, tmp_path, capsys):
+    calib = tmp_path / "long.txt"  # long enough for weights to be refitted
+    calib.write_text(tiny_models.TEXT * 13)
+    uninterrupted, out = tmp_path / "uninterrupted", tmp_path / "out"
+    assert convert.main(arguments(qwen3, uninterrupted, calib)) == 0
+    assert "not refitted" not in capsys.readouterr().out
+    partial = tmp_path / "out.partial"
+    command = [sys.executable, "-m", "checkpoints_tools.convert", *arguments(qwen3, out, calib)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+
+    def written() -> int:
+        return len(list(partial.glob("*partial_save/*/_CHECKPOINT_METADATA")))
+
+    kills = 0
+    for wanted in (1, 2, 4):  # the last one while gains are trained
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+        while process.poll() is None and written() < wanted:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+        assert not out.exists()
+    assert kills == 3
+    with pytest.raises(checkpoint.reader.CheckpointError, match="unfinished"):
+        checkpoint.load(out)
+    assert written() == 4
+    assert convert.main(arguments(qwen3, out, calib)) == 0
+    assert content(out) == content(uninterrupted)
+    assert not partial.exists()
+    loaded = checkpoint.load(out)
+    assert loaded.quantization.provenance["gains"] == "trained"
+    for name in linear_names(loaded.config):
+        gains = loaded.model.linear(name).gains[...]
+        assert gains[-1] == 1
+        assert (gains[:-1] != 1).all(), name
+
+
+@pytest.mark.parametrize("basis", conversion.BASES)
+def test_it_knows_how_many_parts_it_will_report(qwen3, calib, tmp_path, monkeypatch, basis):
+    monkeypatch.setattr(trained_gains, "STEPS", 2)
+    monkeypatch.setattr(trained_gains, "LEAST_TOKENS", 256)
+    source = open_checkpoint(qwen3)
+    planned = conversion.Conversion(
+        source,
+        convert.read_calibration(source, calib, 512),
+        max_bits=8,
+        quantizer="rtn",
+        basis=basis,
+        split="sensitivity",
+        gains="trained",
+        refit=False,
+    )
+    reported = []
+    planned.write(tmp_path / "out", done=reported.append)
+    assert len(reported) == planned.steps
+    assert reported[-2:] == ["gains 0", "gains 1"]
+    assert checkpoint.load(tmp_path / "out").quantization.provenance["gains"] == "trained"
+
+
+def test_finished_output_needs_force(qwen3, calib, converted, tmp_path, capsys):
+    before = content(converted)
+    assert convert.main(arguments(qwen3, converted, calib, "--max-bits", "2")) == 2
+    assert "--force" in capsys.readouterr().err
+    assert content(converted) == before
+    foreign = tmp_path / "notes"
+    foreign.mkdir()
+    (foreign / "diary.txt").write_text("Do not delete.")
+    assert convert.main(arguments(qwen3, foreign, calib, "--force")) == 2
+    assert (foreign / "diary.txt").exists()
+    out = tmp_path / "out"
+    assert convert.main(arguments(qwen3, out, calib, "--max-bits", "2")) == 0
+    assert convert.main(arguments(qwen3, out, calib, "--force")) == 0
+    assert content(out) == before
+
+
+def test_damaged_sources_are_refused_before_anything_is_written(qwen3, calib, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    tiny_models.write(broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    (broken / "generation_config.json").write_text("{")
+    assert convert.main(arguments(broken, tmp_path / "out", calib)) == 2
+    message = capsys.readouterr().err
+    assert "model.safetensors is truncated or corrupt" in message
+    assert "generation_config.json is not valid JSON" in message
+    assert message.count("\n") == 1
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "named"),
+    [
+        ("mlp.up_proj", "layers.1.gate_up: 1 of"),
+        ("input_layernorm", "layers.1.qkv: its inputs are not finite"),
+    ],
+)
+def test_weights_that_are_not_finite_are_named(calib, tmp_path, capsys, tensor, named):
+    state = hf_directories.random_state(hf_directories.QWEN3)
+    state[f"model.layers.1.{tensor}.weight"].reshape(-1)[3] = np.nan
+    model = tiny_models.write(tmp_path / "model", state=state)
+    assert convert.main(arguments(model, tmp_path / "out", calib)) == 2
+    assert named in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--tokens", "0"), "--tokens 0: must be positive"),
+        (("--model", "./nowhere"), "not a directory"),
+        (("--calib", "/nowhere.txt"), "No such file"),
+    ],
+)
+def test_wrong_arguments(qwen3, calib, tmp_path, capsys, more, message):
+    assert convert.main(arguments(qwen3, tmp_path / "out", calib, *more)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_vocabulary_that_the_model_does_not_have(calib, tmp_path, capsys):
+    model = tiny_models.write(tmp_path / "model", hf_directories.QWEN3 | {"vocab_size": 100})
+    assert convert.main(arguments(model, tmp_path / "out", calib)) == 2
+    assert "the model has a vocabulary of 100" in capsys.readouterr().err
+
+
+def test_a_missing_tokenizer(qwen3, calib, tmp_path, capsys):
+    model = hf_directories.write(tmp_path / "model")
+    assert convert.main(arguments(model, tmp_path / "out", calib)) == 2
+    assert "there is no tokenizer" in capsys.readouterr().err
+
+
+def test_layers_share_their_compilations(llama, calib, tmp_path):
+    """A second conversion of the same shapes compiles nothing, so neither does a second layer."""
+    assert convert.main(arguments(llama, tmp_path / "a", calib)) == 0
+    compiled = []
+
+    def listen(event, duration, **metadata):
+        compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        jax.jit(lambda x: x + 1)(jnp.zeros(7))
+        heard = len(compiled)
+        assert convert.main(arguments(llama, tmp_path / "b", calib)) == 0
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert any("backend_compile" in event for event in compiled[:heard])
+    assert not [event for event in compiled[heard:] if "backend_compile" in event]

@@ -1,0 +1,145 @@
+"""Turning the residual stream: the same function, uneven channels, equal rows, and a smaller graded error."""
+
+import dataclasses
+
+import hf_directories
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from checkpoints_tools.calibration import histogram, statistics
+from checkpoints_tools.calibration.allocation import GradedCosts, threshold_tables
+from checkpoints_tools.convert.principal_basis import (
+    RotatedCheckpoint,
+    principal_axes,
+    row_gains,
+    second_moments,
+)
+from grinqh_jax.hf import load_decoder, open_checkpoint
+from grinqh_jax.model.apply import Dense, Graded
+from grinqh_jax.model.linear import GradedLinear
+from pallas_kernels import codes, quantize
+
+WINDOWS = np.random.default_rng(4).integers(0, 300, (4, 48)).astype(np.int32)
+
+
+def float32_state(hf_config, low_rank=False):
+    """The usual random weights in float32; ``low_rank``: with an embedding that fills few directions."""
+    state = {name: value.astype(np.float32) for name, value in hf_directories.random_state(hf_config).items()}
+    if low_rank:
+        shape = state["model.embed_tokens.weight"].shape
+        generator = np.random.default_rng(8)
+        sizes = 0.7 ** np.arange(shape[1])
+        turn = np.linalg.qr(generator.standard_normal((shape[1], shape[1])))[0]
+        embedding = 8 * generator.standard_normal(shape) * sizes @ turn
+        state["model.embed_tokens.weight"] = embedding.astype(np.float32)
+    return state
+
+
+@pytest.fixture(scope="module", params=["qwen3-tied", "llama-untied"])
+def source(request, tmp_path_factory):
+    hf_config = hf_directories.QWEN3 if request.param == "qwen3-tied" else hf_directories.LLAMA3
+    directory = tmp_path_factory.mktemp(request.param)
+    hf_directories.write(directory, hf_config, state=float32_state(hf_config))
+    return open_checkpoint(directory)
+
+
+@pytest.fixture(scope="module")
+def rotated(source):
+    return RotatedCheckpoint(source, principal_axes(second_moments(source, WINDOWS, np.float32)))
+
+
+class Inputs(Dense):
+    """Keeps every layer's inputs and kernel."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def __call__(self, name, linear, x):
+        self.seen[name] = x, linear
+        return super().__call__(name, linear, x)
+
+
+def test_the_function_is_the_same(source, rotated):
+    before = load_decoder(source, jnp.float32)(WINDOWS)
+    after = load_decoder(rotated, jnp.float32)(WINDOWS)
+    assert float(jnp.abs(after - before).max() / jnp.abs(before).max()) < 1e-4
+
+
+def test_rows_are_equal_and_the_axes_principal(source, rotated):
+    inputs = Inputs()
+    load_decoder(rotated, jnp.float32)(WINDOWS, inputs)
+    total = 0.0
+    for name, (x, linear) in inputs.seen.items():
+        part = name.removesuffix(".blocks.0").rpartition(".")[2]
+        if part not in ("qkv", "gate_up", "lm_head"):
+            continue
+        kernel = np.asarray(linear.kernel[...], np.float64)
+        sizes = np.linalg.norm(kernel, axis=1)
+        np.testing.assert_allclose(sizes, sizes.mean(), rtol=0.01)  # gains are bfloat16
+        prefix = name.removesuffix(".blocks.0").removesuffix(part)
+        norm = {"qkv": "input_norm", "gate_up": "post_norm", "lm_head": "norm"}[part]
+        stream = np.asarray(x, np.float64)[:, statistics.SKIPPED_POSITIONS :] / rotated.read(
+            f"{prefix}{norm}.scale"
+        )
+        total = total + np.einsum("btc,btd->cd", stream, stream)
+    energy = np.diag(total)
+    assert (np.diff(energy) < 1e-3 * energy[0]).all()
+    assert np.abs(total - np.diag(energy)).max() < 1e-3 * energy[0]
+
+
+def test_blocks_of_the_head_are_the_head(rotated):
+    whole = rotated.read("lm_head.kernel")
+    fresh = dataclasses.replace(rotated)  # which has not seen any kernel yet
+    blocks = [fresh.read("lm_head.kernel", slice(start, start + 100)) for start in (0, 100, 200)]
+    np.testing.assert_allclose(np.concatenate(blocks, axis=1), whole, atol=1e-6)
+    tokens = np.array([3, 4, 5, 9, 250, 251])
+    np.testing.assert_allclose(fresh.read("lm_head.kernel", tokens), whole[:, tokens], atol=1e-6)
+
+
+@given(st.lists(st.floats(0, 1e12), min_size=1, max_size=40))
+@settings(deadline=None, max_examples=200)
+def test_gains_are_positive_bounded_and_stored_exactly(squares):
+    gains = row_gains(np.array(squares))
+    assert gains.dtype == np.float32
+    assert np.isfinite(gains).all()
+    assert (gains > 0).all()
+    assert gains.max() / gains.min() <= 64.0**2 * 1.02
+    np.testing.assert_array_equal(gains, np.asarray(jnp.asarray(gains, jnp.bfloat16), np.float32))
+
+
+def graded_error(checkpoint, bits):
+    """Relative squared error of the layer-0 projections at a mean of ``bits``, calibrated on the input."""
+    inputs = Inputs()
+    load_decoder(checkpoint, jnp.float32)(WINDOWS, inputs)
+    error = energy = 0.0
+    for name in ("layers.0.qkv", "layers.0.gate_up"):
+        x, dense = inputs.seen[name]
+        w = dense.kernel[...]
+        weight = quantize(w)
+        costs = GradedCosts(np.asarray(histogram.count(x)), np.asarray(codes.level_errors(w, weight)), w.size)
+        table = threshold_tables({name: costs}, (bits, 8.0))[name]
+        linear = GradedLinear(
+            weight.planes,
+            weight.scales,
+            table,
+            jnp.ones(4),
+            jnp.max(x),
+            in_features=w.shape[0],
+            out_features=w.shape[1],
+        )
+        y = Graded({name: jnp.asarray(table[0])})(name, linear, x)
+        exact = dense.dense(x)
+        error += float(jnp.sum((y - exact) ** 2))
+        energy += float(jnp.sum(exact**2))
+    return error / energy
+
+
+@pytest.mark.parametrize("bits", [1.5, 2.0, 3.0])
+def test_a_stream_with_few_directions_is_read_with_less_error(tmp_path, bits):
+    directory = hf_directories.write(tmp_path / "m", state=float32_state(hf_directories.QWEN3, low_rank=True))
+    source = open_checkpoint(directory)
+    turned = RotatedCheckpoint(source, principal_axes(second_moments(source, WINDOWS, np.float32)))
+    assert graded_error(turned, bits) < 0.6 * graded_error(source, bits)

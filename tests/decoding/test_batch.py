@@ -1,0 +1,146 @@
+"""Chunks of a text: looked at one by one, and, as on a GPU (here a CPU), with the next one under way."""
+
+import itertools
+import time
+
+import numpy as np
+import pytest
+
+from grinqh_jax.decoding import engine
+from grinqh_jax.decoding.batch import Decoding
+from grinqh_jax.decoding.sampling import Sampling
+
+PROMPTS = [[5, 6, 7], list(range(100, 140)), [40, 41]]
+
+
+@pytest.fixture(params=[False, True], ids=["cpu", "gpu"])
+def on_gpu(request, monkeypatch) -> bool:
+    monkeypatch.setattr("pallas_kernels.lanes.device.waits_for_host", lambda: request.param)
+    engine.decode_chunk.clear_cache()
+    yield request.param
+    engine.decode_chunk.clear_cache()
+
+
+@pytest.fixture
+def dispatched(monkeypatch) -> list[int]:
+    """Steps of each chunk that the device was asked for."""
+    steps, original = [], engine.decode_chunk
+
+    def counted(*args, **options):
+        steps.append(options["steps"])
+        return original(*args, **options)
+
+    counted.clear_cache = original.clear_cache
+    monkeypatch.setattr(engine, "decode_chunk", counted)
+    return steps
+
+
+def prepared(generator, prompts=PROMPTS, bits="full", **options) -> Decoding:
+    """A text of 101 tokens."""
+    usual = {"max_tokens": 101, "max_context": 160, "sampling": Sampling.create(len(prompts))}
+    dial = generator.dial(bits, batch=len(prompts))
+    return Decoding(generator.model, prompts, **usual | options, dial=dial)
+
+
+def begun(generator, *args, **options) -> Decoding:
+    """The same, its first token generated."""
+    decoding = prepared(generator, *args, **options)
+    decoding.prefill()
+    return decoding
+
+
+def texts(generator, **options) -> list[list[int]]:
+    """All tokens of every row."""
+    decoding = prepared(generator, **options)
+    rows = decoding.prefill().tokens
+    for chunk in decoding.chunks():
+        rows = [row + new for row, new in zip(rows, chunk.tokens, strict=True)]
+    return rows
+
+
+def test_a_text_comes_in_chunks_that_suit_the_device(generator, on_gpu, dispatched):
+    usual = [chunk.tokens[0] for chunk in begun(generator, PROMPTS[:1]).chunks()]
+    assert [len(tokens) for tokens in usual] == ([32, 32, 32, 4] if on_gpu else [16] * 6 + [4])
+    assert len(dispatched) == len(usual)  # where the end is foreseen nothing is asked for in vain
+    short = [chunk.tokens[0] for chunk in begun(generator, PROMPTS[:1], chunk_steps=7).chunks()]
+    assert [len(tokens) for tokens in short] == [7] * 14 + [2]
+    assert list(itertools.chain(*usual)) == list(itertools.chain(*short))
+
+
+def test_the_next_chunk_is_under_way_on_a_gpu(generator, on_gpu, dispatched):
+    chunks = begun(generator).chunks()
+    for seen in range(1, 4):
+        next(chunks)
+        assert len(dispatched) == seen + on_gpu
+    chunks.close()
+
+
+def test_rows_end_where_they_should(generator, on_gpu):
+    free = texts(generator, chunk_steps=8)
+    assert [len(row) for row in free] == [101] * 3
+    ends = free[0][20], free[1][50]
+    until = [next((i + 1 for i, token in enumerate(row) if token in ends), 101) for row in free]
+    assert until[0] <= 21
+    ended = texts(generator, chunk_steps=8, stop_tokens=ends)
+    assert ended == [row[:n] for row, n in zip(free, until, strict=True)]
+    full = texts(generator, chunk_steps=8, max_context=64)  # the longest prompt has 40
+    assert full == [row[: 64 - len(prompt)] for row, prompt in zip(free, PROMPTS, strict=True)]
+
+
+def test_a_stopped_row_generates_nothing_further(generator, on_gpu, dispatched):
+    free = texts(generator, chunk_steps=8)
+    decoding = prepared(generator, chunk_steps=8)
+    found = decoding.prefill().tokens
+    dispatched.clear()
+    for i, chunk in enumerate(decoding.chunks()):
+        found = [row + new for row, new in zip(found, chunk.tokens, strict=True)]
+        if i == 1:
+            decoding.stop(np.array([True, False, False]))
+        if i == 3:
+            decoding.stop(np.array([False, True, True]))
+    assert found == [free[0][:17], free[1][:33], free[2][:33]]
+    assert len(dispatched) == 4 + on_gpu
+
+
+def test_only_the_models_time_counts(generator, on_gpu):
+    """With a consumer who takes longer for a chunk than the model does."""
+    decoding = begun(generator)
+    decoding.compile_decode()
+    started, seconds = time.perf_counter(), []
+    for chunk in decoding.chunks():
+        seconds.append(chunk.seconds)
+        time.sleep(0.3)
+    took = time.perf_counter() - started - 0.3 * len(seconds)
+    assert min(seconds) > 0
+    assert sum(seconds) < 0.3 * len(seconds)
+    assert max(seconds[1:]) < 0.3
+    if not on_gpu:
+        assert took / 2 < sum(seconds) <= took
+
+
+def test_the_dial_follows_what_was_read(generator, on_gpu, monkeypatch):
+    """Each chunk is set against the setting that it was read at."""
+    decoding = begun(generator, PROMPTS[:1], bits=3.0, chunk_steps=8)
+    dial, used, said = decoding._dial, [], []
+    decode, observe = decoding._decode, dial.observe
+
+    def decoded(limits):
+        used.append(np.asarray(decoding._thresholds["layers.0.qkv"]))
+        return decode(limits)
+
+    def observed(bits, counts, setting):
+        targets, tables = np.array(generator.targets), generator.model.linear("layers.0.qkv").thresholds
+        columns = np.asarray(tables[...], np.float64).T
+        said.append([np.interp(setting[0], targets, column) for column in columns])
+        observe(bits, counts, setting)
+
+    monkeypatch.setattr(decoding, "_decode", decoded)
+    monkeypatch.setattr(dial, "observe", observed)
+    settings = []
+    for chunk in decoding.chunks():
+        assert chunk.grades is not None
+        settings.append(float(dial.setting[0]))
+    assert len(used) == 13
+    np.testing.assert_allclose(said, np.concatenate(used)[: len(said)], rtol=1e-4)
+    assert len(said) == 13
+    assert len(set(settings)) >= 12  # the second chunk of a GPU was asked for before the first was known

@@ -1,0 +1,68 @@
+"""Chunks of a text on a GPU, the next one under way: whatever their length, the text is the same."""
+
+import numpy as np
+import pytest
+
+from grinqh_jax import BUNDLED_MODEL, Generator
+from grinqh_jax.decoding.batch import Decoding
+from grinqh_jax.decoding.sampling import Sampling
+from pallas_kernels.lanes import device
+
+pytestmark = pytest.mark.gpu
+
+PROMPTS = ["The old house", "Once upon a time there was a", "She said"]
+TOKENS = 120
+
+
+@pytest.fixture(scope="module")
+def generator() -> Generator:
+    return Generator.load(BUNDLED_MODEL)
+
+
+def prepared(generator, temperature, **options) -> Decoding:
+    prompts = [generator.tokenizer.encode(prompt) for prompt in PROMPTS]
+    return Decoding(
+        generator.model,
+        prompts,
+        max_tokens=TOKENS,
+        max_context=256,
+        dial=generator.dial("full", batch=len(prompts)),  # which has nothing to learn: chunks do not matter
+        sampling=Sampling.create(len(prompts), temperature=temperature, seed=7),
+        **options,
+    )
+
+
+def text(decoding: Decoding) -> tuple[list[list[int]], list[int]]:
+    """All tokens of every row, and how many the first row got in each chunk."""
+    rows, lengths = decoding.prefill().tokens, []
+    for chunk in decoding.chunks():
+        rows = [row + new for row, new in zip(rows, chunk.tokens, strict=True)]
+        lengths.append(len(chunk.tokens[0]))
+    return rows, lengths
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_chunks_do_not_change_the_text(generator, temperature):
+    assert device.waits_for_host()
+    whole, lengths = text(prepared(generator, temperature, chunk_steps=TOKENS))
+    assert lengths == [TOKENS - 1]
+    assert [len(row) for row in whole] == [TOKENS] * 3
+    for options, expected in (({}, [32, 32, 32, 23]), ({"chunk_steps": 7}, [7] * 17)):
+        rows, lengths = text(prepared(generator, temperature, **options))
+        assert lengths == expected
+        assert rows == whole
+
+
+def test_rows_end_where_they_should(generator):
+    whole, _ = text(prepared(generator, 0.8))
+    end = whole[0][40]
+    expected = [row[: row.index(end) + 1] if end in row else row for row in whole]
+    rows, _ = text(prepared(generator, 0.8, chunk_steps=16, stop_tokens=[end]))
+    assert rows == expected
+    decoding = prepared(generator, 0.8, chunk_steps=16)
+    rows = decoding.prefill().tokens
+    for i, chunk in enumerate(decoding.chunks()):
+        rows = [row + new for row, new in zip(rows, chunk.tokens, strict=True)]
+        if i == 1:
+            decoding.stop(np.array([True, False, True]))
+    assert rows == [whole[0][:33], whole[1], whole[2][:33]]

@@ -1,0 +1,248 @@
+"""Generation as a library, on a tiny model that writes bytes."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from bits_by_hand import bits_to_read
+
+from grinqh_jax.decoding.batch import Decoding
+from grinqh_jax.decoding.dial import PRIOR_TOKENS, layer_shares
+from grinqh_jax.decoding.generation_config import GenerationConfig
+from grinqh_jax.decoding.generator import Generator, Request
+from grinqh_jax.decoding.sampling import Sampling
+from grinqh_jax.decoding.statistics import Statistics
+from grinqh_jax.errors import CheckpointError, UsageError
+from grinqh_jax.evaluation.completion import complete
+from grinqh_jax.evaluation.scoring import score
+from grinqh_jax.model.decoder import linear_names, linear_shapes
+
+PROMPT = "Grüße"
+
+
+def finished(generator, prompt=PROMPT, max_context=None, **request):
+    generation = generator.generate(prompt, Request(**request), max_context=max_context)
+    pieces = list(generation)
+    assert "".join(pieces) == generation.text
+    return generation
+
+
+def without_end(generator) -> Generator:
+    return with_defaults(generator)
+
+
+def with_defaults(generator, **defaults) -> Generator:
+    """The same model with other special tokens."""
+    g = generator
+    return Generator(g.model, g.tokenizer, GenerationConfig(**defaults), g.targets, g.directory)
+
+
+def test_streamed_text_is_the_tokens_text(generator):
+    for seed in range(4):
+        generation = finished(generator, temperature=1.5, seed=seed, max_tokens=60)
+        assert generation.text == generator.tokenizer.decode(generation.tokens)
+        assert generation.finish_reason == ("length" if len(generation.tokens) == 60 else "stop")
+
+
+def test_same_seed_same_text(generator):
+    first, again, other = (finished(generator, temperature=1.0, seed=s).tokens for s in (5, 5, 6))
+    assert first == again != other
+    assert finished(generator).tokens == finished(generator, seed=9).tokens  # greedy needs no seed
+
+
+def test_every_end_token_ends_the_text(generator):
+    free = finished(without_end(generator), max_tokens=40).tokens
+    end = free[20]
+    stopped = finished(with_defaults(generator, eos_tokens=(257, end)), max_tokens=40)
+    assert stopped.tokens == free[: free.index(end) + 1]
+    assert stopped.finish_reason == "stop"
+
+
+def test_stop_string_cuts_the_text(generator):
+    generator = without_end(generator)
+    free = finished(generator, temperature=1.0, max_tokens=60).text
+    stop = free[25:28]
+    for given in (["never!", stop], stop):
+        stopped = finished(generator, temperature=1.0, max_tokens=60, stop=given)
+        assert stopped.text == free[: free.index(stop)]
+        assert stopped.finish_reason == "stop"
+
+
+def test_a_generation_is_iterated_over_once(generator):
+    generation = finished(generator, max_tokens=8)
+    text = generation.text
+    with pytest.raises(UsageError, match="iterated over once"):
+        next(iter(generation))
+    assert generation.text == text
+
+
+@pytest.mark.parametrize("token", [10**6, -5, 258])
+def test_tokens_outside_the_vocabulary(generator, token):
+    message = f"token {token} is outside the model's vocabulary of 258"
+    with pytest.raises(UsageError, match=message):
+        generator.generate([5, token])
+    with pytest.raises(UsageError, match=message):
+        score(generator, [([5, 6], [7]), ([5, token], [7])], "full", max_length=16)
+    with pytest.raises(UsageError, match=message):
+        complete(generator, [[5], [token]], "full", max_tokens=2, batch=2, ended=lambda text: False)
+
+
+def test_context_ends_the_text_and_refuses_a_long_prompt(generator):
+    generator = without_end(generator)
+    generation = finished(generator, max_context=20, max_tokens=500)
+    assert len(generation.tokens) == 20 - len(PROMPT.encode())
+    assert generation.finish_reason == "length"
+    with pytest.raises(UsageError, match="the prompt has 30 tokens and the context holds 20"):
+        generator.generate("x" * 30, max_context=20)
+    with pytest.raises(UsageError, match="a context of 129 tokens: the model has positions for 2 to 128"):
+        generator.generate("x", max_context=129)
+
+
+def test_empty_prompt_begins_with_a_special_token(generator):
+    with_bos = with_defaults(generator, bos_token=65, eos_tokens=(0,))
+    assert finished(with_bos, "", max_tokens=5).tokens == finished(with_bos, [65], max_tokens=5).tokens
+    assert finished(generator, "", max_tokens=5).tokens == finished(generator, [0], max_tokens=5).tokens
+    with pytest.raises(UsageError, match="prompt is empty"):
+        without_end(generator).generate("")
+
+
+@pytest.mark.parametrize("bits", [0.5, 8.1, float("nan")])
+def test_bits_out_of_range(generator, bits):
+    with pytest.raises(UsageError, match="dial goes from 1 to 8"):
+        generator.generate(PROMPT, Request(bits=bits))
+
+
+def test_all_bad_values_of_a_request_are_named():
+    with pytest.raises(UsageError) as caught:
+        Request(max_tokens=0, temperature=-1, top_k=-2, top_p=0, min_p=2, stop=[""])
+    for text in ("max_tokens is 0", "temperature is -1", "top_k is -2", "top_p is 0", "min_p is 2", "stop"):
+        assert text in str(caught.value)
+
+
+def test_unquantized_model_runs_at_full_precision_only(dense_directory, generator):
+    dense = Generator.load(dense_directory)
+    generation = finished(dense, bits="full", max_tokens=8)
+    statistics = generation.statistics()
+    assert generation.bits is None
+    assert statistics.realised_bits is statistics.realised_bits_per_step is None
+    assert statistics.bytes_per_token > 1.9 * statistics.bytes_per_token_bf16  # float32 kernels on a CPU
+    with pytest.raises(UsageError, match=r"bits 3\.0.*not quantized"):
+        dense.generate(PROMPT, Request(bits=3.0))
+    # eight bits of a small random model are close enough for the same greedy beginning
+    assert generation.tokens[:3] == finished(generator, bits="full", max_tokens=3).tokens
+
+
+def test_a_config_without_an_object_or_with_a_null_in_it(dense_directory, tmp_path):
+    for path in dense_directory.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    config, text = tmp_path / "config.json", (dense_directory / "config.json").read_text()
+    config.unlink()
+    config.write_text("null")
+    with pytest.raises(CheckpointError, match=r"config\.json holds NoneType, expected an object"):
+        Generator.load(tmp_path)
+    config.write_text(json.dumps(json.loads(text) | {"quantization_config": None}))
+    assert Generator.load(tmp_path).targets is None
+
+
+def test_statistics_are_what_the_steps_read(generator):
+    generator = without_end(generator)
+    generation = finished(generator, bits=4.5, max_tokens=21)
+    statistics, grades = generation.statistics(), generation.grades
+    names = linear_names(generator.model.config)
+    assert grades.bits.shape == grades.saturation.shape == (20, len(names))
+    sizes = [k * n for k, n in linear_shapes(generator.model.config).values()]
+    expected = np.average(grades.bits.mean(0), weights=sizes)
+    assert statistics.realised_bits == pytest.approx(expected)
+    assert 1 < expected < 8
+    assert list(statistics.realised_bits_per_layer) == names
+    small = 2 * (64 * 5 + 2 * 32 * 2 + 64)  # bf16 norms of two layers and one row of the embedding
+    assert statistics.bytes_per_token == pytest.approx(sum(sizes) * (expected + 0.125) / 8 + small)
+    assert statistics.bytes_per_token_bf16 == sum(sizes) * 2 + small
+    assert (statistics.prompt_tokens, statistics.generated_tokens) == (7, 21)
+    assert statistics.generation_tokens_per_second > 0
+    assert statistics.peak_memory_bytes > 1e6
+    full = finished(generator, bits="full", max_tokens=4).statistics()
+    assert full.realised_bits == 8
+
+
+def test_warning_when_activations_leave_the_calibrated_range():
+    def warning(**saturation):
+        fields = dict.fromkeys((f.name for f in dataclasses.fields(Statistics)), 0)
+        fields |= {"realised_bits_per_layer": {}, "realised_bits_per_step": None}
+        return Statistics(**fields | {"saturation": saturation}).warning()
+
+    assert warning(a=0.9, b=1.5) is None
+    assert "in 2 of 3 linear layers (40 times its largest in c)" in warning(a=1.0, b=1.6, c=40.0)
+    assert "1 of 2" in warning(a=float("nan"), b=1.0)
+
+
+def test_no_dial_compiles_anything_after_the_first_text(generator, compilations):
+    finished(generator, max_tokens=20)
+    finished(generator, max_tokens=20, temperature=1.0)  # has programs of its own
+    before = len(compilations)
+    for i, bits in enumerate((1.0, 2.0, 3.3, 5.75, "full")):
+        finished(generator, "x" * (i + 1), bits=bits, max_tokens=18 + i)
+        finished(generator, bits=bits, temperature=i / 2, top_k=i, top_p=1 - i / 8, min_p=i / 10, seed=i)
+    assert len(compilations) == before
+
+
+def test_preparation_compiles_everything(generator, compilations):
+    decoding = Decoding(
+        generator.model,
+        [range(2, 50), range(2, 9), range(40, 43)],  # a batch size of its own
+        max_tokens=20,
+        max_context=128,
+        dial=generator.dial(3.0, batch=3),
+        sampling=Sampling.create(3, temperature=1.0),
+    )
+    decoding.compile_prefill()
+    after_prefill = len(compilations)
+    assert after_prefill >= 2
+    decoding.prefill()
+    assert len(compilations) == after_prefill
+    decoding.compile_decode()
+    prepared = len(compilations)
+    assert prepared > after_prefill
+    assert sum(len(chunk.tokens[0]) for chunk in decoding.chunks()) == 19
+    assert len(compilations) == prepared
+
+
+def test_the_dial_learns_from_the_prompt(generator):
+    dial = generator.dial(3.0, batch=2)
+    prompts = [list(range(2, 62)), [5, 6, 7]]
+    decoding = Decoding(
+        generator.model, prompts, max_tokens=4, max_context=128, dial=dial, sampling=Sampling.create(2)
+    )
+    decoding.prefill()
+    read = bits_to_read(generator.model, np.array(prompts[:1]), generator.dial(3.0).thresholds)[0, 4:]
+    excess = (read @ layer_shares(generator.model.config)).mean() - 3
+    assert abs(excess) > 0.01
+    expected = 3 - excess * 56 / (56 + PRIOR_TOKENS)
+    # A prompt of three tokens says nothing.
+    np.testing.assert_allclose(dial.setting, [expected, 3], atol=0.01)
+
+
+def test_a_batch_of_different_lengths_equals_its_rows(generator, monkeypatch):
+    monkeypatch.setattr("grinqh_jax.decoding.batch.LONGEST_BLOCK", 32)  # the longest takes three
+    prompts = [list(range(2, 90)), [5, 6, 7], list(range(100, 140))]
+
+    def run(rows: list[int]) -> list[list[int]]:
+        decoding = Decoding(
+            generator.model,
+            [prompts[row] for row in rows],
+            max_tokens=12,
+            max_context=128,
+            dial=generator.dial(6.0, batch=len(rows)),
+            sampling=Sampling.create(len(rows)),
+        )
+        tokens = decoding.prefill().tokens
+        for chunk in decoding.chunks():
+            assert jax.tree.leaves(chunk.grades)[0].shape[1] == len(rows)
+            tokens = [old + new for old, new in zip(tokens, chunk.tokens, strict=True)]
+        return tokens
+
+    together = run([0, 1, 2])
+    assert together == [run([row])[0] for row in range(3)]
+    assert [len(tokens) for tokens in together] == [12, 12, 12]

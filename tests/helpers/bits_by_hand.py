@@ -1,0 +1,28 @@
+"""How many bits graded reading of a text takes, counted from the model's activations with numpy."""
+
+import jax
+import numpy as np
+
+from grinqh_jax.model import apply, decoder
+
+
+@jax.jit
+def linear_inputs(model, tokens):
+    """Of every linear layer, in a whole sequence at full precision."""
+    dense, seen = apply.Dense(), {}
+
+    def keep(name, linear, x):
+        seen[name] = x
+        return dense(name, linear, x)
+
+    model(tokens, keep)
+    return seen
+
+
+def bits_to_read(model, tokens, thresholds):
+    """``[rows, positions, linears]``, without the program's own grading."""
+    inputs, bits = linear_inputs(model, tokens), []
+    for name in decoder.linear_names(model.config):
+        reached = np.abs(np.asarray(inputs[name]))[..., None] >= np.asarray(thresholds[name])[:, None, None]
+        bits.append(2 * reached.sum(axis=-1).mean(axis=-1))
+    return np.stack(bits, axis=-1)

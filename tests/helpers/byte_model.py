@@ -1,0 +1,100 @@
+"""A tiny model that reads and writes bytes, as an unquantized and as a GRINQH checkpoint."""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+import tokenizers
+from random_models import CONFIGS, TARGETS, graded_model_tree, random_state, state_tree
+from safetensors.numpy import save_file
+from tokenizers import decoders, models, pre_tokenizers
+
+from grinqh_jax.checkpoint import QuantizationConfig, Writer
+from grinqh_jax.decoding.generator import Generator
+
+SPECIAL = ("<|end|>", "<|turn|>")
+CONFIG = CONFIGS["qwen3-tied-gqa"] | {"vocab_size": 256 + len(SPECIAL), "eos_token_id": 0}
+TEMPLATE = (
+    "{% for m in messages %}<|turn|>{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|turn|>assistant:{% endif %}"
+)
+
+
+def write_companions(directory: Path, *, chat: bool) -> list[Path]:
+    """The tokenizer (one token per byte) and the generation config."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {piece: i for i, piece in enumerate([*SPECIAL, *alphabet])}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL))
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": SPECIAL[0]}
+    config |= {"chat_template": TEMPLATE} if chat else {}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 1]}))
+    return sorted(directory.glob("*.json"))
+
+
+@pytest.fixture(scope="session")
+def dense_directory(tmp_path_factory) -> Path:
+    """An unquantized Hugging Face checkpoint."""
+    directory = tmp_path_factory.mktemp("dense")
+    write_companions(directory, chat=False)
+    (directory / "config.json").write_text(json.dumps(CONFIG))
+    save_file(random_state(CONFIG), directory / "model.safetensors")
+    return directory
+
+
+def write_graded(directory: Path, companions: list[Path]) -> Path:
+    """The same model as a GRINQH checkpoint."""
+    _, tree = state_tree(CONFIG)
+    tree = graded_model_tree(tree)
+
+    def rounded(node):  # embedding and norms are stored in bfloat16
+        if not isinstance(node, dict):
+            return node
+        small = {"embedding", "scale"}
+        return {k: jnp.asarray(v, jnp.bfloat16) if k in small else rounded(v) for k, v in node.items()}
+
+    with Writer(directory, fingerprint="tiny") as writer:
+        writer.save_part("all", rounded(tree))
+        writer.finalize(CONFIG, QuantizationConfig(max_bits=8, targets=TARGETS), companions)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def graded_directory(tmp_path_factory) -> Path:
+    """A GRINQH checkpoint without a chat template."""
+    parent = tmp_path_factory.mktemp("graded")
+    return write_graded(parent / "tiny", write_companions(parent, chat=False))
+
+
+@pytest.fixture(scope="session")
+def chat_directory(tmp_path_factory) -> Path:
+    """A GRINQH checkpoint with a chat template."""
+    parent = tmp_path_factory.mktemp("chat")
+    return write_graded(parent / "tiny", write_companions(parent, chat=True))
+
+
+@pytest.fixture(scope="session")
+def generator(graded_directory) -> Generator:
+    """The loaded checkpoint; sampled at temperature 1 it writes random bytes."""
+    return Generator.load(graded_directory)
+
+
+@pytest.fixture
+def compilations():
+    """A list that grows by one entry with every program that XLA compiles."""
+    import jax
+
+    events: list[str] = []
+
+    def listen(event: str, _seconds: float, **_) -> None:
+        if event.endswith("backend_compile_duration"):
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield events
+    jax.monitoring.unregister_event_duration_listener(listen)

@@ -1,0 +1,53 @@
+"""Records the logits of transformers for the models of ``random_models`` and for ``qwen3-32m``.
+
+    PYTHONPATH=. python tests/helpers/record_logits.py [DIRECTORY_OF_QWEN3_32M]
+
+Needs torch and transformers; the tests need only the files that this writes.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from random_models import CONFIGS, TOKENS, random_state
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+
+VOCABULARY_STEP = 16
+"""Of qwen3-32m's vocabulary every 16th logit is kept."""
+
+SHARED_TOKENS = np.random.default_rng(11).integers(2, 16384, (1, 24))
+
+
+def torch_model(hf_config: dict, seed: int = 0) -> transformers.PreTrainedModel:
+    """The random model in transformers, float32."""
+    config = transformers.AutoConfig.for_model(**hf_config)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    state = {name: torch.from_numpy(value) for name, value in random_state(hf_config, seed).items()}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    if unexpected or set(missing) - {"lm_head.weight"}:
+        raise SystemExit(f"weights do not fit: missing {missing}, unexpected {unexpected}")
+    return model
+
+
+@torch.no_grad()
+def logits(model: transformers.PreTrainedModel, tokens: np.ndarray) -> np.ndarray:
+    """float32 ``[batch, positions, vocabulary]``."""
+    return model(torch.from_numpy(tokens)).logits.float().numpy()
+
+
+def main() -> None:
+    recorded = {name: logits(torch_model(config), TOKENS)[0, ::8] for name, config in CONFIGS.items()}
+    np.savez_compressed(FIXTURES / "random_logits.npz", **recorded)
+    if len(sys.argv) > 1:
+        model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
+        kept = logits(model, SHARED_TOKENS)[0, :, ::VOCABULARY_STEP]
+        np.savez_compressed(
+            FIXTURES / "qwen3_32m_logits.npz", tokens=SHARED_TOKENS.astype(np.int32), logits=kept
+        )
+
+
+if __name__ == "__main__":
+    main()

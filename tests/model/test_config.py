@@ -1,0 +1,108 @@
+"""Reading Hugging Face configurations."""
+
+import pytest
+from random_models import CONFIGS
+
+from grinqh_jax.errors import UnsupportedModelError
+from grinqh_jax.model.config import ModelConfig, RopeConfig
+
+LLAMA = CONFIGS["llama3-scaled-rope-gqa"]
+QWEN3 = CONFIGS["qwen3-tied-gqa"]
+
+
+def test_old_and_new_spellings_agree():
+    scaling = {**LLAMA["rope_scaling"]}
+    without = {k: v for k, v in LLAMA.items() if k not in ("rope_scaling", "rope_theta")}
+    spellings = [
+        without | {"rope_theta": 500.0, "rope_scaling": scaling},
+        without | {"rope_theta": 500.0, "rope_scaling": {**scaling, "type": "llama3", "rope_type": None}},
+        without | {"rope_parameters": scaling | {"rope_theta": 500.0}},
+        without | {"rope_parameters": {"full_attention": scaling | {"rope_theta": 500.0}}},
+    ]
+    del spellings[1]["rope_scaling"]["rope_type"]
+    first, *others = (ModelConfig.from_hf(s) for s in spellings)
+    expected = RopeConfig(
+        theta=500.0,
+        type="llama3",
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=32,
+    )
+    assert first.rope == expected
+    assert all(other == first for other in others)
+
+
+def test_defaults_of_absent_and_null_keys():
+    llama = ModelConfig.from_hf(CONFIGS["llama-tied-mha"] | {"head_dim": None})
+    assert (llama.head_dim, llama.num_kv_heads, llama.qk_norm) == (16, 4, False)
+    assert llama.rope == RopeConfig(theta=10000.0)
+    qwen3 = ModelConfig.from_hf({k: v for k, v in QWEN3.items() if k != "head_dim"})
+    assert (qwen3.head_dim, qwen3.qk_norm, qwen3.tie_word_embeddings) == (128, True, True)
+    assert hash(llama) != hash(qwen3)
+
+
+def test_model_type_stands_in_for_missing_architectures():
+    assert ModelConfig.from_hf({k: v for k, v in QWEN3.items() if k != "architectures"}).qk_norm
+
+
+def test_unused_sliding_window_and_grinqh_quantization_are_accepted():
+    accepted = {"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28}
+    assert ModelConfig.from_hf(QWEN3 | accepted) == ModelConfig.from_hf(QWEN3)
+    ModelConfig.from_hf(QWEN3 | {"quantization_config": {"quant_method": "grinqh", "version": 1}})
+
+
+UNSUPPORTED = {
+    "architecture MistralForCausalLM": {"architectures": ["MistralForCausalLM"]},
+    "mixture of experts (num_experts 8)": {"num_experts": 8},
+    "attention_bias": {"attention_bias": True},
+    "mlp_bias": {"mlp_bias": True},
+    "hidden_act 'gelu'": {"hidden_act": "gelu"},
+    "sliding_window 4096": {"sliding_window": 4096, "use_sliding_window": True},
+    "layer_types sliding_attention": {"layer_types": ["full_attention", "sliding_attention"]},
+    "rope type 'yarn'": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}},
+    "partial_rotary_factor 0.5": {"partial_rotary_factor": 0.5},
+    "already quantized by gptq": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+    "vocab_size is None": {"vocab_size": None},
+    "hidden_size is '64'": {"hidden_size": "64"},
+    "rms_norm_eps is -1": {"rms_norm_eps": -1},
+    "num_attention_heads 4 is not a multiple of num_key_value_heads 3": {"num_key_value_heads": 3},
+    "head_dim 15 is odd": {"head_dim": 15},
+}
+
+
+@pytest.mark.parametrize("message", UNSUPPORTED)
+def test_each_unsupported_option_is_named(message):
+    with pytest.raises(UnsupportedModelError) as caught:
+        ModelConfig.from_hf(QWEN3 | UNSUPPORTED[message])
+    assert message in str(caught.value)
+
+
+def test_all_unsupported_options_are_named_at_once():
+    everything = dict(QWEN3)
+    for options in UNSUPPORTED.values():
+        everything |= options
+    with pytest.raises(UnsupportedModelError) as caught:
+        ModelConfig.from_hf(everything)
+    assert [message for message in UNSUPPORTED if message not in str(caught.value)] == []
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["architectures", "layer_types"])
+@pytest.mark.parametrize("value", [5, "Qwen3ForCausalLM", [["Qwen3ForCausalLM"]]])
+def test_what_should_be_a_list_of_names(key, value):
+    with pytest.raises(UnsupportedModelError) as caught:
+        ModelConfig.from_hf(QWEN3 | {key: value})
+    expected = f"unsupported model configuration: {key} is {value!r}, expected a list of names"
+    assert str(caught.value) == expected
+
+
+def test_llama3_rope_without_its_factors():
+    scaling = {"rope_type": "llama3", "factor": 8.0}
+    with pytest.raises(UnsupportedModelError, match="lacks low_freq_factor, high_freq_factor"):
+        ModelConfig.from_hf(LLAMA | {"rope_scaling": scaling})
+
+
+def test_llama_with_a_stated_window_uses_it():
+    with pytest.raises(UnsupportedModelError, match="sliding_window 128"):
+        ModelConfig.from_hf(LLAMA | {"sliding_window": 128})

@@ -1,0 +1,60 @@
+"""The kernels between two products on a GPU: against XLA's operations, and in a decode step."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grinqh_jax.benchmarking import random_model
+from grinqh_jax.decoding import engine
+from grinqh_jax.decoding.thresholds import model_thresholds
+from grinqh_jax.model.cache import KVCache
+from grinqh_jax.model.norm import add_norm, rms_norm
+from grinqh_jax.model.swiglu import swiglu
+from pallas_kernels import PartialSums, decode_rows
+
+pytestmark = pytest.mark.gpu
+
+SIZES = [(1, 4096, 48), (8, 4096, 16), (3, 1024, 4), (1, 12288, 16), (2, 14336, 7)]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_agrees_with_xla(size):
+    rows, columns, parts = size
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = jax.random.normal(keys[0], (rows, 1, columns), jnp.bfloat16)
+    gain = 1 + 0.1 * jax.random.normal(keys[1], (columns,), jnp.bfloat16)
+    update = PartialSums(jax.random.normal(keys[2], (parts, rows, columns)), columns)
+    total, normed = jax.jit(add_norm, static_argnums=3)(x, update, gain, 1e-6)
+    expected = x[:, 0].astype(jnp.float32) + update.total()
+    np.testing.assert_allclose(total[:, 0].astype(np.float32), expected, rtol=2**-7, atol=1e-5)
+    expected = rms_norm(total[:, 0].astype(jnp.float32), gain, 1e-6)
+    np.testing.assert_allclose(normed.values * normed.factor(), expected, rtol=2**-7, atol=1e-5)
+    gate_up = PartialSums(jax.random.normal(keys[3], (parts, rows, 2 * columns)), 2 * columns)
+    activated = jax.jit(swiglu)(gate_up)
+    expected = swiglu(gate_up.total())
+    np.testing.assert_allclose(activated.values.astype(np.float32), expected, rtol=2**-7, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["Qwen3-0.6B", "Llama-3.2-1B"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_decode_step_is_the_same_with_and_without(monkeypatch, name, batch):
+    model = random_model.graded(random_model.shape(name))
+    thresholds = model_thresholds(model, jnp.asarray(random_model.TARGETS), jnp.full(batch, 8.0))
+    prompt = jax.random.randint(jax.random.key(1), (batch, 16), 0, model.config.vocab_size)
+    cache = KVCache.create(model.config, batch, 64, model.compute_dtype)
+    _, cache = engine.prefill(model, prompt, jnp.full(batch, 16), cache)
+
+    def step():
+        run = jax.jit(lambda *args: engine.decode_step(*args))
+        logits, _, grades = run(model, prompt[:, 0], cache, thresholds)
+        return np.asarray(logits), np.asarray(grades.bits), np.asarray(grades.saturation)
+
+    logits, bits, saturation = step()
+    np.testing.assert_array_equal(step()[0], logits)
+    monkeypatch.setattr(decode_rows, "supports", lambda *_: "switched off")
+    expected, expected_bits, expected_saturation = step()
+    # In full bits nothing depends on which side of a threshold a rounded activation falls.
+    assert np.linalg.norm(logits - expected) < 2e-2 * np.linalg.norm(expected)
+    np.testing.assert_array_equal(bits, expected_bits)
+    np.testing.assert_allclose(saturation, expected_saturation, rtol=0.1)

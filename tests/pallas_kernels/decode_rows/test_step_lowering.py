@@ -1,0 +1,90 @@
+"""Decode steps compiled for GPUs that are not here: which kernels they are made of."""
+
+import collections
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType
+
+from grinqh_jax.benchmarking import random_model
+from grinqh_jax.decoding import engine
+from grinqh_jax.decoding.sampling import Sampling
+from grinqh_jax.model import decoder
+from grinqh_jax.model.cache import KVCache
+from grinqh_jax.model.decoder import Decoder
+from grinqh_jax.model.output_projection import block_sizes
+from pallas_kernels.lanes import device
+
+pytestmark = pytest.mark.skipif(
+    jax.__version_info__ < device.OLDEST_JAX, reason="lane programs need jax >= 0.11.2"
+)
+
+
+def lowered(function, name: str, batch: int) -> str:
+    """The StableHLO of ``function(model, tokens, cache, thresholds)`` for a model with two layers."""
+    config = dataclasses.replace(random_model.shape(name), num_layers=2)
+    tree = decoder.abstract_tree(config, 8, 3)
+    thresholds = {n: jax.ShapeDtypeStruct((batch, 4), jnp.float32) for n in decoder.linear_names(config)}
+
+    def of_tree(tree, *arguments):
+        return function(Decoder.from_tree(config, tree, jnp.bfloat16), *arguments)
+
+    cache = jax.eval_shape(lambda: KVCache.create(config, batch, 256, jnp.bfloat16))
+    tokens = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    h200 = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), (AxisType.Explicit,), abstract_device=h200)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(of_tree, donate_argnums=2).trace(tree, tokens, cache, thresholds)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("name", ["Qwen3-8B", "Llama-3.1-8B", "Qwen3-14B"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_kernels_of_a_step(name, batch):
+    text = lowered(engine.decode_step, name, batch)
+    calls = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
+    kernels = collections.Counter(re.search(r"00(\w+)_kernel_mosaic_gpu", call).group(1) for call in calls)
+    layers = 2
+    assert kernels == {
+        "graded_matvec": 4 * layers + len(block_sizes(random_model.shape(name).vocab_size)),
+        "decode_attention": layers,
+        "merge_attention": layers,
+        "add_norm": 2 * layers,
+        "swiglu": layers,
+    }
+
+
+def test_a_preview_adds_no_kernels_to_a_prompt():
+    """What grading would take is counted from the inputs; each weight is dequantized once as ever."""
+
+    def plain(model, tokens, cache, thresholds):
+        return engine.prefill(model, jnp.tile(tokens[:, None], (1, 128)), jnp.full(1, 100), cache)
+
+    def previewed(model, tokens, cache, thresholds):
+        block = jnp.tile(tokens[:, None], (1, 128))
+        return engine.prefill_with_preview(model, block, jnp.full(1, 100), cache, thresholds)
+
+    kernels = [
+        re.findall(r"00(\w+)_kernel_mosaic_gpu", lowered(function, "Qwen3-8B", 1))
+        for function in (plain, previewed)
+    ]
+    assert collections.Counter(kernels[0]) == collections.Counter(kernels[1])
+    assert sum("dequant" in name for name in kernels[0]) == 4 * 2
+
+
+def test_only_sampling_gathers_logits_in_the_order_of_the_tokens():
+    """Greedy decoding takes the logits as the output projection has them."""
+
+    def chunk(temperature, model, tokens, cache, thresholds):
+        done, stop, limits = jnp.zeros(1, bool), jnp.full(1, -1), jnp.full(1, 8)
+        sampling = Sampling.create(1, temperature=temperature)
+        return engine.decode_chunk(model, tokens, done, cache, thresholds, sampling, stop, limits, steps=8)
+
+    vocabulary = random_model.shape("Qwen3-8B").vocab_size
+    for temperature, gathers in ((0.0, 0), (1.0, 1)):
+        text = lowered(functools.partial(chunk, temperature), "Qwen3-8B", 1)
+        assert len(re.findall(rf"stablehlo\.gather.*-> tensor<1x{vocabulary}xf32>", text)) == gathers

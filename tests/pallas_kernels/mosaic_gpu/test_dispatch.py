@@ -1,0 +1,177 @@
+"""When the kernel is chosen, what it says when it is not, which tuning it gets, and that it lowers for GPUs
+that are not here."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType
+from matvec_cases import Case
+
+from grinqh_jax.benchmarking import random_model
+from grinqh_jax.model.decoder import linear_shapes
+from pallas_kernels import NestedWeight, PartialSums, graded_matvec, layout
+from pallas_kernels.lanes import device
+from pallas_kernels.matvec import choose
+from pallas_kernels.matvec.mosaic_gpu import Config, geometry, kernel, supports, tuning
+
+SHAPES = [(1024, 1024), (2048, 8192), (4096, 24576), (5120, 151936), (300, 700), (64, 100)]
+GPUS = [("NVIDIA H200", 132), ("NVIDIA GeForce RTX 4090", 128)]
+
+needs_mosaic = pytest.mark.skipif(
+    jax.__version_info__ < device.OLDEST_JAX, reason="the kernel needs jax >= 0.11.2"
+)
+
+
+def compiling_for(kind: str, multiprocessors: int, platform: str = "gpu"):
+    """A context in which programs are lowered for a device that is not here."""
+    gpu = jax.sharding.AbstractDevice(device_kind=kind, num_cores=multiprocessors, platform=platform)
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), (AxisType.Explicit,), abstract_device=gpu)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+def abstract_arguments(in_features, out_features, rows=1, max_bits=8, dtype="bfloat16"):
+    return (
+        jax.ShapeDtypeStruct((rows, in_features), dtype),
+        NestedWeight.abstract(in_features, out_features, max_bits),
+        jax.ShapeDtypeStruct((rows, max_bits // 2), jnp.float32),
+    )
+
+
+@needs_mosaic
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu[0])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("rows", "max_bits", "dtype"), [(1, 8, "float32"), (3, 4, "bfloat16"), (8, 6, "float16")]
+)
+def test_lowers_for(gpu, shape, rows, max_bits, dtype):
+    arguments = abstract_arguments(*shape, rows, max_bits, dtype)
+    with compiling_for(*gpu):
+        assert choose(*arguments[:2]) == "mosaic_gpu"
+        lowered = jax.jit(graded_matvec).trace(*arguments).lower(lowering_platforms=("cuda",))
+    text = lowered.as_text()
+    assert "mosaic_gpu" in text
+    assert "tensor<i8>" not in text  # no copy of the planes into another type
+
+
+@needs_mosaic
+def test_lowers_inside_a_while_loop():
+    def three_times(x, weight, thresholds):
+        def step(carry):
+            i, x = carry
+            return i + 1, graded_matvec(x, weight, thresholds)[0].astype(x.dtype)
+
+        return jax.lax.while_loop(lambda carry: carry[0] < 3, step, (0, x))
+
+    with compiling_for(*GPUS[0]):
+        jax.jit(three_times).trace(*abstract_arguments(512, 512)).lower(lowering_platforms=("cuda",))
+
+
+@needs_mosaic
+def test_declines_with_a_reason():
+    x, weight, _ = abstract_arguments(256, 512)
+    with compiling_for("NVIDIA H200", 132):
+        assert supports(x, weight) is None
+        nine = jax.ShapeDtypeStruct((9, 256), jnp.float32)
+        assert supports(nine, weight) == "takes 1 to 8 rows, not 9"
+        huge = abstract_arguments(65536, 131072)
+        assert "addresses at most 4294967296 bytes" in supports(*huge[:2])
+    with compiling_for("AMD Instinct MI300X", 304):
+        assert supports(x, weight) == "needs an NVIDIA GPU, the device is AMD Instinct MI300X"
+    with compiling_for("TPU v6 lite", 1, "tpu"):
+        assert supports(x, weight) == "needs an NVIDIA GPU, the device is tpu"
+
+
+def test_declines_an_old_jax(monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 1))
+    x, weight, _ = abstract_arguments(256, 512)
+    assert supports(x, weight).startswith("needs jax >= 0.11.2, this is ")
+
+
+@dataclasses.dataclass
+class OldGpu:
+    platform: str = "gpu"
+    device_kind: str = "NVIDIA Tesla V100"
+    compute_capability: str = "7.0"
+
+
+def test_declines_an_old_gpu(monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", device.OLDEST_JAX)
+    monkeypatch.setattr(device, "target_device", OldGpu)
+    x, weight, _ = abstract_arguments(256, 512)
+    assert supports(x, weight) == "needs compute capability 8.0 or later, NVIDIA Tesla V100 has 7.0"
+
+
+def test_a_cpu_runs_xla_and_asking_for_the_kernel_says_why_not():
+    x, weight, thresholds = Case(64, 64).arrays()
+    assert choose(x, weight) == "xla"
+    with pytest.raises(NotImplementedError, match=r"mosaic_gpu: needs (an NVIDIA GPU|jax)"):
+        graded_matvec(x, weight, thresholds, implementation="mosaic_gpu")
+
+
+def sizes(k, n, rows=1, planes=4) -> geometry.Geometry:
+    return geometry.Geometry(
+        in_features=k,
+        stored_k=k,
+        stored_n=n,
+        planes=planes,
+        rows=rows,
+        x_dtype="bfloat16",
+        config=kernel.ANY_CONFIG,
+    )
+
+
+def test_measured_configurations_win_over_the_rule():
+    best = tuning.best_config(sizes(4096, 24576), device_kind="NVIDIA H200", multiprocessors=132)
+    assert best == Config(warpgroups=1, warps_per_slice=1, ring_slots=8)
+    other = tuning.best_config(sizes(4096, 24576), device_kind="NVIDIA H9000", multiprocessors=10)
+    assert other == tuning.rule(sizes(4096, 24576), 10)
+
+
+def test_what_was_measured_is_a_shape_that_a_model_has():
+    configs = random_model.shapes().values()
+    known = {layout.padded_shape(*shape) for config in configs for shape in linear_shapes(config).values()}
+    measured = json.loads((pathlib.Path(tuning.__file__).parent / "measured.json").read_text())
+    for device_kind, entries in measured.items():
+        shapes = [(entry["stored_k"], entry["stored_n"]) for entry in entries]
+        assert set(shapes) <= known, device_kind
+        assert len(set(shapes)) == len(shapes), device_kind
+        for shape, entry in zip(shapes, entries, strict=True):
+            best = tuning.best_config(sizes(*shape), device_kind=device_kind, multiprocessors=132)
+            assert best == Config(**entry["config"])
+
+
+@pytest.mark.parametrize(("k", "n"), [(4096, 4096), (4096, 6144), (4096, 24576), (12288, 4096)])
+def test_the_rule_agrees_with_what_was_measured(k, n):
+    """The model need not find the measured best, but nothing it expects to be 10 % slower than that."""
+    best = tuning.best_config(sizes(k, n), device_kind="NVIDIA H200", multiprocessors=132)
+    expected = tuning.expected_microseconds(dataclasses.replace(sizes(k, n), config=best), 132)
+    chosen = dataclasses.replace(sizes(k, n), config=tuning.rule(sizes(k, n), 132))
+    assert (
+        tuning.expected_microseconds(chosen, 132)
+        <= expected
+        <= 1.1 * tuning.expected_microseconds(chosen, 132)
+    )
+
+
+@pytest.mark.parametrize("multiprocessors", [60, 114, 128, 132])
+@pytest.mark.parametrize("k", [128, 1024, 4096, 14336])
+@pytest.mark.parametrize("n", [512, 4096, 28672, 152064])
+def test_the_rule_gives_launches_that_fit(k, n, multiprocessors):
+    for rows in (1, 4, 8):
+        launch = sizes(k, n, rows)
+        launch = dataclasses.replace(launch, config=tuning.rule(launch, multiprocessors))
+        assert launch.shared_bytes <= geometry.SHARED_BYTES_LIMIT
+        assert launch.slice_groups * launch.config.slices_per_cta >= launch.slices
+        assert launch.row_groups * launch.rows_per_cta >= rows
+        assert launch.matvec_blocks == launch.row_groups * launch.tiles * launch.slice_groups
+
+
+def test_partial_sums_are_added_from_the_first_to_the_last():
+    """float32 addition is not associative: 1 disappears beside 2**24 unless 2**24 is cancelled first."""
+    parts = jnp.asarray([2.0**24, -(2.0**24), 1.0, 2.0**24], jnp.float32)[:, None, None]
+    for order, total in (([0, 1, 2, 3], 2.0**24), ([0, 1, 2], 1), ([2, 0, 1], 0)):
+        assert PartialSums(parts[jnp.asarray(order)], 1).total()[0, 0] == total
