@@ -41,7 +41,7 @@ def random_weight(k: int, n: int, max_bits: int) -> NestedWeight:
     rng = np.random.default_rng(k + n)
     stored_k, stored_n = layout.padded_shape(k, n)
     planes = rng.integers(0, 2**32, (max_bits // 2, stored_k, stored_n // layout.WORD_DIGITS), np.uint32)
-    scales = rng.uniform(0.5, 1.5, (stored_k // layout.SLICE, stored_n)).astype(np.float16)
+    scales = rng.uniform(0.5, 1.5, (stored_k // layout.GROUP, stored_n)).astype(np.float16)
     gains = np.append(rng.uniform(0.5, 1.5, max_bits // 2 - 1), 1).astype(np.float32)
     return NestedWeight(planes, scales, k, n, gains)
 

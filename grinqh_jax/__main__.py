@@ -17,7 +17,7 @@ VERBS = {
     "convert": ("checkpoints_tools.convert.command", "a Hugging Face checkpoint to a GRINQH checkpoint"),
 }
 """Verb -> (module with ``main(argv) -> exit code``, what it does). A module is imported when its
-verb is used: the others' dependencies cost no time, and the workshop stays above this package."""
+verb is used: the others' dependencies cost no time, and the context stays above this package."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

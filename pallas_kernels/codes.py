@@ -72,8 +72,8 @@ def max_abs_scales(w: Float[Array, "k n"]) -> Float16[Array, "s n"]:
     where the scale is a subnormal float16.
     """
     k, n = w.shape
-    w = jnp.pad(jnp.abs(w.astype(jnp.float32)), ((0, layout.round_up(k, layout.SLICE) - k), (0, 0)))
-    half = w.reshape(-1, layout.SLICE, n).max(axis=1) / RANGE
+    w = jnp.pad(jnp.abs(w.astype(jnp.float32)), ((0, layout.round_up(k, layout.GROUP) - k), (0, 0)))
+    half = w.reshape(-1, layout.GROUP, n).max(axis=1) / RANGE
     nearest = half.astype(jnp.float16)
     # The next float16 of a non-negative one is the next integer.
     up = jax.lax.bitcast_convert_type(nearest, jnp.uint16) + (nearest.astype(jnp.float32) < half)
@@ -83,7 +83,7 @@ def max_abs_scales(w: Float[Array, "k n"]) -> Float16[Array, "s n"]:
 @jax.jit
 def encode(w: Float[Array, "k n"], scales: Float16[Array, "s n"]) -> UInt8[Array, "k n"]:
     """The 8-bit code whose interval holds ``w / scale``: ``floor((w / scale + 2) * 64)``, clipped."""
-    scale = jnp.repeat(scales.astype(jnp.float32), layout.SLICE, axis=0)[: w.shape[0]]
+    scale = jnp.repeat(scales.astype(jnp.float32), layout.GROUP, axis=0)[: w.shape[0]]
     ratio = jnp.where(scale > 0, w.astype(jnp.float32) / jnp.where(scale > 0, scale, 1), 0)
     return jnp.clip(jnp.floor((ratio + RANGE) * CODE_STEPS), 0, 255).astype(jnp.uint8)
 
@@ -104,9 +104,9 @@ def from_codes(
     planes = num_planes(max_bits)
     in_features, out_features = codes.shape
     k, n = layout.padded_shape(in_features, out_features)
-    if scales.shape != (k // layout.SLICE, out_features):
+    if scales.shape != (k // layout.GROUP, out_features):
         raise ValueError(
-            f"scales has shape {scales.shape}, expected {(k // layout.SLICE, out_features)} "
+            f"scales has shape {scales.shape}, expected {(k // layout.GROUP, out_features)} "
             f"for codes of shape {codes.shape}"
         )
     codes = jnp.pad(codes, ((0, k - in_features), (0, n - out_features)))
@@ -170,7 +170,7 @@ def _dequantize(weight, place, dtype):
     total = jnp.zeros((planes.shape[1], layout.WORD_DIGITS, planes.shape[2]), jnp.float32)
     for words, worth in zip(planes, place, strict=True):
         total += (unpack_digit_major(words) - DIGIT_MEAN) * worth[:, None, None]
-    scale = jnp.repeat(weight.scales.astype(jnp.float32), layout.SLICE, axis=0)[: weight.in_features]
+    scale = jnp.repeat(weight.scales.astype(jnp.float32), layout.GROUP, axis=0)[: weight.in_features]
     return (_logical_order(total) * scale)[:, : weight.out_features].astype(dtype)
 
 

@@ -11,7 +11,7 @@ outputs without a shuffle. The permutation is fixed, and is the business of this
 
 import numpy as np
 
-SLICE = 128
+GROUP = 128
 """Input channels that share one scale per output (the quantization group runs along K)."""
 
 DIGIT_BITS = 2
@@ -37,7 +37,7 @@ def round_up(size: int, multiple: int) -> int:
 
 def padded_shape(in_features: int, out_features: int) -> tuple[int, int]:
     """Stored ``(K, N)`` of a logical ``(in_features, out_features)``: whole slices, whole tiles."""
-    return round_up(in_features, SLICE), round_up(out_features, TILE)
+    return round_up(in_features, GROUP), round_up(out_features, TILE)
 
 
 def _tile_positions() -> np.ndarray:

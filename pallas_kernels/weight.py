@@ -72,7 +72,7 @@ class NestedWeight:
         planes = (num_planes(max_bits), k, n // layout.WORD_DIGITS)
         return cls(
             planes=jax.ShapeDtypeStruct(planes, jnp.uint32),
-            scales=jax.ShapeDtypeStruct((k // layout.SLICE, n), jnp.float16),
+            scales=jax.ShapeDtypeStruct((k // layout.GROUP, n), jnp.float16),
             in_features=in_features,
             out_features=out_features,
             gains=jax.ShapeDtypeStruct((num_planes(max_bits),), jnp.float32),
@@ -91,8 +91,8 @@ class NestedWeight:
             problems.append(f"planes has shape {planes}, expected [1..4, {k}, {n // layout.WORD_DIGITS}]")
         elif planes[1:] != (k, n // layout.WORD_DIGITS):
             problems.append(f"planes has shape {planes}, expected {(planes[0], k, n // layout.WORD_DIGITS)}")
-        if scales != (k // layout.SLICE, n):
-            problems.append(f"scales has shape {scales}, expected {(k // layout.SLICE, n)}")
+        if scales != (k // layout.GROUP, n):
+            problems.append(f"scales has shape {scales}, expected {(k // layout.GROUP, n)}")
         if self.planes.dtype != jnp.uint32:
             problems.append(f"planes has dtype {self.planes.dtype}, expected uint32")
         if self.scales.dtype != jnp.float16:

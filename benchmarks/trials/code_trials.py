@@ -36,7 +36,7 @@ from trial import PLAIN_WEIGHTS, Trial, patched, rounded
 
 from checkpoints_tools.calibration import statistics as calibration
 from checkpoints_tools.calibration.allocation import GradedCosts, threshold_tables
-from checkpoints_tools.calibration.statistics import first_counted
+from checkpoints_tools.calibration.statistics import first_scored_position
 from checkpoints_tools.convert import command as convert
 from checkpoints_tools.convert.trained_gains import SECOND_MOMENT_DECAY, training_windows
 from checkpoints_tools.quantizers import rtn
@@ -70,7 +70,7 @@ class _Expanded(Dense):
 
     def __call__(self, name: str, linear, x):
         part = name.rpartition(".")[2]
-        rows = x[0, first_counted(x.shape[1]) :]
+        rows = x[0, first_scored_position(x.shape[1]) :]
         at = grading.levels(rows, self.thresholds[part])[..., None] == jnp.arange(LEVELS)
         rows = jnp.where(at, rows[..., None], 0).reshape(len(rows), -1)
         self.seen[part] = rows.T @ rows / len(rows)
@@ -137,7 +137,7 @@ def _compensated(w, scales, upper, whitening, shares, around):
     def step(i, state):
         targets, found = state
         here = jax.lax.dynamic_slice_in_dim(targets, LEVELS * i, LEVELS)
-        scale = scales[i // layout.SLICE].astype(jnp.float32)
+        scale = scales[i // layout.GROUP].astype(jnp.float32)
         plain = codes.encode((shares[i] @ here)[None], scale[None]).astype(jnp.int32)
         candidates = jnp.clip(plain + around[:, None], 0, 255)
         errors = here.T - jnp.asarray(VALUES)[candidates] * scale[:, None]  # [candidates, N, levels]
@@ -163,7 +163,7 @@ def coordinate_descent(w: jax.Array, hessian: jax.Array) -> jax.Array:
     def step(turn, state):
         found, errors = state
         i = turn % len(w)
-        scale = scales[i // layout.SLICE].astype(jnp.float32)
+        scale = scales[i // layout.GROUP].astype(jnp.float32)
         here = jax.lax.dynamic_slice_in_dim(errors, LEVELS * i, LEVELS)
         gradient = jax.lax.dynamic_slice_in_dim(hessian, LEVELS * i, LEVELS) @ errors
         candidates = jnp.clip(found[i] + jnp.asarray(AROUND)[:, None], 0, 255)
@@ -175,7 +175,7 @@ def coordinate_descent(w: jax.Array, hessian: jax.Array) -> jax.Array:
         return found.at[i].set(code), jax.lax.dynamic_update_slice_in_dim(errors, here, LEVELS * i, 0)
 
     plain = codes.encode(w, scales).astype(jnp.int32)
-    scale = jnp.repeat(scales.astype(jnp.float32), layout.SLICE, axis=0)[: len(w)]
+    scale = jnp.repeat(scales.astype(jnp.float32), layout.GROUP, axis=0)[: len(w)]
     errors = (w[..., None] - values[plain] * scale[..., None]).transpose(0, 2, 1).reshape(-1, w.shape[1])
     return jax.lax.fori_loop(0, SWEEPS * len(w), step, (plain, errors))[0]
 
@@ -229,7 +229,7 @@ def _train(kinds: Sequence[str], adam, original: Decoder, loaded: Loaded, leaves
         model = Decoder.from_tree(loaded.config, unflatten_dict(leaves | norms, sep="."), jnp.float32)
         graded = jax.nn.log_softmax(model(tokens[None], _Trained(parameters, targets, bits))[0])
         lost = jnp.sum(jnp.exp(exact) * (exact - graded), axis=-1)
-        return jnp.log(jnp.mean(lost[first_counted(len(tokens)) :]))
+        return jnp.log(jnp.mean(lost[first_scored_position(len(tokens)) :]))
 
     predict = jax.jit(lambda original, tokens: jax.nn.log_softmax(original(tokens[None])[0]))
     for step in range(STEPS):
@@ -254,7 +254,7 @@ class _Trained:
         level = grading.levels(x, interpolate(linear.thresholds[...], *self.dial))
         weights = self.parameters["weights"][name]
         scales = _scales(linear, self.parameters["scales"][name])
-        scales = jnp.repeat(scales, layout.SLICE, axis=0)[: linear.in_features, : linear.out_features]
+        scales = jnp.repeat(scales, layout.GROUP, axis=0)[: linear.in_features, : linear.out_features]
         total = 0
         for of_level in range(1, LEVELS):
             width = 4.0 ** (1 - of_level)

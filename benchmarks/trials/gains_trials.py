@@ -46,7 +46,7 @@ def fitted_to_outputs() -> Callable[[], AbstractContextManager]:
     """A ``change``: see ``gains-fitted-to-outputs``."""
 
     def observe(x: jax.Array) -> dict[str, jax.Array]:
-        counted = x[:, statistics.first_counted(x.shape[1]) :].reshape(-1, x.shape[-1])
+        counted = x[:, statistics.first_scored_position(x.shape[1]) :].reshape(-1, x.shape[-1])
         counted = counted.astype(jnp.float32)
         return _observe(x) | {"moments": jnp.matmul(counted.T, counted, precision="highest")}
 

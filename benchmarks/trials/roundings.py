@@ -73,8 +73,8 @@ def scale_search(w: jax.Array, statistics, *, max_bits: int, name: str, weighted
             energies[:, level, None] * (w - codes.dequantize(candidate, level)) ** 2
             for level in range(1, LEVELS + 1)
         )
-        lost = jnp.pad(lost, ((0, -len(w) % layout.SLICE), (0, 0)))
-        lost = lost.reshape(-1, layout.SLICE, w.shape[1]).sum(axis=1)
+        lost = jnp.pad(lost, ((0, -len(w) % layout.GROUP), (0, 0)))
+        lost = lost.reshape(-1, layout.GROUP, w.shape[1]).sum(axis=1)
         better = True if least is None else lost < least
         best = scales if least is None else jnp.where(better, scales, best)
         least = lost if least is None else jnp.where(better, lost, least)
@@ -100,7 +100,7 @@ def _compensated(w, scales, upper, shares):
 
     def step(i, state):
         w, found = state
-        scale = scales[i // layout.SLICE].astype(jnp.float32)
+        scale = scales[i // layout.GROUP].astype(jnp.float32)
         ratio = jnp.where(scale > 0, w[i] / jnp.where(scale > 0, scale, 1), 0)
         code = jnp.clip(jnp.floor((ratio + codes.RANGE) * codes.CODE_STEPS), 0, 255).astype(jnp.int32)
         read, mean = jnp.zeros_like(ratio), jnp.zeros_like(ratio)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from trial import NOT_TRAINED, PLAIN_WEIGHTS, Trial, patched
 
 from checkpoints_tools.calibration import allocation, histogram, statistics
-from checkpoints_tools.calibration.allocation import GradedCosts, for_any_text
+from checkpoints_tools.calibration.allocation import GradedCosts, smooth_sensitivities
 from checkpoints_tools.convert import conversion, vocabulary
 from grinqh_jax.model import output_projection
 from grinqh_jax.model.apply import Graded
@@ -35,10 +35,10 @@ def counting_down(times: float) -> Callable[[], AbstractContextManager]:
     def costs(layers: Mapping[str, GradedCosts]) -> dict[str, GradedCosts]:
         return {
             name: GradedCosts(c.counts, c.errors * (times if name.endswith(".down") else 1), c.weights)
-            for name, c in for_any_text(layers).items()
+            for name, c in smooth_sensitivities(layers).items()
         }
 
-    return patched((conversion, "for_any_text", costs))
+    return patched((conversion, "smooth_sensitivities", costs))
 
 
 def mean_magnitude(x: jax.Array) -> jax.Array:
@@ -51,7 +51,7 @@ def unit_of_the_token() -> Callable[[], AbstractContextManager]:
     """A ``change``: thresholds are multiples of the token's mean ``|x|``, in calibration and in reading."""
 
     def observe(x: jax.Array) -> dict[str, jax.Array]:
-        counted = x[:, statistics.first_counted(x.shape[1]) :]
+        counted = x[:, statistics.first_scored_position(x.shape[1]) :]
         largest = jnp.max(jnp.abs(x.astype(jnp.float32)))
         return {"counts": histogram.count(counted / mean_magnitude(counted)), "max": largest}
 

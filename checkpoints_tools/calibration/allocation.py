@@ -8,7 +8,7 @@ that sum is least where every channel of every layer takes the level with the le
 ``x_j**2 e(l) + lambda * 2 l``, for one ``lambda``. As ``|x|`` grows, that level walks up the lower convex
 hull of the points ``(2 l, e(l))``, so each threshold is ``sqrt(lambda)`` times a constant of its layer.
 
-What little depends on a layer on one text may depend on it on another (``for_any_text``).
+What little depends on a layer on one text may depend on it on another (``smooth_sensitivities``).
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from checkpoints_tools.calibration import histogram
 from pallas_kernels.layout import DIGIT_BITS
 
 UNSEEN = 0.25
-"""The share of all that depends on any layer that is spread evenly: see ``for_any_text``."""
+"""The share of all that depends on any layer that is spread evenly: see ``smooth_sensitivities``."""
 
 TARGET_STEP = 0.25
 LOWEST_TARGET = 1.0
@@ -51,7 +51,7 @@ class GradedCosts:
     weights: int
 
 
-def for_any_text(layers: Mapping[str, GradedCosts]) -> dict[str, GradedCosts]:
+def smooth_sensitivities(layers: Mapping[str, GradedCosts]) -> dict[str, GradedCosts]:
     """Costs with which a layer that the calibration text hardly needs is not starved on other text.
 
     What depends on a layer is what would be lost without it, ``E[x**2] e(0)`` for each of its weights. On

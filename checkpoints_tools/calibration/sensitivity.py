@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
-from checkpoints_tools.calibration.statistics import first_counted
+from checkpoints_tools.calibration.statistics import first_scored_position
 from checkpoints_tools.source.head import logits, vocabulary, with_logits
 from checkpoints_tools.source.layer import WRITERS, dense_layer, embed, read_layer, run_layer
 from grinqh_jax.hf import HFCheckpoint
@@ -111,7 +111,7 @@ def _layer_gradients(
 
 def _mean_square(gradient: Float[Array, "t n"]) -> Float[Array, "n"]:
     # The first positions have activations and gradients like no others (``engine.SKIPPED_POSITIONS``).
-    counted = gradient[first_counted(len(gradient)) :]
+    counted = gradient[first_scored_position(len(gradient)) :]
     return jnp.mean(counted.astype(jnp.float32) ** 2, axis=0)
 
 
@@ -122,7 +122,7 @@ def _head_variances(
 
     The vocabulary goes by in blocks, once for each prediction's log-normaliser and once for the sum.
     """
-    counted = hidden[:, first_counted(hidden.shape[1]) :]
+    counted = hidden[:, first_scored_position(hidden.shape[1]) :]
     normaliser = np.full(counted.shape[:2], -np.inf, np.float32)
     for _, w in vocabulary(source, counted.shape[1]):
         for window, x in zip(normaliser, counted, strict=True):

@@ -13,7 +13,7 @@ from grinqh_jax.model.decoder import LAYER_LINEARS, DecoderLayer, RMSNorm
 from grinqh_jax.model.linear import Linear
 
 
-def first_counted(length: int) -> int:
+def first_scored_position(length: int) -> int:
     """The first position of a window of ``length`` tokens that is counted: there is always one.
 
     Those before it would occur in every window here, and in decoding hardly ever (``SKIPPED_POSITIONS``).
@@ -54,7 +54,7 @@ class LinearStatistics:
 def observe(x: Float[Array, "b t k"]) -> dict[str, jax.Array]:
     """The statistics of one batch of whole windows, on the device."""
     return {
-        "counts": histogram.count(x[:, first_counted(x.shape[1]) :]),
+        "counts": histogram.count(x[:, first_scored_position(x.shape[1]) :]),
         "max": jnp.max(jnp.abs(x.astype(jnp.float32))),
     }
 

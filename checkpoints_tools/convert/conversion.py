@@ -19,7 +19,12 @@ from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Int, Int32
 
 from checkpoints_tools.calibration import statistics
-from checkpoints_tools.calibration.allocation import GradedCosts, for_any_text, target_grid, threshold_tables
+from checkpoints_tools.calibration.allocation import (
+    GradedCosts,
+    smooth_sensitivities,
+    target_grid,
+    threshold_tables,
+)
 from checkpoints_tools.calibration.sensitivity import output_sensitivities
 from checkpoints_tools.calibration.text import windows_of_two_kinds
 from checkpoints_tools.convert import trained_gains, vocabulary
@@ -206,7 +211,7 @@ class Conversion:
         if self.basis == PRINCIPAL:
             axes = principal_axes(second_moments(self.source, windows, self.compute_dtype, done))
         found = output_sensitivities(self.source, windows, self.compute_dtype, axes=axes, done=done)
-        found[HEAD] = vocabulary.for_any_text(found[HEAD])
+        found[HEAD] = vocabulary.smooth_sensitivities(found[HEAD])
         heads = [name for name in self.shapes if of_head(name)]
         self.blocks = dict(zip(heads, vocabulary.token_blocks(found[HEAD]), strict=True))
         self.sensitivities = found | {name: found[HEAD][tokens] for name, tokens in self.blocks.items()}
@@ -239,7 +244,7 @@ class Conversion:
             for name, shape in self.shapes.items()
         }
         alone = [{name: cost} for name, cost in costs.items()]
-        for together in [for_any_text(costs)] if self.split == SENSITIVITY else alone:
+        for together in [smooth_sensitivities(costs)] if self.split == SENSITIVITY else alone:
             self.tables |= threshold_tables(together, target_grid(self.max_bits))
 
     def _embed(self, writer: Writer) -> Refit | None:
@@ -262,14 +267,14 @@ class Conversion:
         """Writes a layer; where weights are refitted, their windows go on to the next."""
         name = f"layers.{i}"
         if name in writer.parts:
-            if refit is not None and (streams := writer.handed_over(name)) is not None:
+            if refit is not None and (streams := writer.resume_state(name)) is not None:
                 refit.streams = streams
             return
         kernels, norms = read_layer(self.weights, i)
         saved = {part: {"scale": scale.astype(STORED_DTYPE)} for part, scale in norms.items()}
         if refit is not None:
             layer = dense_layer(self.weights, kernels, norms, self.compute_dtype)
-            refit.enter(layer.input_norm)
+            refit.set_input_norm(layer.input_norm)
         for part in LAYER_LINEARS:
             linear_name = f"{name}.{part}"
 
@@ -282,17 +287,17 @@ class Conversion:
             if refit is not None:
                 arrays = {leaf: jnp.asarray(array) for leaf, array in saved[part].items()}
                 linear = linear_of(arrays, self.shapes[linear_name], self.compute_dtype)
-                refit.pass_by(linear_name, layer, linear)
+                refit.advance(linear_name, layer, linear)
             if self.gains == TRAINED:
                 del saved[part]["gains"]
-        writer.save_part(name, {"layers": {str(i): saved}}, hand_over=refit and refit.streams)
+        writer.save_part(name, {"layers": {str(i): saved}}, resume_state=refit and refit.streams)
 
     def _head(self, writer: Writer, refit: Refit | None) -> None:
         if HEAD in writer.parts:
             return
         norm = self._norm()
         if refit is not None:
-            refit.enter(norm)
+            refit.set_input_norm(norm)
         saved = {"norm.scale": np.asarray(norm.scale[...], STORED_DTYPE)}
         saved[f"{HEAD}.columns"] = vocabulary.token_columns(list(self.blocks.values()))
         for name, tokens in self.blocks.items():

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
-from checkpoints_tools.calibration.statistics import first_counted
-from checkpoints_tools.source.array_cache import Kept
+from checkpoints_tools.calibration.statistics import first_scored_position
+from checkpoints_tools.source.array_cache import ArrayCache
 from checkpoints_tools.source.head import logits, vocabulary, with_logits
 from checkpoints_tools.source.layer import BLOCK_VALUES, dense_layer, embed, read_layer, run_layer
 from grinqh_jax.decoding.thresholds import interpolate
@@ -57,7 +57,7 @@ class GradedParts:
     tokens: Mapping[str, Int[np.ndarray, "n"]]
     targets: Sequence[float]
     compute_dtype: Any
-    kept: Kept = dataclasses.field(default_factory=Kept)
+    kept: ArrayCache = dataclasses.field(default_factory=ArrayCache)
 
     def layer(self, i: int) -> DecoderLayer:
         """Layer ``i``, all its gains 1."""
@@ -151,7 +151,7 @@ def divergence(
 
     Returns:
       For each window the mean of ``KL(original || graded)`` over its positions but the first few
-      (``first_counted``), in nats; and the gradient of the sum of their logarithms by each gain.
+      (``first_scored_position``), in nats; and the gradient of the sum of their logarithms by each gain.
     """
     num_layers = graded.original.config.num_layers
     targets = jnp.asarray(graded.targets, jnp.float32)
@@ -327,7 +327,7 @@ def _piece(
     thresholds = interpolate(table, *dial)
     read, pull_back = jax.vjp(lambda x, gains: graded_product(x, weight, thresholds, gains), x, gains)
     log_p = read - normaliser[:, None]
-    first = first_counted(len(x))
+    first = first_scored_position(len(x))
     share = (jnp.arange(len(x)) >= first)[:, None] / (len(x) - first)
     found = jnp.sum(share * jnp.exp(exact) * (exact - log_p))
     back, of_gains = pull_back(share * (jnp.exp(log_p) - jnp.exp(exact)))

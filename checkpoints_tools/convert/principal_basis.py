@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
-from checkpoints_tools.calibration.statistics import first_counted
+from checkpoints_tools.calibration.statistics import first_scored_position
 from checkpoints_tools.source.layer import BLOCK_VALUES, WRITERS, dense_layer, embed, read_layer
 from grinqh_jax.errors import CheckpointError
 from grinqh_jax.hf import HFCheckpoint
@@ -56,7 +56,7 @@ def _add(
 @jax.jit
 def _moments(x: Float[Array, "*rows t d"], gains: Float[Array, "d"]) -> Float[Array, "d d"]:
     """Of ``x / gains``, without the first positions; channels with a gain of 0 say nothing."""
-    x = x[..., first_counted(x.shape[-2]) :, :].astype(jnp.float32)
+    x = x[..., first_scored_position(x.shape[-2]) :, :].astype(jnp.float32)
     x = jnp.where(gains == 0, 0, x / jnp.where(gains == 0, 1, gains)).reshape(-1, x.shape[-1])
     return jnp.matmul(x.T, x, precision="highest")
 
@@ -97,7 +97,7 @@ def second_moments(
 
     Args:
       source: the checkpoint.
-      windows: token ids; the first positions of each are left out (``statistics.first_counted``).
+      windows: token ids; the first positions of each are left out (``statistics.first_scored_position``).
       compute_dtype: of the hidden states.
       done: called after each layer with its name.
 

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
-from checkpoints_tools.calibration.statistics import first_counted
+from checkpoints_tools.calibration.statistics import first_scored_position
 from checkpoints_tools.source.layer import WRITERS
 from grinqh_jax.decoding.thresholds import interpolate
 from grinqh_jax.model.apply import Dense, Graded
@@ -85,7 +85,7 @@ class Refit:
             for s, x in enumerate(windows.stream):  # A file does not tell that something is bfloat16.
                 windows.stream[s] = jnp.asarray(streams[f"{kind} {s}"].view(x.dtype))
 
-    def enter(self, norm: RMSNorm) -> None:
+    def set_input_norm(self, norm: RMSNorm) -> None:
         """Goes to the projection behind a norm of the residual stream."""
         for windows in (self._exact, self._graded):
             windows.inputs = []  # or those of the projection before would be in memory beside the new ones
@@ -109,7 +109,7 @@ class Refit:
             self._factor_of = name, factor(windows, least_read)
         return refitted(w, windows, least_read, self._factor_of[1])
 
-    def pass_by(self, name: str, layer: DecoderLayer, linear: GradedLinear) -> None:
+    def advance(self, name: str, layer: DecoderLayer, linear: GradedLinear) -> None:
         """Takes the windows past a projection.
 
         Args:
@@ -119,8 +119,8 @@ class Refit:
         """
         part = name.rpartition(".")[2]
         self._factor_of = "", None  # as large as all the states, and of no more use
-        self._exact.pass_by(part, layer, getattr(layer, part), None)
-        self._graded.pass_by(part, layer, linear, self._thresholds(name))
+        self._exact.advance(part, layer, getattr(layer, part), None)
+        self._graded.advance(part, layer, linear, self._thresholds(name))
 
     def _thresholds(self, name: str) -> Float[Array, "p"]:
         return interpolate(jnp.asarray(self._tables[name]), self._targets, self._bits)
@@ -138,12 +138,12 @@ class _Windows:
         self.stream = stream
         self.inputs: list[Float[Array, "t k"]] = []
 
-    def pass_by(
+    def advance(
         self, part: str, layer: DecoderLayer, linear: Linear, thresholds: Float[Array, "p"] | None
     ) -> None:
         """Takes the windows past ``part`` of a layer, computed by ``linear``."""
         for s, inputs in enumerate(self.inputs):
-            found = _pass_by(layer, linear, thresholds, self.stream[s], inputs, part)
+            found = _advance(layer, linear, thresholds, self.stream[s], inputs, part)
             # Waited for, or what many windows need on their way would be in memory at once.
             self.stream[s], self.inputs[s] = jax.block_until_ready(found)
 
@@ -191,12 +191,12 @@ def refitted(
 
 
 def _tokens(windows: Sequence[tuple]) -> int:
-    return sum(len(here) - first_counted(len(here)) for _, here, _ in windows)
+    return sum(len(here) - first_scored_position(len(here)) for _, here, _ in windows)
 
 
 def _counted(rows: Float[Array, "t k"], least_read: Float[Array, ""] | float) -> Float[Array, "t2 k"]:
     """The inputs that are read, zeros where they are skipped, of the positions that are counted."""
-    rows = rows[first_counted(len(rows)) :].astype(jnp.float32)
+    rows = rows[first_scored_position(len(rows)) :].astype(jnp.float32)
     return jnp.where(jnp.abs(rows) < least_read, 0, rows)
 
 
@@ -232,7 +232,7 @@ def _add_residuals(
     x, z = _counted(exact, 0.0), _counted(here, least_read)
     residual = _product(x - z, w)
     if lacking is not None:
-        residual += lacking[first_counted(len(here)) :].astype(jnp.float32)
+        residual += lacking[first_scored_position(len(here)) :].astype(jnp.float32)
     return g + _product(z.T, residual), energy + jnp.sum(residual**2)
 
 
@@ -257,7 +257,7 @@ def _product(a: Float[Array, "a b"], b: Float[Array, "b c"]) -> Float[Array, "a 
 
 
 @jax.jit(static_argnames="part")
-def _pass_by(
+def _advance(
     layer: DecoderLayer,
     linear: Linear,
     thresholds: Float[Array, "p"] | None,

@@ -23,7 +23,7 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Int32
 
-from checkpoints_tools.calibration.statistics import first_counted
+from checkpoints_tools.calibration.statistics import first_scored_position
 from grinqh_jax.model.apply import HEAD, of_head
 
 TOKENS = 32768
@@ -96,4 +96,4 @@ def shortage(windows: Int32[np.ndarray, "s t"], widths: Mapping[str, int]) -> st
 
 def _counted_tokens(windows: Int32[np.ndarray, "s t"]) -> int:
     count, length = windows.shape
-    return count * (length - first_counted(length))
+    return count * (length - first_scored_position(length))

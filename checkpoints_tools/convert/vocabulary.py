@@ -10,7 +10,7 @@ UNSEEN = 0.15
 never comes near would count for nothing, and another text has other tokens."""
 
 
-def for_any_text(sensitivities: Float[np.ndarray, "v"]) -> Float[np.ndarray, "v"]:
+def smooth_sensitivities(sensitivities: Float[np.ndarray, "v"]) -> Float[np.ndarray, "v"]:
     """Sensitivities of the tokens' logits, those on the calibration text brought closer to their mean."""
     return (1 - UNSEEN) * sensitivities + UNSEEN * sensitivities.mean()
 

@@ -22,7 +22,7 @@ from checkpoints_tools.pareto.series import (
     UNQUANTIZED,
     WHOLE_HEAD,
     Series,
-    Workshop,
+    SweepContext,
 )
 from checkpoints_tools.pareto.timing import Timing
 from grinqh_jax import __version__
@@ -50,7 +50,7 @@ def pareto(args: argparse.Namespace) -> int:
     flags.check(args)
     source = open_checkpoint(args.model)
     timing = Timing(args.timing, source.config) if args.timing else None
-    workshop = Workshop(
+    context = SweepContext(
         source=source,
         work=args.work / source.directory.name,
         calib=args.calib,
@@ -59,14 +59,14 @@ def pareto(args: argparse.Namespace) -> int:
     )
     if args.dtype == "float32":  # a GPU would multiply in fewer bits
         jax.config.update("jax_default_matmul_precision", "highest")
-    series = _series(args, workshop)
+    series = _series(args, context)
     texts = [Text(path=path, tokens=args.tokens, sequence_length=args.sequence_length) for path in args.data]
     tasks = [
         Tasks(path=path, limit=args.limit, max_tokens=args.max_tokens, batch=args.batch)
         for path in args.tasks
     ]
-    measurements = Measurements(workshop, workshop.work / "rows")
-    path = args.json or workshop.work / "pareto.json"
+    measurements = Measurements(context, context.work / "rows")
+    path = args.json or context.work / "pareto.json"
     results = _circumstances(args, source.directory.name, timing)
     for one in series:
         one.groups()  # makes what is to be measured, or says why it cannot
@@ -81,7 +81,7 @@ def pareto(args: argparse.Namespace) -> int:
     print(f"results: {path}")
     code = _verdict(results["sweep"])
     if not args.no_figure:
-        picture = args.figure or workshop.work / "pareto.png"
+        picture = args.figure or context.work / "pareto.png"
         figure.draw(results, picture)
         print(f"figure: {picture}")
     return code
@@ -116,20 +116,20 @@ def _findings(by_data: Sequence[Sequence[Row]], sweep: Sequence[float]) -> dict[
     }
 
 
-def _series(args: argparse.Namespace, workshop: Workshop) -> list[Series]:
-    series = [workshop.unquantized()]
+def _series(args: argparse.Namespace, context: SweepContext) -> list[Series]:
+    series = [context.unquantized()]
     for method in METHODS:
         if method not in args.methods:
             continue
         if method == GRINQH:
             settings = sorted({*args.bits, *args.sweep})
-            series.append(workshop.grinqh("GRINQH", args.convert, settings, args.bits))
+            series.append(context.grinqh("GRINQH", args.convert, settings, args.bits))
             for label, options in flags.variants(args):
-                series.append(workshop.grinqh(label, options, args.bits, args.bits))
+                series.append(context.grinqh(label, options, args.bits, args.bits))
         elif method in (SKIP_INT4, TRUNCATION, WHOLE_HEAD):
-            series.append(workshop.reread(method, args.convert, args.bits))
+            series.append(context.reread(method, args.convert, args.bits))
         else:
-            series.append(workshop.fixed_precision(method, args.w_bits))
+            series.append(context.fixed_precision(method, args.w_bits))
     return series
 
 

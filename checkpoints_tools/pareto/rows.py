@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints_tools.pareto.series import FIXED, WHOLE_HEAD, Series, Workshop, identity
+from checkpoints_tools.pareto.series import FIXED, WHOLE_HEAD, Series, SweepContext, identity
 from grinqh_jax.cli.perplexity import read_tokens
 from grinqh_jax.cli.progress import Progress
 from grinqh_jax.decoding.generator import Generator
@@ -54,12 +54,12 @@ class Measurements:
     """Rows of one model, measured when they are first asked for.
 
     Args:
-      workshop: loads models; its ``source`` is what texts are compared with.
+      context: loads models; its ``source`` is what texts are compared with.
       directory: where rows are kept.
     """
 
-    def __init__(self, workshop: Workshop, directory: Path):
-        self._workshop = workshop
+    def __init__(self, context: SweepContext, directory: Path):
+        self._context = context
         self._directory = directory
         self._reference: Generator | None = None
 
@@ -81,8 +81,8 @@ class Measurements:
             "method": series.method,
             "bits": bits,
             "checkpoint": identity(checkpoint),
-            "reference": identity(self._workshop.source.directory),
-            "dtype": self._workshop.dtype,
+            "reference": identity(self._context.source.directory),
+            "dtype": self._context.dtype,
             "data": hashlib.sha256(data.path.read_bytes()).hexdigest(),
             **{k: v for k, v in dataclasses.asdict(data).items() if k not in ("path", "batch")},
         }
@@ -111,7 +111,7 @@ class Measurements:
         self, series: Series, generator: Generator, settings: Sequence[Bits], tokens, data: Text, progress
     ) -> Iterator[tuple[Bits, Row]]:
         if self._reference is None:
-            self._reference = self._workshop.load(self._workshop.source.directory)
+            self._reference = self._context.load(self._context.source.directory)
         started = time.monotonic()
         found = measure(
             generator.model,

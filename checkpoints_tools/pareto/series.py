@@ -72,7 +72,7 @@ class Series:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Workshop:
+class SweepContext:
     """Where checkpoints are made, and from what.
 
     Attributes:

@@ -6,12 +6,12 @@ from typing import TypeVar
 import jax
 
 HOST_BYTES = 1 << 30
-"""Kept at most where the host's memory is the device's: a conversion is to need little of it."""
+"""Limit on a CPU, where host and device share their memory: a conversion should need little of it."""
 
 T = TypeVar("T")
 
 
-class Kept:
+class ArrayCache:
     """Pytrees of arrays by name; each is read again and again once they fill the room that there is.
 
     The first ones are kept, not the last: in a pass over all layers the last ones would always be those that

@@ -155,7 +155,7 @@ class DecodeRun:
         """Realised bits and bytes of weights per token, as ``statistics.grade_statistics`` has them."""
         grades = chunk.grades
         if grades is not None:
-            grades = Grades(np.asarray(grades.bits)[:, 0], np.asarray(grades.saturation)[:, 0])
+            grades = Grades(np.asarray(grades.bits)[:, 0], np.asarray(grades.activation_range_ratio)[:, 0])
         fields = grade_statistics(self.model, grades)
         return {name: fields[name] for name in ("realised_bits", "bytes_per_token", "bytes_per_token_bf16")}
 

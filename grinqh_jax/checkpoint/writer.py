@@ -29,7 +29,7 @@ _ORBAX_METADATA = "_CHECKPOINT_METADATA"
 _SEALED = "sealed"
 CONVERSION = "conversion.json"
 _LOCK = "lock"
-_HANDED_OVER = "handed_over-"
+_RESUME_STATE = "resume_state-"
 
 
 class Writer:
@@ -76,16 +76,16 @@ class Writer:
         """Names of the parts that are complete, those of an interrupted run included."""
         return frozenset(self._leaves)
 
-    def handed_over(self, name: str) -> dict[str, np.ndarray] | None:
+    def resume_state(self, name: str) -> dict[str, np.ndarray] | None:
         """What was handed over with a part, if no later one has handed over anything (see ``save_part``)."""
-        file = self._hand_over_file(name)
+        file = self._resume_state_file(name)
         if name not in self._leaves or not file.exists():
             return None
         with np.load(file) as arrays:
             return dict(arrays)
 
     def save_part(
-        self, name: str, tree: Mapping[str, Any], hand_over: Mapping[str, np.ndarray] | None = None
+        self, name: str, tree: Mapping[str, Any], resume_state: Mapping[str, np.ndarray] | None = None
     ) -> None:
         """Writes one part, completely or (if the process dies) not at all.
 
@@ -94,7 +94,7 @@ class Writer:
           tree: nested dictionary from the root of the state tree, e.g.
             ``{"layers": {"0": {"qkv": {"planes": ..., "scales": ...}}}}``, of numpy or JAX arrays.
             The arrays may be released when this returns.
-          hand_over: arrays that a later run needs to go on behind this part, if it is the last one that
+          resume_state: arrays that a later run needs to go on behind this part, if it is the last one that
             is complete. They are not in the checkpoint.
 
         Raises:
@@ -115,22 +115,22 @@ class Writer:
             raise CheckpointError("; ".join(problems))
         leaves = {leaf: Leaf.of(array) for leaf, array in arrays.items()}
         record = {leaf: spec.to_json() for leaf, spec in leaves.items()}
-        if hand_over is not None:
+        if resume_state is not None:
             writing = self._partial / "handing_over.npz"
-            np.savez(writing, **hand_over)
-            writing.rename(self._hand_over_file(name))
+            np.savez(writing, **resume_state)
+            writing.rename(self._resume_state_file(name))
         with _storage():
             ocp.partial.save(
                 self._partial / _PARTS,
                 traverse_util.unflatten_dict(arrays, sep="."),
-                # Kept by Orbax beside the arrays and committed with them: the record of what is complete
-                # cannot disagree with what is.
+                # Orbax commits this together with the arrays, so the record of what is complete cannot
+                # disagree with them.
                 custom_metadata={"part": name, "leaves": record},
             )
         self._leaves[name] = leaves
-        if hand_over is not None:
-            earlier = self._partial.glob(_HANDED_OVER + "*")
-            _remove(file for file in earlier if file != self._hand_over_file(name))
+        if resume_state is not None:
+            earlier = self._partial.glob(_RESUME_STATE + "*")
+            _remove(file for file in earlier if file != self._resume_state_file(name))
 
     def read_part(self, name: str) -> dict[str, Any]:
         """Reads back what ``save_part`` was given: a nested dictionary of arrays on the first device.
@@ -198,8 +198,8 @@ class Writer:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _hand_over_file(self, name: str) -> Path:
-        return self._partial / f"{_HANDED_OVER}{name}.npz"
+    def _resume_state_file(self, name: str) -> Path:
+        return self._partial / f"{_RESUME_STATE}{name}.npz"
 
     def _refuse_existing(self, overwrite: bool) -> None:
         if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):

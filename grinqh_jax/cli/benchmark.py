@@ -36,9 +36,9 @@ COLUMNS = (
 
 
 def parser() -> cli.Parser:
-    """The command's flags."""
-    flags = cli.Parser(prog="grinqh-jax benchmark", description=__doc__.splitlines()[0])
-    source = flags.add_mutually_exclusive_group()
+    """The command's result."""
+    result = cli.Parser(prog="grinqh-jax benchmark", description=__doc__.splitlines()[0])
+    source = result.add_mutually_exclusive_group()
     flags.add_model(source)
     source.add_argument(
         "--shape",
@@ -46,7 +46,7 @@ def parser() -> cli.Parser:
         help="random weights instead of a model's: of a published shape, or of the model in a directory "
         f"({', '.join(random_model.shapes())})",
     )
-    flags.add_argument(
+    result.add_argument(
         "--bits",
         type=_bits_list,
         default=["2", "3", "4", "full", BF16],
@@ -54,12 +54,14 @@ def parser() -> cli.Parser:
         help="mean bits per weight, full (all that is stored), bf16 (random dense weights of the same "
         "shape); default 2,3,4,full,bf16",
     )
-    flags.add_argument("--prompt-tokens", type=_tokens, default=512, metavar="N", help="of pp; 0 skips it")
-    flags.add_argument("--generate-tokens", type=_tokens, default=128, metavar="N", help="of tg; 0 skips it")
-    flags.add_argument("--context", type=_tokens, default=0, metavar="N", help="tokens before tg (default 0)")
-    flags.add_argument("--repeats", type=_positive, default=5, metavar="N", help="timed runs (default 5)")
-    flags.add_argument("--json", action="store_true", help="one JSON object per row on stdout")
-    return flags
+    result.add_argument("--prompt-tokens", type=_tokens, default=512, metavar="N", help="of pp; 0 skips it")
+    result.add_argument("--generate-tokens", type=_tokens, default=128, metavar="N", help="of tg; 0 skips it")
+    result.add_argument(
+        "--context", type=_tokens, default=0, metavar="N", help="tokens before tg (default 0)"
+    )
+    result.add_argument("--repeats", type=_positive, default=5, metavar="N", help="timed runs (default 5)")
+    result.add_argument("--json", action="store_true", help="one JSON object per row on stdout")
+    return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -158,7 +158,7 @@ class Decoding:
         for block, lengths in self._blocks():
             logits, seen = self._read(block, self._put(lengths))
             following = logits if following is None else jnp.where((lengths > 0)[:, None], logits, following)
-            preview = seen if preview is None else engine.fuller(preview, seen)
+            preview = seen if preview is None else engine.merge_previews(preview, seen)
         self._last = _first_token(following, self._sampling, self._cache.lengths)
         tokens, preview = jax.device_get((self._last, preview))
         if preview is not None:

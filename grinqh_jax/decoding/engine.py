@@ -45,11 +45,11 @@ class Grades:
 
     Attributes:
       bits: float32 ``[..., linears]``, mean bits read per weight, scales (0.125 bits) not counted.
-      saturation: float32 ``[..., linears]``, largest ``|x|`` over the largest met in calibration.
+      activation_range_ratio: float32 ``[..., linears]``, largest ``|x|`` over the largest met in calibration.
     """
 
     bits: Float[Array, "*steps linears"]
-    saturation: Float[Array, "*steps linears"]
+    activation_range_ratio: Float[Array, "*steps linears"]
 
 
 @jax.tree_util.register_dataclass
@@ -142,7 +142,7 @@ def prefill_with_preview(
 
 
 @jax.jit
-def fuller(earlier: Preview, later: Preview) -> Preview:
+def merge_previews(earlier: Preview, later: Preview) -> Preview:
     """Of each row the preview that looked at more tokens, the later one if both looked at as many."""
     take = later.counts >= earlier.counts
     bits = jnp.where(take[:, None, None], later.bits, earlier.bits)

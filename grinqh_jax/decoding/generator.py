@@ -259,7 +259,7 @@ class Generation:
 
     @property
     def grades(self) -> Grades | None:
-        """Realised bits and saturation of every decode step so far, numpy ``[steps, linears]``.
+        """Realised bits and activation_range_ratio of every decode step so far, numpy ``[steps, linears]``.
 
         None for an unquantized model. The order of the layers is that of ``decoder.linear_names``.
         """

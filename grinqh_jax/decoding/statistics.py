@@ -9,13 +9,13 @@ from jaxtyping import Array, Float
 
 from grinqh_jax.decoding.engine import Grades
 from grinqh_jax.model.decoder import Decoder, linear_names, linear_shapes
-from pallas_kernels.layout import SLICE
+from pallas_kernels.layout import GROUP
 
 BF16_BYTES = 2
-SCALE_BITS = 16 / SLICE
+SCALE_BITS = 16 / GROUP
 """Bits per weight of the float16 scales, which are read beside the graded planes."""
 
-SATURATION_MARGIN = 1.5
+RANGE_RATIO_MARGIN = 1.5
 """Activations this many times larger than any met in calibration are worth a warning."""
 
 
@@ -36,7 +36,7 @@ class Statistics:
         one row of the embedding (not the cache). An implementation without skipping touches more.
       bytes_per_token_bf16: the same for the unquantized model.
       peak_memory_bytes: of the accelerator, or of the process where there is none.
-      saturation: ``max |x| / max_activation`` by linear layer, the largest of all steps.
+      activation_range_ratio: ``max |x| / max_activation`` by linear layer, the largest of all steps.
     """
 
     prompt_tokens: int
@@ -50,7 +50,7 @@ class Statistics:
     bytes_per_token: float | None
     bytes_per_token_bf16: float
     peak_memory_bytes: int
-    saturation: Mapping[str, float]
+    activation_range_ratio: Mapping[str, float]
 
     @property
     def prompt_tokens_per_second(self) -> float | None:
@@ -96,12 +96,17 @@ class Statistics:
 
     def warning(self) -> str | None:
         """One line if activations left the calibrated range, else None."""
-        beyond = {name: value for name, value in self.saturation.items() if not value <= SATURATION_MARGIN}
+        beyond = {
+            name: value
+            for name, value in self.activation_range_ratio.items()
+            if not value <= RANGE_RATIO_MARGIN
+        }
         if not beyond:
             return None
         worst = max(beyond, key=lambda name: np.nan_to_num(beyond[name], nan=np.inf))
+        linears = f"{len(beyond)} of {len(self.activation_range_ratio)} linear layers"
         return (
-            f"activations left the calibrated range in {len(beyond)} of {len(self.saturation)} linear layers "
+            f"activations left the calibrated range in {linears} "
             f"({beyond[worst]:.3g} times its largest in {worst}): bits and quality may be off; "
             "calibrate on text like this (convert --calib)"
         )
@@ -114,7 +119,7 @@ def grade_statistics(model: Decoder, grades: Grades | None) -> dict[str, Any]:
         "realised_bits": None,
         "realised_bits_per_layer": {},
         "realised_bits_per_step": None,
-        "saturation": {},
+        "activation_range_ratio": {},
         "bytes_per_token": None,
         "bytes_per_token_bf16": _bytes_per_token(model, dict.fromkeys(names, 8 * BF16_BYTES)),
     }
@@ -126,7 +131,9 @@ def grade_statistics(model: Decoder, grades: Grades | None) -> dict[str, Any]:
             "realised_bits": weighted_mean(model, bits),
             "realised_bits_per_layer": bits,
             "realised_bits_per_step": grades.bits,
-            "saturation": dict(zip(names, np.max(grades.saturation, axis=0).tolist(), strict=True)),
+            "activation_range_ratio": dict(
+                zip(names, np.max(grades.activation_range_ratio, axis=0).tolist(), strict=True)
+            ),
             "bytes_per_token": _bytes_per_token(model, {n: b + SCALE_BITS for n, b in bits.items()}),
         }
     return fields

@@ -24,7 +24,7 @@ WARPS = THREADS // LANES
 WARP_CHANNELS = 8
 """Input channels of a warp: enough loads in flight, and 16 scales that are converted once for all of them."""
 
-BLOCKS_PER_SLICE = layout.SLICE // (WARPS * WARP_CHANNELS)
+BLOCKS_PER_SLICE = layout.GROUP // (WARPS * WARP_CHANNELS)
 
 OUTPUTS_AT_ONCE = 8
 """Consecutive outputs that a lane has, and stores as 16 bytes."""
@@ -47,7 +47,7 @@ class Shape:
 
     @property
     def slices(self) -> int:
-        return -(-self.in_features // layout.SLICE)
+        return -(-self.in_features // layout.GROUP)
 
     @property
     def tiles(self) -> int:
@@ -77,7 +77,7 @@ def dequantization_program(isa: Instructions, shape: Shape, refs: Refs) -> None:
     stored_words = shape.stored_n // layout.WORD_DIGITS
     word = tile * layout.TILE_WORDS + lane
     planes = isa.global_address(refs.planes)
-    stored_k = shape.slices * layout.SLICE
+    stored_k = shape.slices * layout.GROUP
     words = [
         [
             isa.load_global(planes + isa.widen(((first + f * stored_k + c) * stored_words + word) << 2))[0]
@@ -134,7 +134,7 @@ def code_to_float(isa: Instructions, codes: Value, byte: int) -> Value:
 def exists(isa: Instructions, shape: Shape, channel: Value, output: Value) -> Value:
     """Whether this is no padding."""
     inside = isa.constant(True, "bool")
-    if shape.in_features % layout.SLICE:
+    if shape.in_features % layout.GROUP:
         inside = channel < shape.in_features
     if shape.out_features % layout.TILE:
         inside = inside & (output < shape.out_features)

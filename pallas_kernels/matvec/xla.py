@@ -66,11 +66,11 @@ def _one_row(x, level, planes, scales):
     f = jnp.arange(num_planes)[:, None]
     # Channels of a slice by falling level: those that plane f is read for are the first counts[s, f].
     counts = jnp.sum(level > f, axis=-1)
-    key = (num_planes - level[:, 0]) * layout.SLICE + jnp.arange(layout.SLICE)
-    order = jnp.sort(key) % layout.SLICE
+    key = (num_planes - level[:, 0]) * layout.GROUP + jnp.arange(layout.GROUP)
+    order = jnp.sort(key) % layout.GROUP
     terms = jnp.where(level > f, x * 4.0**-f, 0)
     terms = jnp.take_along_axis(terms, order[:, None], axis=-1)
-    channels = order + jnp.arange(slices)[:, None] * layout.SLICE
+    channels = order + jnp.arange(slices)[:, None] * layout.GROUP
 
     def add_slice(s, y):
         def add_plane(f, total):
@@ -92,11 +92,11 @@ def _dense(x, level, planes, scales):
     rows, num_planes, slices, outputs = len(x), len(planes), *scales.shape
     f = jnp.arange(num_planes)[:, None]
     terms = jnp.where(level[:, None] > f, x[:, None] * 4.0**-f, 0)
-    terms = terms.reshape(rows, num_planes, slices, layout.SLICE).transpose(2, 0, 1, 3)
+    terms = terms.reshape(rows, num_planes, slices, layout.GROUP).transpose(2, 0, 1, 3)
 
     def add_slice(y, slice_):
         terms, s, scale = slice_
-        words = jax.lax.dynamic_slice_in_dim(planes, s * layout.SLICE, layout.SLICE, axis=1)
+        words = jax.lax.dynamic_slice_in_dim(planes, s * layout.GROUP, layout.GROUP, axis=1)
         digits = codes.unpack_digit_major(words) - codes.DIGIT_MEAN
         partial = jnp.dot(
             terms.reshape(rows, -1), digits.reshape(-1, outputs), precision=jax.lax.Precision.HIGHEST

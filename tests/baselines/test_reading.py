@@ -6,7 +6,7 @@ import pytest
 
 from checkpoints_tools.baselines import reading
 from checkpoints_tools.calibration import histogram
-from grinqh_jax.cli import command as cli
+from grinqh_jax import BUNDLED_MODEL
 from grinqh_jax.decoding.generator import Generator
 from grinqh_jax.errors import UsageError
 from grinqh_jax.evaluation.perplexity import measure
@@ -22,7 +22,7 @@ TEXT = "The rain had not stopped since morning, so the old man kept to his chair
 
 @pytest.fixture(scope="module")
 def bundled():
-    return Generator.load(cli.BUNDLED_MODEL)
+    return Generator.load(BUNDLED_MODEL)
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from checkpoints_tools.calibration import histogram
 from checkpoints_tools.calibration.allocation import (
     UNSEEN,
     GradedCosts,
-    for_any_text,
     mean_bits,
+    smooth_sensitivities,
     target_grid,
     threshold_ratios,
     threshold_tables,
@@ -143,7 +143,7 @@ def test_a_layer_that_the_text_hardly_needs_is_not_starved():
     errors = {"much": GAUSSIAN_ERRORS, "little": 1e-4 * GAUSSIAN_ERRORS, "none": np.zeros(5)}
     sizes = {"much": 100, "little": 300, "none": 100}
     layers = {name: GradedCosts(counts, errors[name], sizes[name]) for name in errors}
-    spread = for_any_text(layers)
+    spread = smooth_sensitivities(layers)
     # Three quarters stay where they are, one is spread over 500 weights, of which 100 cannot have theirs.
     before, after = (
         {name: layer.errors[0] * layer.weights for name, layer in costs.items()} for costs in (layers, spread)
@@ -159,7 +159,7 @@ def test_a_layer_that_the_text_hardly_needs_is_not_starved():
     )
     assert starved < 1.3 < fed < 2
     alike = {name: GradedCosts(counts, GAUSSIAN_ERRORS, size) for name, size in sizes.items()}
-    for name, layer in for_any_text(alike).items():
+    for name, layer in smooth_sensitivities(alike).items():
         np.testing.assert_allclose(layer.errors, alike[name].errors)
 
 

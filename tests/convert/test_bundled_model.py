@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from grinqh_jax import checkpoint
-from grinqh_jax.cli import command as cli
+from grinqh_jax import BUNDLED_MODEL, checkpoint
 from grinqh_jax.evaluation.perplexity import measure
 from grinqh_jax.text.tokenizer import Tokenizer
 
@@ -18,12 +17,12 @@ UNSEEN = {"law": ROOT / "LICENSE", "code": Path(__file__).with_name("test_conver
 
 @pytest.fixture(scope="module")
 def bundled():
-    return checkpoint.load(cli.BUNDLED_MODEL)
+    return checkpoint.load(BUNDLED_MODEL)
 
 
 @pytest.mark.parametrize("text", UNSEEN)
 def test_realised_bits_are_those_asked_for_on_unseen_text(bundled, text):
-    tokens = Tokenizer.load(cli.BUNDLED_MODEL).encode(UNSEEN[text].read_text(encoding="utf-8"))[:TOKENS]
+    tokens = Tokenizer.load(BUNDLED_MODEL).encode(UNSEEN[text].read_text(encoding="utf-8"))[:TOKENS]
     targets = bundled.quantization.targets
     # Windows, because the dial learns from one what counts in the next.
     results = measure(bundled.model, targets, np.array(tokens), [2.0, 3.0, 4.0], sequence_length=TOKENS // 5)
@@ -32,12 +31,12 @@ def test_realised_bits_are_those_asked_for_on_unseen_text(bundled, text):
 
 
 def test_the_bundled_model_says_where_it_comes_from(bundled):
-    card = (cli.BUNDLED_MODEL / "README.md").read_text(encoding="utf-8")
+    card = (BUNDLED_MODEL / "README.md").read_text(encoding="utf-8")
     assert "license: apache-2.0" in card
     assert "OpenStax" in card
     assert "python -m checkpoints_tools.convert --model ../shared/models/qwen3-7m" in card
     provenance = bundled.quantization.provenance
     assert provenance["calibration"]["text"] == "books_calib.txt"
-    size = sum(file.stat().st_size for file in cli.BUNDLED_MODEL.rglob("*") if file.is_file())
+    size = sum(file.stat().st_size for file in BUNDLED_MODEL.rglob("*") if file.is_file())
     assert size < 15e6
-    assert json.loads((cli.BUNDLED_MODEL / "generation_config.json").read_text())["eos_token_id"] == 0
+    assert json.loads((BUNDLED_MODEL / "generation_config.json").read_text())["eos_token_id"] == 0

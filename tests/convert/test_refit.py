@@ -88,13 +88,13 @@ def test_windows_take_the_way_of_the_layer_and_exact_inputs_leave_weights_as_the
     fit = refit.Refit(hidden.copy(), tables, (1.0, 8.0))
     kernels, norms = read_layer(source, 0)
     layer = dense_layer(source, kernels, norms, jnp.float32)
-    fit.enter(layer.input_norm)
+    fit.set_input_norm(layer.input_norm)
     for part in LAYER_LINEARS:
         w = np.asarray(kernels[part], np.float32)
         for outputs in (slice(0, 20), slice(20, None)):
             found = fit.fitted(f"layers.0.{part}", w[:, outputs], outputs)
             assert np.abs(found - w[:, outputs]).max() < 0.02 * np.abs(w).max()
-        fit.pass_by(f"layers.0.{part}", layer, nested(w))
+        fit.advance(f"layers.0.{part}", layer, nested(w))
     positions = jnp.broadcast_to(jnp.arange(96), (2, 96))
     expected, _ = layer("layer", jnp.asarray(hidden), positions, Dense())
     np.testing.assert_allclose(fit._exact.stream, expected, rtol=1e-4, atol=1e-5)

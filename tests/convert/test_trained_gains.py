@@ -13,7 +13,7 @@ from checkpoints_tools.convert import command as convert
 from checkpoints_tools.convert import graded_divergence, trained_gains
 from checkpoints_tools.convert.graded_divergence import GradedParts, Text, columns, divergence, graded_product
 from checkpoints_tools.source import head as source_head
-from checkpoints_tools.source.array_cache import Kept
+from checkpoints_tools.source.array_cache import ArrayCache
 from grinqh_jax import checkpoint
 from grinqh_jax.decoding.thresholds import model_thresholds
 from grinqh_jax.hf import load_decoder, open_checkpoint
@@ -177,7 +177,7 @@ def test_layers_are_read_once_where_there_is_room(pair, monkeypatch, room, reads
     monkeypatch.setattr(trained_gains, "STEPS", 2)
     graded, read = parts_of(pair), []
     counted = dataclasses.replace(
-        graded, read_part=lambda name: (read.append(name), graded.read_part(name))[1], kept=Kept(room)
+        graded, read_part=lambda name: (read.append(name), graded.read_part(name))[1], kept=ArrayCache(room)
     )
     started = {name: np.ones(4, np.float32) for name in linear_names(pair[1].config)}
     trained_gains.train_gains(counted, WINDOWS, started)

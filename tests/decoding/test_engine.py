@@ -92,7 +92,7 @@ def test_a_preview_counts_what_graded_reading_of_a_prompt_takes(graded):
             found = preview.bits[row, :count]
             np.testing.assert_allclose(found, expected[row, last - count : last], atol=0.05)
         read += chunk
-        fullest = preview if fullest is None else engine.fuller(fullest, preview)
+        fullest = preview if fullest is None else engine.merge_previews(fullest, preview)
     assert counts == [[28, 0], [8, 0], [0, 31]]  # without the first four positions
     assert fullest.counts.tolist() == [28, 31]
     np.testing.assert_allclose(fullest.bits[0, :28], expected[0, 4:32], atol=0.05)
@@ -129,7 +129,7 @@ def test_decode_steps_equal_the_graded_whole_sequence(graded):
             np.testing.assert_allclose(grades.bits[:, column], readings[name].bits[:, position], atol=0.05)
             largest = readings[name].largest[:, position]
             expected = largest / graded.linear(name).max_activation[...]
-            np.testing.assert_allclose(grades.saturation[:, column], expected, rtol=1e-3)
+            np.testing.assert_allclose(grades.activation_range_ratio[:, column], expected, rtol=1e-3)
 
 
 def test_greedy_chunks_equal_greedy_forward_passes(dense):
@@ -183,7 +183,7 @@ def test_a_row_decodes_the_same_alone_and_beside_finished_rows(graded):
     logits, cache = engine.prefill(graded, TOKENS[:, :9], jnp.array([9, 4]), empty_cache(graded))
     last = np.argmax(logits, -1)
     both, _ = decode(graded, cache, last, thresholds, limits=[2, 8])
-    assert both.grades.bits.shape == both.grades.saturation.shape == (8, 2, 9)
+    assert both.grades.bits.shape == both.grades.activation_range_ratio.shape == (8, 2, 9)
     logits, cache = engine.prefill(graded, TOKENS[1:, :9], jnp.array([4]), empty_cache(graded, 1))
     alone, _ = decode(graded, cache, last[1:], {name: t[1:] for name, t in thresholds.items()})
     assert both.counts.tolist() == [2, 8]

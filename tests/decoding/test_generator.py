@@ -151,7 +151,7 @@ def test_statistics_are_what_the_steps_read(generator):
     generation = finished(generator, bits=4.5, max_tokens=21)
     statistics, grades = generation.statistics(), generation.grades
     names = linear_names(generator.model.config)
-    assert grades.bits.shape == grades.saturation.shape == (20, len(names))
+    assert grades.bits.shape == grades.activation_range_ratio.shape == (20, len(names))
     sizes = [k * n for k, n in linear_shapes(generator.model.config).values()]
     expected = np.average(grades.bits.mean(0), weights=sizes)
     assert statistics.realised_bits == pytest.approx(expected)
@@ -168,10 +168,10 @@ def test_statistics_are_what_the_steps_read(generator):
 
 
 def test_warning_when_activations_leave_the_calibrated_range():
-    def warning(**saturation):
+    def warning(**activation_range_ratio):
         fields = dict.fromkeys((f.name for f in dataclasses.fields(Statistics)), 0)
         fields |= {"realised_bits_per_layer": {}, "realised_bits_per_step": None}
-        return Statistics(**fields | {"saturation": saturation}).warning()
+        return Statistics(**fields | {"activation_range_ratio": activation_range_ratio}).warning()
 
     assert warning(a=0.9, b=1.5) is None
     assert "in 2 of 3 linear layers (40 times its largest in c)" in warning(a=1.0, b=1.6, c=40.0)

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from grinqh_jax import BUNDLED_MODEL
 from grinqh_jax import __main__ as commands
 from grinqh_jax.errors import UsageError
 from grinqh_jax.evaluation.perplexity import measure
@@ -67,10 +68,9 @@ def tasks(directory, **records):
 
 @pytest.fixture(scope="module")
 def bundled():
-    from grinqh_jax.cli import command as cli
     from grinqh_jax.evaluation.harness import GrinqhLM
 
-    return GrinqhLM(str(cli.BUNDLED_MODEL), bits=4, max_length=128)
+    return GrinqhLM(str(BUNDLED_MODEL), bits=4, max_length=128)
 
 
 @pytest.fixture(scope="module")

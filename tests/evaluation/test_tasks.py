@@ -5,7 +5,7 @@ from decimal import Decimal
 
 import pytest
 
-from grinqh_jax.cli import command as cli
+from grinqh_jax import BUNDLED_MODEL
 from grinqh_jax.cli import evaluate as evaluate_command
 from grinqh_jax.decoding.batch import Decoding
 from grinqh_jax.decoding.generator import Generator
@@ -23,7 +23,7 @@ RECORDS = [
 
 @pytest.fixture(scope="module")
 def bundled():
-    return Generator.load(cli.BUNDLED_MODEL)
+    return Generator.load(BUNDLED_MODEL)
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ class Case:
         rng = np.random.default_rng(self.seed)
         k, n = layout.padded_shape(self.in_features, self.out_features)
         planes = rng.integers(0, 2**32, (self.max_bits // 2, k, n // layout.WORD_DIGITS), np.uint32)
-        scales = rng.uniform(0.5, 1.5, (k // layout.SLICE, n)).astype(np.float16)
+        scales = rng.uniform(0.5, 1.5, (k // layout.GROUP, n)).astype(np.float16)
         # Padding is left full of codes on purpose: nothing may depend on it.
         gains = np.append(rng.uniform(0.5, 1.5, self.max_bits // 2 - 1), 1).astype(np.float32)
         weight = NestedWeight(planes, scales, self.in_features, self.out_features, gains)
@@ -93,7 +93,7 @@ def oracle(x: np.ndarray, weight: NestedWeight, thresholds: np.ndarray) -> Exact
     x, thresholds = np.asarray(x, np.float64), np.asarray(thresholds, np.float64)
     level = (~(np.abs(x)[:, :, None] < thresholds[:, None, :])).sum(-1)
     digits = unpacked(np.asarray(weight.planes))[:, : weight.in_features, : weight.out_features]
-    scales = np.repeat(np.asarray(weight.scales, np.float64), layout.SLICE, 0)
+    scales = np.repeat(np.asarray(weight.scales, np.float64), layout.GROUP, 0)
     scales = scales[: weight.in_features, : weight.out_features]
     y, squares = np.zeros((2, x.shape[0], weight.out_features))
     read = np.zeros(digits.shape[1:])

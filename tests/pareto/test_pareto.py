@@ -162,7 +162,7 @@ def test_kernel_times_are_those_of_the_shapes(swept, files):
 def test_what_is_done_is_not_done_again(swept, files, monkeypatch, capsys):
     _, before = swept
     monkeypatch.setattr(Measurements, "_measure", lambda *_: pytest.fail("measured again"))
-    monkeypatch.setattr(pareto.Workshop, "_made", made_must_exist(pareto.Workshop._made))
+    monkeypatch.setattr(pareto.SweepContext, "_made", made_must_exist(pareto.SweepContext._made))
     pareto.main(arguments(files, "--no-figure", "--quantizer", "rtn"))
     results = json.loads((files / "work" / "tiny" / "pareto.json").read_text())
     kept = [row for row in before["rows"] if row["label"] != "plain" and row["shown"]]

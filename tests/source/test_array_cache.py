@@ -6,7 +6,7 @@ from checkpoints_tools.source import array_cache as kept
 
 
 def test_what_fits_is_read_once_and_the_rest_each_time():
-    keep = kept.Kept(limit=10 * 4)
+    keep = kept.ArrayCache(limit=10 * 4)
     reads = []
 
     def value(name, numbers):

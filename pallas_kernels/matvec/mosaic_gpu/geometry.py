@@ -107,7 +107,7 @@ class Geometry:
 
     @property
     def slices(self) -> int:
-        return self.stored_k // layout.SLICE
+        return self.stored_k // layout.GROUP
 
     @property
     def tiles(self) -> int:
@@ -121,7 +121,7 @@ class Geometry:
     @property
     def has_padding(self) -> bool:
         """Whether some lanes have channels that do not exist: K's padding, or slices past the last one."""
-        return self.in_features < self.slice_groups * self.config.slices_per_cta * layout.SLICE
+        return self.in_features < self.slice_groups * self.config.slices_per_cta * layout.GROUP
 
     @property
     def row_groups(self) -> int:
@@ -155,7 +155,7 @@ class Geometry:
     @property
     def channels_per_lane(self) -> int:
         """Channels that one lane grades."""
-        return layout.SLICE // LANES // self.config.warps_per_slice
+        return layout.GROUP // LANES // self.config.warps_per_slice
 
     @property
     def stored_row_bytes(self) -> int:

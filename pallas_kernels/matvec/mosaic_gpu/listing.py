@@ -296,7 +296,7 @@ def park(isa: Instructions, g: Geometry, place: Place, listed: Listed) -> None:
 
 def padding_offset(isa: Instructions, g: Geometry, place: Place) -> Value:
     """A row that padding entries may read (times zero): the slice's first, in plane 0."""
-    first = stored_slice(isa, g, place) * layout.SLICE
+    first = stored_slice(isa, g, place) * layout.GROUP
     return first * g.stored_row_bytes + place.tile * ROW_BYTES
 
 

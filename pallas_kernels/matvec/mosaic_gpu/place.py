@@ -79,7 +79,7 @@ def locate(isa: Instructions, g: Geometry, refs: Refs) -> Place:
         thread=thread,
         lane=lane,
         slice_index=slice_index,
-        channel=slice_index * layout.SLICE + part * (LANES * g.channels_per_lane) + lane,
+        channel=slice_index * layout.GROUP + part * (LANES * g.channels_per_lane) + lane,
         slice_group=slice_group,
         tile=tile,
         first_row=isa.constant(0) if row_group is None else row_group * g.rows_per_cta,

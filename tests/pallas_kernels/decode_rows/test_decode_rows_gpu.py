@@ -48,13 +48,13 @@ def test_a_decode_step_is_the_same_with_and_without(monkeypatch, name, batch):
     def step():
         run = jax.jit(lambda *args: engine.decode_step(*args))
         logits, _, grades = run(model, prompt[:, 0], cache, thresholds)
-        return np.asarray(logits), np.asarray(grades.bits), np.asarray(grades.saturation)
+        return np.asarray(logits), np.asarray(grades.bits), np.asarray(grades.activation_range_ratio)
 
-    logits, bits, saturation = step()
+    logits, bits, activation_range_ratio = step()
     np.testing.assert_array_equal(step()[0], logits)
     monkeypatch.setattr(decode_rows, "supports", lambda *_: "switched off")
     expected, expected_bits, expected_saturation = step()
     # In full bits nothing depends on which side of a threshold a rounded activation falls.
     assert np.linalg.norm(logits - expected) < 2e-2 * np.linalg.norm(expected)
     np.testing.assert_array_equal(bits, expected_bits)
-    np.testing.assert_allclose(saturation, expected_saturation, rtol=0.1)
+    np.testing.assert_allclose(activation_range_ratio, expected_saturation, rtol=0.1)

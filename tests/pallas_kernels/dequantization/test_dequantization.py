@@ -16,7 +16,7 @@ def random_weight(in_features: int, out_features: int, planes: int) -> NestedWei
     """Random codes, in the padding too; a few scales are zero or subnormal."""
     rng = np.random.default_rng(in_features + planes)
     k, n = layout.padded_shape(in_features, out_features)
-    scales = rng.uniform(0.001, 3, (k // layout.SLICE, n)).astype(np.float16)
+    scales = rng.uniform(0.001, 3, (k // layout.GROUP, n)).astype(np.float16)
     scales[:, ::7], scales[:, 1::7] = 0, 1e-7
     words = rng.integers(0, 2**32, (planes, k, n // layout.WORD_DIGITS), np.uint32)
     return NestedWeight(words, scales, in_features, out_features)
