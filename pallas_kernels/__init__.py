@@ -2,15 +2,15 @@
 
 from pallas_kernels.activations import Activations, PartialSums
 from pallas_kernels.codes import dequantize, from_codes, quantize
-from pallas_kernels.grading import Reading, levels, realised_bits
+from pallas_kernels.grading import GradingStats, levels, realised_bits
 from pallas_kernels.matvec import graded_matvec, graded_partial_sums
 from pallas_kernels.weight import NestedWeight
 
 __all__ = [
     "Activations",
+    "GradingStats",
     "NestedWeight",
     "PartialSums",
-    "Reading",
     "dequantize",
     "from_codes",
     "graded_matvec",

@@ -12,25 +12,25 @@ from pallas_kernels.activations import Activations
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Reading:
-    """What a graded product found in its input.
+class GradingStats:
+    """Bits read and largest activation of each row of a graded product.
 
     Attributes:
-      numbers: float32 ``[*rows, 2]``: each row's ``bits`` and ``largest``. A single array, so that a decode
-        step gathers those of all its products at once.
+      packed: float32 ``[*rows, 2]``: ``bits`` and ``max_abs`` of each row. One array, because XLA would make
+        a kernel for each of two when a decode step gathers the statistics of all its products.
     """
 
-    numbers: Float[Array, "*rows 2"]
+    packed: Float[Array, "*rows 2"]
 
     @property
     def bits(self) -> Float[Array, "*rows"]:
-        """Mean bits read per weight, scales (0.125 bits) not counted."""
-        return self.numbers[..., 0]
+        """float32, mean bits read per weight, without the scales' 0.125 bits."""
+        return self.packed[..., 0]
 
     @property
-    def largest(self) -> Float[Array, "*rows"]:
-        """The largest ``|x|``; NaN if an activation is."""
-        return self.numbers[..., 1]
+    def max_abs(self) -> Float[Array, "*rows"]:
+        """float32, largest ``|x|``; NaN if an activation is NaN."""
+        return self.packed[..., 1]
 
 
 def levels(x: Float[Array, "*rows k"], thresholds: Float[Array, "*#rows p"]) -> Int[Array, "*rows k"]:
@@ -62,7 +62,7 @@ def realised_bits(level: Int[Array, "*rows k"]) -> Float[Array, "*rows"]:
     return layout.DIGIT_BITS * jnp.mean(level.astype(jnp.float32), axis=-1)
 
 
-def reading(x: Activations, level: Int[Array, "rows k"]) -> Reading:
-    """The reading of activations of these levels."""
-    largest = jnp.max(jnp.abs(x.values).astype(jnp.float32), axis=-1, keepdims=True) * x.factor()
-    return Reading(jnp.concatenate([realised_bits(level)[:, None], largest], axis=-1))
+def stats(x: Activations, level: Int[Array, "rows k"]) -> GradingStats:
+    """Returns the statistics of activations read at these levels."""
+    max_abs = jnp.max(jnp.abs(x.values).astype(jnp.float32), axis=-1, keepdims=True) * x.factor()
+    return GradingStats(jnp.concatenate([realised_bits(level)[:, None], max_abs], axis=-1))

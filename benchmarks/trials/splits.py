@@ -24,7 +24,7 @@ from checkpoints_tools.calibration.allocation import GradedCosts, smooth_sensiti
 from checkpoints_tools.convert import conversion, vocabulary
 from grinqh_jax.model import output_projection
 from grinqh_jax.model.apply import Graded
-from pallas_kernels import Activations, Reading
+from pallas_kernels import Activations, GradingStats
 
 UNIFORM = (*PLAIN_WEIGHTS, "--split", "uniform")
 
@@ -63,7 +63,7 @@ def unit_of_the_token() -> Callable[[], AbstractContextManager]:
         y, reading = linear.graded(
             Activations(values), thresholds.reshape(len(values), -1) * mean_magnitude(values)
         )
-        self.readings[name] = Reading(reading.numbers.reshape(*x.shape[:-1], 2))
+        self.stats[name] = GradingStats(reading.packed.reshape(*x.shape[:-1], 2))
         return y.total().reshape(*x.shape[:-1], -1)
 
     return patched((statistics, "observe", observe), (Graded, "__call__", graded))

@@ -18,7 +18,7 @@ from grinqh_jax.model import apply
 from grinqh_jax.model.cache import KVCache
 from grinqh_jax.model.decoder import Decoder, linear_names
 from grinqh_jax.model.flat_model import FlatModel
-from pallas_kernels import Reading
+from pallas_kernels import GradingStats
 from pallas_kernels.lanes import device
 from pallas_kernels.layout import DIGIT_BITS
 
@@ -197,7 +197,7 @@ def _step(model, tokens, cache, thresholds, active):
     cache = cache.updated(layers, cache.lengths + advance)
     if thresholds is None:
         return outputs, cache, None
-    return outputs, cache, _by_linear(model, strategy.readings)
+    return outputs, cache, _by_linear(model, strategy.stats)
 
 
 @jax.jit(static_argnames="steps", donate_argnames="cache")
@@ -235,7 +235,9 @@ def decode_chunk(
         thresholds = thresholds.by_name()  # before the loop, not in it
     batch, linears = len(tokens), len(linear_names(model.config))
     done |= (limits <= 0) | (cache.lengths >= cache.capacity)
-    readings = None if thresholds is None else Reading(jnp.zeros((steps, batch, linears, 2), jnp.float32))
+    readings = (
+        None if thresholds is None else GradingStats(jnp.zeros((steps, batch, linears, 2), jnp.float32))
+    )
     start = Chunk(jnp.zeros((batch, steps), jnp.int32), jnp.zeros(batch, jnp.int32), tokens, done, None)
 
     tokens_of_outputs = model.lm_head.tokens()  # made here, not in the loop
@@ -281,15 +283,15 @@ def _module(model: Decoder | FlatModel) -> Decoder:
 
 
 @jax.named_scope("grades")
-def _by_linear(model: Decoder, readings: Mapping[str, Reading]) -> Reading:
+def _by_linear(model: Decoder, readings: Mapping[str, GradingStats]) -> GradingStats:
     """Those of one position of every row, ``[B, linears]``."""
-    numbers = [readings[name].numbers.reshape(-1, 2) for name in linear_names(model.config)]
-    return Reading(jnp.stack(numbers, axis=1))
+    numbers = [readings[name].packed.reshape(-1, 2) for name in linear_names(model.config)]
+    return GradingStats(jnp.stack(numbers, axis=1))
 
 
 @jax.named_scope("grades")
-def _grades(model: Decoder, reading: Reading | None) -> Grades | None:
+def _grades(model: Decoder, reading: GradingStats | None) -> Grades | None:
     if reading is None:
         return None
     calibrated = [model.linear(name).max_activation[...] for name in linear_names(model.config)]
-    return Grades(reading.bits, reading.largest / jnp.stack(calibrated))
+    return Grades(reading.bits, reading.max_abs / jnp.stack(calibrated))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from grinqh_jax.model.linear import GradedLinear, Linear
-from pallas_kernels import Activations, PartialSums, Reading, decode_rows, grading
+from pallas_kernels import Activations, GradingStats, PartialSums, decode_rows, grading
 
 HEAD = "lm_head"
 """Name of the output projection, and what the names of its blocks begin with. Its result is float32 whatever
@@ -95,12 +95,12 @@ class Graded:
 
     def __init__(self, thresholds: Mapping[str, Float[Array, "*b p"]]):
         self.thresholds = thresholds
-        self.readings: dict[str, Reading] = {}
+        self.stats: dict[str, GradingStats] = {}
 
     @property
     def bits(self) -> dict[str, Float[Array, "*rows"]]:
         """By layer name, realised mean bits of every row."""
-        return {name: reading.bits for name, reading in self.readings.items()}
+        return {name: reading.bits for name, reading in self.stats.items()}
 
     def __call__(
         self, name: str, linear: GradedLinear, x: Float[Array, "*rows k"] | Activations
@@ -115,7 +115,7 @@ class Graded:
         planes = thresholds.shape[-1]
         thresholds = jnp.broadcast_to(thresholds, (*rows, planes)).reshape(-1, planes)
         y, reading = linear.graded(inputs, thresholds)
-        self.readings[name] = Reading(reading.numbers.reshape(*rows, 2))
+        self.stats[name] = GradingStats(reading.packed.reshape(*rows, 2))
         one_token = len(rows) == 2 and rows[1] == 1
         if one_token and not of_head(name) and decode_rows.supports(y, inputs.values.dtype) is None:
             return y

@@ -11,9 +11,9 @@ from jaxtyping import Array, Float, Float16, UInt32
 
 from pallas_kernels import (
     Activations,
+    GradingStats,
     NestedWeight,
     PartialSums,
-    Reading,
     dequantization,
     dequantize,
     graded_partial_sums,
@@ -94,7 +94,7 @@ class GradedLinear(nnx.Module):
             kernel = with_layout_constraint(dequantize(weight, dtype=x.dtype), Layout((0, 1)))
         return _matmul(x, kernel, dtype)
 
-    def graded(self, x: Activations, thresholds: Float[Array, "rows p"]) -> tuple[PartialSums, Reading]:
+    def graded(self, x: Activations, thresholds: Float[Array, "rows p"]) -> tuple[PartialSums, GradingStats]:
         """``(y, reading)``: each channel read as its activation deserves (``graded_partial_sums``)."""
         return graded_partial_sums(x, self.weight, thresholds)
 

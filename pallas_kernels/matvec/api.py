@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.activations import Activations, PartialSums
-from pallas_kernels.grading import Reading
+from pallas_kernels.grading import GradingStats
 from pallas_kernels.matvec import mosaic_gpu, reference, xla
 from pallas_kernels.weight import NestedWeight
 
@@ -55,7 +55,7 @@ def graded_partial_sums(
     thresholds: Float[Array, "*any p"],
     *,
     implementation: Implementation | None = None,
-) -> tuple[PartialSums, Reading]:
+) -> tuple[PartialSums, GradingStats]:
     """``graded_matvec`` between neighbours that take part in its sums (see ``activations``).
 
     Args:

@@ -16,7 +16,7 @@ def supports(x, weight: NestedWeight) -> str | None:
 
 def partial_sums(
     x: Activations, weight: NestedWeight, thresholds: jax.Array
-) -> tuple[PartialSums, grading.Reading]:
+) -> tuple[PartialSums, grading.GradingStats]:
     """See ``api.graded_partial_sums``; one part."""
 
     def one_row(x, level):
@@ -25,4 +25,4 @@ def partial_sums(
 
     level = grading.levels(x.values, x.scaled(thresholds))
     y = jax.lax.map(lambda row: one_row(*row), (x.values, level))
-    return PartialSums((y * x.factor())[None], weight.out_features), grading.reading(x, level)
+    return PartialSums((y * x.factor())[None], weight.out_features), grading.stats(x, level)

@@ -35,10 +35,10 @@ def supports(x, weight: NestedWeight) -> str | None:
 
 def partial_sums(
     x: Activations, weight: NestedWeight, thresholds: jax.Array
-) -> tuple[PartialSums, grading.Reading]:
+) -> tuple[PartialSums, grading.GradingStats]:
     """See ``api.graded_partial_sums``; one part, any rows."""
     level = grading.levels(x.values, x.scaled(thresholds))
-    reading = grading.reading(x, level)
+    reading = grading.stats(x, level)
     padding = ((0, 0), (0, weight.planes.shape[1] - weight.in_features))
     values = x.values.astype(jnp.float32) * grading.level_gains(level, weight.gains)
     values = jnp.pad(values, padding)

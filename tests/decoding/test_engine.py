@@ -22,7 +22,7 @@ step = jax.jit(engine.decode_step)
 @jax.jit
 def graded_forward(model, tokens, thresholds):
     strategy = apply.Graded(thresholds)
-    return model(tokens, strategy), strategy.readings
+    return model(tokens, strategy), strategy.stats
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_decode_steps_equal_the_graded_whole_sequence(graded):
         for column, name in enumerate(decoder.linear_names(graded.config)):
             # a channel within rounding of its threshold may fall on either side
             np.testing.assert_allclose(grades.bits[:, column], readings[name].bits[:, position], atol=0.05)
-            largest = readings[name].largest[:, position]
+            largest = readings[name].max_abs[:, position]
             expected = largest / graded.linear(name).max_activation[...]
             np.testing.assert_allclose(grades.activation_range_ratio[:, column], expected, rtol=1e-3)
 

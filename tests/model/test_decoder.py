@@ -26,7 +26,7 @@ run = jax.jit(lambda model, tokens: model(tokens))
 def run_graded(model, tokens, thresholds):
     """Logits, and by name what the strategy read."""
     strategy = apply.Graded(thresholds)
-    return model(tokens, strategy), strategy.readings
+    return model(tokens, strategy), strategy.stats
 
 
 def relative_difference(ours, theirs) -> float:
@@ -81,7 +81,7 @@ def test_each_row_of_a_batch_has_its_own_thresholds():
         assert relative_difference(together[row : row + 1], np.asarray(alone)) < 1e-4
         for n in names:
             np.testing.assert_allclose(readings[n].bits[row], of_row[n].bits[0], atol=0.2)
-            np.testing.assert_allclose(readings[n].largest[row], of_row[n].largest[0], rtol=1e-3)
+            np.testing.assert_allclose(readings[n].max_abs[row], of_row[n].max_abs[0], rtol=1e-3)
 
 
 def test_a_reading_has_the_bits_and_the_largest_activation_of_every_position():
@@ -90,8 +90,8 @@ def test_a_reading_has_the_bits_and_the_largest_activation_of_every_position():
     thresholds = jnp.array([0.1, 0.4, 1.5, 2.0])
     strategy = apply.Graded({"layers.0.qkv": thresholds})
     strategy("layers.0.qkv", model.linear("layers.0.qkv"), x)
-    reading = strategy.readings["layers.0.qkv"]
-    np.testing.assert_allclose(reading.largest, [[3.0, 1.0]])
+    reading = strategy.stats["layers.0.qkv"]
+    np.testing.assert_allclose(reading.max_abs, [[3.0, 1.0]])
     np.testing.assert_allclose(reading.bits, [[(4 + 8) / 64, 4.0]])
     np.testing.assert_array_equal(strategy.bits["layers.0.qkv"], reading.bits)
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Float32
 
 from pallas_kernels import layout
 from pallas_kernels.activations import Activations, PartialSums
-from pallas_kernels.grading import Reading
+from pallas_kernels.grading import GradingStats
 from pallas_kernels.lanes import device
 from pallas_kernels.lanes.launch import lane_kernel
 from pallas_kernels.matvec.mosaic_gpu import geometry as geometry_module
@@ -54,7 +54,7 @@ def partial_sums(
     thresholds: Float[Array, "rows p"],
     *,
     config: Config | None = None,
-) -> tuple[PartialSums, Reading]:
+) -> tuple[PartialSums, GradingStats]:
     """See ``api.graded_partial_sums``; 1 to 8 rows.
 
     Args:
@@ -66,7 +66,7 @@ def partial_sums(
     gains = jnp.ones(weight.num_planes) if weight.gains is None else weight.gains
     floats = [a.astype(jnp.float32) for a in (thresholds, squares, gains)]
     parts, reading = launch(geometry)(x.values, *floats, weight.planes, weight.scales)
-    return PartialSums(parts, weight.out_features), Reading(reading)
+    return PartialSums(parts, weight.out_features), GradingStats(reading)
 
 
 def geometry_of(x: Activations, weight: NestedWeight, config: Config | None = None) -> Geometry:

@@ -49,7 +49,7 @@ def test_agrees_with_float64(case):
     sums, reading = run(x, weight, thresholds)
     exact = matvec_cases.oracle(x, weight, thresholds)
     matvec_cases.assert_close(exact, sums.total(), reading.bits)
-    np.testing.assert_array_equal(reading.largest, np.abs(x.astype(np.float32)).max(1))
+    np.testing.assert_array_equal(reading.max_abs, np.abs(x.astype(np.float32)).max(1))
     again, _ = run(x, weight, thresholds)
     np.testing.assert_array_equal(np.asarray(sums.parts), np.asarray(again.parts))
 
@@ -64,7 +64,7 @@ def test_a_norm_that_is_still_to_be_applied():
     y, expected_bits = graded_matvec(normed, weight, thresholds, implementation="mosaic_gpu")
     np.testing.assert_allclose(sums.total(), y, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(reading.bits, expected_bits, atol=0.02)
-    np.testing.assert_allclose(reading.largest, np.abs(normed.astype(np.float32)).max(1), rtol=1e-6)
+    np.testing.assert_allclose(reading.max_abs, np.abs(normed.astype(np.float32)).max(1), rtol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -37,7 +37,7 @@ def test_so_do_the_others(case, implementation):
     y, normed_bits = graded_matvec(normed, weight, thresholds, implementation=implementation)
     np.testing.assert_allclose(sums.total(), y, rtol=1e-6, atol=1e-6 * np.abs(y).max())
     np.testing.assert_array_equal(reading.bits, normed_bits)
-    np.testing.assert_allclose(reading.largest, np.abs(normed.astype(np.float32)).max(1), rtol=1e-6)
+    np.testing.assert_allclose(reading.max_abs, np.abs(normed.astype(np.float32)).max(1), rtol=1e-6)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 16, 32, 33, 70])
