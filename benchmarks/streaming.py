@@ -7,6 +7,7 @@ Each row: tokens per second over the whole text, and over all but the first chun
 """
 
 import argparse
+import dataclasses
 import datetime
 import itertools
 import json
@@ -19,6 +20,7 @@ import numpy as np
 from grinqh_jax.benchmarking import random_model
 from grinqh_jax.decoding.batch import Decoding
 from grinqh_jax.decoding.dial import Dial
+from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.sampling import Sampling
 
 PROMPT_TOKENS = 64
@@ -33,7 +35,7 @@ def stream(model, steps: int, temperature: float, args: argparse.Namespace) -> d
         max_context=PROMPT_TOKENS + args.tokens + 1,
         dial=Dial(model, random_model.TARGETS, np.full(1, args.bits)),
         sampling=Sampling.create(1, temperature=temperature, top_k=args.top_k, top_p=args.top_p),
-        chunk_steps=steps,
+        policy=dataclasses.replace(DecodePolicy.for_device(), chunk_steps=steps),
     )
     decoding.compile_prefill()
     decoding.prefill()

@@ -13,13 +13,13 @@ import numpy as np
 from grinqh_jax.decoding import engine
 from grinqh_jax.decoding.dial import layer_shares
 from grinqh_jax.decoding.engine import Grades, Thresholds
+from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.sampling import Sampling
 from grinqh_jax.decoding.statistics import grade_statistics
 from grinqh_jax.decoding.thresholds import StackedThresholds, stacked_tables, thresholds_at
 from grinqh_jax.model.cache import KVCache
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import Decoder, linear_names
-from pallas_kernels.lanes import device
 
 SETTLING_RUNS = 8
 """Most runs that look for the setting with which a run reads the bits that are wanted."""
@@ -68,10 +68,14 @@ def timed(function: Callable[[], object], tokens: int, repeats: int) -> Timing:
     return Timing(tokens, tuple(seconds))
 
 
-def timed_in_a_row(function: Callable[[], object], tokens: int, repeats: int) -> Timing:
-    """Likewise, each call made while the one before it is under way: how chunks of a text follow one another
-    on a GPU (``decoding``). On a CPU the same as ``timed``."""
-    if not device.waits_for_host():
+def timed_in_a_row(
+    function: Callable[[], object], tokens: int, repeats: int, policy: DecodePolicy | None = None
+) -> Timing:
+    """Times ``repeats`` calls as decode chunks follow one another: each is made while the one before it runs.
+
+    Equals ``timed`` if the policy, by default that of the device, has no chunks ahead.
+    """
+    if not (policy or DecodePolicy.for_device()).chunks_ahead:
         return timed(function, tokens, repeats)
     _warm_up(function)
     ends, running = [], function()
@@ -109,6 +113,7 @@ class DecodeRun:
 
     def __init__(self, model: Decoder, context: int, tokens: int):
         self.model, self.context, self.tokens = model, context, tokens
+        self._policy = DecodePolicy.for_device()
         self._flat = engine.FlatModel(model)
         self._cache = filled_cache(model.config, context, tokens, model.compute_dtype)
         self._start = jnp.zeros(1, jnp.int32), jnp.zeros(1, bool)
@@ -125,7 +130,8 @@ class DecodeRun:
         cache = dataclasses.replace(self._cache, lengths=lengths)
         args = (self._flat, *self._start, cache, thresholds, *self._rest)
         if self.compiled is None:
-            self.compiled = engine.decode_chunk.lower(*args, steps=self.tokens).compile()
+            lowered = engine.jitted_decode_chunk.lower(*args, steps=self.tokens, policy=self._policy)
+            self.compiled = lowered.compile()
         chunk, self._cache = self.compiled(*args)
         return chunk
 

@@ -17,16 +17,12 @@ from jaxtyping import Bool, Float, Int
 
 from grinqh_jax.decoding import engine
 from grinqh_jax.decoding.dial import Dial
+from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.sampling import Sampling, sample
 from grinqh_jax.errors import UsageError
 from grinqh_jax.model.cache import KVCache
 from grinqh_jax.model.decoder import Decoder
-from pallas_kernels.lanes import device
 from pallas_kernels.layout import round_up
-
-CHUNK_STEPS, GPU_CHUNK_STEPS = 16, 32
-"""Tokens a row generates before the host looks at them. On a GPU the host needs the time of several tokens to
-launch a chunk (``benchmarks/NOTES.md``), which must be less than the GPU needs for the chunk before it."""
 
 SHORTEST_BLOCK, LONGEST_BLOCK = 32, 2048
 """Prompts are read in blocks of 32, 64, ... 2048 positions, the last one padded."""
@@ -34,7 +30,7 @@ SHORTEST_BLOCK, LONGEST_BLOCK = 32, 2048
 CAPACITY_STEP = 256
 """Cache capacities are multiples of this, or the context itself."""
 
-_first_token = jax.jit(sample)
+_first_token = jax.jit(sample, static_argnames="policy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +64,7 @@ class Decoding:
         sampling: Sampling,
         stop_tokens: Sequence[int] = (),
         compiled: set[tuple] | None = None,
-        chunk_steps: int | None = None,
+        policy: DecodePolicy | None = None,
     ):
         """Prepares; no token is read yet.
 
@@ -82,8 +78,7 @@ class Decoding:
           stop_tokens: a row ends when it generates one of these, which is part of the result.
           compiled: which programs earlier batches of the same model have compiled, to be kept by the
             caller from batch to batch; none by default.
-          chunk_steps: tokens a row generates before the host looks at them; by default what suits the
-            device.
+          policy: how programs are compiled and chunks scheduled, by default ``DecodePolicy.for_device()``.
 
         Raises:
           UsageError: a prompt is empty or leaves no room in the context.
@@ -103,9 +98,7 @@ class Decoding:
         self._dial = dial
         self._thresholds = None if dial is None else dial.thresholds
         self._sampling = sampling
-        on_gpu = device.waits_for_host()
-        self._chunk_steps = chunk_steps or (GPU_CHUNK_STEPS if on_gpu else CHUNK_STEPS)
-        self._ahead = 1 if on_gpu else 0
+        self._policy = policy or DecodePolicy.for_device()
         self._stop_tokens = jnp.array(stop_tokens or (-1,), jnp.int32)
         needed = int(np.max(self._lengths + self._room))
         capacity = min(round_up(needed, CAPACITY_STEP), max_context)
@@ -126,12 +119,12 @@ class Decoding:
         batch, capacity = len(self._prompts), self._cache.capacity
         none = self._put(np.zeros(batch, np.int32))
         for width in sorted({block.shape[1] for block, _ in self._blocks()}):
-            program = ("prefill", batch, width, capacity, self._sampling.draws)
+            program = ("prefill", batch, width, capacity, self._policy, self._sampling.draws)
             if program in self._compiled:
                 continue
             blank = np.zeros((batch, width), np.int32)
             logits, _ = self._read(blank, none)
-            _first_token(logits, self._sampling, self._cache.lengths).block_until_ready()
+            _first_token(logits, self._sampling, self._cache.lengths, policy=self._policy).block_until_ready()
             self._compiled.add(program)
 
     def compile_decode(self) -> None:
@@ -141,7 +134,7 @@ class Decoding:
         """
         if self._ended.all():
             return
-        sizes = len(self._prompts), self._cache.capacity, len(self._stop_tokens), self._chunk_steps
+        sizes = len(self._prompts), self._cache.capacity, len(self._stop_tokens), self._policy
         program = ("decode", *sizes, self._sampling.draws)
         if program not in self._compiled:
             none = self._put(np.zeros(len(self._prompts), np.int32))
@@ -159,7 +152,7 @@ class Decoding:
             logits, seen = self._read(block, self._put(lengths))
             following = logits if following is None else jnp.where((lengths > 0)[:, None], logits, following)
             preview = seen if preview is None else engine.merge_previews(preview, seen)
-        self._last = _first_token(following, self._sampling, self._cache.lengths)
+        self._last = _first_token(following, self._sampling, self._cache.lengths, policy=self._policy)
         tokens, preview = jax.device_get((self._last, preview))
         if preview is not None:
             self._follow(preview.bits, preview.counts)
@@ -183,7 +176,7 @@ class Decoding:
                 if observed is not None:
                     self._follow(*observed)
                 setting = None if self._dial is None else self._dial.setting
-                while len(under_way) <= self._ahead and self._goes_on(len(under_way)):
+                while len(under_way) <= self._policy.chunks_ahead and self._goes_on(len(under_way)):
                     chunk = self._decode(self._limits)
                     self._last, self._done = chunk.last, chunk.done
                     self._limits = self._limits - chunk.counts
@@ -211,7 +204,7 @@ class Decoding:
     def _goes_on(self, under_way: int) -> bool:
         """Whether any row may have tokens to generate beyond so many chunks."""
         open_rows = ~(self._ended | self._stopped)
-        return bool(np.any(open_rows & (self._room > under_way * self._chunk_steps)))
+        return bool(np.any(open_rows & (self._room > under_way * self._policy.chunk_steps)))
 
     def _put(self, array: np.ndarray) -> jax.Array:
         return jax.device_put(array, self._place)
@@ -247,7 +240,8 @@ class Decoding:
             self._sampling,
             self._stop_tokens,
             limits,
-            steps=self._chunk_steps,
+            steps=self._policy.chunk_steps,
+            policy=self._policy,
         )
         return chunk
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.sampling import Sampling, drawn, likeliest
 from grinqh_jax.decoding.thresholds import StackedThresholds
 from grinqh_jax.model import apply
@@ -19,7 +20,6 @@ from grinqh_jax.model.cache import KVCache
 from grinqh_jax.model.decoder import Decoder, linear_names
 from grinqh_jax.model.flat_model import FlatModel
 from pallas_kernels import GradingStats
-from pallas_kernels.lanes import device
 from pallas_kernels.layout import DIGIT_BITS
 
 PREVIEW_TOKENS = 64
@@ -200,7 +200,6 @@ def _step(model, tokens, cache, thresholds, active):
     return outputs, cache, _by_linear(model, strategy.stats)
 
 
-@jax.jit(static_argnames="steps", donate_argnames="cache")
 def decode_chunk(
     model: Decoder | FlatModel,
     tokens: Int[Array, "b"],
@@ -212,24 +211,46 @@ def decode_chunk(
     limits: Int[Array, "b"],
     *,
     steps: int,
+    policy: DecodePolicy | None = None,
 ) -> tuple[Chunk, KVCache]:
     """Generates up to ``steps`` tokens per row without leaving the device.
 
-    On a GPU it returns while the device is at work, and always takes ``steps`` steps: to end when all rows
-    are done, the host would have to look, and the device to wait for it. So the next chunk can be asked for
-    while one is under way.
+    Always runs ``steps`` steps on a GPU; an early exit would force a host sync. So the call returns while the
+    device is at work, and the next chunk can be launched before this one has ended.
 
     Args:
-      model: as in ``decode_step``.
-      tokens: last token of every row, not yet in the cache.
-      done: rows to leave alone.
-      cache: of the tokens before those.
-      thresholds: as in ``decode_step``.
-      sampling: how tokens are chosen.
-      stop_tokens: a row is done when it generates one of these (which is still returned).
-      limits: tokens that each row may generate in this call.
-      steps: room in the result.
+      model: graded; or dense, with ``thresholds=None``.
+      tokens: Last token of each row, not yet in the cache.
+      done: Rows to leave alone.
+      cache: Keys and values of the tokens before those. Donated.
+      thresholds: Thresholds of each row, by layer name.
+      sampling: How tokens are chosen.
+      stop_tokens: A row is done when it generates one of these, which is still returned.
+      limits: Number of tokens that each row may generate in this call.
+      steps: Number of tokens that the result has room for.
+      policy: How the loop is compiled, by default ``DecodePolicy.for_device()``.
     """
+    policy = policy or DecodePolicy.for_device()
+    return jitted_decode_chunk(
+        model, tokens, done, cache, thresholds, sampling, stop_tokens, limits, steps=steps, policy=policy
+    )
+
+
+@jax.jit(static_argnames=("steps", "policy"), donate_argnames="cache")
+def jitted_decode_chunk(
+    model: Decoder | FlatModel,
+    tokens: Int[Array, "b"],
+    done: Bool[Array, "b"],
+    cache: KVCache,
+    thresholds: Thresholds | None,
+    sampling: Sampling,
+    stop_tokens: Int[Array, "e"],
+    limits: Int[Array, "b"],
+    *,
+    steps: int,
+    policy: DecodePolicy,
+) -> tuple[Chunk, KVCache]:
+    """The program behind ``decode_chunk``, for callers that lower or compile it themselves."""
     model = _module(model)
     if isinstance(thresholds, StackedThresholds):
         thresholds = thresholds.by_name()  # before the loop, not in it
@@ -244,7 +265,7 @@ def decode_chunk(
 
     def choose(outputs, positions):
         if sampling.draws:
-            return drawn(model.lm_head.in_order(outputs), sampling, positions)
+            return drawn(model.lm_head.in_order(outputs), sampling, positions, policy)
         return likeliest(outputs, tokens_of_outputs)
 
     def unfinished(state):
@@ -270,10 +291,10 @@ def decode_chunk(
         return step + 1, chunk, readings, cache
 
     state = 0, start, readings, cache
-    if device.waits_for_host():
-        state = jax.lax.fori_loop(0, steps, lambda _, state: generate_one(state), state)
-    else:
+    if policy.early_exit:
         state = jax.lax.while_loop(unfinished, generate_one, state)
+    else:
+        state = jax.lax.fori_loop(0, steps, lambda _, state: generate_one(state), state)
     _, chunk, readings, cache = state
     return dataclasses.replace(chunk, grades=_grades(model, readings)), cache
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
-from pallas_kernels.lanes import device
+from grinqh_jax.decoding.policy import DecodePolicy
 
 
 @jax.tree_util.register_dataclass
@@ -65,15 +65,18 @@ class Sampling:
 
 
 @jax.named_scope("sampling")
-def sample(logits: Float[Array, "b v"], sampling: Sampling, positions: Int[Array, "b"]) -> Int[Array, "b"]:
+def sample(
+    logits: Float[Array, "b v"], sampling: Sampling, positions: Int[Array, "b"], policy: DecodePolicy
+) -> Int[Array, "b"]:
     """The next token of every row, int32.
 
     Args:
       logits: float32.
       sampling: the parameters.
       positions: of the tokens to be chosen, in their sequences.
+      policy: whether to skip a sort that no row needs.
     """
-    return drawn(logits, sampling, positions) if sampling.draws else likeliest(logits)
+    return drawn(logits, sampling, positions, policy) if sampling.draws else likeliest(logits)
 
 
 @jax.named_scope("sampling")
@@ -99,30 +102,32 @@ def likeliest(logits: Float[Array, "b v"], tokens: Int[Array, "v"] | None = None
 
 
 @jax.named_scope("sampling")
-def drawn(logits: Float[Array, "b v"], sampling: Sampling, positions: Int[Array, "b"]) -> Int[Array, "b"]:
+def drawn(
+    logits: Float[Array, "b v"], sampling: Sampling, positions: Int[Array, "b"], policy: DecodePolicy
+) -> Int[Array, "b"]:
     """``sample`` where some temperature is not 0."""
     keys = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(
         sampling.seed, positions
     )
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
-    tokens = jnp.argmax(filtered(logits, sampling) + noise, axis=-1).astype(jnp.int32)
+    tokens = jnp.argmax(filtered(logits, sampling, policy) + noise, axis=-1).astype(jnp.int32)
     return jnp.where(sampling.temperature > 0, tokens, likeliest(logits))
 
 
-def filtered(logits: Float[Array, "b v"], sampling: Sampling) -> Float[Array, "b v"]:
+def filtered(logits: Float[Array, "b v"], sampling: Sampling, policy: DecodePolicy) -> Float[Array, "b v"]:
     """Logits over the temperature, ``-inf`` for the tokens that the filters remove.
 
     A row of temperature 0 is left at temperature 1.
     """
     temperature = jnp.where(sampling.temperature > 0, sampling.temperature, 1)
     scaled = logits / temperature[:, None]
-    if device.waits_for_host():  # A branch would cost more than the sort.
-        cutoff = _cutoff(scaled, sampling)
-    else:
-        sorts = jnp.any((sampling.top_k > 0) | (sampling.top_p < 1))
+    if policy.skip_unused_sort:
+        needed = jnp.any((sampling.top_k > 0) | (sampling.top_p < 1))
         cutoff = jax.lax.cond(
-            sorts, lambda: _cutoff(scaled, sampling), lambda: jnp.full(len(scaled), -jnp.inf, scaled.dtype)
+            needed, lambda: _cutoff(scaled, sampling), lambda: jnp.full(len(scaled), -jnp.inf, scaled.dtype)
         )
+    else:
+        cutoff = _cutoff(scaled, sampling)
     cutoff = jnp.maximum(cutoff, jnp.max(scaled, axis=-1) + jnp.log(sampling.min_p))
     return jnp.where(scaled >= cutoff[:, None], scaled, -jnp.inf)
 

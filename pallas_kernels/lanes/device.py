@@ -26,11 +26,6 @@ def problem() -> str | None:
     return None
 
 
-def waits_for_host() -> bool:
-    """Whether the device stands still while the host decides what it is to do next: a GPU does."""
-    return target_device().platform in ("gpu", "cuda", "rocm")
-
-
 def target_device():
     """The device being compiled for: that of the abstract mesh in use, else the default one."""
     abstract = jax.sharding.get_abstract_mesh().abstract_device

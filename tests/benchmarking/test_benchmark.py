@@ -15,6 +15,7 @@ import pytest
 from grinqh_jax import BUNDLED_MODEL
 from grinqh_jax.benchmarking import measure, random_model
 from grinqh_jax.cli import benchmark
+from grinqh_jax.decoding import policy
 from grinqh_jax.decoding.thresholds import model_thresholds
 from grinqh_jax.errors import CheckpointError, UsageError
 from grinqh_jax.model.decoder import linear_shapes
@@ -106,7 +107,7 @@ def test_slow_first_runs_are_not_counted():
     assert next(pauses, None) is None
 
 
-def test_runs_in_a_row_hide_what_the_host_does_between_them(monkeypatch):
+def test_runs_in_a_row_hide_what_the_host_does_between_them():
     """A device that takes 100 ms a run, and a host that takes 50 to ask for one."""
     idle_from = 0.0
 
@@ -119,9 +120,8 @@ def test_runs_in_a_row_hide_what_the_host_does_between_them(monkeypatch):
         def block_until_ready(self):
             time.sleep(max(0, self.ready - time.perf_counter()))
 
-    assert min(measure.timed_in_a_row(Result, tokens=10, repeats=3).seconds) > 0.14
-    monkeypatch.setattr(measure.device, "waits_for_host", lambda: True)
-    timing = measure.timed_in_a_row(Result, tokens=10, repeats=3)
+    assert min(measure.timed_in_a_row(Result, 10, 3, policy.CPU).seconds) > 0.14
+    timing = measure.timed_in_a_row(Result, 10, 3, policy.GPU)
     assert len(timing.seconds) == 3
     assert 0.08 < sum(timing.seconds) / 3 < 0.13
 

@@ -1,24 +1,23 @@
 """Chunks of a text: looked at one by one, and, as on a GPU (here a CPU), with the next one under way."""
 
+import dataclasses
 import itertools
 import time
 
 import numpy as np
 import pytest
 
-from grinqh_jax.decoding import engine
+from grinqh_jax.decoding import engine, policy
 from grinqh_jax.decoding.batch import Decoding
+from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.sampling import Sampling
 
 PROMPTS = [[5, 6, 7], list(range(100, 140)), [40, 41]]
 
 
-@pytest.fixture(params=[False, True], ids=["cpu", "gpu"])
-def on_gpu(request, monkeypatch) -> bool:
-    monkeypatch.setattr("pallas_kernels.lanes.device.waits_for_host", lambda: request.param)
-    engine.decode_chunk.clear_cache()
-    yield request.param
-    engine.decode_chunk.clear_cache()
+@pytest.fixture(params=[policy.CPU, policy.GPU], ids=["cpu", "gpu"])
+def device_policy(request) -> DecodePolicy:
+    return request.param
 
 
 @pytest.fixture
@@ -30,7 +29,6 @@ def dispatched(monkeypatch) -> list[int]:
         steps.append(options["steps"])
         return original(*args, **options)
 
-    counted.clear_cache = original.clear_cache
     monkeypatch.setattr(engine, "decode_chunk", counted)
     return steps
 
@@ -58,38 +56,43 @@ def texts(generator, **options) -> list[list[int]]:
     return rows
 
 
-def test_a_text_comes_in_chunks_that_suit_the_device(generator, on_gpu, dispatched):
-    usual = [chunk.tokens[0] for chunk in begun(generator, PROMPTS[:1]).chunks()]
-    assert [len(tokens) for tokens in usual] == ([32, 32, 32, 4] if on_gpu else [16] * 6 + [4])
+def test_a_text_comes_in_chunks_that_suit_the_device(generator, device_policy, dispatched):
+    usual = [chunk.tokens[0] for chunk in begun(generator, PROMPTS[:1], policy=device_policy).chunks()]
+    assert [len(tokens) for tokens in usual] == (
+        [32, 32, 32, 4] if device_policy is policy.GPU else [16] * 6 + [4]
+    )
     assert len(dispatched) == len(usual)  # where the end is foreseen nothing is asked for in vain
-    short = [chunk.tokens[0] for chunk in begun(generator, PROMPTS[:1], chunk_steps=7).chunks()]
+    sevens = dataclasses.replace(device_policy, chunk_steps=7)
+    short = [chunk.tokens[0] for chunk in begun(generator, PROMPTS[:1], policy=sevens).chunks()]
     assert [len(tokens) for tokens in short] == [7] * 14 + [2]
     assert list(itertools.chain(*usual)) == list(itertools.chain(*short))
 
 
-def test_the_next_chunk_is_under_way_on_a_gpu(generator, on_gpu, dispatched):
-    chunks = begun(generator).chunks()
+def test_the_next_chunk_is_under_way_on_a_gpu(generator, device_policy, dispatched):
+    chunks = begun(generator, policy=device_policy).chunks()
     for seen in range(1, 4):
         next(chunks)
-        assert len(dispatched) == seen + on_gpu
+        assert len(dispatched) == seen + device_policy.chunks_ahead
     chunks.close()
 
 
-def test_rows_end_where_they_should(generator, on_gpu):
-    free = texts(generator, chunk_steps=8)
+def test_rows_end_where_they_should(generator, device_policy):
+    short = dataclasses.replace(device_policy, chunk_steps=8)
+    free = texts(generator, policy=short)
     assert [len(row) for row in free] == [101] * 3
     ends = free[0][20], free[1][50]
     until = [next((i + 1 for i, token in enumerate(row) if token in ends), 101) for row in free]
     assert until[0] <= 21
-    ended = texts(generator, chunk_steps=8, stop_tokens=ends)
+    ended = texts(generator, policy=short, stop_tokens=ends)
     assert ended == [row[:n] for row, n in zip(free, until, strict=True)]
-    full = texts(generator, chunk_steps=8, max_context=64)  # the longest prompt has 40
+    full = texts(generator, policy=short, max_context=64)  # the longest prompt has 40
     assert full == [row[: 64 - len(prompt)] for row, prompt in zip(free, PROMPTS, strict=True)]
 
 
-def test_a_stopped_row_generates_nothing_further(generator, on_gpu, dispatched):
-    free = texts(generator, chunk_steps=8)
-    decoding = prepared(generator, chunk_steps=8)
+def test_a_stopped_row_generates_nothing_further(generator, device_policy, dispatched):
+    short = dataclasses.replace(device_policy, chunk_steps=8)
+    free = texts(generator, policy=short)
+    decoding = prepared(generator, policy=short)
     found = decoding.prefill().tokens
     dispatched.clear()
     for i, chunk in enumerate(decoding.chunks()):
@@ -99,12 +102,12 @@ def test_a_stopped_row_generates_nothing_further(generator, on_gpu, dispatched):
         if i == 3:
             decoding.stop(np.array([False, True, True]))
     assert found == [free[0][:17], free[1][:33], free[2][:33]]
-    assert len(dispatched) == 4 + on_gpu
+    assert len(dispatched) == 4 + device_policy.chunks_ahead
 
 
-def test_only_the_models_time_counts(generator, on_gpu):
+def test_only_the_models_time_counts(generator, device_policy):
     """With a consumer who takes longer for a chunk than the model does."""
-    decoding = begun(generator)
+    decoding = begun(generator, policy=device_policy)
     decoding.compile_decode()
     started, seconds = time.perf_counter(), []
     for chunk in decoding.chunks():
@@ -114,13 +117,14 @@ def test_only_the_models_time_counts(generator, on_gpu):
     assert min(seconds) > 0
     assert sum(seconds) < 0.3 * len(seconds)
     assert max(seconds[1:]) < 0.3
-    if not on_gpu:
+    if not device_policy.chunks_ahead:
         assert took / 2 < sum(seconds) <= took
 
 
-def test_the_dial_follows_what_was_read(generator, on_gpu, monkeypatch):
+def test_the_dial_follows_what_was_read(generator, device_policy, monkeypatch):
     """Each chunk is set against the setting that it was read at."""
-    decoding = begun(generator, PROMPTS[:1], bits=3.0, chunk_steps=8)
+    short = dataclasses.replace(device_policy, chunk_steps=8)
+    decoding = begun(generator, PROMPTS[:1], bits=3.0, policy=short)
     dial, used, said = decoding._dial, [], []
     decode, observe = decoding._decode, dial.observe
 

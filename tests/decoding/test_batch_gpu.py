@@ -1,12 +1,15 @@
 """Chunks of a text on a GPU, the next one under way: whatever their length, the text is the same."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from grinqh_jax import BUNDLED_MODEL, Generator
+from grinqh_jax.decoding import policy
 from grinqh_jax.decoding.batch import Decoding
+from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.sampling import Sampling
-from pallas_kernels.lanes import device
 
 pytestmark = pytest.mark.gpu
 
@@ -17,6 +20,10 @@ TOKENS = 120
 @pytest.fixture(scope="module")
 def generator() -> Generator:
     return Generator.load(BUNDLED_MODEL)
+
+
+def in_chunks_of(steps: int) -> DecodePolicy:
+    return dataclasses.replace(policy.GPU, chunk_steps=steps)
 
 
 def prepared(generator, temperature, **options) -> Decoding:
@@ -43,11 +50,11 @@ def text(decoding: Decoding) -> tuple[list[list[int]], list[int]]:
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_chunks_do_not_change_the_text(generator, temperature):
-    assert device.waits_for_host()
-    whole, lengths = text(prepared(generator, temperature, chunk_steps=TOKENS))
+    assert DecodePolicy.for_device() is policy.GPU
+    whole, lengths = text(prepared(generator, temperature, policy=in_chunks_of(TOKENS)))
     assert lengths == [TOKENS - 1]
     assert [len(row) for row in whole] == [TOKENS] * 3
-    for options, expected in (({}, [32, 32, 32, 23]), ({"chunk_steps": 7}, [7] * 17)):
+    for options, expected in (({}, [32, 32, 32, 23]), ({"policy": in_chunks_of(7)}, [7] * 17)):
         rows, lengths = text(prepared(generator, temperature, **options))
         assert lengths == expected
         assert rows == whole
@@ -57,9 +64,9 @@ def test_rows_end_where_they_should(generator):
     whole, _ = text(prepared(generator, 0.8))
     end = whole[0][40]
     expected = [row[: row.index(end) + 1] if end in row else row for row in whole]
-    rows, _ = text(prepared(generator, 0.8, chunk_steps=16, stop_tokens=[end]))
+    rows, _ = text(prepared(generator, 0.8, policy=in_chunks_of(16), stop_tokens=[end]))
     assert rows == expected
-    decoding = prepared(generator, 0.8, chunk_steps=16)
+    decoding = prepared(generator, 0.8, policy=in_chunks_of(16))
     rows = decoding.prefill().tokens
     for i, chunk in enumerate(decoding.chunks()):
         rows = [row + new for row, new in zip(rows, chunk.tokens, strict=True)]

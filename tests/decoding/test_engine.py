@@ -7,7 +7,7 @@ import pytest
 from bits_by_hand import bits_to_read
 from random_models import CONFIGS, TARGETS, TOKENS, graded_model, state_tree
 
-from grinqh_jax.decoding import engine
+from grinqh_jax.decoding import engine, policy
 from grinqh_jax.decoding.sampling import Sampling
 from grinqh_jax.decoding.thresholds import model_thresholds
 from grinqh_jax.model import apply, decoder
@@ -43,7 +43,18 @@ def at(model: Decoder, bits) -> engine.Thresholds:
     return model_thresholds(model, jnp.array(TARGETS), jnp.array(bits))
 
 
-def decode(model, cache, last, thresholds=None, limits=None, stop=NO_STOP, steps=8, sampling=None, done=None):
+def decode(
+    model,
+    cache,
+    last,
+    thresholds=None,
+    limits=None,
+    stop=NO_STOP,
+    steps=8,
+    sampling=None,
+    done=None,
+    device_policy=None,
+):
     batch = len(last)
     return engine.decode_chunk(
         model,
@@ -55,6 +66,7 @@ def decode(model, cache, last, thresholds=None, limits=None, stop=NO_STOP, steps
         stop,
         jnp.full(batch, 100) if limits is None else jnp.array(limits),
         steps=steps,
+        policy=device_policy,
     )
 
 
@@ -231,11 +243,10 @@ def test_same_seed_same_tokens_whatever_the_chunks(dense):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_the_loop_of_a_gpu_generates_the_same(graded, monkeypatch, temperature):
+def test_the_loop_of_a_gpu_generates_the_same(graded, temperature):
     """It does not end before its last step: the same tokens, counts, grades and cache."""
 
-    def run():
-        engine.decode_chunk.clear_cache()
+    def run(device_policy):
         _, cache = engine.prefill(graded, TOKENS[:, :16], jnp.array([16, 7]), empty_cache(graded))
         sampling = Sampling.create(2, temperature=temperature, top_k=50, seed=3)
         return decode(
@@ -246,12 +257,11 @@ def test_the_loop_of_a_gpu_generates_the_same(graded, monkeypatch, temperature):
             jnp.array([3, 11]),
             steps=13,
             sampling=sampling,
+            device_policy=device_policy,
         )
 
-    chunk, cache = run()
-    monkeypatch.setattr(engine.device, "waits_for_host", lambda: True)
-    other, other_cache = run()
-    engine.decode_chunk.clear_cache()
+    chunk, cache = run(policy.CPU)
+    other, other_cache = run(policy.GPU)
     assert chunk.counts.tolist() == other.counts.tolist() == [3, 11]
     assert chunk.done.tolist() == other.done.tolist()
     assert cache.lengths.tolist() == other_cache.lengths.tolist()

@@ -5,11 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from grinqh_jax.decoding import policy
 from grinqh_jax.decoding import sampling as library
 from grinqh_jax.decoding.sampling import Sampling, filtered, likeliest
 
-sample = jax.jit(library.sample)
-jit_filtered = jax.jit(filtered)
+jit_sample = jax.jit(library.sample, static_argnames="policy")
+jit_filtered = jax.jit(filtered, static_argnames="policy")
+
+
+def sample(logits, sampling, positions):
+    return jit_sample(logits, sampling, positions, policy=policy.CPU)
 
 
 def softmax(scores):
@@ -56,10 +61,11 @@ def rows(settings) -> Sampling:
     )
 
 
+@pytest.mark.parametrize("device_policy", [policy.CPU, policy.GPU], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("seed", range(5))
-def test_filters_equal_the_oracle_in_one_batch_of_different_settings(seed):
+def test_filters_equal_the_oracle_in_one_batch_of_different_settings(seed, device_policy):
     logits = np.random.default_rng(seed).standard_normal((len(SETTINGS), 300)).astype(np.float32) * 3
-    ours = jit_filtered(jnp.asarray(logits), rows(SETTINGS))
+    ours = jit_filtered(jnp.asarray(logits), rows(SETTINGS), policy=device_policy)
     for row, setting in enumerate(SETTINGS):
         expected = oracle(logits[row], *setting)
         np.testing.assert_array_equal(np.isfinite(ours[row]), np.isfinite(expected), err_msg=str(setting))
@@ -68,7 +74,7 @@ def test_filters_equal_the_oracle_in_one_batch_of_different_settings(seed):
 
 def test_ties_with_the_last_kept_token_are_kept():
     logits = jnp.array([[1.0, 3.0, 2.0, 2.0, 0.0]])
-    kept = filtered(logits, Sampling.create(temperature=1.0, top_k=2))
+    kept = filtered(logits, Sampling.create(temperature=1.0, top_k=2), policy.CPU)
     assert np.isfinite(kept).tolist() == [[False, True, True, True, False]]
 
 

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType
 
 from grinqh_jax.benchmarking import random_model
-from grinqh_jax.decoding import engine
+from grinqh_jax.decoding import engine, policy
 from grinqh_jax.decoding.sampling import Sampling
 from grinqh_jax.model import decoder
 from grinqh_jax.model.cache import KVCache
@@ -82,7 +82,9 @@ def test_only_sampling_gathers_logits_in_the_order_of_the_tokens():
     def chunk(temperature, model, tokens, cache, thresholds):
         done, stop, limits = jnp.zeros(1, bool), jnp.full(1, -1), jnp.full(1, 8)
         sampling = Sampling.create(1, temperature=temperature)
-        return engine.decode_chunk(model, tokens, done, cache, thresholds, sampling, stop, limits, steps=8)
+        return engine.decode_chunk(
+            model, tokens, done, cache, thresholds, sampling, stop, limits, steps=8, policy=policy.GPU
+        )
 
     vocabulary = random_model.shape("Qwen3-8B").vocab_size
     for temperature, gathers in ((0.0, 0), (1.0, 1)):

@@ -1,0 +1,44 @@
+"""How decoding is compiled and scheduled for a kind of device."""
+
+import dataclasses
+
+from pallas_kernels.lanes import device
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodePolicy:
+    """Choices that depend on the device and not on the request.
+
+    A policy is static: it is passed to ``jit`` as a static argument, and a different one compiles a
+    different program.
+
+    Attributes:
+      early_exit: Whether a decode chunk ends once every row is done. Off on a GPU, where the loop condition
+        would force a host sync at every step.
+      skip_unused_sort: Whether sampling skips the sort of the logits at run time if no row filters by top-k
+        or top-p. Off on a GPU, where the branch would force a host sync that costs more than the sort.
+      chunk_steps: Number of tokens that each row generates in one decode chunk.
+      chunks_ahead: Number of decode chunks in flight while the host processes the one before them.
+    """
+
+    early_exit: bool
+    skip_unused_sort: bool
+    chunk_steps: int
+    chunks_ahead: int
+
+    @classmethod
+    def for_device(cls) -> "DecodePolicy":
+        """Returns the policy for the device that JAX compiles for.
+
+        That is the device of the abstract mesh in use, otherwise the default device. Call it outside traced
+        functions, so that the choice is part of the cache key of ``jit``.
+        """
+        return GPU if device.target_device().platform in ("gpu", "cuda", "rocm") else CPU
+
+
+CPU = DecodePolicy(early_exit=True, skip_unused_sort=True, chunk_steps=16, chunks_ahead=0)
+"""Short chunks, because nothing is gained by long ones: the host loses no time between two chunks."""
+
+GPU = DecodePolicy(early_exit=False, skip_unused_sort=False, chunk_steps=32, chunks_ahead=1)
+"""Never waits for the host. Launching a chunk takes the host the time of several tokens
+(``benchmarks/NOTES.md``), which must be less than the GPU needs for the previous chunk."""
