@@ -1,28 +1,37 @@
-"""How much memory this process has needed."""
+"""Memory that this process uses now, and the most that it has used."""
 
+import re
 import resource
 import sys
 from pathlib import Path
 
 import jax
+import psutil
 
 _STATUS = Path("/proc/self/status")
 
 
+def memory_in_use() -> int:
+    """Returns the bytes in use now: on the accelerator or, without one, resident in the host."""
+    return _accelerator_bytes("bytes_in_use") or psutil.Process().memory_info().rss
+
+
 def peak_memory() -> int:
-    """The most bytes in use so far: on the accelerator, or where there is none, resident in the host."""
-    statistics = jax.local_devices()[0].memory_stats()
-    if jax.default_backend() != "cpu" and statistics and "peak_bytes_in_use" in statistics:
-        return statistics["peak_bytes_in_use"]
-    return peak_host_memory()
+    """Returns the largest number of bytes in use so far, on the same device as ``memory_in_use``."""
+    return _accelerator_bytes("peak_bytes_in_use") or peak_host_memory()
 
 
 def peak_host_memory() -> int:
-    """The most resident bytes that this process has had."""
-    # Not getrusage where /proc is there: Linux lets its peak begin with that of the parent process.
-    if _STATUS.exists():
-        for line in _STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    """Returns the largest resident size that this process has had, in bytes."""
+    # psutil 7.2 has no peak on Linux, and the peak of getrusage starts with that of the parent process.
+    if _STATUS.exists() and (peak := re.search(r"^VmHWM:\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE)):
+        return int(peak[1]) * 1024
+    peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak_rss if sys.platform == "darwin" else peak_rss * 1024
+
+
+def _accelerator_bytes(statistic: str) -> int | None:
+    """A memory statistic of the first accelerator; None without an accelerator that reports it."""
+    if jax.default_backend() == "cpu":
+        return None
+    return (jax.local_devices()[0].memory_stats() or {}).get(statistic)

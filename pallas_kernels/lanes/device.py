@@ -3,6 +3,9 @@
 import jax
 
 OLDEST_JAX = (0, 11, 2)
+FIRST_UNTESTED_JAX = (0, 13)
+"""Mosaic GPU is experimental. The extra ``gpu`` in pyproject.toml has the same bound."""
+
 OLDEST_ARCHITECTURE = (8, 0)
 
 DEFAULT_MULTIPROCESSORS = 132
@@ -13,6 +16,9 @@ def problem() -> str | None:
     """Why lane programs do not run on the device being compiled for, or None if they do."""
     if jax.__version_info__ < OLDEST_JAX:
         return f"needs jax >= {'.'.join(map(str, OLDEST_JAX))}, this is {jax.__version__}"
+    if jax.__version_info__ >= FIRST_UNTESTED_JAX:
+        newest = ".".join(map(str, FIRST_UNTESTED_JAX))
+        return f"is tested with jax < {newest}, this is {jax.__version__}: pip install 'grinqh-jax[gpu]'"
     device = target_device()
     if device.platform not in ("gpu", "cuda"):
         return f"needs an NVIDIA GPU, the device is {device.platform}"

@@ -91,6 +91,14 @@ def test_declines_an_old_jax(monkeypatch):
     assert supports(x, weight).startswith("needs jax >= 0.11.2, this is ")
 
 
+def test_declines_a_jax_that_is_newer_than_the_tested_ones(monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 13, 0))
+    x, weight, _ = abstract_arguments(256, 512)
+    reason = supports(x, weight)
+    assert reason.startswith("is tested with jax < 0.13, this is ")
+    assert reason.endswith("pip install 'grinqh-jax[gpu]'")
+
+
 @dataclasses.dataclass
 class OldGpu:
     platform: str = "gpu"
