@@ -5,7 +5,7 @@ import dataclasses
 import hypothesis.extra.numpy as hnp
 import jax
 import jax.numpy as jnp
-import nested_emulator
+import matvec_oracle
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -60,7 +60,7 @@ def test_codes_of_any_shape_come_back(k, n, bits):
     weight = codes.from_codes(jnp.asarray(code), jnp.asarray(scales), max_bits=bits)
     weight.check()
     expected = np.stack([code >> (6 - 2 * f) & 3 for f in range(bits // 2)])
-    np.testing.assert_array_equal(nested_emulator.digits(weight), expected)
+    np.testing.assert_array_equal(list(matvec_oracle.digits(weight)), expected)
     unpacked = np.asarray(codes.unpack(weight.planes))
     np.testing.assert_array_equal(unpacked[:, :k, :n], expected)
     assert not unpacked[:, k:].any()
@@ -79,9 +79,9 @@ def test_weights_of_any_shape_are_within_the_half_step_at_full_level(k, n, bits)
     weight = codes.quantize(jnp.asarray(w), max_bits=bits)
     weight.check()
     assert (weight.in_features, weight.out_features, weight.max_bits) == (k, n, bits)
-    error = np.abs(nested_emulator.dequantize(weight, bits // 2) - w)
+    error = np.abs(matvec_oracle.dequantize(weight, bits // 2) - w)
     half_step = 0.5 * 4.0 ** (1 - bits // 2)
-    assert (error <= nested_emulator.scale_of_each_weight(weight) * half_step * SLACK).all()
+    assert (error <= matvec_oracle.scale_of_each_weight(weight) * half_step * SLACK).all()
 
 
 @pytest.mark.parametrize("name", adversarial())
@@ -89,9 +89,9 @@ def test_every_level_of_adversarial_weights_is_within_its_half_step(name):
     w = adversarial()[name]
     weight = codes.quantize(jnp.asarray(w))
     weight.check()
-    scale = nested_emulator.scale_of_each_weight(weight)
+    scale = matvec_oracle.scale_of_each_weight(weight)
     for level in range(1, 5):
-        error = np.abs(nested_emulator.dequantize(weight, level) - w)
+        error = np.abs(matvec_oracle.dequantize(weight, level) - w)
         assert (error <= scale * 0.5 * 4.0 ** (1 - level) * SLACK + SUBNORMAL).all()
 
 
@@ -100,7 +100,7 @@ def test_every_level_of_adversarial_weights_is_within_its_half_step(name):
 def test_any_finite_weights_are_within_the_half_step(w):
     weight = codes.quantize(jnp.asarray(w))
     error = np.abs(np.asarray(codes.dequantize(weight)).astype(np.float64) - w)
-    assert (error <= nested_emulator.scale_of_each_weight(weight) / 128 * SLACK + SUBNORMAL).all()
+    assert (error <= matvec_oracle.scale_of_each_weight(weight) / 128 * SLACK + SUBNORMAL).all()
 
 
 def test_scales_are_half_the_largest_magnitude_rounded_up():
@@ -123,12 +123,12 @@ def test_dequantize_is_the_half_step_formula(max_bits):
     weight = codes.quantize(jnp.asarray(gaussian(200, 600)), max_bits=max_bits)
     planes = max_bits // 2
     for level in range(planes + 1):
-        expected = nested_emulator.dequantize(weight, level)
+        expected = matvec_oracle.dequantize(weight, level)
         np.testing.assert_allclose(codes.dequantize(weight, level), expected, rtol=1e-6)
     np.testing.assert_array_equal(codes.dequantize(weight), codes.dequantize(weight, planes))
     np.testing.assert_array_equal(codes.dequantize(weight, 7), codes.dequantize(weight, planes))
     level = np.random.default_rng(0).integers(0, planes + 1, 200)
-    expected = nested_emulator.dequantize(weight, level)
+    expected = matvec_oracle.dequantize(weight, level)
     np.testing.assert_allclose(codes.dequantize(weight, jnp.asarray(level)), expected, rtol=1e-6)
 
 
@@ -158,7 +158,7 @@ def test_fewer_bits_are_the_leading_planes(max_bits):
 def test_level_errors_fall_with_the_level_and_start_at_the_mean_square():
     w = gaussian(200, 60)
     weight = codes.quantize(jnp.asarray(w))
-    expected = [np.mean((w - nested_emulator.dequantize(weight, level)) ** 2) for level in range(5)]
+    expected = [np.mean((w - matvec_oracle.dequantize(weight, level)) ** 2) for level in range(5)]
     errors = np.asarray(codes.level_errors(jnp.asarray(w), weight))
     np.testing.assert_allclose(errors, expected, rtol=1e-4)
     assert (np.diff(errors) < 0).all()
@@ -170,11 +170,11 @@ def test_a_weight_with_gains_reads_each_level_times_its_own():
     scaled = dataclasses.replace(weight, gains=jnp.asarray(gains))
     scaled.check()
     for level, gain in enumerate(gains, start=1):
-        expected = gain * nested_emulator.dequantize(weight, level)
+        expected = gain * matvec_oracle.dequantize(weight, level)
         np.testing.assert_allclose(codes.dequantize(scaled, level), expected, rtol=1e-6)
     np.testing.assert_array_equal(codes.dequantize(scaled), codes.dequantize(weight))
     mixed = np.arange(200) % 5
-    expected = nested_emulator.dequantize(weight, mixed) * np.append(1, gains)[mixed][:, None]
+    expected = matvec_oracle.dequantize(weight, mixed) * np.append(1, gains)[mixed][:, None]
     np.testing.assert_allclose(codes.dequantize(scaled, jnp.asarray(mixed)), expected, rtol=1e-6)
 
 
@@ -182,7 +182,7 @@ def test_the_fit_of_the_levels_is_that_of_the_emulator():
     w, s = gaussian(200, 60), np.random.default_rng(1).uniform(0.5, 2, 60)
     weight = codes.quantize(jnp.asarray(w))
     fit = codes.level_fit(jnp.asarray(w), weight, jnp.asarray(s, jnp.float32))
-    read = np.stack([nested_emulator.dequantize(weight, level) for level in range(5)])
+    read = np.stack([matvec_oracle.dequantize(weight, level) for level in range(5)])
     np.testing.assert_allclose(fit.errors, np.mean((w - read) ** 2 * s, axis=(1, 2)), rtol=1e-4)
     np.testing.assert_allclose(fit.squares, np.mean(read**2 * s, axis=(1, 2))[1:], rtol=1e-4)
     slopes = np.mean(read * (w - read) * s, axis=(1, 2))[1:]

@@ -2,11 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import matvec_oracle
 import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from pallas_kernels import NestedWeight, codes, dequantization, layout
+from pallas_kernels import NestedWeight, dequantization
 from pallas_kernels.dequantization.program import THREADS, Refs, Shape, dequantization_program
 from pallas_kernels.lanes import device
 from pallas_kernels.lanes.emulator import NumpyInstructions
@@ -15,11 +16,16 @@ from pallas_kernels.lanes.emulator import NumpyInstructions
 def random_weight(in_features: int, out_features: int, planes: int) -> NestedWeight:
     """Random codes, in the padding too; a few scales are zero or subnormal."""
     rng = np.random.default_rng(in_features + planes)
-    k, n = layout.padded_shape(in_features, out_features)
-    scales = rng.uniform(0.001, 3, (k // layout.GROUP, n)).astype(np.float16)
+    k, n = matvec_oracle.padded_shape(in_features, out_features)
+    scales = rng.uniform(0.001, 3, (k // matvec_oracle.GROUP, n)).astype(np.float16)
     scales[:, ::7], scales[:, 1::7] = 0, 1e-7
-    words = rng.integers(0, 2**32, (planes, k, n // layout.WORD_DIGITS), np.uint32)
+    words = rng.integers(0, 2**32, (planes, k, n // matvec_oracle.WORD_OUTPUTS), np.uint32)
     return NestedWeight(words, scales, in_features, out_features)
+
+
+def exact(weight: NestedWeight) -> np.ndarray:
+    """bfloat16 ``[in_features, out_features]``: the whole weight, rounded once."""
+    return matvec_oracle.dequantize(weight, weight.num_planes).astype(jnp.bfloat16)
 
 
 @pytest.mark.parametrize("planes", [1, 2, 3, 4])
@@ -32,7 +38,7 @@ def test_is_what_the_codes_define(size, planes):
     arrays = (isa.array(a) for a in (weight.planes, weight.scales, dense))
     dequantization_program(isa, shape, Refs(*arrays, shared=None))
     isa.finish()
-    np.testing.assert_array_equal(dense, codes.dequantize(weight, dtype=jnp.bfloat16))
+    np.testing.assert_array_equal(dense, exact(weight))
 
 
 def test_says_what_it_does_not_take():

@@ -1,0 +1,123 @@
+"""The stored format and the graded matvec in NumPy and float64, written from the format's description alone.
+
+This is the one oracle of every implementation: reference, XLA, the emulated GPU kernels and the kernels on a
+GPU. It reads the fields of a ``NestedWeight`` and imports nothing else of ``pallas_kernels``, so a mistake in
+``layout`` or ``codes`` cannot cancel itself here.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+from pallas_kernels import NestedWeight
+
+GROUP = 128
+"""Consecutive input channels that share one scale per output."""
+
+TILE = 512
+"""Outputs that are permuted among themselves."""
+
+WORD_OUTPUTS = 16
+"""Outputs whose 2-bit digits share a 32-bit word."""
+
+UNIFORM_VARIANCE = 4 / 3
+"""Mean square of a value that is uniform on (-2, 2), as a random code is before it is scaled."""
+
+
+def padded_shape(in_features: int, out_features: int) -> tuple[int, int]:
+    """Stored ``(K, N)``: whole groups of input channels, whole tiles of outputs."""
+    return -(-in_features // GROUP) * GROUP, -(-out_features // TILE) * TILE
+
+
+def _digit_places() -> np.ndarray:
+    """int ``[512, 2]``: the word of a tile and the digit of that word that hold each output.
+
+    Each of the 32 words is numbered ``4 row + 2 half + pair``, and digit ``4 byte + position`` is its bits
+    ``8 byte + 2 position`` and the next. They hold output
+
+        ``256 half + 128 (position // 2) + 16 row + 8 pair + 4 (byte // 2) + 2 (position % 2) + byte % 2``.
+    """
+    places = np.full((TILE, 2), -1)
+    for row in range(8):
+        for half in range(2):
+            for pair in range(2):
+                for byte in range(4):
+                    for position in range(4):
+                        output = 256 * half + 128 * (position // 2) + 16 * row + 8 * pair
+                        output += 4 * (byte // 2) + 2 * (position % 2) + byte % 2
+                        places[output] = 4 * row + 2 * half + pair, 4 * byte + position
+    return places
+
+
+def digits(weight: NestedWeight) -> Iterator[np.ndarray]:
+    """Yields uint8 ``[in_features, out_features]`` for each plane, the most significant digit first."""
+    tile, output = np.divmod(np.arange(weight.out_features), TILE)
+    word, digit = _digit_places()[output].T
+    word = word + tile * (TILE // WORD_OUTPUTS)
+    for plane in np.asarray(weight.planes):
+        yield (plane[: weight.in_features, word] >> (2 * digit).astype(np.uint32) & 3).astype(np.uint8)
+
+
+def scale_of_each_weight(weight: NestedWeight) -> np.ndarray:
+    """float64 ``[in_features, out_features]``."""
+    scales = np.asarray(weight.scales).astype(np.float64)[:, : weight.out_features]
+    return scales[np.arange(weight.in_features) // GROUP]
+
+
+def _level_gains(weight: NestedWeight) -> np.ndarray:
+    """float64 ``[P + 1]``, of levels 0 to P."""
+    gains = np.ones(len(weight.planes)) if weight.gains is None else np.asarray(weight.gains)
+    return np.append(1, gains.astype(np.float64))
+
+
+def weights_by_level(weight: NestedWeight) -> Iterator[np.ndarray]:
+    """Yields float64 ``[in_features, out_features]``: the weights as levels 0 to P read them."""
+    scale, gains = scale_of_each_weight(weight), _level_gains(weight)
+    read = np.zeros(scale.shape)
+    yield read
+    for level, digit in enumerate(digits(weight), start=1):
+        read = read + digit / 4.0 ** (level - 1)
+        yield gains[level] * scale * (read + 0.5 * 4.0 ** (1 - level) - 2)
+
+
+def dequantize(weight: NestedWeight, level: int | np.ndarray) -> np.ndarray:
+    """float64 ``[in_features, out_features]``: the weight at ``level``, an int or one int per channel."""
+    level = np.broadcast_to(level, weight.in_features)[:, None]
+    value = np.zeros((weight.in_features, weight.out_features))
+    for i, w in enumerate(weights_by_level(weight)):
+        value = np.where(level == i, w, value)
+    return value
+
+
+def levels(x: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    """int ``[rows, K]`` for ``x [rows, K]`` and ``thresholds [P]`` or ``[rows, P]``; NaN reaches all."""
+    x, thresholds = np.asarray(x).astype(np.float64), np.asarray(thresholds).astype(np.float64)
+    thresholds = np.broadcast_to(thresholds, (len(x), thresholds.shape[-1]))
+    return (~(np.abs(x)[:, :, None] < thresholds[:, None])).sum(-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Exact:
+    """A graded matvec in float64."""
+
+    y: np.ndarray
+    """``[rows, out_features]``"""
+    spread: np.ndarray
+    """``[rows, out_features]``: standard deviation of y if every code were random. It exceeds ``|y|`` where
+    the terms of y happen to cancel or the weights happen to be small."""
+    bits: np.ndarray
+    """``[rows]``: mean bits read per weight."""
+
+
+def graded_matvec(x: np.ndarray, weight: NestedWeight, thresholds: np.ndarray) -> Exact:
+    """``x [rows, K]`` times the weight, each channel read at its level; thresholds as in ``levels``."""
+    x, level = np.asarray(x).astype(np.float64), levels(x, thresholds)
+    scale, gains = scale_of_each_weight(weight), _level_gains(weight)
+    y, squares = np.zeros((2, len(x), weight.out_features))
+    for i, w in enumerate(weights_by_level(weight)):
+        read = np.where(level == i, x, 0)
+        y += read @ w
+        if i:
+            squares += read**2 @ ((gains[i] * scale) ** 2 * UNIFORM_VARIANCE)
+    return Exact(y, np.sqrt(squares), 2.0 * level.mean(1))
