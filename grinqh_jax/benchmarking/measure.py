@@ -29,7 +29,7 @@ SETTLED_BITS = 0.01
 
 WARM_UP_RUNS = 3
 """Runs before the clock. The first compiles; on a GPU the two after it still take up to half as long again as
-later ones (``benchmarks/NOTES.md``, whole-model decoding, entry 13)."""
+later ones (``benchmarks/notes``, entry D13)."""
 
 CAPACITY_STEP = 128
 """Cache capacities are rounded up to a multiple of this."""

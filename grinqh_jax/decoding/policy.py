@@ -41,4 +41,4 @@ CPU = DecodePolicy(early_exit=True, skip_unused_sort=True, chunk_steps=16, chunk
 
 GPU = DecodePolicy(early_exit=False, skip_unused_sort=False, chunk_steps=32, chunks_ahead=1)
 """Never waits for the host. Launching a chunk takes the host the time of several tokens
-(``benchmarks/NOTES.md``), which must be less than the GPU needs for the previous chunk."""
+(``benchmarks/notes``, entry D18), which must be less than the GPU needs for the previous chunk."""
