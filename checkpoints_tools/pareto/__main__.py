@@ -27,6 +27,7 @@ from checkpoints_tools.pareto.series import (
 from checkpoints_tools.pareto.timing import Timing
 from grinqh_jax import __version__
 from grinqh_jax.cli import command as cli
+from grinqh_jax.cli.progress import Progress
 from grinqh_jax.errors import UsageError
 from grinqh_jax.hf import open_checkpoint
 
@@ -65,7 +66,7 @@ def pareto(args: argparse.Namespace) -> int:
         Tasks(path=path, limit=args.limit, max_tokens=args.max_tokens, batch=args.batch)
         for path in args.tasks
     ]
-    measurements = Measurements(context, context.work / "rows")
+    measurements = Measurements(context, context.work / "rows", Progress)
     path = args.json or context.work / "pareto.json"
     results = _circumstances(args, source.directory.name, timing)
     for one in series:

@@ -14,7 +14,7 @@ from checkpoints_tools.convert import command as convert
 from checkpoints_tools.pareto import figure
 from checkpoints_tools.pareto.series import GRINQH, METHODS, WHOLE_HEAD, converter_flags
 from grinqh_jax.cli import command as cli
-from grinqh_jax.cli import evaluation_flags as flags
+from grinqh_jax.cli import flags
 from grinqh_jax.errors import UsageError
 from grinqh_jax.evaluation.tasks import read_problems
 from grinqh_jax.text.documents import read_documents

@@ -1,21 +1,20 @@
 """Measuring: a row for every setting and text, kept in the work directory so that none is measured twice."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from checkpoints_tools.pareto.series import FIXED, WHOLE_HEAD, Series, SweepContext, identity
-from grinqh_jax.cli.perplexity import read_tokens
-from grinqh_jax.cli.progress import Progress
 from grinqh_jax.decoding.generator import Generator
-from grinqh_jax.evaluation.perplexity import measure
+from grinqh_jax.evaluation.perplexity import measure, read_tokens
 from grinqh_jax.evaluation.result import Bits, Perplexity
 from grinqh_jax.evaluation.tasks import Accuracy, Problem, evaluate, read_problems
 
@@ -23,6 +22,9 @@ PERPLEXITY, ACCURACY = "perplexity", "accuracy"
 
 _TOGETHER = 4
 """Settings measured at a time: they share the reference's predictions, and are lost together."""
+
+ProgressBar = Callable[[str, int, str], contextlib.AbstractContextManager[Callable[[int], Any]]]
+"""What ``Measurements`` shows its progress with, such as ``cli.progress.Progress``."""
 
 Row = dict[str, Any]
 """A result as JSON. ``window_losses`` and ``window_tokens`` (of a text) or ``right`` (of problems) are what
@@ -56,10 +58,12 @@ class Measurements:
     Args:
       context: loads models; its ``source`` is what texts are compared with.
       directory: where rows are kept.
+      progress: opens a progress bar for a description, a number of units and their name.
     """
 
-    def __init__(self, context: SweepContext, directory: Path):
+    def __init__(self, context: SweepContext, directory: Path, progress: ProgressBar):
         self._context = context
+        self._progress = progress
         self._directory = directory
         self._reference: Generator | None = None
 
@@ -98,13 +102,15 @@ class Measurements:
         if isinstance(data, Tasks):
             problems = read_problems(data.path, data.limit)
             for bits in settings:
-                with Progress(f"{note}, {bits} bits", len(problems), "problem") as progress:
+                with self._progress(f"{note}, {bits} bits", len(problems), "problem") as progress:
                     yield bits, self._accuracy(series, generator, bits, problems, data, progress)
             return
         tokens = read_tokens(generator, data.path, data.tokens)
         for start in range(0, len(settings), _TOGETHER):
             some = settings[start : start + _TOGETHER]
-            with Progress(f"{note}, {', '.join(map(str, some))} bits", len(tokens), "token") as progress:
+            with self._progress(
+                f"{note}, {', '.join(map(str, some))} bits", len(tokens), "token"
+            ) as progress:
                 yield from self._perplexities(series, generator, some, tokens, data, progress)
 
     def _perplexities(
@@ -120,7 +126,7 @@ class Measurements:
             [series.dial(bits) for bits in settings],
             sequence_length=data.sequence_length,
             reference=self._reference.model,
-            progress=progress,
+            on_progress=progress,
         )
         seconds = (time.monotonic() - started) / len(settings)
         for bits, result in zip(settings, found, strict=True):
@@ -143,7 +149,7 @@ class Measurements:
             series.dial(bits),
             max_tokens=data.max_tokens,
             batch=data.batch,
-            progress=progress,
+            on_progress=progress,
         )
         row = _row(series, bits, data, result, time.monotonic() - started)
         return row | {"right": list(map(int, result.right))}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from grinqh_jax.cli import command as cli
 from grinqh_jax.cli import flags
-from grinqh_jax.cli.evaluation_flags import Result, add_bits, positive, settings, show
+from grinqh_jax.cli.results import Result, show
 
 
 def parser() -> cli.Parser:
@@ -25,18 +25,18 @@ def parser() -> cli.Parser:
         metavar="FILE.jsonl",
         help="a question and an answer that ends in #### N, a line",
     )
-    add_bits(result)
-    add("--limit", type=positive, metavar="N", help="the first N problems (default all)")
+    flags.add_bits_list(result)
+    add("--limit", type=flags.positive, metavar="N", help="the first N problems (default all)")
     add(
         "--max-tokens",
-        type=positive,
+        type=flags.positive,
         default=256,
         metavar="N",
         help="of an answer (default 256)",
     )
     add(
         "--batch",
-        type=positive,
+        type=flags.positive,
         default=64,
         metavar="N",
         help="most problems at a time (default 64)",
@@ -55,7 +55,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     problems = read_problems(args.tasks, args.limit)
     generator = Generator.load(args.model)
-    show(_results(generator, problems, settings(args.bits, generator), args), args.json)
+    show(_results(generator, problems, flags.dial_settings(args.bits, generator), args), args.json)
     return 0
 
 
@@ -71,7 +71,7 @@ def _results(generator, problems, bits: Sequence[float | str], args: argparse.Na
                 setting,
                 max_tokens=args.max_tokens,
                 batch=args.batch,
-                progress=lambda done, setting=setting: progress(done, f"{setting} bits"),
+                on_progress=lambda done, setting=setting: progress(done, f"{setting} bits"),
             )
 
 

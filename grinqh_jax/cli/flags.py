@@ -1,23 +1,18 @@
-"""Flags that several verbs share: the model, the dial, and what a request asks for."""
+"""Flags that several verbs share: the model, the settings of the dial, the options of a request."""
 
 import argparse
 import math
+from collections.abc import Sequence
 
 from grinqh_jax.bundled import BUNDLED_MODEL
+from grinqh_jax.errors import UsageError
 
-
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--model``."""
-    parser.add_argument(
-        "--model",
-        metavar="DIR_OR_HUB_ID",
-        default=str(BUNDLED_MODEL),
-        help="GRINQH checkpoint, or an unquantized one for --bits full (default: the bundled qwen3-7m)",
-    )
+DEFAULT_BITS: tuple[float | str, ...] = (2.0, 3.0, 4.0, "full")
+"""Settings that ``perplexity`` and ``evaluate`` measure by default."""
 
 
 def bits(text: str) -> float | str:
-    """An argparse type: mean bits per weight, or ``full``; whether they fit is the checkpoint's say."""
+    """Parses mean bits per weight, or ``full``. Whether they are in range depends on the checkpoint."""
     if text == "full":
         return text
     try:
@@ -29,40 +24,108 @@ def bits(text: str) -> float | str:
     return value
 
 
-def add_request(result: argparse.ArgumentParser) -> None:
-    """Adds the flags of a request, which ``generate`` and ``chat`` share."""
-    add = result.add_argument
-    add(
-        "-m", "--max-tokens", type=int, default=256, metavar="N", help="most tokens to generate (default 256)"
+def bits_list(text: str) -> list[float | str]:
+    """Parses a comma-separated list of ``bits`` and drops duplicates."""
+    return list(dict.fromkeys(bits(item.strip()) for item in text.split(",")))
+
+
+def positive(text: str) -> int:
+    """Parses an integer of at least 1."""
+    return _integer(text, 1, "positive")
+
+
+def non_negative(text: str) -> int:
+    """Parses an integer of at least 0."""
+    return _integer(text, 0, "non-negative")
+
+
+def _integer(text: str, least: int, kind: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {kind} integer")
+    return value
+
+
+def add_model(parser: argparse._ActionsContainer) -> None:
+    """Adds ``--model``."""
+    parser.add_argument(
+        "--model",
+        metavar="DIR_OR_HUB_ID",
+        default=str(BUNDLED_MODEL),
+        help="GRINQH checkpoint, or an unquantized Hugging Face checkpoint with --bits full "
+        "(default: the bundled qwen3-7m)",
     )
-    add("--bits", type=bits, metavar="B", help="mean bits read per weight, or full (default 4)")
-    model = "default: the model's generation_config.json"
-    add("--temp", type=float, metavar="T", help=f"temperature, 0 is greedy ({model}, else 0)")
+
+
+def add_request(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that ``generate`` and ``chat`` turn into a ``Request``."""
+    add = parser.add_argument
+    add(
+        "-m",
+        "--max-tokens",
+        type=int,
+        default=256,
+        metavar="N",
+        help="largest number of tokens to generate (default: 256)",
+    )
+    add("--bits", type=bits, metavar="B", help="mean bits read per weight, or full (default: 4)")
+    add(
+        "--temp",
+        type=float,
+        metavar="T",
+        help="sampling temperature; 0 decodes greedily (default: from generation_config.json, else 0)",
+    )
     add(
         "--top-p",
         type=float,
         metavar="P",
-        help=f"keep the likeliest tokens up to this mass ({model}, else 1)",
+        help="sample from the smallest set of most probable tokens whose probabilities sum to P "
+        "(default: from generation_config.json, else 1)",
     )
-    add("--top-k", type=int, metavar="K", help=f"keep the K likeliest tokens, 0 keeps all ({model}, else 0)")
+    add(
+        "--top-k",
+        type=int,
+        metavar="K",
+        help="sample from the K most probable tokens; 0 means all "
+        "(default: from generation_config.json, else 0)",
+    )
     add(
         "--min-p",
         type=float,
         metavar="P",
-        help=f"keep tokens P times as likely as the first ({model}, else 0)",
+        help="sample from tokens at least P times as probable as the most probable one "
+        "(default: from generation_config.json, else 0)",
     )
-    add("--seed", type=int, default=0, help="of sampling: the same seed gives the same text (default 0)")
-    add("--system-prompt", metavar="TEXT", help="instructions that go before the conversation")
-    add("--ignore-chat-template", action="store_true", help="give the prompt to the model as it is")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end the text before this; repeatable")
-    add("--max-context", type=int, metavar="N", help="most tokens of prompt and text (default: the model's)")
+    add("--seed", type=int, default=0, metavar="N", help="random seed of sampling (default: 0)")
+    add("--system-prompt", metavar="TEXT", help="system message at the start of the conversation")
+    add(
+        "--ignore-chat-template",
+        action="store_true",
+        help="pass the prompt to the model without the chat template",
+    )
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end the generated text before this string; may be repeated",
+    )
+    add(
+        "--max-context",
+        type=int,
+        metavar="N",
+        help="largest number of tokens in prompt and generated text together (default: the model's limit)",
+    )
 
 
 def request(args: argparse.Namespace):
-    """The library's request that the flags ask for.
+    """Builds the ``Request`` from the flags of ``add_request``.
 
     Raises:
-      UsageError: a value is out of its range.
+      UsageError: a value is out of range.
     """
     from grinqh_jax.decoding.generator import Request
 
@@ -76,3 +139,37 @@ def request(args: argparse.Namespace):
         seed=args.seed,
         stop=args.stop,
     )
+
+
+def add_bits_list(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--bits`` as a list, and ``--json``."""
+    parser.add_argument(
+        "--bits",
+        type=bits_list,
+        metavar="B,B,...",
+        help="settings of the dial, each in mean bits read per weight, or full "
+        "(default: 2,3,4,full, or full for an unquantized model)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line, not a table")
+
+
+def dial_settings(requested: Sequence[float | str] | None, generator) -> list[float | str]:
+    """Returns the settings to measure: those requested, or the defaults that the model supports.
+
+    Raises:
+      UsageError: the model does not support a setting; the message names every such setting.
+    """
+    if requested is None:
+        if generator.targets is None:
+            return ["full"]
+        least, most = generator.targets[0], generator.targets[-1]
+        return [bits for bits in DEFAULT_BITS if bits == "full" or least <= bits <= most]
+    problems = []
+    for setting in requested:
+        try:
+            generator.bits(setting)
+        except UsageError as error:
+            problems.append(str(error))
+    if problems:
+        raise UsageError("; ".join(problems))
+    return list(requested)

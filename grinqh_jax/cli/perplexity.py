@@ -5,12 +5,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-from jaxtyping import Int32
-
 from grinqh_jax.cli import command as cli
 from grinqh_jax.cli import flags
-from grinqh_jax.cli.evaluation_flags import add_bits, positive, settings, show
+from grinqh_jax.cli.results import show
 
 
 def parser() -> cli.Parser:
@@ -24,16 +21,16 @@ def parser() -> cli.Parser:
     flags.add_model(result)
     add = result.add_argument
     add("--data", type=Path, required=True, metavar="FILE", help="text, or .jsonl with text or questions")
-    add_bits(result)
+    flags.add_bits_list(result)
     add(
         "--tokens",
-        type=positive,
+        type=flags.positive,
         metavar="N",
         help="the first N tokens of the data (default all)",
     )
     add(
         "--sequence-length",
-        type=positive,
+        type=flags.positive,
         default=1024,
         metavar="L",
         help="tokens of a window; windows do not overlap (default 1024)",
@@ -47,26 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return cli.run(_perplexity, parser(), argv)
 
 
-def read_tokens(generator, path: Path, limit: int | None) -> Int32[np.ndarray, "n"]:
-    """The first ``limit`` tokens of a data file; an end-of-text token between documents, if there is one."""
-    from grinqh_jax.text.documents import read_documents
-
-    separator = list(generator.defaults.eos_tokens[:1])
-    tokens: list[int] = []
-    for document in read_documents(path):
-        if limit is not None and len(tokens) >= limit:
-            break
-        tokens += (separator if tokens else []) + generator.tokenizer.encode(document)
-    return np.array(tokens[:limit], np.int32)
-
-
 def _perplexity(args: argparse.Namespace) -> int:
     from grinqh_jax.cli.progress import Progress
     from grinqh_jax.decoding.generator import Generator
-    from grinqh_jax.evaluation.perplexity import measure
+    from grinqh_jax.evaluation.perplexity import measure, read_tokens
 
     generator = Generator.load(args.model)
-    bits = settings(args.bits, generator)
+    bits = flags.dial_settings(args.bits, generator)
     tokens = read_tokens(generator, args.data, args.tokens)
     reference = Generator.load(args.reference).model if args.reference else None
     with Progress("perplexity", len(tokens), "token") as progress:
@@ -77,7 +61,7 @@ def _perplexity(args: argparse.Namespace) -> int:
             bits,
             sequence_length=args.sequence_length,
             reference=reference,
-            progress=progress,
+            on_progress=progress,
         )
     show(results, args.json)
     for result in results:

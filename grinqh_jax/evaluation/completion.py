@@ -56,7 +56,7 @@ def complete(
     batch: int,
     ended: Callable[[str], bool],
     sampling: Mapping[str, Any] | None = None,
-    progress: Callable[[int], Any] = lambda prompts: None,
+    on_progress: Callable[[int], Any] = lambda prompts: None,
 ) -> Completions:
     """Continues every prompt.
 
@@ -71,7 +71,7 @@ def complete(
       batch: most prompts at a time; all batches are made equally large.
       ended: looks at the text of a row every few tokens; true where the rest is of no interest.
       sampling: parameters of ``Sampling.create``; greedy by default.
-      progress: called with the number of prompts done, batch by batch.
+      on_progress: called with the number of prompts done, batch by batch.
 
     Raises:
       UsageError: ``bits`` are out of the checkpoint's range, a prompt is empty or longer than its context,
@@ -97,7 +97,7 @@ def complete(
         )
         for i, text in zip(rows, _texts(generator, decoding, len(rows), batch, ended, counter), strict=True):
             texts[i] = text
-        progress(len(rows))
+        on_progress(len(rows))
     return Completions(texts, counter)
 
 

@@ -19,8 +19,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
 
-from grinqh_jax.cli.progress import Progress
 from grinqh_jax.decoding.generator import FULL, Generator
 from grinqh_jax.errors import UsageError
 from grinqh_jax.evaluation.completion import complete
@@ -98,7 +98,7 @@ class GrinqhLM(TemplateLM):
         **kwargs,
     ) -> list[tuple[float, bool]]:
         pairs = [(context, continuation) for _, context, continuation in requests]
-        scores = self._score(pairs)
+        scores = self._score(pairs, disable_tqdm)
         results = [(one.log_likelihood, one.greedy) for one in scores]
         for (texts, _, _), result in zip(requests, results, strict=True):
             if texts is not None:
@@ -117,7 +117,7 @@ class GrinqhLM(TemplateLM):
                 pairs.append(make_disjoint_window(window))
                 owners.append(i)
         totals = [0.0] * len(requests)
-        for i, one in zip(owners, self._score(pairs), strict=True):
+        for i, one in zip(owners, self._score(pairs, disable_tqdm), strict=True):
             totals[i] += one.log_likelihood
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
@@ -129,7 +129,7 @@ class GrinqhLM(TemplateLM):
         for i, request in enumerate(requests):
             by_options.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
         texts = [""] * len(requests)
-        with Progress("generate_until", len(requests), "request") as progress:
+        with _progress_bar("generate_until", len(requests), disable_tqdm) as bar:
             for group in by_options.values():
                 options = _Options(requests[group[0]].args[1], self.max_gen_toks)
                 room = self.max_length - options.max_tokens
@@ -146,7 +146,7 @@ class GrinqhLM(TemplateLM):
                     batch=self.batch_size,
                     ended=lambda text, stops=options.stops: any(stop in text for stop in stops),
                     sampling=options.sampling,
-                    progress=progress,
+                    on_progress=bar.update,
                 )
                 read = found.bits.mean(self.generator.model)
                 self._generated_bits += [] if read is None else [read] * len(group)
@@ -175,18 +175,25 @@ class GrinqhLM(TemplateLM):
             "realised_bits_generation": sum(generated) / len(generated) if generated else None,
         }
 
-    def _score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
-        with Progress("loglikelihood", len(pairs), "request") as progress:
+    def _score(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], disable_tqdm: bool = True
+    ) -> list[Score]:
+        with _progress_bar("loglikelihood", len(pairs), disable_tqdm) as bar:
             scores = score(
                 self.generator,
                 pairs,
                 self.bits,
                 max_length=self.max_length,
                 batch=self.batch_size,
-                progress=progress,
+                on_progress=bar.update,
             )
         self._scores += scores
         return scores
+
+
+def _progress_bar(description: str, requests: int, disable: bool) -> tqdm:
+    """A bar on stderr; silent if the harness asks for that, and where stderr is not a terminal."""
+    return tqdm(total=requests, desc=description, unit="request", disable=disable or None)
 
 
 class _Options:

@@ -1,19 +1,22 @@
 """Perplexity and KL divergence of graded decoding, teacher-forced: every token is read as in decoding."""
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Integer
+from jaxtyping import Array, Bool, Float, Int, Int32, Integer
 
 from grinqh_jax.decoding.dial import Dial, layer_shares
 from grinqh_jax.decoding.engine import Thresholds
+from grinqh_jax.decoding.generator import Generator
 from grinqh_jax.errors import UsageError
 from grinqh_jax.evaluation.result import Bits, Perplexity, TokenBits, WindowSums
 from grinqh_jax.model.apply import Graded, of_head
 from grinqh_jax.model.decoder import Decoder, linear_names
+from grinqh_jax.text.documents import read_documents
 
 
 class _Compared(NamedTuple):
@@ -32,6 +35,26 @@ class _Realised(NamedTuple):
     without_head: Float[Array, "b t"]
 
 
+def read_tokens(generator: Generator, path: Path, limit: int | None) -> Int32[np.ndarray, "n"]:
+    """Tokenizes a text file, or a ``.jsonl`` file of documents, with an end-of-text token between documents.
+
+    Args:
+      generator: supplies the tokenizer and, if the model names one, the end-of-text token.
+      path: a file that ``text.documents.read_documents`` reads.
+      limit: largest number of tokens to return; None returns all.
+
+    Raises:
+      UsageError: the file cannot be read, is not UTF-8, holds no text, or has bad records.
+    """
+    separator = list(generator.defaults.eos_tokens[:1])
+    tokens: list[int] = []
+    for document in read_documents(path):
+        if limit is not None and len(tokens) >= limit:
+            break
+        tokens += (separator if tokens else []) + generator.tokenizer.encode(document)
+    return np.array(tokens[:limit], np.int32)
+
+
 def measure(
     model: Decoder,
     targets: Sequence[float] | None,
@@ -40,7 +63,7 @@ def measure(
     *,
     sequence_length: int = 1024,
     reference: Decoder | None = None,
-    progress: Callable[[int], Any] = lambda tokens: None,
+    on_progress: Callable[[int], Any] = lambda tokens: None,
 ) -> list[Perplexity]:
     """Measures a text at several settings of the dial.
 
@@ -55,7 +78,7 @@ def measure(
       bits: settings; results come in this order.
       sequence_length: tokens of a window.
       reference: what results are compared with; None: the model at full precision.
-      progress: called with the number of tokens that all settings are done with, batch by batch.
+      on_progress: called with the number of tokens that all settings are done with, batch by batch.
 
     Raises:
       UsageError: fewer than two tokens, a token outside the vocabulary, windows shorter than two tokens or
@@ -81,7 +104,7 @@ def measure(
                 dial.observe(by_linear, lengths)
                 realised = _realised(model, by_linear)
             setting.add(_compare(logits, compared, windows), realised, predicted)
-        progress(int(lengths.sum()))
+        on_progress(int(lengths.sum()))
     return [
         setting.summary(name, graded=dial is not None)
         for name, setting, dial in zip(bits, found, dials, strict=True)

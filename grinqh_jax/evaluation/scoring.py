@@ -47,7 +47,7 @@ def score(
     *,
     max_length: int,
     batch: int = 64,
-    progress: Callable[[int], Any] = lambda pairs: None,
+    on_progress: Callable[[int], Any] = lambda pairs: None,
 ) -> list[Score]:
     """Scores continuations of contexts.
 
@@ -62,7 +62,7 @@ def score(
         depends on its own pair alone, and says what bits it read.
       max_length: most tokens read of a pair.
       batch: most pairs at a time.
-      progress: called with the number of pairs done, batch by batch.
+      on_progress: called with the number of pairs done, batch by batch.
 
     Raises:
       UsageError: ``bits`` are out of the dial's range, a context is empty, a continuation is too long, or a
@@ -93,7 +93,7 @@ def score(
                 bits=None if read is None else float(np.mean(read[line, : scored.stop])),
                 tokens=scored.stop,
             )
-        progress(len(some))
+        on_progress(len(some))
     return found
 
 

@@ -104,7 +104,7 @@ def evaluate(
     *,
     max_tokens: int = 256,
     batch: int = 64,
-    progress: Callable[[int], Any] = lambda problems: None,
+    on_progress: Callable[[int], Any] = lambda problems: None,
 ) -> Accuracy:
     """Answers every problem greedily and counts the right ones.
 
@@ -117,7 +117,7 @@ def evaluate(
       bits: setting of the dial.
       max_tokens: most tokens of an answer.
       batch: most problems at a time.
-      progress: called with the number of problems done, batch by batch.
+      on_progress: called with the number of problems done, batch by batch.
 
     Raises:
       UsageError: ``bits`` are out of the checkpoint's range, or a prompt is longer than its context.
@@ -129,7 +129,7 @@ def evaluate(
         max_tokens=max_tokens,
         batch=batch,
         ended=lambda text: _NEXT_QUESTION in text or _COMPLETE.search(text) is not None,
-        progress=progress,
+        on_progress=on_progress,
     )
     right = [
         final_number(text) == problem.answer

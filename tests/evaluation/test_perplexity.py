@@ -112,7 +112,9 @@ def test_settings_of_the_dial_share_one_program(tiny):
 def test_windows_are_read_one_after_another(tiny):
     done = []
     (first,) = measure(tiny.model, tiny.targets, TOKENS[:LENGTH], [2.0], sequence_length=LENGTH)
-    (result,) = measure(tiny.model, tiny.targets, TOKENS, [2.0], sequence_length=LENGTH, progress=done.append)
+    (result,) = measure(
+        tiny.model, tiny.targets, TOKENS, [2.0], sequence_length=LENGTH, on_progress=done.append
+    )
     assert done == [len(window) for window in windows()]
     assert result.windows.tokens.tolist() == [len(window) - 1 for window in windows()]
     assert result.windows.loss[0] == pytest.approx(first.windows.loss[0], rel=1e-5)

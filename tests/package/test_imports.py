@@ -1,4 +1,4 @@
-"""The packages import downward only: pallas_kernels <- grinqh_jax <- checkpoints_tools."""
+"""Imports run downward only: between the three packages, and between the layers inside each of them."""
 
 import ast
 import sys
@@ -7,8 +7,35 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-LOWEST_FIRST = ["pallas_kernels", "grinqh_jax", "checkpoints_tools"]
-GROUND_FLOOR = {
+PACKAGES = ["pallas_kernels", "grinqh_jax", "checkpoints_tools"]
+"""Lowest first."""
+
+LAYERS = {
+    "grinqh_jax": [
+        {"errors"},
+        {"memory", "json_files", "bundled"},
+        {"model"},
+        {"checkpoint", "hf", "text"},
+        {"decoding"},
+        {"evaluation", "benchmarking"},
+        {"cli"},
+        {"generate", "__main__"},
+    ],
+    "checkpoints_tools": [
+        {"source", "data"},
+        {"calibration"},
+        {"quantizers"},
+        {"convert"},
+        {"baselines"},
+        {"pareto"},
+    ],
+}
+"""The modules and subpackages of a package, lowest layer first. A member imports itself and lower layers."""
+
+COMMAND_MODULES = {"command.py", "flags.py", "__main__.py"}
+"""The files of ``checkpoints_tools`` that may import ``grinqh_jax.cli``. All others are library code."""
+
+KERNEL_DEPENDENCIES = {
     "pallas_kernels",
     "jax",
     "jaxlib",
@@ -20,26 +47,76 @@ GROUND_FLOOR = {
 
 
 def imports(package):
-    """``(where, top-level module)`` of every import statement of the package, those in functions included."""
+    """``(path, line, dotted name)`` of every name that the package imports, inside functions too."""
     for path in sorted((ROOT / package).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
-                names = [node.module or ""] if node.level == 0 else [package]
+                assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
             else:
                 continue
             for name in names:
-                yield f"{path.relative_to(ROOT)}:{node.lineno}", name.split(".")[0]
+                yield path, node.lineno, name
 
 
-@pytest.mark.parametrize("package", LOWEST_FIRST)
+def members(package):
+    """The modules and subpackages directly inside a package, without its ``__init__``."""
+    directories = {path.name for path in (ROOT / package).iterdir() if any(path.rglob("*.py"))}
+    return directories | {path.stem for path in (ROOT / package).glob("*.py")} - {"__init__"}
+
+
+def place(path, line):
+    return f"{path.relative_to(ROOT)}:{line}"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
 def test_no_package_imports_one_above_it(package):
-    above = LOWEST_FIRST[LOWEST_FIRST.index(package) + 1 :]
+    above = PACKAGES[PACKAGES.index(package) + 1 :]
     found = list(imports(package))
-    assert found, f"no imports found in {package}: is the test looking in the right place?"
-    assert [(where, name) for where, name in found if name in above] == []
+    assert found, f"no imports in {package}: is the test looking in the right place?"
+    assert [(place(path, line), name) for path, line, name in found if name.split(".")[0] in above] == []
 
 
-def test_the_ground_floor_needs_jax_and_numpy_only():
-    assert [(where, name) for where, name in imports("pallas_kernels") if name not in GROUND_FLOOR] == []
+def test_the_kernels_depend_on_jax_and_numpy_only():
+    found = imports("pallas_kernels")
+    assert [
+        (place(path, line), name)
+        for path, line, name in found
+        if name.split(".")[0] not in KERNEL_DEPENDENCIES
+    ] == []
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_every_member_of_a_package_has_a_layer(package):
+    layers = LAYERS[package]
+    assert set.union(*layers) == members(package)
+    assert sum(map(len, layers)) == len(set.union(*layers))
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_no_member_imports_its_own_layer_or_one_above(package):
+    level = {member: index for index, layer in enumerate(LAYERS[package]) for member in layer}
+    wrong, seen = [], 0
+    for path, line, name in imports(package):
+        importer = path.relative_to(ROOT / package).with_suffix("").parts[0]
+        top, imported, *_ = [*name.split("."), ""]
+        # The package root exports its public names and imports nothing until one of them is used.
+        if top != package or importer == "__init__" or imported not in level:
+            continue
+        seen += 1
+        if imported != importer and level[imported] >= level[importer]:
+            wrong.append(f"{place(path, line)} imports {name}")
+    assert seen > 20, f"only {seen} imports inside {package}: is the test looking in the right place?"
+    assert wrong == []
+
+
+def test_library_code_of_the_tools_does_not_import_the_command_line():
+    found = [
+        (path, line) for path, line, name in imports("checkpoints_tools") if name.startswith("grinqh_jax.cli")
+    ]
+    assert found, (
+        "no command of checkpoints_tools uses grinqh_jax.cli: is the test looking in the right place?"
+    )
+    assert [place(path, line) for path, line in found if path.name not in COMMAND_MODULES] == []
