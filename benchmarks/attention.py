@@ -22,7 +22,7 @@ import timing
 from grinqh_jax.benchmarking import random_model
 from grinqh_jax.model import attention
 from grinqh_jax.model.config import ModelConfig
-from pallas_kernels import PartialSums
+from pallas_kernels import Activations
 
 LAYERS = 16
 PARTS = 8
@@ -37,7 +37,7 @@ def measure(config: ModelConfig, capacity: int, lengths: list[int]) -> Iterator[
     size = (1, capacity, config.num_kv_heads, dim)
     caches = [(_normal(keys[2 * i], size), _normal(keys[2 * i + 1], size)) for i in range(LAYERS)]
     columns = (config.num_heads + 2 * config.num_kv_heads) * dim
-    qkv = PartialSums(jax.random.normal(keys[-1], (PARTS, 1, columns)), columns)
+    qkv = Activations.sums(jax.random.normal(keys[-1], (PARTS, 1, 1, columns)), columns)
     norms = (jnp.ones(dim, jnp.bfloat16),) * 2 if config.qk_norm else None
 
     def all_layers(caches, positions):

@@ -97,7 +97,7 @@ def measure(k, n, bits_list, rows, config, bandwidth) -> list[dict]:
     """Times and checks one configuration of one shape at several mean bits."""
     weights = random_weights(k, n)
     x = np.random.default_rng(k + n).standard_normal((rows, k)).astype(np.float32)
-    geometry = kernel.geometry_of(Activations(jnp.asarray(x)), weights[0], config)
+    geometry = kernel.geometry_of(Activations.of(jnp.asarray(x)), weights[0], config)
 
     @jax.jit
     def all_weights(x, thresholds, weights):
@@ -230,7 +230,7 @@ def main() -> None:
         k, n = map(int, shape.split("x"))
         if args.configs == "best":
             x, weight = jax.ShapeDtypeStruct((rows, k), jnp.float32), NestedWeight.abstract(k, n)
-            configs = [kernel.geometry_of(Activations(x), weight).config]
+            configs = [kernel.geometry_of(jax.eval_shape(Activations.of, x), weight).config]
         elif args.configs == "all":
             configs = all_configs()
         else:

@@ -23,7 +23,7 @@ import numpy as np
 
 from grinqh_jax.benchmarking import random_model
 from grinqh_jax.model import attention, norm, swiglu
-from pallas_kernels import Activations, NestedWeight, PartialSums, codes, decode_rows, dequantization, layout
+from pallas_kernels import Activations, NestedWeight, codes, decode_rows, dequantization, layout
 from pallas_kernels.matvec import mosaic_gpu, reference
 from pallas_kernels.matvec.mosaic_gpu import Config
 
@@ -64,40 +64,39 @@ def matvec_cases() -> Iterator[Case]:
         x = jnp.asarray(rng.standard_normal((rows, k)), dtype)
         squares = np.asarray(rng.uniform(0, 1, (rows, parts)), np.float32) if parts else None
         thresholds = np.sort(rng.uniform(0, 1.5, (rows, max_bits // 2)), axis=1).astype(np.float32)
-        inputs = Activations(x, squares, eps=EPS)
+        inputs = Activations.of(x, squares, EPS)
         yield (
             f"matvec {k}x{n}, {rows} rows, {max_bits} bits, {dtype}, norm in {parts} parts, {config}",
-            lambda *arguments, config=config: mosaic_gpu.partial_sums(*arguments, config=config)[0].total(),
-            lambda *arguments: reference.partial_sums(*arguments)[0].total(),
+            lambda *arguments, config=config: mosaic_gpu.partial_sums(*arguments, config=config)[0].array,
+            lambda *arguments: reference.partial_sums(*arguments)[0].array,
             (inputs, weight, thresholds),
         )
 
 
 def rows_cases() -> Iterator[Case]:
+    def sums(partials, features):
+        return Activations.sums(jnp.asarray(partials), features).astype(jnp.bfloat16)
+
     for rows, columns, parts in [(1, 4096, 16), (3, 1024, 4), (2, 300, 1), (1, 12288, 8)]:
         rng = np.random.default_rng(columns)
         stored = layout.round_up(2 * columns, layout.TILE)
-        x = jnp.asarray(rng.standard_normal((rows, columns)), jnp.bfloat16)
-        gain = jnp.asarray(rng.uniform(0.5, 1.5, columns), jnp.bfloat16)
-        both = rng.standard_normal((parts, rows, stored)).astype(np.float32)
-        update, gate_up = PartialSums(both, columns), PartialSums(both, 2 * columns)
+        x = jnp.asarray(rng.standard_normal((rows, 1, columns)), jnp.bfloat16)
+        norm_scale = jnp.asarray(rng.uniform(0.5, 1.5, columns), jnp.bfloat16)
+        both = rng.standard_normal((parts, rows, 1, stored)).astype(np.float32)
+        update, gate_up = sums(both, columns), sums(both, 2 * columns)
         shape = f"{rows}x{columns}, {parts} parts"
         yield (
             f"residual and norm {shape}",
-            lambda *arguments: norm_of(decode_rows.add_norm(*arguments, EPS)[1]),
-            lambda x, update, gain: norm.rms_norm(x + update.total(), gain, EPS),
-            (x, update, gain),
+            lambda *arguments: decode_rows.add_norm(*arguments, EPS)[1].array,
+            lambda x, update, scale: norm.rms_norm(x + update.array, scale, EPS),
+            (x, update, norm_scale),
         )
         yield (
             f"SwiGLU {shape}",
-            lambda gate_up: decode_rows.swiglu(gate_up).values,
-            lambda gate_up: swiglu.swiglu(gate_up.total()),
+            lambda gate_up: decode_rows.swiglu(gate_up).array,
+            lambda gate_up: swiglu.swiglu(gate_up.astype(jnp.float32)).array,
             (gate_up,),
         )
-
-
-def norm_of(x: Activations) -> jax.Array:
-    return x.values * x.factor()
 
 
 def attention_cases() -> Iterator[Case]:
@@ -119,7 +118,7 @@ def attention_cases() -> Iterator[Case]:
         def attend(*arguments, config=config):
             return attention.attend_heads(config, *arguments)
 
-        arguments = qkv, norms, positions, cache
+        arguments = Activations.of(qkv), norms, positions, cache
         yield f"attention {heads}/{kv_heads} heads of {dim}, lengths {lengths}", attend, attend, arguments
 
 

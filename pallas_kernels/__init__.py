@@ -1,6 +1,6 @@
 """The ground floor of GRINQH-JAX: nested codes and the graded matvec. Needs jax and numpy only."""
 
-from pallas_kernels.activations import Activations, PartialSums
+from pallas_kernels.activations import Activations
 from pallas_kernels.codes import dequantize, from_codes, quantize
 from pallas_kernels.grading import GradingStats, levels, realised_bits
 from pallas_kernels.matvec import graded_matvec, graded_partial_sums
@@ -10,7 +10,6 @@ __all__ = [
     "Activations",
     "GradingStats",
     "NestedWeight",
-    "PartialSums",
     "dequantize",
     "from_codes",
     "graded_matvec",

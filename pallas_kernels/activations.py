@@ -1,12 +1,12 @@
-"""What goes in and out of a graded product where the sums around it are left to its neighbours.
+"""The activations that travel between the kernels of a decode step, with some sums left to the next kernel.
 
-Between two products of a decode step lie a few sums over a row of activations: the partial results of the
-product before, the mean square of a norm. Each as a kernel of its own would cost as much as reading a
-megabyte of weights. So a product leaves its result in parts, whatever comes next adds them up on the way,
-and leaves *its* sums in parts for the next product.
+Between two products of a decode step, every row of activations needs a few sums: the product's partial sums
+over groups of input channels, and the mean square of a norm. A kernel for each sum would cost as much time as
+reading a megabyte of weights. So a kernel writes its sums in parts, and the kernel that reads them adds them.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,53 +15,96 @@ from jaxtyping import Array, Float
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class PartialSums:
-    """The result of a matrix product, not yet summed over the parts of the input channels.
-
-    Attributes:
-      parts: float32 ``[parts, rows, columns]``; columns from ``features`` on are padding.
-      features: logical number of columns.
-    """
-
-    parts: Float[Array, "parts rows columns"]
-    features: int = dataclasses.field(metadata={"static": True})
-
-    def total(self) -> Float[Array, "rows n"]:
-        """The sum, float32, first part to last whatever the compiler does with its neighbours.
-
-        Written as single additions: they fuse into the operation that uses the sum, where a reduction would
-        be a kernel of its own, and their order is fixed.
-        """
-        total = self.parts[0]
-        for i in range(1, self.parts.shape[0]):
-            total = total + self.parts[i]
-        return total[:, : self.features]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
 class Activations:
-    """The input of a graded product: ``x = values * factor``, one factor a row.
+    """Rows of activations, some of whose sums may be left to the kernel that reads them.
 
-    RMSNorm's factor ``1 / sqrt(mean(h**2) + eps)`` is known only after a sum over the whole row, but it
-    can wait: the product is linear in it, and its inverse times the thresholds gives the same levels.
+    ``value = (sum(partials, axis=0)[..., :features]).astype(dtype) * factor``, where ``factor`` is 1, or, if
+    there are ``square_partials``, RMSNorm's ``rsqrt(sum(square_partials, axis=-1) + eps)`` for each row. The
+    factor can wait because a product is linear in it, and because thresholds divided by it give the same
+    levels. A plain array is one partial without a factor.
 
     Attributes:
-      values: ``[rows, K]`` float32, bfloat16 or float16.
-      squares: float32 ``[rows, S]``: parts of ``mean(h**2)``; None where the factor is 1.
-      eps: of the norm.
+      partials: ``[partials, *leading, columns]``, float32 if there are several, else float32, bfloat16 or
+        float16. Columns from ``features`` on are padding.
+      square_partials: float32 ``[*leading, parts]``, whose sum is the mean square that the norm divides by;
+        None if the factor is 1.
+      features: Logical number of columns.
+      dtype: Dtype of the value.
+      eps: Epsilon of the norm.
     """
 
-    values: Float[Array, "rows k"]
-    squares: Float[Array, "rows s"] | None = None
+    partials: Float[Array, "partials *leading columns"]
+    square_partials: Float[Array, "*leading parts"] | None
+    features: int = dataclasses.field(metadata={"static": True})
+    dtype: jnp.dtype = dataclasses.field(metadata={"static": True})
     eps: float = dataclasses.field(default=0.0, metadata={"static": True})
 
-    def factor(self) -> Float[Array, "*rows 1"] | float:
-        """What the values are to be multiplied by."""
-        if self.squares is None:
-            return 1.0
-        return jax.lax.rsqrt(jnp.sum(self.squares, axis=-1, keepdims=True) + self.eps)
+    @classmethod
+    def of(
+        cls,
+        array: Float[Array, "*leading features"],
+        square_partials: Float[Array, "*leading parts"] | None = None,
+        eps: float = 0.0,
+    ) -> "Activations":
+        """Wraps an array, which may lack the factor of a norm.
 
-    def scaled(self, thresholds: Float[Array, "rows p"]) -> Float[Array, "rows p"]:
-        """The thresholds in the scale of the values."""
+        Args:
+          array: The activations; of any float dtype.
+          square_partials, eps: See ``Activations``.
+        """
+        return cls(
+            array.reshape(1, *array.shape), square_partials, array.shape[-1], jnp.dtype(array.dtype), eps
+        )
+
+    @classmethod
+    def sums(cls, partials: Float[Array, "partials *leading columns"], features: int) -> "Activations":
+        """Wraps the float32 partial sums of a product."""
+        return cls(partials, None, features, jnp.dtype(jnp.float32))
+
+    @property
+    def leading(self) -> tuple[int, ...]:
+        """Shape of the value without its last axis."""
+        return self.partials.shape[1:-1]
+
+    @property
+    def values(self) -> Float[Array, "*leading features"]:
+        """The sums in ``dtype``, without the factor.
+
+        Single additions, from the first partial to the last: they fuse into the operation that uses the sum,
+        where a reduction would be a kernel, and their order is fixed.
+        """
+        if len(self.partials) == 1:
+            total = self.partials.reshape(self.partials.shape[1:])
+        else:
+            total = self.partials[0]
+            for i in range(1, len(self.partials)):
+                total = total + self.partials[i]
+        return total[..., : self.features].astype(self.dtype)
+
+    @property
+    def array(self) -> Float[Array, "*leading features"]:
+        """The value, in ``dtype``."""
+        if self.square_partials is None:
+            return self.values
+        return (self.values.astype(jnp.float32) * self.factor()).astype(self.dtype)
+
+    def factor(self) -> Float[Array, "*leading 1"] | float:
+        """float32 factor of every row."""
+        if self.square_partials is None:
+            return 1.0
+        return jax.lax.rsqrt(jnp.sum(self.square_partials, axis=-1, keepdims=True) + self.eps)
+
+    def scale_thresholds(self, thresholds: Float[Array, "*leading p"]) -> Float[Array, "*leading p"]:
+        """Returns the thresholds in the scale of ``values``."""
         return thresholds / self.factor()
+
+    def astype(self, dtype) -> "Activations":
+        """Returns the same sums with a value in another dtype."""
+        return dataclasses.replace(self, dtype=jnp.dtype(dtype))
+
+    def reshape(self, leading: Sequence[int]) -> "Activations":
+        """Returns the same rows with another leading shape."""
+        partials, squares = self.partials, self.square_partials
+        partials = partials.reshape(len(partials), *leading, partials.shape[-1])
+        squares = None if squares is None else squares.reshape(*leading, squares.shape[-1])
+        return dataclasses.replace(self, partials=partials, square_partials=squares)

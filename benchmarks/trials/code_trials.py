@@ -68,13 +68,13 @@ class _Expanded(Dense):
     def __init__(self, thresholds: dict[str, jax.Array]):
         self.thresholds, self.seen = thresholds, {}
 
-    def __call__(self, name: str, linear, x):
+    def product(self, name: str, linear, x):
         part = name.rpartition(".")[2]
         rows = x[0, first_scored_position(x.shape[1]) :]
         at = grading.levels(rows, self.thresholds[part])[..., None] == jnp.arange(LEVELS)
         rows = jnp.where(at, rows[..., None], 0).reshape(len(rows), -1)
         self.seen[part] = rows.T @ rows / len(rows)
-        return super().__call__(name, linear, x)
+        return super().product(name, linear, x)
 
 
 @jax.jit
@@ -244,13 +244,13 @@ def _train(kinds: Sequence[str], adam, original: Decoder, loaded: Loaded, leaves
     return found | fixed
 
 
-class _Trained:
+class _Trained(Dense):
     """An ``apply`` strategy: graded, with what is trained in place of codes and scales."""
 
     def __init__(self, parameters: Mapping, targets: jax.Array, bits: jax.Array):
         self.parameters, self.dial = parameters, (targets, bits)
 
-    def __call__(self, name: str, linear, x):
+    def product(self, name: str, linear, x):
         level = grading.levels(x, interpolate(linear.thresholds[...], *self.dial))
         weights = self.parameters["weights"][name]
         scales = _scales(linear, self.parameters["scales"][name])

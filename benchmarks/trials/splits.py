@@ -24,7 +24,6 @@ from checkpoints_tools.calibration.allocation import GradedCosts, smooth_sensiti
 from checkpoints_tools.convert import conversion, vocabulary
 from grinqh_jax.model import output_projection
 from grinqh_jax.model.apply import Graded
-from pallas_kernels import Activations, GradingStats
 
 UNIFORM = (*PLAIN_WEIGHTS, "--split", "uniform")
 
@@ -56,15 +55,9 @@ def unit_of_the_token() -> Callable[[], AbstractContextManager]:
         return {"counts": histogram.count(counted / mean_magnitude(counted)), "max": largest}
 
     def graded(self, name, linear, x):
-        values = x.reshape(-1, x.shape[-1])
-        thresholds = jnp.broadcast_to(
-            self.thresholds[name][:, None], (*x.shape[:-1], linear.weight.num_planes)
-        )
-        y, reading = linear.graded(
-            Activations(values), thresholds.reshape(len(values), -1) * mean_magnitude(values)
-        )
-        self.stats[name] = GradingStats(reading.packed.reshape(*x.shape[:-1], 2))
-        return y.total().reshape(*x.shape[:-1], -1)
+        thresholds = jnp.broadcast_to(self.thresholds[name][:, None], (*x.leading, linear.weight.num_planes))
+        y, self.stats[name] = linear.graded(x, thresholds * mean_magnitude(x.array))
+        return y
 
     return patched((statistics, "observe", observe), (Graded, "__call__", graded))
 

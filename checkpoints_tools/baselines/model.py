@@ -29,11 +29,11 @@ class _Moments(Dense):
     def __init__(self):
         self.seen = {}
 
-    def __call__(self, name: str, linear, x):
+    def product(self, name: str, linear, x):
         rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
         hessian = jnp.matmul(rows.T, rows, precision="highest") / len(rows)
         self.seen[name.rpartition(".")[2]] = hessian, jnp.mean(jnp.abs(rows), axis=0)
-        return super().__call__(name, linear, x)
+        return super().product(name, linear, x)
 
 
 @jax.jit

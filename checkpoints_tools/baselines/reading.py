@@ -122,7 +122,7 @@ def _window_counts(model: Decoder, window: Int[jax.Array, "1 t"]) -> dict[str, j
     dense, counts = Dense(), {}
 
     def observe(name, linear, x):
-        counts[name] = statistics.observe(x)["counts"]
+        counts[name] = statistics.observe(x.array)["counts"]
         return dense(name, linear, x)
 
     model(window, observe)

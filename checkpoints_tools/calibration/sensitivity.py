@@ -87,8 +87,8 @@ class _Perturbed(Dense):
     def __init__(self, added: dict[str, Float[Array, "b t n"]]):
         self.added = added
 
-    def __call__(self, name: str, linear, x: Float[Array, "b t k"]) -> Float[Array, "b t n"]:
-        return super().__call__(name, linear, x) + self.added[name.rpartition(".")[2]]
+    def product(self, name: str, linear, x: Float[Array, "b t k"]) -> Float[Array, "b t n"]:
+        return super().product(name, linear, x) + self.added[name.rpartition(".")[2]]
 
 
 @jax.jit

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from checkpoints_tools.calibration import histogram
 from grinqh_jax.decoding.engine import SKIPPED_POSITIONS
+from grinqh_jax.model.apply import Dense
 from grinqh_jax.model.decoder import LAYER_LINEARS, DecoderLayer, RMSNorm
 from grinqh_jax.model.linear import Linear
 
@@ -59,15 +60,15 @@ def observe(x: Float[Array, "b t k"]) -> dict[str, jax.Array]:
     }
 
 
-class Observed:
+class Observed(Dense):
     """An ``apply`` strategy: every layer at full precision, its inputs observed (``seen``, by part)."""
 
     def __init__(self):
         self.seen: dict[str, dict[str, jax.Array]] = {}
 
-    def __call__(self, name: str, linear: Linear, x: Float[Array, "*rows k"]) -> Float[Array, "*rows n"]:
+    def product(self, name: str, linear: Linear, x: Float[Array, "*rows k"]) -> Float[Array, "*rows n"]:
         self.seen[name.rpartition(".")[2]] = observe(x)
-        return linear.dense(x)
+        return super().product(name, linear, x)
 
 
 # One compilation serves all layers: they differ in nothing but their arrays.

@@ -24,7 +24,7 @@ from checkpoints_tools.source.head import logits, vocabulary, with_logits
 from checkpoints_tools.source.layer import BLOCK_VALUES, dense_layer, embed, read_layer, run_layer
 from grinqh_jax.decoding.thresholds import interpolate
 from grinqh_jax.hf import HFCheckpoint
-from grinqh_jax.model.apply import HEAD
+from grinqh_jax.model.apply import HEAD, Dense
 from grinqh_jax.model.decoder import LAYER_LINEARS, DecoderLayer, RMSNorm
 from grinqh_jax.model.linear import GradedLinear, linear_of
 from grinqh_jax.model.output_projection import block_shapes
@@ -184,13 +184,13 @@ class Dial(NamedTuple):
     bits: Float[Array, ""]
 
 
-class _Graded:
+class _Graded(Dense):
     """An ``apply`` strategy for whole windows: graded, with given gains, and with a way back to them."""
 
     def __init__(self, gains: Gains, dial: Dial):
         self.gains, self.dial = gains, dial
 
-    def __call__(self, name: str, linear: GradedLinear, x: Float[Array, "b t k"]) -> Float[Array, "b t n"]:
+    def product(self, name: str, linear: GradedLinear, x: Float[Array, "b t k"]) -> Float[Array, "b t n"]:
         thresholds = interpolate(linear.thresholds[...], *self.dial)
         gains = self.gains[name.rpartition(".")[2]]
         return graded_product(x, linear.weight, thresholds, gains).astype(x.dtype)

@@ -68,11 +68,11 @@ class _Stream(Dense):
         self.layer = layer
         self.moments: dict[str, jax.Array] = {}
 
-    def __call__(self, name: str, linear, x: Float[Array, "b t k"]) -> Float[Array, "b t n"]:
+    def product(self, name: str, linear, x: Float[Array, "b t k"]) -> Float[Array, "b t n"]:
         part = name.rpartition(".")[2]
         if part in READERS:
             self.moments[part] = _moments(x, getattr(self.layer, READERS[part]).scale[...])
-        return super().__call__(name, linear, x)
+        return super().product(name, linear, x)
 
 
 @jax.jit

@@ -33,6 +33,7 @@ from grinqh_jax.model.attention import attend_heads
 from grinqh_jax.model.decoder import DecoderLayer, RMSNorm
 from grinqh_jax.model.linear import GradedLinear, Linear
 from grinqh_jax.model.swiglu import swiglu
+from pallas_kernels import Activations
 
 BITS = 3.0
 """The setting of the dial that is fitted to: what is skipped at others is much the same."""
@@ -267,14 +268,15 @@ def _advance(
 ) -> tuple[Float[Array, "t d"], Float[Array, "t k2"]]:
     """The residual stream behind a projection, and the inputs of the one that follows in its layer."""
     read = Dense() if thresholds is None else Graded({ANY_LAYER: thresholds})
-    outputs = read(ANY_LAYER, linear, inputs)
+    y = read(ANY_LAYER, linear, Activations.of(inputs))
+    outputs = y.array
     match part:
         case "qkv":
             norms = None if layer.q_norm is None else (layer.q_norm.scale[...], layer.k_norm.scale[...])
             positions = jnp.arange(len(stream))[None]
-            return stream, attend_heads(layer.config, outputs[None], norms, positions)[0][0]
+            return stream, attend_heads(layer.config, y.reshape((1, -1)), norms, positions)[0].array[0]
         case "gate_up":
-            return stream, swiglu(outputs)
+            return stream, swiglu(y).array
         case "o":
             return stream + outputs, layer.post_norm(stream + outputs)
         case _:

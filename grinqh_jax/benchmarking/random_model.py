@@ -22,6 +22,7 @@ from grinqh_jax.model.apply import HEAD, Dense
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import Decoder
 from grinqh_jax.model.linear import Linear
+from pallas_kernels import Activations
 
 TARGETS = tuple(1 + i / 4 for i in range(29))
 """Mean bits of the rows of every threshold table: 1 to 8."""
@@ -144,17 +145,17 @@ def fitted_thresholds(sample: Float[Array, "m"]) -> Float[Array, "t 4"]:
     return jnp.where(targets[:, None] >= MAX_BITS, 0.0, low[:, None] * apart)
 
 
-class _Fitting:
+class _Fitting(Dense):
     """An apply strategy: computes densely and keeps what calibration needs, by part of the layer."""
 
     def __init__(self):
         self.tables: dict[str, tuple[jax.Array, jax.Array]] = {}
 
-    def __call__(self, name: str, linear: Linear, x: jax.Array) -> jax.Array:
+    def product(self, name: str, linear: Linear, x: jax.Array) -> jax.Array:
         sample = x.reshape(-1)[:: -(-x.size // SAMPLES)]
         peak = jnp.max(jnp.abs(x)).astype(jnp.float32)
         self.tables[name.rsplit(".", 1)[-1]] = fitted_thresholds(sample), peak
-        return Dense()(name, linear, x)
+        super().product(name, linear, x)
 
 
 def _calibrate(model: Decoder, key: jax.Array) -> None:
@@ -171,7 +172,7 @@ def _calibrate(model: Decoder, key: jax.Array) -> None:
     @jax.jit
     def head_step(norm, head, x):
         fitting = _Fitting()
-        head(norm(x), fitting)
+        head(Activations.of(norm(x)), fitting)
         return fitting.tables
 
     x = model.embed(tokens, model.compute_dtype)

@@ -19,7 +19,7 @@ from grinqh_jax.model import apply
 from grinqh_jax.model.cache import KVCache
 from grinqh_jax.model.decoder import Decoder, linear_names
 from grinqh_jax.model.flat_model import FlatModel
-from pallas_kernels import GradingStats
+from pallas_kernels import Activations, GradingStats
 from pallas_kernels.layout import DIGIT_BITS
 
 PREVIEW_TOKENS = 64
@@ -154,13 +154,14 @@ def _prefill(
 ) -> tuple[Float[Array, "b v"], Float[Array, "b t d"], KVCache]:
     """Logits as ``prefill``, the hidden states that all could come from, and the cache."""
     positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
-    x, layers = model.hidden(tokens, positions, strategy, cache.layers)
+    hidden, layers = model.hidden(tokens, positions, strategy, cache.layers)
+    x = hidden.array
     last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
     of_last = apply.Dense()
     if model.graded:  # the head at its full bits; dequantized it would be the largest array of all
         read_all = jnp.zeros(model.full_bits // DIGIT_BITS, jnp.float32)
         of_last = apply.Graded(dict.fromkeys(model.lm_head.names, read_all))
-    return model.logits(last, of_last), x, cache.updated(layers, cache.lengths + lengths)
+    return model.logits(Activations.of(last), of_last), x, cache.updated(layers, cache.lengths + lengths)
 
 
 def decode_step(

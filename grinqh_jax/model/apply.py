@@ -1,8 +1,8 @@
-"""How a decoder's linear layers are applied: a strategy object, called with each layer's name.
+"""Strategies that apply a decoder's linear layers; the decoder calls one with the name of each layer.
 
-One decoder thus serves prefill (``Dense``), decoding (``Graded``) and whatever wants to see the
-inputs, such as calibration: any callable ``apply(name, linear, x [..., K]) -> y [..., N]`` will do.
-A strategy may collect what it saw during the call, traced values included, for its caller to read.
+One decoder thus serves prefill (``Dense``), decoding (``Graded``) and passes that observe the inputs, such as
+calibration. Any callable ``apply(name, linear, x) -> y`` on ``Activations`` is a strategy. A strategy may
+collect values during the call, traced ones included, for its caller to read.
 """
 
 from collections.abc import Mapping
@@ -13,41 +13,48 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from grinqh_jax.model.linear import GradedLinear, Linear
-from pallas_kernels import Activations, GradingStats, PartialSums, decode_rows, grading
+from pallas_kernels import Activations, GradingStats, grading
 
 HEAD = "lm_head"
-"""Name of the output projection, and what the names of its blocks begin with. Its result is float32 whatever
-the compute dtype."""
+"""Name of the output projection, and prefix of the names of its vocabulary blocks. Its results are float32 in
+every compute dtype."""
 
-COUNTED_TOGETHER = 4
-"""Layers of a width whose inputs ``Previewing`` keeps before it counts their bits."""
+PREVIEWED_TOGETHER = 4
+"""Number of layers of equal width whose bits ``Previewing`` counts at once."""
 
 
 def of_head(name: str) -> bool:
-    """Whether a linear layer is a block of the output projection."""
+    """Whether a linear layer is a vocabulary block of the output projection."""
     return name.startswith(HEAD)
 
 
 @runtime_checkable
 class Apply(Protocol):
-    """Applies the linear layer called ``name`` to ``x``."""
+    """Applies the linear layer called ``name`` to ``x [*rows, in_features]``."""
 
-    def __call__(self, name: str, linear: Linear, x: Float[Array, "*rows k"]) -> Float[Array, "*rows n"]: ...
+    def __call__(self, name: str, linear: Linear, x: Activations) -> Activations: ...
 
 
 class Dense:
-    """Every layer at full precision (all planes of a graded one)."""
+    """Applies every layer at full precision, with all planes of a graded one.
 
-    def __call__(self, name: str, linear: Linear, x: Float[Array, "*rows k"]) -> Float[Array, "*rows n"]:
+    Subclasses that observe or change inputs or outputs override ``product``.
+    """
+
+    def __call__(self, name: str, linear: Linear, x: Activations) -> Activations:
+        return Activations.of(self.product(name, linear, x.array))
+
+    def product(self, name: str, linear: Linear, x: Float[Array, "*rows k"]) -> Float[Array, "*rows n"]:
+        """Returns ``x @ W`` in the dtype of x, or in float32 for the output projection."""
         return linear.dense(x, jnp.float32 if of_head(name) else None)
 
 
 class Previewing(Dense):
-    """Every layer at full precision, and, at some positions, what graded reading would have taken.
+    """Applies every layer at full precision, and counts the bits that graded reading would take.
 
     Attributes:
-      thresholds: by layer name, float32 ``[B, P]``.
-      positions: which to look at, int32 ``[B, s]``.
+      thresholds: Thresholds by layer name, float32 ``[B, P]``.
+      positions: Positions to count at, int32 ``[B, s]``.
     """
 
     def __init__(self, thresholds: Mapping[str, Float[Array, "b p"]], positions: Int[Array, "b s"]):
@@ -56,41 +63,42 @@ class Previewing(Dense):
         self._waiting: dict[int, dict[str, Float[Array, "b s k"]]] = {}
         self._bits: dict[str, Float[Array, "b s"]] = {}
 
-    def __call__(self, name: str, linear: Linear, x: Float[Array, "b t k"]) -> Float[Array, "b t n"]:
-        return super().__call__(name, linear, self.look(name, x))
+    def product(self, name: str, linear: Linear, x: Float[Array, "b t k"]) -> Float[Array, "b t n"]:
+        """See ``Dense``."""
+        return super().product(name, linear, self.look(name, x))
 
     def look(self, name: str, x: Float[Array, "b t k"]) -> Float[Array, "b t k"]:
-        """Looks at a layer's inputs, and returns them; by itself, for a layer whose outputs nobody wants."""
+        """Counts the bits of a layer's inputs and returns them. Call it alone to skip the layer's product."""
         waiting = self._waiting.setdefault(x.shape[-1], {})
-        # Before the product, or XLA keeps the inputs of all layers for a look at the end: 2.9 GB for 2,048
-        # tokens of Qwen3-8B.
+        # Without the barrier before the product, XLA keeps the inputs of all layers and counts at the end:
+        # 2.9 GB for 2,048 tokens of Qwen3-8B.
         waiting[name], x = jax.lax.optimization_barrier(
             (jnp.take_along_axis(x, self.positions[..., None], axis=1), x)
         )
-        # A few layers of a width are counted together: quicker to compile than one by one.
-        if len(waiting) == COUNTED_TOGETHER:
+        # Counting several layers of equal width at once compiles faster.
+        if len(waiting) == PREVIEWED_TOGETHER:
             self._count(self._waiting.pop(x.shape[-1]))
         return x
 
     @property
     def bits(self) -> dict[str, Float[Array, "b s"]]:
-        """By layer name, mean bits at the positions."""
+        """Mean bits at the positions, by layer name."""
         while self._waiting:
             self._count(self._waiting.popitem()[1])
         return self._bits
 
-    def _count(self, seen: Mapping[str, Float[Array, "b s k"]]) -> None:
-        thresholds = jnp.stack([self.thresholds[name] for name in seen])[:, :, None]
-        levels = grading.levels(jnp.stack(list(seen.values())), thresholds)
-        self._bits |= zip(seen, grading.realised_bits(levels), strict=True)
+    def _count(self, inputs: Mapping[str, Float[Array, "b s k"]]) -> None:
+        thresholds = jnp.stack([self.thresholds[name] for name in inputs])[:, :, None]
+        levels = grading.levels(jnp.stack(list(inputs.values())), thresholds)
+        self._bits |= zip(inputs, grading.realised_bits(levels), strict=True)
 
 
 class Graded:
-    """Every layer graded by its input: channel j at level ``#{ l : |x_j| >= t_l }``.
+    """Applies every layer graded by its input: reads channel j at level ``#{ l : |x_j| >= t_l }``.
 
     Attributes:
-      thresholds: by layer name, float32 ``[P]``, or ``[B, P]`` for a set per row of the batch.
-      readings: by layer name, realised mean bits and largest ``|x|`` of every row of ``x.shape[:-1]``.
+      thresholds: Thresholds by layer name, float32 ``[P]``, or ``[B, P]`` for a set per row of the batch.
+      stats: Realised mean bits and largest ``|x|`` of every row of ``x.leading``, by layer name.
     """
 
     def __init__(self, thresholds: Mapping[str, Float[Array, "*b p"]]):
@@ -99,24 +107,13 @@ class Graded:
 
     @property
     def bits(self) -> dict[str, Float[Array, "*rows"]]:
-        """By layer name, realised mean bits of every row."""
-        return {name: reading.bits for name, reading in self.stats.items()}
+        """Realised mean bits of every row, by layer name."""
+        return {name: stats.bits for name, stats in self.stats.items()}
 
-    def __call__(
-        self, name: str, linear: GradedLinear, x: Float[Array, "*rows k"] | Activations
-    ) -> Float[Array, "*rows n"] | PartialSums:
-        if isinstance(x, Activations):
-            inputs, rows = x, (x.values.shape[0], 1)
-        else:
-            inputs, rows = Activations(x.reshape(-1, x.shape[-1])), x.shape[:-1]
+    def __call__(self, name: str, linear: GradedLinear, x: Activations) -> Activations:
         thresholds = self.thresholds[name]
-        if thresholds.ndim == 2:  # [B, P]: a batch row's positions share its thresholds
-            thresholds = thresholds.reshape(-1, *(1,) * (len(rows) - 1), thresholds.shape[-1])
-        planes = thresholds.shape[-1]
-        thresholds = jnp.broadcast_to(thresholds, (*rows, planes)).reshape(-1, planes)
-        y, reading = linear.graded(inputs, thresholds)
-        self.stats[name] = GradingStats(reading.packed.reshape(*rows, 2))
-        one_token = len(rows) == 2 and rows[1] == 1
-        if one_token and not of_head(name) and decode_rows.supports(y, inputs.values.dtype) is None:
-            return y
-        return y.total().reshape(*rows, -1).astype(jnp.float32 if of_head(name) else inputs.values.dtype)
+        if thresholds.ndim == 2:  # [B, P]: all positions of a batch row share its thresholds
+            thresholds = thresholds.reshape(-1, *(1,) * (len(x.leading) - 1), thresholds.shape[-1])
+        thresholds = jnp.broadcast_to(thresholds, (*x.leading, thresholds.shape[-1]))
+        y, self.stats[name] = linear.graded(x, thresholds)
+        return y if of_head(name) else y.astype(x.dtype)

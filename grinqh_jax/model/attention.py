@@ -1,4 +1,4 @@
-"""Causal grouped-query attention, within a sequence or against a key-value cache."""
+"""Causal grouped-query attention, within a sequence or against a KV cache."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 from grinqh_jax.model import rope
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.norm import rms_norm
-from pallas_kernels import Activations, PartialSums, decode_attention
+from pallas_kernels import Activations, decode_attention
 
 KeyValues = tuple[Float[Array, "b s kv_heads head_dim"], Float[Array, "b s kv_heads head_dim"]]
 """Keys and values of one layer."""
@@ -16,50 +16,42 @@ KeyValues = tuple[Float[Array, "b s kv_heads head_dim"], Float[Array, "b s kv_he
 @jax.named_scope("attention")
 def attend_heads(
     config: ModelConfig,
-    qkv: Float[Array, "b t all_heads_d"] | PartialSums,
-    norms: tuple[Float[Array, "head_dim"], Float[Array, "head_dim"]] | None,
+    qkv: Activations,
+    norm_scales: tuple[Float[Array, "head_dim"], Float[Array, "head_dim"]] | None,
     positions: Int[Array, "b t"],
     cache: KeyValues | None = None,
-) -> tuple[Float[Array, "b t heads_d"] | Activations, KeyValues]:
-    """From the projections of new tokens to what their heads attend to: norms, rotation, attention.
-
-    One new token per sequence takes one kernel where the device has it, XLA's operations otherwise.
+) -> tuple[Activations, KeyValues]:
+    """Computes head norms, rotation and attention. In a decode step on a GPU these are two kernels.
 
     Args:
-      config: for the numbers of heads and the rotation.
-      qkv: query heads, key heads, value heads; partial sums in a decode step on a GPU.
-      norms: scales of the query and key norms, for models that have them.
-      positions, cache: as in ``attend``.
+      config: Configuration of the model.
+      qkv: Query heads, key heads and value heads of the new tokens, side by side, ``[b, t, all_heads_d]``.
+      norm_scales: Scales of the query norm and the key norm, or None for models without these norms.
+      positions, cache: See ``attend``.
 
     Returns:
-      ``(outputs, (keys, values))``, the heads side by side; keys and values as in ``attend``.
+      ``(outputs [b, t, heads_d], (keys, values))``: the heads side by side; keys and values as in ``attend``.
     """
     batch, tokens = positions.shape
     heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
     frequencies = rope.inverse_frequencies(config.rope, head_dim)
     if cache is not None:
-        reason = decode_attention.supports(
-            tokens=tokens, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=cache[0].dtype
-        )
-        if reason is None:
-            in_parts = isinstance(qkv, PartialSums)
-            sums = qkv if in_parts else PartialSums(qkv.astype(jnp.float32)[None, :, 0], qkv.shape[-1])
+        sizes = {"tokens": tokens, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+        if decode_attention.supports(**sizes, dtype=cache[0].dtype) is None:
             cos, sin = rope.cos_sin(positions[:, 0], frequencies)
             outputs, *cache = decode_attention.decode_attention(
-                sums, cos, sin, norms, config.rms_norm_eps, *cache, positions[:, 0]
+                qkv, cos, sin, norm_scales, config.rms_norm_eps, *cache, positions[:, 0]
             )
-            return outputs if in_parts else outputs.values[:, None], tuple(cache)
-    if isinstance(qkv, PartialSums):
-        qkv = qkv.total()[:, None].astype(cache[0].dtype)
-    qkv = qkv.reshape(batch, tokens, -1, head_dim)
-    rotated, values = jnp.split(qkv, (heads + kv_heads,), axis=2)
-    if norms is not None:
+            return outputs, tuple(cache)
+    all_heads = qkv.array.reshape(batch, tokens, -1, head_dim)
+    rotated, values = jnp.split(all_heads, (heads + kv_heads,), axis=2)
+    if norm_scales is not None:
         is_query = jnp.arange(heads + kv_heads)[:, None] < heads
-        rotated = rms_norm(rotated, jnp.where(is_query, *norms), config.rms_norm_eps)
+        rotated = rms_norm(rotated, jnp.where(is_query, *norm_scales), config.rms_norm_eps)
     rotated = rope.rotate(rotated, positions, frequencies)
     queries, keys = jnp.split(rotated, (heads,), axis=2)
     outputs, cache = attend(queries, keys, values, positions, cache)
-    return outputs.reshape(batch, tokens, -1), cache
+    return Activations.of(outputs.reshape(batch, tokens, -1)), cache
 
 
 def attend(
@@ -69,17 +61,17 @@ def attend(
     positions: Int[Array, "b t"],
     cache: KeyValues | None = None,
 ) -> tuple[Float[Array, "b t heads head_dim"], KeyValues]:
-    """Attention of every query to the positions up to its own. Softmax in float32.
+    """Attends from every query to all positions up to its own, with a softmax in float32.
 
     Args:
-      queries, keys, values: of the new tokens; consecutive groups of query heads share a kv head.
-      positions: of the new tokens in their sequence.
-      cache: keys and values of the earlier tokens, slot = position. The new ones are written at
-        their positions (those beyond the last slot are dropped). Slots beyond a query's position are
-        never seen, so they may hold anything finite. None: the new tokens are the whole sequence.
+      queries, keys, values: Heads of the new tokens; consecutive groups of query heads share a kv head.
+      positions: Positions of the new tokens in their sequence.
+      cache: Keys and values of the earlier tokens; slot = position. The new ones are written at their
+        positions, and dropped beyond the last slot. No query sees the slots beyond its position, so these may
+        hold any finite values. None if the new tokens are the whole sequence.
 
     Returns:
-      ``(outputs, (keys, values))``, the latter as attended to: the updated cache, if there is one.
+      ``(outputs, (keys, values))``: keys and values are the updated cache, or those of the new tokens.
     """
     if cache is None:
         slots = positions

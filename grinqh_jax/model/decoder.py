@@ -19,7 +19,7 @@ from grinqh_jax.model.linear import GradedLinear, Linear, linear_of
 from grinqh_jax.model.norm import add_norm, rms_norm
 from grinqh_jax.model.output_projection import OutputProjection, block_shapes
 from grinqh_jax.model.swiglu import swiglu
-from pallas_kernels import Activations, NestedWeight, PartialSums
+from pallas_kernels import Activations, NestedWeight
 
 LAYER_LINEARS = ("qkv", "o", "gate_up", "down")
 """The linear layers of one decoder layer, in the order in which they run."""
@@ -50,8 +50,8 @@ class RMSNorm(nnx.Module):
         return rms_norm(x, self.scale[...], self.eps)
 
     def add(
-        self, x: Float[Array, "b t d"], update: Float[Array, "b t d"] | PartialSums | None
-    ) -> tuple[Float[Array, "b t d"], Float[Array, "b t d"] | Activations]:
+        self, x: Float[Array, "b t d"], update: Activations | None
+    ) -> tuple[Float[Array, "b t d"], Activations]:
         """``(x + update, its norm)``, see ``norm.add_norm``."""
         return add_norm(x, update, self.scale[...], self.eps)
 
@@ -105,19 +105,17 @@ class DecoderLayer(nnx.Module):
           ``(x, kv)``: see ``attention.attend_heads`` for kv.
         """
         x, update, kv = self.advance(name, x, None, positions, apply, kv)
-        if isinstance(update, PartialSums):
-            update = update.total()[:, None].astype(x.dtype)
-        return x + update, kv
+        return x + update.array, kv
 
     def advance(
         self,
         name: str,
         x: Float[Array, "b t d"],
-        update: Float[Array, "b t d"] | PartialSums | None,
+        update: Activations | None,
         positions: Int[Array, "b t"],
         apply: Apply,
         kv: KeyValues | None = None,
-    ) -> tuple[Float[Array, "b t d"], Float[Array, "b t d"] | PartialSums, KeyValues]:
+    ) -> tuple[Float[Array, "b t d"], Activations, KeyValues]:
         """Runs the layer on ``x + update``, and leaves its own last addition to the norm that follows."""
         x, normed = self.input_norm.add(x, update)
         qkv = apply(f"{name}.qkv", self.qkv, normed)
@@ -159,7 +157,7 @@ class Decoder(nnx.Module):
         positions: Int[Array, "b t"],
         apply: Apply,
         cache: Sequence[KeyValues] | None = None,
-    ) -> tuple[Float[Array, "b t d"] | Activations, list[KeyValues]]:
+    ) -> tuple[Activations, list[KeyValues]]:
         """Hidden states after the final norm, and the keys and values of every layer."""
         x, update = self.embed(tokens, self.compute_dtype), None
         cache = [None] * len(self.layers) if cache is None else cache
@@ -169,7 +167,7 @@ class Decoder(nnx.Module):
             kept.append(kv)
         return self.norm.add(x, update)[1], kept
 
-    def logits(self, x: Float[Array, "*rows d"] | Activations, apply: Apply) -> Float[Array, "*rows v"]:
+    def logits(self, x: Activations, apply: Apply) -> Float[Array, "*rows v"]:
         """float32 logits of hidden states."""
         return self.lm_head(x, apply)
 

@@ -13,7 +13,6 @@ from pallas_kernels import (
     Activations,
     GradingStats,
     NestedWeight,
-    PartialSums,
     dequantization,
     dequantize,
     graded_partial_sums,
@@ -94,8 +93,8 @@ class GradedLinear(nnx.Module):
             kernel = with_layout_constraint(dequantize(weight, dtype=x.dtype), Layout((0, 1)))
         return _matmul(x, kernel, dtype)
 
-    def graded(self, x: Activations, thresholds: Float[Array, "rows p"]) -> tuple[PartialSums, GradingStats]:
-        """``(y, reading)``: each channel read as its activation deserves (``graded_partial_sums``)."""
+    def graded(self, x: Activations, thresholds: Float[Array, "*any p"]) -> tuple[Activations, GradingStats]:
+        """Reads each channel at its level and returns ``(y, stats)`` (see ``graded_partial_sums``)."""
         return graded_partial_sums(x, self.weight, thresholds)
 
 

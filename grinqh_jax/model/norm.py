@@ -1,35 +1,38 @@
-"""Root mean square normalisation, and the residual addition before it."""
+"""Root mean square normalization, and the residual addition before it."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import Activations, PartialSums, decode_rows
+from pallas_kernels import Activations, decode_rows
 
 
 @jax.named_scope("norm")
 def rms_norm(
-    x: Float[Array, "*rows d"], scale: Float[Array, "*heads d"], eps: float
+    x: Float[Array, "*rows d"], norm_scale: Float[Array, "*heads d"], eps: float
 ) -> Float[Array, "*rows d"]:
-    """``x / sqrt(mean(x**2) + eps) * scale`` over the last axis, in float32 (arXiv 1910.07467)."""
+    """Returns ``x / sqrt(mean(x**2) + eps) * norm_scale`` over the last axis, computed in float32.
+
+    Source: arXiv 1910.07467.
+    """
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + eps)
-    return (wide * scale.astype(jnp.float32)).astype(x.dtype)
+    return (wide * norm_scale.astype(jnp.float32)).astype(x.dtype)
 
 
 @jax.named_scope("norm")
 def add_norm(
-    x: Float[Array, "b t d"],
-    update: Float[Array, "b t d"] | PartialSums | None,
-    scale: Float[Array, "d"],
-    eps: float,
-) -> tuple[Float[Array, "b t d"], Float[Array, "b t d"] | Activations]:
-    """``(x + update, rms_norm(x + update))``; in a decode step on a GPU one kernel.
+    x: Float[Array, "b t d"], update: Activations | None, norm_scale: Float[Array, "d"], eps: float
+) -> tuple[Float[Array, "b t d"], Activations]:
+    """Returns ``(x + update, rms_norm(x + update))``. In a decode step on a GPU this is one kernel.
 
-    See ``pallas_kernels.activations``.
+    Args:
+      x: Residual stream.
+      update: What the last product adds to it, ``[b, t, d]``; None for nothing.
+      norm_scale: Learned scale of the norm.
+      eps: Epsilon of the norm.
     """
-    if isinstance(update, PartialSums):
-        total, normed = decode_rows.add_norm(x[:, 0], update, scale, eps)
-        return total[:, None], normed
-    total = x if update is None else x + update
-    return total, rms_norm(total, scale, eps)
+    if update is not None and decode_rows.supports(update) is None:
+        return decode_rows.add_norm(x, update, norm_scale, eps)
+    total = x if update is None else x + update.array
+    return total, Activations.of(rms_norm(total, norm_scale, eps))

@@ -61,14 +61,14 @@ class OutputProjection(nnx.Module):
             )
             self.columns = nnx.Param(tree["columns"])
 
-    def __call__(self, x: Float[Array, "*rows d"] | Activations, apply: Apply) -> Float[Array, "*rows v"]:
+    def __call__(self, x: Activations, apply: Apply) -> Float[Array, "*rows v"]:
         """float32 logits; ``apply`` is called for each block."""
         return self.in_order(self.outputs(x, apply))
 
-    def outputs(self, x: Float[Array, "*rows d"] | Activations, apply: Apply) -> Float[Array, "*rows v"]:
+    def outputs(self, x: Activations, apply: Apply) -> Float[Array, "*rows v"]:
         """The same logits, in the order of the blocks' outputs."""
         outputs = [apply(name, block, x) for name, block in zip(self.names, self.blocks, strict=True)]
-        return jnp.concatenate([output.astype(jnp.float32) for output in outputs], axis=-1)
+        return jnp.concatenate([output.array.astype(jnp.float32) for output in outputs], axis=-1)
 
     def in_order(self, outputs: Float[Array, "*rows v"]) -> Float[Array, "*rows v"]:
         """``outputs`` in the order of the tokens."""

@@ -1,4 +1,4 @@
-"""Attention of a decode step on an NVIDIA GPU: launch of the lane program, merge of its partial results."""
+"""Launches attention of a decode step on an NVIDIA GPU, and the merge of its partial results."""
 
 import functools
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Int
 
-from pallas_kernels.activations import Activations, PartialSums
+from pallas_kernels.activations import Activations
 from pallas_kernels.decode_attention.merging import MergeRefs, merge_program
 from pallas_kernels.decode_attention.place import THREADS, WARPS, Refs, Shape
 from pallas_kernels.decode_attention.program import attention_program
@@ -16,17 +16,18 @@ from pallas_kernels.lanes.rows import Rows
 
 HEAD_DIMS = (64, 128)
 MAX_GROUP = WARPS - 2
-"""Query heads to a kv head: each is prepared by a warp, as are the new key and the new value."""
+"""Maximum number of query heads for each kv head. One warp prepares each query head, one the new key and one
+the new value."""
 
 BLOCKS = 128
-"""CTAs wanted: about one on every multiprocessor."""
+"""Number of CTAs to aim for: about one on every multiprocessor."""
 
 MIN_POSITIONS = 32
-"""Cached positions worth a split of their own."""
+"""Minimum number of cached positions in a split."""
 
 
 def supports(*, tokens: int, heads: int, kv_heads: int, head_dim: int, dtype) -> str | None:
-    """None if the kernel runs for these sizes on the device being compiled for, else the reason."""
+    """Returns None if the kernel supports these sizes on the device that is compiled for, else the reason."""
     if tokens != 1:
         return f"takes one new token of each sequence, not {tokens}"
     if jnp.dtype(dtype) != jnp.bfloat16:
@@ -39,29 +40,32 @@ def supports(*, tokens: int, heads: int, kv_heads: int, head_dim: int, dtype) ->
 
 
 def decode_attention(
-    qkv: PartialSums,
+    qkv: Activations,
     cos: Float[Array, "b half"],
     sin: Float[Array, "b half"],
-    scales: tuple[BFloat16[Array, "d"], BFloat16[Array, "d"]] | None,
+    norm_scales: tuple[Float[Array, "d"], Float[Array, "d"]] | None,
     eps: float,
     keys: BFloat16[Array, "b s kv_heads d"],
     values: BFloat16[Array, "b s kv_heads d"],
     lengths: Int[Array, "b"],
 ) -> tuple[Activations, BFloat16[Array, "b s kv_heads d"], BFloat16[Array, "b s kv_heads d"]]:
-    """Norm, rotation, cache update and attention of one new token per sequence.
+    """Computes head norms, rotation, cache update and attention for one new token of each sequence.
 
     Args:
-      qkv: the new tokens' query heads, key heads and value heads, before norm and rotation.
-      cos, sin: of the rotation angles, ``D / 2`` of them; the first half of a head rotates with the second.
-      scales: of the query and the key norm, or None for models without.
-      eps: of those norms.
-      keys, values: the cache, slot = position.
-      lengths: positions in the cache; the new token's slot. Its key and value are written there unless the
-        cache is full; the token attends to itself in any case.
+      qkv: Query heads, key heads and value heads of the new tokens, ``[B, 1, heads * D]``, before norm and
+        rotation; or their partial sums.
+      cos, sin: float32 cosine and sine of the ``D / 2`` rotation angles. The first half of a head is rotated
+        against the second.
+      norm_scales: Scales of the query norm and the key norm, or None for models without these norms.
+      eps: Epsilon of those norms.
+      keys, values: KV cache; slot = position.
+      lengths: Number of tokens in the cache, which is the slot of the new token. The new key and value are
+        written there unless the cache is full; the token always attends to itself.
 
     Returns:
-      ``(outputs, keys, values)``: bfloat16 ``[B, heads * D]``, and the updated cache.
+      ``(outputs, keys, values)``: bfloat16 ``[B, 1, heads * D]``, and the updated cache.
     """
+    partials = qkv.reshape((qkv.leading[0],)).partials.astype(jnp.float32)
     batch, capacity, kv_heads, head_dim = keys.shape
     shape = Shape(
         batch=batch,
@@ -70,22 +74,23 @@ def decode_attention(
         head_dim=head_dim,
         capacity=capacity,
         splits=max(1, min(BLOCKS // (batch * kv_heads), -(-capacity // MIN_POSITIONS))),
-        eps=None if scales is None else eps,
-        parts=qkv.parts.shape[0],
-        stored_columns=qkv.parts.shape[2],
+        eps=None if norm_scales is None else eps,
+        parts=partials.shape[0],
+        stored_columns=partials.shape[2],
     )
     unscaled = jnp.ones(head_dim, jnp.bfloat16)
-    q_scale, k_scale = (scale.astype(jnp.bfloat16) for scale in scales or (unscaled, unscaled))
+    q_scale, k_scale = (scale.astype(jnp.bfloat16) for scale in norm_scales or (unscaled, unscaled))
     keys_ref, values_ref = jax.new_ref(keys), jax.new_ref(values)
     lengths = lengths.astype(jnp.int32)
-    mixed, tops = _attention(shape)(qkv.parts, cos, sin, q_scale, k_scale, lengths, keys_ref, values_ref)
-    (outputs,) = _merge(shape)(mixed, tops)
-    return Activations(outputs), jax.freeze(keys_ref), jax.freeze(values_ref)
+    attend, merge = _attention(shape), _merge(shape)
+    results = attend(partials, cos, sin, q_scale, k_scale, lengths, keys_ref, values_ref)
+    (outputs,) = merge(*results)
+    return Activations.of(outputs[:, None]), jax.freeze(keys_ref), jax.freeze(values_ref)
 
 
 @functools.cache
 def _attention(shape: Shape):
-    """The kernel: arguments and results as in ``place.Refs``, without the shared memory."""
+    """Builds the kernel; its arguments and results are those of ``place.Refs`` without shared memory."""
     part = (shape.batch, shape.kv_heads, shape.splits, shape.group)
     return lane_kernel(
         "decode_attention_kernel",
@@ -102,7 +107,7 @@ def _attention(shape: Shape):
 
 @functools.cache
 def _merge(shape: Shape):
-    """Likewise, ``merging.MergeRefs``."""
+    """Builds the merge; its arguments and results are those of ``MergeRefs`` without shared memory."""
     rows = merged_rows(shape)
     return lane_kernel(
         "merge_attention_kernel",
@@ -115,5 +120,5 @@ def _merge(shape: Shape):
 
 
 def merged_rows(shape: Shape) -> Rows:
-    """The attention's outputs."""
+    """Returns the rows of the attention's outputs."""
     return Rows(shape.batch, shape.kv_heads * shape.group * shape.head_dim)

@@ -1,12 +1,12 @@
-"""Residual and norm, and SwiGLU, of a decode step on an NVIDIA GPU: one launch each between two products."""
+"""Residual addition with RMSNorm, and SwiGLU, as one kernel each in a decode step on an NVIDIA GPU."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, BFloat16
+from jaxtyping import Array, BFloat16, Float
 
-from pallas_kernels.activations import Activations, PartialSums
+from pallas_kernels.activations import Activations
 from pallas_kernels.decode_rows.program import (
     AddNormRefs,
     Shape,
@@ -19,40 +19,51 @@ from pallas_kernels.lanes.launch import lane_kernel
 from pallas_kernels.lanes.rows import Rows
 
 
-def supports(sums: PartialSums, dtype) -> str | None:
-    """None if what follows a product may be these kernels, its rows being of ``dtype``, else the reason."""
-    if jnp.dtype(dtype) != jnp.bfloat16:
-        return f"takes bfloat16, not {jnp.dtype(dtype).name}"
+def supports(sums: Activations) -> str | None:
+    """Returns None if ``add_norm`` and ``swiglu`` take these partial sums of a product, else the reason."""
+    if len(sums.leading) != 2 or sums.leading[1] != 1:
+        return f"takes one token of each sequence, not rows of shape {sums.leading}"
+    if sums.partials.dtype != jnp.float32 or sums.square_partials is not None:
+        return f"takes float32 partial sums, not {sums.partials.dtype.name}"
+    if sums.dtype != jnp.bfloat16:
+        return f"takes sums that are rounded to bfloat16, not {sums.dtype.name}"
     if sums.features % 4:
         return f"takes a multiple of 4 columns, not {sums.features}"
     return device.problem()
 
 
 def add_norm(
-    x: BFloat16[Array, "rows n"], update: PartialSums, gain: BFloat16[Array, "n"], eps: float
-) -> tuple[BFloat16[Array, "rows n"], Activations]:
-    """``(x + update, its RMSNorm)``, the latter still to be divided by its root mean square.
+    x: BFloat16[Array, "b 1 n"], update: Activations, norm_scale: Float[Array, "n"], eps: float
+) -> tuple[BFloat16[Array, "b 1 n"], Activations]:
+    """Returns ``(x + update, rms_norm(x + update))``; the norm's factor is left to the next kernel.
 
     Args:
-      x: the residual stream.
-      update: what the last product adds to it.
-      gain: of the norm.
-      eps: of the norm.
+      x: Residual stream.
+      update: What the last product adds to it, as float32 partial sums.
+      norm_scale: Learned scale of the norm.
+      eps: Epsilon of the norm.
     """
-    rows = Rows(*x.shape)
-    total, values, squares = _add_norm(_shape(rows, update))(x, update.parts, gain.astype(jnp.bfloat16))
-    return total, Activations(values, squares, eps)
+    rows = Rows(x.shape[0], x.shape[2])
+    partials = _rows(update)
+    run = _add_norm(Shape(rows, partials.shape[0], partials.shape[2]))
+    total, values, squares = run(x[:, 0], partials, norm_scale.astype(jnp.bfloat16))
+    return total[:, None], Activations.of(values[:, None], squares[:, None], eps)
 
 
-def swiglu(gate_up: PartialSums) -> Activations:
-    """``silu(gate) * up`` in bfloat16, the gate being the first half of the columns."""
-    rows = Rows(gate_up.parts.shape[1], gate_up.features // 2)
-    (values,) = _swiglu(_shape(rows, gate_up))(gate_up.parts)
-    return Activations(values)
+def swiglu(gate_up: Activations) -> Activations:
+    """Returns ``silu(gate) * up`` in bfloat16.
+
+    Args:
+      gate_up: float32 partial sums ``[partials, B, 1, columns]``; the first half of the features is the gate.
+    """
+    partials = _rows(gate_up)
+    rows = Rows(partials.shape[1], gate_up.features // 2)
+    (values,) = _swiglu(Shape(rows, partials.shape[0], partials.shape[2]))(partials)
+    return Activations.of(values[:, None])
 
 
-def _shape(rows: Rows, sums: PartialSums) -> Shape:
-    return Shape(rows, sums.parts.shape[0], sums.parts.shape[2])
+def _rows(sums: Activations) -> Float[Array, "partials b columns"]:
+    return sums.reshape((sums.leading[0],)).partials
 
 
 @functools.cache

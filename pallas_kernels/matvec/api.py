@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.activations import Activations, PartialSums
+from pallas_kernels.activations import Activations
 from pallas_kernels.grading import GradingStats
 from pallas_kernels.matvec import mosaic_gpu, reference, xla
 from pallas_kernels.weight import NestedWeight
@@ -14,8 +14,9 @@ from pallas_kernels.weight import NestedWeight
 Implementation = Literal["reference", "xla", "mosaic_gpu"]
 
 IMPLEMENTATIONS = {"mosaic_gpu": mosaic_gpu, "xla": xla, "reference": reference}
-"""By name, in the order in which they are asked. Each has ``supports(x, weight)``, None or the reason
-why not, and ``partial_sums(x, weight, thresholds [rows, P])``, see ``graded_partial_sums``."""
+"""Implementations by name, in order of preference. Each has ``supports(x [rows, K], weight)``, which returns
+None or the reason why not, and ``partial_sums(x [rows, K], weight, thresholds [rows, P])``, see
+``graded_partial_sums``."""
 
 
 def graded_matvec(
@@ -25,28 +26,28 @@ def graded_matvec(
     *,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "*rows n"], Float[Array, "*rows"]]:
-    """``y = x @ W`` where each input channel is read only at the level its activation deserves.
+    """Computes ``y = x @ W`` and reads each input channel only at the level that its activation deserves.
 
     Args:
-      x: activations ``[in_features]`` or ``[rows, in_features]``; float32, bfloat16 or float16.
-      weight: the nested weight.
-      thresholds: ``[P]``, or ``[rows, P]`` for a set of thresholds per row; ascending, ``>= 0``;
-        channel j is read at level ``#{ l : |x_j| >= t_l }`` (see ``grading.levels``).
-      implementation: by name; by default the first that supports the arguments and the device.
+      x: Activations ``[in_features]`` or ``[rows, in_features]``; float32, bfloat16 or float16.
+      weight: The nested weight.
+      thresholds: ``[P]``, or ``[rows, P]`` for different thresholds in each row; ascending, ``>= 0``.
+        Channel j is read at level ``#{ l : |x_j| >= t_l }`` (see ``grading.levels``).
+      implementation: Name of the implementation. The default is the first that supports the arguments and
+        the device.
 
     Returns:
       ``(y, realised_bits)``: float32 ``[..., out_features]``, and float32 ``[...]`` mean bits read per
-      weight of each row, scales (0.125 bits) not counted. A NaN or Inf in x makes y non-finite.
+      weight in each row, without the scales' 0.125 bits. A NaN or Inf in a row of x makes that row of y
+      non-finite.
 
     Raises:
-      ValueError: shapes or dtypes do not fit, or the implementation is unknown.
-      NotImplementedError: no (or not the named) implementation supports the arguments; says why.
+      ValueError: Shapes or dtypes do not fit, or the implementation is unknown.
+      NotImplementedError: No implementation, or not the named one, supports the arguments; gives the reasons.
     """
     _check(x, weight, thresholds)
-    rows = x if x.ndim == 2 else x[None]
-    sums, reading = graded_partial_sums(Activations(rows), weight, thresholds, implementation=implementation)
-    y = sums.total()
-    return (y, reading.bits) if x.ndim == 2 else (y[0], reading.bits[0])
+    y, stats = graded_partial_sums(Activations.of(x), weight, thresholds, implementation=implementation)
+    return y.array, stats.bits
 
 
 def graded_partial_sums(
@@ -55,34 +56,41 @@ def graded_partial_sums(
     thresholds: Float[Array, "*any p"],
     *,
     implementation: Implementation | None = None,
-) -> tuple[PartialSums, GradingStats]:
-    """``graded_matvec`` between neighbours that take part in its sums (see ``activations``).
+) -> tuple[Activations, GradingStats]:
+    """Computes ``graded_matvec`` and leaves its sums to the kernel that reads the result.
 
     Args:
-      x: activations, with parts of the norm that they still lack.
-      weight, thresholds, implementation: as in ``graded_matvec``.
+      x: Activations of any leading shape, possibly without the factor of a norm.
+      weight, implementation: See ``graded_matvec``.
+      thresholds: ``[P]``, or ``[*leading, P]`` for different thresholds in each row.
 
     Returns:
-      ``(sums, reading)``: ``sums.total()`` is y, and ``reading`` what was found in x.
+      ``(y, stats)``: float32 partial sums of y with the leading shape of x, and the bits read and the largest
+      activation of each row.
 
     Raises:
-      ValueError, NotImplementedError: as ``graded_matvec``.
+      ValueError, NotImplementedError: As ``graded_matvec``.
     """
-    _check(x.values, weight, thresholds)
-    thresholds = jnp.broadcast_to(thresholds, (x.values.shape[0], weight.num_planes))
-    chosen = choose(x.values, weight, implementation)
-    return IMPLEMENTATIONS[chosen].partial_sums(x, weight, thresholds)
+    rows = x.reshape((-1,))
+    shape = jax.ShapeDtypeStruct((*rows.leading, rows.features), rows.dtype)
+    if thresholds.ndim > 1:
+        thresholds = thresholds.reshape(-1, thresholds.shape[-1])
+    _check(shape, weight, thresholds)
+    thresholds = jnp.broadcast_to(thresholds, (shape.shape[0], weight.num_planes))
+    chosen = IMPLEMENTATIONS[choose(shape, weight, implementation)]
+    y, stats = chosen.partial_sums(rows, weight, thresholds)
+    return y.reshape(x.leading), GradingStats(stats.packed.reshape(*x.leading, 2))
 
 
 def choose(
     x: Array | jax.ShapeDtypeStruct, weight: NestedWeight, implementation: Implementation | None = None
 ) -> Implementation:
-    """The implementation that ``graded_matvec`` runs for these arguments on the default device.
+    """Returns the implementation that ``graded_matvec`` runs for these arguments on the default device.
 
-    Looks at shapes and dtypes only: ``x`` is ``[rows, in_features]``, and it and the weight may be abstract.
+    Looks only at shapes and dtypes, so x ``[rows, in_features]`` and the weight may be abstract.
 
     Raises:
-      ValueError, NotImplementedError: as ``graded_matvec``.
+      ValueError, NotImplementedError: As ``graded_matvec``.
     """
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import codes, grading
-from pallas_kernels.activations import Activations, PartialSums
+from pallas_kernels.activations import Activations
 from pallas_kernels.weight import NestedWeight
 
 
@@ -16,13 +16,13 @@ def supports(x, weight: NestedWeight) -> str | None:
 
 def partial_sums(
     x: Activations, weight: NestedWeight, thresholds: jax.Array
-) -> tuple[PartialSums, grading.GradingStats]:
-    """See ``api.graded_partial_sums``; one part."""
+) -> tuple[Activations, grading.GradingStats]:
+    """See ``api.graded_partial_sums``. Takes ``[rows, K]`` and returns one partial."""
 
     def one_row(x, level):
         w = codes.dequantize(weight, level)
         return jnp.dot(x.astype(jnp.float32), w, precision=jax.lax.Precision.HIGHEST)
 
-    level = grading.levels(x.values, x.scaled(thresholds))
+    level = grading.levels(x.values, x.scale_thresholds(thresholds))
     y = jax.lax.map(lambda row: one_row(*row), (x.values, level))
-    return PartialSums((y * x.factor())[None], weight.out_features), grading.stats(x, level)
+    return Activations.of(y * x.factor()), grading.stats(x, level)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import codes, grading, layout
-from pallas_kernels.activations import Activations, PartialSums
+from pallas_kernels.activations import Activations
 from pallas_kernels.weight import NestedWeight
 
 ROWS_BY_CHANNEL = 8
@@ -35,10 +35,10 @@ def supports(x, weight: NestedWeight) -> str | None:
 
 def partial_sums(
     x: Activations, weight: NestedWeight, thresholds: jax.Array
-) -> tuple[PartialSums, grading.GradingStats]:
-    """See ``api.graded_partial_sums``; one part, any rows."""
-    level = grading.levels(x.values, x.scaled(thresholds))
-    reading = grading.stats(x, level)
+) -> tuple[Activations, grading.GradingStats]:
+    """See ``api.graded_partial_sums``. Takes any ``[rows, K]`` and returns one partial."""
+    level = grading.levels(x.values, x.scale_thresholds(thresholds))
+    stats = grading.stats(x, level)
     padding = ((0, 0), (0, weight.planes.shape[1] - weight.in_features))
     values = x.values.astype(jnp.float32) * grading.level_gains(level, weight.gains)
     values = jnp.pad(values, padding)
@@ -51,7 +51,7 @@ def partial_sums(
     else:
         y = _dense(*arguments)
     y = y[:, positions[: weight.out_features]] * x.factor()
-    return PartialSums(y[None], weight.out_features), reading
+    return Activations.of(y), stats
 
 
 def _by_channel(x, level, planes, scales):

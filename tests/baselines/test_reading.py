@@ -36,7 +36,7 @@ def found_levels(model, tokens, thresholds):
     strategy, found = Graded(thresholds), {}
 
     def apply(name, linear, x):
-        found[name] = grading.levels(x, thresholds[name])
+        found[name] = grading.levels(x.array, thresholds[name])
         return strategy(name, linear, x)
 
     model(tokens, apply)

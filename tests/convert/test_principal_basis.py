@@ -20,7 +20,7 @@ from checkpoints_tools.convert.principal_basis import (
 from grinqh_jax.hf import load_decoder, open_checkpoint
 from grinqh_jax.model.apply import Dense, Graded
 from grinqh_jax.model.linear import GradedLinear
-from pallas_kernels import codes, quantize
+from pallas_kernels import Activations, codes, quantize
 
 WINDOWS = np.random.default_rng(4).integers(0, 300, (4, 48)).astype(np.int32)
 
@@ -57,9 +57,9 @@ class Inputs(Dense):
     def __init__(self):
         self.seen = {}
 
-    def __call__(self, name, linear, x):
+    def product(self, name, linear, x):
         self.seen[name] = x, linear
-        return super().__call__(name, linear, x)
+        return super().product(name, linear, x)
 
 
 def test_the_function_is_the_same(source, rotated):
@@ -130,7 +130,7 @@ def graded_error(checkpoint, bits):
             in_features=w.shape[0],
             out_features=w.shape[1],
         )
-        y = Graded({name: jnp.asarray(table[0])})(name, linear, x)
+        y = Graded({name: jnp.asarray(table[0])})(name, linear, Activations.of(x)).array
         exact = dense.dense(x)
         error += float(jnp.sum((y - exact) ** 2))
         energy += float(jnp.sum(exact**2))

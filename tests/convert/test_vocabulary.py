@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from checkpoints_tools.convert import vocabulary
 from grinqh_jax.model.apply import Dense
 from grinqh_jax.model.output_projection import OutputProjection, block_shapes, block_sizes
+from pallas_kernels import Activations
 
 
 @pytest.mark.parametrize(
@@ -66,6 +67,6 @@ def test_logits_are_in_the_order_of_the_tokens():
         called.append(name)
         return Dense()(name, linear, x)
 
-    logits = OutputProjection(tree, (16, 5000), jnp.float32)(x, apply)
+    logits = OutputProjection(tree, (16, 5000), jnp.float32)(Activations.of(x), apply)
     assert called == list(block_shapes(16, 5000))
     np.testing.assert_allclose(logits, np.asarray(x) @ kernel, rtol=1e-4, atol=1e-5)

@@ -12,7 +12,7 @@ def linear_inputs(model, tokens):
     dense, seen = apply.Dense(), {}
 
     def keep(name, linear, x):
-        seen[name] = x
+        seen[name] = x.array
         return dense(name, linear, x)
 
     model(tokens, keep)

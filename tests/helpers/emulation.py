@@ -16,7 +16,7 @@ def emulate(
 
     Fails if an output is left unwritten, or the largest ``|x|`` is not what numpy says.
     """
-    inputs = Activations(x, squares, eps=eps)
+    inputs = Activations.of(x, squares, eps=eps)
     geometry = geometry_of(inputs, weight, config)
     squares = thresholds if squares is None else squares
     gains = np.ones(weight.num_planes, np.float32) if weight.gains is None else weight.gains

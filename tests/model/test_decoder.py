@@ -14,6 +14,7 @@ from grinqh_jax.hf.reader import open_checkpoint
 from grinqh_jax.model import apply, decoder
 from grinqh_jax.model.decoder import Decoder
 from grinqh_jax.model.linear import GradedLinear
+from pallas_kernels import Activations
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 TOLERANCE = 1e-4
@@ -89,7 +90,7 @@ def test_a_reading_has_the_bits_and_the_largest_activation_of_every_position():
     x = jnp.array([[[0.5, -3.0] + [0.0] * 62, [1.0] * 64]])
     thresholds = jnp.array([0.1, 0.4, 1.5, 2.0])
     strategy = apply.Graded({"layers.0.qkv": thresholds})
-    strategy("layers.0.qkv", model.linear("layers.0.qkv"), x)
+    strategy("layers.0.qkv", model.linear("layers.0.qkv"), Activations.of(x))
     reading = strategy.stats["layers.0.qkv"]
     np.testing.assert_allclose(reading.max_abs, [[3.0, 1.0]])
     np.testing.assert_allclose(reading.bits, [[(4 + 8) / 64, 4.0]])

@@ -7,10 +7,12 @@ from random_models import graded_model_tree
 
 from grinqh_jax.model.apply import Dense
 from grinqh_jax.model.output_projection import OutputProjection, block_sizes
+from pallas_kernels import Activations
 
 HIDDEN, VOCABULARY = 128, 2600
 KERNEL = np.random.default_rng(0).standard_normal((HIDDEN, VOCABULARY)).astype(np.float32)
-X = jnp.asarray(np.random.default_rng(1).standard_normal((2, 3, HIDDEN)), jnp.float32)
+X = np.random.default_rng(1).standard_normal((2, 3, HIDDEN)).astype(np.float32)
+INPUTS = Activations.of(jnp.asarray(X))
 
 
 def projection(tree) -> OutputProjection:
@@ -24,14 +26,14 @@ def graded() -> OutputProjection:
 
 def test_logits_are_in_the_order_of_the_tokens(graded):
     assert len(graded.blocks) == len(block_sizes(VOCABULARY)) == 3
-    exact = np.asarray(X, np.float64) @ KERNEL
-    error = np.asarray(graded(X, Dense())) - exact  # of 8-bit codes
+    exact = X.astype(np.float64) @ KERNEL
+    error = np.asarray(graded(INPUTS, Dense())) - exact  # of 8-bit codes
     assert np.linalg.norm(error) < 0.02 * np.linalg.norm(exact)
 
 
 def test_tokens_name_the_outputs(graded):
-    outputs, tokens = np.asarray(graded.outputs(X, Dense())), np.asarray(graded.tokens())
-    logits = np.asarray(graded(X, Dense()))
+    outputs, tokens = np.asarray(graded.outputs(INPUTS, Dense())), np.asarray(graded.tokens())
+    logits = np.asarray(graded(INPUTS, Dense()))
     assert sorted(tokens) == list(range(VOCABULARY)) != tokens.tolist()
     np.testing.assert_array_equal(logits[..., tokens], outputs)
 
@@ -39,4 +41,4 @@ def test_tokens_name_the_outputs(graded):
 def test_a_dense_projection_is_in_order():
     dense = projection({"kernel": KERNEL})
     assert dense.tokens().tolist() == list(range(VOCABULARY))
-    np.testing.assert_array_equal(dense.outputs(X, Dense()), dense(X, Dense()))
+    np.testing.assert_array_equal(dense.outputs(INPUTS, Dense()), dense(INPUTS, Dense()))

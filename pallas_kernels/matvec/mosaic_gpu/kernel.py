@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from pallas_kernels import layout
-from pallas_kernels.activations import Activations, PartialSums
+from pallas_kernels.activations import Activations
 from pallas_kernels.grading import GradingStats
 from pallas_kernels.lanes import device
 from pallas_kernels.lanes.launch import lane_kernel
@@ -44,8 +44,8 @@ def graded_matvec(
     config: Config | None = None,
 ) -> tuple[Float32[Array, "rows n"], Float32[Array, "rows"]]:
     """See ``api.graded_matvec``; 1 to 8 rows. ``config``: the tuning, as in ``partial_sums``."""
-    sums, reading = partial_sums(Activations(x), weight, thresholds, config=config)
-    return sums.total(), reading.bits
+    y, stats = partial_sums(Activations.of(x), weight, thresholds, config=config)
+    return y.array, stats.bits
 
 
 def partial_sums(
@@ -54,19 +54,19 @@ def partial_sums(
     thresholds: Float[Array, "rows p"],
     *,
     config: Config | None = None,
-) -> tuple[PartialSums, GradingStats]:
-    """See ``api.graded_partial_sums``; 1 to 8 rows.
+) -> tuple[Activations, GradingStats]:
+    """See ``api.graded_partial_sums``. Takes 1 to 8 rows ``[rows, K]``.
 
     Args:
       config: the tuning, chosen by ``tuning.best_config`` if not given.
     """
     geometry = geometry_of(x, weight, config)
     # A launch has the same operands whether it uses them or not.
-    squares = thresholds if x.squares is None else x.squares
+    squares = thresholds if x.square_partials is None else x.square_partials
     gains = jnp.ones(weight.num_planes) if weight.gains is None else weight.gains
     floats = [a.astype(jnp.float32) for a in (thresholds, squares, gains)]
-    parts, reading = launch(geometry)(x.values, *floats, weight.planes, weight.scales)
-    return PartialSums(parts, weight.out_features), GradingStats(reading)
+    partials, stats = launch(geometry)(x.values, *floats, weight.planes, weight.scales)
+    return Activations.sums(partials, weight.out_features), GradingStats(stats)
 
 
 def geometry_of(x: Activations, weight: NestedWeight, config: Config | None = None) -> Geometry:
@@ -77,10 +77,10 @@ def geometry_of(x: Activations, weight: NestedWeight, config: Config | None = No
         stored_k=stored_k,
         stored_n=stored_n,
         planes=weight.num_planes,
-        rows=x.values.shape[0],
-        x_dtype=x.values.dtype.name,
+        rows=x.leading[0],
+        x_dtype=x.dtype.name,
         config=config or ANY_CONFIG,
-        squares=0 if x.squares is None else x.squares.shape[1],
+        squares=0 if x.square_partials is None else x.square_partials.shape[1],
         eps=x.eps,
     )
     if config is None:

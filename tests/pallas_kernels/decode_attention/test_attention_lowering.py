@@ -7,6 +7,7 @@ from jax.sharding import AxisType
 
 from grinqh_jax.benchmarking import random_model
 from grinqh_jax.model import attention
+from pallas_kernels import Activations
 from pallas_kernels.lanes import device
 
 pytestmark = pytest.mark.skipif(
@@ -32,7 +33,9 @@ def test_lowers_for(kind, multiprocessors, name):
     gpu = jax.sharding.AbstractDevice(device_kind=kind, num_cores=multiprocessors, platform="gpu")
     mesh = jax.sharding.AbstractMesh((1,), ("x",), (AxisType.Explicit,), abstract_device=gpu)
     with jax.sharding.use_abstract_mesh(mesh):
-        step = jax.jit(lambda *args: attention.attend_heads(config, *args), donate_argnums=3)
+        step = jax.jit(
+            lambda qkv, *args: attention.attend_heads(config, Activations.of(qkv), *args), donate_argnums=3
+        )
         text = step.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
     attending, merging = [
         line for line in text.splitlines() if "mosaic_gpu" in line and "custom_call" in line

@@ -7,7 +7,7 @@ import pytest
 
 from grinqh_jax.benchmarking import random_model
 from grinqh_jax.model import attention
-from pallas_kernels import decode_attention
+from pallas_kernels import Activations, decode_attention
 
 pytestmark = pytest.mark.gpu
 
@@ -32,7 +32,7 @@ def test_agrees_with_xla(monkeypatch, name, lengths):
     def run():
         step = jax.jit(
             lambda qkv, norms, positions, cache: attention.attend_heads(
-                config, qkv, norms if config.qk_norm else None, positions, cache
+                config, Activations.of(qkv), norms if config.qk_norm else None, positions, cache
             )
         )
         return jax.tree.map(lambda a: np.asarray(a, np.float32), step(qkv, norms, positions, cache))

@@ -11,11 +11,15 @@ from grinqh_jax.decoding.thresholds import model_thresholds
 from grinqh_jax.model.cache import KVCache
 from grinqh_jax.model.norm import add_norm, rms_norm
 from grinqh_jax.model.swiglu import swiglu
-from pallas_kernels import PartialSums, decode_rows
+from pallas_kernels import Activations, decode_rows
 
 pytestmark = pytest.mark.gpu
 
 SIZES = [(1, 4096, 48), (8, 4096, 16), (3, 1024, 4), (1, 12288, 16), (2, 14336, 7)]
+
+
+def partial_sums(key, shape) -> Activations:
+    return Activations.sums(jax.random.normal(key, shape), shape[-1]).astype(jnp.bfloat16)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -23,16 +27,16 @@ def test_agrees_with_xla(size):
     rows, columns, parts = size
     keys = jax.random.split(jax.random.key(0), 4)
     x = jax.random.normal(keys[0], (rows, 1, columns), jnp.bfloat16)
-    gain = 1 + 0.1 * jax.random.normal(keys[1], (columns,), jnp.bfloat16)
-    update = PartialSums(jax.random.normal(keys[2], (parts, rows, columns)), columns)
-    total, normed = jax.jit(add_norm, static_argnums=3)(x, update, gain, 1e-6)
-    expected = x[:, 0].astype(jnp.float32) + update.total()
-    np.testing.assert_allclose(total[:, 0].astype(np.float32), expected, rtol=2**-7, atol=1e-5)
-    expected = rms_norm(total[:, 0].astype(jnp.float32), gain, 1e-6)
+    norm_scale = 1 + 0.1 * jax.random.normal(keys[1], (columns,), jnp.bfloat16)
+    update = partial_sums(keys[2], (parts, rows, 1, columns))
+    total, normed = jax.jit(add_norm, static_argnums=3)(x, update, norm_scale, 1e-6)
+    expected = x.astype(jnp.float32) + update.astype(jnp.float32).array
+    np.testing.assert_allclose(total.astype(np.float32), expected, rtol=2**-7, atol=1e-5)
+    expected = rms_norm(total.astype(jnp.float32), norm_scale, 1e-6)
     np.testing.assert_allclose(normed.values * normed.factor(), expected, rtol=2**-7, atol=1e-5)
-    gate_up = PartialSums(jax.random.normal(keys[3], (parts, rows, 2 * columns)), 2 * columns)
+    gate_up = partial_sums(keys[3], (parts, rows, 1, 2 * columns))
     activated = jax.jit(swiglu)(gate_up)
-    expected = swiglu(gate_up.total())
+    expected = swiglu(gate_up.astype(jnp.float32)).array
     np.testing.assert_allclose(activated.values.astype(np.float32), expected, rtol=2**-7, atol=1e-4)
 
 

@@ -13,7 +13,7 @@ from matvec_cases import Case
 
 from grinqh_jax.benchmarking import random_model
 from grinqh_jax.model.decoder import linear_shapes
-from pallas_kernels import NestedWeight, PartialSums, graded_matvec, layout
+from pallas_kernels import Activations, NestedWeight, graded_matvec, layout
 from pallas_kernels.lanes import device
 from pallas_kernels.matvec import choose
 from pallas_kernels.matvec.mosaic_gpu import Config, geometry, kernel, supports, tuning
@@ -182,4 +182,4 @@ def test_partial_sums_are_added_from_the_first_to_the_last():
     """float32 addition is not associative: 1 disappears beside 2**24 unless 2**24 is cancelled first."""
     parts = jnp.asarray([2.0**24, -(2.0**24), 1.0, 2.0**24], jnp.float32)[:, None, None]
     for order, total in (([0, 1, 2, 3], 2.0**24), ([0, 1, 2], 1), ([2, 0, 1], 0)):
-        assert PartialSums(parts[jnp.asarray(order)], 1).total()[0, 0] == total
+        assert Activations.sums(parts[jnp.asarray(order)], 1).array[0, 0] == total

@@ -44,12 +44,12 @@ def _gpu():
 def test_agrees_with_float64(case):
     x, weight, thresholds = case.arrays()
     assert kernel.supports(x, weight) is None
-    run = jax.jit(lambda x, w, t: kernel.partial_sums(Activations(x), w, t, config=case.config))
-    sums, reading = run(x, weight, thresholds)
-    assert_agrees_with_oracle(x, weight, thresholds, sums.total(), reading.bits)
-    np.testing.assert_array_equal(reading.max_abs, np.abs(x.astype(np.float32)).max(1))
+    run = jax.jit(lambda x, w, t: kernel.partial_sums(Activations.of(x), w, t, config=case.config))
+    y, stats = run(x, weight, thresholds)
+    assert_agrees_with_oracle(x, weight, thresholds, y.array, stats.bits)
+    np.testing.assert_array_equal(stats.max_abs, np.abs(x.astype(np.float32)).max(1))
     again, _ = run(x, weight, thresholds)
-    np.testing.assert_array_equal(np.asarray(sums.parts), np.asarray(again.parts))
+    np.testing.assert_array_equal(np.asarray(y.partials), np.asarray(again.partials))
 
 
 def test_a_norm_that_is_still_to_be_applied():
@@ -57,12 +57,12 @@ def test_a_norm_that_is_still_to_be_applied():
     x, weight, thresholds = Case(300, 512, rows=3).arrays()
     squares = np.asarray([[1, 2, 0.75], [0.25, 0.5, 0], [0, 0, 0]], np.float32)
     normed = (x.astype(np.float32) * [[0.5], [1], [2]]).astype(x.dtype)
-    inputs = Activations(jnp.asarray(x), jnp.asarray(squares), eps=0.25)
-    sums, reading = graded_partial_sums(inputs, weight, thresholds, implementation="mosaic_gpu")
-    y, expected_bits = graded_matvec(normed, weight, thresholds, implementation="mosaic_gpu")
-    np.testing.assert_allclose(sums.total(), y, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(reading.bits, expected_bits, atol=0.02)
-    np.testing.assert_allclose(reading.max_abs, np.abs(normed.astype(np.float32)).max(1), rtol=1e-6)
+    inputs = Activations.of(jnp.asarray(x), jnp.asarray(squares), eps=0.25)
+    y, stats = graded_partial_sums(inputs, weight, thresholds, implementation="mosaic_gpu")
+    expected, expected_bits = graded_matvec(normed, weight, thresholds, implementation="mosaic_gpu")
+    np.testing.assert_allclose(y.array, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(stats.bits, expected_bits, atol=0.02)
+    np.testing.assert_allclose(stats.max_abs, np.abs(normed.astype(np.float32)).max(1), rtol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -31,13 +31,13 @@ def test_the_program_reads_and_multiplies_what_the_norm_gives(case):
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_so_do_the_others(case, implementation):
     x, weight, thresholds = jax.tree.map(jnp.asarray, case.arrays())
-    inputs = Activations(x, jnp.asarray(SQUARES), eps=0.25)
-    sums, reading = graded_partial_sums(inputs, weight, thresholds, implementation=implementation)
+    inputs = Activations.of(x, jnp.asarray(SQUARES), eps=0.25)
+    y, stats = graded_partial_sums(inputs, weight, thresholds, implementation=implementation)
     normed = (x * FACTORS).astype(x.dtype)
-    y, normed_bits = graded_matvec(normed, weight, thresholds, implementation=implementation)
-    np.testing.assert_allclose(sums.total(), y, rtol=1e-6, atol=1e-6 * np.abs(y).max())
-    np.testing.assert_array_equal(reading.bits, normed_bits)
-    np.testing.assert_allclose(reading.max_abs, np.abs(normed.astype(np.float32)).max(1), rtol=1e-6)
+    expected, normed_bits = graded_matvec(normed, weight, thresholds, implementation=implementation)
+    np.testing.assert_allclose(y.array, expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
+    np.testing.assert_array_equal(stats.bits, normed_bits)
+    np.testing.assert_allclose(stats.max_abs, np.abs(normed.astype(np.float32)).max(1), rtol=1e-6)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 16, 32, 33, 70])
