@@ -1,4 +1,4 @@
-"""``python -m grinqh_jax.generate``: short for ``python -m grinqh_jax generate``."""
+"""``python -m grinqh_jax.generate``, the same command as ``grinqh-jax generate``."""
 
 import sys
 

@@ -1,1 +1,6 @@
-"""The command line: one module a verb, and the flags, errors and progress bars that verbs share."""
+"""The command line: one module per verb, and the code that verbs share.
+
+Verbs: ``generate``, ``chat``, ``perplexity``, ``evaluate``, ``lm_eval``, ``benchmark``; ``convert`` is
+``checkpoints_tools.convert.command``. Shared: ``command`` (errors and exit codes), ``flags``, ``generation``,
+``progress``, ``results``, ``text_input``. ``grinqh_jax.__main__`` maps each verb to its module.
+"""

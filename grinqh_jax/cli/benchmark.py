@@ -1,9 +1,9 @@
-"""``python -m grinqh_jax benchmark``: prompt and generation speed in rows like llama-bench's.
+"""The verb ``benchmark``: prompt and generation speed, in rows like those of llama-bench.
 
-``pp512`` reads a prompt of 512 tokens, ``tg128`` decodes 128 tokens one by one; each is run a few times to
-compile and to warm up, and then timed ``--repeats`` times. On a GPU the runs of ``tg`` are in a row, each
-asked for while the one before it is under way, as the chunks of a text are. Any model directory, or random
-weights of a published shape or of the shape of the model in a directory.
+``pp512`` reads a prompt of 512 tokens; ``tg128`` decodes 128 tokens one by one. Each test runs a few times
+to compile and to warm up, and is then timed ``--repeats`` times. On a GPU, each run of ``tg`` is dispatched
+while the previous one is in progress, as the decode chunks of a text are. The model comes from a directory,
+or has random weights in a published shape or in the shape of the model in a directory.
 """
 
 import argparse
@@ -15,14 +15,13 @@ from typing import Any
 import jax
 
 from grinqh_jax.benchmarking import measure, random_model
-from grinqh_jax.cli import command as cli
-from grinqh_jax.cli import flags
+from grinqh_jax.cli import command, flags
 from grinqh_jax.decoding.generator import Generator
 from grinqh_jax.errors import UsageError
 from grinqh_jax.model.decoder import Decoder
 
 BF16 = "bf16"
-"""In ``--bits``: an unquantized model of the same shape with random weights, for comparison."""
+"""The item of ``--bits`` that selects an unquantized model of the same shape with random weights."""
 
 COLUMNS = (
     ("model", 26, "<"),
@@ -31,45 +30,68 @@ COLUMNS = (
     ("realised", 9, ">"),
     ("tokens/s", 20, ">"),
     ("MB/token", 10, ">"),
-    ("of peak", 8, ">"),
+    ("bandwidth", 9, ">"),
 )
+"""Title, width and alignment of each column of the table."""
 
 
-def parser() -> cli.Parser:
-    """The command's result."""
-    result = cli.Parser(prog="grinqh-jax benchmark", description=__doc__.splitlines()[0])
+def parser() -> command.Parser:
+    """Returns the parser of the verb's flags."""
+    result = command.Parser(
+        prog="grinqh-jax benchmark",
+        description="Measure prompt (pp) and generation (tg) speed at batch 1, in rows like those of "
+        "llama-bench. The column bandwidth is the share of the device's measured read bandwidth that reading "
+        "weights and cache uses.",
+    )
     source = result.add_mutually_exclusive_group()
     flags.add_model(source)
     source.add_argument(
         "--shape",
         metavar="NAME_OR_DIR",
-        help="random weights instead of a model's: of a published shape, or of the model in a directory "
-        f"({', '.join(random_model.shapes())})",
+        help="use random weights in a published shape, or in the shape of the model in a directory; shapes: "
+        f"{', '.join(random_model.shapes())}",
     )
-    result.add_argument(
+    add = result.add_argument
+    add(
         "--bits",
         type=_bits_list,
         default=["2", "3", "4", "full", BF16],
-        metavar="LIST",
-        help="mean bits per weight, full (all that is stored), bf16 (random dense weights of the same "
-        "shape); default 2,3,4,full,bf16",
+        metavar="B,B,...",
+        help="settings to measure: mean bits per weight, full (all stored bits), or bf16 (random dense "
+        "weights in the same shape) (default: 2,3,4,full,bf16)",
     )
-    result.add_argument("--prompt-tokens", type=_tokens, default=512, metavar="N", help="of pp; 0 skips it")
-    result.add_argument("--generate-tokens", type=_tokens, default=128, metavar="N", help="of tg; 0 skips it")
-    result.add_argument(
-        "--context", type=_tokens, default=0, metavar="N", help="tokens before tg (default 0)"
+    add(
+        "--prompt-tokens",
+        type=flags.non_negative,
+        default=512,
+        metavar="N",
+        help="prompt length of the test pp; 0 skips it (default: 512)",
     )
-    result.add_argument("--repeats", type=_positive, default=5, metavar="N", help="timed runs (default 5)")
-    result.add_argument("--json", action="store_true", help="one JSON object per row on stdout")
+    add(
+        "--generate-tokens",
+        type=flags.non_negative,
+        default=128,
+        metavar="N",
+        help="tokens decoded by the test tg; 0 skips it (default: 128)",
+    )
+    add(
+        "--context",
+        type=flags.non_negative,
+        default=0,
+        metavar="N",
+        help="tokens in the cache before the test tg (default: 0)",
+    )
+    add("--repeats", type=flags.positive, default=5, metavar="N", help="timed runs per test (default: 5)")
+    add("--json", action="store_true", help="print one JSON object per line, not a table")
     return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code (see ``cli``)."""
-    return cli.run(_run, parser(), argv)
+    """Runs the verb; returns its exit code (see ``command``)."""
+    return command.run(_benchmark, parser(), argv)
 
 
-def _run(args: argparse.Namespace) -> int:
+def _benchmark(args: argparse.Namespace) -> int:
     bandwidth = measure.read_bandwidth()
     device = jax.devices()[0].device_kind
     print(f"{device}, jax {jax.__version__}, reads {bandwidth / 1e9:.0f} GB/s", file=sys.stderr)
@@ -82,26 +104,36 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def rows(args: argparse.Namespace, bandwidth: float) -> Iterator[dict[str, Any]]:
-    """One dict for each line of the result; see ``_row`` for the fields."""
+    """Measures all tests and settings; yields one result row each, with the fields that ``_row`` documents.
+
+    Args:
+      args: parsed flags.
+      bandwidth: read bandwidth of the device, bytes per second.
+
+    Raises:
+      UsageError: a setting of ``--bits`` is out of the model's range.
+    """
     label, model, targets = _load(args)
-    asked = [bits for bits in args.bits if bits != BF16]
-    if not model.graded and any(bits != "full" for bits in asked):
-        asked = ["full"]
+    graded_settings = [bits for bits in args.bits if bits != BF16]
+    if not model.graded and any(bits != "full" for bits in graded_settings):
+        graded_settings = ["full"]
         print(f"{label} is not quantized: only full bits are measured", file=sys.stderr)
     if model.graded:
-        low, high = targets[0], targets[-1]
-        beyond = [bits for bits in asked if bits != "full" and not low <= float(bits) <= high]
+        least, most = targets[0], targets[-1]
+        beyond = [bits for bits in graded_settings if bits != "full" and not least <= float(bits) <= most]
         if beyond:
-            raise UsageError(f"--bits {', '.join(beyond)}: {label} goes from {low:g} to {high:g}")
-    yield from _rows_of(label, model, targets, asked, args, bandwidth)
+            raise UsageError(
+                f"--bits {', '.join(beyond)}: the dial of {label} goes from {least:g} to {most:g}"
+            )
+    yield from _model_rows(label, model, targets, graded_settings, args, bandwidth)
     if BF16 in args.bits:
         config = model.config
-        del model  # two models of 8B at once would not fit everywhere
-        yield from _rows_of(label, random_model.dense(config), (), [BF16], args, bandwidth)
+        del model  # not every device holds two 8B models at once
+        yield from _model_rows(label, random_model.dense(config), (), [BF16], args, bandwidth)
 
 
 def _load(args: argparse.Namespace) -> tuple[str, Decoder, Sequence[float]]:
-    """``(name, model, targets)``; no targets for an unquantized model."""
+    """Returns ``(label, model, targets)``; ``targets`` is empty for an unquantized model."""
     if args.shape:
         model = random_model.graded(random_model.shape(args.shape))
         return random_model.label(args.shape), model, random_model.TARGETS
@@ -109,31 +141,34 @@ def _load(args: argparse.Namespace) -> tuple[str, Decoder, Sequence[float]]:
     return generator.directory.name, generator.model, tuple(generator.targets or ())
 
 
-def _rows_of(label, model: Decoder, targets, bits_list, args, bandwidth) -> Iterator[dict[str, Any]]:
-    if args.prompt_tokens and bits_list:
+def _model_rows(label, model: Decoder, targets, settings, args, bandwidth) -> Iterator[dict[str, Any]]:
+    if args.prompt_tokens and settings:
         run = measure.PrefillRun(model, args.prompt_tokens)
         timing = measure.timed(run.run, args.prompt_tokens, args.repeats)
-        bits = bits_list[0] if bits_list[0] == BF16 else "full"
+        bits = settings[0] if settings[0] == BF16 else "full"
         yield _row(label, f"pp{args.prompt_tokens}", bits, timing, {}, None)
-    if not args.generate_tokens or not bits_list:
+    if not args.generate_tokens or not settings:
         return
     run = measure.DecodeRun(model, args.context, args.generate_tokens)
-    for bits in bits_list:
+    for bits in settings:
         thresholds = None
         if model.graded:
-            wanted = targets[-1] if bits == "full" else float(bits)
-            thresholds = run.settled(targets, wanted)
+            thresholds = run.settled(targets, targets[-1] if bits == "full" else float(bits))
         timing = measure.timed_in_a_row(lambda t=thresholds: run.run(t), args.generate_tokens, args.repeats)
         figures = run.figures(run.run(thresholds))
-        moved = figures["bytes_per_token"] + run.cache_bytes()
-        share = moved * timing.mean / bandwidth
+        bytes_read = figures["bytes_per_token"] + run.cache_bytes()
+        share = bytes_read * timing.mean / bandwidth
         yield _row(label, f"tg{args.generate_tokens}", bits, timing, figures, share)
 
 
 def _row(label, test, bits, timing: measure.Timing, figures, share) -> dict[str, Any]:
-    """Fields: ``tokens_per_second`` mean and ``deviation`` over the repeats; ``realised_bits`` per weight
-    and ``bytes_per_token`` of weights, both as really read; ``share_of_read_bandwidth``: weights and cache
-    over what the device reads at most. The last three are None for a prompt."""
+    """Returns a result row.
+
+    Fields: ``tokens_per_second`` and ``deviation``, mean and standard deviation over the repeats;
+    ``realised_bits`` per weight and ``bytes_per_token`` of weights, both as read in the run;
+    ``share_of_read_bandwidth``, the bytes of weights and cache read per second over the device's read
+    bandwidth. The last three are None for a prompt.
+    """
     return {
         "model": label,
         "test": test,
@@ -147,18 +182,19 @@ def _row(label, test, bits, timing: measure.Timing, figures, share) -> dict[str,
 
 
 def _table_line(row: dict[str, Any]) -> str:
-    def shown(value, text):
-        return "-" if value is None else text(value)
+    def formatted(value, form):
+        return "-" if value is None else format(value, form)
 
+    megabytes = None if row["bytes_per_token"] is None else row["bytes_per_token"] / 1e6
     return _line(
         [
             row["model"],
             row["test"],
             row["bits"],
-            shown(row["realised_bits"], lambda v: f"{v:.2f}"),
+            formatted(row["realised_bits"], ".2f"),
             f"{row['tokens_per_second']:.2f} ± {row['deviation']:.2f}",
-            shown(row["bytes_per_token"], lambda v: f"{v / 1e6:.1f}"),
-            shown(row["share_of_read_bandwidth"], lambda v: f"{v:.1%}"),
+            formatted(megabytes, ".1f"),
+            formatted(row["share_of_read_bandwidth"], ".1%"),
         ]
     )
 
@@ -176,15 +212,3 @@ def _bits_list(text: str) -> list[str]:
     if not items:
         raise argparse.ArgumentTypeError("no bits given")
     return items
-
-
-def _tokens(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)

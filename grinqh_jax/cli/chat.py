@@ -1,23 +1,24 @@
-"""``python -m grinqh_jax chat``: a conversation in the terminal.
+"""The verb ``chat``: a conversation in the terminal.
 
-Each line read is one turn; an empty line is ignored. Ctrl-C ends an answer, Ctrl-D (or Ctrl-C at the
-prompt) the conversation. Answers go to stdout, everything else to stderr.
+Each input line is one turn; empty lines are ignored. Ctrl-C ends an answer. Ctrl-D, or Ctrl-C at the prompt,
+ends the conversation. Answers go to stdout, everything else to stderr.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
 
-from grinqh_jax.cli import command as cli
-from grinqh_jax.cli import flags, text_input
-from grinqh_jax.cli.generate import load, report
+from grinqh_jax.cli import command, flags, text_input
+from grinqh_jax.cli.generation import load_generator, print_statistics
 from grinqh_jax.errors import UsageError
 
 
-def parser() -> cli.Parser:
-    """The command's flags."""
-    result = cli.Parser(
-        prog="python -m grinqh_jax chat", description="Talk to a model that has a chat template."
+def parser() -> command.Parser:
+    """Returns the parser of the verb's flags."""
+    result = command.Parser(
+        prog="grinqh-jax chat",
+        description="Chat with a model in the terminal. The model needs a chat template. Each line is one "
+        "turn; Ctrl-C ends an answer, Ctrl-D ends the conversation.",
     )
     flags.add_model(result)
     flags.add_request(result)
@@ -25,13 +26,13 @@ def parser() -> cli.Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code (see ``cli``)."""
-    return cli.run(_chat, parser(), argv)
+    """Runs the verb; returns its exit code (see ``command``)."""
+    return command.run(_chat, parser(), argv)
 
 
 def _chat(args: argparse.Namespace) -> int:
-    wanted = flags.request(args)
-    generator = load(args.model)
+    request = flags.request(args)
+    generator = load_generator(args.model)
     if args.ignore_chat_template:
         raise UsageError("chat needs the chat template; leave out --ignore-chat-template, or use generate")
     if not generator.tokenizer.has_chat_template:
@@ -43,23 +44,23 @@ def _chat(args: argparse.Namespace) -> int:
             continue
         messages.append({"role": "user", "content": line})
         tokens = generator.tokenizer.chat(messages)
-        generation = generator.generate(tokens, wanted, max_context=args.max_context)
+        generation = generator.generate(tokens, request, max_context=args.max_context)
         interrupted = False
         try:
-            with cli.status("compiling"):
+            with command.status("compiling"):
                 generation.prepare()
             for text in generation:
                 print(text, end="", flush=True)
         except KeyboardInterrupt:
             interrupted = True
         print(flush=True)
-        report(generation.statistics(), interrupted)
+        print_statistics(generation.statistics(), interrupted)
         messages.append({"role": "assistant", "content": generation.text})
     return 0
 
 
 def _read_line() -> str | None:
-    """The next line of the user's; None at the end of the conversation."""
+    """Returns the user's next line, or None at the end of the conversation."""
     if sys.stdin.isatty():
         print("> ", end="", file=sys.stderr, flush=True)
     try:

@@ -1,7 +1,7 @@
-"""How every verb runs: errors as one line, exit codes, a status line while something takes its time.
+"""Runs a verb: one-line errors, exit codes, and a status line during slow steps.
 
-Exit codes: 0 done; 2 usage or bad input, with a one-line reason on stderr; 130 interrupted by Ctrl-C;
-1 anything else.
+Exit codes: 0 success; 2 wrong usage or bad input, with a one-line reason on stderr; 130 interrupted by
+Ctrl-C; 1 any other failure.
 """
 
 import argparse
@@ -17,7 +17,7 @@ USAGE_ERROR, INTERRUPTED = 2, 130
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, like every other error of the commands."""
+    """An argument parser that reports an error in one line, as all verbs do, and not with the full usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(USAGE_ERROR, f"error: {message} (see {self.prog} --help)\n")
@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def status(text: str) -> Iterator[None]:
-    """Says on stderr what takes its time, for as long as it does; nothing where that is no terminal."""
+    """Shows ``text`` on stderr while the block runs. Shows nothing if stderr is not a terminal."""
     shown = sys.stderr.isatty()
     if shown:
         print(f"{text} ...", end="", file=sys.stderr, flush=True)
@@ -37,10 +37,14 @@ def status(text: str) -> Iterator[None]:
 
 
 def run(command: Callable[[argparse.Namespace], int], parser: Parser, argv: Sequence[str] | None) -> int:
-    """Parses the flags and runs a command; returns the exit code and lets no user's mistake through."""
+    """Parses the flags, runs ``command`` on them and returns the exit code.
+
+    A ``GrinqhError``, which reports a user's mistake, becomes a line on stderr. Any other exception is a bug
+    and keeps its traceback.
+    """
     args = parser.parse_args(argv)
     try:
-        if hasattr(sys.stdout, "reconfigure"):  # text is UTF-8 whatever the locale says
+        if hasattr(sys.stdout, "reconfigure"):  # output is UTF-8 in every locale
             sys.stdout.reconfigure(encoding="utf-8")
         return command(args)
     except GrinqhError as error:
@@ -49,6 +53,7 @@ def run(command: Callable[[argparse.Namespace], int], parser: Parser, argv: Sequ
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # whoever read our output has had enough
+    except BrokenPipeError:
+        # The reader closed the pipe. Without this, the flush at exit would raise the same error again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -1,20 +1,19 @@
-"""``python -m grinqh_jax evaluate``: accuracy on word problems at each setting of the dial."""
+"""The verb ``evaluate``: accuracy on word problems at settings of the dial."""
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from grinqh_jax.cli import command as cli
-from grinqh_jax.cli import flags
+from grinqh_jax.cli import command, flags
 from grinqh_jax.cli.results import Result, show
 
 
-def parser() -> cli.Parser:
-    """The command's flags."""
-    result = cli.Parser(
-        prog="python -m grinqh_jax evaluate",
-        description="Accuracy on word problems (GSM8K's format), answered greedily with a chain of thought.",
+def parser() -> command.Parser:
+    """Returns the parser of the verb's flags."""
+    result = command.Parser(
+        prog="grinqh-jax evaluate",
+        description="Measure accuracy on word problems in the format of GSM8K. The model answers each "
+        "problem greedily with a chain of thought: prefill at full precision, graded decoding.",
     )
     flags.add_model(result)
     add = result.add_argument
@@ -23,30 +22,30 @@ def parser() -> cli.Parser:
         type=Path,
         required=True,
         metavar="FILE.jsonl",
-        help="a question and an answer that ends in #### N, a line",
+        help="problems; each line has a question, and an answer that ends in #### N",
     )
     flags.add_bits_list(result)
-    add("--limit", type=flags.positive, metavar="N", help="the first N problems (default all)")
+    add("--limit", type=flags.positive, metavar="N", help="use the first N problems (default: all)")
     add(
         "--max-tokens",
         type=flags.positive,
         default=256,
         metavar="N",
-        help="of an answer (default 256)",
+        help="largest number of tokens per answer (default: 256)",
     )
     add(
         "--batch",
         type=flags.positive,
         default=64,
         metavar="N",
-        help="most problems at a time (default 64)",
+        help="largest number of problems decoded together (default: 64)",
     )
     return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code (see ``cli``)."""
-    return cli.run(_evaluate, parser(), argv)
+    """Runs the verb; returns its exit code (see ``command``)."""
+    return command.run(_evaluate, parser(), argv)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -59,21 +58,19 @@ def _evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _results(generator, problems, bits: Sequence[float | str], args: argparse.Namespace) -> Iterator[Result]:
+def _results(
+    generator, problems, settings: Sequence[float | str], args: argparse.Namespace
+) -> Iterator[Result]:
     from grinqh_jax.cli.progress import Progress
     from grinqh_jax.evaluation.tasks import evaluate
 
-    with Progress("evaluate", len(bits) * len(problems), "problem") as progress:
-        for setting in bits:
+    with Progress("evaluate", len(settings) * len(problems), "problem") as progress:
+        for bits in settings:
             yield evaluate(
                 generator,
                 problems,
-                setting,
+                bits,
                 max_tokens=args.max_tokens,
                 batch=args.batch,
-                on_progress=lambda done, setting=setting: progress(done, f"{setting} bits"),
+                on_progress=lambda count, bits=bits: progress(count, f"{bits} bits"),
             )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

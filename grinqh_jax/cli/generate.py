@@ -1,43 +1,47 @@
-"""``python -m grinqh_jax.generate``: one prompt, one text.
+"""The verb ``generate``: continues a prompt.
 
-The text goes to stdout as it is decoded, everything else to stderr. Ctrl-C ends the text; the figures
-are still printed and the exit code is 130.
+The text streams to stdout; everything else goes to stderr. Ctrl-C ends the text. The statistics are still
+printed, and the exit code is 130.
 """
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 
-from grinqh_jax.cli import command as cli
-from grinqh_jax.cli import flags, text_input
+from grinqh_jax.cli import command, flags, text_input
+from grinqh_jax.cli.generation import load_generator, print_statistics
 from grinqh_jax.errors import UsageError
 
 
-def parser() -> cli.Parser:
-    """The command's flags."""
-    result = cli.Parser(prog="python -m grinqh_jax generate", description="Generate text from a prompt.")
+def parser() -> command.Parser:
+    """Returns the parser of the verb's flags."""
+    result = command.Parser(
+        prog="grinqh-jax generate",
+        description="Generate text from a prompt. The text streams to stdout, the statistics go to stderr. "
+        "If the model has a chat template, the prompt becomes the user's message.",
+    )
     flags.add_model(result)
     add = result.add_argument
-    add("-p", "--prompt", required=True, metavar="TEXT", help="the prompt; - reads standard input as it is")
-    add("--json", action="store_true", help="print one JSON object with the text and all figures")
+    add("-p", "--prompt", required=True, metavar="TEXT", help="prompt; - reads it from standard input")
+    add("--json", action="store_true", help="print one JSON object with the text and all statistics")
     flags.add_request(result)
     return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code (see ``cli``)."""
-    return cli.run(_generate, parser(), argv)
+    """Runs the verb; returns its exit code (see ``command``)."""
+    return command.run(_generate, parser(), argv)
 
 
 def _generate(args: argparse.Namespace) -> int:
     prompt = text_input.read_prompt(args.prompt)
-    wanted = flags.request(args)  # flags are checked before the model is loaded
-    generator = load(args.model)
-    generation = generator.generate(_tokens(generator, prompt, args), wanted, max_context=args.max_context)
+    request = flags.request(args)  # flags are checked before the model is loaded
+    generator = load_generator(args.model)
+    prompt_tokens = _apply_chat_template(generator, prompt, args)
+    generation = generator.generate(prompt_tokens, request, max_context=args.max_context)
     interrupted = False
     try:
-        with cli.status("compiling"):
+        with command.status("compiling"):
             generation.prepare()
         for text in generation:
             if not args.json:
@@ -56,30 +60,12 @@ def _generate(args: argparse.Namespace) -> int:
         print(json.dumps(result | statistics.to_json(), ensure_ascii=False))
     else:
         print(flush=True)
-    report(statistics, interrupted)
-    return cli.INTERRUPTED if interrupted else 0
+    print_statistics(statistics, interrupted)
+    return command.INTERRUPTED if interrupted else 0
 
 
-def load(model: str):
-    """The generator of a ``--model``."""
-    with cli.status(f"loading {model}"):
-        from grinqh_jax.decoding.generator import Generator
-
-        return Generator.load(model)
-
-
-def report(statistics, interrupted: bool = False) -> None:
-    """Prints the figures of a generation on stderr."""
-    if interrupted:
-        print("interrupted", file=sys.stderr)
-    for line in statistics.lines():
-        print(line, file=sys.stderr)
-    if warning := statistics.warning():
-        print(f"warning: {warning}", file=sys.stderr)
-
-
-def _tokens(generator, prompt: str, args: argparse.Namespace) -> str | list[int]:
-    """The prompt as the chat template wants it, or as it is where there is none."""
+def _apply_chat_template(generator, prompt: str, args: argparse.Namespace) -> str | list[int]:
+    """Returns the tokens of the templated prompt, or the prompt itself if no template applies."""
     templated = generator.tokenizer.has_chat_template and not args.ignore_chat_template
     if args.system_prompt is not None and not templated:
         reason = "it excludes --ignore-chat-template" if args.ignore_chat_template else "the model has none"
@@ -88,7 +74,3 @@ def _tokens(generator, prompt: str, args: argparse.Namespace) -> str | list[int]
         return prompt
     system = [] if args.system_prompt is None else [{"role": "system", "content": args.system_prompt}]
     return generator.tokenizer.chat([*system, {"role": "user", "content": prompt}])
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,25 +1,29 @@
-"""``python -m grinqh_jax lm-eval``: the command line of lm-evaluation-harness, with ``--model grinqh``."""
+"""The verb ``lm-eval``: the command line of lm-evaluation-harness with the model type ``grinqh``."""
 
 import sys
 from collections.abc import Sequence
 
-from grinqh_jax.cli import command as cli
+from grinqh_jax.cli import command
 from grinqh_jax.errors import GrinqhError
 
-_USAGE = """usage: grinqh-jax lm-eval --model grinqh --model_args pretrained=DIR,bits=B --tasks TASK ...
+_HELP = """usage: grinqh-jax lm-eval --model grinqh --model_args pretrained=DIR,bits=B --tasks TASK ...
 
-The command line of lm-evaluation-harness (grinqh-jax lm-eval run --help lists its flags), which knows
-GRINQH checkpoints as --model grinqh. Needs the extra eval: pip install 'grinqh-jax[eval]'.
+Run tasks of lm-evaluation-harness on a GRINQH checkpoint. All flags are the harness's
+own (grinqh-jax lm-eval run --help lists them).
+Needs the extra eval: pip install 'grinqh-jax[eval]'.
 
---model_args: pretrained (directory or hub id), bits (a number or full), max_length, max_gen_toks
---batch_size: most requests at a time; the harness's default of 1 is slow"""
+options:
+  --model_args ARGS  pretrained (directory or hub id), bits (a number or full),
+                     max_length, max_gen_toks
+  --batch_size N     largest number of requests read together; the harness's default
+                     of 1 is slow"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the harness with its own flags; returns its exit code (see ``cli``)."""
+    """Runs the harness on its own flags; returns the exit code (see ``command``)."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] in ("-h", "--help"):
-        print(_USAGE)
+        print(_HELP)
         return 0
     try:
         from lm_eval.__main__ import cli_evaluate
@@ -30,15 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"error: lm-evaluation-harness is not installed ({error}): pip install 'grinqh-jax[eval]'",
             file=sys.stderr,
         )
-        return cli.USAGE_ERROR
-    sys.argv = ["lm-eval", *argv]  # it reads no other arguments
+        return command.USAGE_ERROR
+    sys.argv = ["lm-eval", *argv]  # cli_evaluate reads sys.argv
     try:
         cli_evaluate()
     except GrinqhError as error:
         print(f"error: {error}", file=sys.stderr)
-        return cli.USAGE_ERROR
+        return command.USAGE_ERROR
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,47 +1,50 @@
-"""``python -m grinqh_jax perplexity``: how well a text is predicted at each setting of the dial."""
+"""The verb ``perplexity``: perplexity and KL divergence of a text at settings of the dial."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from grinqh_jax.cli import command as cli
-from grinqh_jax.cli import flags
+from grinqh_jax.cli import command, flags
 from grinqh_jax.cli.results import show
 
 
-def parser() -> cli.Parser:
-    """The command's flags."""
-    result = cli.Parser(
-        prog="python -m grinqh_jax perplexity",
-        description="Perplexity of a text, and KL divergence from full precision, with every token graded. "
-        "Standard errors take windows as the independent draws; those of the ratio to the reference are "
-        "paired.",
+def parser() -> command.Parser:
+    """Returns the parser of the verb's flags."""
+    result = command.Parser(
+        prog="grinqh-jax perplexity",
+        description="Measure the perplexity of a text, and its KL divergence and same-top-token share "
+        "against full precision, with every token graded. Standard errors treat windows, not tokens, as "
+        "independent. The standard error of the ratio to the reference is paired.",
     )
     flags.add_model(result)
     add = result.add_argument
-    add("--data", type=Path, required=True, metavar="FILE", help="text, or .jsonl with text or questions")
-    flags.add_bits_list(result)
     add(
-        "--tokens",
-        type=flags.positive,
-        metavar="N",
-        help="the first N tokens of the data (default all)",
+        "--data",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="text file, or a .jsonl file with text, or with question and answer, on each line",
     )
+    flags.add_bits_list(result)
+    add("--tokens", type=flags.positive, metavar="N", help="measure the first N tokens (default: all)")
     add(
         "--sequence-length",
         type=flags.positive,
         default=1024,
         metavar="L",
-        help="tokens of a window; windows do not overlap (default 1024)",
+        help="tokens per window; windows do not overlap (default: 1024)",
     )
-    add("--reference", metavar="DIR_OR_HUB_ID", help="compare with this model, not with full precision")
+    add(
+        "--reference",
+        metavar="DIR_OR_HUB_ID",
+        help="model to compare with (default: the same model at full precision)",
+    )
     return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code (see ``cli``)."""
-    return cli.run(_perplexity, parser(), argv)
+    """Runs the verb; returns its exit code (see ``command``)."""
+    return command.run(_perplexity, parser(), argv)
 
 
 def _perplexity(args: argparse.Namespace) -> int:
@@ -50,7 +53,7 @@ def _perplexity(args: argparse.Namespace) -> int:
     from grinqh_jax.evaluation.perplexity import measure, read_tokens
 
     generator = Generator.load(args.model)
-    bits = flags.dial_settings(args.bits, generator)
+    settings = flags.dial_settings(args.bits, generator)
     tokens = read_tokens(generator, args.data, args.tokens)
     reference = Generator.load(args.reference).model if args.reference else None
     with Progress("perplexity", len(tokens), "token") as progress:
@@ -58,7 +61,7 @@ def _perplexity(args: argparse.Namespace) -> int:
             generator.model,
             generator.targets,
             tokens,
-            bits,
+            settings,
             sequence_length=args.sequence_length,
             reference=reference,
             on_progress=progress,
@@ -68,7 +71,3 @@ def _perplexity(args: argparse.Namespace) -> int:
         if result.token_bits and not args.json:
             print(f"--bits {result.bits:g}: {result.token_bits.line()}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

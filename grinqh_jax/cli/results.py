@@ -1,4 +1,4 @@
-"""Prints the results of the measuring verbs, as a table or as JSON lines."""
+"""Prints the results of ``perplexity`` and ``evaluate``, as a table or as JSON lines."""
 
 import json
 from collections.abc import Iterable
@@ -7,19 +7,19 @@ from typing import Any, Protocol, runtime_checkable
 
 @runtime_checkable
 class Result(Protocol):
-    """What a command found at one setting of the dial."""
+    """The result of a measurement at one setting of the dial."""
 
     def to_json(self) -> dict[str, Any]:
-        """For programs."""
+        """Returns the fields of a JSON object."""
         ...
 
     def cells(self) -> dict[str, Any]:
-        """For people: the columns of a table, the same for all results of a command."""
+        """Returns the cells of a table row by column title. All results of a verb have the same columns."""
         ...
 
 
 def show(results: Iterable[Result], as_json: bool) -> None:
-    """Prints results: JSON objects, each as soon as it is there, or a table when all are."""
+    """Prints each result as a JSON object as soon as it is measured, or all of them as one table."""
     if as_json:
         for result in results:
             print(json.dumps(result.to_json()), flush=True)

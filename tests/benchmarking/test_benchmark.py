@@ -172,9 +172,9 @@ def test_rows_of_random_weights_for_the_shape_in_a_directory(monkeypatch, capsys
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--bits", "9"], "--bits 9: tiny goes from 1 to 8"),
+        (["--bits", "9"], "--bits 9: the dial of tiny goes from 1 to 8"),
         (["--bits", "few"], "'few' is neither a number nor full"),
-        (["--repeats", "0"], "'0' is not a positive whole number"),
+        (["--repeats", "0"], "'0' is not a positive integer"),
     ],
 )
 def test_mistakes_are_one_line(monkeypatch, capsys, flags, message):
