@@ -158,7 +158,7 @@ def dequantize(
         level = weight.num_planes
     level = jnp.minimum(level, weight.num_planes)
     f = jnp.arange(weight.num_planes)[:, None]
-    gain = grading.level_gains(level, weight.gains)
+    gain = grading.gain_of_each(level, weight.level_gains)
     return _dequantize(weight, jnp.where(f < level, gain * 4.0**-f, 0.0), dtype)
 
 

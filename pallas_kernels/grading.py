@@ -52,9 +52,11 @@ def levels(x: Float[Array, "*rows k"], thresholds: Float[Array, "*#rows p"]) -> 
     return jnp.sum(reached, axis=-1, dtype=jnp.int32)
 
 
-def level_gains(level: Int[Array, "*any"], gains: Float[Array, "p"] | None) -> Float[Array, "*any"] | float:
-    """What each channel is multiplied by for its level (see ``NestedWeight``); at level 0, anything."""
-    return 1.0 if gains is None else jnp.asarray(gains)[jnp.maximum(level, 1) - 1]
+def gain_of_each(
+    level: Int[Array, "*any"], level_gains: Float[Array, "p"] | None
+) -> Float[Array, "*any"] | float:
+    """Returns the gain of each channel's level (see ``NestedWeight``); arbitrary at level 0."""
+    return 1.0 if level_gains is None else jnp.asarray(level_gains)[jnp.maximum(level, 1) - 1]
 
 
 def realised_bits(level: Int[Array, "*rows k"]) -> Float[Array, "*rows"]:

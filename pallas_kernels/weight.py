@@ -29,7 +29,7 @@ class NestedWeight:
 
     Weights are denser near 0 than near the ends of the range, so the middle of a wide interval is further
     out than the mean of what lies in it: at level 1 by about 15 per cent. A weight may have a gain for each
-    level, ``gains[l - 1] * w_l``, that takes this back (``checkpoints_tools`` finds them).
+    level, ``level_gains[l - 1] * w_l``, that takes this back (``checkpoints_tools`` finds them).
 
     Attributes:
       planes: uint32 ``[P, K, N // 16]``. Order of the outputs in a row: see ``layout``. Padding
@@ -38,7 +38,8 @@ class NestedWeight:
       scales: float16 ``[K // 128, N]``, finite, ``>= 0``. A scale of 0 makes its group exactly 0.
       in_features: logical K, static under ``jit``.
       out_features: logical N, static under ``jit``.
-      gains: float32 ``[P]``, of levels ``1..P``, finite, ``> 0``; the highest level's is 1. None: all are 1.
+      level_gains: float32 ``[P]``, gains of levels ``1..P``, finite, ``> 0``; the highest level's is 1. None
+        if all are 1.
 
     The arrays may be traced or abstract: construction checks nothing. ``check`` does, and whatever
     reads weights from outside calls it.
@@ -48,7 +49,7 @@ class NestedWeight:
     scales: jax.Array
     in_features: int = dataclasses.field(metadata={"static": True})
     out_features: int = dataclasses.field(metadata={"static": True})
-    gains: jax.Array | None = None
+    level_gains: jax.Array | None = None
 
     @property
     def num_planes(self) -> int:
@@ -75,7 +76,7 @@ class NestedWeight:
             scales=jax.ShapeDtypeStruct((k // layout.GROUP, n), jnp.float16),
             in_features=in_features,
             out_features=out_features,
-            gains=jax.ShapeDtypeStruct((num_planes(max_bits),), jnp.float32),
+            level_gains=jax.ShapeDtypeStruct((num_planes(max_bits),), jnp.float32),
         )
 
     def check(self, name: str = "weight") -> None:
@@ -101,19 +102,19 @@ class NestedWeight:
             values = np.asarray(self.scales)
             if not np.isfinite(values).all() or (values < 0).any():
                 problems.append("scales holds negative or non-finite values")
-        problems += self._problems_of_gains()
+        problems += self._level_gain_problems()
         if problems:
             raise ValueError(f"{name}: " + "; ".join(problems))
 
-    def _problems_of_gains(self) -> list[str]:
-        if self.gains is None:
+    def _level_gain_problems(self) -> list[str]:
+        if self.level_gains is None:
             return []
-        if self.gains.dtype != jnp.float32 or self.gains.shape != self.planes.shape[:1]:
-            found = f"{self.gains.dtype} {tuple(self.gains.shape)}"
-            return [f"gains is {found}, expected float32 {tuple(self.planes.shape[:1])}"]
-        gains = np.asarray(self.gains)
+        if self.level_gains.dtype != jnp.float32 or self.level_gains.shape != self.planes.shape[:1]:
+            found = f"{self.level_gains.dtype} {tuple(self.level_gains.shape)}"
+            return [f"level_gains is {found}, expected float32 {tuple(self.planes.shape[:1])}"]
+        gains = np.asarray(self.level_gains)
         if not np.isfinite(gains).all() or (gains <= 0).any() or gains[-1] != 1:
-            return [f"gains is {gains.tolist()}, expected finite ones above 0, the last of them 1"]
+            return [f"level_gains is {gains.tolist()}, expected finite ones above 0, the last of them 1"]
         return []
 
 

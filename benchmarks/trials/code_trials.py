@@ -30,8 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import scipy.linalg
-from flax import nnx
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 from trial import PLAIN_WEIGHTS, Trial, patched, rounded
 
 from checkpoints_tools.calibration import statistics as calibration
@@ -44,7 +43,7 @@ from grinqh_jax.checkpoint import Loaded, Writer, load
 from grinqh_jax.decoding.thresholds import interpolate
 from grinqh_jax.hf import load_decoder, open_checkpoint
 from grinqh_jax.model.apply import Dense
-from grinqh_jax.model.decoder import LAYER_LINEARS, Decoder, linear_names
+from grinqh_jax.model.decoder import LAYER_LINEARS, Decoder, checkpoint_leaves, linear_names
 from pallas_kernels import NestedWeight, codes, grading, layout
 
 BITS, DAMPING, SWEEPS = 3.0, 0.01, 3
@@ -196,8 +195,7 @@ def trained(rate: float, *kinds: str):
         source, loaded = open_checkpoint(args.model), load(start)
         calib = convert.read_calibration(source, args.calib, args.tokens)
         windows = training_windows(calib.windows, STEPS * len(SETTINGS))
-        leaves = flatten_dict(nnx.to_pure_dict(nnx.state(loaded.model)))
-        leaves = {".".join(map(str, path)): leaf for path, leaf in leaves.items()}
+        leaves = checkpoint_leaves(loaded.model)
         adam = optax.adam(optax.linear_schedule(rate, 0, STEPS // 2, STEPS // 2), b2=SECOND_MOMENT_DECAY)
         found = _train(kinds, adam, load_decoder(source, jnp.float32), loaded, leaves, windows)
         with Writer(args.out, fingerprint=args.out.name) as writer:
@@ -261,7 +259,7 @@ class _Trained(Dense):
             inside = jnp.clip(weights, -codes.RANGE, codes.RANGE - 1 / codes.CODE_STEPS)
             middle = (jnp.floor((inside + codes.RANGE) / width) + 0.5) * width - codes.RANGE
             read = weights + jax.lax.stop_gradient(middle - weights)
-            here = jnp.where(level == of_level, x * linear.gains[...][of_level - 1], 0)
+            here = jnp.where(level == of_level, x * linear.level_gains[...][of_level - 1], 0)
             total += here @ (read * scales)
         return total
 

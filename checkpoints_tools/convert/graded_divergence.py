@@ -210,7 +210,7 @@ def graded_product(
       gains: of the levels above 0.
     """
     level = grading.levels(x, thresholds)
-    plain = dataclasses.replace(weight, gains=None)
+    plain = dataclasses.replace(weight, level_gains=None)
 
     def at_level(x, gain, of_level):
         here = jnp.where(level == of_level, x * gain, 0).astype(x.dtype)
@@ -293,7 +293,7 @@ def columns(weight: NestedWeight, start: int, stop: int) -> NestedWeight:
     end = layout.round_up(stop, layout.TILE)
     words = slice(start // layout.WORD_DIGITS, end // layout.WORD_DIGITS)
     planes, scales = weight.planes[:, :, words], weight.scales[:, start:end]
-    return NestedWeight(planes, scales, weight.in_features, stop - start, weight.gains)
+    return NestedWeight(planes, scales, weight.in_features, stop - start, weight.level_gains)
 
 
 @jax.jit

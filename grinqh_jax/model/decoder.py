@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from grinqh_jax.model.apply import HEAD, Apply, Dense, of_head
 from grinqh_jax.model.attention import KeyValues, attend_heads
 from grinqh_jax.model.config import ModelConfig
-from grinqh_jax.model.linear import GradedLinear, Linear, linear_of
+from grinqh_jax.model.linear import CHECKPOINT_ATTRIBUTES, GradedLinear, Linear, linear_of
 from grinqh_jax.model.norm import add_norm, rms_norm
 from grinqh_jax.model.output_projection import OutputProjection, block_shapes
 from grinqh_jax.model.swiglu import swiglu
@@ -196,6 +196,15 @@ class Decoder(nnx.Module):
         return block.weight.max_bits if self.graded else 8 * block.kernel[...].dtype.itemsize
 
 
+def checkpoint_leaves(model: Decoder) -> dict[str, Array]:
+    """Returns the arrays of a model by their dotted names in a checkpoint (``layers.0.qkv.planes``)."""
+    keys = {attribute: key for key, attribute in CHECKPOINT_ATTRIBUTES.items()}
+    return {
+        ".".join(keys.get(name, str(name)) for name in path): parameter[...]
+        for path, parameter in nnx.to_flat_state(nnx.state(model))
+    }
+
+
 def linear_names(config: ModelConfig) -> list[str]:
     """Names of all linear layers of a graded model in the order in which they run."""
     return list(linear_shapes(config))
@@ -232,7 +241,7 @@ def abstract_tree(config: ModelConfig, max_bits: int, num_targets: int) -> dict[
             "planes": weight.planes,
             "scales": weight.scales,
             "thresholds": jax.ShapeDtypeStruct((num_targets, weight.num_planes), jnp.float32),
-            "gains": weight.gains,
+            "gains": weight.level_gains,
             "max_activation": jax.ShapeDtypeStruct((), jnp.float32),
         }
 

@@ -18,6 +18,9 @@ from pallas_kernels import (
     graded_partial_sums,
 )
 
+CHECKPOINT_ATTRIBUTES = {"gains": "level_gains", "columns": "token_to_output"}
+"""Attributes of modules whose key in a checkpoint's state tree differs, by that key."""
+
 
 @runtime_checkable
 class Linear(Protocol):
@@ -54,7 +57,7 @@ class GradedLinear(nnx.Module):
       planes, scales: see ``pallas_kernels.NestedWeight``.
       thresholds: float32 ``[T, P]``, row ``t`` gives the t-th target's mean bits on the calibration
         text; ascending along P.
-      gains: float32 ``[P]``, see ``pallas_kernels.NestedWeight``.
+      level_gains: float32 ``[P]``, see ``pallas_kernels.NestedWeight``.
       max_activation: float32 scalar, the largest ``|x|`` met in calibration.
     """
 
@@ -63,7 +66,7 @@ class GradedLinear(nnx.Module):
         planes: UInt32[Array, "p k w"],
         scales: Float16[Array, "s n"],
         thresholds: Float[Array, "t p"],
-        gains: Float[Array, "p"],
+        level_gains: Float[Array, "p"],
         max_activation: Float[Array, ""],
         *,
         in_features: int,
@@ -72,7 +75,7 @@ class GradedLinear(nnx.Module):
         self.planes = nnx.Param(planes)
         self.scales = nnx.Param(scales)
         self.thresholds = nnx.Param(thresholds)
-        self.gains = nnx.Param(gains)
+        self.level_gains = nnx.Param(level_gains)
         self.max_activation = nnx.Param(max_activation)
         self.in_features, self.out_features = in_features, out_features
 
@@ -80,7 +83,7 @@ class GradedLinear(nnx.Module):
     def weight(self) -> NestedWeight:
         """The stored weight as the kernels take it."""
         arrays = self.planes[...], self.scales[...]
-        return NestedWeight(*arrays, self.in_features, self.out_features, self.gains[...])
+        return NestedWeight(*arrays, self.in_features, self.out_features, self.level_gains[...])
 
     def dense(self, x: Float[Array, "*rows k"], dtype=None) -> Float[Array, "*rows n"]:
         """See ``Linear``: every plane is dequantized, to the dtype of x."""
@@ -108,7 +111,8 @@ def linear_of(tree: Mapping[str, Any], shape: tuple[int, int], compute_dtype) ->
     """
     if "kernel" in tree:
         return DenseLinear(jnp.asarray(tree["kernel"], compute_dtype))
-    return GradedLinear(**tree, in_features=shape[0], out_features=shape[1])
+    leaves = {CHECKPOINT_ATTRIBUTES.get(key, key): leaf for key, leaf in tree.items()}
+    return GradedLinear(**leaves, in_features=shape[0], out_features=shape[1])
 
 
 def _matmul(x: jax.Array, kernel: jax.Array, dtype) -> jax.Array:

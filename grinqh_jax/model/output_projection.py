@@ -1,9 +1,8 @@
-"""The output projection: the vocabulary in a few blocks, each with thresholds of its own.
+"""The output projection: the vocabulary in a few blocks, each with its own thresholds.
 
-What an error of a token's logit does to the prediction goes by how likely the token is, and most of a
-vocabulary is hardly ever likely. So in a graded model the tokens are ordered by how much predictions depend
-on them and cut into blocks, and the same activation is read with more bits for the first block than for the
-last.
+The error of a token's logit matters in proportion to the token's probability, and most tokens of a vocabulary
+are rarely probable. In a graded model the tokens are therefore ordered by how much predictions depend on them
+and cut into vocabulary blocks. The same activations read more bits of the first block than of the last.
 """
 
 import itertools
@@ -18,74 +17,73 @@ from grinqh_jax.model.apply import HEAD, Apply
 from grinqh_jax.model.linear import Linear, linear_of
 from pallas_kernels import Activations, layout
 
-_EDGES = (16, 4, 1)
-"""The blocks end at these fractions of the vocabulary."""
+_BLOCK_END_DIVISORS = (16, 4, 1)
+"""The blocks end at the vocabulary size divided by each of these."""
 
 
 def block_sizes(vocabulary: int) -> tuple[int, ...]:
-    """Tokens of each block of a vocabulary of so many, whole tiles but for the last: few to begin with."""
-    edges = {min(layout.round_up(-(-vocabulary // part), layout.TILE), vocabulary) for part in _EDGES}
-    ends = sorted(edges)
-    return tuple(end - start for start, end in itertools.pairwise([0, *ends]))
+    """Returns the number of tokens in each block, small blocks first; all but the last are whole tiles."""
+    ends = {min(layout.round_up(-(-vocabulary // d), layout.TILE), vocabulary) for d in _BLOCK_END_DIVISORS}
+    return tuple(end - start for start, end in itertools.pairwise([0, *sorted(ends)]))
 
 
 def block_shapes(hidden: int, vocabulary: int) -> dict[str, tuple[int, int]]:
-    """``(in_features, out_features)`` of the blocks by name, which is also their place in the state tree."""
+    """Returns ``(in_features, out_features)`` of the blocks by name, which is also their state tree path."""
     sizes = block_sizes(vocabulary)
     return {name: (hidden, size) for name, size in zip(block_names(len(sizes)), sizes, strict=True)}
 
 
 def block_names(count: int) -> list[str]:
-    """What the linear layers of a projection of so many blocks are called."""
+    """Returns the names of the linear layers of a projection with ``count`` blocks."""
     return [f"{HEAD}.blocks.{i}" for i in range(count)]
 
 
 class OutputProjection(nnx.Module):
-    """Hidden states to logits.
+    """Projects hidden states to logits.
 
     Attributes:
-      blocks: linear layers. A dense model has one, with its tokens in order.
-      columns: int32 ``[vocab]``: where the logit of each token is among the outputs of all blocks; None
-        where they are in order. A gather of a whole vocabulary takes longer than the choice of a token, so
-        ``outputs`` and ``tokens`` are there for whoever does not mind the order.
+      blocks: Linear layers of the vocabulary blocks. A dense model has one, with its tokens in order.
+      token_to_output: int32 ``[vocab]``, index of each token's logit among the outputs of all blocks; None if
+        the outputs are in the order of the tokens. Gathering a whole vocabulary takes longer than choosing a
+        token, so callers that accept any order use ``outputs`` and ``tokens``.
     """
 
     def __init__(self, tree: Mapping[str, Any], shape: tuple[int, int], compute_dtype):
         if "kernel" in tree:
             self.blocks = nnx.List([linear_of(tree, shape, compute_dtype)])
-            self.columns = None
+            self.token_to_output = None
         else:
             shapes = block_shapes(*shape).values()
             self.blocks = nnx.List(
                 [linear_of(tree["blocks"][str(i)], shape, compute_dtype) for i, shape in enumerate(shapes)]
             )
-            self.columns = nnx.Param(tree["columns"])
+            self.token_to_output = nnx.Param(tree["columns"])
 
     def __call__(self, x: Activations, apply: Apply) -> Float[Array, "*rows v"]:
-        """float32 logits; ``apply`` is called for each block."""
+        """Returns float32 logits of hidden states ``[*rows, d]``; calls ``apply`` for each block."""
         return self.in_order(self.outputs(x, apply))
 
     def outputs(self, x: Activations, apply: Apply) -> Float[Array, "*rows v"]:
-        """The same logits, in the order of the blocks' outputs."""
+        """Returns the same logits in the order of the blocks' outputs."""
         outputs = [apply(name, block, x) for name, block in zip(self.names, self.blocks, strict=True)]
         return jnp.concatenate([output.array.astype(jnp.float32) for output in outputs], axis=-1)
 
     def in_order(self, outputs: Float[Array, "*rows v"]) -> Float[Array, "*rows v"]:
-        """``outputs`` in the order of the tokens."""
-        return outputs if self.columns is None else outputs[..., self.columns[...]]
+        """Returns ``outputs`` in the order of the tokens."""
+        return outputs if self.token_to_output is None else outputs[..., self.token_to_output[...]]
 
     def tokens(self) -> Int[Array, "v"]:
-        """int32, the token that each of the ``outputs`` is the logit of."""
+        """Returns the int32 token whose logit each of the ``outputs`` is."""
         in_order = jnp.arange(sum(block.out_features for block in self.blocks), dtype=jnp.int32)
-        if self.columns is None:
+        if self.token_to_output is None:
             return in_order
-        return jnp.zeros_like(in_order).at[self.columns[...]].set(in_order, unique_indices=True)
+        return jnp.zeros_like(in_order).at[self.token_to_output[...]].set(in_order, unique_indices=True)
 
     @property
     def names(self) -> list[str]:
-        """Of the blocks, which ``apply`` is called with."""
+        """Names of the blocks."""
         return block_names(len(self.blocks))
 
     def block(self, name: str) -> Linear:
-        """The block of one of ``names``."""
+        """Returns the block of one of ``names``."""
         return self.blocks[int(name.rpartition(".")[2])]

@@ -40,7 +40,7 @@ def partial_sums(
     level = grading.levels(x.values, x.scale_thresholds(thresholds))
     stats = grading.stats(x, level)
     padding = ((0, 0), (0, weight.planes.shape[1] - weight.in_features))
-    values = x.values.astype(jnp.float32) * grading.level_gains(level, weight.gains)
+    values = x.values.astype(jnp.float32) * grading.gain_of_each(level, weight.level_gains)
     values = jnp.pad(values, padding)
     level = jnp.pad(level, padding)
     positions = layout.digit_major_positions(weight.scales.shape[1])

@@ -70,7 +70,7 @@ def test_a_llama_comes_back_with_the_same_quality(llama, calib, tmp_path, capsys
     loaded = checkpoint.load(out, jnp.float32)
     source = open_checkpoint(llama)
     original = load_decoder(source, jnp.float32)
-    columns = loaded.model.lm_head.columns[...]
+    columns = loaded.model.lm_head.token_to_output[...]
     for name in linear_names(loaded.config):
         weight = loaded.model.linear(name).weight
         scale = jnp.repeat(weight.scales.astype(jnp.float32), 128, axis=0)
@@ -190,7 +190,7 @@ def test_a_killed_conversion_goes_on_and_ends_the_same(qwen3, tmp_path, capsys):
     loaded = checkpoint.load(out)
     assert loaded.quantization.provenance["gains"] == "trained"
     for name in linear_names(loaded.config):
-        gains = loaded.model.linear(name).gains[...]
+        gains = loaded.model.linear(name).level_gains[...]
         assert gains[-1] == 1
         assert (gains[:-1] != 1).all(), name
 

@@ -24,7 +24,8 @@ def quantized(w, sensitivities, max_bits=8, gained=True):
         gained=gained,
         name="layers.0.qkv",
     )
-    arrays = {name: jnp.asarray(leaves[name]) for name in ("planes", "scales", "gains")}
+    arrays = {name: jnp.asarray(leaves[name]) for name in ("planes", "scales")}
+    arrays["level_gains"] = jnp.asarray(leaves["gains"])
     return NestedWeight(in_features=w.shape[0], out_features=w.shape[1], **arrays), errors
 
 
@@ -41,7 +42,7 @@ def test_gains_are_least_squares_and_errors_those_without_them(monkeypatch, max_
         read = np.asarray(codes.dequantize(plain, level), np.float64)
         best = np.sum(w * read * sensitivities) / np.sum(read**2 * sensitivities)
         gain = 1 if level == max_bits // 2 else best
-        np.testing.assert_allclose(weight.gains[level - 1], gain, rtol=1e-5)
+        np.testing.assert_allclose(weight.level_gains[level - 1], gain, rtol=1e-5)
         expected = np.mean((w - read) ** 2 * sensitivities)
         np.testing.assert_allclose(errors[level], expected, rtol=1e-3)
     np.testing.assert_allclose(errors[0], np.mean(w**2 * sensitivities), rtol=1e-5)
@@ -51,17 +52,17 @@ def test_level_1_of_gaussian_weights_is_too_large_by_a_seventh():
     """The middles of two intervals a side, for 128 weights whose largest spans them."""
     w = np.random.default_rng(1).standard_normal((1280, 512)).astype(np.float32)
     weight, errors = quantized(w, np.ones(512))
-    assert 0.85 < weight.gains[0] < 0.88
+    assert 0.85 < weight.level_gains[0] < 0.88
     assert codes.level_errors(jnp.asarray(w), weight)[1] < 0.9 * errors[1]
 
 
 def test_levels_as_they_are_have_gains_of_1():
     w = np.random.default_rng(1).standard_normal((128, 512)).astype(np.float32)
     weight, _ = quantized(w, np.ones(512), gained=False)
-    np.testing.assert_array_equal(weight.gains, np.ones(4))
+    np.testing.assert_array_equal(weight.level_gains, np.ones(4))
 
 
 def test_a_layer_of_zeros_has_gains_of_1():
     weight, errors = quantized(np.zeros((128, 512), np.float32), np.ones(512))
-    np.testing.assert_array_equal(weight.gains, np.ones(4))
+    np.testing.assert_array_equal(weight.level_gains, np.ones(4))
     assert not errors.any()

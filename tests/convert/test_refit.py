@@ -172,5 +172,5 @@ def test_parts_without_tokens_enough_are_named_and_are_those_that_have_no_factor
 def nested(kernel):
     """The projection in 8-bit codes."""
     weight = quantize(jnp.asarray(kernel, jnp.float32))
-    arrays = weight.planes, weight.scales, jnp.zeros((2, 4)), weight.gains, jnp.float32(1)
+    arrays = weight.planes, weight.scales, jnp.zeros((2, 4)), weight.level_gains, jnp.float32(1)
     return GradedLinear(*arrays, in_features=weight.in_features, out_features=weight.out_features)

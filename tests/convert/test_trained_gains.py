@@ -82,7 +82,7 @@ class WithGains(Graded):
         leaves = {leaf: getattr(linear, leaf)[...] for leaf in ("planes", "scales", "thresholds")}
         linear = type(linear)(
             **leaves,
-            gains=self.gains[name],
+            level_gains=self.gains[name],
             max_activation=linear.max_activation[...],
             in_features=linear.in_features,
             out_features=linear.out_features,
@@ -129,7 +129,7 @@ def test_the_gradient_is_that_of_the_whole_model(pair, monkeypatch):
 def test_a_product_is_that_of_the_levels_dequantized():
     rng = np.random.default_rng(3)
     weight = dataclasses.replace(
-        codes.quantize(jnp.asarray(rng.standard_normal((200, 700)), jnp.float32)), gains=None
+        codes.quantize(jnp.asarray(rng.standard_normal((200, 700)), jnp.float32)), level_gains=None
     )
     x = rng.standard_normal((5, 200)).astype(np.float32)
     thresholds, gains = np.float32([0.3, 0.6, 1.0, 1.5]), np.float32([0.8, 0.9, 1.1, 1.0])

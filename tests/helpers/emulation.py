@@ -19,7 +19,7 @@ def emulate(
     inputs = Activations.of(x, squares, eps=eps)
     geometry = geometry_of(inputs, weight, config)
     squares = thresholds if squares is None else squares
-    gains = np.ones(weight.num_planes, np.float32) if weight.gains is None else weight.gains
+    gains = np.ones(weight.num_planes, np.float32) if weight.level_gains is None else weight.level_gains
     isa = NumpyInstructions(
         blocks=geometry.blocks, threads=geometry.threads, shared_bytes=geometry.shared_bytes
     )

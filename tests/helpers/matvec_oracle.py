@@ -67,7 +67,7 @@ def scale_of_each_weight(weight: NestedWeight) -> np.ndarray:
 
 def _level_gains(weight: NestedWeight) -> np.ndarray:
     """float64 ``[P + 1]``, of levels 0 to P."""
-    gains = np.ones(len(weight.planes)) if weight.gains is None else np.asarray(weight.gains)
+    gains = np.ones(len(weight.planes)) if weight.level_gains is None else np.asarray(weight.level_gains)
     return np.append(1, gains.astype(np.float64))
 
 

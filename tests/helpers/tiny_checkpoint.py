@@ -5,11 +5,11 @@ import zlib
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx, traverse_util
+from flax import traverse_util
 
 from grinqh_jax.checkpoint import QuantizationConfig, Writer
 from grinqh_jax.model.config import ModelConfig
-from grinqh_jax.model.decoder import abstract_tree
+from grinqh_jax.model.decoder import abstract_tree, checkpoint_leaves
 
 HF_CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -48,9 +48,8 @@ def random_tree(hf_config: dict = HF_CONFIG, quantization: QuantizationConfig = 
 
 
 def leaves_of(model) -> dict[str, np.ndarray]:
-    """Dotted name -> array of a model's state (NNX counts layers with integers, files with strings)."""
-    state = traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(model)))
-    return {".".join(map(str, path)): np.asarray(array) for path, array in state.items()}
+    """Arrays of a model by their dotted names in a checkpoint."""
+    return {name: np.asarray(array) for name, array in checkpoint_leaves(model).items()}
 
 
 def assert_same(model, tree: dict) -> None:

@@ -35,7 +35,7 @@ WEIGHTS = {
     (k, n, bits): make_weight(k, n, bits) for k, n, bits in [(40, 30, 8), (300, 600, 8), (256, 512, 4)]
 }
 WEIGHT = WEIGHTS[300, 600, 8]
-WEIGHTS["gains"] = dataclasses.replace(WEIGHT, gains=jnp.asarray([0.86, 0.97, 1.1, 1.0]))
+WEIGHTS["level gains"] = dataclasses.replace(WEIGHT, level_gains=jnp.asarray([0.86, 0.97, 1.1, 1.0]))
 
 
 def activations(rows, k=300, seed=0, shape="gaussian"):

@@ -167,7 +167,7 @@ def test_level_errors_fall_with_the_level_and_start_at_the_mean_square():
 def test_a_weight_with_gains_reads_each_level_times_its_own():
     weight = codes.quantize(jnp.asarray(gaussian(200, 60)))
     gains = [0.85, 0.98, 1.01, 1.0]
-    scaled = dataclasses.replace(weight, gains=jnp.asarray(gains))
+    scaled = dataclasses.replace(weight, level_gains=jnp.asarray(gains))
     scaled.check()
     for level, gain in enumerate(gains, start=1):
         expected = gain * matvec_oracle.dequantize(weight, level)
@@ -233,8 +233,11 @@ def test_check_names_every_problem_at_once():
         ({"scales": weight.scales.astype(jnp.float32)}, "dtype float32, expected float16"),
         ({"scales": weight.scales * jnp.float16(np.inf)}, "negative or non-finite"),
         ({"in_features": 600}, "planes has shape .* scales has shape"),
-        ({"gains": jnp.ones(3)}, r"gains is float32 \(3,\), expected float32 \(4,\)"),
-        ({"gains": jnp.full(4, 0.5)}, "gains is .*, expected finite ones above 0, the last of them 1"),
+        ({"level_gains": jnp.ones(3)}, r"level_gains is float32 \(3,\), expected float32 \(4,\)"),
+        (
+            {"level_gains": jnp.full(4, 0.5)},
+            "expected finite ones above 0, the last of them 1",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(weight, **problem).check()
@@ -260,7 +263,7 @@ def test_the_weight_passes_through_jax_transformations():
     np.testing.assert_allclose(jax.vmap(codes.dequantize)(stacked)[1], expected, rtol=1e-6)
     mesh = jax.make_mesh((1,), ("outputs",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec
-    split = {"planes": spec(None, None, "outputs"), "scales": spec(None, "outputs"), "gains": spec()}
+    split = {"planes": spec(None, None, "outputs"), "scales": spec(None, "outputs"), "level_gains": spec()}
     specs = dataclasses.replace(weight, **split)
     sharded = jax.shard_map(
         codes.dequantize, mesh=mesh, in_specs=(specs,), out_specs=spec(None, "outputs"), check_vma=False

@@ -63,7 +63,7 @@ def partial_sums(
     geometry = geometry_of(x, weight, config)
     # A launch has the same operands whether it uses them or not.
     squares = thresholds if x.square_partials is None else x.square_partials
-    gains = jnp.ones(weight.num_planes) if weight.gains is None else weight.gains
+    gains = jnp.ones(weight.num_planes) if weight.level_gains is None else weight.level_gains
     floats = [a.astype(jnp.float32) for a in (thresholds, squares, gains)]
     partials, stats = launch(geometry)(x.values, *floats, weight.planes, weight.scales)
     return Activations.sums(partials, weight.out_features), GradingStats(stats)
