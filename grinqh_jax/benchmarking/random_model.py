@@ -21,6 +21,7 @@ from grinqh_jax.model import decoder
 from grinqh_jax.model.apply import HEAD, Dense
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import Decoder
+from grinqh_jax.model.layer_spec import axis_sizes, layer_spec
 from grinqh_jax.model.linear import Linear
 from pallas_kernels import Activations
 
@@ -78,13 +79,13 @@ def graded(config: ModelConfig, seed: int = 0, compute_dtype=jnp.bfloat16) -> De
 def dense(config: ModelConfig, seed: int = 0, compute_dtype=jnp.bfloat16) -> Decoder:
     """An unquantized model with Gaussian weights."""
     tree = decoder.abstract_tree(config, MAX_BITS, len(TARGETS))
-    shapes = decoder.linear_shapes(config)
+    sizes, projections = axis_sizes(config), layer_spec(config).projections
 
     def kernel(k: int, n: int):
         return {"kernel": jax.ShapeDtypeStruct((k, n), compute_dtype)}
 
     for layer in tree["layers"].values():
-        layer |= {part: kernel(*shapes[f"layers.0.{part}"]) for part in decoder.LAYER_LINEARS}
+        layer |= {projection.name: kernel(*projection.shape(sizes)) for projection in projections}
     tree[HEAD] = kernel(config.hidden_size, config.vocab_size)
     return Decoder.from_tree(config, _filled(tree, seed), compute_dtype)
 

@@ -1,4 +1,4 @@
-"""Reading Hugging Face checkpoints (config.json and safetensors) tensor by tensor."""
+"""Reads Hugging Face checkpoints (config.json and safetensors) tensor by tensor."""
 
 from grinqh_jax.hf.load import load_decoder
 from grinqh_jax.hf.reader import HFCheckpoint, open_checkpoint, resolve

@@ -12,12 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from grinqh_jax.model.layer_spec import HEAD
 from grinqh_jax.model.linear import GradedLinear, Linear
 from pallas_kernels import Activations, GradingStats, grading
-
-HEAD = "lm_head"
-"""Name of the output projection, and prefix of the names of its vocabulary blocks. Its results are float32 in
-every compute dtype."""
 
 PREVIEWED_TOGETHER = 4
 """Number of layers of equal width whose bits ``Previewing`` counts at once."""

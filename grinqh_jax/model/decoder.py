@@ -1,7 +1,8 @@
 """The decoder-only transformer of Llama 3 and Qwen3, as Flax NNX modules.
 
-Modules hold arrays and static shapes only, so a ``Decoder`` is a pytree that goes through ``jit`` as
-an argument. How its linear layers are computed is the caller's choice (see ``apply``).
+Modules hold arrays and static shapes only, so a ``Decoder`` is a pytree and can be an argument of a ``jit``
+function. The caller chooses how its linear layers are computed (see ``apply``). ``layer_spec`` describes the
+structure of a layer.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,9 +13,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from grinqh_jax.model.apply import HEAD, Apply, Dense, of_head
+from grinqh_jax.model.apply import Apply, Dense, of_head
 from grinqh_jax.model.attention import KeyValues, attend_heads
 from grinqh_jax.model.config import ModelConfig
+from grinqh_jax.model.layer_spec import (
+    FINAL_NORM,
+    HEAD,
+    Attention,
+    ResidualBlock,
+    SwiGLU,
+    axis_sizes,
+    layer_spec,
+)
 from grinqh_jax.model.linear import CHECKPOINT_ATTRIBUTES, GradedLinear, Linear, linear_of
 from grinqh_jax.model.norm import add_norm, rms_norm
 from grinqh_jax.model.output_projection import OutputProjection, block_shapes
@@ -22,7 +32,6 @@ from grinqh_jax.model.swiglu import swiglu
 from pallas_kernels import Activations, NestedWeight
 
 LAYER_LINEARS = ("qkv", "o", "gate_up", "down")
-"""The linear layers of one decoder layer, in the order in which they run."""
 
 Tree = Mapping[str, Any]
 """A nested dict of arrays with string keys: the state of a module."""
@@ -40,7 +49,7 @@ class Embedding(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """``x / sqrt(mean(x**2) + eps) * scale`` over the last axis, in float32 (arXiv 1910.07467)."""
+    """An RMS norm with a learned scale (see ``norm.rms_norm``)."""
 
     def __init__(self, scale: Float[Array, "d"], eps: float):
         self.scale = nnx.Param(scale)
@@ -52,37 +61,22 @@ class RMSNorm(nnx.Module):
     def add(
         self, x: Float[Array, "b t d"], update: Activations | None
     ) -> tuple[Float[Array, "b t d"], Activations]:
-        """``(x + update, its norm)``, see ``norm.add_norm``."""
+        """Returns ``(x + update, its norm)`` (see ``norm.add_norm``)."""
         return add_norm(x, update, self.scale[...], self.eps)
 
 
 class DecoderLayer(nnx.Module):
-    """One pre-norm layer: grouped-query attention with rotary positions, then a SwiGLU MLP.
-
-    Attributes:
-      qkv: projections to queries, keys and values, concatenated along the outputs.
-      gate_up: the MLP's gate and up projections, concatenated along the outputs.
-      q_norm, k_norm: norms of each query and key head (Qwen3), or None.
-    """
+    """One decoder layer; its attributes are the norms and projections that ``spec`` names."""
 
     def __init__(self, config: ModelConfig, tree: Tree, compute_dtype):
-        shapes = linear_shapes(config)
-
-        def linear(name: str) -> Linear:
-            return linear_of(tree[name], shapes[f"layers.0.{name}"], compute_dtype)
-
-        def norm(name: str) -> RMSNorm:
-            return RMSNorm(tree[name]["scale"], config.rms_norm_eps)
-
         self.config = config
-        self.input_norm = norm("input_norm")
-        self.qkv = linear("qkv")
-        self.q_norm = norm("q_norm") if config.qk_norm else None
-        self.k_norm = norm("k_norm") if config.qk_norm else None
-        self.o = linear("o")
-        self.post_norm = norm("post_norm")
-        self.gate_up = linear("gate_up")
-        self.down = linear("down")
+        self.spec = layer_spec(config)
+        sizes = axis_sizes(config)
+        for norm in self.spec.norms:
+            setattr(self, norm.name, RMSNorm(tree[norm.name]["scale"], config.rms_norm_eps))
+        for projection in self.spec.projections:
+            linear = linear_of(tree[projection.name], projection.shape(sizes), compute_dtype)
+            setattr(self, projection.name, linear)
 
     def __call__(
         self,
@@ -95,14 +89,14 @@ class DecoderLayer(nnx.Module):
         """Runs the layer.
 
         Args:
-          name: ``layers.{i}``, the prefix of the names that ``apply`` is called with.
-          x: hidden states.
-          positions: of the tokens in their sequence.
-          apply: how to compute the linear layers.
-          kv: this layer's part of the cache; None where the tokens are the whole sequence.
+          name: Prefix of the names that ``apply`` is called with, ``layers.{i}``.
+          x: Residual stream.
+          positions: Positions of the tokens in their sequence.
+          apply: Strategy that computes the linear layers.
+          kv: This layer's part of the KV cache; None if the tokens are the whole sequence.
 
         Returns:
-          ``(x, kv)``: see ``attention.attend_heads`` for kv.
+          ``(x, kv)``; see ``attention.attend_heads`` for kv.
         """
         x, update, kv = self.advance(name, x, None, positions, apply, kv)
         return x + update.array, kv
@@ -116,14 +110,41 @@ class DecoderLayer(nnx.Module):
         apply: Apply,
         kv: KeyValues | None = None,
     ) -> tuple[Float[Array, "b t d"], Activations, KeyValues]:
-        """Runs the layer on ``x + update``, and leaves its own last addition to the norm that follows."""
-        x, normed = self.input_norm.add(x, update)
-        qkv = apply(f"{name}.qkv", self.qkv, normed)
-        norms = None if self.q_norm is None else (self.q_norm.scale[...], self.k_norm.scale[...])
-        attended, kv = attend_heads(self.config, qkv, norms, positions, kv)
-        x, normed = self.post_norm.add(x, apply(f"{name}.o", self.o, attended))
-        activated = swiglu(apply(f"{name}.gate_up", self.gate_up, normed))
-        return x, apply(f"{name}.down", self.down, activated), kv
+        """Runs the layer on ``x + update`` and leaves its last addition to the norm that follows.
+
+        Returns:
+          ``(x, update, kv)``: the residual stream is ``x + update``.
+        """
+        for block in self.spec.blocks:
+            x, inputs = getattr(self, block.norm.name).add(x, update)
+            outputs = apply(f"{name}.{block.reads.name}", getattr(self, block.reads.name), inputs)
+            mixed, kv = self.mix(block, outputs, positions, kv)
+            update = apply(f"{name}.{block.writes.name}", getattr(self, block.writes.name), mixed)
+        return x, update, kv
+
+    def mix(
+        self,
+        block: ResidualBlock,
+        outputs: Activations,
+        positions: Int[Array, "b t"],
+        kv: KeyValues | None = None,
+    ) -> tuple[Activations, KeyValues | None]:
+        """Turns the outputs of a block's first projection into the inputs of its second.
+
+        Args:
+          block: Block of ``spec``.
+          outputs: Outputs of ``block.reads``, ``[b, t, n]``.
+          positions, kv: See ``__call__``.
+
+        Returns:
+          ``(inputs of block.writes, kv)``: a block without attention returns kv as it is.
+        """
+        match block.mixer:
+            case Attention(head_norms):
+                scales = head_norms and tuple(getattr(self, norm.name).scale[...] for norm in head_norms)
+                return attend_heads(self.config, outputs, scales, positions, kv)
+            case SwiGLU():
+                return swiglu(outputs), kv
 
 
 class Decoder(nnx.Module):
@@ -136,7 +157,7 @@ class Decoder(nnx.Module):
         self.layers = nnx.List(
             [DecoderLayer(config, tree["layers"][str(i)], compute_dtype) for i in range(config.num_layers)]
         )
-        self.norm = RMSNorm(tree["norm"]["scale"], config.rms_norm_eps)
+        self.norm = RMSNorm(tree[FINAL_NORM.name]["scale"], config.rms_norm_eps)
         self.lm_head = OutputProjection(tree[HEAD], (config.hidden_size, config.vocab_size), compute_dtype)
 
     @classmethod
@@ -144,10 +165,10 @@ class Decoder(nnx.Module):
         """Builds the model around the arrays of a state tree.
 
         Args:
-          config: of the model.
-          tree: as ``abstract_tree`` describes it; a linear layer is dense if it has a ``kernel``,
-            graded if it has ``planes``. Dense kernels are cast to the compute dtype.
-          compute_dtype: of hidden states and matrix products, float32 or bfloat16.
+          config: Configuration of the model.
+          tree: State tree as in ``abstract_tree``. A linear layer is dense if it has a ``kernel``, graded if
+            it has ``planes``. Dense kernels are cast to the compute dtype.
+          compute_dtype: Dtype of hidden states and matrix products, float32 or bfloat16.
         """
         return cls(config, tree, compute_dtype)
 
@@ -158,31 +179,31 @@ class Decoder(nnx.Module):
         apply: Apply,
         cache: Sequence[KeyValues] | None = None,
     ) -> tuple[Activations, list[KeyValues]]:
-        """Hidden states after the final norm, and the keys and values of every layer."""
+        """Returns hidden states after the final norm, ``[b, t, d]``, and keys and values of every layer."""
         x, update = self.embed(tokens, self.compute_dtype), None
         cache = [None] * len(self.layers) if cache is None else cache
-        kept = []
+        updated = []
         for i, (layer, kv) in enumerate(zip(self.layers, cache, strict=True)):
             x, update, kv = layer.advance(f"layers.{i}", x, update, positions, apply, kv)
-            kept.append(kv)
-        return self.norm.add(x, update)[1], kept
+            updated.append(kv)
+        return self.norm.add(x, update)[1], updated
 
     def logits(self, x: Activations, apply: Apply) -> Float[Array, "*rows v"]:
-        """float32 logits of hidden states."""
+        """Returns float32 logits of hidden states ``[*rows, d]``."""
         return self.lm_head(x, apply)
 
     def __call__(self, tokens: Int[Array, "b t"], apply: Apply | None = None) -> Float[Array, "b t v"]:
-        """float32 logits at every position of whole sequences (no cache, no padding)."""
+        """Returns float32 logits at every position of whole sequences, without cache or padding."""
         apply = apply or Dense()
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         return self.logits(self.hidden(tokens, positions, apply)[0], apply)
 
     def linear(self, name: str) -> Linear:
-        """The linear layer of a name as in ``linear_names``."""
+        """Returns the linear layer of one of ``linear_names``."""
         if of_head(name):
             return self.lm_head.block(name)
-        _, index, part = name.split(".")
-        return getattr(self.layers[int(index)], part)
+        _, index, projection = name.split(".")
+        return getattr(self.layers[int(index)], projection)
 
     @property
     def graded(self) -> bool:
@@ -191,7 +212,7 @@ class Decoder(nnx.Module):
 
     @property
     def full_bits(self) -> int:
-        """Bits of a weight of the linear layers: of the stored codes, or of the compute dtype if dense."""
+        """Bits per weight of the linear layers: of the stored codes, or of the dtype of dense kernels."""
         block = self.lm_head.blocks[0]
         return block.weight.max_bits if self.graded else 8 * block.kernel[...].dtype.itemsize
 
@@ -206,34 +227,33 @@ def checkpoint_leaves(model: Decoder) -> dict[str, Array]:
 
 
 def linear_names(config: ModelConfig) -> list[str]:
-    """Names of all linear layers of a graded model in the order in which they run."""
+    """Returns the names of all linear layers of a graded model in the order in which they run."""
     return list(linear_shapes(config))
 
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """``(in_features, out_features)`` of all linear layers by name, in the order of ``linear_names``."""
-    attention = config.num_heads * config.head_dim
-    parts = {
-        "qkv": (config.hidden_size, attention + 2 * config.num_kv_heads * config.head_dim),
-        "o": (attention, config.hidden_size),
-        "gate_up": (config.hidden_size, 2 * config.intermediate_size),
-        "down": (config.intermediate_size, config.hidden_size),
+    """Returns ``(in_features, out_features)`` of all linear layers by name, in running order."""
+    sizes, layer = axis_sizes(config), layer_spec(config)
+    shapes = {
+        f"layers.{i}.{projection.name}": projection.shape(sizes)
+        for i in range(config.num_layers)
+        for projection in layer.projections
     }
-    layers = {f"layers.{i}.{part}": parts[part] for i in range(config.num_layers) for part in LAYER_LINEARS}
-    return layers | block_shapes(config.hidden_size, config.vocab_size)
+    return shapes | block_shapes(config.hidden_size, config.vocab_size)
 
 
 def abstract_tree(config: ModelConfig, max_bits: int, num_targets: int) -> dict[str, Any]:
-    """The state tree of a graded model as nested dicts of ``jax.ShapeDtypeStruct``.
+    """Returns the state tree of a graded model as nested dicts of ``jax.ShapeDtypeStruct``.
 
     Args:
-      config: of the model.
-      max_bits: 2, 4, 6 or 8: bits of the stored codes.
-      num_targets: rows of the threshold tables.
+      config: Configuration of the model.
+      max_bits: Bits of the stored codes: 2, 4, 6 or 8.
+      num_targets: Number of rows of the threshold tables.
     """
+    sizes, layer = axis_sizes(config), layer_spec(config)
 
-    def scale(size: int):
-        return {"scale": jax.ShapeDtypeStruct((size,), jnp.bfloat16)}
+    def scale(axis: str):
+        return {"scale": jax.ShapeDtypeStruct((sizes[axis],), jnp.bfloat16)}
 
     def graded(shape: tuple[int, int]):
         weight = NestedWeight.abstract(*shape, max_bits)
@@ -245,20 +265,16 @@ def abstract_tree(config: ModelConfig, max_bits: int, num_targets: int) -> dict[
             "max_activation": jax.ShapeDtypeStruct((), jnp.float32),
         }
 
-    shapes = linear_shapes(config)
-    norms = {name: scale(config.hidden_size) for name in ("input_norm", "post_norm")}
-    if config.qk_norm:
-        norms |= {name: scale(config.head_dim) for name in ("q_norm", "k_norm")}
-    layers = {
-        str(i): norms | {part: graded(shapes[f"layers.{i}.{part}"]) for part in LAYER_LINEARS}
-        for i in range(config.num_layers)
-    }
+    def one_layer():
+        norms = {norm.name: scale(norm.axis) for norm in layer.norms}
+        return norms | {projection.name: graded(projection.shape(sizes)) for projection in layer.projections}
+
     head = block_shapes(config.hidden_size, config.vocab_size)
     embedding = jax.ShapeDtypeStruct((config.vocab_size, config.hidden_size), jnp.bfloat16)
     return {
         "embed": {"embedding": embedding},
-        "layers": layers,
-        "norm": scale(config.hidden_size),
+        "layers": {str(i): one_layer() for i in range(config.num_layers)},
+        FINAL_NORM.name: scale(FINAL_NORM.axis),
         HEAD: {
             "columns": jax.ShapeDtypeStruct((config.vocab_size,), jnp.int32),
             "blocks": {str(i): graded(shape) for i, shape in enumerate(head.values())},

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from grinqh_jax.model.apply import HEAD, Apply
+from grinqh_jax.model.apply import Apply
+from grinqh_jax.model.layer_spec import HEAD
 from grinqh_jax.model.linear import Linear, linear_of
 from pallas_kernels import Activations, layout
 
