@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from grinqh_jax.bundled import BUNDLED_MODEL
     from grinqh_jax.decoding.generator import Generation, Generator, Request
+    from grinqh_jax.decoding.prompt_cache import PromptCache
     from grinqh_jax.errors import CheckpointError, GrinqhError, UnsupportedModelError, UsageError
 
 __version__ = "0.1.0"
@@ -25,6 +26,7 @@ _HOMES = {
     "Generation": "decoding.generator",
     "Generator": "decoding.generator",
     "GrinqhError": "errors",
+    "PromptCache": "decoding.prompt_cache",
     "Request": "decoding.generator",
     "UnsupportedModelError": "errors",
     "UsageError": "errors",
@@ -36,6 +38,7 @@ __all__ = [
     "Generation",
     "Generator",
     "GrinqhError",
+    "PromptCache",
     "Request",
     "UnsupportedModelError",
     "UsageError",

@@ -59,6 +59,8 @@ jaxtyping.install_import_hook(
         "grinqh_jax.decoding.batch",
         "grinqh_jax.decoding.dial",
         "grinqh_jax.decoding.engine",
+        "grinqh_jax.decoding.prefill_buckets",
+        "grinqh_jax.decoding.prompt_cache",
         "grinqh_jax.evaluation",
         "grinqh_jax.model.flat_model",
         "grinqh_jax.decoding.generator",

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from checkpoints_tools.pareto.series import FIXED, WHOLE_HEAD, Series, SweepContext, identity
+from grinqh_jax.decoding.bits import Bits
 from grinqh_jax.decoding.generator import Generator
 from grinqh_jax.evaluation.perplexity import measure, read_tokens
-from grinqh_jax.evaluation.result import Bits, Perplexity
+from grinqh_jax.evaluation.result import Perplexity
 from grinqh_jax.evaluation.tasks import Accuracy, Problem, evaluate, read_problems
 
 PERPLEXITY, ACCURACY = "perplexity", "accuracy"

@@ -20,10 +20,10 @@ from checkpoints_tools.baselines import __main__ as baselines
 from checkpoints_tools.baselines import model as fixed
 from checkpoints_tools.baselines import reading
 from checkpoints_tools.convert import command as convert
-from grinqh_jax.decoding.generator import FULL, Generator
+from grinqh_jax.decoding.bits import FULL, Bits
+from grinqh_jax.decoding.generator import Generator
 from grinqh_jax.decoding.statistics import SCALE_BITS
 from grinqh_jax.errors import UsageError
-from grinqh_jax.evaluation.result import Bits
 from grinqh_jax.hf import HFCheckpoint
 
 GRINQH, WHOLE_HEAD, UNQUANTIZED = "grinqh", "whole-head", "full"

@@ -11,15 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from grinqh_jax.decoding import engine
+from grinqh_jax.decoding.batch import CAPACITY_STEP
 from grinqh_jax.decoding.dial import layer_shares
-from grinqh_jax.decoding.engine import Grades, Thresholds
+from grinqh_jax.decoding.engine import Thresholds
 from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.sampling import Sampling
-from grinqh_jax.decoding.statistics import grade_statistics
+from grinqh_jax.decoding.statistics import grading_fields
 from grinqh_jax.decoding.thresholds import StackedThresholds, stacked_tables, thresholds_at
 from grinqh_jax.model.cache import KVCache
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import Decoder, linear_names
+from pallas_kernels.layout import round_up
 
 SETTLING_RUNS = 8
 """Most runs that look for the setting with which a run reads the bits that are wanted."""
@@ -30,9 +32,6 @@ SETTLED_BITS = 0.01
 WARM_UP_RUNS = 3
 """Runs before the clock. The first compiles; on a GPU the two after it still take up to half as long again as
 later ones (``benchmarks/notes``, entry D13)."""
-
-CAPACITY_STEP = 128
-"""Cache capacities are rounded up to a multiple of this."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +94,7 @@ def _warm_up(function: Callable[[], object]) -> None:
 
 def filled_cache(config: ModelConfig, context: int, room: int, dtype) -> KVCache:
     """A cache of one sequence with ``context`` random positions and room for ``room`` more."""
-    capacity = -(-(context + room) // CAPACITY_STEP) * CAPACITY_STEP
-    cache = KVCache.create(config, 1, capacity, dtype)
+    cache = KVCache.create(config, 1, round_up(context + room, CAPACITY_STEP), dtype)
     fill = jax.jit(lambda key, a: jax.random.normal(key, a.shape, a.dtype))
     arrays, structure = jax.tree.flatten((cache.keys, cache.values))
     keys, values = jax.tree.unflatten(structure, [fill(jax.random.key(i), a) for i, a in enumerate(arrays)])
@@ -150,7 +148,7 @@ class DecodeRun:
         for _ in range(SETTLING_RUNS):
             here = np.array([setting], np.float32)
             thresholds = thresholds_at(names, tables, jnp.asarray(targets, jnp.float32), here)
-            excess = float(np.mean(np.asarray(self.run(thresholds).grades.bits) @ shares)) - bits
+            excess = float(np.mean(np.asarray(self.run(thresholds).grading_stats.bits) @ shares)) - bits
             found.append((abs(excess), thresholds))
             if abs(excess) <= SETTLED_BITS:
                 break
@@ -158,11 +156,9 @@ class DecodeRun:
         return min(found, key=lambda pair: pair[0])[1]
 
     def figures(self, chunk: engine.Chunk) -> dict:
-        """Realised bits and bytes of weights per token, as ``statistics.grade_statistics`` has them."""
-        grades = chunk.grades
-        if grades is not None:
-            grades = Grades(np.asarray(grades.bits)[:, 0], np.asarray(grades.activation_range_ratio)[:, 0])
-        fields = grade_statistics(self.model, grades)
+        """Returns realised bits and bytes of weights per token (see ``statistics.Statistics``)."""
+        stats = jax.tree.map(lambda steps: np.asarray(steps)[:, 0], chunk.grading_stats)
+        fields = grading_fields(self.model, stats)
         return {name: fields[name] for name in ("realised_bits", "bytes_per_token", "bytes_per_token_bf16")}
 
     def cache_bytes(self) -> int:

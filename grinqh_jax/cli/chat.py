@@ -1,7 +1,8 @@
 """The verb ``chat``: a conversation in the terminal.
 
 Each input line is one turn; empty lines are ignored. Ctrl-C ends an answer. Ctrl-D, or Ctrl-C at the prompt,
-ends the conversation. Answers go to stdout, everything else to stderr.
+ends the conversation. Answers go to stdout, everything else to stderr. Earlier turns are not read again
+(see ``decoding.prompt_cache``).
 """
 
 import argparse
@@ -33,18 +34,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _chat(args: argparse.Namespace) -> int:
     request = flags.request(args)
     generator = load_generator(args.model)
+    from grinqh_jax.decoding.prompt_cache import PromptCache
+
     if args.ignore_chat_template:
         raise UsageError("chat needs the chat template; leave out --ignore-chat-template, or use generate")
     if not generator.tokenizer.has_chat_template:
         raise UsageError(f"{args.model}: the tokenizer has no chat template; use generate, or a chat model")
     system = [] if args.system_prompt is None else [{"role": "system", "content": args.system_prompt}]
-    messages = list(system)
+    messages, prompt_cache = list(system), PromptCache()
     while (line := _read_line()) is not None:
         if not line:
             continue
         messages.append({"role": "user", "content": line})
         tokens = generator.tokenizer.chat(messages)
-        generation = generator.generate(tokens, request, max_context=args.max_context)
+        generation = generator.generate(
+            tokens, request, max_context=args.max_context, prompt_cache=prompt_cache
+        )
         interrupted = False
         try:
             with command.status("compiling"):

@@ -1,7 +1,8 @@
-"""The host's side of decoding: a batch of prompts in, tokens out in chunks.
+"""The host's side of decoding: a batch of prompts in, tokens out in decode chunks.
 
-It keeps the cache between calls of the engine, pads prompts to few lengths so that few programs are
-compiled, and can compile them before any clock runs. A GPU has its next chunk before the host looks at one.
+``Decoding`` keeps the KV cache between calls of the engine, cuts prompts into prefill buckets, and can
+compile its programs before any clock runs. On a GPU the next decode chunk runs while the host processes this
+one.
 """
 
 import collections
@@ -18,40 +19,94 @@ from jaxtyping import Bool, Float, Int
 from grinqh_jax.decoding import engine
 from grinqh_jax.decoding.dial import Dial
 from grinqh_jax.decoding.policy import DecodePolicy
-from grinqh_jax.decoding.sampling import Sampling, sample
+from grinqh_jax.decoding.prefill_buckets import cut, first_previewed
+from grinqh_jax.decoding.prompt_cache import PromptCache
+from grinqh_jax.decoding.sampling import Sampling, choose_tokens
 from grinqh_jax.errors import UsageError
 from grinqh_jax.model.cache import KVCache
 from grinqh_jax.model.decoder import Decoder
+from pallas_kernels import GradingStats
 from pallas_kernels.layout import round_up
 
-SHORTEST_BLOCK, LONGEST_BLOCK = 32, 2048
-"""Prompts are read in blocks of 32, 64, ... 2048 positions, the last one padded."""
-
 CAPACITY_STEP = 256
-"""Cache capacities are multiples of this, or the context itself."""
+"""Cache capacities are multiples of this, or the whole context, so that few programs are compiled."""
 
-_first_token = jax.jit(sample, static_argnames="policy")
+_choose_first = jax.jit(choose_tokens, static_argnames="policy")
 
 
 @dataclasses.dataclass(frozen=True)
 class NewTokens:
-    """What one chunk generated, on the host.
+    """Tokens of one decode chunk, or the first tokens, on the host.
 
     Attributes:
-      tokens: of each row, those generated; possibly none.
-      grades: of each step and row, ``[steps, B, linears]``; None for the first token, which the
-        prefill yields at full precision, and for dense models. Row b is valid for its
-        ``len(tokens[b])`` steps.
-      seconds: the model's time, the consumer's between two chunks not counted.
+      tokens: New tokens of each row, possibly none.
+      grading_stats: numpy, ``[steps, B, linears]``; row b is valid for its ``len(tokens[b])`` steps. None for
+        the first tokens, which a full-precision prefill yields, and for dense models.
+      seconds: Time of the model, without that of the consumer between two chunks.
     """
 
     tokens: list[list[int]]
-    grades: engine.Grades | None
+    grading_stats: GradingStats | None
     seconds: float
 
 
+@dataclasses.dataclass
+class _DeviceState:
+    """Arguments of the next decode chunk, on the device. They include the results of chunks in flight.
+
+    Attributes:
+      cache: Keys and values of all tokens but the last.
+      last: int32 ``[B]``, last token of each row.
+      done: bool ``[B]``, rows that generate nothing further.
+      limits: int32 ``[B]``, number of tokens that each row may still generate.
+    """
+
+    cache: KVCache
+    last: Int[jax.Array, "b"]
+    done: Bool[jax.Array, "b"]
+    limits: Int[jax.Array, "b"]
+
+
+@dataclasses.dataclass
+class _HostState:
+    """The rows as the host knows them, from the decode chunks that have arrived.
+
+    Attributes:
+      tokens_left: int ``[B]``, number of tokens that each row may still generate.
+      ended: bool ``[B]``, rows that met a stop token or their limit.
+      stopped: bool ``[B]``, rows that the consumer has stopped.
+    """
+
+    tokens_left: Int[np.ndarray, "b"]
+    ended: Bool[np.ndarray, "b"]
+    stopped: Bool[np.ndarray, "b"]
+
+    def may_generate(self, after: int = 0) -> bool:
+        """Returns whether any row may still generate, after ``after`` more tokens per row."""
+        return bool(np.any(~self.ended & ~self.stopped & (self.tokens_left > after)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _ChunkInFlight:
+    """A decode chunk that the device may still be working on.
+
+    Attributes:
+      asked: Time at which the consumer asked for it.
+      setting: Setting of the dial of each row.
+      result: The chunk as numpy arrays, and the time at which it arrived.
+    """
+
+    asked: float
+    setting: Float[np.ndarray, "b"] | None
+    result: concurrent.futures.Future[tuple[engine.Chunk, float]]
+
+
 class Decoding:
-    """Generates a continuation of every prompt of a batch."""
+    """Generates a continuation of every prompt of a batch.
+
+    Attributes:
+      reused_tokens: Number of leading prompt tokens taken from the prompt cache.
+    """
 
     def __init__(
         self,
@@ -65,177 +120,183 @@ class Decoding:
         stop_tokens: Sequence[int] = (),
         compiled: set[tuple] | None = None,
         policy: DecodePolicy | None = None,
+        prompt_cache: PromptCache | None = None,
     ):
-        """Prepares; no token is read yet.
+        """Prepares the batch and reads no token yet.
 
         Args:
-          model: graded; or dense, with ``dial=None``.
-          prompts: tokens of each row, at least one.
-          max_tokens: most tokens to generate per row; less where the context ends first.
-          max_context: most tokens of prompt and text together.
-          dial: of all rows; learns from what they read.
-          sampling: of each row.
-          stop_tokens: a row ends when it generates one of these, which is part of the result.
-          compiled: which programs earlier batches of the same model have compiled, to be kept by the
-            caller from batch to batch; none by default.
-          policy: how programs are compiled and chunks scheduled, by default ``DecodePolicy.for_device()``.
+          model: Graded model; or a dense one, with ``dial=None``.
+          prompts: Tokens of each row, at least one.
+          max_tokens: Most tokens to generate per row; fewer if the context ends first.
+          max_context: Most tokens of prompt and continuation together.
+          dial: Dial of all rows; observes the bits that they read.
+          sampling: Sampling parameters of each row.
+          stop_tokens: Tokens that end a row. They are part of the result.
+          compiled: Programs that earlier batches of the same model have compiled; updated in place.
+          policy: How programs are compiled and chunks scheduled, by default ``DecodePolicy.for_device()``.
+          prompt_cache: Keys and values of an earlier prompt to reuse; keeps those of this one. For a single
+            prompt.
 
         Raises:
-          UsageError: a prompt is empty or leaves no room in the context.
+          UsageError: A prompt is empty or leaves no room in the context, or the prompt cache belongs to
+            another model.
+          ValueError: There is a prompt cache and more than one prompt.
         """
-        lengths = [len(prompt) for prompt in prompts]
-        if min(lengths) < 1:
+        lengths = np.array([len(prompt) for prompt in prompts])
+        if lengths.min() < 1:
             raise UsageError("a prompt has no tokens; give at least one")
-        if max(lengths) >= max_context:
+        if lengths.max() >= max_context:
             raise UsageError(
-                f"the prompt has {max(lengths)} tokens and the context holds {max_context}, the answer "
+                f"the prompt has {lengths.max()} tokens and the context holds {max_context}, the answer "
                 "included; shorten the prompt or raise the context"
             )
-        self._model = engine.FlatModel(model)
+        if prompt_cache is not None and len(prompts) > 1:
+            raise ValueError(f"a prompt cache serves one prompt, not {len(prompts)}")
+        self._flat_model = engine.FlatModel(model)
         self._prompts = prompts
-        self._lengths = np.array(lengths)
-        self._room = np.minimum(max_tokens, max_context - self._lengths)
         self._dial = dial
         self._thresholds = None if dial is None else dial.thresholds
         self._sampling = sampling
-        self._policy = policy or DecodePolicy.for_device()
         self._stop_tokens = jnp.array(stop_tokens or (-1,), jnp.int32)
-        needed = int(np.max(self._lengths + self._room))
-        capacity = min(round_up(needed, CAPACITY_STEP), max_context)
-        # Whatever goes in and out of the loop lives where the (replicated) norm does from the start: jit
-        # compiles anew for arguments of the same shapes in another place.
-        self._place = model.norm.scale[...].sharding
-        cache = KVCache.create(model.config, len(prompts), capacity, model.compute_dtype)
-        self._cache: KVCache = jax.device_put(cache, self._place)
-        self._last: Int[jax.Array, "b"] = self._put(np.zeros(len(prompts), np.int32))
-        self._done: Bool[jax.Array, "b"] = self._put(np.ones(len(prompts), bool))
-        self._limits: Int[jax.Array, "b"] = self._put(np.zeros(len(prompts), np.int32))
-        # What of this the host knows: rows that have ended, and those whose rest is of no interest.
-        self._ended, self._stopped = np.ones(len(prompts), bool), np.zeros(len(prompts), bool)
         self._compiled = set() if compiled is None else compiled
+        self._policy = policy or DecodePolicy.for_device()
+        # All inputs and outputs of the loop have the sharding of the (replicated) norm from the start,
+        # because jit compiles again for the same shapes with another sharding.
+        self._sharding = model.norm.scale[...].sharding
+        batch, tokens_left = len(prompts), np.minimum(max_tokens, max_context - lengths)
+        capacity = min(round_up(int(np.max(lengths + tokens_left)), CAPACITY_STEP), max_context)
+        self._prompt_cache, self.reused_tokens = prompt_cache, 0
+        if prompt_cache is None:
+            cache = self._put(KVCache.create(model.config, batch, capacity, model.compute_dtype))
+        else:
+            read_from = len(prompts[0]) - 1 if dial is None else first_previewed(len(prompts[0]))
+            cache, self.reused_tokens = prompt_cache.acquire(self, model, prompts[0], capacity, read_from)
+        self._host = _HostState(tokens_left, ended=np.ones(batch, bool), stopped=np.zeros(batch, bool))
+        self._device = _DeviceState(
+            cache,
+            last=self._put(np.zeros(batch, np.int32)),
+            done=self._put(self._host.ended),
+            limits=self._put(np.zeros(batch, np.int32)),
+        )
 
     def compile_prefill(self) -> None:
-        """Compiles what ``prefill`` needs, if it is new, by running it on no tokens at all."""
-        batch, capacity = len(self._prompts), self._cache.capacity
+        """Compiles the programs of ``prefill`` that are new, by reading no tokens."""
+        batch = len(self._prompts)
         none = self._put(np.zeros(batch, np.int32))
-        for width in sorted({block.shape[1] for block, _ in self._blocks()}):
-            program = ("prefill", batch, width, capacity, self._policy, self._sampling.draws)
-            if program in self._compiled:
-                continue
-            blank = np.zeros((batch, width), np.int32)
-            logits, _ = self._read(blank, none)
-            _first_token(logits, self._sampling, self._cache.lengths, policy=self._policy).block_until_ready()
-            self._compiled.add(program)
+        for width in sorted({bucket.tokens.shape[1] for bucket in cut(self._prompts, self.reused_tokens)}):
+            program = ("prefill", width, *self._program_key())
+            if program not in self._compiled:
+                logits, _ = self._read(np.zeros((batch, width), np.int32), none)
+                self._choose_first(logits).block_until_ready()
+                self._compiled.add(program)
 
     def compile_decode(self) -> None:
-        """Compiles what ``chunks`` needs, if it is new and not every row is done after ``prefill``.
+        """Compiles the program of ``chunks`` if it is new, by decoding no tokens.
 
-        It does so by decoding no tokens at all.
+        Does nothing if every row is done after ``prefill``.
         """
-        if self._ended.all():
-            return
-        sizes = len(self._prompts), self._cache.capacity, len(self._stop_tokens), self._policy
-        program = ("decode", *sizes, self._sampling.draws)
-        if program not in self._compiled:
-            none = self._put(np.zeros(len(self._prompts), np.int32))
-            (self._limits - self._decode(none).counts).block_until_ready()
+        program = ("decode", len(self._stop_tokens), *self._program_key())
+        if program not in self._compiled and self._host.may_generate():
+            chunk = self._decode(self._put(np.zeros(len(self._prompts), np.int32)))
+            (self._device.limits - chunk.counts).block_until_ready()
             self._compiled.add(program)
 
     def prefill(self) -> NewTokens:
         """Reads the prompts and chooses the first token of each row, at full precision.
 
-        From the end of each prompt the dial learns what its text takes.
+        The dial observes the preview of the end of each prompt.
         """
         started = time.perf_counter()
-        following = preview = None
-        for block, lengths in self._blocks():
-            logits, seen = self._read(block, self._put(lengths))
-            following = logits if following is None else jnp.where((lengths > 0)[:, None], logits, following)
-            preview = seen if preview is None else engine.merge_previews(preview, seen)
-        self._last = _first_token(following, self._sampling, self._cache.lengths, policy=self._policy)
-        tokens, preview = jax.device_get((self._last, preview))
+        logits = preview = None
+        for bucket in cut(self._prompts, self.reused_tokens):
+            new_logits, new_preview = self._read(bucket.tokens, self._put(bucket.lengths))
+            if self._prompt_cache is not None:
+                self._prompt_cache.store(self, self._device.cache, self._prompts[0][: bucket.end])
+            is_read = (bucket.lengths > 0)[:, None]
+            logits = new_logits if logits is None else jnp.where(is_read, new_logits, logits)
+            preview = new_preview if preview is None else engine.merge_previews(preview, new_preview)
+        self._device.last = self._choose_first(logits)
+        first, preview = jax.device_get((self._device.last, preview))
         if preview is not None:
-            self._follow(preview.bits, preview.counts)
-        self._room -= 1
-        self._ended = np.isin(tokens, np.asarray(self._stop_tokens)) | (self._room <= 0)
-        self._done, self._limits = self._put(self._ended), self._put(self._room.astype(np.int32))
-        return NewTokens([[int(token)] for token in tokens], None, time.perf_counter() - started)
+            self._observe(preview.bits, preview.counts)
+        self._host.tokens_left -= 1
+        self._host.ended = np.isin(first, np.asarray(self._stop_tokens)) | (self._host.tokens_left <= 0)
+        self._device.done = self._put(self._host.ended)
+        self._device.limits = self._put(self._host.tokens_left.astype(np.int32))
+        return NewTokens([[int(token)] for token in first], None, time.perf_counter() - started)
 
     def chunks(self) -> Iterator[NewTokens]:
         """Decodes until every row is done.
 
-        On a GPU one chunk is under way while the consumer has the one before it: the dial follows, and rows
-        are stopped, a chunk later.
+        With chunks ahead, as on a GPU, one decode chunk runs while the consumer has the one before it. The
+        dial and ``stop`` then take effect one chunk later.
         """
-        under_way, ready = collections.deque(), 0.0
-        observed = None  # what the dial is yet to follow
+        steps, in_flight = self._policy.chunk_steps, collections.deque()
         reader = concurrent.futures.ThreadPoolExecutor(1)
+        asked, arrived = time.perf_counter(), 0.0
         try:
             while True:
-                started = time.perf_counter()
-                if observed is not None:
-                    self._follow(*observed)
-                setting = None if self._dial is None else self._dial.setting
-                while len(under_way) <= self._policy.chunks_ahead and self._goes_on(len(under_way)):
-                    chunk = self._decode(self._limits)
-                    self._last, self._done = chunk.last, chunk.done
-                    self._limits = self._limits - chunk.counts
-                    under_way.append((started, setting, reader.submit(_on_host, chunk)))
-                if not self._goes_on(0):
-                    return  # and what is under way is of no interest
-                started, setting, result = under_way.popleft()
-                chunk, now = result.result()
-                seconds, ready = now - max(started, ready), now
-                counts = np.where(self._stopped, 0, chunk.counts)
-                self._room, self._ended = self._room - counts, chunk.done
-                grades = _first_steps(chunk.grades, counts.max())
-                if grades is not None:
-                    observed = grades.bits.swapaxes(0, 1), counts, setting
-                tokens = [row[:n].tolist() for row, n in zip(chunk.tokens, counts, strict=True)]
-                yield NewTokens(tokens, grades, seconds)
+                while len(in_flight) <= self._policy.chunks_ahead and self._host.may_generate(
+                    after=len(in_flight) * steps
+                ):
+                    in_flight.append(self._launch(asked, reader))
+                if not self._host.may_generate():
+                    return  # All rows of the chunks still in flight are done or stopped.
+                current = in_flight.popleft()
+                device_free = max(current.asked, arrived)
+                chunk, arrived = current.result.result()
+                new = self._receive(chunk, arrived - device_free)
+                yield new
+                asked = time.perf_counter()
+                if new.grading_stats is not None:
+                    counts = np.array([len(tokens) for tokens in new.tokens])
+                    self._observe(new.grading_stats.bits.swapaxes(0, 1), counts, current.setting)
         finally:
             reader.shutdown(wait=False)
 
     def stop(self, rows: Bool[np.ndarray, "b"]) -> None:
-        """Ends rows before their limit, because of what their text says: they generate nothing further."""
-        self._stopped |= rows
-        self._done |= jnp.asarray(rows)
+        """Ends rows before their limit. They yield no further tokens."""
+        self._host.stopped |= rows
+        self._device.done |= jnp.asarray(rows)
 
-    def _goes_on(self, under_way: int) -> bool:
-        """Whether any row may have tokens to generate beyond so many chunks."""
-        open_rows = ~(self._ended | self._stopped)
-        return bool(np.any(open_rows & (self._room > under_way * self._policy.chunk_steps)))
+    def _launch(self, asked: float, reader: concurrent.futures.Executor) -> _ChunkInFlight:
+        """Dispatches a decode chunk, and its transfer to the host in a thread of ``reader``."""
+        setting = None if self._dial is None else self._dial.setting
+        chunk = self._decode(self._device.limits)
+        self._device.last, self._device.done = chunk.last, chunk.done
+        self._device.limits = self._device.limits - chunk.counts
+        return _ChunkInFlight(asked, setting, reader.submit(_to_host, chunk))
 
-    def _put(self, array: np.ndarray) -> jax.Array:
-        return jax.device_put(array, self._place)
+    def _receive(self, chunk: engine.Chunk, seconds: float) -> NewTokens:
+        """Updates the host's state from a chunk that has arrived, and drops tokens of stopped rows."""
+        counts = np.where(self._host.stopped, 0, chunk.counts)
+        self._host.tokens_left, self._host.ended = self._host.tokens_left - counts, chunk.done
+        # Cut on the host: on the device every count would compile another program.
+        stats = jax.tree.map(lambda steps: steps[: counts.max()], chunk.grading_stats)
+        tokens = [row[:count].tolist() for row, count in zip(chunk.tokens, counts, strict=True)]
+        return NewTokens(tokens, stats, seconds)
 
     def _read(
-        self, block: Int[np.ndarray, "b t"], lengths: Int[jax.Array, "b"]
+        self, tokens: Int[np.ndarray, "b t"], lengths: Int[jax.Array, "b"]
     ) -> tuple[Float[jax.Array, "b v"], engine.Preview | None]:
-        """Reads a block of the prompts."""
+        """Reads a prefill bucket; returns its logits and preview."""
+        cache, preview = self._owned_cache(), None
         if self._dial is None:
-            logits, self._cache = engine.prefill(self._model, block, lengths, self._cache)
-            return logits, None
-        logits, self._cache, preview = engine.prefill_with_preview(
-            self._model, block, lengths, self._cache, self._thresholds
-        )
+            logits, cache = engine.prefill(self._flat_model, tokens, lengths, cache)
+        else:
+            logits, cache, preview = engine.prefill_with_preview(
+                self._flat_model, tokens, lengths, cache, self._thresholds
+            )
+        self._keep_cache(cache)
         return logits, preview
 
-    def _follow(
-        self,
-        bits: Float[np.ndarray, "b steps linears"],
-        counts: Int[np.ndarray, "b"],
-        setting: Float[np.ndarray, "b"] | None = None,
-    ) -> None:
-        self._dial.observe(bits, counts, setting)
-        self._thresholds = self._dial.thresholds
-
     def _decode(self, limits: Int[jax.Array, "b"]) -> engine.Chunk:
-        chunk, self._cache = engine.decode_chunk(
-            self._model,
-            self._last,
-            self._done,
-            self._cache,
+        """Dispatches a decode chunk of at most ``limits`` tokens per row."""
+        chunk, cache = engine.decode_chunk(
+            self._flat_model,
+            self._device.last,
+            self._device.done,
+            self._owned_cache(),
             self._thresholds,
             self._sampling,
             self._stop_tokens,
@@ -243,28 +304,41 @@ class Decoding:
             steps=self._policy.chunk_steps,
             policy=self._policy,
         )
+        self._keep_cache(cache)
         return chunk
 
-    def _blocks(self) -> Iterator[tuple[Int[np.ndarray, "b t"], Int[np.ndarray, "b"]]]:
-        """The prompts cut into blocks: padded tokens, and how many of them each row has."""
-        longest, start = int(self._lengths.max()), 0
-        while start < longest:
-            width = SHORTEST_BLOCK
-            while width < min(longest - start, LONGEST_BLOCK):
-                width *= 2
-            lengths = np.clip(self._lengths - start, 0, width).astype(np.int32)
-            block = np.zeros((len(self._prompts), width), np.int32)
-            for row, prompt in enumerate(self._prompts):
-                block[row, : lengths[row]] = prompt[start : start + width]
-            yield block, lengths
-            start += width
+    def _choose_first(self, logits: Float[jax.Array, "b v"]) -> Int[jax.Array, "b"]:
+        return _choose_first(logits, self._sampling, self._device.cache.lengths, policy=self._policy)
+
+    def _observe(
+        self,
+        bits: Float[np.ndarray, "b steps linears"],
+        counts: Int[np.ndarray, "b"],
+        setting: Float[np.ndarray, "b"] | None = None,
+    ) -> None:
+        """Updates dial and thresholds (see ``Dial.observe``)."""
+        self._dial.observe(bits, counts, setting)
+        self._thresholds = self._dial.thresholds
+
+    def _owned_cache(self) -> KVCache:
+        """Returns the cache, if no later generation has acquired it."""
+        if self._prompt_cache is not None:
+            self._prompt_cache.check(self)
+        return self._device.cache
+
+    def _keep_cache(self, cache: KVCache) -> None:
+        self._device.cache = cache
+        if self._prompt_cache is not None:
+            self._prompt_cache.store(self, cache)
+
+    def _program_key(self) -> tuple:
+        """Returns the sizes and static arguments that all programs of this batch depend on."""
+        return len(self._prompts), self._device.cache.capacity, self._policy, self._sampling.greedy
+
+    def _put(self, arrays):
+        return jax.device_put(arrays, self._sharding)
 
 
-def _on_host(chunk: engine.Chunk) -> tuple[engine.Chunk, float]:
-    """The chunk as numpy arrays, all in one transfer, and when it was there."""
+def _to_host(chunk: engine.Chunk) -> tuple[engine.Chunk, float]:
+    """Fetches a chunk as numpy arrays, all in one transfer; returns it and the time of its arrival."""
     return jax.device_get(chunk), time.perf_counter()
-
-
-def _first_steps(grades: engine.Grades | None, count: int | np.integer) -> engine.Grades | None:
-    # cut on the host: on the device every other count would compile another program
-    return jax.tree.map(lambda steps: steps[:count], grades)

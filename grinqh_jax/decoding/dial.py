@@ -1,9 +1,10 @@
-"""The dial in use: thresholds for a wanted mean of bits, kept true to the text that is being read.
+"""The dial: thresholds that make a text read the wanted mean bits, corrected while the text is read.
 
-Thresholds are fixed numbers for a layer, so a token with larger activations gets more bits. The same makes
-a text that is unlike the calibration text read more, or less, than asked, by 0.4 bits at times. A text
-differs by about as much at every setting, so the dial is set off by the difference seen so far: first in the
-prompt, which is not graded but shows what grading would take (``engine.Preview``), then every few tokens.
+The thresholds of a layer are fixed numbers, so a token with larger activations reads more bits. For the same
+reason a text unlike the calibration text reads up to 0.4 bits more or less than asked. The difference is
+about the same at every setting, so the dial subtracts the difference observed so far. It observes the prompt
+first: the prompt is not graded, but ``engine.Preview`` shows the bits that grading would read. Afterwards it
+observes every decode chunk.
 """
 
 from collections.abc import Sequence
@@ -12,48 +13,48 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer
 
+from grinqh_jax.decoding.bits import check_bits
 from grinqh_jax.decoding.engine import Thresholds
 from grinqh_jax.decoding.thresholds import stacked_tables, thresholds_at
-from grinqh_jax.errors import UsageError
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import Decoder, linear_names, linear_shapes
 
 PRIOR_TOKENS = 16
-"""A text counts as calibration text for so many tokens more than were seen: few tokens say little."""
+"""Weight of the calibration text in the estimate, in tokens: a few observed tokens say little."""
 
 
 class Dial:
-    """The settings of the rows of a batch, which are independent of one another.
+    """The dial of each row of a batch. Rows are independent of each other.
 
     Args:
-      model: graded.
-      targets: of its threshold tables.
-      bits: float ``[rows]``, the mean that each row is to read.
+      model: Graded model.
+      targets: Mean bits of the rows of its threshold tables.
+      bits: float ``[rows]``, wanted mean bits of each row.
 
     Raises:
-      UsageError: ``bits`` are out of the targets' range.
+      UsageError: ``bits`` is outside the range of the targets.
     """
 
     def __init__(self, model: Decoder, targets: Sequence[float], bits: Float[np.ndarray, "rows"]):
-        for setting in bits:
-            check_bits(setting, targets)
+        for wanted in bits:
+            check_bits(wanted, targets)
         self._names = linear_names(model.config)
         self._tables = stacked_tables(model)
         self._targets = jnp.asarray(targets, jnp.float32)
         self._range = targets[0], targets[-1]
         self._wanted = np.asarray(bits, np.float64)
-        self._excess = np.zeros_like(self._wanted)  # of all tokens so far, in bits
+        self._excess = np.zeros_like(self._wanted)  # bits read beyond the setting, summed over tokens
         self._tokens = np.zeros_like(self._wanted)
         self._shares = layer_shares(model.config)
 
     @property
     def setting(self) -> Float[np.ndarray, "rows"]:
-        """Where the dial stands: what is wanted, less the text's excess."""
+        """Mean bits that the thresholds are interpolated for: the wanted bits minus the estimated excess."""
         return np.clip(self._wanted - self._excess / (self._tokens + PRIOR_TOKENS), *self._range)
 
     @property
     def thresholds(self) -> Thresholds:
-        """Of every linear layer and row, for the setting. A new setting compiles nothing."""
+        """Thresholds of every linear layer and row at the setting. A new setting compiles nothing."""
         return thresholds_at(self._names, self._tables, self._targets, jnp.asarray(self.setting, jnp.float32))
 
     def observe(
@@ -62,12 +63,12 @@ class Dial:
         counts: Integer[np.ndarray, "rows"],
         setting: Float[np.ndarray, "rows"] | None = None,
     ) -> None:
-        """Takes into account what was read.
+        """Updates the setting from the bits that a text read.
 
         Args:
-          bits: of every token and linear layer, the latter as in ``decoder.linear_names``.
-          counts: how many steps of each row count.
-          setting: where the dial stood for them, by default where it stands now.
+          bits: Bits of every token and linear layer, layers in the order of ``decoder.linear_names``.
+          counts: Number of valid steps of each row.
+          setting: Setting that the tokens were read at, by default the current one.
         """
         setting = self.setting if setting is None else setting
         counted = np.arange(bits.shape[1]) < np.asarray(counts)[:, None]
@@ -76,15 +77,7 @@ class Dial:
         self._tokens = self._tokens + counts
 
 
-def check_bits(bits: float, targets: Sequence[float]) -> None:
-    """Raises UsageError where no dial of a model with these targets goes to ``bits``."""
-    if not targets[0] <= bits <= targets[-1]:
-        raise UsageError(
-            f"bits {bits:g}: this checkpoint's dial goes from {targets[0]:g} to {targets[-1]:g}, or full"
-        )
-
-
 def layer_shares(config: ModelConfig) -> Float[np.ndarray, "linears"]:
-    """Each linear layer's share of all their weights, in the order of ``decoder.linear_names``."""
+    """Returns the share of each linear layer in all their weights, in the order of ``linear_names``."""
     sizes = np.prod(list(linear_shapes(config).values()), axis=1, dtype=np.float64)
     return sizes / sizes.sum()

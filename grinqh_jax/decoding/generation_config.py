@@ -1,4 +1,4 @@
-"""What a checkpoint's ``generation_config.json`` says: special tokens and sampling defaults."""
+"""Special tokens and sampling defaults from a checkpoint's ``generation_config.json``."""
 
 import dataclasses
 from pathlib import Path
@@ -10,13 +10,13 @@ from grinqh_jax.json_files import read_object
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
-    """Defaults of a model.
+    """Generation defaults of a model.
 
     Attributes:
-      eos_tokens: any of these ends a text.
-      bos_token: begins one, or None.
-      temperature, top_k, top_p, min_p: see ``sampling.Sampling``. Greedy unless the file says
-        ``do_sample``; the filters that it does not name are off.
+      eos_tokens: Tokens that end a text.
+      bos_token: Token that begins a text, or None.
+      temperature, top_k, top_p, min_p: Sampling parameters (see ``sampling.Sampling``). Greedy unless the
+        file sets ``do_sample``. Filters that the file does not name are off.
     """
 
     eos_tokens: tuple[int, ...] = ()
@@ -28,10 +28,10 @@ class GenerationConfig:
 
     @classmethod
     def load(cls, directory: Path) -> "GenerationConfig":
-        """Reads the file, and ``config.json`` for the tokens that it does not name.
+        """Reads ``generation_config.json``, and takes token ids that it lacks from ``config.json``.
 
         Raises:
-          CheckpointError: a file is damaged or a value malformed; names all of them.
+          CheckpointError: A file is damaged or values are malformed. The message names all of them.
         """
         own, model = (_read(directory / name) for name in ("generation_config.json", "config.json"))
         problems: list[str] = []

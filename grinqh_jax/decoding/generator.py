@@ -7,6 +7,7 @@ for text in generation:
 print(generation.statistics().realised_bits_per_layer)
 """
 
+import contextlib
 import dataclasses
 import os
 import time
@@ -20,36 +21,30 @@ import numpy as np
 
 from grinqh_jax import checkpoint, hf
 from grinqh_jax.decoding.batch import Decoding
-from grinqh_jax.decoding.dial import Dial, check_bits
-from grinqh_jax.decoding.engine import Grades
+from grinqh_jax.decoding.bits import DEFAULT_BITS, FULL, Bits, check_bits
+from grinqh_jax.decoding.dial import Dial
 from grinqh_jax.decoding.generation_config import GenerationConfig
+from grinqh_jax.decoding.prompt_cache import PromptCache
 from grinqh_jax.decoding.sampling import Sampling
-from grinqh_jax.decoding.statistics import Statistics, grade_statistics
+from grinqh_jax.decoding.statistics import Statistics, grading_fields
 from grinqh_jax.decoding.stop import StopStrings
 from grinqh_jax.errors import UsageError
 from grinqh_jax.json_files import read_json
 from grinqh_jax.memory import peak_memory
 from grinqh_jax.model.decoder import Decoder
 from grinqh_jax.text.tokenizer import Tokenizer
-
-FULL = "full"
-"""The dial's setting that reads everything that is stored."""
-
-Bits = float | Literal["full"]
-
-DEFAULT_BITS = 4.0
-"""Mean bits where a request names none: close to full precision at a third of the bytes."""
+from pallas_kernels import GradingStats
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """What to generate. ``None`` takes the model's default (``GenerationConfig``, ``DEFAULT_BITS``).
+    """What to generate. ``None`` selects the model's default (``GenerationConfig``, ``DEFAULT_BITS``).
 
     Attributes:
-      bits: mean bits to read per weight, or ``"full"``, the only one for an unquantized model.
-      max_tokens: most tokens to generate; the context may end the text earlier.
-      temperature, top_k, top_p, min_p, seed: see ``sampling.Sampling``.
-      stop: texts that end the generation and are not part of it; a string is one of them.
+      bits: Mean bits to read per weight, or ``"full"``, the only setting of an unquantized model.
+      max_tokens: Most tokens to generate; the context may end the text earlier.
+      temperature, top_k, top_p, min_p, seed: Sampling parameters (see ``sampling.Sampling``).
+      stop: Strings that end the text and are not part of it; one string or several.
     """
 
     bits: Bits | None = None
@@ -62,7 +57,7 @@ class Request:
     stop: str | Sequence[str] = ()
 
     def __post_init__(self):
-        if isinstance(self.stop, str):  # each of its characters would be taken for one
+        if isinstance(self.stop, str):  # as a sequence it would be one stop string per character
             object.__setattr__(self, "stop", (self.stop,))
         ranges = {
             "max_tokens": (1, 2**31 - 1),
@@ -86,11 +81,11 @@ class Generator:
     """A model that is ready to generate.
 
     Attributes:
-      model: its weights.
-      tokenizer: its tokenizer.
-      defaults: its special tokens and sampling defaults.
-      targets: ascending mean bits of its threshold tables; None for an unquantized model.
-      directory: where it came from.
+      model: The weights.
+      tokenizer: The model's tokenizer.
+      defaults: The model's special tokens and sampling defaults.
+      targets: Ascending mean bits of the threshold tables; None for an unquantized model.
+      directory: Directory of the checkpoint.
     """
 
     def __init__(
@@ -113,13 +108,13 @@ class Generator:
         """Loads a GRINQH checkpoint, or an unquantized Hugging Face one (at full precision only).
 
         Args:
-          model: a directory or a hub id.
-          compute_dtype: of hidden states and matrix products; by default float32 on a CPU and
-            bfloat16 elsewhere.
+          model: A directory or a hub id.
+          compute_dtype: Dtype of hidden states and matrix products, by default float32 on a CPU and bfloat16
+            elsewhere.
 
         Raises:
-          CheckpointError: there is no such checkpoint, or it is damaged.
-          UnsupportedModelError: its architecture or options are not implemented.
+          CheckpointError: There is no such checkpoint, or it is damaged.
+          UnsupportedModelError: The architecture or one of its options is not implemented.
         """
         directory = hf.resolve(model)
         config = read_json(directory / "config.json") if (directory / "config.json").exists() else {}
@@ -135,21 +130,28 @@ class Generator:
         return cls(decoder, tokenizer, defaults, targets, directory)
 
     def generate(
-        self, prompt: str | Sequence[int], request: Request | None = None, *, max_context: int | None = None
+        self,
+        prompt: str | Sequence[int],
+        request: Request | None = None,
+        *,
+        max_context: int | None = None,
+        prompt_cache: PromptCache | None = None,
     ) -> "Generation":
         """Prepares a text; iterate over the result to generate it.
 
         Args:
-          prompt: a plain text, or tokens (of ``tokenizer.chat``, for instance). An empty one begins
-            with the model's BOS token, or for want of one its EOS token.
-          request: what to generate.
-          max_context: most tokens of prompt and text together; by default all that the model has
-            positions for.
+          prompt: Plain text, or tokens (of ``tokenizer.chat``, for instance). An empty prompt is replaced by
+            the model's BOS token, or its EOS token if it has no BOS token.
+          request: What to generate.
+          max_context: Most tokens of prompt and text together, by default the number of positions that the
+            model has.
+          prompt_cache: Keys and values that a conversation keeps. Its earlier prompts are read once, not
+            again at every turn. The text is the same with and without it.
 
         Raises:
-          UsageError: bits out of the dial's range, a prompt too long for the context, an empty prompt
-            for a model without BOS and EOS tokens, a token outside the vocabulary, a context larger than
-            the model's.
+          UsageError: The bits are outside the dial's range, the prompt is too long for the context, the
+            prompt is empty and the model has no BOS or EOS token, a token is outside the vocabulary, the
+            context is larger than the model's, or the prompt cache belongs to another model.
         """
         request = request or Request()
         tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
@@ -167,14 +169,15 @@ class Generator:
             sampling=Sampling.create(seed=request.seed, **sampling),
             stop_tokens=defaults.eos_tokens,
             compiled=self._compiled,
+            prompt_cache=prompt_cache,
         )
-        return Generation(self, decoding, request, prompt_tokens=len(tokens))
+        return Generation(self, decoding, request, prompt_tokens=len(tokens), prompt_cache=prompt_cache)
 
     def bits(self, wanted: Bits | None) -> float | None:
-        """What the dial stands at for a request's bits; None for an unquantized model.
+        """Returns the mean bits that a setting asks for; None for an unquantized model.
 
         Raises:
-          UsageError: they are out of the dial's range.
+          UsageError: The setting is outside the dial's range.
         """
         if self.targets is None:
             if wanted not in (None, FULL):
@@ -189,14 +192,14 @@ class Generator:
         return float(bits)
 
     def dial(self, bits: Bits | None, batch: int = 1) -> Dial | None:
-        """A dial for every row of a batch; None for an unquantized model.
+        """Returns a dial with the same setting for every row of a batch; None for an unquantized model.
 
         Raises:
-          UsageError: ``bits`` are out of the dial's range.
+          UsageError: ``bits`` is outside the dial's range.
         """
-        if (setting := self.bits(bits)) is None:
+        if (wanted := self.bits(bits)) is None:
             return None
-        return Dial(self.model, self.targets, np.full(batch, setting))
+        return Dial(self.model, self.targets, np.full(batch, wanted))
 
     def _context(self, max_context: int | None) -> int:
         most = self.model.config.max_position_embeddings
@@ -209,20 +212,27 @@ class Generator:
             return self.defaults.bos_token
         if self.defaults.eos_tokens:
             return self.defaults.eos_tokens[0]
-        raise UsageError("the prompt is empty and the model names no BOS or EOS token to begin with")
+        raise UsageError("the prompt is empty and the model has no BOS or EOS token; give a prompt")
 
 
 class Generation:
-    """One text in the making: iterate over its pieces, once, then read its figures.
+    """One text: iterate over its pieces, once, then read its figures.
 
     Attributes:
-      text: generated so far.
-      tokens: generated so far, a stop token included.
-      bits: what the dial stands at, None for an unquantized model.
+      text: Text generated so far.
+      tokens: Tokens generated so far, a stop token included.
+      bits: Mean bits asked for; None for an unquantized model.
       finish_reason: ``"stop"`` (stop token or stop string), ``"length"``, or None while unfinished.
     """
 
-    def __init__(self, generator: Generator, decoding: Decoding, request: Request, prompt_tokens: int):
+    def __init__(
+        self,
+        generator: Generator,
+        decoding: Decoding,
+        request: Request,
+        prompt_tokens: int,
+        prompt_cache: PromptCache | None = None,
+    ):
         self.text = ""
         self.tokens: list[int] = []
         self.finish_reason: Literal["stop", "length"] | None = None
@@ -232,55 +242,62 @@ class Generation:
         self._decoding = decoding
         self._stream = generator.tokenizer.stream()
         self._stop = StopStrings(request.stop)
-        self._begun = False
-        self._grades: list[Grades] = []
+        self._started = False
+        self._stats: list[GradingStats] = []
         self._prompt_tokens = prompt_tokens
+        self._prompt_cache = prompt_cache
         self._compile_seconds = self._prompt_seconds = self._generation_seconds = 0.0
 
     def prepare(self) -> None:
-        """Compiles what the first token needs, seconds for a new shape; iterating does it too."""
-        self._compile(self._decoding.compile_prefill)
+        """Compiles the programs of the first token, which takes seconds for new shapes.
+
+        Iteration does it if the caller has not.
+        """
+        with self._invalidating_cache():
+            self._compile(self._decoding.compile_prefill)
 
     def __iter__(self) -> Iterator[str]:
-        """Yields the text piece by piece, as whole characters, as soon as they are certain.
+        """Yields the text in pieces of whole characters, as soon as they are certain.
 
         Raises:
-          UsageError: it is not the first time. The cache holds the text already.
+          UsageError: The generation has been iterated over before, or a later one uses its prompt cache.
         """
-        if self._begun:
+        if self._started:
             raise UsageError(
                 "a generation is iterated over once: read its text, keep its iterator to go on later, "
                 "or call generate again"
             )
-        self._begun = True
-        for piece in self._pieces():
-            self.text += piece
-            yield piece
+        self._started = True
+        with self._invalidating_cache():
+            for piece in self._pieces():
+                self.text += piece
+                yield piece
 
     @property
-    def grades(self) -> Grades | None:
-        """Realised bits and activation_range_ratio of every decode step so far, numpy ``[steps, linears]``.
+    def grading_stats(self) -> GradingStats | None:
+        """Statistics of every decode step so far, numpy ``[steps, linears]``; None for an unquantized model.
 
-        None for an unquantized model. The order of the layers is that of ``decoder.linear_names``.
+        Layers are in the order of ``decoder.linear_names``.
         """
-        if not self._grades:
+        if not self._stats:
             return None
-        return jax.tree.map(lambda *steps: np.concatenate(steps), *self._grades)
+        return jax.tree.map(lambda *steps: np.concatenate(steps), *self._stats)
 
     def statistics(self) -> Statistics:
-        """The figures so far; also for an unfinished generation."""
+        """Returns the figures so far; works for an unfinished generation, too."""
         return Statistics(
             prompt_tokens=self._prompt_tokens,
+            reused_prompt_tokens=self._decoding.reused_tokens,
             generated_tokens=len(self.tokens),
             prompt_seconds=self._prompt_seconds,
             generation_seconds=self._generation_seconds,
             compile_seconds=self._compile_seconds,
             peak_memory_bytes=peak_memory(),
-            **grade_statistics(self._model, self.grades),
+            **grading_fields(self._model, self.grading_stats),
         )
 
     def _pieces(self) -> Iterator[str]:
-        for tokens in self._tokens():
+        for tokens in self._new_tokens():
             self.tokens += tokens
             text = "".join(self._stream.push(token) for token in tokens)
             ended = tokens[-1:] and tokens[-1] in self._stop_tokens
@@ -296,20 +313,30 @@ class Generation:
                 yield rest
         self.finish_reason = self.finish_reason or "length"
 
-    def _tokens(self) -> Iterator[list[int]]:
-        """New tokens chunk by chunk; only the model's time is on the clocks, not the consumer's."""
-        self.prepare()
+    def _new_tokens(self) -> Iterator[list[int]]:
+        """Yields the tokens of each chunk. Only the model's time is measured, not the consumer's."""
+        self._compile(self._decoding.compile_prefill)
         first = self._decoding.prefill()
         self._prompt_seconds = first.seconds
         yield first.tokens[0]
-        self._compile(self._decoding.compile_decode)  # the first piece of text need not wait for it
+        self._compile(self._decoding.compile_decode)  # after the first piece of text, which need not wait
         for chunk in self._decoding.chunks():
             self._generation_seconds += chunk.seconds
-            if chunk.grades is not None:
-                self._grades.append(jax.tree.map(lambda steps: steps[:, 0], chunk.grades))
+            if chunk.grading_stats is not None:
+                self._stats.append(jax.tree.map(lambda steps: steps[:, 0], chunk.grading_stats))
             yield chunk.tokens[0]
 
     def _compile(self, compile: Callable[[], None]) -> None:
         started = time.perf_counter()
         compile()
         self._compile_seconds += time.perf_counter() - started
+
+    @contextlib.contextmanager
+    def _invalidating_cache(self) -> Iterator[None]:
+        """Invalidates the prompt cache on an error. An interrupt leaves it usable."""
+        try:
+            yield
+        except Exception:
+            if self._prompt_cache is not None:
+                self._prompt_cache.invalidate(self._decoding)
+            raise

@@ -1,8 +1,8 @@
 """Choosing the next token from logits: greedy, or sampled with temperature, top-k, top-p and min-p.
 
-Every parameter is an array with one entry per row of the batch, so that changing one compiles nothing; only
-batches in which nothing is drawn have a program of their own. The filters mean what they mean in Hugging
-Face transformers, in its order: temperature, top-k, top-p (of what top-k left), min-p.
+Every parameter is an array with one entry per row of the batch, so changing one compiles nothing. Only a
+batch in which every row is greedy has its own program. The filters are those of Hugging Face transformers, in
+its order: temperature, top-k, top-p (over the tokens that top-k kept), min-p.
 """
 
 import dataclasses
@@ -20,15 +20,15 @@ class Sampling:
     """Sampling parameters of a batch.
 
     Attributes:
-      temperature: float32 ``[B]``; 0 takes the most likely token.
-      top_k: int32 ``[B]``; keep the k most likely tokens (and ties with the last of them); 0 keeps all.
-      top_p: float32 ``[B]`` in (0, 1]; keep the fewest most likely tokens whose probabilities add up
-        to it (and ties with the last of them); 1 keeps all.
-      min_p: float32 ``[B]`` in [0, 1]; keep tokens at least this fraction as likely as the likeliest.
-      seed: uint32 ``[B]``; with the token's position it determines the draw, whatever the batch or
-        the division into chunks.
-      draws: False where every temperature is 0, and nothing needs to be sorted or drawn. Static: to ask
-        the device would make it wait for the host at every step.
+      temperature: float32 ``[B]``; 0 selects the token with the largest logit.
+      top_k: int32 ``[B]``; keeps the k most likely tokens and ties with the last of them; 0 keeps all.
+      top_p: float32 ``[B]`` in (0, 1]; keeps the fewest most likely tokens whose probabilities sum to at
+        least ``top_p``, and ties with the last of them; 1 keeps all.
+      min_p: float32 ``[B]`` in [0, 1]; keeps tokens at least this fraction as likely as the most likely one.
+      seed: uint32 ``[B]``; determines the random numbers together with the token's position, independently
+        of the batch and of the decode chunks.
+      greedy: True if every temperature is 0, so nothing is sorted and no random number is generated. Static,
+        because a branch on the device would force a host sync at every step.
     """
 
     temperature: Float[Array, "b"]
@@ -36,7 +36,7 @@ class Sampling:
     top_p: Float[Array, "b"]
     min_p: Float[Array, "b"]
     seed: UInt32[Array, "b"]
-    draws: bool = dataclasses.field(default=True, metadata={"static": True})
+    greedy: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @classmethod
     def create(
@@ -49,7 +49,7 @@ class Sampling:
         min_p: float = 0.0,
         seed: int = 0,
     ) -> "Sampling":
-        """The same parameters for every row; row ``b`` draws with ``seed + b``."""
+        """Returns the same parameters for every row; row ``b`` has seed ``seed + b``."""
 
         def rows(value, dtype):
             return jnp.full(batch, value, dtype)
@@ -60,36 +60,41 @@ class Sampling:
             top_p=rows(top_p, jnp.float32),
             min_p=rows(min_p, jnp.float32),
             seed=rows(seed % 2**32, jnp.uint32) + jnp.arange(batch, dtype=jnp.uint32),
-            draws=temperature > 0,
+            greedy=not temperature > 0,
         )
 
 
 @jax.named_scope("sampling")
-def sample(
+def choose_tokens(
     logits: Float[Array, "b v"], sampling: Sampling, positions: Int[Array, "b"], policy: DecodePolicy
 ) -> Int[Array, "b"]:
-    """The next token of every row, int32.
+    """Chooses the next token of every row, greedily or by sampling.
 
     Args:
-      logits: float32.
-      sampling: the parameters.
-      positions: of the tokens to be chosen, in their sequences.
-      policy: whether to skip a sort that no row needs.
+      logits: float32, in the order of the tokens.
+      sampling: Sampling parameters of each row.
+      positions: Position in its sequence of each token to choose.
+      policy: Whether the sort is skipped when no row needs it.
+
+    Returns:
+      int32 ``[B]``.
     """
-    return drawn(logits, sampling, positions, policy) if sampling.draws else likeliest(logits)
+    return greedy(logits) if sampling.greedy else sample(logits, sampling, positions, policy)
 
 
 @jax.named_scope("sampling")
-def likeliest(logits: Float[Array, "b v"], tokens: Int[Array, "v"] | None = None) -> Int[Array, "b"]:
-    """``sample`` where every temperature is 0: the largest logit, of equal ones that of the lowest token.
+def greedy(logits: Float[Array, "b v"], token_ids: Int[Array, "v"] | None = None) -> Int[Array, "b"]:
+    """Returns the token with the largest logit, int32 ``[B]``; the lowest token among equal logits.
+
+    A NaN counts as the largest logit, so that it shows in the text instead of going unnoticed.
 
     Args:
       logits: float32, in any order.
-      tokens: int32, what each logit is of; None where they are in the order of the tokens.
+      token_ids: int32, the token of each logit; None if the logits are in the order of the tokens.
     """
-    if tokens is None:
-        tokens = jnp.arange(logits.shape[-1], dtype=jnp.int32)
-    logits = jnp.where(jnp.isnan(logits), jnp.inf, logits)  # shown, not passed over
+    if token_ids is None:
+        token_ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    logits = jnp.where(jnp.isnan(logits), jnp.inf, logits)
 
     def better(one, other):
         (logit, token), (rival, rival_token) = one, other
@@ -97,27 +102,30 @@ def likeliest(logits: Float[Array, "b v"], tokens: Int[Array, "v"] | None = None
         return jnp.where(wins, logit, rival), jnp.where(wins, token, rival_token)
 
     least = jnp.float32(-jnp.inf), jnp.iinfo(jnp.int32).max
-    pairs = logits, jnp.broadcast_to(tokens, logits.shape)
+    pairs = logits, jnp.broadcast_to(token_ids, logits.shape)
     return jax.lax.reduce(pairs, least, better, dimensions=[1])[1]
 
 
 @jax.named_scope("sampling")
-def drawn(
+def sample(
     logits: Float[Array, "b v"], sampling: Sampling, positions: Int[Array, "b"], policy: DecodePolicy
 ) -> Int[Array, "b"]:
-    """``sample`` where some temperature is not 0."""
+    """Samples a token of every row, and chooses greedily in rows of temperature 0.
+
+    Adds Gumbel noise to the filtered logits and takes the maximum, which samples from their softmax.
+    """
     keys = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(
         sampling.seed, positions
     )
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
     tokens = jnp.argmax(filtered(logits, sampling, policy) + noise, axis=-1).astype(jnp.int32)
-    return jnp.where(sampling.temperature > 0, tokens, likeliest(logits))
+    return jnp.where(sampling.temperature > 0, tokens, greedy(logits))
 
 
 def filtered(logits: Float[Array, "b v"], sampling: Sampling, policy: DecodePolicy) -> Float[Array, "b v"]:
-    """Logits over the temperature, ``-inf`` for the tokens that the filters remove.
+    """Divides logits by the temperature and sets those of filtered tokens to ``-inf``.
 
-    A row of temperature 0 is left at temperature 1.
+    A row of temperature 0 is filtered at temperature 1.
     """
     temperature = jnp.where(sampling.temperature > 0, sampling.temperature, 1)
     scaled = logits / temperature[:, None]
@@ -133,15 +141,15 @@ def filtered(logits: Float[Array, "b v"], sampling: Sampling, policy: DecodePoli
 
 
 def _cutoff(scaled: Float[Array, "b v"], sampling: Sampling) -> Float[Array, "b"]:
-    """The smallest logit of each row that top-k and top-p keep."""
+    """Returns the smallest logit of each row that top-k and top-p keep."""
     vocabulary = scaled.shape[-1]
     ranked = jnp.sort(scaled, axis=-1, descending=True)
     k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, vocabulary), vocabulary)
     kth = jnp.take_along_axis(ranked, k[:, None] - 1, axis=-1)
     kept = ranked >= kth
     probabilities = jax.nn.softmax(jnp.where(kept, ranked, -jnp.inf), axis=-1)
-    likelier = jnp.cumsum(probabilities, axis=-1) - probabilities
+    preceding = jnp.cumsum(probabilities, axis=-1) - probabilities
     top_p = sampling.top_p[:, None]
-    kept &= (likelier < top_p) | (top_p >= 1)
+    kept &= (preceding < top_p) | (top_p >= 1)
     kept |= jnp.arange(vocabulary) == 0
     return jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1)

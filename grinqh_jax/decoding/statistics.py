@@ -1,14 +1,16 @@
-"""The figures of one generation: speed, bits and bytes that were really read, memory."""
+"""The figures of a generation: speed, bits and bytes actually read, memory."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from grinqh_jax.decoding.engine import Grades
 from grinqh_jax.model.decoder import Decoder, linear_names, linear_shapes
+from pallas_kernels import GradingStats
 from pallas_kernels.layout import GROUP
 
 BF16_BYTES = 2
@@ -16,30 +18,35 @@ SCALE_BITS = 16 / GROUP
 """Bits per weight of the float16 scales, which are read beside the graded planes."""
 
 RANGE_RATIO_MARGIN = 1.5
-"""Activations this many times larger than any met in calibration are worth a warning."""
+"""Activations this many times larger than the largest in calibration cause a warning."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """Figures of one generation. ``None`` where nothing was measured.
+    """Figures of one generation. A figure that was not measured is ``None``.
 
     Attributes:
-      prompt_tokens, generated_tokens: counts; the first generated token comes from the prefill.
-      prompt_seconds, generation_seconds: without compilation; the second is that of the tokens after
-        the first.
-      compile_seconds: before the first of them.
-      realised_bits: mean bits read per weight over all decode steps and linear layers, each layer
-        weighted by its number of weights; scales not counted.
-      realised_bits_per_layer: the mean over steps, by linear layer.
-      realised_bits_per_step: ``[steps, linears]``, layers as in ``realised_bits_per_layer``.
-      bytes_per_token: weights that a decode step reads: the graded planes' share, scales, norms and
-        one row of the embedding (not the cache). An implementation without skipping touches more.
-      bytes_per_token_bf16: the same for the unquantized model.
-      peak_memory_bytes: of the accelerator, or of the process where there is none.
-      activation_range_ratio: ``max |x| / max_activation`` by linear layer, the largest of all steps.
+      prompt_tokens: Number of prompt tokens, reused ones included.
+      reused_prompt_tokens: Number of prompt tokens whose keys and values came from a ``PromptCache``.
+      generated_tokens: Number of generated tokens. The first comes from the prefill.
+      prompt_seconds: Time of the prefill, without compilation.
+      generation_seconds: Time of the tokens after the first, without compilation.
+      compile_seconds: Time of compilation.
+      realised_bits: Mean bits read per weight over all decode steps and linear layers, each layer weighted
+        by its number of weights; scales not counted.
+      realised_bits_per_layer: Mean over steps, by linear layer.
+      realised_bits_per_step: ``[steps, linears]``, layers in the order of ``realised_bits_per_layer``.
+      bytes_per_token: Bytes of weights that a decode step reads: the graded share of the planes, scales,
+        norms and one row of the embedding, but not the KV cache. An implementation that cannot skip reads
+        more.
+      bytes_per_token_bf16: The same for the unquantized model.
+      peak_memory_bytes: Peak memory of the accelerator, or of the process if there is none.
+      activation_range_ratio: Largest ``|x|`` of all decode steps over the largest in calibration, by linear
+        layer.
     """
 
     prompt_tokens: int
+    reused_prompt_tokens: int
     generated_tokens: int
     prompt_seconds: float
     generation_seconds: float
@@ -54,24 +61,25 @@ class Statistics:
 
     @property
     def prompt_tokens_per_second(self) -> float | None:
-        """Prompt tokens over the time of the prefill."""
-        return self.prompt_tokens / self.prompt_seconds if self.prompt_seconds else None
+        """Prompt tokens read per second of prefill; reused tokens do not count."""
+        read = self.prompt_tokens - self.reused_prompt_tokens
+        return read / self.prompt_seconds if self.prompt_seconds else None
 
     @property
     def generation_tokens_per_second(self) -> float | None:
-        """Decoded tokens over the time of decoding; the prefill's token does not count."""
+        """Decoded tokens per second of decoding; the first token does not count."""
         decoded = self.generated_tokens - 1
         return decoded / self.generation_seconds if decoded > 0 and self.generation_seconds else None
 
     def lines(self) -> list[str]:
-        """For people: one figure a line."""
-        speeds = (
-            ("prompt", self.prompt_tokens, self.prompt_tokens_per_second),
-            ("generation", self.generated_tokens, self.generation_tokens_per_second),
-        )
+        """Returns the figures for people, one a line."""
+        reused = f" ({self.reused_prompt_tokens} reused)" if self.reused_prompt_tokens else ""
         lines = [
-            f"{name}: {count} token{'s' * (count != 1)}" + (f", {speed:.1f} tokens/s" if speed else "")
-            for name, count, speed in speeds
+            f"{name}: {count} token{'s' * (count != 1)}{note}" + (f", {speed:.1f} tokens/s" if speed else "")
+            for name, count, note, speed in (
+                ("prompt", self.prompt_tokens, reused, self.prompt_tokens_per_second),
+                ("generation", self.generated_tokens, "", self.generation_tokens_per_second),
+            )
         ]
         if self.realised_bits is not None:
             lines.append(f"realised bits: {self.realised_bits:.3f} per weight")
@@ -85,7 +93,7 @@ class Statistics:
         return lines
 
     def to_json(self) -> dict[str, Any]:
-        """For programs: JSON values, all fields and both speeds."""
+        """Returns the figures for programs: all fields and both speeds as JSON values."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         if self.realised_bits_per_step is not None:
             fields["realised_bits_per_step"] = np.round(self.realised_bits_per_step, 4).tolist()
@@ -95,7 +103,7 @@ class Statistics:
         }
 
     def warning(self) -> str | None:
-        """One line if activations left the calibrated range, else None."""
+        """Returns one line if activations left the calibrated range, else None."""
         beyond = {
             name: value
             for name, value in self.activation_range_ratio.items()
@@ -107,13 +115,19 @@ class Statistics:
         linears = f"{len(beyond)} of {len(self.activation_range_ratio)} linear layers"
         return (
             f"activations left the calibrated range in {linears} "
-            f"({beyond[worst]:.3g} times its largest in {worst}): bits and quality may be off; "
-            "calibrate on text like this (convert --calib)"
+            f"(up to {beyond[worst]:.3g} times the largest in calibration, in {worst}): bits and quality may "
+            "be off; calibrate on text like this (convert --calib)"
         )
 
 
-def grade_statistics(model: Decoder, grades: Grades | None) -> dict[str, Any]:
-    """The fields of ``Statistics`` that follow from what the steps ``[steps, linears]`` really read."""
+def grading_fields(model: Decoder, stats: GradingStats | None) -> dict[str, Any]:
+    """Computes the fields of ``Statistics`` that depend on the model and on what it read.
+
+    Args:
+      model: Dense or graded model.
+      stats: Grading statistics of the decode steps of one row, ``[steps, linears]``; None for a dense model
+        or if nothing was decoded.
+    """
     names = linear_names(model.config)
     fields: dict[str, Any] = {
         "realised_bits": None,
@@ -125,24 +139,40 @@ def grade_statistics(model: Decoder, grades: Grades | None) -> dict[str, Any]:
     }
     if not model.graded:
         fields["bytes_per_token"] = _bytes_per_token(model, dict.fromkeys(names, model.full_bits))
-    elif grades is not None and len(grades.bits):
-        bits = dict(zip(names, np.mean(grades.bits, axis=0, dtype=np.float64).tolist(), strict=True))
+    elif stats is not None and len(stats.bits):
+        bits = dict(zip(names, np.mean(stats.bits, axis=0, dtype=np.float64).tolist(), strict=True))
+        ratios = np.max(activation_range_ratio(model, stats), axis=0).tolist()
         fields |= {
             "realised_bits": weighted_mean(model, bits),
             "realised_bits_per_layer": bits,
-            "realised_bits_per_step": grades.bits,
-            "activation_range_ratio": dict(
-                zip(names, np.max(grades.activation_range_ratio, axis=0).tolist(), strict=True)
-            ),
+            "realised_bits_per_step": np.asarray(stats.bits),
+            "activation_range_ratio": dict(zip(names, ratios, strict=True)),
             "bytes_per_token": _bytes_per_token(model, {n: b + SCALE_BITS for n, b in bits.items()}),
         }
     return fields
 
 
+def activation_range_ratio(model: Decoder, stats: GradingStats) -> Float[np.ndarray, "*steps linears"]:
+    """Returns the largest ``|x|`` of each step and layer over the largest in calibration, float32.
+
+    Args:
+      model: Graded model.
+      stats: Grading statistics ``[*steps, linears]``, layers in the order of ``decoder.linear_names``.
+    """
+    calibrated = _stack([model.linear(name).max_activation[...] for name in linear_names(model.config)])
+    with np.errstate(divide="ignore", invalid="ignore"):  # Constructed models have no calibration: 0.
+        return np.asarray(stats.max_abs) / np.asarray(calibrated)
+
+
 def weighted_mean(
     model: Decoder, bits: Mapping[str, float | Float[Array, "*any"]]
 ) -> float | Float[Array, "*any"]:
-    """Mean bits per weight of the linear layers in ``bits``, from the mean, or means, of each."""
+    """Averages the bits of linear layers, each weighted by its number of weights.
+
+    Args:
+      model: The model of the layers.
+      bits: Mean bits, or an array of them, by name of the linear layer. May leave layers out.
+    """
     sizes = {name: k * n for name, (k, n) in linear_shapes(model.config).items() if name in bits}
     return sum(bits[name] * size for name, size in sizes.items()) / sum(sizes.values())
 
@@ -153,3 +183,8 @@ def _bytes_per_token(model: Decoder, bits: Mapping[str, float]) -> float:
     norms = config.hidden_size * (2 * config.num_layers + 1)
     norms += 2 * config.head_dim * config.num_layers if config.qk_norm else 0
     return linears + BF16_BYTES * (norms + config.hidden_size)  # and one row of the embedding
+
+
+@jax.jit  # one transfer to the host and not one per layer
+def _stack(scalars: list[Float[Array, ""]]) -> Float[Array, "linears"]:
+    return jnp.stack(scalars)

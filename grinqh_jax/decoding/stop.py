@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Passes text on until one of the stop strings appears, holding back what may be its beginning.
+    """Passes text on until a stop string appears, and holds back text that may be the start of one.
 
     Attributes:
-      met: whether one has appeared; nothing is passed on from its first character.
+      met: Whether a stop string has appeared. Text from its first character on is dropped.
     """
 
     def __init__(self, strings: Sequence[str]):
@@ -16,14 +16,14 @@ class StopStrings:
         self._held = ""
 
     def push(self, text: str) -> str:
-        """The text that is certain not to be part of a stop string, given what has come so far."""
+        """Adds text and returns the text that cannot be part of a stop string."""
         if self.met:
             return ""
         self._held += text
-        found = [at for string in self._strings if (at := self._held.find(string)) >= 0]
-        if found:
+        starts = [start for string in self._strings if (start := self._held.find(string)) >= 0]
+        if starts:
             self.met = True
-            passed, self._held = self._held[: min(found)], ""
+            passed, self._held = self._held[: min(starts)], ""
             return passed
         keep = max((self._overlap(string) for string in self._strings), default=0)
         cut = len(self._held) - keep
@@ -31,11 +31,11 @@ class StopStrings:
         return passed
 
     def flush(self) -> str:
-        """What was held back, at the end of the text."""
+        """Returns the text held back, at the end of the stream."""
         passed, self._held = self._held, ""
         return passed
 
     def _overlap(self, string: str) -> int:
-        """Length of the longest end of the held text that begins ``string``."""
+        """Returns the length of the longest suffix of the held text that is a prefix of ``string``."""
         longest = min(len(string) - 1, len(self._held))
         return next((n for n in range(longest, 0, -1) if self._held.endswith(string[:n])), 0)

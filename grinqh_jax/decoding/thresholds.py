@@ -1,4 +1,4 @@
-"""The dial: from mean bits to thresholds, by interpolation in each layer's calibrated table."""
+"""From mean bits to thresholds, by interpolation in the calibrated table of each linear layer."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,18 +14,18 @@ from grinqh_jax.model.stacks import unstacked
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StackedThresholds(Mapping[str, Float[Array, "*b p"]]):
-    """Thresholds of all linear layers of a model: a mapping by name, a single array to ``jit``.
+    """Thresholds of all linear layers: a mapping by name, and a single array as an argument of ``jit``.
 
     Attributes:
       rows: float32 ``[*b, linears, P]``.
-      names: of the linear layers.
+      names: Names of the linear layers.
     """
 
     rows: Float[Array, "*b linears p"]
     names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
 
     def by_name(self) -> dict[str, Float[Array, "*b p"]]:
-        """The same as a dict, for functions that are traced: see ``stacks.unstacked``."""
+        """Returns the thresholds as a dict, for traced functions (see ``stacks.unstacked``)."""
         return dict(zip(self.names, unstacked(jnp.moveaxis(self.rows, -2, 0)), strict=True))
 
     def __getitem__(self, name: str) -> Float[Array, "*b p"]:
@@ -45,15 +45,15 @@ def interpolate(
     targets: Sequence[float] | Float[Array, "t"],
     bits: Float[Array, "*b"] | Sequence[float] | float | int,
 ) -> Float[Array, "..."]:
-    """Thresholds for a mean of ``bits``: linear between the two nearest targets, clamped at the ends.
+    """Returns thresholds for a mean of ``bits``: linear between the two nearest targets, clamped at the ends.
 
-    Thresholds stay ascending along P, as means of ascending ones. Nothing here depends on the value
-    of ``bits``, so it may be traced.
+    Thresholds stay ascending along P, because the mean of ascending thresholds is ascending. ``bits`` may be
+    traced.
 
     Args:
-      table: thresholds at each target, ``[T, P]`` for one layer, ``[T, layers, P]`` for several.
-      targets: mean bits of the table's rows, ascending, at least two.
-      bits: wanted mean bits, a scalar or one per row of a batch.
+      table: Thresholds at each target, ``[T, P]`` for one layer, ``[T, linears, P]`` for several.
+      targets: Mean bits of the table's rows, ascending, at least two.
+      bits: Wanted mean bits, a scalar or one per row of a batch.
     """
     targets, bits = jnp.asarray(targets, jnp.float32), jnp.asarray(bits, jnp.float32)
     below = jnp.sum(targets[1:-1] <= bits[..., None], axis=-1)
@@ -63,7 +63,7 @@ def interpolate(
 
 
 def stacked_tables(model: Decoder) -> Float[Array, "t linears p"]:
-    """The threshold tables of a graded model, in the order of ``decoder.linear_names``."""
+    """Returns the threshold tables of a graded model, in the order of ``decoder.linear_names``."""
     return _stack([model.linear(name).thresholds[...] for name in linear_names(model.config)])
 
 
@@ -73,18 +73,18 @@ def thresholds_at(
     targets: Float[Array, "t"],
     bits: Float[Array, "*b"],
 ) -> StackedThresholds:
-    """Thresholds of every linear layer, from ``stacked_tables`` (see ``interpolate``)."""
+    """Interpolates the thresholds of every linear layer in ``stacked_tables`` (see ``interpolate``)."""
     return StackedThresholds(_interpolate(tables, targets, bits), tuple(names))
 
 
 def model_thresholds(
     model: Decoder, targets: Float[Array, "t"], bits: Float[Array, "*b"]
 ) -> StackedThresholds:
-    """Thresholds of every linear layer of a graded model (see ``interpolate``)."""
+    """Interpolates the thresholds of every linear layer of a graded model (see ``interpolate``)."""
     return thresholds_at(linear_names(model.config), stacked_tables(model), targets, bits)
 
 
-# Compiled, like the next: one dispatch for all layers of a model, at every request, and not one for each.
+# Both are jitted, so that each request dispatches one program for all linear layers and not one per layer.
 @jax.jit
 def _stack(tables: list[Float[Array, "t p"]]) -> Float[Array, "t linears p"]:
     return jnp.stack(tables, axis=1)

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from grinqh_jax.decoding.batch import Decoding, NewTokens
+from grinqh_jax.decoding.bits import Bits
 from grinqh_jax.decoding.generator import Generator
 from grinqh_jax.decoding.sampling import Sampling
 from grinqh_jax.decoding.statistics import weighted_mean
-from grinqh_jax.evaluation.result import Bits
 from grinqh_jax.model.apply import of_head
 from grinqh_jax.model.decoder import Decoder, linear_names
 
@@ -24,11 +24,12 @@ class DecodedBits:
 
     def add(self, new: NewTokens, rows: int) -> None:
         """Counts what the first ``rows`` rows generated."""
-        if new.grades is None:
+        if new.grading_stats is None:
             return
+        bits = new.grading_stats.bits[:, :rows]
         counts = np.array([len(tokens) for tokens in new.tokens[:rows]])
-        valid = np.arange(len(new.grades.bits))[:, None] < counts
-        self._bits = self._bits + np.sum(new.grades.bits[:, :rows], axis=(0, 1), where=valid[..., None])
+        valid = np.arange(len(bits))[:, None] < counts
+        self._bits = self._bits + np.sum(bits, axis=(0, 1), where=valid[..., None])
         self._count += int(counts.sum())
 
     def mean(self, model: Decoder, *, head: bool = True) -> float | None:

@@ -21,10 +21,10 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from grinqh_jax.decoding.generator import FULL, Generator
+from grinqh_jax.decoding.bits import FULL, Bits
+from grinqh_jax.decoding.generator import Generator
 from grinqh_jax.errors import UsageError
 from grinqh_jax.evaluation.completion import complete
-from grinqh_jax.evaluation.result import Bits
 from grinqh_jax.evaluation.scoring import Score, mean_bits, score
 
 MAX_LENGTH = 4096

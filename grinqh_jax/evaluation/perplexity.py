@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32, Integer
 
+from grinqh_jax.decoding.bits import Bits
 from grinqh_jax.decoding.dial import Dial, layer_shares
 from grinqh_jax.decoding.engine import Thresholds
 from grinqh_jax.decoding.generator import Generator
 from grinqh_jax.errors import UsageError
-from grinqh_jax.evaluation.result import Bits, Perplexity, TokenBits, WindowSums
+from grinqh_jax.evaluation.result import Perplexity, TokenBits, WindowSums
 from grinqh_jax.model.apply import Graded, of_head
 from grinqh_jax.model.decoder import Decoder, linear_names
 from grinqh_jax.text.documents import read_documents

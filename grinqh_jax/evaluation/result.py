@@ -3,13 +3,12 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Float64
 
-Bits = float | Literal["full"]
-"""A setting of the dial, or ``full``: every plane, without grading."""
+from grinqh_jax.decoding.bits import Bits
 
 PERCENTILES = (5, 25, 50, 75, 95)
 

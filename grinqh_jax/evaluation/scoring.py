@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from grinqh_jax.decoding.bits import Bits
 from grinqh_jax.decoding.generator import Generator
 from grinqh_jax.decoding.statistics import weighted_mean
 from grinqh_jax.errors import UsageError
-from grinqh_jax.evaluation.result import Bits
 from grinqh_jax.model.apply import Dense, Graded
 from grinqh_jax.model.decoder import Decoder
 

@@ -8,10 +8,11 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from grinqh_jax.decoding.bits import Bits
 from grinqh_jax.decoding.generator import Generator
 from grinqh_jax.errors import UsageError
 from grinqh_jax.evaluation.completion import complete
-from grinqh_jax.evaluation.result import Bits, with_error
+from grinqh_jax.evaluation.result import with_error
 from grinqh_jax.text.documents import read_records
 
 _NEXT_QUESTION = "Question:"

@@ -13,6 +13,7 @@ import pytest
 from grinqh_jax import __main__
 from grinqh_jax.cli import chat, generate
 from grinqh_jax.cli import command as cli
+from grinqh_jax.decoding.engine import PREVIEW_TOKENS
 
 
 def run(capsys, main, *argv) -> SimpleNamespace:
@@ -115,6 +116,15 @@ def test_chat_keeps_the_conversation(capsys, monkeypatch, chat_directory):
     assert seen[0] == seen[1][:2]
     assert result.out.startswith(answers[0] + "\n")
     assert result.err.count("generation: ") == 2
+
+
+def test_chat_does_not_read_earlier_turns_again(capsys, monkeypatch, chat_directory):
+    stdin(monkeypatch, f"{'first ' * 10}\nsecond\n".encode())
+    result = run(capsys, chat.main, "--model", chat_directory, "-m", 4)
+    prompts = [line for line in result.err.splitlines() if line.startswith("prompt: ")]
+    first, second = (int(line.split()[1]) for line in prompts)
+    assert "reused" not in prompts[0]
+    assert f"({min(first, second - PREVIEW_TOKENS)} reused)" in prompts[1]
 
 
 def test_chat_template_is_used_and_can_be_ignored(capsys, chat_directory):

@@ -142,7 +142,7 @@ def test_the_dial_follows_what_was_read(generator, device_policy, monkeypatch):
     monkeypatch.setattr(dial, "observe", observed)
     settings = []
     for chunk in decoding.chunks():
-        assert chunk.grades is not None
+        assert chunk.grading_stats is not None
         settings.append(float(dial.setting[0]))
     assert len(used) == 13
     np.testing.assert_allclose(said, np.concatenate(used)[: len(said)], rtol=1e-4)

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
 from bits_by_hand import bits_to_read
@@ -149,11 +148,11 @@ def test_a_config_without_an_object_or_with_a_null_in_it(dense_directory, tmp_pa
 def test_statistics_are_what_the_steps_read(generator):
     generator = without_end(generator)
     generation = finished(generator, bits=4.5, max_tokens=21)
-    statistics, grades = generation.statistics(), generation.grades
+    statistics, stats = generation.statistics(), generation.grading_stats
     names = linear_names(generator.model.config)
-    assert grades.bits.shape == grades.activation_range_ratio.shape == (20, len(names))
+    assert stats.bits.shape == stats.max_abs.shape == (20, len(names))
     sizes = [k * n for k, n in linear_shapes(generator.model.config).values()]
-    expected = np.average(grades.bits.mean(0), weights=sizes)
+    expected = np.average(stats.bits.mean(0), weights=sizes)
     assert statistics.realised_bits == pytest.approx(expected)
     assert 1 < expected < 8
     assert list(statistics.realised_bits_per_layer) == names
@@ -163,6 +162,9 @@ def test_statistics_are_what_the_steps_read(generator):
     assert (statistics.prompt_tokens, statistics.generated_tokens) == (7, 21)
     assert statistics.generation_tokens_per_second > 0
     assert statistics.peak_memory_bytes > 1e6
+    for i, name in enumerate(names):
+        largest = stats.max_abs[:, i].max() / float(generator.model.linear(name).max_activation[...])
+        assert statistics.activation_range_ratio[name] == pytest.approx(largest)
     full = finished(generator, bits="full", max_tokens=4).statistics()
     assert full.realised_bits == 8
 
@@ -174,7 +176,9 @@ def test_warning_when_activations_leave_the_calibrated_range():
         return Statistics(**fields | {"activation_range_ratio": activation_range_ratio}).warning()
 
     assert warning(a=0.9, b=1.5) is None
-    assert "in 2 of 3 linear layers (40 times its largest in c)" in warning(a=1.0, b=1.6, c=40.0)
+    assert "in 2 of 3 linear layers (up to 40 times the largest in calibration, in c)" in warning(
+        a=1.0, b=1.6, c=40.0
+    )
     assert "1 of 2" in warning(a=float("nan"), b=1.0)
 
 
@@ -225,7 +229,7 @@ def test_the_dial_learns_from_the_prompt(generator):
 
 
 def test_a_batch_of_different_lengths_equals_its_rows(generator, monkeypatch):
-    monkeypatch.setattr("grinqh_jax.decoding.batch.LONGEST_BLOCK", 32)  # the longest takes three
+    monkeypatch.setattr("grinqh_jax.decoding.prefill_buckets.LARGEST_BUCKET", 32)  # three for the longest
     prompts = [list(range(2, 90)), [5, 6, 7], list(range(100, 140))]
 
     def run(rows: list[int]) -> list[list[int]]:
@@ -239,7 +243,7 @@ def test_a_batch_of_different_lengths_equals_its_rows(generator, monkeypatch):
         )
         tokens = decoding.prefill().tokens
         for chunk in decoding.chunks():
-            assert jax.tree.leaves(chunk.grades)[0].shape[1] == len(rows)
+            assert chunk.grading_stats.bits.shape[1] == len(rows)
             tokens = [old + new for old, new in zip(tokens, chunk.tokens, strict=True)]
         return tokens
 

@@ -6,15 +6,14 @@ import numpy as np
 import pytest
 
 from grinqh_jax.decoding import policy
-from grinqh_jax.decoding import sampling as library
-from grinqh_jax.decoding.sampling import Sampling, filtered, likeliest
+from grinqh_jax.decoding.sampling import Sampling, choose_tokens, filtered, greedy
 
-jit_sample = jax.jit(library.sample, static_argnames="policy")
+jit_choose_tokens = jax.jit(choose_tokens, static_argnames="policy")
 jit_filtered = jax.jit(filtered, static_argnames="policy")
 
 
-def sample(logits, sampling, positions):
-    return jit_sample(logits, sampling, positions, policy=policy.CPU)
+def choose(logits, sampling, positions):
+    return jit_choose_tokens(logits, sampling, positions, policy=policy.CPU)
 
 
 def softmax(scores):
@@ -81,12 +80,12 @@ def test_ties_with_the_last_kept_token_are_kept():
 def test_temperature_zero_is_greedy_beside_rows_that_sample():
     logits = jnp.asarray(np.random.default_rng(0).standard_normal((2, 50)), jnp.float32)
     sampling = rows([(0.0, 3, 0.9, 0.0), (5.0, 0, 1.0, 0.0)])
-    draws = np.array([sample(logits, sampling, np.array([p, p])) for p in range(30)])
-    assert set(draws[:, 0]) == {int(jnp.argmax(logits[0]))}
-    assert len(set(draws[:, 1])) > 5
+    tokens = np.array([choose(logits, sampling, np.array([p, p])) for p in range(30)])
+    assert set(tokens[:, 0]) == {int(jnp.argmax(logits[0]))}
+    assert len(set(tokens[:, 1])) > 5
 
 
-def test_the_likeliest_is_the_lowest_of_equal_tokens_in_any_order():
+def test_greedy_chooses_the_lowest_of_equal_tokens_in_any_order():
     rng = np.random.default_rng(0)
     logits = rng.integers(0, 4, (6, 1000)).astype(np.float32)
     logits[1] = -np.inf
@@ -95,32 +94,31 @@ def test_the_likeliest_is_the_lowest_of_equal_tokens_in_any_order():
     order = rng.permutation(1000).astype(np.int32)
     expected = [np.flatnonzero(row == np.max(row, initial=-np.inf))[:1] for row in logits]
     expected[3] = [400]
-    choose = jax.jit(likeliest)
-    assert (
-        choose(logits).tolist() == choose(logits[:, order], order).tolist() == [int(e[0]) for e in expected]
-    )
+    expected = [int(tokens[0]) for tokens in expected]
+    choose_greedily = jax.jit(greedy)
+    assert choose_greedily(logits).tolist() == choose_greedily(logits[:, order], order).tolist() == expected
 
 
 def test_frequencies_are_the_filtered_probabilities():
     logits = jnp.log(jnp.array([0.5, 0.25, 0.15, 0.07, 0.03]))
     n = 4000
     sampling = Sampling.create(n, temperature=1.0, top_p=0.85)
-    drawn = sample(jnp.tile(logits, (n, 1)), sampling, jnp.zeros(n, jnp.int32))
-    frequency = np.bincount(np.asarray(drawn), minlength=5) / n
+    tokens = choose(jnp.tile(logits, (n, 1)), sampling, jnp.zeros(n, jnp.int32))
+    frequency = np.bincount(np.asarray(tokens), minlength=5) / n
     # kept: 0.5, 0.25, 0.15; four standard errors of a frequency are below 0.032
     np.testing.assert_allclose(frequency, np.array([0.5, 0.25, 0.15, 0, 0]) / 0.9, atol=0.032)
 
 
-def test_a_draw_depends_on_seed_and_position_only():
+def test_a_sampled_token_depends_on_seed_and_position_only():
     logits = jnp.zeros((3, 1000))
 
-    def draw(seeds, positions):
+    def sampled(seeds, positions):
         sampling = Sampling.create(3, temperature=1.0)
         sampling = Sampling(**{**vars(sampling), "seed": jnp.array(seeds, jnp.uint32)})
-        return sample(logits, sampling, jnp.array(positions)).tolist()
+        return choose(logits, sampling, jnp.array(positions)).tolist()
 
-    first = draw([5, 6, 5], [9, 9, 10])
-    assert first == draw([5, 6, 5], [9, 9, 10])
+    first = sampled([5, 6, 5], [9, 9, 10])
+    assert first == sampled([5, 6, 5], [9, 9, 10])
     assert len(set(first)) == 3
-    assert draw([6, 5, 5], [9, 10, 9]) == [first[1], first[2], first[0]]
+    assert sampled([6, 5, 5], [9, 10, 9]) == [first[1], first[2], first[0]]
     assert Sampling.create(2, seed=-1).seed.tolist() == [2**32 - 1, 0]

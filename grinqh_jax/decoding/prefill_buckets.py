@@ -1,0 +1,60 @@
+"""Cutting prompts into prefill buckets: padded pieces of few widths, so that few programs are compiled."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+from grinqh_jax.decoding.engine import PREVIEW_TOKENS
+
+SMALLEST_BUCKET, LARGEST_BUCKET = 32, 2048
+"""Buckets have 32, 64, ... 2048 positions."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillBucket:
+    """One piece of a batch of prompts.
+
+    Attributes:
+      tokens: int32 ``[B, width]``, padded with zeros.
+      lengths: int32 ``[B]``, number of tokens of each row.
+      end: Position after the last token of the longest row.
+    """
+
+    tokens: Int[np.ndarray, "b width"]
+    lengths: Int[np.ndarray, "b"]
+    end: int
+
+
+def cut(prompts: Sequence[Sequence[int]], start: int = 0) -> Iterator[PrefillBucket]:
+    """Cuts the prompts of a batch into buckets, from position ``start`` on.
+
+    Every bucket but the first starts at a multiple of ``LARGEST_BUCKET``, whatever ``start`` is. So the
+    previews of the last buckets cover the same tokens (see ``first_previewed``).
+    """
+    longest = max(len(prompt) for prompt in prompts)
+    while start < longest:
+        end = min(longest, (start // LARGEST_BUCKET + 1) * LARGEST_BUCKET)
+        width = SMALLEST_BUCKET
+        while width < end - start:
+            width *= 2
+        tokens = np.zeros((len(prompts), width), np.int32)
+        lengths = np.zeros(len(prompts), np.int32)
+        for row, prompt in enumerate(prompts):
+            piece = prompt[start:end]
+            tokens[row, : len(piece)] = piece
+            lengths[row] = len(piece)
+        yield PrefillBucket(tokens, lengths, end)
+        start = end
+
+
+def first_previewed(length: int) -> int:
+    """Returns the first position whose tokens must be read for the preview of a prompt of ``length`` tokens.
+
+    The dial uses the preview of the last ``PREVIEW_TOKENS`` tokens of the last bucket, or of the bucket
+    before it if the last one has fewer tokens (see ``engine.merge_previews``).
+    """
+    last_bucket = (length - 1) // LARGEST_BUCKET * LARGEST_BUCKET
+    end = last_bucket if last_bucket > 0 and length - last_bucket < PREVIEW_TOKENS else length
+    return max(end - PREVIEW_TOKENS, 0)

@@ -1,0 +1,58 @@
+"""Prompts cut into buckets: every token once, and the same preview wherever reading starts."""
+
+import numpy as np
+import pytest
+
+from grinqh_jax.decoding import prefill_buckets
+from grinqh_jax.decoding.engine import PREVIEW_TOKENS, SKIPPED_POSITIONS
+from grinqh_jax.decoding.prefill_buckets import LARGEST_BUCKET, SMALLEST_BUCKET, cut, first_previewed
+
+
+def read(prompts, start=0) -> list[list[int]]:
+    """The tokens of each row, put together from the buckets."""
+    rows = [[] for _ in prompts]
+    for bucket in cut(prompts, start):
+        for row, tokens, length in zip(rows, bucket.tokens, bucket.lengths, strict=True):
+            row += tokens[:length].tolist()
+            assert not tokens[length:].any()
+    return rows
+
+
+@pytest.mark.parametrize("lengths", [(1,), (32,), (33,), (2048,), (2049, 3, 100), (5000,)])
+def test_every_token_is_read_once_in_few_widths(lengths):
+    prompts = [np.random.default_rng(n).integers(1, 1000, n).tolist() for n in lengths]
+    assert read(prompts) == prompts
+    for bucket in cut(prompts):
+        width = bucket.tokens.shape[1]
+        assert SMALLEST_BUCKET <= width <= LARGEST_BUCKET
+        assert width & (width - 1) == 0
+        assert width == SMALLEST_BUCKET or bucket.lengths.max() > width // 2
+
+
+def test_reading_may_start_anywhere():
+    prompt = list(range(1, 5001))
+    for start in (1, 100, 2047, 2048, 2049, 4999):
+        assert read([prompt], start) == [prompt[start:]]
+        ends = [bucket.end for bucket in cut([prompt], start)]
+        assert ends == [end for end in (2048, 4096, 5000) if end > start]
+
+
+def previewed(length: int, start: int) -> range:
+    """Positions of the preview that the dial observes, from the rules of the engine."""
+    merged, begin = range(0), start
+    for bucket in cut([[1] * length], start):
+        later = range(max(bucket.end - PREVIEW_TOKENS, SKIPPED_POSITIONS, begin), bucket.end)
+        merged = later if len(later) >= len(merged) else merged
+        begin = bucket.end
+    return merged
+
+
+def test_the_preview_does_not_depend_on_where_reading_starts(monkeypatch):
+    monkeypatch.setattr(prefill_buckets, "LARGEST_BUCKET", 128)
+    for length in range(1, 400):
+        latest = first_previewed(length)
+        assert 0 <= latest < length
+        for start in {0, latest // 3, latest // 2, latest - 1, latest} - {-1}:
+            assert previewed(length, start) == previewed(length, 0), (length, start)
+        if length > PREVIEW_TOKENS + SKIPPED_POSITIONS:  # and a token later it does
+            assert previewed(length, latest + 1) != previewed(length, 0)
