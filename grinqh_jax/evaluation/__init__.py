@@ -1,1 +1,1 @@
-"""Measuring quality against bits: perplexity and KL divergence of texts, accuracy on word problems."""
+"""Quality against bits: perplexity and KL divergence of texts, accuracy on word problems."""

@@ -1,4 +1,4 @@
-"""Completions of many prompts, in batches: dense prefill, graded decoding, as ``generate`` does for one."""
+"""Completes many prompts in batches, with dense prefill and graded decoding as in ``generate``."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +16,7 @@ from grinqh_jax.model.decoder import Decoder, linear_names
 
 
 class DecodedBits:
-    """The bits that decode steps read, by linear layer, added up."""
+    """Sum over decode steps of the bits that each linear layer read."""
 
     def __init__(self):
         self._bits: Any = 0.0
@@ -33,7 +33,12 @@ class DecodedBits:
         self._count += int(counts.sum())
 
     def mean(self, model: Decoder, *, head: bool = True) -> float | None:
-        """Mean bits read per weight, with or without the output projection; None if nothing was graded."""
+        """Returns the mean bits read per weight; None if nothing was graded.
+
+        Args:
+          model: Model that decoded.
+          head: Whether to include the output projection.
+        """
         if not self._count:
             return None
         by_name = zip(linear_names(model.config), (self._bits / self._count).tolist(), strict=True)
@@ -42,7 +47,7 @@ class DecodedBits:
 
 @dataclasses.dataclass(frozen=True)
 class Completions:
-    """Texts in the order of their prompts, and the bits that decoding them read."""
+    """Generated texts in the order of their prompts, and the bits that decoding read."""
 
     texts: list[str]
     bits: DecodedBits
@@ -59,30 +64,31 @@ def complete(
     sampling: Mapping[str, Any] | None = None,
     on_progress: Callable[[int], Any] = lambda prompts: None,
 ) -> Completions:
-    """Continues every prompt.
+    """Completes every prompt.
 
-    Prompts are read at full precision, what follows is decoded graded. A row ends with a stop token of the
-    model's or when its text says so. Further settings of the dial compile nothing.
+    Prompts are read at full precision; decoding is graded. A completion ends with a stop token of the model
+    or when ``ended`` returns true. Other settings of the dial compile nothing new.
 
     Args:
-      generator: model and tokenizer.
-      prompts: tokens of each, at least one prompt.
-      bits: setting of the dial.
-      max_tokens: most tokens of a completion.
-      batch: most prompts at a time; all batches are made equally large.
-      ended: looks at the text of a row every few tokens; true where the rest is of no interest.
-      sampling: parameters of ``Sampling.create``; greedy by default.
-      on_progress: called with the number of prompts done, batch by batch.
+      generator: Model and tokenizer.
+      prompts: Tokens of each prompt. There is at least one prompt.
+      bits: Setting of the dial.
+      max_tokens: Largest number of tokens per completion.
+      batch: Largest number of prompts decoded together. All batches have the same size.
+      ended: Predicate on the text generated so far, called after every decode chunk. True ends the
+        completion.
+      sampling: Parameters of ``Sampling.create``; greedy by default.
+      on_progress: Called with the number of prompts in a batch after each batch.
 
     Raises:
-      UsageError: ``bits`` are out of the checkpoint's range, a prompt is empty or longer than its context,
-        or has a token outside the vocabulary.
+      UsageError: ``bits`` are out of the dial's range; a prompt is empty, longer than the model's context, or
+        has a token outside the vocabulary.
     """
     for prompt in prompts:
         generator.model.config.check_tokens(prompt)
     batches = -(-len(prompts) // batch)
     batch = -(-len(prompts) // batches)
-    # Longest first: rows of a batch have prompts, and mostly completions, of similar lengths.
+    # Longest first, so prompts of a batch, and mostly their completions, have similar lengths.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     texts, counter = [""] * len(prompts), DecodedBits()
     for start in range(0, len(order), batch):
@@ -110,11 +116,11 @@ def _texts(
     ended: Callable[[str], bool],
     counter: DecodedBits,
 ) -> list[str]:
-    """Texts of the first ``rows`` rows; the others fill the batch up."""
+    """Returns the texts of the first ``rows`` rows; the other rows only fill the batch."""
     tokens: list[list[int]] = [[] for _ in range(rows)]
     texts = [""] * rows
 
-    def take(new: NewTokens) -> None:
+    def append(new: NewTokens) -> None:
         stopped = np.ones(batch, bool)
         for row in range(rows):
             tokens[row] += new.tokens[row]
@@ -123,7 +129,7 @@ def _texts(
         counter.add(new, rows)
         decoding.stop(stopped)
 
-    take(decoding.prefill())
+    append(decoding.prefill())
     for new in decoding.chunks():
-        take(new)
+        append(new)
     return texts

@@ -1,14 +1,14 @@
-"""An adapter to lm-evaluation-harness: its tasks on a GRINQH checkpoint, at a setting of the dial.
+"""Adapter that runs the tasks of lm-evaluation-harness on a GRINQH checkpoint.
 
-    python -m grinqh_jax lm-eval --model grinqh --model_args pretrained=DIR,bits=3 --batch_size 8 --tasks TASK
+    grinqh-jax lm-eval --model grinqh --model_args pretrained=DIR,bits=3 --batch_size 8 --tasks TASK
 
-or, from Python, where importing this module registers the name ``grinqh``:
+From Python, importing this module registers the model name ``grinqh``:
 
     from grinqh_jax.evaluation.harness import GrinqhLM
     lm_eval.simple_evaluate(GrinqhLM("DIR", bits=3), tasks=["arc_easy"])
 
-Log-likelihoods read every token graded, as ``perplexity`` does; texts are generated with dense prefill and
-graded decoding, as ``generate`` does. Needs the extra ``eval``.
+Log-likelihoods are computed with every token graded, as in ``perplexity``. Texts are generated with dense
+prefill and graded decoding, as in ``generate``. Needs the extra ``eval``.
 """
 
 import json
@@ -28,23 +28,23 @@ from grinqh_jax.evaluation.completion import complete
 from grinqh_jax.evaluation.scoring import Score, mean_bits, score
 
 MAX_LENGTH = 4096
-"""Tokens of a request by default, where the model has positions for more."""
+"""Default limit on the tokens of a request; the model's context may be shorter."""
 
 
 @register_model("grinqh")
 class GrinqhLM(TemplateLM):
-    """A GRINQH checkpoint, or an unquantized one, as the harness sees a model.
+    """A GRINQH checkpoint, or an unquantized one, as a model of the harness.
 
     Args:
-      pretrained: a directory or a hub id.
-      bits: setting of the dial, or ``"full"``; None takes the default of ``generate``.
-      batch_size: most requests at a time; the harness's ``auto`` takes the default.
-      max_length: most tokens of a request; longer ones lose their beginning.
-      max_gen_toks: tokens to generate where a task does not say.
-      device, max_batch_size: the harness passes them; JAX has chosen the device already.
+      pretrained: Directory or hub id.
+      bits: Setting of the dial, or ``"full"``; None is the default of ``generate``.
+      batch_size: Largest number of requests read together; ``auto`` means the default.
+      max_length: Largest number of tokens per request; the start of a longer request is dropped.
+      max_gen_toks: Number of tokens to generate if the task does not set one.
+      device, max_batch_size: Ignored. The harness passes them, but JAX chooses the device.
 
     Raises:
-      GrinqhError: there is no such checkpoint or setting.
+      GrinqhError: the checkpoint cannot be loaded, or the setting is out of the dial's range.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class GrinqhLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The first of the tokens that end a text."""
+        """The first EOS token of the model."""
         eos = self.generator.defaults.eos_tokens
         if not eos:
             raise UsageError(f"{self.generator.directory} names no EOS token (generation_config.json)")
@@ -79,12 +79,12 @@ class GrinqhLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has no context: BOS, or for want of one EOS."""
+        """The token before a text without context: BOS, or EOS if the model has no BOS."""
         bos = self.generator.defaults.bos_token
         return self.eot_token_id if bos is None else bos
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Tokens of a text; ``add_special_tokens`` None adds them where the text does not begin with BOS."""
+        """Tokenizes a text. ``add_special_tokens=None`` adds them unless the text begins with BOS."""
         plain = self.generator.tokenizer.encode(string, special_tokens=False)
         begun = add_special_tokens is None and plain[:1] == [self.generator.defaults.bos_token]
         if begun or add_special_tokens is False:
@@ -106,7 +106,7 @@ class GrinqhLM(TemplateLM):
         return results
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihoods of whole texts, cut into windows that do not overlap (``TemplateLM``)."""
+        """Returns the log-likelihood of each whole text, cut into windows that do not overlap."""
         pairs, owners = [], []
         for i, request in enumerate(requests):
             (text,) = request.args
@@ -124,7 +124,7 @@ class GrinqhLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continuations up to a stop text of the task; a task's sampling flags are obeyed."""
+        """Generates continuations up to a stop string of the task, with the task's sampling options."""
         by_options: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             by_options.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
@@ -138,7 +138,7 @@ class GrinqhLM(TemplateLM):
                         f"{options.max_tokens} tokens to generate leave no room for a prompt in "
                         f"{self.max_length}; raise max_length or lower max_gen_toks"
                     )
-                found = complete(
+                completions = complete(
                     self.generator,
                     [self.tok_encode(requests[i].args[0])[-room:] or [self.prefix_token_id] for i in group],
                     self.bits,
@@ -148,9 +148,9 @@ class GrinqhLM(TemplateLM):
                     sampling=options.sampling,
                     on_progress=bar.update,
                 )
-                read = found.bits.mean(self.generator.model)
+                read = completions.bits.mean(self.generator.model)
                 self._generated_bits += [] if read is None else [read] * len(group)
-                for i, text in zip(group, found.texts, strict=True):
+                for i, text in zip(group, completions.texts, strict=True):
                     texts[i] = options.cut(text)
                     self.cache_hook.add_partial("generate_until", requests[i].args, texts[i])
         return texts
@@ -158,16 +158,16 @@ class GrinqhLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The text of a conversation."""
+        """Returns a conversation as text."""
         return self.generator.tokenizer.chat_text(chat_history, add_generation_prompt=add_generation_prompt)
 
     @property
     def tokenizer_name(self) -> str:
-        """For the harness's caches."""
+        """The name that the harness's caches use."""
         return str(self.generator.directory).replace("/", "__")
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness records beside the results: the bits asked for, and those that were read."""
+        """Returns what the harness records beside the results: the setting of the dial and the bits read."""
         generated = self._generated_bits
         return {
             "bits": self.bits,
@@ -192,12 +192,12 @@ class GrinqhLM(TemplateLM):
 
 
 def _progress_bar(description: str, requests: int, disable: bool) -> tqdm:
-    """A bar on stderr; silent if the harness asks for that, and where stderr is not a terminal."""
+    """Returns a progress bar on stderr, silent if ``disable`` is set or stderr is not a terminal."""
     return tqdm(total=requests, desc=description, unit="request", disable=disable or None)
 
 
 class _Options:
-    """A task's ``generation_kwargs``."""
+    """The ``generation_kwargs`` of a task."""
 
     def __init__(self, given: dict[str, Any], max_tokens: int):
         until = given.get("until") or []
@@ -213,7 +213,7 @@ class _Options:
             }
 
     def cut(self, text: str) -> str:
-        """The text before the first stop."""
+        """Returns the text before the first stop string."""
         for stop in self.stops:
             text = text.split(stop)[0]
         return text

@@ -1,4 +1,4 @@
-"""Perplexity and KL divergence of graded decoding, teacher-forced: every token is read as in decoding."""
+"""Perplexity and KL divergence of a text, teacher-forced, with every token graded as in decoding."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ from grinqh_jax.text.documents import read_documents
 
 
 class _Compared(NamedTuple):
-    """Of every predicted token, as in ``WindowSums``."""
+    """Values of each predicted token; see ``WindowSums``."""
 
     loss: Float[Array, "b t"]
     reference_loss: Float[Array, "b t"]
@@ -30,7 +30,7 @@ class _Compared(NamedTuple):
 
 
 class _Realised(NamedTuple):
-    """Bits read per weight by every token, with and without the output projection."""
+    """Mean bits read per weight for each token, with and without the output projection."""
 
     all: Float[Array, "b t"]
     without_head: Float[Array, "b t"]
@@ -40,9 +40,9 @@ def read_tokens(generator: Generator, path: Path, limit: int | None) -> Int32[np
     """Tokenizes a text file, or a ``.jsonl`` file of documents, with an end-of-text token between documents.
 
     Args:
-      generator: supplies the tokenizer and, if the model names one, the end-of-text token.
-      path: a file that ``text.documents.read_documents`` reads.
-      limit: largest number of tokens to return; None returns all.
+      generator: Supplies the tokenizer and, if the model names one, the end-of-text token.
+      path: File that ``text.documents.read_documents`` reads.
+      limit: Largest number of tokens to return; None returns all.
 
     Raises:
       UsageError: the file cannot be read, is not UTF-8, holds no text, or has bad records.
@@ -66,25 +66,25 @@ def measure(
     reference: Decoder | None = None,
     on_progress: Callable[[int], Any] = lambda tokens: None,
 ) -> list[Perplexity]:
-    """Measures a text at several settings of the dial.
+    """Measures the perplexity of a text at several settings of the dial.
 
-    The text is cut into windows that do not overlap, each read on its own from its first position, one after
-    another: what the dial learns from one window counts from the next on. A shorter last window counts.
-    Memory grows with the text by a few numbers a token, and all settings run the same compiled program.
+    The text is cut into windows that do not overlap. Each window is read from position 0, one after another;
+    the dial applies what it learns from a window to the following ones. The last window may be shorter.
+    Memory grows by a few numbers per token of the text. All settings run the same compiled program.
 
     Args:
-      model: graded; or dense, if ``bits`` holds nothing but ``full``.
-      targets: of the model's threshold tables; None for a dense model.
-      tokens: of the text.
-      bits: settings; results come in this order.
-      sequence_length: tokens of a window.
-      reference: what results are compared with; None: the model at full precision.
-      on_progress: called with the number of tokens that all settings are done with, batch by batch.
+      model: A graded model; a dense one if ``bits`` contains only ``"full"``.
+      targets: Mean bits of the rows of the model's threshold tables; None for a dense model.
+      tokens: Tokens of the text.
+      bits: Settings of the dial; the results have the same order.
+      sequence_length: Tokens per window.
+      reference: Model to compare with; None compares with ``model`` at full precision.
+      on_progress: Called with the number of tokens of a window once all settings have read it.
 
     Raises:
-      UsageError: fewer than two tokens, a token outside the vocabulary, windows shorter than two tokens or
-        longer than a model has positions for, a reference with another vocabulary, or bits out of the
-        dial's range.
+      UsageError: the text has fewer than two tokens, or a token outside the vocabulary; windows are shorter
+        than two tokens or longer than the context of a model; the reference has another vocabulary; or bits
+        are out of the dial's range.
     """
     _check(model, tokens, sequence_length, reference)
     if targets is None and (graded := [setting for setting in bits if setting != "full"]):
@@ -92,12 +92,12 @@ def measure(
     dials = [
         None if setting == "full" else Dial(model, targets, np.array([setting], float)) for setting in bits
     ]
-    found = [_Tokens() for _ in bits]
+    collected = [_Collected() for _ in bits]
     for windows, lengths in _windows(tokens, sequence_length):
         full = _dense_logits(model, windows) if reference is None or "full" in bits else None
         compared = full if reference is None else _dense_logits(reference, windows)
         predicted = np.arange(1, windows.shape[1]) < lengths[:, None]
-        for setting, dial in zip(found, dials, strict=True):
+        for setting, dial in zip(collected, dials, strict=True):
             if dial is None:
                 logits, realised = full, _full_bits(model, windows.shape)
             else:
@@ -108,12 +108,12 @@ def measure(
         on_progress(int(lengths.sum()))
     return [
         setting.summary(name, graded=dial is not None)
-        for name, setting, dial in zip(bits, found, dials, strict=True)
+        for name, setting, dial in zip(bits, collected, dials, strict=True)
     ]
 
 
-class _Tokens:
-    """Collects, on the host, what the batches say about one setting."""
+class _Collected:
+    """Collects the values of all windows at one setting, on the host."""
 
     def __init__(self):
         self._sums: list[WindowSums] = []
@@ -121,9 +121,9 @@ class _Tokens:
         self._losses: list[np.ndarray] = []
 
     def add(self, compared: _Compared, realised: _Realised, predicted: Bool[np.ndarray, "b t"]) -> None:
-        """Adds a batch: tokens that are ``predicted``, the others are padding."""
+        """Adds a batch of windows. Tokens that are not ``predicted`` are padding."""
         compared = _Compared(*map(np.asarray, compared))
-        # What the last token of a window reads predicts nothing.
+        # Reading the last token of a window predicts nothing, so its bits do not count.
         realised = _Realised(*(np.asarray(bits)[:, :-1] for bits in realised))
         sums = [np.sum(v, axis=1, where=predicted, dtype=np.float64) for v in (*compared, *realised)]
         sums = WindowSums(*sums, tokens=np.sum(predicted, axis=1, dtype=np.float64))
@@ -132,14 +132,14 @@ class _Tokens:
         self._losses.append(compared.reference_loss[predicted])
 
     def summary(self, bits: Bits, *, graded: bool) -> Perplexity:
-        """The figures of all batches."""
+        """Computes the result over all windows."""
         windows = WindowSums(*map(np.concatenate, zip(*self._sums, strict=True)))
         read, losses = np.concatenate(self._bits), np.concatenate(self._losses)
         return Perplexity.of(bits, windows, TokenBits.of(read, losses) if graded else None)
 
 
 def _full_bits(model: Decoder, shape: tuple[int, ...]) -> _Realised:
-    """What full precision reads: all planes, or a dense kernel's dtype."""
+    """Returns the bits read at full precision: all planes, or the dtype of a dense kernel."""
     return _Realised(*2 * (np.full(shape, model.full_bits, np.float32),))
 
 
@@ -153,20 +153,20 @@ def _check(model: Decoder, tokens: np.ndarray, sequence_length: int, reference: 
     positions = min(one.config.max_position_embeddings for one in (model, reference or model))
     if sequence_length > positions:
         raise UsageError(
-            f"sequence length {sequence_length}: the model has positions for {positions} tokens; "
-            f"name {positions} or less"
+            f"sequence length {sequence_length}: the context of the model has {positions} tokens; "
+            f"use {positions} or less"
         )
     if reference is not None and reference.config.vocab_size != vocabulary:
         raise UsageError(
             f"the reference has a vocabulary of {reference.config.vocab_size}, the model one of "
-            f"{vocabulary}; compare with the model that it was converted from"
+            f"{vocabulary}; use the checkpoint that the model was converted from"
         )
 
 
 def _windows(
     tokens: np.ndarray, length: int
 ) -> Iterator[tuple[Int[np.ndarray, "1 t"], Int[np.ndarray, "1"]]]:
-    """One window after another, as a reader would come by them; the last one padded with zeros."""
+    """Yields each window, padded with zeros to ``length``, and its number of tokens."""
     length = min(length, len(tokens))
     for start in range(0, len(tokens), length):
         window = tokens[start : start + length]
@@ -180,13 +180,14 @@ def _dense_logits(model: Decoder, windows: Int[Array, "b t"]) -> Float[Array, "b
 
 @jax.jit
 def _graded_logits(model: Decoder, windows: Int[Array, "b t"], thresholds: Thresholds):
-    """Graded logits ``[b, t, v]``, and the bits that each linear layer read, ``[b, t, linears]``."""
+    """Returns graded logits ``[b, t, v]`` and the bits that each linear layer read, ``[b, t, linears]``."""
     graded = Graded(thresholds)
     logits = model(windows, graded)
     return logits, jnp.stack([graded.bits[name] for name in linear_names(model.config)], axis=-1)
 
 
 def _realised(model: Decoder, bits: Float[Array, "b t linears"]) -> _Realised:
+    """Averages the bits of the linear layers over their weights."""
     bits, shares = np.asarray(bits), layer_shares(model.config)
     layers = np.where([of_head(name) for name in linear_names(model.config)], 0, shares)
     return _Realised(bits @ shares, bits @ (layers / layers.sum()))
@@ -196,7 +197,7 @@ def _realised(model: Decoder, bits: Float[Array, "b t linears"]) -> _Realised:
 def _compare(
     logits: Float[Array, "b t v"], compared: Float[Array, "b t v"], windows: Int[Array, "b t"]
 ) -> _Compared:
-    """How well all but the last positions predict the tokens that follow them."""
+    """Scores the prediction of the next token at all positions but the last."""
     log_p = jax.nn.log_softmax(logits[:, :-1])
     log_reference = jax.nn.log_softmax(compared[:, :-1])
 

@@ -1,4 +1,4 @@
-"""What a text says about one setting of the dial, and how sure that is."""
+"""Perplexity results at one setting of the dial, with standard errors."""
 
 import dataclasses
 import math
@@ -11,18 +11,19 @@ from jaxtyping import Float, Float64
 from grinqh_jax.decoding.bits import Bits
 
 PERCENTILES = (5, 25, 50, 75, 95)
+"""Percentiles that ``TokenBits`` reports."""
 
 
 class WindowSums(NamedTuple):
-    """Sums over the predicted tokens of each window, and their number.
+    """Sums over the predicted tokens of each window.
 
     Attributes:
-      loss, reference_loss: ``-log p`` of the token that followed, nats, of the model and the reference.
+      loss, reference_loss: ``-log p`` of the next token under the model and under the reference, nats.
       kl: ``KL(reference || model)`` of the predicted distributions, nats.
-      same_top1: tokens where both find the same token most likely.
-      bits, bits_without_head: bits read per weight, over all linear layers and without the output
-        projection.
-      tokens: predicted tokens.
+      same_top1: Number of tokens whose most probable next token is the same for model and reference.
+      bits, bits_without_head: Mean bits read per weight, over all linear layers and over those without the
+        output projection.
+      tokens: Number of predicted tokens.
     """
 
     loss: Float64[np.ndarray, "w"]
@@ -36,13 +37,13 @@ class WindowSums(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenBits:
-    """How the bits per weight that a token is read with differ from token to token.
+    """Distribution over tokens of the bits read per weight.
 
     Attributes:
-      mean, deviation: over tokens.
-      percentiles: by percentage, those of ``PERCENTILES``.
-      loss_correlation: Pearson's, of a token's bits with the reference's loss on what follows it: above
-        0, hard tokens take more bits. None where either does not vary.
+      mean, deviation: Mean and standard deviation.
+      percentiles: Percentage -> bits, for ``PERCENTILES``.
+      loss_correlation: Pearson correlation between the bits of a token and the reference's loss on the next
+        token. Positive: hard tokens take more bits. None if either is constant.
     """
 
     mean: float
@@ -52,7 +53,7 @@ class TokenBits:
 
     @classmethod
     def of(cls, bits: Float[np.ndarray, "n"], losses: Float[np.ndarray, "n"]) -> "TokenBits":
-        """The distribution of the ``bits`` of some tokens, and what their losses have to do with it."""
+        """Summarizes the ``bits`` of tokens and their correlation with ``losses`` (nats)."""
         bits, losses = bits.astype(np.float64), losses.astype(np.float64)
         varies = bits.std() > 1e-6 and losses.std() > 1e-6
         return cls(
@@ -63,34 +64,35 @@ class TokenBits:
         )
 
     def line(self) -> str:
-        """For people: one line."""
+        """Returns a one-line summary."""
         spread = ", ".join(f"{p} % {value:.3f}" for p, value in self.percentiles.items())
-        line = f"bits of a token: mean {self.mean:.3f}, deviation {self.deviation:.3f}; {spread}"
+        line = f"bits per token: mean {self.mean:.3f}, deviation {self.deviation:.3f}; {spread}"
         if self.loss_correlation is None:
             return line
-        return f"{line}; correlation with its loss {self.loss_correlation:+.2f}"
+        return f"{line}; correlation with the loss {self.loss_correlation:+.2f}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Perplexity:
-    """What ``perplexity.measure`` found at one setting of the dial.
+    """Result of ``perplexity.measure`` at one setting of the dial.
 
-    Standard errors are those of ``standard_error``, and None for a single window. Those of ``ratio`` and
-    ``difference`` are paired: model and reference read the same tokens, so what makes a text hard for
-    both cancels, and they tell differences that are a small part of ``stderr``.
+    Standard errors come from ``standard_error`` and are None for a single window. Those of ``ratio`` and
+    ``difference`` are paired: model and reference read the same tokens, so the difficulty of the text
+    cancels. They resolve differences much smaller than ``stderr``.
 
     Attributes:
-      bits: as asked.
-      realised_bits: mean bits read per weight, over tokens and weights; scales not counted.
-      realised_bits_without_head: the same without the output projection.
-      perplexity, stderr: ``exp`` of the mean loss.
-      difference, difference_stderr: perplexity less the reference's.
-      ratio, ratio_stderr: perplexity over the reference's.
-      kl, kl_stderr: mean over tokens of ``KL(reference || model)`` of the predicted distributions, nats.
-      same_top1, same_top1_stderr: share of tokens where both find the same token most likely.
-      tokens: predicted tokens; the first of each window is not predicted.
-      token_bits: how ``realised_bits`` differ from token to token; None where nothing is graded.
-      windows: what all this was computed from.
+      bits: Setting of the dial.
+      realised_bits: Mean bits read per weight, over tokens and weights, without scales.
+      realised_bits_without_head: The same without the output projection.
+      perplexity, stderr: ``exp`` of the mean loss, and its standard error.
+      difference, difference_stderr: Perplexity minus the reference's.
+      ratio, ratio_stderr: Perplexity divided by the reference's.
+      kl, kl_stderr: Mean over tokens of ``KL(reference || model)`` of the predicted distributions, nats.
+      same_top1, same_top1_stderr: Share of tokens whose most probable next token is the same for model and
+        reference.
+      tokens: Number of predicted tokens. The first token of each window is not predicted.
+      token_bits: Distribution of bits over tokens; None at full precision.
+      windows: Sums that all figures are computed from.
     """
 
     bits: Bits
@@ -112,17 +114,17 @@ class Perplexity:
 
     @classmethod
     def of(cls, bits: Bits, windows: WindowSums, token_bits: TokenBits | None) -> "Perplexity":
-        """The figures that follow from the sums over each window."""
+        """Computes all figures from the sums over each window."""
         count = windows.tokens
         mean = WindowSums(*(float(sums.sum() / count.sum()) for sums in windows))
         own, reference = math.exp(mean.loss), math.exp(mean.reference_loss)
         ratio = math.exp(mean.loss - mean.reference_loss)
 
         def error(sums: np.ndarray, factor: float = 1.0) -> float | None:
-            found = standard_error(sums, count)
-            return None if found is None else factor * found
+            value = standard_error(sums, count)
+            return None if value is None else factor * value
 
-        # exp is taken to first order: d exp(x) = exp(x) dx.
+        # Errors pass through exp to first order: d exp(x) = exp(x) dx.
         return cls(
             bits=bits,
             realised_bits=mean.bits,
@@ -143,35 +145,39 @@ class Perplexity:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """All fields but ``windows``, by name."""
+        """Returns all fields except ``windows``, by name."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del fields["windows"]
         return fields | {"token_bits": self.token_bits and dataclasses.asdict(self.token_bits)}
 
     def cells(self) -> dict[str, Any]:
-        """For people: the columns of a table."""
+        """Returns the cells of a table row by column title."""
         return {
             "bits": self.bits,
             "bits read": f"{self.realised_bits:.3f}",
             "perplexity": with_error(self.perplexity, self.stderr, ".2f"),
-            "of reference": with_error(self.ratio, self.ratio_stderr, ".4f"),
-            "kl": with_error(self.kl, self.kl_stderr, ".5f"),
-            "same top1": with_error(self.same_top1, self.same_top1_stderr, ".4f"),
+            "ratio": with_error(self.ratio, self.ratio_stderr, ".4f"),
+            "KL (nats)": with_error(self.kl, self.kl_stderr, ".5f"),
+            "same top token": with_error(self.same_top1, self.same_top1_stderr, ".4f"),
             "tokens": self.tokens,
         }
 
 
 def with_error(value: float, error: float | None, form: str) -> str:
-    """``value ± error``, both in one format (``.2f``); the value alone where the error is not known."""
+    """Formats ``value ± error``, both with the format ``form`` (``.2f``); an error of None is left out."""
     return f"{value:{form}}" + ("" if error is None else f" ± {error:{form}}")
 
 
 def standard_error(sums: Float64[np.ndarray, "w"], counts: Float64[np.ndarray, "w"]) -> float | None:
-    """Standard error of ``sum(sums) / sum(counts)``, each pair being one window.
+    """Returns the standard error of ``sum(sums) / sum(counts)``; None for fewer than two windows.
 
-    Losses within a window are correlated (an odd name is hard each time), so windows and not tokens
-    are the independent draws: the linearised estimator of a ratio of means (Cochran, Sampling
-    Techniques, section 6.3). None for fewer than two windows.
+    Losses within a window are correlated (a rare name is hard each time it occurs), so the windows, not the
+    tokens, are the independent samples. This is the linearised estimator of the error of a ratio of means
+    (Cochran, Sampling Techniques, section 6.3).
+
+    Args:
+      sums: Sum over the tokens of each window.
+      counts: Number of tokens of each window.
     """
     if len(sums) < 2:
         return None

@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations, every token read as in decoding."""
+"""Log-likelihoods of continuations, with every token graded as in decoding."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,21 +17,21 @@ from grinqh_jax.model.apply import Dense, Graded
 from grinqh_jax.model.decoder import Decoder
 
 _LOGIT_BYTES = 1 << 28
-"""Room for one batch of float32 logits; as many rows as fit are read at once, and at least one."""
+"""Memory for the float32 logits of a batch, which limits its number of rows. One row is always allowed."""
 
 _SHORTEST = 32
-"""Rows are padded to 32, 64, 128 ... tokens to read, so that few programs are compiled."""
+"""Rows are padded to 32, 64, 128, ... tokens, so few programs are compiled."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """Of one continuation.
+    """Score of one continuation.
 
     Attributes:
       log_likelihood: ``log p(continuation | context)``, nats.
-      greedy: whether every token of it is the most likely one.
-      bits: mean bits read per weight over the tokens read; None if nothing is graded.
-      tokens: that were read.
+      greedy: Whether every token of the continuation is the most probable one.
+      bits: Mean bits read per weight over the tokens read; None at full precision.
+      tokens: Number of tokens read.
     """
 
     log_likelihood: float
@@ -51,18 +51,18 @@ def score(
 ) -> list[Score]:
     """Scores continuations of contexts.
 
-    Contexts are graded like continuations: what is measured is how well the model does at these bits, not
-    how well it does with a context that was read at full precision.
+    Contexts are graded like continuations, so scores measure the model at these bits, not a model with a
+    context read at full precision.
 
     Args:
-      generator: model and tokenizer.
-      pairs: tokens of a context, at least one, and of its continuation. Of a pair that is too long, the
-        beginning of the context is dropped.
-      bits: setting of the dial; ``"full"`` grades nothing. The dial does not follow the texts: a score
-        depends on its own pair alone, and says what bits it read.
-      max_length: most tokens read of a pair.
-      batch: most pairs at a time.
-      on_progress: called with the number of pairs done, batch by batch.
+      generator: Model and tokenizer.
+      pairs: Tokens of each context and of its continuation. A context has at least one token. If a pair is
+        too long, the start of its context is dropped.
+      bits: Setting of the dial; ``"full"`` grades nothing. The dial does not adapt to the texts, so a score
+        depends on its own pair only. ``Score.bits`` reports the bits read.
+      max_length: Largest number of tokens read per pair.
+      batch: Largest number of pairs read together.
+      on_progress: Called with the number of pairs in a batch after each batch.
 
     Raises:
       UsageError: ``bits`` are out of the dial's range, a context is empty, a continuation is too long, or a
@@ -71,36 +71,36 @@ def score(
     dial, thresholds = generator.dial(bits), None
     if dial is not None and bits != "full":
         thresholds = {name: rows[0] for name, rows in dial.thresholds.items()}
-    # The last token of a row is predicted, not read.
+    # The last token of a row is predicted and not read.
     rows = [[*context, *continuation][-max_length - 1 :] for context, continuation in pairs]
     for row, (context, continuation) in zip(rows, pairs, strict=True):
         generator.model.config.check_tokens(row)
         if not context or len(row) <= len(continuation):
             raise UsageError(
-                f"a continuation of {len(continuation)} tokens after {len(context)}: it needs a context, "
-                f"and one token of it must fit with the continuation into {max_length}"
+                f"a context of {len(context)} and a continuation of {len(continuation)} tokens: at least one "
+                f"token of the context must fit with the continuation into {max_length} tokens"
             )
-    found: list[Score | None] = [None] * len(pairs)
-    for some, tokens in _batches(rows, batch, generator.model.config.vocab_size):
+    scores: list[Score | None] = [None] * len(pairs)
+    for indices, tokens in _batches(rows, batch, generator.model.config.vocab_size):
         log_p, greedy, read = _next_tokens(generator.model, tokens, thresholds)
         log_p, greedy = np.asarray(log_p, np.float64), np.asarray(greedy)
         read = None if read is None else np.asarray(read, np.float64)
-        for line, i in enumerate(some):
+        for line, i in enumerate(indices):
             scored = slice(len(rows[i]) - 1 - len(pairs[i][1]), len(rows[i]) - 1)
-            found[i] = Score(
+            scores[i] = Score(
                 log_likelihood=float(log_p[line, scored].sum()),
                 greedy=bool(greedy[line, scored].all()),
                 bits=None if read is None else float(np.mean(read[line, : scored.stop])),
                 tokens=scored.stop,
             )
-        on_progress(len(some))
-    return found
+        on_progress(len(indices))
+    return scores
 
 
 def _batches(
     rows: Sequence[Sequence[int]], batch: int, vocabulary: int
 ) -> Iterator[tuple[list[int], Int[np.ndarray, "b t"]]]:
-    """Indices of rows of similar lengths, longest first, and their tokens, padded to one of few shapes."""
+    """Yields the indices of rows of similar lengths, longest first, and their padded tokens."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     start = 0
     while start < len(order):
@@ -108,18 +108,18 @@ def _batches(
         while width < len(rows[order[start]]) - 1:
             width *= 2
         most = max(1, min(batch, _LOGIT_BYTES // (4 * width * vocabulary)))
-        some = order[start : start + most]
-        size = min(most, 1 << (len(some) - 1).bit_length())
+        indices = order[start : start + most]
+        size = min(most, 1 << (len(indices) - 1).bit_length())
         tokens = np.zeros((size, width + 1), np.int32)
-        for line, i in enumerate(some):
+        for line, i in enumerate(indices):
             tokens[line, : len(rows[i])] = rows[i]
-        yield some, tokens
-        start += len(some)
+        yield indices, tokens
+        start += len(indices)
 
 
 @jax.jit
 def _next_tokens(model: Decoder, tokens: Int[Array, "b t"], thresholds: dict[str, Float[Array, "p"]] | None):
-    """Log-probability of all tokens but the first, whether each is the likeliest, and bits ``[b, t - 1]``."""
+    """Returns, for all tokens but the first, log-probability, whether it is the greedy one, and bits read."""
     apply = Dense() if thresholds is None else Graded(thresholds)
     log_p = jax.nn.log_softmax(model(tokens[:, :-1], apply))
     following = tokens[:, 1:]
@@ -129,7 +129,7 @@ def _next_tokens(model: Decoder, tokens: Int[Array, "b t"], thresholds: dict[str
 
 
 def mean_bits(scores: Iterable[Score]) -> float | None:
-    """Mean bits read per weight over the tokens of some scores; None if nothing was graded."""
+    """Returns the mean bits read per weight over the tokens of the scores; None at full precision."""
     read = [(one.bits, one.tokens) for one in scores if one.bits is not None]
     if not read:
         return None

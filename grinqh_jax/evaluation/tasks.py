@@ -1,4 +1,4 @@
-"""Word problems answered by generation: a chain of thought is decoded, its final number compared."""
+"""Accuracy on word problems: decodes a chain of thought and compares its final number with the answer."""
 
 import dataclasses
 import math
@@ -19,34 +19,34 @@ _NEXT_QUESTION = "Question:"
 _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
 _MARKED = re.compile(r"####\s*(" + _NUMBER.pattern + r")")
 _COMPLETE = re.compile(_MARKED.pattern + r"[.,]?\s")
-"""A marked number that has ended: nothing that follows can change the answer."""
+"""A complete marked number. Text after it cannot change the answer."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A question and the number that answers it."""
+    """A question and its numeric answer."""
 
     question: str
     answer: Decimal
 
     @property
     def prompt(self) -> str:
-        """What the model continues."""
+        """The text that the model continues."""
         return f"Question: {self.question}\nAnswer:"
 
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
-    """What ``evaluate`` found at one setting of the dial.
+    """Result of ``evaluate`` at one setting of the dial.
 
     Attributes:
-      bits: as asked.
-      realised_bits: mean bits read per weight over all decode steps; None for an unquantized model.
-      realised_bits_without_head: the same without the output projection.
-      accuracy: share of problems whose final number is right.
-      stderr: of ``accuracy``, ``sqrt(accuracy (1 - accuracy) / n)``.
-      n: problems.
-      right: of each problem, whether its answer is.
+      bits: Setting of the dial.
+      realised_bits: Mean bits read per weight over all decode steps; None for an unquantized model.
+      realised_bits_without_head: The same without the output projection.
+      accuracy: Share of problems whose final number is right.
+      stderr: Standard error of ``accuracy``, ``sqrt(accuracy (1 - accuracy) / n)``.
+      n: Number of problems.
+      right: Whether the answer to each problem is right.
     """
 
     bits: Bits
@@ -58,13 +58,13 @@ class Accuracy:
     right: tuple[bool, ...] = dataclasses.field(repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        """All fields but ``right``, by name."""
+        """Returns all fields except ``right``, by name."""
         fields = dataclasses.asdict(self)
         del fields["right"]
         return fields
 
     def cells(self) -> dict[str, Any]:
-        """For people: the columns of a table."""
+        """Returns the cells of a table row by column title."""
         return {
             "bits": self.bits,
             "bits read": None if self.realised_bits is None else f"{self.realised_bits:.3f}",
@@ -74,7 +74,9 @@ class Accuracy:
 
 
 def read_problems(path: Path, limit: int | None = None) -> list[Problem]:
-    """Problems in the format of GSM8K: JSON lines with ``question`` and ``answer``, which ends ``#### N``.
+    """Reads problems in the format of GSM8K.
+
+    Each line is a JSON object with ``question`` and an ``answer`` that ends in ``#### N``.
 
     Raises:
       UsageError: the file cannot be read, holds no problem, or has bad records; names all their lines.
@@ -86,11 +88,10 @@ def read_problems(path: Path, limit: int | None = None) -> list[Problem]:
 
 
 def final_number(text: str) -> Decimal | None:
-    """The answer that a chain of thought comes to.
+    """Extracts the final answer from a chain of thought.
 
-    The number after the first ``####``; where the model never wrote one, the last number of all. Up to the
-    next ``Question:``, if the model went on to ask one. Commas and dollar signs do not count:
-    ``$1,000.0`` is 1000.
+    Returns the number after the first ``####``, or the last number if the text has no ``####``. Ignores text
+    from the next ``Question:`` on, and commas and dollar signs in numbers: ``$1,000.0`` is 1000.
     """
     text = text.split(_NEXT_QUESTION)[0]
     marked = _MARKED.search(text)
@@ -107,21 +108,21 @@ def evaluate(
     batch: int = 64,
     on_progress: Callable[[int], Any] = lambda problems: None,
 ) -> Accuracy:
-    """Answers every problem greedily and counts the right ones.
+    """Answers every problem greedily and counts the right answers.
 
-    See ``completion.complete``; an answer ends with a stop token, with its final number, or when it asks
-    the next question.
+    An answer ends with a stop token, after its final number, or at the next question. Decoding is that of
+    ``completion.complete``.
 
     Args:
-      generator: model and tokenizer.
-      problems: at least one.
-      bits: setting of the dial.
-      max_tokens: most tokens of an answer.
-      batch: most problems at a time.
-      on_progress: called with the number of problems done, batch by batch.
+      generator: Model and tokenizer.
+      problems: Problems, at least one.
+      bits: Setting of the dial.
+      max_tokens: Largest number of tokens per answer.
+      batch: Largest number of problems decoded together.
+      on_progress: Called with the number of problems in a batch after each batch.
 
     Raises:
-      UsageError: ``bits`` are out of the checkpoint's range, or a prompt is longer than its context.
+      UsageError: ``bits`` are out of the dial's range, or a prompt is longer than the model's context.
     """
     completions = complete(
         generator,

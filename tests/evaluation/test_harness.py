@@ -1,4 +1,4 @@
-"""The adapter to lm-evaluation-harness on tasks made here: its figures against those of ``perplexity``."""
+"""The adapter to lm-evaluation-harness on small tasks; its log-likelihoods against ``perplexity``."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from grinqh_jax.errors import UsageError
 from grinqh_jax.evaluation.perplexity import measure
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness (extra: eval) is not installed")
-pytestmark = pytest.mark.filterwarnings("default")  # the harness's own are not ours to forbid
+pytestmark = pytest.mark.filterwarnings("default")  # the harness raises warnings of its own
 
 QUESTION = (
     "Hugo has 86 coins and gives 27 of them to Noah. Later Hugo finds 5 more coins near the harbour. "
@@ -56,7 +56,7 @@ metric_list: [{{metric: exact_match}}]
 
 
 def tasks(directory, **records):
-    """A task of each name: its YAML and its JSON lines."""
+    """Writes a task of each name, as YAML and JSON lines, and returns a manager that knows them."""
     from lm_eval.tasks import TaskManager
 
     for name, (template, lines) in records.items():
@@ -86,7 +86,7 @@ def instance(kind, *arguments):
     return Instance(kind, {}, arguments, 0)
 
 
-def test_a_text_has_the_perplexity_that_perplexity_says(tiny_lm):
+def test_rolling_log_likelihood_matches_perplexity(tiny_lm):
     generator = tiny_lm.generator
     text = "the old house stood at the end."
     tokens = np.array([tiny_lm.prefix_token_id, *generator.tokenizer.encode(text)])
@@ -100,14 +100,14 @@ def test_a_text_has_the_perplexity_that_perplexity_says(tiny_lm):
         (whole,) = tiny_lm.loglikelihood([instance("loglikelihood", "", text)])
         assert whole[0] == pytest.approx(found, rel=1e-5)
     tiny_lm.bits = 2.5
-    assert abs(perplexities[0] - perplexities[1]) > 1e-3, "bits make no difference"
+    assert abs(perplexities[0] - perplexities[1]) > 1e-3, "grading has no effect"
 
 
-def test_a_continuation_adds_up_and_is_greedy_if_it_is(tiny_lm):
+def test_log_likelihoods_add_up_and_greedy_tokens_are_recognised(tiny_lm):
     context, first, second = "ann has 3 cups", " and", " a hat"
     tokens = tiny_lm.tok_encode(context)
     logits = [tiny_lm._score([(tokens, [token])])[0].log_likelihood for token in range(48)]
-    likeliest = int(np.argmax(logits))
+    greedy_token = int(np.argmax(logits))
     results = tiny_lm.loglikelihood(
         [
             instance("loglikelihood", context, first + second),
@@ -118,24 +118,25 @@ def test_a_continuation_adds_up_and_is_greedy_if_it_is(tiny_lm):
     whole, begin, end = (score for score, _ in results)
     assert whole == pytest.approx(begin + end, rel=1e-4)
     assert np.logaddexp.reduce(logits) == pytest.approx(0, abs=1e-4)
-    for token, greedy in ((likeliest, True), ((likeliest + 1) % 48, False)):
+    for token, greedy in ((greedy_token, True), ((greedy_token + 1) % 48, False)):
         assert tiny_lm._score([(tokens, [token])])[0].greedy is greedy
 
 
-def test_long_requests_lose_their_beginning(tiny_lm):
+def test_the_start_of_a_long_request_is_dropped(tiny_lm):
     words = "one two three four five six seven eight nine ten " * 3
     (long,) = tiny_lm.loglikelihood([instance("loglikelihood", words, " cat")])
     tokens = tiny_lm.tok_encode(words + " cat")
-    (score,) = tiny_lm._score([(tokens[-33:-5], tokens[-5:])])  # a context's trailing blank moves over
+    # The harness moves the trailing space of the context to the continuation.
+    (score,) = tiny_lm._score([(tokens[-33:-5], tokens[-5:])])
     assert long[0] == pytest.approx(score.log_likelihood, rel=1e-5)
     assert score.tokens == 32
     (rolling,) = tiny_lm.loglikelihood_rolling([instance("loglikelihood_rolling", words)])
     assert rolling < -len(words)  # a random model: more than a nat a letter
-    with pytest.raises(UsageError, match="one token of it must fit"):
+    with pytest.raises(UsageError, match="token of the context must fit"):
         tiny_lm._score([([1], [2] * 33)])
 
 
-def test_tasks_of_log_likelihoods(tiny_lm, tmp_path):
+def test_log_likelihood_tasks_run_in_the_harness(tiny_lm, tmp_path):
     questions = [
         {"question": "the sun rises in the", "choices": [" east.", " qqq.", " xkcd"], "answer": 0},
         {"question": "he opened the", "choices": ["zzz", " door."], "answer": 1},
@@ -160,16 +161,16 @@ def test_tasks_of_log_likelihoods(tiny_lm, tmp_path):
     assert results["config"]["realised_bits_generation"] is None
 
 
-def test_a_task_of_generation(bundled, tmp_path):
+def test_a_generation_task_runs_in_the_harness(bundled, tmp_path):
     manager = tasks(tmp_path, sums=(SUMS, [{"question": QUESTION, "answer": "64"}]))
     results = lm_eval.simple_evaluate(bundled, tasks=["tiny_sums"], task_manager=manager, bootstrap_iters=0)
     assert results["results"]["tiny_sums"]["exact_match,number"] == 1
     assert results["config"]["realised_bits_generation"] == pytest.approx(4, abs=0.5)
 
 
-def test_stops_and_sampling(bundled):
+def test_stop_strings_and_sampling_options_are_honoured(bundled):
     prompt = f"Question: {QUESTION}\nAnswer:"
-    plain, cut, drawn, again, other = bundled.generate_until(
+    plain, cut, sampled, again, other = bundled.generate_until(
         [
             instance("generate_until", prompt, options)
             for options in (
@@ -184,10 +185,10 @@ def test_stops_and_sampling(bundled):
     assert "64" in plain
     assert "####" not in plain
     assert cut == plain.split("64")[0]
-    assert drawn == again != other
+    assert sampled == again != other
 
 
-def test_the_command_knows_the_model(tiny_directory, tmp_path, capsys, monkeypatch):
+def test_the_verb_registers_the_model(tiny_directory, tmp_path, capsys, monkeypatch):
     tasks(tmp_path, text=(TEXTS, [{"text": "some text to read. and more"}]))
     monkeypatch.setattr("sys.argv", ["pytest"])
     flags = ["--model", "grinqh", "--include_path", str(tmp_path), "--tasks", "tiny_text"]

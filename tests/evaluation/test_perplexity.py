@@ -1,4 +1,4 @@
-"""Perplexity and KL against numpy, graded reading against the engine's decode steps."""
+"""Perplexity and KL divergence against NumPy; graded tokens against the engine's decode steps."""
 
 import json
 import math
@@ -40,7 +40,7 @@ def windows() -> list[np.ndarray]:
 
 
 def decoded(model: Decoder, window: np.ndarray, dial: Dial) -> tuple[np.ndarray, np.ndarray]:
-    """Logits at every position, and bits by linear layer, of tokens that the engine decodes one by one."""
+    """Logits at every position and bits of every linear layer, from decoding the tokens one by one."""
     thresholds = dial.thresholds
     cache = KVCache.create(model.config, 1, LENGTH, model.compute_dtype)
     logits, grades = [], []
@@ -52,7 +52,7 @@ def decoded(model: Decoder, window: np.ndarray, dial: Dial) -> tuple[np.ndarray,
     return np.stack(logits), np.stack(grades)
 
 
-def test_graded_tokens_are_read_as_in_decoding(tiny):
+def test_tokens_are_graded_as_in_decoding(tiny):
     result, full = measure(tiny.model, tiny.targets, TOKENS, [2.0, "full"], sequence_length=LENGTH)
     losses, reference_losses, kl, same, bits = [], [], [], [], []
     dial = tiny.dial(2.0)
@@ -63,7 +63,7 @@ def test_graded_tokens_are_read_as_in_decoding(tiny):
         reference_losses.append(-reference[np.arange(len(window) - 1), window[1:]])
         kl.append((np.exp(reference) * (reference - log_p)).sum(axis=-1))
         same.append(log_p.argmax(axis=-1) == reference.argmax(axis=-1))
-        bits.append(grades[:-1])  # the last token of a window predicts nothing
+        bits.append(grades[:-1])  # reading the last token of a window predicts nothing
     losses, reference_losses = np.concatenate(losses), np.concatenate(reference_losses)
     assert result.tokens == len(losses) == len(TOKENS) - len(windows())
     assert result.perplexity == pytest.approx(math.exp(losses.mean()), rel=1e-4)
@@ -91,7 +91,7 @@ def test_graded_tokens_are_read_as_in_decoding(tiny):
     assert (full.kl, full.same_top1, full.ratio, full.realised_bits) == (pytest.approx(0, abs=1e-6), 1, 1, 4)
 
 
-def test_bits_without_the_head_leave_out_every_block_of_it():
+def test_bits_without_the_head_exclude_all_vocabulary_blocks():
     hf_config = HF_CONFIG | {"vocab_size": 1100}
     model = Decoder.from_tree(ModelConfig.from_hf(hf_config), random_tree(hf_config), jnp.float32)
     names, window = linear_names(model.config), TOKENS[:LENGTH]
@@ -103,27 +103,27 @@ def test_bits_without_the_head_leave_out_every_block_of_it():
     assert result.realised_bits_without_head == pytest.approx(layers.mean(), rel=1e-5)
 
 
-def test_settings_of_the_dial_share_one_program(tiny):
+def test_all_settings_of_the_dial_share_one_compiled_program(tiny):
     perplexity._graded_logits.clear_cache()
     measure(tiny.model, tiny.targets, TOKENS, [1.0, 1.5, 2.0, 3.3, 4.0], sequence_length=LENGTH)
     assert perplexity._graded_logits._cache_size() == 1
 
 
-def test_windows_are_read_one_after_another(tiny):
-    done = []
+def test_windows_are_read_in_order_and_reported(tiny):
+    progress = []
     (first,) = measure(tiny.model, tiny.targets, TOKENS[:LENGTH], [2.0], sequence_length=LENGTH)
     (result,) = measure(
-        tiny.model, tiny.targets, TOKENS, [2.0], sequence_length=LENGTH, on_progress=done.append
+        tiny.model, tiny.targets, TOKENS, [2.0], sequence_length=LENGTH, on_progress=progress.append
     )
-    assert done == [len(window) for window in windows()]
+    assert progress == [len(window) for window in windows()]
     assert result.windows.tokens.tolist() == [len(window) - 1 for window in windows()]
     assert result.windows.loss[0] == pytest.approx(first.windows.loss[0], rel=1e-5)
 
 
-def test_standard_error_is_that_of_the_windows():
+def test_standard_error_treats_windows_as_independent():
     rng = np.random.default_rng(0)
     counts = rng.integers(3, 9, 20_000).astype(np.float64)
-    level = rng.normal(2.0, 0.5, counts.shape)  # shared by the tokens of a window: they are not independent
+    level = rng.normal(2.0, 0.5, counts.shape)  # the tokens of a window share it, so they are not independent
     texts = [slice(start, start + 40) for start in range(0, len(counts), 40)]
     means = [(level[t] * counts[t]).sum() / counts[t].sum() for t in texts]
     estimates = [standard_error(level[t] * counts[t], counts[t]) for t in texts]
@@ -131,8 +131,8 @@ def test_standard_error_is_that_of_the_windows():
     assert standard_error(np.ones(1), np.ones(1)) is None
 
 
-def test_errors_of_differences_are_paired():
-    """Texts that are hard for both say nothing about which is better: drawn again, differences vary less."""
+def test_standard_errors_of_differences_are_paired():
+    """The difficulty of a text is common to model and reference, so it does not widen their difference."""
     rng = np.random.default_rng(1)
 
     def draw():
@@ -150,25 +150,23 @@ def test_errors_of_differences_are_paired():
         ("kl", "kl_stderr"),
         ("same_top1", "same_top1_stderr"),
     ):
-        found = np.array([getattr(draw, value) for draw in draws])
-        assert np.mean([getattr(draw, error) for draw in draws]) == pytest.approx(found.std(), rel=0.12), (
-            value
-        )
+        spread = np.std([getattr(draw, value) for draw in draws])
+        assert np.mean([getattr(draw, error) for draw in draws]) == pytest.approx(spread, rel=0.12), value
     assert draws[0].difference == pytest.approx(draws[0].perplexity * (1 - 1 / draws[0].ratio))
     assert draws[0].difference_stderr < 0.2 * draws[0].stderr
 
 
-def test_bits_of_hard_tokens():
+def test_token_bits_report_their_spread_and_correlation_with_the_loss():
     losses = np.linspace(0, 5, 101)
     spread = TokenBits.of(2 + losses / 5, losses)
     assert spread.loss_correlation == pytest.approx(1)
     assert spread.percentiles == pytest.approx({"5": 2.05, "25": 2.25, "50": 2.5, "75": 2.75, "95": 2.95})
     assert "95 % 2.950" in spread.line()
-    assert "correlation with its loss +1.00" in spread.line()
+    assert "correlation with the loss +1.00" in spread.line()
     assert TokenBits.of(np.full(101, 2.0), losses).loss_correlation is None
 
 
-def test_reference_is_what_is_compared_with(tiny):
+def test_a_model_is_its_own_default_reference(tiny):
     tokens = TOKENS[:LENGTH]
     (own,) = measure(tiny.model, tiny.targets, tokens, [2.0], sequence_length=LENGTH)
     (same,) = measure(tiny.model, tiny.targets, tokens, [2.0], sequence_length=LENGTH, reference=tiny.model)
@@ -176,11 +174,11 @@ def test_reference_is_what_is_compared_with(tiny):
     assert own.stderr is None  # a single window
 
 
-def test_what_cannot_be_measured(tiny):
+def test_invalid_measurements_are_refused(tiny):
     for tokens, length, bits, message in (
         (TOKENS[:1], 8, "full", "1 tokens"),
         (TOKENS, 1, "full", "sequence length 1"),
-        (TOKENS, 65, "full", "sequence length 65: the model has positions for 64"),
+        (TOKENS, 65, "full", "sequence length 65: the context of the model has 64 tokens"),
         (TOKENS + 40, 8, "full", "is outside the model's vocabulary of 48"),
         (TOKENS, 8, 9.0, "bits 9: this checkpoint's dial goes from 1 to 4"),
         (TOKENS, 8, float("nan"), "bits nan"),
@@ -191,7 +189,7 @@ def test_what_cannot_be_measured(tiny):
         measure(tiny.model, None, TOKENS, ["full", 3.0], sequence_length=8)
 
 
-def test_command_prints_one_object_a_setting(tiny_directory, tmp_path, capsys):
+def test_command_prints_one_json_object_or_table_row_per_setting(tiny_directory, tmp_path, capsys):
     data = tmp_path / "data.jsonl"
     data.write_text('{"text": "some text to read. "}\n{"question": "how many 5", "answer": "#### 5"}\n' * 3)
     flags = ["--model", str(tiny_directory), "--data", str(data), "--sequence-length", "32"]
@@ -202,16 +200,16 @@ def test_command_prints_one_object_a_setting(tiny_directory, tmp_path, capsys):
     assert all(result["tokens"] == 67 and result["stderr"] > 0 for result in results)
     assert results[0]["token_bits"]["percentiles"].keys() == {"5", "25", "50", "75", "95"}
     assert "windows" not in results[0]
-    assert captured.err == ""  # no bar where stderr is not a terminal
+    assert captured.err == ""  # no progress bar, as stderr is not a terminal
     assert perplexity_command.main([*flags, "--bits", "2,full"]) == 0
     table = capsys.readouterr().out.splitlines()
     assert table[0].split()[:4] == ["bits", "bits", "read", "perplexity"]
     assert [line.split()[0] for line in table[1:3]] == ["2", "full"]
-    assert re.fullmatch(r"--bits 2: bits of a token: mean .* 5 % .*", table[3])
+    assert re.fullmatch(r"--bits 2: bits per token: mean .* 5 % .*", table[3])
     assert len(table) == 4
 
 
-def test_command_refuses_what_it_cannot_do(tiny_directory, tmp_path, capsys):
+def test_command_refuses_bad_input_in_one_line(tiny_directory, tmp_path, capsys):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "fine"}\n{"txt": 1}\n[\n')
     empty, binary = tmp_path / "empty.txt", tmp_path / "binary.txt"
@@ -234,7 +232,7 @@ def test_command_refuses_what_it_cannot_do(tiny_directory, tmp_path, capsys):
 
 
 def test_perplexity_of_an_unquantized_model(shared, capsys):
-    """Checked against figures computed without this library (numpy and PyTorch)."""
+    """The expected figure was computed without this library, with NumPy and PyTorch."""
     model = str(shared / "models" / "qwen3-32m")
     flags = [
         "--data",

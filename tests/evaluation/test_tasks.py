@@ -1,4 +1,4 @@
-"""Word problems: what counts as the answer, and answers of the bundled model."""
+"""Word problems: extraction of the final answer, and answers of the bundled model."""
 
 import json
 from decimal import Decimal
@@ -47,11 +47,11 @@ def problem_file(tmp_path):
         ("", None),
     ],
 )
-def test_final_number(text, number):
+def test_the_final_number_is_extracted(text, number):
     assert final_number(text) == (None if number is None else Decimal(number))
 
 
-def test_problems_are_read(problem_file):
+def test_problems_are_read_and_bad_records_named(problem_file):
     problems = read_problems(problem_file)
     assert [problem.answer for problem in problems] == [7, 7, 15, 999, 16]
     assert problems[0].prompt == f"Question: {RECORDS[0]['question']}\nAnswer:"
@@ -74,17 +74,17 @@ def test_answers_do_not_depend_on_the_batch(bundled, problem_file, monkeypatch):
     alone = evaluate(bundled, problems, 4.0, batch=1, max_tokens=64)
     steps.clear()
     together = evaluate(bundled, problems, 4.0, batch=3, max_tokens=64)
-    assert len(steps) < 2 * 64 / 16, "rows go on after their answers"
+    assert len(steps) < 2 * 64 / 16, "rows are decoded after their answers are complete"
     assert together.accuracy == alone.accuracy
     assert together.realised_bits == pytest.approx(alone.realised_bits, abs=0.02)
     assert together.realised_bits == pytest.approx(4.0, abs=0.5)
     assert together.n == len(together.right) == len(problems)
     assert together.right == alone.right
-    # Half of the bundled model's weights are in the output projection.
+    # The output projection has half of the bundled model's weights.
     assert 0.01 < abs(together.realised_bits_without_head - together.realised_bits) < 0.5
 
 
-def test_command_on_problems_that_the_model_knows(shared, capsys):
+def test_command_on_problems_that_the_model_solves(shared, capsys):
     flags = ["--tasks", str(shared / "data" / "arithmetic_test.jsonl"), "--limit", "6", "--batch", "3"]
     assert evaluate_command.main([*flags, "--max-tokens", "64", "--bits", "4,full", "--json"]) == 0
     results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -96,7 +96,7 @@ def test_command_on_problems_that_the_model_knows(shared, capsys):
     assert results[1]["realised_bits"] == pytest.approx(8.0)
 
 
-def test_command_refuses_what_it_cannot_do(problem_file, capsys):
+def test_command_refuses_bad_flags(problem_file, capsys):
     assert evaluate_command.main(["--tasks", str(problem_file), "--bits", "3,40"]) == 2
     assert "bits 40" in capsys.readouterr().err
     with pytest.raises(SystemExit) as caught:
