@@ -1,9 +1,9 @@
-"""Times the attention kernels of a decode step alone, at several lengths of the cache.
+"""Times the attention kernels of a decode step at several cache lengths.
 
     python benchmarks/attention.py --output benchmarks/results/attention.json
     python benchmarks/attention.py --shapes Qwen3-8B --lengths 1056
 
-Kernel times are medians from the profiler, one layer after the other over caches that exceed the L2.
+Kernel times are medians from the profiler, over the layers of a model whose caches together exceed the L2.
 """
 
 import argparse
@@ -26,13 +26,13 @@ from pallas_kernels import Activations
 
 LAYERS = 16
 PARTS = 8
-"""Partial sums that the projection before leaves on an H200."""
+"""Number of partial sums that the qkv projection returns on an H200."""
 
 KERNELS = {"attention": "decode_attention_kernel", "merge": "merge_attention_kernel"}
 
 
 def measure(config: ModelConfig, capacity: int, lengths: list[int]) -> Iterator[dict[str, timing.Times]]:
-    """Times of the attention and of its merge with each of the lengths of the cache."""
+    """Yields, for each cache length, the times of the attention kernel and of the merge kernel."""
     dim, keys = config.head_dim, jax.random.split(jax.random.key(0), 2 * LAYERS + 1)
     size = (1, capacity, config.num_kv_heads, dim)
     caches = [(_normal(keys[2 * i], size), _normal(keys[2 * i + 1], size)) for i in range(LAYERS)]
@@ -41,8 +41,8 @@ def measure(config: ModelConfig, capacity: int, lengths: list[int]) -> Iterator[
     norms = (jnp.ones(dim, jnp.bfloat16),) * 2 if config.qk_norm else None
 
     def all_layers(caches, positions):
-        done = [attention.attend_heads(config, qkv, norms, positions, cache) for cache in caches]
-        return [outputs for outputs, _ in done], [cache for _, cache in done]
+        results = [attention.attend_heads(config, qkv, norms, positions, cache) for cache in caches]
+        return [outputs for outputs, _ in results], [cache for _, cache in results]
 
     step = jax.jit(all_layers, donate_argnums=0)
 
@@ -66,18 +66,32 @@ def _normal(key: jax.Array, size: tuple[int, ...]) -> jax.Array:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=["Qwen3-8B"], metavar="NAME_OR_DIR")
-    parser.add_argument("--lengths", nargs="+", type=int, default=[8, 160, 500, 1056, 2048, 4160])
-    parser.add_argument("--capacity", type=int, default=4224, help="positions that a cache has room for")
-    parser.add_argument("--output", type=pathlib.Path, help="JSON file to write")
+    add = parser.add_argument
+    add(
+        "--shapes",
+        nargs="+",
+        default=["Qwen3-8B"],
+        metavar="NAME_OR_DIR",
+        help="published shapes, or directories of models (default: Qwen3-8B)",
+    )
+    add(
+        "--lengths",
+        nargs="+",
+        type=int,
+        default=[8, 160, 500, 1056, 2048, 4160],
+        metavar="N",
+        help="tokens in the cache (default: 8 160 500 1056 2048 4160)",
+    )
+    add("--capacity", type=int, default=4224, metavar="N", help="cache slots (default: 4224)")
+    add("--output", type=pathlib.Path, metavar="FILE", help="JSON file to write")
     args = parser.parse_args()
     rows = []
     for name in args.shapes:
         config, name = random_model.shape(name), random_model.label(name)
-        for length, found in zip(args.lengths, measure(config, args.capacity, args.lengths), strict=True):
+        for length, by_kernel in zip(args.lengths, measure(config, args.capacity, args.lengths), strict=True):
             read = 4 * length * config.num_kv_heads * config.head_dim
             row = {"shape": name, "length": length, "capacity": args.capacity, "bytes_read": read}
-            for label, times in found.items():
+            for label, times in by_kernel.items():
                 row |= {f"{label}_us": round(times.median, 3), f"{label}_quartiles_us": times.quartiles}
             rows.append(row)
             print(f"{name} {length}: {row['attention_us']} us, merge {row['merge_us']} us", flush=True)

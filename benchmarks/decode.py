@@ -1,11 +1,12 @@
-"""Whole-model decoding and prefill at the shapes of published or other models, random weights, batch 1.
+"""Times decoding and prefill of whole models with random weights, batch 1.
 
     python benchmarks/decode.py --shapes Qwen3-8B Llama-3.1-8B --output benchmarks/results/decode.json
-    python benchmarks/decode.py --shapes Qwen3-0.6B --contexts 128 --layers 2 --tokens 4     a quick look
-    python benchmarks/decode.py --shapes ../shared/models/qwen3-32m     of a model that is in a directory
+    python benchmarks/decode.py --shapes Qwen3-0.6B --contexts 128 --layers 2 --tokens 4     a quick check
+    python benchmarks/decode.py --shapes path/to/model     the shape of the model in a directory
 
-For each shape: decoding at several mean bits and contexts, this library's own bf16 decoding in the same
-run, a table of one step's device time by category (``step_profile``), and prefill against bf16 prefill.
+For each shape, the script times decoding at several mean bits and contexts, this library's own bf16 decoding
+in the same run, and prefill against bf16 prefill. It prints a table of one step's device time by category
+(``step_profile``).
 """
 
 import argparse
@@ -33,7 +34,7 @@ from grinqh_jax.model.decoder import linear_names
 START = time.monotonic()
 
 WARM_UP_SECONDS = 2.0
-"""Of decoding before the first measurement of a model: right after its weights were made it is slower."""
+"""Duration of decoding before the first measurement: it is slower right after the weights are made."""
 
 
 def say(text: str) -> None:
@@ -41,9 +42,16 @@ def say(text: str) -> None:
 
 
 def decode_rows(model, label: str, bits_list, args, bandwidth: float) -> list[dict]:
-    """Times decoding at each of the contexts and bits (None: a dense model); profiles where asked to.
+    """Times decoding at each context and setting of the dial, and profiles those that ``args`` select.
 
-    One program, with a cache for the longest context, serves them all.
+    One program, with a cache for the longest context, serves all of them.
+
+    Args:
+      model: Model to time.
+      label: Name of the model in the rows.
+      bits_list: Settings of the dial; ``[None]`` for a dense model.
+      args: Parsed flags.
+      bandwidth: Read bandwidth of the device, bytes per second.
     """
     run = measure.DecodeRun(model, max(args.contexts), args.tokens)
     rows = []
@@ -86,7 +94,7 @@ def decode_rows(model, label: str, bits_list, args, bandwidth: float) -> list[di
 
 
 def copies(hlo: str) -> list[str]:
-    """Copies of more than 64 KiB in an optimized HLO, as ``type[shape]``: weights or caches, if any."""
+    """Returns copies above 64 KiB in an optimized HLO as ``type[shape]``. They copy weights or caches."""
     sizes = {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "u8": 1, "pred": 1}
     found = []
     for dtype, shape in re.findall(r"= (\w+)\[([\d,]*)\]\S* copy(?:-start)?\(", hlo):
@@ -99,12 +107,12 @@ def copies(hlo: str) -> list[str]:
 
 
 def profile(run: measure.DecodeRun, thresholds, args, row: dict) -> dict | None:
-    """The table of one step; None off an accelerator, whose kernels the profiler does not list."""
+    """Returns the table of one step, or None on a CPU, for which the profiler lists no kernels."""
     kernels = step_profile.trace(lambda: run.run(thresholds))
     if not kernels:
         return None
     layers = [name for name in linear_names(run.model.config) if not of_head(name)]
-    linears = [*layers, *run.model.lm_head.names]  # of which a dense model has but one
+    linears = [*layers, *run.model.lm_head.names]  # a dense model has one
     hlo = run.compiled.as_text()
     table = step_profile.tabulate(kernels, args.tokens, hlo, linears, row["us_per_token"])
     say(f"one step of {row['shape']}, {row['bits']} bits, context {row['context']}:")
@@ -113,7 +121,7 @@ def profile(run: measure.DecodeRun, thresholds, args, row: dict) -> dict | None:
 
 
 def prefill_row(model, label: str, kind: str, tokens: int, chunk: int | None, repeats: int) -> dict:
-    """Times prefill; ``temp_bytes`` is what XLA allocates beside arguments and results."""
+    """Times prefill. ``temp_bytes`` is the memory that XLA allocates beside arguments and results."""
     run = measure.PrefillRun(model, tokens, chunk)
     timing = measure.timed(run.run, tokens, repeats)
     memory = run.compiled.memory_analysis()
@@ -134,7 +142,7 @@ def prefill_row(model, label: str, kind: str, tokens: int, chunk: int | None, re
 
 
 def bench_shape(config: ModelConfig, name: str, args, bandwidth: float) -> dict:
-    """All measurements of one shape: the graded model first, then the dense one, never both."""
+    """Measures one shape: first the graded model, then the dense one, so only one is in memory."""
     if args.layers:
         config = dataclasses.replace(config, num_layers=args.layers)
     report = {"decode": [], "prefill": []}
@@ -145,7 +153,7 @@ def bench_shape(config: ModelConfig, name: str, args, bandwidth: float) -> dict:
         if kind not in args.weights:
             continue
         model = jax.block_until_ready(make(config))
-        say(f"{name}: {kind} weights made")
+        say(f"{name}: made {kind} weights")
         report["decode"] += decode_rows(model, name, bits, args, bandwidth)
         chunks = [None, args.chunk] if args.chunk else [None]
         for tokens, chunk in itertools.product(args.prefill, chunks):
@@ -165,26 +173,69 @@ def bench_shape(config: ModelConfig, name: str, args, bandwidth: float) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=["Qwen3-8B"], metavar="NAME_OR_DIR")
-    parser.add_argument("--layers", type=int, help="keep only so many layers")
-    parser.add_argument("--bits", nargs="+", type=float, default=[2, 3, 4, 8])
-    parser.add_argument("--contexts", nargs="+", type=int, default=[128, 1024, 4096])
-    parser.add_argument("--weights", nargs="+", default=["graded", "bf16"], choices=("graded", "bf16"))
-    parser.add_argument("--tokens", type=int, default=64, help="decoded in one dispatch, of several in a row")
-    parser.add_argument("--prefill", nargs="*", type=int, default=[2048], help="prompt lengths")
-    parser.add_argument("--chunk", type=int, help="prefill so many tokens at a time, too")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--profile-contexts", nargs="*", type=int, default=[1024])
-    parser.add_argument("--profile-bits", nargs="*", type=float, default=[3, None], help=argparse.SUPPRESS)
-    parser.add_argument("--hlo", type=pathlib.Path, help="write the optimized HLO into this directory")
-    parser.add_argument("--platform", choices=("cpu", "cuda"), help="as in JAX_PLATFORMS")
-    parser.add_argument("--output", type=pathlib.Path, help="JSON file to write")
+    add = parser.add_argument
+    add(
+        "--shapes",
+        nargs="+",
+        default=["Qwen3-8B"],
+        metavar="NAME_OR_DIR",
+        help="published shapes, or directories of models (default: Qwen3-8B)",
+    )
+    add("--layers", type=int, metavar="N", help="keep the first N layers (default: all)")
+    add(
+        "--bits",
+        nargs="+",
+        type=float,
+        default=[2, 3, 4, 8],
+        metavar="B",
+        help="settings of the dial (default: 2 3 4 8)",
+    )
+    add(
+        "--contexts",
+        nargs="+",
+        type=int,
+        default=[128, 1024, 4096],
+        metavar="N",
+        help="tokens in the cache before decoding (default: 128 1024 4096)",
+    )
+    add(
+        "--weights",
+        nargs="+",
+        default=["graded", "bf16"],
+        choices=("graded", "bf16"),
+        help="models to time (default: graded bf16)",
+    )
+    add("--tokens", type=int, default=64, metavar="N", help="tokens decoded per dispatch (default: 64)")
+    add(
+        "--prefill",
+        nargs="*",
+        type=int,
+        default=[2048],
+        metavar="N",
+        help="prompt lengths (default: 2048; no value skips prefill)",
+    )
+    add("--chunk", type=int, metavar="N", help="also time prefill in chunks of N tokens")
+    add("--repeats", type=int, default=5, metavar="N", help="timed runs (default: 5)")
+    add(
+        "--profile-contexts",
+        nargs="*",
+        type=int,
+        default=[1024],
+        metavar="N",
+        help="contexts whose step is profiled (default: 1024)",
+    )
+    add("--profile-bits", nargs="*", type=float, default=[3, None], help=argparse.SUPPRESS)
+    add("--hlo", type=pathlib.Path, metavar="DIR", help="write the optimized HLO into this directory")
+    add("--platform", choices=("cpu", "cuda"), help="platform, as in JAX_PLATFORMS (default: JAX's choice)")
+    add("--output", type=pathlib.Path, metavar="FILE", help="JSON file to write")
     args = parser.parse_args()
     if args.platform:
         jax.config.update("jax_platforms", args.platform)
     configs = {random_model.label(shape): random_model.shape(shape) for shape in args.shapes}
     if len(configs) < len(args.shapes):
-        parser.error(f"--shapes {' '.join(args.shapes)}: two have the same name; measure them one at a time")
+        parser.error(
+            f"--shapes {' '.join(args.shapes)}: two shapes have the same name; run the script once for each"
+        )
 
     device = jax.devices()[0]
     bandwidth = measure.read_bandwidth()

@@ -1,14 +1,14 @@
-"""Times the graded matvec kernel, checks it against float64, and compares with bf16 and int4 kernels.
+"""Times the graded matvec kernel, checks it against float64, and compares it with bf16 and int4 kernels.
 
     python benchmarks/matvec.py --output benchmarks/results/matvec.json     one Qwen3-8B layer, batch 1
     python benchmarks/matvec.py --shapes 4096x4096 --bits 3 --rows 4
     python benchmarks/matvec.py --configs all --bits 2 3 4 --no-baselines \\
         --tune pallas_kernels/matvec/mosaic_gpu/measured.json                find the best configurations
 
-Kernel times are medians from the profiler, over weights that rotate through several times the L2. The
-sum of the partial results over CTAs, which in a model fuses with the next operation, is a kernel of its
-own here and is listed apart ("sum"). Levels: the share of channels that reaches each level is fixed
-(LEVEL_SHARES), x is Gaussian.
+Kernel times are medians from the profiler, over weights that rotate through several times the L2. In a
+model, the next operation adds up the partial sums of the thread blocks. Here a separate kernel does, and its
+time is listed separately ("sum"). The share of channels that reaches each level is fixed (LEVEL_SHARES); x is
+Gaussian.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from pallas_kernels.matvec.mosaic_gpu import kernel
 from pallas_kernels.matvec.mosaic_gpu.tuning import PARTIAL_OVERHEAD
 
 LAYER = ("4096x6144", "4096x4096", "4096x24576", "12288x4096")
-"""Fused qkv, o, fused gate and up, and down of Qwen3-8B."""
+"""The projections of a Qwen3-8B layer: qkv, o, gate_up, down."""
 
 LEVEL_SHARES = {
     2: (0.65, 0.25, 0.08, 0.02),
@@ -44,16 +44,16 @@ LEVEL_SHARES = {
     4: (0.95, 0.70, 0.30, 0.05),
     8: (1.0, 1.0, 1.0, 1.0),
 }
-"""Mean bits -> the share of the channels that reaches levels 1, 2, 3, 4."""
+"""Mean bits -> shares of the channels that reach levels 1, 2, 3 and 4."""
 
 ROTATED_BYTES = 250e6
-"""Bytes that one pass over the weights reads at 2 bits, at least; about 4 times an H200's L2."""
+"""Least number of bytes that a pass over the weights reads at 2 bits: 4 times the L2 of an H200."""
 
 KERNEL_NAME = "graded_matvec_kernel"
 
 
 def thresholds_for(x: np.ndarray, bits: int) -> np.ndarray:
-    """f32 ``[rows, 4]``: thresholds at which x ``[rows, K]`` reaches exactly the shares of ``bits``."""
+    """Returns float32 thresholds ``[rows, 4]`` that give ``x [rows, K]`` the shares of ``bits`` exactly."""
     ordered = np.sort(np.abs(x), axis=1)[:, ::-1]
     k = x.shape[1]
     counts = [round(share * k) for share in LEVEL_SHARES[bits]]
@@ -61,7 +61,7 @@ def thresholds_for(x: np.ndarray, bits: int) -> np.ndarray:
 
 
 def random_weights(k: int, n: int) -> list[NestedWeight]:
-    """Enough random weights to rotate past the L2. Codes are uniform: no kernel time depends on them."""
+    """Returns enough random weights to exceed the L2. Kernel times do not depend on the codes."""
     count = max(4, round(ROTATED_BYTES / (k * n * 2.125 / 8)))
     sizes = NestedWeight.abstract(k, n)
     make = jax.jit(
@@ -76,7 +76,7 @@ def random_weights(k: int, n: int) -> list[NestedWeight]:
 
 
 def relative_error(y: jax.Array, x: jax.Array, weight: NestedWeight, thresholds: jax.Array) -> float:
-    """Largest of the rows' ``||y - exact|| / ||exact||``, exact in float64 from the same codes."""
+    """Returns the largest ``||y - exact|| / ||exact||`` over rows, with ``exact`` in float64."""
     errors = []
     for row, limits, got in zip(x, thresholds, y, strict=True):
         w = codes.dequantize(weight, grading.levels(row, limits))  # exact in float32
@@ -87,14 +87,14 @@ def relative_error(y: jax.Array, x: jax.Array, weight: NestedWeight, thresholds:
 
 
 def bytes_read(x: np.ndarray, limits: np.ndarray, k: int, n: int) -> int:
-    """Bytes that one launch must read: listed rows (those that some activation row reaches), scales, x."""
+    """Returns the bytes that a launch must read: plane rows that an activation row reaches, scales, x."""
     reached = ~(np.abs(x)[:, :, None] < limits[:, None, :])
     stored_k, stored_n = layout.padded_shape(k, n)
     return int(reached.any(0).sum() * (stored_n // 4) + stored_k // 128 * stored_n * 2 + x.nbytes)
 
 
 def measure(k, n, bits_list, rows, config, bandwidth) -> list[dict]:
-    """Times and checks one configuration of one shape at several mean bits."""
+    """Times and checks one configuration of the kernel on one shape at several mean bits."""
     weights = random_weights(k, n)
     x = np.random.default_rng(k + n).standard_normal((rows, k)).astype(np.float32)
     geometry = kernel.geometry_of(Activations.of(jnp.asarray(x)), weights[0], config)
@@ -143,7 +143,7 @@ def measure(k, n, bits_list, rows, config, bandwidth) -> list[dict]:
 
 
 def xla_bf16(k: int, n: int) -> float:
-    """Microseconds of XLA's bf16 ``[1, k] @ [k, n]``, all its kernels, weights rotated."""
+    """Returns the kernel time of XLA's bf16 ``[1, k] @ [k, n]`` over rotated weights, microseconds."""
     count = max(4, round(2 * ROTATED_BYTES / (k * n * 2)))
     weights = [jax.random.normal(jax.random.key(i), (k, n), jnp.bfloat16) for i in range(count)]
     x = jax.random.normal(jax.random.key(1000), (1, k), jnp.bfloat16)
@@ -154,17 +154,17 @@ def xla_bf16(k: int, n: int) -> float:
 
 
 def torch_int4(shapes: list[str]) -> dict[str, float] | None:
-    """See ``torch_int4.py``; None where PyTorch is missing or its kernel fails."""
+    """Runs ``torch_int4.py``; returns None if PyTorch is missing or its kernel fails."""
     script = pathlib.Path(__file__).with_name("torch_int4.py")
-    done = subprocess.run([sys.executable, script, *shapes], capture_output=True, text=True, check=False)
-    if done.returncode:
-        print("PyTorch int4 not measured:", done.stderr.strip().splitlines()[-1:], flush=True)
+    process = subprocess.run([sys.executable, script, *shapes], capture_output=True, text=True, check=False)
+    if process.returncode:
+        print("PyTorch int4 not measured:", process.stderr.strip().splitlines()[-1:], flush=True)
         return None
-    return json.loads(done.stdout)
+    return json.loads(process.stdout)
 
 
 def version(package: str) -> str | None:
-    """Of an installed package, None if it is missing."""
+    """Returns the version of an installed package, or None if it is missing."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -172,15 +172,15 @@ def version(package: str) -> str | None:
 
 
 def all_configs() -> list[mosaic_gpu.Config]:
-    """Every configuration worth trying."""
+    """Returns all configurations worth trying."""
     choices = itertools.product((1, 2), (1, 2, 4), (4, 8))
     return [mosaic_gpu.Config(warpgroups=g, warps_per_slice=w, ring_slots=s) for g, w, s in choices]
 
 
 def best_of(results: list[dict]) -> list[dict]:
-    """For each shape the configuration of the smallest summed time, as an entry of ``measured.json``.
+    """Returns each shape's configuration with the least total time, as entries of ``measured.json``.
 
-    Partial sums count with what they cost the kernel that adds them up.
+    The time includes the cost of the partial sums in the kernel that adds them up.
     """
     entries = []
     for shape in dict.fromkeys(r["shape"] for r in results):
@@ -197,30 +197,51 @@ def best_of(results: list[dict]) -> list[dict]:
 
 
 def write_best(file: pathlib.Path, device: str, entries: list[dict]) -> None:
-    """Puts the device's entries into ``measured.json``, those of other devices and other shapes kept."""
+    """Writes the device's entries into ``measured.json`` and keeps those of other devices and shapes."""
     known = json.loads(file.read_text()) if file.exists() else {}
     new = [(e["stored_k"], e["stored_n"]) for e in entries]
     kept = [e for e in known.get(device, []) if (e["stored_k"], e["stored_n"]) not in new]
     known[device] = kept + entries
     devices = [
-        f"  {json.dumps(name)}: [\n" + ",\n".join(f"    {json.dumps(entry)}" for entry in found) + "\n  ]"
-        for name, found in known.items()
+        f"  {json.dumps(name)}: [\n"
+        + ",\n".join(f"    {json.dumps(entry)}" for entry in entries_of_device)
+        + "\n  ]"
+        for name, entries_of_device in known.items()
     ]
     file.write_text("{\n" + ",\n".join(devices) + "\n}\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=LAYER, metavar="KxN", help="in x out features")
-    parser.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4, 8], choices=LEVEL_SHARES)
-    parser.add_argument("--rows", nargs="+", type=int, default=[1], help="batch sizes, 1 to 8")
-    parser.add_argument("--configs", default="best", help="best, all, or JSON: a list of Config fields")
-    parser.add_argument("--no-baselines", action="store_true", help="only the graded kernel")
-    parser.add_argument("--output", type=pathlib.Path, help="JSON file to write")
-    parser.add_argument("--tune", type=pathlib.Path, help="put the best configurations in here")
+    add = parser.add_argument
+    add(
+        "--shapes",
+        nargs="+",
+        default=LAYER,
+        metavar="KxN",
+        help="input x output channels (default: the projections of a Qwen3-8B layer)",
+    )
+    add(
+        "--bits",
+        nargs="+",
+        type=int,
+        default=[2, 3, 4, 8],
+        choices=LEVEL_SHARES,
+        help="mean bits (default: 2 3 4 8)",
+    )
+    add("--rows", nargs="+", type=int, default=[1], metavar="N", help="batch sizes, 1 to 8 (default: 1)")
+    add(
+        "--configs",
+        default="best",
+        metavar="CONFIGS",
+        help="best, all, or a JSON list of Config fields (default: best)",
+    )
+    add("--no-baselines", action="store_true", help="time only the graded kernel")
+    add("--output", type=pathlib.Path, metavar="FILE", help="JSON file to write")
+    add("--tune", type=pathlib.Path, metavar="FILE", help="write the best configurations into this file")
     args = parser.parse_args()
     if args.tune and args.rows != [1]:
-        parser.error("--tune is for one activation row: leave --rows out")
+        parser.error("--tune needs one activation row; leave out --rows")
 
     device = jax.devices()[0]
     bandwidth = timing.read_bandwidth()

@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint of any shape with random weights, written as fast as the disk takes it."""
+"""Writes a Hugging Face checkpoint of any shape with random weights, at the speed of the disk."""
 
 import itertools
 import json
@@ -17,17 +17,18 @@ from grinqh_jax.model.config import ModelConfig
 SHARD_BYTES = 4e9
 
 BLOCK, CHUNK = 1 << 24, 1 << 22
-"""So many random numbers make all weights, so many of them at a time, each time from another place."""
+"""Sizes of a block of random numbers and of the chunks that tensors consist of. Each chunk starts at a random
+offset in the block, so few random numbers make all weights."""
 
 
 def write(directory: pathlib.Path, hf_config: dict) -> None:
-    """Writes bfloat16 weights in shards, their index, the bundled model's tokenizer; last, the config.
+    """Writes bfloat16 weights in shards, their index, the bundled model's tokenizer and, last, the config.
 
-    Weights are of such size that activations keep theirs through the layers.
+    The standard deviation of the weights keeps the size of activations through the layers.
     """
     directory.mkdir(parents=True, exist_ok=True)
     config = ModelConfig.from_hf(hf_config)
-    # Once each: a tied head is the embedding.
+    # Without duplicates: a tied output projection is the embedding.
     tensors = list(dict.fromkeys(itertools.chain(*params.sources(config).values())))
     rng = np.random.default_rng(0)
     numbers = rng.standard_normal(BLOCK, np.float32)
@@ -49,7 +50,7 @@ def write(directory: pathlib.Path, hf_config: dict) -> None:
 
 def _deviation(tensor: params.Source, config: ModelConfig) -> float:
     if len(tensor.shape) == 1:
-        return 0.1  # from a norm's 1
+        return 0.1  # norm scales are 1 plus this noise
     embedding = "embed" in tensor.name and not config.tie_word_embeddings
     return 1.0 if embedding else tensor.shape[1] ** -0.5
 
@@ -61,7 +62,7 @@ def _bytes(tensor: params.Source) -> int:
 def _write_shard(
     path: pathlib.Path, blocks: dict[params.Source, np.ndarray], rng: np.random.Generator
 ) -> None:
-    """A safetensors file: 8 bytes with the header's length, a JSON header, the tensors one after another."""
+    """Writes a safetensors file: the header's length in 8 bytes, a JSON header, then the tensors."""
     header, end = {}, 0
     for tensor in blocks:
         start, end = end, end + _bytes(tensor)
@@ -72,8 +73,8 @@ def _write_shard(
         for tensor, block in blocks.items():
             size = math.prod(tensor.shape)
             for start in range(0, size, CHUNK):
-                place = rng.integers(BLOCK - CHUNK)
-                values = block[place : place + min(CHUNK, size - start)]
+                offset = rng.integers(BLOCK - CHUNK)
+                values = block[offset : offset + min(CHUNK, size - start)]
                 if len(tensor.shape) == 1:
                     values = (values.astype(np.float32) + 1).astype(values.dtype)
                 file.write(values.view(np.uint8))

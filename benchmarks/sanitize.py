@@ -1,11 +1,11 @@
-"""Runs every GPU kernel on small cases of each class of shapes: what compute-sanitizer is to look at.
+"""Runs every GPU kernel on small cases of each class of shapes, under compute-sanitizer.
 
     compute-sanitizer --tool memcheck --kernel-name kns=mosaic_gpu python benchmarks/sanitize.py
     compute-sanitizer --tool racecheck --kernel-name kns=mosaic_gpu python benchmarks/sanitize.py
 
-No test runner, no autotuning, and every array in an allocation of its own, so that an access past its end
-does not fall into another one. Results are compared with XLA's operations on the CPU, loosely: exactness is
-the business of ``pytest -m gpu``.
+The script uses no test runner and no autotuning, and allocates every array separately, so an access past the
+end of an array does not fall into another one. It compares results with XLA's operations on the CPU within a
+loose tolerance; ``pytest -m gpu`` tests exactness.
 """
 
 import os
@@ -28,13 +28,12 @@ from pallas_kernels.matvec import mosaic_gpu, reference
 from pallas_kernels.matvec.mosaic_gpu import Config
 
 TOLERANCE = 2e-2
-"""Of the norm of the difference, relative: two or three roundings to bfloat16."""
+"""Largest relative norm of the difference: two or three roundings to bfloat16."""
 
 EPS = 1e-6
 
 Case = tuple[str, Callable[..., Any], Callable[..., Any], tuple]
-"""A name, the kernel, the same in XLA's operations, and the arguments of both. They return one array or
-several."""
+"""``(name, kernel, reference in XLA's operations, arguments of both)``. Both return one or several arrays."""
 
 
 def random_weight(k: int, n: int, max_bits: int) -> NestedWeight:
@@ -47,7 +46,7 @@ def random_weight(k: int, n: int, max_bits: int) -> NestedWeight:
 
 
 def matvec_cases() -> Iterator[Case]:
-    """Every split of a slice over warps, padded and whole shapes, all row counts' classes, planes, dtypes."""
+    """All splits of a group over warps, padded and whole shapes, all classes of rows, planes and dtypes."""
     classes = [
         (384, 1024, 1, 8, "float32", 0, Config(warpgroups=1, warps_per_slice=1, ring_slots=4)),
         (384, 1024, 1, 8, "bfloat16", 16, Config(warpgroups=1, warps_per_slice=4, ring_slots=2)),
@@ -66,7 +65,7 @@ def matvec_cases() -> Iterator[Case]:
         thresholds = np.sort(rng.uniform(0, 1.5, (rows, max_bits // 2)), axis=1).astype(np.float32)
         inputs = Activations.of(x, squares, EPS)
         yield (
-            f"matvec {k}x{n}, {rows} rows, {max_bits} bits, {dtype}, norm in {parts} parts, {config}",
+            f"matvec {k}x{n}, {rows} rows, {max_bits} bits, {dtype}, norm in {parts} partial sums, {config}",
             lambda *arguments, config=config: mosaic_gpu.partial_sums(*arguments, config=config)[0].array,
             lambda *arguments: reference.partial_sums(*arguments)[0].array,
             (inputs, weight, thresholds),
@@ -134,25 +133,26 @@ def dequantization_cases() -> Iterator[Case]:
 
 
 def relative_error(got: np.ndarray, expected: np.ndarray) -> float:
+    """Returns ``||got - expected|| / ||expected||`` in float64."""
     got, expected = got.astype(np.float64), expected.astype(np.float64)
     return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
 
 
 def main() -> None:
     cpu = jax.devices("cpu")[0]
-    # Inputs are made on the CPU, so that the device runs nothing but the kernels and what surrounds them.
+    # Inputs are made on the CPU, so the GPU runs only the kernels and the operations around them.
     with jax.default_device(cpu):
         makers = (matvec_cases, rows_cases, attention_cases, dequantization_cases)
         cases = [case for make in makers for case in make()]
-    for name, kernel, same, arguments in cases:
+    for name, kernel, reference_function, arguments in cases:
         arguments = jax.tree.map(np.asarray, arguments)
         with jax.default_device(cpu):
-            expected = jax.tree.leaves(jax.device_get(jax.jit(same)(*arguments)))
+            expected = jax.tree.leaves(jax.device_get(jax.jit(reference_function)(*arguments)))
         got = jax.tree.leaves(jax.device_get(jax.jit(kernel)(*arguments)))
         error = max(map(relative_error, got, expected))
         print(f"{name}: {error:.1e}", flush=True)
         if not error < TOLERANCE:
-            raise SystemExit(f"{name}: off by {error:.1e}")
+            raise SystemExit(f"{name}: relative error {error:.1e}, expected less than {TOLERANCE:g}")
     print(f"{len(cases)} cases")
 
 

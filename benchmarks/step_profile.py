@@ -1,11 +1,11 @@
-"""Where the time of a decode step goes: device kernels from the profiler, by category.
+"""Breaks the time of a decode step down by category, from the profiler's trace of its kernels.
 
-XLA names a kernel after its HLO instruction; that instruction's ``op_name`` holds the named scopes of the
-library's source (``norm``, ``attention`` ..), which are the categories here. Kernels that are not XLA's
-own (this library's, cuBLAS) are known by their names.
+XLA names a kernel after its HLO instruction. The ``op_name`` of that instruction holds the named scopes of
+the library's source (``norm``, ``attention``, ...), which are the categories here. Other kernels (this
+library's, cuBLAS) are recognised by their names.
 
-The profiler stretches the pauses between kernels, so the time with no kernel is not taken from the trace: it
-is what the kernels leave of a step's time by the clock.
+The profiler stretches the pauses between kernels, so the time without a kernel does not come from the trace.
+It is the step's time by the clock minus the time of all kernels.
 """
 
 import collections
@@ -26,7 +26,7 @@ SCOPES = ("sampling", "grades", "attention", "norm", "mlp", "embed", "linear")
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One launch: its name, start and duration in microseconds."""
+    """One kernel launch: name, start and duration in microseconds."""
 
     name: str
     start: float
@@ -38,9 +38,9 @@ class StepTable:
     """Microseconds and launches per decode step.
 
     Attributes:
-      span: a step's time by the clock.
-      categories: category -> (busy microseconds, launches), ``no kernel`` being the rest of the span.
-      kernels: (name, category) -> (microseconds, launches).
+      span: Time of a step by the clock, microseconds.
+      categories: Category -> (microseconds, launches). ``no kernel`` is the time without a kernel.
+      kernels: (Name, category) -> (microseconds, launches).
     """
 
     span: float
@@ -48,7 +48,7 @@ class StepTable:
     kernels: dict[tuple[str, str], tuple[float, float]]
 
     def lines(self, largest: int = 25) -> list[str]:
-        """The table for people, categories first, then the kernels that take longest."""
+        """Returns the lines of a table: the categories, then the ``largest`` kernels by time."""
         lines = [f"{'category':<14}{'us/step':>10}{'share':>8}{'launches':>10}"]
         for name, (time, count) in sorted(self.categories.items(), key=lambda item: -item[1][0]):
             lines.append(f"{name:<14}{time:>10.1f}{time / self.span:>8.1%}{count:>10.1f}")
@@ -60,16 +60,16 @@ class StepTable:
         return lines
 
     def to_json(self) -> dict:
-        """Categories with microseconds and launches per step."""
-        parts = {
+        """Returns the span, and each category's microseconds and launches per step."""
+        categories = {
             name: {"us": round(time, 2), "launches": round(count, 2)}
             for name, (time, count) in self.categories.items()
         }
-        return {"span_us": round(self.span, 2), "categories": parts}
+        return {"span_us": round(self.span, 2), "categories": categories}
 
 
 def trace(function: Callable[[], object]) -> list[Kernel]:
-    """Runs ``function`` once under the profiler; the device's kernels in the order of their start."""
+    """Runs ``function`` once under the profiler; returns the GPU's kernels in order of their start."""
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):
             jax.block_until_ready(function())
@@ -87,7 +87,7 @@ def trace(function: Callable[[], object]) -> list[Kernel]:
 
 
 def scopes_by_kernel(hlo: str) -> dict[str, str]:
-    """Kernel name -> category, from the ``op_name`` of the optimized HLO's instructions."""
+    """Maps kernel names to categories by the ``op_name`` of the instructions of an optimized HLO."""
     scopes = {}
     for name, op_name in re.findall(r'%([\w.-]+) = .*?metadata=\{op_name="([^"]*)"', hlo):
         parts = op_name.split("/")
@@ -96,14 +96,14 @@ def scopes_by_kernel(hlo: str) -> dict[str, str]:
 
 
 def tabulate(kernels: list[Kernel], steps: int, hlo: str, linears: Sequence[str], span: float) -> StepTable:
-    """Sums a trace of ``steps`` decode steps.
+    """Averages a trace over its decode steps.
 
     Args:
-      kernels: in the order of their start.
-      steps: decode steps in the trace.
-      hlo: optimized HLO of the traced function.
-      linears: names of the model's linear layers in the order in which they run.
-      span: microseconds of a step by the clock, not profiled.
+      kernels: Kernels in order of their start.
+      steps: Number of decode steps in the trace.
+      hlo: Optimized HLO of the traced function.
+      linears: Names of the model's linear layers in the order in which they run.
+      span: Time of a step by the clock without the profiler, microseconds.
     """
     scopes = scopes_by_kernel(hlo)
     categories: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0])

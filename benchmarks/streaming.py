@@ -1,9 +1,10 @@
-"""Decoding as a user gets it: chunk by chunk, through the host, with the dial, at several chunk sizes.
+"""Times streamed decoding as a user sees it: decode chunks read on the host, with the dial.
 
     python benchmarks/streaming.py --shape Qwen3-8B --chunks 32 64
-    python benchmarks/streaming.py --temperatures 0 0.6 --top-k 20 --top-p 0.95      sampled, too
+    python benchmarks/streaming.py --temperatures 0 0.6 --top-k 20 --top-p 0.95      greedy and sampled
 
-Each row: tokens per second over the whole text, and over all but the first chunk (which loads the kernels).
+Each row has the tokens per second over the whole text, and over all chunks but the first, which loads the
+kernels.
 """
 
 import argparse
@@ -27,7 +28,7 @@ PROMPT_TOKENS = 64
 
 
 def stream(model, steps: int, temperature: float, args: argparse.Namespace) -> dict:
-    """Generates one text in chunks of ``steps`` tokens; the row of figures."""
+    """Generates one text in decode chunks of ``steps`` tokens; returns a result row."""
     decoding = Decoding(
         model,
         [[1] * PROMPT_TOKENS],
@@ -54,14 +55,34 @@ def stream(model, steps: int, temperature: float, args: argparse.Namespace) -> d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--shape", default="Qwen3-8B", metavar="NAME_OR_DIR")
-    parser.add_argument("--bits", type=float, default=3.0)
-    parser.add_argument("--chunks", nargs="+", type=int, default=[32, 64], help="tokens of a chunk")
-    parser.add_argument("--tokens", type=int, default=384)
-    parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0])
-    parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--output", type=pathlib.Path, help="JSON file to write")
+    add = parser.add_argument
+    add(
+        "--shape",
+        default="Qwen3-8B",
+        metavar="NAME_OR_DIR",
+        help="published shape, or directory of a model (default: Qwen3-8B)",
+    )
+    add("--bits", type=float, default=3.0, metavar="B", help="setting of the dial (default: 3)")
+    add(
+        "--chunks",
+        nargs="+",
+        type=int,
+        default=[32, 64],
+        metavar="N",
+        help="tokens per decode chunk (default: 32 64)",
+    )
+    add("--tokens", type=int, default=384, metavar="N", help="tokens to generate (default: 384)")
+    add(
+        "--temperatures",
+        nargs="+",
+        type=float,
+        default=[0.0],
+        metavar="T",
+        help="sampling temperatures; 0 is greedy (default: 0)",
+    )
+    add("--top-k", type=int, default=0, metavar="K", help="0 means all tokens (default: 0)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="probability mass (default: 1)")
+    add("--output", type=pathlib.Path, metavar="FILE", help="JSON file to write")
     args = parser.parse_args()
     report = {
         "device": jax.devices()[0].device_kind,

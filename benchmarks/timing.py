@@ -1,4 +1,4 @@
-"""Device times of jitted functions, kernel by kernel, from JAX's profiler."""
+"""Device time of each kernel of a jitted function, from JAX's profiler."""
 
 import collections
 import dataclasses
@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 
 WARM_UP_SECONDS = 0.25
-"""Long enough for the clocks to rise."""
+"""Duration of the warm-up, long enough for the GPU's clocks to rise."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Device time of the launches whose kernel name was asked for, in microseconds."""
+    """Device time of the launches of one kernel, microseconds."""
 
     median: float
     quartiles: tuple[float, float]
@@ -25,7 +25,7 @@ class Times:
 
     @classmethod
     def of(cls, durations: list[float]) -> "Times":
-        """Statistics of single launches."""
+        """Summarizes the durations of single launches, microseconds."""
         if len(durations) < 2:
             raise RuntimeError(f"the profiler saw {len(durations)} launches of the kernel, expected several")
         low, _, high = statistics.quantiles(durations, n=4)
@@ -33,11 +33,11 @@ class Times:
 
 
 def profile(function: Callable[[], object], repeats: int = 5) -> dict[str, list[float]]:
-    """Runs ``function`` (jitted, no arguments) warm and returns each kernel's durations in microseconds.
+    """Profiles a warm function; returns kernel name -> durations of its launches, microseconds.
 
     Args:
-      function: called repeatedly; its result is waited for.
-      repeats: profiled calls.
+      function: Jitted function without arguments. Each call is waited for.
+      repeats: Number of profiled calls.
     """
     start = time.monotonic()
     while time.monotonic() - start < WARM_UP_SECONDS:
@@ -60,7 +60,7 @@ def profile(function: Callable[[], object], repeats: int = 5) -> dict[str, list[
 
 
 def read_bandwidth() -> float:
-    """Bytes per second of summing 4 GiB of float32, kernel time: what this card reads at most."""
+    """Returns the GPU's read bandwidth, bytes per second: the kernel time of summing 4 GiB of float32."""
     data = jax.random.normal(jax.random.key(0), (1 << 30,), jnp.float32)
     total = jax.jit(lambda a: a.reshape(-1, 1 << 14).sum())
     durations = profile(lambda: total(data))

@@ -1,9 +1,9 @@
-"""PyTorch's int4 matvec (``torch._weight_int4pack_mm``) as a baseline, in a process of its own.
+"""Times PyTorch's int4 matvec (``torch._weight_int4pack_mm``) as a baseline.
 
     python benchmarks/torch_int4.py 4096x6144 4096x4096     prints one JSON object: {"4096x6144": us, ...}
 
-Group size 128, batch 1; microseconds a call in a CUDA graph of many calls with different weights, so that
-the L2 does not serve them.
+Group size 128, batch 1. Each time is that of one call, in microseconds, in a CUDA graph of many calls with
+different weights, so the L2 does not serve them. ``matvec.py`` runs this script in a separate process.
 """
 
 import json
@@ -17,7 +17,7 @@ REPLAYS = 10
 
 
 def measure(k: int, n: int) -> float:
-    """Median microseconds of one call."""
+    """Returns the median time of one call, microseconds."""
     import torch
 
     weights = max(2, round(ROTATED_BYTES / (k * n / 2)))
