@@ -34,18 +34,18 @@ class GradingStats:
 
 
 def levels(x: Float[Array, "*rows k"], thresholds: Float[Array, "*#rows p"]) -> Int[Array, "*rows k"]:
-    """Level of every channel: the number of thresholds that ``|x|`` reaches.
+    """Returns the level of every channel: the number of thresholds that ``|x|`` reaches.
 
-    ``level_j = #{ l : |x_j| >= t_l }``, written as ``not (|x_j| < t_l)`` so that a NaN activation is
-    read at every level and poisons the output instead of vanishing from it.
+    ``level_j = #{ l : |x_j| >= t_l }``, computed as ``not (|x_j| < t_l)``, so that a NaN activation is read
+    at the highest level and makes the output NaN.
 
     Args:
-      x: activations, any float dtype; compared in float32.
-      thresholds: ``t_1 <= ... <= t_P`` per row, or one set broadcast over the rows. Zeros read every
-        channel in full; a level at ``inf`` is read for infinite and NaN activations only.
+      x: Activations of any float dtype; compared in float32.
+      thresholds: ``t_1 <= ... <= t_P`` for each row, or one set for all rows. Zeros read every channel in
+        full. Only infinite and NaN activations reach a threshold of ``inf``.
 
     Returns:
-      int32 levels in ``0..P``, two bits each.
+      int32 levels in ``0..P``; each level adds two bits.
     """
     magnitude = jnp.abs(x.astype(jnp.float32))[..., None]
     reached = ~(magnitude < thresholds.astype(jnp.float32)[..., None, :])
@@ -60,7 +60,7 @@ def gain_of_each(
 
 
 def realised_bits(level: Int[Array, "*rows k"]) -> Float[Array, "*rows"]:
-    """Mean bits read per weight (scales apart): the mean of ``2 * level`` over the logical channels."""
+    """Returns the mean of ``2 * level`` over the channels: bits read per weight without the scales."""
     return layout.DIGIT_BITS * jnp.mean(level.astype(jnp.float32), axis=-1)
 
 

@@ -1,4 +1,4 @@
-"""Reads Hugging Face checkpoints tensor by tensor, or by blocks of rows, with bounded memory."""
+"""Reads Hugging Face checkpoints tensor by tensor or by blocks of rows, in bounded memory."""
 
 import dataclasses
 import os
@@ -31,27 +31,27 @@ COMPANIONS = (
     "chat_template.json",
     "generation_config.json",
 )
-"""Files that belong to a model beside its config and weights: tokenizer, chat template, stop tokens."""
+"""Files of a model other than its config and weights: tokenizer, chat template, stop tokens."""
 
 HUB_PATTERNS = (
     *("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"),
-    *("state/*", "orbax.checkpoint", "_CHECKPOINT_METADATA"),  # of a GRINQH checkpoint
+    *("state/*", "orbax.checkpoint", "_CHECKPOINT_METADATA"),  # GRINQH checkpoints
 )
-"""Files that a hub id downloads: unquantized checkpoints and GRINQH ones, not ``.bin`` pickles."""
+"""Files to download for a hub id: unquantized and GRINQH checkpoints, but no ``.bin`` pickles."""
 
 Rows = slice | Int[np.ndarray, "rows"]
-"""Some of a tensor's rows: a range, or their numbers, which read fastest where they ascend without gaps."""
+"""A range of a tensor's rows, or their indices. Runs of consecutive indices are read at once."""
 
 
 @dataclasses.dataclass(frozen=True)
 class HFCheckpoint:
-    """An opened checkpoint: every tensor of the model is there, in a readable file, in its shape.
+    """An opened checkpoint, which has every tensor of the model in the right shape and in a readable file.
 
     Attributes:
-      directory: where it lies.
-      hf_config: ``config.json`` as it is.
-      config: what the decoder takes from it.
-      files: tensor name -> file.
+      directory: Directory of the checkpoint.
+      hf_config: Parsed ``config.json``.
+      config: Configuration of the model.
+      files: File of each tensor, by tensor name.
     """
 
     directory: Path
@@ -61,12 +61,12 @@ class HFCheckpoint:
 
     @property
     def companions(self) -> list[Path]:
-        """Those of ``COMPANIONS`` that the checkpoint has."""
+        """Paths of the ``COMPANIONS`` that the checkpoint has."""
         return [path for name in COMPANIONS if (path := self.directory / name).is_file()]
 
     @property
     def parameters(self) -> dict[str, tuple[int, ...]]:
-        """Our dotted key of every parameter -> shape, kernels ``[in, out]``."""
+        """Shape of every parameter by our dotted name; kernels are ``[in, out]``."""
         shapes = {}
         for key, parts in params.sources(self.config).items():
             rows = sum(part.shape[0] for part in parts)
@@ -74,22 +74,22 @@ class HFCheckpoint:
         return shapes
 
     def read(self, key: str, rows: Rows = slice(None)) -> np.ndarray:
-        """One parameter in its stored dtype: a kernel as ``[in, out]`` (query, key, value concatenated).
+        """Reads a parameter in its stored dtype; a kernel as ``[in, out]``, its tensors side by side.
 
         Args:
-          key: ours, such as ``layers.0.qkv.kernel``.
-          rows: rows as stored, that is outputs of a kernel or tokens of the embedding; only for
-            parameters made of one tensor (the embedding and the head are read in blocks this way).
+          key: Our dotted name of the parameter, such as ``layers.0.qkv.kernel``.
+          rows: Stored rows to read: outputs of a kernel, or tokens of the embedding. Only for parameters made
+            of one tensor, such as the embedding and the head, which are read in blocks.
 
         Raises:
-          CheckpointError: the file vanished or changed since it was opened.
+          CheckpointError: The file vanished or changed since the checkpoint was opened.
         """
         parts = [self._read_tensor(part.name, rows) for part in params.sources(self.config)[key]]
         value = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return value.T if params.is_kernel(key) else value
 
     def _read_tensor(self, name: str, rows: Rows) -> np.ndarray:
-        # Opened anew each time: the pages of a file that stays mapped count as our memory for good.
+        # Opened for each read, because the pages of a file that stays mapped count as memory of the process.
         path = self.files[name]
         try:
             with safe_open(path, "numpy") as file:
@@ -103,11 +103,10 @@ class HFCheckpoint:
 
 
 def resolve(model: str | os.PathLike[str]) -> Path:
-    """The directory of a model: ``model`` itself, or a snapshot of that Hugging Face hub id.
+    """Returns the directory of a model: ``model`` itself, or a snapshot of that Hugging Face hub id.
 
     Raises:
-      CheckpointError: no such directory, or the hub does not have it, or cannot be reached and the
-        local cache does not have it either.
+      CheckpointError: There is no such directory, and neither the hub nor its local cache has such a model.
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -129,12 +128,12 @@ def resolve(model: str | os.PathLike[str]) -> Path:
 
 
 def open_checkpoint(model: str | os.PathLike[str]) -> HFCheckpoint:
-    """Opens a directory or hub id and checks it whole, without reading the weights.
+    """Opens a directory or hub id and checks everything but the values of the weights.
 
     Raises:
-      CheckpointError: one message that names every missing, extra, misshapen or mistyped tensor and
-        every missing, truncated or corrupt file.
-      UnsupportedModelError: the config asks for what the decoder does not have.
+      CheckpointError: Tensors are missing, unknown, misshapen or mistyped, or files are missing, truncated or
+        corrupt. One message names all of them.
+      UnsupportedModelError: The configuration needs something that the decoder does not implement.
     """
     directory = resolve(model)
     problems: list[str] = []
@@ -145,16 +144,17 @@ def open_checkpoint(model: str | os.PathLike[str]) -> HFCheckpoint:
                 f"{directory} is a GRINQH checkpoint already; name the one it was made from"
             )
     index = _read_object(directory / INDEX, problems) if (directory / INDEX).exists() else None
-    placed = _placed_tensors(index, problems)
+    files_of_index = _files_of_index(index, problems)
     for name in COMPANIONS:
         if name.endswith(".json") and (directory / name).exists():
             _read_object(directory / name, problems)
-    paths = _weight_files(directory, placed, problems)
+    paths = _weight_files(directory, files_of_index, problems)
     files, shapes, broken = _scan(paths, problems)
     config = ModelConfig.from_hf(hf_config) if hf_config is not None else None
-    unlisted = bool(broken) and not placed  # a broken file without an index: its tensors are unknown
-    if config is not None and files and not unlisted and (index is None or placed):
-        unreadable = frozenset(name for name, file in placed.items() if directory / file in broken)
+    # Without an index the tensors of a broken file are unknown.
+    unlisted = bool(broken) and not files_of_index
+    if config is not None and files and not unlisted and (index is None or files_of_index):
+        unreadable = frozenset(name for name, file in files_of_index.items() if directory / file in broken)
         problems += params.mismatches(config, shapes, unreadable)
     if config is None or problems:
         raise CheckpointError(f"{directory}: " + "; ".join(problems))
@@ -169,26 +169,26 @@ def _read_object(path: Path, problems: list[str]) -> dict | None:
         return None
 
 
-def _placed_tensors(index: dict | None, problems: list[str]) -> dict[str, str]:
-    """Tensor name -> file name, as the index says; empty without one."""
+def _files_of_index(index: dict | None, problems: list[str]) -> dict[str, str]:
+    """Returns the file name of each tensor in the index; empty without an index."""
     if index is None:
         return {}
-    placed = index.get("weight_map")
-    if not isinstance(placed, dict) or not placed:
+    files = index.get("weight_map")
+    if not isinstance(files, dict) or not files:
         problems.append(f"{INDEX} has no weight_map")
         return {}
     outside = sorted(
-        {str(file) for file in placed.values() if not isinstance(file, str) or Path(file).name != file}
+        {str(file) for file in files.values() if not isinstance(file, str) or Path(file).name != file}
     )
     if outside:
         problems.append(f"{INDEX} names files outside the directory: {', '.join(outside)}")
         return {}
-    return placed
+    return files
 
 
-def _weight_files(directory: Path, placed: dict[str, str], problems: list[str]) -> list[Path]:
-    if placed:
-        return [directory / name for name in sorted(set(placed.values()))]
+def _weight_files(directory: Path, files_of_index: dict[str, str], problems: list[str]) -> list[Path]:
+    if files_of_index:
+        return [directory / name for name in sorted(set(files_of_index.values()))]
     if (directory / SINGLE).exists():
         return [directory / SINGLE]
     paths = sorted(directory.glob("*.safetensors"))
@@ -205,7 +205,7 @@ def _weight_files(directory: Path, placed: dict[str, str], problems: list[str]) 
 def _scan(
     paths: list[Path], problems: list[str]
 ) -> tuple[dict[str, Path], dict[str, tuple[int, ...]], set[Path]]:
-    """Reads the headers: tensor name -> file, -> shape, and the files that could not be read."""
+    """Reads the headers and returns each tensor's file, each tensor's shape, and the unreadable files."""
     files: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     broken = set()
@@ -226,6 +226,6 @@ def _scan(
             problems.append(f"{path.name} is missing")
             broken.add(path)
         except (OSError, SafetensorError) as error:
-            problems.append(f"{path.name} is truncated or corrupt ({error})")
+            problems.append(f"{path.name} is truncated or corrupt ({error}), download it again")
             broken.add(path)
     return files, shapes, broken

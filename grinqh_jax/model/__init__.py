@@ -1,1 +1,1 @@
-"""The decoder as Flax NNX modules: configuration, layers, key-value cache."""
+"""The decoder as Flax NNX modules: configuration, structure, layers, KV cache."""

@@ -1,4 +1,4 @@
-"""The key-value cache: preallocated, one slot per position, donated from step to step."""
+"""The KV cache: preallocated, one slot per position, donated from step to step."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,9 +17,9 @@ class KVCache:
     """Keys and values of every layer for a batch of sequences.
 
     Attributes:
-      keys, values: one array ``[B, S, kv_heads, head_dim]`` per layer, in the compute dtype; slot =
-        position. What lies at ``lengths[b]`` and beyond is padding that is never attended to.
-      lengths: int32 ``[B]``, tokens of each row so far.
+      keys, values: One array ``[B, S, kv_heads, head_dim]`` per layer, in the compute dtype; slot = position.
+        Slots from ``lengths[b]`` on are padding that no token attends to.
+      lengths: int32 ``[B]``, number of tokens of each row so far.
     """
 
     keys: tuple[Float[Array, "b s kv_heads head_dim"], ...]
@@ -28,7 +28,7 @@ class KVCache:
 
     @classmethod
     def create(cls, config: ModelConfig, batch: int, capacity: int, dtype) -> "KVCache":
-        """An empty cache with ``capacity`` positions for each of ``batch`` rows."""
+        """Creates an empty cache with ``capacity`` slots for each of ``batch`` rows."""
         shape = (batch, capacity, config.num_kv_heads, config.head_dim)
 
         def layers():
@@ -38,15 +38,15 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        """Positions S that each row has room for."""
+        """Number of slots S of each row."""
         return self.keys[0].shape[1]
 
     @property
     def layers(self) -> list[KeyValues]:
-        """``(keys, values)`` of each layer."""
+        """Keys and values of each layer."""
         return list(zip(self.keys, self.values, strict=True))
 
     def updated(self, layers: Sequence[KeyValues], lengths: Int[Array, "b"]) -> "KVCache":
-        """The cache with new contents and lengths."""
+        """Returns a cache with new contents and lengths."""
         keys, values = zip(*layers, strict=True)
         return KVCache(keys, values, lengths)

@@ -1,4 +1,4 @@
-"""The model configuration: what a Hugging Face ``config.json`` says, checked and in one spelling."""
+"""The model configuration: a Hugging Face ``config.json``, validated and in one spelling."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -10,20 +10,20 @@ ARCHITECTURES: dict[str, Literal["llama", "qwen3"]] = {
     "LlamaForCausalLM": "llama",
     "Qwen3ForCausalLM": "qwen3",
 }
-"""Supported ``architectures`` entries, and the ``model_type`` that each stands for."""
+"""Supported ``architectures`` entries and their ``model_type``."""
 
 ROPE_TYPES = ("default", "llama3")
 
 DEFAULT_ROPE_THETA = 10000.0
-"""Base of the rotary frequencies when a configuration names none (both architectures' default)."""
+"""Base of the rotary frequencies if the configuration names none; default of both architectures."""
 
 QWEN3_HEAD_DIM = 128
-"""Head dimension of a Qwen3 configuration that names none; Llama divides hidden size by heads."""
+"""Head dimension of a Qwen3 configuration that names none. Llama divides the hidden size by the heads."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rotary position embedding; the fields after ``type`` matter to ``llama3`` only (see ``rope``)."""
+    """Rotary position embedding. Only the type ``llama3`` uses the fields after ``type`` (see ``rope``)."""
 
     theta: float = DEFAULT_ROPE_THETA
     type: Literal["default", "llama3"] = "default"
@@ -35,9 +35,10 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Shapes and options of one decoder-only model. Hashable, hence static under ``jit``.
+    """Shapes and options of a decoder-only model. Hashable, so it can be static under ``jit``.
 
-    ``qk_norm`` is Qwen3's RMS norm of every query and key head before the rotation.
+    Attributes:
+      qk_norm: Whether an RMS norm is applied to every query and key head before the rotation, as in Qwen3.
     """
 
     architecture: Literal["llama", "qwen3"]
@@ -56,23 +57,23 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "ModelConfig":
-        """Reads a Hugging Face configuration, in the spellings of transformers 4 and 5.
+        """Reads a Hugging Face configuration in the spellings of transformers 4 and 5.
 
         Args:
-          hf: the parsed ``config.json``. Keys that do not change the computation are ignored.
+          hf: Parsed ``config.json``. Keys that do not change the computation are ignored.
 
         Raises:
-          UnsupportedModelError: naming, in one message, everything that is missing, malformed or not
-            implemented: other architectures, mixture of experts, sliding windows, biases, other
-            activations, other rotary embeddings, weights already quantized by another method.
+          UnsupportedModelError: Something is missing, malformed or not implemented: another architecture,
+            activation function or rotary embedding, mixture of experts, sliding windows, biases, weights
+            quantized by another method. One message names everything.
         """
         reader = _Reader(hf)
         architecture = _architecture(reader)
         hidden_size = reader.integer("hidden_size")
         num_heads = reader.integer("num_attention_heads")
         num_kv_heads = reader.integer("num_key_value_heads", num_heads)
-        own_head_dim = QWEN3_HEAD_DIM if architecture == "qwen3" else hidden_size // max(num_heads, 1)
-        head_dim = reader.integer("head_dim", own_head_dim)
+        default_head_dim = QWEN3_HEAD_DIM if architecture == "qwen3" else hidden_size // max(num_heads, 1)
+        head_dim = reader.integer("head_dim", default_head_dim)
         if num_heads % max(num_kv_heads, 1):
             reader.problem(
                 f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"
@@ -101,7 +102,7 @@ class ModelConfig:
         return config
 
     def check_tokens(self, tokens: Iterable[int]) -> None:
-        """Raises UsageError where one is outside the vocabulary: JAX would read another one's embedding."""
+        """Raises UsageError if a token is outside the vocabulary; JAX would clip it to another token."""
         outside = next((token for token in tokens if not 0 <= token < self.vocab_size), None)
         if outside is not None:
             raise UsageError(
@@ -111,7 +112,7 @@ class ModelConfig:
 
 
 class _Reader:
-    """Reads values of a parsed JSON object and collects everything that is wrong with them."""
+    """Reads values of a parsed JSON object and collects all their problems."""
 
     def __init__(self, values: Mapping[str, Any]):
         self.values = values
@@ -122,7 +123,7 @@ class _Reader:
             self.problems.append(text)
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """A positive integer; an absent or null key is the default, or a problem if there is none."""
+        """Reads a positive integer. An absent or null key gives the default, or a problem without one."""
         value = self.values.get(key)
         if value is None and default is not None:
             return default
@@ -132,7 +133,7 @@ class _Reader:
         return value
 
     def number(self, key: str, default: float) -> float:
-        """A positive number; an absent or null key is the default."""
+        """Reads a positive number. An absent or null key gives the default."""
         value = self.values.get(key)
         if value is None:
             return default
@@ -142,7 +143,7 @@ class _Reader:
         return float(value)
 
     def names(self, key: str) -> list[str]:
-        """A list of strings, empty if absent or null."""
+        """Reads a list of strings, empty if absent or null."""
         value = self.values.get(key)
         if value is None:
             return []
@@ -152,7 +153,7 @@ class _Reader:
         return value
 
     def section(self, key: str) -> "_Reader":
-        """A nested object, empty if absent; its problems are this reader's problems."""
+        """Returns a reader of a nested object, empty if absent, that shares this reader's problems."""
         value = self.values.get(key)
         if value is not None and not isinstance(value, Mapping):
             self.problem(f"{key} is {value!r}, expected an object")
@@ -170,13 +171,13 @@ def _architecture(reader: _Reader) -> Literal["llama", "qwen3"]:
             return ARCHITECTURES[name]
     if not names and model_type in ARCHITECTURES.values():
         return model_type
-    found = f"architecture {', '.join(names)}" if names else f"model_type {model_type!r}"
-    reader.problem(f"{found} (supported: {', '.join(ARCHITECTURES)})")
+    unsupported = f"architecture {', '.join(names)}" if names else f"model_type {model_type!r}"
+    reader.problem(f"{unsupported} (supported: {', '.join(ARCHITECTURES)})")
     return "llama"
 
 
 def _rope(reader: _Reader, max_positions: int) -> RopeConfig:
-    """Transformers 5 has one object ``rope_parameters``; 4 has ``rope_theta`` and ``rope_scaling``."""
+    """Reads ``rope_parameters`` (transformers 5), or ``rope_theta`` and ``rope_scaling`` (4)."""
     rope = reader.section("rope_parameters")
     if set(rope.values) == {"full_attention"}:  # one entry per kind of layer
         rope = rope.section("full_attention")
@@ -210,7 +211,7 @@ def _rope(reader: _Reader, max_positions: int) -> RopeConfig:
 
 
 def _refuse_options(reader: _Reader) -> None:
-    """Notes every option that would change the computation and is not implemented."""
+    """Reports every option that changes the computation and is not implemented."""
     hf = reader.values
     for bias in ("attention_bias", "mlp_bias"):
         if hf.get(bias):
@@ -221,7 +222,7 @@ def _refuse_options(reader: _Reader) -> None:
     other_layers = sorted(set(reader.names("layer_types")) - {"full_attention"})
     if other_layers:
         reader.problem(f"layer_types {', '.join(other_layers)} (supported: full_attention)")
-    # Qwen3 states a window that it does not use; where no switch exists, a stated window is in use.
+    # Qwen3 states a window and switches it off. Without a switch a stated window is used.
     window = hf.get("sliding_window")
     if window is not None and hf.get("use_sliding_window", "use_sliding_window" not in hf):
         reader.problem(f"sliding_window {window}")

@@ -1,4 +1,4 @@
-"""A decoder as few arrays, for functions that are called with it again and again."""
+"""A decoder as few arrays, which jitted functions receive faster."""
 
 import jax
 import jax.numpy as jnp
@@ -8,19 +8,19 @@ from grinqh_jax.model.decoder import Decoder
 from grinqh_jax.model.stacks import unstacked
 
 SMALL_BYTES = 1 << 15
-"""Arrays up to this size travel stacked with others of their kind: norms, gains, tables of thresholds."""
+"""Maximum size of an array that is stacked with others of its kind: norms, level gains, threshold tables."""
 
 
 @jax.tree_util.register_pytree_node_class
 class FlatModel:
-    """A decoder for the functions of ``engine``, which a call hands over in a fraction of the time.
+    """A decoder that a call passes to the functions of ``engine`` in a fraction of the time.
 
-    Flattening a module of 36 layers takes milliseconds at every call, and so does each of its 870 arrays a
-    few microseconds, while a GPU stands still. This one is flattened once, and its small arrays, two thirds
-    of all, are stacked to one for each shape. Slicing them takes the device next to nothing.
+    At every call, flattening a module of 36 layers takes milliseconds and each of its 870 arrays takes a few
+    microseconds, while the GPU idles. A ``FlatModel`` is flattened once, and its small arrays, two thirds of
+    all, are stacked into one array per shape. Slicing the stacks takes the device almost no time.
 
     Attributes:
-      arrays: the large ones as they are, then the stacks.
+      arrays: The large arrays, then the stacks.
     """
 
     def __init__(self, model: Decoder):
@@ -38,12 +38,12 @@ class FlatModel:
 
     @property
     def module(self) -> Decoder:
-        """The decoder, of slices of the stacks: for use in a traced function."""
+        """The decoder, made of slices of the stacks, for use in a traced function."""
         structure, stacks = self._form
         small = self.arrays[len(self.arrays) - len(stacks) :]
         members = [i for members in stacks for i in members]
-        # Behind a barrier: fused into what uses it, each slice would make the kernels of every layer
-        # different, and all of them would have to be compiled.
+        # Without the barrier XLA (jax 0.11.2) fuses each slice into its users, so that the kernels of every
+        # layer differ and all of them must be compiled.
         slices = jax.lax.optimization_barrier([leaf for stack in small for leaf in unstacked(stack)])
         leaves = dict(zip(members, slices, strict=True))
         large = iter(self.arrays)

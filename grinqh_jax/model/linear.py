@@ -1,4 +1,4 @@
-"""The two linear modules, dense and graded, behind one protocol."""
+"""The two linear modules, dense and graded, and their common protocol."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -30,7 +30,7 @@ class Linear(Protocol):
     out_features: int
 
     def dense(self, x: Float[Array, "*rows k"], dtype=None) -> Float[Array, "*rows n"]:
-        """``x @ W`` accumulated in float32, returned in ``dtype`` (that of x by default)."""
+        """Returns ``x @ W``, accumulated in float32, in ``dtype`` (default: the dtype of x)."""
         ...
 
 
@@ -38,7 +38,7 @@ class DenseLinear(nnx.Module):
     """An unquantized linear layer without bias.
 
     Attributes:
-      kernel: ``[in_features, out_features]``, float32 or bfloat16 (Hugging Face stores the transpose).
+      kernel: float32 or bfloat16 ``[in_features, out_features]``; Hugging Face stores the transpose.
     """
 
     def __init__(self, kernel: Float[Array, "k n"]):
@@ -54,11 +54,10 @@ class GradedLinear(nnx.Module):
     """A linear layer stored as nested codes, with its calibrated table of thresholds.
 
     Attributes:
-      planes, scales: see ``pallas_kernels.NestedWeight``.
-      thresholds: float32 ``[T, P]``, row ``t`` gives the t-th target's mean bits on the calibration
-        text; ascending along P.
-      level_gains: float32 ``[P]``, see ``pallas_kernels.NestedWeight``.
-      max_activation: float32 scalar, the largest ``|x|`` met in calibration.
+      planes, scales, level_gains: See ``pallas_kernels.NestedWeight``.
+      thresholds: float32 ``[T, P]``, ascending along P. Row t reads the t-th target's mean bits on the
+        calibration text.
+      max_activation: float32 scalar, largest ``|x|`` in calibration.
     """
 
     def __init__(
@@ -81,14 +80,14 @@ class GradedLinear(nnx.Module):
 
     @property
     def weight(self) -> NestedWeight:
-        """The stored weight as the kernels take it."""
+        """The stored weight."""
         arrays = self.planes[...], self.scales[...]
         return NestedWeight(*arrays, self.in_features, self.out_features, self.level_gains[...])
 
     def dense(self, x: Float[Array, "*rows k"], dtype=None) -> Float[Array, "*rows n"]:
-        """See ``Linear``: every plane is dequantized, to the dtype of x."""
-        # The weight is there before x, and without the barrier XLA fuses the dequantization of many
-        # layers into one kernel ahead of them all, which holds the whole model in memory at once.
+        """See ``Linear``. Dequantizes every plane to the dtype of x."""
+        # The weight is available before x. Without the barrier XLA (jax 0.11.2) dequantizes many layers in
+        # one kernel ahead of all products, so that the whole dequantized model is in memory at once.
         weight, x = jax.lax.optimization_barrier((self.weight, x))
         if dequantization.supports(weight, x.dtype) is None:
             kernel = dequantization.dequantize_to_bfloat16(weight)
@@ -102,12 +101,12 @@ class GradedLinear(nnx.Module):
 
 
 def linear_of(tree: Mapping[str, Any], shape: tuple[int, int], compute_dtype) -> Linear:
-    """The module around a layer's arrays: dense, cast to the compute dtype, if there is a ``kernel``.
+    """Builds the module of a linear layer: dense if ``tree`` has a ``kernel``, else graded.
 
     Args:
-      tree: the layer's leaves by name.
-      shape: ``(in_features, out_features)``, which the padded arrays of a graded layer do not tell.
-      compute_dtype: float32 or bfloat16.
+      tree: Leaves of the layer by checkpoint key.
+      shape: ``(in_features, out_features)``; the padded arrays of a graded layer do not determine it.
+      compute_dtype: Dtype that a dense kernel is cast to, float32 or bfloat16.
     """
     if "kernel" in tree:
         return DenseLinear(jnp.asarray(tree["kernel"], compute_dtype))

@@ -1,7 +1,7 @@
 """Rotary position embedding, plain and with Llama 3's scaling.
 
-Source: "RoFormer", arXiv 2104.09864, in Hugging Face's arrangement (the first half of a head is
-rotated against the second); the scaling is that of Llama 3.1's reference code.
+Sources: RoFormer (arXiv 2104.09864) in Hugging Face's arrangement, which rotates the first half of a head
+against the second; Llama 3.1's reference code for the scaling.
 """
 
 import jax
@@ -13,10 +13,11 @@ from grinqh_jax.model.config import RopeConfig
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """float32 ``[head_dim / 2]`` radians per position: ``theta ** (-2 i / head_dim)``.
+    """Returns float32 ``[head_dim / 2]`` radians per position: ``theta ** (-2 i / head_dim)``.
 
-    With ``llama3``, wavelengths above ``original / low_freq_factor`` positions are stretched by
-    ``factor``, those below ``original / high_freq_factor`` are kept, and those between are blended.
+    The type ``llama3`` stretches wavelengths above ``original / low_freq_factor`` positions by ``factor``,
+    keeps wavelengths below ``original / high_freq_factor``, and blends the two in between, where ``original``
+    is ``original_max_position_embeddings``.
     """
     frequency = rope.theta ** (-np.arange(0, head_dim, 2) / head_dim)
     if rope.type == "llama3":
@@ -30,7 +31,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
 def cos_sin(
     positions: Int[Array, "*rows"], frequencies: Float[Array, "half"]
 ) -> tuple[Float[Array, "*rows half"], Float[Array, "*rows half"]]:
-    """float32 cosine and sine of every rotation angle."""
+    """Returns the float32 cosine and sine of every rotation angle."""
     angle = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angle), jnp.sin(angle)
 
@@ -39,7 +40,7 @@ def cos_sin(
 def rotate(
     x: Float[Array, "b t heads d"], positions: Int[Array, "b t"], frequencies: Float[Array, "half"]
 ) -> Float[Array, "b t heads d"]:
-    """Rotates every head by its position; computed in float32, returned in the dtype of x."""
+    """Rotates every head by its position, in float32, and returns the dtype of x."""
     cos, sin = (a[..., None, :] for a in cos_sin(positions, frequencies))
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

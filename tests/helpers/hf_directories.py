@@ -50,7 +50,7 @@ LLAMA3 = {
 
 
 def random_state(hf_config: dict) -> dict[str, np.ndarray]:
-    """Hugging Face name -> bfloat16 weights, large enough for attention and norms to matter."""
+    """Returns bfloat16 weights by Hugging Face name, large enough for attention and norms to matter."""
     state = {}
     for parts in params.sources(ModelConfig.from_hf(hf_config)).values():
         for name, shape in ((part.name, part.shape) for part in parts):
@@ -61,7 +61,7 @@ def random_state(hf_config: dict) -> dict[str, np.ndarray]:
 
 
 def write(directory: Path, hf_config: dict = QWEN3, state: dict | None = None, shards: int = 0) -> Path:
-    """Writes a checkpoint: one file, or so many shards and their index."""
+    """Writes a checkpoint as one file, or as ``shards`` files with an index, and returns its directory."""
     state = random_state(hf_config) if state is None else state
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(hf_config))

@@ -1,4 +1,4 @@
-"""Tiny models with random weights that depend on nothing but a name and a seed."""
+"""Tiny models with random weights that depend only on a name and a seed."""
 
 import zlib
 
@@ -62,14 +62,14 @@ CONFIGS = {
     "qwen3-untied": _QWEN3
     | {"head_dim": 16, "num_key_value_heads": 4, "tie_word_embeddings": False, "rope_theta": 1000000.0},
 }
-"""Hugging Face configurations, one for each combination of options, in old and new spellings."""
+"""Hugging Face configurations, one per combination of options, in old and new spellings."""
 
 TOKENS = np.random.default_rng(7).integers(0, _SMALL["vocab_size"], (2, 40))
-"""The input that logits are compared on; longer than the scaled rope's original context."""
+"""Tokens that logits are compared on, more than the original context of the scaled rope."""
 
 
 def random_state(hf_config: dict, seed: int = 0) -> dict[str, np.ndarray]:
-    """Hugging Face name -> float32 weights, large enough for attention and norms to matter."""
+    """Returns float32 weights by Hugging Face name, large enough for attention and norms to matter."""
     state = {}
     for parts in params.sources(ModelConfig.from_hf(hf_config)).values():
         for source in parts:
@@ -81,7 +81,7 @@ def random_state(hf_config: dict, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def state_tree(hf_config: dict, seed: int = 0) -> tuple[ModelConfig, dict]:
-    """The same weights as a state tree of dense layers."""
+    """Returns the same weights as a state tree of dense layers."""
     config = ModelConfig.from_hf(hf_config)
     state = random_state(hf_config, seed)
     flat = {}
@@ -92,17 +92,17 @@ def state_tree(hf_config: dict, seed: int = 0) -> tuple[ModelConfig, dict]:
 
 
 def graded_model(name: str, *, max_bits: int = 8, compute_dtype=jnp.float32) -> Decoder:
-    """A model of ``CONFIGS`` in nested codes, with thresholds made by hand for targets ``TARGETS``."""
+    """Returns a model of ``CONFIGS`` in nested codes, with hand-made thresholds for ``TARGETS``."""
     config, tree = state_tree(CONFIGS[name])
     return Decoder.from_tree(config, graded_model_tree(tree, max_bits), compute_dtype)
 
 
 TARGETS = (1.0, 4.5, 8.0)
-"""Mean bits that the rows of ``graded_tree``'s threshold tables stand for (roughly)."""
+"""Approximate mean bits of the rows of the threshold tables in ``graded_tree``."""
 
 
 def graded_model_tree(tree: dict, max_bits: int = 8) -> dict:
-    """A model's dense state tree in nested codes, with the vocabulary in an order of its own."""
+    """Converts a model's dense state tree to nested codes, with the vocabulary in another order."""
     kernel = tree["lm_head"]["kernel"]
     order = np.random.default_rng(3).permutation(kernel.shape[1])
     ends = np.cumsum(block_sizes(kernel.shape[1]))
@@ -114,7 +114,7 @@ def graded_model_tree(tree: dict, max_bits: int = 8) -> dict:
 
 
 def graded_tree(tree: dict, max_bits: int = 8) -> dict:
-    """A dense state tree with every kernel replaced by nested codes."""
+    """Returns a dense state tree with every kernel replaced by nested codes."""
     if "kernel" not in tree:
         return {k: graded_tree(v, max_bits) if isinstance(v, dict) else v for k, v in tree.items()}
     weight = quantize(jnp.asarray(tree["kernel"], jnp.float32), max_bits=max_bits)

@@ -1,4 +1,4 @@
-"""Reading Hugging Face checkpoints: what comes out, and what is said about those that cannot be read."""
+"""Hugging Face checkpoints: the parameters that are read, and the errors of damaged checkpoints."""
 
 import json
 
@@ -19,7 +19,7 @@ UP = "model.layers.0.mlp.up_proj.weight"
 
 @pytest.mark.parametrize("shards", [0, 3])
 @pytest.mark.parametrize("hf_config", [QWEN3, LLAMA3], ids=["qwen3", "llama3"])
-def test_parameters_are_what_was_stored(tmp_path, hf_config, shards):
+def test_parameters_equal_the_stored_tensors(tmp_path, hf_config, shards):
     state = hf_directories.random_state(hf_config)
     checkpoint = open_checkpoint(hf_directories.write(tmp_path, hf_config, state, shards))
     layer = "model.layers.1.self_attn."
@@ -77,7 +77,7 @@ def test_every_broken_file_is_named_at_once(tmp_path):
     assert f"{shards[1].name} is missing" in message
     assert f"{shards[2].name} is truncated or corrupt" in message
     assert "config.json is not valid JSON" in message
-    # With the config back, the tensors of the broken files are not reported a second time.
+    # With a valid config the tensors of the broken files are not reported again.
     (tmp_path / "config.json").write_text(json.dumps(QWEN3))
     with pytest.raises(CheckpointError) as error:
         open_checkpoint(tmp_path)
@@ -143,7 +143,7 @@ def test_a_file_that_changes_after_opening_is_an_error_not_a_crash(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["./nothing", "/nothing/here", "nothing", "a/b/c"])
-def test_what_is_neither_directory_nor_hub_id(name):
+def test_a_name_that_is_neither_directory_nor_hub_id_is_refused(name):
     with pytest.raises(CheckpointError, match="not a directory"):
         resolve(name)
 

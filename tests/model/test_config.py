@@ -1,4 +1,4 @@
-"""Reading Hugging Face configurations."""
+"""Configurations read from Hugging Face's ``config.json``."""
 
 import pytest
 from random_models import CONFIGS
@@ -33,7 +33,7 @@ def test_old_and_new_spellings_agree():
     assert all(other == first for other in others)
 
 
-def test_defaults_of_absent_and_null_keys():
+def test_absent_and_null_keys_have_defaults():
     llama = ModelConfig.from_hf(CONFIGS["llama-tied-mha"] | {"head_dim": None})
     assert (llama.head_dim, llama.num_kv_heads, llama.qk_norm) == (16, 4, False)
     assert llama.rope == RopeConfig(theta=10000.0)
@@ -90,19 +90,19 @@ def test_all_unsupported_options_are_named_at_once():
 
 @pytest.mark.parametrize("key", ["architectures", "layer_types"])
 @pytest.mark.parametrize("value", [5, "Qwen3ForCausalLM", [["Qwen3ForCausalLM"]]])
-def test_what_should_be_a_list_of_names(key, value):
+def test_a_value_that_is_no_list_of_names_is_refused(key, value):
     with pytest.raises(UnsupportedModelError) as caught:
         ModelConfig.from_hf(QWEN3 | {key: value})
     expected = f"unsupported model configuration: {key} is {value!r}, expected a list of names"
     assert str(caught.value) == expected
 
 
-def test_llama3_rope_without_its_factors():
+def test_llama3_rope_needs_its_factors():
     scaling = {"rope_type": "llama3", "factor": 8.0}
     with pytest.raises(UnsupportedModelError, match="lacks low_freq_factor, high_freq_factor"):
         ModelConfig.from_hf(LLAMA | {"rope_scaling": scaling})
 
 
-def test_llama_with_a_stated_window_uses_it():
+def test_a_stated_window_of_llama_is_refused():
     with pytest.raises(UnsupportedModelError, match="sliding_window 128"):
         ModelConfig.from_hf(LLAMA | {"sliding_window": 128})

@@ -1,4 +1,4 @@
-"""The decoder against transformers, live where torch is installed and recorded where it is not."""
+"""The decoder against transformers, live if torch is installed and recorded otherwise."""
 
 from pathlib import Path
 
@@ -17,14 +17,14 @@ from pallas_kernels import Activations
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 TOLERANCE = 1e-4
-"""Largest difference of float32 logits, relative to the largest logit."""
+"""Maximum difference of float32 logits, relative to the largest logit."""
 
 run = jax.jit(lambda model, tokens: model(tokens))
 
 
 @jax.jit
 def run_graded(model, tokens, thresholds):
-    """Logits, and by name what the strategy read."""
+    """Returns logits, and the grading statistics of each linear layer."""
     strategy = apply.Graded(thresholds)
     return model(tokens, strategy), strategy.stats
 
@@ -34,7 +34,7 @@ def relative_difference(ours, theirs) -> float:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_logits_equal_the_recorded_ones(name):
+def test_logits_equal_recorded_logits(name):
     model = Decoder.from_tree(*state_tree(CONFIGS[name]), jnp.float32)
     recorded = np.load(FIXTURES / "random_logits.npz")[name]
     assert relative_difference(run(model, TOKENS)[0, ::8], recorded) <= TOLERANCE
@@ -51,64 +51,64 @@ def test_logits_equal_transformers(name):
 
 
 @pytest.mark.parametrize("name", ["llama3-scaled-rope-gqa", "qwen3-tied-gqa"])
-def test_bfloat16_is_within_its_rounding(name):
+def test_bfloat16_differs_by_rounding_only(name):
     config, tree = state_tree(CONFIGS[name])
     exact = np.asarray(run(Decoder.from_tree(config, tree, jnp.float32), TOKENS))
     rounded = run(Decoder.from_tree(config, tree, jnp.bfloat16), TOKENS)
     assert rounded.dtype == jnp.float32
-    # bfloat16 rounds by 2**-9; errors of about ten roundings in a row add up as independent ones
+    # bfloat16 rounds by 2**-9. About ten roundings in a row add up.
     assert np.sqrt(np.mean((rounded - exact) ** 2)) / np.std(exact) < 2**-9 * 10
 
 
 @pytest.mark.parametrize("name", ["llama3-scaled-rope-gqa", "qwen3-tied-gqa"])
-def test_a_graded_model_at_zero_thresholds_equals_its_dequantized_self(name):
+def test_zero_thresholds_equal_full_precision(name):
     model = graded_model(name)
     names = decoder.linear_names(model.config)
     assert all(isinstance(model.linear(n), GradedLinear) for n in names)
-    graded, readings = run_graded(model, TOKENS, {n: jnp.zeros(4) for n in names})
+    graded, stats = run_graded(model, TOKENS, {n: jnp.zeros(4) for n in names})
     assert relative_difference(graded, np.asarray(run(model, TOKENS))) < 1e-5
-    assert readings.keys() == set(names)
-    assert all(r.bits.shape == TOKENS.shape and np.all(r.bits == 8) for r in readings.values())
+    assert stats.keys() == set(names)
+    assert all(s.bits.shape == TOKENS.shape and np.all(s.bits == 8) for s in stats.values())
 
 
-def test_each_row_of_a_batch_has_its_own_thresholds():
+def test_every_row_of_a_batch_has_its_own_thresholds():
     model = graded_model("qwen3-tied-gqa")
     names = decoder.linear_names(model.config)
     high, low = jnp.zeros(4), jnp.array([0.3, 0.8, 2.0, 4.0])
-    together, readings = run_graded(model, TOKENS, dict.fromkeys(names, jnp.stack([high, low])))
+    together, stats = run_graded(model, TOKENS, dict.fromkeys(names, jnp.stack([high, low])))
     for row, thresholds in enumerate((high, low)):
-        alone, of_row = run_graded(model, TOKENS[row : row + 1], dict.fromkeys(names, thresholds[None]))
+        alone, stats_alone = run_graded(model, TOKENS[row : row + 1], dict.fromkeys(names, thresholds[None]))
         assert relative_difference(together[row : row + 1], np.asarray(alone)) < 1e-4
         for n in names:
-            np.testing.assert_allclose(readings[n].bits[row], of_row[n].bits[0], atol=0.2)
-            np.testing.assert_allclose(readings[n].max_abs[row], of_row[n].max_abs[0], rtol=1e-3)
+            np.testing.assert_allclose(stats[n].bits[row], stats_alone[n].bits[0], atol=0.2)
+            np.testing.assert_allclose(stats[n].max_abs[row], stats_alone[n].max_abs[0], rtol=1e-3)
 
 
-def test_a_reading_has_the_bits_and_the_largest_activation_of_every_position():
+def test_statistics_are_bits_and_largest_activation_of_every_position():
     model = graded_model("qwen3-tied-gqa")
     x = jnp.array([[[0.5, -3.0] + [0.0] * 62, [1.0] * 64]])
     thresholds = jnp.array([0.1, 0.4, 1.5, 2.0])
     strategy = apply.Graded({"layers.0.qkv": thresholds})
     strategy("layers.0.qkv", model.linear("layers.0.qkv"), Activations.of(x))
-    reading = strategy.stats["layers.0.qkv"]
-    np.testing.assert_allclose(reading.max_abs, [[3.0, 1.0]])
-    np.testing.assert_allclose(reading.bits, [[(4 + 8) / 64, 4.0]])
-    np.testing.assert_array_equal(strategy.bits["layers.0.qkv"], reading.bits)
+    stats = strategy.stats["layers.0.qkv"]
+    np.testing.assert_allclose(stats.max_abs, [[3.0, 1.0]])
+    np.testing.assert_allclose(stats.bits, [[(4 + 8) / 64, 4.0]])
+    np.testing.assert_array_equal(strategy.bits["layers.0.qkv"], stats.bits)
 
 
-def test_the_state_tree_is_what_abstract_tree_says():
+def test_abstract_tree_describes_the_leaves_of_a_model():
     model = graded_model("llama3-tied-wide-head")
-    found = {name: (leaf.shape, leaf.dtype) for name, leaf in decoder.checkpoint_leaves(model).items()}
+    leaves = {name: (leaf.shape, leaf.dtype) for name, leaf in decoder.checkpoint_leaves(model).items()}
     expected = {
         ".".join(key.key for key in path): (leaf.shape, leaf.dtype)
         for path, leaf in jax.tree.leaves_with_path(decoder.abstract_tree(model.config, 8, 3))
     }
-    assert found.keys() == expected.keys()
+    assert leaves.keys() == expected.keys()
     linears = {k: v for k, v in expected.items() if not k.endswith(("scale", "embedding"))}
-    assert {k: found[k] for k in linears} == linears
+    assert {k: leaves[k] for k in linears} == linears
 
 
-def test_shared_model_equals_its_recorded_logits(shared):
+def test_a_trained_model_equals_recorded_logits(shared):
     recorded = np.load(FIXTURES / "qwen3_32m_logits.npz")
     checkpoint = open_checkpoint(shared / "models" / "qwen3-32m")
     tree = unflatten_dict({key: checkpoint.read(key) for key in checkpoint.parameters}, sep=".")

@@ -17,7 +17,7 @@ def model():
     return graded_model("qwen3-tied-gqa")
 
 
-def test_a_flat_model_is_the_same_model_in_fewer_arrays(model):
+def test_a_flat_model_holds_the_same_model_in_fewer_arrays(model):
     flat = FlatModel(model)
     leaves, structure = jax.tree.flatten(model)
     assert len(jax.tree.leaves(flat)) < len(leaves) / 2
@@ -43,13 +43,13 @@ def test_two_flat_models_of_a_shape_share_a_program(model):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])
-def test_members_of_a_stack(dtype):
+def test_unstacked_members_equal_the_stack(dtype):
     stack = jnp.arange(-6, 6).reshape(3, 2, 2).astype(dtype)
     for member, expected in zip(jax.jit(unstacked)(stack), stack, strict=True):
         np.testing.assert_array_equal(member, expected)
 
 
-def test_infinities_stay_where_they_are_and_a_nan_in_the_first_is_not_lost():
+def test_unstacking_keeps_infinities_and_a_nan_in_the_first_member():
     stack = jnp.array([[np.inf, 1.0], [2.0, -np.inf]])
     np.testing.assert_array_equal(jnp.stack(unstacked(stack)), stack)
     assert np.isnan(jnp.stack(unstacked(stack.at[0, 0].set(np.nan)))).all()

@@ -1,4 +1,4 @@
-"""The output projection in blocks against the dense one."""
+"""The output projection in vocabulary blocks against the dense one."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,11 +27,11 @@ def graded() -> OutputProjection:
 def test_logits_are_in_the_order_of_the_tokens(graded):
     assert len(graded.blocks) == len(block_sizes(VOCABULARY)) == 3
     exact = X.astype(np.float64) @ KERNEL
-    error = np.asarray(graded(INPUTS, Dense())) - exact  # of 8-bit codes
+    error = np.asarray(graded(INPUTS, Dense())) - exact  # error of 8-bit codes
     assert np.linalg.norm(error) < 0.02 * np.linalg.norm(exact)
 
 
-def test_tokens_name_the_outputs(graded):
+def test_tokens_are_those_of_the_outputs(graded):
     outputs, tokens = np.asarray(graded.outputs(INPUTS, Dense())), np.asarray(graded.tokens())
     logits = np.asarray(graded(INPUTS, Dense()))
     assert sorted(tokens) == list(range(VOCABULARY)) != tokens.tolist()
