@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from grinqh_jax.model.decoder import Decoder, linear_names, linear_shapes
+from grinqh_jax.model.layer_spec import FINAL_NORM, axis_sizes, layer_spec
 from pallas_kernels import GradingStats
 from pallas_kernels.layout import GROUP
 
@@ -178,10 +179,10 @@ def weighted_mean(
 
 
 def _bytes_per_token(model: Decoder, bits: Mapping[str, float]) -> float:
-    config = model.config
+    config, sizes = model.config, axis_sizes(model.config)
     linears = sum(k * n * bits[name] / 8 for name, (k, n) in linear_shapes(config).items())
-    norms = config.hidden_size * (2 * config.num_layers + 1)
-    norms += 2 * config.head_dim * config.num_layers if config.qk_norm else 0
+    norms = config.num_layers * sum(sizes[norm.axis] for norm in layer_spec(config).norms)
+    norms += sizes[FINAL_NORM.axis]
     return linears + BF16_BYTES * (norms + config.hidden_size)  # and one row of the embedding
 
 
