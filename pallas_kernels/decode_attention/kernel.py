@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Int
 
 from pallas_kernels.activations import Activations
+from pallas_kernels.decode_attention.lane_context import THREADS, WARPS, Refs, Shape
 from pallas_kernels.decode_attention.merging import MergeRefs, merge_program
-from pallas_kernels.decode_attention.place import THREADS, WARPS, Refs, Shape
 from pallas_kernels.decode_attention.program import attention_program
 from pallas_kernels.lanes import device
 from pallas_kernels.lanes.launch import lane_kernel
@@ -70,13 +70,13 @@ def decode_attention(
     shape = Shape(
         batch=batch,
         kv_heads=kv_heads,
-        group=qkv.features // (kv_heads * head_dim) - 2,
+        queries_per_kv=qkv.features // (kv_heads * head_dim) - 2,
         head_dim=head_dim,
         capacity=capacity,
         splits=max(1, min(BLOCKS // (batch * kv_heads), -(-capacity // MIN_POSITIONS))),
         eps=None if norm_scales is None else eps,
-        parts=partials.shape[0],
-        stored_columns=partials.shape[2],
+        num_partials=partials.shape[0],
+        stored_features=partials.shape[2],
     )
     unscaled = jnp.ones(head_dim, jnp.bfloat16)
     q_scale, k_scale = (scale.astype(jnp.bfloat16) for scale in norm_scales or (unscaled, unscaled))
@@ -90,8 +90,8 @@ def decode_attention(
 
 @functools.cache
 def _attention(shape: Shape):
-    """Builds the kernel; its arguments and results are those of ``place.Refs`` without shared memory."""
-    part = (shape.batch, shape.kv_heads, shape.splits, shape.group)
+    """Builds the kernel; its arguments and results are those of ``lane_context.Refs`` without shared memory."""
+    part = (shape.batch, shape.kv_heads, shape.splits, shape.queries_per_kv)
     return lane_kernel(
         "decode_attention_kernel",
         lambda isa, refs: attention_program(isa, shape, Refs(*refs)),
@@ -112,7 +112,7 @@ def _merge(shape: Shape):
     return lane_kernel(
         "merge_attention_kernel",
         lambda isa, refs: merge_program(isa, shape, rows, MergeRefs(*refs)),
-        outputs=[jax.ShapeDtypeStruct((rows.rows, rows.columns), jnp.bfloat16)],
+        outputs=[jax.ShapeDtypeStruct((rows.rows, rows.features), jnp.bfloat16)],
         blocks=rows.blocks,
         threads=rows.threads,
         shared_bytes=rows.shared_bytes,
@@ -121,4 +121,4 @@ def _merge(shape: Shape):
 
 def merged_rows(shape: Shape) -> Rows:
     """Returns the rows of the attention's outputs."""
-    return Rows(shape.batch, shape.kv_heads * shape.group * shape.head_dim)
+    return Rows(shape.batch, shape.kv_heads * shape.queries_per_kv * shape.head_dim)

@@ -72,7 +72,11 @@ def _add_norm(shape: Shape):
     return lane_kernel(
         "add_norm_kernel",
         lambda isa, refs: add_norm_program(isa, shape, AddNormRefs(*refs)),
-        outputs=[_values(rows), _values(rows), jax.ShapeDtypeStruct((rows.rows, rows.parts), jnp.float32)],
+        outputs=[
+            _values(rows),
+            _values(rows),
+            jax.ShapeDtypeStruct((rows.rows, rows.blocks_per_row), jnp.float32),
+        ],
         blocks=rows.blocks,
         threads=rows.threads,
         shared_bytes=rows.shared_bytes,
@@ -92,4 +96,4 @@ def _swiglu(shape: Shape):
 
 
 def _values(rows: Rows) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((rows.rows, rows.columns), jnp.bfloat16)
+    return jax.ShapeDtypeStruct((rows.rows, rows.features), jnp.bfloat16)

@@ -21,7 +21,7 @@ from pallas_kernels.weight import NestedWeight
 OFFSET_LIMIT = 2**32
 """List entries address the planes with 32 bits."""
 
-ANY_CONFIG = Config(warpgroups=1, warps_per_slice=4, ring_slots=4)
+ANY_CONFIG = Config(warpgroups=1, warps_per_group=4, ring_slots=4)
 """Completes a ``Geometry`` until the tuning is known."""
 
 
@@ -80,7 +80,7 @@ def geometry_of(x: Activations, weight: NestedWeight, config: Config | None = No
         rows=x.leading[0],
         x_dtype=x.dtype.name,
         config=config or ANY_CONFIG,
-        squares=0 if x.square_partials is None else x.square_partials.shape[1],
+        num_square_partials=0 if x.square_partials is None else x.square_partials.shape[1],
         eps=x.eps,
     )
     if config is None:
@@ -93,12 +93,12 @@ def geometry_of(x: Activations, weight: NestedWeight, config: Config | None = No
 
 @functools.cache
 def launch(geometry: Geometry):
-    """The kernel: arguments and results as in ``place.Refs``, without the shared memory."""
+    """The kernel: arguments and results as in ``lane_context.Refs``, without the shared memory."""
     return lane_kernel(
         "graded_matvec_kernel",
         lambda isa, refs: graded_matvec_program(isa, geometry, Refs(*refs)),
         outputs=[
-            jax.ShapeDtypeStruct((geometry.slice_groups, geometry.rows, geometry.stored_n), jnp.float32),
+            jax.ShapeDtypeStruct((geometry.splits, geometry.rows, geometry.stored_n), jnp.float32),
             jax.ShapeDtypeStruct((geometry.rows, 2), jnp.float32),
         ],
         blocks=geometry.blocks,

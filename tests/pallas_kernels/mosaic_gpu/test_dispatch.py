@@ -134,7 +134,7 @@ def sizes(k, n, rows=1, planes=4) -> geometry.Geometry:
 
 def test_measured_configurations_win_over_the_rule():
     best = tuning.best_config(sizes(4096, 24576), device_kind="NVIDIA H200", multiprocessors=132)
-    assert best == Config(warpgroups=1, warps_per_slice=1, ring_slots=8)
+    assert best == Config(warpgroups=1, warps_per_group=1, ring_slots=8)
     other = tuning.best_config(sizes(4096, 24576), device_kind="NVIDIA H9000", multiprocessors=10)
     assert other == tuning.rule(sizes(4096, 24576), 10)
 
@@ -173,9 +173,9 @@ def test_the_rule_gives_launches_that_fit(k, n, multiprocessors):
         launch = sizes(k, n, rows)
         launch = dataclasses.replace(launch, config=tuning.rule(launch, multiprocessors))
         assert launch.shared_bytes <= geometry.SHARED_BYTES_LIMIT
-        assert launch.slice_groups * launch.config.slices_per_cta >= launch.slices
-        assert launch.row_groups * launch.rows_per_cta >= rows
-        assert launch.matvec_blocks == launch.row_groups * launch.tiles * launch.slice_groups
+        assert launch.splits * launch.config.groups_per_cta >= launch.groups
+        assert launch.row_batches * launch.rows_per_cta >= rows
+        assert launch.matvec_blocks == launch.row_batches * launch.tiles * launch.splits
 
 
 def test_partial_sums_are_added_from_the_first_to_the_last():

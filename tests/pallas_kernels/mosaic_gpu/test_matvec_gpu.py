@@ -12,7 +12,7 @@ from pallas_kernels.matvec.mosaic_gpu import Config, kernel
 pytestmark = pytest.mark.gpu
 
 CONFIGS = [
-    Config(warpgroups=g, warps_per_slice=w, ring_slots=s)
+    Config(warpgroups=g, warps_per_group=w, ring_slots=s)
     for g, w, s in [(1, 1, 4), (1, 4, 2), (2, 2, 8), (2, 4, 16)]
 ]
 CASES = [

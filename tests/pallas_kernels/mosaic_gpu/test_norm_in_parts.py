@@ -21,7 +21,7 @@ def case():
 
 def test_the_program_reads_and_multiplies_what_the_norm_gives(case):
     x, weight, thresholds = case.arrays()
-    y, bits = emulate(x, weight, thresholds, case.config, squares=SQUARES, eps=0.25)
+    y, bits = emulate(x, weight, thresholds, case.config, square_partials=SQUARES, eps=0.25)
     normed, normed_bits = emulate((x * FACTORS).astype(x.dtype), weight, thresholds, case.config)
     np.testing.assert_allclose(y, normed, rtol=1e-6, atol=1e-6 * np.abs(normed).max())
     np.testing.assert_array_equal(bits, normed_bits)
@@ -45,9 +45,9 @@ def test_any_number_of_parts(case, parts):
     x, weight, thresholds = case.arrays()
     rng = np.random.default_rng(parts)
     squares = rng.integers(0, 8, (2, parts)).astype(np.float32) / 32  # sums are exact in any order
-    y, bits = emulate(x, weight, thresholds, case.config, squares=squares, eps=0.25)
+    y, bits = emulate(x, weight, thresholds, case.config, square_partials=squares, eps=0.25)
     whole = squares.sum(1, keepdims=True)
-    expected, expected_bits = emulate(x, weight, thresholds, case.config, squares=whole, eps=0.25)
+    expected, expected_bits = emulate(x, weight, thresholds, case.config, square_partials=whole, eps=0.25)
     np.testing.assert_array_equal(y, expected)
     np.testing.assert_array_equal(bits, expected_bits)
 
@@ -55,6 +55,6 @@ def test_any_number_of_parts(case, parts):
 def test_nan_in_the_mean_square_reaches_the_row(case):
     x, weight, thresholds = case.arrays()
     squares = np.array([[np.nan, 1], [1, 0]], np.float32)
-    y, _ = emulate(x, weight, thresholds, case.config, squares=squares)
+    y, _ = emulate(x, weight, thresholds, case.config, square_partials=squares)
     assert np.isnan(y[0]).all()
     assert np.isfinite(y[1]).all()

@@ -12,7 +12,7 @@ from pallas_kernels.matvec.mosaic_gpu import Config
 configs = st.builds(
     Config,
     warpgroups=st.sampled_from([1, 2]),
-    warps_per_slice=st.sampled_from([1, 2, 4]),
+    warps_per_group=st.sampled_from([1, 2, 4]),
     ring_slots=st.sampled_from([2, 4, 8]),
 )
 cases = st.builds(
@@ -77,7 +77,7 @@ def test_nothing_reached_reads_nothing_and_gives_zero():
 def test_lists_of_any_length(reached, slots):
     """Whole steps of plane 0 are copied first: more than the ring has slots, as many, fewer, or none. Where
     K is whole slices of whole CTAs, too, and no channel is checked for padding."""
-    config = Config(warpgroups=1, warps_per_slice=1, ring_slots=slots)
+    config = Config(warpgroups=1, warps_per_group=1, ring_slots=slots)
     x, weight, _ = Case(512, 512, config=config).arrays()
     rng = np.random.default_rng(reached)
     for slice_of_x in np.split(x[0], 4):
@@ -101,4 +101,4 @@ def test_a_threshold_is_reached_by_its_own_value():
 
 def test_config_names_the_field_and_what_it_allows():
     with pytest.raises(ValueError, match=r"Config.ring_slots must be one of \(2, 4, 8, 16\), not 3"):
-        Config(warpgroups=1, warps_per_slice=1, ring_slots=3)
+        Config(warpgroups=1, warps_per_group=1, ring_slots=3)
