@@ -24,7 +24,7 @@ def supports(weight: NestedWeight, dtype) -> str | None:
         return f"makes bfloat16, not {jnp.dtype(dtype).name}"
     if weight.out_features % RUN_OUTPUTS:
         return f"takes a multiple of {RUN_OUTPUTS} outputs, not {weight.out_features}"
-    return device.problem()
+    return device.unsupported_reason()
 
 
 def dequantize_to_bfloat16(weight: NestedWeight) -> BFloat16[Array, "k n"]:

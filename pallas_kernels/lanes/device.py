@@ -13,7 +13,7 @@ DEFAULT_MULTIPROCESSORS = 132
 """Number of multiprocessors of an H200, for devices that do not report theirs."""
 
 
-def problem() -> str | None:
+def unsupported_reason() -> str | None:
     """Returns why lane programs do not run on the target device, or None if they do."""
     if jax.__version_info__ < OLDEST_JAX:
         return f"needs jax >= {'.'.join(map(str, OLDEST_JAX))}, this is {jax.__version__}"

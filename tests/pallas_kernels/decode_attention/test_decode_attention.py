@@ -195,7 +195,7 @@ def emulated_merge(shape: Shape, softmaxes):
         ({"tokens": 2}, "one new token"),
         ({"dtype": jnp.float32}, "bfloat16"),
         ({"head_dim": 80}, "heads of 64 or 128"),
-        ({"heads": 16}, "query heads to a kv head"),
+        ({"heads": 16}, "query heads for each kv head"),
         ({}, "needs"),  # The device is a CPU, or jax is too old.
     ],
 )
