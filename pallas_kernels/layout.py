@@ -1,7 +1,7 @@
 """The storage layout of nested codes: constants, padding, and the order of the outputs inside a tile.
 
-An 8-bit code consists of four 2-bit *digits*, the most significant first. *Plane* ``f`` stores digit ``f`` of
-every weight. ``planes[f, k, :]`` is the row of input channel ``k``: the digits of all its outputs, 16 digits in
+An 8-bit code consists of four 2-bit *digits*, the most significant first. *Plane* ``f`` stores digit ``f``
+of every weight. ``planes[f, k, :]`` is the row of input channel ``k``: the digits of all its outputs, 16 in
 each 32-bit word. A row is contiguous, so it can be read or skipped alone.
 
 A row is cut into *tiles* of 512 outputs = 32 words = 128 bytes. The outputs are permuted inside each tile, so

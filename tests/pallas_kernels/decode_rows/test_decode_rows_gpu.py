@@ -1,4 +1,4 @@
-"""The kernels between two products on a GPU: against XLA's operations, and in a decode step."""
+"""The kernels between two products on a GPU, against XLA's operations and in a decode step."""
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ def test_agrees_with_xla(size):
 
 @pytest.mark.parametrize("name", ["Qwen3-0.6B", "Llama-3.2-1B"])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_a_decode_step_is_the_same_with_and_without(monkeypatch, name, batch):
+def test_a_decode_step_is_the_same_with_and_without_the_kernels(monkeypatch, name, batch):
     model = random_model.graded(random_model.shape(name))
     thresholds = model_thresholds(model, jnp.asarray(random_model.TARGETS), jnp.full(batch, 8.0))
     prompt = jax.random.randint(jax.random.key(1), (batch, 16), 0, model.config.vocab_size)
@@ -58,7 +58,7 @@ def test_a_decode_step_is_the_same_with_and_without(monkeypatch, name, batch):
     np.testing.assert_array_equal(step()[0], logits)
     monkeypatch.setattr(decode_rows, "supports", lambda *_: "switched off")
     expected, expected_bits, expected_saturation = step()
-    # In full bits nothing depends on which side of a threshold a rounded activation falls.
+    # At full bits, the rounding of an activation cannot change its level.
     assert np.linalg.norm(logits - expected) < 2e-2 * np.linalg.norm(expected)
     np.testing.assert_array_equal(bits, expected_bits)
     np.testing.assert_allclose(activation_range_ratio, expected_saturation, rtol=0.1)

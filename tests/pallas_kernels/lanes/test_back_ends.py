@@ -19,8 +19,7 @@ needs_mosaic = pytest.mark.skipif(
 every_program = pytest.mark.parametrize("name", programs.PROGRAMS)
 
 ULPS = {"divide": 3, "exp2": 3, "reciprocal": 3, "rsqrt": 3}
-"""Largest difference between the back ends in units in the last place, for instructions that are not
-exact."""
+"""Largest difference between the back ends, in units in the last place. All other instructions are exact."""
 
 
 def gpu_kernel(name):
