@@ -1,4 +1,4 @@
-"""Merging softmaxes: those of the warps of a CTA, and those of all CTAs in a second launch."""
+"""Merging the softmaxes of the warps of a CTA, and, in a second launch, of all CTAs."""
 
 import dataclasses
 from typing import Any
@@ -74,7 +74,7 @@ class MergeRefs:
 
 
 def merge_program(isa: Instructions, shape: Shape, rows: Rows, refs: MergeRefs) -> None:
-    """Merges the softmaxes of all splits: ``sum(f * accumulator) / sum(f * sum)``, ``f = 2**(max - top)``."""
+    """Merges all splits: ``sum(f * accumulator) / sum(f * sum)`` with ``f = 2**(max - largest max)``."""
     pair = locate(isa, rows)
     head, value = pair.feature // shape.head_dim, pair.feature % shape.head_dim
     kv_head, query = head // shape.queries_per_kv, head % shape.queries_per_kv
@@ -82,13 +82,13 @@ def merge_program(isa: Instructions, shape: Shape, rows: Rows, refs: MergeRefs) 
     indices = [first + split * shape.queries_per_kv for split in range(shape.splits)]
     softmax = [load_pair(isa, refs.softmax, index * 2) for index in indices]
     accumulators = [load_pair(isa, refs.accumulators, index * shape.head_dim + value) for index in indices]
-    top = softmax[0][0]
+    largest = softmax[0][0]
     for split_max, _ in softmax[1:]:
-        top = larger(isa, top, split_max)
+        largest = larger(isa, largest, split_max)
     zero = isa.constant(0.0, "f32")
     total, low, high = zero, zero, zero
     for (split_max, split_sum), (a, b) in zip(softmax, accumulators, strict=True):
-        factor = isa.exp2(split_max - top)
+        factor = isa.exp2(split_max - largest)
         total = isa.multiply_add(factor, split_sum, total)
         low, high = isa.multiply_add(factor, a, low), isa.multiply_add(factor, b, high)
     store_rounded(isa, rows, pair, refs.outputs, [isa.divide(a, total) for a in (low, high)])

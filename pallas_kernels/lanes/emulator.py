@@ -91,11 +91,11 @@ class NumpyInstructions(Instructions):
         return np.flatnonzero(self._mask)
 
     def _warps(self, instruction):
-        """Returns the indices of the active warps; refuses warps of which only a part is active."""
+        """Returns the indices of the active warps; refuses warps that are only partly active."""
         lanes = self._mask.reshape(-1, LANES)
         if (lanes.any(1) != lanes.all(1)).any():
             raise EmulationError(
-                f"{instruction} reached by a part of a warp: keep it out of divergent `when`s"
+                f"{instruction} reached by only part of a warp: keep it out of divergent `when`s"
             )
         return np.flatnonzero(lanes[:, 0])
 
@@ -265,7 +265,9 @@ class NumpyInstructions(Instructions):
     def block_barrier(self):
         blocks = self._mask.reshape(-1, self.threads)
         if (blocks.any(1) != blocks.all(1)).any():
-            raise EmulationError("block_barrier reached by a part of a CTA: keep it out of divergent `when`s")
+            raise EmulationError(
+                "block_barrier reached by only part of a CTA: keep it out of divergent `when`s"
+            )
         self.shared.block_time[blocks[:, 0]] += 1
         self.shared.warp_time[np.repeat(blocks[:, 0], self.threads // LANES)] += 1
 

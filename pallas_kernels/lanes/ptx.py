@@ -197,7 +197,7 @@ class PtxInstructions(Instructions):
         return _assemble("prmt.b32 $0, $1, $2, $3;", [low, high, selector], ("i32",))[0]
 
     def load_global(self, address, count=1, kind="i32", *, ordered=False, evict_first=False):
-        # ptxas moves loads through the read-only path (nc) across barriers.
+        # ptxas (13.0 and 13.5) moves loads through the read-only path (nc) across barriers.
         path = "" if ordered else ".nc"
         hint, policy, operand = _cache_policy(evict_first, count + 1)
         template = f"ld.global{path}{hint}{_VECTOR[count]}.b32 {_operands(count, 0)}, [${count}]{operand};"

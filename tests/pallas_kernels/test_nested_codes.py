@@ -174,9 +174,9 @@ def test_level_gains_multiply_their_levels():
         expected = gain * matvec_oracle.dequantize(weight, level)
         np.testing.assert_allclose(codes.dequantize(scaled, level), expected, rtol=1e-6)
     np.testing.assert_array_equal(codes.dequantize(scaled), codes.dequantize(weight))
-    mixed = np.arange(200) % 5
-    expected = matvec_oracle.dequantize(weight, mixed) * np.append(1, gains)[mixed][:, None]
-    np.testing.assert_allclose(codes.dequantize(scaled, jnp.asarray(mixed)), expected, rtol=1e-6)
+    level = np.arange(200) % 5
+    expected = matvec_oracle.dequantize(weight, level) * np.append(1, gains)[level][:, None]
+    np.testing.assert_allclose(codes.dequantize(scaled, jnp.asarray(level)), expected, rtol=1e-6)
 
 
 def test_level_fit_agrees_with_the_oracle():

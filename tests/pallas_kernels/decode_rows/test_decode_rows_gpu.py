@@ -24,17 +24,17 @@ def partial_sums(key, shape) -> Activations:
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_agrees_with_xla(size):
-    rows, columns, parts = size
+    rows, features, count = size
     keys = jax.random.split(jax.random.key(0), 4)
-    x = jax.random.normal(keys[0], (rows, 1, columns), jnp.bfloat16)
-    norm_scale = 1 + 0.1 * jax.random.normal(keys[1], (columns,), jnp.bfloat16)
-    update = partial_sums(keys[2], (parts, rows, 1, columns))
+    x = jax.random.normal(keys[0], (rows, 1, features), jnp.bfloat16)
+    norm_scale = 1 + 0.1 * jax.random.normal(keys[1], (features,), jnp.bfloat16)
+    update = partial_sums(keys[2], (count, rows, 1, features))
     total, normed = jax.jit(add_norm, static_argnums=3)(x, update, norm_scale, 1e-6)
     expected = x.astype(jnp.float32) + update.astype(jnp.float32).array
     np.testing.assert_allclose(total.astype(np.float32), expected, rtol=2**-7, atol=1e-5)
     expected = rms_norm(total.astype(jnp.float32), norm_scale, 1e-6)
     np.testing.assert_allclose(normed.values * normed.factor(), expected, rtol=2**-7, atol=1e-5)
-    gate_up = partial_sums(keys[3], (parts, rows, 1, 2 * columns))
+    gate_up = partial_sums(keys[3], (count, rows, 1, 2 * features))
     activated = jax.jit(swiglu)(gate_up)
     expected = swiglu(gate_up.astype(jnp.float32)).array
     np.testing.assert_allclose(activated.values.astype(np.float32), expected, rtol=2**-7, atol=1e-4)

@@ -1,4 +1,4 @@
-"""The PTX back end: every instruction lowers without a GPU, and on a GPU it does what the emulator does."""
+"""The PTX back end: every instruction lowers without a GPU, and agrees with the emulator on a GPU."""
 
 import collections
 

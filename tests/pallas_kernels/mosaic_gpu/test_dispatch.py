@@ -180,6 +180,6 @@ def test_the_rule_gives_launches_that_fit(k, n, multiprocessors):
 
 def test_partial_sums_are_added_in_order():
     """float32 addition is not associative: 2**24 absorbs 1 unless it cancels first."""
-    parts = jnp.asarray([2.0**24, -(2.0**24), 1.0, 2.0**24], jnp.float32)[:, None, None]
+    partials = jnp.asarray([2.0**24, -(2.0**24), 1.0, 2.0**24], jnp.float32)[:, None, None]
     for order, total in (([0, 1, 2, 3], 2.0**24), ([0, 1, 2], 1), ([2, 0, 1], 0)):
-        assert Activations.sums(parts[jnp.asarray(order)], 1).array[0, 0] == total
+        assert Activations.sums(partials[jnp.asarray(order)], 1).array[0, 0] == total
