@@ -52,7 +52,7 @@ def end_addresses(isa: Instructions, g: Geometry, context: LaneContext) -> EndAd
         context.shared + g.scales_base + context.thread * (2 * each),
         output,
     )
-    # Each lane shuffles with itself, because ptxas 13.0 moves any other computation behind the loop, to its use.
+    # Each lane shuffles with itself: ptxas 13.0 moves any other computation behind the loop, to its use.
     return EndAddresses(*(isa.shuffle_xor(address, 0) for address in addresses))
 
 
