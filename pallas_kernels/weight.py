@@ -29,7 +29,7 @@ class NestedWeight:
 
     Weights are denser near 0 than near the ends of the range, so the middle of a wide interval is larger in
     magnitude than the mean of the weights in it: by about 15 per cent at level 1. A weight may therefore have
-    a gain for each level, and level ``l`` reads ``level_gains[l - 1] * w_l``. ``checkpoints_tools`` finds them.
+    a gain for each level, which ``checkpoints_tools`` fits: level ``l`` reads ``level_gains[l - 1] * w_l``.
 
     Construction checks nothing, so the arrays may be traced or abstract. Code that reads weights from outside
     calls ``check``.
