@@ -1,4 +1,4 @@
-"""What a lane of the attention program works with: sizes, arrays, its position in the grid, its softmax."""
+"""The context of a lane of the attention program: sizes, arrays, indices and its online softmax."""
 
 import dataclasses
 from typing import Any

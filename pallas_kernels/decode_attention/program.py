@@ -75,7 +75,7 @@ def attention_program(isa: Instructions, shape: Shape, refs: Refs) -> None:
     (length,) = isa.load_global(isa.global_address(refs.lengths) + isa.widen(context.batch * 4), ordered=True)
     # No split has fewer cached positions than the last one.
     has_new_token = context.split.equals(shape.splits - 1)
-    # The barriers keep the compiler from delaying or reordering these loads. They cost empty.
+    # The barriers keep the compiler from delaying or reordering these loads. They cost nothing.
     fetched = fetch(isa, shape, refs, context, has_new_token)
     isa.warp_barrier()
     words = load(isa.constant(0), length)

@@ -1,4 +1,4 @@
-"""The instruction set of the kernels: what one lane of a CUDA warp can do.
+"""The instruction set of the kernels: the operations of one lane of a CUDA warp.
 
 Pallas has no ballots, shuffles, gathers by lane, byte permutes or integer matrix instructions. A kernel is
 therefore a *lane program*: a Python function that calls the instructions below and describes the work of a

@@ -118,7 +118,7 @@ def _operands(count: int, first: int) -> str:
 
 
 def _cache_policy(evict_first: bool, number: int) -> tuple[str, list[PtxValue], str]:
-    """Returns what ``evict_first`` adds to an access: a modifier, a register, and operand ``number``."""
+    """Returns the modifier, register and operand ``number`` that ``evict_first`` adds to a memory access."""
     if not evict_first:
         return "", [], ""
     policy = _assemble("createpolicy.fractional.L2::evict_first.b64 $0, 1.0;", [], ("i64",))

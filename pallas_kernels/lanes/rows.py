@@ -1,4 +1,4 @@
-"""What lane programs on rows of activations share: two features for each lane, a piece of a row for each CTA.
+"""Helpers for lane programs on rows of activations. A lane has two features, a CTA a piece of one row.
 
 No CTA waits for another. A sum over a whole row is therefore written as one partial sum for each CTA of the
 row, and the next kernel adds them up.

@@ -1,4 +1,4 @@
-"""What a lane of the matvec program works with: arrays, its position in the grid, shared-memory addresses."""
+"""The context of a lane of the matvec program: arrays, indices and shared-memory addresses."""
 
 import dataclasses
 from typing import Any
