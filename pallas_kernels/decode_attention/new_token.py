@@ -22,7 +22,7 @@ class Fetched:
 
 
 def fetch(isa: Instructions, shape: Shape, refs: Refs, context: LaneContext, has_new_token: Value) -> Fetched:
-    """Loads the lane's share of one head, and what its norm and rotation need.
+    """Loads the lane's share of one head, and the operands of its norm and rotation.
 
     Warp ``h < queries_per_kv`` loads query head ``h``. If the CTA has the new token, the next two warps load
     its key and its value. All other warps load a query head that nobody uses, which costs nothing.
