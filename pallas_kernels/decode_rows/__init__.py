@@ -1,4 +1,4 @@
-"""The kernels between two graded products of a decode step: residual and norm, and SwiGLU."""
+"""The rows of activations between two graded products of a decode step: residual and norm, SwiGLU."""
 
 from pallas_kernels.decode_rows.kernel import add_norm, supports, swiglu
 

@@ -1,4 +1,4 @@
-"""Dequantization of whole weights, for the matrix products of prefill."""
+"""Whole weights at full precision: what a prompt's matrix products read."""
 
 from pallas_kernels.dequantization.kernel import dequantize_to_bfloat16, supports
 

@@ -1,4 +1,4 @@
-"""Dequantization of a whole weight on an NVIDIA GPU: the launch."""
+"""Dequantizing a whole weight on an NVIDIA GPU: the launch."""
 
 import functools
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, BFloat16
 
 from pallas_kernels.dequantization.program import (
-    RUN_OUTPUTS,
+    OUTPUTS_AT_ONCE,
     THREADS,
     Refs,
     Shape,
@@ -19,19 +19,16 @@ from pallas_kernels.weight import NestedWeight
 
 
 def supports(weight: NestedWeight, dtype) -> str | None:
-    """Returns why the kernel cannot run for this weight on the target device, or None if it can."""
+    """None if the kernel runs for this weight on the device being compiled for, else the reason."""
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"makes bfloat16, not {jnp.dtype(dtype).name}"
-    if weight.out_features % RUN_OUTPUTS:
-        return f"takes a multiple of {RUN_OUTPUTS} outputs, not {weight.out_features}"
-    return device.unsupported_reason()
+    if weight.out_features % OUTPUTS_AT_ONCE:
+        return f"takes a multiple of {OUTPUTS_AT_ONCE} outputs, not {weight.out_features}"
+    return device.problem()
 
 
 def dequantize_to_bfloat16(weight: NestedWeight) -> BFloat16[Array, "k n"]:
-    """Dequantizes a weight at its highest level, ``[in_features, out_features]``.
-
-    Equals ``codes.dequantize(weight, dtype=jnp.bfloat16)`` bit for bit, except for the sign of zeros.
-    """
+    """What ``codes.dequantize(weight, dtype=jnp.bfloat16)`` is, bit for bit but for the sign of zeros."""
     shape = Shape(weight.in_features, weight.out_features, weight.scales.shape[1], weight.num_planes)
     (dense,) = _dequantization(shape)(weight.planes, weight.scales)
     return dense
@@ -39,12 +36,12 @@ def dequantize_to_bfloat16(weight: NestedWeight) -> BFloat16[Array, "k n"]:
 
 @functools.cache
 def _dequantization(shape: Shape):
-    """Builds the kernel; its arguments and outputs are those of ``program.Refs``."""
+    """The kernel: arguments and results as in ``program.Refs``."""
     return lane_kernel(
         "dequantization_kernel",
         lambda isa, refs: dequantization_program(isa, shape, Refs(*refs)),
         outputs=[jax.ShapeDtypeStruct((shape.in_features, shape.out_features), jnp.bfloat16)],
         blocks=shape.blocks,
         threads=THREADS,
-        shared_bytes=16,  # Not used, but the launch needs a shared array that is not empty.
+        shared_bytes=16,  # None is used; the launcher asks for some.
     )

@@ -1,4 +1,4 @@
-"""The graded matrix-vector product of activations and a nested weight."""
+"""Graded matrix-vector product over nested weights."""
 
 from pallas_kernels.matvec.api import (
     IMPLEMENTATIONS,
