@@ -156,7 +156,7 @@ class _Fitting(Dense):
         sample = x.reshape(-1)[:: -(-x.size // SAMPLES)]
         peak = jnp.max(jnp.abs(x)).astype(jnp.float32)
         self.tables[name.rsplit(".", 1)[-1]] = fitted_thresholds(sample), peak
-        super().product(name, linear, x)
+        return super().product(name, linear, x)
 
 
 def _calibrate(model: Decoder, key: jax.Array) -> None:
