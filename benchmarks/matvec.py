@@ -121,7 +121,7 @@ def measure(k, n, bits_list, rows, config, bandwidth) -> list[dict]:
                 "bits": bits,
                 "realised_bits": float(np.mean(realised)),
                 "config": config.__dict__,
-                "parts": geometry.slice_groups,
+                "partial_sums": geometry.splits,
                 "kernel_us": round(mine.median, 3),
                 "kernel_quartiles_us": [round(q, 3) for q in mine.quartiles],
                 "launches": mine.launches,
@@ -174,7 +174,7 @@ def version(package: str) -> str | None:
 def all_configs() -> list[mosaic_gpu.Config]:
     """Returns all configurations worth trying."""
     choices = itertools.product((1, 2), (1, 2, 4), (4, 8))
-    return [mosaic_gpu.Config(warpgroups=g, warps_per_slice=w, ring_slots=s) for g, w, s in choices]
+    return [mosaic_gpu.Config(warpgroups=g, warps_per_group=w, ring_slots=s) for g, w, s in choices]
 
 
 def best_of(results: list[dict]) -> list[dict]:
@@ -188,7 +188,7 @@ def best_of(results: list[dict]) -> list[dict]:
         for r in results:
             if r["shape"] == shape:
                 key = json.dumps(r["config"])
-                time = r["kernel_us"] + PARTIAL_OVERHEAD * r["parts"]
+                time = r["kernel_us"] + PARTIAL_OVERHEAD * r["partial_sums"]
                 times[key] = times.get(key, 0.0) + time
         k, n = layout.padded_shape(*map(int, shape.split("x")))
         best = min(times, key=times.__getitem__)

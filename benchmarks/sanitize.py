@@ -48,10 +48,10 @@ def random_weight(k: int, n: int, max_bits: int) -> NestedWeight:
 def matvec_cases() -> Iterator[Case]:
     """All splits of a group over warps, padded and whole shapes, all classes of rows, planes and dtypes."""
     classes = [
-        (384, 1024, 1, 8, "float32", 0, Config(warpgroups=1, warps_per_slice=1, ring_slots=4)),
-        (384, 1024, 1, 8, "bfloat16", 16, Config(warpgroups=1, warps_per_slice=4, ring_slots=2)),
-        (384, 1024, 2, 8, "bfloat16", 48, Config(warpgroups=2, warps_per_slice=2, ring_slots=8)),
-        (384, 1024, 4, 8, "bfloat16", 3, Config(warpgroups=2, warps_per_slice=4, ring_slots=16)),
+        (384, 1024, 1, 8, "float32", 0, Config(warpgroups=1, warps_per_group=1, ring_slots=4)),
+        (384, 1024, 1, 8, "bfloat16", 16, Config(warpgroups=1, warps_per_group=4, ring_slots=2)),
+        (384, 1024, 2, 8, "bfloat16", 48, Config(warpgroups=2, warps_per_group=2, ring_slots=8)),
+        (384, 1024, 4, 8, "bfloat16", 3, Config(warpgroups=2, warps_per_group=4, ring_slots=16)),
         (256, 512, 8, 8, "bfloat16", 16, None),
         (1000, 600, 5, 8, "float16", 0, None),
         *((300, 700, 3, bits, "float32", 5, None) for bits in (2, 4, 6, 8)),

@@ -1,4 +1,4 @@
-"""The ground floor of GRINQH-JAX: nested codes and the graded matvec. Needs jax and numpy only."""
+"""Nested codes and the kernels that read them, the graded matvec first. Imports only jax and numpy."""
 
 from pallas_kernels.activations import Activations
 from pallas_kernels.codes import dequantize, from_codes, quantize

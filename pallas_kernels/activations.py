@@ -2,7 +2,7 @@
 
 Between two products of a decode step, every row of activations needs a few sums: the product's partial sums
 over groups of input channels, and the mean square of a norm. A kernel for each sum would cost as much time as
-reading a megabyte of weights. So a kernel writes its sums in parts, and the kernel that reads them adds them.
+reading a megabyte of weights. So a kernel writes partial sums, and the kernel that reads them adds them up.
 """
 
 import dataclasses
@@ -24,17 +24,17 @@ class Activations:
     levels. A plain array is one partial without a factor.
 
     Attributes:
-      partials: ``[partials, *leading, columns]``, float32 if there are several, else float32, bfloat16 or
-        float16. Columns from ``features`` on are padding.
-      square_partials: float32 ``[*leading, parts]``, whose sum is the mean square that the norm divides by;
+      partials: ``[partials, *leading, stored_features]``, float32 if there are several, else float32,
+        bfloat16 or float16. Features from ``features`` on are padding.
+      square_partials: float32 ``[*leading, sums]``, whose sum is the mean square that the norm divides by;
         None if the factor is 1.
-      features: Logical number of columns.
+      features: Logical number of features.
       dtype: Dtype of the value.
       eps: Epsilon of the norm.
     """
 
-    partials: Float[Array, "partials *leading columns"]
-    square_partials: Float[Array, "*leading parts"] | None
+    partials: Float[Array, "partials *leading stored_features"]
+    square_partials: Float[Array, "*leading sums"] | None
     features: int = dataclasses.field(metadata={"static": True})
     dtype: jnp.dtype = dataclasses.field(metadata={"static": True})
     eps: float = dataclasses.field(default=0.0, metadata={"static": True})
@@ -43,7 +43,7 @@ class Activations:
     def of(
         cls,
         array: Float[Array, "*leading features"],
-        square_partials: Float[Array, "*leading parts"] | None = None,
+        square_partials: Float[Array, "*leading sums"] | None = None,
         eps: float = 0.0,
     ) -> "Activations":
         """Wraps an array, which may lack the factor of a norm.
@@ -57,7 +57,9 @@ class Activations:
         )
 
     @classmethod
-    def sums(cls, partials: Float[Array, "partials *leading columns"], features: int) -> "Activations":
+    def sums(
+        cls, partials: Float[Array, "partials *leading stored_features"], features: int
+    ) -> "Activations":
         """Wraps the float32 partial sums of a product."""
         return cls(partials, None, features, jnp.dtype(jnp.float32))
 
@@ -70,8 +72,8 @@ class Activations:
     def values(self) -> Float[Array, "*leading features"]:
         """The sums in ``dtype``, without the factor.
 
-        Single additions, from the first partial to the last: they fuse into the operation that uses the sum,
-        where a reduction would be a kernel, and their order is fixed.
+        The partials are added one by one in a fixed order. XLA fuses single additions into the operation that
+        uses the sum, but makes a reduction a kernel.
         """
         if len(self.partials) == 1:
             total = self.partials.reshape(self.partials.shape[1:])
@@ -89,7 +91,7 @@ class Activations:
         return (self.values.astype(jnp.float32) * self.factor()).astype(self.dtype)
 
     def factor(self) -> Float[Array, "*leading 1"] | float:
-        """float32 factor of every row."""
+        """Returns the float32 factor of every row."""
         if self.square_partials is None:
             return 1.0
         return jax.lax.rsqrt(jnp.sum(self.square_partials, axis=-1, keepdims=True) + self.eps)

@@ -1,4 +1,4 @@
-"""Nested codes: quantize, pack, unpack, dequantize. The formulas are in ``weight.NestedWeight``."""
+"""Nested codes: quantize, pack, unpack and dequantize. ``weight.NestedWeight`` gives the formulas."""
 
 import dataclasses
 from typing import NamedTuple
@@ -11,29 +11,29 @@ from pallas_kernels import grading, layout
 from pallas_kernels.weight import NestedWeight, num_planes
 
 RANGE = 2.0
-"""A code spans ``[-2, 2)`` times its scale."""
+"""A code spans ``[-RANGE, RANGE)`` times its scale."""
 
 CODE_STEPS = 64
-"""Steps of the 8-bit code per unit of scale: ``code = (w / scale + 2) * 64``."""
+"""Number of steps of an 8-bit code in one scale: ``code = (w / scale + 2) * 64``."""
 
 DIGIT_MEAN = 1.5
-"""Mean of the digits 0..3: a digit ``d`` of plane ``f`` adds ``(d - 1.5) * 4**-f`` times the scale."""
+"""Mean of the digits 0 to 3. A digit ``d`` of plane ``f`` adds ``(d - 1.5) * 4**-f`` times the scale."""
 
 
 def quantize(w: Shaped[Array, "..."], *, max_bits: int = 8, name: str = "weight") -> NestedWeight:
-    """Rounds ``w`` to nested codes with symmetric max-abs scales per (slice, output).
+    """Rounds ``w`` to nested codes, with a symmetric max-abs scale for each (group, output).
 
     Every level ``l >= 1`` of the result is within its half step of ``w``, up to float32 rounding:
     ``|w - w_l| <= scale * 0.5 * 4**(1 - l)``.
 
     Args:
-      w: float ``W[in_features, out_features]`` of ``y = x @ W`` (Hugging Face stores the transpose);
-        concrete, not traced.
-      max_bits: 2, 4, 6 or 8; trailing planes are not stored.
-      name: what an error calls the tensor.
+      w: ``W[in_features, out_features]`` of ``y = x @ W``, of a float dtype, not traced. (Hugging Face stores
+        the transpose.)
+      max_bits: Bits of the stored code: 2, 4, 6 or 8.
+      name: Name of the tensor in errors.
 
     Raises:
-      ValueError: as ``check_quantizable``; or ``max_bits`` is not 2, 4, 6 or 8.
+      ValueError: As ``check_quantizable``; or ``max_bits`` is not 2, 4, 6 or 8.
     """
     num_planes(max_bits)
     check_quantizable(w, name)
@@ -42,10 +42,11 @@ def quantize(w: Shaped[Array, "..."], *, max_bits: int = 8, name: str = "weight"
 
 
 def check_quantizable(w: Shaped[Array, "..."], name: str) -> None:
-    """Raises ValueError naming ``name`` if ``w`` cannot be quantized.
+    """Checks that ``w`` can be quantized.
 
-    That is: it is not a matrix, is empty, is not of a float dtype, holds NaN or Inf, or holds values
-    whose scale (half the largest magnitude of the group) does not fit float16.
+    Raises:
+      ValueError: ``w`` is not a matrix, is empty, is not of a float dtype, holds NaN or Inf, or needs a scale
+        (half the largest magnitude of a group) that exceeds float16.
     """
     if w.ndim != 2 or 0 in w.shape:
         raise ValueError(f"{name}: shape {tuple(w.shape)}, expected a non-empty matrix [in, out]")
@@ -65,41 +66,41 @@ def check_quantizable(w: Shaped[Array, "..."], name: str) -> None:
 
 
 @jax.jit
-def max_abs_scales(w: Float[Array, "k n"]) -> Float16[Array, "s n"]:
-    """``max |w| / 2`` over each slice of 128 input channels (N is not padded).
+def max_abs_scales(w: Float[Array, "k n"]) -> Float16[Array, "g n"]:
+    """Returns ``max |w| / 2`` over each group of 128 input channels, rounded up to float16.
 
-    Rounded *up* to float16: a scale rounded down would clip the group's largest weights, by a third
-    where the scale is a subnormal float16.
+    A scale rounded down would clip the largest weights of the group: by a third if the scale is a subnormal
+    float16. N is not padded.
     """
     k, n = w.shape
     w = jnp.pad(jnp.abs(w.astype(jnp.float32)), ((0, layout.round_up(k, layout.GROUP) - k), (0, 0)))
     half = w.reshape(-1, layout.GROUP, n).max(axis=1) / RANGE
     nearest = half.astype(jnp.float16)
-    # The next float16 of a non-negative one is the next integer.
+    # The bits of the next larger non-negative float16 are the next integer.
     up = jax.lax.bitcast_convert_type(nearest, jnp.uint16) + (nearest.astype(jnp.float32) < half)
     return jax.lax.bitcast_convert_type(up.astype(jnp.uint16), jnp.float16)
 
 
 @jax.jit
-def encode(w: Float[Array, "k n"], scales: Float16[Array, "s n"]) -> UInt8[Array, "k n"]:
-    """The 8-bit code whose interval holds ``w / scale``: ``floor((w / scale + 2) * 64)``, clipped."""
+def encode(w: Float[Array, "k n"], scales: Float16[Array, "g n"]) -> UInt8[Array, "k n"]:
+    """Returns 8-bit codes ``floor((w / scale + 2) * 64)``, clipped to 0..255."""
     scale = jnp.repeat(scales.astype(jnp.float32), layout.GROUP, axis=0)[: w.shape[0]]
     ratio = jnp.where(scale > 0, w.astype(jnp.float32) / jnp.where(scale > 0, scale, 1), 0)
     return jnp.clip(jnp.floor((ratio + RANGE) * CODE_STEPS), 0, 255).astype(jnp.uint8)
 
 
 def from_codes(
-    codes: UInt8[Array, "k n"], scales: Float16[Array, "s n"], *, max_bits: int = 8
+    codes: UInt8[Array, "k n"], scales: Float16[Array, "g n"], *, max_bits: int = 8
 ) -> NestedWeight:
-    """Packs 8-bit codes and their scales, padding K to the slice and N to the tile. All gains are 1.
+    """Packs 8-bit codes and their scales, and pads K to whole groups and N to whole tiles. All gains are 1.
 
     Args:
-      codes: one 8-bit code per weight; its leading ``max_bits`` bits are kept.
-      scales: float16 per (slice, output), ``s = ceil(k / 128)``; finite, ``>= 0``.
-      max_bits: 2, 4, 6 or 8.
+      codes: One 8-bit code for each weight. The result stores its leading ``max_bits`` bits.
+      scales: One float16 scale for each of ``g = ceil(k / 128)`` groups and each output; finite, ``>= 0``.
+      max_bits: Bits of the stored code: 2, 4, 6 or 8.
 
     Raises:
-      ValueError: ``max_bits`` is not 2, 4, 6 or 8, or the shapes do not fit each other.
+      ValueError: ``max_bits`` is not 2, 4, 6 or 8, or the shapes of codes and scales do not match.
     """
     planes = num_planes(max_bits)
     in_features, out_features = codes.shape
@@ -116,7 +117,7 @@ def from_codes(
 
 @jax.jit(static_argnums=1)
 def pack(codes: UInt8[Array, "k n"], planes: int) -> UInt32[Array, "p k w"]:
-    """Splits padded codes into digits and packs each plane, 16 digits to a word (order: ``layout``)."""
+    """Splits padded codes into digits and packs each plane in the order of ``layout``."""
     k, n = codes.shape
     stored = codes.reshape(k, n // layout.TILE, layout.TILE)[:, :, layout.TILE_OUTPUTS]
     stored = stored.reshape(k, n // layout.WORD_DIGITS, layout.WORD_DIGITS).astype(jnp.uint32)
@@ -126,61 +127,62 @@ def pack(codes: UInt8[Array, "k n"], planes: int) -> UInt32[Array, "p k w"]:
 
 
 def unpack_digit_major(words: UInt32[Array, "*any w"]) -> Int[Array, "*any 16 w"]:
-    """The digits ``0..3`` of packed words, in the order of ``layout.digit_major_positions``."""
+    """Unpacks the digits 0 to 3 of words, in the order of ``layout.digit_major_positions``."""
     shifts = jnp.arange(layout.WORD_DIGITS, dtype=jnp.uint32)[:, None] * layout.DIGIT_BITS
     return ((words[..., None, :] >> shifts) & 3).astype(jnp.int32)
 
 
 def unpack(planes: UInt32[Array, "p k w"]) -> UInt8[Array, "p k n"]:
-    """The digits ``0..3`` of every plane, outputs in logical order: the inverse of ``pack``."""
+    """Unpacks the digits 0 to 3 of every plane, outputs in logical order: the inverse of ``pack``."""
     return _logical_order(unpack_digit_major(planes).astype(jnp.uint8))
 
 
 def _logical_order(digit_major):
-    *any_, digits, words = digit_major.shape
-    flat = digit_major.reshape(*any_, digits * words)
+    *leading, digits, words = digit_major.shape
+    flat = digit_major.reshape(*leading, digits * words)
     return flat[..., layout.digit_major_positions(digits * words)]
 
 
 def dequantize(
     weight: NestedWeight, level: Int[Array, "k"] | int | None = None, dtype=jnp.float32
 ) -> Float[Array, "k n"]:
-    """``w_l`` of every weight, ``[in_features, out_features]``, computed in float32, cast to ``dtype``.
+    """Returns ``w_l`` of every weight, ``[in_features, out_features]``, computed in float32.
 
     Args:
-      weight: the nested weight.
-      level: one level for all input channels, or one per channel (int ``[in_features]``); the highest
-        stored level by default. A level above the stored planes reads what is stored.
-      dtype: of the result.
+      weight: The nested weight.
+      level: Level of all input channels, or int ``[in_features]``, one level for each channel. The default is
+        the highest level, which also replaces levels above it.
+      dtype: Dtype of the result.
     """
     if level is None or isinstance(level, int):
         weight = dataclasses.replace(weight, planes=weight.planes[:level])
         level = weight.num_planes
     level = jnp.minimum(level, weight.num_planes)
     f = jnp.arange(weight.num_planes)[:, None]
-    gain = grading.gain_of_each(level, weight.level_gains)
+    gain = grading.channel_gains(level, weight.level_gains)
     return _dequantize(weight, jnp.where(f < level, gain * 4.0**-f, 0.0), dtype)
 
 
 @jax.jit(static_argnums=2)
-def _dequantize(weight, place, dtype):
-    """``place [P, K or 1]``: what a digit of a plane is worth in a channel, 0 where it is not read."""
+def _dequantize(weight, digit_weights, dtype):
+    """Dequantizes with digit weights ``[P, K or 1]``: the factor of a plane's digit, 0 if it is not read."""
     planes = weight.planes[:, : weight.in_features]
-    # Summed in the order of the words, so that the outputs are permuted once and not in every plane.
+    # The sum keeps the order of the words, so that the outputs are permuted once and not for every plane.
     total = jnp.zeros((planes.shape[1], layout.WORD_DIGITS, planes.shape[2]), jnp.float32)
-    for words, worth in zip(planes, place, strict=True):
-        total += (unpack_digit_major(words) - DIGIT_MEAN) * worth[:, None, None]
+    for words, digit_weight in zip(planes, digit_weights, strict=True):
+        total += (unpack_digit_major(words) - DIGIT_MEAN) * digit_weight[:, None, None]
     scale = jnp.repeat(weight.scales.astype(jnp.float32), layout.GROUP, axis=0)[: weight.in_features]
     return (_logical_order(total) * scale)[:, : weight.out_features].astype(dtype)
 
 
 class LevelFit(NamedTuple):
-    """How the levels of a weight's codes fit it: means over its entries.
+    """How well each level of a weight's codes fits the weight, as means over all entries.
 
     Attributes:
-      errors: ``e(l) = (w - w_l)**2``, ``[P + 1]``, of levels ``0..P`` (``e(0)`` = mean square of ``w``).
-      slopes: ``w_l (w - w_l)``, ``[P]``, of levels ``1..P``: above 0 where ``w_l`` is too small.
-      squares: ``w_l**2``, likewise.
+      errors: ``e(l) = mean((w - w_l)**2)``, ``[P + 1]``, of levels 0 to P. ``e(0)`` is the mean square of
+        ``w``.
+      slopes: ``mean(w_l (w - w_l))``, ``[P]``, of levels 1 to P; above 0 if ``w_l`` is too small.
+      squares: ``mean(w_l**2)``, ``[P]``, of levels 1 to P.
     """
 
     errors: Float[Array, "p1"]
@@ -191,18 +193,24 @@ class LevelFit(NamedTuple):
 def level_fit(
     w: Float[Array, "k n"], weight: NestedWeight, output_weights: Float[Array, "n"] | None = None
 ) -> LevelFit:
-    """Of ``w`` and its codes. ``output_weights`` multiply what each output adds; all are 1 by default."""
+    """Returns the fit of the codes ``weight`` to ``w``.
+
+    Args:
+      w: The exact weight.
+      weight: Its nested codes.
+      output_weights: Factor of each output in the means; 1 by default.
+    """
     w = w.astype(jnp.float32)
     output_weights = 1.0 if output_weights is None else output_weights
-    found = []
+    means = []
     for level in range(weight.num_planes + 1):
         read = dequantize(weight, level)
         error = w - read
-        found.append([jnp.mean(product * output_weights) for product in (error**2, read * error, read**2)])
-    errors, slopes, squares = (jnp.stack(column) for column in zip(*found, strict=True))
+        means.append([jnp.mean(product * output_weights) for product in (error**2, read * error, read**2)])
+    errors, slopes, squares = (jnp.stack(column) for column in zip(*means, strict=True))
     return LevelFit(errors, slopes[1:], squares[1:])
 
 
 def level_errors(w: Float[Array, "k n"], weight: NestedWeight) -> Float[Array, "p1"]:
-    """``e(l)``, the mean squared weight error of levels ``0..P`` (``e(0)`` = mean square of ``w``)."""
+    """Returns ``e(l)``, the mean squared error of levels 0 to P; ``e(0)`` is the mean square of ``w``."""
     return level_fit(w, weight).errors

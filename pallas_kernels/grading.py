@@ -1,4 +1,4 @@
-"""Grading: how many bits each input channel deserves, from the magnitude of its activation."""
+"""Grading: the magnitude of an activation decides how many bits of its input channel are read."""
 
 import dataclasses
 
@@ -52,7 +52,7 @@ def levels(x: Float[Array, "*rows k"], thresholds: Float[Array, "*#rows p"]) -> 
     return jnp.sum(reached, axis=-1, dtype=jnp.int32)
 
 
-def gain_of_each(
+def channel_gains(
     level: Int[Array, "*any"], level_gains: Float[Array, "p"] | None
 ) -> Float[Array, "*any"] | float:
     """Returns the gain of each channel's level (see ``NestedWeight``); arbitrary at level 0."""

@@ -1,53 +1,56 @@
-"""The storage layout of nested codes: constants, padding, and the order of outputs inside a tile.
+"""The storage layout of nested codes: constants, padding, and the order of the outputs inside a tile.
 
-One 8-bit code is four 2-bit *digits*, most significant first. Digit ``f`` of every weight lives in
-*plane* ``f``: ``planes[f, k, :]`` holds the digits of all outputs of input channel ``k``, 16 digits
-to a 32-bit word, so that one channel's plane is one contiguous row and can be read, or skipped, alone.
+An 8-bit code consists of four 2-bit *digits*, the most significant first. *Plane* ``f`` stores digit ``f``
+of every weight. ``planes[f, k, :]`` is the row of input channel ``k``: the digits of all its outputs, 16 in
+each 32-bit word. A row is contiguous, so it can be read or skipped alone.
 
-Along the outputs a row is cut into *tiles* of 512 outputs = 32 words = 128 bytes. Inside a tile the
-outputs are permuted so that the GPU kernel's matrix instruction delivers every lane 4 consecutive
-outputs without a shuffle. The permutation is fixed, and is the business of this file alone.
+A row is cut into *tiles* of 512 outputs = 32 words = 128 bytes. The outputs are permuted inside each tile, so
+that the GPU kernel's matrix instruction gives every lane 4 consecutive outputs without a shuffle. Number the
+words of a tile ``4 row + 2 half + pair``, with ``row`` in 0..7 and ``half`` and ``pair`` in 0..1. The bits
+``8 b + 2 p`` and ``8 b + 2 p + 1`` of a word, with ``b`` and ``p`` in 0..3, are the digit of output
+
+    ``256 half + 128 (p // 2) + 16 row + 8 pair + 4 (b // 2) + 2 (p % 2) + b % 2``.
 """
 
 import numpy as np
 
 GROUP = 128
-"""Input channels that share one scale per output (the quantization group runs along K)."""
+"""Number of consecutive input channels that share one scale for each output."""
 
 DIGIT_BITS = 2
-"""Bits of one digit, hence of one plane and of one level step."""
+"""Bits of a digit, and bits that each level adds."""
 
 MAX_PLANES = 4
-"""Planes of a full 8-bit code."""
+"""Number of planes of an 8-bit code."""
 
 WORD_DIGITS = 16
-"""Digits in one 32-bit word of a plane."""
+"""Number of digits in a 32-bit word."""
 
 TILE = 512
-"""Outputs in one tile, the unit that N is padded to."""
+"""Number of outputs in a tile. N is padded to whole tiles."""
 
 TILE_WORDS = TILE // WORD_DIGITS
-"""32-bit words of one input channel in one tile of one plane."""
+"""Number of 32-bit words of a row in a tile."""
 
 
 def round_up(size: int, multiple: int) -> int:
-    """The least multiple of ``multiple`` that is at least ``size``."""
+    """Returns the least multiple of ``multiple`` that is at least ``size``."""
     return -(-size // multiple) * multiple
 
 
 def padded_shape(in_features: int, out_features: int) -> tuple[int, int]:
-    """Stored ``(K, N)`` of a logical ``(in_features, out_features)``: whole slices, whole tiles."""
+    """Returns the stored ``(K, N)``: ``in_features`` in whole groups, ``out_features`` in whole tiles."""
     return round_up(in_features, GROUP), round_up(out_features, TILE)
 
 
 def _tile_positions() -> np.ndarray:
-    """int32 [512]: position ``word * 16 + digit_in_word`` of each output of a tile.
+    """Returns int32 ``[512]``: position ``word * 16 + digit_in_word`` of each output of a tile.
 
-    Derived from the register layout of ``mma.sync.m16n8k32`` (PTX ISA, "Matrix fragments for
-    mma.m16n8k32"): lane ``4 * row + column`` of a warp holds, after the multiply, outputs whose
-    packed words were loaded by rows ``row`` of the A fragment. Output ``n = 128 * chunk + 4 * lane +
-    inner`` is what lane ``lane`` stores as element ``inner`` of its 16-byte store number ``chunk``.
-    Digit ``d`` of a word is its bits ``2 * d`` and ``2 * d + 1``.
+    The order follows from the register layout of ``mma.sync.m16n8k32`` (PTX ISA, "Matrix fragments for
+    mma.m16n8k32"). After the multiplication, lane ``4 * row + column`` of a warp holds the outputs of the
+    words that rows ``row`` and ``row + 8`` of the operand A contained. Output ``n = 128 * chunk + 4 * lane +
+    inner`` is element ``inner`` of the 16-byte store number ``chunk`` of lane ``lane``. Digit ``d`` of a word
+    is its bits ``2 * d`` and ``2 * d + 1``.
     """
     n = np.arange(TILE)
     chunk, lane, inner = n >> 7, (n >> 2) & 31, n & 3
@@ -60,18 +63,20 @@ def _tile_positions() -> np.ndarray:
 
 
 TILE_POSITIONS = _tile_positions()
-"""int32 [512]: where output ``n`` of a tile is stored, as ``word * 16 + digit_in_word``."""
+"""int32 ``[512]``: position of output ``n`` of a tile, ``word * 16 + digit_in_word``."""
 
 TILE_OUTPUTS = np.argsort(TILE_POSITIONS).astype(np.int32)
-"""int32 [512]: which output is stored at each position (the inverse permutation)."""
+"""int32 ``[512]``: output at each position of a tile, the inverse permutation."""
 
 
 def digit_major_positions(outputs: int) -> np.ndarray:
-    """int32 ``[outputs]``: where each output of a row lies once its words are unpacked digit by digit.
+    """Returns int32 ``[outputs]``: position of each output of a row that is unpacked digit by digit.
 
-    Unpacking one digit of *all* words of a row before the next digit keeps the words in vector
-    registers. It yields the outputs in the order ``[16, words]``; ``unpacked.reshape(-1)[positions]``
-    puts them in logical order. ``outputs`` is the stored N, a multiple of the tile.
+    Unpacking a digit of all words before the next digit keeps the words in vector registers. It gives the
+    outputs in the order ``[16, words]``, and ``unpacked.reshape(-1)[positions]`` puts them in logical order.
+
+    Args:
+      outputs: Stored N, a multiple of the tile.
     """
     words = outputs // WORD_DIGITS
     tile, position = np.divmod(np.arange(outputs), TILE)

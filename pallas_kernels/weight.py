@@ -1,4 +1,4 @@
-"""The nested quantized weight, one pytree dataclass that states the format's invariants."""
+"""The nested quantized weight: a pytree dataclass that states the invariants of the format."""
 
 import dataclasses
 
@@ -14,35 +14,35 @@ from pallas_kernels import layout
 class NestedWeight:
     """A weight ``W[in_features, out_features]`` of ``y = x @ W``, stored as nested bit planes.
 
-    With ``P`` planes, ``K, N = padded_shape(in_features, out_features)``, slice ``s = k // 128`` and
-    ``d_f[k, n]`` the digit that plane ``f`` holds for channel ``k`` and output ``n``, level ``l``
-    (``0 <= l <= P``, i.e. ``2 * l`` bits) reads the weight as
+    Let ``P`` be the number of planes, ``K, N = padded_shape(in_features, out_features)``, ``g = k // 128``
+    the group of channel ``k``, and ``d_f[k, n]`` the digit of plane ``f`` for channel ``k`` and output ``n``.
+    Level ``l`` (``0 <= l <= P``, which is ``2 * l`` bits) reads the weight as
 
         ``w_0[k, n] = 0``
-        ``w_l[k, n] = scales[s, n] * (sum_{f < l} d_f[k, n] * 4**-f  +  0.5 * 4**(1 - l)  -  2)``.
+        ``w_l[k, n] = scales[g, n] * (sum_{f < l} d_f[k, n] * 4**-f  +  0.5 * 4**(1 - l)  -  2)``.
 
-    The half step ``0.5 * 4**(1 - l)`` puts the value in the middle of the interval that the digits
-    read so far leave open. As ``sum_{f < l} 1.5 * 4**-f = 2 - 0.5 * 4**(1 - l)``, the same thing without
-    a term that depends on the level, which is how it is computed here, is
+    The half step ``0.5 * 4**(1 - l)`` puts the value in the middle of the interval that the first ``l``
+    digits leave open. Because ``sum_{f < l} 1.5 * 4**-f = 2 - 0.5 * 4**(1 - l)``, an equal form has no term
+    that depends on the level; all implementations compute it:
 
-        ``w_l[k, n] = scales[s, n] * sum_{f < l} (d_f[k, n] - 1.5) * 4**-f``.
+        ``w_l[k, n] = scales[g, n] * sum_{f < l} (d_f[k, n] - 1.5) * 4**-f``.
 
-    Weights are denser near 0 than near the ends of the range, so the middle of a wide interval is further
-    out than the mean of what lies in it: at level 1 by about 15 per cent. A weight may have a gain for each
-    level, ``level_gains[l - 1] * w_l``, that takes this back (``checkpoints_tools`` finds them).
+    Weights are denser near 0 than near the ends of the range, so the middle of a wide interval is larger in
+    magnitude than the mean of the weights in it: by about 15 per cent at level 1. A weight may therefore have
+    a gain for each level, which ``checkpoints_tools`` fits: level ``l`` reads ``level_gains[l - 1] * w_l``.
+
+    Construction checks nothing, so the arrays may be traced or abstract. Code that reads weights from outside
+    calls ``check``.
 
     Attributes:
-      planes: uint32 ``[P, K, N // 16]``. Order of the outputs in a row: see ``layout``. Padding
-        channels (``k >= in_features``) are never read by a graded matvec; padding outputs have scale
-        0. Both hold zeros, so that equal weights are equal bytes.
+      planes: uint32 ``[P, K, N // 16]``; ``layout`` gives the order of the outputs in a row. A graded matvec
+        never reads padding channels (``k >= in_features``). Padding outputs have scale 0. Both hold zeros, so
+        that equal weights are equal bytes.
       scales: float16 ``[K // 128, N]``, finite, ``>= 0``. A scale of 0 makes its group exactly 0.
-      in_features: logical K, static under ``jit``.
-      out_features: logical N, static under ``jit``.
-      level_gains: float32 ``[P]``, gains of levels ``1..P``, finite, ``> 0``; the highest level's is 1. None
-        if all are 1.
-
-    The arrays may be traced or abstract: construction checks nothing. ``check`` does, and whatever
-    reads weights from outside calls it.
+      in_features: Logical K, static under ``jit``.
+      out_features: Logical N, static under ``jit``.
+      level_gains: float32 ``[P]``: gains of levels ``1..P``, finite, ``> 0``. The gain of the highest level
+        is 1. None means that all are 1.
     """
 
     planes: jax.Array
@@ -53,7 +53,7 @@ class NestedWeight:
 
     @property
     def num_planes(self) -> int:
-        """Stored planes ``P``, which is also the highest level."""
+        """Number of stored planes ``P``, which is also the highest level."""
         return self.planes.shape[0]
 
     @property
@@ -68,7 +68,7 @@ class NestedWeight:
 
     @classmethod
     def abstract(cls, in_features: int, out_features: int, max_bits: int = 8) -> "NestedWeight":
-        """The same pytree with ``jax.ShapeDtypeStruct`` leaves: what a checkpoint must hold."""
+        """Returns the pytree with ``jax.ShapeDtypeStruct`` leaves, as a checkpoint must hold it."""
         k, n = layout.padded_shape(in_features, out_features)
         planes = (num_planes(max_bits), k, n // layout.WORD_DIGITS)
         return cls(
@@ -80,10 +80,10 @@ class NestedWeight:
         )
 
     def check(self, name: str = "weight") -> None:
-        """Raises ValueError, naming ``name`` and every broken invariant, if any is broken.
+        """Raises ValueError, which names ``name`` and every broken invariant, if any is broken.
 
-        Looks at shapes, dtypes and the scales' values (a read of N * K / 128 numbers); every value of
-        the planes is a valid code, so there is nothing to check there.
+        Checks shapes, dtypes and the values of scales and gains, which are about N * K / 128 numbers. Every
+        value of the planes is a valid code.
         """
         problems = []
         planes, scales = tuple(self.planes.shape), tuple(self.scales.shape)
@@ -110,16 +110,16 @@ class NestedWeight:
         if self.level_gains is None:
             return []
         if self.level_gains.dtype != jnp.float32 or self.level_gains.shape != self.planes.shape[:1]:
-            found = f"{self.level_gains.dtype} {tuple(self.level_gains.shape)}"
-            return [f"level_gains is {found}, expected float32 {tuple(self.planes.shape[:1])}"]
+            actual = f"{self.level_gains.dtype} {tuple(self.level_gains.shape)}"
+            return [f"level_gains is {actual}, expected float32 {tuple(self.planes.shape[:1])}"]
         gains = np.asarray(self.level_gains)
         if not np.isfinite(gains).all() or (gains <= 0).any() or gains[-1] != 1:
-            return [f"level_gains is {gains.tolist()}, expected finite ones above 0, the last of them 1"]
+            return [f"level_gains is {gains.tolist()}, expected finite numbers above 0, the last of them 1"]
         return []
 
 
 def num_planes(max_bits: int) -> int:
-    """Planes that a code of ``max_bits`` bits has.
+    """Returns the number of planes of a code of ``max_bits`` bits.
 
     Raises:
       ValueError: ``max_bits`` is not 2, 4, 6 or 8.

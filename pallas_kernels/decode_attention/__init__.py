@@ -1,4 +1,4 @@
-"""Attention of a decode step: one new token per sequence against its key-value cache."""
+"""Decode attention: one new token of each sequence attends to its key-value cache."""
 
 from pallas_kernels.decode_attention.kernel import decode_attention, supports
 

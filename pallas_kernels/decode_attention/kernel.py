@@ -7,36 +7,36 @@ import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Int
 
 from pallas_kernels.activations import Activations
+from pallas_kernels.decode_attention.lane_context import THREADS, WARPS, Refs, Shape
 from pallas_kernels.decode_attention.merging import MergeRefs, merge_program
-from pallas_kernels.decode_attention.place import THREADS, WARPS, Refs, Shape
 from pallas_kernels.decode_attention.program import attention_program
 from pallas_kernels.lanes import device
 from pallas_kernels.lanes.launch import lane_kernel
 from pallas_kernels.lanes.rows import Rows
 
 HEAD_DIMS = (64, 128)
-MAX_GROUP = WARPS - 2
-"""Maximum number of query heads for each kv head. One warp prepares each query head, one the new key and one
-the new value."""
+MAX_QUERIES_PER_KV = WARPS - 2
+"""Largest number of query heads that share a kv head. Each warp prepares one query head, the new key or the
+new value."""
 
 BLOCKS = 128
-"""Number of CTAs to aim for: about one on every multiprocessor."""
+"""Number of CTAs to aim for, about one for each multiprocessor."""
 
 MIN_POSITIONS = 32
 """Minimum number of cached positions in a split."""
 
 
 def supports(*, tokens: int, heads: int, kv_heads: int, head_dim: int, dtype) -> str | None:
-    """Returns None if the kernel supports these sizes on the device that is compiled for, else the reason."""
+    """Returns why the kernel cannot run for these sizes on the target device, or None if it can."""
     if tokens != 1:
         return f"takes one new token of each sequence, not {tokens}"
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"takes bfloat16, not {jnp.dtype(dtype).name}"
     if head_dim not in HEAD_DIMS:
         return f"takes heads of {' or '.join(map(str, HEAD_DIMS))}, not {head_dim}"
-    if heads > MAX_GROUP * kv_heads:
-        return f"takes at most {MAX_GROUP} query heads to a kv head, not {heads // kv_heads}"
-    return device.problem()
+    if heads > MAX_QUERIES_PER_KV * kv_heads:
+        return f"takes at most {MAX_QUERIES_PER_KV} query heads for each kv head, not {heads // kv_heads}"
+    return device.unsupported_reason()
 
 
 def decode_attention(
@@ -70,13 +70,13 @@ def decode_attention(
     shape = Shape(
         batch=batch,
         kv_heads=kv_heads,
-        group=qkv.features // (kv_heads * head_dim) - 2,
+        queries_per_kv=qkv.features // (kv_heads * head_dim) - 2,
         head_dim=head_dim,
         capacity=capacity,
         splits=max(1, min(BLOCKS // (batch * kv_heads), -(-capacity // MIN_POSITIONS))),
         eps=None if norm_scales is None else eps,
-        parts=partials.shape[0],
-        stored_columns=partials.shape[2],
+        num_partials=partials.shape[0],
+        stored_features=partials.shape[2],
     )
     unscaled = jnp.ones(head_dim, jnp.bfloat16)
     q_scale, k_scale = (scale.astype(jnp.bfloat16) for scale in norm_scales or (unscaled, unscaled))
@@ -90,14 +90,14 @@ def decode_attention(
 
 @functools.cache
 def _attention(shape: Shape):
-    """Builds the kernel; its arguments and results are those of ``place.Refs`` without shared memory."""
-    part = (shape.batch, shape.kv_heads, shape.splits, shape.group)
+    """Builds the kernel; its arguments and results are those of ``lane_context.Refs``."""
+    leading = (shape.batch, shape.kv_heads, shape.splits, shape.queries_per_kv)
     return lane_kernel(
         "decode_attention_kernel",
         lambda isa, refs: attention_program(isa, shape, Refs(*refs)),
         outputs=[
-            jax.ShapeDtypeStruct((*part, shape.head_dim), jnp.float32),
-            jax.ShapeDtypeStruct((*part, 2), jnp.float32),
+            jax.ShapeDtypeStruct((*leading, shape.head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((*leading, 2), jnp.float32),
         ],
         blocks=shape.blocks,
         threads=THREADS,
@@ -107,12 +107,12 @@ def _attention(shape: Shape):
 
 @functools.cache
 def _merge(shape: Shape):
-    """Builds the merge; its arguments and results are those of ``MergeRefs`` without shared memory."""
+    """Builds the kernel of the second launch; its arguments and results are those of ``MergeRefs``."""
     rows = merged_rows(shape)
     return lane_kernel(
         "merge_attention_kernel",
         lambda isa, refs: merge_program(isa, shape, rows, MergeRefs(*refs)),
-        outputs=[jax.ShapeDtypeStruct((rows.rows, rows.columns), jnp.bfloat16)],
+        outputs=[jax.ShapeDtypeStruct((rows.rows, rows.features), jnp.bfloat16)],
         blocks=rows.blocks,
         threads=rows.threads,
         shared_bytes=rows.shared_bytes,
@@ -120,5 +120,5 @@ def _merge(shape: Shape):
 
 
 def merged_rows(shape: Shape) -> Rows:
-    """Returns the rows of the attention's outputs."""
-    return Rows(shape.batch, shape.kv_heads * shape.group * shape.head_dim)
+    """Returns the rows of the output of attention."""
+    return Rows(shape.batch, shape.kv_heads * shape.queries_per_kv * shape.head_dim)

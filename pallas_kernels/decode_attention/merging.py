@@ -1,26 +1,36 @@
-"""Merging softmaxes: of a CTA's warps, and, in a launch of its own, of the CTAs."""
+"""Merging the softmaxes of the warps of a CTA, and, in a second launch, of all CTAs."""
 
 import dataclasses
 from typing import Any
 
-from pallas_kernels.decode_attention.place import CHUNK, THREADS, WARPS, Place, Refs, Shape, Softmax
+from pallas_kernels.decode_attention.lane_context import (
+    CHUNK,
+    THREADS,
+    WARPS,
+    LaneContext,
+    OnlineSoftmax,
+    Refs,
+    Shape,
+)
 from pallas_kernels.lanes.instructions import Instructions, Value
 from pallas_kernels.lanes.rows import Rows, load_pair, locate, store_rounded
 
 
-def merge_in_block(isa, shape: Shape, refs: Refs, state: Softmax, place: Place, shared: Value) -> None:
-    """Merges the warps' softmaxes through shared memory and writes the CTA's result."""
-    thread, warp, dim, heads = place.thread, place.warp, shape.head_dim, shape.group
-    tops, mixes = shared + shape.tops_base, shared + shape.mixes_base
-    total = state.total
+def merge_in_block(
+    isa: Instructions, shape: Shape, refs: Refs, state: OnlineSoftmax, context: LaneContext, shared: Value
+) -> None:
+    """Merges the softmaxes of the warps in shared memory and writes the result of the CTA."""
+    thread, warp, dim, heads = context.thread, context.warp, shape.head_dim, shape.queries_per_kv
+    softmax, accumulators = shared + shape.softmax_base, shared + shape.accumulator_base
+    total = state.running_sum
     for distance in (1, 2):
         total = total + isa.shuffle_xor(total, distance)
-    is_head, mine = place.row < heads, warp * heads + place.row
-    isa.store_shared(tops + mine * 8, [state.maximum, total], is_head & place.column.equals(0))
+    is_head, index = context.row < heads, warp * heads + context.row
+    isa.store_shared(softmax + index * 8, [state.running_max, total], is_head & context.column.equals(0))
     for chunk in range(dim // CHUNK):
-        for half in range(2):  # Blocks of a chunk follow one another: a lane has 16 consecutive values of it.
-            target = mixes + mine * (4 * dim) + place.column * 64 + (chunk * CHUNK + half * 8) * 4
-            run = [state.mixed[2 * (chunk * 8 + block) + half] for block in range(8)]
+        for half in range(2):  # The blocks of a chunk interleave: a lane holds 16 consecutive values of it.
+            target = accumulators + index * (4 * dim) + context.column * 64 + (chunk * CHUNK + half * 8) * 4
+            run = [state.accumulator[2 * (chunk * 8 + block) + half] for block in range(8)]
             isa.store_shared(target, run[:4], is_head)
             isa.store_shared(target + 16, run[4:], is_head)
     isa.block_barrier()
@@ -28,53 +38,62 @@ def merge_in_block(isa, shape: Shape, refs: Refs, state: Softmax, place: Place, 
         item = thread + begin
         with isa.when(item < heads * dim):
             head, value = item // dim, item % dim
-            pairs = [isa.load_shared(tops + (head + w * heads) * 8, 2, "f32") for w in range(WARPS)]
-            top = pairs[0][0]
-            for other, _ in pairs[1:]:
-                top = larger(isa, top, other)
-            total, mixed = isa.constant(0.0, "f32"), isa.constant(0.0, "f32")
-            for w, (other, part_sum) in enumerate(pairs):
-                shrink = isa.exp2(other - top)
-                (mix,) = isa.load_shared(mixes + (head + w * heads) * (4 * dim) + value * 4, 1, "f32")
-                total = isa.multiply_add(shrink, part_sum, total)
-                mixed = isa.multiply_add(shrink, mix, mixed)
-            out = place.block * (heads * dim) + item
-            isa.store_global(isa.global_address(refs.mixed) + isa.widen(out << 2), [mixed])
+            pairs = [isa.load_shared(softmax + (head + w * heads) * 8, 2, "f32") for w in range(WARPS)]
+            running_max = pairs[0][0]
+            for warp_max, _ in pairs[1:]:
+                running_max = larger(isa, running_max, warp_max)
+            running_sum, accumulator = isa.constant(0.0, "f32"), isa.constant(0.0, "f32")
+            for w, (warp_max, warp_sum) in enumerate(pairs):
+                factor = isa.exp2(warp_max - running_max)
+                address = accumulators + (head + w * heads) * (4 * dim) + value * 4
+                (warp_accumulator,) = isa.load_shared(address, 1, "f32")
+                running_sum = isa.multiply_add(factor, warp_sum, running_sum)
+                accumulator = isa.multiply_add(factor, warp_accumulator, accumulator)
+            out = context.block * (heads * dim) + item
+            isa.store_global(isa.global_address(refs.accumulators) + isa.widen(out << 2), [accumulator])
             with isa.when(value.equals(0)):
-                pair = place.block * heads + head
-                isa.store_global(isa.global_address(refs.tops) + isa.widen(pair << 3), [top, total])
+                pair = context.block * heads + head
+                address = isa.global_address(refs.softmax) + isa.widen(pair << 3)
+                isa.store_global(address, [running_max, running_sum])
 
 
 @dataclasses.dataclass(frozen=True)
 class MergeRefs:
-    """``mixed`` and ``tops`` as in ``place.Refs``; written: ``values bf16 [B, heads * D]``."""
+    """Arrays of the second launch.
 
-    mixed: Any
-    tops: Any
-    values: Any
+    Attributes:
+      accumulators, softmax: See ``lane_context.Refs``.
+      outputs: Output, bfloat16 ``[B, heads * D]``.
+      shared: The shared memory, not used.
+    """
+
+    accumulators: Any
+    softmax: Any
+    outputs: Any
     shared: Any
 
 
 def merge_program(isa: Instructions, shape: Shape, rows: Rows, refs: MergeRefs) -> None:
-    """The softmax over all splits: ``sum(w * mixed) / sum(w * sum)`` with ``w = 2**(maximum - largest)``."""
-    at = locate(isa, rows)
-    head, value = at.column // shape.head_dim, at.column % shape.head_dim
-    kv_head, of_group = head // shape.group, head % shape.group
-    first = (at.row * shape.kv_heads + kv_head) * (shape.splits * shape.group) + of_group
-    softmaxes = [first + split * shape.group for split in range(shape.splits)]
-    pairs = [load_pair(isa, refs.tops, softmax * 2) for softmax in softmaxes]
-    mixes = [load_pair(isa, refs.mixed, softmax * shape.head_dim + value) for softmax in softmaxes]
-    top = pairs[0][0]
-    for maximum, _ in pairs[1:]:
-        top = larger(isa, top, maximum)
+    """Merges all splits: ``sum(f * accumulator) / sum(f * sum)`` with ``f = 2**(max - largest max)``."""
+    pair = locate(isa, rows)
+    head, value = pair.feature // shape.head_dim, pair.feature % shape.head_dim
+    kv_head, query = head // shape.queries_per_kv, head % shape.queries_per_kv
+    first = (pair.row * shape.kv_heads + kv_head) * (shape.splits * shape.queries_per_kv) + query
+    indices = [first + split * shape.queries_per_kv for split in range(shape.splits)]
+    softmax = [load_pair(isa, refs.softmax, index * 2) for index in indices]
+    accumulators = [load_pair(isa, refs.accumulators, index * shape.head_dim + value) for index in indices]
+    largest = softmax[0][0]
+    for split_max, _ in softmax[1:]:
+        largest = larger(isa, largest, split_max)
     zero = isa.constant(0.0, "f32")
     total, low, high = zero, zero, zero
-    for (maximum, part_sum), (a, b) in zip(pairs, mixes, strict=True):
-        weight = isa.exp2(maximum - top)
-        total = isa.multiply_add(weight, part_sum, total)
-        low, high = isa.multiply_add(weight, a, low), isa.multiply_add(weight, b, high)
-    store_rounded(isa, rows, at, refs.values, [isa.divide(a, total) for a in (low, high)])
+    for (split_max, split_sum), (a, b) in zip(softmax, accumulators, strict=True):
+        factor = isa.exp2(split_max - largest)
+        total = isa.multiply_add(factor, split_sum, total)
+        low, high = isa.multiply_add(factor, a, low), isa.multiply_add(factor, b, high)
+    store_rounded(isa, rows, pair, refs.outputs, [isa.divide(a, total) for a in (low, high)])
 
 
-def larger(isa, a: Value, b: Value) -> Value:
+def larger(isa: Instructions, a: Value, b: Value) -> Value:
+    """Returns the larger of two ``f32``."""
     return isa.select(a < b, b, a)

@@ -1,57 +1,59 @@
-"""The new token's query, key and value: summed, normed, rotated, put into shared memory and the cache."""
+"""The new token's queries, key and value: sum, norm, rotation, and storage in shared memory and the cache."""
 
 import dataclasses
 
-from pallas_kernels.decode_attention.place import Place, Refs, Shape
+from pallas_kernels.decode_attention.lane_context import LaneContext, Refs, Shape
 from pallas_kernels.lanes.instructions import Instructions, Value
-from pallas_kernels.lanes.rows import load_pair, sum_of_pairs, unpack_bfloat16
+from pallas_kernels.lanes.rows import load_pair, sum_pairs, unpack_bfloat16
 
 
 @dataclasses.dataclass(frozen=True)
 class Fetched:
-    """What a lane needs of a head: four of its numbers, two in each half, before norm and rotation."""
+    """The lane's share of a head before norm and rotation: a pair of values in each half of the head."""
 
     word: Value
-    """Of half a head: the lane's pair of numbers in either half."""
+    """Index of the pair in its half."""
     halves: list[list[Value]]
+    """float32 ``[half][2]``"""
     cos: list[Value]
     sin: list[Value]
     scales: list[list[Value]] | None
-    """Packed, of the query norm and of the key norm, for both halves."""
+    """``[norm][half]``: the pair's scales in the query norm and the key norm, packed bfloat16."""
 
 
-def fetch(isa: Instructions, shape: Shape, refs: Refs, place: Place, takes_new: Value) -> Fetched:
-    """Warp h < group takes query head h; where needed, the next warps the new key and the new value.
+def fetch(isa: Instructions, shape: Shape, refs: Refs, context: LaneContext, has_new_token: Value) -> Fetched:
+    """Loads the lane's share of one head, and the operands of its norm and rotation.
 
-    Elsewhere those warps take a query head too, which costs nothing, and what they make is not used.
+    Warp ``h < queries_per_kv`` loads query head ``h``. If the CTA has the new token, the next two warps load
+    its key and its value. All other warps load a query head that nobody uses, which costs nothing.
     """
     dim, half_words = shape.head_dim, shape.head_dim // 4
-    word = place.lane & (half_words - 1)
-    is_query, is_key, is_value = roles(shape, place)
-    first_query = place.kv_head * shape.group
-    key_head = place.kv_head + shape.group * shape.kv_heads
+    word = context.lane & (half_words - 1)
+    is_query, is_key, is_value = roles(shape, context)
+    first_query = context.kv_head * shape.queries_per_kv
+    key_head = context.kv_head + shape.queries_per_kv * shape.kv_heads
     other = isa.select(is_key, key_head, key_head + shape.kv_heads)
     head = isa.select(
         is_query,
-        first_query + place.warp,
-        isa.select(takes_new & (is_key | is_value), other, first_query),
+        first_query + context.warp,
+        isa.select(has_new_token & (is_key | is_value), other, first_query),
     )
-    first = place.batch * shape.stored_columns + head * dim + word * 2
-    stride = shape.batch * shape.stored_columns
-    # All loads first: none of them waits for another.
-    angle = place.batch * (dim // 2) + word * 2
-    cos, sin = (load_pair(isa, ref, angle, early=True) for ref in (refs.cos, refs.sin))
+    first = context.batch * shape.stored_features + head * dim + word * 2
+    stride = shape.batch * shape.stored_features
+    # No load depends on another, so all of them are in flight together.
+    angle = context.batch * (dim // 2) + word * 2
+    cos, sin = (load_pair(isa, ref, angle, ordered=True) for ref in (refs.cos, refs.sin))
     scales = None
     if shape.eps is not None:
         scales = [
             [
-                isa.load_global(isa.global_address(a) + isa.widen(word * 4) + offset, early=True)[0]
+                isa.load_global(isa.global_address(a) + isa.widen(word * 4) + offset, ordered=True)[0]
                 for offset in (0, dim)
             ]
             for a in (refs.q_scale, refs.k_scale)
         ]
     halves = [
-        sum_of_pairs(isa, refs.qkv, first + offset, stride, shape.parts, early=True)
+        sum_pairs(isa, refs.qkv, first + offset, stride, shape.num_partials, ordered=True)
         for offset in (0, dim // 2)
     ]
     return Fetched(word, halves, cos, sin, scales)
@@ -61,15 +63,15 @@ def prepare(
     isa: Instructions,
     shape: Shape,
     refs: Refs,
-    place: Place,
+    context: LaneContext,
     fetched: Fetched,
     shared: Value,
     length: Value,
-    takes_new: Value,
+    has_new_token: Value,
 ) -> None:
-    """Norm and rotation of what was fetched; to shared memory, key and value to the cache as well."""
+    """Normalizes, rotates and stores the fetched head: in shared memory, and key and value in the cache."""
     dim, half_words, word = shape.head_dim, shape.head_dim // 4, fetched.word
-    is_query, is_key, is_value = roles(shape, place)
+    is_query, is_key, is_value = roles(shape, context)
     cos, sin = fetched.cos, fetched.sin
     raw = [isa.pack_bfloat16(*half) for half in fetched.halves]
     numbers = [unpack_bfloat16(isa, w) for w in raw]
@@ -83,8 +85,8 @@ def prepare(
             distance *= 2
         inverse = isa.rsqrt(total * (1 / dim) + shape.eps)
         normed = []
-        for half, of_query, of_key in zip(numbers, *fetched.scales, strict=True):
-            scales = unpack_bfloat16(isa, isa.select(is_query, of_query, of_key))
+        for half, query_scales, key_scales in zip(numbers, *fetched.scales, strict=True):
+            scales = unpack_bfloat16(isa, isa.select(is_query, query_scales, key_scales))
             scaled = [x * inverse * s for x, s in zip(half, scales, strict=True)]
             normed.append(unpack_bfloat16(isa, isa.pack_bfloat16(*scaled)))
         numbers = normed
@@ -93,19 +95,23 @@ def prepare(
     rotated = [isa.pack_bfloat16(*low), isa.pack_bfloat16(*high)]
     words = [isa.select(is_value, w, r) for w, r in zip(raw, rotated, strict=True)]
 
-    mine = (place.warp < shape.group + 2) & (place.lane < half_words)
+    stores = (context.warp < shape.queries_per_kv + 2) & (context.lane < half_words)
     for half, w in enumerate(words):
-        isa.store_shared(shared + place.warp * shape.vector_bytes + word * 4 + half * dim, [w], mine)
-    slot = (place.batch * shape.capacity + length) * shape.kv_heads + place.kv_head
+        isa.store_shared(shared + context.warp * shape.vector_bytes + word * 4 + half * dim, [w], stores)
+    slot = (context.batch * shape.capacity + length) * shape.kv_heads + context.kv_head
     offset = isa.widen(slot) * (2 * dim) + isa.widen(word * 4)
-    writes = mine & takes_new & (length < shape.capacity)
-    for cache, is_mine in ((refs.keys, is_key), (refs.values, is_value)):
-        with isa.when(writes & is_mine):
+    stores_in_cache = stores & has_new_token & (length < shape.capacity)
+    for cache, is_vector in ((refs.keys, is_key), (refs.values, is_value)):
+        with isa.when(stores_in_cache & is_vector):
             target = isa.global_address(cache) + offset
             isa.store_global(target, [words[0]])
             isa.store_global(target + dim, [words[1]])
 
 
-def roles(shape: Shape, place: Place) -> tuple[Value, Value, Value]:
-    """Whether the lane's warp has a query, the new key, the new value."""
-    return place.warp < shape.group, place.warp.equals(shape.group), place.warp.equals(shape.group + 1)
+def roles(shape: Shape, context: LaneContext) -> tuple[Value, Value, Value]:
+    """Returns whether the warp has a query, the new key or the new value."""
+    return (
+        context.warp < shape.queries_per_kv,
+        context.warp.equals(shape.queries_per_kv),
+        context.warp.equals(shape.queries_per_kv + 1),
+    )

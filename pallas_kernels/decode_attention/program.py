@@ -1,192 +1,228 @@
-"""The attention of one decode step as a lane program: one pass over the cache, one launch.
+"""The lane program of decode attention: one launch reads the cache once.
 
     partial sums of qkv ──► sum, norm of each query and key head, rotation ──► shared memory
                                        └──► the cache, at the new token's slot          │
     cache ──► scores ◄────────── queries, new key, new value ◄──────────────────────────┘
-                └──► running softmax and weighted values ──► partial result of the CTA
+                └──► online softmax and weighted values ──► partial result of the CTA
 
-A CTA serves one kv head and its group of query heads, and of the cached positions every ``splits``-th: so
-the work is even whatever the length. The first loads of the cache wait for the length only. Each warp takes
-16 positions at a time and keeps a softmax of its own (maximum, sum, weighted values); they are merged at the
-end, first in the CTA; ``merge`` is a launch of its own.
+A CTA serves one key-value head and its query heads, and attends to every ``splits``-th cached position, so
+the work is balanced at every length. The first loads of the cache wait only for the length. Each warp attends
+to 16 positions in one step and keeps its own online softmax: running max, running sum and accumulator. The
+CTA merges the softmaxes of its warps at the end; a second launch, ``merging.merge_program``, merges those of
+the CTAs.
 
-Both products run on the matrix unit. Its operands are read from the cache as they lie there, since a sum
-over the values of a head may run in any order, and weighted values may come out in any:
+Both products run on the matrix unit, and the lanes load its operands from the cache without rearranging them.
+This works because a sum over the values of a head may run in any order, and because the weighted values may
+come out in any order. With ``row`` and ``column`` of ``Instructions.matrix_multiply_add``:
 
-    scores   [heads, 8 positions] = queries [heads, values] @ keys^T: a lane holds position ``row`` and of
-             every 32 values the 8 from ``8 column`` on; two such products make 16 positions
-    weighted [heads, 8 values] += weights [heads, 16 positions] @ values: a lane holds positions ``2 column,
-             + 1, + 8, + 9``, which are those of its scores, and of every 64 values the 8 from ``8 row`` on;
-             block ``i`` of the 8 that a chunk makes has the i-th value of each of the 8 rows
+    scores   [heads, 8 positions] = queries [heads, values] @ keys^T
+             A lane holds position ``row``, and of every 32 values the 8 from ``8 column`` on. Two such
+             products cover 16 positions.
+    weighted [heads, 8 values] += weights [heads, 16 positions] @ values
+             A lane holds positions ``2 column, + 1, + 8, + 9``, which are the positions of its scores, and of
+             every 64 values (a chunk) the 8 from ``8 row`` on. A chunk gives 8 blocks of 8 weighted values.
+             Block ``i`` consists of the i-th value of each of the 8 rows.
 
-The new token's key and value are not read back from the cache: one CTA of each kv head takes them from
-shared memory. So no CTA reads what another one writes.
+The new token's key and value are not read back from the cache: one CTA of each key-value head takes them from
+shared memory. No CTA therefore reads what another one writes.
 """
 
 import math
+from typing import Any
 
-from pallas_kernels.decode_attention.merging import larger, merge_in_block
-from pallas_kernels.decode_attention.new_token import fetch, prepare
-from pallas_kernels.decode_attention.place import (
+from pallas_kernels.decode_attention.lane_context import (
     BLOCK_POSITIONS,
     CHUNK,
-    NEVER,
+    MASKED_SCORE,
     STEP_POSITIONS,
     WARPS,
-    Place,
+    LaneContext,
+    OnlineSoftmax,
     Refs,
     Shape,
-    Softmax,
-    locate,
+    lane_context,
 )
+from pallas_kernels.decode_attention.merging import larger, merge_in_block
+from pallas_kernels.decode_attention.new_token import fetch, prepare
 from pallas_kernels.lanes.instructions import Instructions, Value
 
-KEYS_OF_LANE = 2
-"""Positions of which a lane has keys: ``row`` and ``row + 8``."""
+LANE_KEYS = 2
+"""Number of positions whose keys a lane holds: ``row`` and ``row + 8``."""
 
-VALUES_OF_LANE = (0, 1, 8, 9)
-"""Positions of which it has scores and values, from ``2 column`` on."""
+LANE_VALUES = (0, 1, 8, 9)
+"""Positions whose scores and values a lane holds, relative to ``2 column``."""
 
 
 def attention_program(isa: Instructions, shape: Shape, refs: Refs) -> None:
-    """One lane's whole work."""
-    place = locate(isa, shape)
+    """Runs the whole program of one lane."""
+    context = lane_context(isa, shape)
     shared = isa.shared_address(refs.shared)
 
     def position(step: Value, index: Value) -> Value:
-        """Of the warp's ``index``-th position of a step."""
-        of_split = step * BLOCK_POSITIONS + place.warp * STEP_POSITIONS + index
-        return of_split * shape.splits + place.split
+        """Returns the position in the cache of the warp's position ``index`` of a step."""
+        index_in_split = step * BLOCK_POSITIONS + context.warp * STEP_POSITIONS + index
+        return index_in_split * shape.splits + context.split
 
     def load(step: Value, limit: Value) -> list[Value]:
-        """The packed words of the lane's keys, then values; of position 0 in place of those from limit on."""
+        """Loads the lane's keys, then its values; position 0 replaces positions from ``limit`` on."""
         words = []
-        for k in range(KEYS_OF_LANE):
-            words += key_words(isa, shape, refs, place, position(step, place.row + 8 * k), limit)
-        for v in VALUES_OF_LANE:
-            words += value_words(isa, shape, refs, place, position(step, place.column * 2 + v), limit)
+        for k in range(LANE_KEYS):
+            words += key_words(isa, shape, refs, context, position(step, context.row + 8 * k), limit)
+        for v in LANE_VALUES:
+            words += value_words(isa, shape, refs, context, position(step, context.column * 2 + v), limit)
         return words
 
-    (length,) = isa.load_global(isa.global_address(refs.lengths) + isa.widen(place.batch * 4), early=True)
-    takes_new = place.split.equals(shape.splits - 1)  # It has no more cached positions than any other.
-    # The barriers keep the compiler from starting these loads later, or in another order: they cost nothing.
-    fetched = fetch(isa, shape, refs, place, takes_new)
+    (length,) = isa.load_global(isa.global_address(refs.lengths) + isa.widen(context.batch * 4), ordered=True)
+    # No split has fewer cached positions than the last one.
+    has_new_token = context.split.equals(shape.splits - 1)
+    # The barriers keep the compiler from delaying or reordering these loads. They cost nothing.
+    fetched = fetch(isa, shape, refs, context, has_new_token)
     isa.warp_barrier()
     words = load(isa.constant(0), length)
     isa.warp_barrier()
-    prepare(isa, shape, refs, place, fetched, shared, length, takes_new)
+    prepare(isa, shape, refs, context, fetched, shared, length, has_new_token)
     isa.block_barrier()
-    head = isa.select(place.row < shape.group, place.row, isa.constant(shape.group - 1))
-    queries = shared_keys(isa, shape, place, shared + head * shape.vector_bytes)
+    head = isa.select(context.row < shape.queries_per_kv, context.row, isa.constant(shape.queries_per_kv - 1))
+    queries = shared_key_words(isa, shape, context, shared + head * shape.vector_bytes)
     zero = isa.constant(0.0, "f32")
-    state = Softmax(isa.constant(NEVER, "f32"), zero, [zero] * (shape.head_dim // 4))
+    state = OnlineSoftmax(isa.constant(MASKED_SCORE, "f32"), zero, [zero] * (shape.head_dim // 4))
 
     def attend_new(_, carry: list[Value]) -> list[Value]:
-        """The new token as the first of 16 positions, of which no other one is valid."""
-        vectors, nothing = shared + shape.group * shape.vector_bytes, isa.constant(0)
-        key = shared_keys(isa, shape, place, vectors)
-        value = shared_values(isa, shape, place, vectors + shape.vector_bytes)
-        first = [isa.select(place.row.equals(0), word, nothing) for word in key]
-        first += [nothing] * (len(key) * (KEYS_OF_LANE - 1))
-        first += [isa.select(place.column.equals(0), word, nothing) for word in value]
-        first += [nothing] * (len(value) * (len(VALUES_OF_LANE) - 1))
-        valid = [place.column.equals(0)] + [place.column < 0] * (len(VALUES_OF_LANE) - 1)
-        return attend(isa, shape, queries, Softmax.split(carry, shape.head_dim)[0], first, valid).flat()
+        """Attends to 16 positions of which only the first is valid: the new token."""
+        vectors, empty = shared + shape.queries_per_kv * shape.vector_bytes, isa.constant(0)
+        key = shared_key_words(isa, shape, context, vectors)
+        value = shared_value_words(isa, shape, context, vectors + shape.vector_bytes)
+        words = [isa.select(context.row.equals(0), word, empty) for word in key]
+        words += [empty] * (len(key) * (LANE_KEYS - 1))
+        words += [isa.select(context.column.equals(0), word, empty) for word in value]
+        words += [empty] * (len(value) * (len(LANE_VALUES) - 1))
+        valid = [context.column.equals(0)] + [context.column < 0] * (len(LANE_VALUES) - 1)
+        state, _ = OnlineSoftmax.from_registers(carry, shape.head_dim)
+        return attend(isa, shape, queries, state, words, valid).registers()
 
     def attend_next(step: Value, carry: list[Value]) -> list[Value]:
-        state, words = Softmax.split(carry, shape.head_dim)
-        valid = [position(step, place.column * 2 + v) < length for v in VALUES_OF_LANE]
+        state, words = OnlineSoftmax.from_registers(carry, shape.head_dim)
+        valid = [position(step, context.column * 2 + v) < length for v in LANE_VALUES]
         state = attend(isa, shape, queries, state, words, valid)
-        return state.flat() + load(step + 1, length)
+        return state.registers() + load(step + 1, length)
 
-    # The last warp takes the new token, as it has fewest others, and first, while the cache is on its way.
-    once = isa.select(takes_new & place.warp.equals(WARPS - 1), isa.constant(1), isa.constant(0))
-    state, _ = Softmax.split(isa.loop(once, state.flat(), attend_new), shape.head_dim)
-    # Of this split's positions up to the length, those of this warp.
-    of_split = (length + (shape.splits - 1) - place.split) // shape.splits
-    first = place.warp * STEP_POSITIONS
-    steps = isa.select(
-        first < of_split, (of_split - first + (BLOCK_POSITIONS - 1)) // BLOCK_POSITIONS, isa.constant(0)
+    # The last warp attends to the new token, because no warp has fewer cached positions. It does so first,
+    # while its loads of the cache are in flight.
+    new_tokens = isa.select(has_new_token & context.warp.equals(WARPS - 1), isa.constant(1), isa.constant(0))
+    state, _ = OnlineSoftmax.from_registers(
+        isa.loop(new_tokens, state.registers(), attend_new), shape.head_dim
     )
-    state, _ = Softmax.split(isa.loop(steps, state.flat() + words, attend_next), shape.head_dim)
-    merge_in_block(isa, shape, refs, state, place, shared)
+    # Cached positions of this split, and the steps of this warp over them.
+    split_positions = (length + (shape.splits - 1) - context.split) // shape.splits
+    first = context.warp * STEP_POSITIONS
+    steps = isa.select(
+        first < split_positions,
+        (split_positions - first + (BLOCK_POSITIONS - 1)) // BLOCK_POSITIONS,
+        isa.constant(0),
+    )
+    state, _ = OnlineSoftmax.from_registers(
+        isa.loop(steps, state.registers() + words, attend_next), shape.head_dim
+    )
+    merge_in_block(isa, shape, refs, state, context, shared)
 
 
 def attend(
     isa: Instructions,
     shape: Shape,
     queries: list[Value],
-    state: Softmax,
+    state: OnlineSoftmax,
     words: list[Value],
     valid: list[Value],
-) -> Softmax:
-    """Takes 16 positions into the softmax, those that are ``valid``; ``words`` as ``load`` has them."""
-    zero, nothing = isa.constant(0.0, "f32"), isa.constant(0)
-    of_key, of_value = shape.head_dim // 8, shape.head_dim // 16
-    keys = [words[k * of_key : (k + 1) * of_key] for k in range(KEYS_OF_LANE)]
-    rest = words[KEYS_OF_LANE * of_key :]
-    values = [rest[v * of_value : (v + 1) * of_value] for v in range(len(VALUES_OF_LANE))]
+) -> OnlineSoftmax:
+    """Attends to 16 positions and returns the new softmax.
+
+    Args:
+      isa: The instructions.
+      shape: Static sizes.
+      queries: The lane's words of its query head.
+      state: Softmax over the previous positions.
+      words: The lane's words of the keys, then of the values, of its positions.
+      valid: Which positions ``LANE_VALUES`` exist.
+    """
+    zero, empty = isa.constant(0.0, "f32"), isa.constant(0)
+    words_per_key, words_per_value = shape.head_dim // 8, shape.head_dim // 16
+    keys = [words[k * words_per_key : (k + 1) * words_per_key] for k in range(LANE_KEYS)]
+    words = words[LANE_KEYS * words_per_key :]
+    values = [words[v * words_per_value : (v + 1) * words_per_value] for v in range(len(LANE_VALUES))]
     scores = []
     for key in keys:
         sums = [zero] * 4
-        for i in range(0, of_key, 2):
-            heads = [queries[i], nothing, queries[i + 1], nothing]  # Rows from 8 on are empty.
+        for i in range(0, words_per_key, 2):
+            heads = [queries[i], empty, queries[i + 1], empty]  # Rows from 8 on do not exist.
             sums = isa.matrix_multiply_add_bfloat16(sums, heads, key[i : i + 2])
         scores += sums[:2]
     unit = math.log2(math.e) / math.sqrt(shape.head_dim)
-    never = isa.constant(NEVER, "f32")
-    scores = [isa.select(ok, score * unit, never) for ok, score in zip(valid, scores, strict=True)]
-    top = state.maximum
+    masked = isa.constant(MASKED_SCORE, "f32")
+    scores = [isa.select(ok, score * unit, masked) for ok, score in zip(valid, scores, strict=True)]
+    running_max = state.running_max
     for score in scores:
-        top = larger(isa, top, score)
+        running_max = larger(isa, running_max, score)
     for distance in (1, 2):
-        top = larger(isa, top, isa.shuffle_xor(top, distance))
-    shrink = isa.exp2(state.maximum - top)
-    weights = [isa.select(ok, isa.exp2(s - top), zero) for ok, s in zip(valid, scores, strict=True)]
-    total = state.total * shrink
+        running_max = larger(isa, running_max, isa.shuffle_xor(running_max, distance))
+    factor = isa.exp2(state.running_max - running_max)
+    weights = [isa.select(ok, isa.exp2(s - running_max), zero) for ok, s in zip(valid, scores, strict=True)]
+    running_sum = state.running_sum * factor
     for weight in weights:
-        total = total + weight
-    heads = [isa.pack_bfloat16(*weights[:2]), nothing, isa.pack_bfloat16(*weights[2:]), nothing]
-    mixed = []
+        running_sum = running_sum + weight
+    heads = [isa.pack_bfloat16(*weights[:2]), empty, isa.pack_bfloat16(*weights[2:]), empty]
+    accumulator = []
     for block in range(shape.head_dim // 8):
         word, selector = block // 2, (0x5410, 0x7632)[block % 2]
         pairs = [isa.permute_bytes(values[v][word], values[v + 1][word], selector) for v in (0, 2)]
-        sums = [m * shrink for m in state.mixed[2 * block : 2 * block + 2]] + [zero, zero]
-        mixed += isa.matrix_multiply_add_bfloat16(sums, heads, pairs)[:2]
-    return Softmax(top, total, mixed)
+        sums = [a * factor for a in state.accumulator[2 * block : 2 * block + 2]] + [zero, zero]
+        accumulator += isa.matrix_multiply_add_bfloat16(sums, heads, pairs)[:2]
+    return OnlineSoftmax(running_max, running_sum, accumulator)
 
 
-def key_words(isa, shape: Shape, refs: Refs, place: Place, position: Value, limit: Value) -> list[Value]:
-    """Of a cached key the lane's share as an operand of the scores."""
-    base = cached(isa, shape, refs.keys, place, position, limit) + isa.widen(place.column * 16)
+def key_words(
+    isa: Instructions, shape: Shape, refs: Refs, context: LaneContext, position: Value, limit: Value
+) -> list[Value]:
+    """Loads the lane's words of a cached key, an operand of the scores."""
+    base = cache_address(isa, shape, refs.keys, context, position, limit) + isa.widen(context.column * 16)
     return [
         word
         for t in range(shape.head_dim // 32)
-        for word in isa.load_global(base + t * 64, 4, early=True, once=True)
+        for word in isa.load_global(base + t * 64, 4, ordered=True, evict_first=True)
     ]
 
 
-def value_words(isa, shape: Shape, refs: Refs, place: Place, position: Value, limit: Value) -> list[Value]:
-    """Of a cached value the lane's share as an operand of the weighted values."""
-    base = cached(isa, shape, refs.values, place, position, limit) + isa.widen(place.row * 16)
-    chunks = range(shape.head_dim // CHUNK)
-    return [word for c in chunks for word in isa.load_global(base + c * 2 * CHUNK, 4, early=True, once=True)]
+def value_words(
+    isa: Instructions, shape: Shape, refs: Refs, context: LaneContext, position: Value, limit: Value
+) -> list[Value]:
+    """Loads the lane's words of a cached value, an operand of the weighted values."""
+    base = cache_address(isa, shape, refs.values, context, position, limit) + isa.widen(context.row * 16)
+    return [
+        word
+        for chunk in range(shape.head_dim // CHUNK)
+        for word in isa.load_global(base + chunk * 2 * CHUNK, 4, ordered=True, evict_first=True)
+    ]
 
 
-def cached(isa, shape: Shape, cache, place: Place, position: Value, limit: Value) -> Value:
-    """Address of this kv head's vector at a position, or, from ``limit`` on, at position 0."""
-    slot = place.batch * shape.capacity + isa.select(position < limit, position, isa.constant(0))
-    row = slot * shape.kv_heads + place.kv_head
+def cache_address(
+    isa: Instructions, shape: Shape, cache: Any, context: LaneContext, position: Value, limit: Value
+) -> Value:
+    """Returns the address of the head's vector at a position, or at position 0 from ``limit`` on."""
+    slot = context.batch * shape.capacity + isa.select(position < limit, position, isa.constant(0))
+    row = slot * shape.kv_heads + context.kv_head
     return isa.global_address(cache) + isa.widen(row) * shape.vector_bytes
 
 
-def shared_keys(isa, shape: Shape, place: Place, vector: Value) -> list[Value]:
-    """Of a vector in shared memory the same share as ``key_words``."""
-    base = vector + place.column * 16
+def shared_key_words(isa: Instructions, shape: Shape, context: LaneContext, vector: Value) -> list[Value]:
+    """Loads the words of ``key_words`` from a vector in shared memory."""
+    base = vector + context.column * 16
     return [word for t in range(shape.head_dim // 32) for word in isa.load_shared(base + t * 64, 4)]
 
 
-def shared_values(isa, shape: Shape, place: Place, vector: Value) -> list[Value]:
-    """Of a vector in shared memory the same share as ``value_words``."""
-    base = vector + place.row * 16
-    return [w for c in range(shape.head_dim // CHUNK) for w in isa.load_shared(base + c * 2 * CHUNK, 4)]
+def shared_value_words(isa: Instructions, shape: Shape, context: LaneContext, vector: Value) -> list[Value]:
+    """Loads the words of ``value_words`` from a vector in shared memory."""
+    base = vector + context.row * 16
+    return [
+        word
+        for chunk in range(shape.head_dim // CHUNK)
+        for word in isa.load_shared(base + chunk * 2 * CHUNK, 4)
+    ]

@@ -1,4 +1,4 @@
-"""The rows of activations between two graded products of a decode step: residual and norm, SwiGLU."""
+"""The kernels between two graded products of a decode step: residual and norm, and SwiGLU."""
 
 from pallas_kernels.decode_rows.kernel import add_norm, supports, swiglu
 

@@ -20,7 +20,7 @@ from pallas_kernels.lanes.rows import Rows
 
 
 def supports(sums: Activations) -> str | None:
-    """Returns None if ``add_norm`` and ``swiglu`` take these partial sums of a product, else the reason."""
+    """Returns why ``add_norm`` and ``swiglu`` cannot take these partial sums, or None if they can."""
     if len(sums.leading) != 2 or sums.leading[1] != 1:
         return f"takes one token of each sequence, not rows of shape {sums.leading}"
     if sums.partials.dtype != jnp.float32 or sums.square_partials is not None:
@@ -28,8 +28,8 @@ def supports(sums: Activations) -> str | None:
     if sums.dtype != jnp.bfloat16:
         return f"takes sums that are rounded to bfloat16, not {sums.dtype.name}"
     if sums.features % 4:
-        return f"takes a multiple of 4 columns, not {sums.features}"
-    return device.problem()
+        return f"takes a multiple of 4 features, not {sums.features}"
+    return device.unsupported_reason()
 
 
 def add_norm(
@@ -39,7 +39,7 @@ def add_norm(
 
     Args:
       x: Residual stream.
-      update: What the last product adds to it, as float32 partial sums.
+      update: float32 partial sums of the product that is added to it.
       norm_scale: Learned scale of the norm.
       eps: Epsilon of the norm.
     """
@@ -54,7 +54,8 @@ def swiglu(gate_up: Activations) -> Activations:
     """Returns ``silu(gate) * up`` in bfloat16.
 
     Args:
-      gate_up: float32 partial sums ``[partials, B, 1, columns]``; the first half of the features is the gate.
+      gate_up: float32 partial sums ``[partials, B, 1, features]``. The first half of the features is the
+        gate.
     """
     partials = _rows(gate_up)
     rows = Rows(partials.shape[1], gate_up.features // 2)
@@ -62,7 +63,7 @@ def swiglu(gate_up: Activations) -> Activations:
     return Activations.of(values[:, None])
 
 
-def _rows(sums: Activations) -> Float[Array, "partials b columns"]:
+def _rows(sums: Activations) -> Float[Array, "partials b features"]:
     return sums.reshape((sums.leading[0],)).partials
 
 
@@ -72,7 +73,11 @@ def _add_norm(shape: Shape):
     return lane_kernel(
         "add_norm_kernel",
         lambda isa, refs: add_norm_program(isa, shape, AddNormRefs(*refs)),
-        outputs=[_values(rows), _values(rows), jax.ShapeDtypeStruct((rows.rows, rows.parts), jnp.float32)],
+        outputs=[
+            _values(rows),
+            _values(rows),
+            jax.ShapeDtypeStruct((rows.rows, rows.blocks_per_row), jnp.float32),
+        ],
         blocks=rows.blocks,
         threads=rows.threads,
         shared_bytes=rows.shared_bytes,
@@ -92,4 +97,4 @@ def _swiglu(shape: Shape):
 
 
 def _values(rows: Rows) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((rows.rows, rows.columns), jnp.bfloat16)
+    return jax.ShapeDtypeStruct((rows.rows, rows.features), jnp.bfloat16)

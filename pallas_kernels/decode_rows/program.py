@@ -1,4 +1,4 @@
-"""What lies between two graded products of a decode step, as lane programs over rows of activations."""
+"""The lane programs between two graded products of a decode step: residual and norm, and SwiGLU."""
 
 import dataclasses
 import math
@@ -9,76 +9,97 @@ from pallas_kernels.lanes.rows import (
     Rows,
     load_bfloat16_pair,
     locate,
-    store_part_of_sum,
+    store_partial_sum,
     store_rounded,
-    sum_of_pairs,
+    sum_pairs,
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Static sizes: the rows that are computed, and the partial sums that they are computed from."""
+    """Static sizes of one launch.
+
+    Attributes:
+      rows: The rows of the output.
+      num_partials: Number of partial sums of the input.
+      stored_features: Number of features of the input, padding included.
+    """
 
     rows: Rows
-    parts: int
-    stored_columns: int
-    """Columns of the partial sums, padding included."""
+    num_partials: int
+    stored_features: int
 
-    def index(self, row: Value, column: Value) -> Value:
-        """Of a number in the first part."""
-        return row * self.stored_columns + column
+    def index(self, row: Value, feature: Value) -> Value:
+        """Returns the index of a number in the first partial sum."""
+        return row * self.stored_features + feature
 
     @property
     def stride(self) -> int:
-        """Numbers from one part to the next."""
-        return self.rows.rows * self.stored_columns
+        """Numbers from one partial sum to the next."""
+        return self.rows.rows * self.stored_features
 
 
 @dataclasses.dataclass(frozen=True)
 class AddNormRefs:
-    """``x bf16 [rows, N]``, ``parts f32 [parts, rows, columns]``, ``gain bf16 [N]``; written: ``total`` and
-    ``values bf16 [rows, N]`` and ``squares f32 [rows, row parts]``."""
+    """Arrays in global memory, and the shared memory of the CTA.
+
+    Attributes:
+      x: bfloat16 ``[rows, N]``: the residual stream.
+      partials: float32 ``[partials, rows, features]``: partial sums of its update.
+      norm_scale: bfloat16 ``[N]``.
+      total: Output, bfloat16 ``[rows, N]``: the updated residual stream.
+      values: Output, bfloat16 ``[rows, N]``: the updated stream times the norm scale.
+      square_partials: Output, float32 ``[rows, blocks_per_row]``, whose sum is the mean square of ``total``.
+      shared: The shared memory.
+    """
 
     x: Any
-    parts: Any
-    gain: Any
+    partials: Any
+    norm_scale: Any
     total: Any
     values: Any
-    squares: Any
+    square_partials: Any
     shared: Any
 
 
 def add_norm_program(isa: Instructions, shape: Shape, refs: AddNormRefs) -> None:
-    """``total = x + sum(parts)``, ``values = total * gain``, and what the norm needs of them."""
+    """Adds an update to the residual stream, scales the sum for the norm, and sums its squares."""
     rows = shape.rows
-    at = locate(isa, rows)
-    x = load_bfloat16_pair(isa, refs.x, at.row * rows.columns + at.column)
-    gain = load_bfloat16_pair(isa, refs.gain, at.column)
-    update = sum_of_pairs(isa, refs.parts, shape.index(at.row, at.column), shape.stride, shape.parts)
-    total = store_rounded(isa, rows, at, refs.total, [a + b for a, b in zip(x, update, strict=True)])
-    store_rounded(isa, rows, at, refs.values, [a * b for a, b in zip(total, gain, strict=True)])
-    square = isa.multiply_add(total[0], total[0], total[1] * total[1]) * (1 / rows.columns)
-    store_part_of_sum(isa, rows, at, refs.shared, refs.squares, square)
+    pair = locate(isa, rows)
+    x = load_bfloat16_pair(isa, refs.x, pair.row * rows.features + pair.feature)
+    norm_scale = load_bfloat16_pair(isa, refs.norm_scale, pair.feature)
+    first = shape.index(pair.row, pair.feature)
+    update = sum_pairs(isa, refs.partials, first, shape.stride, shape.num_partials)
+    total = store_rounded(isa, rows, pair, refs.total, [a + b for a, b in zip(x, update, strict=True)])
+    values = [a * b for a, b in zip(total, norm_scale, strict=True)]
+    store_rounded(isa, rows, pair, refs.values, values)
+    square = isa.multiply_add(total[0], total[0], total[1] * total[1]) * (1 / rows.features)
+    store_partial_sum(isa, rows, pair, refs.shared, refs.square_partials, square)
 
 
 @dataclasses.dataclass(frozen=True)
 class SwigluRefs:
-    """``parts f32 [parts, rows, columns]``, the gate's outputs and then up's; written: ``values bf16 [rows,
-    N]``."""
+    """Arrays in global memory, and the shared memory of the CTA.
 
-    parts: Any
+    Attributes:
+      partials: float32 ``[partials, rows, features]``: partial sums of the gate's features, then of up's.
+      values: Output, bfloat16 ``[rows, N]``.
+      shared: The shared memory, not used.
+    """
+
+    partials: Any
     values: Any
     shared: Any
 
 
 def swiglu_program(isa: Instructions, shape: Shape, refs: SwigluRefs) -> None:
-    """``values = silu(gate) * up``, with ``silu(a) = a / (1 + exp(-a))``."""
+    """Computes ``silu(gate) * up``, where ``silu(a) = a / (1 + exp(-a))``."""
     rows = shape.rows
-    at = locate(isa, rows)
-    first = shape.index(at.row, at.column)
-    gate = sum_of_pairs(isa, refs.parts, first, shape.stride, shape.parts)
-    up = sum_of_pairs(isa, refs.parts, first + rows.columns, shape.stride, shape.parts)
+    pair = locate(isa, rows)
+    first = shape.index(pair.row, pair.feature)
+    gate = sum_pairs(isa, refs.partials, first, shape.stride, shape.num_partials)
+    up = sum_pairs(isa, refs.partials, first + rows.features, shape.stride, shape.num_partials)
     activated = [
         isa.divide(a * b, isa.exp2(a * -math.log2(math.e)) + 1.0) for a, b in zip(gate, up, strict=True)
     ]
-    store_rounded(isa, rows, at, refs.values, activated)
+    store_rounded(isa, rows, pair, refs.values, activated)

@@ -1,4 +1,4 @@
-"""Whole weights at full precision: what a prompt's matrix products read."""
+"""Dequantization of whole weights, for the matrix products of prefill."""
 
 from pallas_kernels.dequantization.kernel import dequantize_to_bfloat16, supports
 

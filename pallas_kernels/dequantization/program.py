@@ -1,14 +1,16 @@
-"""Dequantizing a whole weight, as a lane program: every plane read once, bfloat16 written once.
+"""The lane program that dequantizes a whole weight: it reads every plane once and writes bfloat16 once.
 
-A warp takes one tile of 512 outputs and a few input channels of one slice. A lane takes one of the
-tile's 32 words of each channel and plane, i.e. 16 outputs, which lie in two runs of 8 (``layout``):
+A warp dequantizes a few input channels of one group in one tile of 512 outputs. A lane reads one of the
+tile's 32 words of each channel and plane. A word holds 16 outputs, which form two runs of 8 consecutive
+outputs (see ``layout``):
 
-    word  4 row + 2 half + c           n = 256 half + 128 (p >> 1) + 16 row + 8 c
-    digit position p of byte b           + 4 (b >> 1) + 2 (p & 1) + (b & 1)
+    word                          4 row + 2 half + pair
+    output at byte b, position p  256 half + 128 (p >> 1) + 16 row + 8 pair + 4 (b >> 1) + 2 (p & 1) + (b & 1)
 
-The digits of all planes at position p are shifted into one word of four codes, one to a byte. A byte
-becomes a float by a byte permutation: 4B0000cc is ``2**23 + c``. All of it is exact up to the rounding to
-bfloat16: a code less its middle has 9 bits, a scale 11.
+The lane shifts the digits of all planes at one position into one word, which then holds four codes, one in
+each byte. A byte permutation turns a code ``c`` into the float32 ``2**23 + c``, whose bits are 4B0000cc. The
+arithmetic is exact up to the final rounding to bfloat16, because a code minus its midpoint has 9 bits and a
+scale has 11.
 """
 
 import dataclasses
@@ -22,31 +24,39 @@ THREADS = 128
 WARPS = THREADS // LANES
 
 WARP_CHANNELS = 8
-"""Input channels of a warp: enough loads in flight, and 16 scales that are converted once for all of them."""
+"""Number of input channels of a warp. They share 16 converted scales, and keep enough loads in flight."""
 
-BLOCKS_PER_SLICE = layout.GROUP // (WARPS * WARP_CHANNELS)
+BLOCKS_PER_GROUP = layout.GROUP // (WARPS * WARP_CHANNELS)
 
-OUTPUTS_AT_ONCE = 8
-"""Consecutive outputs that a lane has, and stores as 16 bytes."""
+RUN_OUTPUTS = 8
+"""Number of consecutive outputs of a word, which a lane stores as 16 bytes."""
 
-RUNS = layout.WORD_DIGITS // OUTPUTS_AT_ONCE
+RUNS = layout.WORD_DIGITS // RUN_OUTPUTS
+"""Number of runs in a word."""
 
 TWO_TO_23 = 2.0**23
 TWO_TO_23_BITS = 0x4B000000
+"""Bits of the float32 2**23."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Static sizes."""
+    """Static sizes of one launch.
+
+    Attributes:
+      in_features: Logical number of input channels.
+      out_features: Logical number of outputs, a multiple of ``RUN_OUTPUTS``.
+      stored_n: Number of outputs, padded to whole tiles.
+      planes: Number of stored planes.
+    """
 
     in_features: int
     out_features: int
-    """A multiple of ``OUTPUTS_AT_ONCE``."""
     stored_n: int
     planes: int
 
     @property
-    def slices(self) -> int:
+    def groups(self) -> int:
         return -(-self.in_features // layout.GROUP)
 
     @property
@@ -55,12 +65,19 @@ class Shape:
 
     @property
     def blocks(self) -> int:
-        return self.tiles * self.slices * BLOCKS_PER_SLICE
+        """Number of CTAs."""
+        return self.tiles * self.groups * BLOCKS_PER_GROUP
 
 
 @dataclasses.dataclass(frozen=True)
 class Refs:
-    """``planes`` and ``scales`` of the weight; written: ``dense bf16 [in_features, out_features]``."""
+    """Arrays in global memory, and the shared memory of the CTA.
+
+    Attributes:
+      planes, scales: See ``NestedWeight``.
+      dense: Output, bfloat16 ``[in_features, out_features]``.
+      shared: The shared memory, not used.
+    """
 
     planes: Any
     scales: Any
@@ -69,15 +86,18 @@ class Refs:
 
 
 def dequantization_program(isa: Instructions, shape: Shape, refs: Refs) -> None:
-    """One lane's whole work. Tiles run fastest over the grid, so that neighbours read whole rows."""
+    """Runs the whole program of one lane.
+
+    The tile varies fastest over the grid, so that neighbouring CTAs read whole rows.
+    """
     thread, block = isa.thread_index(), isa.block_index()
     lane, warp = thread & (LANES - 1), thread >> 5
-    tile, part = block % shape.tiles, block // shape.tiles  # of ``slices * BLOCKS_PER_SLICE``
-    first = (part * WARPS + warp) * WARP_CHANNELS
+    tile, channels = block % shape.tiles, block // shape.tiles
+    first = (channels * WARPS + warp) * WARP_CHANNELS
     stored_words = shape.stored_n // layout.WORD_DIGITS
     word = tile * layout.TILE_WORDS + lane
     planes = isa.global_address(refs.planes)
-    stored_k = shape.slices * layout.GROUP
+    stored_k = shape.groups * layout.GROUP
     words = [
         [
             isa.load_global(planes + isa.widen(((first + f * stored_k + c) * stored_words + word) << 2))[0]
@@ -85,37 +105,37 @@ def dequantization_program(isa: Instructions, shape: Shape, refs: Refs) -> None:
         ]
         for c in range(WARP_CHANNELS)
     ]
-    output = tile * layout.TILE + ((lane >> 1) & 1) * 256 + (lane >> 2) * 16 + (lane & 1) * OUTPUTS_AT_ONCE
+    output = tile * layout.TILE + ((lane >> 1) & 1) * 256 + (lane >> 2) * 16 + (lane & 1) * RUN_OUTPUTS
     outputs = [output + run * 128 for run in range(RUNS)]
-    slice_start = part // BLOCKS_PER_SLICE * shape.stored_n
-    scales = [load_scales(isa, refs, slice_start + n) for n in outputs]
-    # ``scale / 64 * (code - middle)``: one multiply-add, once the middle is multiplied, too.
-    middle = DIGIT_MEAN * sum(4 ** (3 - f) for f in range(shape.planes))
-    steps = [[s * (1 / CODE_STEPS) for s in of_run] for of_run in scales]
-    middles = [[s * -middle for s in of_run] for of_run in steps]
+    group_start = channels // BLOCKS_PER_GROUP * shape.stored_n
+    scales = [load_scales(isa, refs, group_start + n) for n in outputs]
+    # A weight is ``scale / 64 * (code - midpoint)``: one multiply-add, once the midpoint is scaled, too.
+    midpoint = DIGIT_MEAN * sum(4 ** (3 - f) for f in range(shape.planes))
+    code_scales = [[s * (1 / CODE_STEPS) for s in run_scales] for run_scales in scales]
+    offsets = [[s * -midpoint for s in run_scales] for run_scales in code_scales]
     dense = isa.global_address(refs.dense)
     for c in range(WARP_CHANNELS):
         for run in range(RUNS):
             codes = [position_codes(words[c], 2 * run + p) for p in range(2)]
             numbers = []
-            for i in range(OUTPUTS_AT_ONCE):
+            for i in range(RUN_OUTPUTS):
                 byte = 2 * (i >> 2) + (i & 1)
                 number = code_to_float(isa, codes[(i >> 1) & 1], byte)
-                numbers.append(isa.multiply_add(number, steps[run][i], middles[run][i]))
-            packed = [isa.pack_bfloat16(*numbers[i : i + 2]) for i in range(0, OUTPUTS_AT_ONCE, 2)]
-            index = (first + c) * (shape.out_features // OUTPUTS_AT_ONCE) + (outputs[run] >> 3)
-            with isa.when(exists(isa, shape, first + c, outputs[run])):
+                numbers.append(isa.multiply_add(number, code_scales[run][i], offsets[run][i]))
+            packed = [isa.pack_bfloat16(*numbers[i : i + 2]) for i in range(0, RUN_OUTPUTS, 2)]
+            index = (first + c) * (shape.out_features // RUN_OUTPUTS) + (outputs[run] >> 3)
+            with isa.when(is_logical(isa, shape, first + c, outputs[run])):
                 isa.store_global(dense + (isa.widen(index) << 4), packed)
 
 
 def load_scales(isa: Instructions, refs: Refs, index: Value) -> list[Value]:
-    """8 consecutive scales, the first one at ``index``."""
+    """Loads 8 consecutive scales as ``f32``, the first at ``index``."""
     packed = isa.load_global(isa.global_address(refs.scales) + isa.widen(index << 1), 4)
-    return [isa.half_to_float(word, which) for word in packed for which in ("low", "high")]
+    return [isa.half_to_float(word, half) for word in packed for half in ("low", "high")]
 
 
 def position_codes(words: list[Value], position: int) -> Value:
-    """Four codes, one to a byte: of each byte of the planes' words the digits at ``position``."""
+    """Joins the digits at ``position`` of the bytes of all planes' words to four codes, one in each byte."""
     codes = None
     for f, word in enumerate(words):
         shift = 6 - 2 * f - 2 * position
@@ -126,16 +146,16 @@ def position_codes(words: list[Value], position: int) -> Value:
 
 
 def code_to_float(isa: Instructions, codes: Value, byte: int) -> Value:
-    """One of the four codes as ``f32``."""
+    """Converts one of four codes to ``f32``."""
     bits = isa.permute_bytes(codes, isa.constant(TWO_TO_23_BITS), 0x7650 + byte)
     return isa.bits_to_float(bits) - TWO_TO_23
 
 
-def exists(isa: Instructions, shape: Shape, channel: Value, output: Value) -> Value:
-    """Whether this is no padding."""
-    inside = isa.constant(True, "bool")
+def is_logical(isa: Instructions, shape: Shape, channel: Value, output: Value) -> Value:
+    """Returns whether the channel and the output are not padding."""
+    logical = isa.constant(True, "bool")
     if shape.in_features % layout.GROUP:
-        inside = channel < shape.in_features
+        logical = channel < shape.in_features
     if shape.out_features % layout.TILE:
-        inside = inside & (output < shape.out_features)
-    return inside
+        logical = logical & (output < shape.out_features)
+    return logical

@@ -1,5 +1,6 @@
-"""Lane programs: GPU kernels written as what one lane of a warp does.
+"""Lane programs: GPU kernels written as the work of one lane of a warp.
 
-``instructions`` is what they are written in, ``ptx`` and ``emulator`` carry them out, ``launch`` makes a
-kernel of one, ``device`` says where they run.
+``instructions`` specifies the language, ``ptx`` and ``emulator`` execute it, ``launch`` turns a program into
+a kernel, ``device`` decides whether the target device can run it, and ``rows`` has helpers for kernels on
+rows of activations.
 """

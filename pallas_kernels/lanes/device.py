@@ -1,19 +1,20 @@
-"""The device being compiled for, and whether lane programs run on it."""
+"""The device that a program is compiled for, and whether it runs lane programs."""
 
 import jax
 
 OLDEST_JAX = (0, 11, 2)
 FIRST_UNTESTED_JAX = (0, 13)
-"""Mosaic GPU is experimental. The extra ``gpu`` in pyproject.toml has the same bound."""
+"""Mosaic GPU is experimental. The ``gpu`` extra in pyproject.toml has the same bound."""
 
 OLDEST_ARCHITECTURE = (8, 0)
+"""Oldest CUDA compute capability."""
 
 DEFAULT_MULTIPROCESSORS = 132
-"""Where the device does not say (an H200's)."""
+"""Number of multiprocessors of an H200, for devices that do not report theirs."""
 
 
-def problem() -> str | None:
-    """Why lane programs do not run on the device being compiled for, or None if they do."""
+def unsupported_reason() -> str | None:
+    """Returns why lane programs do not run on the target device, or None if they do."""
     if jax.__version_info__ < OLDEST_JAX:
         return f"needs jax >= {'.'.join(map(str, OLDEST_JAX))}, this is {jax.__version__}"
     if jax.__version_info__ >= FIRST_UNTESTED_JAX:
@@ -33,7 +34,7 @@ def problem() -> str | None:
 
 
 def target_device():
-    """The device being compiled for: that of the abstract mesh in use, else the default one."""
+    """Returns the device that a program is compiled for: the current abstract mesh's, else the default."""
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract is not None:
         return abstract
@@ -44,6 +45,6 @@ def target_device():
 
 
 def multiprocessors(device) -> int:
-    """Multiprocessors of the device."""
+    """Returns the number of multiprocessors of the device."""
     count = getattr(device, "core_count", None) or getattr(device, "num_cores", None)
     return count or DEFAULT_MULTIPROCESSORS

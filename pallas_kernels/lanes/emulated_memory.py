@@ -1,4 +1,4 @@
-"""The emulator's shared memory, which knows who accessed each word last and refuses races."""
+"""The emulator's shared memory, which records the last accesses to each word and refuses races."""
 
 import numpy as np
 
@@ -6,12 +6,16 @@ from pallas_kernels.lanes.instructions import LANES
 
 
 class EmulationError(Exception):
-    """The lane program did what a GPU forbids or leaves undefined."""
+    """Raised if the lane program does what a GPU forbids or leaves undefined."""
 
 
 class SharedMemory:
-    """The shared memory of all CTAs, in words, with the last accesses of each word (no barrier between
-    two threads' accesses to one word, one of them a write: a race)."""
+    """The shared memory of all CTAs, in 32-bit words.
+
+    A race is two accesses to one word by different threads, at least one of them a write, without a barrier
+    in between. To detect it, every word has its last writer and reader, and the number of CTA barriers and of
+    warp barriers that they had passed.
+    """
 
     def __init__(self, blocks: int, threads: int, size: int, rng: np.random.Generator):
         self.size, self.threads = size, threads
@@ -24,39 +28,42 @@ class SharedMemory:
         self.block_time = np.zeros(blocks, np.int64)
         self.warp_time = np.zeros(blocks * threads // LANES, np.int64)
 
-    def words(self, thread, address, count, what):
-        """Word indices ``[len(thread), count]`` of each thread's access."""
+    def words(self, thread, address, count, access):
+        """Returns the word indices ``[len(thread), count]`` of each thread's access."""
         if (address % (4 * count)).any():
-            raise EmulationError(f"{what} of {4 * count} bytes is not aligned")
+            raise EmulationError(f"{access} of {4 * count} bytes is not aligned")
         if (address < 0).any() or (address + 4 * count > self.size).any():
-            raise EmulationError(f"{what} out of the {self.size} bytes of shared memory")
+            raise EmulationError(f"{access} outside of the {self.size} bytes of shared memory")
         base = thread // self.threads * self.size + address
         return base[:, None] // 4 + np.arange(count)
 
-    def _check(self, thread, word, other, time, what):
-        """``other``, ``time``: who accessed the words last, and when."""
+    def _check(self, thread, word, other, time, access):
+        """Refuses an access if threads ``other`` accessed the words at ``time`` without a barrier since."""
         same_warp = other // LANES == thread // LANES
         now = np.where(same_warp, self.warp_time[thread // LANES], self.block_time[thread // self.threads])
         last = np.where(same_warp, time[1], time[0])
         if ((other >= 0) & (other != thread) & (last == now)).any():
-            raise EmulationError(f"race in shared memory: {what} another thread's access, no barrier between")
+            raise EmulationError(f"race in shared memory: {access} another thread's access without a barrier")
 
     def now(self, thread):
-        """Barriers passed so far, of each thread's CTA and of its warp."""
+        """Returns ``[2, n]``: the CTA barriers and the warp barriers that each thread has passed."""
         return np.stack([self.block_time[thread // self.threads], self.warp_time[thread // LANES]])
 
     def read(self, thread, address, count):
+        """Loads ``count`` words for each thread."""
         word = self.words(thread, address, count, "load")
         thread = np.broadcast_to(thread[:, None], word.shape)
         if (self.writer[word] < 0).any():
-            raise EmulationError("load of shared memory that nothing has written")
+            raise EmulationError(
+                "load of shared memory that nothing has written, or that a copy is still writing"
+            )
         self._check(thread, word, self.writer[word], self.write_time[:, word], "load after")
         self.reader[word] = thread
         self.read_time[:, word] = self.now(thread)
         return self.data[word]
 
     def touch(self, thread, word):
-        """Records a write of ``word`` by ``thread`` (both ``[n, count]``), checking for races."""
+        """Records that ``thread`` writes ``word`` (both ``[n, count]``) and checks for races."""
         self._check(thread, word, self.writer[word], self.write_time[:, word], "store after")
         self._check(thread, word, self.reader[word], self.read_time[:, word], "store after")
         if np.unique(word).size != word.size:
@@ -65,17 +72,18 @@ class SharedMemory:
         self.write_time[:, word] = self.now(thread)
 
     def write(self, thread, address, values):
+        """Stores ``values [n, count]``, one row for each thread."""
         word = self.words(thread, address, values.shape[1], "store")
         self.touch(np.broadcast_to(thread[:, None], word.shape), word)
         self.data[word] = values
 
     def expect(self, thread, word):
-        """An asynchronous copy into ``word`` ``[n, count]`` has started: nothing may read it yet."""
+        """Records that an asynchronous copy into ``word [n, count]`` has started: nothing may read it yet."""
         self.touch(np.broadcast_to(thread[:, None], word.shape), word)
         self.writer[word] = -1
 
     def arrive(self, thread, word, values):
-        """The copy is finished and waited for, by ``thread``."""
+        """Completes a copy that ``thread`` has waited for."""
         self.data[word] = values
         self.writer[word] = thread[:, None]
         self.write_time[:, word] = self.now(thread)[:, :, None]

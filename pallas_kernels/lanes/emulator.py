@@ -1,12 +1,15 @@
-"""The lane instructions on numpy: all threads of all CTAs in lockstep, each register one array.
+"""The back end that executes lane instructions on NumPy: all threads of all CTAs in lockstep.
 
-It runs the lane program without a GPU and is stricter than one. It raises ``EmulationError`` on
-accesses out of bounds or not aligned, on reads of shared memory that nothing wrote, on reads of data
-that another thread wrote, or writes over data that another thread read or wrote, with no barrier
-between them, on data of asynchronous copies used before a wait, on copies never waited for, and on
-warp instructions that only a part of the warp reaches.
+It runs a lane program without a GPU and is stricter than one. It raises ``EmulationError`` for:
 
-What it does not show: memory ordering between CTAs (the kernel has none), timing, register pressure.
+- an access that is out of bounds or not aligned;
+- a load of shared memory that nothing has written;
+- a race: an access to shared memory that another thread wrote, or a store to shared memory that another
+  thread read, without a barrier in between;
+- data of an asynchronous copy that is used before a wait, and a copy that is never waited for;
+- a warp instruction that only part of the warp reaches.
+
+It does not show memory ordering between CTAs (the kernels have none), timing or register pressure.
 """
 
 import contextlib
@@ -14,23 +17,18 @@ import contextlib
 import ml_dtypes
 import numpy as np
 
+from pallas_kernels.lanes.emulated_matrix_unit import multiply_fragments
 from pallas_kernels.lanes.emulated_memory import EmulationError, SharedMemory
 from pallas_kernels.lanes.instructions import LANES, Instructions, Value
 
 _ADDRESS_BITS = 40
-"""A global address is ``(array number << 40) + byte``."""
-
-_FRAGMENT = ((0, 0), (1, 0), (0, 1), (1, 1))
-"""(i, j) of A's registers in a matrix instruction: rows ``+ 8 i``, the second half of the columns."""
-
-_RESULT = ((0, 0), (0, 1), (1, 0), (1, 1))
-"""(i, j) of C's registers: rows ``+ 8 i``, columns ``+ j``."""
+"""A global address is ``(array number << 40) + byte``, where arrays are numbered from 1."""
 
 _DTYPE = {"i32": np.int32, "i64": np.int64, "f32": np.float32, "bool": np.bool_}
 
 
 class LaneValue(Value):
-    """One register of every thread: an array of ``[threads]``."""
+    """One register of every thread: an array ``[threads of all CTAs]``."""
 
     def __init__(self, data: np.ndarray, kind):
         self.data, self.kind = np.ascontiguousarray(data, _DTYPE[kind]), kind
@@ -59,10 +57,10 @@ class LaneValue(Value):
 
 
 class NumpyInstructions(Instructions):
-    """Executes a lane program. Refs of global memory are what ``array`` returned."""
+    """Executes a lane program. Refs to global memory are the numbers that ``array`` returns."""
 
     def __init__(self, *, blocks: int, threads: int, shared_bytes: int, seed: int = 0):
-        """A grid of ``blocks`` CTAs of ``threads`` threads (whole warps), shared memory full of noise."""
+        """Starts a grid of ``blocks`` CTAs of ``threads`` threads, whole warps. Shared memory holds noise."""
         self.total = blocks * threads
         self.threads = threads
         self.rng = np.random.default_rng(seed)
@@ -70,17 +68,19 @@ class NumpyInstructions(Instructions):
         self.masks = [np.ones(self.total, bool)]
         self.arrays: list[np.ndarray] = []
         self.open_copies: list[list] = [[] for _ in range(self.total // LANES)]
-        self.groups: list[list] = [[] for _ in range(self.total // LANES)]
+        self.copy_groups: list[list] = [[] for _ in range(self.total // LANES)]
 
     def array(self, array: np.ndarray) -> int:
-        """Puts ``array`` (contiguous; stores change it in place) into global memory; returns its ref."""
+        """Puts a contiguous array into global memory and returns its ref. Stores change it in place."""
         self.arrays.append(array.reshape(-1).view(np.uint8))
         return len(self.arrays)
 
     def finish(self) -> None:
-        """Raises EmulationError if copies are still under way when the program has ended."""
-        if any(self.open_copies) or any(self.groups):
-            raise EmulationError("the program ends with asynchronous copies not waited for")
+        """Raises EmulationError if the program has ended before its copies have."""
+        if any(self.open_copies) or any(self.copy_groups):
+            raise EmulationError(
+                "the program ends with asynchronous copies that were not waited for: call wait_copies(0)"
+            )
 
     # --- helpers ---------------------------------------------------------------------------------
     @property
@@ -90,28 +90,30 @@ class NumpyInstructions(Instructions):
     def _active(self):
         return np.flatnonzero(self._mask)
 
-    def _warps(self, what):
-        """Indices of the active warps; each must be active as a whole."""
+    def _warps(self, instruction):
+        """Returns the indices of the active warps; refuses warps that are only partly active."""
         lanes = self._mask.reshape(-1, LANES)
         if (lanes.any(1) != lanes.all(1)).any():
-            raise EmulationError(f"{what} reached by a part of a warp")
+            raise EmulationError(
+                f"{instruction} reached by only part of a warp: keep it out of divergent `when`s"
+            )
         return np.flatnonzero(lanes[:, 0])
 
-    def _global_bytes(self, address, count, what):
-        """Array and byte indices ``[n, count]`` of global addresses that lie in one array."""
+    def _global_bytes(self, address, count, access):
+        """Returns the array and the byte indices ``[n, count]`` of ``n`` addresses, all of one array."""
         number = np.unique(address >> _ADDRESS_BITS)
         if number.size != 1 or not 1 <= number[0] <= len(self.arrays):
-            raise EmulationError(f"{what} outside of every array")
+            raise EmulationError(f"{access} outside of every array")
         array = self.arrays[number[0] - 1]
         offset = address & ((1 << _ADDRESS_BITS) - 1)
         if (offset % count).any():
-            raise EmulationError(f"{what} of {count} bytes is not aligned")
+            raise EmulationError(f"{access} of {count} bytes is not aligned")
         if (offset + count > array.size).any():
-            raise EmulationError(f"{what} past the end of an array of {array.size} bytes")
+            raise EmulationError(f"{access} past the end of an array of {array.size} bytes")
         return array, offset[:, None] + np.arange(count)
 
     def _load(self, address, count):
-        """``[threads, count]`` bytes, noise in the inactive threads."""
+        """Loads ``[threads, count]`` bytes; inactive threads get noise."""
         out = self.rng.integers(0, 256, (self.total, count), dtype=np.uint8)
         active = self._active()
         if active.size:
@@ -120,6 +122,7 @@ class NumpyInstructions(Instructions):
         return out
 
     def _by_warp(self, value, function):
+        """Applies ``function`` to a register as ``[warps, 32]``; its result is broadcast over the lanes."""
         self._warps("a warp instruction")
         out = function(value.data.reshape(-1, LANES))
         return LaneValue(np.broadcast_to(out, (self.total // LANES, LANES)).reshape(-1), value.kind)
@@ -155,9 +158,9 @@ class NumpyInstructions(Instructions):
     def int_to_float(self, number):
         return LaneValue(number.data.astype(np.float32), "f32")
 
-    def half_to_float(self, word, which):
+    def half_to_float(self, word, half):
         halves = word.data.view(np.float16).reshape(-1, 2)
-        return LaneValue(halves[:, {"low": 0, "high": 1}[which]].astype(np.float32), "f32")
+        return LaneValue(halves[:, {"low": 0, "high": 1}[half]].astype(np.float32), "f32")
 
     def widen(self, word):
         return LaneValue(word.data.view(np.uint32).astype(np.int64), "i64")
@@ -192,7 +195,7 @@ class NumpyInstructions(Instructions):
             return LaneValue(1 / np.sqrt(x.data), "f32")
 
     def pack_bfloat16(self, low, high):
-        # Not by arithmetic on the bits: that would make a number of some NaNs.
+        # Integer arithmetic on the bits would turn some NaNs into numbers.
         halves = np.stack([low.data, high.data], 1).astype(ml_dtypes.bfloat16)
         return LaneValue(halves.view(np.int32)[:, 0], "i32")
 
@@ -209,7 +212,7 @@ class NumpyInstructions(Instructions):
         return LaneValue(np.take_along_axis(source, index, 1).view(np.int32)[:, 0], "i32")
 
     # --- memory ----------------------------------------------------------------------------------
-    def load_global(self, address, count=1, kind="i32", *, early=False, once=False):
+    def load_global(self, address, count=1, kind="i32", *, ordered=False, evict_first=False):
         words = self._load(address, 4 * count).view(_DTYPE[kind])
         return [LaneValue(words[:, i], kind) for i in range(count)]
 
@@ -235,7 +238,7 @@ class NumpyInstructions(Instructions):
             words = np.stack([v.data.view(np.uint32) for v in values], 1)[active]
             self.shared.write(active, address.data[active].astype(np.int64), words)
 
-    def copy_async(self, shared, source, *, once=False):
+    def copy_async(self, shared, source, *, evict_first=False):
         active = self._active()
         if not active.size:
             return
@@ -249,20 +252,22 @@ class NumpyInstructions(Instructions):
 
     def commit_copies(self):
         for warp in self._warps("commit_copies"):
-            self.groups[warp].append(self.open_copies[warp])
+            self.copy_groups[warp].append(self.open_copies[warp])
             self.open_copies[warp] = []
 
     def wait_copies(self, pending):
         for warp in self._warps("wait_copies"):
-            while len(self.groups[warp]) > pending:
-                for thread, word, values in self.groups[warp].pop(0):
+            while len(self.copy_groups[warp]) > pending:
+                for thread, word, values in self.copy_groups[warp].pop(0):
                     self.shared.arrive(thread, word, values)
 
     # --- warp and CTA ----------------------------------------------------------------------------
     def block_barrier(self):
         blocks = self._mask.reshape(-1, self.threads)
         if (blocks.any(1) != blocks.all(1)).any():
-            raise EmulationError("block_barrier reached by a part of a CTA")
+            raise EmulationError(
+                "block_barrier reached by only part of a CTA: keep it out of divergent `when`s"
+            )
         self.shared.block_time[blocks[:, 0]] += 1
         self.shared.warp_time[np.repeat(blocks[:, 0], self.threads // LANES)] += 1
 
@@ -289,47 +294,20 @@ class NumpyInstructions(Instructions):
 
     def matrix_multiply_add(self, c, a, b):
         self._warps("matrix_multiply_add")
-        warps = self.total // LANES
-        lane = np.arange(LANES)
-        row, column = lane // 4, lane % 4
-        left = np.zeros((warps, 16, 32), np.float64)
-        right = np.zeros((warps, 32, 8), np.float64)
-        byte = np.arange(4)
-        for register, (i, j) in enumerate(_FRAGMENT):
-            values = a[register].data.view(np.uint8).reshape(warps, LANES, 4)
-            left[:, (row + 8 * i)[:, None], (4 * column + 16 * j)[:, None] + byte] = values
-        for j, register in enumerate(b):
-            values = register.data.view(np.int8).reshape(warps, LANES, 4)
-            right[:, (4 * column + 16 * j)[:, None] + byte, row[:, None]] = values
-        product = (left @ right).astype(np.int32)  # exact: below 2**53
-        out = []
-        for register, (i, j) in enumerate(_RESULT):
-            total = c[register].data.reshape(warps, LANES) + product[:, row + 8 * i, 2 * column + j]
-            out.append(LaneValue(total.reshape(-1), "i32"))
-        return out
+        product = multiply_fragments(
+            [register.data.view(np.uint8).reshape(-1, 4) for register in a],
+            [register.data.view(np.int8).reshape(-1, 4) for register in b],
+        )
+        # The product is exact: it is below 2**53.
+        return [LaneValue(r.data + p.astype(np.int32), "i32") for r, p in zip(c, product, strict=True)]
 
     def matrix_multiply_add_bfloat16(self, c, a, b):
         self._warps("matrix_multiply_add_bfloat16")
-        warps = self.total // LANES
-        row, column = np.divmod(np.arange(LANES), 4)
-        left, right = np.zeros((warps, 16, 16)), np.zeros((warps, 16, 8))
-        pair = np.arange(2)
-
-        def numbers(register):
-            with np.errstate(invalid="ignore"):  # signalling NaNs
-                return register.data.view(ml_dtypes.bfloat16).astype(np.float64).reshape(warps, LANES, 2)
-
-        for register, (i, j) in zip(a, _FRAGMENT, strict=True):
-            left[:, (row + 8 * i)[:, None], (2 * column + 8 * j)[:, None] + pair] = numbers(register)
-        for j, register in enumerate(b):
-            right[:, (2 * column + 8 * j)[:, None] + pair, row[:, None]] = numbers(register)
-        with np.errstate(all="ignore"):
-            product = left @ right
-            out = []
-            for register, (i, j) in zip(c, _RESULT, strict=True):
-                total = register.data.reshape(warps, LANES) + product[:, row + 8 * i, 2 * column + j]
-                out.append(LaneValue(total.reshape(-1), "f32"))
-        return out
+        with np.errstate(all="ignore"):  # signalling NaNs among them
+            product = multiply_fragments(
+                *([register.data.view(ml_dtypes.bfloat16).reshape(-1, 2) for register in m] for m in (a, b))
+            )
+            return [LaneValue(r.data + p, "f32") for r, p in zip(c, product, strict=True)]
 
     # --- control ---------------------------------------------------------------------------------
     @contextlib.contextmanager
@@ -341,7 +319,7 @@ class NumpyInstructions(Instructions):
     def loop(self, count, carry, body):
         counts = count.data.reshape(-1, LANES)
         if (counts != counts[:, :1]).any():
-            raise EmulationError("loop count differs within a warp")
+            raise EmulationError("the loop count differs within a warp")
         i = 0
         while (running := self._mask & (i < count.data)).any():
             self.masks.append(running)

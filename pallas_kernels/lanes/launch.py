@@ -1,7 +1,7 @@
 """Launching a lane program as a Pallas Mosaic GPU kernel.
 
-Mosaic GPU is imported only once a device asks for it: ``pallas_kernels`` itself must import, and decline
-with a reason, on every JAX.
+Mosaic GPU is imported only when a kernel is built: ``pallas_kernels`` must import on every JAX, and decline
+with a reason where the kernels do not run.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels.lanes.instructions import Instructions
 
 WARPGROUP = 128
-"""Threads of a warpgroup, of which Mosaic GPU launches whole ones."""
+"""Threads in a warpgroup. Mosaic GPU launches whole warpgroups."""
 
 
 def lane_kernel(
@@ -25,16 +25,18 @@ def lane_kernel(
     threads: int,
     shared_bytes: int,
 ) -> Callable[..., Sequence[jax.Array]]:
-    """A function of arrays, or of ``jax.Ref``s to be changed in place, that runs the program on the GPU.
+    """Returns a function that runs a lane program on the GPU.
+
+    The function takes arrays, and ``jax.Ref``s that the program may write.
 
     Args:
-      name: what profilers and sanitizers call the kernel.
-      program: called once, with the instructions and one ref for each argument, then each output, then the
-        shared memory.
-      outputs: shapes and dtypes of the results.
-      blocks: CTAs.
-      threads: of a CTA, a multiple of ``WARPGROUP``.
-      shared_bytes: shared memory of a CTA.
+      name: Name of the kernel in profilers and sanitizers.
+      program: Lane program, called once with the instructions and the refs: one for each argument, one for
+        each output, and the shared memory.
+      outputs: Shapes and dtypes of the outputs.
+      blocks: Number of CTAs.
+      threads: Number of threads in a CTA, a multiple of ``WARPGROUP``.
+      shared_bytes: Bytes of shared memory in a CTA.
     """
     from jax.experimental.mosaic import gpu as mosaic_gpu
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -59,7 +61,7 @@ def lane_kernel(
         num_threads=threads // WARPGROUP,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
-            # Lane semantics hand the body to the compiler as it is; the program has its own barriers.
+            # Lane semantics pass the body to the compiler unchanged. The program places its own barriers.
             lowering_semantics=mosaic_gpu.LoweringSemantics.Lane,
             unsafe_no_auto_barriers=True,
         ),

@@ -1,7 +1,7 @@
-"""The lane instructions as MLIR and PTX, for the body of a ``plgpu.inline_mgpu`` (needs jax >= 0.11.2).
+"""The back end that emits lane instructions as MLIR and PTX inside ``plgpu.inline_mgpu`` (jax >= 0.11.2).
 
-Arithmetic and control go through MLIR's arith and scf dialects, so that the compiler folds addresses
-and shares subexpressions; everything else is inline PTX (PTX ISA 8.0, sm_80 and later).
+Arithmetic and control flow use MLIR's arith and scf dialects, so that the compiler folds addresses and shares
+subexpressions. All other instructions are inline PTX (PTX ISA 8.0, sm_80 and later).
 """
 
 import contextlib
@@ -33,7 +33,7 @@ _COMPARE_INTEGER = {
 _COMPARE_FLOAT = {"lt": arith.CmpFPredicate.OLT, "ge": arith.CmpFPredicate.OGE}
 
 _REGISTER = {"i32": "r", "i64": "l", "f32": "f", "bool": "b"}
-"""The inline assembly constraint of each kind."""
+"""Inline assembly constraint of each kind."""
 
 _VECTOR = {1: "", 2: ".v2", 4: ".v4"}
 _ALL_LANES = "0xffffffff"
@@ -79,10 +79,16 @@ def _assemble(
     effects: bool = False,
     warp: bool = False,
 ) -> list[PtxValue]:
-    """One inline assembly statement; ``$0, $1 ..`` number the outputs, then the inputs.
+    """Emits one inline assembly statement and returns its outputs.
 
-    ``effects`` keeps it from being removed, merged or moved over other such statements; ``warp`` (it
-    exchanges data between lanes) implies that and keeps it out of divergent code.
+    Args:
+      template: Assembly text; ``$0, $1 ..`` number the outputs, then the inputs.
+      inputs: Registers that the statement reads.
+      outputs: Kinds of the registers that it writes.
+      effects: Whether the compiler must not remove or merge the statement, or reorder it with other
+        statements that have effects.
+      warp: Whether the statement exchanges data between lanes. Implies ``effects``, and keeps the compiler
+        from moving the statement into divergent code.
     """
     constraints = [f"={_REGISTER[kind]}" for kind in outputs] + [_REGISTER[v.kind] for v in inputs]
     types = [_mlir_type(kind) for kind in outputs]
@@ -106,27 +112,27 @@ def _assemble(
 
 
 def _operands(count: int, first: int) -> str:
-    """``$3`` for one register, ``{$3,$4}`` for a vector of two."""
+    """Returns the text of an operand: ``$3`` for one register, ``{$3,$4}`` for a vector of two."""
     names = [f"${first + i}" for i in range(count)]
     return names[0] if count == 1 else "{" + ",".join(names) + "}"
 
 
-def _first_out(once: bool, number: int) -> tuple[str, list[PtxValue], str]:
-    """What makes an access (if it is ``once``) leave the L2 early: a modifier, and the policy as operand."""
-    if not once:
+def _cache_policy(evict_first: bool, number: int) -> tuple[str, list[PtxValue], str]:
+    """Returns the modifier, register and operand ``number`` that ``evict_first`` adds to a memory access."""
+    if not evict_first:
         return "", [], ""
     policy = _assemble("createpolicy.fractional.L2::evict_first.b64 $0, 1.0;", [], ("i64",))
     return ".L2::cache_hint", policy, f", ${number}"
 
 
 class PtxInstructions(Instructions):
-    """Emits the lane program into the MLIR block being built. Refs are memrefs."""
+    """Emits the lane program at MLIR's current insertion point. Refs are memrefs."""
 
     def constant(self, value, kind="i32"):
         return _constant(value, kind)
 
     def thread_index(self):
-        # With effects, so that two of them are not merged into one long-lived register.
+        # The effects keep the compiler from merging two reads into one long-lived register.
         return _assemble("mov.u32 $0, %tid.x;", [], ("i32",), effects=True)[0]
 
     def block_index(self):
@@ -150,9 +156,9 @@ class PtxInstructions(Instructions):
     def int_to_float(self, number):
         return PtxValue(arith.sitofp(_mlir_type("f32"), number.ssa), "f32")
 
-    def half_to_float(self, word, which):
-        half = {"low": "lo", "high": "hi"}[which]
-        template = "{ .reg .b16 lo, hi; mov.b32 {lo, hi}, $1; cvt.f32.f16 $0, " + half + "; }"
+    def half_to_float(self, word, half):
+        register = {"low": "lo", "high": "hi"}[half]
+        template = "{ .reg .b16 lo, hi; mov.b32 {lo, hi}, $1; cvt.f32.f16 $0, " + register + "; }"
         return _assemble(template, [word], ("f32",))[0]
 
     def widen(self, word):
@@ -190,12 +196,12 @@ class PtxInstructions(Instructions):
         selector = selector if isinstance(selector, PtxValue) else _constant(selector, "i32")
         return _assemble("prmt.b32 $0, $1, $2, $3;", [low, high, selector], ("i32",))[0]
 
-    def load_global(self, address, count=1, kind="i32", *, early=False, once=False):
-        # Loads through the read-only path (nc) are free to move across barriers, and ptxas does move them.
-        path = "" if early else ".nc"
-        hint, policy, operand = _first_out(once, count + 1)
+    def load_global(self, address, count=1, kind="i32", *, ordered=False, evict_first=False):
+        # ptxas (13.0 and 13.5) moves loads through the read-only path (nc) across barriers.
+        path = "" if ordered else ".nc"
+        hint, policy, operand = _cache_policy(evict_first, count + 1)
         template = f"ld.global{path}{hint}{_VECTOR[count]}.b32 {_operands(count, 0)}, [${count}]{operand};"
-        return _assemble(template, [address, *policy], (kind,) * count, effects=early)
+        return _assemble(template, [address, *policy], (kind,) * count, effects=ordered)
 
     def load_global_16(self, address):
         template = "{ .reg .b16 h; ld.global.nc.b16 h, [$1]; cvt.u32.u16 $0, h; }"
@@ -216,11 +222,12 @@ class PtxInstructions(Instructions):
         else:
             _assemble(f"@${len(values) + 1} {template}", [address, *values, where], effects=True)
 
-    def copy_async(self, shared, source, *, once=False):
-        hint, policy, operand = _first_out(once, 2)
-        if once:
-            # Not a sum any more: for [register + uniform register] and a policy together ptxas 13.0 and 13.5
-            # leave the policy in other registers than the instruction reads, an illegal instruction at best.
+    def copy_async(self, shared, source, *, evict_first=False):
+        hint, policy, operand = _cache_policy(evict_first, 2)
+        if evict_first:
+            # Works around ptxas 13.0 and 13.5: if the shared address is [register + uniform register], they
+            # put the cache policy into registers other than those that the instruction reads, which is an
+            # illegal instruction at best. The minimum changes no address, but hides the sum from ptxas.
             (shared,) = _assemble("min.u32 $0, $1, 0x7fffffff;", [shared], ("i32",))
         template = f"cp.async.cg.shared.global{hint} [$0], [$1], 16{operand};"
         _assemble(template, [shared, source, *policy], effects=True)

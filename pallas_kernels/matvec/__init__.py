@@ -1,4 +1,4 @@
-"""Graded matrix-vector product over nested weights."""
+"""The graded matrix-vector product of activations and a nested weight."""
 
 from pallas_kernels.matvec.api import (
     IMPLEMENTATIONS,

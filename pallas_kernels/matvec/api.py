@@ -1,4 +1,4 @@
-"""The public graded matvec: one function, several implementations, chosen by name or by device."""
+"""The public graded matvec: one function with several implementations, chosen by name or by device."""
 
 from typing import Literal
 
@@ -114,8 +114,8 @@ def _check(x, weight: NestedWeight, thresholds) -> None:
     if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         problems.append(f"x has dtype {x.dtype}, expected float32, bfloat16 or float16")
     rows = x.shape[0] if x.ndim == 2 else 1
-    fitting = [(weight.num_planes,)] + ([(rows, weight.num_planes)] if x.ndim == 2 else [])
-    if thresholds.shape not in fitting:
-        problems.append(f"thresholds has shape {thresholds.shape}, expected {' or '.join(map(str, fitting))}")
+    allowed = [(weight.num_planes,)] + ([(rows, weight.num_planes)] if x.ndim == 2 else [])
+    if thresholds.shape not in allowed:
+        problems.append(f"thresholds has shape {thresholds.shape}, expected {' or '.join(map(str, allowed))}")
     if problems:
         raise ValueError("graded_matvec: " + "; ".join(problems))

@@ -1,4 +1,4 @@
-"""The specification of the graded matvec, in plain jnp: dequantize each channel at its level, multiply."""
+"""The graded matvec's specification in plain jnp: dequantize each channel at its level, then multiply."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from pallas_kernels.weight import NestedWeight
 
 
 def supports(x, weight: NestedWeight) -> str | None:
-    """Always None: the reference takes any rows on any device."""
+    """Returns None, because the reference takes any number of rows on any device."""
     del x, weight
     return None
 
@@ -17,7 +17,7 @@ def supports(x, weight: NestedWeight) -> str | None:
 def partial_sums(
     x: Activations, weight: NestedWeight, thresholds: jax.Array
 ) -> tuple[Activations, grading.GradingStats]:
-    """See ``api.graded_partial_sums``. Takes ``[rows, K]`` and returns one partial."""
+    """Implements ``api.graded_partial_sums`` for x ``[rows, K]``; returns one partial sum."""
 
     def one_row(x, level):
         w = codes.dequantize(weight, level)

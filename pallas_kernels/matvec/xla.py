@@ -1,18 +1,18 @@
-"""The graded matvec in XLA operations: what a CPU, or a device without a kernel of its own, runs.
+"""The graded matvec in XLA operations, for CPUs and for devices without a kernel.
 
-Two programs for the same sum (see ``NestedWeight``), with ``l_k`` the level of channel ``k`` and
-``x_k`` its activation times the level's gain:
+Two programs compute the same sum (see ``NestedWeight``). With ``l_k`` the level of channel ``k``, and ``x_k``
+its activation times the gain of that level, it is
 
-    ``y_n = sum_s scales[s, n] sum_f sum_{k in s, l_k > f} (x_k 4**-f) (d_f[k, n] - 1.5)``.
+    ``y_n = sum_g scales[g, n] sum_f sum_{k in group g, l_k > f} (x_k 4**-f) (d_f[k, n] - 1.5)``.
 
-*By channel*, for the few rows of a decode step on a CPU: the terms are added one by one, each an
-unpack, multiply and add over one row of words. Rows of words that no level reaches are never touched,
-so time and memory traffic follow the realised bits, and no dequantized weight is ever stored.
+*By channel* serves the few rows of a decode step on a CPU. It adds the terms one by one; each term unpacks,
+multiplies and adds one row of words. It never touches rows of words that no level reaches, so time and memory
+traffic follow the realised bits, and it never stores a dequantized weight.
 
-*Dense*, for many rows or another device: slice by slice, the digits of all planes become one float32
-matrix ``[P * 128, N]``, which the activations, masked per plane by level, are multiplied with.
+*Dense* serves many rows and other devices. For each group it unpacks the digits of all planes into one
+float32 matrix ``[P * 128, N]`` and multiplies it with the activations, masked by level for each plane.
 
-Both work in the order of ``layout.digit_major_positions`` and permute the outputs once, at the end.
+Both use the order of ``layout.digit_major_positions`` and permute the outputs once, at the end.
 """
 
 import jax
@@ -23,12 +23,13 @@ from pallas_kernels.activations import Activations
 from pallas_kernels.weight import NestedWeight
 
 ROWS_BY_CHANNEL = 8
-"""Most rows that are computed by channel. For a model of 6 layers and width 256 at 3 bits, on two CPU cores,
-by channel costs 1.7 to 2.7 ms a row and dense 23 to 27 ms for any few rows: about even at 10."""
+"""Largest number of rows that are computed by channel. Measured on two CPU cores with a model of 6 layers and
+width 256 at 3 bits: by channel takes 1.7 to 2.7 ms for each row, dense 23 to 27 ms for any small number of
+rows, so both are equal at about 10 rows."""
 
 
 def supports(x, weight: NestedWeight) -> str | None:
-    """Always None: XLA takes any rows on any device."""
+    """Returns None, because XLA takes any number of rows on any device."""
     del x, weight
     return None
 
@@ -36,11 +37,11 @@ def supports(x, weight: NestedWeight) -> str | None:
 def partial_sums(
     x: Activations, weight: NestedWeight, thresholds: jax.Array
 ) -> tuple[Activations, grading.GradingStats]:
-    """See ``api.graded_partial_sums``. Takes any ``[rows, K]`` and returns one partial."""
+    """Implements ``api.graded_partial_sums`` for x ``[rows, K]``; returns one partial sum."""
     level = grading.levels(x.values, x.scale_thresholds(thresholds))
     stats = grading.stats(x, level)
     padding = ((0, 0), (0, weight.planes.shape[1] - weight.in_features))
-    values = x.values.astype(jnp.float32) * grading.gain_of_each(level, weight.level_gains)
+    values = x.values.astype(jnp.float32) * grading.channel_gains(level, weight.level_gains)
     values = jnp.pad(values, padding)
     level = jnp.pad(level, padding)
     positions = layout.digit_major_positions(weight.scales.shape[1])
@@ -55,54 +56,54 @@ def partial_sums(
 
 
 def _by_channel(x, level, planes, scales):
-    """``x, level [rows, K]``, ``scales [S, N]`` -> ``y [rows, N]``, outputs digit by digit."""
+    """Returns y ``[rows, N]``, digit-major, for x and level ``[rows, K]`` and scales ``[G, N]``."""
     return jax.lax.map(lambda row: _one_row(*row, planes, scales), (x, level))
 
 
 def _one_row(x, level, planes, scales):
     num_planes, _, words = planes.shape
-    slices, outputs = scales.shape
-    x, level = x.reshape(slices, 1, -1), level.reshape(slices, 1, -1)
+    groups, outputs = scales.shape
+    x, level = x.reshape(groups, 1, -1), level.reshape(groups, 1, -1)
     f = jnp.arange(num_planes)[:, None]
-    # Channels of a slice by falling level: those that plane f is read for are the first counts[s, f].
+    # Sorts the channels of each group by descending level. The first counts[g, f] of them read plane f.
     counts = jnp.sum(level > f, axis=-1)
     key = (num_planes - level[:, 0]) * layout.GROUP + jnp.arange(layout.GROUP)
     order = jnp.sort(key) % layout.GROUP
     terms = jnp.where(level > f, x * 4.0**-f, 0)
     terms = jnp.take_along_axis(terms, order[:, None], axis=-1)
-    channels = order + jnp.arange(slices)[:, None] * layout.GROUP
+    channels = order + jnp.arange(groups)[:, None] * layout.GROUP
 
-    def add_slice(s, y):
+    def add_group(g, y):
         def add_plane(f, total):
             def add_channel(i, total):
-                row = jax.lax.dynamic_slice(planes, (f, channels[s, i], 0), (1, 1, words))[0, 0]
-                return total + codes.unpack_digit_major(row).astype(jnp.float32) * terms[s, f, i]
+                row = jax.lax.dynamic_slice(planes, (f, channels[g, i], 0), (1, 1, words))[0, 0]
+                return total + codes.unpack_digit_major(row).astype(jnp.float32) * terms[g, f, i]
 
-            return jax.lax.fori_loop(0, counts[s, f], add_channel, total)
+            return jax.lax.fori_loop(0, counts[g, f], add_channel, total)
 
-        # What the digits' mean takes from every term is the same for all outputs.
-        total = jnp.full((layout.WORD_DIGITS, words), -codes.DIGIT_MEAN * jnp.sum(terms[s]))
-        return y + jax.lax.fori_loop(0, num_planes, add_plane, total).reshape(-1) * scales[s]
+        # The mean of the digits contributes the same amount to every output.
+        total = jnp.full((layout.WORD_DIGITS, words), -codes.DIGIT_MEAN * jnp.sum(terms[g]))
+        return y + jax.lax.fori_loop(0, num_planes, add_plane, total).reshape(-1) * scales[g]
 
-    return jax.lax.fori_loop(0, slices, add_slice, jnp.zeros(outputs, jnp.float32))
+    return jax.lax.fori_loop(0, groups, add_group, jnp.zeros(outputs, jnp.float32))
 
 
 def _dense(x, level, planes, scales):
-    """``x, level [rows, K]``, ``scales [S, N]`` -> ``y [rows, N]``, outputs digit by digit."""
-    rows, num_planes, slices, outputs = len(x), len(planes), *scales.shape
+    """Returns y ``[rows, N]``, digit-major, for x and level ``[rows, K]`` and scales ``[G, N]``."""
+    rows, num_planes, groups, outputs = len(x), len(planes), *scales.shape
     f = jnp.arange(num_planes)[:, None]
     terms = jnp.where(level[:, None] > f, x[:, None] * 4.0**-f, 0)
-    terms = terms.reshape(rows, num_planes, slices, layout.GROUP).transpose(2, 0, 1, 3)
+    terms = terms.reshape(rows, num_planes, groups, layout.GROUP).transpose(2, 0, 1, 3)
 
-    def add_slice(y, slice_):
-        terms, s, scale = slice_
-        words = jax.lax.dynamic_slice_in_dim(planes, s * layout.GROUP, layout.GROUP, axis=1)
+    def add_group(y, group):
+        terms, g, scale = group
+        words = jax.lax.dynamic_slice_in_dim(planes, g * layout.GROUP, layout.GROUP, axis=1)
         digits = codes.unpack_digit_major(words) - codes.DIGIT_MEAN
-        partial = jnp.dot(
+        product = jnp.dot(
             terms.reshape(rows, -1), digits.reshape(-1, outputs), precision=jax.lax.Precision.HIGHEST
         )
-        return y + partial * scale, None
+        return y + product * scale, None
 
     y = jnp.zeros((rows, outputs), jnp.float32)
-    y, _ = jax.lax.scan(add_slice, y, (terms, jnp.arange(slices), scales))
+    y, _ = jax.lax.scan(add_group, y, (terms, jnp.arange(groups), scales))
     return y

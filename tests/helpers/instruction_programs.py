@@ -1,6 +1,6 @@
-"""One small lane program for each instruction, to run on both back ends.
+"""One small lane program for each instruction, for both back ends.
 
-A program gets the instructions and a ``Bench`` and returns up to four 32-bit registers.
+A program takes the instructions and its ``Operands`` and returns up to four 32-bit registers.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ OUTPUT_WORDS = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Bench:
-    """What a program works on: two random integers, three normal floats (all of this thread), addresses."""
+class Operands:
+    """The thread's two random integers ``a, b``, three normal floats ``x, y, z``, and its addresses."""
 
     thread: Value
     a: Value
@@ -28,14 +28,15 @@ class Bench:
     y: Value
     z: Value
     source: Value
-    """Global address of this thread's 8 input words."""
+    """Global address of the thread's 8 input words."""
     shared: Value
-    """Shared address of this thread's 16 bytes."""
+    """Shared address of the thread's 16 bytes."""
     all_shared: Value
+    """Shared address of the first thread's 16 bytes."""
 
 
 def inputs() -> np.ndarray:
-    """u32 [threads, 8]: two random integers, three normal floats, three float16 pairs."""
+    """Returns u32 ``[threads, 8]``: two random integers, three normal floats, three pairs of float16."""
     rng = np.random.default_rng(0)
     words = rng.integers(0, 2**32, (THREADS, INPUT_WORDS), dtype=np.uint32)
     words[:, 2:5] = rng.standard_normal((THREADS, 3)).astype(np.float32).view(np.uint32)
@@ -45,7 +46,7 @@ def inputs() -> np.ndarray:
 
 
 def as_word(isa: Instructions, value: Value) -> Value:
-    """Any 32-bit register or condition as i32."""
+    """Converts a 32-bit register or a condition to ``i32``."""
     if value.kind == "f32":
         return isa.float_to_bits(value)
     if value.kind == "bool":
@@ -54,26 +55,26 @@ def as_word(isa: Instructions, value: Value) -> Value:
 
 
 def small_bfloat16(isa: Instructions, word: Value) -> Value:
-    """Two bfloat16 that are integers below 16, so that sums of products are exact."""
+    """Returns two bfloat16 that are integers below 16, so that sums of their products are exact."""
     return isa.pack_bfloat16(isa.int_to_float(word & 15), isa.int_to_float((word >> 8) & 15))
 
 
 def run(isa: Instructions, program, source: Any, target: Any, shared: Any) -> None:
-    """The whole lane program: load inputs, ``program``, store results."""
+    """Runs ``program`` as a whole lane program: loads its operands and stores its results."""
     thread = isa.thread_index()
     address = isa.global_address(source) + isa.widen(thread * (4 * INPUT_WORDS))
     a, b = isa.load_global(address, 2)
     x, y = isa.load_global(address + 8, 2, "f32")
     (z,) = isa.load_global(address + 16, 1, "f32")
     base = isa.shared_address(shared)
-    bench = Bench(thread, a, b, x, y, z, address, base + (thread << 4), base)
-    words = [as_word(isa, v) for v in program(isa, bench)]
+    operands = Operands(thread, a, b, x, y, z, address, base + (thread << 4), base)
+    words = [as_word(isa, v) for v in program(isa, operands)]
     words += [isa.constant(0)] * (OUTPUT_WORDS - len(words))
     isa.store_global(isa.global_address(target) + isa.widen(thread << 4), words)
 
 
 def emulated(program) -> np.ndarray:
-    """u32 [threads, 4] on the emulator."""
+    """Returns the results on the emulator, u32 ``[threads, 4]``."""
     isa = NumpyInstructions(blocks=1, threads=THREADS, shared_bytes=SHARED_BYTES)
     out = np.zeros((THREADS, OUTPUT_WORDS), np.uint32)
     run(isa, program, isa.array(inputs()), isa.array(out), None)
@@ -81,10 +82,10 @@ def emulated(program) -> np.ndarray:
     return out
 
 
-def copies(isa: Instructions, t: Bench) -> list[Value]:
+def copies(isa: Instructions, t: Operands) -> list[Value]:
     isa.copy_async(t.shared, t.source)
     isa.commit_copies()
-    isa.copy_async(t.shared + 16 * THREADS, t.source + 16, once=True)
+    isa.copy_async(t.shared + 16 * THREADS, t.source + 16, evict_first=True)
     isa.commit_copies()
     isa.wait_copies(1)
     isa.warp_barrier()
@@ -94,7 +95,7 @@ def copies(isa: Instructions, t: Bench) -> list[Value]:
     return first + isa.load_shared((t.shared - t.all_shared ^ 1024) + t.all_shared + 16 * THREADS, 2)
 
 
-def stores(isa: Instructions, t: Bench) -> list[Value]:
+def stores(isa: Instructions, t: Operands) -> list[Value]:
     isa.store_shared(t.shared, [t.a, t.b, t.x, t.y])
     isa.store_shared(t.shared, [t.b], where=t.a < t.b)
     with isa.when(t.a < 0):
@@ -103,7 +104,7 @@ def stores(isa: Instructions, t: Bench) -> list[Value]:
     return isa.load_shared((t.shared - t.all_shared ^ 2032) + t.all_shared, 4)
 
 
-def loops(isa: Instructions, t: Bench) -> list[Value]:
+def loops(isa: Instructions, t: Operands) -> list[Value]:
     def body(i: Value, carry: list[Value]) -> list[Value]:
         return [carry[0] + i, carry[1] * 0.5 + t.x]
 
@@ -130,7 +131,7 @@ PROGRAMS = {
     "bits": lambda isa, t: [isa.bits_to_float(t.a ^ 1), isa.float_to_bits(t.x) + 1],
     "int_to_float": lambda isa, t: [isa.int_to_float(t.a), isa.int_to_float(t.a & 0xFF)],
     "half_to_float": lambda isa, t: [
-        isa.half_to_float(isa.load_global(t.source + 20)[0], which) for which in ("low", "high")
+        isa.half_to_float(isa.load_global(t.source + 20)[0], half) for half in ("low", "high")
     ],
     "widen": lambda isa, t: isa.load_global(
         isa.widen(t.a * 0 - 4) + t.source + isa.constant(8 - 2**32, "i64"), 1
@@ -153,9 +154,11 @@ PROGRAMS = {
         isa.permute_bytes(t.a, t.b, t.b & 0x7777),
     ],
     "load_global": lambda isa, t: isa.load_global(t.source + 16, 4),
-    "load once": lambda isa, t: isa.load_global(t.source + 16, 4, once=True),
-    "early load once": lambda isa, t: isa.load_global(t.source + 8, 2, early=True, once=True),
-    "early load": lambda isa, t: isa.load_global(t.source + 8, 2, "f32", early=True),
+    "evict-first load": lambda isa, t: isa.load_global(t.source + 16, 4, evict_first=True),
+    "ordered evict-first load": lambda isa, t: isa.load_global(
+        t.source + 8, 2, ordered=True, evict_first=True
+    ),
+    "ordered load": lambda isa, t: isa.load_global(t.source + 8, 2, "f32", ordered=True),
     "load_global_16": lambda isa, t: [isa.load_global_16(t.source + 22)],
     "shared memory": stores,
     "asynchronous copies": copies,
@@ -174,4 +177,4 @@ PROGRAMS = {
     ),
     "loop": loops,
 }
-"""By name. Between them they use every instruction."""
+"""Programs by name. Together they use every instruction."""

@@ -12,12 +12,12 @@ from pallas_kernels.matvec.mosaic_gpu import Config
 RELATIVE_ERROR = 1e-3
 """Largest error of a row of outputs in norm, for Gaussian and heavy-tailed activations."""
 
-DEFAULT_CONFIG = Config(warpgroups=1, warps_per_slice=2, ring_slots=4)
+DEFAULT_CONFIG = Config(warpgroups=1, warps_per_group=2, ring_slots=4)
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Sizes and distribution of one matvec; ``activations`` is one of those that ``draw_x`` knows."""
+    """Sizes and distribution of one matvec; ``draw_x`` lists the values of ``activations``."""
 
     in_features: int
     out_features: int

@@ -2,7 +2,7 @@
 
 This is the one oracle of every implementation: reference, XLA, the emulated GPU kernels and the kernels on a
 GPU. It reads the fields of a ``NestedWeight`` and imports nothing else of ``pallas_kernels``, so a mistake in
-``layout`` or ``codes`` cannot cancel itself here.
+``layout`` or ``codes`` cannot cancel itself.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ def padded_shape(in_features: int, out_features: int) -> tuple[int, int]:
     return -(-in_features // GROUP) * GROUP, -(-out_features // TILE) * TILE
 
 
-def _digit_places() -> np.ndarray:
+def _digit_positions() -> np.ndarray:
     """int ``[512, 2]``: the word of a tile and the digit of that word that hold each output.
 
     Each of the 32 words is numbered ``4 row + 2 half + pair``, and digit ``4 byte + position`` is its bits
@@ -38,7 +38,7 @@ def _digit_places() -> np.ndarray:
 
         ``256 half + 128 (position // 2) + 16 row + 8 pair + 4 (byte // 2) + 2 (position % 2) + byte % 2``.
     """
-    places = np.full((TILE, 2), -1)
+    positions = np.full((TILE, 2), -1)
     for row in range(8):
         for half in range(2):
             for pair in range(2):
@@ -46,14 +46,14 @@ def _digit_places() -> np.ndarray:
                     for position in range(4):
                         output = 256 * half + 128 * (position // 2) + 16 * row + 8 * pair
                         output += 4 * (byte // 2) + 2 * (position % 2) + byte % 2
-                        places[output] = 4 * row + 2 * half + pair, 4 * byte + position
-    return places
+                        positions[output] = 4 * row + 2 * half + pair, 4 * byte + position
+    return positions
 
 
 def digits(weight: NestedWeight) -> Iterator[np.ndarray]:
     """Yields uint8 ``[in_features, out_features]`` for each plane, the most significant digit first."""
     tile, output = np.divmod(np.arange(weight.out_features), TILE)
-    word, digit = _digit_places()[output].T
+    word, digit = _digit_positions()[output].T
     word = word + tile * (TILE // WORD_OUTPUTS)
     for plane in np.asarray(weight.planes):
         yield (plane[: weight.in_features, word] >> (2 * digit).astype(np.uint32) & 3).astype(np.uint8)

@@ -1,4 +1,5 @@
-"""The graded matvec of every implementation that runs here, against NumPy in float64."""
+"""The graded matvec on a CPU: reference and XLA against the float64 oracle, and the public function's
+contract."""
 
 import dataclasses
 
@@ -17,10 +18,10 @@ TOLERANCE = 1e-5
 """Largest error of a row, relative to its largest output."""
 
 THRESHOLDS = np.array([0.1, 0.6, 1.1, 2.2], np.float32)
-"""About 3 bits for Gaussian activations."""
+"""Thresholds that read about 3 bits of Gaussian activations."""
 
 MANY = xla.ROWS_BY_CHANNEL + 1
-"""Rows of which XLA makes one dense product."""
+"""Smallest number of rows for which XLA computes one dense product."""
 
 implementations = pytest.mark.parametrize("implementation", ["reference", "xla"])
 all_rows = pytest.mark.parametrize("rows", [1, 3, MANY])
@@ -65,12 +66,12 @@ def assert_close(y, expected, tolerance=TOLERANCE):
     rows=st.sampled_from([1, 8, MANY]),
     dtype=st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16]),
     shape=st.sampled_from(["gaussian", "heavy-tailed", "far from zero", "sparse"]),
-    # Not subnormal: whether 0 reaches a subnormal threshold is the device's business.
+    # No subnormal thresholds: devices differ in whether 0 reaches them.
     levels=st.lists(st.just(0.0) | st.floats(1e-6, 8), min_size=4, max_size=4),
     spread=st.floats(0, 1),
     seed=st.integers(0, 1000),
 )
-def test_equal_to_dequantize_by_level_then_multiply(size, rows, dtype, shape, levels, spread, seed):
+def test_equals_dequantization_by_level_and_multiplication(size, rows, dtype, shape, levels, spread, seed):
     weight = WEIGHTS[size]
     x = jnp.asarray(activations(rows, weight.in_features, seed, shape)).astype(dtype)
     thresholds = np.sort(np.array(levels[: weight.num_planes]))
@@ -84,7 +85,7 @@ def test_equal_to_dequantize_by_level_then_multiply(size, rows, dtype, shape, le
 
 
 @pytest.mark.parametrize("rows", range(1, 9))
-def test_every_row_of_a_small_batch_is_as_if_alone(rows):
+def test_each_row_of_a_small_batch_equals_the_row_alone(rows):
     x = activations(rows)
     thresholds = THRESHOLDS * np.linspace(0.2, 2, rows, dtype=np.float32)[:, None]
     y, bits = matvec(x, WEIGHT, thresholds, "xla")
@@ -111,7 +112,7 @@ def test_higher_thresholds_never_read_more(implementation, start, rise):
 
 @implementations
 @all_rows
-def test_zero_thresholds_are_the_dense_product(implementation, rows):
+def test_zero_thresholds_give_the_dense_product(implementation, rows):
     x = activations(rows)
     y, bits = matvec(x, WEIGHT, np.zeros(4, np.float32), implementation)
     assert_close(y, x.astype(np.float64) @ matvec_oracle.dequantize(WEIGHT, 4))
@@ -143,7 +144,7 @@ def test_nan_and_inf_reach_every_output_of_their_row_and_no_other(implementation
 
 @implementations
 @all_rows
-def test_digits_beyond_the_level_have_no_part_in_the_output(implementation, rows):
+def test_digits_beyond_the_level_do_not_change_the_output(implementation, rows):
     x = np.repeat(activations(1), rows, axis=0)
     level = np.pad(matvec_oracle.levels(x[:1], THRESHOLDS)[0], (0, 84))
     unread = level <= np.arange(4)[:, None]
@@ -175,7 +176,7 @@ def test_vmap_over_rows(implementation):
 
 
 @implementations
-def test_turning_the_thresholds_compiles_nothing(implementation):
+def test_new_thresholds_do_not_recompile(implementation):
     traces = []
 
     @jax.jit
@@ -189,8 +190,8 @@ def test_turning_the_thresholds_compiles_nothing(implementation):
     assert len(set(bits)) == 5
 
 
-def test_the_program_follows_the_device_it_is_compiled_for():
-    """By channel is for CPUs: elsewhere its small steps would be as many kernel launches."""
+def test_xla_program_depends_on_the_target_platform():
+    """Only CPUs compute by channel. On a GPU every small step would be a kernel launch."""
     x = jax.ShapeDtypeStruct((1, 300), jnp.float32)
     thresholds = jax.ShapeDtypeStruct((4,), jnp.float32)
     traced = matvec.trace(x, WEIGHT, thresholds, implementation="xla")
@@ -198,7 +199,7 @@ def test_the_program_follows_the_device_it_is_compiled_for():
     assert "dot_general" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
-def test_levels_count_the_thresholds_reached():
+def test_levels_count_reached_thresholds():
     x = jnp.asarray([[0.0, -1.0, 1.0, -2.5, jnp.inf, jnp.nan]])
     level = grading.levels(x, jnp.asarray([0.5, 1.0, 2.0, jnp.inf]))
     np.testing.assert_array_equal(level, [[0, 2, 2, 3, 4, 4]])
@@ -221,18 +222,18 @@ def test_levels_count_the_thresholds_reached():
         (np.zeros((2, 9), np.int32), np.zeros(3), ["x has shape", "x has dtype", "thresholds has shape"]),
     ],
 )
-def test_arguments_that_do_not_fit_are_named(x, thresholds, messages):
-    # As users call it, without the tests' run-time check of annotations.
+def test_refuses_wrong_arguments_by_name(x, thresholds, messages):
+    # __wrapped__ skips the tests' run-time check of annotations, as for users.
     with pytest.raises(ValueError, match=r".*; ".join(messages)):
         api.graded_matvec.__wrapped__(x, WEIGHT, thresholds.astype(np.float32))
 
 
-def test_an_unknown_implementation_is_named_with_the_known_ones():
+def test_refuses_an_unknown_implementation_and_names_the_known_ones():
     with pytest.raises(ValueError, match=r"unknown implementation 'cuda': choose from .*xla, reference"):
         choose.__wrapped__(activations(1), WEIGHT, "cuda")
 
 
-def test_the_first_implementation_that_fits_is_chosen_and_reasons_are_collected(monkeypatch):
+def test_chooses_the_first_supported_implementation_and_collects_reasons(monkeypatch):
     assert choose(activations(1), WEIGHT) == next(
         name for name, module in IMPLEMENTATIONS.items() if module.supports(activations(1), WEIGHT) is None
     )

@@ -1,4 +1,4 @@
-"""Quantize, pack, unpack, dequantize: round trips, the half-step formula, adversarial weights, refusals."""
+"""Nested codes: round trips, the half-step formula, adversarial weights and refused inputs."""
 
 import dataclasses
 
@@ -15,10 +15,11 @@ from pallas_kernels import codes, layout
 from pallas_kernels.weight import NestedWeight
 
 SLACK = 1 + 1e-4
-"""On a half step, for the float32 rounding of ``w / scale + 2``, which is 2**-15 of the 8-bit half step."""
+"""Factor on a half step for the rounding of ``w / scale + 2`` to float32, which is 2**-15 of the 8-bit half
+step."""
 
 SUBNORMAL = 1e-37
-"""Smaller float32 weights may count as zeros."""
+"""Float32 weights below this may count as zeros."""
 
 few = settings(max_examples=6, deadline=None)
 many = settings(max_examples=60, deadline=None)
@@ -30,7 +31,7 @@ def gaussian(k, n, seed=0):
 
 
 def adversarial():
-    """Weights of 200 channels that a quantizer may stumble over."""
+    """Returns weights of 200 channels that are difficult for a quantizer."""
     w = gaussian(200, 9)
     one_huge = w.copy()
     one_huge[7, 3] = -131008.0
@@ -53,7 +54,7 @@ def adversarial():
 
 @few
 @given(k=st.integers(1, 300), n=st.integers(1, 1100), bits=st.sampled_from([2, 4, 6, 8]))
-def test_codes_of_any_shape_come_back(k, n, bits):
+def test_codes_of_any_shape_survive_a_round_trip(k, n, bits):
     rng = np.random.default_rng(k * n)
     code = rng.integers(0, 256, (k, n), dtype=np.uint8)
     scales = rng.uniform(0, 2, (-(-k // 128), n)).astype(np.float16)
@@ -119,7 +120,7 @@ def test_zeros_stay_exactly_zero():
 
 
 @max_bits
-def test_dequantize_is_the_half_step_formula(max_bits):
+def test_dequantize_follows_the_half_step_formula(max_bits):
     weight = codes.quantize(jnp.asarray(gaussian(200, 600)), max_bits=max_bits)
     planes = max_bits // 2
     for level in range(planes + 1):
@@ -139,7 +140,7 @@ def test_dequantize_casts_at_the_end():
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_half_precision_weights_are_quantized_as_their_float32_values(dtype):
+def test_half_precision_weights_get_the_codes_of_their_float32_values(dtype):
     w = jnp.asarray(gaussian(150, 20)).astype(dtype)
     half, full = codes.quantize(w), codes.quantize(w.astype(jnp.float32))
     np.testing.assert_array_equal(half.planes, full.planes)
@@ -147,7 +148,7 @@ def test_half_precision_weights_are_quantized_as_their_float32_values(dtype):
 
 
 @max_bits
-def test_fewer_bits_are_the_leading_planes(max_bits):
+def test_fewer_bits_store_the_leading_planes(max_bits):
     w = jnp.asarray(gaussian(200, 600))
     full, short = codes.quantize(w), codes.quantize(w, max_bits=max_bits)
     np.testing.assert_array_equal(short.planes, full.planes[: max_bits // 2])
@@ -155,7 +156,7 @@ def test_fewer_bits_are_the_leading_planes(max_bits):
     np.testing.assert_array_equal(codes.dequantize(short), codes.dequantize(full, max_bits // 2))
 
 
-def test_level_errors_fall_with_the_level_and_start_at_the_mean_square():
+def test_level_errors_start_at_the_mean_square_and_fall_with_the_level():
     w = gaussian(200, 60)
     weight = codes.quantize(jnp.asarray(w))
     expected = [np.mean((w - matvec_oracle.dequantize(weight, level)) ** 2) for level in range(5)]
@@ -164,7 +165,7 @@ def test_level_errors_fall_with_the_level_and_start_at_the_mean_square():
     assert (np.diff(errors) < 0).all()
 
 
-def test_a_weight_with_gains_reads_each_level_times_its_own():
+def test_level_gains_multiply_their_levels():
     weight = codes.quantize(jnp.asarray(gaussian(200, 60)))
     gains = [0.85, 0.98, 1.01, 1.0]
     scaled = dataclasses.replace(weight, level_gains=jnp.asarray(gains))
@@ -173,12 +174,12 @@ def test_a_weight_with_gains_reads_each_level_times_its_own():
         expected = gain * matvec_oracle.dequantize(weight, level)
         np.testing.assert_allclose(codes.dequantize(scaled, level), expected, rtol=1e-6)
     np.testing.assert_array_equal(codes.dequantize(scaled), codes.dequantize(weight))
-    mixed = np.arange(200) % 5
-    expected = matvec_oracle.dequantize(weight, mixed) * np.append(1, gains)[mixed][:, None]
-    np.testing.assert_allclose(codes.dequantize(scaled, jnp.asarray(mixed)), expected, rtol=1e-6)
+    level = np.arange(200) % 5
+    expected = matvec_oracle.dequantize(weight, level) * np.append(1, gains)[level][:, None]
+    np.testing.assert_allclose(codes.dequantize(scaled, jnp.asarray(level)), expected, rtol=1e-6)
 
 
-def test_the_fit_of_the_levels_is_that_of_the_emulator():
+def test_level_fit_agrees_with_the_oracle():
     w, s = gaussian(200, 60), np.random.default_rng(1).uniform(0.5, 2, 60)
     weight = codes.quantize(jnp.asarray(w))
     fit = codes.level_fit(jnp.asarray(w), weight, jnp.asarray(s, jnp.float32))
@@ -199,18 +200,18 @@ def test_the_fit_of_the_levels_is_that_of_the_emulator():
         (np.zeros((2, 3), np.int32), "layers.3.o: dtype int32"),
     ],
 )
-def test_what_cannot_be_quantized_is_refused_by_name(w, message):
+def test_refuses_weights_that_cannot_be_quantized_by_name(w, message):
     with pytest.raises(ValueError, match=message):
         codes.quantize(jnp.asarray(w), name="layers.3.o")
 
 
 @pytest.mark.parametrize("bits", [0, 3, 10])
-def test_unknown_bits_are_refused(bits):
+def test_refuses_unknown_bits(bits):
     with pytest.raises(ValueError, match=f"max_bits must be 2, 4, 6 or 8, not {bits}"):
         codes.quantize(jnp.ones((2, 2)), max_bits=bits)
 
 
-def test_scales_that_do_not_fit_the_codes_are_refused():
+def test_refuses_scales_whose_shape_does_not_match_the_codes():
     with pytest.raises(ValueError, match=r"scales has shape \(1, 5\), expected \(2, 5\)"):
         codes.from_codes(jnp.zeros((200, 5), jnp.uint8), jnp.ones((1, 5), jnp.float16))
 
@@ -225,8 +226,8 @@ def test_check_names_every_problem_at_once():
     )
     with pytest.raises(ValueError, match=r"^head: ") as caught:
         broken.check("head")
-    for part in ("expected (4, 256, 32)", "dtype int32, expected uint32", "negative or non-finite"):
-        assert part in str(caught.value)
+    for text in ("expected (4, 256, 32)", "dtype int32, expected uint32", "negative or non-finite"):
+        assert text in str(caught.value)
     for problem, message in (
         ({"planes": weight.planes[0]}, r"expected \[1..4, 256, 32\]"),
         ({"scales": weight.scales[:1]}, r"scales has shape \(1, 512\), expected \(2, 512\)"),
@@ -236,7 +237,7 @@ def test_check_names_every_problem_at_once():
         ({"level_gains": jnp.ones(3)}, r"level_gains is float32 \(3,\), expected float32 \(4,\)"),
         (
             {"level_gains": jnp.full(4, 0.5)},
-            "expected finite ones above 0, the last of them 1",
+            "level_gains is .*, expected finite numbers above 0, the last of them 1",
         ),
     ):
         with pytest.raises(ValueError, match=message):
@@ -244,7 +245,7 @@ def test_check_names_every_problem_at_once():
 
 
 @max_bits
-def test_the_abstract_weight_is_what_quantize_makes(max_bits):
+def test_the_abstract_weight_matches_the_quantized_weight(max_bits):
     weight = codes.quantize(jnp.ones((130, 513)), max_bits=max_bits)
     abstract = NestedWeight.abstract(130, 513, max_bits)
     assert jax.tree.structure(weight) == jax.tree.structure(abstract)
@@ -271,7 +272,7 @@ def test_the_weight_passes_through_jax_transformations():
     np.testing.assert_allclose(jax.jit(sharded)(weight), expected, rtol=1e-6)
 
 
-def test_the_order_of_outputs_is_a_permutation_inside_each_tile():
+def test_outputs_are_permuted_inside_each_tile():
     positions = layout.digit_major_positions(1536)
     assert sorted(positions) == list(range(1536))
     words = positions % (1536 // 16)

@@ -1,7 +1,7 @@
 """The graded matvec for NVIDIA GPUs: a lane program in Pallas Mosaic GPU.
 
-Reading order: ``program`` (the algorithm and the data layout), ``lanes.instructions`` (what it is written
-in), ``geometry`` (sizes), ``tuning``, ``kernel`` (the launch).
+Read ``program`` first (the algorithm and the data layout), then ``lanes.instructions`` (its language),
+``geometry`` (sizes), ``tuning`` (choice of a configuration) and ``kernel`` (the launch).
 """
 
 from pallas_kernels.matvec.mosaic_gpu.geometry import Config

@@ -1,4 +1,4 @@
-"""Static sizes of one graded matvec on a GPU: how the work is cut into CTAs, and the shared memory map."""
+"""Static sizes of a launch of the graded matvec: how the work is cut into CTAs, and the shared-memory map."""
 
 import dataclasses
 
@@ -6,54 +6,57 @@ from pallas_kernels import layout
 from pallas_kernels.lanes.instructions import LANES
 
 WARPS_PER_WARPGROUP = 4
-"""Mosaic GPU launches whole warpgroups."""
+"""Number of warps in a warpgroup. Mosaic GPU launches whole warpgroups."""
 
 STEP_ROWS = 8
-"""Rows (one channel of one plane each) that a warp multiplies at once: K = 32 of the matrix instruction
-over the 4 byte positions of a word."""
+"""Number of plane rows that a warp multiplies in one step: K = 32 of the matrix instruction, divided by the 4
+bytes of a word. A plane row is one input channel of one plane."""
 
 ROW_BYTES = layout.TILE_WORDS * 4
-"""Bytes of one row in one tile: 512 two-bit digits."""
+"""Bytes of one plane row in one tile: 512 digits of 2 bits."""
 
 STEP_BYTES = STEP_ROWS * ROW_BYTES
-"""Bytes that one step reads, and of one slot of the ring: 1 KiB."""
+"""Bytes that one step reads, and that one slot of the ring holds: 1 KiB."""
 
 TILE_OUTPUT_BYTES = layout.TILE * 4
 """Bytes of one tile of float32 outputs."""
 
 SCALES_BYTES = layout.TILE * 2
-"""Bytes of the scales of one slice in one tile."""
+"""Bytes of the scales of one group in one tile."""
 
 MAX_ROWS = 8
-"""Activation rows (batch) that a launch takes."""
+"""Largest number of activation rows in a launch."""
 
 MAX_ROWS_PER_CTA = 4
-"""Activation rows that share one read of the weights: each takes 32 accumulators a lane."""
+"""Largest number of activation rows that share one read of the weights; a lane has 32 accumulators for
+each."""
 
 SHARED_BYTES_LIMIT = 99 * 1024
-"""Shared memory that one CTA can have on every supported architecture (sm_89 has the least)."""
+"""Bytes of shared memory that one CTA can have on every supported architecture; sm_89 has the fewest."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """How one launch is tuned. None of it changes the result, except the order of float32 sums.
+    """Tuning of a launch. It changes nothing in the result but the order of float32 sums.
 
     Attributes:
-      warpgroups: warpgroups (of 4 warps) in a CTA, 1 or 2. More of them sum more slices inside the CTA,
-        so fewer partial sums are written; fewer give a finer grid.
-      warps_per_slice: 1, 2 or 4 warps share the channels of one slice. More of them give a finer grid for
-        small shapes; fewer have longer lists, of which less is padding, and write fewer partial sums.
-      ring_slots: 2, 4, 8 or 16 KiB of asynchronous copies in flight for each warp, less one.
+      warpgroups: Number of warpgroups (4 warps) in a CTA, 1 or 2. More warpgroups add up more groups of
+        channels in the CTA and write fewer partial sums; fewer give a finer grid.
+      warps_per_group: Number of warps, 1, 2 or 4, that share the channels of one group. More warps give a
+        finer grid for small weights; fewer have longer lists, which contain less padding, and write fewer
+        partial sums.
+      ring_slots: Number of 1-KiB slots in the ring of a warp: 2, 4, 8 or 16. A warp keeps copies of one KiB
+        less in flight.
     """
 
     warpgroups: int
-    warps_per_slice: int
+    warps_per_group: int
     ring_slots: int
 
     def __post_init__(self):
         for name, allowed in (
             ("warpgroups", (1, 2)),
-            ("warps_per_slice", (1, 2, 4)),
+            ("warps_per_group", (1, 2, 4)),
             ("ring_slots", (2, 4, 8, 16)),
         ):
             if getattr(self, name) not in allowed:
@@ -61,33 +64,33 @@ class Config:
 
     @property
     def warps(self) -> int:
-        """Warps in a CTA."""
+        """Number of warps in a CTA."""
         return WARPS_PER_WARPGROUP * self.warpgroups
 
     @property
-    def slices_per_cta(self) -> int:
-        """Slices of 128 input channels that a CTA sums."""
-        return self.warps // self.warps_per_slice
+    def groups_per_cta(self) -> int:
+        """Number of groups of input channels that a CTA sums over."""
+        return self.warps // self.warps_per_group
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """Sizes of one launch.
+    """Sizes of a launch.
 
-    A CTA computes, for up to ``rows_per_cta`` activation rows, one tile of 512 outputs over
-    ``config.slices_per_cta`` slices of input channels. The grid runs over row groups (fastest, so that
-    they share the L2), tiles, and groups of slices, each of which writes its own partial sum.
+    A CTA computes one tile of 512 outputs over ``config.groups_per_cta`` groups of input channels, for up to
+    ``rows_per_cta`` activation rows. The grid runs over row batches (fastest, because they share the L2),
+    tiles and splits of the input channels. Each split writes its own partial sum.
 
     Attributes:
-      in_features: logical K; channels from there on are padding.
-      stored_k: K padded to the slice.
-      stored_n: N padded to the tile.
-      planes: stored planes, 1 to 4.
-      rows: activation rows, 1 to 8.
+      in_features: Logical number of input channels; later channels are padding.
+      stored_k: Number of input channels, padded to whole groups.
+      stored_n: Number of outputs, padded to whole tiles.
+      planes: Number of stored planes, 1 to 4.
+      rows: Number of activation rows, 1 to 8.
       x_dtype: "float32", "bfloat16" or "float16".
-      config: the tuning.
-      squares: parts that the mean square comes in, by the root of which y is divided; 0: y is not divided.
-      eps: added to the mean square.
+      config: Tuning.
+      num_square_partials: Number of partial sums of the norm's mean square; 0 without a norm.
+      eps: Epsilon of the norm.
     """
 
     in_features: int
@@ -97,7 +100,7 @@ class Geometry:
     rows: int
     x_dtype: str
     config: Config
-    squares: int = 0
+    num_square_partials: int = 0
     eps: float = 0.0
 
     @property
@@ -106,7 +109,7 @@ class Geometry:
         return 4 if self.x_dtype == "float32" else 2
 
     @property
-    def slices(self) -> int:
+    def groups(self) -> int:
         return self.stored_k // layout.GROUP
 
     @property
@@ -114,62 +117,66 @@ class Geometry:
         return self.stored_n // layout.TILE
 
     @property
-    def slice_groups(self) -> int:
-        """Groups of slices, hence partial sums of each output. The last group may be incomplete."""
-        return -(-self.slices // self.config.slices_per_cta)
+    def splits(self) -> int:
+        """Number of splits of the input channels, and of partial sums of each output.
+
+        The last split may have fewer groups than the others.
+        """
+        return -(-self.groups // self.config.groups_per_cta)
 
     @property
     def has_padding(self) -> bool:
-        """Whether some lanes have channels that do not exist: K's padding, or slices past the last one."""
-        return self.in_features < self.slice_groups * self.config.slices_per_cta * layout.GROUP
+        """Whether some lanes have channels that do not exist: padding, or groups after the last."""
+        return self.in_features < self.splits * self.config.groups_per_cta * layout.GROUP
 
     @property
-    def row_groups(self) -> int:
+    def row_batches(self) -> int:
+        """Number of batches of activation rows. The rows of a batch share one read of the weights."""
         return -(-self.rows // MAX_ROWS_PER_CTA)
 
     @property
     def rows_per_cta(self) -> int:
-        """Rows in a group, as even as possible. The last group may be incomplete."""
-        return -(-self.rows // self.row_groups)
+        """Number of rows in a batch. The last batch may have fewer."""
+        return -(-self.rows // self.row_batches)
 
     @property
     def matvec_blocks(self) -> int:
-        """CTAs that multiply."""
-        return self.row_groups * self.tiles * self.slice_groups
+        """Number of CTAs that multiply."""
+        return self.row_batches * self.tiles * self.splits
 
     @property
     def blocks(self) -> int:
-        """CTAs in the grid: those that multiply, and one for each activation row that counts its levels."""
+        """Number of CTAs: those that multiply, and one for each activation row that counts its levels."""
         return self.matvec_blocks + self.rows
 
     @property
     def threads(self) -> int:
-        """Threads in a CTA."""
+        """Number of threads in a CTA."""
         return self.config.warps * LANES
 
     @property
     def outputs_per_thread(self) -> int:
-        """Consecutive outputs of a tile that one thread sums over the CTA's warps: 4 or 2."""
+        """Number of consecutive outputs that one thread sums over the warps of the CTA: 4 or 2."""
         return layout.TILE // self.threads
 
     @property
     def channels_per_lane(self) -> int:
-        """Channels that one lane grades."""
-        return layout.GROUP // LANES // self.config.warps_per_slice
+        """Number of channels that one lane grades."""
+        return layout.GROUP // LANES // self.config.warps_per_group
 
     @property
     def stored_row_bytes(self) -> int:
-        """Bytes of one channel's whole row of one plane."""
+        """Bytes of one plane row over all tiles."""
         return self.stored_n // layout.WORD_DIGITS * 4
 
     @property
     def plane_bytes(self) -> int:
         return self.stored_k * self.stored_row_bytes
 
-    # --- shared memory: of each warp, a list, then records, then scales, then rings -------------
+    # --- shared memory: the lists of all warps, then their records, scales and rings ------------
     @property
     def entry_words(self) -> int:
-        """Words of one list entry: the row's offset, then two activation rows' values to a word."""
+        """Words of a list entry: the offset of its plane row, then the codes, of two activation rows each."""
         return 2 if self.rows_per_cta <= 2 else 4
 
     @property
@@ -183,7 +190,7 @@ class Geometry:
 
     @property
     def list_bytes(self) -> int:
-        """Bytes of one warp's list: its channels in every plane, padded to a whole step."""
+        """Bytes of one warp's list: its channels in every plane, and padding to a whole step."""
         return (self.planes * LANES * self.channels_per_lane + STEP_ROWS) * self.entry_bytes
 
     @property
@@ -192,7 +199,7 @@ class Geometry:
 
     @property
     def record_bytes(self) -> int:
-        """Bytes of one warp's record: the sums and peaks of its rows."""
+        """Bytes of one warp's record: the sum of codes and the peak of each activation row."""
         return layout.round_up(4 * 2 * self.rows_per_cta, 16)
 
     @property
@@ -205,7 +212,7 @@ class Geometry:
 
     @property
     def ring_bytes(self) -> int:
-        """Bytes of one warp's ring, which holds one tile of its outputs at the end."""
+        """Bytes of one warp's ring, which finally holds one tile of its outputs."""
         return max(self.config.ring_slots * STEP_BYTES, TILE_OUTPUT_BYTES)
 
     @property

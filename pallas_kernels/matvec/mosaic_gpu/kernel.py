@@ -1,4 +1,4 @@
-"""The launch of the graded matvec: which arguments it takes, its sizes, its operands."""
+"""The launch of the graded matvec on a GPU: supported arguments, sizes and operands."""
 
 import dataclasses
 import functools
@@ -19,21 +19,21 @@ from pallas_kernels.matvec.mosaic_gpu.program import Refs, graded_matvec_program
 from pallas_kernels.weight import NestedWeight
 
 OFFSET_LIMIT = 2**32
-"""List entries address the planes with 32 bits."""
+"""Largest number of bytes of planes. List entries hold offsets of 32 bits."""
 
-ANY_CONFIG = Config(warpgroups=1, warps_per_slice=4, ring_slots=4)
-"""Completes a ``Geometry`` until the tuning is known."""
+ANY_CONFIG = Config(warpgroups=1, warps_per_group=4, ring_slots=4)
+"""Placeholder in a ``Geometry`` until the tuning is known."""
 
 
 def supports(x: Array | jax.ShapeDtypeStruct, weight: NestedWeight) -> str | None:
-    """None if this kernel runs for these arguments on the device being compiled for, else the reason."""
+    """Returns why the kernel cannot run for these arguments on the target device, or None if it can."""
     rows = x.shape[0]
     if not 1 <= rows <= geometry_module.MAX_ROWS:
         return f"takes 1 to {geometry_module.MAX_ROWS} rows, not {rows}"
     plane_bytes = 4 * weight.planes.size
     if plane_bytes > OFFSET_LIMIT:
         return f"addresses at most {OFFSET_LIMIT} bytes of planes, the weight has {plane_bytes}"
-    return device.problem()
+    return device.unsupported_reason()
 
 
 def graded_matvec(
@@ -43,7 +43,7 @@ def graded_matvec(
     *,
     config: Config | None = None,
 ) -> tuple[Float32[Array, "rows n"], Float32[Array, "rows"]]:
-    """See ``api.graded_matvec``; 1 to 8 rows. ``config``: the tuning, as in ``partial_sums``."""
+    """Implements ``api.graded_matvec`` for 1 to 8 rows; ``config`` is that of ``partial_sums``."""
     y, stats = partial_sums(Activations.of(x), weight, thresholds, config=config)
     return y.array, stats.bits
 
@@ -55,13 +55,15 @@ def partial_sums(
     *,
     config: Config | None = None,
 ) -> tuple[Activations, GradingStats]:
-    """See ``api.graded_partial_sums``. Takes 1 to 8 rows ``[rows, K]``.
+    """Implements ``api.graded_partial_sums`` for 1 to 8 rows.
 
     Args:
-      config: the tuning, chosen by ``tuning.best_config`` if not given.
+      x: Activations ``[rows, K]``.
+      weight, thresholds: See ``api.graded_partial_sums``.
+      config: Tuning; ``tuning.best_config`` chooses it if not given.
     """
     geometry = geometry_of(x, weight, config)
-    # A launch has the same operands whether it uses them or not.
+    # Operands that the program does not use must still exist.
     squares = thresholds if x.square_partials is None else x.square_partials
     gains = jnp.ones(weight.num_planes) if weight.level_gains is None else weight.level_gains
     floats = [a.astype(jnp.float32) for a in (thresholds, squares, gains)]
@@ -70,7 +72,7 @@ def partial_sums(
 
 
 def geometry_of(x: Activations, weight: NestedWeight, config: Config | None = None) -> Geometry:
-    """The launch for these arguments; ``config`` as in ``partial_sums``."""
+    """Returns the sizes of the launch for these arguments; ``config`` is that of ``partial_sums``."""
     stored_k, stored_n = layout.padded_shape(weight.in_features, weight.out_features)
     geometry = Geometry(
         in_features=weight.in_features,
@@ -80,7 +82,7 @@ def geometry_of(x: Activations, weight: NestedWeight, config: Config | None = No
         rows=x.leading[0],
         x_dtype=x.dtype.name,
         config=config or ANY_CONFIG,
-        squares=0 if x.square_partials is None else x.square_partials.shape[1],
+        num_square_partials=0 if x.square_partials is None else x.square_partials.shape[1],
         eps=x.eps,
     )
     if config is None:
@@ -93,12 +95,12 @@ def geometry_of(x: Activations, weight: NestedWeight, config: Config | None = No
 
 @functools.cache
 def launch(geometry: Geometry):
-    """The kernel: arguments and results as in ``place.Refs``, without the shared memory."""
+    """Builds the kernel; its arguments and results are those of ``lane_context.Refs``."""
     return lane_kernel(
         "graded_matvec_kernel",
         lambda isa, refs: graded_matvec_program(isa, geometry, Refs(*refs)),
         outputs=[
-            jax.ShapeDtypeStruct((geometry.slice_groups, geometry.rows, geometry.stored_n), jnp.float32),
+            jax.ShapeDtypeStruct((geometry.splits, geometry.rows, geometry.stored_n), jnp.float32),
             jax.ShapeDtypeStruct((geometry.rows, 2), jnp.float32),
         ],
         blocks=geometry.blocks,

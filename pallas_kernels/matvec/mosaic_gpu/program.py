@@ -1,76 +1,90 @@
-"""The lane program of the graded matvec: what each lane does, phase by phase.
+"""The lane program of the graded matvec. Start here to understand the kernel.
 
-    y[n] = sum_s scales[s, n] * sum_{k in slice s} x[k] * sum_{f < level_k} (d_f[k, n] - 3/2) 4**-f
+For each activation row the kernel computes
 
-which is ``weight.NestedWeight``'s definition, since ``0.5 * 4**(1 - l) - 2 = -3/2 sum_{f < l} 4**-f``.
+    y[n] = sum_g scales[g, n] * sum_{k in group g} x[k] * sum_{f < level_k} (d_f[k, n] - 3/2) 4**-f
 
-Storage, and who reads what
-===========================
+which is the definition in ``weight.NestedWeight``, because ``0.5 * 4**(1 - l) - 2 = -3/2 sum_{f < l} 4**-f``.
+A launch takes as long as it takes to read the digits. The kernel therefore reads only the digits that count,
+and keeps many reads in flight.
 
-    planes[f]           tile 0          tile 1       ...      one plane; a row = one input channel
+Storage and division of work
+============================
+
+    planes[f]           tile 0          tile 1       ...     one plane; a row = one input channel
                    +---------------+---------------+
-    channel 0      | 128 bytes     |               |          a row in a tile: 512 digits of 2 bits,
-    channel 1      |   skipped     |               |          32 words; read in one piece, or not at all
+    channel 0      | 128 bytes     |               |         a row in a tile: 512 digits of 2 bits in 32
+    channel 1      |   skipped     |               |         words, read as a whole or skipped
        ...         |               |               |
-    channel 127    +---------------+---------------+  slice 0 : one scale per output, one list of rows
+    channel 127    +---------------+---------------+  group 0: one scale for each output
     channel 128    |               |               |
-       ...         +---------------+---------------+  slice 1
+       ...         +---------------+---------------+  group 1
 
-    CTA        one tile x `slices_per_cta` slices, up to 4 activation rows
-    warp       its own channels, 128 / `warps_per_slice` of a slice; on its own until the last phase
-    step       8 rows = 1 KiB, one slot of the warp's ring
+    CTA        one tile of outputs, ``groups_per_cta`` groups of channels, up to 4 activation rows
+    warp       128 / ``warps_per_group`` channels of one group; a warp has its own list of plane rows to read
+               and does not wait for other warps until the last phase
+    step       8 plane rows = 1 KiB, which fill one slot of the warp's ring buffer in shared memory
 
 Phases
 ======
-fetch    thresholds and activations from global memory into registers; scales on their way to shared memory
-grade    level of each channel and activation row by comparison, one plane at a time
-list     the rows of plane 0 that are reached, in shared memory: to copy a row its offset is enough, so the
-         first are on their way to the ring before anything else is known
-compact  the finished list, of all planes: (offset of the row, x 4**-f); x is times its level's gain, and
-         rounded on a grid that the largest |x| of the warp's channels, its *peak*, decides
-stream   copy listed rows into the ring, `ring_slots - 1` steps ahead ...
-multiply ... and multiply each step on the matrix unit, exactly, in int32
-combine  integers to float32: bytes joined, midpoints subtracted
-reduce   scales applied, sum over the CTA's warps in a fixed order, one partial sum per CTA to global memory
+fetch     Loads thresholds and activations into registers, and starts copying scales to shared memory.
+grade     Compares ``|x|`` with the thresholds, one plane at a time.
+list      Lists the rows of plane 0 that some activation row reaches. An entry starts with the offset of its
+          plane row. This is enough to copy the row, so the first copies start here.
+compact   Completes the list with the other planes and with codes; an entry is (offset, code of x * 4**-f).
+          x is multiplied by the gain of its level and rounded to a multiple of ``peak / 32512``. The *peak*
+          of a warp is the largest ``|x|`` of its channels times the largest gain.
+stream    Copies the listed rows to the ring, ``ring_slots - 1`` steps ahead of the multiplication.
+multiply  Multiplies each step on the matrix unit, exactly, in int32.
+combine   Converts the integer sums to float32: joins their bytes and subtracts the midpoints.
+reduce    Applies the scales, sums over the CTA's warps in a fixed order, and writes the CTA's partial sum.
 
-The last CTAs, one per activation row, only count the row's levels (`count_levels`): they are done long before
-the others, and no other kernel has to add up counts.
+The last CTAs of the grid, one for each activation row, run ``count_levels`` instead, which computes the
+statistics of the row. They finish long before the others, and no other kernel has to add up counts.
 
-The multiply (see ``layout`` for the order of outputs in a tile)
-================================================================
+Multiplication
+==============
+``layout`` defines the order of the outputs in a tile. A mask selects the digits at one position of each byte:
 
-    word          31  ..  24 23  ..  16 15  ..   8  7 6 5 4 3 2 1 0      16 digits, 4 to a byte
+    word          31  ..  24 23  ..  16 15  ..   8  7 6 5 4 3 2 1 0      16 digits, 4 in each byte
     & 0c0c0c0ch                                         d d             digit position p = 1: the byte is 4 d
-    & 30303030h                                     d d                 p = 2: 16 d
-    & c0c0c0c0h                                 d d                     p = 3: 64 d
-    all of it                                   d d d d d d d d         the sum of p = 0, 1, 2, 3
+    & 30303030h                                     d d                 p = 2: the byte is 16 d
+    & c0c0c0c0h                                 d d                     p = 3: the byte is 64 d
+    unmasked                                    d d d d d d d d         the sum of p = 0, 1, 2, 3
 
-Masked words go to the matrix unit as they are, as bytes of A [16 words, 32 = 8 list rows x 4 bytes]: no
-shifts, no transposes. The factor 4**p is taken out, and p = 0 separated, at the end.
+The bytes of the masked words are the operand A [16 words, 32 = 8 plane rows x 4 bytes] of the matrix unit,
+without shifts or transposes. ``combine`` divides by 4**p and separates p = 0.
 
-B [32, 8] holds x, rounded to 16 bits on the grid ``peak / 32512``, split into a high and a low byte: columns
-2 b and 2 b + 1 have the high and the low byte of x where k's byte position is b, and zeros elsewhere. So one
-instruction multiplies 8 rows x 64 outputs, 2 word groups x 4 digit positions make a tile, and a lane ends up
-with both bytes' sums of its outputs. All planes go into the same accumulators, because the list holds
-x * 4**-f.
+The operand B [32, 8] holds the codes. A code has 16 bits, a high byte and a low byte. The rows of B for byte
+b of the words hold the high byte in column 2 b, the low byte in column 2 b + 1, and zeros elsewhere. Thus one
+instruction multiplies 8 plane rows x 64 outputs; two halves of the words and four digit positions make a
+tile. A lane ends up with the sums of both bytes for its outputs. All planes share the accumulators, because
+the list holds codes of x * 4**-f.
 
-The midpoints need no extra pass: the sum of everything the list holds, times 3/2, is subtracted.
+The midpoints cost no extra pass: ``combine`` subtracts 3/2 times the sum of all codes in the list.
 
-A NaN or Inf in x is read at every level, becomes the peak of its warp, and so the factor that every output
-of the warp is multiplied by.
+A channel whose x is NaN or Inf reaches every level and becomes the peak of its warp. The warp multiplies its
+sums by the peak, so every output of that activation row becomes NaN or Inf.
 """
 
 from pallas_kernels.lanes.instructions import Instructions
 from pallas_kernels.matvec.mosaic_gpu.counting import count_levels
 from pallas_kernels.matvec.mosaic_gpu.geometry import Geometry
-from pallas_kernels.matvec.mosaic_gpu.listing import RowList, compact, fetch, grade, list_first_plane, park
-from pallas_kernels.matvec.mosaic_gpu.place import Refs, locate
+from pallas_kernels.matvec.mosaic_gpu.lane_context import Refs, lane_context
+from pallas_kernels.matvec.mosaic_gpu.listing import (
+    RowList,
+    compact,
+    fetch,
+    grade,
+    list_first_plane,
+    store_record,
+)
 from pallas_kernels.matvec.mosaic_gpu.reduction import combine, copy_scales, end_addresses, reduce
 from pallas_kernels.matvec.mosaic_gpu.streaming import Copies, stream
 
 
 def graded_matvec_program(isa: Instructions, geometry: Geometry, refs: Refs) -> None:
-    """One lane's whole work."""
+    """Runs the whole program of one lane."""
     multiplies = isa.block_index() < geometry.matvec_blocks
     with isa.when(multiplies):
         matvec(isa, geometry, refs)
@@ -79,20 +93,20 @@ def graded_matvec_program(isa: Instructions, geometry: Geometry, refs: Refs) -> 
 
 
 def matvec(isa: Instructions, geometry: Geometry, refs: Refs) -> None:
-    """What a lane of the CTAs that multiply does."""
-    place = locate(isa, geometry, refs)
-    operands = fetch(isa, geometry, refs, place)
-    copy_scales(isa, geometry, refs, place)
+    """Runs the phases in a CTA that multiplies."""
+    context = lane_context(isa, geometry, refs)
+    operands = fetch(isa, geometry, refs, context)
+    copy_scales(isa, geometry, refs, context)
     first = grade(isa, operands, 0)
-    rows = RowList(isa, geometry, place, end=place.list)
+    rows = RowList(isa, geometry, context, end=context.list)
     addresses = list_first_plane(isa, geometry, rows, first)
-    copies = Copies.of(isa, geometry, refs, place)
-    begun = copies.begin(rows.whole_steps())
+    copies = Copies.create(isa, geometry, refs, context)
+    started = copies.start(rows.whole_steps())
     listed = compact(isa, geometry, operands, first, addresses, rows)
-    copies.go_on(begun, listed.steps)
-    park(isa, geometry, place, listed)
-    ends = end_addresses(isa, geometry, place)
-    accumulators = stream(isa, geometry, place, copies, listed.steps)
+    copies.fill_ring(started, listed.steps)
+    store_record(isa, geometry, context, listed)
+    ends = end_addresses(isa, geometry, context)
+    accumulators = stream(isa, geometry, context, copies, listed.steps)
     for row in range(geometry.rows_per_cta):
         outputs = combine(isa, geometry, ends, accumulators, row)
-        reduce(isa, geometry, refs, place, ends, outputs, row)
+        reduce(isa, geometry, refs, context, ends, outputs, row)

@@ -1,4 +1,4 @@
-"""Which ``Config`` a launch gets: the measured best where there is one, else a rule. No autotuning."""
+"""The choice of a ``Config``: the measured best for the shape if there is one, else a rule. No autotuning."""
 
 import dataclasses
 import functools
@@ -8,55 +8,57 @@ import math
 
 from pallas_kernels.matvec.mosaic_gpu.geometry import SHARED_BYTES_LIMIT, STEP_BYTES, Config, Geometry
 
-# The rule's model of a launch, fitted to 48 measurements (12 configurations of 4 shapes) on an H200.
+# Constants of the rule's model of a launch, fitted to 48 measurements (12 configurations of 4 shapes) on an
+# H200.
 OVERHEAD = 2.8
-"""Microseconds of a launch that reads next to nothing."""
+"""Microseconds of a launch that reads almost nothing."""
 
 WAVE_OVERHEAD = 1.8
-"""Microseconds that each further wave of CTAs adds."""
+"""Microseconds that each wave of CTAs after the first adds."""
 
 PARTIAL_OVERHEAD = 0.01
-"""Microseconds for every partial sum of an output that somebody has to add up."""
+"""Microseconds that the next kernel needs to read one more partial sum of every output."""
 
 BYTES_PER_MICROSECOND_AND_SM = 4.7e6 / 132
-"""What one multiprocessor reads when all of them do."""
+"""Bytes that one multiprocessor reads in a microsecond while all of them read."""
 
 HALF_SPEED_IN_FLIGHT = 8 * 1024
-"""Bytes of copies in flight on a multiprocessor at which it reads at half its speed."""
+"""Bytes of copies in flight with which a multiprocessor reads at half its full speed."""
 
 REGISTERS = {1: 72, 2: 112, 3: 168, 4: 200}
-"""Registers of a lane, by activation rows that share a read (of 65,536 on a multiprocessor)."""
+"""Registers of a lane by the number of activation rows that share a read. A multiprocessor has 65,536."""
 
 SHARED_BYTES_PER_SM = 227 * 1024
-SHARED_BYTES_OF_SYSTEM = 1024
-"""What the driver takes of it for each CTA."""
+RESERVED_SHARED_BYTES = 1024
+"""Bytes of shared memory that the driver reserves for each CTA."""
 
 TYPICAL_BITS = 3.125
+"""Bits read per weight, scales included, for which the rule chooses."""
 
 
 def best_config(geometry: Geometry, *, device_kind: str, multiprocessors: int) -> Config:
-    """The configuration for a launch.
+    """Returns the configuration for a launch.
 
     Args:
-      geometry: the launch; its ``config`` is ignored.
-      device_kind: as JAX names it, for example "NVIDIA H200".
-      multiprocessors: of the device.
+      geometry: Sizes of the launch; ``config`` is ignored.
+      device_kind: JAX's name of the device, for example "NVIDIA H200".
+      multiprocessors: Number of multiprocessors of the device.
     """
     measured = _measured().get(device_kind, {}).get((geometry.stored_k, geometry.stored_n))
     return measured if measured and geometry.rows == 1 else rule(geometry, multiprocessors)
 
 
 def rule(geometry: Geometry, multiprocessors: int) -> Config:
-    """The configuration that the model expects to be fastest, of those that fit every GPU.
+    """Returns the configuration that the model expects to be fastest, among those that fit every GPU.
 
-    The grid should be just under a multiple of the multiprocessors, run in one wave, and keep enough copies
-    in flight. ``geometry.config`` is ignored.
+    A good grid runs in one wave, has slightly fewer CTAs than a multiple of the multiprocessors, and keeps
+    enough copies in flight. ``geometry.config`` is ignored.
     """
     candidates = [
         dataclasses.replace(
-            geometry, config=Config(warpgroups=groups, warps_per_slice=warps, ring_slots=slots)
+            geometry, config=Config(warpgroups=warpgroups, warps_per_group=warps, ring_slots=slots)
         )
-        for groups in (1, 2)
+        for warpgroups in (1, 2)
         for warps in (1, 2, 4)
         for slots in (4, 8)
     ]
@@ -65,29 +67,29 @@ def rule(geometry: Geometry, multiprocessors: int) -> Config:
 
 
 def expected_microseconds(geometry: Geometry, multiprocessors: int) -> float:
-    """The model's time of one launch at 3 bits, good for comparing configurations."""
+    """Returns the model's time of a launch at 3 bits, accurate enough to compare configurations."""
     config, blocks = geometry.config, geometry.matvec_blocks
-    of_busiest = math.ceil(blocks / multiprocessors)
-    at_once = min(
+    ctas_of_busiest = math.ceil(blocks / multiprocessors)
+    resident_ctas = min(
         65536 // (REGISTERS[geometry.rows_per_cta] * geometry.threads),
-        SHARED_BYTES_PER_SM // (geometry.shared_bytes + SHARED_BYTES_OF_SYSTEM),
+        SHARED_BYTES_PER_SM // (geometry.shared_bytes + RESERVED_SHARED_BYTES),
     )
-    waves = math.ceil(of_busiest / at_once)
-    unevenness = of_busiest * multiprocessors / blocks
-    in_flight = min(of_busiest, at_once) * config.warps * (config.ring_slots - 1) * STEP_BYTES
-    read = geometry.row_groups * geometry.stored_k * geometry.stored_n * TYPICAL_BITS / 8
-    reading = read / (BYTES_PER_MICROSECOND_AND_SM * multiprocessors)
+    waves = math.ceil(ctas_of_busiest / resident_ctas)
+    imbalance = ctas_of_busiest * multiprocessors / blocks
+    in_flight = min(ctas_of_busiest, resident_ctas) * config.warps * (config.ring_slots - 1) * STEP_BYTES
+    bytes_read = geometry.row_batches * geometry.stored_k * geometry.stored_n * TYPICAL_BITS / 8
+    read_time = bytes_read / (BYTES_PER_MICROSECOND_AND_SM * multiprocessors)
     return (
         OVERHEAD
         + WAVE_OVERHEAD * (waves - 1)
-        + PARTIAL_OVERHEAD * geometry.slice_groups
-        + reading * unevenness**0.5 * (1 + HALF_SPEED_IN_FLIGHT / in_flight)
+        + PARTIAL_OVERHEAD * geometry.splits
+        + read_time * imbalance**0.5 * (1 + HALF_SPEED_IN_FLIGHT / in_flight)
     )
 
 
 @functools.cache
 def _measured() -> dict[str, dict[tuple[int, int], Config]]:
-    """``measured.json``, written by ``benchmarks/matvec.py --tune``."""
+    """Reads ``measured.json``, which ``benchmarks/matvec.py --tune`` writes."""
     text = importlib.resources.files(__package__).joinpath("measured.json").read_text()
     return {
         device: {(e["stored_k"], e["stored_n"]): Config(**e["config"]) for e in entries}

@@ -1,4 +1,4 @@
-"""The attention kernel lowers for GPUs that are not here, and updates the cache in place."""
+"""The attention kernel lowers for absent GPUs, and updates the cache in place."""
 
 import jax
 import jax.numpy as jnp

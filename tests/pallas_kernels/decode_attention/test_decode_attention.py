@@ -1,50 +1,106 @@
-"""The attention kernel's lane program on the emulator against a float64 oracle, and its lowering."""
+"""The lane programs of decode attention on the emulator, against a float64 oracle."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels.decode_attention import kernel
+from pallas_kernels.decode_attention.lane_context import THREADS, Refs, Shape
 from pallas_kernels.decode_attention.merging import MergeRefs, merge_program
-from pallas_kernels.decode_attention.place import THREADS, Refs, Shape
 from pallas_kernels.decode_attention.program import attention_program
 from pallas_kernels.lanes.emulator import NumpyInstructions
 
-CASES = {  # shape, lengths
+CASES = {  # sizes, lengths
     "empty cache": (
-        {"batch": 1, "kv_heads": 1, "group": 2, "head_dim": 128, "capacity": 64, "splits": 2, "eps": 1e-6},
+        {
+            "batch": 1,
+            "kv_heads": 1,
+            "queries_per_kv": 2,
+            "head_dim": 128,
+            "capacity": 64,
+            "splits": 2,
+            "eps": 1e-6,
+        },
         [0],
     ),
-    "grouped": (
-        {"batch": 1, "kv_heads": 2, "group": 4, "head_dim": 128, "capacity": 300, "splits": 3, "eps": 1e-6},
+    "four heads per kv head": (
+        {
+            "batch": 1,
+            "kv_heads": 2,
+            "queries_per_kv": 4,
+            "head_dim": 128,
+            "capacity": 300,
+            "splits": 3,
+            "eps": 1e-6,
+        },
         [299],
     ),
-    "batch, narrow heads, one full": (
-        {"batch": 2, "kv_heads": 2, "group": 4, "head_dim": 64, "capacity": 96, "splits": 2, "eps": None},
+    "batch, narrow heads, one cache full": (
+        {
+            "batch": 2,
+            "kv_heads": 2,
+            "queries_per_kv": 4,
+            "head_dim": 64,
+            "capacity": 96,
+            "splits": 2,
+            "eps": None,
+        },
         [96, 1],
     ),
-    "odd group, several steps": (
-        {"batch": 1, "kv_heads": 1, "group": 5, "head_dim": 128, "capacity": 300, "splits": 1, "eps": 1e-5},
+    "odd number of heads, several steps": (
+        {
+            "batch": 1,
+            "kv_heads": 1,
+            "queries_per_kv": 5,
+            "head_dim": 128,
+            "capacity": 300,
+            "splits": 1,
+            "eps": 1e-5,
+        },
         [290],
     ),
-    "three and four steps a warp, two and three": (
-        {"batch": 2, "kv_heads": 1, "group": 4, "head_dim": 128, "capacity": 400, "splits": 1, "eps": 1e-6},
+    "two to four steps in each warp": (
+        {
+            "batch": 2,
+            "kv_heads": 1,
+            "queries_per_kv": 4,
+            "head_dim": 128,
+            "capacity": 400,
+            "splits": 1,
+            "eps": 1e-6,
+        },
         [390, 300],
     ),
-    "largest group": (
-        {"batch": 1, "kv_heads": 1, "group": 6, "head_dim": 64, "capacity": 400, "splits": 2, "eps": None},
+    "most heads per kv head": (
+        {
+            "batch": 1,
+            "kv_heads": 1,
+            "queries_per_kv": 6,
+            "head_dim": 64,
+            "capacity": 400,
+            "splits": 2,
+            "eps": None,
+        },
         [270],
     ),
-    "one head each": (
-        {"batch": 1, "kv_heads": 2, "group": 1, "head_dim": 64, "capacity": 70, "splits": 4, "eps": 1e-6},
+    "one head per kv head": (
+        {
+            "batch": 1,
+            "kv_heads": 2,
+            "queries_per_kv": 1,
+            "head_dim": 64,
+            "capacity": 70,
+            "splits": 4,
+            "eps": 1e-6,
+        },
         [65],
     ),
 }
-PARTS = {"parts": 3, "stored_columns": 2048}
+STORED_SIZES = {"num_partials": 3, "stored_features": 2048}
 
 
 def inputs(shape: Shape, lengths):
-    """Arrays as in ``decode_attention``; slots beyond the length hold huge numbers."""
+    """Returns the arrays of ``Refs``; cache slots from the length on hold huge numbers."""
     rng = np.random.default_rng(shape.capacity)
 
     def bfloat16(*size):
@@ -55,11 +111,11 @@ def inputs(shape: Shape, lengths):
     keys, values = bfloat16(*cache), bfloat16(*cache)
     for b, length in enumerate(lengths):
         keys[b, length:] = values[b, length:] = 1e30
-        keys[b, 0] = keys[b, 0] if length else 0  # position 0 is loaded, and must not count
+        keys[b, 0] = keys[b, 0] if length else 0  # The kernel loads position 0 and must ignore it.
         values[b, 0] = values[b, 0] if length else 0
-    qkv = np.full((shape.parts, shape.batch, shape.stored_columns), np.nan, np.float32)
-    row = (shape.group + 2) * shape.kv_heads * shape.head_dim
-    qkv[:, :, :row] = rng.standard_normal((shape.parts, shape.batch, row)) / shape.parts**0.5
+    qkv = np.full((shape.num_partials, shape.batch, shape.stored_features), np.nan, np.float32)
+    row = (shape.queries_per_kv + 2) * shape.kv_heads * shape.head_dim
+    qkv[:, :, :row] = rng.standard_normal((shape.num_partials, shape.batch, row)) / shape.num_partials**0.5
     return {
         "qkv": qkv,
         "cos": np.cos(angles).astype(np.float32),
@@ -73,32 +129,29 @@ def inputs(shape: Shape, lengths):
 
 
 def oracle(shape: Shape, qkv, cos, sin, q_scale, k_scale, lengths, keys, values):
-    """Float64, with projections, keys and queries rounded to bfloat16 where XLA's operations would."""
+    """Computes outputs and cache in float64, rounded to bfloat16 where XLA's operations round."""
 
     def rounded(x):
         return np.asarray(jnp.asarray(x, jnp.bfloat16)).astype(np.float64)
 
-    def prepared(head, scale, b):
+    def normed_and_rotated(head, scale, b):
         head = head.astype(np.float64)
         if shape.eps is not None:
             head = rounded(head / np.sqrt(np.mean(head**2) + shape.eps) * scale.astype(np.float64))
         low, high = np.split(head, 2)
         return rounded(np.concatenate([low * cos[b] - high * sin[b], high * cos[b] + low * sin[b]]))
 
-    outputs = np.zeros((shape.batch, shape.kv_heads * shape.group, shape.head_dim))
+    outputs = np.zeros((shape.batch, shape.kv_heads * shape.queries_per_kv, shape.head_dim))
     keys, values = keys.copy(), values.copy()
     for b, length in enumerate(lengths):
-        row = rounded(qkv[:, b, : (shape.group + 2) * shape.kv_heads * shape.head_dim].sum(0))
-        queries, rest, _ = np.split(
-            row.reshape(-1, shape.head_dim),
-            [shape.group * shape.kv_heads, (shape.group + 2) * shape.kv_heads],
-        )
+        row = rounded(qkv[:, b, : (shape.queries_per_kv + 2) * shape.kv_heads * shape.head_dim].sum(0))
+        queries, rest = np.split(row.reshape(-1, shape.head_dim), [shape.queries_per_kv * shape.kv_heads])
         for h in range(shape.kv_heads):
-            key, value = prepared(rest[h], k_scale, b), rest[shape.kv_heads + h].astype(np.float64)
+            key, value = normed_and_rotated(rest[h], k_scale, b), rest[shape.kv_heads + h].astype(np.float64)
             all_keys = np.vstack([keys[b, :length, h].astype(np.float64), key])
             all_values = np.vstack([values[b, :length, h].astype(np.float64), value])
-            for i in range(h * shape.group, (h + 1) * shape.group):
-                scores = all_keys @ prepared(queries[i], q_scale, b) / np.sqrt(shape.head_dim)
+            for i in range(h * shape.queries_per_kv, (h + 1) * shape.queries_per_kv):
+                scores = all_keys @ normed_and_rotated(queries[i], q_scale, b) / np.sqrt(shape.head_dim)
                 weights = np.exp(scores - scores.max())
                 outputs[b, i] = weights @ all_values / weights.sum()
             if length < shape.capacity:
@@ -109,16 +162,16 @@ def oracle(shape: Shape, qkv, cos, sin, q_scale, k_scale, lengths, keys, values)
 @pytest.mark.parametrize("case", CASES)
 def test_programs_match_the_oracle(case):
     sizes, lengths = CASES[case]
-    shape = Shape(**sizes, **PARTS)
+    shape = Shape(**sizes, **STORED_SIZES)
     arrays = inputs(shape, lengths)
     expected, expected_keys, expected_values = oracle(shape, **arrays)
     isa = NumpyInstructions(blocks=shape.blocks, threads=THREADS, shared_bytes=shape.shared_bytes)
-    part = (shape.batch, shape.kv_heads, shape.splits, shape.group)
-    parts = [np.full((*part, last), np.nan, np.float32) for last in (shape.head_dim, 2)]
-    refs = Refs(*(isa.array(a) for a in (*arrays.values(), *parts)), shared=None)
+    leading = (shape.batch, shape.kv_heads, shape.splits, shape.queries_per_kv)
+    softmaxes = [np.full((*leading, last), np.nan, np.float32) for last in (shape.head_dim, 2)]
+    refs = Refs(*(isa.array(a) for a in (*arrays.values(), *softmaxes)), shared=None)
     attention_program(isa, shape, refs)
     isa.finish()
-    merged = emulated_merge(shape, parts)
+    merged = emulated_merge(shape, softmaxes)
     np.testing.assert_allclose(merged, expected, atol=6e-3 * np.abs(expected).max())
     np.testing.assert_array_equal(arrays["values"], expected_values)
     np.testing.assert_allclose(
@@ -126,14 +179,14 @@ def test_programs_match_the_oracle(case):
     )
 
 
-def emulated_merge(shape: Shape, parts):
-    """What the second launch makes of them."""
+def emulated_merge(shape: Shape, softmaxes):
+    """Runs the second launch."""
     rows = kernel.merged_rows(shape)
     isa = NumpyInstructions(blocks=rows.blocks, threads=rows.threads, shared_bytes=rows.shared_bytes)
-    values = np.full((rows.rows, rows.columns), np.nan, jnp.bfloat16)
-    merge_program(isa, shape, rows, MergeRefs(*(isa.array(a) for a in (*parts, values)), shared=None))
+    outputs = np.full((rows.rows, rows.features), np.nan, jnp.bfloat16)
+    merge_program(isa, shape, rows, MergeRefs(*(isa.array(a) for a in (*softmaxes, outputs)), shared=None))
     isa.finish()
-    return values.astype(np.float32)
+    return outputs.astype(np.float32)
 
 
 @pytest.mark.parametrize(
@@ -142,10 +195,10 @@ def emulated_merge(shape: Shape, parts):
         ({"tokens": 2}, "one new token"),
         ({"dtype": jnp.float32}, "bfloat16"),
         ({"head_dim": 80}, "heads of 64 or 128"),
-        ({"heads": 16}, "query heads to a kv head"),
-        ({}, "needs"),  # the device is a CPU, or jax too old
+        ({"heads": 16}, "query heads for each kv head"),
+        ({}, "needs"),  # The device is a CPU, or jax is too old.
     ],
 )
-def test_says_why_not(sizes, reason):
-    usual = {"tokens": 1, "heads": 8, "kv_heads": 2, "head_dim": 128, "dtype": jnp.bfloat16}
-    assert reason in kernel.supports(**usual | sizes)
+def test_declines_with_a_reason(sizes, reason):
+    supported = {"tokens": 1, "heads": 8, "kv_heads": 2, "head_dim": 128, "dtype": jnp.bfloat16}
+    assert reason in kernel.supports(**supported | sizes)

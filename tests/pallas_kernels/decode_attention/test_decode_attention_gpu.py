@@ -1,4 +1,4 @@
-"""The attention kernel on a GPU against XLA's own operations."""
+"""The attention kernel on a GPU against XLA's operations."""
 
 import jax
 import jax.numpy as jnp
@@ -43,12 +43,12 @@ def test_agrees_with_xla(monkeypatch, name, lengths):
     np.testing.assert_array_equal(run()[0], outputs)
     monkeypatch.setattr(decode_attention, "supports", lambda **sizes: "switched off")
     expected, expected_cached = run()
-    # In a full cache XLA's operations leave the new token out, the kernel does not.
+    # With a full cache, XLA's operations ignore the new token, and the kernel does not.
     fits = np.array(lengths) < capacity
     error = np.linalg.norm((outputs - expected)[fits]) / max(np.linalg.norm(expected[fits]), 1e-9)
     assert error < 1e-2
-    # Before the rotation keys are rounded to bfloat16; where that falls the other way, a rotated key may be
-    # off by a 256th of the larger of the two numbers that it was made of.
+    # Keys are rounded to bfloat16 before the rotation. If the two computations round differently, a rotated
+    # value may be off by a 256th of the larger of the two values that it comes from.
     np.testing.assert_allclose(cached[0], expected_cached[0], rtol=2**-7, atol=2**-7 * 5)
     assert np.mean(cached[0] == expected_cached[0]) > 1 - 1e-3
     np.testing.assert_array_equal(cached[1], expected_cached[1])

@@ -1,4 +1,4 @@
-"""The kernels between two products on a GPU: against XLA's operations, and in a decode step."""
+"""The kernels between two products on a GPU, against XLA's operations and in a decode step."""
 
 import jax
 import jax.numpy as jnp
@@ -24,17 +24,17 @@ def partial_sums(key, shape) -> Activations:
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_agrees_with_xla(size):
-    rows, columns, parts = size
+    rows, features, count = size
     keys = jax.random.split(jax.random.key(0), 4)
-    x = jax.random.normal(keys[0], (rows, 1, columns), jnp.bfloat16)
-    norm_scale = 1 + 0.1 * jax.random.normal(keys[1], (columns,), jnp.bfloat16)
-    update = partial_sums(keys[2], (parts, rows, 1, columns))
+    x = jax.random.normal(keys[0], (rows, 1, features), jnp.bfloat16)
+    norm_scale = 1 + 0.1 * jax.random.normal(keys[1], (features,), jnp.bfloat16)
+    update = partial_sums(keys[2], (count, rows, 1, features))
     total, normed = jax.jit(add_norm, static_argnums=3)(x, update, norm_scale, 1e-6)
     expected = x.astype(jnp.float32) + update.astype(jnp.float32).array
     np.testing.assert_allclose(total.astype(np.float32), expected, rtol=2**-7, atol=1e-5)
     expected = rms_norm(total.astype(jnp.float32), norm_scale, 1e-6)
     np.testing.assert_allclose(normed.values * normed.factor(), expected, rtol=2**-7, atol=1e-5)
-    gate_up = partial_sums(keys[3], (parts, rows, 1, 2 * columns))
+    gate_up = partial_sums(keys[3], (count, rows, 1, 2 * features))
     activated = jax.jit(swiglu)(gate_up)
     expected = swiglu(gate_up.astype(jnp.float32)).array
     np.testing.assert_allclose(activated.values.astype(np.float32), expected, rtol=2**-7, atol=1e-4)
@@ -42,7 +42,7 @@ def test_agrees_with_xla(size):
 
 @pytest.mark.parametrize("name", ["Qwen3-0.6B", "Llama-3.2-1B"])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_a_decode_step_is_the_same_with_and_without(monkeypatch, name, batch):
+def test_a_decode_step_is_the_same_with_and_without_the_kernels(monkeypatch, name, batch):
     model = random_model.graded(random_model.shape(name))
     thresholds = model_thresholds(model, jnp.asarray(random_model.TARGETS), jnp.full(batch, 8.0))
     prompt = jax.random.randint(jax.random.key(1), (batch, 16), 0, model.config.vocab_size)
@@ -58,7 +58,7 @@ def test_a_decode_step_is_the_same_with_and_without(monkeypatch, name, batch):
     np.testing.assert_array_equal(step()[0], logits)
     monkeypatch.setattr(decode_rows, "supports", lambda *_: "switched off")
     expected, expected_bits, expected_saturation = step()
-    # In full bits nothing depends on which side of a threshold a rounded activation falls.
+    # At full bits, the rounding of an activation cannot change its level.
     assert np.linalg.norm(logits - expected) < 2e-2 * np.linalg.norm(expected)
     np.testing.assert_array_equal(bits, expected_bits)
     np.testing.assert_allclose(activation_range_ratio, expected_saturation, rtol=0.1)

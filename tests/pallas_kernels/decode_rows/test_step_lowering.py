@@ -1,4 +1,4 @@
-"""Decode steps compiled for GPUs that are not here: which kernels they are made of."""
+"""The kernels of a decode step and of a prefill that are lowered for absent GPUs."""
 
 import collections
 import dataclasses
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def lowered(function, name: str, batch: int) -> str:
-    """The StableHLO of ``function(model, tokens, cache, thresholds)`` for a model with two layers."""
+    """Returns the StableHLO of ``function(model, tokens, cache, thresholds)`` for a model with two layers."""
     config = dataclasses.replace(random_model.shape(name), num_layers=2)
     tree = decoder.abstract_tree(config, 8, 3)
     thresholds = {n: jax.ShapeDtypeStruct((batch, 4), jnp.float32) for n in decoder.linear_names(config)}
@@ -58,8 +58,8 @@ def test_kernels_of_a_step(name, batch):
     }
 
 
-def test_a_preview_adds_no_kernels_to_a_prompt():
-    """What grading would take is counted from the inputs; each weight is dequantized once as ever."""
+def test_a_preview_adds_no_kernels_to_prefill():
+    """The preview counts graded bits from the inputs; each weight is still dequantized once."""
 
     def plain(model, tokens, cache, thresholds):
         return engine.prefill(model, jnp.tile(tokens[:, None], (1, 128)), jnp.full(1, 100), cache)
@@ -77,7 +77,7 @@ def test_a_preview_adds_no_kernels_to_a_prompt():
 
 
 def test_only_sampling_gathers_logits_in_the_order_of_the_tokens():
-    """Greedy decoding takes the logits as the output projection has them."""
+    """Greedy decoding uses the logits in the order of the output projection."""
 
     def chunk(temperature, model, tokens, cache, thresholds):
         done, stop, limits = jnp.zeros(1, bool), jnp.full(1, -1), jnp.full(1, 8)

@@ -1,4 +1,4 @@
-"""Dequantizing a whole weight: the lane program on the emulator, bit for bit what ``codes`` defines."""
+"""The lane program of dequantization on the emulator: bit for bit the format's definition."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from pallas_kernels.lanes.emulator import NumpyInstructions
 
 
 def random_weight(in_features: int, out_features: int, planes: int) -> NestedWeight:
-    """Random codes, in the padding too; a few scales are zero or subnormal."""
+    """Returns random codes, also in the padding. Some scales are zero or subnormal."""
     rng = np.random.default_rng(in_features + planes)
     k, n = matvec_oracle.padded_shape(in_features, out_features)
     scales = rng.uniform(0.001, 3, (k // matvec_oracle.GROUP, n)).astype(np.float16)
@@ -24,13 +24,13 @@ def random_weight(in_features: int, out_features: int, planes: int) -> NestedWei
 
 
 def exact(weight: NestedWeight) -> np.ndarray:
-    """bfloat16 ``[in_features, out_features]``: the whole weight, rounded once."""
+    """Returns the weight at its highest level, rounded once to bfloat16."""
     return matvec_oracle.dequantize(weight, weight.num_planes).astype(jnp.bfloat16)
 
 
 @pytest.mark.parametrize("planes", [1, 2, 3, 4])
 @pytest.mark.parametrize("size", [(128, 512), (256, 1024), (130, 520), (301, 1000)], ids=str)
-def test_is_what_the_codes_define(size, planes):
+def test_equals_the_definition(size, planes):
     weight = random_weight(*size, planes)
     shape = Shape(*size, weight.scales.shape[1], planes)
     isa = NumpyInstructions(blocks=shape.blocks, threads=THREADS, shared_bytes=0)
@@ -41,7 +41,7 @@ def test_is_what_the_codes_define(size, planes):
     np.testing.assert_array_equal(dense, exact(weight))
 
 
-def test_says_what_it_does_not_take():
+def test_declines_with_a_reason():
     weight = NestedWeight.abstract(256, 1004)
     assert "multiple of 8 outputs, not 1004" in dequantization.supports(weight, jnp.bfloat16)
     assert "bfloat16, not float32" in dequantization.supports(weight, jnp.float32)

@@ -1,4 +1,4 @@
-"""Dequantizing a whole weight on a GPU (``pytest -m gpu``)."""
+"""The dequantization kernel on a GPU (``pytest -m gpu``)."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.mark.parametrize("planes", [1, 2, 3, 4])
 @pytest.mark.parametrize("size", [(128, 512), (1000, 1000), (4096, 6144), (14336, 4096)], ids=str)
-def test_is_what_the_codes_define(size, planes):
+def test_equals_the_definition(size, planes):
     weight = jax.tree.map(jnp.asarray, random_weight(*size, planes))
     assert dequantization.supports(weight, jnp.bfloat16) is None
     dense = jax.jit(dequantization.dequantize_to_bfloat16)(weight)

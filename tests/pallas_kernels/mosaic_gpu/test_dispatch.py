@@ -1,5 +1,5 @@
-"""When the kernel is chosen, what it says when it is not, which tuning it gets, and that it lowers for GPUs
-that are not here."""
+"""The launch of the matvec kernel: when it is chosen or declined, its tuning, and its lowering for absent
+GPUs."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ needs_mosaic = pytest.mark.skipif(
 
 
 def compiling_for(kind: str, multiprocessors: int, platform: str = "gpu"):
-    """A context in which programs are lowered for a device that is not here."""
+    """Returns a context that lowers programs for a device that is absent."""
     gpu = jax.sharding.AbstractDevice(device_kind=kind, num_cores=multiprocessors, platform=platform)
     mesh = jax.sharding.AbstractMesh((1,), ("x",), (AxisType.Explicit,), abstract_device=gpu)
     return jax.sharding.use_abstract_mesh(mesh)
@@ -54,7 +54,7 @@ def test_lowers_for(gpu, shape, rows, max_bits, dtype):
         lowered = jax.jit(graded_matvec).trace(*arguments).lower(lowering_platforms=("cuda",))
     text = lowered.as_text()
     assert "mosaic_gpu" in text
-    assert "tensor<i8>" not in text  # no copy of the planes into another type
+    assert "tensor<i8>" not in text  # A copy of the planes in another type would show.
 
 
 @needs_mosaic
@@ -91,7 +91,7 @@ def test_declines_an_old_jax(monkeypatch):
     assert supports(x, weight).startswith("needs jax >= 0.11.2, this is ")
 
 
-def test_declines_a_jax_that_is_newer_than_the_tested_ones(monkeypatch):
+def test_declines_a_jax_newer_than_the_tested_versions(monkeypatch):
     monkeypatch.setattr(jax, "__version_info__", (0, 13, 0))
     x, weight, _ = abstract_arguments(256, 512)
     reason = supports(x, weight)
@@ -113,7 +113,7 @@ def test_declines_an_old_gpu(monkeypatch):
     assert supports(x, weight) == "needs compute capability 8.0 or later, NVIDIA Tesla V100 has 7.0"
 
 
-def test_a_cpu_runs_xla_and_asking_for_the_kernel_says_why_not():
+def test_a_cpu_runs_xla_and_the_kernel_declines_with_a_reason():
     x, weight, thresholds = Case(64, 64).arrays()
     assert choose(x, weight) == "xla"
     with pytest.raises(NotImplementedError, match=r"mosaic_gpu: needs (an NVIDIA GPU|jax)"):
@@ -132,14 +132,14 @@ def sizes(k, n, rows=1, planes=4) -> geometry.Geometry:
     )
 
 
-def test_measured_configurations_win_over_the_rule():
+def test_measured_configurations_take_precedence_over_the_rule():
     best = tuning.best_config(sizes(4096, 24576), device_kind="NVIDIA H200", multiprocessors=132)
-    assert best == Config(warpgroups=1, warps_per_slice=1, ring_slots=8)
+    assert best == Config(warpgroups=1, warps_per_group=1, ring_slots=8)
     other = tuning.best_config(sizes(4096, 24576), device_kind="NVIDIA H9000", multiprocessors=10)
     assert other == tuning.rule(sizes(4096, 24576), 10)
 
 
-def test_what_was_measured_is_a_shape_that_a_model_has():
+def test_every_measured_shape_belongs_to_a_model():
     configs = random_model.shapes().values()
     known = {layout.padded_shape(*shape) for config in configs for shape in linear_shapes(config).values()}
     measured = json.loads((pathlib.Path(tuning.__file__).parent / "measured.json").read_text())
@@ -153,8 +153,8 @@ def test_what_was_measured_is_a_shape_that_a_model_has():
 
 
 @pytest.mark.parametrize(("k", "n"), [(4096, 4096), (4096, 6144), (4096, 24576), (12288, 4096)])
-def test_the_rule_agrees_with_what_was_measured(k, n):
-    """The model need not find the measured best, but nothing it expects to be 10 % slower than that."""
+def test_the_rule_agrees_with_the_measurements(k, n):
+    """The rule's model may prefer another configuration, but by no more than 10 % of its expected time."""
     best = tuning.best_config(sizes(k, n), device_kind="NVIDIA H200", multiprocessors=132)
     expected = tuning.expected_microseconds(dataclasses.replace(sizes(k, n), config=best), 132)
     chosen = dataclasses.replace(sizes(k, n), config=tuning.rule(sizes(k, n), 132))
@@ -173,13 +173,13 @@ def test_the_rule_gives_launches_that_fit(k, n, multiprocessors):
         launch = sizes(k, n, rows)
         launch = dataclasses.replace(launch, config=tuning.rule(launch, multiprocessors))
         assert launch.shared_bytes <= geometry.SHARED_BYTES_LIMIT
-        assert launch.slice_groups * launch.config.slices_per_cta >= launch.slices
-        assert launch.row_groups * launch.rows_per_cta >= rows
-        assert launch.matvec_blocks == launch.row_groups * launch.tiles * launch.slice_groups
+        assert launch.splits * launch.config.groups_per_cta >= launch.groups
+        assert launch.row_batches * launch.rows_per_cta >= rows
+        assert launch.matvec_blocks == launch.row_batches * launch.tiles * launch.splits
 
 
-def test_partial_sums_are_added_from_the_first_to_the_last():
-    """float32 addition is not associative: 1 disappears beside 2**24 unless 2**24 is cancelled first."""
-    parts = jnp.asarray([2.0**24, -(2.0**24), 1.0, 2.0**24], jnp.float32)[:, None, None]
+def test_partial_sums_are_added_in_order():
+    """float32 addition is not associative: 2**24 absorbs 1 unless it cancels first."""
+    partials = jnp.asarray([2.0**24, -(2.0**24), 1.0, 2.0**24], jnp.float32)[:, None, None]
     for order, total in (([0, 1, 2, 3], 2.0**24), ([0, 1, 2], 1), ([2, 0, 1], 0)):
-        assert Activations.sums(parts[jnp.asarray(order)], 1).array[0, 0] == total
+        assert Activations.sums(partials[jnp.asarray(order)], 1).array[0, 0] == total

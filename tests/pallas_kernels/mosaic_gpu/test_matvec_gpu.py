@@ -1,4 +1,4 @@
-"""The kernel on a real GPU (``pytest -m gpu``), and its place in a program."""
+"""The matvec kernel on a GPU (``pytest -m gpu``), alone and inside a larger program."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from pallas_kernels.matvec.mosaic_gpu import Config, kernel
 pytestmark = pytest.mark.gpu
 
 CONFIGS = [
-    Config(warpgroups=g, warps_per_slice=w, ring_slots=s)
+    Config(warpgroups=g, warps_per_group=w, ring_slots=s)
     for g, w, s in [(1, 1, 4), (1, 4, 2), (2, 2, 8), (2, 4, 16)]
 ]
 CASES = [
@@ -52,8 +52,8 @@ def test_agrees_with_float64(case):
     np.testing.assert_array_equal(np.asarray(y.partials), np.asarray(again.partials))
 
 
-def test_a_norm_that_is_still_to_be_applied():
-    """Factors 1/2, 1 and 2 are exact, so the levels are those of the multiplied activations."""
+def test_applies_the_factor_of_a_norm():
+    """The factors 1/2, 1 and 2 are exact, so multiplied activations have the same levels."""
     x, weight, thresholds = Case(300, 512, rows=3).arrays()
     squares = np.asarray([[1, 2, 0.75], [0.25, 0.5, 0], [0, 0, 0]], np.float32)
     normed = (x.astype(np.float32) * [[0.5], [1], [2]]).astype(x.dtype)
@@ -66,17 +66,16 @@ def test_a_norm_that_is_still_to_be_applied():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_nan_and_inf_reach_their_row_and_no_other(bad):
+def test_nan_and_inf_reach_every_output_of_their_row_and_no_other(bad):
     x, weight, thresholds = Case(384, 1024, rows=3).arrays()
     clean, _ = graded_matvec(x, weight, thresholds, implementation="mosaic_gpu")
     x[1, 200] = bad
     y, _ = graded_matvec(x, weight, thresholds, implementation="mosaic_gpu")
     assert not np.isfinite(np.asarray(y[1])).any()
-    # The bad row lists one more channel, which may change the order of the other rows' float32 sums.
     np.testing.assert_allclose(np.asarray(y)[[0, 2]], np.asarray(clean)[[0, 2]], atol=1e-4)
 
 
-def test_is_the_default_and_runs_in_a_while_loop_without_copying_weights():
+def test_default_runs_in_a_while_loop_without_copying_weights():
     x, weight, thresholds = Case(512, 512).arrays()
     x = jnp.asarray(x / 30)
 

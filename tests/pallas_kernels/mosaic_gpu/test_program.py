@@ -1,4 +1,4 @@
-"""The lane program on the emulator against the float64 oracle."""
+"""The lane program of the graded matvec on the emulator, against the float64 oracle."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from pallas_kernels.matvec.mosaic_gpu import Config
 configs = st.builds(
     Config,
     warpgroups=st.sampled_from([1, 2]),
-    warps_per_slice=st.sampled_from([1, 2, 4]),
+    warps_per_group=st.sampled_from([1, 2, 4]),
     ring_slots=st.sampled_from([2, 4, 8]),
 )
 cases = st.builds(
@@ -36,15 +36,14 @@ def test_agrees_with_float64(case):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_nan_and_inf_reach_their_row_and_no_other(bad):
+def test_nan_and_inf_reach_every_output_of_their_row_and_no_other(bad):
     case = Case(300, 600, rows=3)
     x, weight, thresholds = case.arrays()
     clean, _ = emulate(x, weight, thresholds, case.config)
     x[1, 200] = bad
     y, _ = emulate(x, weight, thresholds, case.config)
     assert not np.isfinite(y[1]).any()
-    # The bad row lists one more channel, which may change the order of the other rows' float32 sums.
-    np.testing.assert_allclose(y[[0, 2]], clean[[0, 2]], atol=1e-4)
+    np.testing.assert_array_equal(y[[0, 2]], clean[[0, 2]])
 
 
 @pytest.mark.parametrize("size", [1e-25, 1e-10, 1e10, 1e37])
@@ -57,15 +56,15 @@ def test_activations_of_any_size(size):
     assert bits == pytest.approx(8)
 
 
-def test_an_outlier_does_not_drown_its_slice():
-    """Even where every channel is read in full, which is when the rounding of x has most terms."""
+def test_an_outlier_does_not_drown_its_group():
+    """Reads every channel in full, because the rounding errors of x then have most terms."""
     x, weight, _ = Case(128, 512).arrays()
     x[0, 5] = 1000
     thresholds = np.zeros((1, 4), np.float32)
     assert_agrees_with_oracle(x, weight, thresholds, *emulate(x, weight, thresholds, DEFAULT_CONFIG))
 
 
-def test_nothing_reached_reads_nothing_and_gives_zero():
+def test_unreached_thresholds_read_nothing_and_give_zero():
     x, weight, _ = Case(256, 512, rows=2).arrays()
     y, bits = emulate(x, weight, np.full((2, 4), np.inf, np.float32), DEFAULT_CONFIG)
     np.testing.assert_array_equal(y, 0)
@@ -75,22 +74,24 @@ def test_nothing_reached_reads_nothing_and_gives_zero():
 @pytest.mark.parametrize("reached", [0, 7, 8, 9, 24, 25, 57, 128])
 @pytest.mark.parametrize("slots", [2, 4, 8])
 def test_lists_of_any_length(reached, slots):
-    """Whole steps of plane 0 are copied first: more than the ring has slots, as many, fewer, or none. Where
-    K is whole slices of whole CTAs, too, and no channel is checked for padding."""
-    config = Config(warpgroups=1, warps_per_slice=1, ring_slots=slots)
+    """Plane 0 has more whole steps than the ring has slots, as many, fewer, or none. These are copied first.
+
+    K fills whole CTAs, so the program checks no channel for padding.
+    """
+    config = Config(warpgroups=1, warps_per_group=1, ring_slots=slots)
     x, weight, _ = Case(512, 512, config=config).arrays()
     rng = np.random.default_rng(reached)
-    for slice_of_x in np.split(x[0], 4):
+    for group in np.split(x[0], 4):
         order = rng.permutation(128)
-        slice_of_x[order] = np.sign(slice_of_x[order]) * np.where(np.arange(128) < reached, 2.0, 0.5)
-        slice_of_x[order[: reached // 3]] *= 4
+        group[order] = np.sign(group[order]) * np.where(np.arange(128) < reached, 2.0, 0.5)
+        group[order[: reached // 3]] *= 4
     thresholds = np.asarray([[1, 4, 8, 9]], np.float32)
     y, bits = emulate(x, weight, thresholds, config)
     assert bits == pytest.approx(2 * (reached + 2 * (reached // 3)) / 128)
     assert_agrees_with_oracle(x, weight, thresholds, y, bits)
 
 
-def test_a_threshold_is_reached_by_its_own_value():
+def test_a_value_equal_to_the_threshold_reaches_it():
     x, weight, _ = Case(256, 512).arrays()
     x = np.where(np.arange(256) < 64, np.float32(1), 0)[None]
     thresholds = np.asarray([[0.5, 1, 1.0000001, 2]], np.float32)
@@ -99,6 +100,6 @@ def test_a_threshold_is_reached_by_its_own_value():
     assert_agrees_with_oracle(x, weight, thresholds, y, bits)
 
 
-def test_config_names_the_field_and_what_it_allows():
+def test_config_errors_name_the_field_and_the_allowed_values():
     with pytest.raises(ValueError, match=r"Config.ring_slots must be one of \(2, 4, 8, 16\), not 3"):
-        Config(warpgroups=1, warps_per_slice=1, ring_slots=3)
+        Config(warpgroups=1, warps_per_group=1, ring_slots=3)

@@ -1,4 +1,4 @@
-"""Every instruction of the emulator against its specification, and what the emulator must refuse."""
+"""The emulator: every instruction against its specification, and the errors that it must detect."""
 
 import itertools
 
@@ -36,7 +36,7 @@ def floats(rng) -> LaneValue:
     return LaneValue(rng.standard_normal(THREADS).astype(np.float32), "f32")
 
 
-def test_the_emulator_has_every_instruction():
+def test_emulator_implements_every_instruction():
     assert not NumpyInstructions.__abstractmethods__
     assert len(Instructions.__abstractmethods__) > 30
 
@@ -151,19 +151,19 @@ def test_matrix_multiply_add_follows_the_fragment_layout(isa, rng):
     def word(bytes_):
         return LaneValue(bytes_.astype(np.uint8).copy().view(np.int32)[:, 0], "i32")
 
-    places = ((0, 0), (1, 0), (0, 1), (1, 1))
+    a_blocks = ((0, 0), (1, 0), (0, 1), (1, 1))
     a_registers = [
         word(a[warp[:, None], (row + 8 * i)[:, None], (4 * column + 16 * j)[:, None] + byte])
-        for i, j in places
+        for i, j in a_blocks
     ]
     b_registers = [
         word(b[warp[:, None], (4 * column + 16 * j)[:, None] + byte, row[:, None]]) for j in (0, 1)
     ]
-    c_places = ((0, 0), (0, 1), (1, 0), (1, 1))
-    c_registers = [LaneValue(c[warp, row + 8 * i, 2 * column + j], "i32") for i, j in c_places]
+    c_elements = ((0, 0), (0, 1), (1, 0), (1, 1))
+    c_registers = [LaneValue(c[warp, row + 8 * i, 2 * column + j], "i32") for i, j in c_elements]
     out = isa.matrix_multiply_add(c_registers, a_registers, b_registers)
     expected = a @ b + c
-    for register, (i, j) in zip(out, c_places, strict=True):
+    for register, (i, j) in zip(out, c_elements, strict=True):
         np.testing.assert_array_equal(register.data, expected[warp, row + 8 * i, 2 * column + j])
 
 
@@ -181,10 +181,10 @@ def test_matrix_multiply_add_bfloat16_follows_the_fragment_layout(isa, rng):
         for i, j in ((0, 0), (1, 0), (0, 1), (1, 1))
     ]
     b_registers = [word(b[warp[:, None], (2 * column + 8 * j)[:, None] + pair, row[:, None]]) for j in (0, 1)]
-    places = ((0, 0), (0, 1), (1, 0), (1, 1))
-    c_registers = [LaneValue(c[warp, row + 8 * i, 2 * column + j], "f32") for i, j in places]
+    c_elements = ((0, 0), (0, 1), (1, 0), (1, 1))
+    c_registers = [LaneValue(c[warp, row + 8 * i, 2 * column + j], "f32") for i, j in c_elements]
     out = isa.matrix_multiply_add_bfloat16(c_registers, a_registers, b_registers)
-    for register, (i, j) in zip(out, places, strict=True):
+    for register, (i, j) in zip(out, c_elements, strict=True):
         np.testing.assert_array_equal(register.data, (a @ b + c)[warp, row + 8 * i, 2 * column + j])
 
 
@@ -210,7 +210,7 @@ def test_shared_memory_and_predicates(isa):
     np.testing.assert_array_equal(isa.load_shared(thread << 2)[0].data, expected)
 
 
-def test_loop_counts_differ_between_warps(isa):
+def test_loop_counts_may_differ_between_warps(isa):
     count = isa.select(isa.thread_index() < 32, isa.constant(3), isa.constant(5))
     (total,) = isa.loop(count, [isa.constant(0)], lambda i, carry: [carry[0] + i])
     np.testing.assert_array_equal(total.data, [3] * 32 + [10] * 32)
@@ -225,7 +225,7 @@ def copies(isa, wait: int):
     return isa.load_shared(thread << 4, 4)
 
 
-def test_asynchronous_copies_arrive_when_waited_for(isa):
+def test_asynchronous_copies_arrive_at_the_wait(isa):
     words = copies(isa, 0)
     np.testing.assert_array_equal(words[3].data, 4 * np.arange(THREADS) + 3)
     isa.finish()
@@ -236,7 +236,7 @@ def test_refuses_copies_read_before_the_wait(isa):
         copies(isa, 1)
 
 
-def test_refuses_copies_never_waited_for(isa):
+def test_refuses_copies_that_are_never_waited_for(isa):
     thread = isa.thread_index()
     source = isa.array(np.zeros(4 * THREADS, np.int32))
     isa.copy_async(thread << 4, isa.global_address(source) + isa.widen(thread << 4))
@@ -248,7 +248,7 @@ def neighbour(isa):
     return (isa.thread_index() ^ 1) << 2
 
 
-def test_refuses_reading_another_lane_s_store_without_a_barrier(isa):
+def test_refuses_a_load_of_another_lane_s_store_without_a_barrier(isa):
     isa.store_shared(isa.thread_index() << 2, [isa.thread_index()])
     with pytest.raises(EmulationError, match="race"):
         isa.load_shared(neighbour(isa))
@@ -276,7 +276,7 @@ def test_a_block_barrier_orders_the_cta(isa):
     ("access", "message"),
     [
         (lambda isa: isa.load_shared(isa.constant(2)), "not aligned"),
-        (lambda isa: isa.load_shared(isa.constant(4096)), "out of the 4096 bytes"),
+        (lambda isa: isa.load_shared(isa.constant(4096)), "outside of the 4096 bytes"),
         (lambda isa: isa.load_shared(isa.constant(0)), "nothing has written"),
         (lambda isa: isa.store_shared(isa.constant(0), [isa.constant(1)]), "two threads store"),
         (

@@ -1,0 +1,36 @@
+"""The emulator's matrix unit, which knows how a matrix is spread over the registers of a warp."""
+
+import numpy as np
+
+from pallas_kernels.lanes.instructions import LANES
+
+_OPERAND = ((0, 0), (1, 0), (0, 1), (1, 1))
+"""``(i, j)`` of the registers of A: rows from ``8 i`` on, half ``j`` of the columns."""
+
+_RESULT = ((0, 0), (0, 1), (1, 0), (1, 1))
+"""``(i, j)`` of the registers of C: rows from ``8 i`` on, column ``j`` of the lane's pair."""
+
+
+def multiply_fragments(a: list[np.ndarray], b: list[np.ndarray]) -> list[np.ndarray]:
+    """Multiplies ``A [16, 8 n] @ B [8 n, 8]`` in every warp, in float64.
+
+    ``Instructions.matrix_multiply_add`` gives the layout.
+
+    Args:
+      a: Four registers of A, each ``[threads, n]``, where ``n`` elements share a register.
+      b: Two registers of B, each ``[threads, n]``.
+
+    Returns:
+      Four registers of the product, float64 ``[threads]``.
+    """
+    threads, n = a[0].shape
+    warps = threads // LANES
+    row, column = np.divmod(np.arange(LANES), 4)
+    element = n * column[:, None] + np.arange(n)
+    left, right = np.zeros((warps, 16, 8 * n)), np.zeros((warps, 8 * n, 8))
+    for register, (i, j) in zip(a, _OPERAND, strict=True):
+        left[:, (row + 8 * i)[:, None], element + 4 * n * j] = register.reshape(warps, LANES, n)
+    for j, register in enumerate(b):
+        right[:, element + 4 * n * j, row[:, None]] = register.reshape(warps, LANES, n)
+    product = left @ right
+    return [product[:, row + 8 * i, 2 * column + j].reshape(-1) for i, j in _RESULT]

@@ -1,0 +1,99 @@
+"""The context of a lane of the matvec program: arrays, indices and shared-memory addresses."""
+
+import dataclasses
+from typing import Any
+
+from pallas_kernels import layout
+from pallas_kernels.lanes.instructions import LANES, Instructions, Value
+from pallas_kernels.matvec.mosaic_gpu.geometry import SCALES_BYTES, Geometry
+
+COPY_BYTES = 16
+"""Bytes that one asynchronous copy of one lane moves."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Refs:
+    """Arrays in global memory, and the shared memory of the CTA.
+
+    Attributes:
+      x: ``[rows, in_features]``; float32, bfloat16 or float16.
+      thresholds: float32 ``[rows, P]``.
+      square_partials: float32 ``[rows, S]``. The program divides x by the root of their sum plus eps.
+      level_gains: float32 ``[P]``, see ``NestedWeight``.
+      planes, scales: See ``NestedWeight``.
+      partials: Output, float32 ``[splits, rows, N]``: partial sums of y.
+      stats: Output, float32 ``[rows, 2]``: mean bits read, and largest ``|x|``.
+      shared: The shared memory.
+    """
+
+    x: Any
+    thresholds: Any
+    square_partials: Any
+    level_gains: Any
+    planes: Any
+    scales: Any
+    partials: Any
+    stats: Any
+    shared: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class LaneContext:
+    """Indices of the lane, and the shared-memory addresses of its warp."""
+
+    thread: Value
+    lane: Value
+    group: Value
+    """Index of the warp's group in the weight. It may not exist; then all its channels count as padding."""
+    channel: Value
+    """The lane's first input channel. Its other channels follow at distances of 32."""
+    split: Value
+    tile: Value
+    first_row: Value
+    """First activation row of the CTA."""
+    shared: Value
+    """Address of the CTA's shared memory."""
+    list: Value
+    """Address of the warp's list, computed so that the compiler knows that it is the same in the whole warp.
+    Otherwise the compiler would treat loops over the list as divergent."""
+    record: Value
+    """Address of the warp's record."""
+    scales: Value
+    """Address of the warp's scales."""
+    ring: Value
+    """Address of the warp's ring."""
+
+
+def stored_group(isa: Instructions, g: Geometry, context: LaneContext) -> Value:
+    """Returns the warp's group, or group 0 if the warp's group does not exist."""
+    if not g.has_padding:
+        return context.group
+    return isa.select(context.group < g.groups, context.group, isa.constant(0))
+
+
+def lane_context(isa: Instructions, g: Geometry, refs: Refs) -> LaneContext:
+    """Cuts the grid: the row batch varies fastest, then the tile, then the split."""
+    config = g.config
+    block, thread = isa.block_index(), isa.thread_index()
+    row_batch = None
+    if g.row_batches > 1:
+        row_batch, block = block % g.row_batches, block // g.row_batches
+    tile, split = block % g.tiles, block // g.tiles
+    lane, warp = thread & (LANES - 1), thread >> 5
+    group_of_cta, warp_of_group = warp // config.warps_per_group, warp % config.warps_per_group
+    group = split * config.groups_per_cta + group_of_cta
+    shared = isa.shared_address(refs.shared)
+    return LaneContext(
+        thread=thread,
+        lane=lane,
+        group=group,
+        channel=group * layout.GROUP + warp_of_group * (LANES * g.channels_per_lane) + lane,
+        split=split,
+        tile=tile,
+        first_row=isa.constant(0) if row_batch is None else row_batch * g.rows_per_cta,
+        shared=shared,
+        list=shared + isa.reduce_max(warp) * g.list_bytes,
+        record=shared + g.record_base + warp * g.record_bytes,
+        scales=shared + g.scales_base + warp * SCALES_BYTES,
+        ring=shared + g.ring_base + warp * g.ring_bytes,
+    )
