@@ -25,7 +25,7 @@ class Activations:
 
     Attributes:
       partials: ``[partials, *leading, stored_features]``, float32 if there are several, else float32,
-        bfloat16 or float16. Features from ``features`` on are padding.
+        bfloat16 or float16. Features after the first ``features`` are padding.
       square_partials: float32 ``[*leading, sums]``, whose sum is the mean square that the norm divides by;
         None if the factor is 1.
       features: Logical number of features.
