@@ -1,4 +1,4 @@
-"""Activations whose sums are left to the next kernel against the array that they stand for."""
+"""Activations whose sums are left to the next kernel, against their value as an array."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,8 +33,8 @@ def test_partial_sums_are_added_without_their_padding_and_rounded_once():
 
 def test_the_factor_of_a_norm_is_applied_to_the_value_or_to_the_thresholds():
     values = RNG.standard_normal((2, 3, 16)).astype(np.float32)
-    parts = np.stack([np.mean(values**2, axis=-1) / 4] * 4, axis=-1)
-    x = Activations.of(jnp.asarray(values), jnp.asarray(parts), eps=1e-6)
+    square_partials = np.stack([np.mean(values**2, axis=-1) / 4] * 4, axis=-1)
+    x = Activations.of(jnp.asarray(values), jnp.asarray(square_partials), eps=1e-6)
     normed = values / np.sqrt(np.mean(values.astype(np.float64) ** 2, axis=-1, keepdims=True) + 1e-6)
     np.testing.assert_allclose(x.array, normed, rtol=1e-5)
     scaled = x.scale_thresholds(jnp.ones((2, 3, 1)))

@@ -51,14 +51,14 @@ def test_a_decode_step_is_the_same_with_and_without_the_kernels(monkeypatch, nam
 
     def step():
         run = jax.jit(lambda *args: engine.decode_step(*args))
-        logits, _, grades = run(model, prompt[:, 0], cache, thresholds)
-        return np.asarray(logits), np.asarray(grades.bits), np.asarray(grades.activation_range_ratio)
+        logits, _, stats = run(model, prompt[:, 0], cache, thresholds)
+        return np.asarray(logits), np.asarray(stats.bits), np.asarray(stats.max_abs)
 
-    logits, bits, activation_range_ratio = step()
+    logits, bits, max_abs = step()
     np.testing.assert_array_equal(step()[0], logits)
     monkeypatch.setattr(decode_rows, "supports", lambda *_: "switched off")
-    expected, expected_bits, expected_saturation = step()
+    expected, expected_bits, expected_max_abs = step()
     # At full bits, the rounding of an activation cannot change its level.
     assert np.linalg.norm(logits - expected) < 2e-2 * np.linalg.norm(expected)
     np.testing.assert_array_equal(bits, expected_bits)
-    np.testing.assert_allclose(activation_range_ratio, expected_saturation, rtol=0.1)
+    np.testing.assert_allclose(max_abs, expected_max_abs, rtol=0.1)
