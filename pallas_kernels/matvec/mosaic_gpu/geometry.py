@@ -28,8 +28,8 @@ MAX_ROWS = 8
 """Largest number of activation rows in a launch."""
 
 MAX_ROWS_PER_CTA = 4
-"""Largest number of activation rows that share one read of the weights; a lane has 32 accumulators for
-each."""
+"""Largest number of activation rows that share one read of the weights. Each row takes 32 accumulators of
+every lane."""
 
 SHARED_BYTES_LIMIT = 99 * 1024
 """Bytes of shared memory that one CTA can have on every supported architecture; sm_89 has the fewest."""

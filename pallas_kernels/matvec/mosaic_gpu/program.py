@@ -32,7 +32,7 @@ grade     Compares ``|x|`` with the thresholds, one plane at a time.
 list      Lists the rows of plane 0 that some activation row reaches. An entry starts with the offset of its
           plane row. This is enough to copy the row, so the first copies start here.
 compact   Completes the list with the other planes and with codes; an entry is (offset, code of x * 4**-f).
-          x is multiplied by the gain of its level and rounded to a multiple of ``peak / 32512``. The *peak*
+          x is multiplied by the gain of its level. A code counts steps of ``peak / 32512``, where the *peak*
           of a warp is the largest ``|x|`` of its channels times the largest gain.
 stream    Copies the listed rows to the ring, ``ring_slots - 1`` steps ahead of the multiplication.
 multiply  Multiplies each step on the matrix unit, exactly, in int32.
