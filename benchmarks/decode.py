@@ -55,13 +55,13 @@ def decode_rows(model, label: str, bits_list, args, bandwidth: float) -> list[di
     """
     run = measure.DecodeRun(model, max(args.contexts), args.tokens)
     rows = []
-    thresholds = None if bits_list[0] is None else run.settled(random_model.TARGETS, bits_list[0])
+    thresholds = None if bits_list[0] is None else run.settle(random_model.TARGETS, bits_list[0])
     warm = time.monotonic() + WARM_UP_SECONDS
     while time.monotonic() < warm:
         jax.block_until_ready(run.run(thresholds))
     for context, bits in itertools.product(args.contexts, bits_list):
         run.context = context
-        thresholds = None if bits is None else run.settled(random_model.TARGETS, bits)
+        thresholds = None if bits is None else run.settle(random_model.TARGETS, bits)
         timing = measure.timed_in_a_row(lambda t=thresholds: run.run(t), args.tokens, args.repeats)
         chunk = run.run(thresholds)
         figures = run.figures(chunk)
@@ -126,7 +126,7 @@ def prefill_row(model, label: str, kind: str, tokens: int, chunk: int | None, re
     timing = measure.timed(run.run, tokens, repeats)
     memory = run.compiled.memory_analysis()
     say(
-        f"{label} {kind} prefill of {tokens} (chunks of {run.chunk}): {timing.mean:.0f} +- "
+        f"{label} {kind} prefill of {tokens} (buckets of {run.bucket}): {timing.mean:.0f} +- "
         f"{timing.deviation:.0f} tokens/s, {1e3 * tokens / timing.mean:.2f} ms, "
         f"temporary memory {memory.temp_size_in_bytes / 1e6:.0f} MB"
     )
@@ -134,7 +134,7 @@ def prefill_row(model, label: str, kind: str, tokens: int, chunk: int | None, re
         "shape": label,
         "weights": kind,
         "prompt": tokens,
-        "chunk": run.chunk,
+        "chunk": run.bucket,
         "tokens_per_second": round(timing.mean, 1),
         "deviation": round(timing.deviation, 1),
         "temp_bytes": memory.temp_size_in_bytes,
@@ -214,7 +214,7 @@ def main() -> None:
         metavar="N",
         help="prompt lengths (default: 2048; no value skips prefill)",
     )
-    add("--chunk", type=int, metavar="N", help="also time prefill in chunks of N tokens")
+    add("--chunk", type=int, metavar="N", help="also time prefill in buckets of N tokens")
     add("--repeats", type=int, default=5, metavar="N", help="timed runs (default: 5)")
     add(
         "--profile-contexts",

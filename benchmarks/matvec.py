@@ -90,7 +90,7 @@ def bytes_read(x: np.ndarray, limits: np.ndarray, k: int, n: int) -> int:
     """Returns the bytes that a launch must read: plane rows that an activation row reaches, scales, x."""
     reached = ~(np.abs(x)[:, :, None] < limits[:, None, :])
     stored_k, stored_n = layout.padded_shape(k, n)
-    return int(reached.any(0).sum() * (stored_n // 4) + stored_k // 128 * stored_n * 2 + x.nbytes)
+    return int(reached.any(0).sum() * (stored_n // 4) + stored_k // layout.GROUP * stored_n * 2 + x.nbytes)
 
 
 def measure(k, n, bits_list, rows, config, bandwidth) -> list[dict]:

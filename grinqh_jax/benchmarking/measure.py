@@ -1,4 +1,4 @@
-"""Timing of prefill and decoding, for the verb ``benchmark`` and for the scripts in ``benchmarks``."""
+"""Times prefill and decoding, for the verb ``benchmark`` and the scripts in ``benchmarks``."""
 
 import dataclasses
 import itertools
@@ -24,19 +24,24 @@ from grinqh_jax.model.decoder import Decoder, linear_names
 from pallas_kernels.layout import round_up
 
 SETTLING_RUNS = 8
-"""Most runs that look for the setting with which a run reads the bits that are wanted."""
+"""Largest number of runs that ``DecodeRun.settle`` tries."""
 
 SETTLED_BITS = 0.01
-"""Distance from the wanted mean that needs no further run."""
+"""Difference from the target mean at which ``DecodeRun.settle`` stops."""
 
 WARM_UP_RUNS = 3
-"""Runs before the clock. The first compiles; on a GPU the two after it still take up to half as long again as
-later ones (``benchmarks/notes``, entry D13)."""
+"""Number of runs before timing starts. The first one compiles. On a GPU, the next two take up to 1.5 times as
+long as later ones (``benchmarks/notes``, entry D13)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Tokens per second over several runs, none of them a program's first."""
+    """Times of several warm runs.
+
+    Attributes:
+      tokens: Tokens per run.
+      seconds: Duration of each run.
+    """
 
     tokens: int
     seconds: tuple[float, ...]
@@ -48,16 +53,23 @@ class Timing:
 
     @property
     def mean(self) -> float:
+        """Mean of ``rates``."""
         return statistics.fmean(self.rates)
 
     @property
     def deviation(self) -> float:
-        """Standard deviation, 0 for a single run."""
+        """Standard deviation of ``rates``; 0 for a single run."""
         return statistics.stdev(self.rates) if len(self.seconds) > 1 else 0.0
 
 
 def timed(function: Callable[[], object], tokens: int, repeats: int) -> Timing:
-    """Times ``repeats`` calls after ``WARM_UP_RUNS`` that are not counted; each is waited for."""
+    """Times ``repeats`` calls after ``WARM_UP_RUNS`` calls. Waits for each call before the next one.
+
+    Args:
+      function: Function to time; returns JAX arrays.
+      tokens: Tokens that one call processes.
+      repeats: Number of timed calls.
+    """
     _warm_up(function)
     seconds = []
     for _ in range(repeats):
@@ -70,9 +82,13 @@ def timed(function: Callable[[], object], tokens: int, repeats: int) -> Timing:
 def timed_in_a_row(
     function: Callable[[], object], tokens: int, repeats: int, policy: DecodePolicy | None = None
 ) -> Timing:
-    """Times ``repeats`` calls as decode chunks follow one another: each is made while the one before it runs.
+    """Times ``repeats`` calls, each dispatched while the previous one runs, as decode chunks of a text are.
 
-    Equals ``timed`` if the policy, by default that of the device, has no chunks ahead.
+    Args:
+      function: Function to time; returns JAX arrays.
+      tokens: Tokens that one call processes.
+      repeats: Number of timed calls.
+      policy: Decode policy; None means that of the device. Without ``chunks_ahead``, this is ``timed``.
     """
     if not (policy or DecodePolicy.for_device()).chunks_ahead:
         return timed(function, tokens, repeats)
@@ -93,7 +109,7 @@ def _warm_up(function: Callable[[], object]) -> None:
 
 
 def filled_cache(config: ModelConfig, context: int, room: int, dtype) -> KVCache:
-    """A cache of one sequence with ``context`` random positions and room for ``room`` more."""
+    """Returns a cache of one sequence with ``context`` random positions and space for ``room`` more."""
     cache = KVCache.create(config, 1, round_up(context + room, CAPACITY_STEP), dtype)
     fill = jax.jit(lambda key, a: jax.random.normal(key, a.shape, a.dtype))
     arrays, structure = jax.tree.flatten((cache.keys, cache.values))
@@ -102,11 +118,11 @@ def filled_cache(config: ModelConfig, context: int, room: int, dtype) -> KVCache
 
 
 class DecodeRun:
-    """Repeated greedy decoding of ``tokens`` tokens after ``context`` ones, compiled once.
+    """Greedy decoding of ``tokens`` tokens after a context of ``context`` tokens, repeatable, compiled once.
 
     Attributes:
-      context: tokens before the first one; may be changed from run to run, up to what it was at first.
-      compiled: the executable; ``compiled.as_text()`` is the optimized HLO.
+      context: Number of tokens in the cache before the run. May be set between runs, up to its first value.
+      compiled: The executable; None before the first run. ``compiled.as_text()`` is the optimized HLO.
     """
 
     def __init__(self, model: Decoder, context: int, tokens: int):
@@ -117,13 +133,13 @@ class DecodeRun:
         self._start = jnp.zeros(1, jnp.int32), jnp.zeros(1, bool)
         self._rest = (
             Sampling.create(1),
-            jnp.full(1, -1, jnp.int32),  # no token stops it
+            jnp.full(1, -1, jnp.int32),  # no stop token
             jnp.full(1, tokens, jnp.int32),
         )
         self.compiled = None
 
     def run(self, thresholds: Thresholds | None) -> engine.Chunk:
-        """Decodes the tokens once. The thresholds may change from run to run: nothing recompiles."""
+        """Decodes the tokens once. Other thresholds do not recompile."""
         lengths = jnp.full(1, self.context, jnp.int32)
         cache = dataclasses.replace(self._cache, lengths=lengths)
         args = (self._flat, *self._start, cache, thresholds, *self._rest)
@@ -133,27 +149,29 @@ class DecodeRun:
         chunk, self._cache = self.compiled(*args)
         return chunk
 
-    def settled(self, targets: Sequence[float], bits: float) -> Thresholds:
-        """Thresholds with which the run reads the mean that is wanted, as the dial finds them in a long text.
+    def settle(self, targets: Sequence[float], bits: float) -> Thresholds:
+        """Finds thresholds with which the run reads a mean of ``bits``, as the dial does over a long text.
 
-        The text of a run, and so what it reads, is not the same at another setting: several are tried, each
-        off by what the last one read too much, and the one that comes nearest is taken.
+        Another setting of the dial generates another text, so the bits read do not follow the setting
+        exactly. The search corrects the setting by the excess of the last run, and returns the thresholds of
+        the run closest to ``bits``.
 
         Args:
-          targets: of the model's threshold tables.
-          bits: the mean that is wanted.
+          targets: Mean bits of the rows of the model's threshold tables.
+          bits: Mean bits to read.
         """
         names, tables = linear_names(self.model.config), stacked_tables(self.model)
-        shares, setting, found = layer_shares(self.model.config), bits, []
+        shares, setting, runs = layer_shares(self.model.config), bits, []
         for _ in range(SETTLING_RUNS):
-            here = np.array([setting], np.float32)
-            thresholds = thresholds_at(names, tables, jnp.asarray(targets, jnp.float32), here)
+            thresholds = thresholds_at(
+                names, tables, jnp.asarray(targets, jnp.float32), np.array([setting], np.float32)
+            )
             excess = float(np.mean(np.asarray(self.run(thresholds).grading_stats.bits) @ shares)) - bits
-            found.append((abs(excess), thresholds))
+            runs.append((abs(excess), thresholds))
             if abs(excess) <= SETTLED_BITS:
                 break
             setting = float(np.clip(setting - excess, targets[0], targets[-1]))
-        return min(found, key=lambda pair: pair[0])[1]
+        return min(runs, key=lambda pair: pair[0])[1]
 
     def figures(self, chunk: engine.Chunk) -> dict:
         """Returns realised bits and bytes of weights per token (see ``statistics.Statistics``)."""
@@ -162,23 +180,29 @@ class DecodeRun:
         return {name: fields[name] for name in ("realised_bits", "bytes_per_token", "bytes_per_token_bf16")}
 
     def cache_bytes(self) -> int:
-        """Bytes of keys and values that a step reads, at the mean length of the run."""
+        """Returns the bytes of keys and values that a step reads, at the mean context of the run."""
         config = self.model.config
         width = 2 * config.num_kv_heads * config.head_dim * self.model.compute_dtype.itemsize
         return round(config.num_layers * width * (self.context + self.tokens / 2))
 
 
 class PrefillRun:
-    """Repeated prefill of a prompt of ``tokens`` random tokens, ``chunk`` at a time.
+    """Prefill of a prompt of ``tokens`` random tokens in buckets of ``bucket`` tokens, repeatable.
 
-    As in generating, a graded model's includes the preview of what grading takes of the prompt (not what the
-    dial makes of it on the host).
+    As in generation, the prefill of a graded model includes the preview, which estimates the bits that
+    grading reads. The dial's update on the host is not included.
+
+    Attributes:
+      bucket: Tokens per call.
+      compiled: The executable; None before the first run.
     """
 
-    def __init__(self, model: Decoder, tokens: int, chunk: int | None = None):
-        self.model, self.tokens, self.chunk = engine.FlatModel(model), tokens, min(chunk or tokens, tokens)
-        if tokens % self.chunk:
-            raise ValueError(f"{tokens} tokens are not whole chunks of {self.chunk}")
+    def __init__(self, model: Decoder, tokens: int, bucket: int | None = None):
+        self.model, self.tokens, self.bucket = engine.FlatModel(model), tokens, min(bucket or tokens, tokens)
+        if tokens % self.bucket:
+            raise ValueError(
+                f"{tokens} tokens are no multiple of the bucket of {self.bucket}; choose a divisor"
+            )
         self._cache = KVCache.create(model.config, 1, tokens, model.compute_dtype)
         self._prompt = jax.random.randint(jax.random.key(0), (1, tokens), 0, model.config.vocab_size)
         self._program, self._thresholds = engine.prefill, ()
@@ -190,11 +214,11 @@ class PrefillRun:
         self.compiled = None
 
     def run(self) -> jax.Array:
-        """Reads the prompt once; the logits after it."""
+        """Reads the prompt once; returns the logits after it."""
         cache = dataclasses.replace(self._cache, lengths=jnp.zeros(1, jnp.int32))
-        for start in range(0, self.tokens, self.chunk):
-            piece = self._prompt[:, start : start + self.chunk]
-            args = (self.model, piece, jnp.full(1, self.chunk, jnp.int32), cache, *self._thresholds)
+        for start in range(0, self.tokens, self.bucket):
+            tokens = self._prompt[:, start : start + self.bucket]
+            args = (self.model, tokens, jnp.full(1, self.bucket, jnp.int32), cache, *self._thresholds)
             if self.compiled is None:
                 self.compiled = self._program.lower(*args).compile()
             logits, cache, *_ = self.compiled(*args)
@@ -203,7 +227,7 @@ class PrefillRun:
 
 
 def read_bandwidth(repeats: int = 20) -> float:
-    """Bytes per second at which the device sums float32: what it reads at most, by the clock."""
+    """Returns the device's read bandwidth, bytes per second: the time by the clock of summing float32."""
     accelerator = jax.default_backend() != "cpu"
     data = jnp.ones((1 << 30 if accelerator else 1 << 24,), jnp.float32)
     total = jax.jit(jnp.sum)

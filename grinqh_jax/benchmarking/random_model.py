@@ -1,8 +1,8 @@
-"""Models of a given shape with random weights, made on the device: what benchmarks run on.
+"""Models of a given shape with random weights, made on the device, for benchmarks.
 
-Codes are uniform and scales equal but for a random factor, so that outputs keep the size of the inputs;
-activations are then those of a real forward pass, and the thresholds are calibrated on them, layer by
-layer, so that decoding really reads the mean bits asked for.
+Codes are uniform, and scales are equal up to a random factor, so outputs keep the size of the inputs.
+Thresholds are calibrated layer by layer on the activations of a forward pass, so decoding reads the requested
+mean bits.
 """
 
 import functools
@@ -24,33 +24,34 @@ from grinqh_jax.model.decoder import Decoder
 from grinqh_jax.model.layer_spec import axis_sizes, layer_spec
 from grinqh_jax.model.linear import Linear
 from pallas_kernels import Activations
+from pallas_kernels.layout import GROUP
 
 TARGETS = tuple(1 + i / 4 for i in range(29))
-"""Mean bits of the rows of every threshold table: 1 to 8."""
+"""Mean bits of the rows of every threshold table."""
 
 MAX_BITS = 8
 CALIBRATION_TOKENS = 64
 SAMPLES = 1 << 15
-"""Activations of each layer that its thresholds are fitted to, at most."""
+"""Largest number of activations that the thresholds of a layer are fitted to."""
 
 
 def hf_configs() -> dict[str, dict[str, Any]]:
-    """Hugging Face's ``config.json`` of published models that can be benchmarked without weights, by name."""
+    """Returns name -> Hugging Face ``config.json`` of the published models with known shapes."""
     return json.loads((importlib.resources.files(__package__) / "shapes.json").read_text())
 
 
 def shapes() -> dict[str, ModelConfig]:
-    """The configurations of those models."""
+    """Returns name -> configuration of the published models with known shapes."""
     return {name: ModelConfig.from_hf(fields) for name, fields in hf_configs().items()}
 
 
 def shape(name: str) -> ModelConfig:
-    """The configuration of a published model, by its name, or of any model, by its directory.
+    """Returns the configuration of a published model by name, or of any model by directory.
 
     Raises:
-      UsageError: there is none; names the published ones.
+      UsageError: the name is unknown and no such directory has a ``config.json``; names the published models.
       CheckpointError: the directory's ``config.json`` cannot be read.
-      UnsupportedModelError: it asks for what the decoder does not have.
+      UnsupportedModelError: the decoder does not implement the model's architecture or options.
     """
     known = shapes()
     if name in known:
@@ -58,18 +59,18 @@ def shape(name: str) -> ModelConfig:
     file = pathlib.Path(name) / "config.json"
     if not file.is_file():
         raise UsageError(
-            f"no shape is called {name!r}: choose from {', '.join(known)}, or name the directory of a model"
+            f"no shape is called {name!r}: choose from {', '.join(known)}, or give the directory of a model"
         )
     return ModelConfig.from_hf(read_object(file))
 
 
 def label(name: str) -> str:
-    """What results call the model that ``shape`` is asked for: a published one's name, or the directory's."""
+    """Returns the name of a shape in results: that of the published model, or of the directory."""
     return pathlib.Path(name).resolve().name
 
 
 def graded(config: ModelConfig, seed: int = 0, compute_dtype=jnp.bfloat16) -> Decoder:
-    """A graded model with 8-bit random codes and thresholds for every target in ``TARGETS``."""
+    """Returns a graded model with random 8-bit codes and thresholds for every target in ``TARGETS``."""
     tree = decoder.abstract_tree(config, MAX_BITS, len(TARGETS))
     model = Decoder.from_tree(config, _filled(tree, seed), compute_dtype)
     _calibrate(model, jax.random.key(seed))
@@ -77,7 +78,7 @@ def graded(config: ModelConfig, seed: int = 0, compute_dtype=jnp.bfloat16) -> De
 
 
 def dense(config: ModelConfig, seed: int = 0, compute_dtype=jnp.bfloat16) -> Decoder:
-    """An unquantized model with Gaussian weights."""
+    """Returns an unquantized model with Gaussian weights."""
     tree = decoder.abstract_tree(config, MAX_BITS, len(TARGETS))
     sizes, projections = axis_sizes(config), layer_spec(config).projections
 
@@ -91,7 +92,7 @@ def dense(config: ModelConfig, seed: int = 0, compute_dtype=jnp.bfloat16) -> Dec
 
 
 def _filled(tree, seed: int):
-    """The abstract tree with arrays for leaves. Equal shapes share one compilation."""
+    """Returns the abstract tree with random arrays as leaves. Leaves of equal shape share one compilation."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     filled = [
@@ -105,8 +106,8 @@ def _filled(tree, seed: int):
 def _leaf(key: jax.Array, name: str, size: tuple[int, ...], dtype: str) -> jax.Array:
     if name == "planes":
         return jax.random.bits(key, size, dtype)
-    if name == "scales":  # uniform codes on (-2, 2) have the variance 4 / 3
-        deviation = (size[0] * 128 * 4 / 3) ** -0.5
+    if name == "scales":  # uniform codes on (-2, 2) have a variance of 4 / 3
+        deviation = (size[0] * GROUP * 4 / 3) ** -0.5
         return (deviation * jax.random.uniform(key, size, minval=0.5, maxval=1.5)).astype(dtype)
     if name == "kernel":
         return jax.random.normal(key, size, dtype) * jnp.asarray(size[0] ** -0.5, dtype)
@@ -114,23 +115,23 @@ def _leaf(key: jax.Array, name: str, size: tuple[int, ...], dtype: str) -> jax.A
         return jax.random.normal(key, size, dtype)
     if name == "columns":
         return jax.random.permutation(key, size[0]).astype(dtype)
-    if name in ("scale", "gains"):  # "scale" is a norm's
+    if name in ("scale", "gains"):  # "scale" belongs to a norm
         return jnp.ones(size, dtype)
-    return jnp.zeros(size, dtype)  # thresholds and largest activations, until calibrated
+    return jnp.zeros(size, dtype)  # thresholds and largest activations, set by _calibrate
 
 
 def fitted_thresholds(sample: Float[Array, "m"]) -> Float[Array, "t 4"]:
-    """Thresholds that give each mean of ``TARGETS`` on a sample of activations over their mean magnitude.
+    """Returns thresholds that give each mean of ``TARGETS`` on a sample of activations.
 
-    Each level of a uniform quantizer has a sixteenth of the squared error of the one below, so the
-    allocation of least error has thresholds a factor of 4 apart (``x**2 e(l) + lambda 2 l`` least);
-    the first one is found by bisection on the share of the sample that reaches each level.
+    Each level of a uniform quantizer has a sixteenth of the squared error of the level below. The allocation
+    that minimizes ``x**2 e(l) + lambda 2 l`` then has thresholds a factor of 4 apart. Bisection on the share
+    of the sample that reaches each level finds the first threshold.
     """
     ordered = jnp.sort(jnp.abs(sample.astype(jnp.float32)))
-    apart = 4.0 ** jnp.arange(4)
+    factors = 4.0 ** jnp.arange(4)
 
     def mean_bits(first):
-        below = jnp.searchsorted(ordered, first[:, None] * apart, side="left")
+        below = jnp.searchsorted(ordered, first[:, None] * factors, side="left")
         return 2 * jnp.sum(1 - below / len(ordered), axis=-1)
 
     targets = jnp.asarray(TARGETS, jnp.float32)
@@ -143,11 +144,11 @@ def fitted_thresholds(sample: Float[Array, "m"]) -> Float[Array, "t 4"]:
 
     top = jnp.full(len(TARGETS), 2 * ordered[-1])
     low, _ = jax.lax.fori_loop(0, 30, halve, (jnp.zeros_like(top), top))
-    return jnp.where(targets[:, None] >= MAX_BITS, 0.0, low[:, None] * apart)
+    return jnp.where(targets[:, None] >= MAX_BITS, 0.0, low[:, None] * factors)
 
 
 class _Fitting(Dense):
-    """An apply strategy: computes densely and keeps what calibration needs, by part of the layer."""
+    """An apply strategy that computes densely and fits thresholds, by projection or vocabulary block."""
 
     def __init__(self):
         self.tables: dict[str, tuple[jax.Array, jax.Array]] = {}
@@ -160,7 +161,7 @@ class _Fitting(Dense):
 
 
 def _calibrate(model: Decoder, key: jax.Array) -> None:
-    """Sets the thresholds of every layer from a forward pass over random tokens."""
+    """Sets the thresholds of every linear layer from a forward pass over random tokens."""
     tokens = jax.random.randint(key, (1, CALIBRATION_TOKENS), 0, model.config.vocab_size)
     positions = jnp.arange(CALIBRATION_TOKENS)[None]
 
@@ -179,10 +180,10 @@ def _calibrate(model: Decoder, key: jax.Array) -> None:
     x = model.embed(tokens, model.compute_dtype)
     for layer in model.layers:
         x, tables = layer_step(layer, x)
-        for part, (thresholds, peak) in tables.items():
-            _set(getattr(layer, part), thresholds, peak)
-    for part, (thresholds, peak) in head_step(model.norm, model.lm_head, x).items():
-        _set(model.lm_head.block(part), thresholds, peak)
+        for projection, (thresholds, peak) in tables.items():
+            _set(getattr(layer, projection), thresholds, peak)
+    for block, (thresholds, peak) in head_step(model.norm, model.lm_head, x).items():
+        _set(model.lm_head.block(block), thresholds, peak)
 
 
 def _set(linear: Linear, thresholds: jax.Array, peak: jax.Array) -> None:

@@ -153,7 +153,7 @@ def _model_rows(label, model: Decoder, targets, settings, args, bandwidth) -> It
     for bits in settings:
         thresholds = None
         if model.graded:
-            thresholds = run.settled(targets, targets[-1] if bits == "full" else float(bits))
+            thresholds = run.settle(targets, targets[-1] if bits == "full" else float(bits))
         timing = measure.timed_in_a_row(lambda t=thresholds: run.run(t), args.generate_tokens, args.repeats)
         figures = run.figures(run.run(thresholds))
         bytes_read = figures["bytes_per_token"] + run.cache_bytes()

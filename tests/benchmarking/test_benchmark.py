@@ -1,4 +1,4 @@
-"""The verb ``benchmark``, random models of published shapes, and the table of a step's time."""
+"""The verb ``benchmark``, random models of published shapes, and the profile of a step."""
 
 import dataclasses
 import importlib.util
@@ -47,7 +47,7 @@ def tiny_model():
         ("Llama-3.1-8B", 8.03),
     ],
 )
-def test_shapes_have_the_published_numbers_of_parameters(name, billions):
+def test_shapes_have_the_published_parameter_counts(name, billions):
     config = random_model.shape(name)
     embedding = config.vocab_size * config.hidden_size
     total = embedding + sum(k * n for k, n in linear_shapes(config).values())
@@ -61,7 +61,7 @@ def test_an_unknown_shape_is_refused_by_name():
         random_model.shape("Qwen3-9B")
 
 
-def test_the_shape_of_a_model_in_a_directory(tmp_path):
+def test_a_shape_can_come_from_the_directory_of_a_model(tmp_path):
     bundled = random_model.shape(str(BUNDLED_MODEL))
     assert (bundled.hidden_size, bundled.num_layers, bundled.vocab_size) == (256, 6, 8192)
     config = tmp_path / "config.json"
@@ -91,15 +91,15 @@ def decode(run, bits):
 
 
 @pytest.mark.parametrize("bits", [2.0, 3.0, 8.0])
-def test_a_settled_run_reads_the_bits_asked_for(tiny_model, bits):
+def test_a_settled_run_reads_the_requested_bits(tiny_model, bits):
     run = measure.DecodeRun(tiny_model, context=16, tokens=64)
-    figures = run.figures(run.run(run.settled(random_model.TARGETS, bits)))
+    figures = run.figures(run.run(run.settle(random_model.TARGETS, bits)))
     assert figures["realised_bits"] == pytest.approx(bits, abs=0.03)
     weights = sum(k * n for k, n in linear_shapes(TINY).values())
     assert figures["bytes_per_token"] > weights * figures["realised_bits"] / 8
 
 
-def test_slow_first_runs_are_not_counted():
+def test_warm_up_runs_are_not_timed():
     pauses = iter([0.2, 0.1, 0.1, 0.0, 0.0])
     timing = measure.timed(lambda: time.sleep(next(pauses)), tokens=10, repeats=2)
     assert len(timing.seconds) == 2
@@ -107,8 +107,8 @@ def test_slow_first_runs_are_not_counted():
     assert next(pauses, None) is None
 
 
-def test_runs_in_a_row_hide_what_the_host_does_between_them():
-    """A device that takes 100 ms a run, and a host that takes 50 to ask for one."""
+def test_runs_in_a_row_hide_the_time_of_the_host():
+    """The fake device takes 100 ms per run, and the fake host 50 ms to dispatch one."""
     idle_from = 0.0
 
     class Result:
@@ -126,19 +126,19 @@ def test_runs_in_a_row_hide_what_the_host_does_between_them():
     assert 0.08 < sum(timing.seconds) / 3 < 0.13
 
 
-def test_a_run_repeats_itself(run):
+def test_a_run_is_deterministic(run):
     np.testing.assert_array_equal(decode(run, 3.0).tokens, decode(run, 3.0).tokens)
 
 
-def test_a_prompt_in_chunks_gives_the_same_logits(tiny_model):
+def test_prefill_in_buckets_gives_the_same_logits(tiny_model):
     whole = measure.PrefillRun(tiny_model, 32).run()
-    pieces = measure.PrefillRun(tiny_model, 32, chunk=8).run()
+    pieces = measure.PrefillRun(tiny_model, 32, bucket=8).run()
     np.testing.assert_allclose(pieces, whole, atol=2e-3 * float(jnp.abs(whole).max()))
-    with pytest.raises(ValueError, match="whole chunks"):
-        measure.PrefillRun(tiny_model, 30, chunk=8)
+    with pytest.raises(ValueError, match="no multiple of the bucket"):
+        measure.PrefillRun(tiny_model, 30, bucket=8)
 
 
-def test_rows(monkeypatch, capsys):
+def test_the_verb_prints_a_row_per_test_and_setting(monkeypatch, capsys):
     monkeypatch.setattr(random_model, "shapes", lambda: {"tiny": TINY})
     monkeypatch.setattr(measure, "read_bandwidth", lambda: 1e9)
     flags = ["--shape", "tiny", "--bits", "3,full,bf16", "--repeats", "2"]
@@ -159,7 +159,7 @@ def test_rows(monkeypatch, capsys):
     assert "±" in lines[1]
 
 
-def test_rows_of_random_weights_for_the_shape_in_a_directory(monkeypatch, capsys):
+def test_the_verb_takes_the_shape_of_a_model_in_a_directory(monkeypatch, capsys):
     monkeypatch.setattr(measure, "read_bandwidth", lambda: 1e9)
     flags = ["--prompt-tokens", "0", "--generate-tokens", "4", "--repeats", "1", "--json"]
     assert benchmark.main(["--shape", str(BUNDLED_MODEL), "--bits", "3", *flags]) == 0
@@ -177,7 +177,7 @@ def test_rows_of_random_weights_for_the_shape_in_a_directory(monkeypatch, capsys
         (["--repeats", "0"], "'0' is not a positive integer"),
     ],
 )
-def test_mistakes_are_one_line(monkeypatch, capsys, flags, message):
+def test_bad_flags_are_refused(monkeypatch, capsys, flags, message):
     monkeypatch.setattr(random_model, "shapes", lambda: {"tiny": TINY})
     monkeypatch.setattr(measure, "read_bandwidth", lambda: 1e9)
     try:
@@ -197,7 +197,7 @@ def step_profile():
     return module
 
 
-def test_the_table_accounts_for_all_of_the_time(step_profile):
+def test_the_profile_accounts_for_the_whole_span(step_profile):
     kernel = step_profile.Kernel
     kernels = []
     for start in (0.0, 100.0):
@@ -220,7 +220,7 @@ def test_the_table_accounts_for_all_of_the_time(step_profile):
     assert sum(time for time, _ in table.categories.values()) == pytest.approx(table.span)
 
 
-def test_scopes_of_the_real_step(step_profile, run):
+def test_kernels_of_a_compiled_step_have_their_scopes(step_profile, run):
     decode(run, 3.0)
     found = set(step_profile.scopes_by_kernel(run.compiled.as_text()).values())
     assert {"norm", "attention", "mlp", "sampling", "embed"} <= found
