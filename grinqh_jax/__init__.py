@@ -1,15 +1,16 @@
-"""GRINQH-JAX: decoding of large language models that reads each weight only as precisely as needed.
+"""GRINQH-JAX: language model decoding that reads each weight only as precisely as its input deserves.
 
     generator = grinqh_jax.Generator.load(grinqh_jax.BUNDLED_MODEL)
     generation = generator.generate("Once upon a time", grinqh_jax.Request(bits=3.0))
     for text in generation:
         print(text, end="", flush=True)
 
-``Generator`` is the way in; ``decoding.engine`` has the pure functions beneath it, ``checkpoint`` the format.
+Start with ``Generator``. Its pure functions are in ``decoding.engine``, the checkpoint format is in
+``checkpoint``. ``docs/stability.md`` lists the public names.
 """
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from grinqh_jax.bundled import BUNDLED_MODEL
@@ -17,10 +18,10 @@ if TYPE_CHECKING:
     from grinqh_jax.decoding.prompt_cache import PromptCache
     from grinqh_jax.errors import CheckpointError, GrinqhError, UnsupportedModelError, UsageError
 
-__version__ = "0.1.0"
+__version__ = "0.1.0"  # pyproject.toml reads it from here; .ci/release sets it
 
-# Imported when first used: JAX takes a second, and --help or a mistyped flag should not wait for it.
-_HOMES = {
+# Names are imported on first use: JAX takes a second to import, and --help should not wait for it.
+_MODULES = {
     "BUNDLED_MODEL": "bundled",
     "CheckpointError": "errors",
     "Generation": "decoding.generator",
@@ -45,7 +46,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
-    if name not in _HOMES:
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"grinqh_jax.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"grinqh_jax.{_MODULES[name]}"), name)

@@ -1,20 +1,21 @@
-"""The errors that a user can cause. Each message is one line: the value, the place, the remedy.
+"""Errors that a user can cause. Each message is one line that names the value, the place and the remedy.
 
-The command line prints ``error: <message>`` and exits with 2 for these; any other exception is a bug.
+The command line prints ``error: <message>`` for these errors and exits with code 2. Any other exception is a
+bug.
 """
 
 
 class GrinqhError(Exception):
-    """Base of all errors raised on purpose by this library."""
+    """Base class of the errors that this library raises on purpose."""
 
 
 class UsageError(GrinqhError):
-    """An argument or an input is out of its range or cannot be used as asked."""
+    """An argument or an input is out of range or does not fit the request."""
 
 
 class UnsupportedModelError(GrinqhError):
-    """A model's configuration names an architecture or options that are not implemented."""
+    """A model's configuration names an architecture or an option that is not implemented."""
 
 
 class CheckpointError(GrinqhError):
-    """A checkpoint is incomplete, damaged, or does not fit its own description."""
+    """A checkpoint is incomplete, damaged, or contradicts its own description."""

@@ -1,4 +1,4 @@
-"""Reading JSON files that may be damaged, and writing them."""
+"""Reads JSON files that may be damaged, and writes JSON files."""
 
 import json
 from pathlib import Path
@@ -6,24 +6,23 @@ from typing import Any
 
 from grinqh_jax.errors import CheckpointError
 
-_LARGEST_JSON = 1 << 28
+_MAX_JSON_BYTES = 1 << 28
 
 
 def read_json(path: Path) -> Any:
     """Parses a JSON file.
 
     Raises:
-      CheckpointError: it is missing, not a regular file, larger than 256 MiB, not UTF-8, or not JSON
-        that Python can hold.
+      CheckpointError: the file is missing, is not a regular file, is larger than 256 MiB, is not UTF-8, or is
+        not JSON that Python can represent.
     """
     try:
-        # A pipe or a device in a file's place would block open() for ever.
+        # open() would block forever on a pipe or a device.
         if path.exists() and not path.is_file():
             raise CheckpointError(f"{path} is not a regular file")
-        if path.stat().st_size > _LARGEST_JSON:
-            raise CheckpointError(
-                f"{path} is too large ({path.stat().st_size} bytes) to be what it should be"
-            )
+        size = path.stat().st_size
+        if size > _MAX_JSON_BYTES:
+            raise CheckpointError(f"{path} has {size} bytes, at most {_MAX_JSON_BYTES} are accepted")
         return json.loads(path.read_bytes().decode("utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
@@ -37,7 +36,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """Parses a JSON file that holds an object.
 
     Raises:
-      CheckpointError: as of ``read_json``; or it holds anything else.
+      CheckpointError: ``read_json`` raises it, or the file does not hold an object.
     """
     value = read_json(path)
     if not isinstance(value, dict):
@@ -46,5 +45,5 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes ``value`` as indented JSON. NaN and Inf are a ValueError, as in the JSON standard."""
+    """Writes ``value`` as indented JSON. Raises ValueError for NaN and Inf, which JSON does not have."""
     path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")

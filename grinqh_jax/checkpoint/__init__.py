@@ -1,4 +1,7 @@
-"""The GRINQH checkpoint: its format, its writer, and a loader that trusts nothing."""
+"""The GRINQH checkpoint format: a writer, and a reader that verifies everything.
+
+``docs/format.md`` describes the format completely.
+"""
 
 from grinqh_jax.checkpoint.quantization import QuantizationConfig
 from grinqh_jax.checkpoint.reader import Loaded, load

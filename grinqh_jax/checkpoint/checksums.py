@@ -2,28 +2,33 @@
 
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 _CHUNK_BYTES = 1 << 23
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
-def checksum(data: np.ndarray | bytes) -> str:
-    """CRC-32 of an array's bytes in C order (or of bytes), written ``crc32:xxxxxxxx``.
 
-    It finds accidents (a flipped or missing byte, exchanged files), not attacks, at memory speed.
+def checksum(data: np.ndarray | bytes | memoryview) -> str:
+    """Returns the CRC-32 of bytes, or of an array's bytes in C order, as ``crc32:xxxxxxxx``.
+
+    The checksum runs at memory speed. It detects accidents, such as a flipped byte or exchanged files, but
+    not attacks.
     """
     if isinstance(data, np.ndarray):
-        # Through uint8, because a buffer of bfloat16 is not one that zlib takes.
-        data = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+        # zlib does not accept bfloat16 buffers, so it sees the array as uint8.
+        return checksum(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
     return f"crc32:{zlib.crc32(data):08x}"
 
 
 def file_checksum(path: Path) -> str:
-    """``checksum`` of a file's bytes, read in chunks. Raises OSError."""
+    """Returns the ``checksum`` of a file's bytes, which are read in chunks. Raises OSError."""
     value, buffer = 0, memoryview(bytearray(_CHUNK_BYTES))
     with path.open("rb", buffering=0) as file:
         while size := file.readinto(buffer):
@@ -31,7 +36,10 @@ def file_checksum(path: Path) -> str:
     return f"crc32:{value:08x}"
 
 
-def in_threads(function, items: Iterable) -> list:
-    """``[function(item) for item in items]`` on a few threads: reading and zlib let go of the GIL."""
+def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """Returns ``[function(item) for item in items]``, computed by a few threads.
+
+    It pays for functions that release the GIL, as file reads and zlib do.
+    """
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(function, items))

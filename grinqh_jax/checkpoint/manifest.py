@@ -1,4 +1,4 @@
-"""``manifest.json``: shape, dtype and checksum of every leaf, size and checksum of every file."""
+"""``manifest.json``: the shape, dtype and checksum of each leaf, and the size and checksum of each file."""
 
 import dataclasses
 import json
@@ -21,7 +21,13 @@ STATE = "state"
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One array of the state tree: its shape, the name of its dtype, its ``files.checksum``."""
+    """Description of an array of the state tree.
+
+    Attributes:
+      shape: shape of the array.
+      dtype: numpy name of its dtype, e.g. ``uint32`` or ``bfloat16``.
+      checksum: ``checksums.checksum`` of the array.
+    """
 
     shape: tuple[int, ...]
     dtype: str
@@ -29,16 +35,16 @@ class Leaf:
 
     @classmethod
     def of(cls, array: np.ndarray) -> "Leaf":
-        """Describes an array."""
+        """Returns the description of an array."""
         return cls(tuple(array.shape), array.dtype.name, checksum(array))
 
     def to_json(self) -> dict[str, Any]:
-        """The entry that stands for it in JSON."""
+        """Returns the JSON object that describes the leaf."""
         return {"shape": list(self.shape), "dtype": self.dtype, "checksum": self.checksum}
 
     @classmethod
     def from_json(cls, entry: Any) -> "Leaf":
-        """Reads that entry back. Raises CheckpointError if a field is wrong."""
+        """Parses the object of ``to_json``. Raises CheckpointError if a field is missing or wrong."""
         match entry:
             case {"shape": list(shape), "dtype": str(dtype), "checksum": str(value)} if all(
                 type(size) is int for size in shape
@@ -49,12 +55,12 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """Everything that a whole checkpoint holds.
+    """The complete contents of a checkpoint.
 
     Attributes:
-      leaves: by dotted name, e.g. ``layers.0.qkv.planes``.
-      files: ``(size in bytes, checksum)`` by path relative to the checkpoint, with ``/``. The manifest is
-        not among them; it ends with a checksum of itself.
+      leaves: descriptions of the arrays by dotted name, e.g. ``layers.0.qkv.planes``.
+      files: ``(size in bytes, checksum)`` by path, relative to the checkpoint and separated by ``/``. The
+        manifest is not listed; its last field is a checksum of its other fields.
     """
 
     leaves: Mapping[str, Leaf]
@@ -62,7 +68,7 @@ class Manifest:
 
     @classmethod
     def of_directory(cls, directory: Path, leaves: Mapping[str, Leaf]) -> "Manifest":
-        """Describes a directory that is known to be right, file by file."""
+        """Describes a directory that is known to be correct. Reads every file."""
         names = [name for name in _file_names(directory) if name != MANIFEST]
         sums = in_threads(lambda name: file_checksum(directory / name), names)
         sizes = [(directory / name).stat().st_size for name in names]
@@ -81,7 +87,7 @@ class Manifest:
         """Reads ``manifest.json``.
 
         Raises:
-          CheckpointError: it is missing, malformed, or does not agree with its own checksum.
+          CheckpointError: the file is missing or malformed, or its own checksum does not match.
         """
         match read_json(directory / MANIFEST):
             case {"leaves": dict(leaves), "files": dict(files), "checksum": value, **rest} if not rest:
@@ -100,39 +106,39 @@ class Manifest:
         )
 
     def file_problems(self, directory: Path) -> dict[str, str]:
-        """Compares every file with what is written here: name -> what is wrong with it.
+        """Compares the files of ``directory`` with the manifest. Returns path -> problem.
 
-        Files that are not listed are reported only under ``state/``, where Orbax might read them.
+        An unlisted file is a problem only under ``state/``, where Orbax might read it.
         """
         problems = in_threads(lambda name: _file_problem(directory / name, *self.files[name]), self.files)
-        found = {name: problem for name, problem in zip(self.files, problems, strict=True) if problem}
+        listed = {name: problem for name, problem in zip(self.files, problems, strict=True) if problem}
         unlisted = [name for name in _file_names(directory / STATE, STATE) if name not in self.files]
-        return found | dict.fromkeys(unlisted, "does not belong here")
+        return listed | dict.fromkeys(unlisted, "does not belong here")
 
     def tree_problems(self, abstract_tree: Mapping[str, Any]) -> list[str]:
-        """Compares the leaves with a nested dictionary of ``jax.ShapeDtypeStruct``, the model's wishes."""
+        """Compares the leaves with the nested dict of ``jax.ShapeDtypeStruct`` that a model needs."""
         expected = traverse_util.flatten_dict(abstract_tree, sep=".")
         problems = [f"{name} is missing" for name in expected if name not in self.leaves]
         problems += [f"{name} is unknown to this model" for name in self.leaves if name not in expected]
-        for name, wish in expected.items():
+        for name, abstract in expected.items():
             if leaf := self.leaves.get(name):
-                dtype = jnp.dtype(wish.dtype).name
-                if leaf.shape != tuple(wish.shape):
-                    problems.append(f"{name} has shape {list(leaf.shape)}, expected {list(wish.shape)}")
+                dtype = jnp.dtype(abstract.dtype).name
+                if leaf.shape != tuple(abstract.shape):
+                    problems.append(f"{name} has shape {list(leaf.shape)}, expected {list(abstract.shape)}")
                 if leaf.dtype != dtype:
                     problems.append(f"{name} has dtype {leaf.dtype}, expected {dtype}")
         return problems
 
     def array_problems(self, arrays: Mapping[str, jax.Array]) -> list[str]:
-        """Compares arrays, by dotted name, with the checksums of the leaves.
+        """Compares arrays, by dotted name, with the descriptions of the leaves.
 
-        Those that other processes hold in part are passed over.
+        Arrays that this process does not hold completely are skipped.
         """
         names = [name for name, array in arrays.items() if array.is_fully_addressable]
-        found = in_threads(lambda name: Leaf.of(np.asarray(arrays[name])), names)
+        loaded = in_threads(lambda name: Leaf.of(np.asarray(arrays[name])), names)
         return [
             f"{name} was written as {self.leaves[name].to_json()} but reads as {leaf.to_json()}"
-            for name, leaf in zip(names, found, strict=True)
+            for name, leaf in zip(names, loaded, strict=True)
             if leaf != self.leaves[name]
         ]
 
@@ -162,7 +168,7 @@ def _file_problem(path: Path, size: int, expected: str) -> str | None:
             return "is not a regular file"
         if path.stat().st_size != size:
             return f"has {path.stat().st_size} bytes, expected {size}"
-        found = file_checksum(path)
+        actual = file_checksum(path)
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
-    return None if found == expected else f"has checksum {found}, expected {expected}"
+    return None if actual == expected else f"has checksum {actual}, expected {expected}"

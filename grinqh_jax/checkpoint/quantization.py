@@ -1,4 +1,4 @@
-"""What ``config.json`` says about the quantization of a checkpoint."""
+"""The ``quantization_config`` in a checkpoint's ``config.json``."""
 
 import dataclasses
 import itertools
@@ -18,14 +18,13 @@ class QuantizationConfig:
 
     Attributes:
       max_bits: bits stored per weight: 2, 4, 6 or 8.
-      targets: the mean bits that each layer's table of thresholds was calibrated for: an ascending,
-        uniform grid of at least two numbers, the last of them ``max_bits``. Row ``t`` of every
-        ``thresholds`` leaf belongs to ``targets[t]``.
-      provenance: how the checkpoint was made (quantizer, calibration text and tokens, versions, bits per
-        weight stored, ...). JSON values, for people and reports; nothing here changes what is computed.
+      targets: mean bits that the threshold tables were calibrated for. At least two numbers that ascend in
+        equal steps and end at ``max_bits``. Row ``t`` of each ``thresholds`` leaf belongs to ``targets[t]``.
+      provenance: record of how the checkpoint was made: quantizer, calibration text and tokens, versions,
+        stored bits per weight. JSON values for reports; they do not change any computation.
 
     Raises:
-      CheckpointError: a field breaks these rules; every such field is named.
+      CheckpointError: a field breaks these rules. The message names all such fields.
     """
 
     max_bits: int
@@ -46,7 +45,7 @@ class QuantizationConfig:
             raise CheckpointError("quantization_config: " + "; ".join(problems))
 
     def to_json(self) -> dict[str, Any]:
-        """The object that goes into ``config.json``."""
+        """Returns the JSON object for ``config.json``."""
         return {
             "quant_method": QUANT_METHOD,
             "version": VERSION,
@@ -57,11 +56,11 @@ class QuantizationConfig:
 
     @classmethod
     def from_json(cls, entry: Any) -> "QuantizationConfig":
-        """Reads that object back.
+        """Parses the object of ``to_json``.
 
         Raises:
-          CheckpointError: it is not an object, another method's, or another version's, or a field is
-            missing, unknown or has a wrong value.
+          CheckpointError: ``entry`` is not an object, belongs to another method or version, or has a field
+            that is missing, unknown or wrong.
         """
         if not isinstance(entry, Mapping):
             raise CheckpointError(
@@ -97,7 +96,7 @@ def _newer(version: Any) -> bool:
 
 
 def _grid_problem(targets: Any, max_bits: Any) -> str | None:
-    """Says what is wrong with the grid of targets, if anything is."""
+    """Returns what is wrong with the grid of targets, or None."""
     if not isinstance(targets, tuple) or len(targets) < 2:
         return f"targets must be a list of two or more numbers, not {targets!r:.80}"
     if not all(type(target) in (int, float) and 0 <= target <= 8 for target in targets):

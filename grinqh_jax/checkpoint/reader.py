@@ -1,4 +1,4 @@
-"""Loading a checkpoint: everything is compared with its description before any of it is used."""
+"""Loads a checkpoint. All of it is verified against its manifest before any of it is used."""
 
 import dataclasses
 import math
@@ -22,7 +22,7 @@ from grinqh_jax.model.decoder import Decoder, abstract_tree
 
 CONFIG = "config.json"
 READ_AHEAD_BYTES = 1 << 28
-"""Bytes that may be between disk and device while loading, unless one array is larger than half of it."""
+"""Bytes in flight between disk and device while loading. Arrays larger than half of it raise the limit."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +30,10 @@ class Loaded:
     """A checkpoint in memory.
 
     Attributes:
-      config: of the model.
-      quantization: how it is stored, and the targets that it was calibrated for.
+      config: configuration of the model.
+      quantization: stored bits and the targets of the threshold tables.
       model: the decoder with its arrays.
-      directory: where it came from; the tokenizer's files are there.
+      directory: the checkpoint's directory, which also holds the tokenizer's files.
     """
 
     config: ModelConfig
@@ -49,23 +49,22 @@ def load(
 ) -> Loaded:
     """Loads a GRINQH checkpoint.
 
-    Every file is compared with ``manifest.json`` before Orbax opens it (damaged metadata could otherwise
-    make it fail in any way, or wait for ever), and every array after; then values are checked that would make
-    the answers wrong (``values``). Peak memory is that of the model: each array is read straight to where it
-    stays.
+    Each file is compared with ``manifest.json`` before Orbax opens it, because damaged metadata could make
+    Orbax fail arbitrarily or hang. Each array is compared with the manifest after it is read. Then ``values``
+    checks the rules for values. Each array is read directly to its device, so peak memory is the size of the
+    model.
 
     Args:
       path: the checkpoint's directory.
-      compute_dtype: of hidden states and matrix products; by default float32 on a CPU (where bfloat16
-        is emulated) and bfloat16 elsewhere.
-      shardings: where leaves go, by dotted name (``layers.0.qkv.planes``); the others go to the first
-        device. Leaves that this process does not hold completely are checked as files only.
+      compute_dtype: dtype of hidden states and matrix products. The default is float32 on a CPU, where
+        bfloat16 is emulated, and bfloat16 on other devices.
+      shardings: shardings of leaves by dotted name (``layers.0.qkv.planes``). All other leaves go to the
+        first device. Leaves that this process does not hold completely are verified as files only.
 
     Raises:
-      CheckpointError: the directory is not a GRINQH checkpoint (the message says what it is and what to
-        do), was written by another version, or does not agree with its description; all
-        differences are named.
-      UnsupportedModelError: the model is one that this version cannot run.
+      CheckpointError: the directory is not a GRINQH checkpoint, was written by another version, or
+        contradicts its manifest. The message names all differences and says what to do.
+      UnsupportedModelError: this version cannot run the model.
     """
     directory = Path(path)
     hf_config = _read_config(directory)
@@ -78,11 +77,11 @@ def load(
     problems = [f"{name} {problem}" for name, problem in file_problems.items()]
     if CONFIG not in file_problems:
         config = ModelConfig.from_hf(hf_config)
-        wished = abstract_tree(config, quantization.max_bits, len(quantization.targets))
-        problems += manifest.tree_problems(wished)
+        abstract = abstract_tree(config, quantization.max_bits, len(quantization.targets))
+        problems += manifest.tree_problems(abstract)
     if problems:
         raise _damaged(directory, problems)
-    arrays = _restore(directory, traverse_util.flatten_dict(wished, sep="."), shardings or {})
+    arrays = _restore(directory, traverse_util.flatten_dict(abstract, sep="."), shardings or {})
     if problems := manifest.array_problems(arrays) + value_problems(arrays):
         raise _damaged(directory, problems)
     if compute_dtype is None:
@@ -92,10 +91,10 @@ def load(
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
-    """The parsed ``config.json`` of what is, or says that it is, a quantized checkpoint.
+    """Returns the parsed ``config.json`` of a directory that claims to be a quantized checkpoint.
 
     Raises:
-      CheckpointError: it is anything else; the message says what, and what to do about it.
+      CheckpointError: the directory is something else. The message says what it is and what to do.
     """
     unfinished = directory.with_name(directory.name + ".partial")
     if not directory.exists():
@@ -127,25 +126,24 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 def _restore(
     directory: Path,
-    wished: Mapping[str, jax.ShapeDtypeStruct],
+    leaves: Mapping[str, jax.ShapeDtypeStruct],
     shardings: Mapping[str, jax.sharding.Sharding],
 ) -> dict[str, jax.Array]:
-    if unknown := sorted(shardings.keys() - wished.keys()):
+    if unknown := sorted(shardings.keys() - leaves.keys()):
         raise UsageError(f"shardings for leaves that the model does not have: {', '.join(unknown)}")
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    first_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings.get(name, here))
-        for name, leaf in wished.items()
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings.get(name, first_device))
+        for name, leaf in leaves.items()
     }
     context = ocp.Context()
-    largest = max(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in wished.values())
+    largest = max(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves.values())
     context.memory.read_concurrent_bytes = max(READ_AHEAD_BYTES, 2 * largest)
     try:
         with context:
             tree = ocp.load(directory.absolute(), traverse_util.unflatten_dict(abstract, sep="."))
-    except (
-        Exception
-    ) as error:  # whatever Orbax and TensorStore raise, the files are what they were written as
+    # Orbax and TensorStore can raise anything. The files match their checksums, so they are not damaged.
+    except Exception as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{directory}: Orbax cannot restore state/: {reason:.300}") from error
     return traverse_util.flatten_dict(tree, sep=".")

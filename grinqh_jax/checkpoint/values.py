@@ -1,4 +1,4 @@
-"""What the values of a checkpoint must obey, beside their shapes and dtypes, for its answers to be right."""
+"""Rules for a checkpoint's values. Breaking one would give wrong logits without any error."""
 
 from collections.abc import Iterator, Mapping
 
@@ -7,24 +7,24 @@ import numpy as np
 
 
 def value_problems(arrays: Mapping[str, np.ndarray | jax.Array]) -> list[str]:
-    """Says which leaves hold what would give wrong logits without an error.
+    """Lists the leaves whose values break a rule.
 
     Args:
-      arrays: some leaves of a state tree (``decoder.abstract_tree``) by dotted name. Those that other
-        processes hold in part are passed over.
+      arrays: leaves of a state tree (``decoder.abstract_tree``) by dotted name. Arrays that this process does
+        not hold completely are skipped.
     """
-    whole = {n: a for n, a in arrays.items() if isinstance(a, np.ndarray) or a.is_fully_addressable}
+    complete = {n: a for n, a in arrays.items() if isinstance(a, np.ndarray) or a.is_fully_addressable}
     return [
         f"{name} {problem}"
-        for name, array in whole.items()
-        for problem in _problems_of_leaf(name.rpartition(".")[2], array)
+        for name, array in complete.items()
+        for problem in _leaf_problems(name.rpartition(".")[2], np.asarray(array))
     ]
 
 
-def _problems_of_leaf(leaf: str, array: np.ndarray | jax.Array) -> Iterator[str]:
-    # Logits would be those of other tokens.
+def _leaf_problems(leaf: str, array: np.ndarray) -> Iterator[str]:
+    # A wrong permutation would give each token the logit of another one.
     if leaf == "columns" and (lacking := np.setdiff1d(np.arange(array.size), array)).size:
         yield f"must hold each number from 0 to {array.size - 1} once, and lacks {lacking[0]}"
-    # Channels of large activations would be read with fewer bits than others, or with none for a NaN.
+    # Descending thresholds would grade large activations with fewer bits than small ones, NaN with none.
     if leaf == "thresholds" and not (np.diff(array, axis=-1, prepend=0) >= 0).all():
         yield "must ascend from 0 or more along its last axis"

@@ -1,4 +1,4 @@
-"""Writing a checkpoint part by part: bounded memory, resumable, and whole or not there at all."""
+"""Writes a checkpoint part by part, in bounded memory. Interrupted writes resume and never look complete."""
 
 import fcntl
 import os
@@ -20,9 +20,9 @@ from grinqh_jax.json_files import read_json, write_json
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import abstract_tree
 
-# Orbax gathers the parts of `ocp.partial.save("parts", ...)` under "parts.partial_save", each in a directory
-# of its own that appears by one rename and keeps its `custom_metadata` in this file. While a part is
-# being written it lies beside it, under a longer name.
+# Each `ocp.partial.save("parts", ...)` adds a directory under "parts.partial_save". The directory appears by
+# one rename and stores the call's `custom_metadata` in _CHECKPOINT_METADATA. An unfinished part has a longer
+# name, beside "parts.partial_save".
 _PARTS = "parts"
 _PARTIAL_SAVE = ".partial_save"
 _ORBAX_METADATA = "_CHECKPOINT_METADATA"
@@ -33,11 +33,11 @@ _RESUME_STATE = "resume_state-"
 
 
 class Writer:
-    """Writes one GRINQH checkpoint directory, part after part.
+    """Writes a GRINQH checkpoint directory, one part after another.
 
-    Everything is written to the sibling directory ``<path>.partial`` and moved to ``path`` by one
-    rename when it is complete, so whatever ``path`` holds is whole. If the process dies, a new
-    ``Writer`` with the same ``fingerprint`` goes on where the old one stopped:
+    The parts go to the sibling directory ``<path>.partial``. One rename moves the complete checkpoint to
+    ``path``, so ``path`` never holds an incomplete one. If the process dies, a new ``Writer`` with the same
+    ``fingerprint`` continues where the old one stopped:
 
         with Writer(out, fingerprint=fingerprint, overwrite=force) as writer:
             for name, make_tree in parts:
@@ -46,15 +46,15 @@ class Writer:
             writer.finalize(hf_config, quantization, files=[source / "tokenizer.json"])
 
     Args:
-      path: the directory to make. Its parent is created if it is not there.
-      fingerprint: any string that is equal for two conversions if, and only if, their parts are
-        interchangeable: a hash of the source's files, the options and the converter's version.
-      overwrite: replace a finished checkpoint at ``path`` (it stays in place until the new one is
-        complete) and throw away a partial directory of another conversion. Without it both raise.
+      path: directory to create. Its parent is created if it does not exist.
+      fingerprint: string that is equal for two conversions if and only if their parts are interchangeable:
+        a hash of the source's files, the options and the converter's version.
+      overwrite: replace a finished checkpoint at ``path``, which stays in place until the new one is
+        complete, and delete a partial directory of another conversion. Without ``overwrite`` both raise.
 
     Raises:
-      CheckpointError: ``path`` exists, or ``<path>.partial`` belongs to another conversion, or another
-        process is writing there now. The message says what to do.
+      CheckpointError: ``path`` exists, ``<path>.partial`` belongs to another conversion, or another process
+        is writing there. The message says what to do.
     """
 
     def __init__(self, path: str | Path, *, fingerprint: str, overwrite: bool = False):
@@ -64,7 +64,7 @@ class Writer:
         self._partial.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self._partial)
         try:
-            self._enter_conversion({"fingerprint": fingerprint, "version": VERSION}, overwrite)
+            self._start_or_resume({"fingerprint": fingerprint, "version": VERSION}, overwrite)
             self._leaves = self._completed_parts()
             self._sealed_parts: frozenset[str] = frozenset()
         except BaseException:
@@ -73,11 +73,14 @@ class Writer:
 
     @property
     def parts(self) -> frozenset[str]:
-        """Names of the parts that are complete, those of an interrupted run included."""
+        """Names of the complete parts, including those of an interrupted run."""
         return frozenset(self._leaves)
 
     def resume_state(self, name: str) -> dict[str, np.ndarray] | None:
-        """What was handed over with a part, if no later one has handed over anything (see ``save_part``)."""
+        """Returns the resume state saved with a part, or None if a later part has replaced it.
+
+        See ``save_part``.
+        """
         file = self._resume_state_file(name)
         if name not in self._leaves or not file.exists():
             return None
@@ -87,19 +90,19 @@ class Writer:
     def save_part(
         self, name: str, tree: Mapping[str, Any], resume_state: Mapping[str, np.ndarray] | None = None
     ) -> None:
-        """Writes one part, completely or (if the process dies) not at all.
+        """Writes a part. If the process dies during the call, the part does not exist.
 
         Args:
-          name: free, but unique and the same from run to run, e.g. ``layers.0``.
-          tree: nested dictionary from the root of the state tree, e.g.
-            ``{"layers": {"0": {"qkv": {"planes": ..., "scales": ...}}}}``, of numpy or JAX arrays.
-            The arrays may be released when this returns.
-          resume_state: arrays that a later run needs to go on behind this part, if it is the last one that
-            is complete. They are not in the checkpoint.
+          name: unique name of the part, the same in every run, e.g. ``layers.0``.
+          tree: nested dict of numpy or JAX arrays from the root of the state tree, e.g.
+            ``{"layers": {"0": {"qkv": {"planes": ..., "scales": ...}}}}``. The caller may release the arrays
+            after the call.
+          resume_state: arrays that a later run needs to continue after this part, if it is the last complete
+            one. The finished checkpoint does not contain them.
 
         Raises:
-          CheckpointError: the part, or one of its leaves, has been written already, or a float leaf
-            holds NaN or Inf, or what ``values`` refuses.
+          CheckpointError: the part or one of its leaves already exists, a float leaf holds NaN or Inf, or a
+            leaf breaks a rule of ``values``.
         """
         arrays = {
             leaf: np.asarray(array) for leaf, array in traverse_util.flatten_dict(tree, sep=".").items()
@@ -116,15 +119,14 @@ class Writer:
         leaves = {leaf: Leaf.of(array) for leaf, array in arrays.items()}
         record = {leaf: spec.to_json() for leaf, spec in leaves.items()}
         if resume_state is not None:
-            writing = self._partial / "handing_over.npz"
-            np.savez(writing, **resume_state)
-            writing.rename(self._resume_state_file(name))
+            unfinished = self._partial / "resume_state.npz"
+            np.savez(unfinished, allow_pickle=False, **resume_state)
+            unfinished.rename(self._resume_state_file(name))
         with _storage():
             ocp.partial.save(
                 self._partial / _PARTS,
                 traverse_util.unflatten_dict(arrays, sep="."),
-                # Orbax commits this together with the arrays, so the record of what is complete cannot
-                # disagree with them.
+                # Orbax commits this record together with the arrays, so they cannot disagree.
                 custom_metadata={"part": name, "leaves": record},
             )
         self._leaves[name] = leaves
@@ -133,49 +135,54 @@ class Writer:
             _remove(file for file in earlier if file != self._resume_state_file(name))
 
     def read_part(self, name: str) -> dict[str, Any]:
-        """Reads back what ``save_part`` was given: a nested dictionary of arrays on the first device.
+        """Reads a part back as a nested dict of arrays on the first device.
 
         Raises:
           CheckpointError: the part has not been written.
         """
         if name not in self._leaves:
             raise CheckpointError(f"part {name} has not been written")
-        if self._sealed_parts != self.parts:  # Orbax reads whole checkpoints only, if only in part.
+        if self._sealed_parts != self.parts:  # Orbax reads from sealed checkpoints only.
             self._seal()
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        wished = {
-            leaf: jax.ShapeDtypeStruct(spec.shape, jax.numpy.dtype(spec.dtype), sharding=here)
+        first_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        abstract = {
+            leaf: jax.ShapeDtypeStruct(spec.shape, jax.numpy.dtype(spec.dtype), sharding=first_device)
             for leaf, spec in self._leaves[name].items()
         }
         context = ocp.Context()
         context.pytree.loading.partial_load = True
         with context:
-            return ocp.load(self._partial / _SEALED, traverse_util.unflatten_dict(wished, sep="."))
+            return ocp.load(self._partial / _SEALED, traverse_util.unflatten_dict(abstract, sep="."))
 
     def finalize(
         self, config: Mapping[str, Any], quantization: QuantizationConfig, files: Iterable[str | Path] = ()
     ) -> Path:
-        """Seals the checkpoint, moves it to ``path`` and returns that. The writer is closed after.
+        """Seals the checkpoint, moves it to ``path``, closes the writer, and returns ``path``.
 
         Args:
-          config: Hugging Face's ``config.json`` of the source model; ``quantization_config`` is set here.
-          quantization: goes into ``config.json`` and fixes, with ``config``, which leaves must be there.
-          files: files to copy along under their own names: tokenizer files, ``generation_config.json``,
-            chat templates. One that does not exist is an OSError.
+          config: contents of the source model's Hugging Face ``config.json``. This function sets
+            ``quantization_config`` in it.
+          quantization: quantization of the checkpoint. It determines, with ``config``, the leaves that the
+            checkpoint must have.
+          files: files to copy into the checkpoint under their names: tokenizer files,
+            ``generation_config.json``, chat templates.
 
         Raises:
-          CheckpointError: leaves are missing, unexpected, or of another shape or dtype than
-            ``decoder.abstract_tree`` asks for; all are named.
+          CheckpointError: leaves are missing or unexpected, or differ in shape or dtype from
+            ``decoder.abstract_tree``. The message names all of them.
+          OSError: one of ``files`` does not exist.
         """
         leaves = {leaf: spec for part in self._leaves.values() for leaf, spec in part.items()}
-        wished = abstract_tree(ModelConfig.from_hf(config), quantization.max_bits, len(quantization.targets))
-        if problems := Manifest(leaves, {}).tree_problems(wished):
+        abstract = abstract_tree(
+            ModelConfig.from_hf(config), quantization.max_bits, len(quantization.targets)
+        )
+        if problems := Manifest(leaves, {}).tree_problems(abstract):
             raise CheckpointError(f"{self.path} cannot be completed: " + "; ".join(problems))
         sealed = self._seal()
         write_json(sealed / "config.json", {**config, "quantization_config": quantization.to_json()})
         for file in map(Path, files):
             if (sealed / file.name).exists():
-                raise CheckpointError(f"{file} cannot be copied along: its name is taken in a checkpoint")
+                raise CheckpointError(f"{file} cannot be copied: a checkpoint has a file {file.name} already")
             shutil.copyfile(file, sealed / file.name)
         Manifest.of_directory(sealed, leaves).write(sealed)
         replaced = self.path.with_name(self.path.name + ".replaced")
@@ -189,7 +196,7 @@ class Writer:
         return self.path
 
     def close(self) -> None:
-        """Gives up the lock on ``<path>.partial``, which stays for a later run. Idempotent."""
+        """Releases the lock on ``<path>.partial`` and leaves the directory for a later run. Idempotent."""
         self._lock.close()
 
     def __enter__(self) -> "Writer":
@@ -209,13 +216,13 @@ class Writer:
         if not overwrite:
             raise CheckpointError(f"{self.path} exists; choose another path, or --force to replace it")
 
-    def _enter_conversion(self, conversion: dict[str, Any], overwrite: bool) -> None:
-        """Makes sure that ``<path>.partial`` holds parts of this conversion or none."""
+    def _start_or_resume(self, conversion: dict[str, Any], overwrite: bool) -> None:
+        """Ensures that ``<path>.partial`` holds only parts of this conversion."""
         record = self._partial / CONVERSION
         if record.exists():
             try:
                 same = read_json(record) == conversion
-            except CheckpointError:  # died while writing the record, before any part
+            except CheckpointError:  # the process died while writing the record, before any part
                 same = False
             if same:
                 return
@@ -228,7 +235,7 @@ class Writer:
         write_json(record, conversion)
 
     def _completed_parts(self) -> dict[str, dict[str, Leaf]]:
-        """Leaves of what an interrupted run completed; clears away what it did not."""
+        """Returns the leaves of the complete parts and deletes unfinished ones."""
         parts = self._partial / (_PARTS + _PARTIAL_SAVE)
         _remove(p for p in self._partial.glob(parts.name + "*") if p != parts)
         leaves = {}
@@ -238,11 +245,10 @@ class Writer:
         return leaves
 
     def _seal(self) -> Path:
-        """Makes one Orbax checkpoint of the parts.
+        """Merges the parts into one Orbax checkpoint and returns its directory.
 
-        Orbax merges the parts in place, and a merge that was cut off cannot be taken up again. So it works
-        on a second set of links to the same files, and the parts stay as they are: whenever the
-        process dies, the next one can seal again.
+        Orbax merges in place and cannot resume an interrupted merge. The merge therefore works on hard links
+        to the files of the parts. The parts stay unchanged: if the process dies, a later run can seal them.
         """
         sealed = self._partial / _SEALED
         merging = sealed.with_name(sealed.name + _PARTIAL_SAVE)
@@ -255,7 +261,7 @@ class Writer:
 
 
 def _lock(partial: Path):
-    """Takes the lock of a partial directory; the system gives it up when the process dies."""
+    """Locks a partial directory. The system releases the lock when the process dies."""
     file = (partial / _LOCK).open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -268,19 +274,19 @@ def _lock(partial: Path):
 def _storage() -> ocp.Context:
     context = ocp.Context()
     context.array.saving.use_zarr3 = True
-    # Digits of rounded weights are close to random: compressing them costs time and saves next to nothing.
+    # Digits of rounded weights are nearly random: compression takes time and saves almost nothing.
     context.array.saving.use_compression = False
     return context
 
 
 def _link_data(source: str, target: str) -> None:
-    """Links the files that a merge only moves (under ``d/``); copies those that it rewrites."""
+    """Links files under ``d/``, which a merge only moves, and copies the others, which it rewrites."""
     if Path(source).parent.name == "d":
         try:
             os.link(source, target)
             return
         except OSError:
-            pass  # a file system without hard links: pay for the copy
+            pass  # the file system has no hard links
     shutil.copyfile(source, target)
 
 

@@ -1,1 +1,1 @@
-"""Text in and out: tokenizers, and documents read from files."""
+"""Text input and output: tokenizers, and documents read from files."""

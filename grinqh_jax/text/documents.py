@@ -1,4 +1,4 @@
-"""Texts to measure and calibrate on: a text file, or JSON lines."""
+"""Documents for evaluation and calibration, read from text files or JSON lines."""
 
 import json
 from collections.abc import Callable
@@ -9,16 +9,18 @@ from grinqh_jax.errors import UsageError
 
 Record = TypeVar("Record")
 
+_MAX_LISTED_LINES = 20
+
 
 def read_documents(path: Path) -> list[str]:
-    """The documents of a text file (one) or of a ``.jsonl`` file (one a line).
+    """Reads the single document of a text file, or one document per line of a ``.jsonl`` file.
 
-    A record holds its text under ``text``, or a task under ``question`` and ``answer``, which becomes
+    A record has its text under ``text``, or a task under ``question`` and ``answer``. A task becomes
     ``Question: ...`` and, on the next line, ``Answer: ...``.
 
     Raises:
-      UsageError: the file cannot be read, is not UTF-8, holds no text, or has bad records; names all
-        their lines.
+      UsageError: the file cannot be read, is not UTF-8, holds no text, or has bad records. The message lists
+        the lines of the bad records.
     """
     if path.suffix == ".jsonl":
         documents = read_records(path, _document, "a string under text, or under question and answer")
@@ -30,29 +32,34 @@ def read_documents(path: Path) -> list[str]:
 
 
 def read_records(path: Path, parse: Callable[[Any], Record | None], expected: str) -> list[Record]:
-    """What ``parse`` makes of every line of a JSON lines file; empty lines are passed over.
+    """Reads a JSON lines file and parses each line that is not empty.
 
     Args:
-      path: of the file.
-      parse: from the parsed line; None means that it is not ``expected``.
-      expected: what an object should have, for the message.
+      path: the file.
+      parse: function from a line's JSON value to a record; None marks a bad record.
+      expected: description of a good record for the error message: "expected a JSON object with ...".
 
     Raises:
-      UsageError: the file cannot be read, is not UTF-8, or has bad records; names all their lines.
+      UsageError: the file cannot be read, is not UTF-8, or has bad records. The message lists their lines.
     """
-    records, bad = [], []
+    records, bad_lines = [], []
     for number, line in enumerate(_read_text(path).split("\n"), 1):
-        if line.strip():
-            record = _parsed(line, parse)
-            records += [] if record is None else [record]
-            bad += [str(number)] if record is None else []
-    if bad:
-        more = f" and {len(bad) - 20} more" if len(bad) > 20 else ""
-        raise UsageError(f"{path}: line {', '.join(bad[:20])}{more}: expected a JSON object with {expected}")
+        if not line.strip():
+            continue
+        record = _parse_line(line, parse)
+        if record is None:
+            bad_lines.append(str(number))
+        else:
+            records.append(record)
+    if bad_lines:
+        listed = ", ".join(bad_lines[:_MAX_LISTED_LINES])
+        if len(bad_lines) > _MAX_LISTED_LINES:
+            listed += f" and {len(bad_lines) - _MAX_LISTED_LINES} more"
+        raise UsageError(f"{path}: line {listed}: expected a JSON object with {expected}")
     return records
 
 
-def _parsed(line: str, parse: Callable[[Any], Record | None]) -> Record | None:
+def _parse_line(line: str, parse: Callable[[Any], Record | None]) -> Record | None:
     try:
         return parse(json.loads(line))
     except (ValueError, RecursionError):
@@ -61,7 +68,7 @@ def _parsed(line: str, parse: Callable[[Any], Record | None]) -> Record | None:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig")  # some editors put a byte order mark first
+        return path.read_bytes().decode("utf-8-sig")  # some editors write a byte order mark
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:

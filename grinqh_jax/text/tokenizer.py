@@ -1,8 +1,8 @@
-"""Text to tokens and back, from a checkpoint's tokenizer files.
+"""Converts text to tokens and back with a checkpoint's tokenizer files.
 
-``tokenizer.json`` is read by the ``tokenizers`` library itself, as transformers does underneath.
-transformers, which takes seconds to import, is needed only for chat templates and for old
-checkpoints without a ``tokenizer.json``.
+The ``tokenizers`` library reads ``tokenizer.json`` directly, as transformers does internally. transformers
+takes seconds to import, so it is imported only for chat templates and for old checkpoints that have no
+``tokenizer.json``.
 """
 
 import os
@@ -17,10 +17,10 @@ from grinqh_jax.errors import CheckpointError, UsageError
 from grinqh_jax.json_files import read_json
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-"""Without one of these files transformers makes up an empty tokenizer."""
+"""Files that hold a vocabulary. Without any of them transformers returns an empty tokenizer."""
 
 Message = Mapping[str, str]
-"""One turn of a conversation: ``{"role": "system" | "user" | "assistant", "content": text}``."""
+"""A turn of a conversation: ``{"role": "system" | "user" | "assistant", "content": text}``."""
 
 
 class Tokenizer:
@@ -29,39 +29,39 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, directory: Path):
         self._backend = backend
         self._directory = directory
-        self._transformers = None
+        self._transformers: Any = None
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> "Tokenizer":
-        """Loads the tokenizer of a checkpoint's directory.
+        """Loads the tokenizer in a checkpoint's directory.
 
         Raises:
-          CheckpointError: there is none, or it is damaged.
+          CheckpointError: the directory has no tokenizer, or the tokenizer is damaged.
         """
         directory = Path(directory)
         if not any((directory / name).is_file() for name in VOCABULARIES):
             raise CheckpointError(
-                f"{directory}: there is no tokenizer ({', '.join(VOCABULARIES)}); copy the original model's"
+                f"{directory} has no tokenizer ({', '.join(VOCABULARIES)}); copy the original model's"
             )
         path = directory / "tokenizer.json"
         if not path.exists():
             return cls(_load_transformers(directory).backend_tokenizer, directory)
         try:
             return cls(tokenizers.Tokenizer.from_file(str(path)), directory)
-        except Exception as error:  # the library raises nothing more special
+        except Exception as error:  # the library raises no narrower type
             raise CheckpointError(f"{path} is not a tokenizer ({_line(error)}); copy it again") from None
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
-        """Tokens of a text, with those that the tokenizer puts around one (such as BOS) by default."""
+        """Returns the tokens of ``text``, by default with surrounding special tokens such as BOS."""
         return self._backend.encode(text, add_special_tokens=special_tokens).ids
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of tokens, special ones left out, bytes that are not UTF-8 as U+FFFD."""
+        """Returns the text of ``tokens`` without special tokens. Bytes that are not UTF-8 become U+FFFD."""
         return self._backend.decode(list(tokens), skip_special_tokens=True)
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether ``chat`` works."""
+        """Whether the tokenizer has a chat template, which ``chat`` needs."""
         if (self._directory / "chat_template.jinja").exists():
             return True
         path = self._directory / "tokenizer_config.json"
@@ -69,18 +69,24 @@ class Tokenizer:
         return isinstance(config, dict) and bool(config.get("chat_template"))
 
     def chat(self, messages: Sequence[Message]) -> list[int]:
-        """Tokens of a conversation as the model was trained to see it, ending where the answer begins.
+        """Returns the tokens of a conversation in the model's chat format.
+
+        They end where the next answer begins.
 
         Raises:
-          UsageError: see ``chat_text``.
+          UsageError: ``chat_text`` raises it.
         """
         return self.encode(self.chat_text(messages), special_tokens=False)
 
     def chat_text(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
-        """The text of a conversation, special tokens and all, by default up to where the answer begins.
+        """Returns the text of a conversation with its special tokens.
+
+        Args:
+          messages: turns of the conversation, oldest first.
+          add_generation_prompt: append the prefix of the assistant's next answer.
 
         Raises:
-          UsageError: the tokenizer has no chat template, or its template refuses these messages.
+          UsageError: the tokenizer has no chat template, or the template rejects these messages.
         """
         if not self.has_chat_template:
             raise UsageError(
@@ -92,16 +98,16 @@ class Tokenizer:
             return self._transformers.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except Exception as error:  # templates are programs: they raise what they like
+        except Exception as error:  # a template is a program and can raise anything
             raise UsageError(f"{self._directory}: the chat template fails: {_line(error)}") from None
 
     def stream(self) -> "TextStream":
-        """A decoder for tokens that arrive one by one."""
+        """Returns a decoder for tokens that arrive one by one."""
         return TextStream(self._backend)
 
 
 class TextStream:
-    """Decodes tokens as they come, holding back what is not yet whole characters."""
+    """Decodes tokens as they arrive and holds back incomplete characters."""
 
     def __init__(self, backend: tokenizers.Tokenizer):
         self._backend = backend
@@ -110,30 +116,30 @@ class TextStream:
         self._text = ""
 
     def push(self, token: int) -> str:
-        """The text that ``token`` completes, perhaps none."""
+        """Adds a token and returns the text that it completes, possibly ``""``."""
         self._tokens.append(token)
         piece = self._decoder.step(self._backend, token) or ""
         self._text += piece
         return piece
 
     def flush(self) -> str:
-        """The rest at the end: bytes that never became a character, as U+FFFD."""
-        whole = self._backend.decode(self._tokens, skip_special_tokens=True)
-        rest = whole[len(self._text) :]
-        self._text = whole
+        """Returns the text still held back; bytes that do not form a character become U+FFFD."""
+        full_text = self._backend.decode(self._tokens, skip_special_tokens=True)
+        rest = full_text[len(self._text) :]
+        self._text = full_text
         return rest
 
 
 def _load_transformers(directory: Path) -> Any:
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would remark that torch is missing
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no warning that torch is missing
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # OSError, ValueError, ImportError, and the tokenizers library's own
+    except Exception as error:  # OSError, ValueError, ImportError, errors of tokenizers
         raise CheckpointError(f"{directory}: cannot load the tokenizer: {_line(error)}") from None
 
 
 def _line(error: Exception) -> str:
-    """An error's message on one line of bounded length."""
+    """Returns an error's message on one line, at most 300 characters long."""
     return f"{' '.join(str(error).split()):.300}"

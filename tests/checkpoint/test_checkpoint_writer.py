@@ -168,7 +168,7 @@ def test_copied_files_do_not_replace_the_checkpoints_own(tmp_path):
     with Writer(tmp_path / "out", fingerprint="tiny") as writer:
         for part in tree:
             writer.save_part(part, {part: tree[part]})
-        with pytest.raises(CheckpointError, match="its name is taken"):
+        with pytest.raises(CheckpointError, match="a checkpoint has a file config"):
             writer.finalize(HF_CONFIG, QUANTIZATION, [tmp_path / "config.json"])
         writer.finalize(HF_CONFIG, QUANTIZATION)
     assert_same(load(tmp_path / "out").model, tree)

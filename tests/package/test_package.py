@@ -12,7 +12,7 @@ def test_every_exported_name_is_there():
     from grinqh_jax.decoding.generator import Generator
 
     assert grinqh_jax.Generator is Generator
-    assert sorted(grinqh_jax.__all__) == sorted(grinqh_jax._HOMES)
+    assert sorted(grinqh_jax.__all__) == sorted(grinqh_jax._MODULES)
     assert all(hasattr(grinqh_jax, name) for name in grinqh_jax.__all__)
     with pytest.raises(AttributeError, match="no attribute 'generate_everything'"):
         _ = grinqh_jax.generate_everything

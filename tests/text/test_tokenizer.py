@@ -75,7 +75,7 @@ def test_stream_gives_whole_characters_and_all_of_them(graded_directory):
 def test_missing_and_damaged_tokenizers(tmp_path):
     # transformers makes up a tokenizer for it that knows no letter
     (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
-    with pytest.raises(CheckpointError, match=r"there is no tokenizer \(tokenizer\.json, "):
+    with pytest.raises(CheckpointError, match=r"has no tokenizer \(tokenizer\.json, "):
         Tokenizer.load(tmp_path)
     (tmp_path / "vocab.json").write_text("{")
     with pytest.raises(CheckpointError, match="cannot load the tokenizer"):
