@@ -13,7 +13,7 @@ def read_json(path: Path) -> Any:
     """Parses a JSON file.
 
     Raises:
-      CheckpointError: the file is missing, is not a regular file, is larger than 256 MiB, is not UTF-8, or is
+      CheckpointError: The file is missing, is not a regular file, is larger than 256 MiB, is not UTF-8, or is
         not JSON that Python can represent.
     """
     try:

@@ -24,8 +24,8 @@ class Leaf:
     """Description of an array of the state tree.
 
     Attributes:
-      shape: shape of the array.
-      dtype: numpy name of its dtype, e.g. ``uint32`` or ``bfloat16``.
+      shape: Shape of the array.
+      dtype: Numpy name of its dtype, e.g. ``uint32`` or ``bfloat16``.
       checksum: ``checksums.checksum`` of the array.
     """
 
@@ -58,7 +58,7 @@ class Manifest:
     """The complete contents of a checkpoint.
 
     Attributes:
-      leaves: descriptions of the arrays by dotted name, e.g. ``layers.0.qkv.planes``.
+      leaves: Descriptions of the arrays by dotted name, e.g. ``layers.0.qkv.planes``.
       files: ``(size in bytes, checksum)`` by path, relative to the checkpoint and separated by ``/``. The
         manifest is not listed; its last field is a checksum of its other fields.
     """
@@ -87,7 +87,7 @@ class Manifest:
         """Reads ``manifest.json``.
 
         Raises:
-          CheckpointError: the file is missing or malformed, or its own checksum does not match.
+          CheckpointError: The file is missing or malformed, or its own checksum does not match.
         """
         match read_json(directory / MANIFEST):
             case {"leaves": dict(leaves), "files": dict(files), "checksum": value, **rest} if not rest:

@@ -17,14 +17,14 @@ class QuantizationConfig:
     """The ``quantization_config`` of a GRINQH checkpoint.
 
     Attributes:
-      max_bits: bits stored per weight: 2, 4, 6 or 8.
-      targets: mean bits that the threshold tables were calibrated for. At least two numbers that ascend in
+      max_bits: Bits stored per weight: 2, 4, 6 or 8.
+      targets: Mean bits that the threshold tables were calibrated for. At least two numbers that ascend in
         equal steps and end at ``max_bits``. Row ``t`` of each ``thresholds`` leaf belongs to ``targets[t]``.
-      provenance: record of how the checkpoint was made: quantizer, calibration text and tokens, versions,
+      provenance: Record of how the checkpoint was made: quantizer, calibration text and tokens, versions,
         stored bits per weight. JSON values for reports; they do not change any computation.
 
     Raises:
-      CheckpointError: a field breaks these rules. The message names all such fields.
+      CheckpointError: A field breaks these rules. The message names all such fields.
     """
 
     max_bits: int

@@ -30,10 +30,10 @@ class Loaded:
     """A checkpoint in memory.
 
     Attributes:
-      config: configuration of the model.
-      quantization: stored bits and the targets of the threshold tables.
-      model: the decoder with its arrays.
-      directory: the checkpoint's directory, which also holds the tokenizer's files.
+      config: Configuration of the model.
+      quantization: Stored bits and the targets of the threshold tables.
+      model: The decoder with its arrays.
+      directory: The checkpoint's directory, which also holds the tokenizer's files.
     """
 
     config: ModelConfig
@@ -55,16 +55,16 @@ def load(
     model.
 
     Args:
-      path: the checkpoint's directory.
-      compute_dtype: dtype of hidden states and matrix products. The default is float32 on a CPU, where
+      path: The checkpoint's directory.
+      compute_dtype: Dtype of hidden states and matrix products. The default is float32 on a CPU, where
         bfloat16 is emulated, and bfloat16 on other devices.
-      shardings: shardings of leaves by dotted name (``layers.0.qkv.planes``). All other leaves go to the
+      shardings: Shardings of leaves by dotted name (``layers.0.qkv.planes``). All other leaves go to the
         first device. Leaves that this process does not hold completely are verified as files only.
 
     Raises:
-      CheckpointError: the directory is not a GRINQH checkpoint, was written by another version, or
+      CheckpointError: The directory is not a GRINQH checkpoint, was written by another version, or
         contradicts its manifest. The message names all differences and says what to do.
-      UnsupportedModelError: this version cannot run the model.
+      UnsupportedModelError: This version cannot run the model.
     """
     directory = Path(path)
     hf_config = _read_config(directory)
@@ -94,7 +94,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     """Returns the parsed ``config.json`` of a directory that claims to be a quantized checkpoint.
 
     Raises:
-      CheckpointError: the directory is something else. The message says what it is and what to do.
+      CheckpointError: The directory is something else. The message says what it is and what to do.
     """
     unfinished = directory.with_name(directory.name + ".partial")
     if not directory.exists():

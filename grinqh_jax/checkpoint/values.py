@@ -10,7 +10,7 @@ def value_problems(arrays: Mapping[str, np.ndarray | jax.Array]) -> list[str]:
     """Lists the leaves whose values break a rule.
 
     Args:
-      arrays: leaves of a state tree (``decoder.abstract_tree``) by dotted name. Arrays that this process does
+      arrays: Leaves of a state tree (``decoder.abstract_tree``) by dotted name. Arrays that this process does
         not hold completely are skipped.
     """
     complete = {n: a for n, a in arrays.items() if isinstance(a, np.ndarray) or a.is_fully_addressable}

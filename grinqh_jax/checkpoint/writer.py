@@ -46,10 +46,10 @@ class Writer:
             writer.finalize(hf_config, quantization, files=[source / "tokenizer.json"])
 
     Args:
-      path: directory to create. Its parent is created if it does not exist.
-      fingerprint: string that is equal for two conversions if and only if their parts are interchangeable:
+      path: Directory to create. Its parent is created if it does not exist.
+      fingerprint: String that is equal for two conversions if and only if their parts are interchangeable:
         a hash of the source's files, the options and the converter's version.
-      overwrite: replace a finished checkpoint at ``path``, which stays in place until the new one is
+      overwrite: Replace a finished checkpoint at ``path``, which stays in place until the new one is
         complete, and delete a partial directory of another conversion. Without ``overwrite`` both raise.
 
     Raises:
@@ -93,15 +93,15 @@ class Writer:
         """Writes a part. If the process dies during the call, the part does not exist.
 
         Args:
-          name: unique name of the part, the same in every run, e.g. ``layers.0``.
-          tree: nested dict of numpy or JAX arrays from the root of the state tree, e.g.
+          name: Unique name of the part, the same in every run, e.g. ``layers.0``.
+          tree: Nested dict of numpy or JAX arrays from the root of the state tree, e.g.
             ``{"layers": {"0": {"qkv": {"planes": ..., "scales": ...}}}}``. The caller may release the arrays
             after the call.
-          resume_state: arrays that a later run needs to continue after this part, if it is the last complete
+          resume_state: Arrays that a later run needs to continue after this part, if it is the last complete
             one. The finished checkpoint does not contain them.
 
         Raises:
-          CheckpointError: the part or one of its leaves already exists, a float leaf holds NaN or Inf, or a
+          CheckpointError: The part or one of its leaves already exists, a float leaf holds NaN or Inf, or a
             leaf breaks a rule of ``values``.
         """
         arrays = {
@@ -138,7 +138,7 @@ class Writer:
         """Reads a part back as a nested dict of arrays on the first device.
 
         Raises:
-          CheckpointError: the part has not been written.
+          CheckpointError: The part has not been written.
         """
         if name not in self._leaves:
             raise CheckpointError(f"part {name} has not been written")
@@ -160,17 +160,17 @@ class Writer:
         """Seals the checkpoint, moves it to ``path``, closes the writer, and returns ``path``.
 
         Args:
-          config: contents of the source model's Hugging Face ``config.json``. This function sets
+          config: Contents of the source model's Hugging Face ``config.json``. This function sets
             ``quantization_config`` in it.
-          quantization: quantization of the checkpoint. It determines, with ``config``, the leaves that the
+          quantization: Quantization of the checkpoint. It determines, with ``config``, the leaves that the
             checkpoint must have.
-          files: files to copy into the checkpoint under their names: tokenizer files,
+          files: Files to copy into the checkpoint under their names: tokenizer files,
             ``generation_config.json``, chat templates.
 
         Raises:
-          CheckpointError: leaves are missing or unexpected, or differ in shape or dtype from
+          CheckpointError: Leaves are missing or unexpected, or differ in shape or dtype from
             ``decoder.abstract_tree``. The message names all of them.
-          OSError: one of ``files`` does not exist.
+          OSError: One of ``files`` does not exist.
         """
         leaves = {leaf: spec for part in self._leaves.values() for leaf, spec in part.items()}
         abstract = abstract_tree(

@@ -19,7 +19,7 @@ def read_documents(path: Path) -> list[str]:
     ``Question: ...`` and, on the next line, ``Answer: ...``.
 
     Raises:
-      UsageError: the file cannot be read, is not UTF-8, holds no text, or has bad records. The message lists
+      UsageError: The file cannot be read, is not UTF-8, holds no text, or has bad records. The message lists
         the lines of the bad records.
     """
     if path.suffix == ".jsonl":
@@ -35,12 +35,12 @@ def read_records(path: Path, parse: Callable[[Any], Record | None], expected: st
     """Reads a JSON lines file and parses each line that is not empty.
 
     Args:
-      path: the file.
-      parse: function from a line's JSON value to a record; None marks a bad record.
-      expected: description of a good record for the error message: "expected a JSON object with ...".
+      path: The file.
+      parse: Function from a line's JSON value to a record; None marks a bad record.
+      expected: Description of a good record for the error message: "expected a JSON object with ...".
 
     Raises:
-      UsageError: the file cannot be read, is not UTF-8, or has bad records. The message lists their lines.
+      UsageError: The file cannot be read, is not UTF-8, or has bad records. The message lists their lines.
     """
     records, bad_lines = [], []
     for number, line in enumerate(_read_text(path).split("\n"), 1):

@@ -36,7 +36,7 @@ class Tokenizer:
         """Loads the tokenizer in a checkpoint's directory.
 
         Raises:
-          CheckpointError: the directory has no tokenizer, or the tokenizer is damaged.
+          CheckpointError: The directory has no tokenizer, or the tokenizer is damaged.
         """
         directory = Path(directory)
         if not any((directory / name).is_file() for name in VOCABULARIES):
@@ -82,11 +82,11 @@ class Tokenizer:
         """Returns the text of a conversation with its special tokens.
 
         Args:
-          messages: turns of the conversation, oldest first.
-          add_generation_prompt: append the prefix of the assistant's next answer.
+          messages: Turns of the conversation, oldest first.
+          add_generation_prompt: Append the prefix of the assistant's next answer.
 
         Raises:
-          UsageError: the tokenizer has no chat template, or the template rejects these messages.
+          UsageError: The tokenizer has no chat template, or the template rejects these messages.
         """
         if not self.has_chat_template:
             raise UsageError(
