@@ -67,13 +67,14 @@ class PromptCache:
         if not reused:
             self.clear()
         cache = self._cache
-        self.tokens, self._cache, self._model, self._user = tuple(prompt[:reused]), None, model, user
+        self.tokens, self._cache, self._model, self._user = (), None, model, user
         if cache is None:
             cache = KVCache.create(model.config, 1, capacity, model.compute_dtype)
         elif cache.capacity < capacity:
             cache = _grown(cache, capacity)
         cache = cache.updated(cache.layers, jnp.full(1, reused, jnp.int32))
         self._cache = jax.device_put(cache, model.norm.scale[...].sharding)
+        self.tokens = tuple(prompt[:reused])
         return self._cache, reused
 
     def store(self, user: object, cache: KVCache, prefilled: Sequence[int] | None = None) -> None:
@@ -90,11 +91,11 @@ class PromptCache:
             self.tokens = tuple(prefilled)
 
     def check(self, user: object) -> None:
-        """Raises UsageError if a later generation has acquired the cache."""
+        """Raises UsageError if a later generation has acquired the cache, or ``clear`` was called."""
         if self._user is not user:
             raise UsageError(
-                "a later generation uses the prompt cache of this one; finish it before starting another, or "
-                "give each its own prompt cache"
+                "the prompt cache of this generation was passed to a later one or cleared; finish a "
+                "generation before the next, or give each its own prompt cache"
             )
 
     def invalidate(self, user: object) -> None:

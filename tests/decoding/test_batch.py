@@ -1,4 +1,4 @@
-"""Chunks of a text: looked at one by one, and, as on a GPU (here a CPU), with the next one under way."""
+"""Decode chunks of a batch under the policies of a CPU and of a GPU, both run on a CPU."""
 
 import dataclasses
 import itertools
@@ -22,7 +22,7 @@ def device_policy(request) -> DecodePolicy:
 
 @pytest.fixture
 def dispatched(monkeypatch) -> list[int]:
-    """Steps of each chunk that the device was asked for."""
+    """Steps of each decode chunk that was dispatched."""
     steps, original = [], engine.decode_chunk
 
     def counted(*args, **options):
@@ -34,21 +34,21 @@ def dispatched(monkeypatch) -> list[int]:
 
 
 def prepared(generator, prompts=PROMPTS, bits="full", **options) -> Decoding:
-    """A text of 101 tokens."""
+    """A batch of 101 tokens per row, before its prefill."""
     usual = {"max_tokens": 101, "max_context": 160, "sampling": Sampling.create(len(prompts))}
     dial = generator.dial(bits, batch=len(prompts))
     return Decoding(generator.model, prompts, **usual | options, dial=dial)
 
 
-def begun(generator, *args, **options) -> Decoding:
-    """The same, its first token generated."""
+def prefilled(generator, *args, **options) -> Decoding:
+    """The same batch after its prefill."""
     decoding = prepared(generator, *args, **options)
     decoding.prefill()
     return decoding
 
 
 def texts(generator, **options) -> list[list[int]]:
-    """All tokens of every row."""
+    """All generated tokens of every row."""
     decoding = prepared(generator, **options)
     rows = decoding.prefill().tokens
     for chunk in decoding.chunks():
@@ -56,20 +56,20 @@ def texts(generator, **options) -> list[list[int]]:
     return rows
 
 
-def test_a_text_comes_in_chunks_that_suit_the_device(generator, device_policy, dispatched):
-    usual = [chunk.tokens[0] for chunk in begun(generator, PROMPTS[:1], policy=device_policy).chunks()]
+def test_chunks_have_the_length_of_the_policy(generator, device_policy, dispatched):
+    usual = [chunk.tokens[0] for chunk in prefilled(generator, PROMPTS[:1], policy=device_policy).chunks()]
     assert [len(tokens) for tokens in usual] == (
         [32, 32, 32, 4] if device_policy is policy.GPU else [16] * 6 + [4]
     )
-    assert len(dispatched) == len(usual)  # where the end is foreseen nothing is asked for in vain
+    assert len(dispatched) == len(usual)  # No chunk is launched beyond the limit.
     sevens = dataclasses.replace(device_policy, chunk_steps=7)
-    short = [chunk.tokens[0] for chunk in begun(generator, PROMPTS[:1], policy=sevens).chunks()]
+    short = [chunk.tokens[0] for chunk in prefilled(generator, PROMPTS[:1], policy=sevens).chunks()]
     assert [len(tokens) for tokens in short] == [7] * 14 + [2]
     assert list(itertools.chain(*usual)) == list(itertools.chain(*short))
 
 
-def test_the_next_chunk_is_under_way_on_a_gpu(generator, device_policy, dispatched):
-    chunks = begun(generator, policy=device_policy).chunks()
+def test_the_next_chunk_is_launched_ahead_on_a_gpu(generator, device_policy, dispatched):
+    chunks = prefilled(generator, policy=device_policy).chunks()
     for seen in range(1, 4):
         next(chunks)
         assert len(dispatched) == seen + device_policy.chunks_ahead
@@ -89,25 +89,25 @@ def test_rows_end_where_they_should(generator, device_policy):
     assert full == [row[: 64 - len(prompt)] for row, prompt in zip(free, PROMPTS, strict=True)]
 
 
-def test_a_stopped_row_generates_nothing_further(generator, device_policy, dispatched):
+def test_a_stopped_row_yields_nothing_further(generator, device_policy, dispatched):
     short = dataclasses.replace(device_policy, chunk_steps=8)
     free = texts(generator, policy=short)
     decoding = prepared(generator, policy=short)
-    found = decoding.prefill().tokens
+    rows = decoding.prefill().tokens
     dispatched.clear()
     for i, chunk in enumerate(decoding.chunks()):
-        found = [row + new for row, new in zip(found, chunk.tokens, strict=True)]
+        rows = [row + new for row, new in zip(rows, chunk.tokens, strict=True)]
         if i == 1:
             decoding.stop(np.array([True, False, False]))
         if i == 3:
             decoding.stop(np.array([False, True, True]))
-    assert found == [free[0][:17], free[1][:33], free[2][:33]]
+    assert rows == [free[0][:17], free[1][:33], free[2][:33]]
     assert len(dispatched) == 4 + device_policy.chunks_ahead
 
 
-def test_only_the_models_time_counts(generator, device_policy):
-    """With a consumer who takes longer for a chunk than the model does."""
-    decoding = begun(generator, policy=device_policy)
+def test_only_the_time_of_the_model_counts(generator, device_policy):
+    """The consumer takes longer for a chunk than the model does."""
+    decoding = prefilled(generator, policy=device_policy)
     decoding.compile_decode()
     started, seconds = time.perf_counter(), []
     for chunk in decoding.chunks():
@@ -121,30 +121,30 @@ def test_only_the_models_time_counts(generator, device_policy):
         assert took / 2 < sum(seconds) <= took
 
 
-def test_the_dial_follows_what_was_read(generator, device_policy, monkeypatch):
-    """Each chunk is set against the setting that it was read at."""
+def test_the_dial_observes_every_chunk(generator, device_policy, monkeypatch):
+    """It compares the bits of each chunk with the setting that the chunk was read at."""
     short = dataclasses.replace(device_policy, chunk_steps=8)
-    decoding = begun(generator, PROMPTS[:1], bits=3.0, policy=short)
-    dial, used, said = decoding._dial, [], []
+    decoding = prefilled(generator, PROMPTS[:1], bits=3.0, policy=short)
+    dial, used, observed = decoding._dial, [], []
     decode, observe = decoding._decode, dial.observe
 
-    def decoded(limits):
+    def recording_decode(limits):
         used.append(np.asarray(decoding._thresholds["layers.0.qkv"]))
         return decode(limits)
 
-    def observed(bits, counts, setting):
+    def recording_observe(bits, counts, setting):
         targets, tables = np.array(generator.targets), generator.model.linear("layers.0.qkv").thresholds
         columns = np.asarray(tables[...], np.float64).T
-        said.append([np.interp(setting[0], targets, column) for column in columns])
+        observed.append([np.interp(setting[0], targets, column) for column in columns])
         observe(bits, counts, setting)
 
-    monkeypatch.setattr(decoding, "_decode", decoded)
-    monkeypatch.setattr(dial, "observe", observed)
+    monkeypatch.setattr(decoding, "_decode", recording_decode)
+    monkeypatch.setattr(dial, "observe", recording_observe)
     settings = []
     for chunk in decoding.chunks():
         assert chunk.grading_stats is not None
         settings.append(float(dial.setting[0]))
     assert len(used) == 13
-    np.testing.assert_allclose(said, np.concatenate(used)[: len(said)], rtol=1e-4)
-    assert len(said) == 13
-    assert len(set(settings)) >= 12  # the second chunk of a GPU was asked for before the first was known
+    np.testing.assert_allclose(observed, np.concatenate(used)[: len(observed)], rtol=1e-4)
+    assert len(observed) == 13
+    assert len(set(settings)) >= 12  # On a GPU the second chunk is launched before the first has arrived.

@@ -1,4 +1,4 @@
-"""Chunks of a text on a GPU, the next one under way: whatever their length, the text is the same."""
+"""Decode chunks on a GPU, the next one launched ahead: their length does not change the text."""
 
 import dataclasses
 
@@ -33,14 +33,16 @@ def prepared(generator, temperature, **options) -> Decoding:
         prompts,
         max_tokens=TOKENS,
         max_context=256,
-        dial=generator.dial("full", batch=len(prompts)),  # which has nothing to learn: chunks do not matter
+        dial=generator.dial(
+            "full", batch=len(prompts)
+        ),  # full bits: the setting never changes, so chunks do not matter
         sampling=Sampling.create(len(prompts), temperature=temperature, seed=7),
         **options,
     )
 
 
 def text(decoding: Decoding) -> tuple[list[list[int]], list[int]]:
-    """All tokens of every row, and how many the first row got in each chunk."""
+    """All generated tokens of every row, and the number of the first row's tokens in each chunk."""
     rows, lengths = decoding.prefill().tokens, []
     for chunk in decoding.chunks():
         rows = [row + new for row, new in zip(rows, chunk.tokens, strict=True)]

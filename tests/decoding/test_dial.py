@@ -1,4 +1,4 @@
-"""The dial in use: it starts where it is asked, and follows the text."""
+"""The dial starts at the wanted bits and corrects its setting by the bits that were read."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,12 +15,12 @@ def model():
     return graded_model("qwen3-tied-gqa")
 
 
-def all_read(model, rows, steps, bits):
-    """``[rows, steps, linears]`` of one number of bits."""
+def constant_bits(model, rows, steps, bits):
+    """``[rows, steps, linears]``, the same bits for all steps and layers of a row."""
     return np.broadcast_to(np.reshape(bits, (rows, -1, 1)), (rows, steps, len(linear_names(model.config))))
 
 
-def test_before_anything_is_read_it_stands_where_it_is_asked(model):
+def test_the_first_setting_is_the_wanted_bits(model):
     dial = Dial(model, TARGETS, np.array([2.0, 3.3]))
     np.testing.assert_array_equal(dial.setting, [2.0, 3.3])
     expected = model_thresholds(model, jnp.array(TARGETS), jnp.array([2.0, 3.3]))
@@ -28,40 +28,39 @@ def test_before_anything_is_read_it_stands_where_it_is_asked(model):
         np.testing.assert_array_equal(thresholds, expected[name])
 
 
-def test_the_mean_of_a_text_that_reads_more_comes_to_what_was_asked(model):
+def test_the_mean_of_an_unusual_text_approaches_the_wanted_bits(model):
     dial = Dial(model, TARGETS, np.array([3.0, 3.0]))
     read = []
     for _ in range(40):
-        here = dial.setting + np.array(
-            [0.3, -0.2]
-        )  # one text reads 0.3 bits more than the dial says, one 0.2 less
-        read.append(here)
-        dial.observe(all_read(model, 2, 16, here), np.array([16, 16]))
+        # The first row reads 0.3 bits more than the setting, the second 0.2 bits less.
+        bits = dial.setting + np.array([0.3, -0.2])
+        read.append(bits)
+        dial.observe(constant_bits(model, 2, 16, bits), np.array([16, 16]))
     np.testing.assert_allclose(dial.setting, [2.7, 3.2], atol=0.01)
     np.testing.assert_allclose(np.mean(read, axis=0), 3.0, atol=0.04)
-    assert (np.diff(np.abs(np.array(read) - 3.0), axis=0) <= 1e-12).all()  # and never overshoots
+    assert (np.diff(np.abs(np.array(read) - 3.0), axis=0) <= 1e-12).all()  # without overshooting
 
 
-def test_it_follows_what_was_read_at_an_earlier_setting(model):
-    """As on a GPU: when a chunk is asked for, the one before it is not known yet."""
+def test_it_observes_chunks_of_an_earlier_setting(model):
+    """As on a GPU, where a chunk is launched before the previous one has arrived."""
     dial = Dial(model, TARGETS, np.array([3.0]))
     settings = [dial.setting, dial.setting]
     for i in range(20):
-        dial.observe(all_read(model, 1, 16, settings[i] + 0.3), np.array([16]), settings[i])
+        dial.observe(constant_bits(model, 1, 16, settings[i] + 0.3), np.array([16]), settings[i])
         expected = 0.3 * 16 * (i + 1) / (16 * (i + 1) + PRIOR_TOKENS)
         np.testing.assert_allclose(dial.setting, 3.0 - expected, rtol=1e-6)
         settings.append(dial.setting)
 
 
-def test_only_tokens_that_count_do_and_rows_are_independent(model):
+def test_padding_is_ignored_and_rows_are_independent(model):
     dial = Dial(model, TARGETS, np.array([3.0, 3.0]))
-    bits = np.array(all_read(model, 2, 16, [4.0, 8.0]))
+    bits = np.array(constant_bits(model, 2, 16, [4.0, 8.0]))
     bits[0, 8:] = 100
     dial.observe(bits, np.array([8, 0]))
     np.testing.assert_allclose(dial.setting, [3.0 - 8 / (8 + PRIOR_TOKENS), 3.0])
 
 
-def test_a_layer_counts_by_its_size(model):
+def test_a_layer_is_weighted_by_its_size(model):
     shares = layer_shares(model.config)
     assert shares.sum() == pytest.approx(1)
     linears = [model.linear(name) for name in linear_names(model.config)]
@@ -74,7 +73,7 @@ def test_a_layer_counts_by_its_size(model):
     np.testing.assert_allclose(3.0 - dial.setting, shares[-1] * 16 / (16 + PRIOR_TOKENS))
 
 
-def test_it_stays_in_the_range_of_the_tables(model):
+def test_it_stays_in_the_range_of_the_targets(model):
     dial = Dial(model, TARGETS, np.array([TARGETS[0], TARGETS[-1]]))
-    dial.observe(all_read(model, 2, 16, [8.0, 1.0]), np.array([16, 16]))
+    dial.observe(constant_bits(model, 2, 16, [8.0, 1.0]), np.array([16, 16]))
     np.testing.assert_array_equal(dial.setting, [TARGETS[0], TARGETS[-1]])

@@ -1,4 +1,4 @@
-"""Prefill and decoding with a cache against whole-sequence forward passes."""
+"""Prefill and decoding with a KV cache against forward passes of whole sequences."""
 
 import jax
 import jax.numpy as jnp
@@ -70,48 +70,48 @@ def decode(
     )
 
 
-def test_padded_and_chunked_prefill_equal_the_whole_sequence(dense):
+def test_padded_buckets_equal_the_whole_sequence(dense):
     whole = forward(dense, TOKENS)
-    lengths = np.array([[16, 16], [3, 8], [0, 16]])  # three chunks of two rows
+    lengths = np.array([[16, 16], [3, 8], [0, 16]])  # three buckets of two rows
     cache, read = empty_cache(dense), np.zeros(2, int)
-    for chunk in lengths:
+    for bucket in lengths:
         tokens = np.zeros((2, 16), np.int32)
         for row in range(2):
-            tokens[row, : chunk[row]] = TOKENS[row, read[row] : read[row] + chunk[row]]
-        logits, cache = engine.prefill(dense, tokens, jnp.array(chunk), cache)
-        read += chunk
-        for row in np.flatnonzero(chunk):
+            tokens[row, : bucket[row]] = TOKENS[row, read[row] : read[row] + bucket[row]]
+        logits, cache = engine.prefill(dense, tokens, jnp.array(bucket), cache)
+        read += bucket
+        for row in np.flatnonzero(bucket):
             np.testing.assert_allclose(logits[row], whole[row, read[row] - 1], atol=2e-5)
     assert cache.lengths.tolist() == [19, 40]
 
 
-def test_a_preview_counts_what_graded_reading_of_a_prompt_takes(graded):
+def test_a_preview_counts_the_bits_that_grading_would_read(graded):
     thresholds = at(graded, [2.0, 5.0])
     expected = bits_to_read(graded, TOKENS, thresholds)
-    cache, read, counts, fullest = empty_cache(graded), np.zeros(2, int), [], None
-    for chunk in ([32, 3], [8, 0], [0, 32]):
+    cache, read, counts, merged = empty_cache(graded), np.zeros(2, int), [], None
+    for bucket in ([32, 3], [8, 0], [0, 32]):
         tokens = np.zeros((2, 32), np.int32)
         for row in range(2):
-            tokens[row, : chunk[row]] = TOKENS[row, read[row] : read[row] + chunk[row]]
-        plain, _ = engine.prefill(graded, tokens, jnp.array(chunk), jax.tree.map(jnp.copy, cache))
+            tokens[row, : bucket[row]] = TOKENS[row, read[row] : read[row] + bucket[row]]
+        plain, _ = engine.prefill(graded, tokens, jnp.array(bucket), jax.tree.map(jnp.copy, cache))
         logits, cache, preview = engine.prefill_with_preview(
-            graded, tokens, jnp.array(chunk), cache, thresholds
+            graded, tokens, jnp.array(bucket), cache, thresholds
         )
         np.testing.assert_allclose(logits, plain, atol=1e-5)
         counts.append(preview.counts.tolist())
         for row, count in enumerate(preview.counts):
-            last = read[row] + chunk[row]
-            found = preview.bits[row, :count]
-            np.testing.assert_allclose(found, expected[row, last - count : last], atol=0.05)
-        read += chunk
-        fullest = preview if fullest is None else engine.merge_previews(fullest, preview)
-    assert counts == [[28, 0], [8, 0], [0, 31]]  # without the first four positions
-    assert fullest.counts.tolist() == [28, 31]
-    np.testing.assert_allclose(fullest.bits[0, :28], expected[0, 4:32], atol=0.05)
-    np.testing.assert_allclose(fullest.bits[1, :31], expected[1, 4:35], atol=0.05)
+            last = read[row] + bucket[row]
+            bits = preview.bits[row, :count]
+            np.testing.assert_allclose(bits, expected[row, last - count : last], atol=0.05)
+        read += bucket
+        merged = preview if merged is None else engine.merge_previews(merged, preview)
+    assert counts == [[28, 0], [8, 0], [0, 31]]  # The first four positions do not count.
+    assert merged.counts.tolist() == [28, 31]
+    np.testing.assert_allclose(merged.bits[0, :28], expected[0, 4:32], atol=0.05)
+    np.testing.assert_allclose(merged.bits[1, :31], expected[1, 4:35], atol=0.05)
 
 
-def test_a_preview_is_of_the_last_tokens(graded, dense):
+def test_a_preview_covers_the_last_tokens(graded, dense):
     tokens, thresholds = np.tile(TOKENS, (1, 2)), at(graded, [3.0, 3.0])
     cache = empty_cache(graded, capacity=80)
     _, _, preview = engine.prefill_with_preview(graded, tokens, jnp.array([80, 6]), cache, thresholds)
@@ -123,7 +123,7 @@ def test_a_preview_is_of_the_last_tokens(graded, dense):
         engine.prefill_with_preview(dense, tokens, jnp.array([80, 6]), empty_cache(dense), thresholds)
 
 
-def test_prompt_that_fills_the_cache_in_a_longer_padded_block(dense):
+def test_a_prompt_fills_the_cache_in_a_longer_bucket(dense):
     tokens = np.concatenate([TOKENS, np.ones_like(TOKENS)], axis=1)  # 80 columns, room for 40
     logits, _ = engine.prefill(dense, tokens, jnp.array([40, 40]), empty_cache(dense, capacity=40))
     np.testing.assert_allclose(logits, forward(dense, TOKENS)[:, -1], atol=2e-5)
@@ -145,7 +145,7 @@ def test_decode_steps_equal_the_graded_whole_sequence(graded):
 
 def test_greedy_chunks_equal_greedy_forward_passes(dense):
     expected = TOKENS.copy()
-    for position in range(10, 19):  # later columns hold other tokens, which causal attention never sees
+    for position in range(10, 19):  # Later columns hold other tokens, which causal attention ignores.
         expected[:, position] = np.argmax(forward(dense, expected)[:, position - 1], -1)
     logits, cache = engine.prefill(dense, TOKENS[:, :10], jnp.array([10, 10]), empty_cache(dense))
     last = np.argmax(logits, -1)
@@ -159,8 +159,8 @@ def test_greedy_chunks_equal_greedy_forward_passes(dense):
     assert np.concatenate(generated, 1).tolist() == expected[:, 10:19].tolist()
 
 
-def test_a_graded_chunk_takes_the_token_of_the_largest_logit(graded):
-    """It chooses among the outputs of the blocks; the logits of a step are in the order of the tokens."""
+def test_a_graded_chunk_chooses_the_token_with_the_largest_logit(graded):
+    """A chunk chooses among the outputs of the vocabulary blocks, which are in another order than tokens."""
     thresholds = at(graded, [3.0, 6.0])
     _, cache = engine.prefill(graded, TOKENS[:, :9], jnp.array([9, 4]), empty_cache(graded))
     last, expected, stepped = jnp.array([1, 2]), [], jax.tree.map(jnp.copy, cache)
@@ -177,7 +177,7 @@ def test_rows_stop_at_stop_tokens_limits_and_the_end_of_the_cache(dense):
     logits, cache = engine.prefill(dense, prompt, jnp.full(4, 6), empty_cache(dense, 4, 13))
     first = np.argmax(logits, -1)
     free, _ = decode(dense, jax.tree.map(jnp.copy, cache), first, limits=[7, 3, 0, 100])
-    assert free.counts.tolist() == [7, 3, 0, 7]  # the last row by the cache: 13 slots, 6 taken
+    assert free.counts.tolist() == [7, 3, 0, 7]  # the last row ends with the cache: 13 slots, 6 of them used
     assert free.done.all()
     sequence = free.tokens[0, :7].tolist()
     assert free.tokens[1, :3].tolist() == sequence[:3]
@@ -221,14 +221,14 @@ def test_turning_any_dial_compiles_nothing(graded):
         _, cache = engine.prefill(graded, TOKENS[:1, :8], jnp.array([8]), empty_cache(graded, 1))
         chunk, _ = decode(graded, cache, [5], thresholds, sampling=sampling, steps=6)
         results.add((tuple(chunk.tokens[0].tolist()), float(np.asarray(chunk.grading_stats.bits).mean())))
-        if len(results) == 2:  # a greedy text and a drawn one
+        if len(results) == 2:  # one greedy and one sampled
             after_first = len(compiled)
     assert after_first > 0, "the listener saw no compilation at all"
     assert len(compiled) == after_first
-    assert len(results) == 5  # the dials did something
+    assert len(results) == 5  # The settings had an effect.
 
 
-def test_same_seed_same_tokens_whatever_the_chunks(dense):
+def test_chunks_do_not_change_what_a_seed_generates(dense):
     def run(steps: int, seed: int) -> list[int]:
         sampling = Sampling.create(temperature=1.0, seed=seed)
         _, cache = engine.prefill(dense, TOKENS[:1, :8], jnp.array([8]), empty_cache(dense, 1))
@@ -242,7 +242,7 @@ def test_same_seed_same_tokens_whatever_the_chunks(dense):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_the_loop_of_a_gpu_generates_the_same(graded, temperature):
+def test_the_policies_generate_the_same(graded, temperature):
     """Without an early exit: the same tokens, counts, grading statistics and cache."""
 
     def run(device_policy):

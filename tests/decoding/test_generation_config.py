@@ -1,4 +1,4 @@
-"""Defaults that a checkpoint brings along."""
+"""Generation defaults of a checkpoint."""
 
 import json
 
@@ -15,7 +15,7 @@ def load(path, own: dict | None, model: dict | None = None) -> GenerationConfig:
     return GenerationConfig.load(path)
 
 
-def test_several_end_tokens_and_sampling(tmp_path):
+def test_several_eos_tokens_and_sampling(tmp_path):
     own = {
         "bos_token_id": 7,
         "eos_token_id": [3, 4],
@@ -29,12 +29,12 @@ def test_several_end_tokens_and_sampling(tmp_path):
     )
 
 
-def test_greedy_unless_it_says_sample_and_tokens_from_the_model_config(tmp_path):
+def test_greedy_without_do_sample_and_tokens_from_the_model_config(tmp_path):
     config = load(tmp_path, {"temperature": 0.6, "top_k": 20}, {"eos_token_id": 5, "bos_token_id": None})
     assert config == GenerationConfig(eos_tokens=(5,))
 
 
-def test_absent_files(tmp_path):
+def test_absent_files_give_the_defaults(tmp_path):
     assert load(tmp_path, None) == GenerationConfig()
 
 

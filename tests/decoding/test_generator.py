@@ -1,4 +1,4 @@
-"""Generation as a library, on a tiny model that writes bytes."""
+"""The library's ``Generator``, with a tiny model that writes bytes."""
 
 import dataclasses
 import json
@@ -33,12 +33,12 @@ def without_end(generator) -> Generator:
 
 
 def with_defaults(generator, **defaults) -> Generator:
-    """The same model with other special tokens."""
+    """The generator with other special tokens."""
     g = generator
     return Generator(g.model, g.tokenizer, GenerationConfig(**defaults), g.targets, g.directory)
 
 
-def test_streamed_text_is_the_tokens_text(generator):
+def test_streamed_text_equals_the_decoded_tokens(generator):
     for seed in range(4):
         generation = finished(generator, temperature=1.5, seed=seed, max_tokens=60)
         assert generation.text == generator.tokenizer.decode(generation.tokens)
@@ -48,10 +48,12 @@ def test_streamed_text_is_the_tokens_text(generator):
 def test_same_seed_same_text(generator):
     first, again, other = (finished(generator, temperature=1.0, seed=s).tokens for s in (5, 5, 6))
     assert first == again != other
-    assert finished(generator).tokens == finished(generator, seed=9).tokens  # greedy needs no seed
+    assert (
+        finished(generator).tokens == finished(generator, seed=9).tokens
+    )  # A greedy text does not depend on the seed.
 
 
-def test_every_end_token_ends_the_text(generator):
+def test_every_eos_token_ends_the_text(generator):
     free = finished(without_end(generator), max_tokens=40).tokens
     end = free[20]
     stopped = finished(with_defaults(generator, eos_tokens=(257, end)), max_tokens=40)
@@ -59,7 +61,7 @@ def test_every_end_token_ends_the_text(generator):
     assert stopped.finish_reason == "stop"
 
 
-def test_stop_string_cuts_the_text(generator):
+def test_a_stop_string_cuts_the_text(generator):
     generator = without_end(generator)
     free = finished(generator, temperature=1.0, max_tokens=60).text
     stop = free[25:28]
@@ -78,7 +80,7 @@ def test_a_generation_is_iterated_over_once(generator):
 
 
 @pytest.mark.parametrize("token", [10**6, -5, 258])
-def test_tokens_outside_the_vocabulary(generator, token):
+def test_tokens_outside_the_vocabulary_are_refused(generator, token):
     message = f"token {token} is outside the model's vocabulary of 258"
     with pytest.raises(UsageError, match=message):
         generator.generate([5, token])
@@ -88,7 +90,7 @@ def test_tokens_outside_the_vocabulary(generator, token):
         complete(generator, [[5], [token]], "full", max_tokens=2, batch=2, ended=lambda text: False)
 
 
-def test_context_ends_the_text_and_refuses_a_long_prompt(generator):
+def test_the_context_ends_the_text_and_refuses_a_long_prompt(generator):
     generator = without_end(generator)
     generation = finished(generator, max_context=20, max_tokens=500)
     assert len(generation.tokens) == 20 - len(PROMPT.encode())
@@ -99,7 +101,7 @@ def test_context_ends_the_text_and_refuses_a_long_prompt(generator):
         generator.generate("x", max_context=129)
 
 
-def test_empty_prompt_begins_with_a_special_token(generator):
+def test_an_empty_prompt_is_replaced_by_a_special_token(generator):
     with_bos = with_defaults(generator, bos_token=65, eos_tokens=(0,))
     assert finished(with_bos, "", max_tokens=5).tokens == finished(with_bos, [65], max_tokens=5).tokens
     assert finished(generator, "", max_tokens=5).tokens == finished(generator, [0], max_tokens=5).tokens
@@ -108,7 +110,7 @@ def test_empty_prompt_begins_with_a_special_token(generator):
 
 
 @pytest.mark.parametrize("bits", [0.5, 8.1, float("nan")])
-def test_bits_out_of_range(generator, bits):
+def test_bits_out_of_range_are_refused(generator, bits):
     with pytest.raises(UsageError, match="dial goes from 1 to 8"):
         generator.generate(PROMPT, Request(bits=bits))
 
@@ -120,7 +122,7 @@ def test_all_bad_values_of_a_request_are_named():
         assert text in str(caught.value)
 
 
-def test_unquantized_model_runs_at_full_precision_only(dense_directory, generator):
+def test_an_unquantized_model_runs_at_full_precision_only(dense_directory, generator):
     dense = Generator.load(dense_directory)
     generation = finished(dense, bits="full", max_tokens=8)
     statistics = generation.statistics()
@@ -129,11 +131,11 @@ def test_unquantized_model_runs_at_full_precision_only(dense_directory, generato
     assert statistics.bytes_per_token > 1.9 * statistics.bytes_per_token_bf16  # float32 kernels on a CPU
     with pytest.raises(UsageError, match=r"bits 3\.0.*not quantized"):
         dense.generate(PROMPT, Request(bits=3.0))
-    # eight bits of a small random model are close enough for the same greedy beginning
+    # Eight bits are close enough to full precision for the same first greedy tokens.
     assert generation.tokens[:3] == finished(generator, bits="full", max_tokens=3).tokens
 
 
-def test_a_config_without_an_object_or_with_a_null_in_it(dense_directory, tmp_path):
+def test_a_config_that_is_null_or_has_a_null_quantization(dense_directory, tmp_path):
     for path in dense_directory.iterdir():
         (tmp_path / path.name).symlink_to(path)
     config, text = tmp_path / "config.json", (dense_directory / "config.json").read_text()
@@ -145,7 +147,7 @@ def test_a_config_without_an_object_or_with_a_null_in_it(dense_directory, tmp_pa
     assert Generator.load(tmp_path).targets is None
 
 
-def test_statistics_are_what_the_steps_read(generator):
+def test_statistics_sum_up_what_the_steps_read(generator):
     generator = without_end(generator)
     generation = finished(generator, bits=4.5, max_tokens=21)
     statistics, stats = generation.statistics(), generation.grading_stats
@@ -182,9 +184,9 @@ def test_warning_when_activations_leave_the_calibrated_range():
     assert "1 of 2" in warning(a=float("nan"), b=1.0)
 
 
-def test_no_dial_compiles_anything_after_the_first_text(generator, compilations):
+def test_new_settings_compile_nothing(generator, compilations):
     finished(generator, max_tokens=20)
-    finished(generator, max_tokens=20, temperature=1.0)  # has programs of its own
+    finished(generator, max_tokens=20, temperature=1.0)  # Sampling has other programs than greedy decoding.
     before = len(compilations)
     for i, bits in enumerate((1.0, 2.0, 3.3, 5.75, "full")):
         finished(generator, "x" * (i + 1), bits=bits, max_tokens=18 + i)
@@ -192,10 +194,10 @@ def test_no_dial_compiles_anything_after_the_first_text(generator, compilations)
     assert len(compilations) == before
 
 
-def test_preparation_compiles_everything(generator, compilations):
+def test_preparing_compiles_everything(generator, compilations):
     decoding = Decoding(
         generator.model,
-        [range(2, 50), range(2, 9), range(40, 43)],  # a batch size of its own
+        [range(2, 50), range(2, 9), range(40, 43)],  # a batch size that no other test has
         max_tokens=20,
         max_context=128,
         dial=generator.dial(3.0, batch=3),
@@ -213,7 +215,7 @@ def test_preparation_compiles_everything(generator, compilations):
     assert len(compilations) == prepared
 
 
-def test_the_dial_learns_from_the_prompt(generator):
+def test_the_dial_observes_the_preview_of_the_prompt(generator):
     dial = generator.dial(3.0, batch=2)
     prompts = [list(range(2, 62)), [5, 6, 7]]
     decoding = Decoding(
@@ -224,12 +226,14 @@ def test_the_dial_learns_from_the_prompt(generator):
     excess = (read @ layer_shares(generator.model.config)).mean() - 3
     assert abs(excess) > 0.01
     expected = 3 - excess * 56 / (56 + PRIOR_TOKENS)
-    # A prompt of three tokens says nothing.
+    # All three tokens of the second prompt are in skipped positions.
     np.testing.assert_allclose(dial.setting, [expected, 3], atol=0.01)
 
 
-def test_a_batch_of_different_lengths_equals_its_rows(generator, monkeypatch):
-    monkeypatch.setattr("grinqh_jax.decoding.prefill_buckets.LARGEST_BUCKET", 32)  # three for the longest
+def test_a_batch_generates_what_its_rows_generate_alone(generator, monkeypatch):
+    monkeypatch.setattr(
+        "grinqh_jax.decoding.prefill_buckets.LARGEST_BUCKET", 32
+    )  # The longest prompt needs three.
     prompts = [list(range(2, 90)), [5, 6, 7], list(range(100, 140))]
 
     def run(rows: list[int]) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Sampling against an oracle in float64 that follows transformers' logits processors literally."""
+"""Sampling against a float64 oracle that follows the logits processors of transformers step by step."""
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +105,7 @@ def test_frequencies_are_the_filtered_probabilities():
     sampling = Sampling.create(n, temperature=1.0, top_p=0.85)
     tokens = choose(jnp.tile(logits, (n, 1)), sampling, jnp.zeros(n, jnp.int32))
     frequency = np.bincount(np.asarray(tokens), minlength=5) / n
-    # kept: 0.5, 0.25, 0.15; four standard errors of a frequency are below 0.032
+    # The filter keeps 0.5, 0.25 and 0.15; four standard errors of a frequency are below 0.032.
     np.testing.assert_allclose(frequency, np.array([0.5, 0.25, 0.15, 0, 0]) / 0.9, atol=0.032)
 
 

@@ -1,4 +1,4 @@
-"""Stop strings in a stream, whatever the pieces."""
+"""Stop strings in a stream that comes in pieces of any length."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from grinqh_jax.decoding.stop import StopStrings
 
 
-def test_holds_back_a_possible_beginning_and_lets_go_of_it():
+def test_a_possible_start_is_held_back_and_released():
     stop = StopStrings(["\n\nQ:"])
     assert stop.push("one\n") == "one"
     assert stop.push("\nQ") == ""
@@ -36,7 +36,7 @@ def test_any_division_gives_the_text_before_the_first_stop_string(text, strings,
         if stop.met:
             break
     passed += stop.flush()
-    # the stream ends at the string that is complete first; it cannot wait for one that begins earlier
+    # The stream ends at the stop string that is complete first, even if another one starts earlier.
     ends = [(text.find(s) + len(s), text.find(s)) for s in strings if s in text]
     assert stop.met == bool(ends)
     if not ends:

@@ -1,4 +1,4 @@
-"""The dial's interpolation."""
+"""Interpolation of thresholds between the targets of a table."""
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +25,11 @@ GRID = (1.0, 2.0, 3.0)
         (9, [0, 1]),
     ],
 )
-def test_values(bits, expected):
+def test_interpolates_between_targets_and_clamps_at_the_ends(bits, expected):
     np.testing.assert_allclose(interpolate(TABLE, GRID, bits), expected, rtol=1e-6)
 
 
-def test_one_set_per_row_and_traced_bits():
+def test_bits_of_several_rows_may_be_traced():
     rows = jax.jit(interpolate)(TABLE, jnp.array(GRID), jnp.array([1.25, 2.5]))
     np.testing.assert_allclose(rows, [[3.5, 7.5], [1, 3.5]], rtol=1e-6)
 

@@ -1,4 +1,4 @@
-"""How many bits graded reading of a text takes, counted from the model's activations with numpy."""
+"""Bits that graded decoding would read, counted with numpy from the activations of a dense forward pass."""
 
 import jax
 import numpy as np
@@ -8,7 +8,7 @@ from grinqh_jax.model import apply, decoder
 
 @jax.jit
 def linear_inputs(model, tokens):
-    """Of every linear layer, in a whole sequence at full precision."""
+    """Inputs of every linear layer in a forward pass at full precision, by layer name."""
     dense, seen = apply.Dense(), {}
 
     def keep(name, linear, x):
@@ -20,7 +20,7 @@ def linear_inputs(model, tokens):
 
 
 def bits_to_read(model, tokens, thresholds):
-    """``[rows, positions, linears]``, without the program's own grading."""
+    """Mean bits per weight ``[rows, positions, linears]``, independent of the program's grading."""
     inputs, bits = linear_inputs(model, tokens), []
     for name in decoder.linear_names(model.config):
         reached = np.abs(np.asarray(inputs[name]))[..., None] >= np.asarray(thresholds[name])[:, None, None]

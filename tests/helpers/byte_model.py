@@ -1,4 +1,4 @@
-"""A tiny model that reads and writes bytes, as an unquantized and as a GRINQH checkpoint."""
+"""Fixtures: a tiny model of bytes, as an unquantized and as a GRINQH checkpoint."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ TEMPLATE = (
 
 
 def write_companions(directory: Path, *, chat: bool) -> list[Path]:
-    """The tokenizer (one token per byte) and the generation config."""
+    """Writes the tokenizer (one token per byte) and the generation config; returns their paths."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {piece: i for i, piece in enumerate([*SPECIAL, *alphabet])}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, []))
@@ -48,11 +48,11 @@ def dense_directory(tmp_path_factory) -> Path:
 
 
 def write_graded(directory: Path, companions: list[Path]) -> Path:
-    """The same model as a GRINQH checkpoint."""
+    """Writes the model of ``dense_directory`` as a GRINQH checkpoint."""
     _, tree = state_tree(CONFIG)
     tree = graded_model_tree(tree)
 
-    def rounded(node):  # embedding and norms are stored in bfloat16
+    def rounded(node):  # A checkpoint stores embedding and norms in bfloat16.
         if not isinstance(node, dict):
             return node
         small = {"embedding", "scale"}
@@ -80,13 +80,13 @@ def chat_directory(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def generator(graded_directory) -> Generator:
-    """The loaded checkpoint; sampled at temperature 1 it writes random bytes."""
+    """The loaded GRINQH checkpoint. At temperature 1 it writes random bytes."""
     return Generator.load(graded_directory)
 
 
 @pytest.fixture
 def compilations():
-    """A list that grows by one entry with every program that XLA compiles."""
+    """A list that gets one entry for every program that XLA compiles."""
     import jax
 
     events: list[str] = []
