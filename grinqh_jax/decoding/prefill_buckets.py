@@ -30,8 +30,8 @@ class PrefillBucket:
 def cut(prompts: Sequence[Sequence[int]], start: int = 0) -> Iterator[PrefillBucket]:
     """Cuts the prompts of a batch into buckets, from position ``start`` on.
 
-    Every bucket but the first starts at a multiple of ``LARGEST_BUCKET``, whatever ``start`` is. So the
-    previews of the last buckets cover the same tokens (see ``first_previewed``).
+    Buckets end at multiples of ``LARGEST_BUCKET`` for any ``start``, so that the previews of the last buckets
+    cover the same tokens (see ``first_previewed``).
     """
     longest = max(len(prompt) for prompt in prompts)
     while start < longest:
