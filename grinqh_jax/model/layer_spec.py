@@ -1,7 +1,7 @@
 """The structure of a decoder, said once: its norms and projections, their order, sizes and data flow.
 
 A decoder embeds tokens into a residual stream, passes the stream through its layers, and projects it to
-logits behind a final norm. A layer is a sequence of residual blocks, each of which reads the stream through a
+logits after a final norm. A layer is a sequence of residual blocks, each of which reads the stream through a
 norm and adds its result to the stream. Decoder, loader, statistics and converter all read this description.
 """
 
@@ -142,7 +142,7 @@ FINAL_NORM = Norm("norm")
 
 @functools.cache
 def layer_spec(config: ModelConfig) -> LayerSpec:
-    """Returns the structure of every layer of a model: attention, then a SwiGLU MLP, each behind a norm."""
+    """Returns the structure of every layer of a model: attention, then a SwiGLU MLP, each after a norm."""
     head_norms = (Norm("q_norm", "head"), Norm("k_norm", "head")) if config.qk_norm else None
     attention = ResidualBlock(
         norm=Norm("input_norm"),
