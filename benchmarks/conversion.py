@@ -39,19 +39,20 @@ STAGES = {
     "axes of layers": "second moments",
     "forward": "forward",
     "backward": "backward",
-    "grade": "thresholds",
     "embed": "embedding",
-    "layers": "layers",
-    "lm_head": "head",
+    "measure layers": "measurements",
+    "measure lm_head": "head's measurements",
+    "refit layers": "refit",
+    "refit lm_head": "head's refit",
     "gains": "gains",
     "finalize": "finalize",
 }
-"""What the names of parts begin with, and their stage. The first part of a stage has what lies between two of
-them, too: the eigenvectors before ``forward``, the head's sensitivities before ``backward``, the first
-quantization of the head and the tables of thresholds before ``embedding``."""
+"""Stage of a step, by the beginning of its note. The first step of a stage includes the time since the stage
+before: the eigenvectors count for ``forward``, the head's sensitivities for ``backward``, the placing of
+thresholds for ``refit``."""
 
 WARM_UP = 2
-"""Parts of a stage that may compile: the others tell the seconds of a layer, or of a step of the gains."""
+"""Number of steps of a stage that may compile. The others give the seconds of a layer, or of a training step."""
 
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "orbax-checkpoint", "tensorstore", "safetensors")
 
@@ -100,7 +101,7 @@ def timed_conversion(command: list[str], out: pathlib.Path, report: dict, output
         writing.write_text(json.dumps(report, indent=1) + "\n")
         writing.rename(output)
 
-    written = {part for run in report["runs"] for part in run["parts"] if part.startswith("layers.")}
+    written = {part for run in report["runs"] for part in run["parts"] if part.startswith("refit layers.")}
     parts: dict[str, float] = {}
     run = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "parts": parts}
     report["runs"].append(run)

@@ -30,9 +30,10 @@ import scipy.special
 from trial import NOT_TRAINED, Trial, patched
 
 from checkpoints_tools.baselines.model import mean_moments
-from checkpoints_tools.calibration.text import windows_of_two_kinds
+from checkpoints_tools.calibration.text import split_windows
 from checkpoints_tools.convert import command as convert
-from checkpoints_tools.convert import conversion, principal_basis
+from checkpoints_tools.convert import principal_basis, survey
+from checkpoints_tools.convert.plan import make_plan
 from checkpoints_tools.convert.principal_basis import READERS, principal_axes, second_moments
 from checkpoints_tools.source.layer import dense_layer, embed, read_layer, run_layer
 from grinqh_jax.hf import HFCheckpoint
@@ -126,7 +127,7 @@ def learned_axes(readers: list[tuple[np.ndarray, np.ndarray, int]]) -> np.ndarra
 
 def with_axes(axes):
     """A ``change``: ``axes`` in place of ``principal_axes``."""
-    return patched((conversion, "principal_axes", axes))
+    return patched((survey, "principal_axes", axes))
 
 
 class ChangedCheckpoint:
@@ -146,16 +147,16 @@ class ChangedCheckpoint:
 def of_source(changed: Changed):
     """A ``change``: the converter gets the source with other kernels. What is measured against stays."""
 
-    def conversion_of(source, calibration, **options):
+    def plan_of(source, calibration, options):
         kernels = changed(source, calibration.windows)
-        return conversion.Conversion(ChangedCheckpoint(source, kernels), calibration, **options)
+        return make_plan(ChangedCheckpoint(source, kernels), calibration, options)
 
     # Turned kernels are rounded to the dtype of the source. Without that the changed ones, float32, would be
     # more precise than those of the other trials.
     dtype = np.dtype(jnp.bfloat16)
     return patched(
-        (convert, "Conversion", conversion_of),
-        (principal_basis, "_stored", lambda of_source: dtype),
+        (convert, "make_plan", plan_of),
+        (principal_basis, "_device_dtype", lambda of_source: dtype),
     )
 
 
@@ -183,7 +184,7 @@ def value_axes(source: HFCheckpoint, windows: np.ndarray) -> dict[str, np.ndarra
     """See the module. ``Changed``."""
     config = source.config
     size, group = config.head_dim, config.num_heads // config.num_kv_heads
-    hidden = embed(source, windows_of_two_kinds(windows)[0], jnp.float32)
+    hidden = embed(source, split_windows(windows)[0], jnp.float32)
     kernels = {}
     for i in range(config.num_layers):
         own, norms = read_layer(source, i)
@@ -216,6 +217,6 @@ BASES = {
     "learned-rotation": Trial(
         "axes learned from the principal ones",
         NOT_TRAINED,
-        patched((conversion, "second_moments", readers_of), (conversion, "principal_axes", learned_axes)),
+        patched((survey, "second_moments", readers_of), (survey, "principal_axes", learned_axes)),
     ),
 }

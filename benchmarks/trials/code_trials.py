@@ -36,15 +36,16 @@ from trial import PLAIN_WEIGHTS, Trial, patched, rounded
 from checkpoints_tools.calibration import statistics as calibration
 from checkpoints_tools.calibration.allocation import GradedCosts, threshold_tables
 from checkpoints_tools.calibration.statistics import first_scored_position
+from checkpoints_tools.calibration.text import read_calibration
 from checkpoints_tools.convert import command as convert
-from checkpoints_tools.convert.trained_gains import SECOND_MOMENT_DECAY, training_windows
-from checkpoints_tools.quantizers import rtn
+from checkpoints_tools.convert.train_gains import SECOND_MOMENT_DECAY, training_windows
+from checkpoints_tools.quantizers import RoundedWeight, rtn
 from grinqh_jax.checkpoint import Loaded, Writer, load
 from grinqh_jax.decoding.thresholds import interpolate
 from grinqh_jax.hf import load_decoder, open_checkpoint
 from grinqh_jax.model.apply import Dense
 from grinqh_jax.model.decoder import LAYER_LINEARS, Decoder, checkpoint_leaves, linear_names
-from pallas_kernels import NestedWeight, codes, grading, layout
+from pallas_kernels import codes, grading, layout
 
 BITS, DAMPING, SWEEPS = 3.0, 0.01, 3
 LEVELS = 5
@@ -98,12 +99,12 @@ def rounded_by(quantizer):
             found[part].moments = total / len(before)
         return found
 
-    def quantize(w: jax.Array, seen, *, max_bits: int, name: str) -> NestedWeight:
+    def quantize(w: jax.Array, seen, *, name: str) -> RoundedWeight:
         if not hasattr(seen, "moments"):
-            return rtn(w, seen, max_bits=max_bits, name=name)
+            return rtn(w, seen, name=name)
         damping = DAMPING * jnp.mean(jnp.diagonal(seen.moments)) * jnp.eye(len(seen.moments))
         found = quantizer(w, seen.moments + damping).astype(jnp.uint8)
-        return codes.from_codes(found, codes.max_abs_scales(w), max_bits=max_bits)
+        return RoundedWeight(found, codes.max_abs_scales(w))
 
     return rounded(with_moments, quantize)
 
@@ -193,7 +194,7 @@ def trained(rate: float, *kinds: str):
         if not start.exists() and (code := ordinary([*argv, "--out", str(start)])):
             return code
         source, loaded = open_checkpoint(args.model), load(start)
-        calib = convert.read_calibration(source, args.calib, args.tokens)
+        calib = read_calibration(source, args.calib, args.tokens)
         windows = training_windows(calib.windows, STEPS * len(SETTINGS))
         leaves = checkpoint_leaves(loaded.model)
         adam = optax.adam(optax.linear_schedule(rate, 0, STEPS // 2, STEPS // 2), b2=SECOND_MOMENT_DECAY)

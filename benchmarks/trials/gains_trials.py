@@ -14,6 +14,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from unittest import mock
 
 import jax
@@ -22,7 +23,14 @@ import numpy as np
 from trial import NOT_TRAINED, Trial, patched
 
 from checkpoints_tools.calibration import statistics
-from checkpoints_tools.convert import conversion, graded_divergence, quantize_linear, trained_gains
+from checkpoints_tools.convert import (
+    graded_divergence,
+    measure_layers,
+    quantize_linear,
+    refit_layers,
+    train_gains,
+)
+from checkpoints_tools.quantizers import LevelFit, level_fit
 from pallas_kernels import codes
 
 THIRD = 2
@@ -33,13 +41,14 @@ ALL_LINEAR = ("",)
 
 
 def third_level_kept(initial, factors):
-    """``trained_gains._gains``, the third level's as it began."""
+    """``train_gains._gains`` with the third level's gain as it began."""
     return _gains(initial, {name: f.at[THIRD].set(0) for name, f in factors.items()})
 
 
-def from_1(graded, windows, initial, done=lambda step: None):
-    """``trained_gains.train_gains`` from other gains than were fitted."""
-    return _train_gains(graded, windows, {n: np.ones_like(gains) for n, gains in initial.items()}, done)
+def from_1(model, windows, initial, on_progress=lambda note: None):
+    """``train_gains.train_gains`` from gains of 1 instead of the fitted ones."""
+    ones = {name: np.ones_like(gains) for name, gains in initial.items()}
+    return _train_gains(model, windows, ones, on_progress)
 
 
 def fitted_to_outputs() -> Callable[[], AbstractContextManager]:
@@ -55,53 +64,61 @@ def fitted_to_outputs() -> Callable[[], AbstractContextManager]:
         # Sums do: a gain is a ratio.
         self.moments = getattr(self, "moments", 0) + np.asarray(seen["moments"], np.float64)
 
-    def with_moments(read_outputs, shape, seen, *args, **options):
-        moments = jnp.asarray(seen.moments, jnp.float32)
-        fit = jax.jit(lambda *columns: level_fit_of_outputs(moments, *columns))
-        with mock.patch.object(quantize_linear, "_level_fit", fit):
-            return quantize_linear.quantize_linear(read_outputs, shape, seen, *args, **options)
+    def with_moments(measure):
+        def measured(rounding, read_outputs, *args):
+            moments = jnp.asarray(rounding.inputs.moments, jnp.float32)
+            with mock.patch.object(quantize_linear, "level_fit", partial(level_fit_of_outputs, moments)):
+                return measure(rounding, read_outputs, *args)
 
+        return measured
+
+    measure_linear = with_moments(quantize_linear.measure_linear)
+    quantize = with_moments(quantize_linear.quantize_linear)
     return patched(
         (statistics, "observe", observe),
         (statistics.LinearStatistics, "add", add),
-        (conversion, "quantize_linear", with_moments),
+        (measure_layers, "measure_linear", measure_linear),
+        (measure_layers, "quantize_linear", quantize),
+        (refit_layers, "quantize_linear", quantize),
     )
 
 
-def level_fit_of_outputs(moments, w, weight, output_weights) -> codes.LevelFit:
-    """``codes.level_fit``, slopes and squares those of the outputs; the errors, for the split, stay."""
+@partial(jax.jit, static_argnames="num_planes")
+def level_fit_of_outputs(moments, w, rounded, sensitivities, *, num_planes) -> LevelFit:
+    """``level_fit`` with slopes and squares of the outputs; the errors, which split the bits, stay."""
+    weight = codes.from_codes(rounded.codes, rounded.scales, max_bits=2 * num_planes)
     slopes, squares = [], []
-    for level in range(1, weight.num_planes + 1):
+    for level in range(1, num_planes + 1):
         read = codes.dequantize(weight, level)
         pushed = jnp.matmul(moments, read, precision="highest")
-        slopes.append(jnp.mean(pushed * (w - read) * output_weights))
-        squares.append(jnp.mean(pushed * read * output_weights))
-    fit = codes.level_fit(w, weight, output_weights)
-    return codes.LevelFit(fit.errors, jnp.stack(slopes), jnp.stack(squares))
+        slopes.append(jnp.mean(pushed * (w - read) * sensitivities))
+        squares.append(jnp.mean(pushed * read * sensitivities))
+    fit = level_fit(w, rounded, sensitivities, num_planes=num_planes)
+    return LevelFit(fit.errors, jnp.stack(slopes), jnp.stack(squares))
 
 
-_gains, _train_gains = trained_gains._gains, trained_gains.train_gains
+_gains, _train_gains = train_gains._gains, train_gains.train_gains
 _observe, _add = statistics.observe, statistics.LinearStatistics.add
 
 GAINS_TRIALS = {
     "gains-trained": Trial("the product, gains trained"),
     "gains-none": Trial("no gains", ("--gains", "none")),
     "gains-fitted-everywhere": Trial(
-        "gains fitted in all layers", NOT_TRAINED, patched((conversion, "GAINED", ALL_LINEAR))
+        "gains fitted in all layers", NOT_TRAINED, patched((measure_layers, "FITTED_LAYERS", ALL_LINEAR))
     ),
     "gains-fitted-to-outputs": Trial("gains fitted to outputs", NOT_TRAINED, fitted_to_outputs()),
     "gains-half-the-steps": Trial(
         "half the steps, twice as large",
-        change=patched((trained_gains, "STEPS", 16), (trained_gains, "RATE", 0.06)),
+        change=patched((train_gains, "STEPS", 16), (train_gains, "RATE", 0.06)),
     ),
     "gains-to-the-sum": Trial(
         "to the sum of the divergences",
-        # A divergence below _LEAST counts as if it were that: with 1, all of them count alike.
-        change=patched((graded_divergence, "_LEAST", 1.0)),
+        # A divergence below the least one counts as that one: with 1, all divergences count alike.
+        change=patched((graded_divergence, "_LEAST_DIVERGENCE", 1.0)),
     ),
-    "gains-at-2-bits": Trial("at 2 bits only", change=patched((trained_gains, "SETTINGS", (2.0, 2.0, 2.0)))),
+    "gains-at-2-bits": Trial("at 2 bits only", change=patched((train_gains, "BITS", (2.0, 2.0, 2.0)))),
     "gains-third-level-at-1": Trial(
-        "the third level's kept", change=patched((trained_gains, "_gains", third_level_kept))
+        "the third level's kept", change=patched((train_gains, "_gains", third_level_kept))
     ),
-    "gains-from-1": Trial("from gains of 1", change=patched((trained_gains, "train_gains", from_1))),
+    "gains-from-1": Trial("from gains of 1", change=patched((train_gains, "train_gains", from_1))),
 }

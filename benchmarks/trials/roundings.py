@@ -24,8 +24,8 @@ from trial import PLAIN_WEIGHTS, Trial, rounded
 from checkpoints_tools.baselines.model import mean_moments
 from checkpoints_tools.calibration import statistics as calibration
 from checkpoints_tools.calibration.allocation import GradedCosts, threshold_tables
-from checkpoints_tools.quantizers import Quantizer, rtn
-from pallas_kernels import NestedWeight, codes, layout
+from checkpoints_tools.quantizers import Quantizer, RoundedWeight, rtn
+from pallas_kernels import codes, layout
 
 BITS = 3.0
 SHRUNK = np.arange(0.6, 1.01, 0.05)
@@ -59,10 +59,10 @@ def level_energies(w: jax.Array, statistics) -> np.ndarray:
     return energy[:, None] * np.diff(edges, axis=1)
 
 
-def scale_search(w: jax.Array, statistics, *, max_bits: int, name: str, weighted: bool) -> NestedWeight:
+def scale_search(w: jax.Array, statistics, *, name: str, weighted: bool) -> RoundedWeight:
     """See the module. A ``Quantizer``."""
     if not hasattr(statistics, "moments"):
-        return rtn(w, statistics, max_bits=max_bits, name=name)
+        return rtn(w, statistics, name=name)
     energies = level_energies(w, statistics) if weighted else np.ones((len(w), LEVELS + 1))
     most = codes.max_abs_scales(w)
     best, least = None, None
@@ -78,20 +78,20 @@ def scale_search(w: jax.Array, statistics, *, max_bits: int, name: str, weighted
         better = True if least is None else lost < least
         best = scales if least is None else jnp.where(better, scales, best)
         least = lost if least is None else jnp.where(better, lost, least)
-    return codes.from_codes(codes.encode(w, best), best, max_bits=max_bits)
+    return RoundedWeight(codes.encode(w, best), best)
 
 
-def graded_gptq(w: jax.Array, statistics, *, max_bits: int, name: str) -> NestedWeight:
+def graded_gptq(w: jax.Array, statistics, *, name: str) -> RoundedWeight:
     """See the module. A ``Quantizer``."""
     if not hasattr(statistics, "moments"):
-        return rtn(w, statistics, max_bits=max_bits, name=name)
+        return rtn(w, statistics, name=name)
     energies = level_energies(w, statistics)
     shares = jnp.asarray(energies / energies.sum(axis=1, keepdims=True), jnp.float32)
     scales = codes.max_abs_scales(w)
     hessian = statistics.moments + DAMPING * jnp.mean(jnp.diagonal(statistics.moments)) * jnp.eye(len(w))
     inverse = jnp.linalg.inv(hessian)
     upper = jnp.linalg.cholesky((inverse + inverse.T) / 2).T
-    return codes.from_codes(_compensated(w, scales, upper, shares), scales, max_bits=max_bits)
+    return RoundedWeight(_compensated(w, scales, upper, shares), scales)
 
 
 @jax.jit

@@ -21,7 +21,7 @@ from trial import NOT_TRAINED, PLAIN_WEIGHTS, Trial, patched
 
 from checkpoints_tools.calibration import allocation, histogram, statistics
 from checkpoints_tools.calibration.allocation import GradedCosts, smooth_sensitivities
-from checkpoints_tools.convert import conversion, vocabulary
+from checkpoints_tools.convert import place_thresholds, vocabulary
 from grinqh_jax.model import output_projection
 from grinqh_jax.model.apply import Graded
 
@@ -37,7 +37,7 @@ def counting_down(times: float) -> Callable[[], AbstractContextManager]:
             for name, c in smooth_sensitivities(layers).items()
         }
 
-    return patched((conversion, "smooth_sensitivities", costs))
+    return patched((place_thresholds, "smooth_sensitivities", costs))
 
 
 def mean_magnitude(x: jax.Array) -> jax.Array:

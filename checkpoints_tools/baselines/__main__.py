@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoints_tools.baselines import model
-from checkpoints_tools.convert.command import read_calibration
+from checkpoints_tools.calibration.text import read_calibration
 from grinqh_jax.cli import command as cli
 from grinqh_jax.cli.progress import Progress
 from grinqh_jax.errors import UsageError

@@ -1,14 +1,14 @@
-"""How the bits are split: over the channels of a layer, and over layers, by one rule.
+"""The split of the bits over the channels of a layer, and over the layers, by one rule.
 
 Reading channel ``j`` of a layer at level ``l`` costs ``2 l`` bits for each of its weights and adds
-``x_j**2 e(l)`` to the layer's expected squared output error, ``e(l)`` being the mean squared weight error of
-the level, each output weighted by its sensitivity (``calibration.sensitivity``). So weighted, the errors of
-all layers are parts of one sum, the divergence of the predictions. For a given mean of bits over all weights
-that sum is least where every channel of every layer takes the level with the least
-``x_j**2 e(l) + lambda * 2 l``, for one ``lambda``. As ``|x|`` grows, that level walks up the lower convex
+``x_j**2 e(l)`` to the layer's expected squared output error, where ``e(l)`` is the mean squared weight error
+of the level, each output weighted by its sensitivity (``calibration.sensitivity``). The weights make the
+errors of all layers parts of one sum, the divergence of the predictions. For a given mean of bits over all
+weights, that sum is least where every channel of every layer takes the level with the least
+``x_j**2 e(l) + lambda * 2 l``, for one ``lambda``. As ``|x|`` grows, that level moves up the lower convex
 hull of the points ``(2 l, e(l))``, so each threshold is ``sqrt(lambda)`` times a constant of its layer.
 
-What little depends on a layer on one text may depend on it on another (``smooth_sensitivities``).
+A layer that is unimportant on one text may be important on another (``smooth_sensitivities``).
 """
 
 import dataclasses
@@ -21,29 +21,29 @@ from checkpoints_tools.calibration import histogram
 from pallas_kernels.layout import DIGIT_BITS
 
 UNSEEN = 0.25
-"""The share of all that depends on any layer that is spread evenly: see ``smooth_sensitivities``."""
+"""Share of the total sensitivity that is spread uniformly over all weights (``smooth_sensitivities``)."""
 
 TARGET_STEP = 0.25
 LOWEST_TARGET = 1.0
 _BISECTIONS = 64
-_LEAST_GAIN = 1e-8  # of e(0), per bit: the last level of an 8-bit code gains 1e-5
-_LEAST_SLOPE = 1e-60  # of a layer without weights, or that nothing depends on: read after all others
+_LEAST_RELATIVE_SLOPE = 1e-8  # In units of e(0) per bit; the last level of an 8-bit code has 1e-5.
+_LEAST_SLOPE = 1e-60  # For a layer that nothing depends on, which is read after all others.
 _SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 def target_grid(max_bits: int) -> tuple[float, ...]:
-    """The mean bits that thresholds are stored for: 1.0, 1.25, ... ``max_bits``."""
+    """Returns the mean bits that thresholds are stored for: 1.0, 1.25, ... ``max_bits``."""
     return tuple(np.arange(LOWEST_TARGET, max_bits + TARGET_STEP / 2, TARGET_STEP).tolist())
 
 
 @dataclasses.dataclass(frozen=True)
 class GradedCosts:
-    """What one linear layer has to do with the split.
+    """Activations, level errors and size of one linear layer.
 
     Attributes:
-      counts: histogram of its activations (``histogram.count``), not empty.
-      errors: float64 ``[P + 1]``, its ``e(0) ... e(P)``.
-      weights: how many it has.
+      counts: Histogram of the activations (``histogram.count``), not empty.
+      errors: Errors ``e(0) ... e(P)``, float64 ``[P + 1]``.
+      weights: Number of weights.
     """
 
     counts: Integer[np.ndarray, "bins"]
@@ -52,17 +52,17 @@ class GradedCosts:
 
 
 def smooth_sensitivities(layers: Mapping[str, GradedCosts]) -> dict[str, GradedCosts]:
-    """Costs with which a layer that the calibration text hardly needs is not starved on other text.
+    """Spreads a share of the total sensitivity uniformly over all weights.
 
-    What depends on a layer is what would be lost without it, ``E[x**2] e(0)`` for each of its weights. On
-    novels next to nothing depends on some layers that arithmetic cannot do without. So each layer's errors
-    are scaled to where a share of ``UNSEEN`` of the whole is spread evenly over all weights.
+    A quarter of the total sensitivity is spread uniformly, so layers that are unimportant on this text are
+    not starved on another: novels hardly need some layers that arithmetic cannot do without. The importance
+    of a layer is the divergence without it, ``E[x**2] e(0)`` for each of its weights.
 
     Args:
-      layers: by name, as calibration found them.
+      layers: Costs by layer, as measured.
 
     Returns:
-      The same, with other errors; a layer that nothing at all depends on keeps its own.
+      The same costs with scaled errors. A layer that nothing depends on keeps its errors.
     """
     lost = {n: histogram.mean_square(layer.counts) * layer.errors[0] for n, layer in layers.items()}
     weights = {name: layer.weights for name, layer in layers.items()}
@@ -76,17 +76,17 @@ def smooth_sensitivities(layers: Mapping[str, GradedCosts]) -> dict[str, GradedC
 
 
 def threshold_ratios(errors: Float[np.ndarray, "p1"]) -> Float[np.ndarray, "p"]:
-    """The thresholds of ``lambda = 1``: ascending, positive, finite.
+    """Returns the thresholds for ``lambda = 1``: ascending, positive, finite.
 
     The hull edge from level ``a`` to level ``b`` is crossed where ``x**2 (e(a) - e(b)) = 2 (b - a)``.
-    Levels inside an edge are never the best choice: they share their edge's threshold.
+    Levels inside an edge are never the best choice; they share the threshold of their edge.
 
     Args:
-      errors: ``e(0) ... e(P)``. Levels that gain nothing over a lower one are read last.
+      errors: ``e(0) ... e(P)``. Levels with no smaller error than a lower one are read last.
     """
     errors = np.asarray(errors, np.float64)
     levels = len(errors) - 1
-    least_slope = max(_LEAST_GAIN * errors[0], _LEAST_SLOPE)
+    least_slope = max(_LEAST_RELATIVE_SLOPE * errors[0], _LEAST_SLOPE)
     ratios = np.empty(levels)
     start = 0
     while start < levels:
@@ -99,7 +99,7 @@ def threshold_ratios(errors: Float[np.ndarray, "p1"]) -> Float[np.ndarray, "p"]:
 
 
 def mean_bits(counts: Integer[np.ndarray, "bins"], thresholds: Float[np.ndarray, "*any p"]):
-    """Mean bits read with these thresholds from the activations that ``counts`` has counted."""
+    """Returns the mean bits that these thresholds read of the counted activations."""
     return DIGIT_BITS * histogram.share_reaching(counts, thresholds).sum(axis=-1)
 
 
@@ -109,12 +109,12 @@ def least_within(
     low: Float[np.ndarray, "t"],
     high: Float[np.ndarray, "t"],
 ) -> Float[np.ndarray, "t"]:
-    """The least arguments at which ``read``, which never rises, is not above ``wanted``, by bisection.
+    """Finds, by bisection, the least arguments at which a function is not above the wanted values.
 
     Args:
-      read: of one argument for each of ``wanted``, independent of one another.
-      wanted: values of ``read``.
-      low, high: where to look; where ``read`` stays above ``wanted`` the result is ``high``.
+      read: Function that never rises, elementwise.
+      wanted: Wanted values.
+      low, high: Limits of the search. The result is ``high`` where the function stays above the wanted value.
     """
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
@@ -126,15 +126,15 @@ def least_within(
 def threshold_tables(
     layers: Mapping[str, GradedCosts], targets: tuple[float, ...]
 ) -> dict[str, Float[np.ndarray, "t p"]]:
-    """Thresholds with which all layers together read each target's mean bits a weight.
+    """Places thresholds with which all layers together read each target's mean bits per weight.
 
     Args:
-      layers: by name.
-      targets: mean bits, each above 0; ``2 P`` (everything is read) gives zeros.
+      layers: Costs by layer.
+      targets: Mean bits, positive. For ``2 P`` all thresholds are 0, which reads everything.
 
     Returns:
-      By name, float32 ``[T, P]``, finite, ascending along P, descending along T. A target that needs more
-      than all activations other than exact zeros reads just those.
+      Table of each layer, float32 ``[T, P]``, finite, ascending along P, descending along T. Except at
+      ``2 P`` exact zeros are never read; a target that would need them reads all other activations.
     """
     ratios = {name: threshold_ratios(layer.errors) for name, layer in layers.items()}
     total = sum(layer.weights for layer in layers.values())
@@ -149,7 +149,7 @@ def threshold_tables(
         )
         return sum(bits) / total
 
-    # Between these two every activation of any size is read in full, or none is.
+    # At the lower limit every nonzero activation is read in full, at the upper one none is read.
     extremes = np.log([min(r[0] for r in ratios.values()), max(r[-1] for r in ratios.values())])
     low = np.full(len(wanted), np.log(_SMALLEST) - extremes[1])
     high = np.full(len(wanted), np.log(_LARGEST) - extremes[0])

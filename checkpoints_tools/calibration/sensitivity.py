@@ -1,17 +1,18 @@
-"""How much the model's predictions depend on each output of each linear layer.
+"""The sensitivity of the model's predictions to each output of each linear layer.
 
 A small error ``d`` of a layer's outputs changes the predicted distribution by a divergence of
-``E[(g . d)**2] / 2``, where ``g`` is the gradient, with respect to those outputs, of the log-likelihood of
-a token drawn from the model's own prediction (the Fisher information; Amari 1998). With errors that are
-uncorrelated between outputs that is ``sum_n E[g_n**2] E[d_n**2] / 2``, so ``E[g_n**2]`` is what an output's
-squared error is to be weighted by, and errors so weighted are comparable between layers.
+``E[(g . d)**2] / 2``, where ``g`` is the gradient, with respect to those outputs, of the log-likelihood of a
+token drawn from the model's own prediction (the Fisher information; Amari 1998). If errors are uncorrelated
+between outputs, that is ``sum_n E[g_n**2] E[d_n**2] / 2``. So ``E[g_n**2]`` is the weight of an output's
+squared error, and weighted errors are comparable between layers.
 
-One pass forward, which keeps the hidden states between the layers, and one back. The output projection needs
-no way back, and one number for each token of the vocabulary that means something: it gets more tokens.
+One forward pass keeps the hidden states between the layers, and one backward pass uses them. The output
+projection needs no backward pass. Each of its outputs needs a reliable sensitivity, so it gets more tokens.
 
-Memory holds one layer, and the states of a few thousand tokens. In float32, as on a CPU, Qwen3-8B takes some
-5 GiB: 2.3 of states (36 layers x ``TOKENS`` x 4096 x 4 bytes), 2.4 for a layer and its way back, the process
-itself included (measured with two layers of its shape and one window). The vocabulary goes by in blocks.
+Memory holds one layer, and the states of a few thousand tokens. In float32, as on a CPU, Qwen3-8B needs about
+5 GiB: 2.3 GiB of states (36 layers x ``TOKENS`` x 4096 x 4 bytes) and 2.4 GiB for a layer and its backward
+pass, the process included (measured with two layers of its shape and one window). The vocabulary passes in
+ranges.
 """
 
 from collections.abc import Callable
@@ -29,10 +30,10 @@ from grinqh_jax.model.apply import HEAD, Dense
 from grinqh_jax.model.decoder import LAYER_LINEARS, DecoderLayer, RMSNorm
 
 TOKENS = 4096
-"""Enough: what is wanted is one number an output, averaged over a layer when bits are split."""
+"""Number of tokens for the decoder layers. The split of the bits averages them over a layer."""
 
 HEAD_TOKENS = 16384
-"""For the output projection, whose outputs are ordered by what is found."""
+"""Number of tokens for the output projection, whose outputs are ordered by sensitivity."""
 
 
 def output_sensitivities(
@@ -41,32 +42,36 @@ def output_sensitivities(
     compute_dtype,
     *,
     axes: Float[np.ndarray, "d d"] | None = None,
-    done: Callable[[str], None] = lambda part: None,
+    on_progress: Callable[[str], None] = lambda note: None,
 ) -> dict[str, Float[np.ndarray, "n"]]:
-    """``E[g_n**2]`` of every output of every linear layer, by name.
+    """Estimates ``E[g_n**2]`` of every output of every linear layer.
 
     Args:
-      source: the checkpoint.
-      windows: token ids; as many are used as make ``TOKENS`` tokens, or ``HEAD_TOKENS``, at least one.
-      compute_dtype: of the hidden states.
-      axes: orthogonal ``Q``: outputs that are added to the residual stream are counted along its columns.
-      done: called after each layer of each of the two passes, with its name.
+      source: Checkpoint.
+      windows: Token ids. The first ``TOKENS`` or ``HEAD_TOKENS`` tokens are used, in whole windows, at least
+        one window.
+      compute_dtype: Dtype of the hidden states.
+      axes: Orthogonal ``Q``. Outputs that are added to the residual stream are measured along its columns.
+      on_progress: Called with a note after each layer of each of the two passes.
+
+    Returns:
+      Sensitivities by projection (``layers.0.qkv``), and those of the whole vocabulary under ``HEAD``.
     """
     config = source.config
-    way_back, all_windows = (max(tokens // windows.shape[1], 1) for tokens in (TOKENS, HEAD_TOKENS))
-    hidden = embed(source, windows[:all_windows], compute_dtype)
+    layer_windows, head_windows = (max(tokens // windows.shape[1], 1) for tokens in (TOKENS, HEAD_TOKENS))
+    hidden = embed(source, windows[:head_windows], compute_dtype)
     states = []
     for i in range(config.num_layers):
         layer = dense_layer(source, *read_layer(source, i), compute_dtype)
-        states.append(hidden[:way_back].copy())
+        states.append(hidden[:layer_windows].copy())
         for window in hidden:
             window[...] = run_layer(layer, window)
-        del layer  # or it would be in memory beside the next one
-        done(f"forward {i}")
+        del layer  # Frees it before the next one is read.
+        on_progress(f"forward layers.{i}")
     axes = None if axes is None else jnp.asarray(axes)
     norm = RMSNorm(jnp.asarray(source.read("norm.scale")), config.rms_norm_eps)
-    found = {HEAD: _head_variances(source, norm, hidden)}
-    gradients = _head_gradients(source, norm, hidden[:way_back])
+    sensitivities = {HEAD: _head_variances(source, norm, hidden)}
+    gradients = _head_gradients(source, norm, hidden[:layer_windows])
     del hidden
     for i in reversed(range(config.num_layers)):
         layer = dense_layer(source, *read_layer(source, i), compute_dtype)
@@ -74,15 +79,15 @@ def output_sensitivities(
         for window, gradient in zip(states.pop(), gradients, strict=True):
             back, squares = _layer_gradients(layer, window, gradient, axes)
             gradient[...] = back
-            sums = {part: sums[part] + np.asarray(squares[part], np.float64) for part in LAYER_LINEARS}
-        found |= {f"layers.{i}.{part}": sums[part] / len(gradients) for part in LAYER_LINEARS}
+            sums = {name: sums[name] + np.asarray(squares[name], np.float64) for name in LAYER_LINEARS}
+        sensitivities |= {f"layers.{i}.{name}": sums[name] / len(gradients) for name in LAYER_LINEARS}
         del layer
-        done(f"backward {i}")
-    return found
+        on_progress(f"backward layers.{i}")
+    return sensitivities
 
 
 class _Perturbed(Dense):
-    """An ``apply`` strategy that adds a given array to the outputs of each layer, by part."""
+    """An ``apply`` strategy that adds a given array to the outputs of each projection."""
 
     def __init__(self, added: dict[str, Float[Array, "b t n"]]):
         self.added = added
@@ -95,41 +100,41 @@ class _Perturbed(Dense):
 def _layer_gradients(
     layer: DecoderLayer, x: Float[Array, "t d"], gradient: Float[Array, "t d"], axes: jax.Array | None
 ) -> tuple[Float[Array, "t d"], dict[str, Float[Array, "n"]]]:
-    """From the gradient behind a layer to that before it, and the mean squares at its linears' outputs."""
+    """Returns the gradient before a layer, and mean squares of the gradients at its projections' outputs."""
 
     def run(x, added):
         return layer("layer", x[None], jnp.arange(len(x))[None], _Perturbed(added))[0][0]
 
-    outputs = {part: getattr(layer, part).out_features for part in LAYER_LINEARS}
-    nothing = {part: jnp.zeros((1, len(x), n), x.dtype) for part, n in outputs.items()}
-    _, pull_back = jax.vjp(run, x, nothing)
-    back, inner = pull_back(gradient)
+    outputs = {name: getattr(layer, name).out_features for name in LAYER_LINEARS}
+    zeros = {name: jnp.zeros((1, len(x), n), x.dtype) for name, n in outputs.items()}
+    _, pull_back = jax.vjp(run, x, zeros)
+    back, at_outputs = pull_back(gradient)
     if axes is not None:
-        inner |= {part: inner[part] @ axes for part in WRITERS}
-    return back, {part: _mean_square(g[0]) for part, g in inner.items()}
+        at_outputs |= {name: at_outputs[name] @ axes for name in WRITERS}
+    return back, {name: _mean_square(g[0]) for name, g in at_outputs.items()}
 
 
 def _mean_square(gradient: Float[Array, "t n"]) -> Float[Array, "n"]:
-    # The first positions have activations and gradients like no others (``engine.SKIPPED_POSITIONS``).
-    counted = gradient[first_scored_position(len(gradient)) :]
-    return jnp.mean(counted.astype(jnp.float32) ** 2, axis=0)
+    # The first positions have activations and gradients unlike all others (``engine.SKIPPED_POSITIONS``).
+    scored = gradient[first_scored_position(len(gradient)) :]
+    return jnp.mean(scored.astype(jnp.float32) ** 2, axis=0)
 
 
 def _head_variances(
     source: HFCheckpoint, norm: RMSNorm, hidden: Float[np.ndarray, "s t d"]
 ) -> Float[np.ndarray, "v"]:
-    """``E[g_n**2]`` at the logits: the mean of ``p (1 - p)``, over all tokens that could have been drawn.
+    """Returns ``E[g_n**2]`` at the logits: the mean of ``p (1 - p)``, exact over all tokens.
 
-    The vocabulary goes by in blocks, once for each prediction's log-normaliser and once for the sum.
+    The vocabulary passes twice: once for each prediction's log-normaliser, once for the sum.
     """
-    counted = hidden[:, first_scored_position(hidden.shape[1]) :]
-    normaliser = np.full(counted.shape[:2], -np.inf, np.float32)
-    for _, w in vocabulary(source, counted.shape[1]):
-        for window, x in zip(normaliser, counted, strict=True):
+    scored = hidden[:, first_scored_position(hidden.shape[1]) :]
+    normaliser = np.full(scored.shape[:2], -np.inf, np.float32)
+    for _, w in vocabulary(source, scored.shape[1]):
+        for window, x in zip(normaliser, scored, strict=True):
             window[...] = _normaliser(window, norm(x), w)
     sums = []
-    for _, w in vocabulary(source, counted.shape[1]):
-        windows = zip(normaliser, counted, strict=True)
+    for _, w in vocabulary(source, scored.shape[1]):
+        windows = zip(normaliser, scored, strict=True)
         sums.append(sum(np.asarray(_variances(window, norm(x), w), np.float64) for window, x in windows))
     return np.concatenate(sums) / normaliser.size
 
@@ -137,17 +142,17 @@ def _head_variances(
 def _head_gradients(
     source: HFCheckpoint, norm: RMSNorm, hidden: Float[np.ndarray, "s t d"]
 ) -> Float[np.ndarray, "s t d"]:
-    """Behind the last layer: the gradients of the log-likelihood of a token drawn at each position."""
+    """Returns gradients, behind the last layer, of the log-likelihood of a token sampled at each position."""
     rows = jnp.asarray(hidden.reshape(-1, hidden.shape[2]))
     normed, pull_back = jax.vjp(norm, rows)
-    # Log-normaliser of each prediction, and a token drawn from it: the largest of logit + Gumbel noise.
-    drawn = tuple(jnp.full(len(rows), fill) for fill in (-jnp.inf, -jnp.inf, 0))
+    # Log-normaliser of each prediction, and a token sampled from it: the largest logit plus Gumbel noise.
+    sampled = tuple(jnp.full(len(rows), fill) for fill in (-jnp.inf, -jnp.inf, 0))
     for start, w in vocabulary(source, len(rows)):
-        drawn = jax.block_until_ready(_draw(*drawn, normed, w, start))
-    normaliser, _, token = drawn
+        sampled = jax.block_until_ready(_sample(*sampled, normed, w, start))
+    normaliser, _, token = sampled
     gradient = jnp.zeros(normed.shape, jnp.float32)
     for start, w in vocabulary(source, len(rows)):
-        gradient = _share_of_gradient(normaliser, token, normed, w, start, gradient).block_until_ready()
+        gradient = _add_gradient(normaliser, token, normed, w, start, gradient).block_until_ready()
     (gradient,) = pull_back(gradient.astype(normed.dtype))
     return np.array(gradient).reshape(hidden.shape)
 
@@ -163,13 +168,13 @@ def _normaliser(
 def _variances(
     normaliser: Float[Array, "t"], normed: Float[Array, "t d"], w: Float[Array, "d n"]
 ) -> Float[Array, "n"]:
-    """Sums of ``p (1 - p)`` over the positions."""
+    """Returns the sums of ``p (1 - p)`` over the positions."""
     probabilities = jnp.exp(logits(normed, w) - normaliser[:, None])
     return jnp.sum(probabilities * (1 - probabilities), axis=0)
 
 
 @jax.jit
-def _draw(
+def _sample(
     normaliser: Float[Array, "t"],
     best: Float[Array, "t"],
     token: Int[Array, "t"],
@@ -177,19 +182,19 @@ def _draw(
     w: Float[Array, "d n"],
     start: Int[Array, ""],
 ) -> tuple[Float[Array, "t"], Float[Array, "t"], Int[Array, "t"]]:
-    """Takes the block of the vocabulary from ``start`` on into account."""
-    here = logits(normed, w)
-    noisy = here + jax.random.gumbel(jax.random.fold_in(jax.random.key(0), start), here.shape)
+    """Updates the log-normaliser and the sampled token with a range of the vocabulary, from ``start`` on."""
+    scores = logits(normed, w)
+    noisy = scores + jax.random.gumbel(jax.random.fold_in(jax.random.key(0), start), scores.shape)
     better = noisy.max(axis=-1) > best
     return (
-        with_logits(normaliser, here),
+        with_logits(normaliser, scores),
         jnp.where(better, noisy.max(axis=-1), best),
         jnp.where(better, start + jnp.argmax(noisy, axis=-1), token),
     )
 
 
 @jax.jit
-def _share_of_gradient(
+def _add_gradient(
     normaliser: Float[Array, "t"],
     token: Int[Array, "t"],
     normed: Float[Array, "t d"],
@@ -197,7 +202,7 @@ def _share_of_gradient(
     start: Int[Array, ""],
     gradient: Float[Array, "t d"],
 ) -> Float[Array, "t d"]:
-    """Adds what a block of the logits has to do with the gradient at their input."""
+    """Adds the share of a range of the vocabulary to the gradient at the inputs of the logits."""
     probabilities = jnp.exp(logits(normed, w) - normaliser[:, None])
     change = (token[:, None] == start + jnp.arange(w.shape[1])) - probabilities
     return gradient + jnp.matmul(change, w.T.astype(jnp.float32))

@@ -1,4 +1,4 @@
-"""What calibration keeps of the inputs of each linear layer, and the pass that collects it."""
+"""Statistics of the inputs of each linear layer, and the pass over a layer that collects them."""
 
 import dataclasses
 
@@ -15,22 +15,21 @@ from grinqh_jax.model.linear import Linear
 
 
 def first_scored_position(length: int) -> int:
-    """The first position of a window of ``length`` tokens that is counted: there is always one.
+    """Returns the first position of a window of ``length`` tokens that is counted; there is always one.
 
-    Those before it would occur in every window here, and in decoding hardly ever (``SKIPPED_POSITIONS``).
-    They do belong to the range of what a model's activations can be.
+    The positions before it occur in every window here but hardly ever in decoding (``SKIPPED_POSITIONS``).
+    They do count for the range of activations.
     """
     return min(SKIPPED_POSITIONS, length - 1)
 
 
 @dataclasses.dataclass
 class LinearStatistics:
-    """What is known about the inputs of one linear layer; a quantizer may use any of it.
+    """Statistics of the inputs of one linear layer. A quantizer may use any of them.
 
     Attributes:
-      counts: int64 ``[histogram.BINS]``, the histogram of ``|x|`` over all channels, and all tokens but the
-        first few of each window.
-      max_activation: the largest ``|x|`` of all tokens.
+      counts: Histogram of ``|x|`` over all channels and all scored positions, int64 ``[histogram.BINS]``.
+      max_activation: Largest ``|x|`` over all positions.
     """
 
     counts: np.ndarray
@@ -38,22 +37,22 @@ class LinearStatistics:
 
     @classmethod
     def empty(cls) -> "LinearStatistics":
-        """Of no input yet."""
+        """Returns the statistics of no input."""
         return cls(np.zeros(histogram.BINS, np.int64), 0.0)
 
     def add(self, seen: dict[str, jax.Array]) -> None:
-        """Adds what ``observe`` has seen on one batch."""
+        """Adds the result of ``observe`` for one batch."""
         self.counts += np.asarray(seen["counts"])
         self.max_activation = max(self.max_activation, float(seen["max"]))
 
     @property
     def finite(self) -> bool:
-        """Whether all activations were. (Not asked of the maximum: XLA's on a CPU loses NaN.)"""
+        """Whether all scored activations are finite. (XLA's maximum on a CPU loses NaN.)"""
         return not self.counts[histogram.FINITE_BINS :].any()
 
 
 def observe(x: Float[Array, "b t k"]) -> dict[str, jax.Array]:
-    """The statistics of one batch of whole windows, on the device."""
+    """Computes the statistics of one batch of whole windows on the device."""
     return {
         "counts": histogram.count(x[:, first_scored_position(x.shape[1]) :]),
         "max": jnp.max(jnp.abs(x.astype(jnp.float32))),
@@ -61,17 +60,22 @@ def observe(x: Float[Array, "b t k"]) -> dict[str, jax.Array]:
 
 
 class Observed(Dense):
-    """An ``apply`` strategy: every layer at full precision, its inputs observed (``seen``, by part)."""
+    """An ``apply`` strategy that runs every layer at full precision and observes its inputs.
+
+    Attributes:
+      seen: Result of ``observe``, by projection.
+    """
 
     def __init__(self):
         self.seen: dict[str, dict[str, jax.Array]] = {}
 
     def product(self, name: str, linear: Linear, x: Float[Array, "*rows k"]) -> Float[Array, "*rows n"]:
+        """See ``Dense``."""
         self.seen[name.rpartition(".")[2]] = observe(x)
         return super().product(name, linear, x)
 
 
-# One compilation serves all layers: they differ in nothing but their arrays.
+# All layers share one compilation: they differ in nothing but their arrays.
 @jax.jit
 def _run_layer(layer: DecoderLayer, x: jax.Array):
     apply = Observed()
@@ -80,32 +84,37 @@ def _run_layer(layer: DecoderLayer, x: jax.Array):
 
 
 @jax.jit
-def _run_norm(norm: RMSNorm, x: jax.Array):
+def _observe_normed(norm: RMSNorm, x: jax.Array):
     return observe(norm(x))
 
 
 def through_layer(layer: DecoderLayer, hidden: Float[np.ndarray, "s t d"]) -> dict[str, LinearStatistics]:
-    """Runs windows through a dense layer, one at a time, and observes the inputs of its linear layers.
+    """Runs windows through a dense layer, one at a time, and observes the inputs of its projections.
 
     Args:
-      layer: with dense linear layers.
-      hidden: hidden states before the layer, in host memory; replaced by those behind it.
+      layer: Decoder layer with dense projections.
+      hidden: Hidden states before the layer, in host memory; overwritten with the states behind it.
 
     Returns:
       Statistics of ``qkv``, ``o``, ``gate_up`` and ``down``.
     """
-    statistics = {part: LinearStatistics.empty() for part in LAYER_LINEARS}
+    statistics = {projection: LinearStatistics.empty() for projection in LAYER_LINEARS}
     for window in hidden:
         x, seen = _run_layer(layer, window[None])
         window[...] = x[0]
-        for part in LAYER_LINEARS:
-            statistics[part].add(seen[part])
+        for projection in LAYER_LINEARS:
+            statistics[projection].add(seen[projection])
     return statistics
 
 
 def of_head(norm: RMSNorm, hidden: Float[np.ndarray, "s t d"]) -> LinearStatistics:
-    """Observes the inputs of the output projection: the hidden states behind the last layer, normed."""
+    """Observes the inputs of the output projection.
+
+    Args:
+      norm: Norm before the output projection.
+      hidden: Hidden states behind the last layer.
+    """
     statistics = LinearStatistics.empty()
     for window in hidden:
-        statistics.add(_run_norm(norm, window[None]))
+        statistics.add(_observe_normed(norm, window[None]))
     return statistics

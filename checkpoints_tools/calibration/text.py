@@ -1,33 +1,80 @@
 """Calibration text, tokenized and cut into windows of one length."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int32
 
-from grinqh_jax.errors import UsageError
+from grinqh_jax.errors import CheckpointError, UsageError
+from grinqh_jax.hf import HFCheckpoint
+from grinqh_jax.text.documents import read_documents
+from grinqh_jax.text.tokenizer import Tokenizer
 
 DEFAULT_TEXT = Path(__file__).parents[1] / "data" / "calibration.txt"
+
+DEFAULT_TOKENS = 32768
+"""Maximum number of calibration tokens, unless the caller asks for another."""
+
 MAX_WINDOW = 1024
+"""Longest window in tokens."""
+
 _LEAST_TOKENS = 256
+
 _CHARS_PER_TOKEN = 6
-"""More than most tokens have: a span of so many characters a token is long enough for its window."""
+"""Upper estimate of the characters of a token: a span of this many characters a token fills its window."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Text that a quantizer sees.
+
+    Attributes:
+      windows: Token ids ``[windows, tokens of a window]``.
+      name: Name of the text, for the provenance of a checkpoint.
+    """
+
+    windows: Int32[np.ndarray, "s t"]
+    name: str
+
+
+def read_calibration(source: HFCheckpoint, path: Path | None, tokens: int) -> Calibration:
+    """Reads a calibration text and tokenizes it with the tokenizer of a checkpoint.
+
+    Args:
+      source: Checkpoint whose tokenizer and vocabulary are used.
+      path: Text file (see ``read_documents``); None selects the bundled text.
+      tokens: Maximum number of tokens.
+
+    Raises:
+      GrinqhError: The tokenizer is missing or does not fit the model, or the text is too short.
+    """
+    tokenizer = Tokenizer.load(source.directory)
+    documents = read_documents(path or DEFAULT_TEXT)
+    length = min(MAX_WINDOW, source.config.max_position_embeddings)
+    token_windows = windows("\n\n".join(documents), tokenizer.encode, tokens, length)
+    if token_windows.max() >= source.config.vocab_size:
+        raise CheckpointError(
+            f"{source.directory}: the tokenizer produces token {token_windows.max()}, but the model has a"
+            f" vocabulary of {source.config.vocab_size}; use the tokenizer that belongs to the model"
+        )
+    return Calibration(windows=token_windows, name=path.name if path else "bundled")
 
 
 def windows(
     text: str, encode: Callable[[str], Sequence[int]], tokens: int, length: int
 ) -> Int32[np.ndarray, "s t"]:
-    """Token windows taken evenly from the whole text.
+    """Cuts token windows at equal distances from the whole text.
 
     Args:
-      text: of any length; only spans of it are tokenized.
-      encode: text to token ids.
-      tokens: how many are wanted; rounded down to whole windows, fewer if the text has fewer.
-      length: of a window; shorter if the text, or ``tokens``, is shorter than one.
+      text: Text of any length; only the spans that become windows are tokenized.
+      encode: Function from text to token ids.
+      tokens: Number of tokens wanted, rounded down to whole windows. A short text yields fewer.
+      length: Tokens of a window. A window is shorter if the text, or ``tokens``, is shorter than one.
 
     Raises:
-      UsageError: the text gives fewer than 256 tokens, too few to place thresholds.
+      UsageError: The text yields fewer than 256 tokens, too few to place thresholds.
     """
     length = min(length, tokens)
     count = max(1, min(tokens // length, len(text) // (_CHARS_PER_TOKEN * length)))
@@ -37,18 +84,22 @@ def windows(
     shortest = min(map(len, rows))
     if (total := shortest * count) < _LEAST_TOKENS:
         raise UsageError(
-            f"calibration text: {total} tokens of {len(text)} characters, need {_LEAST_TOKENS} or more"
+            f"calibration text: {total} tokens from {len(text)} characters; give a text of at least"
+            f" {_LEAST_TOKENS} tokens"
         )
     return np.array([row[:shortest] for row in rows], np.int32)
 
 
-def windows_of_two_kinds(
+def split_windows(
     windows: Int32[np.ndarray, "s t"],
 ) -> tuple[Int32[np.ndarray, "a u"], Int32[np.ndarray, "b u"]]:
-    """Three windows of every four, and the fourth; of fewer, the last one is apart; one is cut in halves."""
+    """Splits windows into three of every four and the fourth.
+
+    With two or three windows the last one is the second set. A single window is cut in halves.
+    """
     if len(windows) == 1:
         middle = windows.shape[1] // 2
         return windows[:, :middle], windows[:, middle : 2 * middle]
     step = min(4, len(windows))
-    apart = np.arange(len(windows)) % step == step - 1
-    return windows[~apart], windows[apart]
+    second = np.arange(len(windows)) % step == step - 1
+    return windows[~second], windows[second]

@@ -1,1 +1,1 @@
-"""The converter: a Hugging Face checkpoint becomes a GRINQH checkpoint, one decoder layer at a time."""
+"""The converter: turns a Hugging Face checkpoint into a GRINQH checkpoint, one decoder layer at a time."""

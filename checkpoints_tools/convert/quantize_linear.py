@@ -1,87 +1,119 @@
-"""One linear layer from weights and statistics to what a checkpoint stores, in blocks of outputs."""
+"""One linear layer rounded in ranges of outputs: the fit of its levels, and what a checkpoint stores."""
 
+import dataclasses
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from checkpoints_tools.calibration.statistics import LinearStatistics
-from checkpoints_tools.quantizers import Quantizer
+from checkpoints_tools.quantizers import LevelFit, Quantizer, RoundedWeight, level_fit
 from grinqh_jax.errors import CheckpointError
-from pallas_kernels import codes, layout
+from pallas_kernels import from_codes, layout
+from pallas_kernels.weight import num_planes
 
-_BLOCK_WEIGHTS = 1 << 23
-"""Weights quantized at a time: 32 MiB as float32."""
+RANGE_WEIGHTS = 1 << 23
+"""Number of weights that are rounded in one call: 32 MiB as float32."""
 
-_level_fit = jax.jit(codes.level_fit)
+ReadOutputs = Callable[[slice], Float[np.ndarray | Array, "k n"]]
+"""Function from a range of outputs to their columns ``[in_features, outputs]``, in any float dtype."""
 
 
-def quantize_linear(
-    read_outputs: Callable[[slice], Float[np.ndarray | Array, "k n"]],
-    shape: tuple[int, int],
-    statistics: LinearStatistics,
-    quantizer: Quantizer,
-    *,
-    sensitivities: Float[np.ndarray, "n"],
-    max_bits: int,
-    gained: bool,
-    name: str,
-) -> tuple[dict[str, np.ndarray], Float[np.ndarray, "p1"]]:
-    """Quantizes a layer.
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Rounding:
+    """How one linear layer is rounded.
+
+    Attributes:
+      name: Name of the layer in errors.
+      shape: ``(in_features, out_features)``.
+      inputs: Statistics of the layer's inputs.
+      sensitivities: Sensitivity of each output (``calibration.sensitivity``).
+      quantizer: See ``Quantizer``.
+      max_bits: Bits of the stored codes.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    inputs: LinearStatistics
+    sensitivities: Float[np.ndarray, "n"]
+    quantizer: Quantizer
+    max_bits: int
+
+
+def measure_linear(
+    rounding: Rounding,
+    read_outputs: ReadOutputs,
+    keep: Callable[[RoundedWeight], None] = lambda rounded: None,
+) -> LevelFit:
+    """Rounds a layer, one range of outputs after another, and measures the fit of its levels.
+
+    The errors of the levels follow from the rounded codes. The codes of a range live until the next range
+    and are not packed into planes.
 
     Args:
-      read_outputs: gives the columns ``[in, outputs]`` of a range of outputs, in any float dtype.
-      shape: ``(in_features, out_features)``.
-      statistics: of the layer's inputs.
-      quantizer: see ``Quantizer``.
-      sensitivities: of its outputs (``calibration.sensitivity``).
-      max_bits: bits of the stored codes.
-      gained: whether the levels get gains, or are taken as they are.
-      name: of the layer: what an error calls it.
+      rounding: Layer to round.
+      read_outputs: Reads the weights of a range of outputs.
+      keep: Called with the rounded weights of each range.
 
     Returns:
-      ``(leaves, errors)``: the leaves of a ``GradedLinear`` that do not depend on other layers, in host
-      memory: planes, scales, gains, max_activation; and float64 ``[P + 1]``, for each level the mean over
-      the outputs of their mean squared weight error times their sensitivity. These errors do not count the
-      gains: thresholds that do put more channels at level 1, and the model diverges more.
+      Fit of the levels, float64, weighted by the sensitivities. The errors leave level gains out: thresholds
+      that take them into account put more channels at level 1, and the model diverges more.
 
     Raises:
-      CheckpointError: weights or activations are not finite, or do not fit the codes' scales.
+      CheckpointError: Weights or activations are not finite, or do not fit the codes' scales.
     """
-    in_features, out_features = shape
-    if not statistics.finite:
+    in_features, out_features = rounding.shape
+    if not rounding.inputs.finite:
         raise CheckpointError(
-            f"{name}: its inputs are not finite on the calibration text; the weights before it are damaged"
+            f"{rounding.name}: its inputs are not finite on the calibration text; the weights before it are"
+            " damaged"
         )
-    block = max(_BLOCK_WEIGHTS // in_features // layout.TILE, 1) * layout.TILE
-    planes, scales, fits = [], [], []
-    for start in range(0, out_features, block):
-        outputs = slice(start, min(start + block, out_features))
+    width = max(RANGE_WEIGHTS // in_features // layout.TILE, 1) * layout.TILE
+    planes, fits = num_planes(rounding.max_bits), []
+    for start in range(0, out_features, width):
+        outputs = slice(start, min(start + width, out_features))
         w = jnp.asarray(read_outputs(outputs), jnp.float32)
         try:
-            weight = quantizer(w, statistics, max_bits=max_bits, name=name)
+            rounded = rounding.quantizer(w, rounding.inputs, name=rounding.name)
         except ValueError as error:
             raise CheckpointError(str(error)) from None
+        keep(rounded)
+        sensitivities = jnp.asarray(rounding.sensitivities[outputs], jnp.float32)
+        fit = level_fit(w, rounded, sensitivities, num_planes=planes)
+        fits.append([np.asarray(mean, np.float64) * w.shape[1] / out_features for mean in fit])
+    return LevelFit(*(np.sum(means, axis=0) for means in zip(*fits, strict=True)))
+
+
+def quantize_linear(rounding: Rounding, read_outputs: ReadOutputs) -> tuple[dict[str, np.ndarray], LevelFit]:
+    """Rounds a layer as ``measure_linear`` does, and packs its codes.
+
+    Args:
+      rounding: Layer to round.
+      read_outputs: Reads the weights of a range of outputs.
+
+    Returns:
+      ``(leaves, fit)``: the leaves ``planes`` and ``scales`` of a ``GradedLinear``, in host memory, and the
+      fit of the levels.
+
+    Raises:
+      CheckpointError: See ``measure_linear``.
+    """
+    planes, scales = [], []
+
+    def pack(rounded: RoundedWeight) -> None:
+        weight = from_codes(rounded.codes, rounded.scales, max_bits=rounding.max_bits)
         planes.append(np.asarray(weight.planes))
         scales.append(np.asarray(weight.scales))
-        here = _level_fit(w, weight, jnp.asarray(sensitivities[outputs], jnp.float32))
-        fits.append([np.asarray(mean, np.float64) * w.shape[1] / out_features for mean in here])
-    fit = codes.LevelFit(*(np.sum(part, axis=0) for part in zip(*fits, strict=True)))
-    leaves = {
-        "planes": np.concatenate(planes, axis=-1),
-        "scales": np.concatenate(scales, axis=-1),
-        "gains": fit_gains(fit) if gained else np.ones(len(fit.slopes), np.float32),
-        "max_activation": np.float32(statistics.max_activation),
-    }
-    return leaves, fit.errors
+
+    fit = measure_linear(rounding, read_outputs, keep=pack)
+    return {"planes": np.concatenate(planes, axis=-1), "scales": np.concatenate(scales, axis=-1)}, fit
 
 
-def fit_gains(fit: codes.LevelFit) -> Float[np.ndarray, "p"]:
-    """Gains ``g_l`` that minimise ``E[(w - g_l w_l)**2]``: ``1 + E[w_l (w - w_l)] / E[w_l**2]``, float32.
+def fit_gains(fit: LevelFit) -> Float[np.ndarray, "p"]:
+    """Level gains ``g_l`` that minimise ``E[(w - g_l w_l)**2]``: ``1 + E[w_l (w - w_l)] / E[w_l**2]``.
 
-    The highest level, full precision, is left as it is.
+    The gain of the highest level, full precision, stays 1. Returns float32.
     """
     slopes, squares = fit.slopes, fit.squares
     gains = 1 + np.divide(slopes, squares, out=np.zeros_like(slopes), where=squares > 0)

@@ -1,4 +1,4 @@
-"""What a checkpoint takes."""
+"""Size of a checkpoint."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ from pallas_kernels import NestedWeight
 
 
 def bits_per_weight_stored(source: HFCheckpoint, max_bits: int) -> float:
-    """Bits that a weight of the linear layers takes in memory, scales and padding included."""
+    """Returns the bits per weight of the linear layers in memory, scales and padding included."""
     shapes = linear_shapes(source.config).values()
     stored = sum(
         leaf.size * leaf.dtype.itemsize
@@ -22,5 +22,5 @@ def bits_per_weight_stored(source: HFCheckpoint, max_bits: int) -> float:
 
 
 def directory_bytes(directory: Path) -> int:
-    """Bytes of all files of a checkpoint."""
+    """Returns the bytes of all files of a checkpoint."""
     return sum(os.path.getsize(file) for file in directory.rglob("*") if file.is_file())

@@ -1,4 +1,4 @@
-"""Which tokens go into which block of the output projection (``grinqh_jax.model.output_projection``)."""
+"""Assigns tokens to the vocabulary blocks (see ``grinqh_jax.model.output_projection``)."""
 
 import numpy as np
 from jaxtyping import Float, Int, Int32
@@ -6,22 +6,22 @@ from jaxtyping import Float, Int, Int32
 from grinqh_jax.model.output_projection import block_sizes
 
 UNSEEN = 0.15
-"""The share of all sensitivity that is spread evenly over the vocabulary. Tokens that the calibration text
-never comes near would count for nothing, and another text has other tokens."""
+"""Share of the total sensitivity that is spread uniformly over the vocabulary. Without it, tokens that the
+calibration text never comes near would count for nothing, and another text has other tokens."""
 
 
 def smooth_sensitivities(sensitivities: Float[np.ndarray, "v"]) -> Float[np.ndarray, "v"]:
-    """Sensitivities of the tokens' logits, those on the calibration text brought closer to their mean."""
+    """Moves the sensitivities of the tokens' logits towards their mean, by the share ``UNSEEN``."""
     return (1 - UNSEEN) * sensitivities + UNSEEN * sensitivities.mean()
 
 
 def token_blocks(sensitivities: Float[np.ndarray, "v"]) -> list[Int[np.ndarray, "tokens"]]:
-    """The tokens of each block, ascending: the first block has those that predictions depend on most."""
+    """Returns the tokens of each vocabulary block, ascending; the first block has the most sensitive ones."""
     order = np.argsort(-sensitivities, kind="stable")
     ends = np.cumsum(block_sizes(len(sensitivities)))
     return [np.sort(tokens) for tokens in np.split(order, ends[:-1])]
 
 
-def token_columns(blocks: list[Int[np.ndarray, "tokens"]]) -> Int32[np.ndarray, "v"]:
-    """Where each token is among the outputs of all blocks."""
+def token_to_output(blocks: list[Int[np.ndarray, "tokens"]]) -> Int32[np.ndarray, "v"]:
+    """Returns, for each token, the index of its logit among the outputs of all vocabulary blocks."""
     return np.argsort(np.concatenate(blocks)).astype(np.int32)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from checkpoints_tools.baselines import __main__ as baselines
 from checkpoints_tools.baselines import model as fixed
 from checkpoints_tools.baselines import reading
+from checkpoints_tools.calibration.text import read_calibration
 from checkpoints_tools.convert import command as convert
 from grinqh_jax.decoding.bits import FULL, Bits
 from grinqh_jax.decoding.generator import Generator
@@ -144,7 +145,7 @@ class SweepContext:
         settings = [bits for bits in settings if bits <= reading.INT4_BITS]
 
         def skipping(generator: Generator) -> Generator:
-            calibration = convert.read_calibration(self.source, self.calib, self.calib_tokens)
+            calibration = read_calibration(self.source, self.calib, self.calib_tokens)
             return reading.skip_int4(generator, calibration.windows)
 
         return self._graded(method, "skip and int4 (TEAL)", options, settings, None, skipping)

@@ -1,19 +1,19 @@
-"""Quantizers: functions from a weight and what is known about its inputs to nested codes."""
+"""Quantizers: functions from a weight, and statistics of its inputs, to 8-bit codes and scales."""
 
 from collections.abc import Callable
 
 from checkpoints_tools.calibration.statistics import LinearStatistics
+from checkpoints_tools.quantizers.rounded_weight import LevelFit, RoundedWeight, level_fit
 from checkpoints_tools.quantizers.rtn import rtn
-from pallas_kernels import NestedWeight
 
-Quantizer = Callable[..., NestedWeight]
-"""``quantizer(w [K, N], statistics: LinearStatistics, *, max_bits, name) -> NestedWeight``.
+Quantizer = Callable[..., RoundedWeight]
+"""``quantizer(w [K, N], statistics: LinearStatistics, *, name) -> RoundedWeight``.
 
-``w`` is float32 and may be any range of a layer's outputs, which are quantized independently of one
-another; ``name`` is what errors call the layer. Raises ValueError where w cannot be quantized.
+``w`` is float32 and holds any range of a layer's outputs; the quantizer treats outputs independently of one
+another. ``name`` names the layer in errors. Raises ValueError if ``w`` cannot be quantized.
 """
 
 QUANTIZERS: dict[str, Quantizer] = {"rtn": rtn}
-"""By the name that ``--quantizer`` and the checkpoint's provenance give them."""
+"""Quantizers by the name that ``--quantizer`` and the provenance of a checkpoint use."""
 
-__all__ = ["QUANTIZERS", "LinearStatistics", "Quantizer", "rtn"]
+__all__ = ["QUANTIZERS", "LevelFit", "LinearStatistics", "Quantizer", "RoundedWeight", "level_fit", "rtn"]

@@ -1,12 +1,15 @@
-"""Round to nearest: symmetric max-abs scales, each weight in the interval that holds it."""
+"""Round to nearest: symmetric max-abs scales, and for each weight the code whose interval holds it."""
 
 from jaxtyping import Array, Float
 
 from checkpoints_tools.calibration.statistics import LinearStatistics
-from pallas_kernels import NestedWeight, quantize
+from checkpoints_tools.quantizers.rounded_weight import RoundedWeight
+from pallas_kernels import codes
 
 
-def rtn(w: Float[Array, "k n"], statistics: LinearStatistics, *, max_bits: int, name: str) -> NestedWeight:
-    """See ``Quantizer``; looks at the weights only (``pallas_kernels.codes.quantize``)."""
+def rtn(w: Float[Array, "k n"], statistics: LinearStatistics, *, name: str) -> RoundedWeight:
+    """Rounds ``w``, ignoring the statistics (see ``Quantizer`` and ``pallas_kernels.codes.quantize``)."""
     del statistics
-    return quantize(w, max_bits=max_bits, name=name)
+    codes.check_quantizable(w, name)
+    scales = codes.max_abs_scales(w)
+    return RoundedWeight(codes.encode(w, scales), scales)

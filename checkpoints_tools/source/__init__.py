@@ -1,1 +1,1 @@
-"""Reading the unquantized source checkpoint one layer, or one block of the vocabulary, at a time."""
+"""Reads the unquantized source checkpoint one layer, or one range of the vocabulary, at a time."""

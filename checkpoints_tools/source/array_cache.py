@@ -1,4 +1,4 @@
-"""What has been read once and stays in memory while there is room for it."""
+"""A cache of arrays that are expensive to read, limited to the memory that is free."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -6,39 +6,39 @@ from typing import TypeVar
 import jax
 
 HOST_BYTES = 1 << 30
-"""Limit on a CPU, where host and device share their memory: a conversion should need little of it."""
+"""Limit on a CPU, where host and device share their memory and a conversion should need little of it."""
 
 T = TypeVar("T")
 
 
 class ArrayCache:
-    """Pytrees of arrays by name; each is read again and again once they fill the room that there is.
+    """A cache of pytrees of arrays by name, which are read again each time once the cache is full.
 
-    The first ones are kept, not the last: in a pass over all layers the last ones would always be those that
-    the next pass wants last.
+    The cache keeps the first pytrees, not the last ones: a pass over all layers ends with those that the next
+    pass needs last.
 
     Args:
-      limit: bytes; ``room()`` by default.
+      limit: Capacity in bytes; ``free_bytes()`` by default.
     """
 
     def __init__(self, limit: int | None = None):
-        self._room = room() if limit is None else limit
+        self._free = free_bytes() if limit is None else limit
         self._values: dict[str, object] = {}
 
     def __call__(self, name: str, read: Callable[[], T]) -> T:
-        """The value of that name, from ``read`` if it is not kept."""
+        """Returns the value called ``name``, from ``read`` if it is not cached."""
         if name in self._values:
             return self._values[name]
         value = read()
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(value))
-        if size <= self._room:
-            self._room -= size
+        if size <= self._free:
+            self._free -= size
             self._values[name] = value
         return value
 
 
-def room() -> int:
-    """Bytes: half of what the first device has free, or ``HOST_BYTES`` on a CPU."""
+def free_bytes() -> int:
+    """Returns half of the free memory of the first device in bytes, or ``HOST_BYTES`` on a CPU."""
     device = jax.local_devices()[0]
     statistics = device.memory_stats()
     if device.platform == "cpu" or not statistics:

@@ -1,4 +1,4 @@
-"""A source checkpoint a piece at a time: the embedded windows, and one decoder layer, dense."""
+"""A source checkpoint in pieces: the embedded windows, and one dense decoder layer."""
 
 import jax
 import jax.numpy as jnp
@@ -9,52 +9,56 @@ from grinqh_jax.model.apply import Dense
 from grinqh_jax.model.decoder import DecoderLayer
 
 WRITERS = ("o", "down")
-"""Linear layers that write to the residual stream."""
+"""Projections that write the residual stream."""
 
-BLOCK_VALUES = 1 << 24
-"""Of an embedding or an output projection in memory at a time: 64 MiB as float32."""
+VALUES_IN_MEMORY = 1 << 24
+"""Number of values of an embedding or output projection in memory at once: 64 MiB as float32."""
 
 
 def read_layer(source, i: int) -> tuple[dict[str, np.ndarray | Array], dict[str, np.ndarray]]:
-    """``(kernels, norms)`` of layer ``i`` by part (``qkv``, ``input_norm``), in the dtype that is stored.
+    """Reads a layer in the stored dtype.
 
     Args:
-      source: ``grinqh_jax.hf.HFCheckpoint``, or what reads like one.
-      i: which layer.
+      source: ``grinqh_jax.hf.HFCheckpoint``, or an object that reads like one.
+      i: Index of the layer.
+
+    Returns:
+      ``(kernels, norms)``: kernels ``[in, out]`` by projection (``qkv``), and scales by norm
+      (``input_norm``).
     """
     prefix = f"layers.{i}."
     kernels, norms = {}, {}
-    # Kernels first: a rotated checkpoint learns the norms from them.
+    # Reads the kernels first, because a rotated checkpoint derives the norms from them.
     for key in sorted(source.parameters, key=lambda key: not key.endswith(".kernel")):
         if key.startswith(prefix):
-            part, leaf = key.removeprefix(prefix).split(".")
-            (kernels if leaf == "kernel" else norms)[part] = source.read(key)
+            name, leaf = key.removeprefix(prefix).split(".")
+            (kernels if leaf == "kernel" else norms)[name] = source.read(key)
     return kernels, norms
 
 
 def dense_layer(
     source, kernels: dict[str, np.ndarray | Array], norms: dict[str, np.ndarray], compute_dtype
 ) -> DecoderLayer:
-    """The layer that ``read_layer`` has read, ready to run."""
-    tree = {part: {"kernel": kernel} for part, kernel in kernels.items()}
-    tree |= {part: {"scale": jnp.asarray(scale)} for part, scale in norms.items()}
+    """Builds the decoder layer that ``read_layer`` has read."""
+    tree = {name: {"kernel": kernel} for name, kernel in kernels.items()}
+    tree |= {name: {"scale": jnp.asarray(scale)} for name, scale in norms.items()}
     return DecoderLayer(source.config, tree, compute_dtype)
 
 
 @jax.jit
 def run_layer(layer: DecoderLayer, x: Float[Array, "t d"]) -> Float[Array, "t d"]:
-    """Takes the hidden states of a window through a dense layer."""
+    """Runs the hidden states of a window through a dense layer."""
     return layer("layer", x[None], jnp.arange(len(x))[None], Dense())[0][0]
 
 
 def embed(source, windows: Int32[np.ndarray, "s t"], dtype) -> Float[np.ndarray, "s t d"]:
-    """Hidden states before the first layer; the embedding is read in blocks."""
+    """Returns the hidden states before the first layer, reading the embedding in ranges of tokens."""
     vocab, width = source.parameters["embed.embedding"]
     hidden = np.empty((*windows.shape, width), dtype)
-    block = max(BLOCK_VALUES // width, 1)
-    for start in range(0, vocab, block):
-        here = (windows >= start) & (windows < start + block)
-        if here.any():
-            rows = np.asarray(source.read("embed.embedding", slice(start, min(start + block, vocab))))
-            hidden[here] = rows[windows[here] - start]
+    size = max(VALUES_IN_MEMORY // width, 1)
+    for start in range(0, vocab, size):
+        in_range = (windows >= start) & (windows < start + size)
+        if in_range.any():
+            rows = np.asarray(source.read("embed.embedding", slice(start, min(start + size, vocab))))
+            hidden[in_range] = rows[windows[in_range] - start]
     return hidden

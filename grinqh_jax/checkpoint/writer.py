@@ -66,7 +66,7 @@ class Writer:
         try:
             self._start_or_resume({"fingerprint": fingerprint, "version": VERSION}, overwrite)
             self._leaves = self._completed_parts()
-            self._sealed_parts: frozenset[str] = frozenset()
+            self._sealed_leaves: frozenset[str] = frozenset()
         except BaseException:
             self.close()
             raise
@@ -134,25 +134,36 @@ class Writer:
             earlier = self._partial.glob(_RESUME_STATE + "*")
             _remove(file for file in earlier if file != self._resume_state_file(name))
 
-    def read_part(self, name: str) -> dict[str, Any]:
-        """Reads a part back as a nested dict of arrays on the first device.
+    def read(self, name: str) -> dict[str, Any]:
+        """Reads back a subtree, which several parts may have written.
+
+        Args:
+          name: Dotted name of the subtree's root in the state tree, such as ``layers.0``.
+
+        Returns:
+          The leaves that are written so far, a nested dictionary from that root, on the first device.
 
         Raises:
-          CheckpointError: The part has not been written.
+          CheckpointError: No leaf below that name has been written.
         """
-        if name not in self._leaves:
-            raise CheckpointError(f"part {name} has not been written")
-        if self._sealed_parts != self.parts:  # Orbax reads from sealed checkpoints only.
+        leaves = {leaf: spec for part in self._leaves.values() for leaf, spec in part.items()}
+        wanted = {leaf: spec for leaf, spec in leaves.items() if leaf.startswith(f"{name}.")}
+        if not wanted:
+            raise CheckpointError(f"{name} has not been written")
+        if not self._sealed_leaves.issuperset(wanted):  # Orbax reads from finished checkpoints only.
             self._seal()
         first_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         abstract = {
             leaf: jax.ShapeDtypeStruct(spec.shape, jax.numpy.dtype(spec.dtype), sharding=first_device)
-            for leaf, spec in self._leaves[name].items()
+            for leaf, spec in wanted.items()
         }
         context = ocp.Context()
         context.pytree.loading.partial_load = True
         with context:
-            return ocp.load(self._partial / _SEALED, traverse_util.unflatten_dict(abstract, sep="."))
+            tree = ocp.load(self._partial / _SEALED, traverse_util.unflatten_dict(abstract, sep="."))
+        for key in name.split("."):
+            tree = tree[key]
+        return tree
 
     def finalize(
         self, config: Mapping[str, Any], quantization: QuantizationConfig, files: Iterable[str | Path] = ()
@@ -256,7 +267,7 @@ class Writer:
         shutil.copytree(self._partial / (_PARTS + _PARTIAL_SAVE), merging, copy_function=_link_data)
         with _storage():
             ocp.partial.finalize(sealed)
-        self._sealed_parts = self.parts
+        self._sealed_leaves = frozenset(leaf for part in self._leaves.values() for leaf in part)
         return sealed
 
 

@@ -1,4 +1,4 @@
-"""Histograms and thresholds: the mean that was asked for, by the allocation that is optimal."""
+"""Histograms and thresholds: the mean bits asked for, by the optimal allocation."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -30,11 +30,11 @@ ACTIVATIONS = {
 
 
 def threshold_table(counts, errors, targets):
-    """Of a model of one layer."""
+    """Returns the table of a model with one layer."""
     return threshold_tables({"layer": GradedCosts(np.asarray(counts), errors, 1)}, targets)["layer"]
 
 
-def test_counts_are_those_of_bfloat16_truncation():
+def test_counts_follow_bfloat16_truncation():
     x = np.concatenate([ACTIVATIONS["heavy-tailed"].reshape(-1), [0.0, -0.0, 3e38, -np.inf, np.nan]])
     x = x.astype(np.float32)
     counts = np.asarray(histogram.count(jnp.asarray(x)))
@@ -80,7 +80,7 @@ def test_every_target_is_met_on_the_calibration_data(name, max_bits):
     assert (np.diff(table, axis=0) < 0).all()
 
 
-def test_the_grid_runs_in_quarters_up_to_all_bits():
+def test_the_targets_rise_in_quarters_to_all_bits():
     assert target_grid(8) == tuple(1 + 0.25 * i for i in range(29))
     assert target_grid(2) == (1.0, 1.25, 1.5, 1.75, 2.0)
 
@@ -91,14 +91,14 @@ errors_strategy = st.lists(st.floats(1e-6, 10), min_size=2, max_size=5)
 @given(errors=errors_strategy, exponent=st.floats(-6, 6))
 @settings(deadline=None, max_examples=200)
 def test_thresholds_choose_the_least_cost_for_every_activation(errors, exponent):
-    """By brute force over the levels, also for errors that do not fall or are not convex."""
+    """Compares with brute force over the levels, including errors that rise or are not convex."""
     errors = np.array(errors)
     penalty = 10.0**exponent
     ratios = threshold_ratios(errors)
     assert (np.diff(ratios) >= 0).all()
     assert (ratios > 0).all()
     assert np.isfinite(ratios).all()
-    # Levels that gain nothing are read by activations so large that no real one is among these.
+    # Levels without a smaller error are read at magnitudes beyond this range.
     x = np.sqrt(penalty) * np.logspace(-3, 3, 301)
     level = (x[:, None] >= np.sqrt(penalty) * ratios).sum(axis=1)
     cost = x[:, None] ** 2 * errors + penalty * 2 * np.arange(len(errors))
@@ -117,14 +117,14 @@ def test_dead_weights_and_dead_activations_have_finite_thresholds():
     counts = np.asarray(histogram.count(jnp.asarray(x)))
     table = threshold_table(counts, np.zeros(5), (1.0, 2.0, 4.0, 8.0))
     assert np.isfinite(table).all()
-    # A quarter of the activations is not zero: that is 2 bits at most, and zeros are not read for nothing.
+    # Only a quarter of the activations is nonzero, so at most 2 bits are read; zeros are skipped.
     np.testing.assert_allclose(mean_bits(counts, table)[1:3], 2.0, atol=0.01)
     assert mean_bits(counts, table)[3] == 8
     dead = threshold_table(np.asarray(histogram.count(jnp.zeros(8))), GAUSSIAN_ERRORS, (1.0, 8.0))
     assert np.isfinite(dead).all()
 
 
-def test_a_layer_that_nothing_depends_on_is_read_after_all_others():
+def test_a_layer_that_nothing_depends_on_is_read_last():
     counts = np.asarray(histogram.count(jnp.asarray(ACTIVATIONS["gaussian"])))
     layers = {"live": GradedCosts(counts, GAUSSIAN_ERRORS, 1), "dead": GradedCosts(counts, np.zeros(5), 1)}
     tables = threshold_tables(layers, (2.0, 5.0, 8.0))
@@ -144,7 +144,7 @@ def test_a_layer_that_the_text_hardly_needs_is_not_starved():
     sizes = {"much": 100, "little": 300, "none": 100}
     layers = {name: GradedCosts(counts, errors[name], sizes[name]) for name in errors}
     spread = smooth_sensitivities(layers)
-    # Three quarters stay where they are, one is spread over 500 weights, of which 100 cannot have theirs.
+    # One quarter is spread over 500 weights; the 100 that nothing depends on keep errors of 0.
     before, after = (
         {name: layer.errors[0] * layer.weights for name, layer in costs.items()} for costs in (layers, spread)
     )
@@ -164,7 +164,7 @@ def test_a_layer_that_the_text_hardly_needs_is_not_starved():
 
 
 def test_bits_are_split_so_that_no_exchange_between_layers_gains():
-    """Three layers of unlike sizes, errors and activations; bits moved from any one to any other."""
+    """Moves bits between three layers of different sizes, errors and activations."""
     generator = np.random.default_rng(1)
     samples = {
         "a": ACTIVATIONS["gaussian"],
@@ -179,7 +179,7 @@ def test_bits_are_split_so_that_no_exchange_between_layers_gains():
     }
 
     def cost(name, thresholds):
-        """Bits of the layer's weights, and its part of the divergence."""
+        """Returns the bits of the layer's weights and its share of the divergence."""
         x = np.abs(samples[name].reshape(-1, 1)).astype(np.float64)
         level = (x >= thresholds).sum(axis=1)
         return weights[name] * 2 * level.mean(), weights[name] * (x[:, 0] ** 2 * errors[name][level]).mean()
@@ -196,7 +196,7 @@ def test_bits_are_split_so_that_no_exchange_between_layers_gains():
 
 
 def test_the_allocation_beats_its_neighbours_on_a_real_product():
-    """Output error at equal mean bits: the calibrated thresholds against ones moved apart or together."""
+    """At equal mean bits, thresholds that are closer together or further apart give a larger error."""
     generator = np.random.default_rng(0)
     w = jnp.asarray(generator.standard_normal((256, 64)), jnp.float32)
     x = jnp.asarray(generator.standard_t(4, (512, 256)), jnp.float32)
@@ -215,6 +215,6 @@ def test_the_allocation_beats_its_neighbours_on_a_real_product():
         for stretch in (0.6, 1.6):
             shape = np.log(threshold_ratios(errors))
             moved_errors = np.exp(-2 * stretch * (shape - shape[0]))
-            steps = np.append(moved_errors, 0)  # errors whose thresholds have this shape
+            steps = np.append(moved_errors, 0)  # Errors whose thresholds have this shape.
             moved = threshold_table(counts, np.append(np.cumsum(steps[::-1])[::-1], 0)[:5], (target,))[0]
             assert output_error(thresholds) < output_error(moved)

@@ -1,4 +1,4 @@
-"""Sensitivities: the layer-by-layer pass against the gradient of the whole model, and against divergences."""
+"""Sensitivities: the layer-by-layer pass compared with whole-model gradients and with divergences."""
 
 import hf_directories
 import jax
@@ -23,7 +23,7 @@ def source(request, tmp_path_factory):
 
 
 class Perturbed(Dense):
-    """Adds an array to the outputs of every layer."""
+    """Adds a given array to the outputs of each linear layer."""
 
     def __init__(self, added):
         self.added = added
@@ -33,19 +33,19 @@ class Perturbed(Dense):
 
 
 @pytest.fixture
-def exact_prediction(monkeypatch):
-    """Makes the drawn token a fixed function of the position, so that the oracle draws the same."""
+def greedy_tokens(monkeypatch):
+    """Removes the noise, so that the sampled token is the most likely one."""
 
-    def largest(*args, **kwargs):
+    def no_noise(*args, **kwargs):
         return jnp.zeros(args[1])
 
-    monkeypatch.setattr(jax.random, "gumbel", largest)
-    sensitivity._draw.clear_cache()
+    monkeypatch.setattr(jax.random, "gumbel", no_noise)
+    sensitivity._sample.clear_cache()
     yield
-    sensitivity._draw.clear_cache()
+    sensitivity._sample.clear_cache()
 
 
-def test_they_are_the_mean_squares_of_the_whole_models_gradients(source, exact_prediction):
+def test_sensitivities_are_mean_squares_of_the_whole_models_gradients(source, greedy_tokens):
     model = load_decoder(source, jnp.float32)
     tokens = jnp.asarray(WINDOWS)
     predicted = jnp.argmax(model(tokens), axis=-1)
@@ -58,7 +58,7 @@ def test_they_are_the_mean_squares_of_the_whole_models_gradients(source, exact_p
     added = {name: jnp.zeros((*tokens.shape, shapes[name][1])) for name in linear_names(source.config)}
     gradients = jax.jit(jax.grad(log_likelihood))(added)
     found = sensitivity.output_sensitivities(source, WINDOWS, np.float32)
-    # Of the output projection it is the mean over all tokens that might have been drawn.
+    # For the output projection it is the expectation over all tokens.
     p = np.asarray(jax.nn.softmax(model(tokens)), np.float64)[:, SKIPPED_POSITIONS:]
     np.testing.assert_allclose(found.pop(HEAD), np.mean(p * (1 - p), axis=(0, 1)), rtol=1e-3)
     del gradients[f"{HEAD}.blocks.0"]
@@ -68,21 +68,21 @@ def test_they_are_the_mean_squares_of_the_whole_models_gradients(source, exact_p
         np.testing.assert_allclose(found[name], expected, rtol=2e-3, atol=1e-4 * expected.max(), err_msg=name)
 
 
-def test_along_other_axes_they_are_those_of_the_turned_outputs(source):
+def test_axes_rotate_the_outputs_that_write_the_stream(source):
     width = source.config.hidden_size
     axes = np.linalg.qr(np.random.default_rng(0).standard_normal((width, width)))[0].astype(np.float32)
     plain = sensitivity.output_sensitivities(source, WINDOWS, np.float32)
-    turned = sensitivity.output_sensitivities(source, WINDOWS, np.float32, axes=axes)
+    rotated = sensitivity.output_sensitivities(source, WINDOWS, np.float32, axes=axes)
     for name in plain:
         if name.endswith((".o", ".down")):
-            assert not np.allclose(turned[name], plain[name], rtol=0.01)
-            np.testing.assert_allclose(turned[name].sum(), plain[name].sum(), rtol=1e-3)
+            assert not np.allclose(rotated[name], plain[name], rtol=0.01)
+            np.testing.assert_allclose(rotated[name].sum(), plain[name].sum(), rtol=1e-3)
         else:
-            np.testing.assert_array_equal(turned[name], plain[name])
+            np.testing.assert_array_equal(rotated[name], plain[name])
 
 
-def test_they_predict_the_divergence_that_noise_causes(source):
-    """KL is about ``sum_n E[g_n**2] E[d_n**2] / 2``; one token is drawn per position, hence the tolerance."""
+def test_sensitivities_predict_the_divergence_that_noise_causes(source):
+    """KL is about ``sum_n E[g_n**2] E[d_n**2] / 2``. Sampling one token per position makes it noisy."""
     windows = np.random.default_rng(7).integers(0, 300, (40, 40)).astype(np.int32)
     found = sensitivity.output_sensitivities(source, windows, np.float32)
     found[f"{HEAD}.blocks.0"] = found[HEAD]
@@ -99,7 +99,7 @@ def test_they_predict_the_divergence_that_noise_causes(source):
         assert 0.6 * 0.002 < float(divergence) < 1.6 * 0.002, name
 
 
-def test_more_windows_count_for_the_head_only(source, monkeypatch):
+def test_the_head_uses_more_windows_than_the_layers(source, monkeypatch):
     monkeypatch.setattr(sensitivity, "TOKENS", 40)
     one, three = (sensitivity.output_sensitivities(source, WINDOWS[:n], np.float32) for n in (1, 3))
     p = np.asarray(jax.nn.softmax(load_decoder(source, jnp.float32)(jnp.asarray(WINDOWS))), np.float64)
@@ -110,12 +110,12 @@ def test_more_windows_count_for_the_head_only(source, monkeypatch):
         np.testing.assert_allclose(three[name], one[name], rtol=1e-5, err_msg=name)
 
 
-def test_blocks_of_the_vocabulary_change_nothing(source, exact_prediction, monkeypatch):
+def test_ranges_of_the_vocabulary_change_nothing(source, greedy_tokens, monkeypatch):
     whole = sensitivity.output_sensitivities(source, WINDOWS, np.float32)
-    monkeypatch.setattr(source_head, "BLOCK_VALUES", 120 * 100)
+    monkeypatch.setattr(source_head, "VALUES_IN_MEMORY", 120 * 100)
     assert len(list(source_head.vocabulary(source, 40))) > 1
-    in_blocks = sensitivity.output_sensitivities(source, WINDOWS, np.float32)
+    in_ranges = sensitivity.output_sensitivities(source, WINDOWS, np.float32)
     for name in whole:
         np.testing.assert_allclose(
-            in_blocks[name], whole[name], rtol=1e-3, atol=1e-5 * whole[name].max(), err_msg=name
+            in_ranges[name], whole[name], rtol=1e-3, atol=1e-5 * whole[name].max(), err_msg=name
         )

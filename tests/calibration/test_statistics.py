@@ -1,4 +1,4 @@
-"""The pass that collects activation statistics: what it sees, and what it leaves behind."""
+"""The pass that collects activation statistics: the statistics, and the hidden states it leaves."""
 
 import hf_directories
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ def decoder(tmp_path_factory):
 
 
 class Recorder(Dense):
-    """Keeps every layer's inputs."""
+    """Records the inputs of every linear layer."""
 
     def __init__(self):
         self.inputs = {}
@@ -30,31 +30,31 @@ class Recorder(Dense):
         return super().product(name, linear, x)
 
 
-def test_layer_by_layer_sees_what_the_whole_model_sees(decoder):
+def test_layers_one_by_one_see_the_inputs_of_the_whole_model(decoder):
     recorder = Recorder()
     final, _ = decoder.hidden(jnp.asarray(TOKENS), jnp.broadcast_to(jnp.arange(20), (3, 20)), recorder)
     decoder.logits(final, recorder)
     hidden = np.asarray(decoder.embed(jnp.asarray(TOKENS), jnp.float32)).copy()
     for i, layer in enumerate(decoder.layers):
         seen = statistics.through_layer(layer, hidden)
-        for part in LAYER_LINEARS:
-            check(seen[part], recorder.inputs[f"layers.{i}.{part}"])
+        for projection in LAYER_LINEARS:
+            check(seen[projection], recorder.inputs[f"layers.{i}.{projection}"])
     check(statistics.of_head(decoder.norm, hidden), recorder.inputs["lm_head.blocks.0"])
     np.testing.assert_allclose(decoder.norm(hidden), final.array, rtol=1e-4, atol=1e-5)
 
 
 def check(seen, inputs):
-    """All channels of all windows but the first positions; the maximum of everything."""
-    counted = jnp.asarray(inputs[:, statistics.SKIPPED_POSITIONS :])
+    """Compares counts over all scored positions, and the maximum over all positions."""
+    scored = jnp.asarray(inputs[:, statistics.SKIPPED_POSITIONS :])
     assert seen.finite
-    assert seen.counts.sum() == counted.size
-    expected = np.asarray(histogram.count(counted))
-    # Windows one at a time round differently: a few values change their bin for the next one.
-    assert np.abs(np.cumsum(seen.counts - expected)).max() <= max(3, counted.size // 1000)
+    assert seen.counts.sum() == scored.size
+    expected = np.asarray(histogram.count(scored))
+    # Running windows one at a time rounds differently, which moves a few values to the next bin.
+    assert np.abs(np.cumsum(seen.counts - expected)).max() <= max(3, scored.size // 1000)
     np.testing.assert_allclose(seen.max_activation, np.abs(inputs).max(), rtol=1e-5)
 
 
-def test_the_first_positions_set_the_range_and_nothing_else():
+def test_the_first_positions_count_for_the_range_only():
     x = np.full((1, 10, 8), 0.5, np.float32)
     x[0, 0, 0] = 1000.0
     seen = statistics.LinearStatistics.empty()
@@ -65,7 +65,7 @@ def test_the_first_positions_set_the_range_and_nothing_else():
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_is_noticed(value):
+def test_nonfinite_inputs_are_noticed(value):
     x = np.ones((1, 10, 8), np.float32)
     x[0, 7, 3] = value
     seen = statistics.LinearStatistics.empty()

@@ -71,22 +71,26 @@ def test_killed_writers_leave_nothing_that_loads_and_the_next_one_goes_on(tmp_pa
     assert sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir()) == ["killed", "whole"]
 
 
-def test_a_part_is_read_back_as_it_was_written(tmp_path):
+def test_a_subtree_is_read_back_as_its_parts_were_written(tmp_path):
     tree = random_tree()
     with Writer(tmp_path / "out", fingerprint="tiny") as writer:
         writer.save_part("embed", {"embed": tree["embed"]})
         for _ in range(2):
-            np.testing.assert_array_equal(
-                writer.read_part("embed")["embed"]["embedding"], tree["embed"]["embedding"]
-            )
+            np.testing.assert_array_equal(writer.read("embed")["embedding"], tree["embed"]["embedding"])
         writer.save_part("norm", {"norm": tree["norm"]})
-        with pytest.raises(CheckpointError, match=r"part layers\.0 has not been written"):
-            writer.read_part("layers.0")
+        with pytest.raises(CheckpointError, match=r"layers\.0 has not been written"):
+            writer.read("layers.0")
     with Writer(tmp_path / "out", fingerprint="tiny") as writer:  # another process, a later part
-        read = writer.read_part("norm")
-        assert list(read) == ["norm"]
-        assert read["norm"]["scale"].dtype == tree["norm"]["scale"].dtype
-        np.testing.assert_array_equal(read["norm"]["scale"], tree["norm"]["scale"])
+        read = writer.read("norm")
+        assert list(read) == ["scale"]
+        assert read["scale"].dtype == tree["norm"]["scale"].dtype
+        np.testing.assert_array_equal(read["scale"], tree["norm"]["scale"])
+        for norm in ("input_norm", "post_norm"):
+            writer.save_part(f"layers.0.{norm}", {"layers": {"0": {norm: tree["layers"]["0"][norm]}}})
+        read = writer.read("layers.0")
+        assert list(read) == ["input_norm", "post_norm"]
+        for norm, leaves in read.items():
+            np.testing.assert_array_equal(leaves["scale"], tree["layers"]["0"][norm]["scale"])
 
 
 def test_parts_that_are_there_are_not_written_again(tmp_path):

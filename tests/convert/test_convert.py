@@ -1,5 +1,6 @@
-"""The converter, end to end on tiny models."""
+"""Converts tiny models end to end."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -15,8 +16,18 @@ import numpy as np
 import pytest
 import tiny_models
 
+from checkpoints_tools.calibration.text import read_calibration
 from checkpoints_tools.convert import command as convert
-from checkpoints_tools.convert import conversion, trained_gains
+from checkpoints_tools.convert import (
+    driver,
+    measure_layers,
+    quantize_linear,
+    refit_layers,
+    refit_tokens,
+    train_gains,
+)
+from checkpoints_tools.convert.options import BASES, Options
+from checkpoints_tools.convert.plan import make_plan
 from grinqh_jax import checkpoint
 from grinqh_jax.decoding.statistics import weighted_mean
 from grinqh_jax.hf import load_decoder, open_checkpoint
@@ -32,7 +43,7 @@ def arguments(model: Path, out: Path, calib: Path, *more: str) -> list[str]:
 
 
 def content(out: Path) -> dict[str, bytes]:
-    """What a checkpoint says and holds, without the names that Orbax draws for its files."""
+    """Returns the metadata and the leaves of a checkpoint, without the random file names of Orbax."""
     files = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
     leaves = json.loads((out / "manifest.json").read_text())["leaves"]
     return {name: (out / name).read_bytes() for name in files} | {"leaves": leaves}
@@ -57,16 +68,16 @@ def converted(qwen3, calib, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    """A sharded Llama with scaled rope, grouped queries and its own head; widths that need padding."""
+    """A sharded Llama with scaled rope, grouped queries, an untied head, and widths that need padding."""
     return tiny_models.write(tmp_path_factory.mktemp("llama") / "model", hf_directories.LLAMA3, shards=3)
 
 
-def test_a_llama_comes_back_with_the_same_quality(llama, calib, tmp_path, capsys):
+def test_an_8_bit_llama_keeps_its_weights_and_its_predictions(llama, calib, tmp_path, capsys):
     out = tmp_path / "out"
     assert convert.main(arguments(llama, out, calib, "--basis", "original", "--no-refit")) == 0
     printed = capsys.readouterr().out
     assert "bits per weight stored" in printed
-    assert "not refitted" not in printed  # nobody asked for it
+    assert "not refitted" not in printed  # --no-refit is no shortage
     loaded = checkpoint.load(out, jnp.float32)
     source = open_checkpoint(llama)
     original = load_decoder(source, jnp.float32)
@@ -75,12 +86,12 @@ def test_a_llama_comes_back_with_the_same_quality(llama, calib, tmp_path, capsys
         weight = loaded.model.linear(name).weight
         scale = jnp.repeat(weight.scales.astype(jnp.float32), 128, axis=0)
         scale = scale[: weight.in_features, : weight.out_features]
-        if name == "lm_head.blocks.0":  # the only one of so small a vocabulary
+        if name == "lm_head.blocks.0":  # A small vocabulary has one block.
             kernel = source.read("lm_head.kernel")[:, np.argsort(columns)]
         else:
             kernel = source.read(f"{name}.kernel")
         error = jnp.abs(dequantize(weight) - jnp.asarray(kernel, jnp.float32))
-        # Half a step of the 8-bit code; the group's largest weight may lie a whole step off.
+        # The error is at most half a step of the 8-bit code, a whole step for the group's largest weight.
         assert (error <= scale / 64 * 1.01).all(), name
         assert (error <= scale / 128 * 1.01).mean() > 0.98, name
     for key in ("norm.scale", "layers.2.post_norm.scale"):
@@ -93,13 +104,13 @@ def test_a_llama_comes_back_with_the_same_quality(llama, calib, tmp_path, capsys
     assert same_top > 0.9
 
 
-def test_a_llama_in_its_principal_basis_is_the_same_model(llama, calib, tmp_path, capsys):
+def test_a_llama_in_its_principal_basis_makes_the_same_predictions(llama, calib, tmp_path, capsys):
     out = tmp_path / "out"
     assert convert.main(arguments(llama, out, calib)) == 0
-    note = "weights were not refitted in qkv (needs 4,096 tokens), o (needs 4,096 tokens)"
+    shortage = "weights were not refitted in qkv (needs 4,096 tokens), o (needs 4,096 tokens)"
     printed = capsys.readouterr().out
-    assert note in printed
-    assert "gains were fitted, not trained: 512 calibration tokens are too few" in printed
+    assert shortage in printed
+    assert "level gains were fitted, not trained: 512 calibration tokens are too few" in printed
     loaded = checkpoint.load(out, jnp.float32)
     assert loaded.quantization.provenance["basis"] == "principal"
     assert loaded.quantization.provenance["gains"] == "fitted"
@@ -110,28 +121,28 @@ def test_a_llama_in_its_principal_basis_is_the_same_model(llama, calib, tmp_path
     assert jnp.mean(logits.argmax(-1) == expected.argmax(-1)) > 0.9
 
 
-def test_a_projection_with_more_inputs_than_there_are_tokens_is_left_as_it_is_and_named(tmp_path, capsys):
-    """4,864 tokens are fitted to, the first 4 of each of 38 windows not counted; ``down`` has 4,800."""
+def test_a_projection_with_more_inputs_than_tokens_keeps_its_weights_and_is_named(tmp_path, capsys):
+    """The 38 windows have 4,864 tokens, 4 of each window unscored; ``down`` has 4,800 inputs."""
     wide = hf_directories.QWEN3 | {"intermediate_size": 4800, "num_hidden_layers": 1}
     model = tiny_models.write(tmp_path / "model", wide)
     calib = tmp_path / "calib.txt"
     calib.write_text(tiny_models.TEXT * 13)
-    parts, leaves = {"qkv", "o", "gate_up", "lm_head"}, {}
+    names, leaves = {"qkv", "o", "gate_up", "lm_head"}, {}
     for flag, refitted in (("--refit", ["qkv", "o", "gate_up", "lm_head"]), ("--no-refit", [])):
         out = tmp_path / flag
-        # Trained gains would follow from all weights.
+        # Uses fitted gains, because trained gains depend on all weights.
         assert convert.main(arguments(model, out, calib, flag, "--gains", "fitted")) == 0
         printed = capsys.readouterr().out
-        note = "weights were not refitted in down (needs 4,801 tokens): 4,712 of the calibration text"
-        assert (note in printed) == (flag == "--refit")
+        shortage = "not refitted in down (needs 4,801 tokens): the calibration text provides 4,712"
+        assert (shortage in printed) == (flag == "--refit")
         provenance = json.loads((out / "config.json").read_text())["quantization_config"]["provenance"]
         assert provenance["refit"] == refitted
         leaves[flag] = content(out)["leaves"]
     changed = {leaf for leaf, entry in leaves["--refit"].items() if entry != leaves["--no-refit"][leaf]}
-    assert {part for part in (*parts, "down") if any(part in leaf.split(".") for leaf in changed)} == parts
+    assert {name for name in (*names, "down") if any(name in leaf.split(".") for leaf in changed)} == names
 
 
-def test_realised_bits_are_the_targets_on_the_calibration_text(converted, qwen3):
+def test_realised_bits_match_the_targets_on_the_calibration_text(converted, qwen3):
     loaded = checkpoint.load(converted, jnp.float32)
     table = json.loads((converted / "config.json").read_text())["quantization_config"]
     assert table["targets"][0] == 1.0
@@ -147,20 +158,23 @@ def test_realised_bits_are_the_targets_on_the_calibration_text(converted, qwen3)
             assert abs(weighted_mean(loaded.model, bits) - target) < 0.1, target
 
 
-def test_records_and_fewer_planes(qwen3, tmp_path):
+@pytest.mark.parametrize("gains", ["fitted", "none"])
+def test_jsonl_calibration_and_fewer_planes(qwen3, tmp_path, gains):
     records = tmp_path / "calib.jsonl"
     records.write_text("\n".join([json.dumps({"question": "1 + 2?", "answer": "3\n#### 3"})] * 60))
-    assert (
-        convert.main(arguments(qwen3, tmp_path / "out", records, "--max-bits", "4", "--tokens", "400")) == 0
-    )
+    flags = ["--max-bits", "4", "--tokens", "400", "--gains", gains]
+    assert convert.main(arguments(qwen3, tmp_path / "out", records, *flags)) == 0
     loaded = checkpoint.load(tmp_path / "out")
     assert loaded.quantization.max_bits == 4
     assert loaded.quantization.provenance["calibration"]["windows"] == 2
     assert loaded.model.full_bits == 4
+    for name in linear_names(loaded.config):
+        fitted = gains == "fitted" and (name.endswith(".qkv") or name.startswith("lm_head"))
+        assert (loaded.model.linear(name).gains[0] != 1) == fitted, name
 
 
-def test_a_killed_conversion_goes_on_and_ends_the_same(qwen3, tmp_path, capsys):
-    calib = tmp_path / "long.txt"  # long enough for weights to be refitted
+def test_a_killed_conversion_resumes_and_ends_the_same(qwen3, tmp_path, capsys):
+    calib = tmp_path / "long.txt"  # Long enough to refit weights and train gains.
     calib.write_text(tiny_models.TEXT * 13)
     uninterrupted, out = tmp_path / "uninterrupted", tmp_path / "out"
     assert convert.main(arguments(qwen3, uninterrupted, calib)) == 0
@@ -173,7 +187,7 @@ def test_a_killed_conversion_goes_on_and_ends_the_same(qwen3, tmp_path, capsys):
         return len(list(partial.glob("*partial_save/*/_CHECKPOINT_METADATA")))
 
     kills = 0
-    for wanted in (1, 2, 4):  # the last one while gains are trained
+    for wanted in (1, 3, 5):  # Embedding; first refitted layer; everything but the trained gains.
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
         while process.poll() is None and written() < wanted:
             time.sleep(0.002)
@@ -183,7 +197,7 @@ def test_a_killed_conversion_goes_on_and_ends_the_same(qwen3, tmp_path, capsys):
     assert kills == 3
     with pytest.raises(checkpoint.reader.CheckpointError, match="unfinished"):
         checkpoint.load(out)
-    assert written() == 4
+    assert written() == 5
     assert convert.main(arguments(qwen3, out, calib)) == 0
     assert content(out) == content(uninterrupted)
     assert not partial.exists()
@@ -195,26 +209,47 @@ def test_a_killed_conversion_goes_on_and_ends_the_same(qwen3, tmp_path, capsys):
         assert (gains[:-1] != 1).all(), name
 
 
-@pytest.mark.parametrize("basis", conversion.BASES)
-def test_it_knows_how_many_parts_it_will_report(qwen3, calib, tmp_path, monkeypatch, basis):
-    monkeypatch.setattr(trained_gains, "STEPS", 2)
-    monkeypatch.setattr(trained_gains, "LEAST_TOKENS", 256)
+@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize("refit", [False, True])
+def test_progress_is_reported_as_often_as_planned(qwen3, calib, tmp_path, monkeypatch, basis, refit):
+    monkeypatch.setattr(train_gains, "STEPS", 2)
+    monkeypatch.setattr(train_gains, "LEAST_TOKENS", 256)
+    monkeypatch.setattr(refit_tokens, "LEAST_TOKENS", 256)
     source = open_checkpoint(qwen3)
-    planned = conversion.Conversion(
-        source,
-        convert.read_calibration(source, calib, 512),
-        max_bits=8,
-        quantizer="rtn",
-        basis=basis,
-        split="sensitivity",
-        gains="trained",
-        refit=False,
-    )
-    reported = []
-    planned.write(tmp_path / "out", done=reported.append)
-    assert len(reported) == planned.steps
-    assert reported[-2:] == ["gains 0", "gains 1"]
+    plan = make_plan(source, read_calibration(source, calib, 512), Options(basis=basis, refit=refit))
+    assert bool(plan.refit) == refit
+    notes = []
+    assert driver.convert(plan, tmp_path / "out", on_progress=notes.append) == tmp_path / "out"
+    assert len(notes) == plan.steps
+    assert notes[-2:] == ["gains 0", "gains 1"]
     assert checkpoint.load(tmp_path / "out").quantization.provenance["gains"] == "trained"
+
+
+@pytest.mark.parametrize("refit", [(), ("qkv", "o", "gate_up"), ("qkv", "o", "gate_up", "down", "lm_head")])
+def test_each_weight_is_packed_once_even_with_interruptions(qwen3, calib, tmp_path, monkeypatch, refit):
+    source = open_checkpoint(qwen3)
+    options = Options(refit=bool(refit), gains="fitted")
+    plan = dataclasses.replace(make_plan(source, read_calibration(source, calib, 512), options), refit=refit)
+    uninterrupted = content(driver.convert(plan, tmp_path / "uninterrupted"))
+    packed, interruptions = [], ["measure layers.0", "measure layers.1", "refit layers.0"]
+
+    def quantize(rounding, read_outputs):
+        packed.append(rounding.name)
+        return quantize_linear.quantize_linear(rounding, read_outputs)
+
+    def interrupt(note):
+        if note in interruptions:
+            interruptions.remove(note)
+            raise KeyboardInterrupt
+
+    for stage in (measure_layers, refit_layers):
+        monkeypatch.setattr(stage, "quantize_linear", quantize)
+    for _ in range(3 if refit else 2):
+        with pytest.raises(KeyboardInterrupt):
+            driver.convert(plan, tmp_path / "out", on_progress=interrupt)
+    driver.convert(plan, tmp_path / "out", on_progress=interrupt)
+    assert sorted(packed) == sorted(linear_names(source.config))
+    assert content(tmp_path / "out") == uninterrupted
 
 
 def test_finished_output_needs_force(qwen3, calib, converted, tmp_path, capsys):
@@ -254,7 +289,7 @@ def test_damaged_sources_are_refused_before_anything_is_written(qwen3, calib, tm
         ("input_layernorm", "layers.1.qkv: its inputs are not finite"),
     ],
 )
-def test_weights_that_are_not_finite_are_named(calib, tmp_path, capsys, tensor, named):
+def test_nonfinite_weights_are_named(calib, tmp_path, capsys, tensor, named):
     state = hf_directories.random_state(hf_directories.QWEN3)
     state[f"model.layers.1.{tensor}.weight"].reshape(-1)[3] = np.nan
     model = tiny_models.write(tmp_path / "model", state=state)
@@ -276,20 +311,20 @@ def test_wrong_arguments(qwen3, calib, tmp_path, capsys, more, message):
     assert message in capsys.readouterr().err
 
 
-def test_a_vocabulary_that_the_model_does_not_have(calib, tmp_path, capsys):
+def test_a_tokenizer_with_tokens_that_the_model_lacks(calib, tmp_path, capsys):
     model = tiny_models.write(tmp_path / "model", hf_directories.QWEN3 | {"vocab_size": 100})
     assert convert.main(arguments(model, tmp_path / "out", calib)) == 2
     assert "the model has a vocabulary of 100" in capsys.readouterr().err
 
 
-def test_a_missing_tokenizer(qwen3, calib, tmp_path, capsys):
+def test_a_source_without_a_tokenizer(qwen3, calib, tmp_path, capsys):
     model = hf_directories.write(tmp_path / "model")
     assert convert.main(arguments(model, tmp_path / "out", calib)) == 2
     assert "has no tokenizer" in capsys.readouterr().err
 
 
 def test_layers_share_their_compilations(llama, calib, tmp_path):
-    """A second conversion of the same shapes compiles nothing, so neither does a second layer."""
+    """A second conversion of the same shapes compiles nothing, so a second layer does not either."""
     assert convert.main(arguments(llama, tmp_path / "a", calib)) == 0
     compiled = []
 

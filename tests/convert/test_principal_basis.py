@@ -1,4 +1,4 @@
-"""Turning the residual stream: the same function, uneven channels, equal rows, and a smaller graded error."""
+"""The rotated residual stream: the same function, principal axes, equal rows, and a smaller graded error."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from checkpoints_tools.calibration.allocation import GradedCosts, threshold_tabl
 from checkpoints_tools.convert.principal_basis import (
     RotatedCheckpoint,
     principal_axes,
-    row_gains,
+    row_scales,
     second_moments,
 )
 from grinqh_jax.hf import load_decoder, open_checkpoint
@@ -26,7 +26,7 @@ WINDOWS = np.random.default_rng(4).integers(0, 300, (4, 48)).astype(np.int32)
 
 
 def float32_state(hf_config, low_rank=False):
-    """The usual random weights in float32; ``low_rank``: with an embedding that fills few directions."""
+    """Returns random float32 weights; with ``low_rank`` the embedding has few directions."""
     state = {name: value.astype(np.float32) for name, value in hf_directories.random_state(hf_config).items()}
     if low_rank:
         shape = state["model.embed_tokens.weight"].shape
@@ -52,7 +52,7 @@ def rotated(source):
 
 
 class Inputs(Dense):
-    """Keeps every layer's inputs and kernel."""
+    """Records the inputs and the module of every linear layer."""
 
     def __init__(self):
         self.seen = {}
@@ -62,25 +62,25 @@ class Inputs(Dense):
         return super().product(name, linear, x)
 
 
-def test_the_function_is_the_same(source, rotated):
+def test_rotation_keeps_the_function(source, rotated):
     before = load_decoder(source, jnp.float32)(WINDOWS)
     after = load_decoder(rotated, jnp.float32)(WINDOWS)
     assert float(jnp.abs(after - before).max() / jnp.abs(before).max()) < 1e-4
 
 
-def test_rows_are_equal_and_the_axes_principal(source, rotated):
+def test_rows_have_equal_size_and_the_axes_are_principal(source, rotated):
     inputs = Inputs()
     load_decoder(rotated, jnp.float32)(WINDOWS, inputs)
     total = 0.0
     for name, (x, linear) in inputs.seen.items():
-        part = name.removesuffix(".blocks.0").rpartition(".")[2]
-        if part not in ("qkv", "gate_up", "lm_head"):
+        reader = name.removesuffix(".blocks.0").rpartition(".")[2]
+        if reader not in ("qkv", "gate_up", "lm_head"):
             continue
         kernel = np.asarray(linear.kernel[...], np.float64)
         sizes = np.linalg.norm(kernel, axis=1)
-        np.testing.assert_allclose(sizes, sizes.mean(), rtol=0.01)  # gains are bfloat16
-        prefix = name.removesuffix(".blocks.0").removesuffix(part)
-        norm = {"qkv": "input_norm", "gate_up": "post_norm", "lm_head": "norm"}[part]
+        np.testing.assert_allclose(sizes, sizes.mean(), rtol=0.01)  # Row scales are bfloat16.
+        prefix = name.removesuffix(".blocks.0").removesuffix(reader)
+        norm = {"qkv": "input_norm", "gate_up": "post_norm", "lm_head": "norm"}[reader]
         stream = np.asarray(x, np.float64)[:, statistics.SKIPPED_POSITIONS :] / rotated.read(
             f"{prefix}{norm}.scale"
         )
@@ -90,28 +90,28 @@ def test_rows_are_equal_and_the_axes_principal(source, rotated):
     assert np.abs(total - np.diag(energy)).max() < 1e-3 * energy[0]
 
 
-def test_blocks_of_the_head_are_the_head(rotated):
+def test_ranges_of_the_head_add_up_to_the_head(rotated):
     whole = rotated.read("lm_head.kernel")
-    fresh = dataclasses.replace(rotated)  # which has not seen any kernel yet
-    blocks = [fresh.read("lm_head.kernel", slice(start, start + 100)) for start in (0, 100, 200)]
-    np.testing.assert_allclose(np.concatenate(blocks, axis=1), whole, atol=1e-6)
+    fresh = dataclasses.replace(rotated)  # A copy with nothing cached.
+    ranges = [fresh.read("lm_head.kernel", slice(start, start + 100)) for start in (0, 100, 200)]
+    np.testing.assert_allclose(np.concatenate(ranges, axis=1), whole, atol=1e-6)
     tokens = np.array([3, 4, 5, 9, 250, 251])
     np.testing.assert_allclose(fresh.read("lm_head.kernel", tokens), whole[:, tokens], atol=1e-6)
 
 
 @given(st.lists(st.floats(0, 1e12), min_size=1, max_size=40))
 @settings(deadline=None, max_examples=200)
-def test_gains_are_positive_bounded_and_stored_exactly(squares):
-    gains = row_gains(np.array(squares))
-    assert gains.dtype == np.float32
-    assert np.isfinite(gains).all()
-    assert (gains > 0).all()
-    assert gains.max() / gains.min() <= 64.0**2 * 1.02
-    np.testing.assert_array_equal(gains, np.asarray(jnp.asarray(gains, jnp.bfloat16), np.float32))
+def test_row_scales_are_positive_bounded_and_stored_exactly(squares):
+    scales = row_scales(np.array(squares))
+    assert scales.dtype == np.float32
+    assert np.isfinite(scales).all()
+    assert (scales > 0).all()
+    assert scales.max() / scales.min() <= 64.0**2 * 1.02
+    np.testing.assert_array_equal(scales, np.asarray(jnp.asarray(scales, jnp.bfloat16), np.float32))
 
 
 def graded_error(checkpoint, bits):
-    """Relative squared error of the layer-0 projections at a mean of ``bits``, calibrated on the input."""
+    """Returns the relative squared error of layer 0 at a mean of ``bits``, calibrated on its own inputs."""
     inputs = Inputs()
     load_decoder(checkpoint, jnp.float32)(WINDOWS, inputs)
     error = energy = 0.0
@@ -141,5 +141,5 @@ def graded_error(checkpoint, bits):
 def test_a_stream_with_few_directions_is_read_with_less_error(tmp_path, bits):
     directory = hf_directories.write(tmp_path / "m", state=float32_state(hf_directories.QWEN3, low_rank=True))
     source = open_checkpoint(directory)
-    turned = RotatedCheckpoint(source, principal_axes(second_moments(source, WINDOWS, np.float32)))
-    assert graded_error(turned, bits) < 0.6 * graded_error(source, bits)
+    rotated = RotatedCheckpoint(source, principal_axes(second_moments(source, WINDOWS, np.float32)))
+    assert graded_error(rotated, bits) < 0.6 * graded_error(source, bits)

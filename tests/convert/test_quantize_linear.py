@@ -1,4 +1,4 @@
-"""One linear layer quantized in blocks, against NumPy's least squares in float64."""
+"""Quantizes one linear layer in ranges of outputs and compares the fit with NumPy in float64."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -6,63 +6,89 @@ import pytest
 
 from checkpoints_tools.calibration import histogram
 from checkpoints_tools.calibration.statistics import LinearStatistics
-from checkpoints_tools.convert import quantize_linear as module
-from checkpoints_tools.quantizers import QUANTIZERS
+from checkpoints_tools.convert import quantize_linear
+from checkpoints_tools.quantizers import QUANTIZERS, level_fit
 from pallas_kernels import NestedWeight, codes
 
 
-def quantized(w, sensitivities, max_bits=8, gained=True):
-    """The layer as it is stored, and its levels' errors."""
-    counts = np.zeros(histogram.BINS, np.int64)
-    leaves, errors = module.quantize_linear(
-        lambda outputs: w[:, outputs],
-        w.shape,
-        LinearStatistics(counts, 1.0),
-        QUANTIZERS["rtn"],
-        sensitivities=sensitivities,
-        max_bits=max_bits,
-        gained=gained,
+def rounding(w, sensitivities, max_bits=8):
+    return quantize_linear.Rounding(
         name="layers.0.qkv",
+        shape=w.shape,
+        inputs=LinearStatistics(np.zeros(histogram.BINS, np.int64), 1.0),
+        sensitivities=sensitivities,
+        quantizer=QUANTIZERS["rtn"],
+        max_bits=max_bits,
     )
-    arrays = {name: jnp.asarray(leaves[name]) for name in ("planes", "scales")}
-    arrays["level_gains"] = jnp.asarray(leaves["gains"])
-    return NestedWeight(in_features=w.shape[0], out_features=w.shape[1], **arrays), errors
+
+
+def quantized(w, sensitivities, max_bits=8):
+    """Returns the layer with fitted level gains, and its fit."""
+    layer = rounding(w, sensitivities, max_bits)
+    leaves, fit = quantize_linear.quantize_linear(layer, lambda outputs: w[:, outputs])
+    arrays = {name: jnp.asarray(array) for name, array in leaves.items()}
+    gains = jnp.asarray(quantize_linear.fit_gains(fit))
+    return NestedWeight(in_features=w.shape[0], out_features=w.shape[1], gains=gains, **arrays), fit
 
 
 @pytest.mark.parametrize("max_bits", [2, 8])
-def test_gains_are_least_squares_and_errors_those_without_them(monkeypatch, max_bits):
+def test_gains_are_least_squares_and_errors_leave_them_out(monkeypatch, max_bits):
     rng = np.random.default_rng(0)
     w = rng.standard_normal((256, 1200)).astype(np.float32)
     sensitivities = rng.uniform(0.5, 2, 1200)
-    monkeypatch.setattr(module, "_BLOCK_WEIGHTS", 256 * 512)  # three blocks
-    weight, errors = quantized(w, sensitivities, max_bits)
+    monkeypatch.setattr(quantize_linear, "RANGE_WEIGHTS", 256 * 512)  # Three ranges.
+    weight, fit = quantized(w, sensitivities, max_bits)
     weight.check()
     plain = NestedWeight(weight.planes, weight.scales, 256, 1200)
     for level in range(1, max_bits // 2 + 1):
         read = np.asarray(codes.dequantize(plain, level), np.float64)
         best = np.sum(w * read * sensitivities) / np.sum(read**2 * sensitivities)
         gain = 1 if level == max_bits // 2 else best
-        np.testing.assert_allclose(weight.level_gains[level - 1], gain, rtol=1e-5)
+        np.testing.assert_allclose(weight.gains[level - 1], gain, rtol=1e-5)
         expected = np.mean((w - read) ** 2 * sensitivities)
-        np.testing.assert_allclose(errors[level], expected, rtol=1e-3)
-    np.testing.assert_allclose(errors[0], np.mean(w**2 * sensitivities), rtol=1e-5)
+        np.testing.assert_allclose(fit.errors[level], expected, rtol=1e-3)
+    np.testing.assert_allclose(fit.errors[0], np.mean(w**2 * sensitivities), rtol=1e-5)
+
+
+def test_measuring_packs_nothing_and_finds_the_same_fit(monkeypatch):
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((256, 1200)).astype(np.float32)
+    sensitivities = rng.uniform(0.5, 2, 1200)
+    _, expected = quantized(w, sensitivities)
+    monkeypatch.setattr(quantize_linear, "from_codes", lambda *_, **__: pytest.fail("packed"))
+    fit = quantize_linear.measure_linear(rounding(w, sensitivities), lambda outputs: w[:, outputs])
+    for name, value, want in zip(fit._fields, fit, expected, strict=True):
+        np.testing.assert_array_equal(value, want, err_msg=name)
+
+
+@pytest.mark.parametrize("shape", [(200, 700), (128, 512)])
+@pytest.mark.parametrize("planes", [1, 3, 4])
+def test_the_fit_of_rounded_codes_is_that_of_the_packed_weight(shape, planes):
+    rng = np.random.default_rng(7)
+    w = jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    sensitivities = jnp.asarray(rng.uniform(0.5, 2, shape[1]), jnp.float32)
+    rounded = QUANTIZERS["rtn"](w, LinearStatistics.empty(), name="w")
+    fit = level_fit(w, rounded, sensitivities, num_planes=planes)
+    packed = codes.from_codes(rounded.codes, rounded.scales, max_bits=2 * planes)
+    for level in range(planes + 1):
+        read = np.asarray(codes.dequantize(packed, level), np.float64)
+        error = np.asarray(w, np.float64) - read
+        np.testing.assert_allclose(fit.errors[level], np.mean(error**2 * sensitivities), rtol=1e-4)
+        if level:
+            slope, square = np.mean(read * error * sensitivities), np.mean(read**2 * sensitivities)
+            np.testing.assert_allclose(fit.slopes[level - 1], slope, rtol=1e-3, atol=1e-6)
+            np.testing.assert_allclose(fit.squares[level - 1], square, rtol=1e-4)
 
 
 def test_level_1_of_gaussian_weights_is_too_large_by_a_seventh():
-    """The middles of two intervals a side, for 128 weights whose largest spans them."""
+    """Level 1 has two intervals on each side of 0; the largest of 128 weights sets their width."""
     w = np.random.default_rng(1).standard_normal((1280, 512)).astype(np.float32)
-    weight, errors = quantized(w, np.ones(512))
-    assert 0.85 < weight.level_gains[0] < 0.88
-    assert codes.level_errors(jnp.asarray(w), weight)[1] < 0.9 * errors[1]
-
-
-def test_levels_as_they_are_have_gains_of_1():
-    w = np.random.default_rng(1).standard_normal((128, 512)).astype(np.float32)
-    weight, _ = quantized(w, np.ones(512), gained=False)
-    np.testing.assert_array_equal(weight.level_gains, np.ones(4))
+    weight, fit = quantized(w, np.ones(512))
+    assert 0.85 < weight.gains[0] < 0.88
+    assert codes.level_errors(jnp.asarray(w), weight)[1] < 0.9 * fit.errors[1]
 
 
 def test_a_layer_of_zeros_has_gains_of_1():
-    weight, errors = quantized(np.zeros((128, 512), np.float32), np.ones(512))
-    np.testing.assert_array_equal(weight.level_gains, np.ones(4))
-    assert not errors.any()
+    weight, fit = quantized(np.zeros((128, 512), np.float32), np.ones(512))
+    np.testing.assert_array_equal(weight.gains, np.ones(4))
+    assert not fit.errors.any()

@@ -1,11 +1,12 @@
-"""Sequential least squares against NumPy in float64, and what it is for."""
+"""The refit: least squares compared with NumPy in float64, its effect, and the choice of tokens."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_models
 
-from checkpoints_tools.convert import refit, refit_tokens
+from checkpoints_tools.convert import least_squares, refit, refit_tokens
+from checkpoints_tools.convert.least_squares import FitWindow
 from checkpoints_tools.source.layer import dense_layer, embed, read_layer
 from grinqh_jax.benchmarking import random_model
 from grinqh_jax.hf import open_checkpoint
@@ -15,55 +16,56 @@ from grinqh_jax.model.linear import GradedLinear
 from pallas_kernels import quantize
 
 SKIPPED = 4
-"""First positions, which do not count."""
+"""Number of first positions that are not scored."""
 
-STAY, DAMPING = 2.0, 0.01
+FULL_PRECISION_WEIGHT, DAMPING = 2.0, 0.01
 
 
 def refitted(w, windows, least_read):
-    return refit.refitted(w, windows, least_read, refit.factor(windows, least_read))
+    return least_squares.refitted(w, windows, least_read, least_squares.factor(windows, least_read))
 
 
 def observed(rng, *, windows=3, t=64, k=24, n=10):
-    """Exact inputs, inputs that err, and what is lacking behind them."""
+    """Yields windows with exact inputs, graded inputs with errors, and deficits of the outputs."""
     mixing = rng.standard_normal((k, k))
     for _ in range(windows):
         exact = rng.standard_normal((t, k)) @ mixing
-        here = exact + 0.5 * rng.standard_normal((t, k))
-        yield tuple(map(np.float32, (exact, here, 0.5 * here[:, :n])))
+        graded = exact + 0.5 * rng.standard_normal((t, k))
+        yield FitWindow(*map(np.float32, (exact, graded, 0.5 * graded[:, :n])))
 
 
-def test_the_step_is_the_damped_least_squares_of_numpy():
+def test_the_step_matches_damped_least_squares_in_numpy():
     rng = np.random.default_rng(0)
     w = rng.standard_normal((24, 10)).astype(np.float32)
     windows = list(observed(rng))
-    found = refitted(w, windows, 0.5)
-    x, z, lacking = (
+    new = refitted(w, windows, 0.5)
+    x, z, deficit = (
         np.concatenate([np.float64(window[i])[SKIPPED:] for window in windows]) for i in range(3)
     )
     z = np.where(np.abs(z) >= 0.5, z, 0)
-    # The two conditions and the damping, as rows of one plain least-squares problem.
-    a = z.T @ z + STAY * x.T @ x
+    # States both conditions and the damping as rows of one plain least-squares problem.
+    a = z.T @ z + FULL_PRECISION_WEIGHT * x.T @ x
     damping = np.sqrt(DAMPING * np.trace(a) / 24) * np.eye(24)
-    rows = np.concatenate([z, np.sqrt(STAY) * x, damping])
-    wanted = np.concatenate([x @ w + lacking, np.sqrt(STAY) * x @ w, damping @ w])
+    weight = np.sqrt(FULL_PRECISION_WEIGHT)
+    rows = np.concatenate([z, weight * x, damping])
+    wanted = np.concatenate([x @ w + deficit, weight * x @ w, damping @ w])
     step = np.linalg.lstsq(rows, wanted, rcond=None)[0] - w
-    residual = x @ w + lacking - z @ w
-    gain = np.sum(step * (z.T @ residual))
-    chance = 24 / len(z) * np.sum(residual**2) / (1 + STAY)
-    assert 0.1 < chance / gain < 0.9
-    np.testing.assert_allclose(found - w, (1 - chance / gain) * step, rtol=1e-3, atol=1e-4)
+    residual = x @ w + deficit - z @ w
+    reduction = np.sum(step * (z.T @ residual))
+    chance = 24 / len(z) * np.sum(residual**2) / (1 + FULL_PRECISION_WEIGHT)
+    assert 0.1 < chance / reduction < 0.9
+    np.testing.assert_allclose(new - w, (1 - chance / reduction) * step, rtol=1e-3, atol=1e-4)
 
 
-def test_what_is_read_stands_in_for_what_is_skipped():
-    """Two channels that always go together, one of which is too small to be read."""
+def test_a_channel_that_is_read_replaces_a_correlated_one_that_is_skipped():
+    """Of two proportional channels one is too small to be read."""
     rng = np.random.default_rng(1)
     large = rng.choice([-1, 1], (512, 1)) * rng.uniform(2, 4, (512, 1))
     x = np.float32(np.concatenate([large, 0.3 * large], axis=1))
     z = np.float32(np.concatenate([large, 0 * large], axis=1))
     w = np.array([[1.0], [1.0]], np.float32)
-    found = refitted(w, [(x, x, None)], 1.5)
-    graded, exact = (np.mean((inputs @ found - x @ w) ** 2) for inputs in (z, x))
+    new = refitted(w, [FitWindow(x, x, None)], 1.5)
+    graded, exact = (np.mean((inputs @ new - x @ w) ** 2) for inputs in (z, x))
     assert graded < 0.1 * np.mean((z @ w - x @ w) ** 2)
     assert exact < 0.01 * np.mean((x @ w) ** 2)
 
@@ -75,38 +77,38 @@ def test_noise_is_not_fitted():
     for t in (30, 4000):
         x = np.float32(rng.standard_normal((t, 40)))
         noise = np.float32(rng.standard_normal((t, 8)))
-        moved.append(np.abs(refitted(w, [(x, x, noise)], 0.0) - w).max())
-    assert moved[0] == 0  # fewer tokens than channels
+        moved.append(np.abs(refitted(w, [FitWindow(x, x, noise)], 0.0) - w).max())
+    assert moved[0] == 0  # Fewer tokens than channels.
     assert moved[1] < 0.01
 
 
-def test_windows_take_the_way_of_the_layer_and_exact_inputs_leave_weights_as_they_are(tmp_path):
+def test_states_pass_through_the_layer_and_exact_inputs_keep_the_weights(tmp_path):
     source = open_checkpoint(tiny_models.write(tmp_path / "m"))
     windows = np.asarray(tiny_models.encode(tiny_models.TEXT[:192]), np.int32).reshape(2, 96)
     hidden = embed(source, windows, jnp.float32)
-    tables = {f"layers.0.{part}": np.zeros((2, 4), np.float32) for part in LAYER_LINEARS}
-    fit = refit.Refit(hidden.copy(), tables, (1.0, 8.0))
+    tables = {f"layers.0.{name}": np.zeros((2, 4), np.float32) for name in LAYER_LINEARS}
+    states = refit.RefitStates(hidden.copy(), tables, (1.0, 8.0))
     kernels, norms = read_layer(source, 0)
     layer = dense_layer(source, kernels, norms, jnp.float32)
-    fit.set_input_norm(layer.input_norm)
-    for part in LAYER_LINEARS:
-        w = np.asarray(kernels[part], np.float32)
+    states.set_input_norm(layer.input_norm)
+    for projection in LAYER_LINEARS:
+        w = np.asarray(kernels[projection], np.float32)
         for outputs in (slice(0, 20), slice(20, None)):
-            found = fit.fitted(f"layers.0.{part}", w[:, outputs], outputs)
-            assert np.abs(found - w[:, outputs]).max() < 0.02 * np.abs(w).max()
-        fit.advance(f"layers.0.{part}", layer, nested(w))
+            new = states.fitted(f"layers.0.{projection}", w[:, outputs], outputs)
+            assert np.abs(new - w[:, outputs]).max() < 0.02 * np.abs(w).max()
+        states.advance(f"layers.0.{projection}", layer, nested(w))
     positions = jnp.broadcast_to(jnp.arange(96), (2, 96))
     expected, _ = layer("layer", jnp.asarray(hidden), positions, Dense())
-    np.testing.assert_allclose(fit._exact.stream, expected, rtol=1e-4, atol=1e-5)
-    # In 8-bit codes, all of which are read at thresholds of 0.
-    np.testing.assert_allclose(fit._graded.stream, expected, atol=0.02 * float(jnp.abs(expected).max()))
+    np.testing.assert_allclose(states._exact.stream, expected, rtol=1e-4, atol=1e-5)
+    # Thresholds of 0 read all of the 8-bit codes.
+    np.testing.assert_allclose(states._graded.stream, expected, atol=0.02 * float(jnp.abs(expected).max()))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_streams_come_back_from_a_file(tmp_path, dtype):
+def test_streams_survive_a_file(tmp_path, dtype):
     names = ["exact 0", "exact 1", "graded 0", "graded 1"]
     numbers = np.random.default_rng(0).standard_normal((4, 5, 3)).astype(dtype)
-    first, second = (refit.Refit(np.zeros((2, 5, 3), dtype), {}, (1.0, 8.0)) for _ in range(2))
+    first, second = (refit.RefitStates(np.zeros((2, 5, 3), dtype), {}, (1.0, 8.0)) for _ in range(2))
     first.streams = dict(zip(names, numbers, strict=True))
     np.savez(tmp_path / "file.npz", **first.streams)
     second.streams = dict(np.load(tmp_path / "file.npz"))
@@ -122,55 +124,55 @@ def calibration(count, length=1024):
 
 @pytest.mark.parametrize(("dtype", "windows"), [(jnp.float32, 16), (jnp.bfloat16, 24)])
 def test_8b_is_refitted_in_2_gib_of_states(dtype, windows):
-    """The inputs of ``down``, 12,288, are three times those of the others."""
+    """``down`` has 12,288 inputs, three times as many as the other projections."""
     widths = refit_tokens.input_widths(linear_shapes(random_model.shape("Qwen3-8B")))
     assert widths == {"qkv": 4096, "o": 4096, "gate_up": 4096, "down": 12288, "lm_head": 4096}
     found = refit_tokens.fitting_windows(calibration(24), widths, jnp.dtype(dtype).itemsize)
     assert len(found) == windows
     assert windows * (1024 - SKIPPED) > 12288
     assert 2 * windows * 1024 * (4096 + 12288) * jnp.dtype(dtype).itemsize <= 2 * 2**30
-    assert refit_tokens.refitted_parts(found, widths) == list(widths)
+    assert refit_tokens.refitted_projections(found, widths) == list(widths)
     assert refit_tokens.shortage(found, widths) == ""
 
 
 @pytest.mark.parametrize("shape", random_model.shapes())
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_no_published_shape_is_short_of_tokens(shape, itemsize):
+def test_every_published_shape_has_enough_tokens(shape, itemsize):
     widths = refit_tokens.input_widths(linear_shapes(random_model.shape(shape)))
     found = refit_tokens.fitting_windows(calibration(32), widths, itemsize)
     assert len(found) * (1024 - SKIPPED) > 1.1 * max(widths.values())
-    assert refit_tokens.refitted_parts(found, widths) == list(widths)
+    assert refit_tokens.refitted_projections(found, widths) == list(widths)
 
 
 @pytest.mark.parametrize(("hidden", "intermediate"), [(256, 768), (512, 1408)])
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_small_models_are_fitted_to_32768_tokens(hidden, intermediate, itemsize):
-    """Those of the bundled model and of ``docs/quality.md``, whose figures stand for this number."""
+    """Covers the bundled model and ``docs/quality.md``, whose figures depend on this number."""
     widths = dict.fromkeys(("qkv", "o", "gate_up", "lm_head"), hidden) | {"down": intermediate}
     assert refit_tokens.fitting_windows(calibration(48), widths, itemsize).size == 32768
 
 
-def test_parts_without_tokens_enough_are_named_and_are_those_that_have_no_factor(monkeypatch):
+def test_projections_with_too_few_tokens_are_named_and_have_no_factor(monkeypatch):
     widths = {"qkv": 8, "o": 4, "gate_up": 8, "down": 41, "lm_head": 8}
-    windows = calibration(2, 24)  # 40 of 48 tokens count
-    assert refit_tokens.refitted_parts(windows, widths) == []
+    windows = calibration(2, 24)  # 40 of 48 tokens are scored.
+    assert refit_tokens.refitted_projections(windows, widths) == []
     assert "qkv (needs 4,096 tokens)" in refit_tokens.shortage(windows, widths)
     monkeypatch.setattr(refit_tokens, "LEAST_TOKENS", 48)
-    assert refit_tokens.refitted_parts(windows, widths) == ["qkv", "o", "gate_up", "lm_head"]
+    assert refit_tokens.refitted_projections(windows, widths) == ["qkv", "o", "gate_up", "lm_head"]
     monkeypatch.setattr(refit_tokens, "LEAST_TOKENS", 1)
     assert refit_tokens.shortage(windows, widths) == (
-        "weights were not refitted in down (needs 42 tokens): 40 of the calibration text are fitted to, "
-        "three of four at most"
+        "weights were not refitted in down (needs 42 tokens): the calibration text provides 40 (at most three"
+        " quarters of it are used)"
     )
     for k in (39, 40, 41):
         x = np.random.default_rng(k).standard_normal((24, k)).astype(np.float32)
-        fitted = refit.factor([(x, x, None)] * 2, 0.0) is not None
-        assert refit_tokens.refitted_parts(windows, {"down": k}) == (["down"] if fitted else [])
+        fitted = least_squares.factor([FitWindow(x, x, None)] * 2, 0.0) is not None
+        assert refit_tokens.refitted_projections(windows, {"down": k}) == (["down"] if fitted else [])
         assert fitted == (k < 40)
 
 
 def nested(kernel):
-    """The projection in 8-bit codes."""
+    """Returns the projection in 8-bit codes."""
     weight = quantize(jnp.asarray(kernel, jnp.float32))
     arrays = weight.planes, weight.scales, jnp.zeros((2, 4)), weight.level_gains, jnp.float32(1)
     return GradedLinear(*arrays, in_features=weight.in_features, out_features=weight.out_features)

@@ -1,4 +1,4 @@
-"""Tiny Hugging Face checkpoints that a whole conversion takes seconds for: weights and a tokenizer."""
+"""Tiny Hugging Face checkpoints, with weights and a tokenizer, that convert in seconds."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ TEXT = "The grey cat sat on 17 mats; 3 + 4 = 7, said she. " * 60
 
 
 def tokenizer() -> Tokenizer:
-    """One token for each byte."""
+    """Returns a tokenizer with one token for each byte."""
     letters = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     result = Tokenizer(models.BPE(letters | {"<eos>": 256}, []))
     result.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -19,12 +19,12 @@ def tokenizer() -> Tokenizer:
 
 
 def encode(text: str) -> list[int]:
-    """Token ids of a text."""
+    """Returns the token ids of a text."""
     return tokenizer().encode(text).ids
 
 
 def write(directory: Path, hf_config: dict = hf_directories.QWEN3, **options) -> Path:
-    """``hf_directories.write`` and a tokenizer with its files."""
+    """Writes a checkpoint with ``hf_directories.write``, and the files of a tokenizer."""
     hf_directories.write(directory, hf_config, **options)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer(), eos_token="<eos>").save_pretrained(directory)
     (directory / "generation_config.json").write_text('{"eos_token_id": [256, 257]}')
@@ -32,6 +32,6 @@ def write(directory: Path, hf_config: dict = hf_directories.QWEN3, **options) ->
 
 
 def text_file(path: Path) -> Path:
-    """A calibration text."""
+    """Writes a calibration text."""
     path.write_text(TEXT)
     return path

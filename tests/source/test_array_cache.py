@@ -1,12 +1,12 @@
-"""What is read once and stays, and what is read again."""
+"""The array cache: what it keeps, and its limit on a CPU."""
 
 import numpy as np
 
-from checkpoints_tools.source import array_cache as kept
+from checkpoints_tools.source import array_cache
 
 
-def test_what_fits_is_read_once_and_the_rest_each_time():
-    keep = kept.ArrayCache(limit=10 * 4)
+def test_values_that_fit_are_read_once_and_the_others_each_time():
+    cache = array_cache.ArrayCache(limit=10 * 4)
     reads = []
 
     def value(name, numbers):
@@ -14,7 +14,7 @@ def test_what_fits_is_read_once_and_the_rest_each_time():
             reads.append(name)
             return {"a": np.full(numbers, len(reads), np.float32)}
 
-        return keep(name, read)["a"][0]
+        return cache(name, read)["a"][0]
 
     first_pass = [value("six", 6), value("five", 5), value("four", 4), value("one", 1)]
     second_pass = [value("six", 6), value("five", 5), value("four", 4), value("one", 1)]
@@ -23,5 +23,5 @@ def test_what_fits_is_read_once_and_the_rest_each_time():
     assert second_pass == [1, 5, 3, 6]
 
 
-def test_a_cpu_gives_a_fixed_room():
-    assert kept.room() == kept.HOST_BYTES
+def test_a_cpu_has_a_fixed_limit():
+    assert array_cache.free_bytes() == array_cache.HOST_BYTES

@@ -1,4 +1,4 @@
-"""Trained gains: the layer-by-layer gradient against that of the whole model, and what training does."""
+"""Trained level gains: the layer-by-layer gradient, compared with the whole model's, and the training."""
 
 import dataclasses
 
@@ -10,8 +10,9 @@ import tiny_models
 from hf_directories import LLAMA3, QWEN3
 
 from checkpoints_tools.convert import command as convert
-from checkpoints_tools.convert import graded_divergence, trained_gains
-from checkpoints_tools.convert.graded_divergence import GradedParts, Text, columns, divergence, graded_product
+from checkpoints_tools.convert import graded_divergence, train_gains
+from checkpoints_tools.convert.graded_divergence import divergence, graded_product, select_outputs
+from checkpoints_tools.convert.graded_model import GradedModel, WindowStates
 from checkpoints_tools.source import head as source_head
 from checkpoints_tools.source.array_cache import ArrayCache
 from grinqh_jax import checkpoint
@@ -21,16 +22,18 @@ from grinqh_jax.model.apply import HEAD, Graded
 from grinqh_jax.model.decoder import linear_names
 from pallas_kernels import codes, dequantize, layout
 
-SETTINGS = (1.5, 2.0, 3.0)
-COUNTED = slice(4, None)
-"""Positions of a window, as the engine counts them."""
+BITS = (1.5, 2.0, 3.0)
+SCORED = slice(4, None)
+"""Scored positions of a window."""
 
 
 @pytest.fixture(scope="module", params=["qwen3-tied", "llama-untied"])
 def pair(request, tmp_path_factory):
-    """``(source, converted)``: a tiny model, and its graded form without a change of basis."""
+    """``(source, converted)``: a tiny model, and its graded form in the original basis."""
     directory = tmp_path_factory.mktemp(request.param)
-    hf_config = QWEN3 if request.param == "qwen3-tied" else LLAMA3 | {"vocab_size": 1200}  # two blocks
+    hf_config = (
+        QWEN3 if request.param == "qwen3-tied" else LLAMA3 | {"vocab_size": 1200}
+    )  # Two vocabulary blocks.
     model = tiny_models.write(directory / "model", hf_config)
     calib = tiny_models.text_file(directory / "calib.txt")
     flags = ["--calib", str(calib), "--basis", "original", "--gains", "fitted"]
@@ -38,8 +41,8 @@ def pair(request, tmp_path_factory):
     return open_checkpoint(model), checkpoint.load(directory / "out", jnp.float32)
 
 
-def parts_of(pair) -> GradedParts:
-    """The converted model as parts that come from memory."""
+def graded_model(pair) -> GradedModel:
+    """Returns the converted model, read from memory."""
     source, converted = pair
     model = converted.model
 
@@ -47,20 +50,26 @@ def parts_of(pair) -> GradedParts:
         names = ("planes", "scales", "thresholds", "max_activation")
         return {name: getattr(linear, name)[...] for name in names}
 
-    def read_part(name):
+    def read(name):
         if name == HEAD:
-            blocks = {str(i): leaves(block) for i, block in enumerate(model.lm_head.blocks)}
-            return {"norm": {"scale": model.norm.scale[...]}, HEAD: {"blocks": blocks}}
+            return {"blocks": {str(i): leaves(block) for i, block in enumerate(model.lm_head.blocks)}}
+        if name == "norm":
+            return {"scale": model.norm.scale[...]}
         layer = model.layers[int(name.removeprefix("layers."))]
         norms = ("input_norm", "post_norm", *(() if layer.q_norm is None else ("q_norm", "k_norm")))
         tree = {norm: {"scale": getattr(layer, norm).scale[...]} for norm in norms}
-        tree |= {part: leaves(getattr(layer, part)) for part in ("qkv", "o", "gate_up", "down")}
-        return {"layers": {name.removeprefix("layers."): tree}}
+        return tree | {name: leaves(getattr(layer, name)) for name in ("qkv", "o", "gate_up", "down")}
 
     ends = np.cumsum([block.out_features for block in model.lm_head.blocks])[:-1]
     tokens = dict(zip(model.lm_head.names, np.split(np.asarray(model.lm_head.tokens()), ends), strict=True))
-    targets = converted.quantization.targets
-    return GradedParts(source, source, read_part, tokens, targets, jnp.float32)
+    return GradedModel(
+        original=source,
+        embedding=source,
+        read=read,
+        vocabulary_blocks=tokens,
+        targets=converted.quantization.targets,
+        compute_dtype=jnp.float32,
+    )
 
 
 def some_gains(model) -> dict[str, jax.Array]:
@@ -72,7 +81,7 @@ def some_gains(model) -> dict[str, jax.Array]:
 
 
 class WithGains(Graded):
-    """The product's graded reading, with gains that are given."""
+    """The product's graded reading with given level gains."""
 
     def __init__(self, thresholds, gains):
         super().__init__(thresholds)
@@ -91,42 +100,43 @@ class WithGains(Graded):
 
 
 def whole_model_divergence(pair, tokens, gains, bits) -> jax.Array:
-    """With all logits of both models at once, graded by the product's own strategy."""
+    """Computes the divergence from all logits of both models, graded by the product's own strategy."""
     source, converted = pair
     thresholds = model_thresholds(
         converted.model, jnp.asarray(converted.quantization.targets), jnp.float32(bits)
     )
     log_q = jax.nn.log_softmax(converted.model(tokens, WithGains(thresholds, gains)))
     log_p = jax.nn.log_softmax(load_decoder(source, jnp.float32)(tokens))
-    return jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)[:, COUNTED])
+    return jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)[:, SCORED])
 
 
 WINDOWS = np.random.default_rng(6).integers(0, 256, (3, 40)).astype(np.int32)
 
 
-def test_the_gradient_is_that_of_the_whole_model(pair, monkeypatch):
+def test_the_gradient_matches_the_whole_models(pair, monkeypatch):
     gains = some_gains(pair[1].model)
 
     def objective(gains):
         each = [
             whole_model_divergence(pair, jnp.asarray(window)[None], gains, bits)
-            for window, bits in zip(WINDOWS, SETTINGS, strict=True)
+            for window, bits in zip(WINDOWS, BITS, strict=True)
         ]
         return jnp.sum(jnp.log(jnp.stack(each))), each
 
     (_, expected), gradient = jax.jit(jax.value_and_grad(objective, has_aux=True))(gains)
-    parts = parts_of(pair)
-    monkeypatch.setattr(graded_divergence, "BLOCK_VALUES", 1)  # a tile of the vocabulary at a time
-    monkeypatch.setattr(source_head, "BLOCK_VALUES", 300 * 128)  # of the original's, some 300 tokens
-    found, by_layer = divergence(parts, parts.head(), Text.read(parts, WINDOWS), gains, SETTINGS)
-    np.testing.assert_allclose(found, expected, rtol=2e-4)
+    model = graded_model(pair)
+    monkeypatch.setattr(graded_divergence, "VALUES_IN_MEMORY", 1)  # Ranges of one tile.
+    monkeypatch.setattr(source_head, "VALUES_IN_MEMORY", 300 * 128)  # Ranges of about 300 tokens.
+    states = WindowStates.compute(model, WINDOWS)
+    divergences, by_layer = divergence(model, model.head(), states, gains, BITS)
+    np.testing.assert_allclose(divergences, expected, rtol=2e-4)
     assert by_layer.keys() == gradient.keys()
     for name, by_gain in gradient.items():
         scale = float(jnp.abs(by_gain[:-1]).max())
         np.testing.assert_allclose(by_layer[name], by_gain, rtol=2e-3, atol=2e-3 * scale, err_msg=name)
 
 
-def test_a_product_is_that_of_the_levels_dequantized():
+def test_a_graded_product_matches_the_dequantized_levels():
     rng = np.random.default_rng(3)
     weight = dataclasses.replace(
         codes.quantize(jnp.asarray(rng.standard_normal((200, 700)), jnp.float32)), level_gains=None
@@ -140,21 +150,20 @@ def test_a_product_is_that_of_the_levels_dequantized():
         read = np.append(0, gains.astype(np.float64))[levels] * x[row]
         expected[row] = read @ kernels[levels, np.arange(200)]
     start, stop = layout.TILE, 700
-    found = graded_product(
-        jnp.asarray(x), columns(weight, start, stop), *map(jnp.asarray, (thresholds, gains))
-    )
-    np.testing.assert_allclose(found, expected[:, start:stop], rtol=1e-4, atol=1e-4)
+    selected = select_outputs(weight, start, stop)
+    product = graded_product(jnp.asarray(x), selected, *map(jnp.asarray, (thresholds, gains)))
+    np.testing.assert_allclose(product, expected[:, start:stop], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("pair", ["qwen3-tied"], indirect=True)
 def test_training_lowers_the_divergence_on_other_text(pair, monkeypatch):
-    """At every setting, and also between those where it was trained."""
-    monkeypatch.setattr(trained_gains, "STEPS", 8)
+    """The divergence falls at the trained settings and between them."""
+    monkeypatch.setattr(train_gains, "STEPS", 8)
     seen, unseen = np.random.default_rng(8).integers(0, 256, (2, 30, 48)).astype(np.int32)
     names = linear_names(pair[1].config)
-    started = {name: np.float32([1.15, 1.05, 1, 1]) for name in names}
+    initial = {name: np.float32([1.15, 1.05, 1, 1]) for name in names}
     steps = []
-    trained = trained_gains.train_gains(parts_of(pair), seen, started, steps.append)
+    trained = train_gains.train_gains(graded_model(pair), seen, initial, steps.append)
     assert len(steps) == 8
     assert list(trained) == names
     for gains in trained.values():
@@ -167,42 +176,42 @@ def test_training_lowers_the_divergence_on_other_text(pair, monkeypatch):
         return whole_model_divergence(pair, jnp.asarray(unseen), gains, bits)
 
     for bits in (1.5, 2.0, 2.5, 3.0):
-        before, after = loss(started, jnp.float32(bits)), loss(trained, jnp.float32(bits))
+        before, after = loss(initial, jnp.float32(bits)), loss(trained, jnp.float32(bits))
         assert after < 0.97 * before, bits
 
 
 @pytest.mark.parametrize("pair", ["qwen3-tied"], indirect=True)
-@pytest.mark.parametrize(("room", "reads"), [(1 << 30, 1), (0, 4)])
-def test_layers_are_read_once_where_there_is_room(pair, monkeypatch, room, reads):
-    monkeypatch.setattr(trained_gains, "STEPS", 2)
-    graded, read = parts_of(pair), []
+@pytest.mark.parametrize(("limit", "reads"), [(1 << 30, 1), (0, 4)])
+def test_layers_are_read_once_if_the_cache_holds_them(pair, monkeypatch, limit, reads):
+    monkeypatch.setattr(train_gains, "STEPS", 2)
+    model, read = graded_model(pair), []
     counted = dataclasses.replace(
-        graded, read_part=lambda name: (read.append(name), graded.read_part(name))[1], kept=ArrayCache(room)
+        model, read=lambda name: (read.append(name), model.read(name))[1], cache=ArrayCache(limit)
     )
-    started = {name: np.ones(4, np.float32) for name in linear_names(pair[1].config)}
-    trained_gains.train_gains(counted, WINDOWS, started)
+    initial = {name: np.ones(4, np.float32) for name in linear_names(pair[1].config)}
+    train_gains.train_gains(counted, WINDOWS, initial)
     layers = [f"layers.{i}" for i in range(pair[1].config.num_layers)]
     assert {name: read.count(name) for name in layers} == dict.fromkeys(layers, reads)
 
 
 @pytest.mark.parametrize("pair", ["qwen3-tied"], indirect=True)
-def test_a_second_step_compiles_no_layer_again(pair, monkeypatch):
-    monkeypatch.setattr(trained_gains, "STEPS", 3)
+def test_later_steps_compile_nothing(pair, monkeypatch):
+    monkeypatch.setattr(train_gains, "STEPS", 3)
     compiled, seconds = [], []
 
     def listen(event, duration, **metadata):
         if "backend_compile" in event:
             compiled.append(duration)
 
-    def step_done(step):
+    def count_step(note):
         seconds.append(sum(compiled))
         compiled.clear()
 
-    started = {name: np.ones(4, np.float32) for name in linear_names(pair[1].config)}
+    initial = {name: np.ones(4, np.float32) for name in linear_names(pair[1].config)}
     jax.clear_caches()
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        trained_gains.train_gains(parts_of(pair), WINDOWS, started, step_done)
+        train_gains.train_gains(graded_model(pair), WINDOWS, initial, count_step)
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     first, second, third = seconds
@@ -210,11 +219,11 @@ def test_a_second_step_compiles_no_layer_again(pair, monkeypatch):
     assert second + third < 0.1 * first
 
 
-def test_windows_come_from_the_whole_text_once_each():
+def test_training_windows_cover_the_whole_text_once():
     windows = np.arange(3 * 1100, dtype=np.int32).reshape(3, 1100)
-    found = trained_gains.training_windows(windows, 100)
-    assert found.shape == (6, trained_gains.WINDOW)
-    starts = sorted(found[:, 0].tolist())
+    chosen = train_gains.training_windows(windows, 100)
+    assert chosen.shape == (6, train_gains.WINDOW)
+    starts = sorted(chosen[:, 0].tolist())
     assert starts == [0, 512, 1100, 1612, 2200, 2712]
-    assert len(trained_gains.training_windows(windows, 4)) == 4
-    assert trained_gains.training_windows(windows[:, :300], 100).shape == (3, 300)
+    assert len(train_gains.training_windows(windows, 4)) == 4
+    assert train_gains.training_windows(windows[:, :300], 100).shape == (3, 300)

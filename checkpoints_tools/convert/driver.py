@@ -1,0 +1,83 @@
+"""The conversion from its plan to a finished checkpoint, stage by stage.
+
+Memory holds one layer, the hidden states of some windows and, at the two ends, the embedding or the quantized
+output projection; never the model.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from checkpoints_tools.convert import parts, train_gains
+from checkpoints_tools.convert.graded_model import GradedModel
+from checkpoints_tools.convert.measure_layers import Measurements, measure_layers
+from checkpoints_tools.convert.options import TRAINED
+from checkpoints_tools.convert.place_thresholds import place_thresholds, write_grading
+from checkpoints_tools.convert.plan import Plan
+from checkpoints_tools.convert.refit_layers import refit_layers
+from checkpoints_tools.convert.survey import Survey, survey
+from grinqh_jax.checkpoint import QuantizationConfig, Writer
+
+
+def convert(
+    plan: Plan,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    on_progress: Callable[[str], None] = lambda note: None,
+) -> Path:
+    """Converts a checkpoint. The same plan yields the same bytes, interrupted or not.
+
+    A run that finds the parts of an interrupted one does not write them again. It repeats the survey and the
+    measurements, which are kept in memory only.
+
+    Args:
+      plan: What the conversion does (``make_plan``).
+      out: Directory to make.
+      overwrite: See ``Writer``.
+      on_progress: Called ``plan.steps`` times, with a note on what was done.
+
+    Returns:
+      The absolute path of ``out``.
+
+    Raises:
+      CheckpointError: See ``Writer``, ``HFCheckpoint.read`` and ``measure_linear``.
+    """
+    with Writer(out, fingerprint=plan.fingerprint(), overwrite=overwrite) as writer:
+        surveyed = survey(plan, on_progress)
+        parts.write_embedding(surveyed.weights, writer)
+        on_progress(parts.EMBEDDING)
+        measurements = measure_layers(plan, surveyed, writer, on_progress)
+        tables = place_thresholds(plan, measurements)
+        write_grading(surveyed, measurements, tables, writer)
+        refit_layers(plan, surveyed, measurements, tables, writer, on_progress)
+        if plan.gains == TRAINED:
+            write_trained_gains(plan, surveyed, measurements, writer, on_progress)
+        quantization = QuantizationConfig(
+            max_bits=plan.options.max_bits, targets=plan.targets, provenance=plan.provenance()
+        )
+        return writer.finalize(plan.source.hf_config, quantization, plan.source.companions)
+
+
+def write_trained_gains(
+    plan: Plan,
+    surveyed: Survey,
+    measurements: Measurements,
+    writer: Writer,
+    on_progress: Callable[[str], None],
+) -> None:
+    """Trains the level gains of the model that ``writer`` holds, and writes them."""
+    if parts.GAINS in writer.parts:
+        for step in range(train_gains.STEPS):
+            on_progress(f"gains {step}")
+        return
+    model = GradedModel(
+        original=plan.source,
+        embedding=surveyed.weights,
+        read=writer.read,
+        vocabulary_blocks=surveyed.vocabulary_blocks,
+        targets=plan.targets,
+        compute_dtype=plan.compute_dtype,
+    )
+    initial = {name: linear.level_gains for name, linear in measurements.linears.items()}
+    gains = train_gains.train_gains(model, plan.calibration.windows, initial, on_progress)
+    parts.save(writer, parts.GAINS, {f"{name}.gains": array for name, array in gains.items()})

@@ -1,0 +1,116 @@
+"""A graded model and the original it comes from, read one layer at a time, and windows of text in both."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Int32
+
+from checkpoints_tools.source.array_cache import ArrayCache
+from checkpoints_tools.source.head import logits, vocabulary, with_logits
+from checkpoints_tools.source.layer import dense_layer, embed, read_layer, run_layer
+from grinqh_jax.hf import HFCheckpoint
+from grinqh_jax.model.apply import HEAD
+from grinqh_jax.model.decoder import LAYER_LINEARS, DecoderLayer, RMSNorm
+from grinqh_jax.model.linear import GradedLinear, linear_of
+from grinqh_jax.model.output_projection import block_shapes
+
+
+class GradedHead(NamedTuple):
+    """A graded output projection: the norm before it, and its vocabulary blocks by name."""
+
+    norm: RMSNorm
+    blocks: Mapping[str, GradedLinear]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class GradedModel:
+    """A graded model with all level gains 1, and the original it comes from.
+
+    Attributes:
+      original: Original checkpoint.
+      embedding: Checkpoint that the graded model's embedding is read from.
+      read: Reads the subtree of the graded model's state at a dotted name, such as ``layers.0``.
+      vocabulary_blocks: Tokens of each vocabulary block, by name, in the order of its outputs.
+      targets: Mean bits of the rows of the threshold tables.
+      compute_dtype: Dtype of hidden states and products.
+      cache: Cache of the layers and of the original's output projection.
+    """
+
+    original: HFCheckpoint
+    embedding: Any
+    read: Callable[[str], Mapping[str, Any]]
+    vocabulary_blocks: Mapping[str, Int[np.ndarray, "n"]]
+    targets: Sequence[float]
+    compute_dtype: Any
+    cache: ArrayCache = dataclasses.field(default_factory=ArrayCache)
+
+    def layer(self, i: int) -> DecoderLayer:
+        """Returns graded layer ``i``."""
+
+        def read() -> DecoderLayer:
+            tree = self.read(f"layers.{i}")
+            linears = {projection: _with_unit_gains(tree[projection]) for projection in LAYER_LINEARS}
+            return DecoderLayer(self.original.config, {**tree, **linears}, self.compute_dtype)
+
+        return self.cache(f"layers.{i}", read)
+
+    def head(self) -> GradedHead:
+        """Returns the graded output projection."""
+        config = self.original.config
+        shapes = block_shapes(config.hidden_size, config.vocab_size)
+        trees = self.read(HEAD)["blocks"]
+        blocks = {
+            name: linear_of(_with_unit_gains(trees[str(i)]), shape, self.compute_dtype)
+            for i, (name, shape) in enumerate(shapes.items())
+        }
+        return GradedHead(RMSNorm(self.read("norm")["scale"], config.rms_norm_eps), blocks)
+
+    def original_head(self, name: str, outputs: slice) -> Float[Array, "d n"]:
+        """Returns the original's weights of some outputs of a vocabulary block."""
+        key, tokens = f"{HEAD}.kernel", self.vocabulary_blocks[name][outputs]
+        return self.cache(f"{name} {outputs}", lambda: jnp.asarray(self.original.read(key, tokens)))
+
+
+def _with_unit_gains(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {**tree, "gains": jnp.ones(len(tree["planes"]))}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class WindowStates:
+    """Windows of text at the beginning of the graded model and at the end of the original.
+
+    Attributes:
+      embedded: Hidden states before the first layer of the graded model.
+      exact: Hidden states behind the last norm of the original.
+      normalisers: Log of the sum that the original's softmax divides by, at each position, float32.
+    """
+
+    embedded: Float[np.ndarray, "s t d"]
+    exact: Float[np.ndarray, "s t d"]
+    normalisers: Float[np.ndarray, "s t"]
+
+    @classmethod
+    def compute(cls, model: GradedModel, windows: Int32[np.ndarray, "s t"]) -> "WindowStates":
+        """Runs windows of token ids through the original, with one layer in memory."""
+        original, dtype = model.original, model.compute_dtype
+        exact = embed(original, windows, dtype)
+        for i in range(original.config.num_layers):
+            layer = dense_layer(original, *read_layer(original, i), dtype)
+            for window in exact:
+                window[...] = run_layer(layer, window)
+            del layer  # Frees it before the next one is read.
+        norm = RMSNorm(jnp.asarray(original.read("norm.scale")), original.config.rms_norm_eps)
+        normalisers = np.full(windows.shape, -np.inf, np.float32)
+        for window in exact:
+            window[...] = norm(jnp.asarray(window))
+        for _, kernel in vocabulary(original, windows.shape[1]):
+            for normaliser, window in zip(normalisers, exact, strict=True):
+                normaliser[...] = with_logits(normaliser, logits(window, kernel))
+        return cls(embed(model.embedding, windows, dtype), exact, normalisers)
+
+    def at(self, chosen: Int[np.ndarray, "n"]) -> "WindowStates":
+        """Returns the chosen windows."""
+        return WindowStates(self.embedded[chosen], self.exact[chosen], self.normalisers[chosen])

@@ -1,0 +1,154 @@
+"""Weights fitted to the inputs that graded reading gives a projection: one step of damped least squares.
+
+Let ``x`` be the inputs of a projection in the original model, ``z`` its inputs at some bits, zero where they
+are skipped, and ``h_x`` and ``h_z`` the residual stream of the two models. The new weights come closest to
+the original ``W`` both on ``z`` and, so that full precision stays what it was, on ``x``:
+
+    ``W' = argmin E|z W' - y|**2 + c E|x W' - x W|**2``
+
+If the projection writes the residual stream, its outputs also make up for what the stream lacks:
+``y = x W + (h_x - h_z)``. Otherwise ``y = x W``. With ``A = z^T z + c x^T x``, damped, and
+``G = z^T (y - z W)`` the solution is ``W' = W + A^-1 G``. (GPTAQ, arXiv 2504.02692, fits quantized inputs to
+original outputs. Here the errors come from grading, and one weight serves all settings of the dial.)
+
+A fit of K numbers to T tokens also fits their noise: by chance it removes ``K / T`` of the residual energy.
+The step is shortened by the share that chance has in the whole reduction (James and Stein 1961).
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from checkpoints_tools.calibration.statistics import first_scored_position
+
+FULL_PRECISION_WEIGHT = 2.0
+"""``c``: weight of the model at full precision."""
+
+DAMPING = 0.01
+"""Number added to the diagonal of ``A``, in units of its mean."""
+
+
+class FitWindow(NamedTuple):
+    """One window in front of a projection.
+
+    Attributes:
+      exact: Inputs ``x`` in the original model.
+      graded: Inputs in the graded model, not yet skipped.
+      deficit: ``h_x - h_z`` for some outputs; None if the projection does not write the residual stream.
+    """
+
+    exact: Float[Array, "t k"]
+    graded: Float[Array, "t k"]
+    deficit: Float[Array, "t n"] | None
+
+
+def factor(windows: Sequence[FitWindow], least_read: Float[Array, ""] | float) -> Float[Array, "k k"] | None:
+    """Returns the Cholesky factor of the damped ``A``; None if there are no more tokens than inputs.
+
+    Args:
+      windows: All windows; deficits are not used.
+      least_read: Smallest magnitude of a graded input that is not skipped.
+    """
+    k = windows[0].exact.shape[1]
+    if _scored_tokens(windows) <= k:  # The whole reduction would be chance.
+        return None
+    a = jnp.zeros((k, k))
+    for window in windows:
+        # Waits for each product, which is as large as A.
+        a = _add_squares(a, window.graded, least_read, 1.0).block_until_ready()
+        a = _add_squares(a, window.exact, jnp.float32(0), FULL_PRECISION_WEIGHT).block_until_ready()
+    return _cholesky(a)
+
+
+def refitted(
+    w: Float[Array, "k n"],
+    windows: Sequence[FitWindow],
+    least_read: Float[Array, ""] | float,
+    a_factor: Float[Array, "k k"] | None,
+) -> Float[Array, "k n"]:
+    """Returns ``W'``, float32.
+
+    Args:
+      w: ``W``, or some of its outputs.
+      windows: All windows, with the deficits of these outputs.
+      least_read: Smallest magnitude of a graded input that is not skipped.
+      a_factor: Result of ``factor``; None leaves the weights as they are.
+    """
+    w = jnp.asarray(w, jnp.float32)
+    if a_factor is None:
+        return w
+    g, energy = jnp.zeros(w.shape), jnp.zeros(())
+    for window in windows:
+        g, energy = _add_residuals(g, energy, *window, least_read, w)
+        energy.block_until_ready()
+    return _step(w, a_factor, g, energy, _scored_tokens(windows))
+
+
+def _scored_tokens(windows: Sequence[FitWindow]) -> int:
+    lengths = [len(window.graded) for window in windows]
+    return sum(length - first_scored_position(length) for length in lengths)
+
+
+def _scored_inputs(rows: Float[Array, "t k"], least_read: Float[Array, ""] | float) -> Float[Array, "t2 k"]:
+    """Returns the inputs at the scored positions, zero where they are skipped."""
+    rows = rows[first_scored_position(len(rows)) :].astype(jnp.float32)
+    return jnp.where(jnp.abs(rows) < least_read, 0, rows)
+
+
+@jax.jit(donate_argnums=0)
+def _add_squares(
+    a: Float[Array, "k k"],
+    rows: Float[Array, "t k"],
+    least_read: Float[Array, ""] | float,
+    weight: Float[Array, ""] | float,
+) -> Float[Array, "k k"]:
+    rows = _scored_inputs(rows, least_read)
+    return a + weight * _product(rows.T, rows)
+
+
+@jax.jit(donate_argnums=0)
+def _cholesky(a: Float[Array, "k k"]) -> Float[Array, "k k"]:
+    damped = a + DAMPING * jnp.trace(a) / len(a) * jnp.eye(len(a))
+    # A projection whose inputs are all zero has nothing to fit.
+    return jnp.linalg.cholesky(jnp.where(jnp.trace(a) > 0, damped, jnp.eye(len(a))))
+
+
+@jax.jit(donate_argnums=(0, 1))
+def _add_residuals(
+    g: Float[Array, "k n"],
+    energy: Float[Array, ""],
+    exact: Float[Array, "t k"],
+    graded: Float[Array, "t k"],
+    deficit: Float[Array, "t n"] | None,
+    least_read: Float[Array, ""] | float,
+    w: Float[Array, "k n"],
+) -> tuple[Float[Array, "k n"], Float[Array, ""]]:
+    """Adds one window to ``G`` and to ``|y - z W|**2``."""
+    x, z = _scored_inputs(exact, 0.0), _scored_inputs(graded, least_read)
+    residual = _product(x - z, w)
+    if deficit is not None:
+        residual += deficit[first_scored_position(len(graded)) :].astype(jnp.float32)
+    return g + _product(z.T, residual), energy + jnp.sum(residual**2)
+
+
+@jax.jit
+def _step(
+    w: Float[Array, "k n"],
+    a_factor: Float[Array, "k k"],
+    g: Float[Array, "k n"],
+    energy: Float[Array, ""],
+    tokens: Int[Array, ""] | int,
+) -> Float[Array, "k n"]:
+    """Returns ``W + A^-1 G``, the step shortened by the share of its reduction that is chance."""
+    step = jax.scipy.linalg.cho_solve((a_factor, True), g)
+    reduction = jnp.sum(step * g)
+    # A exceeds z^T z by the part that holds the weights in place, which divides the share of chance as well.
+    chance = len(w) / tokens * energy / (1 + FULL_PRECISION_WEIGHT)
+    return w + step * jnp.where(reduction > chance, 1 - chance / reduction, 0)
+
+
+def _product(a: Float[Array, "a b"], b: Float[Array, "b c"]) -> Float[Array, "a c"]:
+    return jnp.matmul(a, b, precision="highest")

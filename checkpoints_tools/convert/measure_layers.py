@@ -1,0 +1,161 @@
+"""Second stage of a conversion: the inputs and level errors of every linear layer, one layer in memory.
+
+Weights that are not refitted get their codes here, and the codes are written at once: each weight is packed
+once. A refitted projection gets other weights later, which depend on the thresholds and on the codes of all
+layers before it. For such a projection this stage measures the levels and packs nothing; ``refit_layers``
+makes its only codes.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from checkpoints_tools.calibration import statistics
+from checkpoints_tools.calibration.statistics import LinearStatistics
+from checkpoints_tools.convert import parts
+from checkpoints_tools.convert.options import NONE, TRAINED
+from checkpoints_tools.convert.plan import Plan
+from checkpoints_tools.convert.quantize_linear import (
+    ReadOutputs,
+    Rounding,
+    fit_gains,
+    measure_linear,
+    quantize_linear,
+)
+from checkpoints_tools.convert.survey import Survey
+from checkpoints_tools.quantizers import QUANTIZERS, LevelFit
+from checkpoints_tools.source.layer import dense_layer, embed, read_layer
+from grinqh_jax.checkpoint import Writer
+from grinqh_jax.model.apply import HEAD, of_head
+from grinqh_jax.model.decoder import LAYER_LINEARS, RMSNorm
+
+FITTED_LAYERS = (".qkv",)
+"""Ends of the names of the linear layers, beside the output projection, whose levels get least-squares gains.
+In the others such gains make the 32m model of ``docs/quality.md`` diverge more. Training starts from
+these."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class LinearMeasurement:
+    """Measurement of one linear layer with its original weights.
+
+    Attributes:
+      inputs: Statistics of the inputs.
+      errors: Errors of levels ``0..P``, weighted by the sensitivities, float64.
+      level_gains: Fitted level gains, float32; all 1 where none are fitted.
+    """
+
+    inputs: LinearStatistics
+    errors: Float[np.ndarray, "p1"]
+    level_gains: Float[np.ndarray, "p"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Measurements:
+    """Measurements of the whole model.
+
+    Attributes:
+      linears: Measurement of each linear layer, by name.
+      norms: Scale of each norm, by name in the state tree, such as ``layers.0.input_norm``.
+    """
+
+    linears: Mapping[str, LinearMeasurement]
+    norms: Mapping[str, Float[np.ndarray, "d"]]
+
+
+def measure_layers(
+    plan: Plan, survey: Survey, writer: Writer, on_progress: Callable[[str], None]
+) -> Measurements:
+    """Runs the threshold windows through the model and measures every linear layer.
+
+    After an interruption all layers are measured again; codes that are written are not packed again.
+
+    Args:
+      plan: What the conversion does.
+      survey: Result of the survey.
+      writer: Receives the codes of the weights that are not refitted, one part for each layer.
+      on_progress: Called with a note after each layer, and after the output projection.
+
+    Raises:
+      CheckpointError: See ``measure_linear`` and ``Writer.save_part``.
+    """
+    weights = survey.weights
+    hidden = embed(weights, plan.threshold_windows, plan.compute_dtype)
+    linears: dict[str, LinearMeasurement] = {}
+    norms: dict[str, Float[np.ndarray, "d"]] = {}
+    for i in range(plan.source.config.num_layers):
+        kernels, layer_norms = read_layer(weights, i)
+        norms |= {f"layers.{i}.{norm}": scale for norm, scale in layer_norms.items()}
+        layer = dense_layer(weights, kernels, layer_norms, plan.compute_dtype)
+        inputs = statistics.through_layer(layer, hidden)
+        del layer  # Frees the dense copy before codes are made.
+        leaves: dict[str, np.ndarray] = {}
+        for projection in LAYER_LINEARS:
+            name = f"layers.{i}.{projection}"
+            write = projection not in plan.refit and f"layers.{i}" not in writer.parts
+            linears[name], codes = _measure(
+                rounding(plan, survey, name, inputs[projection]),
+                lambda outputs, kernels=kernels, projection=projection: kernels[projection][:, outputs],
+                plan,
+                write=write,
+            )
+            leaves |= codes
+            del kernels[projection]  # Frees its weights before the next projection is packed.
+        parts.save(writer, f"layers.{i}", leaves)
+        on_progress(f"measure layers.{i}")
+    norms["norm"] = weights.read("norm.scale")
+    norm = RMSNorm(jnp.asarray(norms["norm"]), plan.source.config.rms_norm_eps)
+    head_inputs, leaves = statistics.of_head(norm, hidden), {}
+    for name in survey.vocabulary_blocks:
+        linears[name], codes = _measure(
+            rounding(plan, survey, name, head_inputs),
+            lambda outputs, name=name: survey.read_vocabulary(name, outputs),
+            plan,
+            write=HEAD not in plan.refit and HEAD not in writer.parts,
+        )
+        leaves |= codes
+    parts.save(writer, HEAD, leaves)
+    on_progress(f"measure {HEAD}")
+    return Measurements(linears=linears, norms=norms)
+
+
+def rounding(plan: Plan, survey: Survey, name: str, inputs: LinearStatistics) -> Rounding:
+    """Returns how the linear layer called ``name`` is rounded."""
+    return Rounding(
+        name=name,
+        shape=plan.shapes[name],
+        inputs=inputs,
+        sensitivities=survey.sensitivities[name],
+        quantizer=QUANTIZERS[plan.options.quantizer],
+        max_bits=plan.options.max_bits,
+    )
+
+
+def fitted_gains(plan: Plan, name: str, fit: LevelFit) -> Float[np.ndarray, "p"]:
+    """Returns the level gains of a linear layer: least squares in ``FITTED_LAYERS``, 1 in the others."""
+    fitted = plan.gains != NONE and (of_head(name) or name.endswith(FITTED_LAYERS))
+    return fit_gains(fit) if fitted else np.ones(len(fit.slopes), np.float32)
+
+
+def stored_codes(
+    plan: Plan, name: str, codes: Mapping[str, np.ndarray], level_gains: Float[np.ndarray, "p"]
+) -> dict[str, np.ndarray]:
+    """Returns the leaves of a part, by dotted name: codes, and level gains unless they are trained later."""
+    leaves = dict(codes) if plan.gains == TRAINED else {**codes, "gains": level_gains}
+    return {f"{name}.{leaf}": array for leaf, array in leaves.items()}
+
+
+def _measure(
+    rounding: Rounding, read_outputs: ReadOutputs, plan: Plan, *, write: bool
+) -> tuple[LinearMeasurement, dict[str, np.ndarray]]:
+    """Measures a layer; returns the leaves of its codes as well where they are to be written."""
+    if write:
+        codes, fit = quantize_linear(rounding, read_outputs)
+    else:
+        codes, fit = {}, measure_linear(rounding, read_outputs)
+    level_gains = fitted_gains(plan, rounding.name, fit)
+    measurement = LinearMeasurement(inputs=rounding.inputs, errors=fit.errors, level_gains=level_gains)
+    return measurement, stored_codes(plan, rounding.name, codes, level_gains) if write else {}

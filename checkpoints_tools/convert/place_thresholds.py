@@ -1,0 +1,55 @@
+"""Third stage of a conversion: the threshold tables of all linear layers, which share the bits."""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import Float
+
+from checkpoints_tools.calibration.allocation import GradedCosts, smooth_sensitivities, threshold_tables
+from checkpoints_tools.convert import parts, vocabulary
+from checkpoints_tools.convert.measure_layers import Measurements
+from checkpoints_tools.convert.options import SENSITIVITY
+from checkpoints_tools.convert.plan import Plan
+from checkpoints_tools.convert.survey import Survey
+from grinqh_jax.checkpoint import Writer
+from grinqh_jax.model.apply import HEAD
+
+
+def place_thresholds(plan: Plan, measurements: Measurements) -> dict[str, Float[np.ndarray, "targets p"]]:
+    """Places thresholds that read each target's mean bits of the measured inputs.
+
+    Args:
+      plan: What the conversion does. With the split by sensitivity all layers share one sum of bits;
+        otherwise each layer reads every target's mean by itself.
+      measurements: Inputs and level errors of all linear layers.
+
+    Returns:
+      Table of each linear layer, by name, float32 (see ``threshold_tables``).
+    """
+    costs = {
+        name: GradedCosts(linear.inputs.counts, linear.errors, math.prod(plan.shapes[name]))
+        for name, linear in measurements.linears.items()
+    }
+    if plan.options.split == SENSITIVITY:
+        return threshold_tables(smooth_sensitivities(costs), plan.targets)
+    tables = {}
+    for name, cost in costs.items():
+        tables |= threshold_tables({name: cost}, plan.targets)
+    return tables
+
+
+def write_grading(
+    survey: Survey,
+    measurements: Measurements,
+    tables: Mapping[str, Float[np.ndarray, "targets p"]],
+    writer: Writer,
+) -> None:
+    """Writes the leaves that are known once all layers are measured and their thresholds placed."""
+    leaves = {f"{name}.thresholds": table for name, table in tables.items()}
+    for name, linear in measurements.linears.items():
+        leaves[f"{name}.max_activation"] = np.float32(linear.inputs.max_activation)
+    for name, scale in measurements.norms.items():
+        leaves[f"{name}.scale"] = np.asarray(scale).astype(parts.STORED_DTYPE)
+    leaves[f"{HEAD}.columns"] = vocabulary.token_to_output(list(survey.vocabulary_blocks.values()))
+    parts.save(writer, parts.GRADING, leaves)

@@ -1,0 +1,148 @@
+"""Plan of a conversion: what is done, decided from the options, the shapes and the calibration text alone."""
+
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int32
+
+from checkpoints_tools.calibration.allocation import target_grid
+from checkpoints_tools.calibration.text import Calibration, split_windows
+from checkpoints_tools.convert import refit_tokens, train_gains
+from checkpoints_tools.convert.options import FITTED, PRINCIPAL, TRAINED, Options
+from checkpoints_tools.convert.sizes import bits_per_weight_stored
+from grinqh_jax import __version__
+from grinqh_jax.hf import HFCheckpoint
+from grinqh_jax.model.decoder import linear_shapes
+from pallas_kernels.layout import DIGIT_BITS
+
+PARTS_VERSION = 2
+"""Version of the division of a checkpoint into parts. Parts of different versions do not mix."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Plan:
+    """Everything that is known before the conversion reads a weight.
+
+    Attributes:
+      source: Checkpoint that is converted.
+      calibration: Calibration text.
+      options: What was asked for.
+      survey_windows: Windows that choose the basis and measure sensitivities, ``[s, t]``.
+      threshold_windows: Windows that thresholds are placed on. They differ from the survey windows because a
+        basis suits its own text better than any other; thresholds placed there would read too many bits of
+        other text.
+      refit_windows: Windows that weights are refitted to, the first of the survey windows.
+      gains: One of ``GAINS``: the source of the level gains.
+      refit: Names of the projections that are refitted in every layer, and ``HEAD`` if the output projection
+        is. Empty without ``options.refit``.
+      not_done: One line for each thing that was asked for and is not done, with the reason.
+      compute_dtype: Dtype of hidden states and products: float32 on a CPU, which emulates bfloat16 slowly,
+        bfloat16 elsewhere.
+    """
+
+    source: HFCheckpoint
+    calibration: Calibration
+    options: Options
+    survey_windows: Int32[np.ndarray, "s t"]
+    threshold_windows: Int32[np.ndarray, "s2 t"]
+    refit_windows: Int32[np.ndarray, "s3 t"]
+    gains: str
+    refit: tuple[str, ...]
+    not_done: tuple[str, ...]
+    compute_dtype: Any
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """``(in_features, out_features)`` of all linear layers, by name."""
+        return linear_shapes(self.source.config)
+
+    @property
+    def targets(self) -> tuple[float, ...]:
+        """Mean bits of the rows of the threshold tables."""
+        return target_grid(self.options.max_bits)
+
+    @property
+    def steps(self) -> int:
+        """Number of times that the conversion calls ``on_progress``."""
+        layers = self.source.config.num_layers
+        survey = (3 if self.options.basis == PRINCIPAL else 2) * layers
+        embedding = 1
+        measure = layers + 1
+        refit = layers + 1 if self.refit else 0
+        training = train_gains.STEPS if self.gains == TRAINED else 0
+        return survey + embedding + measure + refit + training
+
+    def fingerprint(self) -> str:
+        """Returns a string that is equal for two conversions whose parts are interchangeable.
+
+        It covers the options, the calibration tokens, the size and time of every source file, and the
+        compute dtype. See ``Writer``.
+        """
+        files = sorted(set(self.source.files.values()))
+        state = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+        dtype = str(jnp.dtype(self.compute_dtype))
+        facts = [PARTS_VERSION, self.provenance(), self.source.hf_config, state, dtype]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def provenance(self) -> dict[str, Any]:
+        """Returns what ``quantization_config`` records about the making of the checkpoint."""
+        windows = self.calibration.windows
+        return {
+            "converter": f"grinqh-jax {__version__}",
+            "quantizer": self.options.quantizer,
+            "basis": self.options.basis,
+            "split": self.options.split,
+            "gains": self.gains,
+            "refit": list(self.refit),
+            "bits_per_weight_stored": round(bits_per_weight_stored(self.source, self.options.max_bits), 4),
+            "calibration": {
+                "text": self.calibration.name,
+                "windows": len(windows),
+                "window_tokens": windows.shape[1],
+                "tokens_sha256": hashlib.sha256(windows.astype("<i4").tobytes()).hexdigest(),
+            },
+        }
+
+
+def make_plan(source: HFCheckpoint, calibration: Calibration, options: Options) -> Plan:
+    """Decides what a conversion does.
+
+    Args:
+      source: Checkpoint to convert.
+      calibration: Calibration text.
+      options: What is asked for.
+    """
+    survey_windows, threshold_windows = split_windows(calibration.windows)
+    compute_dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    widths = refit_tokens.input_widths(linear_shapes(source.config))
+    refit_windows = refit_tokens.fitting_windows(survey_windows, widths, jnp.dtype(compute_dtype).itemsize)
+    refit, not_done = (), []
+    if options.refit:
+        refit = tuple(refit_tokens.refitted_projections(refit_windows, widths))
+        if shortage := refit_tokens.shortage(refit_windows, widths):
+            not_done.append(shortage)
+    gains, several_levels = options.gains, options.max_bits > DIGIT_BITS
+    if gains == TRAINED and not (several_levels and calibration.windows.size >= train_gains.LEAST_TOKENS):
+        gains = FITTED
+        if several_levels:
+            not_done.append(
+                f"level gains were fitted, not trained: {calibration.windows.size:,} calibration tokens are"
+                f" too few (training needs {train_gains.LEAST_TOKENS:,})"
+            )
+    return Plan(
+        source=source,
+        calibration=calibration,
+        options=options,
+        survey_windows=survey_windows,
+        threshold_windows=threshold_windows,
+        refit_windows=refit_windows,
+        gains=gains,
+        refit=refit,
+        not_done=tuple(not_done),
+        compute_dtype=compute_dtype,
+    )

@@ -1,0 +1,130 @@
+"""Fourth stage of a conversion: weights refitted to their graded inputs, quantized and written.
+
+Each projection is fitted to inputs that the quantized projections before it produce, so the layers are
+written in order, and one layer is in memory.
+"""
+
+from collections.abc import Callable, Mapping
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from checkpoints_tools.convert import parts
+from checkpoints_tools.convert.measure_layers import Measurements, fitted_gains, rounding, stored_codes
+from checkpoints_tools.convert.plan import Plan
+from checkpoints_tools.convert.quantize_linear import quantize_linear
+from checkpoints_tools.convert.refit import RefitStates
+from checkpoints_tools.convert.survey import Survey
+from checkpoints_tools.source.layer import dense_layer, embed, read_layer
+from grinqh_jax.checkpoint import Writer
+from grinqh_jax.model.apply import HEAD
+from grinqh_jax.model.decoder import LAYER_LINEARS, RMSNorm
+from grinqh_jax.model.linear import linear_of
+
+Tables = Mapping[str, Float[np.ndarray, "targets p"]]
+"""Threshold table of each linear layer, by name."""
+
+
+def refit_layers(
+    plan: Plan,
+    survey: Survey,
+    measurements: Measurements,
+    tables: Tables,
+    writer: Writer,
+    on_progress: Callable[[str], None],
+) -> None:
+    """Refits, quantizes and writes the projections of ``plan.refit``. Returns at once if there are none.
+
+    The residual streams behind each layer are saved with its part. After an interruption the stage resumes
+    behind the last layer that is written.
+
+    Args:
+      plan: What the conversion does.
+      survey: Result of the survey.
+      measurements: Statistics of the inputs; level gains of the projections that are not refitted.
+      tables: Threshold tables.
+      writer: Receives one part for each layer. It already holds the codes that are not refitted.
+      on_progress: Called with a note after each layer, and after the output projection.
+
+    Raises:
+      CheckpointError: See ``measure_linear`` and ``Writer.save_part``.
+    """
+    if not plan.refit:
+        return
+    hidden = embed(survey.weights, plan.refit_windows, plan.compute_dtype)
+    states = RefitStates(hidden, tables, plan.targets)
+    del hidden
+    for i in range(plan.source.config.num_layers):
+        part = parts.refitted(f"layers.{i}")
+        if part not in writer.parts:
+            leaves = _refit_layer(plan, survey, measurements, tables, writer, states, i)
+            parts.save(writer, part, leaves, resume_state=states.streams)
+        elif (streams := writer.resume_state(part)) is not None:
+            states.streams = streams
+        on_progress(f"refit layers.{i}")
+    if HEAD in plan.refit and parts.refitted(HEAD) not in writer.parts:
+        leaves = _refit_head(plan, survey, measurements, states)
+        parts.save(writer, parts.refitted(HEAD), leaves)
+    on_progress(f"refit {HEAD}")
+
+
+def _refit_layer(
+    plan: Plan,
+    survey: Survey,
+    measurements: Measurements,
+    tables: Tables,
+    writer: Writer,
+    states: RefitStates,
+    i: int,
+) -> dict[str, np.ndarray]:
+    """Moves the windows through layer ``i`` and returns the leaves of its refitted projections."""
+    kernels, norms = read_layer(survey.weights, i)
+    layer = dense_layer(survey.weights, kernels, norms, plan.compute_dtype)
+    states.set_input_norm(layer.input_norm)
+    leaves: dict[str, np.ndarray] = {}
+    for projection in LAYER_LINEARS:
+        name = f"layers.{i}.{projection}"
+        measurement = measurements.linears[name]
+        if projection in plan.refit:
+
+            def read_outputs(outputs: slice, name=name, projection=projection) -> Float[Array, "k n"]:
+                return states.fitted(name, kernels[projection][:, outputs], outputs)
+
+            codes, fit = quantize_linear(rounding(plan, survey, name, measurement.inputs), read_outputs)
+            level_gains = fitted_gains(plan, name, fit)
+            leaves |= stored_codes(plan, name, codes, level_gains)
+        else:
+            codes, level_gains = writer.read(name), measurement.level_gains
+        del kernels[projection]  # Frees its weights before the next projection is refitted.
+        linear = linear_of(
+            {
+                "planes": jnp.asarray(codes["planes"]),
+                "scales": jnp.asarray(codes["scales"]),
+                "thresholds": jnp.asarray(tables[name]),
+                "gains": jnp.asarray(level_gains),
+                "max_activation": jnp.float32(measurement.inputs.max_activation),
+            },
+            plan.shapes[name],
+            plan.compute_dtype,
+        )
+        states.advance(name, layer, linear)
+    return leaves
+
+
+def _refit_head(
+    plan: Plan, survey: Survey, measurements: Measurements, states: RefitStates
+) -> dict[str, np.ndarray]:
+    """Returns the leaves of the refitted vocabulary blocks."""
+    norm = RMSNorm(jnp.asarray(measurements.norms["norm"]), plan.source.config.rms_norm_eps)
+    states.set_input_norm(norm)
+    leaves: dict[str, np.ndarray] = {}
+    for name in survey.vocabulary_blocks:
+
+        def read_outputs(outputs: slice, name=name) -> Float[Array, "k n"]:
+            return states.fitted(name, survey.read_vocabulary(name, outputs), outputs)
+
+        inputs = measurements.linears[name].inputs
+        codes, fit = quantize_linear(rounding(plan, survey, name, inputs), read_outputs)
+        leaves |= stored_codes(plan, name, codes, fitted_gains(plan, name, fit))
+    return leaves

@@ -1,0 +1,58 @@
+"""First stage of a conversion: the basis, the sensitivities, and the division of the vocabulary."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from checkpoints_tools.calibration.sensitivity import output_sensitivities
+from checkpoints_tools.convert import vocabulary
+from checkpoints_tools.convert.options import PRINCIPAL
+from checkpoints_tools.convert.plan import Plan
+from checkpoints_tools.convert.principal_basis import RotatedCheckpoint, principal_axes, second_moments
+from grinqh_jax.hf import HFCheckpoint
+from grinqh_jax.model.apply import HEAD, of_head
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Survey:
+    """What the later stages know about the model.
+
+    Attributes:
+      weights: Checkpoint whose weights are quantized: the source, or the source in its principal basis.
+      sensitivities: Sensitivity of each output of each linear layer, by name (``calibration.sensitivity``).
+      vocabulary_blocks: Tokens of each vocabulary block, by name, ascending.
+    """
+
+    weights: HFCheckpoint | RotatedCheckpoint
+    sensitivities: Mapping[str, Float[np.ndarray, "n"]]
+    vocabulary_blocks: Mapping[str, Int[np.ndarray, "tokens"]]
+
+    def read_vocabulary(self, name: str, outputs: slice) -> Float[np.ndarray | Array, "d n"]:
+        """Reads the weights of some outputs of a vocabulary block."""
+        return self.weights.read(f"{HEAD}.kernel", self.vocabulary_blocks[name][outputs])
+
+
+def survey(plan: Plan, on_progress: Callable[[str], None]) -> Survey:
+    """Chooses the basis and measures sensitivities on ``plan.survey_windows``.
+
+    Args:
+      plan: What the conversion does.
+      on_progress: Called with a note after each layer of each pass over the model.
+
+    Raises:
+      CheckpointError: A weight or a hidden state is NaN or Inf.
+    """
+    source, windows, axes = plan.source, plan.survey_windows, None
+    if plan.options.basis == PRINCIPAL:
+        axes = principal_axes(second_moments(source, windows, plan.compute_dtype, on_progress))
+    sensitivities = output_sensitivities(
+        source, windows, plan.compute_dtype, axes=axes, on_progress=on_progress
+    )
+    sensitivities[HEAD] = vocabulary.smooth_sensitivities(sensitivities[HEAD])
+    names = [name for name in plan.shapes if of_head(name)]
+    blocks = dict(zip(names, vocabulary.token_blocks(sensitivities[HEAD]), strict=True))
+    sensitivities |= {name: sensitivities[HEAD][tokens] for name, tokens in blocks.items()}
+    weights = source if axes is None else RotatedCheckpoint(source, axes, sensitivities)
+    return Survey(weights=weights, sensitivities=sensitivities, vocabulary_blocks=blocks)

@@ -1,0 +1,92 @@
+"""Last stage of a conversion: the level gains of all layers, trained together to the least divergence.
+
+Least squares (``quantize_linear.fit_gains``) brings each level closest to its own weights. No layer can
+choose its gains alone, because errors accumulate across layers. So the gains of all layers, a few numbers
+each, are trained end to end to the least divergence on the calibration text, by Adam (arXiv 1412.6980). Each
+step sums gradients at several settings of the dial, because one set of gains serves all of them. Codes and
+thresholds stay as they are.
+"""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int32
+
+from checkpoints_tools.convert.graded_divergence import divergence
+from checkpoints_tools.convert.graded_model import GradedModel, WindowStates
+
+BITS = (1.5, 2.0, 3.0)
+"""Mean bits that the gains are trained at."""
+
+STEPS = 32
+"""Number of steps of Adam. Each uses one window for every setting."""
+
+RATE = 0.03
+"""Approximate change of a gain's logarithm in a step of the first half. It falls to 0 in the second half."""
+
+SECOND_MOMENT_DECAY = 0.95
+"""Adam's ``b2``. The usual 0.999 would still remember the first steps at the end."""
+
+WINDOW = 512
+"""Longest window in tokens."""
+
+LEAST_TOKENS = 4096
+"""Minimum number of calibration tokens for training: gains trained on fewer suit no other text."""
+
+
+def train_gains(
+    model: GradedModel,
+    windows: Int32[np.ndarray, "s t"],
+    initial: Mapping[str, Float[np.ndarray, "p"]],
+    on_progress: Callable[[str], None] = lambda note: None,
+) -> dict[str, Float[np.ndarray, "p"]]:
+    """Trains the level gains of all linear layers.
+
+    Args:
+      model: Graded model and its original.
+      windows: Token ids of the calibration text, cut to windows of ``WINDOW`` and used in turn.
+      initial: Initial gains by linear layer, positive; 1 for the highest level.
+      on_progress: Called with a note after each of ``STEPS`` steps.
+
+    Returns:
+      Gains by linear layer, float32, positive; 1 for the highest level.
+    """
+    bits = [mean for mean in BITS if mean < model.targets[-1]]
+    states = WindowStates.compute(model, training_windows(windows, STEPS * len(bits)))
+    head = model.head()
+    rate = optax.linear_schedule(RATE, 0, transition_steps=STEPS // 2, transition_begin=STEPS // 2)
+    adam = optax.adam(rate, b2=SECOND_MOMENT_DECAY)
+    log_factors = {name: np.zeros(len(gains) - 1, np.float32) for name, gains in initial.items()}
+    # Commits them to the device like everything computed from them; otherwise the second step recompiles.
+    log_factors = jax.device_put(log_factors, jax.local_devices()[0])
+    optimizer_state = adam.init(log_factors)
+    for step in range(STEPS):
+        gains, pull_back = jax.vjp(lambda log_factors: _gains(initial, log_factors), log_factors)
+        chosen = np.arange(step * len(bits), (step + 1) * len(bits)) % len(states.embedded)
+        _, gradients = divergence(model, head, states.at(chosen), gains, bits)
+        updates, optimizer_state = adam.update(*pull_back(gradients), optimizer_state)
+        log_factors = optax.apply_updates(log_factors, updates)
+        on_progress(f"gains {step}")
+    return {name: np.asarray(gains) for name, gains in _gains(initial, log_factors).items()}
+
+
+def training_windows(windows: Int32[np.ndarray, "s t"], count: int) -> Int32[np.ndarray, "s2 t2"]:
+    """Returns up to ``count`` windows of at most ``WINDOW`` tokens, spread over the text in random order.
+
+    Args:
+      windows: Token ids.
+      count: Number of windows wanted.
+    """
+    length = min(WINDOW, windows.shape[1])
+    rows = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
+    return rows[np.random.default_rng(0).permutation(len(rows))[:count]]
+
+
+def _gains(
+    initial: Mapping[str, Float[np.ndarray, "p"]], log_factors: Mapping[str, Float[Array, "p_less_1"]]
+) -> dict[str, Float[Array, "p"]]:
+    """Returns the initial gains times the factors, which are positive; the highest level keeps its gain."""
+    return {name: gains * jnp.exp(jnp.append(log_factors[name], 0)) for name, gains in initial.items()}
