@@ -52,7 +52,7 @@ before: the eigenvectors count for ``forward``, the head's sensitivities for ``b
 thresholds for ``refit``."""
 
 WARM_UP = 2
-"""Number of steps of a stage that may compile. The others give the seconds of a layer, or of a training step."""
+"""Number of steps of a stage that may compile. The others give the seconds of a layer or a training step."""
 
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "orbax-checkpoint", "tensorstore", "safetensors")
 

@@ -1,1 +1,1 @@
-"""Fixed-precision quantizers to compare with: RTN, GPTQ, AWQ, with groups of 128 inputs and zero points."""
+"""Fixed-precision quantizers for comparison: RTN, GPTQ and AWQ, with groups of 128 inputs and zero points."""

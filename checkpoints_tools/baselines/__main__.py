@@ -1,4 +1,4 @@
-"""``python -m checkpoints_tools.baselines``: a checkpoint rounded by RTN, GPTQ or AWQ, to compare with."""
+"""``python -m checkpoints_tools.baselines``: quantizes a checkpoint with RTN, GPTQ or AWQ, for comparison."""
 
 import argparse
 import math
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoints_tools.baselines import model
-from checkpoints_tools.calibration.text import read_calibration
+from checkpoints_tools.calibration.text import DEFAULT_TOKENS, read_calibration
 from grinqh_jax.cli import command as cli
 from grinqh_jax.cli.progress import Progress
 from grinqh_jax.errors import UsageError
@@ -15,7 +15,7 @@ from grinqh_jax.hf import open_checkpoint
 
 
 def parser() -> cli.Parser:
-    """The command's flags."""
+    """Returns the parser of the command's flags."""
     result = cli.Parser(
         prog="python -m checkpoints_tools.baselines",
         description="Round a checkpoint to fixed precision (groups of 128, zero points) and write the "
@@ -24,20 +24,33 @@ def parser() -> cli.Parser:
     add = result.add_argument
     add("--model", required=True, metavar="DIR_OR_HUB_ID", help="Hugging Face checkpoint (safetensors)")
     add("--out", required=True, type=Path, metavar="DIR", help="directory to make")
-    add("--method", required=True, choices=model.METHODS, help="the quantizer")
+    add("--method", required=True, choices=model.METHODS, help="quantizer")
     add("--w-bits", required=True, type=int, choices=(2, 3, 4, 8), help="bits of the integers")
-    add("--calib", type=Path, metavar="FILE", help="calibration text, as of convert")
-    add("--tokens", type=int, default=32768, metavar="N", help="calibration tokens, at most (default 32768)")
-    add("--act-order", action="store_true", help="gptq: channels with most energy first")
-    add("--damping", type=float, default=0.01, help="gptq: share of the mean diagonal added (default 0.01)")
+    add(
+        "--calib", type=Path, metavar="FILE", help="calibration text, as for convert (default: a bundled one)"
+    )
+    add(
+        "--tokens",
+        type=int,
+        default=DEFAULT_TOKENS,
+        metavar="N",
+        help=f"maximum number of calibration tokens (default {DEFAULT_TOKENS})",
+    )
+    add("--act-order", action="store_true", help="gptq: round the channels with the largest energy first")
+    add(
+        "--damping",
+        type=float,
+        default=0.01,
+        help="gptq: share of the mean diagonal that is added to the Hessian (default 0.01)",
+    )
     return result
 
 
 def quantize(args: argparse.Namespace) -> int:
-    """Quantizes as the flags say.
+    """Quantizes as the flags say and prints the bits read.
 
     Raises:
-      GrinqhError: what is wrong with the flags or the source.
+      GrinqhError: The flags, the source or the output are unusable.
     """
     problems = []
     if args.tokens < 1:
@@ -50,21 +63,15 @@ def quantize(args: argparse.Namespace) -> int:
         raise UsageError(f"--out {args.out} exists; name a new directory")
     source = open_checkpoint(args.model)
     windows = read_calibration(source, args.calib, args.tokens).windows
-    options = {"act_order": args.act_order, "damping": args.damping} if args.method == "gptq" else {}
+    options = model.Options(
+        method=args.method, bits=args.w_bits, act_order=args.act_order, damping=args.damping
+    )
     title = f"{args.method} {source.directory.name}"
     try:
         with Progress(title, source.config.num_layers, "layer") as progress:
-            model.write(
-                source,
-                windows,
-                args.out,
-                method=args.method,
-                bits=args.w_bits,
-                done=lambda part: progress(1, part),
-                **options,
-            )
-    except OSError as error:  # a full disk, a read-only directory
-        raise UsageError(f"{error}; mend that or name another --out directory") from None
+            model.quantize(source, windows, args.out, options, lambda note: progress(1, note))
+    except OSError as error:  # The disk is full, or the directory is read-only.
+        raise UsageError(f"{error}; fix that or name another --out directory") from None
     layers, everything = model.mean_bits_read(source, args.w_bits)
     print(
         f"{args.out}: {layers:.3f} bits read per weight of the layers, {everything:.3f} with the 16-bit head"
@@ -73,7 +80,7 @@ def quantize(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code (see ``grinqh_jax.cli.command``)."""
+    """Runs the command and returns its exit code (see ``grinqh_jax.cli.command``)."""
     return cli.run(quantize, parser(), argv)
 
 

@@ -1,10 +1,10 @@
 """AWQ (Lin et al., arXiv 2306.00978): input channels scaled by their activations, then ranges clipped.
 
-``x @ W = (x / s) @ (diag(s) W)``: the channels that matter are scaled up before rounding and keep more of
-their precision; ``1 / s`` belongs to whatever precedes the layer. ``s = (mean |x|) ** alpha``, with the
-``alpha`` of a grid that leaves the least output error. Then each group's range is shrunk as far as
-that lowers the error of its part of the output. Both errors are ``tr(D^T H D)`` with ``D`` the weights'
-error and ``H = E[x x^T]``.
+``x @ W = (x / s) @ (diag(s) W)``: important channels are scaled up before rounding and keep more of their
+precision; the operation before the layer absorbs ``1 / s``. The scales are ``s = (mean |x|) ** alpha``, with
+the ``alpha`` from a grid that leaves the least output error. Then the range of each group shrinks as far as
+that lowers the group's share of the output error. Both errors are ``tr(D^T H D)``, where ``D`` is the error
+of the weights and ``H = E[x x^T]``.
 """
 
 from functools import partial
@@ -22,12 +22,12 @@ SHRINKS = tuple(1 - np.arange(10) / 20)
 
 
 def output_error(error: Float[Array, "k n"], hessian: Float[Array, "k k"]) -> Float[Array, ""]:
-    """Mean squared output error of weights that are off by ``error``, summed over the outputs."""
+    """Returns the mean squared output error of weights that err by ``error``, summed over the outputs."""
     return jnp.sum(error * jnp.matmul(hessian, error, precision="highest"))
 
 
 def channel_scales(magnitude: Float[Array, "k"], alpha: float | Float[Array, ""]) -> Float[Array, "k"]:
-    """``magnitude ** alpha``, centred between its extremes; 1 where a channel is never active."""
+    """Returns ``magnitude ** alpha``, centred between its extremes. Channels that are always 0 count as 1."""
     powered = jnp.where(magnitude > 0, magnitude, 1) ** alpha
     return powered / jnp.sqrt(powered.max() * powered.min())
 
@@ -36,13 +36,13 @@ def channel_scales(magnitude: Float[Array, "k"], alpha: float | Float[Array, ""]
 def awq(
     w: Float[Array, "k n"], hessian: Float[Array, "k k"], magnitude: Float[Array, "k"], bits: int
 ) -> Float[Array, "k n"]:
-    """The weights that act after AWQ: ``diag(1 / s) round(diag(s) W)``.
+    """Returns the effective weights after AWQ: ``diag(1 / s) round(diag(s) W)``.
 
     Args:
-      w: ``[in, out]``.
+      w: Weights ``[in, out]``.
       hessian: ``E[x x^T]``.
-      magnitude: ``E|x|`` of each channel.
-      bits: of the integers.
+      magnitude: ``E[|x|]`` of each channel.
+      bits: Bits of the integers.
     """
     w, hessian = w.astype(jnp.float32), hessian.astype(jnp.float32)
 
@@ -56,7 +56,7 @@ def awq(
 
 
 def _clipped(w: Float[Array, "k n"], hessian: Float[Array, "k k"], bits: int) -> Float[Array, "k n"]:
-    """Rounded weights, the range of each group and output shrunk by the best of ``SHRINKS``."""
+    """Rounds weights with the range of each group and output shrunk by the best of ``SHRINKS``."""
     k, n = w.shape
     padded = -k % GROUP
     hessian = jnp.pad(hessian, ((0, padded), (0, padded)))

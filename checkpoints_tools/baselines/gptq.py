@@ -1,8 +1,8 @@
-"""GPTQ (Frantar et al., arXiv 2210.17323): inputs rounded in turn, each error pushed onto those that follow.
+"""GPTQ (Frantar et al., arXiv 2210.17323): rounds input channels in turn, and later ones absorb each error.
 
-With the Hessian ``H = E[x x^T]`` of a layer's inputs, rounding input channel ``i`` to ``q_i`` costs the
-least when the channels ``F`` behind it move by ``-(w_i - q_i) / [H_FF^-1]_ii * [H_FF^-1]_F,i``. The rows of
-the upper Cholesky factor ``U`` of ``H^-1 = U^T U`` hold all of these columns, over ``sqrt([H_FF^-1]_ii)``.
+With the Hessian ``H = E[x x^T]`` of a layer's inputs, rounding input channel ``i`` to ``q_i`` costs least
+when the later channels ``F`` move by ``-(w_i - q_i) / [H_FF^-1]_ii * [H_FF^-1]_F,i``. The rows of the upper
+Cholesky factor ``U`` of ``H^-1 = U^T U`` hold these columns divided by ``sqrt([H_FF^-1]_ii)``.
 """
 
 from functools import partial
@@ -24,14 +24,14 @@ def gptq(
     damping: float | Float[Array, ""] = 0.01,
     act_order: bool = False,
 ) -> Float[Array, "k n"]:
-    """Dequantized weights after GPTQ with groups of 128 channels.
+    """Returns the dequantized weights after GPTQ with groups of 128 channels.
 
     Args:
-      w: ``[in, out]``.
-      hessian: ``E[x x^T]``; channels that are always 0 get weights of 0.
-      bits: of the integers.
-      damping: this share of the mean of the diagonal is added to it.
-      act_order: round the channels with most energy first; a group is then 128 channels of that order.
+      w: Weights ``[in, out]``.
+      hessian: ``E[x x^T]``. Channels that are always 0 get weights of 0.
+      bits: Bits of the integers.
+      damping: Share of the mean of the diagonal that is added to the diagonal.
+      act_order: Round the channels with the largest energy first. A group is then 128 channels in that order.
     """
     k, n = w.shape
     w, hessian = w.astype(jnp.float32), hessian.astype(jnp.float32)

@@ -1,7 +1,7 @@
-"""The common ground of the baselines: asymmetric integers, one scale and zero point per group of inputs.
+"""Asymmetric integers with one scale and zero point per group of inputs, which all baselines use.
 
-A group is 128 consecutive input channels of one output, ``w ~ scale * (q - zero)`` with ``q`` and ``zero``
-in ``0 ... 2**bits - 1``. Groups always cover 0, so a zero point exists.
+A group is 128 consecutive input channels of one output: ``w ~ scale * (q - zero)`` with ``q`` and ``zero`` in
+``0 ... 2**bits - 1``. The range of a group always covers 0, so a zero point exists.
 """
 
 from typing import NamedTuple
@@ -14,19 +14,19 @@ SCALE_BITS = 16
 
 
 class Grid(NamedTuple):
-    """Scales and zero points of some groups, broadcastable to their weights."""
+    """Scales and zero points of groups, broadcastable to their weights."""
 
     scale: Float[Array, "..."]
     zero: Float[Array, "..."]
 
 
 def bits_read(bits: int) -> float:
-    """Bits that a weight takes, its share of a float16 scale and a packed zero point included."""
+    """Returns the bits per weight, with its share of a float16 scale and a packed zero point."""
     return bits + (SCALE_BITS + bits) / GROUP
 
 
 def fit(w: Float[Array, "group *any"], bits: int, shrink: Float[Array, "..."] | float = 1.0) -> Grid:
-    """The grid that spans each column's values (and 0), or ``shrink`` times that; scales in float16."""
+    """Returns the grid that spans each column's values and 0, times ``shrink``, with float16 scales."""
     low = jnp.minimum(w.min(axis=0), 0) * shrink
     high = jnp.maximum(w.max(axis=0), 0) * shrink
     scale = ((high - low) / (2**bits - 1)).astype(jnp.float16).astype(jnp.float32)
@@ -35,19 +35,19 @@ def fit(w: Float[Array, "group *any"], bits: int, shrink: Float[Array, "..."] | 
 
 
 def round_to(w: Float[Array, "*any n"], grid: Grid, bits: int) -> Float[Array, "*any n"]:
-    """The nearest values of the grid."""
+    """Rounds to the nearest values of the grid."""
     q = jnp.clip(jnp.round(w / grid.scale) + grid.zero, 0, 2**bits - 1)
     return grid.scale * (q - grid.zero)
 
 
 def grouped(w: Float[Array, "k n"]) -> Float[Array, "g group n"]:
-    """``w`` cut into groups; rows of zeros, which change no group's range, fill the last one up."""
+    """Cuts ``w`` into groups. Rows of zeros, which change no range, fill the last group."""
     k, n = w.shape
     return jnp.pad(w, ((0, -k % GROUP), (0, 0))).reshape(-1, GROUP, n)
 
 
 def rtn(w: Float[Array, "k n"], bits: int) -> Float[Array, "k n"]:
-    """Round to nearest: every group on the grid that spans it."""
+    """Rounds to nearest: every group on the grid that spans it."""
     cut = grouped(w)
     low, high = jnp.minimum(cut.min(axis=1), 0), jnp.maximum(cut.max(axis=1), 0)
     grid = fit(jnp.stack([low, high]), bits)

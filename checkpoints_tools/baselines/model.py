@@ -1,14 +1,16 @@
-"""A whole model through a baseline, one decoder layer at a time, each seeing the errors of those before."""
+"""Quantizes a whole model with a baseline, one decoder layer at a time; each layer sees the earlier errors."""
 
+import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int32
+from jaxtyping import Array, Float, Int32
 from safetensors.numpy import save_file
 
 from checkpoints_tools.baselines import groups
@@ -20,131 +22,172 @@ from grinqh_jax.model.apply import HEAD, Dense, of_head
 from grinqh_jax.model.decoder import DecoderLayer, linear_shapes
 
 METHODS = ("rtn", "gptq", "awq")
+
 UNQUANTIZED_BITS = 16
 
 
-class _Moments(Dense):
-    """An ``apply`` strategy that collects ``E[x x^T]`` and ``E|x|`` of every layer's inputs."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """A baseline and its options.
+
+    Attributes:
+      method: One of ``METHODS``.
+      bits: Bits of the integers.
+      act_order: GPTQ only: round the channels with the largest energy first.
+      damping: GPTQ only: share of the mean diagonal that is added to the Hessian.
+    """
+
+    method: str
+    bits: int
+    act_order: bool = False
+    damping: float = 0.01
+
+
+class Moments(NamedTuple):
+    """Moments of the inputs of a projection.
+
+    Attributes:
+      hessian: ``E[x x^T]``.
+      magnitude: ``E[|x|]``.
+    """
+
+    hessian: Float[Array, "k k"]
+    magnitude: Float[Array, "k"]
+
+
+class _MomentsOfInputs(Dense):
+    """An ``apply`` strategy that collects the moments of the inputs, by projection."""
 
     def __init__(self):
-        self.seen = {}
+        self.moments: dict[str, Moments] = {}
 
     def product(self, name: str, linear, x):
         rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
         hessian = jnp.matmul(rows.T, rows, precision="highest") / len(rows)
-        self.seen[name.rpartition(".")[2]] = hessian, jnp.mean(jnp.abs(rows), axis=0)
+        self.moments[name.rpartition(".")[2]] = Moments(hessian, jnp.mean(jnp.abs(rows), axis=0))
         return super().product(name, linear, x)
 
 
 @jax.jit
 def _run(layer: DecoderLayer, x: Float[jax.Array, "1 t d"]):
-    moments = _Moments()
-    return layer("layer", x, jnp.arange(x.shape[1])[None], moments)[0], moments.seen
+    apply = _MomentsOfInputs()
+    return layer("layer", x, jnp.arange(x.shape[1])[None], apply)[0], apply.moments
 
 
-def quantize_layer(
-    kernels: dict[str, np.ndarray],
-    moments: dict[str, tuple[jax.Array, jax.Array]],
-    method: str,
-    bits: int,
-    **options,
-) -> dict[str, np.ndarray]:
-    """Dequantized float32 kernels of one layer.
-
-    Args:
-      kernels: by part, ``[in, out]``.
-      moments: by part, ``E[x x^T]`` and ``E|x|`` of its inputs; not looked at by rtn.
-      method: one of ``METHODS``.
-      bits: of the integers.
-      options: of ``gptq``.
-    """
-    result = {}
-    for part, kernel in kernels.items():
-        w = jnp.asarray(kernel, jnp.float32)
-        if method == "gptq":
-            w = gptq(w, moments[part][0], bits, **options)
-        elif method == "awq":
-            w = awq(w, *moments[part], bits)
-        else:
-            w = groups.rtn(w, bits)
-        result[part] = np.asarray(w)
-    return result
-
-
-def write(
+def quantize(
     source: HFCheckpoint,
     windows: Int32[np.ndarray, "s t"],
     out: Path,
-    *,
-    method: str,
-    bits: int,
-    done: Callable[[str], None] = lambda part: None,
-    **options,
+    options: Options,
+    on_progress: Callable[[str], None] = lambda note: None,
 ) -> None:
-    """Writes a Hugging Face checkpoint with float32 kernels that hold the dequantized integers.
+    """Quantizes a checkpoint and writes the dequantized weights as a Hugging Face checkpoint.
 
-    The output projection and the embedding stay as they are, as is usual for these methods. The weights
-    of the result are held in host memory.
+    The kernels of the result are float32. The output projection and the embedding stay as they are, as is
+    usual for these methods. Host memory holds the whole result.
 
     Args:
-      source: the checkpoint.
-      windows: calibration tokens.
-      out: directory to make; must not exist.
-      method, bits, options: see ``quantize_layer``.
-      done: called with each layer's name.
+      source: Checkpoint.
+      windows: Calibration tokens.
+      out: Directory to make; must not exist.
+      options: Baseline and its options.
+      on_progress: Called with a note after each layer.
 
     Raises:
       FileExistsError: ``out`` exists.
-      CheckpointError: see ``HFCheckpoint.read``.
+      CheckpointError: See ``HFCheckpoint.read``.
     """
     out.mkdir(parents=True)
     tensors = {}
 
-    def keep(key: str, value: np.ndarray) -> None:
+    def add(key: str, value: np.ndarray) -> None:
         rows = value.T if params.is_kernel(key) else value
-        parts = params.sources(source.config)[key]
-        ends = np.cumsum([part.shape[0] for part in parts])[:-1]
-        for part, piece in zip(parts, np.split(rows, ends), strict=True):
-            tensors[part.name] = np.ascontiguousarray(piece)
+        pieces = params.sources(source.config)[key]
+        ends = np.cumsum([piece.shape[0] for piece in pieces])[:-1]
+        for piece, tensor in zip(pieces, np.split(rows, ends), strict=True):
+            tensors[piece.name] = np.ascontiguousarray(tensor)
 
     embedding = source.read("embed.embedding")
     hidden = embedding[windows].astype(np.float32)
     for i in range(source.config.num_layers):
         kernels, norms = read_layer(source, i)
         moments = {}
-        if method != "rtn":
+        if options.method != "rtn":
             moments = mean_moments(dense_layer(source, kernels, norms, jnp.float32), hidden)
-        kernels = quantize_layer(kernels, moments, method, bits, **options)
-        if method != "rtn":
+        kernels = quantize_layer(kernels, moments, options)
+        if options.method != "rtn":
             layer = dense_layer(source, kernels, norms, jnp.float32)
             for window in hidden:
                 window[...] = _run(layer, window[None])[0][0]
-        for part, kernel in kernels.items():
-            keep(f"layers.{i}.{part}.kernel", kernel)
-        for part, scale in norms.items():
-            keep(f"layers.{i}.{part}.scale", scale)
-        done(f"layers.{i}")
-    keep("embed.embedding", embedding)
-    keep("norm.scale", source.read("norm.scale"))
+        for projection, kernel in kernels.items():
+            add(f"layers.{i}.{projection}.kernel", kernel)
+        for norm, scale in norms.items():
+            add(f"layers.{i}.{norm}.scale", scale)
+        on_progress(f"layers.{i}")
+    add("embed.embedding", embedding)
+    add("norm.scale", source.read("norm.scale"))
     if not source.config.tie_word_embeddings:
-        keep(f"{HEAD}.kernel", source.read(f"{HEAD}.kernel"))
+        add(f"{HEAD}.kernel", source.read(f"{HEAD}.kernel"))
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(source.hf_config, indent=2))
     for file in source.companions:
         shutil.copy(file, out)
 
 
-def mean_moments(layer: DecoderLayer, hidden: np.ndarray) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """``(E[x x^T] [k, k], E[|x|] [k])`` of the inputs of each part of a dense layer, from ``[s, t, d]``."""
+def quantize_layer(
+    kernels: Mapping[str, np.ndarray], moments: Mapping[str, Moments], options: Options
+) -> dict[str, np.ndarray]:
+    """Returns the dequantized float32 kernels of one layer.
+
+    Args:
+      kernels: Kernels ``[in, out]``, by projection.
+      moments: Moments of the inputs, by projection; RTN needs none.
+      options: Baseline and its options.
+    """
+    result = {}
+    for projection, kernel in kernels.items():
+        w = jnp.asarray(kernel, jnp.float32)
+        if options.method == "gptq":
+            w = gptq(
+                w,
+                moments[projection].hessian,
+                options.bits,
+                act_order=options.act_order,
+                damping=options.damping,
+            )
+        elif options.method == "awq":
+            w = awq(w, *moments[projection], options.bits)
+        else:
+            w = groups.rtn(w, options.bits)
+        result[projection] = np.asarray(w)
+    return result
+
+
+def mean_moments(layer: DecoderLayer, hidden: Float[np.ndarray, "s t d"]) -> dict[str, Moments]:
+    """Returns the moments of the inputs of each projection of a dense layer.
+
+    Args:
+      layer: Decoder layer.
+      hidden: Hidden states before the layer.
+    """
     total = None
     for window in hidden:
-        seen = _run(layer, window[None])[1]
-        total = seen if total is None else jax.tree.map(jnp.add, total, seen)
+        moments = _run(layer, window[None])[1]
+        total = moments if total is None else jax.tree.map(jnp.add, total, moments)
     return jax.tree.map(lambda value: value / len(hidden), total)
 
 
 def mean_bits_read(source: HFCheckpoint, bits: int) -> tuple[float, float]:
-    """Bits read per weight: of the quantized layers, and over all linear layers, a 16-bit head included."""
+    """Returns the bits read per weight.
+
+    Args:
+      source: Checkpoint.
+      bits: Bits of the integers.
+
+    Returns:
+      ``(layers, everything)``: the mean over the quantized layers, and over all linear layers with a 16-bit
+      output projection.
+    """
     sizes = {name: k * n for name, (k, n) in linear_shapes(source.config).items()}
     quantized = sum(size for name, size in sizes.items() if not of_head(name))
     everything = sum(sizes.values())

@@ -1,17 +1,17 @@
-"""Other ways to read a GRINQH checkpoint, to see what each part of grading gains.
+"""Other ways to read a GRINQH checkpoint, which show the benefit of each component of grading.
 
-What grading decides are thresholds, so a way of reading is another table of them on the same codes: no
-new weights, and whatever measures the checkpoint measures these too. The first two give every linear
-layer, the output projection included, the same mean of bits.
+Thresholds decide what is read, so another way of reading is another threshold table on the same codes. It
+needs no new weights, and everything that measures the checkpoint measures it too. Truncation and skipping
+give every linear layer, the output projection included, the same mean bits.
 
-*Truncation* reads every channel at one level: what the nested code alone is worth.
+*Truncation* reads every channel at one level. It shows the nested code without grading.
 
-*Skip and int4* knows two levels, nothing and 4 bits: the sparsity of TEAL (Liu et al., arXiv 2408.14690)
-on 4-bit integers. A layer skips the share ``1 - b / 4`` of its activations whose magnitudes are smallest
-on a calibration text, for a mean of ``b`` bits.
+*Skip and int4* uses two levels, 0 and 4 bits: the sparsity of TEAL (Liu et al., arXiv 2408.14690) on 4-bit
+integers. For a mean of ``b`` bits a layer skips the share ``1 - b / 4`` of its activations that are smallest
+on a calibration text.
 
-*The whole head* reads the output projection with all its bits, as fixed-precision quantizers leave it in 16,
-and gives the layers alone the mean that is asked: so layers are compared with layers.
+*The whole head* reads the output projection with all its bits, as fixed-precision quantizers leave it in 16
+bits, and gives the layers alone the mean bits asked for, so layers are compared with layers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,11 +35,11 @@ from pallas_kernels.layout import DIGIT_BITS
 INT4_LEVEL, INT4_BITS = 2, 4
 
 NEVER = 1e30
-"""A threshold that no activation reaches, finite so that the dial may interpolate."""
+"""Threshold that no activation reaches; finite, so that the dial can interpolate."""
 
 
 def truncation(generator: Generator) -> Generator:
-    """The same model read at one level throughout: 2, 4 ... bits, whichever of them the dial is next to."""
+    """Returns the model read at one level throughout: 2, 4, ... bits, rounded to the nearest from the dial."""
     planes = _planes(generator)
     level = np.clip(np.round(np.array(generator.targets) / DIGIT_BITS), 1, planes)
     table = np.where(np.arange(planes) < level[:, None], 0, NEVER)
@@ -47,14 +47,14 @@ def truncation(generator: Generator) -> Generator:
 
 
 def skip_int4(generator: Generator, windows: Int32[np.ndarray, "s t"]) -> Generator:
-    """The same model with every channel either skipped or read at 4 bits; from 4 on nothing is skipped.
+    """Returns the model with every channel either skipped or read at 4 bits; from 4 bits on none is skipped.
 
     Args:
-      generator: of a GRINQH checkpoint.
-      windows: calibration tokens, of windows of one length.
+      generator: Generator of a GRINQH checkpoint.
+      windows: Calibration tokens, in windows of one length.
 
     Raises:
-      UsageError: the checkpoint stores less than 4 bits.
+      UsageError: The model is not a GRINQH checkpoint, or stores less than 4 bits.
     """
     planes = _planes(generator)
     if planes < INT4_LEVEL:
@@ -70,9 +70,10 @@ def skip_int4(generator: Generator, windows: Int32[np.ndarray, "s t"]) -> Genera
 
 
 def whole_head(generator: Generator) -> Generator:
-    """The same model with the output projection read to its last plane.
+    """Returns the model with the output projection read to its last plane.
 
-    Its dial, and its ``targets``, are ``with_whole_head`` of the bits that the layers are to read.
+    Its dial and its ``targets`` are in mean bits over all linear layers: ``with_whole_head`` of the layers'
+    bits.
     """
     planes = _planes(generator)
     config, most = generator.model.config, planes * DIGIT_BITS
@@ -85,17 +86,17 @@ def whole_head(generator: Generator) -> Generator:
 
 
 def with_whole_head(bits: float, config: ModelConfig, max_bits: int) -> float:
-    """The mean over all linear layers if the decoder layers read ``bits`` and the output projection all."""
+    """Returns the mean over all linear layers if the decoder layers read ``bits`` and the head everything."""
     head = layer_shares(config)[[of_head(name) for name in linear_names(config)]].sum()
     return float((1 - head) * bits + head * max_bits)
 
 
 def skip_thresholds(counts: Int[np.ndarray, "bins"], targets: Sequence[float]) -> Float[np.ndarray, "t"]:
-    """The magnitudes that the share ``target / 4`` of the counted activations reaches; 0 for all of them.
+    """Returns the magnitudes that a share of ``target / 4`` of the counted activations reaches; 0 from 4 on.
 
     Args:
-      counts: of ``histogram.count``, not empty.
-      targets: mean bits, above 0.
+      counts: Result of ``histogram.count``, not empty.
+      targets: Mean bits, positive.
     """
     share = np.asarray(targets, np.float64) / INT4_BITS
     low, high = (np.full(len(share), np.log(limit)) for limit in (1e-30, NEVER))
@@ -104,16 +105,17 @@ def skip_thresholds(counts: Int[np.ndarray, "bins"], targets: Sequence[float]) -
 
 
 def activation_counts(model: Decoder, windows: Int32[np.ndarray, "s t"]) -> dict[str, np.ndarray]:
-    """Histograms, by linear layer, of activations as thresholds are compared with them, at full precision.
+    """Returns histograms of the inputs of each linear layer at full precision, by name.
 
     Args:
-      model: dense or graded.
-      windows: tokens; read one window at a time.
+      model: Dense or graded model.
+      windows: Tokens; the model runs one window at a time.
     """
     total = None
     for window in windows:
-        seen = jax.tree.map(lambda counts: np.asarray(counts, np.int64), _window_counts(model, window[None]))
-        total = seen if total is None else jax.tree.map(np.add, total, seen)
+        counts = _window_counts(model, window[None])
+        counts = jax.tree.map(lambda array: np.asarray(array, np.int64), counts)
+        total = counts if total is None else jax.tree.map(np.add, total, counts)
     return total
 
 
@@ -140,8 +142,7 @@ def _reread(
     tables: Mapping[str, Float[np.ndarray, "t p"]],
     targets: Sequence[float] | None = None,
 ) -> Generator:
-    """The same weights under other tables of thresholds, for other targets if some are given; arrays and
-    compiled programs are shared."""
+    """Returns the model with other threshold tables and targets. Weights and compiled programs are shared."""
     model = nnx.merge(*nnx.split(generator.model))
     for name, table in tables.items():
         model.linear(name).thresholds = nnx.Param(jnp.asarray(table, jnp.float32))

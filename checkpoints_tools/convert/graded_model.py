@@ -42,7 +42,7 @@ class GradedModel:
     original: HFCheckpoint
     embedding: Any
     read: Callable[[str], Mapping[str, Any]]
-    vocabulary_blocks: Mapping[str, Int[np.ndarray, "n"]]
+    vocabulary_blocks: Mapping[str, Int[np.ndarray, "_"]]
     targets: Sequence[float]
     compute_dtype: Any
     cache: ArrayCache = dataclasses.field(default_factory=ArrayCache)

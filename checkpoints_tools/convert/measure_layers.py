@@ -63,7 +63,7 @@ class Measurements:
     """
 
     linears: Mapping[str, LinearMeasurement]
-    norms: Mapping[str, Float[np.ndarray, "d"]]
+    norms: Mapping[str, Float[np.ndarray, "_"]]
 
 
 def measure_layers(

@@ -182,7 +182,7 @@ class RotatedCheckpoint:
 
     source: HFCheckpoint
     axes: Float[np.ndarray, "d d"]
-    sensitivities: Mapping[str, Float[np.ndarray, "n"]] = dataclasses.field(default_factory=dict)
+    sensitivities: Mapping[str, Float[np.ndarray, "_"]] = dataclasses.field(default_factory=dict)
 
     @property
     def config(self) -> ModelConfig:

@@ -26,8 +26,8 @@ class Survey:
     """
 
     weights: HFCheckpoint | RotatedCheckpoint
-    sensitivities: Mapping[str, Float[np.ndarray, "n"]]
-    vocabulary_blocks: Mapping[str, Int[np.ndarray, "tokens"]]
+    sensitivities: Mapping[str, Float[np.ndarray, "_"]]
+    vocabulary_blocks: Mapping[str, Int[np.ndarray, "_"]]
 
     def read_vocabulary(self, name: str, outputs: slice) -> Float[np.ndarray | Array, "d n"]:
         """Reads the weights of some outputs of a vocabulary block."""

@@ -15,13 +15,13 @@ def smooth_sensitivities(sensitivities: Float[np.ndarray, "v"]) -> Float[np.ndar
     return (1 - UNSEEN) * sensitivities + UNSEEN * sensitivities.mean()
 
 
-def token_blocks(sensitivities: Float[np.ndarray, "v"]) -> list[Int[np.ndarray, "tokens"]]:
+def token_blocks(sensitivities: Float[np.ndarray, "v"]) -> list[Int[np.ndarray, "_"]]:
     """Returns the tokens of each vocabulary block, ascending; the first block has the most sensitive ones."""
     order = np.argsort(-sensitivities, kind="stable")
     ends = np.cumsum(block_sizes(len(sensitivities)))
     return [np.sort(tokens) for tokens in np.split(order, ends[:-1])]
 
 
-def token_to_output(blocks: list[Int[np.ndarray, "tokens"]]) -> Int32[np.ndarray, "v"]:
+def token_to_output(blocks: list[Int[np.ndarray, "_"]]) -> Int32[np.ndarray, "v"]:
     """Returns, for each token, the index of its logit among the outputs of all vocabulary blocks."""
     return np.argsort(np.concatenate(blocks)).astype(np.int32)

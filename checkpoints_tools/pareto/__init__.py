@@ -1,1 +1,1 @@
-"""Quality against bits: methods and settings over texts and problems, to a table, JSON and a figure."""
+"""Sweeps the quality of quantization methods and settings against the bits they read."""

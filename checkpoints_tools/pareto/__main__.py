@@ -1,4 +1,4 @@
-"""``python -m checkpoints_tools.pareto``: the quality of methods and settings against the bits they read."""
+"""``python -m checkpoints_tools.pareto``: sweeps the quality of methods and settings against bits read."""
 
 import argparse
 import dataclasses
@@ -12,7 +12,15 @@ from typing import Any
 import jax
 
 from checkpoints_tools.pareto import figure, flags, paired, table
-from checkpoints_tools.pareto.rows import ACCURACY, PERPLEXITY, Measurements, Row, Tasks, Text, bits_read
+from checkpoints_tools.pareto.rows import (
+    ACCURACY,
+    PERPLEXITY,
+    Measurements,
+    ProblemFile,
+    Row,
+    TextFile,
+    bits_read,
+)
 from checkpoints_tools.pareto.series import (
     FIXED,
     GRINQH,
@@ -32,11 +40,11 @@ from grinqh_jax.errors import UsageError
 from grinqh_jax.hf import open_checkpoint
 
 _PAIRED = ("window_losses", "window_tokens", "right")
-"""What rows keep for paired comparisons, too much for people to read."""
+"""Keys of a row for paired comparisons. The results leave them out because they are long."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code (``grinqh_jax.cli.command``), 1 if ``--sweep`` finds a rise."""
+    """Runs the command and returns its exit code (``cli.command``), 1 if ``--sweep`` finds a rise."""
     return cli.run(pareto, flags.parser(), argv)
 
 
@@ -44,7 +52,7 @@ def pareto(args: argparse.Namespace) -> int:
     """Sweeps as the flags say.
 
     Raises:
-      GrinqhError: what is wrong with the flags, a checkpoint or a text.
+      GrinqhError: The flags, a checkpoint or a text are unusable.
     """
     if args.draw:
         return _redraw(args)
@@ -57,27 +65,32 @@ def pareto(args: argparse.Namespace) -> int:
         calib=args.calib,
         calib_tokens=args.calib_tokens,
         dtype=args.dtype,
+        progress=Progress,
     )
-    if args.dtype == "float32":  # a GPU would multiply in fewer bits
+    if args.dtype == "float32":  # By default a GPU multiplies float32 in fewer bits.
         jax.config.update("jax_default_matmul_precision", "highest")
     series = _series(args, context)
-    texts = [Text(path=path, tokens=args.tokens, sequence_length=args.sequence_length) for path in args.data]
+    texts = [
+        TextFile(path=path, tokens=args.tokens, sequence_length=args.sequence_length) for path in args.data
+    ]
     tasks = [
-        Tasks(path=path, limit=args.limit, max_tokens=args.max_tokens, batch=args.batch)
+        ProblemFile(path=path, limit=args.limit, max_tokens=args.max_tokens, batch=args.batch)
         for path in args.tasks
     ]
-    measurements = Measurements(context, context.work / "rows", Progress)
+    measurements = Measurements(context, context.work / "rows")
     path = args.json or context.work / "pareto.json"
     results = _circumstances(args, source.directory.name, timing)
     for one in series:
-        one.groups()  # makes what is to be measured, or says why it cannot
+        one.groups()  # Makes the checkpoints, or raises, before anything is measured.
     by_data: list[list[Row]] = []
     for data in (*texts, *tasks):
         by_data.append([])
         for one in series:
             by_data[-1] += _rows(measurements, one, data, timing)
             results |= _findings(by_data, args.sweep)
-            path.write_text(json.dumps(results, indent=1) + "\n")  # what is there, if it is interrupted
+            path.write_text(
+                json.dumps(results, indent=1) + "\n"
+            )  # Keeps the results if the sweep is interrupted.
         print(table.markdown([row for row in by_data[-1] if row["shown"]]), flush=True)
     print(f"results: {path}")
     code = _verdict(results["sweep"])
@@ -124,22 +137,22 @@ def _series(args: argparse.Namespace, context: SweepContext) -> list[Series]:
             continue
         if method == GRINQH:
             settings = sorted({*args.bits, *args.sweep})
-            series.append(context.grinqh("GRINQH", args.convert, settings, args.bits))
+            series.append(context.grinqh("GRINQH", flags.options(args.convert), settings, args.bits))
             for label, options in flags.variants(args):
                 series.append(context.grinqh(label, options, args.bits, args.bits))
         elif method in (SKIP_INT4, TRUNCATION, WHOLE_HEAD):
-            series.append(context.reread(method, args.convert, args.bits))
+            series.append(context.reread(method, flags.options(args.convert), args.bits))
         else:
             series.append(context.fixed_precision(method, args.w_bits))
     return series
 
 
 def _rows(
-    measurements: Measurements, series: Series, data: Text | Tasks, timing: Timing | None
+    measurements: Measurements, series: Series, data: TextFile | ProblemFile, timing: Timing | None
 ) -> Iterator[Row]:
-    if data.kind == ACCURACY:  # a sweep is about perplexity
-        kept = tuple(bits for bits in series.settings if bits in series.shown)
-        series = dataclasses.replace(series, settings=kept)
+    if data.kind == ACCURACY:  # The settings of a sweep are measured on texts only.
+        shown = tuple(bits for bits in series.settings if bits in series.shown)
+        series = dataclasses.replace(series, settings=shown)
     for row in measurements.of(series, data):
         row |= {"label": series.label, "shown": row["bits"] in series.shown, "bits_read": bits_read(row)}
         if timing:
@@ -148,7 +161,7 @@ def _rows(
 
 
 def _first_curve(rows: Sequence[Row]) -> list[Row]:
-    """The rows of the first GRINQH curve, by ascending bits."""
+    """Returns the rows of the first GRINQH curve, by ascending bits."""
     graded = [row for row in rows if row["method"] == GRINQH]
     return [row for row in graded if row["label"] == graded[0]["label"]]
 
@@ -196,7 +209,9 @@ def _redraw(args: argparse.Namespace) -> int:
         if not drawn:
             raise ValueError("no rows")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"--draw {args.draw}: no results of this command ({error})") from None
+        raise UsageError(
+            f"--draw {args.draw}: no results of this command ({error}); name a file that --json wrote"
+        ) from None
     if args.title:
         results["title"] = args.title
     picture = args.figure or args.draw.with_suffix(".png")

@@ -23,22 +23,22 @@ _STYLES = {
 _GRINQH_COLOURS = ("#c0203a", "#7d1128", "#f2a7b2", "#a05060")
 _FULL = "#333333"
 _HEADROOM = 1.5
-"""Room above the perplexities that must be seen, for a list of those that are off the chart."""
+"""Top of the chart in units of the largest perplexity shown. The room lists the values off the chart."""
 
 _BITS, _TIME = "bits_read", "kernel_us"
 _X = {_BITS: "bits read per weight", _TIME: "kernel time, µs"}
 _NOTE = (
-    "Bits of all linear layers, scales and zero points included; not counted is the output projection where "
-    "it is read whole: of RTN, GPTQ and AWQ, 16 bits, and of 'GRINQH, whole head'. Error bars: one standard "
-    "error, of perplexities paired with full precision's."
+    "Bits of all linear layers, scales and zero points included, without the output projection where it is "
+    "read whole: in 16 bits by RTN, GPTQ and AWQ, and by 'GRINQH, whole head'. Error bars: one standard "
+    "error; perplexities are paired with full precision's."
 )
 
 
 def check(path: Path | None) -> None:
-    """Finds out before the work whether a figure can be drawn.
+    """Checks that a figure can be drawn.
 
     Args:
-      path: of the figure, or None: its suffix is right.
+      path: Path of the figure; None for a path with a known suffix.
 
     Raises:
       UsageError: matplotlib is missing, or does not know the suffix.
@@ -56,14 +56,14 @@ def check(path: Path | None) -> None:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Draws the figure of a sweep's results: against bits, and below against kernel time if it is there.
+    """Draws the results of a sweep against bits and, in a second row, against kernel time if they have it.
 
     Args:
-      results: what the sweep wrote as JSON.
-      path: of the figure; its suffix says which format.
+      results: Results that the sweep wrote as JSON.
+      path: Path of the figure; its suffix selects the format.
 
     Raises:
-      UsageError: see ``check``.
+      UsageError: See ``check``.
     """
     check(path)
     import matplotlib
@@ -104,7 +104,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 
 def _panels(rows: Sequence[Row], timed: bool) -> list[list[tuple[str, str, str] | None]]:
-    """What stands where: data, value and x axis. A column for each text; for a single one, for each value."""
+    """Returns data, value and x axis of each panel: a column for each text, or each value of a single one."""
     measures = dict.fromkeys((row["data"], row["measure"]) for row in rows)
     main = [(data, ACCURACY if measure == ACCURACY else "perplexity") for data, measure in measures]
     texts = [data for data, value in main if value != ACCURACY]
@@ -117,7 +117,7 @@ def _panels(rows: Sequence[Row], timed: bool) -> list[list[tuple[str, str, str] 
 
 
 def _draw_panel(axes, rows: Sequence[Row], x: str, value: str) -> None:
-    """One set of axes: a line for each series, full precision as a level."""
+    """Draws one panel: a line for each series, and full precision as a horizontal line."""
     names = {
         "perplexity": "perplexity",
         "kl": "KL divergence to full precision, nats",
@@ -172,13 +172,13 @@ def _draw_panel(axes, rows: Sequence[Row], x: str, value: str) -> None:
 
 
 def _top(rows: Sequence[Row]) -> float:
-    """Upper end of the perplexities: above all of GRINQH, and above what other methods do from 3 bits on."""
+    """Returns the top of the perplexities: above all of GRINQH, and above other methods from 3 bits on."""
     within = [row["perplexity"] for row in rows if row["method"] == GRINQH or row["bits"] >= 3]
     return _HEADROOM * max(within or [row["perplexity"] for row in rows], default=1.0)
 
 
 def _annotate(axes, beyond: Sequence[tuple[float, str, str]]) -> None:
-    """What is off the chart, at its upper edge, each in a line of its own below those near it."""
+    """Lists the values off the chart at its upper edge, one below another."""
     for i, (x, text, colour) in enumerate(sorted(beyond)):
         axes.annotate(
             text,

@@ -1,4 +1,4 @@
-"""Differences between settings measured on the same windows, with their paired standard errors."""
+"""Differences between settings measured on the same windows, with paired standard errors."""
 
 import itertools
 import math
@@ -10,9 +10,10 @@ from grinqh_jax.evaluation.result import standard_error
 
 
 def difference(row: Row, other: Row) -> tuple[float, float | None]:
-    """``row``'s perplexity less ``other``'s, and its paired standard error (None for a single window).
+    """Returns ``row``'s perplexity minus ``other``'s, and its paired standard error.
 
-    Both on the same text in the same windows; ``exp`` is taken to first order.
+    Both rows must come from the same windows of the same text. The error is None for a single window, and
+    takes ``exp`` to first order.
     """
     (losses, tokens), (other_losses, _) = windows(row), windows(other)
     own, others = (math.exp(sums.sum() / tokens.sum()) for sums in (losses, other_losses))
@@ -20,21 +21,21 @@ def difference(row: Row, other: Row) -> tuple[float, float | None]:
 
 
 def steps(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """What each turn of the dial to more bits does to perplexity.
+    """Compares the perplexities of consecutive settings of the dial.
 
     Args:
-      rows: one text's, by ascending bits.
+      rows: Rows of one text, by ascending bits.
 
     Returns:
-      One object a step: ``from`` and ``to`` bits, ``difference`` of the perplexities (above 0 where it
+      One object for each step: ``from`` and ``to`` bits, ``difference`` of the perplexities (positive if it
       rises), its paired ``difference_stderr``, and two verdicts: ``rises``, by more than the standard error
       of the perplexity itself, and ``rises_paired``, by more than the paired one. Where more bits change
-      next to nothing the second is so small that one step in six exceeds it by chance.
+      almost nothing the paired error is so small that one step in six exceeds it by chance.
     """
-    found = []
+    result = []
     for before, after in itertools.pairwise(rows):
         rise, error = difference(after, before)
-        found.append(
+        result.append(
             {
                 "from": before["bits"],
                 "to": after["bits"],
@@ -46,32 +47,37 @@ def steps(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 "rises_paired": rise > (error or 0),
             }
         )
-    return found
+    return result
 
 
 def comparisons(rows: Sequence[Row], others: Sequence[Row], full: Row) -> list[dict[str, Any]]:
-    """Every row against every other on one text.
+    """Compares every row with every other row of one text.
+
+    Args:
+      rows: Rows to compare.
+      others: Rows to compare them with.
+      full: Row of full precision.
 
     Returns:
-      One object a pair: ``difference`` of the perplexities, below 0 where ``bits`` beats ``against``, its
-      paired ``difference_stderr``, and ``loss_ratio``, the ratio of what both lose against ``full``
-      (None where the other loses nothing).
+      One object for each pair: ``difference`` of the perplexities, negative where ``bits`` beats ``against``;
+      its paired ``difference_stderr``; and ``loss_ratio``, the ratio of the two losses against full precision
+      (None if the other row loses nothing).
     """
-    found = []
+    result = []
     for row in rows:
         for other in others:
-            gain, error = difference(row, other)
+            change, error = difference(row, other)
             lost, other_lost = (r["perplexity"] - full["perplexity"] for r in (row, other))
-            found.append(
+            result.append(
                 {
                     "data": row["data"],
                     "label": row["label"],
                     "bits": row["bits"],
                     "against": other["label"],
                     "against_bits": other["bits"],
-                    "difference": gain,
+                    "difference": change,
                     "difference_stderr": error,
                     "loss_ratio": lost / other_lost if other_lost > 0 else None,
                 }
             )
-    return found
+    return result

@@ -1,12 +1,11 @@
-"""Measuring: a row for every setting and text, kept in the work directory so that none is measured twice."""
+"""Measures a row for every setting and text, and keeps the rows so that none is measured twice."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +20,24 @@ from grinqh_jax.evaluation.tasks import Accuracy, Problem, evaluate, read_proble
 
 PERPLEXITY, ACCURACY = "perplexity", "accuracy"
 
-_TOGETHER = 4
-"""Settings measured at a time: they share the reference's predictions, and are lost together."""
-
-ProgressBar = Callable[[str, int, str], contextlib.AbstractContextManager[Callable[[int], Any]]]
-"""What ``Measurements`` shows its progress with, such as ``cli.progress.Progress``."""
+_MEASURED_TOGETHER = 4
+"""Number of settings that share one pass of the reference model. An interruption loses all of them."""
 
 Row = dict[str, Any]
-"""A result as JSON. ``window_losses`` and ``window_tokens`` (of a text) or ``right`` (of problems) are what
-paired comparisons need."""
+"""A result as JSON. Paired comparisons use ``window_losses`` and ``window_tokens`` of a text, and ``right``
+of problems."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Text:
-    """A text to measure perplexity on: the first ``tokens`` (None: all) in windows."""
+class TextFile:
+    """A text to measure perplexity on.
+
+    Attributes:
+      path: Text file.
+      tokens: Number of tokens from the beginning; None for all.
+      sequence_length: Tokens of a window.
+      kind: Name of the measure.
+    """
 
     path: Path
     tokens: int | None
@@ -43,8 +46,16 @@ class Text:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Tasks:
-    """Word problems: the first ``limit`` (None: all), ``batch`` at a time."""
+class ProblemFile:
+    """Word problems to measure accuracy on.
+
+    Attributes:
+      path: File of problems.
+      limit: Number of problems from the beginning; None for all.
+      max_tokens: Maximum number of tokens of an answer.
+      batch: Maximum number of problems that are answered together.
+      kind: Name of the measure.
+    """
 
     path: Path
     limit: int | None
@@ -54,22 +65,20 @@ class Tasks:
 
 
 class Measurements:
-    """Rows of one model, measured when they are first asked for.
+    """Rows of one model, measured on first use.
 
     Args:
-      context: loads models; its ``source`` is what texts are compared with.
-      directory: where rows are kept.
-      progress: opens a progress bar for a description, a number of units and their name.
+      context: Loads the models. Its ``source`` is the reference.
+      directory: Directory of the rows.
     """
 
-    def __init__(self, context: SweepContext, directory: Path, progress: ProgressBar):
+    def __init__(self, context: SweepContext, directory: Path):
         self._context = context
-        self._progress = progress
         self._directory = directory
         self._reference: Generator | None = None
 
-    def of(self, series: Series, data: Text | Tasks) -> Iterator[Row]:
-        """The rows of all settings of a series on a text or on problems, in order."""
+    def of(self, series: Series, data: TextFile | ProblemFile) -> Iterator[Row]:
+        """Yields the rows of all settings of a series on a text or on problems, in order."""
         for checkpoint, settings in series.groups().items():
             files = {bits: self._file(series, checkpoint, bits, data) for bits in settings}
             missing = [bits for bits in settings if not files[bits].exists()]
@@ -81,7 +90,7 @@ class Measurements:
             for bits in settings:
                 yield json.loads(files[bits].read_text())
 
-    def _file(self, series: Series, checkpoint: Path, bits: Bits, data: Text | Tasks) -> Path:
+    def _file(self, series: Series, checkpoint: Path, bits: Bits, data: TextFile | ProblemFile) -> Path:
         facts = {
             "method": series.method,
             "bits": bits,
@@ -95,32 +104,32 @@ class Measurements:
         return self._directory / f"{series.method}-{bits}-{data.path.stem}-{key}.json"
 
     def _measure(
-        self, series: Series, generator: Generator, settings: Sequence[Bits], data: Text | Tasks
+        self, series: Series, generator: Generator, settings: Sequence[Bits], data: TextFile | ProblemFile
     ) -> Iterator[tuple[Bits, Row]]:
         note = f"{series.label}, {data.path.name}"
         for bits in settings:
-            generator.bits(series.dial(bits))  # raises if the checkpoint's dial does not go there
-        if isinstance(data, Tasks):
+            generator.bits(series.dial(bits))  # Raises if the checkpoint's dial does not reach it.
+        if isinstance(data, ProblemFile):
             problems = read_problems(data.path, data.limit)
             for bits in settings:
-                with self._progress(f"{note}, {bits} bits", len(problems), "problem") as progress:
+                with self._context.progress(f"{note}, {bits} bits", len(problems), "problem") as progress:
                     yield bits, self._accuracy(series, generator, bits, problems, data, progress)
             return
         tokens = read_tokens(generator, data.path, data.tokens)
-        for start in range(0, len(settings), _TOGETHER):
-            some = settings[start : start + _TOGETHER]
-            with self._progress(
+        for start in range(0, len(settings), _MEASURED_TOGETHER):
+            some = settings[start : start + _MEASURED_TOGETHER]
+            with self._context.progress(
                 f"{note}, {', '.join(map(str, some))} bits", len(tokens), "token"
             ) as progress:
                 yield from self._perplexities(series, generator, some, tokens, data, progress)
 
     def _perplexities(
-        self, series: Series, generator: Generator, settings: Sequence[Bits], tokens, data: Text, progress
+        self, series: Series, generator: Generator, settings: Sequence[Bits], tokens, data: TextFile, progress
     ) -> Iterator[tuple[Bits, Row]]:
         if self._reference is None:
             self._reference = self._context.load(self._context.source.directory)
         started = time.monotonic()
-        found = measure(
+        results = measure(
             generator.model,
             generator.targets,
             tokens,
@@ -130,7 +139,7 @@ class Measurements:
             on_progress=progress,
         )
         seconds = (time.monotonic() - started) / len(settings)
-        for bits, result in zip(settings, found, strict=True):
+        for bits, result in zip(settings, results, strict=True):
             yield (
                 bits,
                 _row(series, bits, data, result, seconds)
@@ -141,7 +150,7 @@ class Measurements:
             )
 
     def _accuracy(
-        self, series: Series, generator, bits: Bits, problems: list[Problem], data: Tasks, progress
+        self, series: Series, generator, bits: Bits, problems: list[Problem], data: ProblemFile, progress
     ) -> Row:
         started = time.monotonic()
         result = evaluate(
@@ -157,7 +166,7 @@ class Measurements:
 
 
 def _row(
-    series: Series, bits: Bits, data: Text | Tasks, result: Perplexity | Accuracy, seconds: float
+    series: Series, bits: Bits, data: TextFile | ProblemFile, result: Perplexity | Accuracy, seconds: float
 ) -> Row:
     layers, everything = series.bits_read(bits, result.realised_bits_without_head, result.realised_bits)
     return {
@@ -180,10 +189,10 @@ def _write(path: Path, row: Row) -> None:
 
 
 def windows(row: Row) -> tuple[np.ndarray, np.ndarray]:
-    """Summed losses and tokens of each window of a text's row."""
+    """Returns the summed losses and the tokens of each window of a text's row."""
     return np.array(row["window_losses"]), np.array(row["window_tokens"])
 
 
 def bits_read(row: Row) -> float:
-    """The figure to compare by: of all linear layers, or without an output projection that is read whole."""
+    """Returns the bits to compare by: over all linear layers, or without an output projection read whole."""
     return row["bits_read_layers" if row["method"] in (*FIXED, WHOLE_HEAD) else "bits_read_with_head"]

@@ -1,9 +1,8 @@
-"""The curves of a sweep: a method, its settings, and the checkpoint that each is measured on.
+"""The curves of a sweep: a method, its settings, and the checkpoint that each setting is measured on.
 
-Checkpoints are made on first use in a work directory, and found there by the next run.
+A checkpoint is made on first use in a work directory, where the next run finds it.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import hashlib
@@ -11,16 +10,18 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
-from checkpoints_tools.baselines import __main__ as baselines
-from checkpoints_tools.baselines import model as fixed
+from checkpoints_tools.baselines import model as baselines
 from checkpoints_tools.baselines import reading
-from checkpoints_tools.calibration.text import read_calibration
-from checkpoints_tools.convert import command as convert
+from checkpoints_tools.calibration.text import Calibration, read_calibration
+from checkpoints_tools.convert import driver
+from checkpoints_tools.convert.options import Options
+from checkpoints_tools.convert.plan import make_plan
 from grinqh_jax.decoding.bits import FULL, Bits
 from grinqh_jax.decoding.generator import Generator
 from grinqh_jax.decoding.statistics import SCALE_BITS
@@ -29,14 +30,18 @@ from grinqh_jax.hf import HFCheckpoint
 
 GRINQH, WHOLE_HEAD, UNQUANTIZED = "grinqh", "whole-head", "full"
 SKIP_INT4, TRUNCATION = "skip-int4", "truncation"
-FIXED: dict[str, tuple[str, list[str]]] = {
-    "rtn": ("RTN", ["--method", "rtn"]),
-    "gptq": ("GPTQ", ["--method", "gptq"]),
-    "gptq-act-order": ("GPTQ, act-order", ["--method", "gptq", "--act-order"]),
-    "awq": ("AWQ", ["--method", "awq"]),
+FIXED: dict[str, tuple[str, dict[str, Any]]] = {
+    "rtn": ("RTN", {"method": "rtn"}),
+    "gptq": ("GPTQ", {"method": "gptq"}),
+    "gptq-act-order": ("GPTQ, act-order", {"method": "gptq", "act_order": True}),
+    "awq": ("AWQ", {"method": "awq"}),
 }
-"""Fixed precision: label and flags of ``checkpoints_tools.baselines``."""
+"""Fixed-precision methods: label, and fields of ``baselines.model.Options`` beside the bits."""
 METHODS = (*FIXED, SKIP_INT4, TRUNCATION, WHOLE_HEAD, GRINQH)
+
+ProgressBar = Callable[[str, int, str], contextlib.AbstractContextManager[Callable[..., Any]]]
+"""Opens a progress bar for a description, a number of units and their name, such as
+``cli.progress.Progress``. The bar is called with the units completed, and a note."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,15 +49,15 @@ class Series:
     """One curve.
 
     Attributes:
-      method: one of ``METHODS``, or ``UNQUANTIZED``.
-      label: what a figure calls it.
-      settings: its bits, of the integers or on the dial.
-      shown: those of ``settings`` that tables and figures show.
-      checkpoint: path of the checkpoint of a setting, which this makes if need be.
-      load: the generator that measures this setting.
-      dial: where its dial stands.
-      bits_read: from realised bits without and with the output projection to bits read per weight, scales
-        and zero points included: of the layers, and of all linear layers.
+      method: One of ``METHODS``, or ``UNQUANTIZED``.
+      label: Name of the curve in figures and tables.
+      settings: Bits of the integers, or settings of the dial.
+      shown: Settings that tables and figures show.
+      checkpoint: Returns the path of the checkpoint of a setting, making the checkpoint if necessary.
+      load: Returns the generator that measures a setting.
+      dial: Returns the position of the generator's dial for a setting.
+      bits_read: Returns bits read per weight of the layers and of all linear layers, scales and zero points
+        included, for a setting and its realised bits without and with the output projection.
     """
 
     method: str
@@ -65,22 +70,24 @@ class Series:
     bits_read: Callable[[Bits, float | None, float | None], tuple[float, float]]
 
     def groups(self) -> dict[Path, list[Bits]]:
-        """Settings by the checkpoint that serves them."""
-        found: dict[Path, list[Bits]] = {}
+        """Returns the settings by the checkpoint that serves them."""
+        groups: dict[Path, list[Bits]] = {}
         for bits in self.settings:
-            found.setdefault(self.checkpoint(bits), []).append(bits)
-        return found
+            groups.setdefault(self.checkpoint(bits), []).append(bits)
+        return groups
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SweepContext:
-    """Where checkpoints are made, and from what.
+    """Source of the checkpoints of a sweep, and the directory they are made in.
 
     Attributes:
-      source: the unquantized checkpoint.
-      work: directory for what is made.
-      calib: calibration text (None: the bundled one), and ``calib_tokens`` of it, of all methods.
-      dtype: that models are measured in, ``float32`` or ``bfloat16``; None: what the device prefers.
+      source: Unquantized checkpoint.
+      work: Directory of the checkpoints.
+      calib: Calibration text of all methods; None selects the bundled one.
+      calib_tokens: Maximum number of calibration tokens.
+      dtype: Dtype that models are measured in, ``float32`` or ``bfloat16``; None selects the device's.
+      progress: Opens a progress bar for each checkpoint that is made.
     """
 
     source: HFCheckpoint
@@ -88,13 +95,19 @@ class SweepContext:
     calib: Path | None
     calib_tokens: int
     dtype: str | None
+    progress: ProgressBar
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """Calibration windows of all methods."""
+        return read_calibration(self.source, self.calib, self.calib_tokens)
 
     def load(self, checkpoint: Path) -> Generator:
-        """A checkpoint, in ``dtype``."""
+        """Loads a checkpoint in ``dtype``."""
         return Generator.load(checkpoint, self.dtype and jnp.dtype(self.dtype))
 
     def unquantized(self) -> Series:
-        """The model itself, in 16 bits."""
+        """Returns the series of the model itself, in 16 bits."""
         return Series(
             method=UNQUANTIZED,
             label="full precision",
@@ -103,16 +116,24 @@ class SweepContext:
             checkpoint=lambda bits: self.source.directory,
             load=lambda bits: self.load(self.source.directory),
             dial=lambda bits: FULL,
-            bits_read=lambda bits, layers, everything: (fixed.UNQUANTIZED_BITS, fixed.UNQUANTIZED_BITS),
+            bits_read=lambda bits, layers, everything: (
+                baselines.UNQUANTIZED_BITS,
+                baselines.UNQUANTIZED_BITS,
+            ),
         )
 
     def fixed_precision(self, method: str, settings: Sequence[int]) -> Series:
-        """A method of ``FIXED`` at each number of bits."""
-        label, flags = FIXED[method]
+        """Returns the series of a method of ``FIXED``.
+
+        Args:
+          method: Key of ``FIXED``.
+          settings: Bits of the integers.
+        """
+        label, fields = FIXED[method]
 
         def checkpoint(bits: Bits) -> Path:
-            options = [*flags, "--w-bits", f"{bits:g}"]
-            return self._made(f"{method}-{bits:g}", options, baselines.main)
+            options = baselines.Options(bits=int(bits), **fields)
+            return self._made(f"{method}-{bits:g}", options, self._quantize)
 
         return Series(
             method=method,
@@ -122,85 +143,118 @@ class SweepContext:
             checkpoint=checkpoint,
             load=lambda bits: self.load(checkpoint(bits)),
             dial=lambda bits: FULL,
-            bits_read=lambda bits, layers, everything: fixed.mean_bits_read(self.source, int(bits)),
+            bits_read=lambda bits, layers, everything: baselines.mean_bits_read(self.source, int(bits)),
         )
 
-    def grinqh(self, label: str, options: Sequence[str], settings: Sequence[float], shown) -> Series:
-        """A GRINQH checkpoint converted with ``options``."""
+    def grinqh(
+        self, label: str, options: Options, settings: Sequence[float], shown: Sequence[float]
+    ) -> Series:
+        """Returns the series of a GRINQH checkpoint that is converted with ``options``."""
         return self._graded(GRINQH, label, options, settings, shown, lambda generator: generator)
 
-    def reread(self, method: str, options: Sequence[str], settings: Sequence[float]) -> Series:
-        """The checkpoint of ``grinqh(..., options)`` read in another way: see ``baselines.reading``."""
+    def reread(self, method: str, options: Options, settings: Sequence[float]) -> Series:
+        """Returns the series of the same checkpoint read in another way (see ``baselines.reading``).
+
+        Args:
+          method: ``TRUNCATION``, ``WHOLE_HEAD`` or ``SKIP_INT4``.
+          options: Options of the conversion.
+          settings: Mean bits. Truncation uses the stored bits instead; ``SKIP_INT4`` only those up to 4.
+        """
         if method == TRUNCATION:
-            stored = range(2, converter_flags(options).max_bits + 1, 2)
-            return self._graded(
-                method, "truncation of the nested code", options, stored, None, reading.truncation
-            )
+            stored = range(2, options.max_bits + 1, 2)
+            label = "truncation of the nested code"
+            return self._graded(method, label, options, stored, stored, reading.truncation)
         if method == WHOLE_HEAD:
-            most = converter_flags(options).max_bits
+            label = "GRINQH, whole head"
+            series = self._graded(method, label, options, settings, settings, reading.whole_head)
+            config = self.source.config
             return dataclasses.replace(
-                self._graded(method, "GRINQH, whole head", options, settings, None, reading.whole_head),
-                dial=lambda bits: reading.with_whole_head(bits, self.source.config, most),
+                series, dial=lambda bits: reading.with_whole_head(bits, config, options.max_bits)
             )
         settings = [bits for bits in settings if bits <= reading.INT4_BITS]
+        return self._graded(
+            method,
+            "skip and int4 (TEAL)",
+            options,
+            settings,
+            settings,
+            lambda generator: reading.skip_int4(generator, self.calibration.windows),
+        )
 
-        def skipping(generator: Generator) -> Generator:
-            calibration = read_calibration(self.source, self.calib, self.calib_tokens)
-            return reading.skip_int4(generator, calibration.windows)
-
-        return self._graded(method, "skip and int4 (TEAL)", options, settings, None, skipping)
-
-    def _graded(self, method, label, options, settings, shown, reread) -> Series:
-        name = f"{GRINQH}-{_short_hash([*options])}" if options else GRINQH
+    def _graded(
+        self,
+        method: str,
+        label: str,
+        options: Options,
+        settings: Sequence[float],
+        shown: Sequence[float],
+        reread: Callable[[Generator], Generator],
+    ) -> Series:
+        name = GRINQH if options == Options() else f"{GRINQH}-{_short_hash(dataclasses.asdict(options))}"
 
         def checkpoint(bits: Bits) -> Path:
-            return self._made(name, options, convert.main)
+            return self._made(name, options, self._convert)
 
         return Series(
             method=method,
             label=label,
             settings=tuple(settings),
-            shown=frozenset(settings if shown is None else shown),
+            shown=frozenset(shown),
             checkpoint=checkpoint,
             load=lambda bits: reread(self.load(checkpoint(bits))),
             dial=lambda bits: bits,
             bits_read=lambda bits, layers, everything: (layers + SCALE_BITS, everything + SCALE_BITS),
         )
 
-    def _made(self, name: str, options: Sequence[str], command: Callable[[list[str]], int]) -> Path:
-        """The checkpoint ``name``, made by ``command`` if it is not there; whole, whatever interrupts."""
-        calibration = ["--tokens", str(self.calib_tokens)]
-        if self.calib is not None:
-            calibration += ["--calib", str(self.calib)]
-        facts = {"model": str(self.source.directory), "flags": [*options, *calibration]}
+    def _convert(self, options: Options, out: Path) -> None:
+        """Converts the source. Resumes an interrupted conversion."""
+        plan = make_plan(self.source, self.calibration, options)
+        with self.progress(f"convert {self.source.directory.name}", plan.steps, "step") as progress:
+            driver.convert(plan, out, on_progress=lambda note: progress(1, note))
+        for line in plan.not_done:
+            print(line, file=sys.stderr)
+
+    def _quantize(self, options: baselines.Options, out: Path) -> None:
+        """Quantizes the source with a baseline, from the beginning."""
+        shutil.rmtree(out, ignore_errors=True)
+        title = f"{options.method} {self.source.directory.name}"
+        with self.progress(title, self.source.config.num_layers, "layer") as progress:
+            windows = self.calibration.windows
+            baselines.quantize(self.source, windows, out, options, lambda note: progress(1, note))
+
+    def _made(self, name: str, options: Any, make: Callable[[Any, Path], None]) -> Path:
+        """Returns the checkpoint called ``name``; ``make(options, directory)`` makes it if it is missing.
+
+        An interrupted run leaves no checkpoint under that name.
+
+        Raises:
+          UsageError: The checkpoint was made from another model or with other options, or cannot be written.
+        """
+        facts = {
+            "model": str(self.source.directory),
+            "options": dataclasses.asdict(options),
+            "calibration": {"text": self.calib and str(self.calib), "tokens": self.calib_tokens},
+        }
         out, making, record = (self.work / (name + end) for end in ("", ".making", ".json"))
         if out.exists():
-            made = json.loads(record.read_text()) if record.exists() else None
-            if made != facts:
+            if not record.exists() or json.loads(record.read_text()) != facts:
                 raise UsageError(
-                    f"{out} was made of another model or with other flags; name another --work directory"
+                    f"{out} was made from another model or with other options; name another --work directory"
                 )
             return out
-        if command is not convert.main:  # a conversion goes on where it stopped
-            shutil.rmtree(making, ignore_errors=True)
-        self.work.mkdir(parents=True, exist_ok=True)
         print(f"making {out}", file=sys.stderr)
-        with contextlib.redirect_stdout(sys.stderr):
-            code = command([*options, *calibration, "--model", facts["model"], "--out", str(making)])
-        if code:  # the command has said why
-            raise SystemExit(code)
-        record.write_text(json.dumps(facts))
-        making.rename(out)
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+            make(options, making)
+            record.write_text(json.dumps(facts))
+            making.rename(out)
+        except OSError as error:  # The disk is full, or the directory is read-only.
+            raise UsageError(f"{error}; fix that and run the same command again to resume") from None
         return out
 
 
-def converter_flags(options: Sequence[str]) -> argparse.Namespace:
-    """The converter's flags; ends with its message if it does not know them."""
-    return convert.parser().parse_args([*options, "--model", "model", "--out", "out"])
-
-
 def identity(checkpoint: Path) -> list[Any]:
-    """Changes when a checkpoint is made anew: sizes and times of its manifest or weights."""
+    """Returns sizes and times of a checkpoint's manifest or weights, which change when it is made anew."""
     files = [checkpoint / "manifest.json", *sorted(checkpoint.glob("*.safetensors"))]
     return [[file.name, (stat := file.stat()).st_size, stat.st_mtime_ns] for file in files if file.exists()]
 

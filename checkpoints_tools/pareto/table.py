@@ -1,4 +1,4 @@
-"""Rows of a sweep as a Markdown table, for a README or a terminal."""
+"""Formats the rows of a sweep as a Markdown table, for a document or a terminal."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from grinqh_jax.evaluation.result import with_error
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """A table of one text's or one file of problems' rows, under its name."""
+    """Returns the table of the rows of one text or one file of problems, under its name."""
     accuracy = rows[0]["measure"] == ACCURACY
     bits = ["bits read, layers", "with the output projection"]
     measured = ["accuracy"] if accuracy else ["perplexity", "above full precision", "KL", "same top token"]

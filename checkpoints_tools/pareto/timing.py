@@ -1,4 +1,4 @@
-"""Kernel times, from a file of ``benchmarks/matvec.py``, for the bits that a row reads."""
+"""Kernel times for the bits that a row reads, from a file of ``benchmarks/matvec.py``."""
 
 import json
 from collections.abc import Mapping
@@ -18,18 +18,21 @@ _INT4_BITS = 4
 
 
 class Timing:
-    """Times of matvecs by shape: graded at some bits, bf16, and int4 where the file has it.
+    """Times of matvecs by shape: graded at several bits, bf16, and int4 if the file has it.
 
-    A token's time is that of all linear layers of the model, if the file has their shapes; else that of the
-    layers without the output projection; else that of one layer of the shapes that it has. Layers are taken
-    to read their mean. ``what`` says which, and on what device.
+    The time of a token covers all linear layers of the model if the file has their shapes; otherwise the
+    decoder layers alone; otherwise one layer of the shapes in the file. Every layer is assumed to read the
+    mean bits.
 
     Args:
-      path: of the file.
-      config: of the model.
+      path: File of kernel times.
+      config: Configuration of the model.
+
+    Attributes:
+      what: What the times cover, and on which device.
 
     Raises:
-      UsageError: it is not such a file.
+      UsageError: The file does not hold kernel times.
     """
 
     def __init__(self, path: Path, config: ModelConfig):
@@ -44,25 +47,26 @@ class Timing:
             device = content["device"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(
-                f"{path} is no file of kernel times ({type(error).__name__}: {error}); make one with "
+                f"{path} does not hold kernel times ({type(error).__name__}: {error}); make such a file with "
                 "benchmarks/matvec.py --output"
             ) from None
         self._bits = "realised_bits_without_head"
-        own = {name: f"{k}x{n}" for name, (k, n) in linear_shapes(config).items()}
-        if set(own.values()) <= set(self._kernel):
-            self._shapes, self._bits = list(own.values()), "realised_bits"
+        shapes = {name: f"{k}x{n}" for name, (k, n) in linear_shapes(config).items()}
+        if set(shapes.values()) <= set(self._kernel):
+            self._shapes, self._bits = list(shapes.values()), "realised_bits"
             self.what = f"kernel time of a token's matvecs, {device}"
-        elif {shape for name, shape in own.items() if not of_head(name)} <= set(self._kernel):
-            self._shapes = [shape for name, shape in own.items() if not of_head(name)]
+        elif {shape for name, shape in shapes.items() if not of_head(name)} <= set(self._kernel):
+            self._shapes = [shape for name, shape in shapes.items() if not of_head(name)]
             self.what = f"kernel time of a token's matvecs without the output projection, {device}"
         else:
             self._shapes = list(self._kernel)
             self.what = f"kernel time of one layer of {', '.join(self._shapes)}, {device}"
 
     def us(self, row: Row) -> float | None:
-        """Microseconds at the bits that a row reads, linear between those measured; None outside of them.
+        """Returns microseconds at the bits that a row reads, or None if the file does not cover them.
 
-        Full precision is timed as bf16, 4-bit integers as the file's int4 kernel; others are not timed.
+        Graded times are interpolated linearly. Full precision has the time of bf16, 4-bit integers that of
+        the int4 kernel; other integers have none.
         """
         if row["method"] == UNQUANTIZED:
             return self._total(self._bf16)
@@ -79,10 +83,10 @@ class Timing:
 
     def _interpolated(self, shape: str, bits: float) -> float | None:
         measured = sorted(self._kernel[shape].items())
-        if not measured[0][0] - _NEARLY <= bits <= measured[-1][0] + _NEARLY:
+        if not measured[0][0] - _TOLERANCE <= bits <= measured[-1][0] + _TOLERANCE:
             return None
         return float(np.interp(bits, *zip(*measured, strict=True)))
 
 
-_NEARLY = 0.05
-"""Realised bits may miss the least and the most measured ones by this much."""
+_TOLERANCE = 0.05
+"""Largest distance of realised bits from the measured range."""

@@ -1,4 +1,4 @@
-"""The baselines against their published mathematics on small cases, and a whole model through each."""
+"""The baselines compared with their published mathematics on small cases, and on a whole model."""
 
 import hf_directories
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ def numpy_round(w, scale, zero, bits):
 
 
 def numpy_obq(w, hessian, bits, order):
-    """Optimal brain quantization in a fixed order, rows eliminated from the inverse in turn: no Cholesky."""
+    """Optimal brain quantization in a fixed order, without Cholesky: eliminates rows of the inverse in turn."""
     w, hessian = w[order].astype(np.float64), hessian[np.ix_(order, order)].copy()
     hessian += 0.01 * np.diag(hessian).mean() * np.eye(len(w))
     inverse = np.linalg.inv(hessian)
@@ -49,7 +49,7 @@ def numpy_obq(w, hessian, bits, order):
 
 
 def numpy_awq(w, hessian, magnitude, bits):
-    """AWQ by plain loops: every alpha of the grid, then every shrinking of every group and output."""
+    """AWQ by plain loops over the alphas, then over the shrinks of each group and output."""
 
     def rounded(w, shrink=1.0):
         pieces = []
@@ -84,16 +84,16 @@ def numpy_awq(w, hessian, magnitude, bits):
 
 @given(st.integers(1, 300), st.sampled_from([2, 3, 4]), st.integers(0, 2**32 - 1))
 @settings(deadline=None, max_examples=20)
-def test_rtn_is_off_by_half_a_step_and_exact_on_its_own_values(k, bits, seed):
+def test_rtn_errs_by_half_a_step_at_most(k, bits, seed):
     w = np.random.default_rng(seed).standard_normal((k, 5)).astype(np.float32)
     rounded = np.asarray(groups.rtn(jnp.asarray(w), bits))
     for start in range(0, k, 128):
         scale, _ = numpy_grid(w[start : start + 128], bits)
-        # float16 scales may fall short of the range by a thousandth of it
+        # float16 scales may miss a thousandth of the range.
         assert (np.abs(rounded - w)[start : start + 128] <= scale * (0.5 + 2**bits / 1000)).all()
 
 
-def test_honest_bits():
+def test_bits_read_include_scales_and_zero_points():
     assert groups.bits_read(4) == 4 + 20 / 128
 
 
@@ -102,7 +102,7 @@ def test_gptq_is_optimal_brain_quantization_in_order(bits, act_order):
     order = np.argsort(-np.diag(HESSIAN), kind="stable") if act_order else np.arange(K)
     expected = numpy_obq(W, HESSIAN, bits, order)
     found = np.asarray(gptq(jnp.asarray(W), jnp.asarray(HESSIAN), bits, act_order=act_order))
-    # A value on the verge may round the other way, and what follows it then differs too.
+    # A value between two steps may round the other way, and later values then differ too.
     same = np.isclose(found, expected, atol=1e-3).all(axis=0)
     assert same.mean() > 0.8
     error = [
@@ -111,7 +111,7 @@ def test_gptq_is_optimal_brain_quantization_in_order(bits, act_order):
     assert abs(error[0] / error[1] - 1) < 0.02
 
 
-def test_gptq_with_independent_inputs_is_rtn():
+def test_gptq_with_independent_inputs_equals_rtn():
     found = gptq(jnp.asarray(W), jnp.diag(jnp.full(K, 3.0)), BITS)
     np.testing.assert_allclose(found, groups.rtn(jnp.asarray(W), BITS), atol=1e-5)
 
@@ -125,7 +125,7 @@ def test_gptq_and_awq_leave_less_error_than_rtn():
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_awq_is_its_grid_search(bits):
+def test_awq_matches_its_grid_search(bits):
     magnitude = np.abs(X).mean(0)
     expected = numpy_awq(W.astype(np.float64), HESSIAN, magnitude, bits)
     found = np.asarray(awq(jnp.asarray(W), jnp.asarray(HESSIAN), jnp.asarray(magnitude), bits))
@@ -136,7 +136,7 @@ def test_awq_is_its_grid_search(bits):
     assert error[0] == pytest.approx(error[1], rel=0.02)
 
 
-def test_damping_goes_from_gptq_to_rtn():
+def test_more_damping_approaches_rtn():
     w, hessian = jnp.asarray(W), jnp.asarray(HESSIAN)
     errors = [float(output_error(gptq(w, hessian, BITS, damping=d) - w, hessian)) for d in (0.01, 1.0, 1e4)]
     assert errors[0] < errors[1] < errors[2]
@@ -165,19 +165,20 @@ def test_a_whole_model(method, tmp_path):
     expected = load_decoder(source, jnp.float32)(windows)
     differences = []
     for bits in (3, 8):
-        model.write(source, windows, tmp_path / f"{bits}", method=method, bits=bits)
+        options = model.Options(method=method, bits=bits)
+        model.quantize(source, windows, tmp_path / f"{bits}", options)
         logits = load_decoder(open_checkpoint(tmp_path / f"{bits}"), jnp.float32)(windows)
         differences.append(float(jnp.linalg.norm(logits - expected) / jnp.linalg.norm(expected)))
     assert differences[1] < 0.03
     assert 5 * differences[1] < differences[0] < 1
-    # What is written are whole multiples of a group's step.
+    # The written weights are whole multiples of a group's step.
     kernel = open_checkpoint(tmp_path / "3").read("layers.1.down.kernel")[:128, :4]
     if method != "awq":
         for column in kernel.T:
             assert len(np.unique(column.round(6))) <= 8
 
 
-def test_the_command_refuses_what_it_cannot_do(tmp_path, capsys):
+def test_the_command_refuses_unusable_flags(tmp_path, capsys):
     source, file = tiny_models.write(tmp_path / "source"), tiny_models.text_file(tmp_path / "calib.txt")
     flags = ["--model", str(source), "--calib", str(file), "--method", "rtn", "--w-bits", "3"]
     for more, message in (

@@ -1,4 +1,4 @@
-"""Reading a GRINQH checkpoint in other ways: levels, means and weights are what they say."""
+"""Other ways to read a GRINQH checkpoint: their levels, means and weights."""
 
 import jax
 import numpy as np
@@ -32,21 +32,21 @@ def windows(bundled):
 
 
 @jax.jit
-def found_levels(model, tokens, thresholds):
-    strategy, found = Graded(thresholds), {}
+def observe_levels(model, tokens, thresholds):
+    strategy, seen = Graded(thresholds), {}
 
     def apply(name, linear, x):
-        found[name] = grading.levels(x.array, thresholds[name])
+        seen[name] = grading.levels(x.array, thresholds[name])
         return strategy(name, linear, x)
 
     model(tokens, apply)
-    return found
+    return seen
 
 
 def levels(bundled, generator, bits):
     thresholds = {name: rows[0] for name, rows in generator.dial(bits).thresholds.items()}
-    # The weights are the same: one program serves all ways of reading them.
-    return found_levels(bundled.model, np.array([bundled.tokenizer.encode(TEXT)[:64]]), thresholds)
+    # All ways of reading share the weights, so one program serves them.
+    return observe_levels(bundled.model, np.array([bundled.tokenizer.encode(TEXT)[:64]]), thresholds)
 
 
 def test_truncation_reads_every_channel_at_one_level(bundled):
@@ -62,7 +62,7 @@ def test_truncation_reads_every_channel_at_one_level(bundled):
     assert results[2].kl == pytest.approx(results[3].kl, abs=1e-4)
 
 
-def test_skip_int4_knows_two_levels_and_keeps_the_mean(bundled, windows):
+def test_skip_int4_uses_two_levels_and_keeps_the_mean(bundled, windows):
     skipping = reading.skip_int4(bundled, windows)
     for name, found in levels(bundled, skipping, 2.0).items():
         assert set(np.unique(found)) == {0, 2}, name
@@ -77,7 +77,7 @@ def test_skip_int4_knows_two_levels_and_keeps_the_mean(bundled, windows):
     assert four.realised_bits == 4
     assert two.kl > three.kl > four.kl
     assert own.kl < two.kl, "grading gains nothing over skipping"
-    # The checkpoint itself is as it was.
+    # Rereading leaves the checkpoint unchanged.
     again = measure(bundled.model, bundled.targets, tokens, [2.0], sequence_length=128)[0]
     assert again == own
 
@@ -105,11 +105,11 @@ def test_the_whole_head_is_read_and_the_layers_keep_their_mean(bundled):
         assert result.kl < 0.95 * graded.kl
 
 
-def test_counts_are_those_of_the_layers_inputs(bundled, windows):
+def test_counts_cover_the_inputs_of_every_layer(bundled, windows):
     counts = reading.activation_counts(bundled.model, windows)
     sizes = {"layers.0.qkv": 256, "layers.5.down": 768, "lm_head.blocks.1": 256}
     for name, width in sizes.items():
-        assert counts[name].sum() == width * 2 * (256 - 4)  # without the first positions of a window
+        assert counts[name].sum() == width * 2 * (256 - 4)  # Without the first positions of a window.
 
 
 def test_skip_thresholds_are_quantiles():
@@ -118,7 +118,7 @@ def test_skip_thresholds_are_quantiles():
     np.testing.assert_allclose(found, [*np.quantile(values, [0.75, 0.5, 0.25]), 0], rtol=0.01)
 
 
-def test_what_cannot_be_read_so(shared):
+def test_dense_checkpoints_cannot_be_reread(shared):
     dense = Generator.load(shared / "models" / "qwen3-7m")
     with pytest.raises(UsageError, match="is not a GRINQH checkpoint"):
         reading.truncation(dense)

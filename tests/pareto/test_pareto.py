@@ -1,4 +1,4 @@
-"""The sweep on a tiny model: what it measures, keeps, compares, says and draws."""
+"""Sweeps a tiny model: measurements, reuse, comparisons, messages and figures."""
 
 import importlib.util
 import json
@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import tiny_models
 
-from checkpoints_tools.baselines import __main__ as baselines
+from checkpoints_tools.baselines import model as baselines
+from checkpoints_tools.convert.options import Options
 from checkpoints_tools.pareto import __main__ as pareto
 from checkpoints_tools.pareto import flags, paired
 from checkpoints_tools.pareto.rows import Measurements
-from checkpoints_tools.pareto.series import FIXED
+from checkpoints_tools.pareto.series import FIXED, SweepContext
 from checkpoints_tools.pareto.timing import Timing
 from grinqh_jax.errors import UsageError
 from grinqh_jax.evaluation.result import standard_error
@@ -59,9 +60,9 @@ def arguments(files, *more):
         "tasks": "sums.jsonl",
         "timing": "times.json",
     }
-    common = [part for flag, name in named.items() for part in (f"--{flag}", str(files / name))]
+    common = [item for flag, name in named.items() for item in (f"--{flag}", str(files / name))]
     sizes = ["--calib-tokens", "512", "--sequence-length", "64", "--max-tokens", "4", "--batch", "2"]
-    # The other methods take their time to compile.
+    # The other methods compile slowly.
     methods = ["--methods", "rtn,skip-int4,truncation,whole-head,grinqh"]
     return [*common, *sizes, *methods, "--bits", "2,3", "--w-bits", "4", *more]
 
@@ -93,7 +94,7 @@ def test_every_method_is_measured_on_everything(swept):
     assert [step["to"] for step in results["sweep"][0]["steps"]] == [3, 4]
 
 
-def test_bits_read_are_honest(swept):
+def test_bits_read_include_scales_zero_points_and_the_head(swept):
     _, results = swept
     layers = 128 * 128 + 64 * 128 + 128 * 192 + 96 * 128
     head = 128 * 300
@@ -112,7 +113,7 @@ def test_bits_read_are_honest(swept):
         assert row["bits_read"] == pytest.approx(expected[0] if whole_head else expected[1])
 
 
-def test_rows_say_how_good_and_how_sure(swept):
+def test_rows_have_quality_and_standard_errors(swept):
     _, results = swept
     (full,) = rows_of(results, method="full", measure="perplexity")
     assert (full["kl"], full["difference"]) == pytest.approx((0, 0), abs=1e-6)
@@ -136,7 +137,7 @@ def test_rows_say_how_good_and_how_sure(swept):
     assert {against for label, against in pairs if label == "GRINQH, whole head"} == {"RTN"}
 
 
-def test_kernel_times_are_those_of_the_shapes(swept, files):
+def test_kernel_times_follow_the_shapes(swept, files):
     _, results = swept
     assert (
         results["timing"]["what"] == "kernel time of a token's matvecs without the output projection, a GPU"
@@ -152,31 +153,25 @@ def test_kernel_times_are_those_of_the_shapes(swept, files):
     assert other.what == "kernel time of one layer of 64x64, 64x32, a GPU"
     graded = {"method": "grinqh", "bits": 2.5, "realised_bits_without_head": 2.5}
     assert other.us(graded) == pytest.approx(5)
-    assert other.us(graded | {"realised_bits_without_head": 1.5}) is None  # was not measured
+    assert other.us(graded | {"realised_bits_without_head": 1.5}) is None  # Outside the measured range.
     assert other.us({"method": "gptq", "bits": 3}) is None
     (files / "broken.json").write_text('{"kernel": []}')
-    with pytest.raises(UsageError, match=r"broken.json is no file of kernel times"):
+    with pytest.raises(UsageError, match=r"broken.json does not hold kernel times"):
         Timing(files / "broken.json", config)
 
 
-def test_what_is_done_is_not_done_again(swept, files, monkeypatch, capsys):
+def test_a_second_sweep_reuses_checkpoints_and_rows(swept, files, monkeypatch, capsys):
     _, before = swept
     monkeypatch.setattr(Measurements, "_measure", lambda *_: pytest.fail("measured again"))
-    monkeypatch.setattr(pareto.SweepContext, "_made", made_must_exist(pareto.SweepContext._made))
+    for make in ("_convert", "_quantize"):
+        monkeypatch.setattr(SweepContext, make, lambda *_: pytest.fail("made again"))
     pareto.main(arguments(files, "--no-figure", "--quantizer", "rtn"))
     results = json.loads((files / "work" / "tiny" / "pareto.json").read_text())
     kept = [row for row in before["rows"] if row["label"] != "plain" and row["shown"]]
     assert results["rows"] == kept
     assert "| GRINQH | 2 | " in capsys.readouterr().out
     assert pareto.main(arguments(files, "--no-figure", "--calib-tokens", "768")) == 2
-    assert "with other flags; name another --work" in capsys.readouterr().err
-
-
-def made_must_exist(made):
-    def check(self, name, options, command):
-        return made(self, name, options, lambda flags: pytest.fail(f"{name} made again"))
-
-    return check
+    assert "with other options; name another --work" in capsys.readouterr().err
 
 
 @needs_matplotlib
@@ -199,8 +194,8 @@ def test_figures_are_drawn_from_results(swept, files, tmp_path, capsys):
         assert "bad.json: no results of this command" in capsys.readouterr().err
 
 
-def test_without_matplotlib_it_says_so_before_anything_is_done(files, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if it were not installed
+def test_a_missing_matplotlib_is_reported_before_any_work(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # Makes the import fail.
     assert pareto.main(arguments(files, "--bits", "2,full", "--work", str(tmp_path / "none"))) == 2
     assert not (tmp_path / "none").exists()
     error = capsys.readouterr().err
@@ -221,10 +216,10 @@ def row(bits, losses, tokens):
     }
 
 
-def test_a_rise_is_told_from_noise():
+def test_a_rise_differs_from_noise():
     rng = np.random.default_rng(0)
     tokens = np.full(50, 60.0)
-    text = tokens * rng.normal(3, 0.2, 50)  # hard and easy windows, the same at every setting
+    text = tokens * rng.normal(3, 0.2, 50)  # Hard and easy windows, equal at every setting.
     noise = [tokens * rng.normal(0, 0.002, 50) for _ in range(3)]
     falls, same, rises = paired.steps(
         [
@@ -237,14 +232,14 @@ def test_a_rise_is_told_from_noise():
     assert falls["difference"] < 0
     assert not falls["rises_paired"]
     assert not same["rises"]
-    assert same["rises_paired"]  # a rise of 0.4 % is real, though it is less than the text's own error
+    assert same["rises_paired"]  # A rise of 0.4 % is real, though smaller than the text's own error.
     assert same["difference_stderr"] < 0.1 * same["stderr"]
     assert rises["rises"]
     assert rises["difference"] == pytest.approx(rises["perplexity"] * (1 - np.exp(-0.196)), rel=0.02)
     assert (rises["from"], rises["to"]) == (4, 5)
 
 
-def test_what_is_wrong_is_said_before_anything_is_done(files, capsys):
+def test_mistakes_are_reported_before_any_work(files, capsys):
     for more, message in (
         (["--bits", "2,full"], "--bits full"),
         (["--methods", "rtn", "--sweep", "2:4:1"], "need grinqh among --methods"),
@@ -273,11 +268,22 @@ def test_what_is_wrong_is_said_before_anything_is_done(files, capsys):
     assert "--model is required; --work is required; give a text" in capsys.readouterr().err
 
 
-def test_fixed_precision_is_made_by_the_baselines_command():
-    for method, (_, options) in FIXED.items():
-        made = baselines.parser().parse_args([*options, "--w-bits", "3", "--model", "m", "--out", "o"])
-        assert made.method == method.removesuffix("-act-order")
-        assert made.act_order == method.endswith("-act-order")
+def test_fixed_precision_methods_select_the_options_of_the_baselines():
+    for method, (_, fields) in FIXED.items():
+        options = baselines.Options(bits=3, **fields)
+        assert options.method == method.removesuffix("-act-order")
+        assert options.method in baselines.METHODS
+        assert options.act_order == method.endswith("-act-order")
+
+
+def test_flags_of_the_converter_become_its_options():
+    assert flags.options([]) == Options()
+    given = "--max-bits 4 --quantizer rtn --basis original --split uniform --gains none --no-refit".split()
+    options = Options(max_bits=4, basis="original", split="uniform", gains="none", refit=False)
+    assert flags.options(given) == options
+    args = flags.parser().parse_args(["--variant", "four bits: --max-bits 4", "--split", "uniform"])
+    assert flags.variants(args) == [("four bits", Options(max_bits=4))]
+    assert flags.options(args.convert) == Options(split="uniform")
 
 
 def test_half_the_planes_give_half_the_settings(files, capsys):
@@ -285,7 +291,7 @@ def test_half_the_planes_give_half_the_settings(files, capsys):
     results = files / "half.json"
     more = ["--no-figure", "--methods", "truncation,grinqh", "--work", str(files / "half"), *plain]
     more += ["--json", str(results)]
-    short = [part for part in arguments(files, *more, "--tokens", "130") if "sums" not in part]
+    short = [item for item in arguments(files, *more, "--tokens", "130") if "sums" not in item]
     short.remove("--tasks")
     assert pareto.main(short) == 0
     truncated = rows_of(json.loads(results.read_text()), method="truncation", measure="perplexity")
