@@ -1,4 +1,4 @@
-"""Quantizes a whole model with a baseline, one decoder layer at a time; each layer sees the earlier errors."""
+"""Quantizes a model with a baseline, layer by layer. Each layer is calibrated on the earlier layers' errors."""
 
 import dataclasses
 import json

@@ -39,7 +39,7 @@ NEVER = 1e30
 
 
 def truncation(generator: Generator) -> Generator:
-    """Returns the model read at one level throughout: 2, 4, ... bits, rounded to the nearest from the dial."""
+    """Returns the model read at one level throughout: the number of 2, 4, ... bits nearest to the dial."""
     planes = _planes(generator)
     level = np.clip(np.round(np.array(generator.targets) / DIGIT_BITS), 1, planes)
     table = np.where(np.arange(planes) < level[:, None], 0, NEVER)

@@ -34,7 +34,7 @@ def numpy_round(w, scale, zero, bits):
 
 
 def numpy_obq(w, hessian, bits, order):
-    """Optimal brain quantization in a fixed order, without Cholesky: eliminates rows of the inverse in turn."""
+    """Optimal brain quantization in a fixed order: eliminates rows of the inverse in turn, no Cholesky."""
     w, hessian = w[order].astype(np.float64), hessian[np.ix_(order, order)].copy()
     hessian += 0.01 * np.diag(hessian).mean() * np.eye(len(w))
     inverse = np.linalg.inv(hessian)
