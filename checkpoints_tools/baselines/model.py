@@ -1,4 +1,4 @@
-"""Quantizes a model with a baseline, layer by layer. Each layer is calibrated on the earlier layers' errors."""
+"""Quantizes a model with a baseline, one layer after another."""
 
 import dataclasses
 import json

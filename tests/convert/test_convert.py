@@ -170,7 +170,7 @@ def test_jsonl_calibration_and_fewer_planes(qwen3, tmp_path, gains):
     assert loaded.model.full_bits == 4
     for name in linear_names(loaded.config):
         fitted = gains == "fitted" and (name.endswith(".qkv") or name.startswith("lm_head"))
-        assert (loaded.model.linear(name).gains[0] != 1) == fitted, name
+        assert (loaded.model.linear(name).level_gains[0] != 1) == fitted, name
 
 
 def test_a_killed_conversion_resumes_and_ends_the_same(qwen3, tmp_path, capsys):

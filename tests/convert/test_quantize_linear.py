@@ -28,7 +28,7 @@ def quantized(w, sensitivities, max_bits=8):
     leaves, fit = quantize_linear.quantize_linear(layer, lambda outputs: w[:, outputs])
     arrays = {name: jnp.asarray(array) for name, array in leaves.items()}
     gains = jnp.asarray(quantize_linear.fit_gains(fit))
-    return NestedWeight(in_features=w.shape[0], out_features=w.shape[1], gains=gains, **arrays), fit
+    return NestedWeight(in_features=w.shape[0], out_features=w.shape[1], level_gains=gains, **arrays), fit
 
 
 @pytest.mark.parametrize("max_bits", [2, 8])
@@ -44,7 +44,7 @@ def test_gains_are_least_squares_and_errors_leave_them_out(monkeypatch, max_bits
         read = np.asarray(codes.dequantize(plain, level), np.float64)
         best = np.sum(w * read * sensitivities) / np.sum(read**2 * sensitivities)
         gain = 1 if level == max_bits // 2 else best
-        np.testing.assert_allclose(weight.gains[level - 1], gain, rtol=1e-5)
+        np.testing.assert_allclose(weight.level_gains[level - 1], gain, rtol=1e-5)
         expected = np.mean((w - read) ** 2 * sensitivities)
         np.testing.assert_allclose(fit.errors[level], expected, rtol=1e-3)
     np.testing.assert_allclose(fit.errors[0], np.mean(w**2 * sensitivities), rtol=1e-5)
@@ -84,11 +84,11 @@ def test_level_1_of_gaussian_weights_is_too_large_by_a_seventh():
     """Level 1 has two intervals on each side of 0; the largest of 128 weights sets their width."""
     w = np.random.default_rng(1).standard_normal((1280, 512)).astype(np.float32)
     weight, fit = quantized(w, np.ones(512))
-    assert 0.85 < weight.gains[0] < 0.88
+    assert 0.85 < weight.level_gains[0] < 0.88
     assert codes.level_errors(jnp.asarray(w), weight)[1] < 0.9 * fit.errors[1]
 
 
 def test_a_layer_of_zeros_has_gains_of_1():
     weight, fit = quantized(np.zeros((128, 512), np.float32), np.ones(512))
-    np.testing.assert_array_equal(weight.gains, np.ones(4))
+    np.testing.assert_array_equal(weight.level_gains, np.ones(4))
     assert not fit.errors.any()

@@ -278,19 +278,8 @@ def test_fixed_precision_methods_select_the_options_of_the_baselines():
 
 def test_flags_of_the_converter_become_its_options():
     assert flags.options([]) == Options()
-    given = [
-        "--max-bits",
-        "4",
-        "--quantizer",
-        "rtn",
-        "--basis",
-        "original",
-        "--split",
-        "uniform",
-        "--gains",
-        "none",
-        "--no-refit",
-    ]
+    given = ["--max-bits", "4", "--quantizer", "rtn", "--basis", "original", "--split", "uniform"]
+    given += ["--gains", "none", "--no-refit"]
     options = Options(max_bits=4, basis="original", split="uniform", gains="none", refit=False)
     assert flags.options(given) == options
     args = flags.parser().parse_args(["--variant", "four bits: --max-bits 4", "--split", "uniform"])
