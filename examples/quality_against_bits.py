@@ -1,9 +1,9 @@
-"""A Markdown table of quality against bits, as in the README: perplexity at several settings of the dial.
+"""Prints a Markdown table of perplexity and KL divergence at several settings of the dial.
 
     python examples/quality_against_bits.py --data FILE.txt [--model DIR] [--reference HF_DIR] [--tokens N]
 
-``--reference`` is the unquantized checkpoint to compare with; without it the model at full precision
-(all 8 bits) is the reference. Every token is graded as in decoding.
+The table compares with the unquantized checkpoint ``--reference``, or with the model itself at full precision
+(all stored bits). Every token is graded as in decoding.
 """
 
 import argparse
@@ -11,42 +11,61 @@ import sys
 from pathlib import Path
 
 import jax.numpy as jnp
-import numpy as np
 
 import grinqh_jax
 from grinqh_jax import hf
-from grinqh_jax.cli import command as cli
-from grinqh_jax.cli import flags
-from grinqh_jax.evaluation.perplexity import measure
+from grinqh_jax.cli import command, flags
+from grinqh_jax.evaluation.perplexity import measure, read_tokens
 from grinqh_jax.evaluation.result import with_error
 
 COLUMNS = ("--bits", "bits read", "perplexity", "of full precision", "KL divergence (nats)", "same top token")
 
 
 def main() -> int:
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="text that the model was not calibrated on")
-    parser.add_argument("--model", help="checkpoint directory (default: the bundled model)")
-    parser.add_argument("--reference", type=Path, help="unquantized Hugging Face directory")
-    parser.add_argument("--tokens", type=int, default=20_000)
-    parser.add_argument("--bits", type=flags.bits, nargs="+", default=[1.5, 2.0, 2.5, 3.0, 4.0, "full"])
-    return cli.run(table, parser, None)
+    parser = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_model(parser)
+    add = parser.add_argument
+    add("--data", type=Path, required=True, metavar="FILE", help="text that was not used in calibration")
+    add("--reference", type=Path, metavar="DIR", help="unquantized Hugging Face checkpoint to compare with")
+    add(
+        "--tokens",
+        type=flags.positive,
+        default=20_000,
+        metavar="N",
+        help="measure the first N tokens (default: 20000)",
+    )
+    add(
+        "--bits",
+        type=flags.bits,
+        nargs="+",
+        default=[1.5, 2.0, 2.5, 3.0, 4.0, "full"],
+        metavar="B",
+        help="settings of the dial (default: 1.5 2 2.5 3 4 full)",
+    )
+    return command.run(print_table, parser, None)
 
 
-def table(args: argparse.Namespace) -> int:
-    generator = grinqh_jax.Generator.load(args.model or grinqh_jax.BUNDLED_MODEL)
-    tokens = np.array(generator.tokenizer.encode(args.data.read_text(encoding="utf-8"))[: args.tokens])
+def print_table(args: argparse.Namespace) -> int:
+    generator = grinqh_jax.Generator.load(args.model)
+    tokens = read_tokens(generator, args.data, args.tokens)
     reference = None
     if args.reference:
         reference = hf.load_decoder(hf.open_checkpoint(args.reference), jnp.float32)
-    rows = measure(generator.model, generator.targets, tokens, args.bits, reference=reference)
+    results = measure(
+        generator.model,
+        generator.targets,
+        tokens,
+        args.bits,
+        sequence_length=min(1024, generator.model.config.max_position_embeddings),
+        reference=reference,
+    )
     print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
-    for row in rows:
+    for result in results:
         print(
-            f"| {row.bits} | {row.realised_bits:.2f} | {with_error(row.perplexity, row.stderr, '.2f')} "
-            f"| {row.ratio:.3f} | {row.kl:.4f} | {row.same_top1:.1%} |"
+            f"| {result.bits} | {result.realised_bits:.2f} "
+            f"| {with_error(result.perplexity, result.stderr, '.2f')} "
+            f"| {result.ratio:.3f} | {result.kl:.4f} | {result.same_top1:.1%} |"
         )
-
     return 0
 
 

@@ -22,7 +22,7 @@ from grinqh_jax.memory import peak_host_memory
 def parser() -> cli.Parser:
     """Returns the parser of the command's flags."""
     result = cli.Parser(
-        prog="python -m checkpoints_tools.convert",
+        prog="grinqh-jax convert",
         description="Quantize a Llama 3 or Qwen3 checkpoint to nested codes, one layer at a time. "
         "To resume an interrupted conversion, run the same command again.",
     )

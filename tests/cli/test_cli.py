@@ -1,4 +1,4 @@
-"""The commands as a user meets them: streams, exit codes, one-line errors."""
+"""The command line: streams, exit codes, one-line errors."""
 
 import io
 import json
@@ -11,16 +11,15 @@ from types import SimpleNamespace
 import pytest
 
 from grinqh_jax import __main__
-from grinqh_jax.cli import chat, generate
-from grinqh_jax.cli import command as cli
+from grinqh_jax.cli import chat, command, generate
 from grinqh_jax.decoding.engine import PREVIEW_TOKENS
 
 
 def run(capsys, main, *argv) -> SimpleNamespace:
-    """Exit code, stdout and stderr of a command in this process."""
+    """Exit code, stdout and stderr of a verb that runs in this process."""
     try:
         code = main([str(a) for a in argv])
-    except SystemExit as exit:  # argparse leaves this way
+    except SystemExit as exit:  # raised by argparse
         code = exit.code
     out, err = capsys.readouterr()
     return SimpleNamespace(code=code, out=out, err=err)
@@ -38,7 +37,7 @@ def assert_refused(result, *texts: str) -> None:
     assert [text for text in texts if text not in result.err] == []
 
 
-def test_text_on_stdout_figures_on_stderr(capsys, graded_directory):
+def test_text_goes_to_stdout_and_statistics_to_stderr(capsys, graded_directory):
     result = run(capsys, generate.main, "--model", graded_directory, "-p", "ab", "-m", 8, "--bits", 3)
     assert result.code == 0
     lines = result.err.splitlines()
@@ -64,7 +63,7 @@ def test_text_on_stdout_figures_on_stderr(capsys, graded_directory):
     assert found["bytes_per_token"] < found["bytes_per_token_bf16"]
 
 
-def test_prompt_from_standard_input_is_the_same(capsys, monkeypatch, graded_directory):
+def test_a_prompt_from_standard_input_gives_the_same_text(capsys, monkeypatch, graded_directory):
     flags = ("--model", graded_directory, "-m", 6, "--temp", 1, "--seed", 4)
     given = run(capsys, generate.main, *flags, "-p", "Grüße\n")
     stdin(monkeypatch, "Grüße\n".encode())
@@ -87,17 +86,17 @@ def test_prompt_from_standard_input_is_the_same(capsys, monkeypatch, graded_dire
         (["-p", "ab\udcff"], ["the prompt is not UTF-8", "0xff at offset 2"]),
     ],
 )
-def test_mistakes_are_refused_in_one_line(capsys, graded_directory, flags, texts):
+def test_bad_input_is_refused_in_one_line(capsys, graded_directory, flags, texts):
     assert_refused(run(capsys, generate.main, "--model", graded_directory, "-p", "x", *flags), *texts)
 
 
-def test_standard_input_that_is_not_utf8(capsys, monkeypatch, graded_directory):
+def test_standard_input_must_be_utf8(capsys, monkeypatch, graded_directory):
     stdin(monkeypatch, b"abc\xe9")
     result = run(capsys, generate.main, "--model", graded_directory, "-p", "-")
     assert_refused(result, "standard input is not UTF-8: byte 0xe9 at offset 3")
 
 
-def test_unquantized_model_needs_full(capsys, dense_directory):
+def test_an_unquantized_model_needs_full_bits(capsys, dense_directory):
     flags = ("--model", dense_directory, "-p", "ab", "-m", 3)
     assert_refused(run(capsys, generate.main, *flags, "--bits", 3), "not quantized", "full", "convert")
     assert run(capsys, generate.main, *flags, "--bits", "full").code == 0
@@ -127,7 +126,7 @@ def test_chat_does_not_read_earlier_turns_again(capsys, monkeypatch, chat_direct
     assert f"({min(first, second - PREVIEW_TOKENS)} reused)" in prompts[1]
 
 
-def test_chat_template_is_used_and_can_be_ignored(capsys, chat_directory):
+def test_the_chat_template_is_applied_unless_ignored(capsys, chat_directory):
     flags = ("--model", chat_directory, "-p", "ab", "-m", 2, "--json")
     templated = json.loads(run(capsys, generate.main, *flags).out)
     plain = json.loads(run(capsys, generate.main, *flags, "--ignore-chat-template").out)
@@ -135,11 +134,11 @@ def test_chat_template_is_used_and_can_be_ignored(capsys, chat_directory):
     assert plain["prompt_tokens"] == 2
 
 
-def test_chat_without_a_template(capsys, graded_directory):
+def test_chat_needs_a_template(capsys, graded_directory):
     assert_refused(run(capsys, chat.main, "--model", graded_directory), "no chat template")
 
 
-def test_verbs(capsys, graded_directory):
+def test_every_verb_is_listed_and_has_help(capsys, graded_directory):
     assert_refused(run(capsys, __main__.main), "no verb given", "generate")
     assert_refused(run(capsys, __main__.main, "dance"), "unknown verb 'dance'")
     listed = run(capsys, __main__.main, "--help").out
@@ -147,25 +146,25 @@ def test_verbs(capsys, graded_directory):
         assert f"\n  {verb} " in listed
         helped = run(capsys, __main__.main, verb, "--help")
         assert helped.code == 0
-        assert "usage:" in helped.out
+        assert helped.out.startswith(f"usage: grinqh-jax {verb} ")
     assert run(capsys, __main__.main, "--version").out.startswith("grinqh-jax 0.")
     flags = ("--model", graded_directory, "-p", "ab", "-m", 2)
     assert run(capsys, __main__.main, "generate", *flags).code == 0
 
 
-def test_a_bug_is_not_mistaken_for_the_users_mistake(capsys):
+def test_a_bug_keeps_its_traceback(capsys):
     def broken(args):
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        cli.run(broken, cli.Parser(prog="x"), [])
+        command.run(broken, command.Parser(prog="x"), [])
 
 
-def test_ctrl_c_ends_the_text_and_prints_the_figures(graded_directory):
+def test_ctrl_c_ends_the_text_and_prints_the_statistics(graded_directory):
     model = ["--model", str(graded_directory), "--bits", "full", "-m", "120", "--stop", "never"]
     code = (
         "import signal, sys, time, grinqh_jax.decoding.batch as d, grinqh_jax.cli.generate as g\n"
-        # as in a terminal: what a shell runs in the background inherits interrupts that are ignored
+        # A shell ignores interrupts in background processes, and children inherit that.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "chunks = d.Decoding.chunks\n"
         "def slow(self):\n"
