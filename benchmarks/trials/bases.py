@@ -34,10 +34,11 @@ from checkpoints_tools.calibration.text import split_windows
 from checkpoints_tools.convert import command as convert
 from checkpoints_tools.convert import principal_basis, survey
 from checkpoints_tools.convert.plan import make_plan
-from checkpoints_tools.convert.principal_basis import READERS, principal_axes, second_moments
+from checkpoints_tools.convert.principal_basis import principal_axes, second_moments
 from checkpoints_tools.source.layer import dense_layer, embed, read_layer, run_layer
 from grinqh_jax.hf import HFCheckpoint
 from grinqh_jax.model.apply import HEAD
+from grinqh_jax.model.layer_spec import stream_readers
 from pallas_kernels import codes
 
 BITS, POINTS, STEPS, RATE = 3.0, 64, 300, 0.0003
@@ -77,7 +78,7 @@ def readers_of(source: HFCheckpoint, *arguments) -> list[tuple[np.ndarray, np.nd
     readers = []
     for name, moments in found.items():
         above, _, part = name.rpartition(".")
-        gains = source.read(f"{above}.{READERS[part]}.scale".removeprefix("."))
+        gains = source.read(f"{above}.{stream_readers(source.config)[part]}.scale".removeprefix("."))
         kernel = source.read(f"{name}.kernel").astype(np.float32) * gains[:, None].astype(np.float32)
         readers.append((moments, kernel @ kernel.T, kernel.shape[1]))
     return readers

@@ -44,7 +44,7 @@ from grinqh_jax.checkpoint import Loaded, Writer, load
 from grinqh_jax.decoding.thresholds import interpolate
 from grinqh_jax.hf import load_decoder, open_checkpoint
 from grinqh_jax.model.apply import Dense
-from grinqh_jax.model.decoder import LAYER_LINEARS, Decoder, checkpoint_leaves, linear_names
+from grinqh_jax.model.decoder import Decoder, checkpoint_leaves, linear_names
 from pallas_kernels import codes, grading, layout
 
 BITS, DAMPING, SWEEPS = 3.0, 0.01, 3
@@ -91,7 +91,7 @@ def rounded_by(quantizer):
         before = hidden.copy()
         found = through_layer(layer, hidden)
         thresholds = {part: _thresholds(getattr(layer, part).kernel[...], found[part]) for part in found}
-        totals = dict.fromkeys(LAYER_LINEARS, 0)
+        totals = dict.fromkeys(layer.spec.names, 0)
         for window in before:
             seen = _run(layer, window[None], thresholds)[1]
             totals = jax.block_until_ready({part: totals[part] + seen[part] for part in totals})

@@ -24,10 +24,10 @@ from jaxtyping import Array, Float, Int, Int32
 
 from checkpoints_tools.calibration.statistics import first_scored_position
 from checkpoints_tools.source.head import logits, vocabulary, with_logits
-from checkpoints_tools.source.layer import WRITERS, dense_layer, embed, read_layer, run_layer
+from checkpoints_tools.source.layer import dense_layer, embed, read_layer, run_layer
 from grinqh_jax.hf import HFCheckpoint
 from grinqh_jax.model.apply import HEAD, Dense
-from grinqh_jax.model.decoder import LAYER_LINEARS, DecoderLayer, RMSNorm
+from grinqh_jax.model.decoder import DecoderLayer, RMSNorm
 
 TOKENS = 4096
 """Number of tokens for the decoder layers. The split of the bits averages them over a layer."""
@@ -75,12 +75,12 @@ def output_sensitivities(
     del hidden
     for i in reversed(range(config.num_layers)):
         layer = dense_layer(source, *read_layer(source, i), compute_dtype)
-        sums: dict[str, np.ndarray] = dict.fromkeys(LAYER_LINEARS, np.float64(0))
+        sums: dict[str, np.ndarray] = dict.fromkeys(layer.spec.names, np.float64(0))
         for window, gradient in zip(states.pop(), gradients, strict=True):
             back, squares = _layer_gradients(layer, window, gradient, axes)
             gradient[...] = back
-            sums = {name: sums[name] + np.asarray(squares[name], np.float64) for name in LAYER_LINEARS}
-        sensitivities |= {f"layers.{i}.{name}": sums[name] / len(gradients) for name in LAYER_LINEARS}
+            sums = {name: sums[name] + np.asarray(squares[name], np.float64) for name in sums}
+        sensitivities |= {f"layers.{i}.{name}": sums[name] / len(gradients) for name in sums}
         del layer
         on_progress(f"backward layers.{i}")
     return sensitivities
@@ -105,12 +105,12 @@ def _layer_gradients(
     def run(x, added):
         return layer("layer", x[None], jnp.arange(len(x))[None], _Perturbed(added))[0][0]
 
-    outputs = {name: getattr(layer, name).out_features for name in LAYER_LINEARS}
+    outputs = {name: getattr(layer, name).out_features for name in layer.spec.names}
     zeros = {name: jnp.zeros((1, len(x), n), x.dtype) for name, n in outputs.items()}
     _, pull_back = jax.vjp(run, x, zeros)
     back, at_outputs = pull_back(gradient)
     if axes is not None:
-        at_outputs |= {name: at_outputs[name] @ axes for name in WRITERS}
+        at_outputs |= {name: at_outputs[name] @ axes for name in layer.spec.writers}
     return back, {name: _mean_square(g[0]) for name, g in at_outputs.items()}
 
 

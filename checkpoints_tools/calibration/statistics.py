@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from checkpoints_tools.calibration import histogram
 from grinqh_jax.decoding.engine import SKIPPED_POSITIONS
 from grinqh_jax.model.apply import Dense
-from grinqh_jax.model.decoder import LAYER_LINEARS, DecoderLayer, RMSNorm
+from grinqh_jax.model.decoder import DecoderLayer, RMSNorm
 from grinqh_jax.model.linear import Linear
 
 
@@ -96,13 +96,13 @@ def through_layer(layer: DecoderLayer, hidden: Float[np.ndarray, "s t d"]) -> di
       hidden: Hidden states before the layer, in host memory; overwritten with the states behind it.
 
     Returns:
-      Statistics of ``qkv``, ``o``, ``gate_up`` and ``down``.
+      Statistics by projection.
     """
-    statistics = {projection: LinearStatistics.empty() for projection in LAYER_LINEARS}
+    statistics = {projection: LinearStatistics.empty() for projection in layer.spec.names}
     for window in hidden:
         x, seen = _run_layer(layer, window[None])
         window[...] = x[0]
-        for projection in LAYER_LINEARS:
+        for projection in layer.spec.names:
             statistics[projection].add(seen[projection])
     return statistics
 

@@ -13,7 +13,8 @@ from checkpoints_tools.source.head import logits, vocabulary, with_logits
 from checkpoints_tools.source.layer import dense_layer, embed, read_layer, run_layer
 from grinqh_jax.hf import HFCheckpoint
 from grinqh_jax.model.apply import HEAD
-from grinqh_jax.model.decoder import LAYER_LINEARS, DecoderLayer, RMSNorm
+from grinqh_jax.model.decoder import DecoderLayer, RMSNorm
+from grinqh_jax.model.layer_spec import layer_spec
 from grinqh_jax.model.linear import GradedLinear, linear_of
 from grinqh_jax.model.output_projection import block_shapes
 
@@ -52,8 +53,9 @@ class GradedModel:
 
         def read() -> DecoderLayer:
             tree = self.read(f"layers.{i}")
-            linears = {projection: _with_unit_gains(tree[projection]) for projection in LAYER_LINEARS}
-            return DecoderLayer(self.original.config, {**tree, **linears}, self.compute_dtype)
+            config = self.original.config
+            linears = {name: _with_unit_gains(tree[name]) for name in layer_spec(config).names}
+            return DecoderLayer(config, {**tree, **linears}, self.compute_dtype)
 
         return self.cache(f"layers.{i}", read)
 

@@ -30,7 +30,8 @@ from checkpoints_tools.quantizers import QUANTIZERS, LevelFit
 from checkpoints_tools.source.layer import dense_layer, embed, read_layer
 from grinqh_jax.checkpoint import Writer
 from grinqh_jax.model.apply import HEAD, of_head
-from grinqh_jax.model.decoder import LAYER_LINEARS, RMSNorm
+from grinqh_jax.model.decoder import RMSNorm
+from grinqh_jax.model.layer_spec import layer_spec
 
 FITTED_LAYERS = (".qkv",)
 """Ends of the names of the linear layers, beside the output projection, whose levels get least-squares gains.
@@ -93,7 +94,7 @@ def measure_layers(
         inputs = statistics.through_layer(layer, hidden)
         del layer  # Frees the dense copy before codes are made.
         leaves: dict[str, np.ndarray] = {}
-        for projection in LAYER_LINEARS:
+        for projection in layer_spec(plan.source.config).names:
             name = f"layers.{i}.{projection}"
             write = projection not in plan.refit and f"layers.{i}" not in writer.parts
             linears[name], codes = _measure(

@@ -31,17 +31,15 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
 from checkpoints_tools.calibration.statistics import first_scored_position
-from checkpoints_tools.source.layer import VALUES_IN_MEMORY, WRITERS, dense_layer, embed, read_layer
+from checkpoints_tools.source.layer import VALUES_IN_MEMORY, dense_layer, embed, read_layer
 from grinqh_jax.errors import CheckpointError
 from grinqh_jax.hf import HFCheckpoint
 from grinqh_jax.hf.reader import Rows
 from grinqh_jax.model.apply import HEAD, Dense
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import DecoderLayer
+from grinqh_jax.model.layer_spec import layer_spec, stream_readers
 from pallas_kernels import codes
-
-READERS = {"qkv": "input_norm", "gate_up": "post_norm", HEAD: "norm"}
-"""Linear layers that read the residual stream, and the norm before each."""
 
 ROW_SCALE_RANGE = 64.0
 """Largest factor between a row scale and the geometric mean. Smaller rows are noise."""
@@ -71,8 +69,8 @@ class _Stream(Dense):
 
     def product(self, name: str, linear, x: Float[Array, "b t k"]) -> Float[Array, "b t n"]:
         projection = name.rpartition(".")[2]
-        if projection in READERS:
-            norm = getattr(self.layer, READERS[projection])
+        if norm_name := self.layer.spec.readers.get(projection):
+            norm = getattr(self.layer, norm_name)
             self.moments[projection] = _moments(x, norm.scale[...])
         return super().product(name, linear, x)
 
@@ -119,7 +117,7 @@ def second_moments(
         for window in hidden:
             x, moments = _run_layer(layer, window[None])
             window[...] = x[0]
-            for projection in (name for name in READERS if name in moments):
+            for projection in layer.spec.readers:
                 total = _with_moments(total, moments[projection], f"layers.{i}.{projection}")
         del kernel, kernels, layer  # Frees them before the next layer is read.
         on_progress(f"axes of layers.{i}")
@@ -171,8 +169,8 @@ def row_scales(squares: Float[np.ndarray, "d"]) -> Float[np.ndarray, "d"]:
 class RotatedCheckpoint:
     """A checkpoint that computes the same function as ``source`` in another basis, and reads like it.
 
-    Kernels and the embedding keep their dtype, except that float64 becomes float32. Norms in front of
-    ``READERS`` hold the row scales, float32.
+    Kernels and the embedding keep their dtype, except that float64 becomes float32. Norms that the
+    residual stream is read through hold the row scales, float32.
 
     Attributes:
       source: Original checkpoint.
@@ -216,20 +214,24 @@ class RotatedCheckpoint:
         """
         name, _, leaf = key.rpartition(".")
         parent, _, module = name.rpartition(".")
-        if leaf == "kernel" and module in READERS:
+        if leaf == "kernel" and module in self._readers:
             kernel, dtype = self._rotated(name, rows)
             if name not in self._row_scales and name != HEAD:
                 self._row_scales[name] = row_scales(self._row_squares(name, kernel, rows))
             scales = self._row_scales_of(name)
             with jax.enable_x64(True):
                 return _divided(kernel, jnp.asarray(scales, jnp.float64), dtype)
-        for reader, norm in READERS.items():
+        for reader, norm in self._readers.items():
             if module == norm:
                 return self._row_scales_of(f"{parent}.{reader}".removeprefix("."))
         value = self.source.read(key, rows)
-        if module in WRITERS or key == "embed.embedding":
+        if module in layer_spec(self.config).writers or key == "embed.embedding":
             return _product(value, self._axes).astype(_device_dtype(value.dtype))
         return value
+
+    @cached_property
+    def _readers(self) -> dict[str, str]:
+        return stream_readers(self.config)
 
     @cached_property
     def _axes(self) -> Float[Array, "d d"]:
@@ -260,7 +262,7 @@ class RotatedCheckpoint:
     def _rotated(self, name: str, rows: Rows) -> tuple[Float[Array, "d n"], np.dtype]:
         """Returns ``Q^T diag(g) W`` of a reader, float32, and the dtype that W keeps."""
         parent, _, module = name.rpartition(".")
-        norm_scale = self.source.read(f"{parent}.{READERS[module]}.scale".removeprefix(".")).astype(
+        norm_scale = self.source.read(f"{parent}.{self._readers[module]}.scale".removeprefix(".")).astype(
             np.float32
         )
         kernel = self.source.read(f"{name}.kernel", rows)

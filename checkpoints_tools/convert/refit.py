@@ -13,13 +13,10 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from checkpoints_tools.convert.least_squares import FitWindow, factor, refitted
-from checkpoints_tools.source.layer import WRITERS
 from grinqh_jax.decoding.thresholds import interpolate
 from grinqh_jax.model.apply import Dense, Graded
-from grinqh_jax.model.attention import attend_heads
 from grinqh_jax.model.decoder import DecoderLayer, RMSNorm
 from grinqh_jax.model.linear import GradedLinear, Linear
-from grinqh_jax.model.swiglu import swiglu
 from pallas_kernels import Activations
 
 BITS = 3.0
@@ -76,17 +73,21 @@ class RefitStates:
             states.inputs = []  # Frees the inputs of the projection before.
             states.inputs = [_normed(norm, stream) for stream in states.stream]
 
-    def fitted(self, name: str, w: Float[Array, "k n"], outputs: slice) -> Float[Array, "k n"]:
+    def fitted(
+        self, name: str, w: Float[Array, "k n"], outputs: slice, *, writes_stream: bool
+    ) -> Float[Array, "k n"]:
         """Returns the refitted weights of some outputs of the current projection.
 
         Args:
           name: Name of the linear layer.
           w: Original weights of these outputs.
           outputs: Range of the outputs.
+          writes_stream: Whether the outputs are added to the residual stream, so that they can make up for
+            what the graded stream lacks.
         """
         least_read = self._thresholds(name)[0]
         deficits = [None] * len(self._exact.inputs)
-        if name.rpartition(".")[2] in WRITERS:
+        if writes_stream:
             pairs = zip(self._exact.stream, self._graded.stream, strict=True)
             deficits = [exact[:, outputs] - graded[:, outputs] for exact, graded in pairs]
         states = zip(self._exact.inputs, self._graded.inputs, deficits, strict=True)
@@ -146,18 +147,13 @@ def _advance(
     """Returns the residual stream behind a projection and the inputs of the next one in its layer."""
     apply = Dense() if thresholds is None else Graded({ANY_LAYER: thresholds})
     y = apply(ANY_LAYER, linear, Activations.of(inputs))
-    outputs = y.array
-    match projection:
-        case "qkv":
-            norms = None if layer.q_norm is None else (layer.q_norm.scale[...], layer.k_norm.scale[...])
-            positions = jnp.arange(len(stream))[None]
-            return stream, attend_heads(layer.config, y.reshape((1, -1)), norms, positions)[0].array[0]
-        case "gate_up":
-            return stream, swiglu(y).array
-        case "o":
-            return stream + outputs, layer.post_norm(stream + outputs)
-        case _:
-            return stream + outputs, stream
+    if projection in layer.spec.readers:
+        positions = jnp.arange(len(stream))[None]
+        mixed, _ = layer.mix(layer.spec.block_of(projection), y.reshape((1, -1)), positions)
+        return stream, mixed.array[0]
+    stream = stream + y.array
+    norm = layer.spec.norm_after(projection)
+    return stream, stream if norm is None else getattr(layer, norm)(stream)
 
 
 @jax.jit

@@ -19,7 +19,7 @@ from checkpoints_tools.convert.survey import Survey
 from checkpoints_tools.source.layer import dense_layer, embed, read_layer
 from grinqh_jax.checkpoint import Writer
 from grinqh_jax.model.apply import HEAD
-from grinqh_jax.model.decoder import LAYER_LINEARS, RMSNorm
+from grinqh_jax.model.decoder import RMSNorm
 from grinqh_jax.model.linear import linear_of
 
 Tables = Mapping[str, Float[np.ndarray, "targets p"]]
@@ -81,15 +81,16 @@ def _refit_layer(
     """Moves the windows through layer ``i`` and returns the leaves of its refitted projections."""
     kernels, norms = read_layer(survey.weights, i)
     layer = dense_layer(survey.weights, kernels, norms, plan.compute_dtype)
-    states.set_input_norm(layer.input_norm)
+    states.set_input_norm(getattr(layer, layer.spec.blocks[0].norm.name))
     leaves: dict[str, np.ndarray] = {}
-    for projection in LAYER_LINEARS:
+    for projection in layer.spec.names:
         name = f"layers.{i}.{projection}"
         measurement = measurements.linears[name]
         if projection in plan.refit:
 
             def read_outputs(outputs: slice, name=name, projection=projection) -> Float[Array, "k n"]:
-                return states.fitted(name, kernels[projection][:, outputs], outputs)
+                w, writes_stream = kernels[projection][:, outputs], projection in layer.spec.writers
+                return states.fitted(name, w, outputs, writes_stream=writes_stream)
 
             codes, fit = quantize_linear(rounding(plan, survey, name, measurement.inputs), read_outputs)
             level_gains = fitted_gains(plan, name, fit)
@@ -122,7 +123,7 @@ def _refit_head(
     for name in survey.vocabulary_blocks:
 
         def read_outputs(outputs: slice, name=name) -> Float[Array, "k n"]:
-            return states.fitted(name, survey.read_vocabulary(name, outputs), outputs)
+            return states.fitted(name, survey.read_vocabulary(name, outputs), outputs, writes_stream=False)
 
         inputs = measurements.linears[name].inputs
         codes, fit = quantize_linear(rounding(plan, survey, name, inputs), read_outputs)

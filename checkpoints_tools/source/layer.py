@@ -8,9 +8,6 @@ from jaxtyping import Array, Float, Int32
 from grinqh_jax.model.apply import Dense
 from grinqh_jax.model.decoder import DecoderLayer
 
-WRITERS = ("o", "down")
-"""Projections that write the residual stream."""
-
 VALUES_IN_MEMORY = 1 << 24
 """Number of values of an embedding or output projection in memory at once: 64 MiB as float32."""
 

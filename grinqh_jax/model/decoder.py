@@ -31,8 +31,6 @@ from grinqh_jax.model.output_projection import OutputProjection, block_shapes
 from grinqh_jax.model.swiglu import swiglu
 from pallas_kernels import Activations, NestedWeight
 
-LAYER_LINEARS = ("qkv", "o", "gate_up", "down")
-
 Tree = Mapping[str, Any]
 """A nested dict of arrays with string keys: the state of a module."""
 

@@ -8,7 +8,6 @@ import pytest
 from checkpoints_tools.calibration import histogram, statistics
 from grinqh_jax.hf import load_decoder, open_checkpoint
 from grinqh_jax.model.apply import Dense
-from grinqh_jax.model.decoder import LAYER_LINEARS
 
 TOKENS = np.random.default_rng(2).integers(0, 300, (3, 20))
 
@@ -37,7 +36,7 @@ def test_layers_one_by_one_see_the_inputs_of_the_whole_model(decoder):
     hidden = np.asarray(decoder.embed(jnp.asarray(TOKENS), jnp.float32)).copy()
     for i, layer in enumerate(decoder.layers):
         seen = statistics.through_layer(layer, hidden)
-        for projection in LAYER_LINEARS:
+        for projection in layer.spec.names:
             check(seen[projection], recorder.inputs[f"layers.{i}.{projection}"])
     check(statistics.of_head(decoder.norm, hidden), recorder.inputs["lm_head.blocks.0"])
     np.testing.assert_allclose(decoder.norm(hidden), final.array, rtol=1e-4, atol=1e-5)

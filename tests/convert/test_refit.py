@@ -11,7 +11,8 @@ from checkpoints_tools.source.layer import dense_layer, embed, read_layer
 from grinqh_jax.benchmarking import random_model
 from grinqh_jax.hf import open_checkpoint
 from grinqh_jax.model.apply import Dense
-from grinqh_jax.model.decoder import LAYER_LINEARS, linear_shapes
+from grinqh_jax.model.decoder import linear_shapes
+from grinqh_jax.model.layer_spec import layer_spec
 from grinqh_jax.model.linear import GradedLinear
 from pallas_kernels import quantize
 
@@ -86,15 +87,18 @@ def test_states_pass_through_the_layer_and_exact_inputs_keep_the_weights(tmp_pat
     source = open_checkpoint(tiny_models.write(tmp_path / "m"))
     windows = np.asarray(tiny_models.encode(tiny_models.TEXT[:192]), np.int32).reshape(2, 96)
     hidden = embed(source, windows, jnp.float32)
-    tables = {f"layers.0.{name}": np.zeros((2, 4), np.float32) for name in LAYER_LINEARS}
+    spec = layer_spec(source.config)
+    tables = {f"layers.0.{name}": np.zeros((2, 4), np.float32) for name in spec.names}
     states = refit.RefitStates(hidden.copy(), tables, (1.0, 8.0))
     kernels, norms = read_layer(source, 0)
     layer = dense_layer(source, kernels, norms, jnp.float32)
     states.set_input_norm(layer.input_norm)
-    for projection in LAYER_LINEARS:
+    for projection in spec.names:
         w = np.asarray(kernels[projection], np.float32)
         for outputs in (slice(0, 20), slice(20, None)):
-            new = states.fitted(f"layers.0.{projection}", w[:, outputs], outputs)
+            new = states.fitted(
+                f"layers.0.{projection}", w[:, outputs], outputs, writes_stream=projection in spec.writers
+            )
             assert np.abs(new - w[:, outputs]).max() < 0.02 * np.abs(w).max()
         states.advance(f"layers.0.{projection}", layer, nested(w))
     positions = jnp.broadcast_to(jnp.arange(96), (2, 96))

@@ -56,9 +56,8 @@ def graded_model(pair) -> GradedModel:
         if name == "norm":
             return {"scale": model.norm.scale[...]}
         layer = model.layers[int(name.removeprefix("layers."))]
-        norms = ("input_norm", "post_norm", *(() if layer.q_norm is None else ("q_norm", "k_norm")))
-        tree = {norm: {"scale": getattr(layer, norm).scale[...]} for norm in norms}
-        return tree | {name: leaves(getattr(layer, name)) for name in ("qkv", "o", "gate_up", "down")}
+        tree = {norm.name: {"scale": getattr(layer, norm.name).scale[...]} for norm in layer.spec.norms}
+        return tree | {name: leaves(getattr(layer, name)) for name in layer.spec.names}
 
     ends = np.cumsum([block.out_features for block in model.lm_head.blocks])[:-1]
     tokens = dict(zip(model.lm_head.names, np.split(np.asarray(model.lm_head.tokens()), ends), strict=True))
