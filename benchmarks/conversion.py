@@ -1,17 +1,17 @@
-"""How long the converter takes for a model of a published shape, stage by stage, and what memory it needs.
+"""Measures the time of a conversion, stage by stage, and its memory, for a model of a published shape.
 
     python benchmarks/conversion.py --shape Qwen3-8B --work /tmp/qwen3-8b --output FILE
     python benchmarks/conversion.py --shape Qwen3-8B --layers 4 --work /tmp/four --output FILE    a quick look
 
-A Hugging Face checkpoint of that shape, random weights and the bundled model's tokenizer, is written to
-``WORK/model`` if it is not there. Then the real command, ``python -m checkpoints_tools.convert``, runs in
-this process; all that is changed is its progress bar, which keeps the time of every part.
+Writes a Hugging Face checkpoint of that shape, with random weights and the bundled model's tokenizer, to
+``WORK/model`` unless it is there. Then runs the real command, ``python -m checkpoints_tools.convert``, in
+this process, with a progress bar that records the time of every step.
 
-It may be stopped and started again with the same arguments: the weights are used again, the converter goes on
-where it stopped, and the report, which is written after every part, gets an entry for each run.
+An interrupted run resumes when started again with the same arguments: it reuses the weights, the converter
+resumes, and the report, which is written after every step, gets an entry for each run.
 
-Random weights take the time and the memory of trained ones, but for one thing: the tokens of the bundled
-model's tokenizer lie in few blocks of a large vocabulary, and only those of the embedding are read for them.
+Random weights need the time and memory of trained ones, with one exception: the tokens of the bundled model's
+tokenizer lie in few ranges of a large vocabulary, and only those ranges of the embedding are read.
 """
 
 import argparse
@@ -58,33 +58,33 @@ PACKAGES = ("jax", "jaxlib", "flax", "numpy", "orbax-checkpoint", "tensorstore",
 
 
 class TimedProgress(Progress):
-    """The converter's progress bar; ``keep`` is called with the name and the seconds of every part."""
+    """The converter's progress bar, which calls ``record`` with the note and the seconds of every step."""
 
-    def __init__(self, keep: Callable[[str, float], None], description: str, total: int, unit: str):
+    def __init__(self, record: Callable[[str, float], None], description: str, total: int, unit: str):
         super().__init__(description, total, unit)
-        self._keep = keep
+        self._record = record
         self._last = time.monotonic()
 
     def __call__(self, units: int, note: str = "") -> None:
-        self._part(note)
+        self._step(note)
         super().__call__(units, note)
 
     def __exit__(self, *exc_info: object) -> None:
         super().__exit__(*exc_info)
         if exc_info[0] is None:
-            self._part("finalize")
+            self._step("finalize")
 
-    def _part(self, name: str) -> None:
+    def _step(self, note: str) -> None:
         now = time.monotonic()
-        self._keep(name, now - self._last)
+        self._record(note, now - self._last)
         self._last = now
 
 
-def stages(parts: dict[str, float]) -> dict[str, dict[str, float]]:
-    """Seconds of each stage, of its first part, and of a layer where enough parts went before."""
+def stages(steps: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Returns the seconds of each stage, of its first step, and of a layer if there are enough steps."""
     times: dict[str, list[float]] = {}
-    for part, seconds in parts.items():
-        stage = next(stage for prefix, stage in STAGES.items() if part.startswith(prefix))
+    for step, seconds in steps.items():
+        stage = next(stage for prefix, stage in STAGES.items() if step.startswith(prefix))
         times.setdefault(stage, []).append(seconds)
     found = {stage: {"seconds": sum(seconds), "first": seconds[0]} for stage, seconds in times.items()}
     for stage, seconds in times.items():
@@ -94,30 +94,30 @@ def stages(parts: dict[str, float]) -> dict[str, dict[str, float]]:
 
 
 def timed_conversion(command: list[str], out: pathlib.Path, report: dict, output: pathlib.Path) -> int:
-    """Runs the converter, adds to the report's runs, and returns the exit code."""
+    """Runs the converter, adds a run to the report, and returns the exit code."""
 
     def save() -> None:
         writing = output.with_name(output.name + ".writing")
         writing.write_text(json.dumps(report, indent=1) + "\n")
         writing.rename(output)
 
-    written = {part for run in report["runs"] for part in run["parts"] if part.startswith("refit layers.")}
-    parts: dict[str, float] = {}
-    run = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "parts": parts}
+    written = {step for run in report["runs"] for step in run["steps"] if step.startswith("refit layers.")}
+    steps: dict[str, float] = {}
+    run = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "steps": steps}
     report["runs"].append(run)
 
-    def keep(part: str, seconds: float) -> None:
-        if part in written:
+    def record(step: str, seconds: float) -> None:
+        if step in written:
             return
-        parts[part] = round(seconds, 3)
+        steps[step] = round(seconds, 3)
         memory = jax.local_devices()[0].memory_stats() or {}
-        run["stages"] = stages(parts)
+        run["stages"] = stages(steps)
         run["peak_host_bytes"] = peak_host_memory()
         run["peak_device_bytes"] = memory.get("peak_bytes_in_use")
-        print(f"[{time.monotonic() - start:5.0f}s] {part}: {seconds:.2f} s", flush=True)
+        print(f"[{time.monotonic() - start:5.0f}s] {step}: {seconds:.2f} s", flush=True)
         save()
 
-    convert.Progress = functools.partial(TimedProgress, keep)
+    convert.Progress = functools.partial(TimedProgress, record)
     start = time.monotonic()
     if code := convert.main(command):
         return code
@@ -125,13 +125,13 @@ def timed_conversion(command: list[str], out: pathlib.Path, report: dict, output
     run["bytes_on_disk"] = directory_bytes(out)
     each = sum(row.get("each_layer", 0) for row in run["stages"].values())
     if each and not written:
-        # As if a step of the gains were nothing but layers: too much rather than too little.
-        steps = sum(part.startswith("gains") for part in parts)
-        each += steps * run["stages"].get("gains", {}).get("each_step", 0) / report["layers"]
+        # Attributes all of a training step to the layers, which overestimates rather than underestimates.
+        training = sum(step.startswith("gains") for step in steps)
+        each += training * run["stages"].get("gains", {}).get("each_step", 0) / report["layers"]
         missing = report["layers_of_shape"] - report["layers"]
         run |= {"each_layer": round(each, 3), "of_all_layers": round(run["seconds"] + missing * each, 1)}
     save()
-    print(json.dumps(run | {"parts": len(parts)}, indent=1))
+    print(json.dumps(run | {"steps": len(steps)}, indent=1))
     return 0
 
 

@@ -1,7 +1,6 @@
 """Nested codes: quantize, pack, unpack and dequantize. ``weight.NestedWeight`` gives the formulas."""
 
 import dataclasses
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -175,42 +174,8 @@ def _dequantize(weight, digit_weights, dtype):
     return (_logical_order(total) * scale)[:, : weight.out_features].astype(dtype)
 
 
-class LevelFit(NamedTuple):
-    """How well each level of a weight's codes fits the weight, as means over all entries.
-
-    Attributes:
-      errors: ``e(l) = mean((w - w_l)**2)``, ``[P + 1]``, of levels 0 to P. ``e(0)`` is the mean square of
-        ``w``.
-      slopes: ``mean(w_l (w - w_l))``, ``[P]``, of levels 1 to P; above 0 if ``w_l`` is too small.
-      squares: ``mean(w_l**2)``, ``[P]``, of levels 1 to P.
-    """
-
-    errors: Float[Array, "p1"]
-    slopes: Float[Array, "p"]
-    squares: Float[Array, "p"]
-
-
-def level_fit(
-    w: Float[Array, "k n"], weight: NestedWeight, output_weights: Float[Array, "n"] | None = None
-) -> LevelFit:
-    """Returns the fit of the codes ``weight`` to ``w``.
-
-    Args:
-      w: The exact weight.
-      weight: Its nested codes.
-      output_weights: Factor of each output in the means; 1 by default.
-    """
-    w = w.astype(jnp.float32)
-    output_weights = 1.0 if output_weights is None else output_weights
-    means = []
-    for level in range(weight.num_planes + 1):
-        read = dequantize(weight, level)
-        error = w - read
-        means.append([jnp.mean(product * output_weights) for product in (error**2, read * error, read**2)])
-    errors, slopes, squares = (jnp.stack(column) for column in zip(*means, strict=True))
-    return LevelFit(errors, slopes[1:], squares[1:])
-
-
 def level_errors(w: Float[Array, "k n"], weight: NestedWeight) -> Float[Array, "p1"]:
     """Returns ``e(l)``, the mean squared error of levels 0 to P; ``e(0)`` is the mean square of ``w``."""
-    return level_fit(w, weight).errors
+    w = w.astype(jnp.float32)
+    levels = range(weight.num_planes + 1)
+    return jnp.stack([jnp.mean((w - dequantize(weight, level)) ** 2) for level in levels])

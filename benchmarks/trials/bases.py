@@ -37,8 +37,7 @@ from checkpoints_tools.convert.plan import make_plan
 from checkpoints_tools.convert.principal_basis import principal_axes, second_moments
 from checkpoints_tools.source.layer import dense_layer, embed, read_layer, run_layer
 from grinqh_jax.hf import HFCheckpoint
-from grinqh_jax.model.apply import HEAD
-from grinqh_jax.model.layer_spec import stream_readers
+from grinqh_jax.model.layer_spec import HEAD, stream_readers
 from pallas_kernels import codes
 
 BITS, POINTS, STEPS, RATE = 3.0, 64, 300, 0.0003

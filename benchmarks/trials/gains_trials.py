@@ -36,9 +36,6 @@ from pallas_kernels import codes
 THIRD = 2
 """Index of the third level's factor."""
 
-ALL_LINEAR = ("",)
-"""Ends of the names of linear layers that are fitted: all names end so."""
-
 
 def third_level_kept(initial, factors):
     """``train_gains._gains`` with the third level's gain as it began."""
@@ -104,7 +101,9 @@ GAINS_TRIALS = {
     "gains-trained": Trial("the product, gains trained"),
     "gains-none": Trial("no gains", ("--gains", "none")),
     "gains-fitted-everywhere": Trial(
-        "gains fitted in all layers", NOT_TRAINED, patched((measure_layers, "FITTED_LAYERS", ALL_LINEAR))
+        "gains fitted in all layers",
+        NOT_TRAINED,
+        patched((measure_layers, "gains_help", lambda config, name: True)),
     ),
     "gains-fitted-to-outputs": Trial("gains fitted to outputs", NOT_TRAINED, fitted_to_outputs()),
     "gains-half-the-steps": Trial(

@@ -26,8 +26,9 @@ from checkpoints_tools.calibration.statistics import first_scored_position
 from checkpoints_tools.source.head import logits, vocabulary, with_logits
 from checkpoints_tools.source.layer import dense_layer, embed, read_layer, run_layer
 from grinqh_jax.hf import HFCheckpoint
-from grinqh_jax.model.apply import HEAD, Dense
+from grinqh_jax.model.apply import Dense
 from grinqh_jax.model.decoder import DecoderLayer, RMSNorm
+from grinqh_jax.model.layer_spec import FINAL_NORM, HEAD
 
 TOKENS = 4096
 """Number of tokens for the decoder layers. The split of the bits averages them over a layer."""
@@ -69,7 +70,7 @@ def output_sensitivities(
         del layer  # Frees it before the next one is read.
         on_progress(f"forward layers.{i}")
     axes = None if axes is None else jnp.asarray(axes)
-    norm = RMSNorm(jnp.asarray(source.read("norm.scale")), config.rms_norm_eps)
+    norm = RMSNorm(jnp.asarray(source.read(f"{FINAL_NORM.name}.scale")), config.rms_norm_eps)
     sensitivities = {HEAD: _head_variances(source, norm, hidden)}
     gradients = _head_gradients(source, norm, hidden[:layer_windows])
     del hidden

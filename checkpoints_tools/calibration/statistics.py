@@ -96,7 +96,7 @@ def through_layer(layer: DecoderLayer, hidden: Float[np.ndarray, "s t d"]) -> di
       hidden: Hidden states before the layer, in host memory; overwritten with the states behind it.
 
     Returns:
-      Statistics by projection.
+      Statistics of each projection, by name.
     """
     statistics = {projection: LinearStatistics.empty() for projection in layer.spec.names}
     for window in hidden:

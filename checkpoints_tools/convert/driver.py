@@ -34,7 +34,7 @@ def convert(
       plan: What the conversion does (``make_plan``).
       out: Directory to make.
       overwrite: See ``Writer``.
-      on_progress: Called ``plan.steps`` times, with a note on what was done.
+      on_progress: Called ``plan.steps`` times, with a note on the step.
 
     Returns:
       The absolute path of ``out``.

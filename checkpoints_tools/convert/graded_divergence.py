@@ -75,25 +75,25 @@ def divergence(
     settings = [Setting(targets, jnp.float32(mean)) for mean in bits]
     inputs = [[jnp.asarray(window) for window in states.embedded]]
     for i in range(num_layers):
-        layer = model.layer(i)
-        layer_gains = _layer_gains(layer, level_gains, i)
+        layer, layer_gains = model.layer(i), _layer_gains(level_gains, i)
         rows = zip(settings, inputs[-1], strict=True)
         # Waits for each window; without that the codes of many layers would be in memory at once.
         inputs.append([_forward(layer, layer_gains, setting, x).block_until_ready() for setting, x in rows])
     divergences, back, gradients = _through_head(model, head, states, level_gains, settings, inputs.pop())
     for i in reversed(range(num_layers)):
-        layer = model.layer(i)
-        layer_gains = _layer_gains(layer, level_gains, i)
+        layer, layer_gains = model.layer(i), _layer_gains(level_gains, i)
         sums: dict[str, Array] = {}
         for s, (setting, x) in enumerate(zip(settings, inputs.pop(), strict=True)):
             back[s], by_gains = _backward(layer, layer_gains, setting, x, back[s])
             sums = jax.block_until_ready({name: sums.get(name, 0) + by_gains[name] for name in by_gains})
-        gradients |= {f"layers.{i}.{projection}": sums[projection] for projection in layer.spec.names}
+        gradients |= {f"layers.{i}.{projection}": total for projection, total in sums.items()}
     return divergences, {name: gradients[name] for name in level_gains}
 
 
-def _layer_gains(layer: DecoderLayer, level_gains: LevelGains, i: int) -> LevelGains:
-    return {projection: level_gains[f"layers.{i}.{projection}"] for projection in layer.spec.names}
+def _layer_gains(level_gains: LevelGains, i: int) -> LevelGains:
+    """Returns the level gains of layer ``i``, by projection."""
+    prefix = f"layers.{i}."
+    return {n.removeprefix(prefix): gains for n, gains in level_gains.items() if n.startswith(prefix)}
 
 
 class _GradedWithGains(Dense):

@@ -12,9 +12,8 @@ from checkpoints_tools.source.array_cache import ArrayCache
 from checkpoints_tools.source.head import logits, vocabulary, with_logits
 from checkpoints_tools.source.layer import dense_layer, embed, read_layer, run_layer
 from grinqh_jax.hf import HFCheckpoint
-from grinqh_jax.model.apply import HEAD
 from grinqh_jax.model.decoder import DecoderLayer, RMSNorm
-from grinqh_jax.model.layer_spec import layer_spec
+from grinqh_jax.model.layer_spec import FINAL_NORM, HEAD, layer_spec
 from grinqh_jax.model.linear import GradedLinear, linear_of
 from grinqh_jax.model.output_projection import block_shapes
 
@@ -68,7 +67,7 @@ class GradedModel:
             name: linear_of(_with_unit_gains(trees[str(i)]), shape, self.compute_dtype)
             for i, (name, shape) in enumerate(shapes.items())
         }
-        return GradedHead(RMSNorm(self.read("norm")["scale"], config.rms_norm_eps), blocks)
+        return GradedHead(RMSNorm(self.read(FINAL_NORM.name)["scale"], config.rms_norm_eps), blocks)
 
     def original_head(self, name: str, outputs: slice) -> Float[Array, "d n"]:
         """Returns the original's weights of some outputs of a vocabulary block."""
@@ -104,7 +103,7 @@ class WindowStates:
             for window in exact:
                 window[...] = run_layer(layer, window)
             del layer  # Frees it before the next one is read.
-        norm = RMSNorm(jnp.asarray(original.read("norm.scale")), original.config.rms_norm_eps)
+        norm = RMSNorm(jnp.asarray(original.read(f"{FINAL_NORM.name}.scale")), original.config.rms_norm_eps)
         normalisers = np.full(windows.shape, -np.inf, np.float32)
         for window in exact:
             window[...] = norm(jnp.asarray(window))

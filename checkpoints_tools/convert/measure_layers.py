@@ -29,14 +29,10 @@ from checkpoints_tools.convert.survey import Survey
 from checkpoints_tools.quantizers import QUANTIZERS, LevelFit
 from checkpoints_tools.source.layer import dense_layer, embed, read_layer
 from grinqh_jax.checkpoint import Writer
-from grinqh_jax.model.apply import HEAD, of_head
+from grinqh_jax.model.apply import of_head
+from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import RMSNorm
-from grinqh_jax.model.layer_spec import layer_spec
-
-FITTED_LAYERS = (".qkv",)
-"""Ends of the names of the linear layers, beside the output projection, whose levels get least-squares gains.
-In the others such gains make the 32m model of ``docs/quality.md`` diverge more. Training starts from
-these."""
+from grinqh_jax.model.layer_spec import FINAL_NORM, HEAD, Attention, layer_spec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -107,8 +103,8 @@ def measure_layers(
             del kernels[projection]  # Frees its weights before the next projection is packed.
         parts.save(writer, f"layers.{i}", leaves)
         on_progress(f"measure layers.{i}")
-    norms["norm"] = weights.read("norm.scale")
-    norm = RMSNorm(jnp.asarray(norms["norm"]), plan.source.config.rms_norm_eps)
+    norms[FINAL_NORM.name] = weights.read(f"{FINAL_NORM.name}.scale")
+    norm = RMSNorm(jnp.asarray(norms[FINAL_NORM.name]), plan.source.config.rms_norm_eps)
     head_inputs, leaves = statistics.of_head(norm, hidden), {}
     for name in survey.vocabulary_blocks:
         linears[name], codes = _measure(
@@ -136,9 +132,20 @@ def rounding(plan: Plan, survey: Survey, name: str, inputs: LinearStatistics) ->
 
 
 def fitted_gains(plan: Plan, name: str, fit: LevelFit) -> Float[np.ndarray, "p"]:
-    """Returns the level gains of a linear layer: least squares in ``FITTED_LAYERS``, 1 in the others."""
-    fitted = plan.gains != NONE and (of_head(name) or name.endswith(FITTED_LAYERS))
+    """Returns the level gains of a linear layer: least squares where they help, 1 elsewhere."""
+    fitted = plan.gains != NONE and gains_help(plan.source.config, name)
     return fit_gains(fit) if fitted else np.ones(len(fit.slopes), np.float32)
+
+
+def gains_help(config: ModelConfig, name: str) -> bool:
+    """Returns whether a linear layer gets least-squares gains: the inputs of attention, and the head.
+
+    In the other layers such gains make the 32m model of ``docs/quality.md`` diverge more. Training starts
+    from these gains.
+    """
+    blocks = layer_spec(config).blocks
+    attention = [block.reads.name for block in blocks if isinstance(block.mixer, Attention)]
+    return of_head(name) or name.rpartition(".")[2] in attention
 
 
 def stored_codes(

@@ -1,4 +1,4 @@
-"""Options of a conversion: what the caller asks for. ``plan`` decides what is done."""
+"""Options of a conversion. ``plan`` turns them into what the conversion does."""
 
 import dataclasses
 

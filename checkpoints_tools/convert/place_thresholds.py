@@ -13,7 +13,7 @@ from checkpoints_tools.convert.options import SENSITIVITY
 from checkpoints_tools.convert.plan import Plan
 from checkpoints_tools.convert.survey import Survey
 from grinqh_jax.checkpoint import Writer
-from grinqh_jax.model.apply import HEAD
+from grinqh_jax.model.layer_spec import HEAD
 
 
 def place_thresholds(plan: Plan, measurements: Measurements) -> dict[str, Float[np.ndarray, "targets p"]]:

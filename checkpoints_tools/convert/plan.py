@@ -1,4 +1,4 @@
-"""Plan of a conversion: what is done, decided from the options, the shapes and the calibration text alone."""
+"""The plan of a conversion, made from the options, the shapes and the calibration text alone."""
 
 import dataclasses
 import hashlib
@@ -31,7 +31,7 @@ class Plan:
     Attributes:
       source: Checkpoint that is converted.
       calibration: Calibration text.
-      options: What was asked for.
+      options: What the caller asks for.
       survey_windows: Windows that choose the basis and measure sensitivities, ``[s, t]``.
       threshold_windows: Windows that thresholds are placed on. They differ from the survey windows because a
         basis suits its own text better than any other; thresholds placed there would read too many bits of
@@ -40,7 +40,7 @@ class Plan:
       gains: One of ``GAINS``: the source of the level gains.
       refit: Names of the projections that are refitted in every layer, and ``HEAD`` if the output projection
         is. Empty without ``options.refit``.
-      not_done: One line for each thing that was asked for and is not done, with the reason.
+      not_done: One line for each option that the conversion cannot follow, with the reason.
       compute_dtype: Dtype of hidden states and products: float32 on a CPU, which emulates bfloat16 slowly,
         bfloat16 elsewhere.
     """
@@ -90,7 +90,7 @@ class Plan:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def provenance(self) -> dict[str, Any]:
-        """Returns what ``quantization_config`` records about the making of the checkpoint."""
+        """Returns the record in ``quantization_config`` of how the checkpoint is made."""
         windows = self.calibration.windows
         return {
             "converter": f"grinqh-jax {__version__}",
@@ -110,12 +110,12 @@ class Plan:
 
 
 def make_plan(source: HFCheckpoint, calibration: Calibration, options: Options) -> Plan:
-    """Decides what a conversion does.
+    """Makes the plan of a conversion.
 
     Args:
       source: Checkpoint to convert.
       calibration: Calibration text.
-      options: What is asked for.
+      options: What the caller asks for.
     """
     survey_windows, threshold_windows = split_windows(calibration.windows)
     compute_dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16

@@ -35,10 +35,10 @@ from checkpoints_tools.source.layer import VALUES_IN_MEMORY, dense_layer, embed,
 from grinqh_jax.errors import CheckpointError
 from grinqh_jax.hf import HFCheckpoint
 from grinqh_jax.hf.reader import Rows
-from grinqh_jax.model.apply import HEAD, Dense
+from grinqh_jax.model.apply import Dense
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import DecoderLayer
-from grinqh_jax.model.layer_spec import layer_spec, stream_readers
+from grinqh_jax.model.layer_spec import HEAD, layer_spec, stream_readers
 from pallas_kernels import codes
 
 ROW_SCALE_RANGE = 64.0
@@ -169,8 +169,8 @@ def row_scales(squares: Float[np.ndarray, "d"]) -> Float[np.ndarray, "d"]:
 class RotatedCheckpoint:
     """A checkpoint that computes the same function as ``source`` in another basis, and reads like it.
 
-    Kernels and the embedding keep their dtype, except that float64 becomes float32. Norms that the
-    residual stream is read through hold the row scales, float32.
+    Kernels and the embedding keep their dtype, except that float64 becomes float32. Norms of the residual
+    stream hold the row scales, float32.
 
     Attributes:
       source: Original checkpoint.
@@ -214,24 +214,21 @@ class RotatedCheckpoint:
         """
         name, _, leaf = key.rpartition(".")
         parent, _, module = name.rpartition(".")
-        if leaf == "kernel" and module in self._readers:
+        readers = stream_readers(self.config)
+        if leaf == "kernel" and module in readers:
             kernel, dtype = self._rotated(name, rows)
             if name not in self._row_scales and name != HEAD:
                 self._row_scales[name] = row_scales(self._row_squares(name, kernel, rows))
             scales = self._row_scales_of(name)
             with jax.enable_x64(True):
                 return _divided(kernel, jnp.asarray(scales, jnp.float64), dtype)
-        for reader, norm in self._readers.items():
+        for reader, norm in readers.items():
             if module == norm:
                 return self._row_scales_of(f"{parent}.{reader}".removeprefix("."))
         value = self.source.read(key, rows)
         if module in layer_spec(self.config).writers or key == "embed.embedding":
             return _product(value, self._axes).astype(_device_dtype(value.dtype))
         return value
-
-    @cached_property
-    def _readers(self) -> dict[str, str]:
-        return stream_readers(self.config)
 
     @cached_property
     def _axes(self) -> Float[Array, "d d"]:
@@ -262,9 +259,9 @@ class RotatedCheckpoint:
     def _rotated(self, name: str, rows: Rows) -> tuple[Float[Array, "d n"], np.dtype]:
         """Returns ``Q^T diag(g) W`` of a reader, float32, and the dtype that W keeps."""
         parent, _, module = name.rpartition(".")
-        norm_scale = self.source.read(f"{parent}.{self._readers[module]}.scale".removeprefix(".")).astype(
-            np.float32
-        )
+        norm_scale = self.source.read(
+            f"{parent}.{stream_readers(self.config)[module]}.scale".removeprefix(".")
+        ).astype(np.float32)
         kernel = self.source.read(f"{name}.kernel", rows)
         return _product(self._axes.T * norm_scale, kernel), _device_dtype(kernel.dtype)
 

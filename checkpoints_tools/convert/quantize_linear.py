@@ -1,4 +1,4 @@
-"""One linear layer rounded in ranges of outputs: the fit of its levels, and what a checkpoint stores."""
+"""Rounds one linear layer in ranges of outputs, measures the fit of its levels, and packs its codes."""
 
 import dataclasses
 from collections.abc import Callable

@@ -16,6 +16,7 @@ from checkpoints_tools.convert.least_squares import FitWindow, factor, refitted
 from grinqh_jax.decoding.thresholds import interpolate
 from grinqh_jax.model.apply import Dense, Graded
 from grinqh_jax.model.decoder import DecoderLayer, RMSNorm
+from grinqh_jax.model.layer_spec import LayerSpec
 from grinqh_jax.model.linear import GradedLinear, Linear
 from pallas_kernels import Activations
 
@@ -26,7 +27,7 @@ SHARE_OF_BITS = 0.75
 """Upper limit of these bits as a share of the stored bits: reading all of a short code skips nothing."""
 
 ANY_LAYER = "layer"
-"""Name of every linear layer here, so that all layers share their compiled programs."""
+"""Name that every linear layer is applied under, so that all layers share compiled programs."""
 
 
 class RefitStates:
@@ -39,6 +40,7 @@ class RefitStates:
       hidden: Hidden states ``[s, t, d]`` before the first layer.
       tables: Threshold table of every linear layer, by name.
       targets: Mean bits of the rows of the tables, ascending; the last one is the stored bits.
+      spec: Structure of a layer.
     """
 
     def __init__(
@@ -46,8 +48,9 @@ class RefitStates:
         hidden: Float[np.ndarray, "s t d"],
         tables: Mapping[str, Float[np.ndarray, "targets p"]],
         targets: Sequence[float],
+        spec: LayerSpec,
     ):
-        self._tables, self._targets = tables, targets
+        self._tables, self._targets, self._spec = tables, targets, spec
         self._bits = min(BITS, SHARE_OF_BITS * targets[-1])
         stream = [jnp.asarray(window) for window in hidden]
         self._exact, self._graded = _ModelStates(stream), _ModelStates(list(stream))
@@ -67,27 +70,23 @@ class RefitStates:
             for s, x in enumerate(states.stream):  # A .npz file stores bfloat16 as untyped bytes.
                 states.stream[s] = jnp.asarray(streams[f"{model} {s}"].view(x.dtype))
 
-    def set_input_norm(self, norm: RMSNorm) -> None:
+    def apply_norm(self, norm: RMSNorm) -> None:
         """Moves the windows to the projection behind a norm of the residual stream."""
         for states in (self._exact, self._graded):
             states.inputs = []  # Frees the inputs of the projection before.
             states.inputs = [_normed(norm, stream) for stream in states.stream]
 
-    def fitted(
-        self, name: str, w: Float[Array, "k n"], outputs: slice, *, writes_stream: bool
-    ) -> Float[Array, "k n"]:
+    def fitted(self, name: str, w: Float[Array, "k n"], outputs: slice) -> Float[Array, "k n"]:
         """Returns the refitted weights of some outputs of the current projection.
 
         Args:
           name: Name of the linear layer.
           w: Original weights of these outputs.
           outputs: Range of the outputs.
-          writes_stream: Whether the outputs are added to the residual stream, so that they can make up for
-            what the graded stream lacks.
         """
         least_read = self._thresholds(name)[0]
         deficits = [None] * len(self._exact.inputs)
-        if writes_stream:
+        if name.rpartition(".")[2] in self._spec.writers:
             pairs = zip(self._exact.stream, self._graded.stream, strict=True)
             deficits = [exact[:, outputs] - graded[:, outputs] for exact, graded in pairs]
         states = zip(self._exact.inputs, self._graded.inputs, deficits, strict=True)
@@ -144,14 +143,17 @@ def _advance(
     inputs: Float[Array, "t k"],
     projection: str,
 ) -> tuple[Float[Array, "t d"], Float[Array, "t k2"]]:
-    """Returns the residual stream behind a projection and the inputs of the next one in its layer."""
+    """Returns the residual stream behind a projection and the inputs of the next one in its layer.
+
+    Behind the last projection of a layer the inputs have no meaning.
+    """
     apply = Dense() if thresholds is None else Graded({ANY_LAYER: thresholds})
-    y = apply(ANY_LAYER, linear, Activations.of(inputs))
-    if projection in layer.spec.readers:
-        positions = jnp.arange(len(stream))[None]
-        mixed, _ = layer.mix(layer.spec.block_of(projection), y.reshape((1, -1)), positions)
+    outputs = apply(ANY_LAYER, linear, Activations.of(inputs))
+    block = layer.spec.block_of(projection)
+    if projection == block.reads.name:
+        mixed, _ = layer.mix(block, outputs.reshape((1, -1)), jnp.arange(len(stream))[None])
         return stream, mixed.array[0]
-    stream = stream + y.array
+    stream = stream + outputs.array
     norm = layer.spec.norm_after(projection)
     return stream, stream if norm is None else getattr(layer, norm)(stream)
 

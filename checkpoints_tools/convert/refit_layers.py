@@ -18,8 +18,8 @@ from checkpoints_tools.convert.refit import RefitStates
 from checkpoints_tools.convert.survey import Survey
 from checkpoints_tools.source.layer import dense_layer, embed, read_layer
 from grinqh_jax.checkpoint import Writer
-from grinqh_jax.model.apply import HEAD
 from grinqh_jax.model.decoder import RMSNorm
+from grinqh_jax.model.layer_spec import FINAL_NORM, HEAD, layer_spec
 from grinqh_jax.model.linear import linear_of
 
 Tables = Mapping[str, Float[np.ndarray, "targets p"]]
@@ -53,7 +53,7 @@ def refit_layers(
     if not plan.refit:
         return
     hidden = embed(survey.weights, plan.refit_windows, plan.compute_dtype)
-    states = RefitStates(hidden, tables, plan.targets)
+    states = RefitStates(hidden, tables, plan.targets, layer_spec(plan.source.config))
     del hidden
     for i in range(plan.source.config.num_layers):
         part = parts.refitted(f"layers.{i}")
@@ -81,7 +81,7 @@ def _refit_layer(
     """Moves the windows through layer ``i`` and returns the leaves of its refitted projections."""
     kernels, norms = read_layer(survey.weights, i)
     layer = dense_layer(survey.weights, kernels, norms, plan.compute_dtype)
-    states.set_input_norm(getattr(layer, layer.spec.blocks[0].norm.name))
+    states.apply_norm(getattr(layer, layer.spec.blocks[0].norm.name))
     leaves: dict[str, np.ndarray] = {}
     for projection in layer.spec.names:
         name = f"layers.{i}.{projection}"
@@ -89,8 +89,7 @@ def _refit_layer(
         if projection in plan.refit:
 
             def read_outputs(outputs: slice, name=name, projection=projection) -> Float[Array, "k n"]:
-                w, writes_stream = kernels[projection][:, outputs], projection in layer.spec.writers
-                return states.fitted(name, w, outputs, writes_stream=writes_stream)
+                return states.fitted(name, kernels[projection][:, outputs], outputs)
 
             codes, fit = quantize_linear(rounding(plan, survey, name, measurement.inputs), read_outputs)
             level_gains = fitted_gains(plan, name, fit)
@@ -117,13 +116,13 @@ def _refit_head(
     plan: Plan, survey: Survey, measurements: Measurements, states: RefitStates
 ) -> dict[str, np.ndarray]:
     """Returns the leaves of the refitted vocabulary blocks."""
-    norm = RMSNorm(jnp.asarray(measurements.norms["norm"]), plan.source.config.rms_norm_eps)
-    states.set_input_norm(norm)
+    scale = jnp.asarray(measurements.norms[FINAL_NORM.name])
+    states.apply_norm(RMSNorm(scale, plan.source.config.rms_norm_eps))
     leaves: dict[str, np.ndarray] = {}
     for name in survey.vocabulary_blocks:
 
         def read_outputs(outputs: slice, name=name) -> Float[Array, "k n"]:
-            return states.fitted(name, survey.read_vocabulary(name, outputs), outputs, writes_stream=False)
+            return states.fitted(name, survey.read_vocabulary(name, outputs), outputs)
 
         inputs = measurements.linears[name].inputs
         codes, fit = quantize_linear(rounding(plan, survey, name, inputs), read_outputs)

@@ -25,7 +25,8 @@ import numpy as np
 from jaxtyping import Int32
 
 from checkpoints_tools.calibration.statistics import first_scored_position
-from grinqh_jax.model.apply import HEAD, of_head
+from grinqh_jax.model.apply import of_head
+from grinqh_jax.model.layer_spec import HEAD
 
 TOKENS = 32768
 """Maximum number of tokens to fit to: time grows with it."""
@@ -62,7 +63,7 @@ def fitting_windows(
       itemsize: Bytes of one number of a hidden state.
     """
     widest = max(widths.values())
-    token_bytes = 2 * (widths["qkv"] + widest) * itemsize  # the stream, and the inputs of the widest
+    token_bytes = 2 * (widths[HEAD] + widest) * itemsize  # Residual stream, and inputs of the widest.
     tokens = min(TOKENS, max(STATE_BYTES // token_bytes, int(TOKENS_PER_INPUT * widest)))
     return windows[: max(tokens // windows.shape[1], 1)]
 

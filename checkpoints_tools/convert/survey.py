@@ -12,7 +12,8 @@ from checkpoints_tools.convert.options import PRINCIPAL
 from checkpoints_tools.convert.plan import Plan
 from checkpoints_tools.convert.principal_basis import RotatedCheckpoint, principal_axes, second_moments
 from grinqh_jax.hf import HFCheckpoint
-from grinqh_jax.model.apply import HEAD, of_head
+from grinqh_jax.model.apply import of_head
+from grinqh_jax.model.layer_spec import HEAD
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

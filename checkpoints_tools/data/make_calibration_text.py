@@ -1,10 +1,10 @@
-"""Writes ``calibration.txt``, the text that the converter calibrates on unless it is given another.
+"""Writes ``calibration.txt``, the converter's default calibration text.
 
     python checkpoints_tools/data/make_calibration_text.py --model ../shared/models/qwen3-32m
 
-Most of it is what a small language model of this project says when it is sampled freely after a few
-words: fluent English in several styles, owned by nobody. The rest is what running text lacks: worked
-arithmetic and records from a random generator, and this project's own source code.
+Most of it is sampled from a small language model of this project after a few words: fluent English in several
+styles, without a copyright. The rest is text that prose lacks: worked arithmetic and records from a random
+generator, and source code of this project.
 """
 
 import argparse
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 SOURCES = ("pallas_kernels/layout.py", "pallas_kernels/codes.py", "grinqh_jax/model/config.py")
 TOKENS = 512
 ROUNDS = 6
-"""Continuations of each opening."""
+"""Number of continuations of each opening."""
 OPENINGS = (
     "The old house stood at the end of the lane,",
     '"You are late," said the captain, and',
@@ -55,7 +55,7 @@ OPENINGS = (
 
 
 def generated_texts(decoder: Decoder, tokenizer: Tokenizer, seed: int) -> list[str]:
-    """One continuation of every opening, drawn with top-p 0.95."""
+    """Samples one continuation of every opening, with top-p 0.95."""
     prompts = [tokenizer.encode(opening).ids for opening in OPENINGS]
     lengths = jnp.array([len(prompt) for prompt in prompts])
     padded = np.zeros((len(prompts), int(lengths.max())), np.int32)
@@ -78,7 +78,7 @@ def generated_texts(decoder: Decoder, tokenizer: Tokenizer, seed: int) -> list[s
 
 
 def arithmetic(rng: random.Random) -> str:
-    """A worked word problem with random names and numbers."""
+    """Returns a worked word problem with random names and numbers."""
     name = rng.choice(("Ada", "Ben", "Carla", "Dmitri", "Esi", "Farid", "Grete", "Hiro"))
     thing = rng.choice(("apples", "stamps", "bricks", "pages", "candles", "tickets"))
     start, boxes, each, given = rng.randint(5, 90), rng.randint(2, 9), rng.randint(3, 12), rng.randint(1, 20)
@@ -91,7 +91,7 @@ def arithmetic(rng: random.Random) -> str:
 
 
 def records(rng: random.Random) -> str:
-    """A list of JSON objects and a table of the same numbers."""
+    """Returns a list of JSON objects and a table of the same numbers."""
     rows = [
         {
             "id": rng.randint(1000, 9999),

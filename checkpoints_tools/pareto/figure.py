@@ -135,8 +135,8 @@ def _draw_panel(axes, rows: Sequence[Row], x: str, value: str) -> None:
     for label in dict.fromkeys(row["label"] for row in rows):
         points = sorted((row for row in rows if row["label"] == label), key=lambda row: row[x])
         method = points[0]["method"]
-        own, first = method == GRINQH, label in labels[:1]
-        colour, marker = (_GRINQH_COLOURS[labels.index(label) % 4], "o") if own else _STYLES[method]
+        graded, first = method == GRINQH, label in labels[:1]
+        colour, marker = (_GRINQH_COLOURS[labels.index(label) % 4], "o") if graded else _STYLES[method]
         seen = [row for row in points if row[value] <= top]
         axes.errorbar(
             [row[x] for row in seen],

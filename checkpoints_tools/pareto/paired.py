@@ -16,8 +16,8 @@ def difference(row: Row, other: Row) -> tuple[float, float | None]:
     takes ``exp`` to first order.
     """
     (losses, tokens), (other_losses, _) = windows(row), windows(other)
-    own, others = (math.exp(sums.sum() / tokens.sum()) for sums in (losses, other_losses))
-    return own - others, standard_error(own * losses - others * other_losses, tokens)
+    value, other_value = (math.exp(sums.sum() / tokens.sum()) for sums in (losses, other_losses))
+    return value - other_value, standard_error(value * losses - other_value * other_losses, tokens)
 
 
 def steps(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -89,16 +89,14 @@ def test_states_pass_through_the_layer_and_exact_inputs_keep_the_weights(tmp_pat
     hidden = embed(source, windows, jnp.float32)
     spec = layer_spec(source.config)
     tables = {f"layers.0.{name}": np.zeros((2, 4), np.float32) for name in spec.names}
-    states = refit.RefitStates(hidden.copy(), tables, (1.0, 8.0))
+    states = refit.RefitStates(hidden.copy(), tables, (1.0, 8.0), spec)
     kernels, norms = read_layer(source, 0)
     layer = dense_layer(source, kernels, norms, jnp.float32)
-    states.set_input_norm(layer.input_norm)
+    states.apply_norm(layer.input_norm)
     for projection in spec.names:
         w = np.asarray(kernels[projection], np.float32)
         for outputs in (slice(0, 20), slice(20, None)):
-            new = states.fitted(
-                f"layers.0.{projection}", w[:, outputs], outputs, writes_stream=projection in spec.writers
-            )
+            new = states.fitted(f"layers.0.{projection}", w[:, outputs], outputs)
             assert np.abs(new - w[:, outputs]).max() < 0.02 * np.abs(w).max()
         states.advance(f"layers.0.{projection}", layer, nested(w))
     positions = jnp.broadcast_to(jnp.arange(96), (2, 96))
@@ -112,7 +110,8 @@ def test_states_pass_through_the_layer_and_exact_inputs_keep_the_weights(tmp_pat
 def test_streams_survive_a_file(tmp_path, dtype):
     names = ["exact 0", "exact 1", "graded 0", "graded 1"]
     numbers = np.random.default_rng(0).standard_normal((4, 5, 3)).astype(dtype)
-    first, second = (refit.RefitStates(np.zeros((2, 5, 3), dtype), {}, (1.0, 8.0)) for _ in range(2))
+    spec = layer_spec(random_model.shape("Qwen3-8B"))
+    first, second = (refit.RefitStates(np.zeros((2, 5, 3), dtype), {}, (1.0, 8.0), spec) for _ in range(2))
     first.streams = dict(zip(names, numbers, strict=True))
     np.savez(tmp_path / "file.npz", **first.streams)
     second.streams = dict(np.load(tmp_path / "file.npz"))
