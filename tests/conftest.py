@@ -1,13 +1,40 @@
-"""What every test shares: run-time checks of the annotated shapes, and the assets beside the repository."""
+"""Settings and fixtures of all tests: compilation, workers, run-time checks of shapes, shared assets."""
 
+# ruff: noqa: E402  environment variables come first
+
+import importlib.metadata
 import os
+import tempfile
 from pathlib import Path
 
-# One cache of compiled programs for the whole run, subprocesses included, and for the next run. Set before
-# JAX is imported, which reads it then.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+ROOT = Path(__file__).parents[1]
+CACHE = ROOT / ".pytest_cache"
+ON_GPU = os.environ.get("JAX_PLATFORMS") != "cpu" and Path("/dev/nvidiactl").exists()
+
+
+def writable(directory: Path) -> bool:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            return True
+    except OSError:
+        return False
+
+
+# JAX and XLA read these variables when they are imported and when the first program is compiled. Subprocesses
+# inherit them. Tests spend most of their time in compilations, so all processes of a run, and the next run,
+# share compiled programs.
+if writable(CACHE / "jax"):
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "jax"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# Most programs run once, on tiny arrays, so optimizing them costs more than it saves. The fixture
+# `optimized_programs` is for tests that run their programs for longer.
+if not ON_GPU:
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    if importlib.metadata.version("jaxlib").startswith("0.10."):  # 0.12 does not know this flag
+        # The older emitters compile unoptimized programs in half the time.
+        os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
 import jax
 import jaxtyping
@@ -87,6 +114,50 @@ jaxtyping.install_import_hook(
 
 
 pytest_plugins = ["byte_model", "character_model"]  # fixtures: tiny checkpoints
+
+MOST_WORKERS = 4
+"""Each takes 2 to 3 GB of memory."""
+
+LONGEST_FILES = (
+    "convert/test_convert.py",
+    "convert/test_train_gains.py",
+    "decoding/test_batch.py",
+    "decoding/test_engine.py",
+    "evaluation/test_tasks.py",
+    "baselines/test_reading.py",
+    "pareto/test_pareto.py",
+    "decoding/test_generator.py",
+    "baselines/test_baselines.py",
+    "benchmarking/test_benchmark.py",
+)
+"""Run first, longest first, so that the workers of a parallel run finish at about the same time."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Returns the number of workers of ``-n auto``; 0 runs the tests in this process.
+
+    Workers never share a file, so a single file needs none. They would compete for the memory of a GPU.
+    """
+    files = [Path(argument.partition("::")[0]) for argument in config.args]
+    if ON_GPU or (len(set(files)) == 1 and files[0].is_file()):
+        return 0
+    return min(os.cpu_count() or 1, MOST_WORKERS)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {str(ROOT / "tests" / file): rank for rank, file in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: ranks.get(str(item.path), len(ranks)))
+
+
+@pytest.fixture(scope="module")
+def optimized_programs():
+    """Compiles the programs of a module as they are compiled outside tests."""
+    disabled = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1"
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()  # of what earlier modules compiled without optimizations
+    yield
+    jax.config.update("jax_disable_most_optimizations", disabled)
 
 
 @pytest.fixture(scope="session")

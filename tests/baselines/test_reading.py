@@ -14,6 +14,8 @@ from grinqh_jax.model.apply import Graded, of_head
 from grinqh_jax.model.decoder import linear_shapes
 from pallas_kernels import grading
 
+pytestmark = pytest.mark.usefixtures("optimized_programs")
+
 CALIBRATION = (
     "It was late when the two brothers came back to the house by the river, and nobody was awake. " * 40
 )

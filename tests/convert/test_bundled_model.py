@@ -10,6 +10,8 @@ from grinqh_jax import BUNDLED_MODEL, checkpoint
 from grinqh_jax.evaluation.perplexity import measure
 from grinqh_jax.text.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.usefixtures("optimized_programs")
+
 ROOT = Path(__file__).parents[2]
 TOKENS = 640
 UNSEEN = {"law": ROOT / "LICENSE", "code": Path(__file__).with_name("test_convert.py")}

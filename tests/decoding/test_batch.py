@@ -12,6 +12,8 @@ from grinqh_jax.decoding.batch import Decoding
 from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.sampling import Sampling
 
+pytestmark = pytest.mark.usefixtures("optimized_programs")
+
 PROMPTS = [[5, 6, 7], list(range(100, 140)), [40, 41]]
 
 

@@ -12,6 +12,8 @@ from grinqh_jax.decoding.generator import Generator
 from grinqh_jax.errors import UsageError
 from grinqh_jax.evaluation.tasks import evaluate, final_number, read_problems
 
+pytestmark = pytest.mark.usefixtures("optimized_programs")
+
 RECORDS = [
     {"question": "Ann has 3 cups and finds 4 more. How many cups has Ann?", "answer": "3+4=7.\n#### 7"},
     {"question": "Tom sells 2 of 9 hats. How many has he?", "answer": "That is 9-2=7.\n#### 7"},
