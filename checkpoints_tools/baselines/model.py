@@ -17,6 +17,7 @@ from checkpoints_tools.baselines import groups
 from checkpoints_tools.baselines.awq import awq
 from checkpoints_tools.baselines.gptq import gptq
 from checkpoints_tools.source.layer import dense_layer, read_layer
+from grinqh_jax.companions import companion_path
 from grinqh_jax.hf import HFCheckpoint, params
 from grinqh_jax.model.apply import HEAD, Dense, of_head
 from grinqh_jax.model.decoder import DecoderLayer, linear_shapes
@@ -131,7 +132,7 @@ def quantize(
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(source.hf_config, indent=2))
     for file in source.companions:
-        shutil.copy(file, out)
+        shutil.copy(file, companion_path(file, out))
 
 
 def quantize_layer(

@@ -15,6 +15,7 @@ from flax import traverse_util
 from grinqh_jax.checkpoint.manifest import MANIFEST, Leaf, Manifest
 from grinqh_jax.checkpoint.quantization import VERSION, QuantizationConfig
 from grinqh_jax.checkpoint.values import value_problems
+from grinqh_jax.companions import companion_path
 from grinqh_jax.errors import CheckpointError
 from grinqh_jax.json_files import read_json, write_json
 from grinqh_jax.model.config import ModelConfig
@@ -176,7 +177,7 @@ class Writer:
           quantization: Quantization of the checkpoint. It determines, with ``config``, the leaves that the
             checkpoint must have.
           files: Files to copy into the checkpoint under their names: tokenizer files,
-            ``generation_config.json``, chat templates.
+            ``generation_config.json``, chat templates (``companions``).
 
         Raises:
           CheckpointError: Leaves are missing or unexpected, or differ in shape or dtype from
@@ -192,9 +193,10 @@ class Writer:
         sealed = self._seal()
         write_json(sealed / "config.json", {**config, "quantization_config": quantization.to_json()})
         for file in map(Path, files):
-            if (sealed / file.name).exists():
+            target = companion_path(file, sealed)
+            if target.exists():
                 raise CheckpointError(f"{file} cannot be copied: a checkpoint has a file {file.name} already")
-            shutil.copyfile(file, sealed / file.name)
+            shutil.copyfile(file, target)
         Manifest.of_directory(sealed, leaves).write(sealed)
         replaced = self.path.with_name(self.path.name + ".replaced")
         shutil.rmtree(replaced, ignore_errors=True)

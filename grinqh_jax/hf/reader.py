@@ -11,6 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
 
+from grinqh_jax.companions import COMPANIONS, find_companions
 from grinqh_jax.errors import CheckpointError
 from grinqh_jax.hf import params
 from grinqh_jax.json_files import read_object
@@ -19,20 +20,6 @@ from grinqh_jax.model.config import ModelConfig
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = ("BF16", "F16", "F32", "F64")
-COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
-"""Files of a model other than its config and weights: tokenizer, chat template, stop tokens."""
-
 HUB_PATTERNS = (
     *("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"),
     *("state/*", "orbax.checkpoint", "_CHECKPOINT_METADATA"),  # GRINQH checkpoints
@@ -61,8 +48,8 @@ class HFCheckpoint:
 
     @property
     def companions(self) -> list[Path]:
-        """Paths of the ``COMPANIONS`` that the checkpoint has."""
-        return [path for name in COMPANIONS if (path := self.directory / name).is_file()]
+        """Paths of the tokenizer's and the other files beside config and weights."""
+        return find_companions(self.directory)
 
     @property
     def parameters(self) -> dict[str, tuple[int, ...]]:

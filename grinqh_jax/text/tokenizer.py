@@ -1,8 +1,8 @@
 """Converts text to tokens and back with a checkpoint's tokenizer files.
 
-The ``tokenizers`` library reads ``tokenizer.json`` directly, as transformers does internally. transformers
-takes seconds to import, so it is imported only for chat templates and for old checkpoints that have no
-``tokenizer.json``.
+The tokens are those of transformers 5 on the same directory. The ``tokenizers`` library reads
+``tokenizer.json`` directly, as transformers does internally. transformers takes seconds to import, so it is
+imported only for chat templates and where ``tokenizer.json`` does not say everything (``tokenizer_files``).
 """
 
 import os
@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers.decoders import DecodeStream
 
+from grinqh_jax.companions import CHAT_TEMPLATES
 from grinqh_jax.errors import CheckpointError, UsageError
 from grinqh_jax.json_files import read_json
+from grinqh_jax.text.stream import TextStream
+from grinqh_jax.text.tokenizer_files import tokenizer_json_suffices
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """Files that hold a vocabulary. Without any of them transformers returns an empty tokenizer."""
@@ -28,6 +30,9 @@ class Tokenizer:
 
     def __init__(self, backend: tokenizers.Tokenizer, directory: Path):
         self._backend = backend
+        # A training run leaves these in tokenizer.json. transformers ignores them when it encodes a text.
+        self._backend.no_truncation()
+        self._backend.no_padding()
         self._directory = directory
         self._transformers: Any = None
 
@@ -47,9 +52,12 @@ class Tokenizer:
         if not path.exists():
             return cls(_load_transformers(directory).backend_tokenizer, directory)
         try:
-            return cls(tokenizers.Tokenizer.from_file(str(path)), directory)
+            backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises no narrower type
             raise CheckpointError(f"{path} is not a tokenizer ({_line(error)}); copy it again") from None
+        if not tokenizer_json_suffices(directory, backend):
+            backend = _load_transformers(directory).backend_tokenizer
+        return cls(backend, directory)
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
         """Returns the tokens of ``text``, by default with surrounding special tokens such as BOS."""
@@ -63,6 +71,8 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         """Whether the tokenizer has a chat template, which ``chat`` needs."""
         if (self._directory / "chat_template.jinja").exists():
+            return True
+        if any((self._directory / CHAT_TEMPLATES).glob("*.jinja")):
             return True
         path = self._directory / "tokenizer_config.json"
         config = read_json(path) if path.exists() else {}
@@ -106,36 +116,12 @@ class Tokenizer:
         return TextStream(self._backend)
 
 
-class TextStream:
-    """Decodes tokens as they arrive and holds back incomplete characters."""
-
-    def __init__(self, backend: tokenizers.Tokenizer):
-        self._backend = backend
-        self._decoder = DecodeStream(skip_special_tokens=True)
-        self._tokens: list[int] = []
-        self._text = ""
-
-    def push(self, token: int) -> str:
-        """Adds a token and returns the text that it completes, possibly ``""``."""
-        self._tokens.append(token)
-        piece = self._decoder.step(self._backend, token) or ""
-        self._text += piece
-        return piece
-
-    def flush(self) -> str:
-        """Returns the text still held back; bytes that do not form a character become U+FFFD."""
-        full_text = self._backend.decode(self._tokens, skip_special_tokens=True)
-        rest = full_text[len(self._text) :]
-        self._text = full_text
-        return rest
-
-
 def _load_transformers(directory: Path) -> Any:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no warning that torch is missing
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # OSError, ValueError, ImportError, errors of tokenizers
         raise CheckpointError(f"{directory}: cannot load the tokenizer: {_line(error)}") from None
 

@@ -11,6 +11,7 @@ import pytest
 from tiny_checkpoint import HF_CONFIG, QUANTIZATION, assert_same, random_tree, write
 
 from grinqh_jax.checkpoint import Writer, load
+from grinqh_jax.companions import find_companions
 from grinqh_jax.errors import CheckpointError
 
 TESTS = Path(__file__).parents[1]
@@ -176,3 +177,18 @@ def test_copied_files_do_not_replace_the_checkpoints_own(tmp_path):
             writer.finalize(HF_CONFIG, QUANTIZATION, [tmp_path / "config.json"])
         writer.finalize(HF_CONFIG, QUANTIZATION)
     assert_same(load(tmp_path / "out").model, tree)
+
+
+def test_named_chat_templates_keep_their_folder(tmp_path):
+    for name in ("chat_template.jinja", "additional_chat_templates/rag.jinja"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    files = find_companions(tmp_path)
+    tree = random_tree()
+    with Writer(tmp_path / "out", fingerprint="tiny") as writer:
+        for part in tree:
+            writer.save_part(part, {part: tree[part]})
+        writer.finalize(HF_CONFIG, QUANTIZATION, files)
+    load(tmp_path / "out")  # the manifest lists them
+    copies = [str(file.relative_to(tmp_path / "out")) for file in find_companions(tmp_path / "out")]
+    assert copies == ["chat_template.jinja", "additional_chat_templates/rag.jinja"]

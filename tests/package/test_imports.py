@@ -13,7 +13,7 @@ PACKAGES = ["pallas_kernels", "grinqh_jax", "checkpoints_tools"]
 LAYERS = {
     "grinqh_jax": [
         {"errors"},
-        {"memory", "json_files", "bundled"},
+        {"memory", "json_files", "bundled", "companions"},
         {"model"},
         {"checkpoint", "hf", "text"},
         {"decoding"},
