@@ -19,3 +19,7 @@ class UnsupportedModelError(GrinqhError):
 
 class CheckpointError(GrinqhError):
     """A checkpoint is incomplete, damaged, or contradicts its own description."""
+
+
+class GrinqhWarning(UserWarning):
+    """Something in a model's files that the result ignores or resolves. The command line prints one line."""

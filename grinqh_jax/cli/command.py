@@ -8,10 +8,11 @@ import argparse
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
-from grinqh_jax.errors import GrinqhError
+from grinqh_jax.errors import GrinqhError, GrinqhWarning
 
 USAGE_ERROR, INTERRUPTED = 2, 130
 
@@ -36,6 +37,14 @@ def status(text: str) -> Iterator[None]:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    """Prints a ``GrinqhWarning`` as one line, and any other warning as Python does."""
+    if issubclass(category, GrinqhWarning):
+        print(f"warning: {message}", file=sys.stderr)
+    else:
+        print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=sys.stderr)
+
+
 def run(command: Callable[[argparse.Namespace], int], parser: Parser, argv: Sequence[str] | None) -> int:
     """Parses the flags, runs ``command`` on them and returns the exit code.
 
@@ -46,7 +55,10 @@ def run(command: Callable[[argparse.Namespace], int], parser: Parser, argv: Sequ
     try:
         if hasattr(sys.stdout, "reconfigure"):  # output is UTF-8 in every locale
             sys.stdout.reconfigure(encoding="utf-8")
-        return command(args)
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", GrinqhWarning)
+            warnings.showwarning = _show_warning
+            return command(args)
     except GrinqhError as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR

@@ -25,5 +25,10 @@ TENSOR_NAMES = {
 """Hugging Face's names of the tensors that make each parameter, in the order of its outputs
 (``layer_spec.parameter_shapes``). Hugging Face stores a kernel as ``[outputs, inputs]``."""
 
-IGNORED_TENSORS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+BASE = "model."
+"""Prefix of all tensors but the head. A checkpoint of the model without its head lacks it."""
+
+EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+IGNORED_TENSORS = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 """Buffers in old checkpoints that follow from the configuration."""

@@ -1,8 +1,9 @@
 """The Hugging Face tensors that make each parameter: their names, shapes and all mismatches."""
 
 import dataclasses
+from collections.abc import Iterable
 
-from grinqh_jax.hf.llama import IGNORED_TENSORS, TENSOR_NAMES
+from grinqh_jax.hf.llama import BASE, EMBEDDING, IGNORED_TENSORS, LM_HEAD, TENSOR_NAMES
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.layer_spec import HEAD, parameter_shapes
 
@@ -36,30 +37,52 @@ def is_kernel(key: str) -> bool:
     return key.endswith(".kernel")
 
 
+def canonical_names(config: ModelConfig, stored: Iterable[str]) -> dict[str, str]:
+    """Returns the names that transformers gives stored tensors when it loads them, by stored name.
+
+    transformers adds the prefix ``model.`` where that makes a tensor of the model, as in a checkpoint of the
+    model without its head, and removes a superfluous one.
+    """
+    known = {source.name for parts in sources(_untied(config)).values() for source in parts}
+    return {
+        name: next((n for n in (name, name.removeprefix(BASE), BASE + name) if n in known), name)
+        for name in stored
+    }
+
+
 def mismatches(
     config: ModelConfig, shapes: dict[str, tuple[int, ...]], unreadable: frozenset[str] = frozenset()
 ) -> list[str]:
     """Returns every difference between the tensors that ``config`` asks for and those of a checkpoint.
 
+    Of a tied model a checkpoint has the embedding, the head, or both.
+
     Args:
       config: Configuration of the model.
-      shapes: Shapes of the checkpoint's tensors, by name.
+      shapes: Shapes of the checkpoint's tensors, by canonical name.
       unreadable: Names that an index places in files that could not be read. They are not reported again.
     """
-    expected = {source.name: source.shape for parts in sources(config).values() for source in parts}
+    expected = {source.name: source.shape for parts in sources(_untied(config)).values() for source in parts}
     problems = [
         f"tensor {name} has shape {list(shapes[name])}, config.json asks for {list(shape)}"
         for name, shape in expected.items()
         if name in shapes and shapes[name] != shape
     ]
-    missing = sorted(expected.keys() - shapes.keys() - unreadable)
+    missing = expected.keys() - shapes.keys() - unreadable
+    if config.tie_word_embeddings and not {EMBEDDING, LM_HEAD} <= missing:
+        missing -= {EMBEDDING, LM_HEAD}
+    elif config.tie_word_embeddings:
+        missing -= {LM_HEAD}
     extra = sorted(name for name in shapes.keys() - expected.keys() if not IGNORED_TENSORS.fullmatch(name))
-    # A tied model may carry a copy of its head, which transformers ignores too.
-    if config.tie_word_embeddings and "lm_head.weight" in extra:
-        extra.remove("lm_head.weight")
-    problems += [f"tensor {name} is missing" for name in missing]
+    for name in sorted(missing):
+        tied = " (if the embedding is the head, config.json needs tie_word_embeddings: true)"
+        problems.append(f"tensor {name} is missing" + (tied if name == LM_HEAD else ""))
     problems += [f"tensor {name} is not part of a {config.architecture} model" for name in extra]
     return problems
+
+
+def _untied(config: ModelConfig) -> ModelConfig:
+    return dataclasses.replace(config, tie_word_embeddings=False)
 
 
 def _tensor_names(config: ModelConfig, key: str) -> list[str]:

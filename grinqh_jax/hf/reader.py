@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import warnings
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401  (teaches numpy, hence safetensors, the dtype bfloat16)
@@ -12,8 +13,9 @@ from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
 
 from grinqh_jax.companions import COMPANIONS, find_companions
-from grinqh_jax.errors import CheckpointError
+from grinqh_jax.errors import CheckpointError, GrinqhWarning
 from grinqh_jax.hf import params
+from grinqh_jax.hf.llama import EMBEDDING, LM_HEAD
 from grinqh_jax.json_files import read_object
 from grinqh_jax.model.config import ModelConfig
 
@@ -29,6 +31,9 @@ HUB_PATTERNS = (
 Rows = slice | Int[np.ndarray, "rows"]
 """A range of a tensor's rows, or their indices. Runs of consecutive indices are read at once."""
 
+_ROWS_COMPARED = 1 << 12
+"""Rows of the embedding and the head that are compared at once."""
+
 
 @dataclasses.dataclass(frozen=True)
 class HFCheckpoint:
@@ -36,15 +41,17 @@ class HFCheckpoint:
 
     Attributes:
       directory: Directory of the checkpoint.
-      hf_config: Parsed ``config.json``.
+      hf_config: Parsed ``config.json``, with ``tie_word_embeddings`` as the tensors have it.
       config: Configuration of the model.
-      files: File of each tensor, by tensor name.
+      files: File of each tensor, by the tensor's name in transformers.
+      stored_names: Name of each tensor in its file, by its name in transformers.
     """
 
     directory: Path
     hf_config: dict
     config: ModelConfig
     files: dict[str, Path]
+    stored_names: dict[str, str]
 
     @property
     def companions(self) -> list[Path]:
@@ -71,16 +78,17 @@ class HFCheckpoint:
         Raises:
           CheckpointError: The file vanished or changed since the checkpoint was opened.
         """
-        parts = [self._read_tensor(part.name, rows) for part in params.sources(self.config)[key]]
+        parts = [self.read_tensor(part.name, rows) for part in params.sources(self.config)[key]]
         value = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return value.T if params.is_kernel(key) else value
 
-    def _read_tensor(self, name: str, rows: Rows) -> np.ndarray:
+    def read_tensor(self, name: str, rows: Rows = slice(None)) -> np.ndarray:
+        """Reads a tensor by its name in transformers. Raises CheckpointError as ``read`` does."""
         # Opened for each read, because the pages of a file that stays mapped count as memory of the process.
         path = self.files[name]
         try:
             with safe_open(path, "numpy") as file:
-                stored = file.get_slice(name)
+                stored = file.get_slice(self.stored_names[name])
                 if isinstance(rows, slice):
                     return stored[rows]
                 runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
@@ -140,12 +148,62 @@ def open_checkpoint(model: str | os.PathLike[str]) -> HFCheckpoint:
     config = ModelConfig.from_hf(hf_config) if hf_config is not None else None
     # Without an index the tensors of a broken file are unknown.
     unlisted = bool(broken) and not files_of_index
+    stored_names: dict[str, str] = {}
     if config is not None and files and not unlisted and (index is None or files_of_index):
-        unreadable = frozenset(name for name, file in files_of_index.items() if directory / file in broken)
-        problems += params.mismatches(config, shapes, unreadable)
-    if config is None or problems:
+        unreadable = [name for name, file in files_of_index.items() if directory / file in broken]
+        unreadable = frozenset(params.canonical_names(config, unreadable).values())
+        stored_names = _stored_names(config, files, problems)
+        canonical_shapes = {name: shapes[stored] for name, stored in stored_names.items()}
+        problems += params.mismatches(config, canonical_shapes, unreadable)
+    if config is None or hf_config is None or problems:
         raise CheckpointError(f"{directory}: " + "; ".join(problems))
-    return HFCheckpoint(directory, hf_config, config, files)
+    files = {name: files[stored] for name, stored in stored_names.items()}
+    return _resolve_tie(HFCheckpoint(directory, hf_config, config, files, stored_names))
+
+
+def _stored_names(config: ModelConfig, files: dict[str, Path], problems: list[str]) -> dict[str, str]:
+    """Returns the stored name of each tensor by its name in transformers."""
+    stored_names: dict[str, str] = {}
+    for stored, name in params.canonical_names(config, files).items():
+        if name in stored_names:
+            problems.append(f"tensors {stored_names[name]} and {stored} are the same parameter")
+        stored_names[name] = stored
+    return stored_names
+
+
+def _resolve_tie(checkpoint: HFCheckpoint) -> HFCheckpoint:
+    """Unties embedding and head that both exist and differ, as transformers 5 does."""
+    if not checkpoint.config.tie_word_embeddings or LM_HEAD not in checkpoint.files:
+        return checkpoint
+    if EMBEDDING not in checkpoint.files:  # the head is the embedding
+        return dataclasses.replace(
+            checkpoint,
+            files=checkpoint.files | {EMBEDDING: checkpoint.files[LM_HEAD]},
+            stored_names=checkpoint.stored_names | {EMBEDDING: checkpoint.stored_names[LM_HEAD]},
+        )
+    if _equal(checkpoint, EMBEDDING, LM_HEAD):
+        return checkpoint
+    warnings.warn(
+        f"{checkpoint.directory}: config.json ties the embedding and lm_head.weight, but they differ; "
+        "both are used (tie_word_embeddings: false in config.json avoids this warning)",
+        GrinqhWarning,
+        stacklevel=3,
+    )
+    return dataclasses.replace(
+        checkpoint,
+        hf_config=checkpoint.hf_config | {"tie_word_embeddings": False},
+        config=dataclasses.replace(checkpoint.config, tie_word_embeddings=False),
+    )
+
+
+def _equal(checkpoint: HFCheckpoint, first: str, second: str) -> bool:
+    """Whether two tensors of the size of the embedding have the same values."""
+    rows = checkpoint.config.vocab_size
+    blocks = [slice(i, min(i + _ROWS_COMPARED, rows)) for i in range(0, rows, _ROWS_COMPARED)]
+    return all(
+        np.array_equal(checkpoint.read_tensor(first, block), checkpoint.read_tensor(second, block))
+        for block in blocks
+    )
 
 
 def _read_object(path: Path, problems: list[str]) -> dict | None:

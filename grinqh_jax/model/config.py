@@ -20,6 +20,13 @@ DEFAULT_ROPE_THETA = 10000.0
 QWEN3_HEAD_DIM = 128
 """Head dimension of a Qwen3 configuration that names none. Llama divides the hidden size by the heads."""
 
+QWEN3_KV_HEADS = 32
+"""Key and value heads of a Qwen3 configuration without the key. Null, and no key for Llama, mean one for each
+query head."""
+
+MAX_POSITIONS = {"llama": 2048, "qwen3": 32768}
+"""Context of a configuration that names none."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeConfig:
@@ -71,7 +78,10 @@ class ModelConfig:
         architecture = _architecture(reader)
         hidden_size = reader.integer("hidden_size")
         num_heads = reader.integer("num_attention_heads")
-        num_kv_heads = reader.integer("num_key_value_heads", num_heads)
+        if architecture == "qwen3" and "num_key_value_heads" not in hf:
+            num_kv_heads = QWEN3_KV_HEADS
+        else:
+            num_kv_heads = reader.integer("num_key_value_heads", num_heads)
         default_head_dim = QWEN3_HEAD_DIM if architecture == "qwen3" else hidden_size // max(num_heads, 1)
         head_dim = reader.integer("head_dim", default_head_dim)
         if num_heads % max(num_kv_heads, 1):
@@ -80,7 +90,7 @@ class ModelConfig:
             )
         if head_dim % 2:
             reader.problem(f"head_dim {head_dim} is odd")
-        max_positions = reader.integer("max_position_embeddings", 2048)
+        max_positions = reader.integer("max_position_embeddings", MAX_POSITIONS[architecture])
         config = cls(
             architecture=architecture,
             vocab_size=reader.integer("vocab_size"),
@@ -133,11 +143,13 @@ class _Reader:
         return value
 
     def number(self, key: str, default: float) -> float:
-        """Reads a positive number. An absent or null key gives the default."""
-        value = self.values.get(key)
-        if value is None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        """Reads a positive, finite number. An absent or null key gives the default."""
+        return default if self.values.get(key) is None else self.stated_number(key, default)
+
+    def stated_number(self, key: str, default: float) -> float:
+        """Reads a positive, finite number. An absent key gives the default; null is a problem."""
+        value = self.values.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
             self.problem(f"{key} is {value!r}, expected a positive number")
             return default
         return float(value)
@@ -177,30 +189,41 @@ def _architecture(reader: _Reader) -> Literal["llama", "qwen3"]:
 
 
 def _rope(reader: _Reader, max_positions: int) -> RopeConfig:
-    """Reads ``rope_parameters`` (transformers 5), or ``rope_theta`` and ``rope_scaling`` (4)."""
-    rope = reader.section("rope_parameters")
-    if set(rope.values) == {"full_attention"}:  # one entry per kind of layer
-        rope = rope.section("full_attention")
-    scaling = rope if rope.values else reader.section("rope_scaling")
-    theta = (rope if "rope_theta" in rope.values else reader).number("rope_theta", DEFAULT_ROPE_THETA)
-    kind = scaling.values.get("rope_type", scaling.values.get("type")) or "default"
-    for source in (reader, scaling):
+    """Resolves all spellings of the rotary embedding as transformers 5 does.
+
+    A ``rope_scaling`` that is not empty (transformers 4) replaces ``rope_parameters`` (transformers 5) as a
+    whole. A ``rope_theta`` inside that object wins over the one beside it, ``rope_type`` wins over ``type``,
+    and for ``original_max_position_embeddings`` the one beside it wins.
+    """
+    scaling = reader.section("rope_scaling")
+    rope = scaling if scaling.values else reader.section("rope_parameters")
+    for source in (reader, rope):
         if source.number("partial_rotary_factor", 1.0) != 1.0:
             reader.problem(f"partial_rotary_factor {source.values['partial_rotary_factor']}")
+    # Other model families have one such object for each kind of layer. For these two, transformers fails, or
+    # ignores them silently.
+    if layers := [key for key, value in rope.values.items() if isinstance(value, Mapping)]:
+        reader.problem(f"rope parameters for each kind of layer ({', '.join(layers)})")
+        return RopeConfig()
+    theta = (rope if "rope_theta" in rope.values else reader).stated_number("rope_theta", DEFAULT_ROPE_THETA)
+    kind = rope.values.get("rope_type", rope.values.get("type", "default"))
     if kind not in ROPE_TYPES:
         reader.problem(f"rope type {kind!r} (supported: {', '.join(ROPE_TYPES)})")
     if kind != "llama3":
         return RopeConfig(theta=theta)
-    missing = [k for k in ("factor", "low_freq_factor", "high_freq_factor") if k not in scaling.values]
+    missing = [k for k in ("factor", "low_freq_factor", "high_freq_factor") if k not in rope.values]
     if missing:
         reader.problem(f"llama3 rope lacks {', '.join(missing)}")
+    original = "original_max_position_embeddings"
     rope_config = RopeConfig(
         theta=theta,
         type="llama3",
-        factor=scaling.number("factor", 1.0),
-        low_freq_factor=scaling.number("low_freq_factor", 1.0),
-        high_freq_factor=scaling.number("high_freq_factor", 4.0),
-        original_max_position_embeddings=scaling.integer("original_max_position_embeddings", max_positions),
+        factor=rope.stated_number("factor", 1.0),
+        low_freq_factor=rope.stated_number("low_freq_factor", 1.0),
+        high_freq_factor=rope.stated_number("high_freq_factor", 4.0),
+        original_max_position_embeddings=(reader if original in reader.values else rope).integer(
+            original, max_positions
+        ),
     )
     if rope_config.high_freq_factor <= rope_config.low_freq_factor:
         reader.problem(

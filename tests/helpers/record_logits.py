@@ -1,10 +1,12 @@
-"""Records the logits of transformers for the models of ``random_models`` and for ``qwen3-32m``.
+"""Records the logits of transformers for the models of ``random_models`` and for ``qwen3-32m``, and its
+rotary frequencies for ``rope_cases``.
 
     PYTHONPATH=. python tests/helpers/record_logits.py [DIRECTORY_OF_QWEN3_32M]
 
 Needs torch and transformers; the tests need only the files that this writes.
 """
 
+import copy
 import sys
 from pathlib import Path
 
@@ -12,6 +14,9 @@ import numpy as np
 import torch
 import transformers
 from random_models import CONFIGS, TOKENS, random_state
+from rope_cases import CASES
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -38,7 +43,25 @@ def logits(model: transformers.PreTrainedModel, tokens: np.ndarray) -> np.ndarra
     return model(torch.from_numpy(tokens)).logits.float().numpy()
 
 
+def frequencies(hf_config: dict) -> tuple[str, np.ndarray] | None:
+    """The rope type and the radians per position in transformers, or None where it fails."""
+    classes = {"llama": LlamaRotaryEmbedding, "qwen3": Qwen3RotaryEmbedding}
+    try:
+        config = transformers.AutoConfig.for_model(**copy.deepcopy(hf_config))
+        embedding = classes[hf_config["model_type"]](config)
+    except (KeyError, TypeError, ValueError):
+        return None
+    return config.rope_parameters["rope_type"], embedding.inv_freq.numpy()
+
+
 def main() -> None:
+    ropes = {name: frequencies(config) for name, config in CASES.items()}
+    np.savez_compressed(
+        FIXTURES / "rope_frequencies.npz",
+        names=[name for name, rope in ropes.items() if rope is not None],
+        types=[rope[0] for rope in ropes.values() if rope is not None],
+        frequencies=np.stack([rope[1] for rope in ropes.values() if rope is not None]),
+    )
     recorded = {name: logits(torch_model(config), TOKENS)[0, ::8] for name, config in CONFIGS.items()}
     np.savez_compressed(FIXTURES / "random_logits.npz", **recorded)
     if len(sys.argv) > 1:

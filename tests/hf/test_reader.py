@@ -3,14 +3,15 @@
 import json
 
 import hf_directories
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hf_directories import LLAMA3, QWEN3
 from huggingface_hub.utils import filter_repo_objects
 
 from grinqh_jax import BUNDLED_MODEL
-from grinqh_jax.errors import CheckpointError, UnsupportedModelError
-from grinqh_jax.hf import open_checkpoint, resolve
+from grinqh_jax.errors import CheckpointError, GrinqhWarning, UnsupportedModelError
+from grinqh_jax.hf import load_decoder, open_checkpoint, resolve
 from grinqh_jax.hf.reader import HUB_PATTERNS
 
 Q = "model.layers.1.self_attn.q_proj.weight"
@@ -37,13 +38,96 @@ def test_parameters_equal_the_stored_tensors(tmp_path, hf_config, shards):
         assert (value.shape, value.dtype.name) == (shape, "bfloat16"), key
 
 
-def test_a_tied_model_may_carry_its_head(tmp_path):
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def logits(directory):
+    """Logits of transformers on the directory, and of the decoder on what the reader gives."""
+    pytest.importorskip("torch")
+    import torch
+    import transformers
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(TOKENS)).logits.numpy()
+    return expected, load_decoder(open_checkpoint(directory), jnp.float32)(TOKENS)
+
+
+TOKENS = np.arange(0, 300, 7)[None]
+
+
+def ties() -> dict[str, tuple[dict, dict]]:
+    """Ways to store embedding and head, and to name tensors: configuration and tensors."""
     state = hf_directories.random_state(QWEN3)
-    state["lm_head.weight"] = np.zeros_like(state["model.embed_tokens.weight"])
-    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
-    checkpoint = open_checkpoint(hf_directories.write(tmp_path, QWEN3, state))
-    head = checkpoint.read("lm_head.kernel")
-    np.testing.assert_array_equal(head, state["model.embed_tokens.weight"].T)
+    head = np.ascontiguousarray(state[EMBEDDING][::-1])
+    layer = "model.layers.0.self_attn."
+    buffers = {f"{layer}rotary_emb.inv_freq": np.ones(8, np.float32)}
+    untied = QWEN3 | {"tie_word_embeddings": False}
+    no_key = {key: value for key, value in QWEN3.items() if key != "tie_word_embeddings"}
+    only_head = {name: value for name, value in state.items() if name != EMBEDDING}
+    bare = {name.removeprefix("model."): value for name, value in state.items()}
+    return {
+        "embedding": (QWEN3, state | buffers),
+        "equal head": (QWEN3, state | {"lm_head.weight": state[EMBEDDING]}),
+        "other head": (QWEN3, state | {"lm_head.weight": head}),
+        "only head": (QWEN3, only_head | {"lm_head.weight": state[EMBEDDING]}),
+        "untied": (untied, state | {"lm_head.weight": head}),
+        "no key": (no_key, state | {"lm_head.weight": head}),
+        "no prefix": (QWEN3, bare),
+        "no prefix, other head": (QWEN3, bare | {"lm_head.weight": head}),
+        "some prefixes": (
+            QWEN3,
+            {n if "layers.0" in n else n.removeprefix("model."): v for n, v in state.items()},
+        ),
+        "prefix of the head": (untied, state | {"model.lm_head.weight": head}),
+        "old buffers": (QWEN3, bare | {"layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)}),
+    }
+
+
+@pytest.mark.parametrize("name", ties())
+def test_ties_and_renamed_tensors_give_the_logits(tmp_path, name):
+    hf_config, state = ties()[name]
+    hf_directories.write(tmp_path, hf_config, state)
+    if "other head" in name:
+        with pytest.warns(GrinqhWarning, match="both are used"):
+            theirs, ours = logits(tmp_path)
+    else:
+        theirs, ours = logits(tmp_path)
+    assert np.max(np.abs(ours - theirs)) <= 1e-4 * np.max(np.abs(theirs))
+
+
+def test_a_tied_model_with_another_head_is_untied(tmp_path):
+    hf_config, state = ties()["other head"]
+    with pytest.warns(GrinqhWarning, match="both are used"):
+        checkpoint = open_checkpoint(hf_directories.write(tmp_path, hf_config, state))
+    assert checkpoint.hf_config["tie_word_embeddings"] is False  # a converted checkpoint says so too
+    assert not checkpoint.config.tie_word_embeddings
+    np.testing.assert_array_equal(checkpoint.read("lm_head.kernel"), state["lm_head.weight"].T)
+    np.testing.assert_array_equal(checkpoint.read("embed.embedding"), state[EMBEDDING])
+
+
+@pytest.mark.parametrize("name", ["no prefix", "some prefixes", "only head", "equal head", "old buffers"])
+def test_other_names_of_the_same_tensors_read_alike(tmp_path, name):
+    expected = open_checkpoint(hf_directories.write(tmp_path / "plain"))
+    checkpoint = open_checkpoint(hf_directories.write(tmp_path / "renamed", *ties()[name]))
+    assert checkpoint.config == expected.config
+    for key in expected.parameters:
+        np.testing.assert_array_equal(checkpoint.read(key), expected.read(key))
+
+
+def test_an_untied_model_without_a_head_is_refused(tmp_path):
+    untied = QWEN3 | {"tie_word_embeddings": False}
+    hf_directories.write(tmp_path, untied, hf_directories.random_state(QWEN3))
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is missing \(if the embedding is the head"):
+        open_checkpoint(tmp_path)
+
+
+def test_two_names_of_one_parameter_are_refused(tmp_path):
+    state = hf_directories.random_state(QWEN3)
+    state["norm.weight"] = state["model.norm.weight"]
+    message = r"tensors model\.norm\.weight and norm\.weight are the same parameter"
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(hf_directories.write(tmp_path, QWEN3, state))
 
 
 def test_every_wrong_tensor_is_named_at_once(tmp_path):

@@ -9,6 +9,8 @@ from grinqh_jax.model.config import ModelConfig, RopeConfig
 LLAMA = CONFIGS["llama3-scaled-rope-gqa"]
 QWEN3 = CONFIGS["qwen3-tied-gqa"]
 
+WIDE = {"num_attention_heads": 64}
+
 
 def test_old_and_new_spellings_agree():
     scaling = {**LLAMA["rope_scaling"]}
@@ -17,7 +19,7 @@ def test_old_and_new_spellings_agree():
         without | {"rope_theta": 500.0, "rope_scaling": scaling},
         without | {"rope_theta": 500.0, "rope_scaling": {**scaling, "type": "llama3", "rope_type": None}},
         without | {"rope_parameters": scaling | {"rope_theta": 500.0}},
-        without | {"rope_parameters": {"full_attention": scaling | {"rope_theta": 500.0}}},
+        without | {"rope_parameters": {"rope_type": "default"}, "rope_scaling": scaling, "rope_theta": 500.0},
     ]
     del spellings[1]["rope_scaling"]["rope_type"]
     first, *others = (ModelConfig.from_hf(s) for s in spellings)
@@ -40,6 +42,10 @@ def test_absent_and_null_keys_have_defaults():
     qwen3 = ModelConfig.from_hf({k: v for k, v in QWEN3.items() if k != "head_dim"})
     assert (qwen3.head_dim, qwen3.qk_norm, qwen3.tie_word_embeddings) == (128, True, True)
     assert hash(llama) != hash(qwen3)
+    absent = {"num_key_value_heads", "max_position_embeddings"}
+    defaults = ModelConfig.from_hf({k: v for k, v in QWEN3.items() if k not in absent} | WIDE)
+    assert (defaults.num_kv_heads, defaults.max_position_embeddings) == (32, 32768)
+    assert ModelConfig.from_hf(QWEN3 | {"num_key_value_heads": None}).num_kv_heads == 4
 
 
 def test_model_type_stands_in_for_missing_architectures():
@@ -95,6 +101,12 @@ def test_a_value_that_is_no_list_of_names_is_refused(key, value):
         ModelConfig.from_hf(QWEN3 | {key: value})
     expected = f"unsupported model configuration: {key} is {value!r}, expected a list of names"
     assert str(caught.value) == expected
+
+
+def test_rope_parameters_for_each_kind_of_layer_are_refused():
+    nested = {"rope_parameters": {"full_attention": {"rope_type": "default"}}}
+    with pytest.raises(UnsupportedModelError, match=r"for each kind of layer \(full_attention\)"):
+        ModelConfig.from_hf(QWEN3 | nested)
 
 
 def test_llama3_rope_needs_its_factors():

@@ -1,0 +1,71 @@
+"""The rotary embedding of every spelling of the configuration, against transformers."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from random_models import TOKENS, state_tree
+from rope_cases import CASES
+
+from grinqh_jax.errors import UnsupportedModelError
+from grinqh_jax.model.config import ModelConfig
+from grinqh_jax.model.decoder import Decoder
+from grinqh_jax.model.rope import inverse_frequencies
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "rope_frequencies.npz"
+
+
+def check(name: str, theirs: tuple[str, np.ndarray] | None) -> None:
+    """Either the frequencies are transformers', or the configuration is refused by name."""
+    try:
+        config = ModelConfig.from_hf(CASES[name])
+    except UnsupportedModelError as error:
+        message = str(error)
+    else:
+        assert theirs is not None, name
+        ours = inverse_frequencies(config.rope, config.head_dim)
+        np.testing.assert_allclose(ours, theirs[1], rtol=1e-5, err_msg=name)
+        return
+    if theirs is None:
+        return
+    nested = "rope parameters for each kind of layer (full_attention)"  # ignored by transformers, silently
+    assert nested in message or theirs[0] not in ("default", "llama3"), name
+    assert nested in message or f"rope type '{theirs[0]}'" in message, name
+
+
+def test_every_spelling_gives_the_recorded_frequencies_or_is_refused_by_name():
+    recorded = np.load(FIXTURE)
+    columns = (recorded["names"].tolist(), recorded["types"].tolist(), recorded["frequencies"])
+    theirs = {name: (kind, values) for name, kind, values in zip(*columns, strict=True)}
+    assert theirs.keys() < CASES.keys()
+    for name in CASES:
+        check(name, theirs.get(name))
+
+
+def test_every_spelling_gives_the_frequencies_of_transformers_or_is_refused_by_name():
+    pytest.importorskip("torch")
+    from record_logits import frequencies
+
+    for name, config in CASES.items():
+        check(name, frequencies(config))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama-default-llama3_old_key-theta",
+        "llama-llama3-absent-original",
+        "qwen3-llama3_old_key-default-theta",
+        "qwen3-yarn-default_with_factor-",
+        "qwen3-two_types-empty-",
+    ],
+)
+def test_contradicting_spellings_give_the_logits_of_transformers(name):
+    pytest.importorskip("torch")
+    from record_logits import logits, torch_model
+
+    tokens = TOKENS % CASES[name]["vocab_size"]
+    theirs = logits(torch_model(CASES[name]), tokens)
+    ours = Decoder.from_tree(*state_tree(CASES[name]), jnp.float32)(tokens)
+    assert np.max(np.abs(ours - theirs)) <= 1e-4 * np.max(np.abs(theirs))
