@@ -67,6 +67,9 @@ def windows(
 ) -> Int32[np.ndarray, "s t"]:
     """Cuts token windows at equal distances from the whole text.
 
+    A span that yields too few tokens, such as one of blanks, yields no window. Other spans yield a second one
+    in its place.
+
     Args:
       text: Text of any length; only the spans that become windows are tokenized.
       encode: Function from text to token ids.
@@ -74,20 +77,39 @@ def windows(
       length: Tokens of a window. A window is shorter if the text, or ``tokens``, is shorter than one.
 
     Raises:
-      UsageError: The text yields fewer than 256 tokens, too few to place thresholds.
+      UsageError: The text yields fewer than 256 tokens, too few to place thresholds, or less than half of the
+        tokens that its length promises.
     """
     length = min(length, tokens)
     count = max(1, min(tokens // length, len(text) // (_CHARS_PER_TOKEN * length)))
     span = len(text) // count
     limit = 2 * _CHARS_PER_TOKEN * length
-    rows = [encode(text[i * span : i * span + min(span, limit)])[:length] for i in range(count)]
-    shortest = min(map(len, rows))
-    if (total := shortest * count) < _LEAST_TOKENS:
+    spans = [encode(text[i * span : i * span + min(span, limit)]) for i in range(count)]
+    rows = _windows_of_spans(spans, length, count)
+    total = rows.size
+    if total < _LEAST_TOKENS:
         raise UsageError(
             f"calibration text: {total} tokens from {len(text)} characters; give a text of at least"
             f" {_LEAST_TOKENS} tokens"
         )
-    return np.array([row[:shortest] for row in rows], np.int32)
+    if 2 * total < count * length and count > 1:
+        raise UsageError(
+            f"calibration text: {total} tokens from {len(text)} characters, which should yield"
+            f" {count * length}; remove runs of blanks and of other repeated characters, or give another text"
+        )
+    return rows
+
+
+def _windows_of_spans(spans: Sequence[Sequence[int]], length: int, count: int) -> Int32[np.ndarray, "s t"]:
+    """Cuts ``count`` windows of ``length`` tokens, or as many tokens as possible in windows of one length."""
+    whole = [len(span) // length for span in spans]
+    if sum(whole) < count:  # too few tokens: the length that uses most of them
+        length = max({len(span) for span in spans}, key=lambda n: (n * sum(len(s) >= n for s in spans), n))
+        whole = [min(1, len(span) // max(length, 1)) for span in spans]
+    # One window a span, then a second one of the first spans that have one, until the number is reached.
+    turns = [(turn, i) for turn in range(max(whole)) for i in range(len(spans)) if turn < whole[i]]
+    chosen = sorted((i, turn) for turn, i in turns[:count])
+    return np.array([spans[i][turn * length : (turn + 1) * length] for i, turn in chosen], np.int32)
 
 
 def split_windows(

@@ -1,5 +1,7 @@
 """Calibration text: the windows, and how they are split."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -28,6 +30,41 @@ def test_a_short_text_gives_fewer_and_shorter_windows():
         UsageError, match="255 tokens from 255 characters; give a text of at least 256 tokens"
     ):
         text.windows("x" * 255, encode, tokens=16384, length=1024)
+
+
+def encode_runs(piece):
+    """Encodes a run of up to 64 blanks as one token, as many tokenizers do, and each letter as one."""
+    return [ord(run[0]) for run in re.findall(" {1,64}|[^ ]", piece)]
+
+
+@pytest.mark.parametrize("start", [0, 40_000, 98_000, 199_999])
+@pytest.mark.parametrize("blanks", [100, 20_000, 60_000])
+def test_a_run_of_blanks_cuts_no_other_window(start, blanks):
+    content = "abcdefghi " * 20_000
+    content = content[:start] + " " * blanks + content[start:]
+    windows = text.windows(content, encode_runs, tokens=32768, length=1024)
+    assert windows.shape == (32, 1024)
+    assert np.mean(windows == ord(" ")) < 0.15
+
+
+def test_windows_that_replace_others_share_no_token():
+    content = "".join(chr(256 + i) for i in range(30_000)) + " " * 10_000
+    windows = text.windows(content, encode_runs, tokens=4000, length=200)
+    letters = windows[windows != ord(" ")].tolist()
+    assert windows.shape == (20, 200)
+    assert len(letters) == len(set(letters))
+    assert letters == sorted(letters)
+
+
+def test_a_text_of_blanks_is_refused_with_the_reason():
+    with pytest.raises(UsageError, match="should yield 32768; remove runs of blanks"):
+        text.windows("word " * 500 + " " * 500_000, encode_runs, tokens=32768, length=1024)
+
+
+def test_one_short_span_shortens_no_other():
+    content = "x" * 6000 + " " * 600  # 11 spans; each but the last yields 90 tokens, and the last 10
+    windows = text.windows(content, lambda piece: encode_runs(piece)[:90], tokens=1100, length=100)
+    assert windows.shape == (10, 90)
 
 
 @pytest.mark.parametrize(
