@@ -138,13 +138,14 @@ def timed_conversion(command: list[str], out: pathlib.Path, report: dict, output
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     shapes = random_model.hf_configs()
-    parser.add_argument("--shape", default="Qwen3-8B", choices=shapes)
-    parser.add_argument("--config", type=pathlib.Path, help="config.json of another shape")
-    parser.add_argument("--layers", type=int, help="keep only so many layers")
-    parser.add_argument("--tokens", type=int, default=32768, help="of the calibration text")
-    parser.add_argument("--calib", type=pathlib.Path, help="calibration text (default: the bundled one)")
-    parser.add_argument("--work", type=pathlib.Path, required=True, help="directory of both checkpoints")
-    parser.add_argument("--output", type=pathlib.Path, required=True, help="JSON file to write")
+    add = parser.add_argument
+    add("--shape", default="Qwen3-8B", choices=shapes, help="published shape (default: Qwen3-8B)")
+    add("--config", type=pathlib.Path, metavar="FILE", help="config.json of another shape")
+    add("--layers", type=int, metavar="N", help="keep the first N layers (default: all)")
+    add("--tokens", type=int, default=32768, metavar="N", help="calibration tokens (default: 32768)")
+    add("--calib", type=pathlib.Path, metavar="FILE", help="calibration text (default: the bundled one)")
+    add("--work", type=pathlib.Path, required=True, metavar="DIR", help="directory for both checkpoints")
+    add("--output", type=pathlib.Path, required=True, metavar="FILE", help="JSON file to write")
     args = parser.parse_args()
     config = json.loads(args.config.read_text()) if args.config else shapes[args.shape]
     layers_of_shape = config["num_hidden_layers"]

@@ -1,12 +1,11 @@
-"""What was tried and is not in the product, with figures: models converted with each, and what they lose.
+"""Converts a model with each variant that was tried and not adopted, and measures its quality.
 
     python benchmarks/trials --model M --calib books_calib.txt --data books_test.txt docs_test.txt \\
         --work WORK --output FILE
 
-The real converter and the real measurement, with one thing changed in them (``Trial``); the trials are listed
-in the modules beside this one, each next to what it changes. Each runs in a process of its own. What is
-there already in WORK is not made again; FILE keeps a row for each trial and setting, for the tables of
-``docs/quality.md``, which are printed too.
+Each trial runs the real converter and the real measurement with one change (``Trial``), in a separate
+process. The modules beside this one define the trials. Models that exist in WORK are reused. FILE keeps a row
+for each trial and setting. The script prints the table rows of ``docs/quality.md``.
 """
 
 import argparse
@@ -33,8 +32,8 @@ GROUPS = {
 }
 TRIALS = {name: one for group in GROUPS.values() for name, one in group.items()}
 
-OTHERS = (2.0, 3.0)
-"""Settings whose figures on other texts, and perplexities, are in the table."""
+TABLE_BITS = (2.0, 3.0)
+"""Settings whose perplexity, and whose KL divergence on further texts, are in the table."""
 
 COLUMNS = ("bits", "realised_bits", "kl", "kl_stderr", "perplexity", "stderr")
 PACKAGES = ("jax", "jaxlib", "flax", "numpy")
@@ -42,16 +41,23 @@ PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--calib", required=True, type=Path)
-    parser.add_argument("--calib-tokens", default="65536")
-    parser.add_argument("--data", required=True, type=Path, nargs="+")
-    parser.add_argument("--work", required=True, type=Path, help="directory for the models")
-    parser.add_argument("--output", required=True, type=Path, help="JSON file; other trials in it are kept")
-    parser.add_argument("--trials", nargs="+", choices=TRIALS, default=list(TRIALS))
-    parser.add_argument("--groups", nargs="+", choices=GROUPS, help="all trials of these")
-    parser.add_argument("--here", choices=TRIALS, help=argparse.SUPPRESS)
-    parser.add_argument("--print", action="store_true", help="only print the table of what is in the file")
+    add = parser.add_argument
+    add("--model", required=True, metavar="DIR_OR_HUB_ID", help="unquantized Hugging Face checkpoint")
+    add("--calib", required=True, type=Path, metavar="FILE", help="calibration text")
+    add("--calib-tokens", default="65536", metavar="N", help="calibration tokens (default: 65536)")
+    add("--data", required=True, type=Path, nargs="+", metavar="FILE", help="texts to measure on")
+    add("--work", required=True, type=Path, metavar="DIR", help="directory for the converted models")
+    add(
+        "--output",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="JSON file to update; results of other trials in it are kept",
+    )
+    add("--trials", nargs="+", choices=TRIALS, default=list(TRIALS), help="trials to run (default: all)")
+    add("--groups", nargs="+", choices=GROUPS, help="run all trials of these groups")
+    add("--here", choices=TRIALS, help=argparse.SUPPRESS)
+    add("--print", action="store_true", help="only print the table rows from --output")
     args = parser.parse_args()
     if args.here:
         return _measure(args)
@@ -85,14 +91,17 @@ def _measure(args: argparse.Namespace) -> int:
 
 
 def _table(report: dict, names: list[str]) -> str:
-    """Markdown: the divergence at every setting on the first text, at those of ``OTHERS`` on the others, and
-    there the perplexity on the first."""
+    """Returns the table rows of trials in Markdown.
+
+    A row has the KL divergence on the first text at every setting, that on the other texts at ``TABLE_BITS``,
+    and the perplexity on the first text at ``TABLE_BITS``.
+    """
     lines = []
     for name in names:
         first, *others = report[name]["texts"].values()
         numbers = [f"{row['kl']:.3g}" for row in first]
-        numbers += [f"{row['kl']:.3g}" for rows in others for row in rows if row["bits"] in OTHERS]
-        numbers += [f"{row['perplexity']:.2f}" for row in first if row["bits"] in OTHERS]
+        numbers += [f"{row['kl']:.3g}" for rows in others for row in rows if row["bits"] in TABLE_BITS]
+        numbers += [f"{row['perplexity']:.2f}" for row in first if row["bits"] in TABLE_BITS]
         lines.append("| " + " | ".join([f"{TRIALS[name].what} (`{name}`)", *numbers]) + " |")
     return "\n".join(lines)
 

@@ -1,21 +1,22 @@
-"""Other bases of the residual stream, and of what is inside the layers.
+"""Trials of other bases of the residual stream and of activations inside the layers.
 
-Gains are fitted, not trained; weights are refitted as in the product.
+Level gains are fitted, not trained. Weights are refitted as in the product.
 
 * ``basis``: the product with these flags.
 * ``original-basis``: the basis that the model was trained in.
 * ``hadamard-64``, ``hadamard-8``: the first 64 or 8 principal axes mixed by a Hadamard matrix.
-* ``random-rotation``: any orthogonal matrix in place of the principal axes.
-* ``centred-head``: the output projection without its mean over the vocabulary, which moves all logits alike.
-* ``equal-rows-of-down``: hidden channels of the MLP scaled to where all rows of ``down`` are equally large;
-  the ``up`` half of ``gate_up`` takes up the inverse scales.
-* ``value-axes``: the values of each head turned onto the principal axes of what ``o`` reads of them, in the
-  outputs of ``qkv`` and in the rows of ``o``.
-* ``learned-rotation``: from the principal axes on, by gradient, to the least cost of reading channels whose
-  activations are normal: what their errors cost, and their bits. The principal axes know of the readers' sum;
-  here each has moments, rows and a price of a bit of its own.
+* ``random-rotation``: a random orthogonal matrix instead of the principal axes.
+* ``centred-head``: the output projection without its mean over the vocabulary, which shifts all logits
+  equally.
+* ``equal-rows-of-down``: hidden channels of the MLP scaled so that all rows of ``down`` have the same norm.
+  The ``up`` half of ``gate_up`` absorbs the inverse scales.
+* ``value-axes``: the values of each head rotated onto the principal axes of the inputs of ``o``, in the
+  outputs of ``qkv`` and the rows of ``o``.
+* ``learned-rotation``: gradient descent from the principal axes to the least cost, errors and bits, of
+  reading channels with normal activations. The principal axes depend only on the sum over the layers that
+  read the residual stream; this trial gives each of them its moments, its rows and its price of a bit.
 
-All of them compute the same function as the original.
+All of these models compute the same function as the original.
 """
 
 from collections.abc import Callable, Mapping
@@ -41,59 +42,65 @@ from grinqh_jax.model.layer_spec import HEAD, stream_readers
 from pallas_kernels import codes
 
 BITS, POINTS, STEPS, RATE = 3.0, 64, 300, 0.0003
-"""Of ``learned-rotation``: mean bits that prices are for; points of the normal distribution; Adam's."""
+"""Settings of ``learned-rotation``: mean bits of the prices, quantiles of the normal distribution, steps and
+learning rate of Adam."""
 
 Changed = Callable[[HFCheckpoint, np.ndarray], Mapping[str, np.ndarray]]
-"""From a checkpoint and calibration windows to kernels, by key, that replace its own."""
+"""Maps a checkpoint and calibration windows to the kernels, by key, that replace those of the checkpoint."""
 
 
 def mixed_axes(leading: int):
-    """``principal_axes``, the first ``leading`` of them mixed: each new one has a part of all of these."""
+    """Returns ``principal_axes`` with the first ``leading`` axes mixed by a Hadamard matrix."""
 
     def axes(moments: np.ndarray) -> np.ndarray:
-        found = principal_axes(moments)
-        found[:, :leading] = found[:, :leading] @ scipy.linalg.hadamard(leading) / np.sqrt(leading)
-        return found
+        mixed = principal_axes(moments)
+        mixed[:, :leading] = mixed[:, :leading] @ scipy.linalg.hadamard(leading) / np.sqrt(leading)
+        return mixed
 
     return axes
 
 
 def random_axes(moments: np.ndarray) -> np.ndarray:
-    """An orthogonal matrix that knows nothing of ``moments`` but their size."""
-    drawn = np.random.default_rng(0).standard_normal(moments.shape)
-    return np.ascontiguousarray(np.linalg.qr(drawn)[0], np.float32)
+    """Returns a random orthogonal matrix of the size of ``moments``."""
+    gaussian = np.random.default_rng(0).standard_normal(moments.shape)
+    return np.ascontiguousarray(np.linalg.qr(gaussian)[0], np.float32)
 
 
 def readers_of(source: HFCheckpoint, *arguments) -> list[tuple[np.ndarray, np.ndarray, int]]:
-    """In place of ``second_moments``: of each reader these, its rows' inner products, and its outputs."""
-    found, add = {}, principal_basis._with_moments
+    """Returns ``(second moments, inner products of its rows, outputs)`` of each layer that reads the stream.
+
+    It replaces ``second_moments``.
+    """
+    by_name, add = {}, principal_basis._with_moments
 
     def record(total, moments, name):
-        found[name] = found.get(name, 0) + np.asarray(moments, np.float64)
+        by_name[name] = by_name.get(name, 0) + np.asarray(moments, np.float64)
         return add(total, moments, name)
 
     with mock.patch.object(principal_basis, "_with_moments", record):
         second_moments(source, *arguments)
     readers = []
-    for name, moments in found.items():
-        above, _, part = name.rpartition(".")
-        gains = source.read(f"{above}.{stream_readers(source.config)[part]}.scale".removeprefix("."))
+    for name, moments in by_name.items():
+        parent, _, projection = name.rpartition(".")
+        gains = source.read(f"{parent}.{stream_readers(source.config)[projection]}.scale".removeprefix("."))
         kernel = source.read(f"{name}.kernel").astype(np.float32) * gains[:, None].astype(np.float32)
         readers.append((moments, kernel @ kernel.T, kernel.shape[1]))
     return readers
 
 
 def learned_axes(readers: list[tuple[np.ndarray, np.ndarray, int]]) -> np.ndarray:
-    """See the module."""
+    """Returns the axes of ``learned-rotation``."""
     start = principal_axes(sum(moments for moments, _, _ in readers))
-    moments, rows, outputs = (jnp.asarray(np.stack(part), jnp.float32) for part in zip(*readers, strict=True))
+    moments, rows, outputs = (
+        jnp.asarray(np.stack(arrays), jnp.float32) for arrays in zip(*readers, strict=True)
+    )
     w = jax.random.normal(jax.random.key(0), (128, 4096))
     errors = codes.level_errors(w, codes.quantize(w))
     squares = jnp.square(scipy.special.ndtri((np.arange(POINTS) + 0.5) / POINTS))
     bits = 2.0 * jnp.arange(len(errors))
 
     def costs(axes, price):
-        """``[readers, channels, points, levels]``, in bits."""
+        """Returns costs ``[readers, channels, points, levels]`` in bits."""
         energies = jnp.sum((moments @ axes) * axes, axis=1) * jnp.sum((rows @ axes) * axes, axis=1)
         return energies[..., None, None] * squares[:, None] * errors / price[:, None, None, None] + bits
 
@@ -115,9 +122,9 @@ def learned_axes(readers: list[tuple[np.ndarray, np.ndarray, int]]) -> np.ndarra
     price, adam, turn, compiled = jnp.exp(high), optax.adam(RATE), jnp.zeros(start.shape), jax.jit(cost)
     state = adam.init(turn)
     for step in range(STEPS):
-        here, gradient = compiled(turn)
+        value, gradient = compiled(turn)
         if step in (0, STEPS - 1):
-            print(f"learned rotation, step {step}: {here:.4f} bits and bits' worth of errors", flush=True)
+            print(f"learned rotation, step {step}: {value:.4f} bits and bits' worth of errors", flush=True)
         updates, state = adam.update(gradient, state)
         turn = optax.apply_updates(turn, updates)
     turn = np.asarray(turn - turn.T, np.float64)
@@ -126,12 +133,12 @@ def learned_axes(readers: list[tuple[np.ndarray, np.ndarray, int]]) -> np.ndarra
 
 
 def with_axes(axes):
-    """A ``change``: ``axes`` in place of ``principal_axes``."""
+    """Returns a ``change`` that replaces ``principal_axes`` with ``axes``."""
     return patched((survey, "principal_axes", axes))
 
 
 class ChangedCheckpoint:
-    """A checkpoint that is read like ``source``, but for some kernels, which are in memory."""
+    """A checkpoint like ``source`` with some kernels replaced by arrays in memory."""
 
     def __init__(self, source: HFCheckpoint, kernels: Mapping[str, np.ndarray]):
         self.source, self.kernels = source, kernels
@@ -140,19 +147,19 @@ class ChangedCheckpoint:
         return getattr(self.source, name)
 
     def read(self, key: str, rows=slice(None)) -> np.ndarray:
-        """As ``HFCheckpoint.read``; float32 where the kernel is changed."""
+        """Reads like ``HFCheckpoint.read``; replaced kernels are float32."""
         return self.kernels[key][:, rows] if key in self.kernels else self.source.read(key, rows)
 
 
 def of_source(changed: Changed):
-    """A ``change``: the converter gets the source with other kernels. What is measured against stays."""
+    """Returns a ``change`` that gives the converter other kernels. The reference of the measurement stays."""
 
     def plan_of(source, calibration, options):
         kernels = changed(source, calibration.windows)
         return make_plan(ChangedCheckpoint(source, kernels), calibration, options)
 
-    # Turned kernels are rounded to the dtype of the source. Without that the changed ones, float32, would be
-    # more precise than those of the other trials.
+    # Rotated kernels are rounded to the dtype of the source. Replaced kernels are float32 and would otherwise
+    # be more precise than those of the other trials.
     dtype = np.dtype(jnp.bfloat16)
     return patched(
         (convert, "make_plan", plan_of),
@@ -161,13 +168,13 @@ def of_source(changed: Changed):
 
 
 def centred_head(source: HFCheckpoint, windows: np.ndarray) -> dict[str, np.ndarray]:
-    """See the module. ``Changed``; the embedding, if it is the same tensor, is not changed."""
+    """Returns the kernel of ``centred-head``. A tied embedding keeps its values."""
     kernel = source.read(f"{HEAD}.kernel").astype(np.float32)
     return {f"{HEAD}.kernel": kernel - kernel.mean(axis=1, keepdims=True)}
 
 
 def equal_rows_of_down(source: HFCheckpoint, windows: np.ndarray) -> dict[str, np.ndarray]:
-    """See the module. ``Changed``."""
+    """Returns the kernels of ``equal-rows-of-down``."""
     kernels = {}
     for i in range(source.config.num_layers):
         gate_up = source.read(f"layers.{i}.gate_up.kernel").astype(np.float32)
@@ -181,7 +188,7 @@ def equal_rows_of_down(source: HFCheckpoint, windows: np.ndarray) -> dict[str, n
 
 
 def value_axes(source: HFCheckpoint, windows: np.ndarray) -> dict[str, np.ndarray]:
-    """See the module. ``Changed``."""
+    """Returns the kernels of ``value-axes``."""
     config = source.config
     size, group = config.head_dim, config.num_heads // config.num_kv_heads
     hidden = embed(source, split_windows(windows)[0], jnp.float32)

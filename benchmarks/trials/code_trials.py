@@ -1,24 +1,23 @@
-"""Codes, scales and norms chosen by what graded reading makes of them.
+"""Trials that choose codes, scales and norms by the error of graded reading.
 
-Weights are not refitted and gains are fitted, so that nothing else makes up for the errors of codes.
+Weights are not refitted, and level gains are fitted, so nothing else compensates for the errors of codes.
 
-The first three take an input that is read at level ``l`` for an input of its own, ``x_j [level_j = l]``: a
-channel is five inputs, each with an error of its own, and one nested code serves them all. Their second
-moments are measured at the thresholds that give the layer alone a mean of ``BITS``. The output projection is
-rounded plainly.
+The first three treat a channel as five inputs, one per level: ``x_j [level_j = l]``. Each has its own error,
+and one nested code serves all of them. Their second moments are measured at the thresholds that give the
+layer alone a mean of ``BITS``. The output projection is rounded as in the product.
 
-* ``expanded-gptq``: GPTQ (``checkpoints_tools.baselines.gptq``) on these inputs. A channel's code is that of
-  the mean of what its levels are to be, each by its energy; its errors are pushed onto the channels behind.
-* ``expanded-gptq-least``: the code is the one, of those around that, whose five errors cost least.
-* ``coordinate-descent``: from plain codes, ``SWEEPS`` times through all channels: each weight takes the code,
-  of those around its own, with the least error of the output.
+* ``expanded-gptq``: GPTQ (``checkpoints_tools.baselines.gptq``) on these inputs. The code of a channel rounds
+  the mean of the targets of its levels, weighted by energy. Later channels compensate for its errors.
+* ``expanded-gptq-least``: the code with the least cost of the five errors among those near that code.
+* ``coordinate-descent``: ``SWEEPS`` passes over all channels from plain codes. Each weight takes the nearby
+  code with the least error of the output.
 
-The others train the model that plain rounding gives to the least sum of the logarithms of the divergences at
-``SETTINGS``. Thresholds and gains stay; the gradient takes the levels as constants.
+The others train the plainly rounded model to minimize the sum of the logarithms of the divergences at
+``SETTINGS``. Thresholds and gains stay fixed; the gradient treats the levels as constants.
 
-* ``trained-codes``: the codes of all layers, straight through: the gradient by a rounded weight, at whatever
-  level, counts as that by the weight. ``trained-codes-fast``: in larger steps.
-* ``trained-scales-and-norms``: a factor for each scale, and for each number of each norm.
+* ``trained-codes``: trains the codes of all layers with a straight-through gradient: the gradient of a
+  rounded weight, at any level, is that of the weight. ``trained-codes-fast`` takes larger steps.
+* ``trained-scales-and-norms``: trains a factor for each scale and each element of each norm.
 """
 
 import dataclasses
@@ -49,62 +48,62 @@ from pallas_kernels import codes, grading, layout
 
 BITS, DAMPING, SWEEPS = 3.0, 0.01, 3
 LEVELS = 5
-"""Of a channel, 0 included."""
+"""Number of levels of a channel, level 0 included."""
 
 AROUND = np.array([0] + [sign * n * step for step in (1, 4, 16) for n in (1, 2, 3) for sign in (1, -1)])
-"""From a code to those around it: some steps of its last three digits."""
+"""Differences from a code to the codes near it: a few steps of its last three digits."""
 
 DIGITS = (np.arange(256)[:, None] >> (6 - 2 * np.arange(LEVELS - 1))) & 3
 VALUES = np.cumsum((DIGITS - codes.DIGIT_MEAN) * 4.0 ** -np.arange(LEVELS - 1), axis=1)
 VALUES = np.concatenate([np.zeros((256, 1)), VALUES], axis=1).astype(np.float32)
-"""What each code is at each level, in scales."""
+"""Value of each code at each level, in units of the scale, ``[256, LEVELS]``."""
 
 SETTINGS, STEPS = (1.5, 2.0, 3.0, 4.0, 8.0), 64
 
 
 class _Expanded(Dense):
-    """An ``apply`` strategy that collects the second moments of the inputs by level (``seen``, by part)."""
+    """An ``apply`` strategy that collects second moments of the inputs by level in ``moments``."""
 
     def __init__(self, thresholds: dict[str, jax.Array]):
-        self.thresholds, self.seen = thresholds, {}
+        self.thresholds, self.moments = thresholds, {}
 
     def product(self, name: str, linear, x):
-        part = name.rpartition(".")[2]
+        projection = name.rpartition(".")[2]
         rows = x[0, first_scored_position(x.shape[1]) :]
-        at = grading.levels(rows, self.thresholds[part])[..., None] == jnp.arange(LEVELS)
+        at = grading.levels(rows, self.thresholds[projection])[..., None] == jnp.arange(LEVELS)
         rows = jnp.where(at, rows[..., None], 0).reshape(len(rows), -1)
-        self.seen[part] = rows.T @ rows / len(rows)
+        self.moments[projection] = rows.T @ rows / len(rows)
         return super().product(name, linear, x)
 
 
 @jax.jit
 def _run(layer, x, thresholds):
     expanded = _Expanded(thresholds)
-    return layer("layer", x, jnp.arange(x.shape[1])[None], expanded)[0], expanded.seen
+    return layer("layer", x, jnp.arange(x.shape[1])[None], expanded)[0], expanded.moments
 
 
 def rounded_by(quantizer):
-    """A ``change`` after which layers are rounded by ``quantizer(w, Hessian)``, to 8-bit codes ``[K, N]``."""
+    """Returns a ``change`` that rounds layers with ``quantizer(w, Hessian)`` to 8-bit codes ``[K, N]``."""
     through_layer = calibration.through_layer
 
     def with_moments(layer, hidden):
         before = hidden.copy()
-        found = through_layer(layer, hidden)
-        thresholds = {part: _thresholds(getattr(layer, part).kernel[...], found[part]) for part in found}
+        inputs = through_layer(layer, hidden)
+        thresholds = {name: _thresholds(getattr(layer, name).kernel[...], inputs[name]) for name in inputs}
         totals = dict.fromkeys(layer.spec.names, 0)
         for window in before:
-            seen = _run(layer, window[None], thresholds)[1]
-            totals = jax.block_until_ready({part: totals[part] + seen[part] for part in totals})
-        for part, total in totals.items():
-            found[part].moments = total / len(before)
-        return found
+            moments = _run(layer, window[None], thresholds)[1]
+            totals = jax.block_until_ready({name: totals[name] + moments[name] for name in totals})
+        for name, total in totals.items():
+            inputs[name].moments = total / len(before)
+        return inputs
 
     def quantize(w: jax.Array, seen, *, name: str) -> RoundedWeight:
         if not hasattr(seen, "moments"):
             return rtn(w, seen, name=name)
         damping = DAMPING * jnp.mean(jnp.diagonal(seen.moments)) * jnp.eye(len(seen.moments))
-        found = quantizer(w, seen.moments + damping).astype(jnp.uint8)
-        return RoundedWeight(found, codes.max_abs_scales(w))
+        rounded_codes = quantizer(w, seen.moments + damping).astype(jnp.uint8)
+        return RoundedWeight(rounded_codes, codes.max_abs_scales(w))
 
     return rounded(with_moments, quantize)
 
@@ -116,7 +115,7 @@ def _thresholds(w: jax.Array, seen) -> jax.Array:
 
 
 def expanded_gptq(around: np.ndarray, w: jax.Array, hessian: jax.Array) -> jax.Array:
-    """See the module; ``around``: from a channel's plain code to those that it may take."""
+    """Returns the codes of ``expanded-gptq``; ``around`` has the differences to the allowed codes."""
     # ``H^-1 = U^T U`` with an upper U, which is the inverse of V in ``H = V V^T``, upper, too.
     flipped = np.asarray(hessian, np.float64)[::-1, ::-1]
     factor, one = np.linalg.cholesky(flipped), np.eye(len(flipped))
@@ -124,7 +123,7 @@ def expanded_gptq(around: np.ndarray, w: jax.Array, hessian: jax.Array) -> jax.A
     blocks = np.stack([upper[i : i + LEVELS, i : i + LEVELS] for i in range(0, len(upper), LEVELS)])
     whitening = np.linalg.inv(blocks).transpose(0, 2, 1)
     energies = np.asarray(jnp.diagonal(hessian)).reshape(-1, LEVELS).copy()
-    energies[:, 0] = 0  # No code does anything about what is skipped.
+    energies[:, 0] = 0  # no code reduces the error of a skipped channel
     shares = energies / energies.sum(axis=1, keepdims=True)
     arrays = [jnp.asarray(array, jnp.float32) for array in (upper, whitening, shares)]
     return _compensated(w, codes.max_abs_scales(w), *arrays, jnp.asarray(around))
@@ -132,7 +131,7 @@ def expanded_gptq(around: np.ndarray, w: jax.Array, hessian: jax.Array) -> jax.A
 
 @jax.jit
 def _compensated(w, scales, upper, whitening, shares, around):
-    """Codes ``[K, N]``, each channel's after the errors of those before it."""
+    """Returns codes ``[K, N]``; each channel compensates for the errors of earlier ones."""
 
     def step(i, state):
         targets, found = state
@@ -155,7 +154,10 @@ def _compensated(w, scales, upper, whitening, shares, around):
 
 @jax.jit
 def coordinate_descent(w: jax.Array, hessian: jax.Array) -> jax.Array:
-    """See the module. An input's levels exclude one another, so ``H`` is diagonal within a channel."""
+    """Returns the codes of ``coordinate-descent``.
+
+    The levels of a channel exclude each other, so ``hessian`` is diagonal within a channel.
+    """
     scales = codes.max_abs_scales(w)
     values = jnp.asarray(VALUES)
     diagonal = jnp.diagonal(hessian).reshape(-1, LEVELS)
@@ -181,16 +183,16 @@ def coordinate_descent(w: jax.Array, hessian: jax.Array) -> jax.Array:
 
 
 def trained(rate: float, *kinds: str):
-    """A ``change``: "weights", "scales" or "norms" are trained in the model before it is measured.
+    """Returns a ``change`` that trains "weights", "scales" or "norms" of the model before the measurement.
 
-    A step of Adam changes a weight by about ``rate`` scales (the last digit's step is 1 / 64 of one), or the
-    logarithm of a factor by ``rate``; in the second half the rate falls to 0.
+    A step of Adam changes a weight by about ``rate`` scales, of which the last digit's step is 1 / 64, or the
+    logarithm of a factor by ``rate``. In the second half, the rate falls to 0.
     """
     ordinary = convert.main
 
     def convert_and_train(argv: Sequence[str]) -> int:
         args = convert.parser().parse_args(argv)
-        start = args.out.with_name("rtn")  # as the trial of that name makes it
+        start = args.out.with_name("rtn")  # the model of the trial "rtn"
         if not start.exists() and (code := ordinary([*argv, "--out", str(start)])):
             return code
         source, loaded = open_checkpoint(args.model), load(start)
@@ -208,7 +210,7 @@ def trained(rate: float, *kinds: str):
 
 
 def _train(kinds: Sequence[str], adam, original: Decoder, loaded: Loaded, leaves: Mapping, windows):
-    """Weights in scales, logarithms of the factors of scales and norms; those of ``kinds`` are trained."""
+    """Trains the parameters of ``kinds``; returns weights in scales, and log factors of scales and norms."""
     stored = {name: loaded.model.linear(name).weight for name in linear_names(loaded.config)}
     ones = {name: jnp.ones_like(w.scales) for name, w in stored.items()}
     fixed = {
@@ -244,7 +246,7 @@ def _train(kinds: Sequence[str], adam, original: Decoder, loaded: Loaded, leaves
 
 
 class _Trained(Dense):
-    """An ``apply`` strategy: graded, with what is trained in place of codes and scales."""
+    """An ``apply`` strategy that grades with the trained parameters instead of codes and scales."""
 
     def __init__(self, parameters: Mapping, targets: jax.Array, bits: jax.Array):
         self.parameters, self.dial = parameters, (targets, bits)
@@ -255,13 +257,13 @@ class _Trained(Dense):
         scales = _scales(linear, self.parameters["scales"][name])
         scales = jnp.repeat(scales, layout.GROUP, axis=0)[: linear.in_features, : linear.out_features]
         total = 0
-        for of_level in range(1, LEVELS):
-            width = 4.0 ** (1 - of_level)
+        for index in range(1, LEVELS):
+            width = 4.0 ** (1 - index)
             inside = jnp.clip(weights, -codes.RANGE, codes.RANGE - 1 / codes.CODE_STEPS)
             middle = (jnp.floor((inside + codes.RANGE) / width) + 0.5) * width - codes.RANGE
             read = weights + jax.lax.stop_gradient(middle - weights)
-            here = jnp.where(level == of_level, x * linear.level_gains[...][of_level - 1], 0)
-            total += here @ (read * scales)
+            inputs = jnp.where(level == index, x * linear.level_gains[...][index - 1], 0)
+            total += inputs @ (read * scales)
         return total
 
 
@@ -270,7 +272,7 @@ def _scales(linear, factors: jax.Array) -> jax.Array:
 
 
 def _stored(model: Decoder, leaves: Mapping, found: Mapping) -> dict[str, jax.Array]:
-    """The leaves that training has changed, as a checkpoint holds them."""
+    """Returns the leaves that training changed, in the format of a checkpoint."""
     stored = {}
     for name, weights in found["weights"].items():
         linear = model.linear(name)

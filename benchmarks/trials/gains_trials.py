@@ -1,15 +1,15 @@
-"""Gains of the levels, found in other ways. Weights are refitted, as in the product.
+"""Trials of other ways to find the level gains. Weights are refitted, as in the product.
 
 * ``gains-trained``: the product.
-* ``gains-none``: all 1. (Least squares in the layers where they help: ``bases``' ``basis``.)
-* ``gains-fitted-everywhere``: least squares in all layers.
-* ``gains-fitted-to-outputs``: least squares of the outputs' errors, not the weights', where they are fitted
-  otherwise. Channels count with their second moments, as if each level read all of them.
+* ``gains-none``: all gains are 1. (The trial ``basis`` of ``bases`` has least-squares gains where they help.)
+* ``gains-fitted-everywhere``: least-squares gains in all layers.
+* ``gains-fitted-to-outputs``: least-squares gains of the outputs' errors instead of the weights' errors, in
+  the same layers. Channels are weighted by their second moments, as if each level read all of them.
 * ``gains-half-the-steps``: trained in half as many steps of twice the size.
-* ``gains-to-the-sum``: trained to the least sum of the divergences, not of their logarithms.
-* ``gains-at-2-bits``: all windows read at 2 bits.
-* ``gains-third-level-at-1``: the third level's gain is not trained.
-* ``gains-from-1``: trained from gains of 1, not from the fitted ones.
+* ``gains-to-the-sum``: trained to minimize the sum of the divergences instead of their logarithms.
+* ``gains-at-2-bits``: trained with all windows at 2 bits.
+* ``gains-third-level-at-1``: trained without the third level's gain.
+* ``gains-from-1``: trained from gains of 1 instead of the fitted ones.
 """
 
 from collections.abc import Callable
@@ -49,7 +49,7 @@ def from_1(model, windows, initial, on_progress=lambda note: None):
 
 
 def fitted_to_outputs() -> Callable[[], AbstractContextManager]:
-    """A ``change``: see ``gains-fitted-to-outputs``."""
+    """Returns the ``change`` of ``gains-fitted-to-outputs``."""
 
     def observe(x: jax.Array) -> dict[str, jax.Array]:
         counted = x[:, statistics.first_scored_position(x.shape[1]) :].reshape(-1, x.shape[-1])
@@ -58,7 +58,7 @@ def fitted_to_outputs() -> Callable[[], AbstractContextManager]:
 
     def add(self, seen: dict[str, jax.Array]) -> None:
         _add(self, seen)
-        # Sums do: a gain is a ratio.
+        # A gain is a ratio, so sums can stand for means.
         self.moments = getattr(self, "moments", 0) + np.asarray(seen["moments"], np.float64)
 
     def with_moments(measure):

@@ -1,15 +1,15 @@
-"""Ways to round the layers (the output projection is rounded plainly).
+"""Trials of other ways to round the layers. The output projection is rounded as in the product.
 
-Weights are not refitted and gains are fitted, so that nothing else makes up for a rounding's errors.
+Weights are not refitted, and level gains are fitted, so nothing else compensates for errors of a rounding.
 
-* ``scale-search``: of each group of 128 the scale, max-abs or down to 0.6 of it, with the least squared
-  error, each level's counted by the energy that the activations read at it carry.
-* ``scale-search-plain``: the levels' errors counted alike.
-* ``graded-gptq``: GPTQ (``checkpoints_tools.baselines.gptq``) on nested codes: what a channel pushes onto
-  those behind it is the mean of its levels' errors, each by its share of the channel's energy.
+* ``scale-search``: each group takes the scale with the least squared error, from 0.6 to 1 times max-abs. The
+  error of each level is weighted by the energy of the activations that are read at it.
+* ``scale-search-plain``: the same with equal weights for all levels.
+* ``graded-gptq``: GPTQ (``checkpoints_tools.baselines.gptq``) on nested codes. A channel passes the mean of
+  its levels' errors on to later channels, weighted by each level's share of the channel's energy.
 
-Shares of energy are those of a normal distribution with each channel's own second moment, at the thresholds
-that give the layer alone a mean of ``BITS``.
+Shares of energy assume normal activations with each channel's second moment, at the thresholds that give the
+layer alone a mean of ``BITS``.
 """
 
 from collections.abc import Callable
@@ -34,21 +34,21 @@ LEVELS = 4
 
 
 def rounded_by(quantizer: Quantizer) -> Callable[[], AbstractContextManager]:
-    """A ``change`` after which layers are rounded by ``quantizer``, which gets second moments, too."""
+    """Returns a ``change`` that rounds layers with ``quantizer``, whose statistics include second moments."""
     through_layer = calibration.through_layer
 
     def with_moments(layer, hidden):
         moments = mean_moments(layer, hidden)
-        found = through_layer(layer, hidden)
-        for part, seen in found.items():
-            seen.moments = moments[part][0]
-        return found
+        inputs = through_layer(layer, hidden)
+        for name, seen in inputs.items():
+            seen.moments = moments[name][0]
+        return inputs
 
     return rounded(with_moments, quantizer)
 
 
 def level_energies(w: jax.Array, statistics) -> np.ndarray:
-    """``[K, P + 1]``: the energy ``E[x_j**2]`` of each channel, by the level that it is read at."""
+    """Returns the energy ``E[x_j**2]`` of each channel by the level that it is read at, ``[K, P + 1]``."""
     errors = np.asarray(codes.level_errors(w, codes.quantize(w)), np.float64)
     alone = {"layer": GradedCosts(statistics.counts, errors, w.size)}
     thresholds = threshold_tables(alone, (BITS, 8.0))["layer"][0].astype(np.float64)
@@ -60,7 +60,7 @@ def level_energies(w: jax.Array, statistics) -> np.ndarray:
 
 
 def scale_search(w: jax.Array, statistics, *, name: str, weighted: bool) -> RoundedWeight:
-    """See the module. A ``Quantizer``."""
+    """Rounds as the module describes; a ``Quantizer``."""
     if not hasattr(statistics, "moments"):
         return rtn(w, statistics, name=name)
     energies = level_energies(w, statistics) if weighted else np.ones((len(w), LEVELS + 1))
@@ -82,7 +82,7 @@ def scale_search(w: jax.Array, statistics, *, name: str, weighted: bool) -> Roun
 
 
 def graded_gptq(w: jax.Array, statistics, *, name: str) -> RoundedWeight:
-    """See the module. A ``Quantizer``."""
+    """Rounds as the module describes; a ``Quantizer``."""
     if not hasattr(statistics, "moments"):
         return rtn(w, statistics, name=name)
     energies = level_energies(w, statistics)
@@ -96,7 +96,7 @@ def graded_gptq(w: jax.Array, statistics, *, name: str) -> RoundedWeight:
 
 @jax.jit
 def _compensated(w, scales, upper, shares):
-    """8-bit codes ``[K, N]``, each channel's after the errors of those before it."""
+    """Returns 8-bit codes ``[K, N]``; each channel compensates for the errors of earlier ones."""
 
     def step(i, state):
         w, found = state

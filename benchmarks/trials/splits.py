@@ -1,15 +1,15 @@
-"""Other splits of the bits: over layers, over the vocabulary, over tokens.
+"""Trials of other splits of the bits: over layers, over the vocabulary, over tokens.
 
-Gains are fitted, not trained; weights are refitted unless said. To be compared with ``bases``' ``basis``, the
-product with these flags.
+Level gains are fitted, not trained. Weights are refitted unless noted. The reference is the trial ``basis``
+of ``bases``, the product with these flags.
 
 * ``more-bits-for-down``, ``most-bits-for-down``: errors of ``down`` count 2 or 4 times.
-* ``layers-as-seen``: no share of the layers' sensitivity is spread over all (``allocation.UNSEEN``).
-* ``vocabulary-as-seen``, ``vocabulary-nearly-as-seen``: likewise for the tokens' (``vocabulary.UNSEEN``),
-  none, or a third of the product's.
-* ``one-block``, ``more-blocks``: the vocabulary in one block, or in up to five (a small one in four).
-* ``uniform-split``: every layer has the mean that is asked; weights as they are.
-* ``unit-of-the-token``: the same, and thresholds are in units of the token's mean ``|x|``.
+* ``layers-as-seen``: no share of the layers' sensitivity is spread over all layers (``allocation.UNSEEN``).
+* ``vocabulary-as-seen``, ``vocabulary-nearly-as-seen``: no share of the tokens' sensitivity, or a third of
+  the product's, is spread over all tokens (``vocabulary.UNSEEN``).
+* ``one-block``, ``more-blocks``: one vocabulary block, or up to five (four for a small vocabulary).
+* ``uniform-split``: every layer reads the same mean bits; weights are not refitted.
+* ``unit-of-the-token``: the same with thresholds in units of the token's mean ``|x|``.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,7 +29,7 @@ UNIFORM = (*PLAIN_WEIGHTS, "--split", "uniform")
 
 
 def counting_down(times: float) -> Callable[[], AbstractContextManager]:
-    """A ``change`` after which errors of ``down`` count so many times."""
+    """Returns a ``change`` that multiplies the errors of ``down`` by ``times``."""
 
     def costs(layers: Mapping[str, GradedCosts]) -> dict[str, GradedCosts]:
         return {
@@ -41,13 +41,13 @@ def counting_down(times: float) -> Callable[[], AbstractContextManager]:
 
 
 def mean_magnitude(x: jax.Array) -> jax.Array:
-    """Of each token, ``[..., 1]``; 1 where all its activations are 0."""
+    """Returns the mean ``|x|`` of each token, ``[..., 1]``, or 1 if all its activations are 0."""
     mean = jnp.mean(jnp.abs(x.astype(jnp.float32)), axis=-1, keepdims=True)
     return jnp.where(mean > 0, mean, 1)
 
 
 def unit_of_the_token() -> Callable[[], AbstractContextManager]:
-    """A ``change``: thresholds are multiples of the token's mean ``|x|``, in calibration and in reading."""
+    """Returns a ``change`` to thresholds in units of the token's mean ``|x|``, in calibration and grading."""
 
     def observe(x: jax.Array) -> dict[str, jax.Array]:
         counted = x[:, statistics.first_scored_position(x.shape[1]) :]

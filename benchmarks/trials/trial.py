@@ -1,4 +1,4 @@
-"""One thing that was tried: the product, with something changed in it."""
+"""A trial: the product with one thing changed."""
 
 import contextlib
 import dataclasses
@@ -15,25 +15,26 @@ from checkpoints_tools.convert import command as convert
 from checkpoints_tools.quantizers import QUANTIZERS, Quantizer
 from grinqh_jax.__main__ import main as grinqh
 
-BITS = "1.5,2,3,4,full"
+SETTINGS = "1.5,2,3,4,full"
 TOKENS = "8192"
 WINDOW = "512"
+"""Settings of the dial, tokens per text, and tokens per window of the measurement."""
 
 PLAIN_WEIGHTS = ("--no-refit", "--gains", "fitted")
-"""Flags with which nothing makes up for the errors of codes and thresholds."""
+"""Flags that disable everything that compensates for the errors of codes and thresholds."""
 
 NOT_TRAINED = ("--gains", "fitted")
-"""Flags that leave the training of the gains out, most of a small model's time."""
+"""Flags that skip the training of the level gains, which takes most of a small model's time."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """A conversion and what its model loses.
+    """A conversion and a measurement with one change.
 
     Attributes:
-      what: is different, in a few words.
-      flags: of the converter.
-      change: a context in which model and measurement are made; by default the product as it is.
+      what: The change, in a few words.
+      flags: Flags of the converter.
+      change: Context in which conversion and measurement run; by default the unchanged product.
     """
 
     what: str
@@ -42,7 +43,7 @@ class Trial:
 
 
 def patched(*replacements: tuple[object, str, object]) -> Callable[[], contextlib.AbstractContextManager]:
-    """A ``change``: attributes of modules or classes replaced, ``(owner, name, value)``."""
+    """Returns a ``change`` that replaces attributes, given as ``(owner, name, value)``."""
 
     @contextlib.contextmanager
     def change() -> Iterator[None]:
@@ -55,21 +56,21 @@ def patched(*replacements: tuple[object, str, object]) -> Callable[[], contextli
 
 
 def rounded(through_layer: Callable, quantizer: Quantizer) -> Callable[[], contextlib.AbstractContextManager]:
-    """A ``change``: layers are rounded by ``quantizer``, from what ``through_layer`` sees of their inputs."""
+    """Returns a ``change`` that rounds layers with ``quantizer`` on the statistics of ``through_layer``."""
 
     @contextlib.contextmanager
     def change() -> Iterator[None]:
-        seeing = mock.patch.object(statistics, "through_layer", through_layer)
-        with seeing, mock.patch.dict(QUANTIZERS, rtn=quantizer):
+        inputs = mock.patch.object(statistics, "through_layer", through_layer)
+        with inputs, mock.patch.dict(QUANTIZERS, rtn=quantizer):
             yield
 
     return change
 
 
 def run(trial: Trial, model: str, calib: Path, calib_tokens: str, data: Sequence[Path], out: Path) -> dict:
-    """Converts, if that is not done, and measures on each text: rows of ``perplexity --json`` by text.
+    """Converts into ``out`` unless it exists, and measures each text; returns text -> ``perplexity --json``.
 
-    To be called once in a process: compiled programs outlive a change.
+    May run only once per process, because compiled programs outlive the change.
     """
     with trial.change():
         if not out.exists():
@@ -88,7 +89,7 @@ def run(trial: Trial, model: str, calib: Path, calib_tokens: str, data: Sequence
                 "--data",
                 str(text),
             ]
-            measured += ["--bits", BITS, "--tokens", TOKENS, "--sequence-length", WINDOW]
+            measured += ["--bits", SETTINGS, "--tokens", TOKENS, "--sequence-length", WINDOW]
             with contextlib.redirect_stdout(io.StringIO()) as printed:
                 if code := grinqh(measured):
                     sys.exit(code)
@@ -97,7 +98,7 @@ def run(trial: Trial, model: str, calib: Path, calib_tokens: str, data: Sequence
 
 
 def run_apart(name: str, arguments: Sequence[str]) -> None:
-    """``run`` in a process of its own, by this folder's ``__main__``."""
+    """Runs a trial in a separate process, through this folder's ``__main__``."""
     command = [sys.executable, str(Path(__file__).parent), *arguments, "--here", name]
     if code := subprocess.run(command, check=False).returncode:
         sys.exit(code)
