@@ -23,7 +23,7 @@ from checkpoints_tools.calibration import allocation, histogram, statistics
 from checkpoints_tools.calibration.allocation import GradedCosts, smooth_sensitivities
 from checkpoints_tools.convert import place_thresholds, vocabulary
 from grinqh_jax.model import output_projection
-from grinqh_jax.model.apply import Graded
+from grinqh_jax.model.apply import Graded, of_head
 
 UNIFORM = (*PLAIN_WEIGHTS, "--split", "uniform")
 
@@ -57,7 +57,7 @@ def unit_of_the_token() -> Callable[[], AbstractContextManager]:
     def graded(self, name, linear, x):
         thresholds = jnp.broadcast_to(self.thresholds[name][:, None], (*x.leading, linear.weight.num_planes))
         y, self.stats[name] = linear.graded(x, thresholds * mean_magnitude(x.array))
-        return y
+        return y if of_head(name) else y.astype(x.dtype)
 
     return patched((statistics, "observe", observe), (Graded, "__call__", graded))
 
@@ -75,10 +75,10 @@ SPLITS = {
         "a third of the share for all tokens", NOT_TRAINED, patched((vocabulary, "UNSEEN", 0.05))
     ),
     "one-block": Trial(
-        "one block of the vocabulary", NOT_TRAINED, patched((output_projection, "_EDGES", (1,)))
+        "one block of the vocabulary", NOT_TRAINED, patched((output_projection, "_BLOCK_END_DIVISORS", (1,)))
     ),
     "more-blocks": Trial(
-        "four blocks", NOT_TRAINED, patched((output_projection, "_EDGES", (64, 16, 4, 2, 1)))
+        "four blocks", NOT_TRAINED, patched((output_projection, "_BLOCK_END_DIVISORS", (64, 16, 4, 2, 1)))
     ),
     "uniform-split": Trial("each layer has the mean", UNIFORM),
     "unit-of-the-token": Trial(
