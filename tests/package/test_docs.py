@@ -114,6 +114,14 @@ def test_quoted_messages_are_in_the_code():
     assert [message for message in rows if message not in source] == []
 
 
+def test_quoted_python_commands_run(capsys):
+    commands = re.findall(r'`python -c "([^"]+)"`', (ROOT / "docs/troubleshooting.md").read_text())
+    assert commands
+    for command in commands:
+        exec(command, {})
+        assert capsys.readouterr().out.strip()
+
+
 def test_the_first_command_of_the_readme_gives_the_answer_that_it_shows(capsys):
     commands, shown = blocks(README, "sh"), blocks(README, "text")
     arguments = shlex.split(commands[0].partition("python -m grinqh_jax.generate")[2])
