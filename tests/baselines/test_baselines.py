@@ -101,19 +101,20 @@ def test_bits_read_include_scales_and_zero_points():
 def test_gptq_is_optimal_brain_quantization_in_order(bits, act_order):
     order = np.argsort(-np.diag(HESSIAN), kind="stable") if act_order else np.arange(K)
     expected = numpy_obq(W, HESSIAN, bits, order)
-    found = np.asarray(gptq(jnp.asarray(W), jnp.asarray(HESSIAN), bits, act_order=act_order))
+    quantized = np.asarray(gptq(jnp.asarray(W), jnp.asarray(HESSIAN), bits, act_order=act_order))
     # A value between two steps may round the other way, and later values then differ too.
-    same = np.isclose(found, expected, atol=1e-3).all(axis=0)
+    same = np.isclose(quantized, expected, atol=1e-3).all(axis=0)
     assert same.mean() > 0.8
     error = [
-        float(output_error(jnp.asarray(v - W, jnp.float32), jnp.asarray(HESSIAN))) for v in (found, expected)
+        float(output_error(jnp.asarray(v - W, jnp.float32), jnp.asarray(HESSIAN)))
+        for v in (quantized, expected)
     ]
     assert abs(error[0] / error[1] - 1) < 0.02
 
 
 def test_gptq_with_independent_inputs_equals_rtn():
-    found = gptq(jnp.asarray(W), jnp.diag(jnp.full(K, 3.0)), BITS)
-    np.testing.assert_allclose(found, groups.rtn(jnp.asarray(W), BITS), atol=1e-5)
+    quantized = gptq(jnp.asarray(W), jnp.diag(jnp.full(K, 3.0)), BITS)
+    np.testing.assert_allclose(quantized, groups.rtn(jnp.asarray(W), BITS), atol=1e-5)
 
 
 def test_gptq_and_awq_leave_less_error_than_rtn():
@@ -128,10 +129,11 @@ def test_gptq_and_awq_leave_less_error_than_rtn():
 def test_awq_matches_its_grid_search(bits):
     magnitude = np.abs(X).mean(0)
     expected = numpy_awq(W.astype(np.float64), HESSIAN, magnitude, bits)
-    found = np.asarray(awq(jnp.asarray(W), jnp.asarray(HESSIAN), jnp.asarray(magnitude), bits))
-    assert np.isclose(found, expected, atol=1e-3).all(axis=0).mean() > 0.8
+    quantized = np.asarray(awq(jnp.asarray(W), jnp.asarray(HESSIAN), jnp.asarray(magnitude), bits))
+    assert np.isclose(quantized, expected, atol=1e-3).all(axis=0).mean() > 0.8
     error = [
-        float(output_error(jnp.asarray(v - W, jnp.float32), jnp.asarray(HESSIAN))) for v in (found, expected)
+        float(output_error(jnp.asarray(v - W, jnp.float32), jnp.asarray(HESSIAN)))
+        for v in (quantized, expected)
     ]
     assert error[0] == pytest.approx(error[1], rel=0.02)
 
@@ -146,9 +148,9 @@ def test_more_damping_approaches_rtn():
 def test_a_dead_channel_costs_nothing():
     hessian = HESSIAN.copy()
     hessian[7], hessian[:, 7] = 0, 0
-    found = np.asarray(gptq(jnp.asarray(W), jnp.asarray(hessian), BITS))
-    assert np.isfinite(found).all()
-    assert (found[7] == 0).all()
+    quantized = np.asarray(gptq(jnp.asarray(W), jnp.asarray(hessian), BITS))
+    assert np.isfinite(quantized).all()
+    assert (quantized[7] == 0).all()
 
 
 def test_awq_scales_are_powers_of_the_magnitude():

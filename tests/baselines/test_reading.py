@@ -54,9 +54,9 @@ def levels(bundled, generator, bits):
 def test_truncation_reads_every_channel_at_one_level(bundled):
     truncated = reading.truncation(bundled)
     for bits in (2, 4, 6, 8):
-        assert {tuple(np.unique(found)) for found in levels(bundled, truncated, bits).values()} == {
-            (bits // 2,)
-        }
+        assert {
+            tuple(np.unique(read_levels)) for read_levels in levels(bundled, truncated, bits).values()
+        } == {(bits // 2,)}
     tokens = np.array(bundled.tokenizer.encode(TEXT)[:128])
     results = measure(truncated.model, truncated.targets, tokens, [2.0, 4.0, 8.0, "full"], sequence_length=64)
     assert [result.realised_bits for result in results] == [2, 4, 8, 8]
@@ -66,11 +66,13 @@ def test_truncation_reads_every_channel_at_one_level(bundled):
 
 def test_skip_int4_uses_two_levels_and_keeps_the_mean(bundled, windows):
     skipping = reading.skip_int4(bundled, windows)
-    for name, found in levels(bundled, skipping, 2.0).items():
-        assert set(np.unique(found)) == {0, 2}, name
+    for name, read_levels in levels(bundled, skipping, 2.0).items():
+        assert set(np.unique(read_levels)) == {0, 2}, name
         if not of_head(name):
-            assert np.mean(found == 2) == pytest.approx(0.5, abs=0.1), name
-    assert {tuple(np.unique(found)) for found in levels(bundled, skipping, 4.0).values()} == {(2,)}
+            assert np.mean(read_levels == 2) == pytest.approx(0.5, abs=0.1), name
+    assert {tuple(np.unique(read_levels)) for read_levels in levels(bundled, skipping, 4.0).values()} == {
+        (2,)
+    }
     tokens = np.array(bundled.tokenizer.encode(TEXT)[:256])
     own = measure(bundled.model, bundled.targets, tokens, [2.0], sequence_length=128)[0]
     two, three, four = measure(skipping.model, skipping.targets, tokens, [2.0, 3.0, 4.0], sequence_length=128)
@@ -88,12 +90,12 @@ def test_the_whole_head_is_read_and_the_layers_keep_their_mean(bundled):
     whole = reading.whole_head(bundled)
     config = bundled.model.config
     asked = {bits: reading.with_whole_head(bits, config, 8) for bits in (2.0, 3.0)}
-    found = levels(bundled, whole, asked[2.0])
+    read_levels = levels(bundled, whole, asked[2.0])
     for name, own in levels(bundled, bundled, 2.0).items():
         if of_head(name):
-            assert set(np.unique(found[name])) == {4}, name
+            assert set(np.unique(read_levels[name])) == {4}, name
         else:
-            np.testing.assert_allclose(found[name].mean(), own.mean(), atol=0.02)
+            np.testing.assert_allclose(read_levels[name].mean(), own.mean(), atol=0.02)
     tokens = np.array(bundled.tokenizer.encode(TEXT * 2)[:384])
     own = measure(bundled.model, bundled.targets, tokens, [2.0, 3.0], sequence_length=64)
     read = measure(whole.model, whole.targets, tokens, list(asked.values()), sequence_length=64)
@@ -116,8 +118,8 @@ def test_counts_cover_the_inputs_of_every_layer(bundled, windows):
 
 def test_skip_thresholds_are_quantiles():
     values = np.abs(np.random.default_rng(0).standard_normal(200_000)).astype(np.float32)
-    found = reading.skip_thresholds(np.asarray(histogram.count(values)), (1.0, 2.0, 3.0, 4.0))
-    np.testing.assert_allclose(found, [*np.quantile(values, [0.75, 0.5, 0.25]), 0], rtol=0.01)
+    cuts = reading.skip_thresholds(np.asarray(histogram.count(values)), (1.0, 2.0, 3.0, 4.0))
+    np.testing.assert_allclose(cuts, [*np.quantile(values, [0.75, 0.5, 0.25]), 0], rtol=0.01)
 
 
 def test_dense_checkpoints_cannot_be_reread(shared):

@@ -57,15 +57,17 @@ def test_sensitivities_are_mean_squares_of_the_whole_models_gradients(source, gr
     shapes = linear_shapes(source.config)
     added = {name: jnp.zeros((*tokens.shape, shapes[name][1])) for name in linear_names(source.config)}
     gradients = jax.jit(jax.grad(log_likelihood))(added)
-    found = sensitivity.output_sensitivities(source, WINDOWS, np.float32)
+    sensitivities = sensitivity.output_sensitivities(source, WINDOWS, np.float32)
     # For the output projection it is the expectation over all tokens.
     p = np.asarray(jax.nn.softmax(model(tokens)), np.float64)[:, SKIPPED_POSITIONS:]
-    np.testing.assert_allclose(found.pop(HEAD), np.mean(p * (1 - p), axis=(0, 1)), rtol=1e-3)
+    np.testing.assert_allclose(sensitivities.pop(HEAD), np.mean(p * (1 - p), axis=(0, 1)), rtol=1e-3)
     del gradients[f"{HEAD}.blocks.0"]
-    assert found.keys() == gradients.keys()
+    assert sensitivities.keys() == gradients.keys()
     for name, gradient in gradients.items():
         expected = np.mean(np.asarray(gradient, np.float64)[:, SKIPPED_POSITIONS:] ** 2, axis=(0, 1))
-        np.testing.assert_allclose(found[name], expected, rtol=2e-3, atol=1e-4 * expected.max(), err_msg=name)
+        np.testing.assert_allclose(
+            sensitivities[name], expected, rtol=2e-3, atol=1e-4 * expected.max(), err_msg=name
+        )
 
 
 def test_axes_rotate_the_outputs_that_write_the_stream(source):
@@ -84,15 +86,15 @@ def test_axes_rotate_the_outputs_that_write_the_stream(source):
 def test_sensitivities_predict_the_divergence_that_noise_causes(source):
     """KL is about ``sum_n E[g_n**2] E[d_n**2] / 2``. Sampling one token per position makes it noisy."""
     windows = np.random.default_rng(7).integers(0, 300, (40, 40)).astype(np.int32)
-    found = sensitivity.output_sensitivities(source, windows, np.float32)
-    found[f"{HEAD}.blocks.0"] = found[HEAD]
+    sensitivities = sensitivity.output_sensitivities(source, windows, np.float32)
+    sensitivities[f"{HEAD}.blocks.0"] = sensitivities[HEAD]
     model = load_decoder(source, jnp.float32)
     tokens = jnp.asarray(windows)
     shapes = linear_shapes(source.config)
     reference = jax.nn.log_softmax(model(tokens))
     for seed, name in enumerate(("layers.0.qkv", "layers.1.gate_up", "layers.1.down", f"{HEAD}.blocks.0")):
         noise = jax.random.normal(jax.random.key(seed), (*tokens.shape, shapes[name][1]))
-        noise *= jnp.sqrt(0.004 / found[name].sum())
+        noise *= jnp.sqrt(0.004 / sensitivities[name].sum())
         added = {n: noise if n == name else 0.0 for n in shapes}
         log_p = jax.nn.log_softmax(model(tokens, Perturbed(added)))
         divergence = jnp.sum(jnp.exp(reference) * (reference - log_p), axis=-1)[:, SKIPPED_POSITIONS:].mean()

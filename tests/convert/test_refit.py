@@ -130,21 +130,21 @@ def test_8b_is_refitted_in_2_gib_of_states(dtype, windows):
     """``down`` has 12,288 inputs, three times as many as the other projections."""
     widths = refit_tokens.input_widths(linear_shapes(random_model.shape("Qwen3-8B")))
     assert widths == {"qkv": 4096, "o": 4096, "gate_up": 4096, "down": 12288, "lm_head": 4096}
-    found = refit_tokens.fitting_windows(calibration(24), widths, jnp.dtype(dtype).itemsize)
-    assert len(found) == windows
+    fitting = refit_tokens.fitting_windows(calibration(24), widths, jnp.dtype(dtype).itemsize)
+    assert len(fitting) == windows
     assert windows * (1024 - SKIPPED) > 12288
     assert 2 * windows * 1024 * (4096 + 12288) * jnp.dtype(dtype).itemsize <= 2 * 2**30
-    assert refit_tokens.refitted_projections(found, widths) == list(widths)
-    assert refit_tokens.shortage(found, widths) == ""
+    assert refit_tokens.refitted_projections(fitting, widths) == list(widths)
+    assert refit_tokens.shortage(fitting, widths) == ""
 
 
 @pytest.mark.parametrize("shape", random_model.shapes())
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_every_published_shape_has_enough_tokens(shape, itemsize):
     widths = refit_tokens.input_widths(linear_shapes(random_model.shape(shape)))
-    found = refit_tokens.fitting_windows(calibration(32), widths, itemsize)
-    assert len(found) * (1024 - SKIPPED) > 1.1 * max(widths.values())
-    assert refit_tokens.refitted_projections(found, widths) == list(widths)
+    fitting = refit_tokens.fitting_windows(calibration(32), widths, itemsize)
+    assert len(fitting) * (1024 - SKIPPED) > 1.1 * max(widths.values())
+    assert refit_tokens.refitted_projections(fitting, widths) == list(widths)
 
 
 @pytest.mark.parametrize(("hidden", "intermediate"), [(256, 768), (512, 1408)])

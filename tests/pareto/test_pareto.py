@@ -82,13 +82,13 @@ def test_every_method_is_measured_on_everything(swept):
     code, results = swept
     assert results["command"].startswith("python -m checkpoints_tools.pareto --model ")
     assert code == int(not all(sweep["never_rises"] for sweep in results["sweep"]))
-    found = {(row["label"], row["bits"]) for row in rows_of(results, measure="perplexity", shown=True)}
+    measured = {(row["label"], row["bits"]) for row in rows_of(results, measure="perplexity", shown=True)}
     fixed = {("RTN", 4)}
     labels = ("GRINQH", "GRINQH, whole head", "plain", "skip and int4 (TEAL)")
     graded = {(label, bits) for label in labels for bits in (2, 3)}
     truncated = {("truncation of the nested code", bits) for bits in (2, 4, 6, 8)}
-    assert found == {("full precision", "full")} | fixed | graded | truncated
-    assert {(row["label"], row["bits"]) for row in rows_of(results, measure="accuracy")} == found
+    assert measured == {("full precision", "full")} | fixed | graded | truncated
+    assert {(row["label"], row["bits"]) for row in rows_of(results, measure="accuracy")} == measured
     assert [(row["label"], row["bits"]) for row in rows_of(results, shown=False)] == [("GRINQH", 4.0)]
     assert [sweep["label"] for sweep in results["sweep"]] == ["GRINQH"]
     assert [step["to"] for step in results["sweep"][0]["steps"]] == [3, 4]
