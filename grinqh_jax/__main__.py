@@ -32,23 +32,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb; returns its exit code (see ``cli.command``)."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] in (["-h"], ["--help"]):
-        verbs = "\n".join(f"  {verb:<12}{purpose}" for verb, (_, purpose) in VERBS.items())
-        print(
-            "usage: grinqh-jax VERB [flags]\n\n"
-            "Decode large language models from nested bit planes at 1 to 8 bits per weight.\n\n"
-            f"verbs:\n{verbs}\n\n"
-            "grinqh-jax VERB --help lists the flags of a verb; grinqh-jax --version prints the version."
-        )
-        return 0
+        return command.guarded(lambda: _print(_help()))
     if argv[:1] == ["--version"]:
-        print(f"grinqh-jax {__version__}")
-        return 0
+        return command.guarded(lambda: _print(f"grinqh-jax {__version__}"))
     if not argv or argv[0] not in VERBS:
         problem = f"unknown verb {argv[0]!r}" if argv else "no verb given"
         print(f"error: {problem}; choose from {', '.join(VERBS)} (see grinqh-jax --help)", file=sys.stderr)
         return command.USAGE_ERROR
     module = importlib.import_module(VERBS[argv[0]][0])
     return module.main(argv[1:])
+
+
+def _help() -> str:
+    verbs = "\n".join(f"  {verb:<12}{purpose}" for verb, (_, purpose) in VERBS.items())
+    return (
+        "usage: grinqh-jax VERB [flags]\n\n"
+        "Decode large language models from nested bit planes at 1 to 8 bits per weight.\n\n"
+        f"verbs:\n{verbs}\n\n"
+        "grinqh-jax VERB --help lists the flags of a verb; grinqh-jax --version prints the version."
+    )
+
+
+def _print(text: str) -> int:
+    print(text)
+    return 0
 
 
 if __name__ == "__main__":

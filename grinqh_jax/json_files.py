@@ -1,6 +1,7 @@
 """Reads JSON files that may be damaged, and writes JSON files."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,33 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes ``value`` as indented JSON. Raises ValueError for NaN and Inf, which JSON does not have."""
-    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+def write_json(path: Path, value: Any, *, allow_nan: bool = False) -> None:
+    """Writes ``value`` as indented JSON.
+
+    Raises:
+      ValueError: A number is NaN or infinite, which JSON does not have, and ``allow_nan`` is false. Otherwise
+        they are written as Python and transformers write and read them: ``NaN``, ``Infinity``.
+    """
+    path.write_text(json.dumps(value, indent=2, allow_nan=allow_nan) + "\n", encoding="utf-8")
+
+
+def json_line(value: Any) -> str:
+    """Returns ``value`` as JSON on one line.
+
+    JSON has no number for infinity and NaN. They become the strings ``"Infinity"``, ``"-Infinity"`` and
+    ``"NaN"``, which ``float`` reads in Python and ``Number`` in JavaScript.
+    """
+    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case dict():
+            return {key: _finite(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_finite(item) for item in value]
+        case float() if math.isnan(value):
+            return "NaN"
+        case float() if math.isinf(value):
+            return "Infinity" if value > 0 else "-Infinity"
+    return value

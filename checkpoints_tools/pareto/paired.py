@@ -1,12 +1,11 @@
 """Differences between settings measured on the same windows, with paired standard errors."""
 
 import itertools
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from checkpoints_tools.pareto.rows import Row, windows
-from grinqh_jax.evaluation.result import standard_error
+from grinqh_jax.evaluation.result import exp, standard_error
 
 
 def difference(row: Row, other: Row) -> tuple[float, float | None]:
@@ -16,7 +15,7 @@ def difference(row: Row, other: Row) -> tuple[float, float | None]:
     takes ``exp`` to first order.
     """
     (losses, tokens), (other_losses, _) = windows(row), windows(other)
-    value, other_value = (math.exp(sums.sum() / tokens.sum()) for sums in (losses, other_losses))
+    value, other_value = (exp(sums.sum() / tokens.sum()) for sums in (losses, other_losses))
     return value - other_value, standard_error(value * losses - other_value * other_losses, tokens)
 
 

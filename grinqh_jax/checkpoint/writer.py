@@ -1,9 +1,13 @@
 """Writes a checkpoint part by part, in bounded memory. Interrupted writes resume and never look complete."""
 
+import contextlib
+import errno
 import fcntl
+import logging
 import os
+import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +35,8 @@ _SEALED = "sealed"
 CONVERSION = "conversion.json"
 _LOCK = "lock"
 _RESUME_STATE = "resume_state-"
+_METADATA_BYTES = 1 << 16
+"""Upper estimate of the metadata that Orbax writes with a part."""
 
 
 class Writer:
@@ -54,12 +60,12 @@ class Writer:
         complete, and delete a partial directory of another conversion. Without ``overwrite`` both raise.
 
     Raises:
-      CheckpointError: ``path`` exists, ``<path>.partial`` belongs to another conversion, or another process
-        is writing there. The message says what to do.
+      CheckpointError: ``path`` exists or is a mount point, ``<path>.partial`` belongs to another conversion,
+        or another process is writing there. The message says what to do.
     """
 
     def __init__(self, path: str | Path, *, fingerprint: str, overwrite: bool = False):
-        self.path = Path(path).absolute()
+        self.path = Path(path).absolute().resolve()  # the target of a link, not the link, is written
         self._refuse_existing(overwrite)
         self._partial = self.path.with_name(self.path.name + ".partial")
         self._partial.mkdir(parents=True, exist_ok=True)
@@ -104,6 +110,7 @@ class Writer:
         Raises:
           CheckpointError: The part or one of its leaves already exists, a float leaf holds NaN or Inf, or a
             leaf breaks a rule of ``values``.
+          OSError: The part cannot be written: the disk is full. Earlier parts stay complete.
         """
         arrays = {
             leaf: np.asarray(array) for leaf, array in traverse_util.flatten_dict(tree, sep=".").items()
@@ -119,11 +126,12 @@ class Writer:
             raise CheckpointError("; ".join(problems))
         leaves = {leaf: Leaf.of(array) for leaf, array in arrays.items()}
         record = {leaf: spec.to_json() for leaf, spec in leaves.items()}
+        self._require_space(sum(array.nbytes for array in [*arrays.values(), *(resume_state or {}).values()]))
         if resume_state is not None:
             unfinished = self._partial / "resume_state.npz"
             np.savez(unfinished, allow_pickle=False, **resume_state)
             unfinished.rename(self._resume_state_file(name))
-        with _storage():
+        with _storage(self._partial):
             ocp.partial.save(
                 self._partial / _PARTS,
                 traverse_util.unflatten_dict(arrays, sep="."),
@@ -182,7 +190,7 @@ class Writer:
         Raises:
           CheckpointError: Leaves are missing or unexpected, or differ in shape or dtype from
             ``decoder.abstract_tree``. The message names all of them.
-          OSError: One of ``files`` does not exist.
+          OSError: One of ``files`` does not exist, or the disk is full.
         """
         leaves = {leaf: spec for part in self._leaves.values() for leaf, spec in part.items()}
         abstract = abstract_tree(
@@ -191,7 +199,9 @@ class Writer:
         if problems := Manifest(leaves, {}).tree_problems(abstract):
             raise CheckpointError(f"{self.path} cannot be completed: " + "; ".join(problems))
         sealed = self._seal()
-        write_json(sealed / "config.json", {**config, "quantization_config": quantization.to_json()})
+        # A key that this library ignores may be infinite, and transformers reads it.
+        config = {**config, "quantization_config": quantization.to_json()}
+        write_json(sealed / "config.json", config, allow_nan=True)
         for file in map(Path, files):
             target = companion_path(file, sealed)
             if target.exists():
@@ -218,10 +228,20 @@ class Writer:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
+    def _require_space(self, data_bytes: int) -> None:
+        """Raises OSError if the disk cannot take that much data and what Orbax writes beside it.
+
+        A write that fails in TensorStore fails as well, but its threads print tracebacks to the very end.
+        """
+        if shutil.disk_usage(self._partial).free < data_bytes + data_bytes // 50 + _METADATA_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._partial))
+
     def _resume_state_file(self, name: str) -> Path:
         return self._partial / f"{_RESUME_STATE}{name}.npz"
 
     def _refuse_existing(self, overwrite: bool) -> None:
+        if self.path.is_mount():  # no rename can replace it, which would show only after the conversion
+            raise CheckpointError(f"{self.path} is a mount point; choose a directory inside it")
         if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
             return
         if not (self.path / MANIFEST).is_file():
@@ -263,11 +283,12 @@ class Writer:
         Orbax merges in place and cannot resume an interrupted merge. The merge therefore works on hard links
         to the files of the parts. The parts stay unchanged: if the process dies, a later run can seal them.
         """
+        self._require_space(0)
         sealed = self._partial / _SEALED
         merging = sealed.with_name(sealed.name + _PARTIAL_SAVE)
         _remove(p for p in (sealed, merging) if p.exists())
         shutil.copytree(self._partial / (_PARTS + _PARTIAL_SAVE), merging, copy_function=_link_data)
-        with _storage():
+        with _storage(self._partial):
             ocp.partial.finalize(sealed)
         self._sealed_leaves = frozenset(leaf for part in self._leaves.values() for leaf in part)
         return sealed
@@ -284,12 +305,30 @@ def _lock(partial: Path):
     return file
 
 
-def _storage() -> ocp.Context:
+@contextlib.contextmanager
+def _storage(path: Path) -> Iterator[None]:
+    """Sets the storage format. Raises OSError on ``path`` for a system error in TensorStore."""
     context = ocp.Context()
     context.array.saving.use_zarr3 = True
     # Digits of rounded weights are nearly random: compression takes time and saves almost nothing.
     context.array.saving.use_compression = False
-    return context
+    # Orbax logs the traceback of each of its threads that fails, and raises the same error.
+    log = logging.getLogger("absl")
+    log.addFilter(_is_no_thread_traceback)
+    try:
+        with context:
+            yield
+    except ValueError as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
+    finally:
+        log.removeFilter(_is_no_thread_traceback)
+
+
+def _is_no_thread_traceback(record: logging.LogRecord) -> bool:
+    return "raised an exception" not in record.getMessage()
 
 
 def _link_data(source: str, target: str) -> None:

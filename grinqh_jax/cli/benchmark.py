@@ -7,7 +7,6 @@ or has random weights in a published shape or in the shape of the model in a dir
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -98,7 +97,7 @@ def _benchmark(args: argparse.Namespace) -> int:
     if not args.json:
         print(_line([title for title, _, _ in COLUMNS]), flush=True)
     for row in rows(args, bandwidth):
-        print(json.dumps(row | {"device": device, "jax": jax.__version__}) if args.json else _table_line(row))
+        print(json_line(row | {"device": device, "jax": jax.__version__}) if args.json else _table_line(row))
         sys.stdout.flush()
     return 0
 

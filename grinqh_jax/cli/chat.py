@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from grinqh_jax.cli import command, flags, text_input
 from grinqh_jax.cli.generation import load_generator, print_statistics
 from grinqh_jax.errors import UsageError
+from grinqh_jax.text.unicode import decode
 
 
 def parser() -> command.Parser:
@@ -40,7 +41,7 @@ def _chat(args: argparse.Namespace) -> int:
         raise UsageError("chat needs the chat template; leave out --ignore-chat-template, or use generate")
     if not generator.tokenizer.has_chat_template:
         raise UsageError(f"{args.model}: the tokenizer has no chat template; use generate, or a chat model")
-    system = [] if args.system_prompt is None else [{"role": "system", "content": args.system_prompt}]
+    system = flags.system_message(args)
     messages, prompt_cache = list(system), PromptCache()
     while (line := _read_line()) is not None:
         if not line:
@@ -72,4 +73,4 @@ def _read_line() -> str | None:
         line = sys.stdin.buffer.readline()
     except KeyboardInterrupt:
         return None
-    return text_input.decode(line, "standard input").strip() if line else None
+    return decode(line, text_input.STANDARD_INPUT).strip() if line else None

@@ -1,7 +1,7 @@
 """Runs a verb: one-line errors, exit codes, and a status line during slow steps.
 
 Exit codes: 0 success; 2 wrong usage or bad input, with a one-line reason on stderr; 130 interrupted by
-Ctrl-C; 1 any other failure.
+Ctrl-C; 1 any other failure, such as a full disk.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from grinqh_jax.errors import GrinqhError, GrinqhWarning
 
-USAGE_ERROR, INTERRUPTED = 2, 130
+FAILURE, USAGE_ERROR, INTERRUPTED = 1, 2, 130
 
 
 class Parser(argparse.ArgumentParser):
@@ -48,24 +48,39 @@ def _show_warning(message, category, filename, lineno, file=None, line=None) -> 
 def run(command: Callable[[argparse.Namespace], int], parser: Parser, argv: Sequence[str] | None) -> int:
     """Parses the flags, runs ``command`` on them and returns the exit code.
 
-    A ``GrinqhError``, which reports a user's mistake, becomes a line on stderr. Any other exception is a bug
-    and keeps its traceback.
+    A ``GrinqhError``, which reports a user's mistake, and an ``OSError``, such as a full disk, become a line
+    on stderr, and so does each ``GrinqhWarning``. Any other exception is a bug and keeps its traceback.
     """
-    args = parser.parse_args(argv)
+    return guarded(lambda: command(parser.parse_args(argv)))
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """Runs ``command`` and turns its failures into lines on stderr and exit codes, as ``run`` does."""
     try:
-        if hasattr(sys.stdout, "reconfigure"):  # output is UTF-8 in every locale
-            sys.stdout.reconfigure(encoding="utf-8")
+        if hasattr(sys.stdout, "reconfigure"):
+            # Output is UTF-8 in every locale. A path may hold bytes that are not.
+            sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
         with warnings.catch_warnings():
             warnings.simplefilter("always", GrinqhWarning)
             warnings.showwarning = _show_warning
-            return command(args)
+            try:
+                return command()
+            finally:  # a full device shows now, not in the flush at exit
+                sys.stdout.flush()
     except GrinqhError as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
-        # The reader closed the pipe. Without this, the flush at exit would raise the same error again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # the reader of a pipe needs no message
+            print(f"error: {error.filename or 'standard output'}: {_reason(error)}", file=sys.stderr)
+        # The text that could not be written is still in the buffer, and the flush at exit would fail again.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or " ".join(str(error).split())

@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 
 from grinqh_jax.bundled import BUNDLED_MODEL
+from grinqh_jax.cli import text_input
 from grinqh_jax.errors import UsageError
 
 DEFAULT_BITS: tuple[float | str, ...] = (2.0, 3.0, 4.0, "full")
@@ -137,8 +138,19 @@ def request(args: argparse.Namespace):
         top_p=args.top_p,
         min_p=args.min_p,
         seed=args.seed,
-        stop=args.stop,
+        stop=[text_input.argument(text, "--stop") for text in args.stop],
     )
+
+
+def system_message(args: argparse.Namespace) -> list[dict[str, str]]:
+    """Returns the system message of ``--system-prompt``, or an empty list without the flag.
+
+    Raises:
+      UsageError: the text is not UTF-8.
+    """
+    if args.system_prompt is None:
+        return []
+    return [{"role": "system", "content": text_input.argument(args.system_prompt, "--system-prompt")}]
 
 
 def add_bits_list(parser: argparse.ArgumentParser) -> None:

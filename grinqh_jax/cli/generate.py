@@ -5,12 +5,12 @@ printed, and the exit code is 130.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 
 from grinqh_jax.cli import command, flags, text_input
 from grinqh_jax.cli.generation import load_generator, print_statistics
 from grinqh_jax.errors import UsageError
+from grinqh_jax.json_files import json_line
 
 
 def parser() -> command.Parser:
@@ -57,7 +57,7 @@ def _generate(args: argparse.Namespace) -> int:
             "bits": generation.bits,
             "seed": args.seed,
         }
-        print(json.dumps(result | statistics.to_json(), ensure_ascii=False))
+        print(json_line(result | statistics.to_json()))
     else:
         print(flush=True)
     print_statistics(statistics, interrupted)
@@ -72,5 +72,4 @@ def _apply_chat_template(generator, prompt: str, args: argparse.Namespace) -> st
         raise UsageError(f"--system-prompt needs a chat template: {reason}")
     if not templated:
         return prompt
-    system = [] if args.system_prompt is None else [{"role": "system", "content": args.system_prompt}]
-    return generator.tokenizer.chat([*system, {"role": "user", "content": prompt}])
+    return generator.tokenizer.chat([*flags.system_message(args), {"role": "user", "content": prompt}])

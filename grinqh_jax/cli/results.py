@@ -1,8 +1,9 @@
 """Prints the results of ``perplexity`` and ``evaluate``, as a table or as JSON lines."""
 
-import json
 from collections.abc import Iterable
 from typing import Any, Protocol, runtime_checkable
+
+from grinqh_jax.json_files import json_line
 
 
 @runtime_checkable
@@ -22,7 +23,7 @@ def show(results: Iterable[Result], as_json: bool) -> None:
     """Prints each result as a JSON object as soon as it is measured, or all of them as one table."""
     if as_json:
         for result in results:
-            print(json.dumps(result.to_json()), flush=True)
+            print(json_line(result.to_json()), flush=True)
         return
     rows = [result.cells() for result in results]
     cells = [list(rows[0])] + [[_cell(value) for value in row.values()] for row in rows]

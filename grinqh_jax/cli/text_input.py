@@ -2,7 +2,9 @@
 
 import sys
 
-from grinqh_jax.errors import UsageError
+from grinqh_jax.text.unicode import decode
+
+STANDARD_INPUT = "standard input"
 
 
 def read_prompt(text: str) -> str:
@@ -12,25 +14,11 @@ def read_prompt(text: str) -> str:
       UsageError: the prompt is not UTF-8.
     """
     if text == "-":
-        return decode(sys.stdin.buffer.read(), "standard input")
+        return decode(sys.stdin.buffer.read(), STANDARD_INPUT)
+    return argument(text, "the prompt")
+
+
+def argument(text: str, name: str) -> str:
+    """Returns a text argument of the command line. Raises UsageError if it is not UTF-8."""
     # Python turns bytes of the command line that are not UTF-8 into lone surrogates.
-    return decode(text.encode("utf-8", "surrogateescape"), "the prompt")
-
-
-def decode(data: bytes, source: str) -> str:
-    """Decodes UTF-8.
-
-    Args:
-      data: the bytes to decode.
-      source: name of their origin, for the error message.
-
-    Raises:
-      UsageError: ``data`` is not UTF-8; the message names the source and the first invalid byte.
-    """
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"{source} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}; "
-            "convert it first (iconv -t utf-8)"
-        ) from None
+    return decode(text.encode("utf-8", "surrogateescape"), name)

@@ -52,6 +52,7 @@ class TokenBits:
     loss_correlation: float | None
 
     @classmethod
+    @np.errstate(over="ignore", invalid="ignore")
     def of(cls, bits: Float[np.ndarray, "n"], losses: Float[np.ndarray, "n"]) -> "TokenBits":
         """Summarizes the ``bits`` of tokens and their correlation with ``losses`` (nats)."""
         bits, losses = bits.astype(np.float64), losses.astype(np.float64)
@@ -113,12 +114,16 @@ class Perplexity:
     windows: WindowSums = dataclasses.field(repr=False, compare=False)
 
     @classmethod
+    @np.errstate(over="ignore", invalid="ignore")
     def of(cls, bits: Bits, windows: WindowSums, token_bits: TokenBits | None) -> "Perplexity":
-        """Computes all figures from the sums over each window."""
+        """Computes all figures from the sums over each window.
+
+        A perplexity that overflows is infinite, and its difference to another infinite one is NaN.
+        """
         count = windows.tokens
         mean = WindowSums(*(float(sums.sum() / count.sum()) for sums in windows))
-        own, reference = math.exp(mean.loss), math.exp(mean.reference_loss)
-        ratio = math.exp(mean.loss - mean.reference_loss)
+        own, reference = exp(mean.loss), exp(mean.reference_loss)
+        ratio = exp(mean.loss - mean.reference_loss)
 
         def error(sums: np.ndarray, factor: float = 1.0) -> float | None:
             value = standard_error(sums, count)
@@ -161,6 +166,14 @@ class Perplexity:
             "same top token": with_error(self.same_top1, self.same_top1_stderr, ".4f"),
             "tokens": self.tokens,
         }
+
+
+def exp(value: float) -> float:
+    """Returns the exponential, infinite where it overflows."""
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
 
 
 def with_error(value: float, error: float | None, form: str) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from grinqh_jax.errors import UsageError
+from grinqh_jax.text.unicode import decode, lone_surrogate
 
 Record = TypeVar("Record")
 
@@ -40,39 +41,49 @@ def read_records(path: Path, parse: Callable[[Any], Record | None], expected: st
       expected: Description of a good record for the error message: "expected a JSON object with ...".
 
     Raises:
-      UsageError: The file cannot be read, is not UTF-8, or has bad records. The message lists their lines.
+      UsageError: The file cannot be read, is not UTF-8, or has bad records, or a string holds half of a
+        surrogate pair. The message lists their lines.
     """
-    records, bad_lines = [], []
+    records, bad_lines, cut_lines = [], [], []
     for number, line in enumerate(_read_text(path).split("\n"), 1):
         if not line.strip():
             continue
-        record = _parse_line(line, parse)
-        if record is None:
-            bad_lines.append(str(number))
+        value = _parse_json(line)
+        if "\\u" in line and lone_surrogate(json.dumps(value, ensure_ascii=False)) is not None:
+            cut_lines.append(number)
+        elif (record := parse(value)) is None:
+            bad_lines.append(number)
         else:
             records.append(record)
-    if bad_lines:
-        listed = ", ".join(bad_lines[:_MAX_LISTED_LINES])
-        if len(bad_lines) > _MAX_LISTED_LINES:
-            listed += f" and {len(bad_lines) - _MAX_LISTED_LINES} more"
-        raise UsageError(f"{path}: line {listed}: expected a JSON object with {expected}")
+    problems = [f"line {_listed(bad_lines)}: expected a JSON object with {expected}"] if bad_lines else []
+    if cut_lines:
+        problems.append(
+            f"line {_listed(cut_lines)}: half of a surrogate pair, such as \\ud83d, is not text; remove it"
+        )
+    if problems:
+        raise UsageError(f"{path}: {'; '.join(problems)}")
     return records
 
 
-def _parse_line(line: str, parse: Callable[[Any], Record | None]) -> Record | None:
+def _listed(lines: list[int]) -> str:
+    listed = ", ".join(map(str, lines[:_MAX_LISTED_LINES]))
+    return listed + (f" and {len(lines) - _MAX_LISTED_LINES} more" if len(lines) > _MAX_LISTED_LINES else "")
+
+
+def _parse_json(line: str) -> Any:
+    """Parses a line; None if it is not JSON."""
     try:
-        return parse(json.loads(line))
+        return json.loads(line)
     except (ValueError, RecursionError):
         return None
 
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig")  # some editors write a byte order mark
+        data = path.read_bytes()
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 at byte {error.start}") from None
+    return decode(data, str(path))
 
 
 def _document(record: Any) -> str | None:

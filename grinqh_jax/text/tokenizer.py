@@ -17,6 +17,7 @@ from grinqh_jax.errors import CheckpointError, UsageError
 from grinqh_jax.json_files import read_json
 from grinqh_jax.text.stream import TextStream
 from grinqh_jax.text.tokenizer_files import tokenizer_json_suffices
+from grinqh_jax.text.unicode import check
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """Files that hold a vocabulary. Without any of them transformers returns an empty tokenizer."""
@@ -60,7 +61,12 @@ class Tokenizer:
         return cls(backend, directory)
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
-        """Returns the tokens of ``text``, by default with surrounding special tokens such as BOS."""
+        """Returns the tokens of ``text``, by default with surrounding special tokens such as BOS.
+
+        Raises:
+          UsageError: ``text`` holds half of a surrogate pair, which no UTF-8 text does.
+        """
+        check(text, "the text")
         return self._backend.encode(text, add_special_tokens=special_tokens).ids
 
     def decode(self, tokens: Sequence[int]) -> str:

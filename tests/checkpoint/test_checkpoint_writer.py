@@ -1,6 +1,9 @@
 """The writer: whole or not there, resumed after a kill, never mixing two conversions."""
 
+import errno
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -192,3 +195,88 @@ def test_named_chat_templates_keep_their_folder(tmp_path):
     load(tmp_path / "out")  # the manifest lists them
     copies = [str(file.relative_to(tmp_path / "out")) for file in find_companions(tmp_path / "out")]
     assert copies == ["chat_template.jinja", "additional_chat_templates/rag.jinja"]
+
+
+def test_a_link_to_an_empty_directory_is_written_through(tmp_path):
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.mkdir()
+    link.symlink_to(target)
+    assert write(link) == target
+    assert link.is_symlink()
+    assert_same(load(target).model, random_tree())
+    (tmp_path / "dangling").symlink_to(tmp_path / "made")
+    write(tmp_path / "dangling")
+    assert_same(load(tmp_path / "made").model, random_tree())
+    left = {entry.name for entry in tmp_path.iterdir() if entry.is_dir() and not entry.is_symlink()}
+    assert left == {"target", "made"}
+
+
+def test_a_mount_point_is_refused_before_any_work(monkeypatch, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda self: self == out)
+    with pytest.raises(CheckpointError, match="is a mount point; choose a directory inside it"):
+        Writer(out, fingerprint="tiny")
+
+
+def test_a_full_disk_is_an_error_of_the_system_and_the_next_run_goes_on(monkeypatch, tmp_path):
+    tree = random_tree()
+    first, second, *_ = tree
+    with Writer(tmp_path / "out", fingerprint="tiny") as writer:
+        writer.save_part(first, {first: tree[first]})
+        full = shutil.disk_usage(tmp_path)._replace(free=1 << 10)
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda path: full)
+            with pytest.raises(OSError, match=r"No space left on device.*out\.partial"):
+                writer.save_part(second, {second: tree[second]})
+    with Writer(tmp_path / "out", fingerprint="tiny") as writer:
+        assert writer.parts == {first}
+    write(tmp_path / "out")
+    assert_same(load(tmp_path / "out").model, tree)
+
+
+LIMITED_WRITER = """
+import resource, signal, sys
+from pathlib import Path
+from tiny_checkpoint import write
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
+try:
+    write(Path(sys.argv[1]))
+except OSError as error:
+    print(error.errno, error.filename)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+print(write(Path(sys.argv[1])))
+"""
+
+
+def test_a_failure_inside_tensorstore_is_an_error_of_the_system(tmp_path):
+    paths = os.pathsep.join([str(TESTS / "helpers"), str(TESTS.parent)])
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED_WRITER, str(tmp_path / "out")],
+        env=os.environ | {"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"{errno.EFBIG} {tmp_path / 'out.partial'}", str(tmp_path / "out")]
+    assert "ERROR:absl" not in done.stderr
+    assert_same(load(tmp_path / "out").model, random_tree())
+
+
+def test_an_infinite_number_in_a_key_that_does_not_matter_is_carried(tmp_path):
+    tree = random_tree()
+    config = HF_CONFIG | {
+        "router_limit": [0.0, float("inf")],
+        "other": {"x": -float("inf"), "y": float("nan")},
+    }
+    with Writer(tmp_path / "out", fingerprint="tiny") as writer:
+        for part in tree:
+            writer.save_part(part, {part: tree[part]})
+        writer.finalize(config, QUANTIZATION)
+    assert_same(load(tmp_path / "out").model, tree)
+    carried = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert carried["router_limit"] == [0.0, float("inf")]
+    assert str(carried["other"]) == "{'x': -inf, 'y': nan}"

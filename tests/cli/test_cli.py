@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +15,7 @@ import pytest
 from grinqh_jax import __main__
 from grinqh_jax.cli import chat, command, generate
 from grinqh_jax.decoding.engine import PREVIEW_TOKENS
+from grinqh_jax.errors import GrinqhWarning
 
 
 def run(capsys, main, *argv) -> SimpleNamespace:
@@ -84,6 +87,7 @@ def test_a_prompt_from_standard_input_gives_the_same_text(capsys, monkeypatch, g
         (["--model", "/nowhere"], ["/nowhere"]),
         (["-m", "many"], ["-m/--max-tokens", "many"]),
         (["-p", "ab\udcff"], ["the prompt is not UTF-8", "0xff at offset 2"]),
+        (["--stop", "\udcff"], ["--stop is not UTF-8", "0xff at offset 0"]),
     ],
 )
 def test_bad_input_is_refused_in_one_line(capsys, graded_directory, flags, texts):
@@ -94,6 +98,49 @@ def test_standard_input_must_be_utf8(capsys, monkeypatch, graded_directory):
     stdin(monkeypatch, b"abc\xe9")
     result = run(capsys, generate.main, "--model", graded_directory, "-p", "-")
     assert_refused(result, "standard input is not UTF-8: byte 0xe9 at offset 3")
+
+
+def test_a_system_prompt_must_be_utf8(capsys, chat_directory):
+    flags = ("--model", chat_directory, "-p", "x", "--system-prompt", "ab\udce9")
+    assert_refused(run(capsys, generate.main, *flags), "--system-prompt is not UTF-8: byte 0xe9 at offset 2")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full device")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "-p", "x", "-m", "2"],
+        ["generate", "-p", "x", "-m", "2", "--json"],
+        ["--version"],
+        ["--help"],
+    ],
+)
+def test_a_full_device_is_one_line_on_stderr(graded_directory, arguments):
+    model = ["--model", str(graded_directory)] if arguments[0] == "generate" else []
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "grinqh_jax", *arguments, *model],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            timeout=300,
+        )
+    assert result.returncode == 1
+    assert result.stderr == "error: standard output: No space left on device\n"
+
+
+@pytest.mark.filterwarnings("default:other")
+def test_warnings_of_the_library_are_lines_on_stderr(capsys):
+    def verb(args):
+        warnings.warn("config.json ties two tensors that differ", GrinqhWarning, stacklevel=1)
+        warnings.warn("other", RuntimeWarning, stacklevel=1)
+        return 0
+
+    assert command.run(verb, command.Parser(), []) == 0
+    first, *others = capsys.readouterr().err.splitlines()
+    assert first == "warning: config.json ties two tensors that differ"
+    assert "RuntimeWarning: other" in others[0]
 
 
 def test_an_unquantized_model_needs_full_bits(capsys, dense_directory):

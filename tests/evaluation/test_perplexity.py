@@ -18,6 +18,7 @@ from grinqh_jax.errors import UsageError
 from grinqh_jax.evaluation import perplexity
 from grinqh_jax.evaluation.perplexity import measure
 from grinqh_jax.evaluation.result import Perplexity, TokenBits, WindowSums, standard_error
+from grinqh_jax.json_files import json_line
 from grinqh_jax.model.apply import of_head
 from grinqh_jax.model.cache import KVCache
 from grinqh_jax.model.config import ModelConfig
@@ -156,6 +157,29 @@ def test_standard_errors_of_differences_are_paired():
     assert draws[0].difference_stderr < 0.2 * draws[0].stderr
 
 
+def test_figures_that_overflow_are_infinite_and_valid_json():
+    """exp(710) is larger than the largest float64."""
+    count = np.array([3.0, 4.0])
+    sums = WindowSums(
+        loss=count * 1000,
+        reference_loss=count,
+        kl=count * 999,
+        same_top1=0 * count,
+        bits=count,
+        bits_without_head=count,
+        tokens=count,
+    )
+    result = Perplexity.of(2.0, sums, TokenBits.of(np.ones(7), np.full(7, np.inf)))
+    assert (result.perplexity, result.ratio, result.difference) == (math.inf,) * 3
+    assert result.kl == 999
+    as_json = json_line(result.to_json())
+    found = json.loads(as_json, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert found["perplexity"] == found["ratio"] == "Infinity"
+    assert found["ratio_stderr"] == "NaN"
+    assert float(found["perplexity"]) == math.inf
+    assert "inf" in result.cells()["perplexity"]
+
+
 def test_token_bits_report_their_spread_and_correlation_with_the_loss():
     losses = np.linspace(0, 5, 101)
     spread = TokenBits.of(2 + losses / 5, losses)
@@ -219,7 +243,7 @@ def test_command_refuses_bad_input_in_one_line(tiny_directory, tmp_path, capsys)
     for arguments, message in (
         ([*model, "--data", str(bad)], "line 2, 3: expected a JSON object with"),
         ([*model, "--data", str(empty)], "holds no text"),
-        ([*model, "--data", str(binary)], "not UTF-8 at byte 3"),
+        ([*model, "--data", str(binary)], "is not UTF-8: byte 0x"),
         ([*model, "--data", str(tmp_path / "none.txt")], "No such file"),
         ([*model, "--data", str(bad), "--bits", "0.5,2,9"], "bits 0.5: .*; bits 9: "),
         (["--model", str(tmp_path / "none"), "--data", str(bad)], "none"),
