@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Float16, Int, Shaped, UInt8, UInt32
 
 from pallas_kernels import grading, layout
 from pallas_kernels.weight import NestedWeight, num_planes
+from pallas_kernels.x64 import without_x64
 
 RANGE = 2.0
 """A code spans ``[-RANGE, RANGE)`` times its scale."""
@@ -19,6 +20,7 @@ DIGIT_MEAN = 1.5
 """Mean of the digits 0 to 3. A digit ``d`` of plane ``f`` adds ``(d - 1.5) * 4**-f`` times the scale."""
 
 
+@without_x64
 def quantize(w: Shaped[Array, "..."], *, max_bits: int = 8, name: str = "weight") -> NestedWeight:
     """Rounds ``w`` to nested codes, with a symmetric max-abs scale for each (group, output).
 
@@ -88,6 +90,7 @@ def encode(w: Float[Array, "k n"], scales: Float16[Array, "g n"]) -> UInt8[Array
     return jnp.clip(jnp.floor((ratio + RANGE) * CODE_STEPS), 0, 255).astype(jnp.uint8)
 
 
+@without_x64
 def from_codes(
     codes: UInt8[Array, "k n"], scales: Float16[Array, "g n"], *, max_bits: int = 8
 ) -> NestedWeight:
@@ -142,6 +145,7 @@ def _logical_order(digit_major):
     return flat[..., layout.digit_major_positions(digits * words)]
 
 
+@without_x64
 def dequantize(
     weight: NestedWeight, level: Int[Array, "k"] | int | None = None, dtype=jnp.float32
 ) -> Float[Array, "k n"]:

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import layout
 from pallas_kernels.activations import Activations
+from pallas_kernels.x64 import without_x64
 
 
 @jax.tree_util.register_dataclass
@@ -33,6 +34,7 @@ class GradingStats:
         return self.packed[..., 1]
 
 
+@without_x64
 def levels(x: Float[Array, "*rows k"], thresholds: Float[Array, "*#rows p"]) -> Int[Array, "*rows k"]:
     """Returns the level of every channel: the number of thresholds that ``|x|`` reaches.
 
@@ -59,6 +61,7 @@ def channel_gains(
     return 1.0 if level_gains is None else jnp.asarray(level_gains)[jnp.maximum(level, 1) - 1]
 
 
+@without_x64
 def realised_bits(level: Int[Array, "*rows k"]) -> Float[Array, "*rows"]:
     """Returns the mean of ``2 * level`` over the channels: bits read per weight without the scales."""
     return layout.DIGIT_BITS * jnp.mean(level.astype(jnp.float32), axis=-1)

@@ -16,8 +16,10 @@ from checkpoints_tools.convert.plan import Plan
 from checkpoints_tools.convert.refit_layers import refit_layers
 from checkpoints_tools.convert.survey import Survey, survey
 from grinqh_jax.checkpoint import QuantizationConfig, Writer
+from pallas_kernels.x64 import without_x64
 
 
+@without_x64
 def convert(
     plan: Plan,
     out: Path,

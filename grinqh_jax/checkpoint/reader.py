@@ -19,6 +19,7 @@ from grinqh_jax.errors import CheckpointError, UsageError
 from grinqh_jax.json_files import read_object
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import Decoder, abstract_tree
+from pallas_kernels.x64 import without_x64
 
 CONFIG = "config.json"
 READ_AHEAD_BYTES = 1 << 28
@@ -42,6 +43,7 @@ class Loaded:
     directory: Path
 
 
+@without_x64
 def load(
     path: str | Path,
     compute_dtype: Any = None,

@@ -24,6 +24,7 @@ from grinqh_jax.errors import CheckpointError
 from grinqh_jax.json_files import read_json, write_json
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import abstract_tree
+from pallas_kernels.x64 import without_x64
 
 # Each `ocp.partial.save("parts", ...)` adds a directory under "parts.partial_save". The directory appears by
 # one rename and stores the call's `custom_metadata` in _CHECKPOINT_METADATA. An unfinished part has a longer
@@ -94,6 +95,7 @@ class Writer:
         with np.load(file) as arrays:
             return dict(arrays)
 
+    @without_x64
     def save_part(
         self, name: str, tree: Mapping[str, Any], resume_state: Mapping[str, np.ndarray] | None = None
     ) -> None:
@@ -143,6 +145,7 @@ class Writer:
             earlier = self._partial.glob(_RESUME_STATE + "*")
             _remove(file for file in earlier if file != self._resume_state_file(name))
 
+    @without_x64
     def read(self, name: str) -> dict[str, Any]:
         """Reads back a subtree, which several parts may have written.
 
@@ -174,6 +177,7 @@ class Writer:
             tree = tree[key]
         return tree
 
+    @without_x64
     def finalize(
         self, config: Mapping[str, Any], quantization: QuantizationConfig, files: Iterable[str | Path] = ()
     ) -> Path:

@@ -17,6 +17,7 @@ from grinqh_jax.benchmarking import measure, random_model
 from grinqh_jax.cli import command, flags
 from grinqh_jax.decoding.generator import Generator
 from grinqh_jax.errors import UsageError
+from grinqh_jax.json_files import json_line
 from grinqh_jax.model.decoder import Decoder
 
 BF16 = "bf16"

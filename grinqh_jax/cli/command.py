@@ -56,6 +56,7 @@ def run(command: Callable[[argparse.Namespace], int], parser: Parser, argv: Sequ
 
 def guarded(command: Callable[[], int]) -> int:
     """Runs ``command`` and turns its failures into lines on stderr and exit codes, as ``run`` does."""
+    _switch_x64_off()
     try:
         if hasattr(sys.stdout, "reconfigure"):
             # Output is UTF-8 in every locale. A path may hold bytes that are not.
@@ -80,6 +81,15 @@ def guarded(command: Callable[[], int]) -> int:
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
+
+
+def _switch_x64_off() -> None:
+    """Switches JAX's 64-bit types off in this process, which the code counts on. Does not import JAX."""
+    os.environ["JAX_ENABLE_X64"] = "0"
+    if "jax" in sys.modules:
+        import jax
+
+        jax.config.update("jax_enable_x64", False)
 
 
 def _reason(error: OSError) -> str:

@@ -34,6 +34,7 @@ from grinqh_jax.memory import peak_memory
 from grinqh_jax.model.decoder import Decoder
 from grinqh_jax.text.tokenizer import Tokenizer
 from pallas_kernels import GradingStats
+from pallas_kernels.x64 import without_x64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,6 +105,7 @@ class Generator:
         self._compiled: set[tuple] = set()
 
     @classmethod
+    @without_x64
     def load(cls, model: str | os.PathLike[str], compute_dtype=None) -> "Generator":
         """Loads a GRINQH checkpoint, or an unquantized Hugging Face one (at full precision only).
 
@@ -129,6 +131,7 @@ class Generator:
         tokenizer, defaults = Tokenizer.load(directory), GenerationConfig.load(directory)
         return cls(decoder, tokenizer, defaults, targets, directory)
 
+    @without_x64
     def generate(
         self,
         prompt: str | Sequence[int],
@@ -191,6 +194,7 @@ class Generator:
         check_bits(bits, self.targets)
         return float(bits)
 
+    @without_x64
     def dial(self, bits: Bits | None, batch: int = 1) -> Dial | None:
         """Returns a dial with the same setting for every row of a batch; None for an unquantized model.
 
@@ -248,6 +252,7 @@ class Generation:
         self._prompt_cache = prompt_cache
         self._compile_seconds = self._prompt_seconds = self._generation_seconds = 0.0
 
+    @without_x64
     def prepare(self) -> None:
         """Compiles the programs of the first token, which takes seconds for new shapes.
 
@@ -256,6 +261,7 @@ class Generation:
         with self._invalidating_cache():
             self._compile(self._decoding.compile_prefill)
 
+    @without_x64
     def __iter__(self) -> Iterator[str]:
         """Yields the text in pieces of whole characters, as soon as they are certain.
 
@@ -283,6 +289,7 @@ class Generation:
             return None
         return jax.tree.map(lambda *steps: np.concatenate(steps), *self._stats)
 
+    @without_x64
     def statistics(self) -> Statistics:
         """Returns the figures so far; works for an unfinished generation, too."""
         return Statistics(

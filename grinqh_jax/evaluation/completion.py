@@ -13,6 +13,7 @@ from grinqh_jax.decoding.sampling import Sampling
 from grinqh_jax.decoding.statistics import weighted_mean
 from grinqh_jax.model.apply import of_head
 from grinqh_jax.model.decoder import Decoder, linear_names
+from pallas_kernels.x64 import without_x64
 
 
 class DecodedBits:
@@ -53,6 +54,7 @@ class Completions:
     bits: DecodedBits
 
 
+@without_x64
 def complete(
     generator: Generator,
     prompts: Sequence[Sequence[int]],

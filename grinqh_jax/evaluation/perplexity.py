@@ -18,6 +18,7 @@ from grinqh_jax.evaluation.result import Perplexity, TokenBits, WindowSums
 from grinqh_jax.model.apply import Graded, of_head
 from grinqh_jax.model.decoder import Decoder, linear_names
 from grinqh_jax.text.documents import read_documents
+from pallas_kernels.x64 import without_x64
 
 
 class _Compared(NamedTuple):
@@ -56,6 +57,7 @@ def read_tokens(generator: Generator, path: Path, limit: int | None) -> Int32[np
     return np.array(tokens[:limit], np.int32)
 
 
+@without_x64
 def measure(
     model: Decoder,
     targets: Sequence[float] | None,

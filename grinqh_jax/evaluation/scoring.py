@@ -15,6 +15,7 @@ from grinqh_jax.decoding.statistics import weighted_mean
 from grinqh_jax.errors import UsageError
 from grinqh_jax.model.apply import Dense, Graded
 from grinqh_jax.model.decoder import Decoder
+from pallas_kernels.x64 import without_x64
 
 _LOGIT_BYTES = 1 << 28
 """Memory for the float32 logits of a batch, which limits its number of rows. One row is always allowed."""
@@ -40,6 +41,7 @@ class Score:
     tokens: int
 
 
+@without_x64
 def score(
     generator: Generator,
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]],

@@ -10,6 +10,7 @@ from pallas_kernels.activations import Activations
 from pallas_kernels.grading import GradingStats
 from pallas_kernels.matvec import mosaic_gpu, reference, xla
 from pallas_kernels.weight import NestedWeight
+from pallas_kernels.x64 import without_x64
 
 Implementation = Literal["reference", "xla", "mosaic_gpu"]
 
@@ -19,6 +20,7 @@ None or the reason why not, and ``partial_sums(x [rows, K], weight, thresholds [
 ``graded_partial_sums``."""
 
 
+@without_x64
 def graded_matvec(
     x: Float[Array, "*rows k"],
     weight: NestedWeight,
@@ -50,6 +52,7 @@ def graded_matvec(
     return y.array, stats.bits
 
 
+@without_x64
 def graded_partial_sums(
     x: Activations,
     weight: NestedWeight,
