@@ -86,11 +86,11 @@ def stages(steps: dict[str, float]) -> dict[str, dict[str, float]]:
     for step, seconds in steps.items():
         stage = next(stage for prefix, stage in STAGES.items() if step.startswith(prefix))
         times.setdefault(stage, []).append(seconds)
-    found = {stage: {"seconds": sum(seconds), "first": seconds[0]} for stage, seconds in times.items()}
+    rows = {stage: {"seconds": sum(seconds), "first": seconds[0]} for stage, seconds in times.items()}
     for stage, seconds in times.items():
         if later := seconds[WARM_UP:]:
-            found[stage]["each_step" if stage == "gains" else "each_layer"] = sum(later) / len(later)
-    return {stage: {name: round(s, 3) for name, s in row.items()} for stage, row in found.items()}
+            rows[stage]["each_step" if stage == "gains" else "each_layer"] = sum(later) / len(later)
+    return {stage: {name: round(s, 3) for name, s in row.items()} for stage, row in rows.items()}
 
 
 def timed_conversion(command: list[str], out: pathlib.Path, report: dict, output: pathlib.Path) -> int:

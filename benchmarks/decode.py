@@ -96,14 +96,14 @@ def decode_rows(model, label: str, bits_list, args, bandwidth: float) -> list[di
 def copies(hlo: str) -> list[str]:
     """Returns copies above 64 KiB in an optimized HLO as ``type[shape]``. They copy weights or caches."""
     sizes = {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "u8": 1, "pred": 1}
-    found = []
+    large = []
     for dtype, shape in re.findall(r"= (\w+)\[([\d,]*)\]\S* copy(?:-start)?\(", hlo):
         size = sizes.get(dtype, 8)
         for n in shape.split(",") if shape else []:
             size *= int(n)
         if size > 1 << 16:
-            found.append(f"{dtype}[{shape}]")
-    return found
+            large.append(f"{dtype}[{shape}]")
+    return large
 
 
 def profile(run: measure.DecodeRun, thresholds, args, row: dict) -> dict | None:

@@ -56,10 +56,10 @@ def main() -> int:
     )
     add("--trials", nargs="+", choices=TRIALS, default=list(TRIALS), help="trials to run (default: all)")
     add("--groups", nargs="+", choices=GROUPS, help="run all trials of these groups")
-    add("--here", choices=TRIALS, help=argparse.SUPPRESS)
+    add("--run-one", choices=TRIALS, help=argparse.SUPPRESS)
     add("--print", action="store_true", help="only print the table rows from --output")
     args = parser.parse_args()
-    if args.here:
+    if args.run_one:
         return _measure(args)
     chosen = [name for group in args.groups for name in GROUPS[group]] if args.groups else args.trials
     if not args.print:
@@ -72,10 +72,10 @@ def main() -> int:
 
 
 def _measure(args: argparse.Namespace) -> int:
-    one = TRIALS[args.here]
-    rows = trial.run(one, args.model, args.calib, args.calib_tokens, args.data, args.work / args.here)
+    one = TRIALS[args.run_one]
+    rows = trial.run(one, args.model, args.calib, args.calib_tokens, args.data, args.work / args.run_one)
     report = json.loads(args.output.read_text()) if args.output.exists() else {}
-    report[args.here] = {
+    report[args.run_one] = {
         "what": one.what,
         "flags": list(one.flags),
         "model": Path(args.model).name,

@@ -134,19 +134,19 @@ def _compensated(w, scales, upper, whitening, shares, around):
     """Returns codes ``[K, N]``; each channel compensates for the errors of earlier ones."""
 
     def step(i, state):
-        targets, found = state
-        here = jax.lax.dynamic_slice_in_dim(targets, LEVELS * i, LEVELS)
+        targets, chosen = state
+        desired = jax.lax.dynamic_slice_in_dim(targets, LEVELS * i, LEVELS)
         scale = scales[i // layout.GROUP].astype(jnp.float32)
-        plain = codes.encode((shares[i] @ here)[None], scale[None]).astype(jnp.int32)
+        plain = codes.encode((shares[i] @ desired)[None], scale[None]).astype(jnp.int32)
         candidates = jnp.clip(plain + around[:, None], 0, 255)
-        errors = here.T - jnp.asarray(VALUES)[candidates] * scale[:, None]  # [candidates, N, levels]
+        errors = desired.T - jnp.asarray(VALUES)[candidates] * scale[:, None]  # [candidates, N, levels]
         white = errors @ whitening[i].T
         best = jnp.argmin(jnp.sum(white**2, axis=-1), axis=0)[None]
         white = jnp.take_along_axis(white, best[..., None], axis=0)[0]
         rows = jax.lax.dynamic_slice_in_dim(upper, LEVELS * i, LEVELS)
-        behind = jnp.where(jnp.arange(len(targets)) >= LEVELS * (i + 1), rows, 0)
+        later = jnp.where(jnp.arange(len(targets)) >= LEVELS * (i + 1), rows, 0)
         code = jnp.take_along_axis(candidates, best, axis=0)[0]
-        return targets - behind.T @ white.T, found.at[i].set(code)
+        return targets - later.T @ white.T, chosen.at[i].set(code)
 
     start = jnp.repeat(w, LEVELS, axis=0), jnp.zeros(w.shape, jnp.int32)
     return jax.lax.fori_loop(0, len(w), step, start)[1]
@@ -163,18 +163,18 @@ def coordinate_descent(w: jax.Array, hessian: jax.Array) -> jax.Array:
     diagonal = jnp.diagonal(hessian).reshape(-1, LEVELS)
 
     def step(turn, state):
-        found, errors = state
+        chosen, errors = state
         i = turn % len(w)
         scale = scales[i // layout.GROUP].astype(jnp.float32)
-        here = jax.lax.dynamic_slice_in_dim(errors, LEVELS * i, LEVELS)
+        errors_i = jax.lax.dynamic_slice_in_dim(errors, LEVELS * i, LEVELS)
         gradient = jax.lax.dynamic_slice_in_dim(hessian, LEVELS * i, LEVELS) @ errors
-        candidates = jnp.clip(found[i] + jnp.asarray(AROUND)[:, None], 0, 255)
-        change = w[i][:, None] - values[candidates] * scale[:, None] - here.T
+        candidates = jnp.clip(chosen[i] + jnp.asarray(AROUND)[:, None], 0, 255)
+        change = w[i][:, None] - values[candidates] * scale[:, None] - errors_i.T
         cost = jnp.sum(2 * gradient.T * change + diagonal[i] * change**2, axis=-1)
         best = jnp.argmin(cost, axis=0)[None]
-        here += jnp.take_along_axis(change, best[..., None], axis=0)[0].T
+        errors_i += jnp.take_along_axis(change, best[..., None], axis=0)[0].T
         code = jnp.take_along_axis(candidates, best, axis=0)[0]
-        return found.at[i].set(code), jax.lax.dynamic_update_slice_in_dim(errors, here, LEVELS * i, 0)
+        return chosen.at[i].set(code), jax.lax.dynamic_update_slice_in_dim(errors, errors_i, LEVELS * i, 0)
 
     plain = codes.encode(w, scales).astype(jnp.int32)
     scale = jnp.repeat(scales.astype(jnp.float32), layout.GROUP, axis=0)[: len(w)]
@@ -200,9 +200,11 @@ def trained(rate: float, *kinds: str):
         windows = training_windows(calib.windows, STEPS * len(SETTINGS))
         leaves = checkpoint_leaves(loaded.model)
         adam = optax.adam(optax.linear_schedule(rate, 0, STEPS // 2, STEPS // 2), b2=SECOND_MOMENT_DECAY)
-        found = _train(kinds, adam, load_decoder(source, jnp.float32), loaded, leaves, windows)
+        trained_values = _train(kinds, adam, load_decoder(source, jnp.float32), loaded, leaves, windows)
         with Writer(args.out, fingerprint=args.out.name) as writer:
-            writer.save_part("all", unflatten_dict(leaves | _stored(loaded.model, leaves, found), sep="."))
+            writer.save_part(
+                "all", unflatten_dict(leaves | _stored(loaded.model, leaves, trained_values), sep=".")
+            )
             writer.finalize(source.hf_config, loaded.quantization, source.companions)
         return 0
 
@@ -218,14 +220,14 @@ def _train(kinds: Sequence[str], adam, original: Decoder, loaded: Loaded, leaves
         "scales": {name: jnp.zeros(one.shape) for name, one in ones.items()},
         "norms": {name: jnp.zeros(leaf.shape) for name, leaf in leaves.items() if name.endswith(".scale")},
     }
-    found = {kind: fixed.pop(kind) for kind in kinds}
-    state = adam.init(found)
+    trained_values = {kind: fixed.pop(kind) for kind in kinds}
+    state = adam.init(trained_values)
     targets = jnp.asarray(loaded.quantization.targets, jnp.float32)
 
     @jax.jit
     @jax.value_and_grad
-    def gradient(found, fixed, leaves, bits, tokens, exact):
-        parameters = found | fixed
+    def gradient(trained_values, fixed, leaves, bits, tokens, exact):
+        parameters = trained_values | fixed
         norms = {name: leaves[name] * jnp.exp(factors) for name, factors in parameters["norms"].items()}
         model = Decoder.from_tree(loaded.config, unflatten_dict(leaves | norms, sep="."), jnp.float32)
         graded = jax.nn.log_softmax(model(tokens[None], _Trained(parameters, targets, bits))[0])
@@ -234,15 +236,15 @@ def _train(kinds: Sequence[str], adam, original: Decoder, loaded: Loaded, leaves
 
     predict = jax.jit(lambda original, tokens: jax.nn.log_softmax(original(tokens[None])[0]))
     for step in range(STEPS):
-        total = jax.tree.map(jnp.zeros_like, found)
+        total = jax.tree.map(jnp.zeros_like, trained_values)
         for s, bits in enumerate(SETTINGS):
             tokens = jnp.asarray(windows[(step * len(SETTINGS) + s) % len(windows)])
-            lost, here = gradient(found, fixed, leaves, bits, tokens, predict(original, tokens))
-            total = jax.tree.map(jnp.add, total, here)
+            lost, gradients = gradient(trained_values, fixed, leaves, bits, tokens, predict(original, tokens))
+            total = jax.tree.map(jnp.add, total, gradients)
             print(f"step {step}, {bits} bits: {np.exp(lost):.3g}", flush=True)
         updates, state = adam.update(total, state)
-        found = optax.apply_updates(found, updates)
-    return found | fixed
+        trained_values = optax.apply_updates(trained_values, updates)
+    return trained_values | fixed
 
 
 class _Trained(Dense):
@@ -271,15 +273,15 @@ def _scales(linear, factors: jax.Array) -> jax.Array:
     return linear.scales[...] * jnp.exp(factors)
 
 
-def _stored(model: Decoder, leaves: Mapping, found: Mapping) -> dict[str, jax.Array]:
+def _stored(model: Decoder, leaves: Mapping, trained_values: Mapping) -> dict[str, jax.Array]:
     """Returns the leaves that training changed, in the format of a checkpoint."""
     stored = {}
-    for name, weights in found["weights"].items():
+    for name, weights in trained_values["weights"].items():
         linear = model.linear(name)
-        scales = _scales(linear, found["scales"][name])[:, : linear.out_features].astype(jnp.float16)
+        scales = _scales(linear, trained_values["scales"][name])[:, : linear.out_features].astype(jnp.float16)
         weight = codes.from_codes(codes.encode(weights, jnp.ones_like(scales)), scales)
         stored |= {f"{name}.planes": weight.planes, f"{name}.scales": weight.scales}
-    norms = found["norms"].items()
+    norms = trained_values["norms"].items()
     return stored | {n: (leaves[n] * jnp.exp(factor)).astype(leaves[n].dtype) for n, factor in norms}
 
 

@@ -99,7 +99,7 @@ def _compensated(w, scales, upper, shares):
     """Returns 8-bit codes ``[K, N]``; each channel compensates for the errors of earlier ones."""
 
     def step(i, state):
-        w, found = state
+        w, chosen = state
         scale = scales[i // layout.GROUP].astype(jnp.float32)
         ratio = jnp.where(scale > 0, w[i] / jnp.where(scale > 0, scale, 1), 0)
         code = jnp.clip(jnp.floor((ratio + codes.RANGE) * codes.CODE_STEPS), 0, 255).astype(jnp.int32)
@@ -107,8 +107,8 @@ def _compensated(w, scales, upper, shares):
         for f in range(LEVELS):
             read += (((code >> (6 - 2 * f)) & 3) - codes.DIGIT_MEAN) * 4.0**-f
             mean += shares[i, f + 1] * read * scale
-        behind = jnp.where(jnp.arange(len(w)) > i, upper[i], 0) / upper[i, i]
-        return w - behind[:, None] * (w[i] - mean), found.at[i].set(code.astype(jnp.uint8))
+        later = jnp.where(jnp.arange(len(w)) > i, upper[i], 0) / upper[i, i]
+        return w - later[:, None] * (w[i] - mean), chosen.at[i].set(code.astype(jnp.uint8))
 
     return jax.lax.fori_loop(0, len(w), step, (w, jnp.zeros(w.shape, jnp.uint8)))[1]
 

@@ -99,6 +99,6 @@ def run(trial: Trial, model: str, calib: Path, calib_tokens: str, data: Sequence
 
 def run_apart(name: str, arguments: Sequence[str]) -> None:
     """Runs a trial in a separate process, through this folder's ``__main__``."""
-    command = [sys.executable, str(Path(__file__).parent), *arguments, "--here", name]
+    command = [sys.executable, str(Path(__file__).parent), *arguments, "--run-one", name]
     if code := subprocess.run(command, check=False).returncode:
         sys.exit(code)

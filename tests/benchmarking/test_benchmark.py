@@ -222,6 +222,6 @@ def test_the_profile_accounts_for_the_whole_span(step_profile):
 
 def test_kernels_of_a_compiled_step_have_their_scopes(step_profile, run):
     decode(run, 3.0)
-    found = set(step_profile.scopes_by_kernel(run.compiled.as_text()).values())
-    assert {"norm", "attention", "mlp", "sampling", "embed"} <= found
+    scopes = set(step_profile.scopes_by_kernel(run.compiled.as_text()).values())
+    assert {"norm", "attention", "mlp", "sampling", "embed"} <= scopes
     assert jax.default_backend() != "cpu" or not step_profile.trace(lambda: jnp.ones(3) + 1)

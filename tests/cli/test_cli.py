@@ -54,16 +54,16 @@ def test_text_goes_to_stdout_and_statistics_to_stderr(capsys, graded_directory):
     as_json = run(
         capsys, generate.main, "--model", graded_directory, "-p", "ab", "-m", 8, "--bits", 3, "--json"
     )
-    found = json.loads(as_json.out)
-    assert result.out == found["text"] + "\n"
-    assert found["bits"] == 3
-    assert found["prompt_tokens"] == 2
-    assert found["generated_tokens"] == 8
-    assert 1 <= found["realised_bits"] <= 8
-    assert len(found["realised_bits_per_layer"]) == 9
-    assert [len(step) for step in found["realised_bits_per_step"]] == [9] * 7
-    assert found["finish_reason"] in ("stop", "length")
-    assert found["bytes_per_token"] < found["bytes_per_token_bf16"]
+    fields = json.loads(as_json.out)
+    assert result.out == fields["text"] + "\n"
+    assert fields["bits"] == 3
+    assert fields["prompt_tokens"] == 2
+    assert fields["generated_tokens"] == 8
+    assert 1 <= fields["realised_bits"] <= 8
+    assert len(fields["realised_bits_per_layer"]) == 9
+    assert [len(step) for step in fields["realised_bits_per_step"]] == [9] * 7
+    assert fields["finish_reason"] in ("stop", "length")
+    assert fields["bytes_per_token"] < fields["bytes_per_token_bf16"]
 
 
 def test_a_prompt_from_standard_input_gives_the_same_text(capsys, monkeypatch, graded_directory):

@@ -12,7 +12,7 @@ from grinqh_jax.errors import UsageError
 from grinqh_jax.evaluation.perplexity import measure
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness (extra: eval) is not installed")
-pytestmark = pytest.mark.filterwarnings("default")  # the harness raises warnings of its own
+pytestmark = pytest.mark.filterwarnings("default")  # the harness warns
 
 QUESTION = (
     "Hugo has 86 coins and gives 27 of them to Noah. Later Hugo finds 5 more coins near the harbour. "
@@ -94,11 +94,11 @@ def test_rolling_log_likelihood_matches_perplexity(tiny_lm):
     for bits in (2.5, "full"):
         (expected,) = measure(generator.model, generator.targets, tokens, [bits], sequence_length=64)
         tiny_lm.bits = bits
-        (found,) = tiny_lm.loglikelihood_rolling([instance("loglikelihood_rolling", text)])
-        perplexities.append(math.exp(-found / expected.tokens))
+        (measured,) = tiny_lm.loglikelihood_rolling([instance("loglikelihood_rolling", text)])
+        perplexities.append(math.exp(-measured / expected.tokens))
         assert perplexities[-1] == pytest.approx(expected.perplexity, rel=1e-4)
         (whole,) = tiny_lm.loglikelihood([instance("loglikelihood", "", text)])
-        assert whole[0] == pytest.approx(found, rel=1e-5)
+        assert whole[0] == pytest.approx(measured, rel=1e-5)
     tiny_lm.bits = 2.5
     assert abs(perplexities[0] - perplexities[1]) > 1e-3, "grading has no effect"
 
@@ -154,8 +154,8 @@ def test_log_likelihood_tasks_run_in_the_harness(tiny_lm, tmp_path):
         right += int(np.argmax([score for score, _ in scores])) == record["answer"]
     assert results["results"]["tiny_choice"]["acc,none"] == right / 2
     (rolling,) = tiny_lm.loglikelihood_rolling([instance("loglikelihood_rolling", text)])
-    found = results["results"]["tiny_text"]["word_perplexity,none"]
-    assert found == pytest.approx(math.exp(-rolling / len(text.split())), rel=1e-5)
+    measured = results["results"]["tiny_text"]["word_perplexity,none"]
+    assert measured == pytest.approx(math.exp(-rolling / len(text.split())), rel=1e-5)
     assert results["config"]["bits"] == 2.5
     assert 0 < results["config"]["realised_bits_loglikelihood"] < 4
     assert results["config"]["realised_bits_generation"] is None
