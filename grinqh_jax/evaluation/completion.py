@@ -24,7 +24,7 @@ class DecodedBits:
         self._count = 0
 
     def add(self, new: NewTokens, rows: int) -> None:
-        """Counts what the first ``rows`` rows generated."""
+        """Adds the bits that the first ``rows`` rows of a decode chunk read."""
         if new.grading_stats is None:
             return
         bits = new.grading_stats.bits[:, :rows]
