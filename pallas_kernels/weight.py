@@ -1,6 +1,7 @@
 """The nested quantized weight: a pytree dataclass that states the invariants of the format."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,13 +71,17 @@ class NestedWeight:
     def abstract(cls, in_features: int, out_features: int, max_bits: int = 8) -> "NestedWeight":
         """Returns the pytree with ``jax.ShapeDtypeStruct`` leaves, as a checkpoint must hold it."""
         k, n = layout.padded_shape(in_features, out_features)
-        planes = (num_planes(max_bits), k, n // layout.WORD_DIGITS)
+        planes = num_planes(max_bits)
+
+        def abstract(shape: tuple[int, ...], dtype) -> Any:  # Any: it takes the place of an array.
+            return jax.ShapeDtypeStruct(shape, dtype)
+
         return cls(
-            planes=jax.ShapeDtypeStruct(planes, jnp.uint32),
-            scales=jax.ShapeDtypeStruct((k // layout.GROUP, n), jnp.float16),
+            planes=abstract((planes, k, n // layout.WORD_DIGITS), jnp.uint32),
+            scales=abstract((k // layout.GROUP, n), jnp.float16),
             in_features=in_features,
             out_features=out_features,
-            level_gains=jax.ShapeDtypeStruct((num_planes(max_bits),), jnp.float32),
+            level_gains=abstract((planes,), jnp.float32),
         )
 
     def check(self, name: str = "weight") -> None:

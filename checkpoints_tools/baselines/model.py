@@ -115,12 +115,12 @@ def quantize(
         moments = {}
         if options.method != "rtn":
             moments = mean_moments(dense_layer(source, kernels, norms, jnp.float32), hidden)
-        kernels = quantize_layer(kernels, moments, options)
+        quantized = quantize_layer(kernels, moments, options)
         if options.method != "rtn":
-            layer = dense_layer(source, kernels, norms, jnp.float32)
+            layer = dense_layer(source, dict(quantized), norms, jnp.float32)
             for window in hidden:
                 window[...] = _run(layer, window[None])[0][0]
-        for projection, kernel in kernels.items():
+        for projection, kernel in quantized.items():
             add(f"layers.{i}.{projection}.kernel", kernel)
         for norm, scale in norms.items():
             add(f"layers.{i}.{norm}.scale", scale)
@@ -136,7 +136,7 @@ def quantize(
 
 
 def quantize_layer(
-    kernels: Mapping[str, np.ndarray], moments: Mapping[str, Moments], options: Options
+    kernels: Mapping[str, np.ndarray | Array], moments: Mapping[str, Moments], options: Options
 ) -> dict[str, np.ndarray]:
     """Returns the dequantized float32 kernels of one layer.
 

@@ -62,9 +62,9 @@ def skip_int4(generator: Generator, windows: Int32[np.ndarray, "s t"]) -> Genera
             f"{generator.directory} stores {planes * DIGIT_BITS} bits per weight, skip-int4 reads "
             f"{INT4_BITS}; convert it with --max-bits 4 or more"
         )
-    tables = {}
+    tables, targets = {}, _targets(generator)
     for name, counts in activation_counts(generator.model, windows).items():
-        cut = skip_thresholds(counts, generator.targets)[:, None]
+        cut = skip_thresholds(counts, targets)[:, None]
         tables[name] = np.where(np.arange(planes) < INT4_LEVEL, cut, NEVER)
     return _reread(generator, tables)
 
@@ -76,13 +76,13 @@ def whole_head(generator: Generator) -> Generator:
     bits.
     """
     planes = _planes(generator)
-    config, most = generator.model.config, planes * DIGIT_BITS
-    everything = np.zeros((len(generator.targets), planes))
+    config, most, targets = generator.model.config, planes * DIGIT_BITS, _targets(generator)
+    everything = np.zeros((len(targets), planes))
     tables = {
-        name: everything if of_head(name) else np.asarray(generator.model.linear(name).thresholds[...])
+        name: everything if of_head(name) else np.asarray(generator.model.graded_linear(name).thresholds[...])
         for name in linear_names(config)
     }
-    return _reread(generator, tables, [with_whole_head(bits, config, most) for bits in generator.targets])
+    return _reread(generator, tables, [with_whole_head(bits, config, most) for bits in targets])
 
 
 def with_whole_head(bits: float, config: ModelConfig, max_bits: int) -> float:
@@ -100,8 +100,11 @@ def skip_thresholds(counts: Int[np.ndarray, "bins"], targets: Sequence[float]) -
     """
     share = np.asarray(targets, np.float64) / INT4_BITS
     low, high = (np.full(len(share), np.log(limit)) for limit in (1e-30, NEVER))
-    cut = np.exp(least_within(lambda log: histogram.share_reaching(counts, np.exp(log)), share, low, high))
-    return np.where(share >= 1, 0, cut)
+
+    def reaching(log: Float[np.ndarray, "t"]) -> Float[np.ndarray, "t"]:
+        return np.asarray(histogram.share_reaching(counts, np.exp(log)))
+
+    return np.where(share >= 1, 0, np.exp(least_within(reaching, share, low, high)))
 
 
 def activation_counts(model: Decoder, windows: Int32[np.ndarray, "s t"]) -> dict[str, np.ndarray]:
@@ -111,11 +114,10 @@ def activation_counts(model: Decoder, windows: Int32[np.ndarray, "s t"]) -> dict
       model: Dense or graded model.
       windows: Tokens; the model runs one window at a time.
     """
-    total = None
+    total: dict[str, np.ndarray] = {}
     for window in windows:
-        counts = _window_counts(model, window[None])
-        counts = jax.tree.map(lambda array: np.asarray(array, np.int64), counts)
-        total = counts if total is None else jax.tree.map(np.add, total, counts)
+        for name, counts in jax.device_get(_window_counts(model, window[None])).items():
+            total[name] = total.get(name, 0) + counts.astype(np.int64)
     return total
 
 
@@ -137,6 +139,11 @@ def _planes(generator: Generator) -> int:
     return generator.model.full_bits // DIGIT_BITS
 
 
+def _targets(generator: Generator) -> Sequence[float]:
+    assert generator.targets is not None, "a graded model has targets"
+    return generator.targets
+
+
 def _reread(
     generator: Generator,
     tables: Mapping[str, Float[np.ndarray, "t p"]],
@@ -145,6 +152,6 @@ def _reread(
     """Returns the model with other threshold tables and targets. Weights and compiled programs are shared."""
     model = nnx.merge(*nnx.split(generator.model))
     for name, table in tables.items():
-        model.linear(name).thresholds = nnx.Param(jnp.asarray(table, jnp.float32))
+        model.graded_linear(name).thresholds = nnx.Param(jnp.asarray(table, jnp.float32))
     targets = generator.targets if targets is None else targets
     return Generator(model, generator.tokenizer, generator.defaults, targets, generator.directory)

@@ -16,6 +16,7 @@ ranges.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,16 +70,16 @@ def output_sensitivities(
             window[...] = run_layer(layer, window)
         del layer  # Frees it before the next one is read.
         on_progress(f"forward layers.{i}")
-    axes = None if axes is None else jnp.asarray(axes)
+    device_axes = None if axes is None else jnp.asarray(axes)
     norm = RMSNorm(jnp.asarray(source.read(f"{FINAL_NORM.name}.scale")), config.rms_norm_eps)
     sensitivities = {HEAD: _head_variances(source, norm, hidden)}
     gradients = _head_gradients(source, norm, hidden[:layer_windows])
     del hidden
     for i in reversed(range(config.num_layers)):
         layer = dense_layer(source, *read_layer(source, i), compute_dtype)
-        sums: dict[str, np.ndarray] = dict.fromkeys(layer.spec.names, np.float64(0))
+        sums: dict[str, Any] = dict.fromkeys(layer.spec.names, 0.0)
         for window, gradient in zip(states.pop(), gradients, strict=True):
-            back, squares = _layer_gradients(layer, window, gradient, axes)
+            back, squares = _layer_gradients(layer, window, gradient, device_axes)
             gradient[...] = back
             sums = {name: sums[name] + np.asarray(squares[name], np.float64) for name in sums}
         sensitivities |= {f"layers.{i}.{name}": sums[name] / len(gradients) for name in sums}

@@ -25,7 +25,7 @@ from checkpoints_tools.source.layer import VALUES_IN_MEMORY
 from grinqh_jax.decoding.thresholds import interpolate
 from grinqh_jax.model.apply import Dense
 from grinqh_jax.model.decoder import DecoderLayer
-from grinqh_jax.model.linear import GradedLinear
+from grinqh_jax.model.linear import GradedLinear, Linear
 from pallas_kernels import NestedWeight, codes, grading, layout
 
 LevelGains = Mapping[str, Float[Array, "p"]]
@@ -102,7 +102,8 @@ class _GradedWithGains(Dense):
     def __init__(self, level_gains: LevelGains, setting: Setting):
         self.level_gains, self.setting = level_gains, setting
 
-    def product(self, name: str, linear: GradedLinear, x: Float[Array, "b t k"]) -> Float[Array, "b t n"]:
+    def product(self, name: str, linear: Linear, x: Float[Array, "b t k"]) -> Float[Array, "b t n"]:
+        assert isinstance(linear, GradedLinear), "the layers of a graded model are graded"
         thresholds = interpolate(linear.thresholds[...], *self.setting)
         level_gains = self.level_gains[name.rpartition(".")[2]]
         return graded_product(x, linear.weight, thresholds, level_gains).astype(x.dtype)
@@ -188,10 +189,9 @@ def _through_head(
             back[s] += shares[1]
             by_gains[s][name] += shares[2]
     factors = [1 / jnp.maximum(d, _LEAST_DIVERGENCE) for d in divergences]
-    gradients = {
-        name: sum(factor * gradient[name] for factor, gradient in zip(factors, by_gains, strict=True))
-        for name in head.blocks
-    }
+    gradients = {name: jnp.zeros_like(level_gains[name]) for name in head.blocks}
+    for factor, gradient in zip(factors, by_gains, strict=True):
+        gradients = {name: total + factor * gradient[name] for name, total in gradients.items()}
     back = [
         pull_back((factor * gradient).astype(x.dtype))[0]
         for pull_back, factor, gradient, x in zip(norm_pull_backs, factors, back, normed, strict=True)

@@ -63,10 +63,11 @@ class GradedModel:
         config = self.original.config
         shapes = block_shapes(config.hidden_size, config.vocab_size)
         trees = self.read(HEAD)["blocks"]
-        blocks = {
-            name: linear_of(_with_unit_gains(trees[str(i)]), shape, self.compute_dtype)
-            for i, (name, shape) in enumerate(shapes.items())
-        }
+        blocks = {}
+        for i, (name, shape) in enumerate(shapes.items()):
+            block = linear_of(_with_unit_gains(trees[str(i)]), shape, self.compute_dtype)
+            assert isinstance(block, GradedLinear), "the tree has planes"
+            blocks[name] = block
         return GradedHead(RMSNorm(self.read(FINAL_NORM.name)["scale"], config.rms_norm_eps), blocks)
 
     def original_head(self, name: str, outputs: slice) -> Float[Array, "d n"]:

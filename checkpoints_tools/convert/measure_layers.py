@@ -7,11 +7,12 @@ makes its only codes.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from checkpoints_tools.calibration import statistics
 from checkpoints_tools.calibration.statistics import LinearStatistics
@@ -95,7 +96,7 @@ def measure_layers(
             write = projection not in plan.refit and f"layers.{i}" not in writer.parts
             linears[name], codes = _measure(
                 rounding(plan, survey, name, inputs[projection]),
-                lambda outputs, kernels=kernels, projection=projection: kernels[projection][:, outputs],
+                functools.partial(_columns, kernels[projection]),
                 plan,
                 write=write,
             )
@@ -103,13 +104,13 @@ def measure_layers(
             del kernels[projection]  # Frees its weights before the next projection is packed.
         parts.save(writer, f"layers.{i}", leaves)
         on_progress(f"measure layers.{i}")
-    norms[FINAL_NORM.name] = weights.read(f"{FINAL_NORM.name}.scale")
+    norms[FINAL_NORM.name] = np.asarray(weights.read(f"{FINAL_NORM.name}.scale"))
     norm = RMSNorm(jnp.asarray(norms[FINAL_NORM.name]), plan.source.config.rms_norm_eps)
     head_inputs, leaves = statistics.of_head(norm, hidden), {}
     for name in survey.vocabulary_blocks:
         linears[name], codes = _measure(
             rounding(plan, survey, name, head_inputs),
-            lambda outputs, name=name: survey.read_vocabulary(name, outputs),
+            functools.partial(survey.read_vocabulary, name),
             plan,
             write=HEAD not in plan.refit and HEAD not in writer.parts,
         )
@@ -117,6 +118,10 @@ def measure_layers(
     parts.save(writer, HEAD, leaves)
     on_progress(f"measure {HEAD}")
     return Measurements(linears=linears, norms=norms)
+
+
+def _columns(kernel: np.ndarray | Array, outputs: slice) -> np.ndarray | Array:
+    return kernel[:, outputs]
 
 
 def rounding(plan: Plan, survey: Survey, name: str, inputs: LinearStatistics) -> Rounding:
@@ -165,5 +170,7 @@ def _measure(
     else:
         codes, fit = {}, measure_linear(rounding, read_outputs)
     level_gains = fitted_gains(plan, rounding.name, fit)
-    measurement = LinearMeasurement(inputs=rounding.inputs, errors=fit.errors, level_gains=level_gains)
+    measurement = LinearMeasurement(
+        inputs=rounding.inputs, errors=np.asarray(fit.errors), level_gains=level_gains
+    )
     return measurement, stored_codes(plan, rounding.name, codes, level_gains) if write else {}

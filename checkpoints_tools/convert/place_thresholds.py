@@ -33,7 +33,7 @@ def place_thresholds(plan: Plan, measurements: Measurements) -> dict[str, Float[
     }
     if plan.options.split == SENSITIVITY:
         return threshold_tables(smooth_sensitivities(costs), plan.targets)
-    tables = {}
+    tables: dict[str, Float[np.ndarray, "targets p"]] = {}
     for name, cost in costs.items():
         tables |= threshold_tables({name: cost}, plan.targets)
     return tables
@@ -48,7 +48,7 @@ def write_grading(
     """Writes the leaves that are known once all layers are measured and their thresholds placed."""
     leaves = {f"{name}.thresholds": table for name, table in tables.items()}
     for name, linear in measurements.linears.items():
-        leaves[f"{name}.max_activation"] = np.float32(linear.inputs.max_activation)
+        leaves[f"{name}.max_activation"] = np.asarray(linear.inputs.max_activation, np.float32)
     for name, scale in measurements.norms.items():
         leaves[f"{name}.scale"] = np.asarray(scale).astype(parts.STORED_DTYPE)
     leaves[f"{HEAD}.columns"] = vocabulary.token_to_output(list(survey.vocabulary_blocks.values()))

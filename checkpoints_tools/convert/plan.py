@@ -121,7 +121,8 @@ def make_plan(source: HFCheckpoint, calibration: Calibration, options: Options) 
     compute_dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     widths = refit_tokens.input_widths(linear_shapes(source.config))
     refit_windows = refit_tokens.fitting_windows(survey_windows, widths, jnp.dtype(compute_dtype).itemsize)
-    refit, not_done = (), []
+    refit: tuple[str, ...] = ()
+    not_done: list[str] = []
     if options.refit:
         refit = tuple(refit_tokens.refitted_projections(refit_windows, widths))
         if shortage := refit_tokens.shortage(refit_windows, widths):

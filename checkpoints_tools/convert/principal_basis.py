@@ -127,7 +127,7 @@ def second_moments(
     return np.asarray(total)
 
 
-def _check(kernel: np.ndarray, name: str) -> None:
+def _check(kernel: np.ndarray | Array, name: str) -> None:
     try:
         codes.check_quantizable(jnp.asarray(kernel), name)
     except ValueError as error:

@@ -17,7 +17,7 @@ from grinqh_jax.decoding.thresholds import interpolate
 from grinqh_jax.model.apply import Dense, Graded
 from grinqh_jax.model.decoder import DecoderLayer, RMSNorm
 from grinqh_jax.model.layer_spec import LayerSpec
-from grinqh_jax.model.linear import GradedLinear, Linear
+from grinqh_jax.model.linear import Linear
 from pallas_kernels import Activations
 
 BITS = 3.0
@@ -76,7 +76,7 @@ class RefitStates:
             states.inputs = []  # Frees the inputs of the projection before.
             states.inputs = [_normed(norm, stream) for stream in states.stream]
 
-    def fitted(self, name: str, w: Float[Array, "k n"], outputs: slice) -> Float[Array, "k n"]:
+    def fitted(self, name: str, w: Float[Array | np.ndarray, "k n"], outputs: slice) -> Float[Array, "k n"]:
         """Returns the refitted weights of some outputs of the current projection.
 
         Args:
@@ -85,7 +85,7 @@ class RefitStates:
           outputs: Range of the outputs.
         """
         least_read = self._thresholds(name)[0]
-        deficits = [None] * len(self._exact.inputs)
+        deficits: list[Float[Array, "t n"] | None] = [None] * len(self._exact.inputs)
         if name.rpartition(".")[2] in self._spec.writers:
             pairs = zip(self._exact.stream, self._graded.stream, strict=True)
             deficits = [exact[:, outputs] - graded[:, outputs] for exact, graded in pairs]
@@ -93,9 +93,9 @@ class RefitStates:
         windows = [FitWindow(*window) for window in states]
         if self._factor_of[0] != name:  # All outputs have the same inputs.
             self._factor_of = name, factor(windows, least_read)
-        return refitted(w, windows, least_read, self._factor_of[1])
+        return refitted(jnp.asarray(w), windows, least_read, self._factor_of[1])
 
-    def advance(self, name: str, layer: DecoderLayer, linear: GradedLinear) -> None:
+    def advance(self, name: str, layer: DecoderLayer, linear: Linear) -> None:
         """Moves the windows past the current projection.
 
         Args:

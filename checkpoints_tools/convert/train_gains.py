@@ -89,4 +89,7 @@ def _gains(
     initial: Mapping[str, Float[np.ndarray, "p"]], log_factors: Mapping[str, Float[Array, "p_less_1"]]
 ) -> dict[str, Float[Array, "p"]]:
     """Returns the initial gains times the factors, which are positive; the highest level keeps its gain."""
-    return {name: gains * jnp.exp(jnp.append(log_factors[name], 0)) for name, gains in initial.items()}
+    return {
+        name: jnp.asarray(gains) * jnp.exp(jnp.append(log_factors[name], 0))
+        for name, gains in initial.items()
+    }

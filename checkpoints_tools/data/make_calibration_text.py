@@ -71,9 +71,9 @@ def generated_texts(decoder: Decoder, tokenizer: Tokenizer, seed: int) -> list[s
         decoder, first, first == end, cache, None, sampling, end, jnp.full(batch, TOKENS), steps=TOKENS
     )
     texts = []
-    for row in range(batch):
-        tokens = [int(first[row]), *np.asarray(chunk.tokens[row, : chunk.counts[row]]).tolist()]
-        texts.append(tokenizer.decode(prompts[row] + tokens).strip())
+    for i in range(batch):
+        tokens = [int(first[i]), *np.asarray(chunk.tokens[i, : chunk.counts[i]]).tolist()]
+        texts.append(tokenizer.decode(prompts[i] + tokens).strip())
     return texts
 
 

@@ -83,7 +83,8 @@ def pareto(args: argparse.Namespace) -> int:
     for one in series:
         one.groups()  # Makes the checkpoints, or raises, before anything is measured.
     by_data: list[list[Row]] = []
-    for data in (*texts, *tasks):
+    all_data: list[TextFile | ProblemFile] = [*texts, *tasks]
+    for data in all_data:
         by_data.append([])
         for one in series:
             by_data[-1] += _rows(measurements, one, data, timing)

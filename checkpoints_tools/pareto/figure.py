@@ -86,12 +86,12 @@ def draw(results: dict[str, Any], path: Path) -> None:
             _draw_panel(axes, [row for row in rows if row["data"] == data], x, value)
             axes.set_title(data, fontsize=10, color="#555555")
             axes.set_xlabel(_X[x])
-        handles = {}
+        handles: dict[str, Any] = {}
         for axes in grid.flat:
             handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
         figure.legend(
-            handles.values(),
-            handles,
+            list(handles.values()),
+            list(handles),
             loc="outside upper center",
             ncols=min(len(handles), 5),
             frameon=False,

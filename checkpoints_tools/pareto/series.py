@@ -168,9 +168,11 @@ class SweepContext:
             label = "GRINQH, whole head"
             series = self._graded(method, label, options, settings, settings, reading.whole_head)
             config = self.source.config
-            return dataclasses.replace(
-                series, dial=lambda bits: reading.with_whole_head(bits, config, options.max_bits)
-            )
+
+            def dial(bits: Bits) -> Bits:
+                return FULL if bits == FULL else reading.with_whole_head(bits, config, options.max_bits)
+
+            return dataclasses.replace(series, dial=dial)
         settings = [bits for bits in settings if bits <= reading.INT4_BITS]
         return self._graded(
             method,
@@ -195,6 +197,11 @@ class SweepContext:
         def checkpoint(bits: Bits) -> Path:
             return self._made(name, options, self._convert)
 
+        def bits_read(bits: Bits, layers: float | None, everything: float | None) -> tuple[float, float]:
+            assert layers is not None, "a graded model counts the bits that it reads"
+            assert everything is not None, "a graded model counts the bits that it reads"
+            return layers + SCALE_BITS, everything + SCALE_BITS
+
         return Series(
             method=method,
             label=label,
@@ -203,7 +210,7 @@ class SweepContext:
             checkpoint=checkpoint,
             load=lambda bits: reread(self.load(checkpoint(bits))),
             dial=lambda bits: bits,
-            bits_read=lambda bits, layers, everything: (layers + SCALE_BITS, everything + SCALE_BITS),
+            bits_read=bits_read,
         )
 
     def _convert(self, options: Options, out: Path) -> None:

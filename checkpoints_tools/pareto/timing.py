@@ -85,7 +85,8 @@ class Timing:
         measured = sorted(self._kernel[shape].items())
         if not measured[0][0] - _TOLERANCE <= bits <= measured[-1][0] + _TOLERANCE:
             return None
-        return float(np.interp(bits, *zip(*measured, strict=True)))
+        measured_bits, times = zip(*measured, strict=True)
+        return float(np.interp(bits, np.asarray(measured_bits), np.asarray(times)))
 
 
 _TOLERANCE = 0.05

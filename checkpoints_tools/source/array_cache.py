@@ -1,7 +1,7 @@
 """A cache of arrays that are expensive to read, limited to the memory that is free."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 
@@ -23,7 +23,7 @@ class ArrayCache:
 
     def __init__(self, limit: int | None = None):
         self._free = free_bytes() if limit is None else limit
-        self._values: dict[str, object] = {}
+        self._values: dict[str, Any] = {}
 
     def __call__(self, name: str, read: Callable[[], T]) -> T:
         """Returns the value called ``name``, from ``read`` if it is not cached."""

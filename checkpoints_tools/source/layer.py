@@ -24,12 +24,16 @@ def read_layer(source, i: int) -> tuple[dict[str, np.ndarray | Array], dict[str,
       (``input_norm``).
     """
     prefix = f"layers.{i}."
-    kernels, norms = {}, {}
+    kernels: dict[str, np.ndarray | Array] = {}
+    norms: dict[str, np.ndarray] = {}
     # Reads the kernels first, because a rotated checkpoint derives the norms from them.
     for key in sorted(source.parameters, key=lambda key: not key.endswith(".kernel")):
         if key.startswith(prefix):
             name, leaf = key.removeprefix(prefix).split(".")
-            (kernels if leaf == "kernel" else norms)[name] = source.read(key)
+            if leaf == "kernel":
+                kernels[name] = source.read(key)
+            else:
+                norms[name] = source.read(key)
     return kernels, norms
 
 

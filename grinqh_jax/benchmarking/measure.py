@@ -5,6 +5,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -136,7 +137,7 @@ class DecodeRun:
             jnp.full(1, -1, jnp.int32),  # no stop token
             jnp.full(1, tokens, jnp.int32),
         )
-        self.compiled = None
+        self.compiled: jax.stages.Compiled | None = None
 
     def run(self, thresholds: Thresholds | None) -> engine.Chunk:
         """Decodes the tokens once. Other thresholds do not recompile."""
@@ -164,9 +165,11 @@ class DecodeRun:
         shares, setting, runs = layer_shares(self.model.config), bits, []
         for _ in range(SETTLING_RUNS):
             thresholds = thresholds_at(
-                names, tables, jnp.asarray(targets, jnp.float32), np.array([setting], np.float32)
+                names, tables, jnp.asarray(targets, jnp.float32), jnp.array([setting], jnp.float32)
             )
-            excess = float(np.mean(np.asarray(self.run(thresholds).grading_stats.bits) @ shares)) - bits
+            stats = self.run(thresholds).grading_stats
+            assert stats is not None, "a graded run has statistics"
+            excess = float(np.mean(np.asarray(stats.bits) @ shares)) - bits
             runs.append((abs(excess), thresholds))
             if abs(excess) <= SETTLED_BITS:
                 break
@@ -205,13 +208,14 @@ class PrefillRun:
             )
         self._cache = KVCache.create(model.config, 1, tokens, model.compute_dtype)
         self._prompt = jax.random.randint(jax.random.key(0), (1, tokens), 0, model.config.vocab_size)
-        self._program, self._thresholds = engine.prefill, ()
+        self._program: Any = engine.prefill
+        self._thresholds: tuple[StackedThresholds, ...] = ()
         if model.graded:
             names = tuple(linear_names(model.config))
-            planes = model.linear(names[0]).weight.num_planes
+            planes = model.graded_linear(names[0]).weight.num_planes
             self._program = engine.prefill_with_preview
             self._thresholds = (StackedThresholds(jnp.zeros((1, len(names), planes)), names),)
-        self.compiled = None
+        self.compiled: jax.stages.Compiled | None = None
 
     def run(self) -> jax.Array:
         """Reads the prompt once; returns the logits after it."""

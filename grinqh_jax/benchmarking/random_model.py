@@ -22,7 +22,7 @@ from grinqh_jax.model.apply import HEAD, Dense
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import Decoder
 from grinqh_jax.model.layer_spec import axis_sizes, layer_spec
-from grinqh_jax.model.linear import Linear
+from grinqh_jax.model.linear import GradedLinear, Linear
 from pallas_kernels import Activations
 from pallas_kernels.layout import GROUP
 
@@ -187,5 +187,6 @@ def _calibrate(model: Decoder, key: jax.Array) -> None:
 
 
 def _set(linear: Linear, thresholds: jax.Array, peak: jax.Array) -> None:
+    assert isinstance(linear, GradedLinear), "only graded layers are calibrated"
     linear.thresholds[...] = thresholds
     linear.max_activation[...] = peak

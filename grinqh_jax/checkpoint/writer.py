@@ -32,6 +32,8 @@ from pallas_kernels.x64 import without_x64
 _PARTS = "parts"
 _PARTIAL_SAVE = ".partial_save"
 _ORBAX_METADATA = "_CHECKPOINT_METADATA"
+# Orbax 0.12 writes the path of the partial directory into this file, and reads it only on cloud storage.
+_ORBAX_COMMIT_FILE = "commit_success.txt"
 _SEALED = "sealed"
 CONVERSION = "conversion.json"
 _LOCK = "lock"
@@ -203,6 +205,7 @@ class Writer:
         if problems := Manifest(leaves, {}).tree_problems(abstract):
             raise CheckpointError(f"{self.path} cannot be completed: " + "; ".join(problems))
         sealed = self._seal()
+        (sealed / _ORBAX_COMMIT_FILE).unlink(missing_ok=True)
         # A key that this library ignores may be infinite, and transformers reads it.
         config = {**config, "quantization_config": quantization.to_json()}
         write_json(sealed / "config.json", config, allow_nan=True)

@@ -7,6 +7,7 @@ or has random weights in a published shape or in the shape of the model in a dir
 """
 
 import argparse
+import functools
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -143,20 +144,21 @@ def _load(args: argparse.Namespace) -> tuple[str, Decoder, Sequence[float]]:
 
 def _model_rows(label, model: Decoder, targets, settings, args, bandwidth) -> Iterator[dict[str, Any]]:
     if args.prompt_tokens and settings:
-        run = measure.PrefillRun(model, args.prompt_tokens)
-        timing = measure.timed(run.run, args.prompt_tokens, args.repeats)
+        prefill = measure.PrefillRun(model, args.prompt_tokens)
+        timing = measure.timed(prefill.run, args.prompt_tokens, args.repeats)
         bits = settings[0] if settings[0] == BF16 else "full"
         yield _row(label, f"pp{args.prompt_tokens}", bits, timing, {}, None)
     if not args.generate_tokens or not settings:
         return
-    run = measure.DecodeRun(model, args.context, args.generate_tokens)
+    decoding = measure.DecodeRun(model, args.context, args.generate_tokens)
     for bits in settings:
         thresholds = None
         if model.graded:
-            thresholds = run.settle(targets, targets[-1] if bits == "full" else float(bits))
-        timing = measure.timed_in_a_row(lambda t=thresholds: run.run(t), args.generate_tokens, args.repeats)
-        figures = run.figures(run.run(thresholds))
-        bytes_read = figures["bytes_per_token"] + run.cache_bytes()
+            thresholds = decoding.settle(targets, targets[-1] if bits == "full" else float(bits))
+        run_once = functools.partial(decoding.run, thresholds)
+        timing = measure.timed_in_a_row(run_once, args.generate_tokens, args.repeats)
+        figures = decoding.figures(run_once())
+        bytes_read = figures["bytes_per_token"] + decoding.cache_bytes()
         share = bytes_read * timing.mean / bandwidth
         yield _row(label, f"tg{args.generate_tokens}", bits, timing, figures, share)
 

@@ -1,11 +1,13 @@
 """The verb ``evaluate``: accuracy on word problems at settings of the dial."""
 
 import argparse
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from grinqh_jax.cli import command, flags
 from grinqh_jax.cli.results import Result, show
+from grinqh_jax.decoding.bits import Bits
 
 
 def parser() -> command.Parser:
@@ -58,9 +60,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _results(
-    generator, problems, settings: Sequence[float | str], args: argparse.Namespace
-) -> Iterator[Result]:
+def _results(generator, problems, settings: Sequence[Bits], args: argparse.Namespace) -> Iterator[Result]:
     from grinqh_jax.cli.progress import Progress
     from grinqh_jax.evaluation.tasks import evaluate
 
@@ -72,5 +72,5 @@ def _results(
                 bits,
                 max_tokens=args.max_tokens,
                 batch=args.batch,
-                on_progress=lambda count, bits=bits: progress(count, f"{bits} bits"),
+                on_progress=functools.partial(progress, note=f"{bits} bits"),
             )

@@ -6,16 +6,17 @@ from collections.abc import Sequence
 
 from grinqh_jax.bundled import BUNDLED_MODEL
 from grinqh_jax.cli import text_input
+from grinqh_jax.decoding.bits import FULL, Bits
 from grinqh_jax.errors import UsageError
 
-DEFAULT_BITS: tuple[float | str, ...] = (2.0, 3.0, 4.0, "full")
+DEFAULT_BITS: tuple[Bits, ...] = (2.0, 3.0, 4.0, "full")
 """Settings that ``perplexity`` and ``evaluate`` measure by default."""
 
 
-def bits(text: str) -> float | str:
+def bits(text: str) -> Bits:
     """Parses mean bits per weight, or ``full``. Whether they are in range depends on the checkpoint."""
-    if text == "full":
-        return text
+    if text == FULL:
+        return FULL
     try:
         value = float(text)
     except ValueError:
@@ -25,7 +26,7 @@ def bits(text: str) -> float | str:
     return value
 
 
-def bits_list(text: str) -> list[float | str]:
+def bits_list(text: str) -> list[Bits]:
     """Parses a comma-separated list of ``bits`` and drops duplicates."""
     return list(dict.fromkeys(bits(item.strip()) for item in text.split(",")))
 
@@ -165,7 +166,7 @@ def add_bits_list(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object per line, not a table")
 
 
-def dial_settings(requested: Sequence[float | str] | None, generator) -> list[float | str]:
+def dial_settings(requested: Sequence[Bits] | None, generator) -> list[Bits]:
     """Returns the settings to measure: those requested, or the defaults that the model supports.
 
     Raises:

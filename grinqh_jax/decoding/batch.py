@@ -207,7 +207,8 @@ class Decoding:
         The dial observes the preview of the end of each prompt.
         """
         started = time.perf_counter()
-        logits = preview = None
+        logits: Float[jax.Array, "b v"] | None = None
+        preview: engine.Preview | None = None
         for bucket in cut(self._prompts, self.reused_tokens):
             new_logits, new_preview = self._read(bucket.tokens, self._put(bucket.lengths))
             if self._prompt_cache is not None:
@@ -215,6 +216,7 @@ class Decoding:
             is_read = (bucket.lengths > 0)[:, None]
             logits = new_logits if logits is None else jnp.where(is_read, new_logits, logits)
             preview = new_preview if preview is None else engine.merge_previews(preview, new_preview)
+        assert logits is not None, "every prompt has a token to read"
         self._device.last = self._choose_first(logits)
         first, preview = jax.device_get((self._device.last, preview))
         if preview is not None:
@@ -231,7 +233,8 @@ class Decoding:
         With chunks ahead, as on a GPU, one decode chunk runs while the consumer has the one before it. The
         dial and ``stop`` then take effect one chunk later.
         """
-        steps, in_flight = self._policy.chunk_steps, collections.deque()
+        steps = self._policy.chunk_steps
+        in_flight: collections.deque[_ChunkInFlight] = collections.deque()
         reader = concurrent.futures.ThreadPoolExecutor(1)
         asked, arrived = time.perf_counter(), 0.0
         try:
@@ -270,7 +273,7 @@ class Decoding:
     def _receive(self, chunk: engine.Chunk, seconds: float) -> NewTokens:
         """Updates the host's state from a chunk that has arrived, and drops tokens of stopped rows."""
         counts = np.where(self._host.stopped, 0, chunk.counts)
-        self._host.tokens_left, self._host.ended = self._host.tokens_left - counts, chunk.done
+        self._host.tokens_left, self._host.ended = self._host.tokens_left - counts, np.asarray(chunk.done)
         # Cut on the host: on the device every count would compile another program.
         stats = jax.tree.map(lambda steps: steps[: counts.max()], chunk.grading_stats)
         tokens = [row[:count].tolist() for row, count in zip(chunk.tokens, counts, strict=True)]
@@ -312,11 +315,12 @@ class Decoding:
 
     def _observe(
         self,
-        bits: Float[np.ndarray, "b steps linears"],
-        counts: Int[np.ndarray, "b"],
+        bits: Float[jax.Array | np.ndarray, "b steps linears"],
+        counts: Int[jax.Array | np.ndarray, "b"],
         setting: Float[np.ndarray, "b"] | None = None,
     ) -> None:
         """Updates dial and thresholds (see ``Dial.observe``)."""
+        assert self._dial is not None, "only graded models have a preview and grading statistics"
         self._dial.observe(bits, counts, setting)
         self._thresholds = self._dial.thresholds
 

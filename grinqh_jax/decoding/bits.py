@@ -1,11 +1,11 @@
 """The setting of the dial: mean bits to read per weight, or everything that is stored."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Final, Literal
 
 from grinqh_jax.errors import UsageError
 
-FULL = "full"
+FULL: Final = "full"
 """The setting that reads every stored bit."""
 
 Bits = float | Literal["full"]

@@ -59,8 +59,8 @@ class Dial:
 
     def observe(
         self,
-        bits: Float[Array, "rows steps linears"],
-        counts: Integer[np.ndarray, "rows"],
+        bits: Float[Array | np.ndarray, "rows steps linears"],
+        counts: Integer[Array | np.ndarray, "rows"],
         setting: Float[np.ndarray, "rows"] | None = None,
     ) -> None:
         """Updates the setting from the bits that a text read.
@@ -71,7 +71,8 @@ class Dial:
           setting: Setting that the tokens were read at, by default the current one.
         """
         setting = self.setting if setting is None else setting
-        counted = np.arange(bits.shape[1]) < np.asarray(counts)[:, None]
+        counts = np.asarray(counts)
+        counted = np.arange(bits.shape[1]) < counts[:, None]
         read = np.sum(np.asarray(bits, np.float64) @ self._shares, axis=1, where=counted)
         self._excess = self._excess + read - counts * setting
         self._tokens = self._tokens + counts

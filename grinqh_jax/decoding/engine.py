@@ -145,7 +145,7 @@ def _prefill(
     hidden, layers = model.hidden(tokens, positions, strategy, cache.layers)
     x = hidden.array
     last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
-    head = apply.Dense()
+    head: apply.Apply = apply.Dense()
     if model.graded:  # Reads the head at its full bits; dequantized, it would be the largest array of all.
         read_all = jnp.zeros(model.full_bits // DIGIT_BITS, jnp.float32)
         head = apply.Graded(dict.fromkeys(model.lm_head.names, read_all))
@@ -179,12 +179,13 @@ def decode_step(
 
 def _step(model, tokens, cache, thresholds, active):
     """Runs ``decode_step`` and leaves the logits in the order of the output projection's outputs."""
-    strategy = apply.Dense() if thresholds is None else apply.Graded(thresholds)
+    graded = None if thresholds is None else apply.Graded(thresholds)
+    strategy = graded or apply.Dense()
     x, layers = model.hidden(tokens[:, None], cache.lengths[:, None], strategy, cache.layers)
     outputs = model.lm_head.outputs(x, strategy)[:, 0]
     advance = jnp.ones_like(cache.lengths) if active is None else active.astype(jnp.int32)
     cache = cache.updated(layers, cache.lengths + advance)
-    return outputs, cache, None if thresholds is None else _stacked_stats(model, strategy.stats)
+    return outputs, cache, None if graded is None else _stacked_stats(model, graded.stats)
 
 
 @jax.named_scope("grading_stats")

@@ -201,7 +201,8 @@ class Generator:
         Raises:
           UsageError: ``bits`` is outside the dial's range.
         """
-        if (wanted := self.bits(bits)) is None:
+        wanted = self.bits(bits)
+        if self.targets is None or wanted is None:
             return None
         return Dial(self.model, self.targets, np.full(batch, wanted))
 

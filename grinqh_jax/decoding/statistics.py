@@ -141,7 +141,8 @@ def grading_fields(model: Decoder, stats: GradingStats | None) -> dict[str, Any]
     if not model.graded:
         fields["bytes_per_token"] = _bytes_per_token(model, dict.fromkeys(names, model.full_bits))
     elif stats is not None and len(stats.bits):
-        bits = dict(zip(names, np.mean(stats.bits, axis=0, dtype=np.float64).tolist(), strict=True))
+        means = np.asarray(stats.bits, np.float64).mean(axis=0)
+        bits = dict(zip(names, means.tolist(), strict=True))
         ratios = np.max(activation_range_ratio(model, stats), axis=0).tolist()
         fields |= {
             "realised_bits": weighted_mean(model, bits),
@@ -160,7 +161,9 @@ def activation_range_ratio(model: Decoder, stats: GradingStats) -> Float[np.ndar
       model: Graded model.
       stats: Grading statistics ``[*steps, linears]``, layers in the order of ``decoder.linear_names``.
     """
-    calibrated = _stack([model.linear(name).max_activation[...] for name in linear_names(model.config)])
+    calibrated = _stack(
+        [model.graded_linear(name).max_activation[...] for name in linear_names(model.config)]
+    )
     with np.errstate(divide="ignore", invalid="ignore"):  # Constructed models have no calibration: 0.
         return np.asarray(stats.max_abs) / np.asarray(calibrated)
 

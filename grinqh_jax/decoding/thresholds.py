@@ -64,7 +64,7 @@ def interpolate(
 
 def stacked_tables(model: Decoder) -> Float[Array, "t linears p"]:
     """Returns the threshold tables of a graded model, in the order of ``decoder.linear_names``."""
-    return _stack([model.linear(name).thresholds[...] for name in linear_names(model.config)])
+    return _stack([model.graded_linear(name).thresholds[...] for name in linear_names(model.config)])
 
 
 def thresholds_at(

@@ -43,7 +43,7 @@ class DecodedBits:
         if not self._count:
             return None
         by_name = zip(linear_names(model.config), (self._bits / self._count).tolist(), strict=True)
-        return weighted_mean(model, {name: bits for name, bits in by_name if head or not of_head(name)})
+        return float(weighted_mean(model, {n: bits for n, bits in by_name if head or not of_head(n)}))
 
 
 @dataclasses.dataclass(frozen=True)

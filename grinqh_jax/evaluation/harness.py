@@ -61,7 +61,7 @@ class GrinqhLM(TemplateLM):
         del device, max_batch_size
         self.generator = Generator.load(pretrained)
         dial = self.generator.bits(bits)
-        self.bits = FULL if bits == FULL or dial is None else dial
+        self.bits: Bits = FULL if bits == FULL or dial is None else dial
         self.batch_size = int(batch_size) if str(batch_size).isdigit() else 64
         most = self.generator.model.config.max_position_embeddings
         self.max_length = min(max_length or MAX_LENGTH, most)
@@ -144,7 +144,7 @@ class GrinqhLM(TemplateLM):
                     self.bits,
                     max_tokens=options.max_tokens,
                     batch=self.batch_size,
-                    ended=lambda text, stops=options.stops: any(stop in text for stop in stops),
+                    ended=options.ended,
                     sampling=options.sampling,
                     on_progress=bar.update,
                 )
@@ -211,6 +211,10 @@ class _Options:
             self.sampling |= {
                 name: given[name] for name in ("top_k", "top_p", "min_p", "seed") if name in given
             }
+
+    def ended(self, text: str) -> bool:
+        """Whether a text contains a stop string."""
+        return any(stop in text for stop in self.stops)
 
     def cut(self, text: str) -> str:
         """Returns the text before the first stop string."""

@@ -33,8 +33,8 @@ class _Compared(NamedTuple):
 class _Realised(NamedTuple):
     """Mean bits read per weight for each token, with and without the output projection."""
 
-    all: Float[Array, "b t"]
-    without_head: Float[Array, "b t"]
+    all: Float[np.ndarray, "b t"]
+    without_head: Float[np.ndarray, "b t"]
 
 
 def read_tokens(generator: Generator, path: Path, limit: int | None) -> Int32[np.ndarray, "n"]:
@@ -89,8 +89,12 @@ def measure(
         are out of the dial's range.
     """
     _check(model, tokens, sequence_length, reference)
-    if targets is None and (graded := [setting for setting in bits if setting != "full"]):
-        raise UsageError(f"bits {graded[0]:g}: the model is not quantized and runs at full precision only")
+    if targets is None:
+        if graded := [setting for setting in bits if setting != "full"]:
+            raise UsageError(
+                f"bits {graded[0]:g}: the model is not quantized and runs at full precision only"
+            )
+        targets = ()
     dials = [
         None if setting == "full" else Dial(model, targets, np.array([setting], float)) for setting in bits
     ]
@@ -124,14 +128,14 @@ class _Collected:
 
     def add(self, compared: _Compared, realised: _Realised, predicted: Bool[np.ndarray, "b t"]) -> None:
         """Adds a batch of windows. Tokens that are not ``predicted`` are padding."""
-        compared = _Compared(*map(np.asarray, compared))
+        counts = np.sum(predicted, axis=1)
         # Reading the last token of a window predicts nothing, so its bits do not count.
-        realised = _Realised(*(np.asarray(bits)[:, :-1] for bits in realised))
-        sums = [np.sum(v, axis=1, where=predicted, dtype=np.float64) for v in (*compared, *realised)]
-        sums = WindowSums(*sums, tokens=np.sum(predicted, axis=1, dtype=np.float64))
-        self._sums.append(WindowSums(*(column[sums.tokens > 0] for column in sums)))
-        self._bits.append(realised.all[predicted])
-        self._losses.append(compared.reference_loss[predicted])
+        read = [bits[:, :-1] for bits in realised]
+        columns = [*map(np.asarray, compared), *read, np.ones_like(predicted)]
+        sums = [np.where(predicted, column, 0).astype(np.float64).sum(axis=1) for column in columns]
+        self._sums.append(WindowSums(*(column[counts > 0] for column in sums)))
+        self._bits.append(read[0][predicted])
+        self._losses.append(np.asarray(compared.reference_loss)[predicted])
 
     def summary(self, bits: Bits, *, graded: bool) -> Perplexity:
         """Computes the result over all windows."""
@@ -188,9 +192,9 @@ def _graded_logits(model: Decoder, windows: Int[Array, "b t"], thresholds: Thres
     return logits, jnp.stack([graded.bits[name] for name in linear_names(model.config)], axis=-1)
 
 
-def _realised(model: Decoder, bits: Float[Array, "b t linears"]) -> _Realised:
+def _realised(model: Decoder, by_linear: Float[Array, "b t linears"]) -> _Realised:
     """Averages the bits of the linear layers over their weights."""
-    bits, shares = np.asarray(bits), layer_shares(model.config)
+    bits, shares = np.asarray(by_linear), layer_shares(model.config)
     layers = np.where([of_head(name) for name in linear_names(model.config)], 0, shares)
     return _Realised(bits @ shares, bits @ (layers / layers.sum()))
 

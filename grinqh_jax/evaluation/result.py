@@ -121,9 +121,9 @@ class Perplexity:
         A perplexity that overflows is infinite, and its difference to another infinite one is NaN.
         """
         count = windows.tokens
-        mean = WindowSums(*(float(sums.sum() / count.sum()) for sums in windows))
-        own, reference = exp(mean.loss), exp(mean.reference_loss)
-        ratio = exp(mean.loss - mean.reference_loss)
+        mean = {name: float(sums.sum() / count.sum()) for name, sums in windows._asdict().items()}
+        own, reference = exp(mean["loss"]), exp(mean["reference_loss"])
+        ratio = exp(mean["loss"] - mean["reference_loss"])
 
         def error(sums: np.ndarray, factor: float = 1.0) -> float | None:
             value = standard_error(sums, count)
@@ -132,17 +132,17 @@ class Perplexity:
         # Errors pass through exp to first order: d exp(x) = exp(x) dx.
         return cls(
             bits=bits,
-            realised_bits=mean.bits,
-            realised_bits_without_head=mean.bits_without_head,
+            realised_bits=mean["bits"],
+            realised_bits_without_head=mean["bits_without_head"],
             perplexity=own,
             stderr=error(windows.loss, own),
             difference=own - reference,
             difference_stderr=error(own * windows.loss - reference * windows.reference_loss),
             ratio=ratio,
             ratio_stderr=error(windows.loss - windows.reference_loss, ratio),
-            kl=mean.kl,
+            kl=mean["kl"],
             kl_stderr=error(windows.kl),
-            same_top1=mean.same_top1,
+            same_top1=mean["same_top1"],
             same_top1_stderr=error(windows.same_top1),
             tokens=int(count.sum()),
             token_bits=token_bits,

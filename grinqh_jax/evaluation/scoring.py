@@ -13,7 +13,7 @@ from grinqh_jax.decoding.bits import Bits
 from grinqh_jax.decoding.generator import Generator
 from grinqh_jax.decoding.statistics import weighted_mean
 from grinqh_jax.errors import UsageError
-from grinqh_jax.model.apply import Dense, Graded
+from grinqh_jax.model.apply import Graded
 from grinqh_jax.model.decoder import Decoder
 from pallas_kernels.x64 import without_x64
 
@@ -82,7 +82,7 @@ def score(
                 f"a context of {len(context)} and a continuation of {len(continuation)} tokens: at least one "
                 f"token of the context must fit with the continuation into {max_length} tokens"
             )
-    scores: list[Score | None] = [None] * len(pairs)
+    scores: dict[int, Score] = {}
     for indices, tokens in _batches(rows, batch, generator.model.config.vocab_size):
         log_p, greedy, read = _next_tokens(generator.model, tokens, thresholds)
         log_p, greedy = np.asarray(log_p, np.float64), np.asarray(greedy)
@@ -96,7 +96,7 @@ def score(
                 tokens=scored.stop,
             )
         on_progress(len(indices))
-    return scores
+    return [scores[i] for i in range(len(pairs))]
 
 
 def _batches(
@@ -122,11 +122,11 @@ def _batches(
 @jax.jit
 def _next_tokens(model: Decoder, tokens: Int[Array, "b t"], thresholds: dict[str, Float[Array, "p"]] | None):
     """Returns, for all tokens but the first, log-probability, whether it is the greedy one, and bits read."""
-    apply = Dense() if thresholds is None else Graded(thresholds)
-    log_p = jax.nn.log_softmax(model(tokens[:, :-1], apply))
+    graded = None if thresholds is None else Graded(thresholds)
+    log_p = jax.nn.log_softmax(model(tokens[:, :-1], graded))
     following = tokens[:, 1:]
     chosen = jnp.take_along_axis(log_p, following[..., None], axis=-1)[..., 0]
-    read = None if thresholds is None else weighted_mean(model, apply.bits)
+    read = None if graded is None else weighted_mean(model, graded.bits)
     return chosen, jnp.argmax(log_p, axis=-1) == following, read
 
 

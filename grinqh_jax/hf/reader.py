@@ -150,8 +150,8 @@ def open_checkpoint(model: str | os.PathLike[str]) -> HFCheckpoint:
     unlisted = bool(broken) and not files_of_index
     stored_names: dict[str, str] = {}
     if config is not None and files and not unlisted and (index is None or files_of_index):
-        unreadable = [name for name, file in files_of_index.items() if directory / file in broken]
-        unreadable = frozenset(params.canonical_names(config, unreadable).values())
+        in_broken_files = [name for name, file in files_of_index.items() if directory / file in broken]
+        unreadable = frozenset(params.canonical_names(config, in_broken_files).values())
         stored_names = _stored_names(config, files, problems)
         canonical_shapes = {name: shapes[stored] for name, stored in stored_names.items()}
         problems += params.mismatches(config, canonical_shapes, unreadable)

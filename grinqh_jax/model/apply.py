@@ -107,7 +107,9 @@ class Graded:
         """Realised mean bits of every row, by layer name."""
         return {name: stats.bits for name, stats in self.stats.items()}
 
-    def __call__(self, name: str, linear: GradedLinear, x: Activations) -> Activations:
+    def __call__(self, name: str, linear: Linear, x: Activations) -> Activations:
+        if not isinstance(linear, GradedLinear):
+            raise ValueError(f"{name} is dense; only layers stored as nested codes can be read graded")
         thresholds = self.thresholds[name]
         if thresholds.ndim == 2:  # [B, P]: all positions of a batch row share its thresholds
             thresholds = thresholds.reshape(-1, *(1,) * (len(x.leading) - 1), thresholds.shape[-1])

@@ -39,10 +39,10 @@ def attend_heads(
         sizes = {"tokens": tokens, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
         if decode_attention.supports(**sizes, dtype=cache[0].dtype) is None:
             cos, sin = rope.cos_sin(positions[:, 0], frequencies)
-            outputs, *cache = decode_attention.decode_attention(
+            attended, keys, values = decode_attention.decode_attention(
                 qkv, cos, sin, norm_scales, config.rms_norm_eps, *cache, positions[:, 0]
             )
-            return outputs, tuple(cache)
+            return attended, (keys, values)
     all_heads = qkv.array.reshape(batch, tokens, -1, head_dim)
     rotated, values = jnp.split(all_heads, (heads + kv_heads,), axis=2)
     if norm_scales is not None:

@@ -181,8 +181,9 @@ def _architecture(reader: _Reader) -> Literal["llama", "qwen3"]:
     for name in names:
         if name in ARCHITECTURES:
             return ARCHITECTURES[name]
-    if not names and model_type in ARCHITECTURES.values():
-        return model_type
+    for supported_type in ARCHITECTURES.values():
+        if not names and model_type == supported_type:
+            return supported_type
     unsupported = f"architecture {', '.join(names)}" if names else f"model_type {model_type!r}"
     reader.problem(f"{unsupported} (supported: {', '.join(ARCHITECTURES)})")
     return "llama"

@@ -118,6 +118,8 @@ class DecoderLayer(nnx.Module):
             outputs = apply(f"{name}.{block.reads.name}", getattr(self, block.reads.name), inputs)
             mixed, kv = self.mix(block, outputs, positions, kv)
             update = apply(f"{name}.{block.writes.name}", getattr(self, block.writes.name), mixed)
+        assert update is not None, "a layer has a residual block"
+        assert kv is not None, "a layer has an attention block"
         return x, update, kv
 
     def mix(
@@ -179,11 +181,11 @@ class Decoder(nnx.Module):
     ) -> tuple[Activations, list[KeyValues]]:
         """Returns hidden states after the final norm, ``[b, t, d]``, and keys and values of every layer."""
         x, update = self.embed(tokens, self.compute_dtype), None
-        cache = [None] * len(self.layers) if cache is None else cache
+        earlier: Sequence[KeyValues | None] = [None] * len(self.layers) if cache is None else cache
         updated = []
-        for i, (layer, kv) in enumerate(zip(self.layers, cache, strict=True)):
-            x, update, kv = layer.advance(f"layers.{i}", x, update, positions, apply, kv)
-            updated.append(kv)
+        for i, (layer, kv) in enumerate(zip(self.layers, earlier, strict=True)):
+            x, update, updated_kv = layer.advance(f"layers.{i}", x, update, positions, apply, kv)
+            updated.append(updated_kv)
         return self.norm.add(x, update)[1], updated
 
     def logits(self, x: Activations, apply: Apply) -> Float[Array, "*rows v"]:
@@ -203,6 +205,17 @@ class Decoder(nnx.Module):
         _, index, projection = name.split(".")
         return getattr(self.layers[int(index)], projection)
 
+    def graded_linear(self, name: str) -> GradedLinear:
+        """Returns the graded linear layer of one of ``linear_names``.
+
+        Raises:
+          ValueError: The layer is dense.
+        """
+        linear = self.linear(name)
+        if not isinstance(linear, GradedLinear):
+            raise ValueError(f"{name} is dense; load a GRINQH checkpoint")
+        return linear
+
     @property
     def graded(self) -> bool:
         """Whether the linear layers are stored as nested codes."""
@@ -212,14 +225,16 @@ class Decoder(nnx.Module):
     def full_bits(self) -> int:
         """Bits per weight of the linear layers: of the stored codes, or of the dtype of dense kernels."""
         block = self.lm_head.blocks[0]
-        return block.weight.max_bits if self.graded else 8 * block.kernel[...].dtype.itemsize
+        if isinstance(block, GradedLinear):
+            return block.weight.max_bits
+        return 8 * block.kernel[...].dtype.itemsize
 
 
 def checkpoint_leaves(model: Decoder) -> dict[str, Array]:
     """Returns the arrays of a model by their dotted names in a checkpoint (``layers.0.qkv.planes``)."""
     keys = {attribute: key for key, attribute in CHECKPOINT_ATTRIBUTES.items()}
     return {
-        ".".join(keys.get(name, str(name)) for name in path): parameter[...]
+        ".".join(keys.get(str(name), str(name)) for name in path): parameter[...]
         for path, parameter in nnx.to_flat_state(nnx.state(model))
     }
 

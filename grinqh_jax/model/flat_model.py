@@ -1,5 +1,7 @@
 """A decoder as few arrays, which jitted functions receive faster."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
@@ -34,7 +36,7 @@ class FlatModel:
         stacked = {i for members in stacks for i in members}
         self.arrays = tuple(leaf for i, leaf in enumerate(leaves) if i not in stacked)
         self.arrays += tuple(_stack([leaves[i] for i in members]) for members in stacks)
-        self._form = structure, stacks
+        self._form: tuple[Any, tuple[tuple[int, ...], ...]] = structure, stacks
 
     @property
     def module(self) -> Decoder:

@@ -190,7 +190,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, list[tuple[int, ...]]]:
     def kernel(projection: Projection) -> list[tuple[int, ...]]:
         return [(sizes[axis], sizes[projection.inputs]) for axis in projection.outputs]
 
-    shapes = {"embed.embedding": [(sizes["vocab"], sizes["hidden"])]}
+    shapes: dict[str, list[tuple[int, ...]]] = {"embed.embedding": [(sizes["vocab"], sizes["hidden"])]}
     for i in range(config.num_layers):
         shapes |= {f"layers.{i}.{norm.name}.scale": scale(norm) for norm in layer.norms}
         shapes |= {f"layers.{i}.{p.name}.kernel": kernel(p) for p in layer.projections}

@@ -1,7 +1,7 @@
-"""The two linear modules, dense and graded, and their common protocol."""
+"""The two linear modules, dense and graded."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,18 +22,6 @@ CHECKPOINT_ATTRIBUTES = {"gains": "level_gains", "columns": "token_to_output"}
 """Attributes of modules whose key in a checkpoint's state tree differs, by that key."""
 
 
-@runtime_checkable
-class Linear(Protocol):
-    """``y = x @ W`` with ``W [in_features, out_features]``, at full precision."""
-
-    in_features: int
-    out_features: int
-
-    def dense(self, x: Float[Array, "*rows k"], dtype=None) -> Float[Array, "*rows n"]:
-        """Returns ``x @ W``, accumulated in float32, in ``dtype`` (default: the dtype of x)."""
-        ...
-
-
 class DenseLinear(nnx.Module):
     """An unquantized linear layer without bias.
 
@@ -46,7 +34,7 @@ class DenseLinear(nnx.Module):
         self.in_features, self.out_features = kernel.shape
 
     def dense(self, x: Float[Array, "*rows k"], dtype=None) -> Float[Array, "*rows n"]:
-        """See ``Linear``."""
+        """Returns ``x @ W``, accumulated in float32, in ``dtype`` (default: the dtype of x)."""
         return _matmul(x, self.kernel[...].astype(x.dtype), dtype)
 
 
@@ -85,7 +73,7 @@ class GradedLinear(nnx.Module):
         return NestedWeight(*arrays, self.in_features, self.out_features, self.level_gains[...])
 
     def dense(self, x: Float[Array, "*rows k"], dtype=None) -> Float[Array, "*rows n"]:
-        """See ``Linear``. Dequantizes every plane to the dtype of x."""
+        """Returns ``x @ W`` as ``DenseLinear.dense`` does. Dequantizes every plane to the dtype of x."""
         # The weight is available before x. Without the barrier XLA (jax 0.11.2) dequantizes many layers in
         # one kernel ahead of all products, so that the whole dequantized model is in memory at once.
         weight, x = jax.lax.optimization_barrier((self.weight, x))
@@ -98,6 +86,10 @@ class GradedLinear(nnx.Module):
     def graded(self, x: Activations, thresholds: Float[Array, "*any p"]) -> tuple[Activations, GradingStats]:
         """Reads each channel at its level and returns ``(y, stats)`` (see ``graded_partial_sums``)."""
         return graded_partial_sums(x, self.weight, thresholds)
+
+
+Linear = DenseLinear | GradedLinear
+"""A linear layer: ``y = x @ W`` with ``W [in_features, out_features]``."""
 
 
 def linear_of(tree: Mapping[str, Any], shape: tuple[int, int], compute_dtype) -> Linear:

@@ -29,7 +29,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
 
 
 def cos_sin(
-    positions: Int[Array, "*rows"], frequencies: Float[Array, "half"]
+    positions: Int[Array, "*rows"], frequencies: Float[Array | np.ndarray, "half"]
 ) -> tuple[Float[Array, "*rows half"], Float[Array, "*rows half"]]:
     """Returns the float32 cosine and sine of every rotation angle."""
     angle = positions[..., None].astype(jnp.float32) * frequencies
@@ -38,7 +38,9 @@ def cos_sin(
 
 @jax.named_scope("attention")
 def rotate(
-    x: Float[Array, "b t heads d"], positions: Int[Array, "b t"], frequencies: Float[Array, "half"]
+    x: Float[Array, "b t heads d"],
+    positions: Int[Array, "b t"],
+    frequencies: Float[Array | np.ndarray, "half"],
 ) -> Float[Array, "b t heads d"]:
     """Rotates every head by its position, in float32, and returns the dtype of x."""
     cos, sin = (a[..., None, :] for a in cos_sin(positions, frequencies))

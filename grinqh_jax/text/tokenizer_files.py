@@ -63,7 +63,7 @@ def tokenizer_json_suffices(directory: Path, backend: tokenizers.Tokenizer) -> b
     if any(ids.get(content) != number for content, number in vocabulary.items()):
         return False
     named = [*_named_tokens(config), *_named_tokens(special_tokens)]
-    if not all(_is_added(token, added.get(ids.get(_content(token)))) for token in named):
+    if not all(_is_added(token, added.get(ids.get(_content(token), -1))) for token in named):
         return False
     model = _object(directory / "config.json")
     named_tokens = [added[ids[_content(token)]] for token in named]

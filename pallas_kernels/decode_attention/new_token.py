@@ -75,7 +75,7 @@ def prepare(
     cos, sin = fetched.cos, fetched.sin
     raw = [isa.pack_bfloat16(*half) for half in fetched.halves]
     numbers = [unpack_bfloat16(isa, w) for w in raw]
-    if shape.eps is not None:
+    if shape.eps is not None and fetched.scales is not None:
         total = numbers[0][0] * numbers[0][0]
         for x in (numbers[0][1], *numbers[1]):
             total = isa.multiply_add(x, x, total)

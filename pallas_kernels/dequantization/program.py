@@ -14,6 +14,8 @@ scale has 11.
 """
 
 import dataclasses
+import functools
+import operator
 from typing import Any
 
 from pallas_kernels import layout
@@ -136,13 +138,12 @@ def load_scales(isa: Instructions, refs: Refs, index: Value) -> list[Value]:
 
 def position_codes(words: list[Value], position: int) -> Value:
     """Joins the digits at ``position`` of the bytes of all planes' words to four codes, one in each byte."""
-    codes = None
+    digits = []
     for f, word in enumerate(words):
         shift = 6 - 2 * f - 2 * position
         shifted = word << shift if shift >= 0 else word >> -shift
-        digits = shifted & (0x03030303 << (6 - 2 * f))
-        codes = digits if codes is None else codes | digits
-    return codes
+        digits.append(shifted & (0x03030303 << (6 - 2 * f)))
+    return functools.reduce(operator.or_, digits)
 
 
 def code_to_float(isa: Instructions, codes: Value, byte: int) -> Value:

@@ -38,7 +38,7 @@ def target_device():
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract is not None:
         return abstract
-    default = jax.config.jax_default_device
+    default = jax.config.jax_default_device  # type: ignore[attr-defined]  # set when jax is imported
     if default is None or isinstance(default, str):
         return jax.devices(default)[0]
     return default

@@ -19,7 +19,7 @@ import numpy as np
 
 from pallas_kernels.lanes.emulated_matrix_unit import multiply_fragments
 from pallas_kernels.lanes.emulated_memory import EmulationError, SharedMemory
-from pallas_kernels.lanes.instructions import LANES, Instructions, Value
+from pallas_kernels.lanes.instructions import LANES, Instructions, Kind, Value
 
 _ADDRESS_BITS = 40
 """A global address is ``(array number << 40) + byte``, where arrays are numbered from 1."""
@@ -30,8 +30,9 @@ _DTYPE = {"i32": np.int32, "i64": np.int64, "f32": np.float32, "bool": np.bool_}
 class LaneValue(Value):
     """One register of every thread: an array ``[threads of all CTAs]``."""
 
-    def __init__(self, data: np.ndarray, kind):
-        self.data, self.kind = np.ascontiguousarray(data, _DTYPE[kind]), kind
+    def __init__(self, data: np.ndarray, kind: Kind):
+        self.data: np.ndarray = np.ascontiguousarray(data, _DTYPE[kind])
+        self.kind = kind
 
     def binary(self, operation, other):
         a = self.data
@@ -42,8 +43,8 @@ class LaneValue(Value):
                 return LaneValue(compare(a, b), "bool")
             if operation in ("shr", "div", "rem"):
                 a, b = a.view(np.uint32), np.asarray(b).view(np.uint32)
-                function = {"shr": np.right_shift, "div": np.floor_divide, "rem": np.remainder}[operation]
-                return LaneValue(function(a, b).view(np.int32), "i32")
+                unsigned = {"shr": np.right_shift, "div": np.floor_divide, "rem": np.remainder}[operation]
+                return LaneValue(unsigned(a, b).view(np.int32), "i32")
             function = {
                 "add": np.add,
                 "sub": np.subtract,

@@ -1,5 +1,7 @@
 """The public graded matvec: one function with several implementations, chosen by name or by device."""
 
+from collections.abc import Iterable
+from types import ModuleType
 from typing import Literal
 
 import jax
@@ -14,7 +16,11 @@ from pallas_kernels.x64 import without_x64
 
 Implementation = Literal["reference", "xla", "mosaic_gpu"]
 
-IMPLEMENTATIONS = {"mosaic_gpu": mosaic_gpu, "xla": xla, "reference": reference}
+IMPLEMENTATIONS: dict[Implementation, ModuleType] = {
+    "mosaic_gpu": mosaic_gpu,
+    "xla": xla,
+    "reference": reference,
+}
 """Implementations by name, in order of preference. Each has ``supports(x [rows, K], weight)``, which returns
 None or the reason why not, and ``partial_sums(x [rows, K], weight, thresholds [rows, P])``, see
 ``graded_partial_sums``."""
@@ -100,7 +106,8 @@ def choose(
             f"unknown implementation {implementation!r}: choose from {', '.join(IMPLEMENTATIONS)}"
         )
     reasons = []
-    for name in IMPLEMENTATIONS if implementation is None else (implementation,):
+    names: Iterable[Implementation] = IMPLEMENTATIONS if implementation is None else (implementation,)
+    for name in names:
         reason = IMPLEMENTATIONS[name].supports(x, weight)
         if reason is None:
             return name

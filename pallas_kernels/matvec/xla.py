@@ -57,7 +57,7 @@ def partial_sums(
 
 def _by_channel(x, level, planes, scales):
     """Returns y ``[rows, N]``, digit-major, for x and level ``[rows, K]`` and scales ``[G, N]``."""
-    return jax.lax.map(lambda row: _one_row(*row, planes, scales), (x, level))
+    return jax.lax.map(lambda row: _one_row(row[0], row[1], planes, scales), (x, level))
 
 
 def _one_row(x, level, planes, scales):
@@ -90,7 +90,8 @@ def _one_row(x, level, planes, scales):
 
 def _dense(x, level, planes, scales):
     """Returns y ``[rows, N]``, digit-major, for x and level ``[rows, K]`` and scales ``[G, N]``."""
-    rows, num_planes, groups, outputs = len(x), len(planes), *scales.shape
+    rows, num_planes = len(x), len(planes)
+    groups, outputs = scales.shape
     f = jnp.arange(num_planes)[:, None]
     terms = jnp.where(level[:, None] > f, x[:, None] * 4.0**-f, 0)
     terms = terms.reshape(rows, num_planes, groups, layout.GROUP).transpose(2, 0, 1, 3)

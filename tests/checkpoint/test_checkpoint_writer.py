@@ -170,6 +170,12 @@ def test_an_incomplete_tree_is_not_sealed(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_checkpoint_does_not_reveal_where_it_was_made(tmp_path):
+    made_in = str(tmp_path).encode()
+    out = write(tmp_path / "out")
+    assert [path for path in out.rglob("*") if path.is_file() and made_in in path.read_bytes()] == []
+
+
 def test_copied_files_do_not_replace_the_checkpoints_own(tmp_path):
     (tmp_path / "config.json").touch()
     tree = random_tree()

@@ -98,7 +98,9 @@ def fetch(isa: Instructions, g: Geometry, refs: Refs, context: LaneContext) -> O
     channels = range(g.channels_per_lane)
     valid = [context.channel + LANES * q < g.in_features for q in channels] if g.has_padding else None
     zero = isa.constant(0.0, "f32")
-    rows_x, rows_thresholds, factors = [], [], []
+    rows_x: list[list[Value]] = []
+    rows_thresholds: list[list[Value]] = []
+    factors: list[Value] = []
     for r in range(g.rows_per_cta):
         row = context.first_row + r
         exists = None
@@ -112,11 +114,12 @@ def fetch(isa: Instructions, g: Geometry, refs: Refs, context: LaneContext) -> O
             if valid is not None:
                 address = isa.select(valid[q], address, x)
             number = load_activation(isa, g, address)
-            for ok in (valid and valid[q], exists):
+            for ok in (None if valid is None else valid[q], exists):
                 number = number if ok is None else isa.select(ok, number, zero)
             rows_x[-1].append(number)
         thresholds, factor = load_thresholds(isa, g, refs, row)
-        factors.append(factor)
+        if factor is not None:
+            factors.append(factor)
         if exists is not None:
             thresholds = [isa.select(exists, t, isa.constant(float("inf"), "f32")) for t in thresholds]
         rows_thresholds.append(thresholds)

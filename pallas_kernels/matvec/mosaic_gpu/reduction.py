@@ -120,13 +120,13 @@ def reduce(
     if g.rows % g.rows_per_cta:
         storing = context.first_row + row < g.rows
     with isa.when(storing):
-        total = None
+        total: list[Value] = []
         for warp in range(g.config.warps):
             address = ends.loads + warp * g.ring_bytes
             values = [v for i in range(each // 2) for v in isa.load_shared(address ^ 8 * i, 2, "f32")]
             words = isa.load_shared(ends.scales + warp * SCALES_BYTES, each // 2)
             scales = [isa.half_to_float(word, half) for word in words for half in ("low", "high")]
-            if total is None:
+            if not total:
                 total = [v * s for v, s in zip(values, scales, strict=True)]
             else:
                 total = [isa.multiply_add(v, s, t) for v, s, t in zip(values, scales, total, strict=True)]
