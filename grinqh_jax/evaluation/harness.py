@@ -24,6 +24,7 @@ from tqdm import tqdm
 from grinqh_jax.decoding.bits import FULL, Bits
 from grinqh_jax.decoding.generator import Generator
 from grinqh_jax.errors import UsageError
+from grinqh_jax.evaluation import harness_args
 from grinqh_jax.evaluation.completion import complete
 from grinqh_jax.evaluation.scoring import Score, mean_bits, score
 
@@ -41,10 +42,12 @@ class GrinqhLM(TemplateLM):
       batch_size: Largest number of requests read together; ``auto`` means the default.
       max_length: Largest number of tokens per request; the start of a longer request is dropped.
       max_gen_toks: Number of tokens to generate if the task does not set one.
-      device, max_batch_size: Ignored. The harness passes them, but JAX chooses the device.
+      dtype: Dtype of hidden states and matrix products: ``float32``, ``bfloat16``, or ``auto``.
+      other: Other ``model_args`` (``harness_args.check``).
 
     Raises:
-      GrinqhError: the checkpoint cannot be loaded, or the setting is out of the dial's range.
+      GrinqhError: the checkpoint cannot be loaded, the setting is out of the dial's range, or an argument has
+        another value or is unknown.
     """
 
     def __init__(
@@ -54,18 +57,19 @@ class GrinqhLM(TemplateLM):
         batch_size: int | str = 64,
         max_length: int | None = None,
         max_gen_toks: int = 256,
-        device: Any = None,
-        max_batch_size: Any = None,
+        dtype: Any = "auto",
+        **other: Any,
     ):
         super().__init__()
-        del device, max_batch_size
-        self.generator = Generator.load(pretrained)
+        harness_args.check(other)
+        self.generator = Generator.load(pretrained, harness_args.compute_dtype(dtype))
         dial = self.generator.bits(bits)
         self.bits: Bits = FULL if bits == FULL or dial is None else dial
         self.batch_size = int(batch_size) if str(batch_size).isdigit() else 64
         most = self.generator.model.config.max_position_embeddings
         self.max_length = min(max_length or MAX_LENGTH, most)
         self.max_gen_toks = max_gen_toks
+        self._template: str | None = None
         self._scores: list[Score] = []
         self._generated_bits: list[float] = []
 
@@ -158,8 +162,21 @@ class GrinqhLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Returns a conversation as text."""
-        return self.generator.tokenizer.chat_text(chat_history, add_generation_prompt=add_generation_prompt)
+        """Returns a conversation as text, in the template that ``chat_template`` has chosen."""
+        return self.generator.tokenizer.chat_text(
+            chat_history, template=self._template, add_generation_prompt=add_generation_prompt
+        )
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """Chooses a chat template, by name or the default for True, and returns its source.
+
+        The harness calls it with the value of ``--apply_chat_template`` before it asks for anything else. Its
+        record of an evaluation holds the source.
+        """
+        if not chat_template:
+            return ""
+        self._template = chat_template if isinstance(chat_template, str) else None
+        return self.generator.tokenizer.chat_template(self._template)
 
     @property
     def tokenizer_name(self) -> str:

@@ -94,28 +94,55 @@ class Tokenizer:
         """
         return self.encode(self.chat_text(messages), special_tokens=False)
 
-    def chat_text(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+    def chat_text(
+        self, messages: Sequence[Message], *, template: str | None = None, add_generation_prompt: bool = True
+    ) -> str:
         """Returns the text of a conversation with its special tokens.
 
         Args:
           messages: Turns of the conversation, oldest first.
+          template: Name of one of several chat templates; None selects the default.
           add_generation_prompt: Append the prefix of the assistant's next answer.
 
         Raises:
-          UsageError: The tokenizer has no chat template, or the template rejects these messages.
+          UsageError: The tokenizer has no chat template or none of that name, or the template rejects these
+            messages.
+        """
+        source = self.chat_template(template)
+        try:
+            return self._with_transformers().apply_chat_template(
+                list(messages),
+                chat_template=source,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except Exception as error:  # a template is a program and can raise anything
+            raise UsageError(f"{self._directory}: the chat template fails: {_line(error)}") from None
+
+    def chat_template(self, name: str | None = None) -> str:
+        """Returns the source of a chat template: the one of that name, or the default.
+
+        Raises:
+          UsageError: The tokenizer has no such chat template.
         """
         if not self.has_chat_template:
             raise UsageError(
                 f"{self._directory}: the tokenizer has no chat template; use a chat model or a plain prompt"
             )
+        templates = self._with_transformers().chat_template
+        if isinstance(templates, str):
+            templates = {"default": templates}
+        if (name or "default") not in templates:
+            raise UsageError(
+                f"{self._directory}: no chat template is named {name or 'default'} (there are: "
+                f"{', '.join(templates)})"
+            )
+        return templates[name or "default"]
+
+    def _with_transformers(self) -> Any:
         if self._transformers is None:
             self._transformers = _load_transformers(self._directory)
-        try:
-            return self._transformers.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except Exception as error:  # a template is a program and can raise anything
-            raise UsageError(f"{self._directory}: the chat template fails: {_line(error)}") from None
+        return self._transformers
 
     def stream(self) -> "TextStream":
         """Returns a decoder for tokens that arrive one by one."""

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from byte_model import write_companions, write_graded
 
 from grinqh_jax import BUNDLED_MODEL
 from grinqh_jax import __main__ as commands
@@ -196,3 +197,44 @@ def test_the_verb_registers_the_model(tiny_directory, tmp_path, capsys, monkeypa
     assert "word_perplexity" in capsys.readouterr().out
     assert commands.main(["lm-eval", *flags, "--model_args", f"pretrained={tiny_directory},bits=9"]) == 2
     assert "error: bits 9" in capsys.readouterr().err
+
+
+def test_flags_of_the_harness_are_taken_or_refused_in_one_line(
+    graded_directory, tmp_path, capsys, monkeypatch
+):
+    from grinqh_jax.evaluation.harness import GrinqhLM
+
+    files = tmp_path / "files"
+    files.mkdir()
+    companions = write_companions(files, chat=False)
+    source = "{{ messages[0].content }}"
+    named = [{"name": name, "template": name[0] + source} for name in ("default", "tool_use")]
+    config = json.loads((files / "tokenizer_config.json").read_text())
+    (files / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": named}))
+    model = write_graded(tmp_path / "model", companions)
+    tasks(tmp_path, sums=(SUMS.replace("48", "4"), [{"question": "ab", "answer": "1"}]))
+    monkeypatch.setattr("sys.argv", ["pytest"])
+    seen = []
+    encode = GrinqhLM.tok_encode
+    monkeypatch.setattr(GrinqhLM, "tok_encode", lambda lm, text: seen.append(text) or encode(lm, text))
+
+    def run(*flags, arguments=""):
+        fixed = ["--model", "grinqh", "--include_path", str(tmp_path), "--tasks", "tiny_sums"]
+        code = commands.main(["lm-eval", *fixed, "--model_args", f"pretrained={model}{arguments}", *flags])
+        return code, capsys.readouterr().err
+
+    assert run("--trust_remote_code")[0] == 0
+    assert run(arguments=",dtype=bfloat16")[0] == 0
+    assert run("--apply_chat_template", "tool_use")[0] == 0
+    assert seen[-1].startswith("tQuestion: ab")
+    assert run("--apply_chat_template")[0] == 0
+    assert seen[-1].startswith("dQuestion: ab")
+    for flags, arguments, message in (
+        ((), ",dtype=float16", "error: dtype float16: expected auto, float32, bfloat16"),
+        ((), ",parallelize=True", "error: unknown model_args parallelize"),
+        (("--apply_chat_template", "rag"), "", "no chat template is named rag"),
+    ):
+        code, error = run(*flags, arguments=arguments)
+        assert code == 2
+        assert [line for line in error.splitlines() if message in line]
+        assert "Traceback" not in error

@@ -6,7 +6,7 @@ import json
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from grinqh_jax.errors import GrinqhError
+from grinqh_jax.errors import GrinqhError, UsageError
 from grinqh_jax.text import tokenizer as tokenizer_module
 from grinqh_jax.text.tokenizer import Tokenizer as GrinqhTokenizer
 
@@ -237,3 +237,16 @@ def test_transformers_is_not_imported_where_tokenizer_json_says_everything(tmp_p
 
     monkeypatch.setattr(tokenizer_module, "_load_transformers", load)
     GrinqhTokenizer.load(write(tmp_path / "model", *case))
+
+
+def test_a_chat_template_is_chosen_by_name(tmp_path):
+    tokenizer = GrinqhTokenizer.load(write(tmp_path / "several", "byte_level", "templates", "qwen3", None))
+    default, tool_use = tokenizer.chat_text(MESSAGES), tokenizer.chat_text(MESSAGES, template="tool_use")
+    assert tool_use == "T" + default
+    assert tokenizer.chat_text(MESSAGES, template="default") == default
+    assert tokenizer.chat_template("tool_use") == "T" + tokenizer.chat_template()
+    with pytest.raises(UsageError, match=r"no chat template is named rag \(there are: default, tool_use\)"):
+        tokenizer.chat_text(MESSAGES, template="rag")
+    single = GrinqhTokenizer.load(write(tmp_path / "single", "byte_level", "template", "qwen3", None))
+    with pytest.raises(UsageError, match=r"no chat template is named tool_use \(there are: default\)"):
+        single.chat_template("tool_use")
