@@ -20,6 +20,10 @@ def tiny_directory(tmp_path_factory) -> Path:
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
     tokenizer.save(str(directory / "tokenizer.json"))
+    # Without this file, transformers replaces the tokenizer's pre-tokenizer by that of Qwen models.
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"})
+    )
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": len(CHARACTERS)}))
     tree = random_tree()
     with Writer(directory / "model", fingerprint="tiny") as writer:
@@ -28,7 +32,7 @@ def tiny_directory(tmp_path_factory) -> Path:
         return writer.finalize(
             HF_CONFIG,
             QUANTIZATION,
-            [directory / name for name in ("tokenizer.json", "generation_config.json")],
+            sorted(directory.glob("*.json")),
         )
 
 
