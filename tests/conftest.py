@@ -1,6 +1,6 @@
 """Settings and fixtures of all tests: compilation, workers, run-time checks of shapes, shared assets."""
 
-# ruff: noqa: E402  environment variables come first
+# ruff: noqa: E402  JAX reads environment variables when it is imported
 
 import importlib.metadata
 import os
@@ -41,12 +41,12 @@ import jaxtyping
 import numpy as np
 import pytest
 
-# Before the packages are imported: their annotations, jaxtyping's shapes and dtypes among them, are checked
-# at every call. A NumPy array may stand wherever an array may.
+# The hook below checks annotations, with jaxtyping's shapes and dtypes, at every call. It precedes the
+# imports of the packages. A parameter that is annotated as an array takes a NumPy array too.
 jaxtyping.Array = jax.Array | np.ndarray
 
-# The fields of a pytree may hold shapes, shardings or anything else that a tree_map makes of it: they are not
-# checked (jaxtyping asks a class for this mark before it checks its __init__), their methods are.
+# `tree_map` may put shapes, shardings or other objects into the fields of a pytree. With this mark jaxtyping
+# does not check the constructor of a registered class; it still checks the methods.
 _register_dataclass = jax.tree_util.register_dataclass
 
 
@@ -57,8 +57,8 @@ def _register_with_free_fields(cls, *args, **kwargs):
 
 jax.tree_util.register_dataclass = _register_with_free_fields
 
-# Left out: what says nothing of arrays (lane programs, command lines); checkpoint.quantization, whose class
-# checks itself what it is given from a file; hf, whose functions take whatever reads like a checkpoint.
+# Not listed: lane programs and command lines, which have no arrays; checkpoint.quantization and model.config,
+# which validate the values of files themselves; hf, which accepts any object with a reader's methods.
 jaxtyping.install_import_hook(
     [
         "checkpoints_tools.baselines",
@@ -67,35 +67,35 @@ jaxtyping.install_import_hook(
         "checkpoints_tools.quantizers",
         "checkpoints_tools.source.head",
         "checkpoints_tools.source.layer",
-        "grinqh_jax.model.apply",
-        "grinqh_jax.model.attention",
-        "grinqh_jax.model.cache",
+        "grinqh_jax.benchmarking.measure",
+        "grinqh_jax.benchmarking.random_model",
         "grinqh_jax.checkpoint.checksums",
-        "grinqh_jax.json_files",
         "grinqh_jax.checkpoint.manifest",
         "grinqh_jax.checkpoint.reader",
         "grinqh_jax.checkpoint.writer",
-        "grinqh_jax.model.decoder",
         "grinqh_jax.decoding.batch",
         "grinqh_jax.decoding.dial",
         "grinqh_jax.decoding.engine",
+        "grinqh_jax.decoding.generator",
         "grinqh_jax.decoding.prefill_buckets",
         "grinqh_jax.decoding.prompt_cache",
+        "grinqh_jax.decoding.sampling",
+        "grinqh_jax.decoding.statistics",
+        "grinqh_jax.decoding.thresholds",
         "grinqh_jax.evaluation",
+        "grinqh_jax.json_files",
+        "grinqh_jax.model.apply",
+        "grinqh_jax.model.attention",
+        "grinqh_jax.model.cache",
+        "grinqh_jax.model.decoder",
         "grinqh_jax.model.flat_model",
-        "grinqh_jax.decoding.generator",
         "grinqh_jax.model.layer_spec",
         "grinqh_jax.model.linear",
-        "grinqh_jax.benchmarking.measure",
         "grinqh_jax.model.norm",
-        "grinqh_jax.benchmarking.random_model",
         "grinqh_jax.model.output_projection",
         "grinqh_jax.model.rope",
-        "grinqh_jax.decoding.sampling",
         "grinqh_jax.model.stacks",
-        "grinqh_jax.decoding.statistics",
         "grinqh_jax.model.swiglu",
-        "grinqh_jax.decoding.thresholds",
         "pallas_kernels.activations",
         "pallas_kernels.codes",
         "pallas_kernels.decode_attention.kernel",
@@ -108,29 +108,29 @@ jaxtyping.install_import_hook(
         "pallas_kernels.matvec.xla",
         "pallas_kernels.weight",
     ],
-    # An int may stand where a float may, as PEP 484 has it.
+    # As in PEP 484, a parameter that is annotated as float takes an int.
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
 
 
-pytest_plugins = ["byte_model", "character_model"]  # fixtures: tiny checkpoints
+pytest_plugins = ["byte_model", "character_model"]  # Fixtures with tiny checkpoints.
 
 MOST_WORKERS = 4
 """Each takes 2 to 3 GB of memory."""
 
 LONGEST_FILES = (
-    "convert/test_convert.py",
-    "convert/test_train_gains.py",
-    "decoding/test_batch.py",
-    "decoding/test_engine.py",
     "evaluation/test_tasks.py",
-    "baselines/test_reading.py",
-    "pareto/test_pareto.py",
-    "decoding/test_generator.py",
-    "baselines/test_baselines.py",
+    "convert/test_convert.py",
+    "decoding/test_batch.py",
     "benchmarking/test_benchmark.py",
+    "convert/test_train_gains.py",
+    "baselines/test_reading.py",
+    "package/test_docs.py",
+    "decoding/test_engine.py",
+    "decoding/test_generator.py",
+    "pareto/test_pareto.py",
 )
-"""Run first, longest first, so that the workers of a parallel run finish at about the same time."""
+"""Files that run first, longest first, so that all workers finish at about the same time."""
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -164,7 +164,8 @@ def optimized_programs():
 def shared() -> Path:
     """Directory of models and texts too large for the repository: ``GRINQH_SHARED`` or ``../shared``.
 
-    A test that needs it is skipped where it is absent, but fails in CI (environment ``CI`` set).
+    Without the directory, tests that use it are skipped; they fail where the environment variable ``CI`` is
+    set.
     """
     path = Path(os.environ.get("GRINQH_SHARED") or Path(__file__).parents[2] / "shared")
     if path.is_dir():

@@ -3,8 +3,9 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis_settings import examples
 
 from checkpoints_tools.calibration import histogram
 from checkpoints_tools.calibration.allocation import (
@@ -89,7 +90,7 @@ errors_strategy = st.lists(st.floats(1e-6, 10), min_size=2, max_size=5)
 
 
 @given(errors=errors_strategy, exponent=st.floats(-6, 6))
-@settings(deadline=None, max_examples=200)
+@examples(200)
 def test_thresholds_choose_the_least_cost_for_every_activation(errors, exponent):
     """Compares with brute force over the levels, including errors that rise or are not convex."""
     errors = np.array(errors)

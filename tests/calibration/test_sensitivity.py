@@ -5,13 +5,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from forward_passes import forward
 
 from checkpoints_tools.calibration import sensitivity
 from checkpoints_tools.calibration.statistics import SKIPPED_POSITIONS
 from checkpoints_tools.source import head as source_head
 from grinqh_jax.hf import load_decoder, open_checkpoint
 from grinqh_jax.model.apply import HEAD, Dense
-from grinqh_jax.model.decoder import linear_names, linear_shapes
+from grinqh_jax.model.decoder import linear_shapes
 
 WINDOWS = np.random.default_rng(6).integers(0, 300, (3, 40)).astype(np.int32)
 
@@ -32,6 +33,21 @@ class Perturbed(Dense):
         return super().product(name, linear, x) + self.added[name]
 
 
+def zeros(config, tokens):
+    """Outputs of each linear layer that add nothing."""
+    return {name: np.zeros((*tokens.shape, n), np.float32) for name, (_, n) in linear_shapes(config).items()}
+
+
+def log_softmax(logits):
+    logits = np.asarray(logits, np.float64)
+    return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+
+
+@jax.jit
+def perturbed_logits(model, tokens, added):
+    return model(tokens, Perturbed(added))
+
+
 @pytest.fixture
 def greedy_tokens(monkeypatch):
     """Removes the noise, so that the sampled token is the most likely one."""
@@ -48,18 +64,18 @@ def greedy_tokens(monkeypatch):
 def test_sensitivities_are_mean_squares_of_the_whole_models_gradients(source, greedy_tokens):
     model = load_decoder(source, jnp.float32)
     tokens = jnp.asarray(WINDOWS)
-    predicted = jnp.argmax(model(tokens), axis=-1)
+    log_p = log_softmax(forward(model, tokens))
+    predicted = log_p.argmax(-1)
 
     def log_likelihood(added):
         log_p = jax.nn.log_softmax(model(tokens, Perturbed(added)))
         return jnp.sum(jnp.take_along_axis(log_p, predicted[..., None], axis=-1))
 
-    shapes = linear_shapes(source.config)
-    added = {name: jnp.zeros((*tokens.shape, shapes[name][1])) for name in linear_names(source.config)}
+    added = zeros(source.config, tokens)
     gradients = jax.jit(jax.grad(log_likelihood))(added)
     sensitivities = sensitivity.output_sensitivities(source, WINDOWS, np.float32)
     # For the output projection it is the expectation over all tokens.
-    p = np.asarray(jax.nn.softmax(model(tokens)), np.float64)[:, SKIPPED_POSITIONS:]
+    p = np.exp(log_p)[:, SKIPPED_POSITIONS:]
     np.testing.assert_allclose(sensitivities.pop(HEAD), np.mean(p * (1 - p), axis=(0, 1)), rtol=1e-3)
     del gradients[f"{HEAD}.blocks.0"]
     assert sensitivities.keys() == gradients.keys()
@@ -89,22 +105,20 @@ def test_sensitivities_predict_the_divergence_that_noise_causes(source):
     sensitivities = sensitivity.output_sensitivities(source, windows, np.float32)
     sensitivities[f"{HEAD}.blocks.0"] = sensitivities[HEAD]
     model = load_decoder(source, jnp.float32)
-    tokens = jnp.asarray(windows)
-    shapes = linear_shapes(source.config)
-    reference = jax.nn.log_softmax(model(tokens))
+    nothing = zeros(source.config, windows)
+    reference = log_softmax(perturbed_logits(model, windows, nothing))
     for seed, name in enumerate(("layers.0.qkv", "layers.1.gate_up", "layers.1.down", f"{HEAD}.blocks.0")):
-        noise = jax.random.normal(jax.random.key(seed), (*tokens.shape, shapes[name][1]))
-        noise *= jnp.sqrt(0.004 / sensitivities[name].sum())
-        added = {n: noise if n == name else 0.0 for n in shapes}
-        log_p = jax.nn.log_softmax(model(tokens, Perturbed(added)))
-        divergence = jnp.sum(jnp.exp(reference) * (reference - log_p), axis=-1)[:, SKIPPED_POSITIONS:].mean()
-        assert 0.6 * 0.002 < float(divergence) < 1.6 * 0.002, name
+        noise = np.random.default_rng(seed).standard_normal(nothing[name].shape, np.float32)
+        noise *= np.sqrt(0.004 / sensitivities[name].sum())
+        log_q = log_softmax(perturbed_logits(model, windows, nothing | {name: noise}))
+        divergence = np.sum(np.exp(reference) * (reference - log_q), axis=-1)[:, SKIPPED_POSITIONS:].mean()
+        assert 0.6 * 0.002 < divergence < 1.6 * 0.002, name
 
 
 def test_the_head_uses_more_windows_than_the_layers(source, monkeypatch):
     monkeypatch.setattr(sensitivity, "TOKENS", 40)
     one, three = (sensitivity.output_sensitivities(source, WINDOWS[:n], np.float32) for n in (1, 3))
-    p = np.asarray(jax.nn.softmax(load_decoder(source, jnp.float32)(jnp.asarray(WINDOWS))), np.float64)
+    p = np.exp(log_softmax(forward(load_decoder(source, jnp.float32), WINDOWS)))
     expected = np.mean((p * (1 - p))[:, SKIPPED_POSITIONS:], axis=(0, 1))
     np.testing.assert_allclose(three[HEAD], expected, rtol=1e-3)
     assert not np.allclose(one.pop(HEAD), three.pop(HEAD), rtol=0.01)

@@ -4,10 +4,10 @@ import hf_directories
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from forward_passes import linear_inputs
 
 from checkpoints_tools.calibration import histogram, statistics
 from grinqh_jax.hf import load_decoder, open_checkpoint
-from grinqh_jax.model.apply import Dense
 
 TOKENS = np.random.default_rng(2).integers(0, 300, (3, 20))
 
@@ -18,28 +18,15 @@ def decoder(tmp_path_factory):
     return load_decoder(open_checkpoint(directory), jnp.float32)
 
 
-class Recorder(Dense):
-    """Records the inputs of every linear layer."""
-
-    def __init__(self):
-        self.inputs = {}
-
-    def product(self, name, linear, x):
-        self.inputs[name] = np.asarray(x)
-        return super().product(name, linear, x)
-
-
 def test_layers_one_by_one_see_the_inputs_of_the_whole_model(decoder):
-    recorder = Recorder()
-    final, _ = decoder.hidden(jnp.asarray(TOKENS), jnp.broadcast_to(jnp.arange(20), (3, 20)), recorder)
-    decoder.logits(final, recorder)
+    inputs = linear_inputs(decoder, TOKENS)
     hidden = np.asarray(decoder.embed(jnp.asarray(TOKENS), jnp.float32)).copy()
     for i, layer in enumerate(decoder.layers):
         seen = statistics.through_layer(layer, hidden)
         for projection in layer.spec.names:
-            check(seen[projection], recorder.inputs[f"layers.{i}.{projection}"])
-    check(statistics.of_head(decoder.norm, hidden), recorder.inputs["lm_head.blocks.0"])
-    np.testing.assert_allclose(decoder.norm(hidden), final.array, rtol=1e-4, atol=1e-5)
+            check(seen[projection], inputs[f"layers.{i}.{projection}"])
+    check(statistics.of_head(decoder.norm, hidden), inputs["lm_head.blocks.0"])
+    np.testing.assert_allclose(decoder.norm(hidden), inputs["lm_head.blocks.0"], rtol=1e-4, atol=1e-5)
 
 
 def check(seen, inputs):

@@ -115,23 +115,26 @@ WINDOWS = np.random.default_rng(6).integers(0, 256, (3, 40)).astype(np.int32)
 def test_the_gradient_matches_the_whole_models(pair, monkeypatch):
     gains = some_gains(pair[1].model)
 
-    def objective(gains):
-        each = [
-            whole_model_divergence(pair, jnp.asarray(window)[None], gains, bits)
-            for window, bits in zip(WINDOWS, BITS, strict=True)
-        ]
-        return jnp.sum(jnp.log(jnp.stack(each))), each
+    @jax.jit
+    @jax.value_and_grad
+    def log_divergence(gains, window, bits):
+        return jnp.log(whole_model_divergence(pair, window, gains, bits))
 
-    (_, expected), gradient = jax.jit(jax.value_and_grad(objective, has_aux=True))(gains)
+    # The training minimizes the sum of the logarithms.
+    logs, gradients = zip(
+        *(log_divergence(gains, window[None], bits) for window, bits in zip(WINDOWS, BITS, strict=True)),
+        strict=True,
+    )
+    gradient = {name: sum(np.asarray(each[name]) for each in gradients) for name in gains}
     model = graded_model(pair)
     monkeypatch.setattr(graded_divergence, "VALUES_IN_MEMORY", 1)  # Ranges of one tile.
     monkeypatch.setattr(source_head, "VALUES_IN_MEMORY", 300 * 128)  # Ranges of about 300 tokens.
     states = WindowStates.compute(model, WINDOWS)
     divergences, by_layer = divergence(model, model.head(), states, gains, BITS)
-    np.testing.assert_allclose(divergences, expected, rtol=2e-4)
+    np.testing.assert_allclose(divergences, np.exp(logs), rtol=2e-4)
     assert by_layer.keys() == gradient.keys()
     for name, by_gain in gradient.items():
-        scale = float(jnp.abs(by_gain[:-1]).max())
+        scale = np.abs(by_gain[:-1]).max()
         np.testing.assert_allclose(by_layer[name], by_gain, rtol=2e-3, atol=2e-3 * scale, err_msg=name)
 
 
@@ -196,14 +199,14 @@ def test_layers_are_read_once_if_the_cache_holds_them(pair, monkeypatch, limit, 
 @pytest.mark.parametrize("pair", ["qwen3-tied"], indirect=True)
 def test_later_steps_compile_nothing(pair, monkeypatch):
     monkeypatch.setattr(train_gains, "STEPS", 3)
-    compiled, seconds = [], []
+    compiled, programs = [], []
 
     def listen(event, duration, **metadata):
         if "backend_compile" in event:
-            compiled.append(duration)
+            compiled.append(metadata)
 
     def count_step(note):
-        seconds.append(sum(compiled))
+        programs.append(len(compiled))
         compiled.clear()
 
     initial = {name: np.ones(4, np.float32) for name in linear_names(pair[1].config)}
@@ -213,9 +216,9 @@ def test_later_steps_compile_nothing(pair, monkeypatch):
         train_gains.train_gains(graded_model(pair), WINDOWS, initial, count_step)
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
-    first, second, third = seconds
-    assert first > 0.2
-    assert second + third < 0.1 * first
+    first, *later = programs
+    assert first > 20
+    assert later == [0, 0]
 
 
 def test_training_windows_cover_the_whole_text_once():

@@ -5,8 +5,9 @@ import itertools
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis_settings import examples
 
 from checkpoints_tools.convert import vocabulary
 from grinqh_jax.model.apply import Dense
@@ -28,7 +29,7 @@ def test_the_first_blocks_are_small(size, expected):
 
 
 @given(st.integers(1, 300_000))
-@settings(deadline=None, max_examples=200)
+@examples(200)
 def test_blocks_cover_the_vocabulary_in_whole_tiles(size):
     sizes = block_sizes(size)
     assert sum(sizes) == size

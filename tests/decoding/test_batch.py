@@ -15,6 +15,8 @@ from grinqh_jax.decoding.sampling import Sampling
 pytestmark = pytest.mark.usefixtures("optimized_programs")
 
 PROMPTS = [[5, 6, 7], list(range(100, 140)), [40, 41]]
+NEVER = (-1, -1)
+"""Stop tokens that no row generates; as many as in the tests of stop tokens, for the same programs."""
 
 
 @pytest.fixture(params=[policy.CPU, policy.GPU], ids=["cpu", "gpu"])
@@ -37,7 +39,8 @@ def dispatched(monkeypatch) -> list[int]:
 
 def prepared(generator, prompts=PROMPTS, bits="full", **options) -> Decoding:
     """A batch of 101 tokens per row, before its prefill."""
-    usual = {"max_tokens": 101, "max_context": 160, "sampling": Sampling.create(len(prompts))}
+    usual = {"max_tokens": 101, "max_context": 160, "stop_tokens": NEVER}
+    usual |= {"sampling": Sampling.create(len(prompts))}
     dial = generator.dial(bits, batch=len(prompts))
     return Decoding(generator.model, prompts, **usual | options, dial=dial)
 
@@ -64,14 +67,14 @@ def test_chunks_have_the_length_of_the_policy(generator, device_policy, dispatch
         [32, 32, 32, 4] if device_policy is policy.GPU else [16] * 6 + [4]
     )
     assert len(dispatched) == len(usual)  # No chunk is launched beyond the limit.
-    sevens = dataclasses.replace(device_policy, chunk_steps=7)
-    short = [chunk.tokens[0] for chunk in prefilled(generator, PROMPTS[:1], policy=sevens).chunks()]
-    assert [len(tokens) for tokens in short] == [7] * 14 + [2]
+    eights = dataclasses.replace(device_policy, chunk_steps=8)
+    short = [chunk.tokens[0] for chunk in prefilled(generator, PROMPTS[:1], policy=eights).chunks()]
+    assert [len(tokens) for tokens in short] == [8] * 12 + [4]
     assert list(itertools.chain(*usual)) == list(itertools.chain(*short))
 
 
 def test_the_next_chunk_is_launched_ahead_on_a_gpu(generator, device_policy, dispatched):
-    chunks = prefilled(generator, policy=device_policy).chunks()
+    chunks = prefilled(generator, PROMPTS[:1], policy=device_policy).chunks()
     for seen in range(1, 4):
         next(chunks)
         assert len(dispatched) == seen + device_policy.chunks_ahead
@@ -109,7 +112,7 @@ def test_a_stopped_row_yields_nothing_further(generator, device_policy, dispatch
 
 def test_only_the_time_of_the_model_counts(generator, device_policy):
     """The consumer takes longer for a chunk than the model does."""
-    decoding = prefilled(generator, policy=device_policy)
+    decoding = prefilled(generator, PROMPTS[:1], policy=device_policy)
     decoding.compile_decode()
     started, seconds = time.perf_counter(), []
     for chunk in decoding.chunks():

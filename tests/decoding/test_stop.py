@@ -2,6 +2,7 @@
 
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis_settings import examples
 
 from grinqh_jax.decoding.stop import StopStrings
 
@@ -23,6 +24,7 @@ def test_without_strings_everything_passes():
     assert stop.flush() == ""
 
 
+@examples(100)
 @given(
     text=st.text("ab", max_size=30),
     strings=st.lists(st.text("ab", min_size=1, max_size=5), max_size=3),

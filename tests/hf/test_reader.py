@@ -6,6 +6,7 @@ import hf_directories
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from forward_passes import forward
 from hf_directories import LLAMA3, QWEN3
 from huggingface_hub.utils import filter_repo_objects
 
@@ -50,7 +51,7 @@ def logits(directory):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     with torch.no_grad():
         expected = theirs(torch.from_numpy(TOKENS)).logits.numpy()
-    return expected, load_decoder(open_checkpoint(directory), jnp.float32)(TOKENS)
+    return expected, forward(load_decoder(open_checkpoint(directory), jnp.float32), TOKENS)
 
 
 TOKENS = np.arange(0, 300, 7)[None]

@@ -1,8 +1,9 @@
 """A stream gives exactly the text of ``decode``, whatever tokens arrive."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis_settings import examples
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from grinqh_jax.text.stream import TextStream
@@ -50,7 +51,7 @@ TOKENIZERS = {build.__name__: build() for build in (byte_level, byte_fallback, m
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(max_examples=400, deadline=None)
+@examples(400)
 @given(data=st.data())
 def test_the_pieces_are_the_text_of_decode(name, data):
     tokenizer = TOKENIZERS[name]

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import matvec_oracle
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis_settings import examples
 
 from pallas_kernels import codes, graded_matvec, grading
 from pallas_kernels.matvec import IMPLEMENTATIONS, api, choose, xla
@@ -60,7 +61,7 @@ def assert_close(y, expected, tolerance=TOLERANCE):
     assert (error <= tolerance * np.abs(expected).max(axis=-1)).all()
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(
     size=st.sampled_from(list(WEIGHTS)),
     rows=st.sampled_from([1, 8, MANY]),
@@ -98,7 +99,7 @@ def test_each_row_of_a_small_batch_equals_the_row_alone(rows):
 
 
 @implementations
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(
     start=st.lists(st.floats(0, 4, width=32), min_size=4, max_size=4),
     rise=st.lists(st.floats(0, 2, width=32), min_size=4, max_size=4),

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 from emulation import emulate
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis_settings import examples
 from matvec_cases import DEFAULT_CONFIG, Case, assert_agrees_with_oracle
 
 from pallas_kernels.matvec.mosaic_gpu import Config
@@ -29,7 +30,7 @@ cases = st.builds(
 
 
 @given(case=cases)
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_agrees_with_float64(case):
     x, weight, thresholds = case.arrays()
     assert_agrees_with_oracle(x, weight, thresholds, *emulate(x, weight, thresholds, case.config))

@@ -1,0 +1,23 @@
+"""Examples of Hypothesis: always the same few, but many new ones where the environment variable CI is set."""
+
+import os
+
+from hypothesis import settings
+from hypothesis import strategies as st
+
+IN_CI = bool(os.environ.get("CI"))
+
+
+def examples(count: int) -> settings:
+    """Tries ``count`` examples, five times as many in CI."""
+    return settings(max_examples=5 * count if IN_CI else count, derandomize=not IN_CI, deadline=None)
+
+
+def shapes(*typical: tuple[int, ...]) -> st.SearchStrategy[tuple[int, ...]]:
+    """Draws one of the typical shapes; in CI, any shape up to the largest of them.
+
+    Every new shape compiles programs, which takes longer than the test itself.
+    """
+    if not IN_CI:
+        return st.sampled_from(typical)
+    return st.tuples(*(st.integers(1, max(sizes)) for sizes in zip(*typical, strict=True)))
