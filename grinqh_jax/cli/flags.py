@@ -101,6 +101,26 @@ def add_request(parser: argparse.ArgumentParser) -> None:
         help="sample from tokens at least P times as probable as the most probable one "
         "(default: from generation_config.json, else 0)",
     )
+    add(
+        "--repetition-penalty",
+        type=float,
+        metavar="R",
+        help="divide positive logits of tokens in prompt and text by R, and multiply negative ones "
+        "(default: from generation_config.json, else 1)",
+    )
+    add(
+        "--presence-penalty",
+        type=float,
+        metavar="P",
+        help="subtract P from the logits of generated tokens (default: from generation_config.json, else 0)",
+    )
+    add(
+        "--frequency-penalty",
+        type=float,
+        metavar="F",
+        help="subtract F from the logit of a token for each time that it was generated "
+        "(default: from generation_config.json, else 0)",
+    )
     add("--seed", type=int, default=0, metavar="N", help="random seed of sampling (default: 0)")
     add("--system-prompt", metavar="TEXT", help="system message at the start of the conversation")
     add(
@@ -139,6 +159,9 @@ def request(args: argparse.Namespace):
         top_p=args.top_p,
         min_p=args.min_p,
         seed=args.seed,
+        repetition_penalty=args.repetition_penalty,
+        presence_penalty=args.presence_penalty,
+        frequency_penalty=args.frequency_penalty,
         stop=[text_input.argument(text, "--stop") for text in args.stop],
     )
 

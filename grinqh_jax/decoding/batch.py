@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 
 from grinqh_jax.decoding import engine
 from grinqh_jax.decoding.dial import Dial
+from grinqh_jax.decoding.penalties import TokenHistory
 from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.prefill_buckets import cut, first_previewed
 from grinqh_jax.decoding.prompt_cache import PromptCache
@@ -32,6 +33,7 @@ CAPACITY_STEP = 256
 """Cache capacities are multiples of this, or the whole context, so that few programs are compiled."""
 
 _choose_first = jax.jit(choose_tokens, static_argnames="policy")
+_add_tokens = jax.jit(TokenHistory.with_tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +61,14 @@ class _DeviceState:
       last: int32 ``[B]``, last token of each row.
       done: bool ``[B]``, rows that generate nothing further.
       limits: int32 ``[B]``, number of tokens that each row may still generate.
+      history: Tokens that each row has; None without penalties.
     """
 
     cache: KVCache
     last: Int[jax.Array, "b"]
     done: Bool[jax.Array, "b"]
     limits: Int[jax.Array, "b"]
+    history: TokenHistory | None
 
 
 @dataclasses.dataclass
@@ -177,6 +181,9 @@ class Decoding:
             last=self._put(np.zeros(batch, np.int32)),
             done=self._put(self._host.ended),
             limits=self._put(np.zeros(batch, np.int32)),
+            history=None
+            if sampling.penalties is None
+            else self._put(TokenHistory.of(prompts, model.config.vocab_size)),
         )
 
     def compile_prefill(self) -> None:
@@ -218,6 +225,9 @@ class Decoding:
             preview = new_preview if preview is None else engine.merge_previews(preview, new_preview)
         assert logits is not None, "every prompt has a token to read"
         self._device.last = self._choose_first(logits)
+        if self._device.history is not None:
+            every_row = self._put(np.ones(len(self._prompts), bool))
+            self._device.history = _add_tokens(self._device.history, self._device.last, every_row)
         first, preview = jax.device_get((self._device.last, preview))
         if preview is not None:
             self._observe(preview.bits, preview.counts)
@@ -268,6 +278,8 @@ class Decoding:
         chunk = self._decode(self._device.limits)
         self._device.last, self._device.done = chunk.last, chunk.done
         self._device.limits = self._device.limits - chunk.counts
+        self._device.history = chunk.history
+        chunk = dataclasses.replace(chunk, history=None)  # stays on the device
         return _ChunkInFlight(asked, setting, reader.submit(_to_host, chunk))
 
     def _receive(self, chunk: engine.Chunk, seconds: float) -> NewTokens:
@@ -306,12 +318,19 @@ class Decoding:
             limits,
             steps=self._policy.chunk_steps,
             policy=self._policy,
+            history=self._device.history,
         )
         self._keep_cache(cache)
         return chunk
 
     def _choose_first(self, logits: Float[jax.Array, "b v"]) -> Int[jax.Array, "b"]:
-        return _choose_first(logits, self._sampling, self._device.cache.lengths, policy=self._policy)
+        return _choose_first(
+            logits,
+            self._sampling,
+            self._device.cache.lengths,
+            policy=self._policy,
+            history=self._device.history,
+        )
 
     def _observe(
         self,
@@ -337,7 +356,8 @@ class Decoding:
 
     def _program_key(self) -> tuple:
         """Returns the sizes and static arguments that all programs of this batch depend on."""
-        return len(self._prompts), self._device.cache.capacity, self._policy, self._sampling.greedy
+        static = self._policy, self._sampling.greedy, self._sampling.penalties is None
+        return len(self._prompts), self._device.cache.capacity, *static
 
     def _put(self, arrays):
         return jax.device_put(arrays, self._sharding)

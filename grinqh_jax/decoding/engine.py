@@ -1,8 +1,8 @@
 """The functional core: prefill and decoding as pure functions on pytrees.
 
 A serving stack can call these functions directly. The settings of a request (bits, sampling parameters, stop
-tokens, limits) are arrays. Only shapes, ``steps``, the ``DecodePolicy`` and ``Sampling.greedy`` are static,
-so a changed request compiles nothing. Caches are donated: use the returned one.
+tokens, limits) are arrays. Only shapes, ``steps``, the ``DecodePolicy``, ``Sampling.greedy`` and the presence
+of penalties are static, so a changed request compiles nothing. Caches are donated: use the returned one.
 """
 
 import dataclasses
@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from grinqh_jax.decoding.penalties import TokenHistory
 from grinqh_jax.decoding.policy import DecodePolicy
-from grinqh_jax.decoding.sampling import Sampling, greedy, sample
+from grinqh_jax.decoding.sampling import Sampling, choose_tokens, greedy, sample
 from grinqh_jax.decoding.thresholds import StackedThresholds
 from grinqh_jax.model import apply
 from grinqh_jax.model.cache import KVCache
@@ -50,6 +51,7 @@ class Chunk:
       done: bool ``[B]``, rows that met a stop token, their limit or the end of the cache.
       grading_stats: ``[steps, B, linears]``, layers in the order of ``decoder.linear_names``; row b is valid
         for ``counts[b]`` steps. None for dense models.
+      history: Tokens that each row has after the chunk; None without penalties.
     """
 
     tokens: Int[Array, "b steps"]
@@ -57,6 +59,7 @@ class Chunk:
     last: Int[Array, "b"]
     done: Bool[Array, "b"]
     grading_stats: GradingStats | None
+    history: TokenHistory | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -207,6 +210,7 @@ def decode_chunk(
     *,
     steps: int,
     policy: DecodePolicy | None = None,
+    history: TokenHistory | None = None,
 ) -> tuple[Chunk, KVCache]:
     """Generates up to ``steps`` tokens per row without leaving the device.
 
@@ -224,10 +228,21 @@ def decode_chunk(
       limits: Number of tokens that each row may generate in this call.
       steps: Most tokens to generate per row.
       policy: How the loop is compiled, by default ``DecodePolicy.for_device()``.
+      history: Tokens that each row has, if ``sampling`` has penalties.
     """
     policy = policy or DecodePolicy.for_device()
     return jitted_decode_chunk(
-        model, tokens, done, cache, thresholds, sampling, stop_tokens, limits, steps=steps, policy=policy
+        model,
+        tokens,
+        done,
+        cache,
+        thresholds,
+        sampling,
+        stop_tokens,
+        limits,
+        steps=steps,
+        policy=policy,
+        history=history,
     )
 
 
@@ -244,6 +259,7 @@ def jitted_decode_chunk(
     *,
     steps: int,
     policy: DecodePolicy,
+    history: TokenHistory | None = None,
 ) -> tuple[Chunk, KVCache]:
     """The program behind ``decode_chunk``, for callers that lower or compile it themselves."""
     model = _module(model)
@@ -259,9 +275,12 @@ def jitted_decode_chunk(
         last=tokens,
         done=done,
         grading_stats=stats,
+        history=history,
     )
 
-    def choose(outputs, positions):
+    def choose(outputs, positions, history):
+        if sampling.penalties is not None:
+            return choose_tokens(model.lm_head.in_order(outputs), sampling, positions, policy, history)
         if sampling.greedy:
             return greedy(outputs, token_ids)
         return sample(model.lm_head.in_order(outputs), sampling, positions, policy)
@@ -274,7 +293,7 @@ def jitted_decode_chunk(
         step, chunk, cache = state
         active = ~chunk.done
         outputs, cache, stats = _step(model, chunk.last, cache, thresholds, active)
-        token = jnp.where(active, choose(outputs, cache.lengths), chunk.last)
+        token = jnp.where(active, choose(outputs, cache.lengths, chunk.history), chunk.last)
         counts = chunk.counts + active
         stopped = jnp.any(token[:, None] == stop_tokens, axis=-1)
         chunk = Chunk(
@@ -283,6 +302,7 @@ def jitted_decode_chunk(
             last=token,
             done=chunk.done | stopped | (counts >= limits) | (cache.lengths >= cache.capacity),
             grading_stats=jax.tree.map(lambda kept, new: kept.at[step].set(new), chunk.grading_stats, stats),
+            history=None if chunk.history is None else chunk.history.with_tokens(token, active),
         )
         return step + 1, chunk, cache
 

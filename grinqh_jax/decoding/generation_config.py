@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from grinqh_jax.decoding.penalties import NEUTRAL, RANGES
 from grinqh_jax.errors import CheckpointError
 from grinqh_jax.json_files import read_object
 
@@ -17,6 +18,10 @@ class GenerationConfig:
       bos_token: Token that begins a text, or None.
       temperature, top_k, top_p, min_p: Sampling parameters (see ``sampling.Sampling``). Greedy unless the
         file sets ``do_sample``. Filters that the file does not name are off.
+      repetition_penalty, presence_penalty, frequency_penalty: Penalties on repeated tokens (see
+        ``penalties.Penalties``), for greedy texts, too.
+      ignored: Keys of the file, with their values, that would change the text in transformers but are not
+        implemented.
     """
 
     eos_tokens: tuple[int, ...] = ()
@@ -25,6 +30,10 @@ class GenerationConfig:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    ignored: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, directory: Path) -> "GenerationConfig":
@@ -59,12 +68,57 @@ class GenerationConfig:
             "top_p": number("top_p", 1.0, 1e-6, 1.0),
             "min_p": number("min_p", 0.0, 0.0, 1.0),
         }
+        penalties = {name: number(name, NEUTRAL[name], *RANGES[name]) for name in NEUTRAL}
         eos, bos = token_ids("eos_token_id"), token_ids("bos_token_id")
         if problems:
             raise CheckpointError(f"{directory / 'generation_config.json'}: " + "; ".join(problems))
         return cls(
-            eos_tokens=eos, bos_token=bos[0] if bos else None, **(filters if own.get("do_sample") else {})
+            eos_tokens=eos,
+            bos_token=bos[0] if bos else None,
+            **(filters if own.get("do_sample") else {}),
+            **penalties,
+            ignored=_ignored(own),
         )
+
+
+_NOT_IMPLEMENTED = {
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "penalty_alpha": 0,
+    "dola_layers": None,
+    "guidance_scale": 1,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "bad_words_ids": None,
+    "force_words_ids": None,
+    "constraints": None,
+    "sequence_bias": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "forced_decoder_ids": None,
+    "exponential_decay_length_penalty": None,
+    "watermarking_config": None,
+    "stop_strings": None,
+    "token_healing": False,
+}
+"""Keys that change the text in transformers, and their values that do not."""
+
+_NOT_IMPLEMENTED_SAMPLING = {"typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0, "top_h": None}
+"""The same for keys that matter only with ``do_sample``."""
+
+
+def _ignored(own: dict[str, Any]) -> tuple[str, ...]:
+    neutral = _NOT_IMPLEMENTED | (_NOT_IMPLEMENTED_SAMPLING if own.get("do_sample") else {})
+    return tuple(
+        f"{key} {own[key]!r:.40}"
+        for key, value in neutral.items()
+        if own.get(key) is not None and own[key] != value and own[key] not in ([], {})
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:

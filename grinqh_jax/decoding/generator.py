@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -24,11 +25,12 @@ from grinqh_jax.decoding.batch import Decoding
 from grinqh_jax.decoding.bits import DEFAULT_BITS, FULL, Bits, check_bits
 from grinqh_jax.decoding.dial import Dial
 from grinqh_jax.decoding.generation_config import GenerationConfig
+from grinqh_jax.decoding.penalties import NEUTRAL, RANGES
 from grinqh_jax.decoding.prompt_cache import PromptCache
 from grinqh_jax.decoding.sampling import Sampling
 from grinqh_jax.decoding.statistics import Statistics, grading_fields
 from grinqh_jax.decoding.stop import StopStrings
-from grinqh_jax.errors import UsageError
+from grinqh_jax.errors import GrinqhWarning, UsageError
 from grinqh_jax.json_files import read_json
 from grinqh_jax.memory import peak_memory
 from grinqh_jax.model.decoder import Decoder
@@ -45,6 +47,8 @@ class Request:
       bits: Mean bits to read per weight, or ``"full"``, the only setting of an unquantized model.
       max_tokens: Most tokens to generate; the context may end the text earlier.
       temperature, top_k, top_p, min_p, seed: Sampling parameters (see ``sampling.Sampling``).
+      repetition_penalty, presence_penalty, frequency_penalty: Penalties on repeated tokens (see
+        ``penalties.Penalties``).
       stop: Strings that end the text and are not part of it; one string or several.
     """
 
@@ -56,6 +60,9 @@ class Request:
     min_p: float | None = None
     seed: int = 0
     stop: str | Sequence[str] = ()
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
 
     def __post_init__(self):
         if isinstance(self.stop, str):  # as a sequence it would be one stop string per character
@@ -66,6 +73,7 @@ class Request:
             "top_k": (0, 2**31 - 1),
             "top_p": (1e-6, 1),
             "min_p": (0, 1),
+            **RANGES,
         }
         problems = []
         for name, (least, most) in ranges.items():
@@ -129,6 +137,13 @@ class Generator:
             loaded = checkpoint.load(directory, compute_dtype)
             decoder, targets = loaded.model, loaded.quantization.targets
         tokenizer, defaults = Tokenizer.load(directory), GenerationConfig.load(directory)
+        if defaults.ignored:
+            warnings.warn(
+                f"{directory}: not implemented and ignored in generation_config.json: "
+                f"{', '.join(defaults.ignored)}",
+                GrinqhWarning,
+                stacklevel=2,
+            )
         return cls(decoder, tokenizer, defaults, targets, directory)
 
     @without_x64
@@ -161,7 +176,8 @@ class Generator:
         tokens = tokens or [self._first_token()]
         self.model.config.check_tokens(tokens)
         defaults = self.defaults
-        sampling = {name: getattr(request, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+        names = ("temperature", "top_k", "top_p", "min_p", *NEUTRAL)
+        sampling = {name: getattr(request, name) for name in names}
         sampling = {k: getattr(defaults, k) if v is None else v for k, v in sampling.items()}
         decoding = Decoding(
             self.model,

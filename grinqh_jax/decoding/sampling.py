@@ -1,8 +1,8 @@
 """Choosing the next token from logits: greedy, or sampled with temperature, top-k, top-p and min-p.
 
 Every parameter is an array with one entry per row of the batch, so changing one compiles nothing. Only a
-batch in which every row is greedy has its own program. The filters are those of Hugging Face transformers, in
-its order: temperature, top-k, top-p (over the tokens that top-k kept), min-p.
+batch in which every row is greedy, and one with penalties, have their own programs. The filters are those of
+Hugging Face transformers, in its order: temperature, top-k, top-p (over the tokens that top-k kept), min-p.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
+from grinqh_jax.decoding.penalties import Penalties, TokenHistory, penalize
 from grinqh_jax.decoding.policy import DecodePolicy
 
 
@@ -29,6 +30,7 @@ class Sampling:
         of the batch and of the decode chunks.
       greedy: True if every temperature is 0, so nothing is sorted and no random number is generated. Static,
         because a branch on the device would force a host sync at every step.
+      penalties: Penalties on repeated tokens, None for none; with another program, too.
     """
 
     temperature: Float[Array, "b"]
@@ -37,6 +39,7 @@ class Sampling:
     min_p: Float[Array, "b"]
     seed: UInt32[Array, "b"]
     greedy: bool = dataclasses.field(default=False, metadata={"static": True})
+    penalties: Penalties | None = None
 
     @classmethod
     def create(
@@ -48,6 +51,9 @@ class Sampling:
         top_p: float = 1.0,
         min_p: float = 0.0,
         seed: int = 0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
     ) -> "Sampling":
         """Returns the same parameters for every row; row ``b`` has seed ``seed + b``."""
 
@@ -61,12 +67,17 @@ class Sampling:
             min_p=rows(min_p, jnp.float32),
             seed=rows(seed % 2**32, jnp.uint32) + jnp.arange(batch, dtype=jnp.uint32),
             greedy=not temperature > 0,
+            penalties=Penalties.create(batch, repetition_penalty, presence_penalty, frequency_penalty),
         )
 
 
 @jax.named_scope("sampling")
 def choose_tokens(
-    logits: Float[Array, "b v"], sampling: Sampling, positions: Int[Array, "b"], policy: DecodePolicy
+    logits: Float[Array, "b v"],
+    sampling: Sampling,
+    positions: Int[Array, "b"],
+    policy: DecodePolicy,
+    history: TokenHistory | None = None,
 ) -> Int[Array, "b"]:
     """Chooses the next token of every row, greedily or by sampling.
 
@@ -75,10 +86,14 @@ def choose_tokens(
       sampling: Sampling parameters of each row.
       positions: Position in its sequence of each token to choose.
       policy: Whether the sort is skipped when no row needs it.
+      history: Tokens that each row has, if there are penalties.
 
     Returns:
       int32 ``[B]``.
     """
+    if sampling.penalties is not None:
+        assert history is not None, "penalties need the tokens that the text has"
+        logits = penalize(logits, sampling.penalties, history)
     return greedy(logits) if sampling.greedy else sample(logits, sampling, positions, policy)
 
 

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from grinqh_jax.decoding.bits import FULL, Bits
 from grinqh_jax.decoding.generator import Generator
+from grinqh_jax.decoding.penalties import NEUTRAL
 from grinqh_jax.errors import UsageError
 from grinqh_jax.evaluation import harness_args
 from grinqh_jax.evaluation.completion import complete
@@ -221,7 +222,7 @@ class _Options:
         self.stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
         names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
         self.max_tokens = int(next((given[name] for name in names if given.get(name)), max_tokens))
-        self.sampling: dict[str, Any] = {}
+        self.sampling: dict[str, Any] = {name: float(given[name]) for name in NEUTRAL if name in given}
         temperature = given.get("temperature")
         if given.get("do_sample", bool(temperature)):
             self.sampling["temperature"] = 1.0 if temperature is None else float(temperature)

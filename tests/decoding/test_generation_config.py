@@ -43,3 +43,24 @@ def test_all_malformed_values_are_named(tmp_path):
         load(tmp_path, {"do_sample": True, "top_p": 1.5, "temperature": "hot", "eos_token_id": "x"})
     for text in ("top_p is 1.5", "temperature is 'hot'", "eos_token_id is 'x'"):
         assert text in str(caught.value)
+
+
+def test_keys_that_would_change_the_text_are_named_and_neutral_ones_are_not(tmp_path):
+    neutral = {
+        "num_beams": 1,
+        "typical_p": 1.0,
+        "bad_words_ids": None,
+        "no_repeat_ngram_size": 0,
+        "max_length": 9,
+    }
+    assert load(tmp_path, neutral).ignored == ()
+    greedy = {"typical_p": 0.9, "bad_words_ids": [[5]], "num_beams": 2, "suppress_tokens": []}
+    assert load(tmp_path, greedy).ignored == ("num_beams 2", "bad_words_ids [[5]]")
+    assert load(tmp_path, {"do_sample": True, "typical_p": 0.9}).ignored == ("typical_p 0.9",)
+
+
+def test_penalties_count_for_greedy_texts_too(tmp_path):
+    own = {"repetition_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": -0.2}
+    assert load(tmp_path, own) == GenerationConfig(**own)
+    with pytest.raises(CheckpointError, match=r"repetition_penalty is 0, expected a number from 0\.001"):
+        load(tmp_path, {"repetition_penalty": 0})

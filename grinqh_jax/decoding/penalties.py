@@ -1,0 +1,89 @@
+"""Penalties on tokens that a text already has, against repetition.
+
+All parameters are arrays with one entry per row. A batch without penalties has its own program, in which
+none of this exists.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+"""Values that change nothing, by name of the parameter."""
+
+RANGES = {
+    "repetition_penalty": (1e-3, 1e3),
+    "presence_penalty": (-100.0, 100.0),
+    "frequency_penalty": (-100.0, 100.0),
+}
+"""Least and largest accepted values."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Penalties:
+    """Penalties of a batch.
+
+    Attributes:
+      repetition: float32 ``[B]``. Divides positive logits of all tokens in prompt and text, and multiplies
+        negative ones (CTRL, arXiv 1909.05858, as Hugging Face transformers applies it); 1 changes nothing.
+      presence: float32 ``[B]``, subtracted from the logits of generated tokens.
+      frequency: float32 ``[B]``, subtracted from the logit of a generated token for each time that it occurs.
+        Presence and frequency are those of OpenAI's API, which does not count the prompt.
+    """
+
+    repetition: Float[Array, "b"]
+    presence: Float[Array, "b"]
+    frequency: Float[Array, "b"]
+
+    @classmethod
+    def create(cls, batch: int, repetition: float, presence: float, frequency: float) -> "Penalties | None":
+        """Returns the same penalties for every row; None if they change nothing."""
+        values = (repetition, presence, frequency)
+        if values == tuple(NEUTRAL.values()):
+            return None
+        return cls(*(jnp.full(batch, value, jnp.float32) for value in values))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenHistory:
+    """Tokens that each row already has.
+
+    Attributes:
+      in_prompt: bool ``[B, V]``, whether the prompt has the token.
+      generated: int32 ``[B, V]``, how often the text has the token.
+    """
+
+    in_prompt: Bool[Array, "b v"]
+    generated: Int[Array, "b v"]
+
+    @classmethod
+    def of(cls, prompts: Sequence[Sequence[int]], vocabulary: int) -> "TokenHistory":
+        """Returns the history before the first generated token."""
+        in_prompt = np.zeros((len(prompts), vocabulary), bool)
+        for row, prompt in zip(in_prompt, prompts, strict=True):
+            row[np.asarray(prompt)] = True
+        return cls(jnp.asarray(in_prompt), jnp.zeros(in_prompt.shape, jnp.int32))
+
+    def with_tokens(self, tokens: Int[Array, "b"], active: Bool[Array, "b"]) -> "TokenHistory":
+        """Returns the history after one more token in each active row."""
+        rows = jnp.arange(len(tokens))
+        generated = self.generated.at[rows, tokens].add(active.astype(jnp.int32))
+        return dataclasses.replace(self, generated=generated)
+
+
+@jax.named_scope("penalties")
+def penalize(logits: Float[Array, "b v"], penalties: Penalties, history: TokenHistory) -> Float[Array, "b v"]:
+    """Returns float32 logits, in the order of the tokens, after the penalties."""
+    repetition, presence, frequency = (
+        values[:, None] for values in (penalties.repetition, penalties.presence, penalties.frequency)
+    )
+    occurs = history.generated > 0
+    repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
+    logits = jnp.where(occurs | history.in_prompt, repeated, logits)
+    return logits - jnp.where(occurs, presence, 0) - frequency * history.generated
