@@ -2,6 +2,7 @@
 contract."""
 
 import dataclasses
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -224,9 +225,9 @@ def test_levels_count_reached_thresholds():
     ],
 )
 def test_refuses_wrong_arguments_by_name(x, thresholds, messages):
-    # __wrapped__ skips the tests' run-time check of annotations, as for users.
+    # Unwrapped, it skips the tests' run-time check of annotations, as for users.
     with pytest.raises(ValueError, match=r".*; ".join(messages)):
-        api.graded_matvec.__wrapped__(x, WEIGHT, thresholds.astype(np.float32))
+        inspect.unwrap(api.graded_matvec)(x, WEIGHT, thresholds.astype(np.float32))
 
 
 def test_refuses_an_unknown_implementation_and_names_the_known_ones():
