@@ -4,28 +4,37 @@
 
 import importlib.metadata
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-CACHE = ROOT / ".pytest_cache"
+CACHE = ROOT / ".pytest_cache" / "jax"
+LARGEST_CACHE_BYTES = 2**30
+"""Size of about ten runs without a common program."""
+
 ON_GPU = os.environ.get("JAX_PLATFORMS") != "cpu" and Path("/dev/nvidiactl").exists()
 
 
-def writable(directory: Path) -> bool:
+def prepared(cache: Path) -> bool:
+    """Creates the directory of compiled programs, or empties a large one; returns whether it is usable."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            return True
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            pass
+        if sum(entry.stat().st_size for entry in os.scandir(cache)) > LARGEST_CACHE_BYTES:
+            shutil.rmtree(cache)
+            cache.mkdir()
     except OSError:
         return False
+    return True
 
 
 # JAX and XLA read these variables when they are imported and when the first program is compiled. Subprocesses
 # inherit them. Tests spend most of their time in compilations, so all processes of a run, and the next run,
 # share compiled programs.
-if writable(CACHE / "jax"):
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "jax"))
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ and prepared(CACHE):
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # Most programs run once, on tiny arrays, so optimizing them costs more than it saves. The fixture

@@ -14,6 +14,8 @@ from checkpoints_tools.pareto import flags as pareto
 from grinqh_jax.__main__ import VERBS
 from grinqh_jax.cli import benchmark, chat, evaluate, generate, perplexity
 
+pytestmark = pytest.mark.usefixtures("optimized_programs")
+
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PAGES = [
