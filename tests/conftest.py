@@ -35,8 +35,8 @@ def prepared(cache: Path) -> bool:
 # share compiled programs.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ and prepared(CACHE):
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # Most programs run once, on tiny arrays, so optimizing them costs more than it saves. The fixture
 # `optimized_programs` is for tests that run their programs for longer.
 if not ON_GPU:
