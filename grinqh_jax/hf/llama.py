@@ -22,13 +22,13 @@ TENSOR_NAMES = {
     "norm.scale": ("model.norm.weight",),
     "lm_head.kernel": ("lm_head.weight",),
 }
-"""Hugging Face's names of the tensors that make each parameter, in the order of its outputs
+"""Names of the Hugging Face tensors that each parameter is made of, in the order of its outputs
 (``layer_spec.parameter_shapes``). Hugging Face stores a kernel as ``[outputs, inputs]``."""
 
 BASE = "model."
-"""Prefix of all tensors but the head. A checkpoint of the model without its head lacks it."""
+"""Prefix of all names but that of the head. Checkpoints saved from the model without its head lack it."""
 
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 IGNORED_TENSORS = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
-"""Buffers in old checkpoints that follow from the configuration."""
+"""Buffers in old checkpoints. They follow from the configuration, so they are not read."""

@@ -1,4 +1,4 @@
-"""The Hugging Face tensors that make each parameter: their names, shapes and all mismatches."""
+"""Maps parameters to the Hugging Face tensors they are made of, and finds tensors that do not match."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ class Source:
 
     Attributes:
       name: Name of the tensor.
-      shape: Shape that the configuration asks for.
+      shape: Shape that follows from the configuration.
     """
 
     name: str
@@ -22,7 +22,7 @@ class Source:
 
 
 def sources(config: ModelConfig) -> dict[str, list[Source]]:
-    """Returns the tensors that make every parameter, by our dotted name and in the order of the outputs.
+    """Returns, for each parameter by our dotted name, the tensors it is made of, in the order of its outputs.
 
     A tied model has no ``lm_head.weight``; its ``lm_head.kernel`` is made of the embedding.
     """
@@ -33,17 +33,17 @@ def sources(config: ModelConfig) -> dict[str, list[Source]]:
 
 
 def is_kernel(key: str) -> bool:
-    """Whether a parameter is a matrix ``[in, out]``, the transpose of what Hugging Face stores."""
+    """Whether a parameter is a matrix ``[in, out]``, which Hugging Face stores transposed."""
     return key.endswith(".kernel")
 
 
 def canonical_names(config: ModelConfig, stored: Iterable[str]) -> dict[str, str]:
     """Returns the names that transformers gives stored tensors when it loads them, by stored name.
 
-    transformers adds the prefix ``model.`` where that makes a tensor of the model, as in a checkpoint of the
-    model without its head, and removes a superfluous one.
+    If a stored name is not a tensor of the model, transformers tries it without the prefix ``model.`` and
+    then with it. A checkpoint that was saved from the model without its head lacks the prefix.
     """
-    known = {source.name for parts in sources(_untied(config)).values() for source in parts}
+    known = {source.name for tensors in sources(_untied(config)).values() for source in tensors}
     return {
         name: next((n for n in (name, name.removeprefix(BASE), BASE + name) if n in known), name)
         for name in stored
@@ -53,16 +53,18 @@ def canonical_names(config: ModelConfig, stored: Iterable[str]) -> dict[str, str
 def mismatches(
     config: ModelConfig, shapes: dict[str, tuple[int, ...]], unreadable: frozenset[str] = frozenset()
 ) -> list[str]:
-    """Returns every difference between the tensors that ``config`` asks for and those of a checkpoint.
+    """Returns a message for every difference between the tensors that ``config`` needs and a checkpoint's.
 
-    Of a tied model a checkpoint has the embedding, the head, or both.
+    A checkpoint of a tied model may store the embedding, the head, or both.
 
     Args:
       config: Configuration of the model.
       shapes: Shapes of the checkpoint's tensors, by canonical name.
-      unreadable: Names that an index places in files that could not be read. They are not reported again.
+      unreadable: Canonical names of tensors in files that could not be read, which the caller has reported.
     """
-    expected = {source.name: source.shape for parts in sources(_untied(config)).values() for source in parts}
+    expected = {
+        source.name: source.shape for tensors in sources(_untied(config)).values() for source in tensors
+    }
     problems = [
         f"tensor {name} has shape {list(shapes[name])}, config.json asks for {list(shape)}"
         for name, shape in expected.items()
@@ -75,17 +77,19 @@ def mismatches(
         missing -= {LM_HEAD}
     extra = sorted(name for name in shapes.keys() - expected.keys() if not IGNORED_TENSORS.fullmatch(name))
     for name in sorted(missing):
-        tied = " (if the embedding is the head, config.json needs tie_word_embeddings: true)"
-        problems.append(f"tensor {name} is missing" + (tied if name == LM_HEAD else ""))
+        remedy = " (if the embedding is the head, config.json needs tie_word_embeddings: true)"
+        problems.append(f"tensor {name} is missing" + (remedy if name == LM_HEAD else ""))
     problems += [f"tensor {name} is not part of a {config.architecture} model" for name in extra]
     return problems
 
 
 def _untied(config: ModelConfig) -> ModelConfig:
+    """Returns the configuration of a model that also has a tensor for its head."""
     return dataclasses.replace(config, tie_word_embeddings=False)
 
 
 def _tensor_names(config: ModelConfig, key: str) -> list[str]:
+    """Returns the names of the tensors that the parameter ``key`` is made of."""
     if config.tie_word_embeddings and key == f"{HEAD}.kernel":
         key = "embed.embedding"
     if not key.startswith("layers."):

@@ -22,29 +22,31 @@ from grinqh_jax.model.config import ModelConfig
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = ("BF16", "F16", "F32", "F64")
+"""Dtypes of weights that are read, in the spelling of safetensors."""
+
 HUB_PATTERNS = (
     *("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"),
     *("state/*", "orbax.checkpoint", "_CHECKPOINT_METADATA"),  # GRINQH checkpoints
 )
-"""Files to download for a hub id: unquantized and GRINQH checkpoints, but no ``.bin`` pickles."""
+"""Files to download for a hub id. ``.bin`` files are pickles and are left out."""
 
 Rows = slice | Int[np.ndarray, "rows"]
-"""A range of a tensor's rows, or their indices. Runs of consecutive indices are read at once."""
+"""Rows of a tensor to read: a range, or indices. Each run of consecutive indices is one read."""
 
 _ROWS_COMPARED = 1 << 12
-"""Rows of the embedding and the head that are compared at once."""
+"""Number of rows of embedding and head that are compared at once, which bounds the memory."""
 
 
 @dataclasses.dataclass(frozen=True)
 class HFCheckpoint:
-    """An opened checkpoint, which has every tensor of the model in the right shape and in a readable file.
+    """A checkpoint whose files are readable and whose tensors have the shapes that ``config`` needs.
 
     Attributes:
       directory: Directory of the checkpoint.
-      hf_config: Parsed ``config.json``, with ``tie_word_embeddings`` as the tensors have it.
+      hf_config: Parsed ``config.json``; ``tie_word_embeddings`` is false if embedding and head differ.
       config: Configuration of the model.
-      files: File of each tensor, by the tensor's name in transformers.
-      stored_names: Name of each tensor in its file, by its name in transformers.
+      files: File of each tensor, by canonical name (the name in transformers).
+      stored_names: Name of each tensor in its file, by canonical name.
     """
 
     directory: Path
@@ -55,16 +57,16 @@ class HFCheckpoint:
 
     @property
     def companions(self) -> list[Path]:
-        """Paths of the tokenizer's and the other files beside config and weights."""
+        """Paths of the files beside configuration and weights, such as those of the tokenizer."""
         return find_companions(self.directory)
 
     @property
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Shape of every parameter by our dotted name; kernels are ``[in, out]``."""
         shapes = {}
-        for key, parts in params.sources(self.config).items():
-            rows = sum(part.shape[0] for part in parts)
-            shapes[key] = (parts[0].shape[1], rows) if params.is_kernel(key) else (rows, *parts[0].shape[1:])
+        for key, tensors in params.sources(self.config).items():
+            rows, trailing = sum(tensor.shape[0] for tensor in tensors), tensors[0].shape[1:]
+            shapes[key] = (*trailing, rows) if params.is_kernel(key) else (rows, *trailing)
         return shapes
 
     def read(self, key: str, rows: Rows = slice(None)) -> np.ndarray:
@@ -78,13 +80,14 @@ class HFCheckpoint:
         Raises:
           CheckpointError: The file vanished or changed since the checkpoint was opened.
         """
-        parts = [self.read_tensor(part.name, rows) for part in params.sources(self.config)[key]]
-        value = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        tensors = [self.read_tensor(source.name, rows) for source in params.sources(self.config)[key]]
+        value = tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
         return value.T if params.is_kernel(key) else value
 
     def read_tensor(self, name: str, rows: Rows = slice(None)) -> np.ndarray:
-        """Reads a tensor by its name in transformers. Raises CheckpointError as ``read`` does."""
-        # Opened for each read, because the pages of a file that stays mapped count as memory of the process.
+        """Reads a tensor by its canonical name. Raises CheckpointError as ``read`` does."""
+        # The file is opened for each read, because the pages of a file that stays mapped count as memory of
+        # the process.
         path = self.files[name]
         try:
             with safe_open(path, "numpy") as file:
@@ -123,11 +126,11 @@ def resolve(model: str | os.PathLike[str]) -> Path:
 
 
 def open_checkpoint(model: str | os.PathLike[str]) -> HFCheckpoint:
-    """Opens a directory or hub id and checks everything but the values of the weights.
+    """Opens a checkpoint (directory or hub id) and checks everything but the values of the weights.
 
     Raises:
-      CheckpointError: Tensors are missing, unknown, misshapen or mistyped, or files are missing, truncated or
-        corrupt. One message names all of them.
+      CheckpointError: Tensors are missing, unknown, or have another shape or dtype than expected, or files
+        are missing, truncated or corrupt. One message names all of them.
       UnsupportedModelError: The configuration needs something that the decoder does not implement.
     """
     directory = resolve(model)
@@ -146,10 +149,11 @@ def open_checkpoint(model: str | os.PathLike[str]) -> HFCheckpoint:
     paths = _weight_files(directory, files_of_index, problems)
     files, shapes, broken = _scan(paths, problems)
     config = ModelConfig.from_hf(hf_config) if hf_config is not None else None
-    # Without an index the tensors of a broken file are unknown.
-    unlisted = bool(broken) and not files_of_index
+    # Only an index tells which tensors a broken file should hold. Where that is unknown, every tensor of the
+    # file would be reported as missing.
+    all_names_known = bool(files_of_index) or (index is None and not broken)
     stored_names: dict[str, str] = {}
-    if config is not None and files and not unlisted and (index is None or files_of_index):
+    if config is not None and files and all_names_known:
         in_broken_files = [name for name, file in files_of_index.items() if directory / file in broken]
         unreadable = frozenset(params.canonical_names(config, in_broken_files).values())
         stored_names = _stored_names(config, files, problems)
@@ -162,7 +166,7 @@ def open_checkpoint(model: str | os.PathLike[str]) -> HFCheckpoint:
 
 
 def _stored_names(config: ModelConfig, files: dict[str, Path], problems: list[str]) -> dict[str, str]:
-    """Returns the stored name of each tensor by its name in transformers."""
+    """Returns the stored name of each tensor, by canonical name."""
     stored_names: dict[str, str] = {}
     for stored, name in params.canonical_names(config, files).items():
         if name in stored_names:
@@ -172,7 +176,7 @@ def _stored_names(config: ModelConfig, files: dict[str, Path], problems: list[st
 
 
 def _resolve_tie(checkpoint: HFCheckpoint) -> HFCheckpoint:
-    """Unties embedding and head that both exist and differ, as transformers 5 does."""
+    """Unties embedding and head if both are stored and differ, as transformers 5 does, with a warning."""
     if not checkpoint.config.tie_word_embeddings or LM_HEAD not in checkpoint.files:
         return checkpoint
     if EMBEDDING not in checkpoint.files:  # the head is the embedding
@@ -197,7 +201,7 @@ def _resolve_tie(checkpoint: HFCheckpoint) -> HFCheckpoint:
 
 
 def _equal(checkpoint: HFCheckpoint, first: str, second: str) -> bool:
-    """Whether two tensors of the size of the embedding have the same values."""
+    """Whether two tensors with one row for each token have the same values."""
     rows = checkpoint.config.vocab_size
     blocks = [slice(i, min(i + _ROWS_COMPARED, rows)) for i in range(0, rows, _ROWS_COMPARED)]
     return all(
@@ -207,6 +211,7 @@ def _equal(checkpoint: HFCheckpoint, first: str, second: str) -> bool:
 
 
 def _read_object(path: Path, problems: list[str]) -> dict | None:
+    """Returns a parsed JSON file, or None and adds to ``problems``."""
     try:
         return read_object(path)
     except CheckpointError as error:
@@ -232,6 +237,7 @@ def _files_of_index(index: dict | None, problems: list[str]) -> dict[str, str]:
 
 
 def _weight_files(directory: Path, files_of_index: dict[str, str], problems: list[str]) -> list[Path]:
+    """Returns the safetensors files to read; those of the index if there is one."""
     if files_of_index:
         return [directory / name for name in sorted(set(files_of_index.values()))]
     if (directory / SINGLE).exists():
@@ -250,7 +256,7 @@ def _weight_files(directory: Path, files_of_index: dict[str, str], problems: lis
 def _scan(
     paths: list[Path], problems: list[str]
 ) -> tuple[dict[str, Path], dict[str, tuple[int, ...]], set[Path]]:
-    """Reads the headers and returns each tensor's file, each tensor's shape, and the unreadable files."""
+    """Reads the headers of files; returns file and shape of each stored name, and the broken files."""
     files: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     broken = set()

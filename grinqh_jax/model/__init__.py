@@ -1,1 +1,1 @@
-"""The decoder as Flax NNX modules: configuration, structure, layers, KV cache."""
+"""The decoder as Flax NNX modules: configuration, structure, layers, output projection, KV cache."""

@@ -1,8 +1,9 @@
-"""Strategies that apply a decoder's linear layers; the decoder calls one with the name of each layer.
+"""Strategies that apply a decoder's linear layers.
 
-One decoder thus serves prefill (``Dense``), decoding (``Graded``) and passes that observe the inputs, such as
-calibration. Any callable ``apply(name, linear, x) -> y`` on ``Activations`` is a strategy. A strategy may
-collect values during the call, traced ones included, for its caller to read.
+The decoder does not multiply by its weights itself: it calls a strategy with the name of each linear layer,
+the layer and its input. One decoder thus serves prefill (``Dense``), decode steps (``Graded``) and passes
+that observe the inputs, such as calibration. Any callable ``apply(name, linear, x) -> y`` on ``Activations``
+is a strategy. A strategy may collect values, also traced ones, which its caller reads after the forward pass.
 """
 
 from collections.abc import Mapping
@@ -16,8 +17,8 @@ from grinqh_jax.model.layer_spec import HEAD
 from grinqh_jax.model.linear import GradedLinear, Linear
 from pallas_kernels import Activations, GradingStats, grading
 
-PREVIEWED_TOGETHER = 4
-"""Number of layers of equal width whose bits ``Previewing`` counts at once."""
+LAYERS_COUNTED_AT_ONCE = 4
+"""Number of layers with equally wide inputs whose bits ``Previewing`` counts in one operation."""
 
 
 def of_head(name: str) -> bool:
@@ -27,15 +28,17 @@ def of_head(name: str) -> bool:
 
 @runtime_checkable
 class Apply(Protocol):
-    """Applies the linear layer called ``name`` to ``x [*rows, in_features]``."""
+    """A strategy: computes ``y = x @ W``, exactly or not, for the linear layer called ``name``."""
 
-    def __call__(self, name: str, linear: Linear, x: Activations) -> Activations: ...
+    def __call__(self, name: str, linear: Linear, x: Activations) -> Activations:
+        """Returns ``y [*rows, out_features]`` for ``x [*rows, in_features]``."""
+        ...
 
 
 class Dense:
-    """Applies every layer at full precision, with all planes of a graded one.
+    """Applies every layer at full precision; reads all planes of a graded layer.
 
-    Subclasses that observe or change inputs or outputs override ``product``.
+    To observe or change inputs or outputs, override ``product``.
     """
 
     def __call__(self, name: str, linear: Linear, x: Activations) -> Activations:
@@ -47,41 +50,41 @@ class Dense:
 
 
 class Previewing(Dense):
-    """Applies every layer at full precision, and counts the bits that graded reading would take.
+    """Applies every layer at full precision, and counts the bits that graded decoding would read.
 
     Attributes:
       thresholds: Thresholds by layer name, float32 ``[B, P]``.
-      positions: Positions to count at, int32 ``[B, s]``.
+      positions: Positions to count bits at, int32 ``[B, s]``.
     """
 
     def __init__(self, thresholds: Mapping[str, Float[Array, "b p"]], positions: Int[Array, "b s"]):
         self.thresholds = thresholds
         self.positions = positions
-        self._waiting: dict[int, dict[str, Float[Array, "b s k"]]] = {}
+        self._pending: dict[int, dict[str, Float[Array, "b s k"]]] = {}  # inputs by width, then by layer name
         self._bits: dict[str, Float[Array, "b s"]] = {}
 
     def product(self, name: str, linear: Linear, x: Float[Array, "b t k"]) -> Float[Array, "b t n"]:
-        """See ``Dense``."""
+        """Returns the product of ``Dense``, after it has counted the bits of ``x``."""
         return super().product(name, linear, self.look(name, x))
 
     def look(self, name: str, x: Float[Array, "b t k"]) -> Float[Array, "b t k"]:
         """Counts the bits of a layer's inputs and returns them. Call it alone to skip the layer's product."""
-        waiting = self._waiting.setdefault(x.shape[-1], {})
+        pending = self._pending.setdefault(x.shape[-1], {})
         # Without the barrier before the product, XLA (jax 0.11.2) keeps the inputs of all layers and counts
         # at the end: 2.9 GB for 2,048 tokens of Qwen3-8B.
-        waiting[name], x = jax.lax.optimization_barrier(
+        pending[name], x = jax.lax.optimization_barrier(
             (jnp.take_along_axis(x, self.positions[..., None], axis=1), x)
         )
         # Counting several layers of equal width at once compiles faster.
-        if len(waiting) == PREVIEWED_TOGETHER:
-            self._count(self._waiting.pop(x.shape[-1]))
+        if len(pending) == LAYERS_COUNTED_AT_ONCE:
+            self._count(self._pending.pop(x.shape[-1]))
         return x
 
     @property
     def bits(self) -> dict[str, Float[Array, "b s"]]:
-        """Mean bits at the positions, by layer name."""
-        while self._waiting:
-            self._count(self._waiting.popitem()[1])
+        """Mean bits at ``positions``, float32 ``[B, s]`` by layer name."""
+        while self._pending:
+            self._count(self._pending.popitem()[1])
         return self._bits
 
     def _count(self, inputs: Mapping[str, Float[Array, "b s k"]]) -> None:
@@ -93,8 +96,11 @@ class Previewing(Dense):
 class Graded:
     """Applies every layer graded by its input: reads channel j at level ``#{ l : |x_j| >= t_l }``.
 
+    Calling it with a dense layer raises ValueError.
+
     Attributes:
-      thresholds: Thresholds by layer name, float32 ``[P]``, or ``[B, P]`` for a set per row of the batch.
+      thresholds: Thresholds by layer name, float32 ``[P]``, or ``[B, P]`` with one set for each row of the
+        batch.
       stats: Realised mean bits and largest ``|x|`` of every row of ``x.leading``, by layer name.
     """
 

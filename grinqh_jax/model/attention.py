@@ -21,7 +21,7 @@ def attend_heads(
     positions: Int[Array, "b t"],
     cache: KeyValues | None = None,
 ) -> tuple[Activations, KeyValues]:
-    """Computes head norms, rotation and attention. In a decode step on a GPU these are two kernels.
+    """Computes head norms, rotation and attention, in two kernels for a decode step on a GPU.
 
     Args:
       config: Configuration of the model.
@@ -44,10 +44,11 @@ def attend_heads(
             )
             return attended, (keys, values)
     all_heads = qkv.array.reshape(batch, tokens, -1, head_dim)
-    rotated, values = jnp.split(all_heads, (heads + kv_heads,), axis=2)
+    rotated, values = jnp.split(all_heads, (heads + kv_heads,), axis=2)  # rotated: query and key heads
     if norm_scales is not None:
         is_query = jnp.arange(heads + kv_heads)[:, None] < heads
-        rotated = rms_norm(rotated, jnp.where(is_query, *norm_scales), config.rms_norm_eps)
+        query_scale, key_scale = norm_scales
+        rotated = rms_norm(rotated, jnp.where(is_query, query_scale, key_scale), config.rms_norm_eps)
     rotated = rope.rotate(rotated, positions, frequencies)
     queries, keys = jnp.split(rotated, (heads,), axis=2)
     outputs, cache = attend(queries, keys, values, positions, cache)
@@ -64,11 +65,12 @@ def attend(
     """Attends from every query to all positions up to its own, with a softmax in float32.
 
     Args:
-      queries, keys, values: Heads of the new tokens; consecutive groups of query heads share a kv head.
+      queries, keys, values: Heads of the new tokens; ``heads / kv_heads`` consecutive query heads share a kv
+        head.
       positions: Positions of the new tokens in their sequence.
-      cache: Keys and values of the earlier tokens; slot = position. The new ones are written at their
-        positions, and dropped beyond the last slot. No query sees the slots beyond its position, so these may
-        hold any finite values. None if the new tokens are the whole sequence.
+      cache: Keys and values of the earlier tokens; slot = position. The new tokens are written at their
+        positions; those beyond the last slot are dropped. No query sees the slots beyond its position, so
+        these may hold any finite values. None if the new tokens are the whole sequence.
 
     Returns:
       ``(outputs, (keys, values))``: keys and values are the updated cache, or those of the new tokens.

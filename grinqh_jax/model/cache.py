@@ -17,9 +17,9 @@ class KVCache:
     """Keys and values of every layer for a batch of sequences.
 
     Attributes:
-      keys, values: One array ``[B, S, kv_heads, head_dim]`` per layer, in the compute dtype; slot = position.
-        Slots from ``lengths[b]`` on are padding that no token attends to.
-      lengths: int32 ``[B]``, number of tokens of each row so far.
+      keys, values: One array ``[B, S, kv_heads, head_dim]`` for each layer, in the compute dtype; slot =
+        position. In row b, slots from ``lengths[b]`` on are padding that no token attends to.
+      lengths: int32 ``[B]``, number of tokens in each row.
     """
 
     keys: tuple[Float[Array, "b s kv_heads head_dim"], ...]
@@ -31,10 +31,10 @@ class KVCache:
         """Creates an empty cache with ``capacity`` slots for each of ``batch`` rows."""
         shape = (batch, capacity, config.num_kv_heads, config.head_dim)
 
-        def layers():
+        def empty_layers():
             return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
 
-        return cls(layers(), layers(), jnp.zeros(batch, jnp.int32))
+        return cls(empty_layers(), empty_layers(), jnp.zeros(batch, jnp.int32))
 
     @property
     def capacity(self) -> int:

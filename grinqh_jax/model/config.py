@@ -1,4 +1,4 @@
-"""The model configuration: a Hugging Face ``config.json``, validated and in one spelling."""
+"""The configuration of a model, read from a Hugging Face ``config.json`` and validated."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -15,22 +15,25 @@ ARCHITECTURES: dict[str, Literal["llama", "qwen3"]] = {
 ROPE_TYPES = ("default", "llama3")
 
 DEFAULT_ROPE_THETA = 10000.0
-"""Base of the rotary frequencies if the configuration names none; default of both architectures."""
+"""Base of the rotary frequencies in a configuration that names none, for both architectures."""
 
 QWEN3_HEAD_DIM = 128
-"""Head dimension of a Qwen3 configuration that names none. Llama divides the hidden size by the heads."""
+"""Head dimension of a Qwen3 configuration that names none. For Llama it is ``hidden_size / num_heads``."""
 
 QWEN3_KV_HEADS = 32
-"""Key and value heads of a Qwen3 configuration without the key. Null, and no key for Llama, mean one for each
-query head."""
+"""Number of key heads (and of value heads) of a Qwen3 configuration without ``num_key_value_heads``. If the entry
+is null, or if a Llama configuration lacks it, there is one for each query head."""
 
 MAX_POSITIONS = {"llama": 2048, "qwen3": 32768}
-"""Context of a configuration that names none."""
+"""Maximum context, in tokens, of a configuration that names none, by ``model_type``."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rotary position embedding. Only the type ``llama3`` uses the fields after ``type`` (see ``rope``)."""
+    """Parameters of the rotary position embedding. Only ``llama3`` uses the fields after ``type``.
+
+    The fields have the names and meanings of Hugging Face's; ``rope.inverse_frequencies`` has the formula.
+    """
 
     theta: float = DEFAULT_ROPE_THETA
     type: Literal["default", "llama3"] = "default"
@@ -45,7 +48,13 @@ class ModelConfig:
     """Shapes and options of a decoder-only model. Hashable, so it can be static under ``jit``.
 
     Attributes:
+      intermediate_size: Width of the MLP: outputs of the gate projection, and of the up projection.
+      num_heads: Number of query heads.
+      num_kv_heads: Number of key heads, and of value heads.
+      head_dim: Width of a head. ``num_heads * head_dim`` may differ from ``hidden_size``.
+      tie_word_embeddings: Whether the output projection is the transposed embedding.
       qk_norm: Whether an RMS norm is applied to every query and key head before the rotation, as in Qwen3.
+      max_position_embeddings: Maximum context, in tokens.
     """
 
     architecture: Literal["llama", "qwen3"]
@@ -72,7 +81,7 @@ class ModelConfig:
         Raises:
           UnsupportedModelError: Something is missing, malformed or not implemented: another architecture,
             activation function or rotary embedding, mixture of experts, sliding windows, biases, weights
-            quantized by another method. One message names everything.
+            quantized by another method. One message names all problems.
         """
         reader = _Reader(hf)
         architecture = _architecture(reader)
@@ -129,11 +138,12 @@ class _Reader:
         self.problems: list[str] = []
 
     def problem(self, text: str) -> None:
+        """Adds a problem, once."""
         if text not in self.problems:
             self.problems.append(text)
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """Reads a positive integer. An absent or null key gives the default, or a problem without one."""
+        """Reads a positive integer. If the key is absent or null, returns the default or notes a problem."""
         value = self.values.get(key)
         if value is None and default is not None:
             return default
@@ -143,11 +153,11 @@ class _Reader:
         return value
 
     def number(self, key: str, default: float) -> float:
-        """Reads a positive, finite number. An absent or null key gives the default."""
-        return default if self.values.get(key) is None else self.stated_number(key, default)
+        """Reads a positive, finite number. Returns the default if the key is absent or null."""
+        return default if self.values.get(key) is None else self.number_not_null(key, default)
 
-    def stated_number(self, key: str, default: float) -> float:
-        """Reads a positive, finite number. An absent key gives the default; null is a problem."""
+    def number_not_null(self, key: str, default: float) -> float:
+        """Reads a positive, finite number. Returns the default if the key is absent; null is a problem."""
         value = self.values.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
             self.problem(f"{key} is {value!r}, expected a positive number")
@@ -176,6 +186,7 @@ class _Reader:
 
 
 def _architecture(reader: _Reader) -> Literal["llama", "qwen3"]:
+    """Reads ``architectures``, or without it ``model_type``."""
     names = reader.names("architectures")
     model_type = reader.values.get("model_type")
     for name in names:
@@ -193,20 +204,22 @@ def _rope(reader: _Reader, max_positions: int) -> RopeConfig:
     """Resolves all spellings of the rotary embedding as transformers 5 does.
 
     A ``rope_scaling`` that is not empty (transformers 4) replaces ``rope_parameters`` (transformers 5) as a
-    whole. A ``rope_theta`` inside that object wins over the one beside it, ``rope_type`` wins over ``type``,
-    and for ``original_max_position_embeddings`` the one beside it wins.
+    whole. A ``rope_theta`` inside that object wins over one at the top level of the configuration, and
+    ``rope_type`` wins over ``type``. For ``original_max_position_embeddings`` the top level wins.
     """
     scaling = reader.section("rope_scaling")
     rope = scaling if scaling.values else reader.section("rope_parameters")
     for source in (reader, rope):
         if source.number("partial_rotary_factor", 1.0) != 1.0:
             reader.problem(f"partial_rotary_factor {source.values['partial_rotary_factor']}")
-    # Other model families have one such object for each kind of layer. For these two, transformers fails, or
-    # ignores them silently.
+    # Other model families nest one such object for each kind of layer. In a Llama or Qwen3 configuration,
+    # transformers fails on nested objects or ignores them silently.
     if layers := [key for key, value in rope.values.items() if isinstance(value, Mapping)]:
         reader.problem(f"rope parameters for each kind of layer ({', '.join(layers)})")
         return RopeConfig()
-    theta = (rope if "rope_theta" in rope.values else reader).stated_number("rope_theta", DEFAULT_ROPE_THETA)
+    theta = (rope if "rope_theta" in rope.values else reader).number_not_null(
+        "rope_theta", DEFAULT_ROPE_THETA
+    )
     kind = rope.values.get("rope_type", rope.values.get("type", "default"))
     if kind not in ROPE_TYPES:
         reader.problem(f"rope type {kind!r} (supported: {', '.join(ROPE_TYPES)})")
@@ -219,9 +232,9 @@ def _rope(reader: _Reader, max_positions: int) -> RopeConfig:
     rope_config = RopeConfig(
         theta=theta,
         type="llama3",
-        factor=rope.stated_number("factor", 1.0),
-        low_freq_factor=rope.stated_number("low_freq_factor", 1.0),
-        high_freq_factor=rope.stated_number("high_freq_factor", 4.0),
+        factor=rope.number_not_null("factor", 1.0),
+        low_freq_factor=rope.number_not_null("low_freq_factor", 1.0),
+        high_freq_factor=rope.number_not_null("high_freq_factor", 4.0),
         original_max_position_embeddings=(reader if original in reader.values else rope).integer(
             original, max_positions
         ),
@@ -246,7 +259,7 @@ def _refuse_options(reader: _Reader) -> None:
     other_layers = sorted(set(reader.names("layer_types")) - {"full_attention"})
     if other_layers:
         reader.problem(f"layer_types {', '.join(other_layers)} (supported: full_attention)")
-    # Qwen3 states a window and switches it off. Without a switch a stated window is used.
+    # Qwen3 names a window and switches it off by use_sliding_window. Without that switch the window applies.
     window = hf.get("sliding_window")
     if window is not None and hf.get("use_sliding_window", "use_sliding_window" not in hf):
         reader.problem(f"sliding_window {window}")

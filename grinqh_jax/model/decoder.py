@@ -1,8 +1,8 @@
 """The decoder-only transformer of Llama 3 and Qwen3, as Flax NNX modules.
 
-Modules hold arrays and static shapes only, so a ``Decoder`` is a pytree and can be an argument of a ``jit``
-function. The caller chooses how its linear layers are computed (see ``apply``). ``layer_spec`` describes the
-structure of a layer.
+Modules hold arrays and static shapes only, so a ``Decoder`` is a pytree and can be an argument of a jitted
+function. The caller chooses how linear layers are computed, by a strategy of ``apply``. ``layer_spec``
+describes the structure of a layer; the modules here follow it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,6 +43,7 @@ class Embedding(nnx.Module):
 
     @jax.named_scope("embed")
     def __call__(self, tokens: Int[Array, "b t"], dtype) -> Float[Array, "b t d"]:
+        """Returns the embeddings of tokens, in ``dtype``."""
         return self.embedding[...][tokens].astype(dtype)
 
 
@@ -59,7 +60,7 @@ class RMSNorm(nnx.Module):
     def add(
         self, x: Float[Array, "b t d"], update: Activations | None
     ) -> tuple[Float[Array, "b t d"], Activations]:
-        """Returns ``(x + update, its norm)`` (see ``norm.add_norm``)."""
+        """Returns ``(x + update, norm of x + update)`` (see ``norm.add_norm``)."""
         return add_norm(x, update, self.scale[...], self.eps)
 
 
@@ -91,10 +92,11 @@ class DecoderLayer(nnx.Module):
           x: Residual stream.
           positions: Positions of the tokens in their sequence.
           apply: Strategy that computes the linear layers.
-          kv: This layer's part of the KV cache; None if the tokens are the whole sequence.
+          kv: Cached keys and values of this layer; None if the tokens are the whole sequence.
 
         Returns:
-          ``(x, kv)``; see ``attention.attend_heads`` for kv.
+          ``(x, kv)``: the residual stream after the layer, and keys and values as ``attention.attend``
+          returns them.
         """
         x, update, kv = self.advance(name, x, None, positions, apply, kv)
         return x + update.array, kv
@@ -108,10 +110,13 @@ class DecoderLayer(nnx.Module):
         apply: Apply,
         kv: KeyValues | None = None,
     ) -> tuple[Float[Array, "b t d"], Activations, KeyValues]:
-        """Runs the layer on ``x + update`` and leaves its last addition to the norm that follows.
+        """Runs the layer on ``x + update``, and leaves the addition of its last block to the caller.
+
+        On a GPU one kernel adds and computes the norm that follows (see ``norm.add_norm``), which for the
+        last block belongs to the next layer.
 
         Returns:
-          ``(x, update, kv)``: the residual stream is ``x + update``.
+          ``(x, update, kv)``: the residual stream after the layer is ``x + update``.
         """
         for block in self.spec.blocks:
             x, inputs = getattr(self, block.norm.name).add(x, update)
@@ -179,7 +184,18 @@ class Decoder(nnx.Module):
         apply: Apply,
         cache: Sequence[KeyValues] | None = None,
     ) -> tuple[Activations, list[KeyValues]]:
-        """Returns hidden states after the final norm, ``[b, t, d]``, and keys and values of every layer."""
+        """Runs embedding, layers and final norm.
+
+        Args:
+          tokens: int32 tokens.
+          positions: Positions of the tokens in their sequence.
+          apply: Strategy that computes the linear layers.
+          cache: Cached keys and values of each layer; None if the tokens are the whole sequence.
+
+        Returns:
+          Hidden states ``[b, t, d]`` after the final norm, and keys and values of each layer as
+          ``attention.attend`` returns them.
+        """
         x, update = self.embed(tokens, self.compute_dtype), None
         earlier: Sequence[KeyValues | None] = [None] * len(self.layers) if cache is None else cache
         updated = []
@@ -193,7 +209,10 @@ class Decoder(nnx.Module):
         return self.lm_head(x, apply)
 
     def __call__(self, tokens: Int[Array, "b t"], apply: Apply | None = None) -> Float[Array, "b t v"]:
-        """Returns float32 logits at every position of whole sequences, without cache or padding."""
+        """Returns float32 logits at every position of whole sequences, without cache or padding.
+
+        ``apply`` is ``Dense`` by default.
+        """
         apply = apply or Dense()
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         return self.logits(self.hidden(tokens, positions, apply)[0], apply)
@@ -223,7 +242,7 @@ class Decoder(nnx.Module):
 
     @property
     def full_bits(self) -> int:
-        """Bits per weight of the linear layers: of the stored codes, or of the dtype of dense kernels."""
+        """Number of bits of a weight at full precision: of its code, or of the dtype of a dense kernel."""
         block = self.lm_head.blocks[0]
         if isinstance(block, GradedLinear):
             return block.weight.max_bits

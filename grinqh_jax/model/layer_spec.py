@@ -1,4 +1,4 @@
-"""The structure of a decoder, said once: its norms and projections, their order, sizes and data flow.
+"""The structure of a decoder, declared in one place: norms and projections, their order, sizes and data flow.
 
 A decoder embeds tokens into a residual stream, passes the stream through its layers, and projects it to
 logits after a final norm. A layer is a sequence of residual blocks, each of which reads the stream through a
@@ -21,7 +21,7 @@ class Norm:
 
     Attributes:
       name: Name in the layer.
-      axis: Axis that it normalizes, a key of ``axis_sizes``.
+      axis: Name of the axis that it normalizes, a key of ``axis_sizes``.
     """
 
     name: str
@@ -34,8 +34,8 @@ class Projection:
 
     Attributes:
       name: Name in the layer.
-      inputs: Axis of the input channels.
-      outputs: Axes of the outputs, side by side.
+      inputs: Name of the axis of the input channels, a key of ``axis_sizes``.
+      outputs: Names of the axes that make up the outputs, side by side.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Attention:
 
 @dataclasses.dataclass(frozen=True)
 class SwiGLU:
-    """``silu(gate) * up`` of the gate's outputs and then the up projection's."""
+    """``silu(gate) * up``, where the outputs of ``reads`` are ``gate`` and then ``up``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ class ResidualBlock:
     Attributes:
       norm: Norm that the block reads the stream through.
       reads: Projection of the normalized stream.
-      mixer: What turns the outputs of ``reads`` into the inputs of ``writes``.
+      mixer: Function from the outputs of ``reads`` to the inputs of ``writes``.
       writes: Projection whose outputs are added to the stream.
     """
 
@@ -131,7 +131,11 @@ class LayerSpec:
         raise KeyError(f"{projection}: a layer has the projections {', '.join(self.names)}")
 
     def norm_after(self, projection: str) -> str | None:
-        """Returns the norm that reads the stream after a writer; None after the layer's last."""
+        """Returns the name of the norm that follows a projection's block; None after the last block.
+
+        Raises:
+          KeyError: The layer has no such projection.
+        """
         following = self.blocks[self.blocks.index(self.block_of(projection)) + 1 :]
         return following[0].norm.name if following else None
 
@@ -160,12 +164,15 @@ def layer_spec(config: ModelConfig) -> LayerSpec:
 
 
 def stream_readers(config: ModelConfig) -> dict[str, str]:
-    """Returns every projection that reads the residual stream, the output projection too, with its norm."""
+    """Returns the names of all projections that read the residual stream, each with the name of its norm.
+
+    The output projection is one of them.
+    """
     return layer_spec(config).readers | {HEAD: FINAL_NORM.name}
 
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:
-    """Returns the size of every axis that a parameter can have, by name."""
+    """Returns the sizes of the axes of parameters, by name."""
     return {
         "vocab": config.vocab_size,
         "hidden": config.hidden_size,
@@ -177,10 +184,10 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, list[tuple[int, ...]]]:
-    """Returns the shapes of the arrays that make each parameter of a dense model, by dotted name.
+    """Returns, for each parameter of a dense model by dotted name, the shapes of the arrays it is made of.
 
-    A kernel is made of one array ``[outputs, inputs]`` for each axis of its outputs, in their order; every
-    other parameter is one array.
+    A kernel is made of one array ``[outputs, inputs]`` for each axis in ``Projection.outputs``, in that
+    order. Every other parameter is one array.
     """
     sizes, layer = axis_sizes(config), layer_spec(config)
 

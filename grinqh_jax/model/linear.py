@@ -1,4 +1,4 @@
-"""The two linear modules, dense and graded."""
+"""The two modules for linear layers: dense, and graded (stored as nested codes)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +19,7 @@ from pallas_kernels import (
 )
 
 CHECKPOINT_ATTRIBUTES = {"gains": "level_gains", "columns": "token_to_output"}
-"""Attributes of modules whose key in a checkpoint's state tree differs, by that key."""
+"""Attributes of modules that have another name in checkpoints, by that name."""
 
 
 class DenseLinear(nnx.Module):
@@ -43,8 +43,8 @@ class GradedLinear(nnx.Module):
 
     Attributes:
       planes, scales, level_gains: See ``pallas_kernels.NestedWeight``.
-      thresholds: float32 ``[T, P]``, ascending along P. Row t reads the t-th target's mean bits on the
-        calibration text.
+      thresholds: float32 ``[T, P]``, ascending along P. With the thresholds ``thresholds[t]`` the mean bits
+        read of the calibration text are those of target t.
       max_activation: float32 scalar, largest ``|x|`` in calibration.
     """
 
@@ -73,7 +73,7 @@ class GradedLinear(nnx.Module):
         return NestedWeight(*arrays, self.in_features, self.out_features, self.level_gains[...])
 
     def dense(self, x: Float[Array, "*rows k"], dtype=None) -> Float[Array, "*rows n"]:
-        """Returns ``x @ W`` as ``DenseLinear.dense`` does. Dequantizes every plane to the dtype of x."""
+        """Returns ``x @ W`` as ``DenseLinear.dense`` does, with all planes dequantized to the dtype of x."""
         # The weight is available before x. Without the barrier XLA (jax 0.11.2) dequantizes many layers in
         # one kernel ahead of all products, so that the whole dequantized model is in memory at once.
         weight, x = jax.lax.optimization_barrier((self.weight, x))
@@ -96,8 +96,8 @@ def linear_of(tree: Mapping[str, Any], shape: tuple[int, int], compute_dtype) ->
     """Builds the module of a linear layer: dense if ``tree`` has a ``kernel``, else graded.
 
     Args:
-      tree: Leaves of the layer by checkpoint key.
-      shape: ``(in_features, out_features)``; the padded arrays of a graded layer do not determine it.
+      tree: Arrays of the layer by their names in a checkpoint.
+      shape: ``(in_features, out_features)``. The arrays of a graded layer are padded, so they do not tell it.
       compute_dtype: Dtype that a dense kernel is cast to, float32 or bfloat16.
     """
     if "kernel" in tree:

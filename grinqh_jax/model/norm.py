@@ -24,11 +24,11 @@ def rms_norm(
 def add_norm(
     x: Float[Array, "b t d"], update: Activations | None, norm_scale: Float[Array, "d"], eps: float
 ) -> tuple[Float[Array, "b t d"], Activations]:
-    """Returns ``(x + update, rms_norm(x + update))``. In a decode step on a GPU this is one kernel.
+    """Returns ``(x + update, rms_norm(x + update))``, in one kernel for a decode step on a GPU.
 
     Args:
       x: Residual stream.
-      update: What the last product adds to it, ``[b, t, d]``; None for nothing.
+      update: Outputs ``[b, t, d]`` of the projection that writes to the stream; None before the first one.
       norm_scale: Learned scale of the norm.
       eps: Epsilon of the norm.
     """

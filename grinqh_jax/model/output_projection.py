@@ -1,8 +1,9 @@
-"""The output projection: the vocabulary in a few blocks, each with its own thresholds.
+"""The output projection: the vocabulary in up to three blocks, each with separate thresholds.
 
-The error of a token's logit matters in proportion to the token's probability, and most tokens of a vocabulary
-are rarely probable. In a graded model the tokens are therefore ordered by how much predictions depend on them
-and cut into vocabulary blocks. The same activations read more bits of the first block than of the last.
+The error of a token's logit matters in proportion to ``p (1 - p)``, where p is the token's probability, and
+most tokens of a vocabulary are rarely probable. In a graded model the tokens are therefore ordered by their
+sensitivity and cut into vocabulary blocks. The same activations read more bits of the first block than of the
+last.
 """
 
 import itertools
@@ -19,17 +20,17 @@ from grinqh_jax.model.linear import Linear, linear_of
 from pallas_kernels import Activations, layout
 
 _BLOCK_END_DIVISORS = (16, 4, 1)
-"""The blocks end at the vocabulary size divided by each of these."""
+"""A block ends at the vocabulary size divided by each of these, rounded up to a whole tile."""
 
 
 def block_sizes(vocabulary: int) -> tuple[int, ...]:
-    """Returns the number of tokens in each block, small blocks first; all but the last are whole tiles."""
+    """Returns the number of tokens in each block. Each block but the last is a whole number of tiles."""
     ends = {min(layout.round_up(-(-vocabulary // d), layout.TILE), vocabulary) for d in _BLOCK_END_DIVISORS}
     return tuple(end - start for start, end in itertools.pairwise([0, *sorted(ends)]))
 
 
 def block_shapes(hidden: int, vocabulary: int) -> dict[str, tuple[int, int]]:
-    """Returns ``(in_features, out_features)`` of the blocks by name, which is also their state tree path."""
+    """Returns ``(in_features, out_features)`` of each block by its name, which is its path in checkpoints."""
     sizes = block_sizes(vocabulary)
     return {name: (hidden, size) for name, size in zip(block_names(len(sizes)), sizes, strict=True)}
 
@@ -45,8 +46,8 @@ class OutputProjection(nnx.Module):
     Attributes:
       blocks: Linear layers of the vocabulary blocks. A dense model has one, with its tokens in order.
       token_to_output: int32 ``[vocab]``, index of each token's logit among the outputs of all blocks; None if
-        the outputs are in the order of the tokens. Gathering a whole vocabulary takes longer than choosing a
-        token, so callers that accept any order use ``outputs`` and ``tokens``.
+        the outputs are in the order of the tokens. Reordering a whole vocabulary takes longer than choosing a
+        token, so callers that accept any order use ``outputs`` and ``tokens`` instead.
     """
 
     def __init__(self, tree: Mapping[str, Any], shape: tuple[int, int], compute_dtype):
@@ -61,11 +62,11 @@ class OutputProjection(nnx.Module):
             self.token_to_output = nnx.Param(tree["columns"])
 
     def __call__(self, x: Activations, apply: Apply) -> Float[Array, "*rows v"]:
-        """Returns float32 logits of hidden states ``[*rows, d]``; calls ``apply`` for each block."""
+        """Returns float32 logits, in the order of the tokens, of hidden states ``[*rows, d]``."""
         return self.in_order(self.outputs(x, apply))
 
     def outputs(self, x: Activations, apply: Apply) -> Float[Array, "*rows v"]:
-        """Returns the same logits in the order of the blocks' outputs."""
+        """Returns float32 logits in the order of the blocks' outputs; calls ``apply`` for each block."""
         outputs = [apply(name, block, x) for name, block in zip(self.names, self.blocks, strict=True)]
         return jnp.concatenate([output.array.astype(jnp.float32) for output in outputs], axis=-1)
 
@@ -74,7 +75,7 @@ class OutputProjection(nnx.Module):
         return outputs if self.token_to_output is None else outputs[..., self.token_to_output[...]]
 
     def tokens(self) -> Int[Array, "v"]:
-        """Returns the int32 token whose logit each of the ``outputs`` is."""
+        """Returns the int32 token of each of the ``outputs``: the inverse of ``token_to_output``."""
         in_order = jnp.arange(sum(block.out_features for block in self.blocks), dtype=jnp.int32)
         if self.token_to_output is None:
             return in_order
@@ -86,5 +87,5 @@ class OutputProjection(nnx.Module):
         return block_names(len(self.blocks))
 
     def block(self, name: str) -> Linear:
-        """Returns the block of one of ``names``."""
+        """Returns the block with this name, one of ``names``."""
         return self.blocks[int(name.rpartition(".")[2])]

@@ -1,7 +1,7 @@
 """Rotary position embedding, plain and with Llama 3's scaling.
 
-Sources: RoFormer (arXiv 2104.09864) in Hugging Face's arrangement, which rotates the first half of a head
-against the second; Llama 3.1's reference code for the scaling.
+Sources: RoFormer (arXiv 2104.09864), and Llama 3.1's reference code for the scaling. As in Hugging Face's
+checkpoints, channel i of the first half of a head is rotated together with channel i of the second half.
 """
 
 import jax
@@ -31,7 +31,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
 def cos_sin(
     positions: Int[Array, "*rows"], frequencies: Float[Array | np.ndarray, "half"]
 ) -> tuple[Float[Array, "*rows half"], Float[Array, "*rows half"]]:
-    """Returns the float32 cosine and sine of every rotation angle."""
+    """Returns the float32 cosine and sine of every angle ``position * frequency``, in radians."""
     angle = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angle), jnp.sin(angle)
 

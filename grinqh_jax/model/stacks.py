@@ -1,15 +1,16 @@
-"""Unstacks small arrays that functions receive as one stacked argument."""
+"""Unstacks small arrays that a jitted function receives as one stacked argument."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
 
 def unstacked(stack: Shaped[Array, "members *shape"]) -> list[Shaped[Array, "*shape"]]:
-    """Returns the members of a stack, for traced functions; on a GPU this takes one or a few kernels.
+    """Returns the members of a stack. In a traced function this compiles to one or a few GPU kernels.
 
-    XLA (jax 0.11.2) makes one kernel, of a microsecond, for each bare slice, but fuses elementwise
-    operations on the same operand. So this selects each slice by a condition that is always true and that XLA
-    cannot simplify: the first number equals itself. If that number is NaN, all members become NaN.
+    For each bare slice XLA (jax 0.11.2) launches a kernel, which takes a microsecond, but it fuses
+    elementwise operations on the same operand. This function therefore selects each slice by a condition that
+    is always true and that XLA cannot simplify: the first number equals itself. If that number is NaN, all
+    members become NaN.
 
     Args:
       stack: Stack of any dtype.

@@ -8,7 +8,7 @@ from pallas_kernels import Activations, decode_rows
 
 @jax.named_scope("mlp")
 def swiglu(gate_up: Activations) -> Activations:
-    """Returns ``silu(gate) * up`` (arXiv 2002.05202). In a decode step on a GPU this is one kernel.
+    """Returns ``silu(gate) * up`` (arXiv 2002.05202), in one kernel for a decode step on a GPU.
 
     Args:
       gate_up: Outputs of the gate projection, then those of the up projection, ``[..., 2 n]``.

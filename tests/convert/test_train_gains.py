@@ -131,8 +131,8 @@ def test_the_gradient_matches_the_whole_models(pair, monkeypatch):
     monkeypatch.setattr(source_head, "VALUES_IN_MEMORY", 300 * 128)  # Ranges of about 300 tokens.
     states = WindowStates.compute(model, WINDOWS)
     divergences, by_layer = divergence(model, model.head(), states, gains, BITS)
-    # Two programs round differently: an activation on a threshold may be read at another level in one of them.
-    # A window without such an activation agrees closely, and one with it still agrees to some percent.
+    # Two programs round differently: an activation on a threshold may be read at another level in one of
+    # them. A window without such an activation agrees closely, and one with it still agrees to some percent.
     errors = np.abs(divergences / np.exp(logs) - 1)
     assert np.median(errors) < 2e-4, errors
     assert np.max(errors) < 2e-2, errors
