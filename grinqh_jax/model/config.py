@@ -21,8 +21,8 @@ QWEN3_HEAD_DIM = 128
 """Head dimension of a Qwen3 configuration that names none. For Llama it is ``hidden_size / num_heads``."""
 
 QWEN3_KV_HEADS = 32
-"""Number of key heads (and of value heads) of a Qwen3 configuration without ``num_key_value_heads``. If the entry
-is null, or if a Llama configuration lacks it, there is one for each query head."""
+"""Number of key heads (and of value heads) of a Qwen3 configuration without ``num_key_value_heads``. If the
+entry is null, or if a Llama configuration lacks it, there is one for each query head."""
 
 MAX_POSITIONS = {"llama": 2048, "qwen3": 32768}
 """Maximum context, in tokens, of a configuration that names none, by ``model_type``."""
