@@ -1,8 +1,8 @@
 """The activations that travel between the kernels of a decode step, with some sums left to the next kernel.
 
-Between two products of a decode step, every row of activations needs a few sums: the product's partial sums
-over groups of input channels, and the mean square of a norm. A kernel for each sum would cost as much time as
-reading a megabyte of weights. So a kernel writes partial sums, and the kernel that reads them adds them up.
+Between two products of a decode step, every row of activations needs a few sums: over the partial sums of the
+product, and over the squares that a norm averages. A separate kernel for each sum would take as long as
+reading a megabyte of weights. Each kernel therefore writes partial sums, and the next kernel adds them up.
 """
 
 import dataclasses
@@ -16,17 +16,17 @@ from jaxtyping import Array, Float
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Activations:
-    """Rows of activations, some of whose sums may be left to the kernel that reads them.
+    """Rows of activations, as partial sums and a factor that the kernel that reads them applies.
 
     ``value = (sum(partials, axis=0)[..., :features]).astype(dtype) * factor``, where ``factor`` is 1, or, if
     there are ``square_partials``, RMSNorm's ``rsqrt(sum(square_partials, axis=-1) + eps)`` for each row. The
-    factor can wait because a product is linear in it, and because thresholds divided by it give the same
-    levels. A plain array is one partial without a factor.
+    factor can be applied after a product, because the product is linear in it, and because thresholds divided
+    by it give the same levels. A plain array is one partial sum without a factor.
 
     Attributes:
       partials: ``[partials, *leading, stored_features]``, float32 if there are several, else float32,
         bfloat16 or float16. Features after the first ``features`` are padding.
-      square_partials: float32 ``[*leading, sums]``, whose sum is the mean square that the norm divides by;
+      square_partials: float32 ``[*leading, sums]``; their sum is the mean square that the norm divides by.
         None if the factor is 1.
       features: Logical number of features.
       dtype: Dtype of the value.
@@ -46,10 +46,10 @@ class Activations:
         square_partials: Float[Array, "*leading sums"] | None = None,
         eps: float = 0.0,
     ) -> "Activations":
-        """Wraps an array, which may lack the factor of a norm.
+        """Wraps an array, to which the factor of a norm may still have to be applied.
 
         Args:
-          array: The activations; of any float dtype.
+          array: Activations before the factor, of any float dtype.
           square_partials, eps: See ``Activations``.
         """
         return cls(
@@ -73,7 +73,7 @@ class Activations:
         """The sums in ``dtype``, without the factor.
 
         The partials are added one by one in a fixed order. XLA fuses single additions into the operation that
-        uses the sum, but makes a reduction a kernel.
+        uses the sum, but would compile a reduction to a separate kernel.
         """
         if len(self.partials) == 1:
             total = self.partials.reshape(self.partials.shape[1:])
@@ -91,17 +91,17 @@ class Activations:
         return (self.values.astype(jnp.float32) * self.factor()).astype(self.dtype)
 
     def factor(self) -> Float[Array, "*leading 1"] | float:
-        """Returns the float32 factor of every row."""
+        """Returns the float32 factor of each row, or 1.0 without ``square_partials``."""
         if self.square_partials is None:
             return 1.0
         return jax.lax.rsqrt(jnp.sum(self.square_partials, axis=-1, keepdims=True) + self.eps)
 
     def scale_thresholds(self, thresholds: Float[Array, "*leading p"]) -> Float[Array, "*leading p"]:
-        """Returns the thresholds in the scale of ``values``."""
+        """Returns thresholds that give ``values`` the levels that ``thresholds`` give the value."""
         return thresholds / self.factor()
 
     def astype(self, dtype) -> "Activations":
-        """Returns the same sums with a value in another dtype."""
+        """Returns the same partial sums with another ``dtype`` of the value."""
         return dataclasses.replace(self, dtype=jnp.dtype(dtype))
 
     def reshape(self, leading: Sequence[int]) -> "Activations":

@@ -1,4 +1,4 @@
-"""Nested codes: quantize, pack, unpack and dequantize. ``weight.NestedWeight`` gives the formulas."""
+"""Nested codes: quantize, pack, unpack and dequantize. The formulas are in ``weight.NestedWeight``."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ RANGE = 2.0
 """A code spans ``[-RANGE, RANGE)`` times its scale."""
 
 CODE_STEPS = 64
-"""Number of steps of an 8-bit code in one scale: ``code = (w / scale + 2) * 64``."""
+"""Number of 8-bit codes in a range of one scale: ``code = (w / scale + 2) * 64``."""
 
 DIGIT_MEAN = 1.5
 """Mean of the digits 0 to 3. A digit ``d`` of plane ``f`` adds ``(d - 1.5) * 4**-f`` times the scale."""
@@ -84,7 +84,7 @@ def max_abs_scales(w: Float[Array, "k n"]) -> Float16[Array, "g n"]:
 
 @jax.jit
 def encode(w: Float[Array, "k n"], scales: Float16[Array, "g n"]) -> UInt8[Array, "k n"]:
-    """Returns 8-bit codes ``floor((w / scale + 2) * 64)``, clipped to 0..255."""
+    """Returns 8-bit codes ``floor((w / scale + 2) * 64)``, clipped to 0..255; 128 where the scale is 0."""
     scale = jnp.repeat(scales.astype(jnp.float32), layout.GROUP, axis=0)[: w.shape[0]]
     ratio = jnp.where(scale > 0, w.astype(jnp.float32) / jnp.where(scale > 0, scale, 1), 0)
     return jnp.clip(jnp.floor((ratio + RANGE) * CODE_STEPS), 0, 255).astype(jnp.uint8)
@@ -94,7 +94,9 @@ def encode(w: Float[Array, "k n"], scales: Float16[Array, "g n"]) -> UInt8[Array
 def from_codes(
     codes: UInt8[Array, "k n"], scales: Float16[Array, "g n"], *, max_bits: int = 8
 ) -> NestedWeight:
-    """Packs 8-bit codes and their scales, and pads K to whole groups and N to whole tiles. All gains are 1.
+    """Packs 8-bit codes and their scales into a weight whose level gains are all 1.
+
+    Pads K to whole groups and N to whole tiles.
 
     Args:
       codes: One 8-bit code for each weight. The result stores its leading ``max_bits`` bits.
@@ -129,17 +131,18 @@ def pack(codes: UInt8[Array, "k n"], planes: int) -> UInt32[Array, "p k w"]:
 
 
 def unpack_digit_major(words: UInt32[Array, "*any w"]) -> Int[Array, "*any 16 w"]:
-    """Unpacks the digits 0 to 3 of words, in the order of ``layout.digit_major_positions``."""
+    """Unpacks words into their digits (0 to 3), in the order of ``layout.digit_major_positions``."""
     shifts = jnp.arange(layout.WORD_DIGITS, dtype=jnp.uint32)[:, None] * layout.DIGIT_BITS
     return ((words[..., None, :] >> shifts) & 3).astype(jnp.int32)
 
 
 def unpack(planes: UInt32[Array, "p k w"]) -> UInt8[Array, "p k n"]:
-    """Unpacks the digits 0 to 3 of every plane, outputs in logical order: the inverse of ``pack``."""
+    """Unpacks planes into digits (0 to 3), with the outputs in logical order: the inverse of ``pack``."""
     return _logical_order(unpack_digit_major(planes).astype(jnp.uint8))
 
 
 def _logical_order(digit_major):
+    """Reorders the outputs of ``unpack_digit_major``, ``[..., 16, words]``, to logical order ``[..., N]``."""
     *leading, digits, words = digit_major.shape
     flat = digit_major.reshape(*leading, digits * words)
     return flat[..., layout.digit_major_positions(digits * words)]
@@ -153,8 +156,8 @@ def dequantize(
 
     Args:
       weight: The nested weight.
-      level: Level of all input channels, or int ``[in_features]``, one level for each channel. The default is
-        the highest level, which also replaces levels above it.
+      level: Level of all input channels, or int ``[in_features]``, one level for each channel. Levels above
+        the highest stored level read that level, which is also the default.
       dtype: Dtype of the result.
     """
     if level is None or isinstance(level, int):
@@ -168,9 +171,9 @@ def dequantize(
 
 @jax.jit(static_argnums=2)
 def _dequantize(weight, digit_weights, dtype):
-    """Dequantizes with digit weights ``[P, K or 1]``: the factor of a plane's digit, 0 if it is not read."""
+    """Dequantizes with ``digit_weights [P, K or 1]``: the factors of the planes' digits, 0 if not read."""
     planes = weight.planes[:, : weight.in_features]
-    # The sum keeps the order of the words, so that the outputs are permuted once and not for every plane.
+    # Sums in the stored order, so that the outputs are permuted once and not for each plane.
     total = jnp.zeros((planes.shape[1], layout.WORD_DIGITS, planes.shape[2]), jnp.float32)
     for words, digit_weight in zip(planes, digit_weights, strict=True):
         total += (unpack_digit_major(words) - DIGIT_MEAN) * digit_weight[:, None, None]

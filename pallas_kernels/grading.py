@@ -17,20 +17,20 @@ class GradingStats:
     """Bits read and largest activation of each row of a graded product.
 
     Attributes:
-      packed: float32 ``[*rows, 2]``: ``bits`` and ``max_abs`` of each row. One array, because XLA would make
-        a kernel for each of two when a decode step gathers the statistics of all its products.
+      packed: float32 ``[*rows, 2]``: ``bits`` and ``max_abs`` of each row. They share one array, because a
+        decode step gathers the statistics of all its products, and XLA would launch a kernel for each array.
     """
 
     packed: Float[Array, "*rows 2"]
 
     @property
     def bits(self) -> Float[Array, "*rows"]:
-        """float32, mean bits read per weight, without the scales' 0.125 bits."""
+        """Mean bits read per weight, float32, without the scales' 0.125 bits."""
         return self.packed[..., 0]
 
     @property
     def max_abs(self) -> Float[Array, "*rows"]:
-        """float32, largest ``|x|``; NaN if an activation is NaN."""
+        """Largest ``|x|``, float32; NaN if an activation is NaN."""
         return self.packed[..., 1]
 
 
@@ -38,13 +38,13 @@ class GradingStats:
 def levels(x: Float[Array, "*rows k"], thresholds: Float[Array, "*#rows p"]) -> Int[Array, "*rows k"]:
     """Returns the level of every channel: the number of thresholds that ``|x|`` reaches.
 
-    ``level_j = #{ l : |x_j| >= t_l }``, computed as ``not (|x_j| < t_l)``, so that a NaN activation is read
-    at the highest level and makes the output NaN.
+    ``level_j = #{ l : |x_j| >= t_l }``, computed as ``not (|x_j| < t_l)``, so that a channel whose activation
+    is NaN is read at the highest level and makes the output NaN.
 
     Args:
       x: Activations of any float dtype; compared in float32.
-      thresholds: ``t_1 <= ... <= t_P`` for each row, or one set for all rows. Zeros read every channel in
-        full. Only infinite and NaN activations reach a threshold of ``inf``.
+      thresholds: ``t_1 <= ... <= t_P`` for each row, or one set for all rows. With zeros every channel is
+        read at the highest level. Only infinite and NaN activations reach a threshold of ``inf``.
 
     Returns:
       int32 levels in ``0..P``; each level adds two bits.
@@ -57,7 +57,7 @@ def levels(x: Float[Array, "*rows k"], thresholds: Float[Array, "*#rows p"]) -> 
 def channel_gains(
     level: Int[Array, "*any"], level_gains: Float[Array, "p"] | None
 ) -> Float[Array, "*any"] | float:
-    """Returns the gain of each channel's level (see ``NestedWeight``); arbitrary at level 0."""
+    """Returns the gain of each channel's level (see ``NestedWeight``); an arbitrary gain at level 0."""
     return 1.0 if level_gains is None else jnp.asarray(level_gains)[jnp.maximum(level, 1) - 1]
 
 

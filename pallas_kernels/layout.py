@@ -18,7 +18,7 @@ GROUP = 128
 """Number of consecutive input channels that share one scale for each output."""
 
 DIGIT_BITS = 2
-"""Bits of a digit, and bits that each level adds."""
+"""Bits of a digit, which each level adds."""
 
 MAX_PLANES = 4
 """Number of planes of an 8-bit code."""
@@ -30,7 +30,7 @@ TILE = 512
 """Number of outputs in a tile. N is padded to whole tiles."""
 
 TILE_WORDS = TILE // WORD_DIGITS
-"""Number of 32-bit words of a row in a tile."""
+"""Number of 32-bit words that a row has in one tile."""
 
 
 def round_up(size: int, multiple: int) -> int:
@@ -70,10 +70,11 @@ TILE_OUTPUTS = np.argsort(TILE_POSITIONS).astype(np.int32)
 
 
 def digit_major_positions(outputs: int) -> np.ndarray:
-    """Returns int32 ``[outputs]``: position of each output of a row that is unpacked digit by digit.
+    """Returns int32 ``[outputs]``: position of each output in a row that is unpacked digit by digit.
 
-    Unpacking a digit of all words before the next digit keeps the words in vector registers. It gives the
-    outputs in the order ``[16, words]``, and ``unpacked.reshape(-1)[positions]`` puts them in logical order.
+    Unpacking the same digit of all words before the next digit keeps the words in vector registers. The
+    outputs then come in the order ``[16, words]``; ``unpacked.reshape(-1)[positions]`` puts them in logical
+    order.
 
     Args:
       outputs: Stored N, a multiple of the tile.

@@ -1,4 +1,4 @@
-"""The nested quantized weight: a pytree dataclass that states the invariants of the format."""
+"""The nested quantized weight: a pytree dataclass, with the invariants and formulas of the format."""
 
 import dataclasses
 from typing import Any
@@ -23,8 +23,8 @@ class NestedWeight:
         ``w_l[k, n] = scales[g, n] * (sum_{f < l} d_f[k, n] * 4**-f  +  0.5 * 4**(1 - l)  -  2)``.
 
     The half step ``0.5 * 4**(1 - l)`` puts the value in the middle of the interval that the first ``l``
-    digits leave open. Because ``sum_{f < l} 1.5 * 4**-f = 2 - 0.5 * 4**(1 - l)``, an equal form has no term
-    that depends on the level; all implementations compute it:
+    digits leave open. Because ``sum_{f < l} 1.5 * 4**-f = 2 - 0.5 * 4**(1 - l)``, the same value can be
+    written without a term that depends on the level. All implementations compute this form:
 
         ``w_l[k, n] = scales[g, n] * sum_{f < l} (d_f[k, n] - 1.5) * 4**-f``.
 
@@ -69,7 +69,11 @@ class NestedWeight:
 
     @classmethod
     def abstract(cls, in_features: int, out_features: int, max_bits: int = 8) -> "NestedWeight":
-        """Returns the pytree with ``jax.ShapeDtypeStruct`` leaves, as a checkpoint must hold it."""
+        """Returns a weight of ``jax.ShapeDtypeStruct`` leaves: the shapes and dtypes that a checkpoint holds.
+
+        Raises:
+          ValueError: ``max_bits`` is not 2, 4, 6 or 8.
+        """
         k, n = layout.padded_shape(in_features, out_features)
         planes = num_planes(max_bits)
 
@@ -85,10 +89,15 @@ class NestedWeight:
         )
 
     def check(self, name: str = "weight") -> None:
-        """Raises ValueError, which names ``name`` and every broken invariant, if any is broken.
+        """Checks shapes and dtypes, and the values of scales and level gains.
 
-        Checks shapes, dtypes and the values of scales and gains, which are about N * K / 128 numbers. Every
-        value of the planes is a valid code.
+        It need not read the planes, because all their values are valid.
+
+        Args:
+          name: Name of the tensor in the error.
+
+        Raises:
+          ValueError: Invariants are broken; the message names all of them.
         """
         problems = []
         planes, scales = tuple(self.planes.shape), tuple(self.scales.shape)
@@ -112,6 +121,7 @@ class NestedWeight:
             raise ValueError(f"{name}: " + "; ".join(problems))
 
     def _level_gain_problems(self) -> list[str]:
+        """Returns a message for each broken invariant of ``level_gains``."""
         if self.level_gains is None:
             return []
         if self.level_gains.dtype != jnp.float32 or self.level_gains.shape != self.planes.shape[:1]:

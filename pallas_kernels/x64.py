@@ -1,6 +1,7 @@
-"""Keeps JAX's 64-bit types out of this code, which counts on int32 and float32 defaults.
+"""Switches JAX's 64-bit types off while this code runs, because it relies on int32 and float32 defaults.
 
-A program may switch them on for itself (``JAX_ENABLE_X64=1``, ``jax.config.update("jax_enable_x64", True)``).
+The program that uses this library may have switched them on (``JAX_ENABLE_X64=1`` or
+``jax.config.update("jax_enable_x64", True)``).
 """
 
 import functools
@@ -15,7 +16,7 @@ R = TypeVar("R")
 
 
 def without_x64(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorates a public function or a generator function: it runs with 64-bit types switched off."""
+    """Decorates a function or a generator function, so that it runs with 64-bit types switched off."""
     if inspect.isgeneratorfunction(function):
 
         @functools.wraps(function)
@@ -23,7 +24,7 @@ def without_x64(function: Callable[P, R]) -> Callable[P, R]:
             iterator = function(*args, **kwargs)
             try:
                 while True:
-                    with jax.enable_x64(False):  # not while the consumer has control
+                    with jax.enable_x64(False):  # Left before yield: the consumer keeps its own setting.
                         try:
                             item = next(iterator)
                         except StopIteration:

@@ -1,4 +1,4 @@
-"""Launches attention of a decode step on an NVIDIA GPU, and the merge of its partial results."""
+"""The two launches of attention in a decode step on an NVIDIA GPU: attention, and the merge of its splits."""
 
 import functools
 
@@ -16,14 +16,14 @@ from pallas_kernels.lanes.rows import Rows
 
 HEAD_DIMS = (64, 128)
 MAX_QUERIES_PER_KV = WARPS - 2
-"""Largest number of query heads that share a kv head. Each warp prepares one query head, the new key or the
-new value."""
+"""Largest number of query heads that share a kv head, because each warp prepares one query head, the new key
+or the new value."""
 
 BLOCKS = 128
-"""Number of CTAs to aim for, about one for each multiprocessor."""
+"""Largest number of CTAs, unless there are more kv heads in the batch: about one for each multiprocessor."""
 
 MIN_POSITIONS = 32
-"""Minimum number of cached positions in a split."""
+"""Minimum number of cache slots for each split, but for rounding."""
 
 
 def supports(*, tokens: int, heads: int, kv_heads: int, head_dim: int, dtype) -> str | None:
@@ -54,8 +54,8 @@ def decode_attention(
     Args:
       qkv: Query heads, key heads and value heads of the new tokens, ``[B, 1, heads * D]``, before norm and
         rotation; or their partial sums.
-      cos, sin: float32 cosine and sine of the ``D / 2`` rotation angles. The first half of a head is rotated
-        against the second.
+      cos, sin: float32 cosine and sine of the ``D / 2`` rotation angles. Channel i of the first half of a
+        head is rotated together with channel i of the second half.
       norm_scales: Scales of the query norm and the key norm, or None for models without these norms.
       eps: Epsilon of those norms.
       keys, values: KV cache; slot = position.
@@ -82,15 +82,15 @@ def decode_attention(
     q_scale, k_scale = (scale.astype(jnp.bfloat16) for scale in norm_scales or (unscaled, unscaled))
     keys_ref, values_ref = jax.new_ref(keys), jax.new_ref(values)
     lengths = lengths.astype(jnp.int32)
-    attend, merge = _attention(shape), _merge(shape)
+    attend, merge = _attention_kernel(shape), _merge_kernel(shape)
     results = attend(partials, cos, sin, q_scale, k_scale, lengths, keys_ref, values_ref)
     (outputs,) = merge(*results)
     return Activations.of(outputs[:, None]), jax.freeze(keys_ref), jax.freeze(values_ref)
 
 
 @functools.cache
-def _attention(shape: Shape):
-    """Builds the kernel; its arguments and results are those of ``lane_context.Refs``."""
+def _attention_kernel(shape: Shape):
+    """Builds the kernel. ``lane_context.Refs`` describes its arguments and results."""
     leading = (shape.batch, shape.kv_heads, shape.splits, shape.queries_per_kv)
     return lane_kernel(
         "decode_attention_kernel",
@@ -106,8 +106,8 @@ def _attention(shape: Shape):
 
 
 @functools.cache
-def _merge(shape: Shape):
-    """Builds the kernel of the second launch; its arguments and results are those of ``MergeRefs``."""
+def _merge_kernel(shape: Shape):
+    """Builds the kernel of the second launch. ``MergeRefs`` describes its arguments and results."""
     rows = merged_rows(shape)
     return lane_kernel(
         "merge_attention_kernel",
@@ -120,5 +120,5 @@ def _merge(shape: Shape):
 
 
 def merged_rows(shape: Shape) -> Rows:
-    """Returns the rows of the output of attention."""
+    """Returns how the second launch cuts the output of attention into CTAs."""
     return Rows(shape.batch, shape.kv_heads * shape.queries_per_kv * shape.head_dim)

@@ -15,7 +15,7 @@ BLOCK_POSITIONS = WARPS * STEP_POSITIONS
 """Number of cached positions that a CTA attends to in one step."""
 
 CHUNK = 64
-"""Number of values of a head that the 8 lanes of a column cover with one 16-byte load each."""
+"""Number of values of a head that the 8 lanes of a column load with one 16-byte load each."""
 
 MASKED_SCORE = -1e30
 """Score of a position that does not exist. Finite, so that differences of scores are finite."""
@@ -105,13 +105,14 @@ class OnlineSoftmax:
     """The softmax of query head ``row`` over the positions that the warp has attended to so far."""
 
     running_max: Value
-    """Largest score, the same in the four lanes of the row."""
+    """Largest score; the four lanes of the row hold the same."""
     running_sum: Value
-    """Sum of the weights of this lane's positions. The row's sum is that of its four lanes."""
+    """Sum of the weights of this lane's positions, a partial sum of the row's four lanes."""
     accumulator: list[Value]
     """Weighted values: elements ``2 column`` and ``2 column + 1`` of every block of 8 (see ``program``)."""
 
     def registers(self) -> list[Value]:
+        """Returns all registers in a list, for ``Instructions.loop``."""
         return [self.running_max, self.running_sum, *self.accumulator]
 
     @classmethod
@@ -123,7 +124,7 @@ class OnlineSoftmax:
 
 @dataclasses.dataclass(frozen=True)
 class LaneContext:
-    """Indices of the lane; ``row`` and ``column`` are those of the matrix instructions."""
+    """Indices of the lane. ``Instructions.matrix_multiply_add`` defines ``row`` and ``column``."""
 
     thread: Value
     lane: Value
@@ -137,7 +138,7 @@ class LaneContext:
 
 
 def lane_context(isa: Instructions, shape: Shape) -> LaneContext:
-    """Cuts the grid: the split varies fastest, then the key-value head, then the sequence."""
+    """Computes the context. Over the grid the split varies fastest, then the kv head, then the sequence."""
     thread, block = isa.thread_index(), isa.block_index()
     split, rest = block % shape.splits, block // shape.splits
     lane = thread & (LANES - 1)

@@ -28,7 +28,8 @@ def merge_in_block(
     is_head, index = context.row < heads, warp * heads + context.row
     isa.store_shared(softmax + index * 8, [state.running_max, total], is_head & context.column.equals(0))
     for chunk in range(dim // CHUNK):
-        for half in range(2):  # The blocks of a chunk interleave: a lane holds 16 consecutive values of it.
+        # Over the 8 blocks of a chunk, elements 2 column and 2 column + 1 are 16 consecutive values.
+        for half in range(2):
             target = accumulators + index * (4 * dim) + context.column * 64 + (chunk * CHUNK + half * 8) * 4
             run = [state.accumulator[2 * (chunk * 8 + block) + half] for block in range(8)]
             isa.store_shared(target, run[:4], is_head)
@@ -74,7 +75,10 @@ class MergeRefs:
 
 
 def merge_program(isa: Instructions, shape: Shape, rows: Rows, refs: MergeRefs) -> None:
-    """Merges all splits: ``sum(f * accumulator) / sum(f * sum)`` with ``f = 2**(max - largest max)``."""
+    """Merges the softmaxes of all splits: ``sum(f * accumulator) / sum(f * running_sum)``.
+
+    Both sums run over the splits, with ``f = 2**(running_max - largest running_max)``.
+    """
     pair = locate(isa, rows)
     head, value = pair.feature // shape.head_dim, pair.feature % shape.head_dim
     kv_head, query = head // shape.queries_per_kv, head % shape.queries_per_kv

@@ -9,23 +9,25 @@ from pallas_kernels.lanes.rows import load_pair, sum_pairs, unpack_bfloat16
 
 @dataclasses.dataclass(frozen=True)
 class Fetched:
-    """The lane's share of a head before norm and rotation: a pair of values in each half of the head."""
+    """The values of a head that the lane prepares, before norm and rotation: a pair in each half."""
 
     word: Value
     """Index of the pair in its half."""
     halves: list[list[Value]]
-    """float32 ``[half][2]``"""
+    """The pairs, f32 ``[half][2]``."""
     cos: list[Value]
+    """Cosines of the rotation angles of the pair, f32 ``[2]``."""
     sin: list[Value]
+    """Sines of these angles, f32 ``[2]``."""
     scales: list[list[Value]] | None
     """``[norm][half]``: the pair's scales in the query norm and the key norm, packed bfloat16."""
 
 
 def fetch(isa: Instructions, shape: Shape, refs: Refs, context: LaneContext, has_new_token: Value) -> Fetched:
-    """Loads the lane's share of one head, and the operands of its norm and rotation.
+    """Loads the lane's values of one head, and the operands of its norm and rotation.
 
     Warp ``h < queries_per_kv`` loads query head ``h``. If the CTA has the new token, the next two warps load
-    its key and its value. All other warps load a query head that nobody uses, which costs nothing.
+    its key and its value. All other warps load a query head and do not use it, which costs nothing.
     """
     dim, half_words = shape.head_dim, shape.head_dim // 4
     word = context.lane & (half_words - 1)

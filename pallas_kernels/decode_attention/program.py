@@ -5,26 +5,26 @@
     cache ──► scores ◄────────── queries, new key, new value ◄──────────────────────────┘
                 └──► online softmax and weighted values ──► partial result of the CTA
 
-A CTA serves one key-value head and its query heads, and attends to every ``splits``-th cached position, so
+A CTA computes one key-value head with its query heads, and attends to every ``splits``-th cached position, so
 the work is balanced at every length. The first loads of the cache wait only for the length. Each warp attends
-to 16 positions in one step and keeps its own online softmax: running max, running sum and accumulator. The
-CTA merges the softmaxes of its warps at the end; a second launch, ``merging.merge_program``, merges those of
-the CTAs.
+to 16 positions in one step and has a separate online softmax: running max, running sum and accumulator. At
+the end the CTA merges the softmaxes of its warps. A second launch, ``merging.merge_program``, merges the
+softmaxes of the CTAs.
 
 Both products run on the matrix unit, and the lanes load its operands from the cache without rearranging them.
 This works because a sum over the values of a head may run in any order, and because the weighted values may
 come out in any order. With ``row`` and ``column`` of ``Instructions.matrix_multiply_add``:
 
     scores   [heads, 8 positions] = queries [heads, values] @ keys^T
-             A lane holds position ``row``, and of every 32 values the 8 from ``8 column`` on. Two such
-             products cover 16 positions.
+             A lane holds values ``8 column`` to ``8 column + 7`` of every 32 values of the key at position
+             ``row``. Two such products cover 16 positions.
     weighted [heads, 8 values] += weights [heads, 16 positions] @ values
-             A lane holds positions ``2 column, + 1, + 8, + 9``, which are the positions of its scores, and of
-             every 64 values (a chunk) the 8 from ``8 row`` on. A chunk gives 8 blocks of 8 weighted values.
-             Block ``i`` consists of the i-th value of each of the 8 rows.
+             A lane holds values ``8 row`` to ``8 row + 7`` of every 64 values (a chunk) at the positions of
+             its scores, ``2 column, + 1, + 8, + 9``. A chunk gives 8 blocks of 8 weighted values. Block ``i``
+             consists of the i-th value of each of the 8 rows.
 
-The new token's key and value are not read back from the cache: one CTA of each key-value head takes them from
-shared memory. No CTA therefore reads what another one writes.
+The new token's key and value are not read back from the cache: one CTA of each key-value head reads them from
+shared memory. No CTA therefore reads memory that another CTA writes.
 """
 
 import math
@@ -64,7 +64,7 @@ def attention_program(isa: Instructions, shape: Shape, refs: Refs) -> None:
         return index_in_split * shape.splits + context.split
 
     def load(step: Value, limit: Value) -> list[Value]:
-        """Loads the lane's keys, then its values; position 0 replaces positions from ``limit`` on."""
+        """Loads the words of a step: keys, then values; position 0 replaces positions from ``limit`` on."""
         words = []
         for k in range(LANE_KEYS):
             words += key_words(isa, shape, refs, context, position(step, context.row + 8 * k), limit)
@@ -73,7 +73,7 @@ def attention_program(isa: Instructions, shape: Shape, refs: Refs) -> None:
         return words
 
     (length,) = isa.load_global(isa.global_address(refs.lengths) + isa.widen(context.batch * 4), ordered=True)
-    # No split has fewer cached positions than the last one.
+    # The last split has the fewest cached positions, so it attends to the new token.
     has_new_token = context.split.equals(shape.splits - 1)
     # The barriers keep the compiler from delaying or reordering these loads. They cost nothing.
     fetched = fetch(isa, shape, refs, context, has_new_token)
@@ -101,18 +101,19 @@ def attention_program(isa: Instructions, shape: Shape, refs: Refs) -> None:
         return attend(isa, shape, queries, state, words, valid).registers()
 
     def attend_next(step: Value, carry: list[Value]) -> list[Value]:
+        """Attends to the positions of a step, whose words are in ``carry``, and loads the next words."""
         state, words = OnlineSoftmax.from_registers(carry, shape.head_dim)
         valid = [position(step, context.column * 2 + v) < length for v in LANE_VALUES]
         state = attend(isa, shape, queries, state, words, valid)
         return state.registers() + load(step + 1, length)
 
-    # The last warp attends to the new token, because no warp has fewer cached positions. It does so first,
-    # while its loads of the cache are in flight.
+    # The last warp has the fewest cached positions, so it attends to the new token. It does so first, while
+    # its loads of the cache are in flight.
     new_tokens = isa.select(has_new_token & context.warp.equals(WARPS - 1), isa.constant(1), isa.constant(0))
     state, _ = OnlineSoftmax.from_registers(
         isa.loop(new_tokens, state.registers(), attend_new), shape.head_dim
     )
-    # Cached positions of this split, and the steps of this warp over them.
+    # Number of cached positions of this split, and of steps in which this warp attends to its share of them.
     split_positions = (length + (shape.splits - 1) - context.split) // shape.splits
     first = context.warp * STEP_POSITIONS
     steps = isa.select(
@@ -141,8 +142,8 @@ def attend(
       shape: Static sizes.
       queries: The lane's words of its query head.
       state: Softmax over the previous positions.
-      words: The lane's words of the keys, then of the values, of its positions.
-      valid: Which positions ``LANE_VALUES`` exist.
+      words: The lane's words of its ``LANE_KEYS`` keys, then of the values at its ``LANE_VALUES`` positions.
+      valid: Whether each of the ``LANE_VALUES`` positions exists.
     """
     zero, empty = isa.constant(0.0, "f32"), isa.constant(0)
     words_per_key, words_per_value = shape.head_dim // 8, shape.head_dim // 16

@@ -20,7 +20,7 @@ from pallas_kernels.lanes.rows import Rows
 
 
 def supports(sums: Activations) -> str | None:
-    """Returns why ``add_norm`` and ``swiglu`` cannot take these partial sums, or None if they can."""
+    """Returns why ``add_norm`` and ``swiglu`` cannot run on these partial sums, or None if they can."""
     if len(sums.leading) != 2 or sums.leading[1] != 1:
         return f"takes one token of each sequence, not rows of shape {sums.leading}"
     if sums.partials.dtype != jnp.float32 or sums.square_partials is not None:
@@ -35,18 +35,18 @@ def supports(sums: Activations) -> str | None:
 def add_norm(
     x: BFloat16[Array, "b 1 n"], update: Activations, norm_scale: Float[Array, "n"], eps: float
 ) -> tuple[BFloat16[Array, "b 1 n"], Activations]:
-    """Returns ``(x + update, rms_norm(x + update))``; the norm's factor is left to the next kernel.
+    """Returns ``(x + update, rms_norm(x + update))``, whose norm factor is left to the next kernel.
 
     Args:
       x: Residual stream.
-      update: float32 partial sums of the product that is added to it.
+      update: float32 partial sums of the projection that writes to the stream.
       norm_scale: Learned scale of the norm.
       eps: Epsilon of the norm.
     """
     rows = Rows(x.shape[0], x.shape[2])
-    partials = _rows(update)
-    run = _add_norm(Shape(rows, partials.shape[0], partials.shape[2]))
-    total, values, squares = run(x[:, 0], partials, norm_scale.astype(jnp.bfloat16))
+    partials = _partials_by_row(update)
+    kernel = _add_norm_kernel(Shape(rows, partials.shape[0], partials.shape[2]))
+    total, values, squares = kernel(x[:, 0], partials, norm_scale.astype(jnp.bfloat16))
     return total[:, None], Activations.of(values[:, None], squares[:, None], eps)
 
 
@@ -57,25 +57,27 @@ def swiglu(gate_up: Activations) -> Activations:
       gate_up: float32 partial sums ``[partials, B, 1, features]``. The first half of the features is the
         gate.
     """
-    partials = _rows(gate_up)
+    partials = _partials_by_row(gate_up)
     rows = Rows(partials.shape[1], gate_up.features // 2)
-    (values,) = _swiglu(Shape(rows, partials.shape[0], partials.shape[2]))(partials)
+    (values,) = _swiglu_kernel(Shape(rows, partials.shape[0], partials.shape[2]))(partials)
     return Activations.of(values[:, None])
 
 
-def _rows(sums: Activations) -> Float[Array, "partials b features"]:
+def _partials_by_row(sums: Activations) -> Float[Array, "partials b features"]:
+    """Returns the partial sums without the axis of tokens, of which a decode step has one."""
     return sums.reshape((sums.leading[0],)).partials
 
 
 @functools.cache
-def _add_norm(shape: Shape):
+def _add_norm_kernel(shape: Shape):
+    """Builds the kernel. ``AddNormRefs`` describes its arguments and results."""
     rows = shape.rows
     return lane_kernel(
         "add_norm_kernel",
         lambda isa, refs: add_norm_program(isa, shape, AddNormRefs(*refs)),
         outputs=[
-            _values(rows),
-            _values(rows),
+            _bfloat16_rows(rows),
+            _bfloat16_rows(rows),
             jax.ShapeDtypeStruct((rows.rows, rows.blocks_per_row), jnp.float32),
         ],
         blocks=rows.blocks,
@@ -85,16 +87,17 @@ def _add_norm(shape: Shape):
 
 
 @functools.cache
-def _swiglu(shape: Shape):
+def _swiglu_kernel(shape: Shape):
+    """Builds the kernel. ``SwigluRefs`` describes its arguments and results."""
     return lane_kernel(
         "swiglu_kernel",
         lambda isa, refs: swiglu_program(isa, shape, SwigluRefs(*refs)),
-        outputs=[_values(shape.rows)],
+        outputs=[_bfloat16_rows(shape.rows)],
         blocks=shape.rows.blocks,
         threads=shape.rows.threads,
         shared_bytes=shape.rows.shared_bytes,
     )
 
 
-def _values(rows: Rows) -> jax.ShapeDtypeStruct:
+def _bfloat16_rows(rows: Rows) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((rows.rows, rows.features), jnp.bfloat16)

@@ -20,7 +20,7 @@ class Shape:
     """Static sizes of one launch.
 
     Attributes:
-      rows: The rows of the output.
+      rows: How the rows of the output are cut into CTAs.
       num_partials: Number of partial sums of the input.
       stored_features: Number of features of the input, padding included.
     """
@@ -30,12 +30,12 @@ class Shape:
     stored_features: int
 
     def index(self, row: Value, feature: Value) -> Value:
-        """Returns the index of a number in the first partial sum."""
+        """Returns the index of a row's feature in the first partial sum."""
         return row * self.stored_features + feature
 
     @property
     def stride(self) -> int:
-        """Numbers from one partial sum to the next."""
+        """Distance, in numbers, from a feature in one partial sum to the same feature in the next."""
         return self.rows.rows * self.stored_features
 
 
@@ -45,11 +45,11 @@ class AddNormRefs:
 
     Attributes:
       x: bfloat16 ``[rows, N]``: the residual stream.
-      partials: float32 ``[partials, rows, features]``: partial sums of its update.
-      norm_scale: bfloat16 ``[N]``.
+      partials: float32 ``[partials, rows, features]``: partial sums of the update of the stream.
+      norm_scale: bfloat16 ``[N]``: learned scale of the norm.
       total: Output, bfloat16 ``[rows, N]``: the updated residual stream.
       values: Output, bfloat16 ``[rows, N]``: the updated stream times the norm scale.
-      square_partials: Output, float32 ``[rows, blocks_per_row]``, whose sum is the mean square of ``total``.
+      square_partials: Output, float32 ``[rows, blocks_per_row]``: their sum is the mean square of ``total``.
       shared: The shared memory.
     """
 

@@ -1,4 +1,4 @@
-"""Dequantization of a whole weight on an NVIDIA GPU: the launch."""
+"""The launch that dequantizes a whole weight on an NVIDIA GPU."""
 
 import functools
 
@@ -33,13 +33,13 @@ def dequantize_to_bfloat16(weight: NestedWeight) -> BFloat16[Array, "k n"]:
     Equals ``codes.dequantize(weight, dtype=jnp.bfloat16)`` bit for bit, except for the sign of zeros.
     """
     shape = Shape(weight.in_features, weight.out_features, weight.scales.shape[1], weight.num_planes)
-    (dense,) = _dequantization(shape)(weight.planes, weight.scales)
+    (dense,) = _dequantization_kernel(shape)(weight.planes, weight.scales)
     return dense
 
 
 @functools.cache
-def _dequantization(shape: Shape):
-    """Builds the kernel; its arguments and outputs are those of ``program.Refs``."""
+def _dequantization_kernel(shape: Shape):
+    """Builds the kernel. ``program.Refs`` describes its arguments and results."""
     return lane_kernel(
         "dequantization_kernel",
         lambda isa, refs: dequantization_program(isa, shape, Refs(*refs)),

@@ -26,9 +26,10 @@ THREADS = 128
 WARPS = THREADS // LANES
 
 WARP_CHANNELS = 8
-"""Number of input channels of a warp. They share 16 converted scales, and keep enough loads in flight."""
+"""Number of input channels of a warp: enough to keep loads in flight and to share the 16 converted scales."""
 
 BLOCKS_PER_GROUP = layout.GROUP // (WARPS * WARP_CHANNELS)
+"""Number of CTAs for each group of input channels and tile of outputs."""
 
 RUN_OUTPUTS = 8
 """Number of consecutive outputs of a word, which a lane stores as 16 bytes."""
@@ -59,10 +60,12 @@ class Shape:
 
     @property
     def groups(self) -> int:
+        """Number of groups of input channels."""
         return -(-self.in_features // layout.GROUP)
 
     @property
     def tiles(self) -> int:
+        """Number of tiles of outputs."""
         return self.stored_n // layout.TILE
 
     @property
@@ -90,7 +93,7 @@ class Refs:
 def dequantization_program(isa: Instructions, shape: Shape, refs: Refs) -> None:
     """Runs the whole program of one lane.
 
-    The tile varies fastest over the grid, so that neighbouring CTAs read whole rows.
+    The tile varies fastest over the grid, so that neighbouring CTAs together read whole plane rows.
     """
     thread, block = isa.thread_index(), isa.block_index()
     lane, warp = thread & (LANES - 1), thread >> 5
@@ -111,7 +114,7 @@ def dequantization_program(isa: Instructions, shape: Shape, refs: Refs) -> None:
     outputs = [output + run * 128 for run in range(RUNS)]
     group_start = channels // BLOCKS_PER_GROUP * shape.stored_n
     scales = [load_scales(isa, refs, group_start + n) for n in outputs]
-    # A weight is ``scale / 64 * (code - midpoint)``: one multiply-add, once the midpoint is scaled, too.
+    # A weight is ``scale / 64 * (code - midpoint)``. With the scaled midpoint it takes one multiply-add.
     midpoint = DIGIT_MEAN * sum(4 ** (3 - f) for f in range(shape.planes))
     code_scales = [[s * (1 / CODE_STEPS) for s in run_scales] for run_scales in scales]
     offsets = [[s * -midpoint for s in run_scales] for run_scales in code_scales]
@@ -137,7 +140,7 @@ def load_scales(isa: Instructions, refs: Refs, index: Value) -> list[Value]:
 
 
 def position_codes(words: list[Value], position: int) -> Value:
-    """Joins the digits at ``position`` of the bytes of all planes' words to four codes, one in each byte."""
+    """Joins the digits at ``position`` of each byte in all planes' words to four codes, one in each byte."""
     digits = []
     for f, word in enumerate(words):
         shift = 6 - 2 * f - 2 * position
@@ -153,7 +156,7 @@ def code_to_float(isa: Instructions, codes: Value, byte: int) -> Value:
 
 
 def is_logical(isa: Instructions, shape: Shape, channel: Value, output: Value) -> Value:
-    """Returns whether the channel and the output are not padding."""
+    """Returns whether neither the channel nor the output is padding."""
     logical = isa.constant(True, "bool")
     if shape.in_features % layout.GROUP:
         logical = channel < shape.in_features

@@ -3,11 +3,14 @@
 import jax
 
 OLDEST_JAX = (0, 11, 2)
+"""Oldest jax whose Mosaic GPU has what the kernels use."""
+
 FIRST_UNTESTED_JAX = (0, 13)
-"""Mosaic GPU is experimental. The ``gpu`` extra in pyproject.toml has the same bound."""
+"""First jax that is refused, because Mosaic GPU is experimental. The ``gpu`` extra in pyproject.toml has the
+same bound."""
 
 OLDEST_ARCHITECTURE = (8, 0)
-"""Oldest CUDA compute capability."""
+"""Oldest supported CUDA compute capability."""
 
 DEFAULT_MULTIPROCESSORS = 132
 """Number of multiprocessors of an H200, for devices that do not report theirs."""
@@ -34,7 +37,10 @@ def unsupported_reason() -> str | None:
 
 
 def target_device():
-    """Returns the device that a program is compiled for: the current abstract mesh's, else the default."""
+    """Returns the device that a program is compiled for.
+
+    This is the device of the current abstract mesh, if it has one, else JAX's default device.
+    """
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract is not None:
         return abstract

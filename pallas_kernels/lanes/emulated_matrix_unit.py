@@ -1,4 +1,4 @@
-"""The emulator's matrix unit, which knows how a matrix is spread over the registers of a warp."""
+"""The emulator's matrix unit: multiplies matrices that are spread over the registers of a warp."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""The emulator's shared memory, which records the last accesses to each word and refuses races."""
+"""The emulator's shared memory, which records the last accesses to each word and raises on races."""
 
 import numpy as np
 
@@ -6,15 +6,23 @@ from pallas_kernels.lanes.instructions import LANES
 
 
 class EmulationError(Exception):
-    """Raised if the lane program does what a GPU forbids or leaves undefined."""
+    """Raised if a lane program does something that a GPU forbids or leaves undefined."""
 
 
 class SharedMemory:
     """The shared memory of all CTAs, in 32-bit words.
 
     A race is two accesses to one word by different threads, at least one of them a write, without a barrier
-    in between. To detect it, every word has its last writer and reader, and the number of CTA barriers and of
-    warp barriers that they had passed.
+    in between. To detect races, the memory keeps for each word its last writer and reader, and the number of
+    CTA barriers and of warp barriers that they had passed. Threads are numbered through all CTAs.
+
+    Attributes:
+      size: Bytes of shared memory of one CTA.
+      threads: Number of threads of one CTA.
+      data: uint32 ``[words]``, the contents.
+      writer, reader: int ``[words]``, last thread that wrote or read the word; -1 for none.
+      write_time, read_time: int64 ``[2, words]``, CTA barriers and warp barriers passed before that access.
+      block_time, warp_time: int64 ``[CTAs]`` and ``[warps]``, barriers passed so far.
     """
 
     def __init__(self, blocks: int, threads: int, size: int, rng: np.random.Generator):
@@ -38,7 +46,7 @@ class SharedMemory:
         return base[:, None] // 4 + np.arange(count)
 
     def _check(self, thread, word, other, time, access):
-        """Refuses an access if threads ``other`` accessed the words at ``time`` without a barrier since."""
+        """Raises if another thread, ``other``, accessed the words at ``time`` and no barrier came since."""
         same_warp = other // LANES == thread // LANES
         now = np.where(same_warp, self.warp_time[thread // LANES], self.block_time[thread // self.threads])
         last = np.where(same_warp, time[1], time[0])
@@ -83,7 +91,7 @@ class SharedMemory:
         self.writer[word] = -1
 
     def arrive(self, thread, word, values):
-        """Completes a copy that ``thread`` has waited for."""
+        """Completes a copy of ``values`` into ``word [n, count]`` that ``thread`` has waited for."""
         self.data[word] = values
         self.writer[word] = thread[:, None]
         self.write_time[:, word] = self.now(thread)[:, :, None]

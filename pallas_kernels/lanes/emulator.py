@@ -1,15 +1,15 @@
 """The back end that executes lane instructions on NumPy: all threads of all CTAs in lockstep.
 
-It runs a lane program without a GPU and is stricter than one. It raises ``EmulationError`` for:
+It runs a lane program without a GPU, and is stricter than a GPU. It raises ``EmulationError`` for:
 
 - an access that is out of bounds or not aligned;
 - a load of shared memory that nothing has written;
 - a race: an access to shared memory that another thread wrote, or a store to shared memory that another
   thread read, without a barrier in between;
 - data of an asynchronous copy that is used before a wait, and a copy that is never waited for;
-- a warp instruction that only part of the warp reaches.
+- a warp instruction that only some lanes of a warp reach.
 
-It does not show memory ordering between CTAs (the kernels have none), timing or register pressure.
+It does not model memory ordering between CTAs (no kernel depends on it), timing or register pressure.
 """
 
 import contextlib
@@ -58,10 +58,10 @@ class LaneValue(Value):
 
 
 class NumpyInstructions(Instructions):
-    """Executes a lane program. Refs to global memory are the numbers that ``array`` returns."""
+    """Executes a lane program for all threads at once. ``array`` returns the refs to global memory."""
 
     def __init__(self, *, blocks: int, threads: int, shared_bytes: int, seed: int = 0):
-        """Starts a grid of ``blocks`` CTAs of ``threads`` threads, whole warps. Shared memory holds noise."""
+        """Starts a grid of ``blocks`` CTAs with ``threads`` threads each. Shared memory holds noise."""
         self.total = blocks * threads
         self.threads = threads
         self.rng = np.random.default_rng(seed)
@@ -77,7 +77,7 @@ class NumpyInstructions(Instructions):
         return len(self.arrays)
 
     def finish(self) -> None:
-        """Raises EmulationError if the program has ended before its copies have."""
+        """Raises EmulationError if the program has not waited for all of its asynchronous copies."""
         if any(self.open_copies) or any(self.copy_groups):
             raise EmulationError(
                 "the program ends with asynchronous copies that were not waited for: call wait_copies(0)"
@@ -92,7 +92,7 @@ class NumpyInstructions(Instructions):
         return np.flatnonzero(self._mask)
 
     def _warps(self, instruction):
-        """Returns the indices of the active warps; refuses warps that are only partly active."""
+        """Returns the indices of the active warps; raises if only some lanes of a warp are active."""
         lanes = self._mask.reshape(-1, LANES)
         if (lanes.any(1) != lanes.all(1)).any():
             raise EmulationError(

@@ -5,8 +5,8 @@ therefore a *lane program*: a Python function that calls the instructions below 
 single lane. Two back ends execute it. ``ptx`` emits MLIR and PTX inside a Pallas Mosaic GPU kernel;
 ``emulator`` runs all lanes in lockstep on NumPy arrays. This file specifies both.
 
-A program is traced once. Tracing unrolls Python loops and decides Python ``if`` statements; ``when`` and
-``loop`` are decided by each lane at run time. All 32 lanes must reach an instruction that involves the whole
+A program is traced once. Tracing unrolls Python loops and evaluates Python ``if`` statements; each lane
+evaluates ``when`` and ``loop`` at run time. All 32 lanes must reach an instruction that involves the whole
 warp.
 
 Addresses count bytes and are multiples of the size of the access. They are ``i64`` in global memory and
@@ -104,8 +104,8 @@ class Instructions(abc.ABC):
     def thread_index(self) -> Value:
         """Returns the ``i32`` index of the thread in its CTA; lane = index % 32, warp = index // 32.
 
-        Every call emits an instruction. Calling it again where it is needed costs less than a register that
-        holds the index, or numbers derived from it, in between.
+        Every call emits an instruction. Another call costs less than a register that holds the index, or
+        numbers derived from it, between two uses.
         """
 
     @abc.abstractmethod
@@ -159,11 +159,11 @@ class Instructions(abc.ABC):
 
     @abc.abstractmethod
     def reciprocal(self, x: Value) -> Value:
-        """Returns ``1 / x`` in ``f32`` within 2 ulp; flushes x and the result to zero below 1.2e-38."""
+        """Returns ``1 / x`` in ``f32`` within 2 ulp; magnitudes of x or the result below 1.2e-38 become 0."""
 
     @abc.abstractmethod
     def exp2(self, x: Value) -> Value:
-        """Returns ``2**x`` in ``f32`` within 2 ulp; 0 if x is far below zero."""
+        """Returns ``2**x`` in ``f32`` within 2 ulp; 0 if x is below -150."""
 
     @abc.abstractmethod
     def rsqrt(self, x: Value) -> Value:

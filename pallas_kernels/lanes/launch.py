@@ -1,7 +1,7 @@
-"""Launching a lane program as a Pallas Mosaic GPU kernel.
+"""Launches a lane program as a Pallas Mosaic GPU kernel.
 
-Mosaic GPU is imported only when a kernel is built: ``pallas_kernels`` must import on every JAX, and decline
-with a reason where the kernels do not run.
+Mosaic GPU is imported only when a kernel is built, because ``pallas_kernels`` must import with every jax,
+also where the kernels cannot run.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels.lanes.instructions import Instructions
 
 WARPGROUP = 128
-"""Threads in a warpgroup. Mosaic GPU launches whole warpgroups."""
+"""Number of threads in a warpgroup. Mosaic GPU launches whole warpgroups."""
 
 
 def lane_kernel(
@@ -25,14 +25,14 @@ def lane_kernel(
     threads: int,
     shared_bytes: int,
 ) -> Callable[..., Sequence[jax.Array]]:
-    """Returns a function that runs a lane program on the GPU.
+    """Returns a function that runs a lane program on the GPU and returns its outputs.
 
-    The function takes arrays, and ``jax.Ref``s that the program may write.
+    The arguments of the function are arrays, and ``jax.Ref``s, which the program may also write.
 
     Args:
       name: Name of the kernel in profilers and sanitizers.
-      program: Lane program, called once with the instructions and the refs: one for each argument, one for
-        each output, and the shared memory.
+      program: Lane program. It is called once, with the instructions and a list of refs: one for each
+        argument, one for each output, and the shared memory.
       outputs: Shapes and dtypes of the outputs.
       blocks: Number of CTAs.
       threads: Number of threads in a CTA, a multiple of ``WARPGROUP``.

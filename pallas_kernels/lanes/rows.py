@@ -1,7 +1,7 @@
-"""Helpers for lane programs on rows of activations. A lane has two features, a CTA a piece of one row.
+"""Helpers for lane programs on rows of activations. A lane computes two features, a CTA a piece of one row.
 
-No CTA waits for another. A sum over a whole row is therefore written as one partial sum for each CTA of the
-row, and the next kernel adds them up.
+No CTA waits for another. For a sum over a whole row, each CTA of the row therefore writes a partial sum, and
+the next kernel adds them up.
 """
 
 import dataclasses
@@ -12,7 +12,8 @@ from pallas_kernels.lanes.instructions import LANES, Instructions, Value
 from pallas_kernels.lanes.launch import WARPGROUP
 
 MAX_BLOCKS_PER_ROW = 64
-"""Largest number of CTAs that share a row, because every warp of the next kernel adds up their sums."""
+"""Largest number of CTAs that share a row. It is bounded because every warp of the next kernel adds up their
+partial sums."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Rows:
 
     @property
     def blocks_per_row(self) -> int:
-        """Number of CTAs that share a row, and of partial sums of the row."""
+        """Number of CTAs that share a row, which is also the number of partial sums of the row."""
         return -(-self.features // (2 * self.threads))
 
     @property
@@ -44,7 +45,7 @@ class Rows:
 
     @property
     def shared_bytes(self) -> int:
-        """Bytes of shared memory: one word for each warp."""
+        """Bytes of shared memory of a CTA: one word for each warp."""
         return 4 * self.threads // LANES
 
 

@@ -21,9 +21,9 @@ IMPLEMENTATIONS: dict[Implementation, ModuleType] = {
     "xla": xla,
     "reference": reference,
 }
-"""Implementations by name, in order of preference. Each has ``supports(x [rows, K], weight)``, which returns
-None or the reason why not, and ``partial_sums(x [rows, K], weight, thresholds [rows, P])``, see
-``graded_partial_sums``."""
+"""Implementations by name, in order of preference. Each module has two functions: ``supports(x [rows, K],
+weight)`` returns None, or the reason why it cannot run; ``partial_sums(x [rows, K], weight, thresholds
+[rows, P])`` computes ``graded_partial_sums``."""
 
 
 @without_x64
@@ -34,7 +34,7 @@ def graded_matvec(
     *,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "*rows n"], Float[Array, "*rows"]]:
-    """Computes ``y = x @ W`` and reads each input channel only at the level that its activation deserves.
+    """Computes ``y = x @ W``, and reads each input channel of W only at the level of its activation.
 
     Args:
       x: Activations ``[in_features]`` or ``[rows, in_features]``; float32, bfloat16 or float16.
@@ -51,7 +51,8 @@ def graded_matvec(
 
     Raises:
       ValueError: Shapes or dtypes do not fit, or the implementation is unknown.
-      NotImplementedError: No implementation, or not the named one, supports the arguments; gives the reasons.
+      NotImplementedError: No implementation supports the arguments, or the named one does not. The message
+        gives the reasons.
     """
     _check(x, weight, thresholds)
     y, stats = graded_partial_sums(Activations.of(x), weight, thresholds, implementation=implementation)
@@ -66,10 +67,10 @@ def graded_partial_sums(
     *,
     implementation: Implementation | None = None,
 ) -> tuple[Activations, GradingStats]:
-    """Computes ``graded_matvec`` and leaves its sums to the kernel that reads the result.
+    """Computes ``graded_matvec``, but leaves the last sum to the kernel that reads the result.
 
     Args:
-      x: Activations of any leading shape, possibly without the factor of a norm.
+      x: Activations of any leading shape; partial sums and the factor of a norm may be left to this function.
       weight, implementation: See ``graded_matvec``.
       thresholds: ``[P]``, or ``[*leading, P]`` for different thresholds in each row.
 
@@ -116,6 +117,7 @@ def choose(
 
 
 def _check(x, weight: NestedWeight, thresholds) -> None:
+    """Raises ValueError, which names all problems, if the shapes or dtypes of the arguments do not fit."""
     problems = []
     if x.ndim not in (1, 2) or x.shape[-1] != weight.in_features:
         problems.append(

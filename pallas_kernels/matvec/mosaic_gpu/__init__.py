@@ -1,7 +1,9 @@
 """The graded matvec for NVIDIA GPUs: a lane program in Pallas Mosaic GPU.
 
-Read ``program`` first (the algorithm and the data layout), then ``lanes.instructions`` (its language),
-``geometry`` (sizes), ``tuning`` (choice of a configuration) and ``kernel`` (the launch).
+Read ``program`` first (the algorithm and the data layout) and ``lanes.instructions`` (its language). The
+phases of the program follow in ``listing``, ``streaming`` and ``reduction``, and the statistics in
+``counting``. ``geometry`` has the sizes, ``lane_context`` the operands and addresses, ``tuning`` the choice
+of a configuration, ``kernel`` the launch.
 """
 
 from pallas_kernels.matvec.mosaic_gpu.geometry import Config

@@ -1,4 +1,4 @@
-"""The CTAs that count levels, one for each activation row: the statistics that a launch reports."""
+"""The program of the CTAs that compute the statistics of a launch, one CTA for each activation row."""
 
 from pallas_kernels import layout
 from pallas_kernels.lanes.instructions import LANES, Instructions, Value
@@ -20,9 +20,9 @@ def count_levels(isa: Instructions, g: Geometry, refs: Refs) -> None:
     zero, one = isa.constant(0), isa.constant(1)
 
     def add(stats: list[Value], x: Value, counts: Value | None = None) -> list[Value]:
-        """Adds one activation to the sum of levels, if ``counts`` holds, and to the largest magnitude.
+        """Adds the level of one activation if ``counts`` holds, and updates the largest magnitude.
 
-        The largest magnitude is compared by its bits, which order NaN last.
+        Magnitudes are compared by their bits, which order NaN above all numbers.
         """
         level_sum, largest = stats
         magnitude = isa.absolute(x)
@@ -51,7 +51,7 @@ def count_levels(isa: Instructions, g: Geometry, refs: Refs) -> None:
             lambda i, stats: add_loads(stats, first + isa.widen(i * loop_bytes), LOADS_IN_FLIGHT),
         )
     stats = add_loads(stats, first + loops * loop_bytes, last_loads)
-    if rest:  # Threads that have no activation load the first one of the row, and do not count it.
+    if rest:  # Threads without an activation load the first one of the row and do not count its level.
         exists = thread < rest
         last, start = first + rounds * stride, first - isa.widen(thread * g.x_bytes)
         stats = add(stats, load_activation(isa, g, isa.select(exists, last, start)), exists)

@@ -28,8 +28,8 @@ MAX_ROWS = 8
 """Largest number of activation rows in a launch."""
 
 MAX_ROWS_PER_CTA = 4
-"""Largest number of activation rows that share one read of the weights. Each row takes 32 accumulators of
-every lane."""
+"""Largest number of activation rows that share one read of the weights. Each row takes 32 registers of every
+lane for accumulators."""
 
 SHARED_BYTES_LIMIT = 99 * 1024
 """Bytes of shared memory that one CTA can have on every supported architecture; sm_89 has the fewest."""
@@ -37,16 +37,16 @@ SHARED_BYTES_LIMIT = 99 * 1024
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Tuning of a launch. It changes nothing in the result but the order of float32 sums.
+    """Tuning of a launch. It affects the result only through the order of float32 sums.
 
     Attributes:
-      warpgroups: Number of warpgroups (4 warps) in a CTA, 1 or 2. More warpgroups add up more groups of
-        channels in the CTA and write fewer partial sums; fewer give a finer grid.
-      warps_per_group: Number of warps, 1, 2 or 4, that share the channels of one group. More warps give a
-        finer grid for small weights; fewer have longer lists, which contain less padding, and write fewer
-        partial sums.
-      ring_slots: Number of 1-KiB slots in the ring of a warp: 2, 4, 8 or 16. A warp keeps copies of one KiB
-        less in flight.
+      warpgroups: Number of warpgroups (4 warps) in a CTA, 1 or 2. With more, a CTA sums over more groups of
+        channels, so there are fewer partial sums; with fewer, the grid is finer.
+      warps_per_group: Number of warps, 1, 2 or 4, that share the channels of one group. With more, the grid
+        is finer, which helps small weights; with fewer, the lists are longer and contain less padding, and
+        there are fewer partial sums.
+      ring_slots: Number of 1-KiB slots in the ring of a warp: 2, 4, 8 or 16. A warp keeps ``ring_slots - 1``
+        KiB of copies in flight.
     """
 
     warpgroups: int
@@ -79,7 +79,7 @@ class Geometry:
 
     A CTA computes one tile of 512 outputs over ``config.groups_per_cta`` groups of input channels, for up to
     ``rows_per_cta`` activation rows. The grid runs over row batches (fastest, because they share the L2),
-    tiles and splits of the input channels. Each split writes its own partial sum.
+    tiles and splits of the input channels. Each split writes a separate partial sum.
 
     Attributes:
       in_features: Logical number of input channels; later channels are padding.
@@ -110,10 +110,12 @@ class Geometry:
 
     @property
     def groups(self) -> int:
+        """Number of groups of input channels."""
         return self.stored_k // layout.GROUP
 
     @property
     def tiles(self) -> int:
+        """Number of tiles of outputs."""
         return self.stored_n // layout.TILE
 
     @property
@@ -171,12 +173,17 @@ class Geometry:
 
     @property
     def plane_bytes(self) -> int:
+        """Bytes of one plane."""
         return self.stored_k * self.stored_row_bytes
 
     # --- shared memory: the lists of all warps, then their records, scales and rings ------------
     @property
     def entry_words(self) -> int:
-        """Words of a list entry: the offset of its plane row, then the codes, of two activation rows each."""
+        """Number of 32-bit words of a list entry.
+
+        The first is the offset of the plane row, and each of the next holds the codes of two activation rows.
+        With 3 or 4 activation rows the last word is padding.
+        """
         return 2 if self.rows_per_cta <= 2 else 4
 
     @property
@@ -212,7 +219,7 @@ class Geometry:
 
     @property
     def ring_bytes(self) -> int:
-        """Bytes of one warp's ring, which finally holds one tile of its outputs."""
+        """Bytes of one warp's ring. At the end the ring holds the warp's outputs of one tile."""
         return max(self.config.ring_slots * STEP_BYTES, TILE_OUTPUT_BYTES)
 
     @property

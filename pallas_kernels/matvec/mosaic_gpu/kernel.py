@@ -19,10 +19,10 @@ from pallas_kernels.matvec.mosaic_gpu.program import Refs, graded_matvec_program
 from pallas_kernels.weight import NestedWeight
 
 OFFSET_LIMIT = 2**32
-"""Largest number of bytes of planes. List entries hold offsets of 32 bits."""
+"""Largest number of bytes of planes, because list entries hold offsets of 32 bits."""
 
 ANY_CONFIG = Config(warpgroups=1, warps_per_group=4, ring_slots=4)
-"""Placeholder in a ``Geometry`` until the tuning is known."""
+"""Placeholder in a ``Geometry`` until ``tuning`` has chosen the configuration."""
 
 
 def supports(x: Array | jax.ShapeDtypeStruct, weight: NestedWeight) -> str | None:
@@ -43,7 +43,7 @@ def graded_matvec(
     *,
     config: Config | None = None,
 ) -> tuple[Float32[Array, "rows n"], Float32[Array, "rows"]]:
-    """Implements ``api.graded_matvec`` for 1 to 8 rows; ``config`` is that of ``partial_sums``."""
+    """Implements ``api.graded_matvec`` for 1 to 8 rows (see ``partial_sums``)."""
     y, stats = partial_sums(Activations.of(x), weight, thresholds, config=config)
     return y.array, stats.bits
 
@@ -60,19 +60,19 @@ def partial_sums(
     Args:
       x: Activations ``[rows, K]``.
       weight, thresholds: See ``api.graded_partial_sums``.
-      config: Tuning; ``tuning.best_config`` chooses it if not given.
+      config: Tuning of the launch. The default is the choice of ``tuning.best_config``.
     """
     geometry = geometry_of(x, weight, config)
-    # Operands that the program does not use must still exist.
+    # The kernel always has these operands. Without a norm the program does not read ``squares``.
     squares = thresholds if x.square_partials is None else x.square_partials
     gains = jnp.ones(weight.num_planes) if weight.level_gains is None else weight.level_gains
     floats = [a.astype(jnp.float32) for a in (thresholds, squares, gains)]
-    partials, stats = launch(geometry)(x.values, *floats, weight.planes, weight.scales)
+    partials, stats = _matvec_kernel(geometry)(x.values, *floats, weight.planes, weight.scales)
     return Activations.sums(partials, weight.out_features), GradingStats(stats)
 
 
 def geometry_of(x: Activations, weight: NestedWeight, config: Config | None = None) -> Geometry:
-    """Returns the sizes of the launch for these arguments; ``config`` is that of ``partial_sums``."""
+    """Returns the sizes of the launch that ``partial_sums`` makes for these arguments."""
     stored_k, stored_n = layout.padded_shape(weight.in_features, weight.out_features)
     geometry = Geometry(
         in_features=weight.in_features,
@@ -94,8 +94,8 @@ def geometry_of(x: Activations, weight: NestedWeight, config: Config | None = No
 
 
 @functools.cache
-def launch(geometry: Geometry):
-    """Builds the kernel; its arguments and results are those of ``lane_context.Refs``."""
+def _matvec_kernel(geometry: Geometry):
+    """Builds the kernel. ``lane_context.Refs`` describes its arguments and results."""
     return lane_kernel(
         "graded_matvec_kernel",
         lambda isa, refs: graded_matvec_program(isa, geometry, Refs(*refs)),

@@ -8,7 +8,7 @@ from pallas_kernels.lanes.instructions import LANES, Instructions, Value
 from pallas_kernels.matvec.mosaic_gpu.geometry import SCALES_BYTES, Geometry
 
 COPY_BYTES = 16
-"""Bytes that one asynchronous copy of one lane moves."""
+"""Bytes that a lane moves with one asynchronous copy."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Refs:
     Attributes:
       x: ``[rows, in_features]``; float32, bfloat16 or float16.
       thresholds: float32 ``[rows, P]``.
-      square_partials: float32 ``[rows, S]``. The program divides x by the root of their sum plus eps.
+      square_partials: float32 ``[rows, S]``. The program divides x by the root of (their sum plus eps).
       level_gains: float32 ``[P]``, see ``NestedWeight``.
       planes, scales: See ``NestedWeight``.
       partials: Output, float32 ``[splits, rows, N]``: partial sums of y.
@@ -54,8 +54,8 @@ class LaneContext:
     shared: Value
     """Address of the CTA's shared memory."""
     list: Value
-    """Address of the warp's list, computed so that the compiler knows that it is the same in the whole warp.
-    Otherwise the compiler would treat loops over the list as divergent."""
+    """Address of the warp's list. It is computed in a way that tells the compiler that the whole warp has the
+    same address; otherwise the compiler would treat loops over the list as divergent."""
     record: Value
     """Address of the warp's record."""
     scales: Value
@@ -65,14 +65,14 @@ class LaneContext:
 
 
 def stored_group(isa: Instructions, g: Geometry, context: LaneContext) -> Value:
-    """Returns the warp's group, or group 0 if the warp's group does not exist."""
+    """Returns the warp's group, or, to keep addresses in bounds, group 0 if that group does not exist."""
     if not g.has_padding:
         return context.group
     return isa.select(context.group < g.groups, context.group, isa.constant(0))
 
 
 def lane_context(isa: Instructions, g: Geometry, refs: Refs) -> LaneContext:
-    """Cuts the grid: the row batch varies fastest, then the tile, then the split."""
+    """Computes the context. Over the grid the row batch varies fastest, then the tile, then the split."""
     config = g.config
     block, thread = isa.block_index(), isa.thread_index()
     row_batch = None

@@ -1,4 +1,8 @@
-"""Phases fetch, grade, list and compact: from activations to the list of plane rows that a warp reads."""
+"""Phases fetch, grade, list and compact: from activations to the list of plane rows that a warp reads.
+
+``program`` describes the phases. In this file ``r`` is an activation row, ``f`` a plane, and ``q`` one of the
+channels that the lane grades.
+"""
 
 import dataclasses
 from typing import Any
@@ -27,20 +31,20 @@ PARTIALS_PER_LANE = 16
 """Largest number of partial sums of a mean square that every lane adds up for itself."""
 
 SMALLEST_PEAK_BITS = 0x0DA24260
-"""Bits of 1e-30, which replaces smaller peaks (all channels zero). ``reciprocal`` would flush the rounding
-step of a smaller peak, peak / PEAK_CODE, to zero."""
+"""Bits of 1e-30, which replaces smaller peaks, such as 0 if all channels are zero. With a smaller peak,
+``reciprocal`` would flush the unit of the codes, ``peak / PEAK_CODE``, to zero."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Operands:
-    """Registers loaded from global memory. ``q`` counts the channels that the lane grades.
+    """Registers loaded from global memory.
 
     Attributes:
-      thresholds: f32 ``[row][plane]``, in the scale of x.
-      x: f32 ``[row][q]``, zero in padding.
-      valid: ``[q]``: whether the channel exists; None without padding.
-      factors: f32 ``[row]``: factor of the norm that x lacks; None without a norm.
-      gains: f32 ``[level]``, of levels 1 to P - 1. The gain of level P is 1.
+      thresholds: f32 ``[row][plane]``, divided by the factor of the norm, because x lacks it.
+      x: f32 ``[row][q]``, before the factor of the norm; zero in padding.
+      valid: bool ``[q]``, whether the channel exists; None without padding.
+      factors: f32 ``[row]``, factor of the norm; None without a norm.
+      gains: f32 ``[level]``, level gains of levels 1 to P - 1. The gain of level P is 1.
     """
 
     thresholds: list[list[Value]]
@@ -55,12 +59,26 @@ class Reached:
     """Which of the lane's channels reach a plane.
 
     Attributes:
-      rows: ``[row][q]``: whether this activation row reads the channel's row of the plane.
-      any_row: ``[q]``: whether some activation row does, so that the plane row is listed.
+      rows: bool ``[row][q]``, whether this activation row reads the channel's row of the plane.
+      any_row: bool ``[q]``, whether some activation row reads it, so that the plane row is listed.
     """
 
     rows: list[list[Value]]
     any_row: list[Value]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+    """Activations times the gains of their levels, before they are rounded to codes.
+
+    Attributes:
+      x: f32 ``[row][q]``, the scaled activations.
+      peaks: f32 ``[row]``, the largest ``|x|`` of the warp times the largest gain: an upper bound of the
+        scaled ``|x|``. NaN or Inf if an activation is.
+    """
+
+    x: list[list[Value]]
+    peaks: list[Value]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,26 +87,12 @@ class FinishedList:
 
     Attributes:
       steps: Number of steps of 8 entries.
-      sums: i32 ``[row]``: sums of all codes in the list.
-      peaks: f32 ``[row]``: as in ``Scaled``, times the factor of the norm. They multiply the row's outputs.
+      sums: i32 ``[row]``, sums of all codes in the list.
+      peaks: f32 ``[row]``, peaks of ``Scaled`` times the factor of the norm. They multiply the row's outputs.
     """
 
     steps: Value
     sums: list[Value]
-    peaks: list[Value]
-
-
-@dataclasses.dataclass(frozen=True)
-class Scaled:
-    """Activations before they are rounded to codes.
-
-    Attributes:
-      x: f32 ``[row][q]``, times the gain of its level.
-      peaks: f32 ``[row]``: largest ``|x|`` of the warp times the largest gain, an upper bound of the scaled
-        ``|x|``. NaN or Inf if an activation is.
-    """
-
-    x: list[list[Value]]
     peaks: list[Value]
 
 
@@ -114,8 +118,8 @@ def fetch(isa: Instructions, g: Geometry, refs: Refs, context: LaneContext) -> O
             if valid is not None:
                 address = isa.select(valid[q], address, x)
             number = load_activation(isa, g, address)
-            for ok in (None if valid is None else valid[q], exists):
-                number = number if ok is None else isa.select(ok, number, zero)
+            for condition in (None if valid is None else valid[q], exists):
+                number = number if condition is None else isa.select(condition, number, zero)
             rows_x[-1].append(number)
         thresholds, factor = load_thresholds(isa, g, refs, row)
         if factor is not None:
@@ -135,7 +139,7 @@ def fetch(isa: Instructions, g: Geometry, refs: Refs, context: LaneContext) -> O
 def load_thresholds(
     isa: Instructions, g: Geometry, refs: Refs, row: Value
 ) -> tuple[list[Value], Value | None]:
-    """Loads one row's thresholds, in the scale of the stored x, and the factor of its norm."""
+    """Loads the thresholds of one row, divided by the factor of its norm (which x lacks), and this factor."""
     address = isa.global_address(refs.thresholds) + isa.widen(row * (4 * g.planes))
     thresholds = load_by_plane(isa, g, address)
     if not g.num_square_partials:
@@ -148,8 +152,8 @@ def load_thresholds(
 def load_by_plane(isa: Instructions, g: Geometry, address: Value) -> list[Value]:
     """Loads ``f32 [planes]``, in one vector if possible.
 
-    The compiler would move the last of several single loads behind the use of the first, which costs a second
-    latency.
+    If there were several loads, the compiler would move the last one behind the use of the first one, and the
+    lane would wait for memory twice.
     """
     width = 1 if g.planes == 3 else g.planes
     return [v for f in range(0, g.planes, width) for v in isa.load_global(address + 4 * f, width, "f32")]
@@ -158,8 +162,8 @@ def load_by_plane(isa: Instructions, g: Geometry, address: Value) -> list[Value]
 def sum_partials(isa: Instructions, ref: Any, row: Value, count: int) -> Value:
     """Sums one row of ``f32 [rows, count]`` in a fixed order.
 
-    Every lane loads a few numbers for itself, four in one load. Many would take too many registers: each lane
-    then loads some of them, and the warp adds them up.
+    If there are few numbers, every lane loads all of them, four in one load. If there are many, they would
+    take too many registers, so each lane loads some of them, and the warp adds them up.
     """
     first = isa.global_address(ref) + isa.widen(row * (4 * count))
     if count <= PARTIALS_PER_LANE:
@@ -194,10 +198,10 @@ def grade(isa: Instructions, operands: Operands, plane: int) -> Reached:
     """Returns which channels reach a plane."""
     rows = []
     for x, thresholds in zip(operands.x, operands.thresholds, strict=True):
-        # not (|x| < t), so that a NaN reaches every level
+        # Not |x| >= t, because a NaN must reach every level.
         reached = [~(isa.absolute(v) < thresholds[plane]) for v in x]
         if operands.valid is not None:
-            reached = [passed & ok for passed, ok in zip(reached, operands.valid, strict=True)]
+            reached = [reaches & valid for reaches, valid in zip(reached, operands.valid, strict=True)]
         rows.append(reached)
     any_row = rows[0]
     for row in rows[1:]:
@@ -213,10 +217,14 @@ class RowList:
     g: Geometry
     context: LaneContext
     end: Value
-    """Shared-memory address after the last entry, the same in the whole warp."""
+    """Shared-memory address after the last entry; all lanes of the warp have the same."""
 
-    def append(self, listed: Value, plane: int, q: int) -> tuple[Value, Value]:
-        """Appends an entry where ``listed`` holds; returns its address and the offset of its plane row."""
+    def reserve(self, listed: Value, plane: int, q: int) -> tuple[Value, Value]:
+        """Reserves an entry for each lane whose ``listed`` holds, in the order of the lanes.
+
+        Returns:
+          The address of the lane's entry, and the offset of its plane row.
+        """
         isa, g = self.isa, self.g
         lanes = isa.ballot(listed)
         entry = self.end + isa.count_bits(lanes & isa.lower_lanes()) * g.entry_bytes
@@ -225,7 +233,7 @@ class RowList:
         return entry, plane_row + (plane * g.plane_bytes + q * LANES * g.stored_row_bytes)
 
     def whole_steps(self) -> Value:
-        """Returns the number of steps whose entries are all listed."""
+        """Returns the number of complete steps in the list so far."""
         return (self.end - self.context.list) // self.g.step_entries_bytes
 
 
@@ -233,7 +241,7 @@ def list_first_plane(isa: Instructions, g: Geometry, rows: RowList, first: Reach
     """Lists the rows of plane 0 without codes, so that copies can start; returns the entries' addresses."""
     addresses = []
     for q, listed in enumerate(first.any_row):
-        address, offset = rows.append(listed, 0, q)
+        address, offset = rows.reserve(listed, 0, q)
         isa.store_shared(address, [offset], listed)
         addresses.append(address)
     isa.warp_barrier()
@@ -265,8 +273,8 @@ def scale(isa: Instructions, operands: Operands, reached: list[Reached]) -> Scal
 def times_gain(isa: Instructions, x: Value, reached: list[Value], gains: list[Value]) -> Value:
     """Returns ``x`` times the gain of its level. The gain of the highest level is 1."""
     factor = isa.constant(1.0, "f32")
-    for gain, passed in zip(reversed(gains), reversed(reached[1:]), strict=True):
-        factor = isa.select(passed, factor, gain)
+    for gain, reaches_next in zip(reversed(gains), reversed(reached[1:]), strict=True):
+        factor = isa.select(reaches_next, factor, gain)
     return x * factor
 
 
@@ -279,27 +287,27 @@ def compact(
       isa, g: The instructions and sizes.
       operands: Thresholds and activations.
       first: Channels that reach plane 0.
-      addresses: Addresses of their entries.
-      rows: The list.
+      addresses: Addresses of the entries of plane 0, ``[q]``.
+      rows: The list, which has the entries of plane 0 without their codes.
     """
     reached = [first] + [grade(isa, operands, f) for f in range(1, g.planes)]
     scaled = scale(isa, operands, reached)
-    inverse_steps = [isa.reciprocal(peak * (1.0 / PEAK_CODE)) for peak in scaled.peaks]
+    inverse_units = [isa.reciprocal(peak * (1.0 / PEAK_CODE)) for peak in scaled.peaks]
     rounding, rounded_zero = isa.constant(ROUNDING, "f32"), isa.constant(ROUNDED_ZERO)
     sums = [isa.constant(-ROUNDED_ZERO * g.planes * g.channels_per_lane)] * g.rows_per_cta
     for f, plane in enumerate(reached):
-        plane_steps = [inverse * 4.0**-f for inverse in inverse_steps]
+        factors = [inverse * 4.0**-f for inverse in inverse_units]
         for q, listed in enumerate(plane.any_row):
             codes = []
             for r in range(g.rows_per_cta):
-                rounded = isa.multiply_add(scaled.x[r][q], plane_steps[r], rounding)
+                rounded = isa.multiply_add(scaled.x[r][q], factors[r], rounding)
                 bits = isa.select(plane.rows[r][q], isa.float_to_bits(rounded), rounded_zero)
                 sums[r] = sums[r] + bits
                 codes.append(bits ^ LOW_SIGN)
             if f == 0:
                 store_codes(isa, g, addresses[q], codes, listed)
             else:
-                address, offset = rows.append(listed, f, q)
+                address, offset = rows.reserve(listed, f, q)
                 store_entry(isa, g, address, offset, codes, listed)
     context, step_bytes = rows.context, g.step_entries_bytes
     size = (rows.end - context.list + (step_bytes - 1)) & -step_bytes
@@ -314,14 +322,14 @@ def compact(
 
 
 def store_record(isa: Instructions, g: Geometry, context: LaneContext, listed: FinishedList) -> None:
-    """Stores sums and peaks in the warp's record, because the loop needs their registers."""
+    """Stores sums and peaks in the warp's record in shared memory, because the loop needs their registers."""
     for r in range(g.rows_per_cta):
         with isa.when(context.lane.equals(r)):
             isa.store_shared(context.record + 8 * r, [listed.sums[r], isa.float_to_bits(listed.peaks[r])])
 
 
 def padding_offset(isa: Instructions, g: Geometry, context: LaneContext) -> Value:
-    """Returns the offset of the row that padding entries read (times zero): the group's first, in plane 0."""
+    """Returns the offset of the plane row that padding entries read: the first of the group."""
     first = stored_group(isa, g, context) * layout.GROUP
     return first * g.stored_row_bytes + context.tile * ROW_BYTES
 
@@ -329,7 +337,7 @@ def padding_offset(isa: Instructions, g: Geometry, context: LaneContext) -> Valu
 def store_entry(
     isa: Instructions, g: Geometry, address: Value, offset: Value, codes: list[Value], where: Value
 ) -> None:
-    """Stores a list entry: the offset of its row in the planes, and 16-bit codes."""
+    """Stores a list entry: the offset of its plane row, and 16-bit codes."""
     isa.store_shared(address, [offset, *packed_codes(isa, g, codes)], where)
 
 

@@ -5,8 +5,8 @@ For each activation row the kernel computes
     y[n] = sum_g scales[g, n] * sum_{k in group g} x[k] * sum_{f < level_k} (d_f[k, n] - 3/2) 4**-f
 
 which is the definition in ``weight.NestedWeight``, because ``0.5 * 4**(1 - l) - 2 = -3/2 sum_{f < l} 4**-f``.
-A launch takes as long as it takes to read the digits. The kernel therefore reads only the digits that count,
-and keeps many reads in flight.
+The time of a launch is the time to read the digits. The kernel therefore reads only the digits that levels
+reach, and keeps many reads in flight.
 
 Storage and division of work
 ============================
@@ -30,17 +30,17 @@ Phases
 fetch     Loads thresholds and activations into registers, and starts copying scales to shared memory.
 grade     Compares ``|x|`` with the thresholds, one plane at a time.
 list      Lists the rows of plane 0 that some activation row reaches. An entry starts with the offset of its
-          plane row. This is enough to copy the row, so the first copies start here.
+          plane row. The offset is enough to copy the row, so the first copies start here.
 compact   Completes the list with the other planes and with codes; an entry is (offset, code of x * 4**-f).
-          x is multiplied by the gain of its level. A code counts steps of ``peak / 32512``, where the *peak*
-          of a warp is the largest ``|x|`` of its channels times the largest gain.
+          x is multiplied by the gain of its level. A code is an integer in units of ``peak / 32512``, where
+          the *peak* of a warp is the largest ``|x|`` of its channels times the largest gain.
 stream    Copies the listed rows to the ring, ``ring_slots - 1`` steps ahead of the multiplication.
 multiply  Multiplies each step on the matrix unit, exactly, in int32.
 combine   Converts the integer sums to float32: joins their bytes and subtracts the midpoints.
 reduce    Applies the scales, sums over the CTA's warps in a fixed order, and writes the CTA's partial sum.
 
 The last CTAs of the grid, one for each activation row, run ``count_levels`` instead, which computes the
-statistics of the row. They finish long before the others, and no other kernel has to add up counts.
+statistics of the row. They finish long before the others, and save a second kernel that adds up counts.
 
 Multiplication
 ==============

@@ -10,15 +10,15 @@ from pallas_kernels.matvec.mosaic_gpu.listing import PEAK_CODE
 from pallas_kernels.matvec.mosaic_gpu.streaming import accumulator
 
 MEAN_DIGIT = 1.5
-"""Mean of a digit, which the midpoint of a level subtracts from every digit that is read."""
+"""Mean of a digit, which is subtracted from every digit that is read (see ``weight.NestedWeight``)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EndAddresses:
-    """Addresses that combine and reduce use.
+    """Addresses that ``combine`` and ``reduce`` use.
 
-    They are computed before the loop, where no warp waits for them. After the loop the launch waits for every
-    instruction of the last warp.
+    They are computed before the loop, where their computation overlaps with copies. After the loop the whole
+    launch waits for every instruction of its last warp.
     """
 
     record: Value
@@ -34,7 +34,7 @@ class EndAddresses:
 
 
 def end_addresses(isa: Instructions, g: Geometry, context: LaneContext) -> EndAddresses:
-    """Computes the addresses. Outputs lie in the rings in logical order, ``swizzled``."""
+    """Computes the addresses. The rings hold outputs in logical order, at ``swizzled`` addresses."""
     lane_row, column = context.lane >> 2, context.lane & 3
     quad = (lane_row << 2) + (column >> 1)
     stores = swizzled(quad << 4, quad) + ((column & 1) << 2)
@@ -52,15 +52,16 @@ def end_addresses(isa: Instructions, g: Geometry, context: LaneContext) -> EndAd
         context.shared + g.scales_base + context.thread * (2 * each),
         output,
     )
-    # Each lane shuffles with itself: ptxas 13.0 moves any other computation behind the loop, to its use.
+    # Each lane shuffles with itself, which changes nothing, because ptxas 13.0 would move these computations
+    # behind the loop, to their use.
     return EndAddresses(*(isa.shuffle_xor(address, 0) for address in addresses))
 
 
 def copy_scales(isa: Instructions, g: Geometry, refs: Refs, context: LaneContext) -> None:
     """Starts copying the warp's 512 scales to shared memory; they join the copy group of the first step.
 
-    In registers, the scales would take 8 registers of the loop, and the multiprocessor would hold five CTAs
-    instead of six.
+    Held in registers, the scales would take 8 of the loop's registers, and a multiprocessor would have room
+    for five CTAs instead of six.
     """
     first = (stored_group(isa, g, context) * g.stored_n + context.tile * layout.TILE) << 1
     source = isa.global_address(refs.scales) + isa.widen(first + (context.lane << 4))
@@ -76,9 +77,9 @@ def combine(
     Lane ``4 row + column`` has the outputs of words ``4 row + 2 half + word``, byte ``column``, digit ``p``.
     """
     sum_of_codes, peak = isa.load_shared(ends.record + 8 * row, 2)
-    grid = isa.bits_to_float(peak) * (1.0 / PEAK_CODE)
-    midpoint = isa.int_to_float(sum_of_codes) * grid * -MEAN_DIGIT
-    grids = [grid * 4.0**-p for p in range(4)]
+    unit = isa.bits_to_float(peak) * (1.0 / PEAK_CODE)
+    midpoint = isa.int_to_float(sum_of_codes) * unit * -MEAN_DIGIT
+    units = [unit * 4.0**-p for p in range(4)]
     byte = isa.constant(256)
     outputs = {}
     for half in range(2):
@@ -90,7 +91,7 @@ def combine(
             sums[0] = sums[0] - sums[1] - sums[2] - sums[3]
             for p in range(4):
                 digits = isa.int_to_float(sums[p])
-                outputs[half, word, p] = isa.multiply_add(digits, grids[p], midpoint)
+                outputs[half, word, p] = isa.multiply_add(digits, units[p], midpoint)
     return outputs
 
 
@@ -109,7 +110,7 @@ def reduce(
     consecutive outputs of every warp. ``swizzled`` addresses avoid bank conflicts.
     """
     if row:
-        isa.block_barrier()  # The sums of the previous row have been read.
+        isa.block_barrier()  # Every thread has read the outputs of the previous row.
     chunk_bytes = LANES * 16
     for (half, word, p), value in outputs.items():
         flips = 32 * word + 8 * (p & 1)  # The rings are aligned, so the address may be flipped as a whole.

@@ -10,14 +10,15 @@ COPY_LANES = ROW_BYTES // COPY_BYTES
 """Number of consecutive lanes that copy one row. Only whole 128-byte lines reach the full bandwidth."""
 
 POSITION_MASKS = (0xFFFFFFFF, 0x0C0C0C0C, 0x30303030, 0xC0C0C0C0)
-"""Mask of the digits at position ``p`` of the four bytes of a word; for ``p = 0``, of all digits."""
+"""Mask of the digits at position ``p`` of the four bytes of a word; for ``p = 0`` the mask keeps all
+digits."""
 
 
 def in_first_slot(ring: Value, pair: Value, piece: Value) -> Value:
-    """Returns the address, in slot 0, of 16-byte piece ``piece`` of the even row of a pair.
+    """Returns the address, in slot 0 of the ring, of 16-byte piece ``piece`` of a pair's even row.
 
-    The odd row lies half a slot later. Addresses are swizzled, so that neither copies nor loads have bank
-    conflicts.
+    A step has 4 pairs of plane rows. The odd row of a pair lies half a slot after the even row. Addresses are
+    swizzled, so that neither copies nor loads have bank conflicts.
     """
     return ring + (pair << 7) + ((piece ^ (pair << 1)) << 4)
 
@@ -29,11 +30,11 @@ class Copies:
     isa: Instructions
     g: Geometry
     target: Value
-    """Shared-memory address of the lane's 16 bytes of the even row in slot 0."""
+    """Shared-memory address that the lane copies 16 bytes of an even row to, in slot 0."""
     source: Value
-    """Global address of the lane's 16 bytes of the row at offset 0."""
+    """Global address that the lane copies from, for a row at offset 0."""
     entries: Value
-    """Shared-memory address of the lane's pair of entries in step 0."""
+    """Shared-memory address of the list entries of the lane's two rows in step 0."""
 
     @classmethod
     def create(cls, isa: Instructions, g: Geometry, refs: Refs, context: LaneContext) -> "Copies":
@@ -57,9 +58,9 @@ class Copies:
         isa.copy_async(slot + STEP_BYTES // 2, self.source + isa.widen(odd), evict_first=True)
 
     def start(self, steps: Value) -> Value:
-        """Starts copying the first of ``steps`` steps, as many as the ring holds; returns their number.
+        """Starts copying the first of ``steps`` steps, at most ``ring_slots - 1``; returns their number.
 
-        Each step is a copy group, here and in ``fill_ring`` and ``stream``.
+        Each step is one copy group, here and in ``fill_ring`` and ``stream``.
         """
         ahead = self.g.config.ring_slots - 1
         started = self.isa.select(steps < ahead, steps, self.isa.constant(ahead))
@@ -73,7 +74,10 @@ class Copies:
         return started
 
     def fill_ring(self, started: Value, steps: Value) -> None:
-        """Fills the ring with the steps after those started; commits empty groups if there are too few."""
+        """Starts copying further steps, until ``ring_slots - 1`` copy groups are in flight.
+
+        If there are fewer steps, the last groups are empty, so that ``stream`` can count groups.
+        """
 
         def body(i: Value, carry: list[Value]) -> list[Value]:
             with self.isa.when(started + i < steps):
@@ -85,9 +89,10 @@ class Copies:
 
 
 def stream(isa: Instructions, g: Geometry, context: LaneContext, copies: Copies, steps: Value) -> list[Value]:
-    """Multiplies the warp's ``steps``, whose first copies are in flight, and copies the others.
+    """Multiplies the steps of the warp, and copies those steps that are not yet in flight.
 
-    Returns int32 accumulators ``[row][half][position][4]``, flat.
+    Returns:
+      int32 accumulators ``[row][half][position][4]``, as a flat list.
     """
     slots = g.config.ring_slots
     # Lane 4 row + column loads 16-byte piece `row` of the listed rows 2 column and 2 column + 1.
@@ -98,7 +103,7 @@ def stream(isa: Instructions, g: Geometry, context: LaneContext, copies: Copies,
 
     def body(step: Value, accumulators: list[Value]) -> list[Value]:
         isa.wait_copies(slots - 2)
-        isa.warp_barrier()  # The data of the step is visible, and the slot of the previous step is free.
+        isa.warp_barrier()  # Now the data of this step is visible, and the slot of the previous step is free.
         slot = first_slot + (step & (slots - 1)) * STEP_BYTES
         even, odd = isa.load_shared(slot, 4), isa.load_shared(slot + STEP_BYTES // 2, 4)
         entries = load_entry_pair(isa, g, first_entries + step * g.step_entries_bytes)
@@ -111,7 +116,7 @@ def stream(isa: Instructions, g: Geometry, context: LaneContext, copies: Copies,
     zeros = [isa.constant(0)] * (32 * g.rows_per_cta)
     accumulators = isa.loop(steps, zeros, body)
     isa.wait_copies(0)
-    isa.warp_barrier()  # The scales are visible, and the ring is free.
+    isa.warp_barrier()  # Now the scales are visible, and the ring is free.
     return accumulators
 
 
@@ -124,11 +129,11 @@ def load_entry_pair(isa: Instructions, g: Geometry, address: Value) -> tuple[lis
 
 
 def byte_selectors(isa: Instructions, g: Geometry, column: Value) -> list[Value]:
-    """Returns the byte permutations that turn a word of codes into a register of B: for even and odd rows.
+    """Returns the byte permutations that turn a word of codes into a register of B, by parity of the row.
 
     At byte position ``b``, column ``2 b`` of B holds the high byte of the code and column ``2 b + 1`` the low
-    byte. All other bytes are zero (selector 4). The code of an even activation row is the low half of the
-    word, that of an odd row the high half.
+    byte. All other bytes are zero (selector 4). The low half of the word is the code of an even activation
+    row, the high half the code of an odd row.
     """
     shift = (column >> 1) << 2
     high = (column & 1) ^ 1

@@ -1,4 +1,4 @@
-"""The choice of a ``Config``: the measured best for the shape if there is one, else a rule. No autotuning."""
+"""The choice of a ``Config``: the best one measured for the shape, else a rule. No tuning at run time."""
 
 import dataclasses
 import functools
@@ -23,17 +23,18 @@ BYTES_PER_MICROSECOND_AND_SM = 4.7e6 / 132
 """Bytes that one multiprocessor reads in a microsecond while all of them read."""
 
 HALF_SPEED_IN_FLIGHT = 8 * 1024
-"""Bytes of copies in flight with which a multiprocessor reads at half its full speed."""
+"""Bytes of copies in flight at which a multiprocessor reads at half its full speed."""
 
 REGISTERS = {1: 72, 2: 112, 3: 168, 4: 200}
-"""Registers of a lane by the number of activation rows that share a read. A multiprocessor has 65,536."""
+"""Number of registers of a lane, by the number of activation rows that share a read of the weights. A
+multiprocessor has 65,536 registers."""
 
 SHARED_BYTES_PER_SM = 227 * 1024
 RESERVED_SHARED_BYTES = 1024
 """Bytes of shared memory that the driver reserves for each CTA."""
 
 TYPICAL_BITS = 3.125
-"""Bits read per weight, scales included, for which the rule chooses."""
+"""Bits read per weight, scales included, that the rule assumes."""
 
 
 def best_config(geometry: Geometry, *, device_kind: str, multiprocessors: int) -> Config:
@@ -49,10 +50,10 @@ def best_config(geometry: Geometry, *, device_kind: str, multiprocessors: int) -
 
 
 def rule(geometry: Geometry, multiprocessors: int) -> Config:
-    """Returns the configuration that the model expects to be fastest, among those that fit every GPU.
+    """Returns the configuration with the least ``expected_microseconds`` of those that fit every GPU.
 
-    A good grid runs in one wave, has slightly fewer CTAs than a multiple of the multiprocessors, and keeps
-    enough copies in flight. ``geometry.config`` is ignored.
+    A good grid runs in one wave, its number of CTAs is slightly below a multiple of the number of
+    multiprocessors, and it keeps enough copies in flight. ``geometry.config`` is ignored.
     """
     candidates = [
         dataclasses.replace(
@@ -67,7 +68,7 @@ def rule(geometry: Geometry, multiprocessors: int) -> Config:
 
 
 def expected_microseconds(geometry: Geometry, multiprocessors: int) -> float:
-    """Returns the model's time of a launch at 3 bits, accurate enough to compare configurations."""
+    """Estimates the time of a launch at 3 bits, accurately enough to compare configurations."""
     config, blocks = geometry.config, geometry.matvec_blocks
     ctas_of_busiest = math.ceil(blocks / multiprocessors)
     resident_ctas = min(
