@@ -1,4 +1,4 @@
-"""The files of a model other than its config and weights: tokenizer, chat templates, stop tokens."""
+"""The files beside a model's configuration and weights: tokenizer, chat templates, generation defaults."""
 
 from pathlib import Path
 
@@ -14,10 +14,10 @@ COMPANIONS = (
     "chat_template.json",
     "generation_config.json",
 )
-"""Names of the files."""
+"""Names of the companions in a model's directory."""
 
 CHAT_TEMPLATES = "additional_chat_templates"
-"""Folder of named chat templates, ``<name>.jinja``, which belongs to the companions too."""
+"""Folder of named chat templates, ``<name>.jinja``, which are companions, too."""
 
 
 def find_companions(directory: Path) -> list[Path]:
@@ -27,7 +27,7 @@ def find_companions(directory: Path) -> list[Path]:
 
 
 def companion_path(file: Path, directory: Path) -> Path:
-    """Returns where the copy of a companion belongs in ``directory``, and creates its folder."""
+    """Returns the path for a copy of the companion ``file`` in ``directory``, and creates its folder."""
     if file.parent.name != CHAT_TEMPLATES:
         return directory / file.name
     (directory / CHAT_TEMPLATES).mkdir(exist_ok=True)

@@ -22,4 +22,7 @@ class CheckpointError(GrinqhError):
 
 
 class GrinqhWarning(UserWarning):
-    """Something in a model's files that the result ignores or resolves. The command line prints one line."""
+    """A model's files contradict each other or ask for something that is ignored.
+
+    The command line prints these warnings as one line each.
+    """

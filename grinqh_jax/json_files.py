@@ -8,6 +8,7 @@ from typing import Any
 from grinqh_jax.errors import CheckpointError
 
 _MAX_JSON_BYTES = 1 << 28
+"""Size of the largest file that is parsed, so that a damaged one cannot fill the memory."""
 
 
 def read_json(path: Path) -> Any:
@@ -49,8 +50,8 @@ def write_json(path: Path, value: Any, *, allow_nan: bool = False) -> None:
     """Writes ``value`` as indented JSON.
 
     Raises:
-      ValueError: A number is NaN or infinite, which JSON does not have, and ``allow_nan`` is false. Otherwise
-        they are written as Python and transformers write and read them: ``NaN``, ``Infinity``.
+      ValueError: A number is NaN or infinite, which JSON does not have, and ``allow_nan`` is false. With
+        ``allow_nan`` it is written as ``NaN`` or ``Infinity``, which Python and transformers write and read.
     """
     path.write_text(json.dumps(value, indent=2, allow_nan=allow_nan) + "\n", encoding="utf-8")
 
@@ -65,6 +66,7 @@ def json_line(value: Any) -> str:
 
 
 def _finite(value: Any) -> Any:
+    """Returns ``value`` with strings in place of numbers that are not finite (see ``json_line``)."""
     match value:
         case dict():
             return {key: _finite(item) for key, item in value.items()}

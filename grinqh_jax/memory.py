@@ -1,4 +1,4 @@
-"""Memory that this process uses now, and the most that it has used."""
+"""The memory that this process uses, now and at its peak."""
 
 import re
 import resource
@@ -23,7 +23,7 @@ def peak_memory() -> int:
 
 def peak_host_memory() -> int:
     """Returns the largest resident size that this process has had, in bytes."""
-    # psutil 7.2 has no peak on Linux, and the peak of getrusage starts with that of the parent process.
+    # psutil 7.2 reports no peak on Linux, and the peak of getrusage starts at the parent process's.
     if _STATUS.exists() and (peak := re.search(r"^VmHWM:\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE)):
         return int(peak[1]) * 1024
     peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -31,7 +31,7 @@ def peak_host_memory() -> int:
 
 
 def _accelerator_bytes(statistic: str) -> int | None:
-    """A memory statistic of the first accelerator; None without an accelerator that reports it."""
+    """Returns a memory statistic of the first accelerator; None if there is none or it does not report it."""
     if jax.default_backend() == "cpu":
         return None
     return (jax.local_devices()[0].memory_stats() or {}).get(statistic)

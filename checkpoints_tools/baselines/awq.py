@@ -1,10 +1,10 @@
 """AWQ (Lin et al., arXiv 2306.00978): input channels scaled by their activations, then ranges clipped.
 
-``x @ W = (x / s) @ (diag(s) W)``: important channels are scaled up before rounding and keep more of their
-precision; the operation before the layer absorbs ``1 / s``. The scales are ``s = (mean |x|) ** alpha``, with
-the ``alpha`` from a grid that leaves the least output error. Then the range of each group shrinks as far as
-that lowers the group's share of the output error. Both errors are ``tr(D^T H D)``, where ``D`` is the error
-of the weights and ``H = E[x x^T]``.
+``x @ W = (x / s) @ (diag(s) W)``: important channels are scaled up before rounding, so they keep more of
+their precision; the operation before the layer absorbs ``1 / s``. The scales are ``s = (mean |x|) ** alpha``,
+with the ``alpha`` of a grid that gives the least output error. Then the range of each group is shrunk by the
+factor that gives the least output error of the group. Both errors are ``tr(D^T H D)``, where ``D`` is the
+error of the weights and ``H = E[x x^T]``.
 """
 
 from functools import partial
@@ -18,16 +18,22 @@ from checkpoints_tools.baselines import groups
 from checkpoints_tools.baselines.groups import GROUP, Grid
 
 ALPHAS = tuple(np.arange(20) / 20)
+"""Exponents that are tried."""
+
 SHRINKS = tuple(1 - np.arange(10) / 20)
+"""Factors of a group's range that are tried."""
 
 
 def output_error(error: Float[Array, "k n"], hessian: Float[Array, "k k"]) -> Float[Array, ""]:
-    """Returns the mean squared output error of weights that err by ``error``, summed over the outputs."""
+    """Returns the mean squared output error that an error of the weights causes, summed over the outputs."""
     return jnp.sum(error * jnp.matmul(hessian, error, precision="highest"))
 
 
 def channel_scales(magnitude: Float[Array, "k"], alpha: float | Float[Array, ""]) -> Float[Array, "k"]:
-    """Returns ``magnitude ** alpha``, centred between its extremes. Channels that are always 0 count as 1."""
+    """Returns ``magnitude ** alpha``, normalized so that its smallest times its largest value is 1.
+
+    Channels that are always 0 count as 1.
+    """
     powered = jnp.where(magnitude > 0, magnitude, 1) ** alpha
     return powered / jnp.sqrt(powered.max() * powered.min())
 

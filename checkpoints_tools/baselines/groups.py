@@ -1,4 +1,4 @@
-"""Asymmetric integers with one scale and zero point per group of inputs, which all baselines use.
+"""Asymmetric integers with one scale and zero point for each group of inputs, which all baselines use.
 
 A group is 128 consecutive input channels of one output: ``w ~ scale * (q - zero)`` with ``q`` and ``zero`` in
 ``0 ... 2**bits - 1``. The range of a group always covers 0, so a zero point exists.
@@ -21,12 +21,12 @@ class Grid(NamedTuple):
 
 
 def bits_read(bits: int) -> float:
-    """Returns the bits per weight, with its share of a float16 scale and a packed zero point."""
+    """Returns the bits read per weight: its integer, and its share of a float16 scale and a zero point."""
     return bits + (SCALE_BITS + bits) / GROUP
 
 
 def fit(w: Float[Array, "group *any"], bits: int, shrink: Float[Array, "..."] | float = 1.0) -> Grid:
-    """Returns the grid that spans each column's values and 0, times ``shrink``, with float16 scales."""
+    """Returns the grid, with float16 scales, that spans the values of each column and 0, times ``shrink``."""
     low = jnp.minimum(w.min(axis=0), 0) * shrink
     high = jnp.maximum(w.max(axis=0), 0) * shrink
     scale = ((high - low) / (2**bits - 1)).astype(jnp.float16).astype(jnp.float32)
@@ -47,7 +47,7 @@ def grouped(w: Float[Array, "k n"]) -> Float[Array, "g group n"]:
 
 
 def rtn(w: Float[Array, "k n"], bits: int) -> Float[Array, "k n"]:
-    """Rounds to nearest: every group on the grid that spans it."""
+    """Rounds every weight to the nearest value of the grid that spans its group."""
     cut = grouped(w)
     low, high = jnp.minimum(cut.min(axis=1), 0), jnp.maximum(cut.max(axis=1), 0)
     grid = fit(jnp.stack([low, high]), bits)

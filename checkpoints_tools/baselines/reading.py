@@ -1,8 +1,8 @@
 """Other ways to read a GRINQH checkpoint, which show the benefit of each component of grading.
 
-Thresholds decide what is read, so another way of reading is another threshold table on the same codes. It
-needs no new weights, and everything that measures the checkpoint measures it too. Truncation and skipping
-give every linear layer, the output projection included, the same mean bits.
+Thresholds determine the bits that are read, so each way of reading is a threshold table for the same codes.
+It needs no new weights, and is measured like any checkpoint. Truncation and skipping read the same mean bits
+of every linear layer, the output projection included.
 
 *Truncation* reads every channel at one level. It shows the nested code without grading.
 
@@ -10,8 +10,8 @@ give every linear layer, the output projection included, the same mean bits.
 integers. For a mean of ``b`` bits a layer skips the share ``1 - b / 4`` of its activations that are smallest
 on a calibration text.
 
-*The whole head* reads the output projection with all its bits, as fixed-precision quantizers leave it in 16
-bits, and gives the layers alone the mean bits asked for, so layers are compared with layers.
+*The whole head* reads all bits of the output projection, and the mean bits asked for of the decoder layers.
+Fixed-precision quantizers leave the output projection in 16 bits, so this compares layers with layers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,7 +39,7 @@ NEVER = 1e30
 
 
 def truncation(generator: Generator) -> Generator:
-    """Returns the model read at one level throughout: the number of 2, 4, ... bits nearest to the dial."""
+    """Returns the model with all channels read at one level, whose bits are the nearest to the dial."""
     planes = _planes(generator)
     level = np.clip(np.round(np.array(generator.targets) / DIGIT_BITS), 1, planes)
     table = np.where(np.arange(planes) < level[:, None], 0, NEVER)
@@ -47,7 +47,7 @@ def truncation(generator: Generator) -> Generator:
 
 
 def skip_int4(generator: Generator, windows: Int32[np.ndarray, "s t"]) -> Generator:
-    """Returns the model with every channel either skipped or read at 4 bits; from 4 bits on none is skipped.
+    """Returns the model with every channel either skipped or read at 4 bits, and none skipped from 4 bits on.
 
     Args:
       generator: Generator of a GRINQH checkpoint.
@@ -70,10 +70,10 @@ def skip_int4(generator: Generator, windows: Int32[np.ndarray, "s t"]) -> Genera
 
 
 def whole_head(generator: Generator) -> Generator:
-    """Returns the model with the output projection read to its last plane.
+    """Returns the model with all planes of the output projection read.
 
-    Its dial and its ``targets`` are in mean bits over all linear layers: ``with_whole_head`` of the layers'
-    bits.
+    Its dial and its ``targets`` are mean bits over all linear layers, which ``with_whole_head`` computes from
+    the bits of the decoder layers.
     """
     planes = _planes(generator)
     config, most, targets = generator.model.config, planes * DIGIT_BITS, _targets(generator)
@@ -92,7 +92,9 @@ def with_whole_head(bits: float, config: ModelConfig, max_bits: int) -> float:
 
 
 def skip_thresholds(counts: Int[np.ndarray, "bins"], targets: Sequence[float]) -> Float[np.ndarray, "t"]:
-    """Returns the magnitudes that a share of ``target / 4`` of the counted activations reaches; 0 from 4 on.
+    """Returns the magnitude that a share ``target / 4`` of the counted activations reaches, for each target.
+
+    It is 0 for targets of 4 or more.
 
     Args:
       counts: Result of ``histogram.count``, not empty.
@@ -134,6 +136,7 @@ def _window_counts(model: Decoder, window: Int[jax.Array, "1 t"]) -> dict[str, j
 
 
 def _planes(generator: Generator) -> int:
+    """Returns the number of stored planes. Raises UsageError if the model is not a GRINQH checkpoint."""
     if not generator.model.graded:
         raise UsageError(f"{generator.directory} is not a GRINQH checkpoint; convert it first")
     return generator.model.full_bits // DIGIT_BITS

@@ -2,13 +2,15 @@
 
 Reading channel ``j`` of a layer at level ``l`` costs ``2 l`` bits for each of its weights and adds
 ``x_j**2 e(l)`` to the layer's expected squared output error, where ``e(l)`` is the mean squared weight error
-of the level, each output weighted by its sensitivity (``calibration.sensitivity``). The weights make the
-errors of all layers parts of one sum, the divergence of the predictions. For a given mean of bits over all
-weights, that sum is least where every channel of every layer takes the level with the least
-``x_j**2 e(l) + lambda * 2 l``, for one ``lambda``. As ``|x|`` grows, that level moves up the lower convex
-hull of the points ``(2 l, e(l))``, so each threshold is ``sqrt(lambda)`` times a constant of its layer.
+of the level, with each output weighted by its sensitivity (``calibration.sensitivity``). Weighted in this
+way, the errors of all layers add up to one quantity, the divergence of the predictions. For a given mean of
+bits over all weights, the divergence is least if every channel of every layer takes the level with the least
+``x_j**2 e(l) + lambda * 2 l``, for one ``lambda``. As ``|x|`` grows, that level moves along the lower convex
+hull of the points ``(2 l, e(l))``. Each threshold is therefore ``sqrt(lambda)`` times a constant of its
+layer.
 
-A layer that is unimportant on one text may be important on another (``smooth_sensitivities``).
+A layer that is unimportant on one text may be important on another, so sensitivities are first smoothed
+(``smooth_sensitivities``).
 """
 
 import dataclasses
@@ -26,9 +28,17 @@ UNSEEN = 0.25
 TARGET_STEP = 0.25
 LOWEST_TARGET = 1.0
 _BISECTIONS = 64
-_LEAST_RELATIVE_SLOPE = 1e-8  # In units of e(0) per bit; the last level of an 8-bit code has 1e-5.
-_LEAST_SLOPE = 1e-60  # For a layer that nothing depends on, which is read after all others.
+
+_LEAST_RELATIVE_SLOPE = 1e-8
+"""Smallest decrease of the error that a level counts with, as a share of ``e(0)`` per bit. For the last level
+of an 8-bit code it is 1e-5."""
+
+_LEAST_SLOPE = 1e-60
+"""The same in absolute units, for a layer that no prediction depends on. Such a layer gets bits after all
+others."""
+
 _SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+"""Limits of the thresholds."""
 
 
 def target_grid(max_bits: int) -> tuple[float, ...]:
@@ -38,11 +48,11 @@ def target_grid(max_bits: int) -> tuple[float, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class GradedCosts:
-    """Activations, level errors and size of one linear layer.
+    """The properties of a linear layer that determine its share of the bits.
 
     Attributes:
       counts: Histogram of the activations (``histogram.count``), not empty.
-      errors: Errors ``e(0) ... e(P)``, float64 ``[P + 1]``.
+      errors: Weight errors of the levels, ``e(0) ... e(P)``, float64 ``[P + 1]``.
       weights: Number of weights.
     """
 
@@ -78,11 +88,12 @@ def smooth_sensitivities(layers: Mapping[str, GradedCosts]) -> dict[str, GradedC
 def threshold_ratios(errors: Float[np.ndarray, "p1"]) -> Float[np.ndarray, "p"]:
     """Returns the thresholds for ``lambda = 1``: ascending, positive, finite.
 
-    The hull edge from level ``a`` to level ``b`` is crossed where ``x**2 (e(a) - e(b)) = 2 (b - a)``.
-    Levels inside an edge are never the best choice; they share the threshold of their edge.
+    For an edge of the hull from level ``a`` to level ``b``, the threshold is the ``x`` with
+    ``x**2 (e(a) - e(b)) = 2 (b - a)``. Levels between ``a`` and ``b`` are never the best choice; they share
+    the threshold of the edge.
 
     Args:
-      errors: ``e(0) ... e(P)``. Levels with no smaller error than a lower one are read last.
+      errors: ``e(0) ... e(P)``. A level whose error is not smaller than a lower level's gets bits last.
     """
     errors = np.asarray(errors, np.float64)
     levels = len(errors) - 1
@@ -109,11 +120,11 @@ def least_within(
     low: Float[np.ndarray, "t"],
     high: Float[np.ndarray, "t"],
 ) -> Float[np.ndarray, "t"]:
-    """Finds, by bisection, the least arguments at which a function is not above the wanted values.
+    """Finds, by bisection, the least arguments at which a falling function is at most the wanted values.
 
     Args:
-      read: Function that never rises, elementwise.
-      wanted: Wanted values.
+      read: Elementwise function that never rises.
+      wanted: Largest accepted values of the function.
       low, high: Limits of the search. The result is ``high`` where the function stays above the wanted value.
     """
     for _ in range(_BISECTIONS):
@@ -130,20 +141,23 @@ def threshold_tables(
 
     Args:
       layers: Costs by layer.
-      targets: Mean bits, positive. For ``2 P`` all thresholds are 0, which reads everything.
+      targets: Mean bits, positive. For ``2 P``, all bits, all thresholds are 0.
 
     Returns:
-      Table of each layer, float32 ``[T, P]``, finite, ascending along P, descending along T. Except at
-      ``2 P`` exact zeros are never read; a target that would need them reads all other activations.
+      Table of each layer, float32 ``[T, P]``, finite, ascending along P, descending along T. Activations that
+      are exactly 0 are read only at ``2 P``. If a smaller target cannot be met without them, all others are
+      read.
     """
     ratios = {name: threshold_ratios(layer.errors) for name, layer in layers.items()}
     total = sum(layer.weights for layer in layers.values())
     wanted = np.asarray(targets, np.float64)
 
     def thresholds(name: str, log_root: Float[np.ndarray, "t"]) -> Float[np.ndarray, "t p"]:
+        """Returns the thresholds of a layer for ``log_root = log(sqrt(lambda))``."""
         return np.clip(np.exp(log_root)[:, None] * ratios[name], _SMALLEST, _LARGEST)
 
     def read(log_root: Float[np.ndarray, "t"]) -> Float[np.ndarray, "t"]:
+        """Returns the mean bits that all layers together read."""
         bits = (
             layer.weights * mean_bits(layer.counts, thresholds(n, log_root)) for n, layer in layers.items()
         )

@@ -1,8 +1,8 @@
 """A streaming histogram of activation magnitudes: bounded memory for any amount of text.
 
-A bin holds the magnitudes whose float32 patterns agree in their upper 16 bits, that is, all that round down
-to one bfloat16 number. The bins are logarithmic, 128 to the octave, and cover the range of float32; their
-edges are known before any data is seen.
+A bin holds the magnitudes whose float32 patterns agree in their upper 16 bits, which round down to the same
+bfloat16 number. The bins are logarithmic, 128 for each octave, and cover the range of float32, so their edges
+do not depend on the data.
 """
 
 import jax
@@ -20,7 +20,7 @@ _SHIFT = 16
 
 @jax.jit
 def count(x: Float[Array, "..."]) -> Int32[Array, "bins"]:
-    """Counts the values of ``|x|`` in each bin; ``x`` has at most ``2**31`` values."""
+    """Counts the values of ``|x|`` in each bin. ``x`` has fewer than ``2**31`` values."""
     pattern = jax.lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.uint32)
     return jnp.zeros(BINS, jnp.int32).at[(pattern >> _SHIFT).reshape(-1)].add(1)
 
@@ -40,7 +40,8 @@ def share_reaching(
     """Returns the share of the counted magnitudes that are at least as large as each threshold.
 
     Magnitudes are assumed to be spread evenly inside a bin, so the share is continuous in the threshold. Its
-    error is less than the share of one bin, about 0.3 % of an activation's values at most.
+    error is less than the share of values in one bin, which is at most about 0.3 % for the activations of a
+    layer.
 
     Args:
       counts: Number of values in each bin; not all zero.

@@ -80,18 +80,17 @@ def pareto(args: argparse.Namespace) -> int:
     measurements = Measurements(context, context.work / "rows")
     path = args.json or context.work / "pareto.json"
     results = _circumstances(args, source.directory.name, timing)
-    for one in series:
-        one.groups()  # Makes the checkpoints, or raises, before anything is measured.
+    for curve in series:
+        curve.groups()  # Makes the checkpoints, or raises, before anything is measured.
     by_data: list[list[Row]] = []
     all_data: list[TextFile | ProblemFile] = [*texts, *tasks]
     for data in all_data:
         by_data.append([])
-        for one in series:
-            by_data[-1] += _rows(measurements, one, data, timing)
+        for curve in series:
+            by_data[-1] += _rows(measurements, curve, data, timing)
             results |= _findings(by_data, args.sweep)
-            path.write_text(
-                json.dumps(results, indent=1) + "\n"
-            )  # Keeps the results if the sweep is interrupted.
+            # Written after each curve, so that an interrupted sweep keeps its results.
+            path.write_text(json.dumps(results, indent=1) + "\n")
         print(table.markdown([row for row in by_data[-1] if row["shown"]]), flush=True)
     print(f"results: {path}")
     code = _verdict(results["sweep"])
@@ -103,6 +102,7 @@ def pareto(args: argparse.Namespace) -> int:
 
 
 def _circumstances(args: argparse.Namespace, model: str, timing: Timing | None) -> dict[str, Any]:
+    """Returns the fields of the results that say how and on what they were measured."""
     return {
         "title": args.title or f"{model}: quality against bits",
         "model": model,
@@ -122,6 +122,7 @@ def _circumstances(args: argparse.Namespace, model: str, timing: Timing | None) 
 
 
 def _findings(by_data: Sequence[Sequence[Row]], sweep: Sequence[float]) -> dict[str, Any]:
+    """Returns the fields of the results that were measured: rows, steps of the sweep, paired comparisons."""
     texts = [rows for rows in by_data if rows[0]["measure"] == PERPLEXITY]
     rows = itertools.chain(*by_data)
     return {
@@ -132,6 +133,7 @@ def _findings(by_data: Sequence[Sequence[Row]], sweep: Sequence[float]) -> dict[
 
 
 def _series(args: argparse.Namespace, context: SweepContext) -> list[Series]:
+    """Returns the curves that the flags ask for, full precision first."""
     series = [context.unquantized()]
     for method in METHODS:
         if method not in args.methods:
@@ -151,6 +153,7 @@ def _series(args: argparse.Namespace, context: SweepContext) -> list[Series]:
 def _rows(
     measurements: Measurements, series: Series, data: TextFile | ProblemFile, timing: Timing | None
 ) -> Iterator[Row]:
+    """Yields the rows of a curve on a text or on problems, with the fields that tables and figures need."""
     if data.kind == ACCURACY:  # The settings of a sweep are measured on texts only.
         shown = tuple(bits for bits in series.settings if bits in series.shown)
         series = dataclasses.replace(series, settings=shown)
@@ -168,6 +171,7 @@ def _first_curve(rows: Sequence[Row]) -> list[Row]:
 
 
 def _sweep(rows: Sequence[Row], sweep: Sequence[float]) -> dict[str, Any]:
+    """Returns the steps of the dial between the settings of ``sweep``, and whether perplexity ever rises."""
     swept = [row for row in _first_curve(rows) if row["bits"] in sweep]
     steps = paired.steps(swept)
     return {
@@ -180,6 +184,7 @@ def _sweep(rows: Sequence[Row], sweep: Sequence[float]) -> dict[str, Any]:
 
 
 def _comparisons(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Compares GRINQH with every other method, and with a whole head with the fixed-precision methods."""
     shown = [row for row in rows if row["shown"]]
     first = _first_curve(shown)
     others = [row for row in shown if row not in first and row["method"] != UNQUANTIZED]
@@ -189,6 +194,7 @@ def _comparisons(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _verdict(swept: Sequence[dict[str, Any]]) -> int:
+    """Prints whether perplexity rises along each sweep; returns the exit code, 1 if one does."""
     for sweep in swept:
         rises = [step for step in sweep["steps"] if step["rises"]]
         small = sum(step["rises_paired"] for step in sweep["steps"])
@@ -204,6 +210,7 @@ def _verdict(swept: Sequence[dict[str, Any]]) -> int:
 
 
 def _redraw(args: argparse.Namespace) -> int:
+    """Draws the figure of results that an earlier run wrote."""
     try:
         results = json.loads(args.draw.read_text(encoding="utf-8"))
         drawn = [(results["title"], row["data"]) for row in results["rows"] if row["shown"]]

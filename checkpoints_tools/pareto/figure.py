@@ -23,7 +23,8 @@ _STYLES = {
 _GRINQH_COLOURS = ("#c0203a", "#7d1128", "#f2a7b2", "#a05060")
 _FULL = "#333333"
 _HEADROOM = 1.5
-"""Top of the chart in units of the largest perplexity shown. The room lists the values off the chart."""
+"""Top of the chart in units of the largest perplexity shown. Values off the chart are listed in the room
+above."""
 
 _BITS, _TIME = "bits_read", "kernel_us"
 _X = {_BITS: "bits read per weight", _TIME: "kernel time, µs"}
@@ -104,7 +105,11 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 
 def _panels(rows: Sequence[Row], timed: bool) -> list[list[tuple[str, str, str] | None]]:
-    """Returns data, value and x axis of each panel: a column for each text, or each value of a single one."""
+    """Returns ``(data, value, x axis)`` of each panel, by row and column; None for an empty place.
+
+    There is a column for each text or file of problems. If there is a single text, its KL divergence has a
+    column beside its perplexity; otherwise a second row.
+    """
     measures = dict.fromkeys((row["data"], row["measure"]) for row in rows)
     main = [(data, ACCURACY if measure == ACCURACY else "perplexity") for data, measure in measures]
     texts = [data for data, value in main if value != ACCURACY]
@@ -172,13 +177,13 @@ def _draw_panel(axes, rows: Sequence[Row], x: str, value: str) -> None:
 
 
 def _top(rows: Sequence[Row]) -> float:
-    """Returns the top of the perplexities: above all of GRINQH, and above other methods from 3 bits on."""
+    """Returns the top of the axis: above all perplexities of GRINQH, and of other methods from 3 bits on."""
     within = [row["perplexity"] for row in rows if row["method"] == GRINQH or row["bits"] >= 3]
     return _HEADROOM * max(within or [row["perplexity"] for row in rows], default=1.0)
 
 
 def _annotate(axes, beyond: Sequence[tuple[float, str, str]]) -> None:
-    """Lists the values off the chart at its upper edge, one below another."""
+    """Lists the values off the chart ``(x, text, colour)`` at its upper edge, one below the other."""
     for i, (x, text, colour) in enumerate(sorted(beyond)):
         axes.annotate(
             text,

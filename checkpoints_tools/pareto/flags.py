@@ -17,16 +17,23 @@ from checkpoints_tools.pareto import figure
 from checkpoints_tools.pareto.series import GRINQH, METHODS, WHOLE_HEAD
 from grinqh_jax.cli import command as cli
 from grinqh_jax.cli import flags
+from grinqh_jax.decoding.bits import FULL
 from grinqh_jax.errors import UsageError
 from grinqh_jax.evaluation.tasks import read_problems
 from grinqh_jax.text.documents import read_documents
 
 W_BITS = (2, 3, 4)
+"""Default bits of the fixed-precision methods."""
+
 BITS = (1.5, 2.0, 2.5, 3.0, 4.0)
+"""Default settings of the dial."""
 
 
 class _Parser(cli.Parser):
-    """Collects unknown flags, which are the converter's, in ``args.convert``, and all in ``args.command``."""
+    """A parser that accepts flags of the converter.
+
+    It stores the flags that it does not know in ``args.convert``, and the whole command in ``args.command``.
+    """
 
     def parse_args(self, args=None, namespace=None):
         given = sys.argv[1:] if args is None else list(args)
@@ -155,7 +162,7 @@ def check(args: argparse.Namespace) -> None:
         problems += [problem for path in paths if (problem := _problem(read, path))]
     outputs = [path for path in (args.json, args.figure) if path is not None]
     problems += [f"{path}: no such directory" for path in outputs if not path.parent.is_dir()]
-    if "full" in args.bits:
+    if FULL in args.bits:
         problems.append("--bits full: full precision is always measured; leave it out")
     if (args.sweep or args.variant) and GRINQH not in args.methods:
         problems.append("--sweep and --variant need grinqh among --methods")
@@ -167,7 +174,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def _problem(check: Callable[[Any], Any], value: Any) -> str | None:
-    """Returns the message with which ``check(value)`` refuses the value, or None."""
+    """Returns the message of the UsageError that ``check(value)`` raises, or None."""
     try:
         check(value)
     except UsageError as error:
@@ -176,12 +183,12 @@ def _problem(check: Callable[[Any], Any], value: Any) -> str | None:
 
 
 def _beyond_the_dial(args: argparse.Namespace) -> list[str]:
-    """Names the settings that the dial of a curve does not reach."""
+    """Returns a message for each curve with settings outside the range of its dial."""
     problems = []
     curves = [(args.convert, [*args.bits, *args.sweep])]
     for given, settings in curves + [(given, args.bits) for _, given in _variant_flags(args)]:
         least, *_, most = target_grid(options(given).max_bits)
-        numbers = [bits for bits in settings if bits != "full"]
+        numbers = [bits for bits in settings if bits != FULL]
         beyond = [f"{bits:g}" for bits in numbers if not least <= bits <= most]
         if beyond and not {GRINQH, WHOLE_HEAD}.isdisjoint(args.methods):
             converted = f" with {shlex.join(given)}" if given else ""
@@ -197,11 +204,12 @@ def options(given: Sequence[str]) -> Options:
 
 
 def variants(args: argparse.Namespace) -> list[tuple[str, Options]]:
-    """Returns the labels of ``--variant`` and their options of a conversion."""
+    """Returns the label of each ``--variant``, and its options of a conversion."""
     return [(label, options(given)) for label, given in _variant_flags(args)]
 
 
 def _variant_flags(args: argparse.Namespace) -> list[tuple[str, list[str]]]:
+    """Returns the label of each ``--variant``, and its flags."""
     result = []
     for text in args.variant:
         label, colon, given = text.partition(":")

@@ -11,8 +11,8 @@ from grinqh_jax.evaluation.result import exp, standard_error
 def difference(row: Row, other: Row) -> tuple[float, float | None]:
     """Returns ``row``'s perplexity minus ``other``'s, and its paired standard error.
 
-    Both rows must come from the same windows of the same text. The error is None for a single window, and
-    takes ``exp`` to first order.
+    Both rows must come from the same windows of the same text. The error is None for a single window; it is
+    computed to first order in the losses.
     """
     (losses, tokens), (other_losses, _) = windows(row), windows(other)
     value, other_value = (exp(sums.sum() / tokens.sum()) for sums in (losses, other_losses))
@@ -26,10 +26,10 @@ def steps(rows: Sequence[Row]) -> list[dict[str, Any]]:
       rows: Rows of one text, by ascending bits.
 
     Returns:
-      One object for each step: ``from`` and ``to`` bits, ``difference`` of the perplexities (positive if it
-      rises), its paired ``difference_stderr``, and two verdicts: ``rises``, by more than the standard error
-      of the perplexity itself, and ``rises_paired``, by more than the paired one. Where more bits change
-      almost nothing the paired error is so small that one step in six exceeds it by chance.
+      One object for each step: ``from`` and ``to`` bits, ``difference`` of the perplexities (positive if
+      perplexity rises), its paired ``difference_stderr``, and two verdicts. ``rises``: perplexity rises by
+      more than its standard error. ``rises_paired``: it rises by more than the paired standard error. Where
+      more bits change almost nothing, one step in six exceeds the paired error by chance.
     """
     result = []
     for before, after in itertools.pairwise(rows):
@@ -58,9 +58,9 @@ def comparisons(rows: Sequence[Row], others: Sequence[Row], full: Row) -> list[d
       full: Row of full precision.
 
     Returns:
-      One object for each pair: ``difference`` of the perplexities, negative where ``bits`` beats ``against``;
-      its paired ``difference_stderr``; and ``loss_ratio``, the ratio of the two losses against full precision
-      (None if the other row loses nothing).
+      One object for each pair: ``difference`` of the perplexities, negative if the row is better than the
+      other; its paired ``difference_stderr``; and ``loss_ratio``, the perplexity that the row loses against
+      full precision, divided by the loss of the other row (None if the other row loses nothing).
     """
     result = []
     for row in rows:

@@ -1,4 +1,4 @@
-"""Measures a row for every setting and text, and keeps the rows so that none is measured twice."""
+"""Measures a row of results for every setting and text, and stores it, so that none is measured twice."""
 
 import dataclasses
 import hashlib
@@ -21,11 +21,11 @@ from grinqh_jax.evaluation.tasks import Accuracy, Problem, evaluate, read_proble
 PERPLEXITY, ACCURACY = "perplexity", "accuracy"
 
 _MEASURED_TOGETHER = 4
-"""Number of settings that share one pass of the reference model. An interruption loses all of them."""
+"""Number of settings that share one pass of the reference model. An interruption loses their results."""
 
 Row = dict[str, Any]
-"""A result as JSON. Paired comparisons use ``window_losses`` and ``window_tokens`` of a text, and ``right``
-of problems."""
+"""The results at one setting on one text or file of problems, as a JSON object. For paired comparisons, rows
+of texts have ``window_losses`` and ``window_tokens``, and rows of problems have ``right``."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,6 +91,7 @@ class Measurements:
                 yield json.loads(files[bits].read_text())
 
     def _file(self, series: Series, checkpoint: Path, bits: Bits, data: TextFile | ProblemFile) -> Path:
+        """Returns the file of a row. Its name has a hash of everything that the row depends on."""
         facts = {
             "method": series.method,
             "bits": bits,
@@ -106,6 +107,7 @@ class Measurements:
     def _measure(
         self, series: Series, generator: Generator, settings: Sequence[Bits], data: TextFile | ProblemFile
     ) -> Iterator[tuple[Bits, Row]]:
+        """Yields each setting with its row, as soon as it is measured."""
         note = f"{series.label}, {data.path.name}"
         for bits in settings:
             generator.bits(series.dial(bits))  # Raises if the checkpoint's dial does not reach it.
@@ -117,11 +119,10 @@ class Measurements:
             return
         tokens = read_tokens(generator, data.path, data.tokens)
         for start in range(0, len(settings), _MEASURED_TOGETHER):
-            some = settings[start : start + _MEASURED_TOGETHER]
-            with self._context.progress(
-                f"{note}, {', '.join(map(str, some))} bits", len(tokens), "token"
-            ) as progress:
-                yield from self._perplexities(series, generator, some, tokens, data, progress)
+            together = settings[start : start + _MEASURED_TOGETHER]
+            title = f"{note}, {', '.join(map(str, together))} bits"
+            with self._context.progress(title, len(tokens), "token") as progress:
+                yield from self._perplexities(series, generator, together, tokens, data, progress)
 
     def _perplexities(
         self, series: Series, generator: Generator, settings: Sequence[Bits], tokens, data: TextFile, progress
@@ -140,14 +141,10 @@ class Measurements:
         )
         seconds = (time.monotonic() - started) / len(settings)
         for bits, result in zip(settings, results, strict=True):
-            yield (
-                bits,
-                _row(series, bits, data, result, seconds)
-                | {
-                    "window_losses": result.windows.loss.tolist(),
-                    "window_tokens": result.windows.tokens.tolist(),
-                },
-            )
+            row = _row(series, bits, data, result, seconds)
+            row["window_losses"] = result.windows.loss.tolist()
+            row["window_tokens"] = result.windows.tokens.tolist()
+            yield bits, row
 
     def _accuracy(
         self, series: Series, generator, bits: Bits, problems: list[Problem], data: ProblemFile, progress
@@ -168,6 +165,7 @@ class Measurements:
 def _row(
     series: Series, bits: Bits, data: TextFile | ProblemFile, result: Perplexity | Accuracy, seconds: float
 ) -> Row:
+    """Returns the fields that rows of texts and of problems have in common."""
     layers, everything = series.bits_read(bits, result.realised_bits_without_head, result.realised_bits)
     return {
         "method": series.method,
@@ -182,6 +180,7 @@ def _row(
 
 
 def _write(path: Path, row: Row) -> None:
+    """Writes a row, so that an interruption leaves no incomplete file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(row))
@@ -189,10 +188,13 @@ def _write(path: Path, row: Row) -> None:
 
 
 def windows(row: Row) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the summed losses and the tokens of each window of a text's row."""
+    """Returns the summed loss and the number of tokens of each window, from a row of a text."""
     return np.array(row["window_losses"]), np.array(row["window_tokens"])
 
 
 def bits_read(row: Row) -> float:
-    """Returns the bits to compare by: over all linear layers, or without an output projection read whole."""
+    """Returns the bits read per weight by which methods are compared.
+
+    They include the output projection, unless the method reads it at full precision.
+    """
     return row["bits_read_layers" if row["method"] in (*FIXED, WHOLE_HEAD) else "bits_read_with_head"]

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from checkpoints_tools.pareto.rows import ACCURACY, Row
+from grinqh_jax.decoding.bits import FULL
 from grinqh_jax.evaluation.result import with_error
 
 
@@ -14,7 +15,7 @@ def markdown(rows: Sequence[Row]) -> str:
     lines = [["", "bits", *bits, *measured], ["---"] * (4 + len(measured))]
     for before, row in zip([None, *rows], rows, strict=False):
         label = row["label"] if before is None or before["label"] != row["label"] else ""
-        cells = [label, f"{row['bits']:g}" if row["bits"] != "full" else "16"]
+        cells = [label, f"{row['bits']:g}" if row["bits"] != FULL else "16"]
         cells += [f"{row['bits_read_layers']:.3f}", f"{row['bits_read_with_head']:.3f}"]
         lines.append(cells + (_accuracy(row) if accuracy else _perplexity(row)))
     body = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -16,20 +16,23 @@ from grinqh_jax.model.decoder import linear_shapes
 
 _INT4_BITS = 4
 
+_TOLERANCE = 0.05
+"""Largest distance of realised bits from the measured range."""
+
 
 class Timing:
     """Times of matvecs by shape: graded at several bits, bf16, and int4 if the file has it.
 
-    The time of a token covers all linear layers of the model if the file has their shapes; otherwise the
-    decoder layers alone; otherwise one layer of the shapes in the file. Every layer is assumed to read the
-    mean bits.
+    The time of a token covers all linear layers of the model if the file has their shapes; otherwise only the
+    decoder layers; otherwise one matvec of each shape in the file. Every layer is assumed to read the mean
+    bits.
 
     Args:
       path: File of kernel times.
       config: Configuration of the model.
 
     Attributes:
-      what: What the times cover, and on which device.
+      what: Description of the times: the layers that they cover, and the device.
 
     Raises:
       UsageError: The file does not hold kernel times.
@@ -65,8 +68,8 @@ class Timing:
     def us(self, row: Row) -> float | None:
         """Returns microseconds at the bits that a row reads, or None if the file does not cover them.
 
-        Graded times are interpolated linearly. Full precision has the time of bf16, 4-bit integers that of
-        the int4 kernel; other integers have none.
+        Graded times are interpolated linearly. Full precision has the time of bf16, and 4-bit integers have
+        the time of the int4 kernel; other integers have none.
         """
         if row["method"] == UNQUANTIZED:
             return self._total(self._bf16)
@@ -77,17 +80,15 @@ class Timing:
         return self._total({shape: time for shape, time in times.items() if time is not None})
 
     def _total(self, times: Mapping[str, Any]) -> float | None:
+        """Returns the sum over the matvecs of a token; None if a shape has no time."""
         if any(shape not in times for shape in self._shapes):
             return None
         return float(sum(times[shape] for shape in self._shapes))
 
     def _interpolated(self, shape: str, bits: float) -> float | None:
+        """Returns the microseconds of a graded matvec; None outside of the measured bits."""
         measured = sorted(self._kernel[shape].items())
         if not measured[0][0] - _TOLERANCE <= bits <= measured[-1][0] + _TOLERANCE:
             return None
         measured_bits, times = zip(*measured, strict=True)
         return float(np.interp(bits, np.asarray(measured_bits), np.asarray(times)))
-
-
-_TOLERANCE = 0.05
-"""Largest distance of realised bits from the measured range."""

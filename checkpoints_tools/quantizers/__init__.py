@@ -9,8 +9,8 @@ from checkpoints_tools.quantizers.rtn import rtn
 Quantizer = Callable[..., RoundedWeight]
 """``quantizer(w [K, N], statistics: LinearStatistics, *, name) -> RoundedWeight``.
 
-``w`` is float32 and holds any range of a layer's outputs; the quantizer treats outputs independently of one
-another. ``name`` names the layer in errors. Raises ValueError if ``w`` cannot be quantized.
+``w`` is float32 and holds some or all outputs of a layer; a quantizer rounds each output independently of the
+others. ``name`` names the layer in errors. Raises ValueError if ``w`` cannot be quantized.
 """
 
 QUANTIZERS: dict[str, Quantizer] = {"rtn": rtn}

@@ -14,8 +14,8 @@ class RoundedWeight(NamedTuple):
     """A quantizer's result; ``pallas_kernels.from_codes`` packs it.
 
     Attributes:
-      codes: 8-bit codes ``[K, N]``.
-      scales: Scales ``[ceil(K / 128), N]``, finite, at least 0.
+      codes: 8-bit codes, uint8 ``[K, N]``.
+      scales: float16 ``[ceil(K / 128), N]``, finite, at least 0.
     """
 
     codes: UInt8[Array, "k n"]
@@ -26,9 +26,9 @@ class LevelFit(NamedTuple):
     """Fit of the levels to a weight: means over its entries, each weighted by its output's sensitivity.
 
     Attributes:
-      errors: ``(w - w_l)**2`` of levels ``0..P``, ``[P + 1]``. Level 0 is the mean square of ``w``.
-      slopes: ``w_l (w - w_l)`` of levels ``1..P``, ``[P]``; positive where ``w_l`` is too small.
-      squares: ``w_l**2`` of levels ``1..P``, ``[P]``.
+      errors: Means of ``(w - w_l)**2`` for levels ``0..P``, ``[P + 1]``; at level 0, of ``w**2``.
+      slopes: Means of ``w_l (w - w_l)`` for levels ``1..P``, ``[P]``; positive where ``w_l`` is too small.
+      squares: Means of ``w_l**2`` for levels ``1..P``, ``[P]``.
     """
 
     errors: Float[Array, "p1"]
@@ -40,24 +40,25 @@ class LevelFit(NamedTuple):
 def level_fit(
     w: Float[Array, "k n"], rounded: RoundedWeight, sensitivities: Float[Array, "n"], *, num_planes: int
 ) -> LevelFit:
-    """Compares a weight with each level of its codes, all level gains 1, without packing them.
+    """Compares a weight with each level of its codes, before these are packed; all level gains are 1.
 
     Args:
       w: Weight.
       rounded: Its codes and scales.
-      sensitivities: Weight of each output in the means.
+      sensitivities: Sensitivity of each output, its weight in the means.
       num_planes: Number of planes ``P`` that will be stored.
     """
     w = w.astype(jnp.float32)
     scale = jnp.repeat(rounded.scales.astype(jnp.float32), layout.GROUP, axis=0)[: w.shape[0]]
-    digits_read = jnp.zeros(w.shape, jnp.float32)
+    digit_sums = jnp.zeros(w.shape, jnp.float32)
     means = []
     for level in range(num_planes + 1):
         if level:
             digit = (rounded.codes >> (8 - layout.DIGIT_BITS * level)) & 3
-            digits_read += (digit.astype(jnp.float32) - codes.DIGIT_MEAN) * 4.0 ** (1 - level)
-        read = digits_read * scale
-        error = w - read
-        means.append([jnp.mean(product * sensitivities) for product in (error**2, read * error, read**2)])
+            digit_sums += (digit.astype(jnp.float32) - codes.DIGIT_MEAN) * 4.0 ** (1 - level)
+        level_weight = digit_sums * scale
+        error = w - level_weight
+        products = error**2, level_weight * error, level_weight**2
+        means.append([jnp.mean(product * sensitivities) for product in products])
     errors, slopes, squares = (jnp.stack(column) for column in zip(*means, strict=True))
     return LevelFit(errors, slopes[1:], squares[1:])

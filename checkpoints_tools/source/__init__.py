@@ -1,1 +1,1 @@
-"""Reads the unquantized source checkpoint one layer, or one range of the vocabulary, at a time."""
+"""Reads the unquantized source checkpoint layer by layer, and its vocabulary in ranges of tokens."""

@@ -12,10 +12,10 @@ T = TypeVar("T")
 
 
 class ArrayCache:
-    """A cache of pytrees of arrays by name, which are read again each time once the cache is full.
+    """A cache of pytrees of arrays by name. Pytrees that do not fit are read again each time.
 
-    The cache keeps the first pytrees, not the last ones: a pass over all layers ends with those that the next
-    pass needs last.
+    The cache keeps the first pytrees and not the last ones. In repeated passes over all layers, replacing the
+    oldest ones would evict each pytree just before the next pass needs it.
 
     Args:
       limit: Capacity in bytes; ``free_bytes()`` by default.

@@ -1,4 +1,4 @@
-"""Checksums of arrays and files."""
+"""CRC-32 checksums of arrays and files."""
 
 import os
 import zlib
@@ -18,11 +18,11 @@ Result = TypeVar("Result")
 def checksum(data: np.ndarray | bytes | memoryview) -> str:
     """Returns the CRC-32 of bytes, or of an array's bytes in C order, as ``crc32:xxxxxxxx``.
 
-    The checksum runs at memory speed. It detects accidents, such as a flipped byte or exchanged files, but
-    not attacks.
+    It takes no longer than reading the memory. It detects accidents, such as a flipped byte or exchanged
+    files, but not attacks.
     """
     if isinstance(data, np.ndarray):
-        # zlib does not accept bfloat16 buffers, so it sees the array as uint8.
+        # zlib does not accept bfloat16 buffers, so it gets the array as uint8.
         return checksum(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
     return f"crc32:{zlib.crc32(data):08x}"
 
@@ -37,9 +37,9 @@ def file_checksum(path: Path) -> str:
 
 
 def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """Returns ``[function(item) for item in items]``, computed by a few threads.
+    """Returns ``[function(item) for item in items]``, computed by up to 8 threads.
 
-    It pays for functions that release the GIL, as file reads and zlib do.
+    Threads help only if ``function`` releases the GIL, as file reads and zlib do.
     """
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(function, items))

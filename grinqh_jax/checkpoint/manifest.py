@@ -1,4 +1,4 @@
-"""``manifest.json``: the shape, dtype and checksum of each leaf, and the size and checksum of each file."""
+"""``manifest.json``: shape, dtype and checksum of each leaf (array), size and checksum of each file."""
 
 import dataclasses
 import json
@@ -59,8 +59,8 @@ class Manifest:
 
     Attributes:
       leaves: Descriptions of the arrays by dotted name, e.g. ``layers.0.qkv.planes``.
-      files: ``(size in bytes, checksum)`` by path, relative to the checkpoint and separated by ``/``. The
-        manifest is not listed; its last field is a checksum of its other fields.
+      files: ``(size in bytes, checksum)`` of each file but the manifest, by its path relative to the
+        checkpoint, separated by ``/``. The last field of the manifest is a checksum of its other fields.
     """
 
     leaves: Mapping[str, Leaf]
@@ -68,7 +68,7 @@ class Manifest:
 
     @classmethod
     def of_directory(cls, directory: Path, leaves: Mapping[str, Leaf]) -> "Manifest":
-        """Describes a directory that is known to be correct. Reads every file."""
+        """Describes a directory whose files are correct. Reads every file."""
         names = [name for name in _file_names(directory) if name != MANIFEST]
         sums = in_threads(lambda name: file_checksum(directory / name), names)
         sizes = [(directory / name).stat().st_size for name in names]
@@ -80,7 +80,7 @@ class Manifest:
             "leaves": {name: leaf.to_json() for name, leaf in sorted(self.leaves.items())},
             "files": {n: {"size": size, "checksum": value} for n, (size, value) in self.files.items()},
         }
-        write_json(directory / MANIFEST, {**body, "checksum": _own_checksum(body)})
+        write_json(directory / MANIFEST, {**body, "checksum": _body_checksum(body)})
 
     @classmethod
     def read(cls, directory: Path) -> "Manifest":
@@ -91,7 +91,7 @@ class Manifest:
         """
         match read_json(directory / MANIFEST):
             case {"leaves": dict(leaves), "files": dict(files), "checksum": value, **rest} if not rest:
-                if value != _own_checksum({"leaves": leaves, "files": files}):
+                if value != _body_checksum({"leaves": leaves, "files": files}):
                     raise CheckpointError(f"{MANIFEST} does not agree with its own checksum")
             case _:
                 raise CheckpointError(f"{MANIFEST} does not consist of leaves, files and a checksum")
@@ -106,9 +106,9 @@ class Manifest:
         )
 
     def file_problems(self, directory: Path) -> dict[str, str]:
-        """Compares the files of ``directory`` with the manifest. Returns path -> problem.
+        """Compares the files of ``directory`` with the manifest; returns the problem of each wrong path.
 
-        An unlisted file is a problem only under ``state/``, where Orbax might read it.
+        A file that the manifest does not list is a problem only under ``state/``, where Orbax might read it.
         """
         problems = in_threads(lambda name: _file_problem(directory / name, *self.files[name]), self.files)
         listed = {name: problem for name, problem in zip(self.files, problems, strict=True) if problem}
@@ -116,7 +116,11 @@ class Manifest:
         return listed | dict.fromkeys(unlisted, "does not belong here")
 
     def tree_problems(self, abstract_tree: Mapping[str, Any]) -> list[str]:
-        """Compares the leaves with the nested dict of ``jax.ShapeDtypeStruct`` that a model needs."""
+        """Compares the leaves with those that a model needs; returns a message for each difference.
+
+        Args:
+          abstract_tree: Nested dict of ``jax.ShapeDtypeStruct`` (``decoder.abstract_tree``).
+        """
         expected = traverse_util.flatten_dict(abstract_tree, sep=".")
         problems = [f"{name} is missing" for name in expected if name not in self.leaves]
         problems += [f"{name} is unknown to this model" for name in self.leaves if name not in expected]
@@ -130,9 +134,9 @@ class Manifest:
         return problems
 
     def array_problems(self, arrays: Mapping[str, jax.Array]) -> list[str]:
-        """Compares arrays, by dotted name, with the descriptions of the leaves.
+        """Compares arrays, by dotted name, with the leaves; returns a message for each difference.
 
-        Arrays that this process does not hold completely are skipped.
+        Skips arrays of which this process holds only some shards.
         """
         names = [name for name, array in arrays.items() if array.is_fully_addressable]
         loaded = in_threads(lambda name: Leaf.of(np.asarray(arrays[name])), names)
@@ -143,11 +147,13 @@ class Manifest:
         ]
 
 
-def _own_checksum(body: Mapping[str, Any]) -> str:
+def _body_checksum(body: Mapping[str, Any]) -> str:
+    """Returns the checksum of the manifest's fields, which its last field holds."""
     return checksum(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
 
 
 def _file_names(directory: Path, prefix: str = "") -> list[str]:
+    """Returns the paths of all files below a directory, relative to it and prefixed, separated by ``/``."""
     return sorted(
         PurePosixPath(prefix, path.relative_to(directory).as_posix()).as_posix()
         for path in directory.rglob("*")
@@ -156,11 +162,13 @@ def _file_names(directory: Path, prefix: str = "") -> list[str]:
 
 
 def _is_inside(name: str) -> bool:
+    """Whether a path of the manifest stays inside the checkpoint."""
     path = PurePosixPath(name)
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
 def _file_problem(path: Path, size: int, expected: str) -> str | None:
+    """Compares a file with its size and checksum; returns None if they agree."""
     try:
         if not path.exists():
             return "is missing"

@@ -1,4 +1,4 @@
-"""Loads a checkpoint. All of it is verified against its manifest before any of it is used."""
+"""Loads a checkpoint, and verifies all of it against its manifest before any of it is used."""
 
 import dataclasses
 import math
@@ -61,7 +61,7 @@ def load(
       compute_dtype: Dtype of hidden states and matrix products. The default is float32 on a CPU, where
         bfloat16 is emulated, and bfloat16 on other devices.
       shardings: Shardings of leaves by dotted name (``layers.0.qkv.planes``). All other leaves go to the
-        first device. Leaves that this process does not hold completely are verified as files only.
+        first device. Of leaves of which this process holds only some shards, only the files are verified.
 
     Raises:
       CheckpointError: The directory is not a GRINQH checkpoint, was written by another version, or
@@ -131,6 +131,7 @@ def _restore(
     leaves: Mapping[str, jax.ShapeDtypeStruct],
     shardings: Mapping[str, jax.sharding.Sharding],
 ) -> dict[str, jax.Array]:
+    """Reads the arrays of ``leaves`` from ``state/``, by dotted name (see ``load`` for ``shardings``)."""
     if unknown := sorted(shardings.keys() - leaves.keys()):
         raise UsageError(f"shardings for leaves that the model does not have: {', '.join(unknown)}")
     first_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

@@ -1,4 +1,4 @@
-"""Rules for a checkpoint's values. Breaking one would give wrong logits without any error."""
+"""Rules for the values in a checkpoint that, if broken, would give wrong logits without any error."""
 
 from collections.abc import Iterator, Mapping
 
@@ -7,11 +7,11 @@ import numpy as np
 
 
 def value_problems(arrays: Mapping[str, np.ndarray | jax.Array]) -> list[str]:
-    """Lists the leaves whose values break a rule.
+    """Returns a message for each leaf whose values break a rule.
 
     Args:
-      arrays: Leaves of a state tree (``decoder.abstract_tree``) by dotted name. Arrays that this process does
-        not hold completely are skipped.
+      arrays: Leaves of a state tree (``decoder.abstract_tree``) by dotted name. Arrays of which this process
+        holds only some shards are skipped.
     """
     complete = {n: a for n, a in arrays.items() if isinstance(a, np.ndarray) or a.is_fully_addressable}
     return [

@@ -39,7 +39,7 @@ CONVERSION = "conversion.json"
 _LOCK = "lock"
 _RESUME_STATE = "resume_state-"
 _METADATA_BYTES = 1 << 16
-"""Upper estimate of the metadata that Orbax writes with a part."""
+"""Upper estimate of the bytes of metadata that Orbax writes with a part."""
 
 
 class Writer:
@@ -59,8 +59,8 @@ class Writer:
       path: Directory to create. Its parent is created if it does not exist.
       fingerprint: String that is equal for two conversions if and only if their parts are interchangeable:
         a hash of the source's files, the options and the converter's version.
-      overwrite: Replace a finished checkpoint at ``path``, which stays in place until the new one is
-        complete, and delete a partial directory of another conversion. Without ``overwrite`` both raise.
+      overwrite: Whether to replace a finished checkpoint at ``path``, which stays in place until the new one
+        is complete, and to delete a partial directory of another conversion. If false, both raise.
 
     Raises:
       CheckpointError: ``path`` exists or is a mount point, ``<path>.partial`` belongs to another conversion,
@@ -87,9 +87,9 @@ class Writer:
         return frozenset(self._leaves)
 
     def resume_state(self, name: str) -> dict[str, np.ndarray] | None:
-        """Returns the resume state saved with a part, or None if a later part has replaced it.
+        """Returns the arrays that ``save_part`` saved with a part to resume after it.
 
-        See ``save_part``.
+        None if there were none, or if a later part with a resume state has replaced them.
         """
         file = self._resume_state_file(name)
         if name not in self._leaves or not file.exists():
@@ -135,7 +135,7 @@ class Writer:
             unfinished = self._partial / "resume_state.npz"
             np.savez(unfinished, allow_pickle=False, **resume_state)
             unfinished.rename(self._resume_state_file(name))
-        with _storage(self._partial):
+        with _orbax_context(self._partial):
             ocp.partial.save(
                 self._partial / _PARTS,
                 traverse_util.unflatten_dict(arrays, sep="."),
@@ -149,13 +149,13 @@ class Writer:
 
     @without_x64
     def read(self, name: str) -> dict[str, Any]:
-        """Reads back a subtree, which several parts may have written.
+        """Reads back a subtree of the state tree that one or several parts have written.
 
         Args:
           name: Dotted name of the subtree's root in the state tree, such as ``layers.0``.
 
         Returns:
-          The leaves that are written so far, a nested dictionary from that root, on the first device.
+          Nested dict, from that root, of the leaves that are written so far, on the first device.
 
         Raises:
           CheckpointError: No leaf below that name has been written.
@@ -183,13 +183,13 @@ class Writer:
     def finalize(
         self, config: Mapping[str, Any], quantization: QuantizationConfig, files: Iterable[str | Path] = ()
     ) -> Path:
-        """Seals the checkpoint, moves it to ``path``, closes the writer, and returns ``path``.
+        """Completes the checkpoint, moves it to ``path``, closes the writer, and returns ``path``.
 
         Args:
           config: Contents of the source model's Hugging Face ``config.json``. This function sets
             ``quantization_config`` in it.
-          quantization: Quantization of the checkpoint. It determines, with ``config``, the leaves that the
-            checkpoint must have.
+          quantization: Quantization of the checkpoint. Together with ``config`` it determines the leaves that
+            the checkpoint must have.
           files: Files to copy into the checkpoint under their names: tokenizer files,
             ``generation_config.json``, chat templates (``companions``).
 
@@ -206,7 +206,7 @@ class Writer:
             raise CheckpointError(f"{self.path} cannot be completed: " + "; ".join(problems))
         sealed = self._seal()
         (sealed / _ORBAX_COMMIT_FILE).unlink(missing_ok=True)
-        # A key that this library ignores may be infinite, and transformers reads it.
+        # A key that this library ignores may be infinite, because transformers accepts that.
         config = {**config, "quantization_config": quantization.to_json()}
         write_json(sealed / "config.json", config, allow_nan=True)
         for file in map(Path, files):
@@ -236,9 +236,9 @@ class Writer:
         self.close()
 
     def _require_space(self, data_bytes: int) -> None:
-        """Raises OSError if the disk cannot take that much data and what Orbax writes beside it.
+        """Raises OSError if the disk has no space for that much data and the metadata of Orbax.
 
-        A write that fails in TensorStore fails as well, but its threads print tracebacks to the very end.
+        TensorStore would raise, too, but only after its threads have printed tracebacks.
         """
         if shutil.disk_usage(self._partial).free < data_bytes + data_bytes // 50 + _METADATA_BYTES:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._partial))
@@ -247,7 +247,8 @@ class Writer:
         return self._partial / f"{_RESUME_STATE}{name}.npz"
 
     def _refuse_existing(self, overwrite: bool) -> None:
-        if self.path.is_mount():  # no rename can replace it, which would show only after the conversion
+        """Raises CheckpointError if the finished checkpoint could not be moved to ``path``."""
+        if self.path.is_mount():  # No rename can replace it, and the conversion would fail at its end.
             raise CheckpointError(f"{self.path} is a mount point; choose a directory inside it")
         if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
             return
@@ -257,7 +258,11 @@ class Writer:
             raise CheckpointError(f"{self.path} exists; choose another path, or --force to replace it")
 
     def _start_or_resume(self, conversion: dict[str, Any], overwrite: bool) -> None:
-        """Ensures that ``<path>.partial`` holds only parts of this conversion."""
+        """Empties ``<path>.partial`` unless it holds parts of this conversion.
+
+        Raises:
+          CheckpointError: It holds parts of another conversion, and ``overwrite`` is false.
+        """
         record = self._partial / CONVERSION
         if record.exists():
             try:
@@ -275,7 +280,7 @@ class Writer:
         write_json(record, conversion)
 
     def _completed_parts(self) -> dict[str, dict[str, Leaf]]:
-        """Returns the leaves of the complete parts and deletes unfinished ones."""
+        """Returns the leaves of the complete parts, and deletes unfinished parts."""
         parts = self._partial / (_PARTS + _PARTIAL_SAVE)
         _remove(p for p in self._partial.glob(parts.name + "*") if p != parts)
         leaves = {}
@@ -287,15 +292,16 @@ class Writer:
     def _seal(self) -> Path:
         """Merges the parts into one Orbax checkpoint and returns its directory.
 
-        Orbax merges in place and cannot resume an interrupted merge. The merge therefore works on hard links
-        to the files of the parts. The parts stay unchanged: if the process dies, a later run can seal them.
+        Orbax merges in place and cannot resume an interrupted merge. This function therefore merges hard
+        links to the files of the parts, and the parts stay unchanged: if the process dies, a later run can
+        seal them.
         """
         self._require_space(0)
         sealed = self._partial / _SEALED
         merging = sealed.with_name(sealed.name + _PARTIAL_SAVE)
         _remove(p for p in (sealed, merging) if p.exists())
         shutil.copytree(self._partial / (_PARTS + _PARTIAL_SAVE), merging, copy_function=_link_data)
-        with _storage(self._partial):
+        with _orbax_context(self._partial):
             ocp.partial.finalize(sealed)
         self._sealed_leaves = frozenset(leaf for part in self._leaves.values() for leaf in part)
         return sealed
@@ -313,8 +319,8 @@ def _lock(partial: Path):
 
 
 @contextlib.contextmanager
-def _storage(path: Path) -> Iterator[None]:
-    """Sets the storage format. Raises OSError on ``path`` for a system error in TensorStore."""
+def _orbax_context(path: Path) -> Iterator[None]:
+    """Sets the storage format for Orbax, and turns system errors of TensorStore into OSError on ``path``."""
     context = ocp.Context()
     context.array.saving.use_zarr3 = True
     # Digits of rounded weights are nearly random: compression takes time and saves almost nothing.
@@ -339,7 +345,7 @@ def _is_no_thread_traceback(record: logging.LogRecord) -> bool:
 
 
 def _link_data(source: str, target: str) -> None:
-    """Links files under ``d/``, which a merge only moves, and copies the others, which it rewrites."""
+    """Links data files (under ``d/``), which a merge only moves, and copies metadata, which it rewrites."""
     if Path(source).parent.name == "d":
         try:
             os.link(source, target)

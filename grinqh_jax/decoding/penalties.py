@@ -1,7 +1,7 @@
 """Penalties on tokens that a text already has, against repetition.
 
-All parameters are arrays with one entry per row. A batch without penalties has its own program, in which
-none of this exists.
+All parameters are arrays with one entry for each row. A batch without penalties runs another program, which
+does not compute them.
 """
 
 import dataclasses
@@ -32,8 +32,8 @@ class Penalties:
       repetition: float32 ``[B]``. Divides positive logits of all tokens in prompt and text, and multiplies
         negative ones (CTRL, arXiv 1909.05858, as Hugging Face transformers applies it); 1 changes nothing.
       presence: float32 ``[B]``, subtracted from the logits of generated tokens.
-      frequency: float32 ``[B]``, subtracted from the logit of a generated token for each time that it occurs.
-        Presence and frequency are those of OpenAI's API, which does not count the prompt.
+      frequency: float32 ``[B]``, subtracted from the logit of a generated token once for each occurrence.
+        Presence and frequency have the meaning of OpenAI's API, which does not count the prompt.
     """
 
     repetition: Float[Array, "b"]
@@ -52,11 +52,11 @@ class Penalties:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenHistory:
-    """Tokens that each row already has.
+    """The tokens in each row's prompt and generated text.
 
     Attributes:
       in_prompt: bool ``[B, V]``, whether the prompt has the token.
-      generated: int32 ``[B, V]``, how often the text has the token.
+      generated: int32 ``[B, V]``, number of occurrences of the token in the generated text.
     """
 
     in_prompt: Bool[Array, "b v"]

@@ -1,4 +1,4 @@
-"""How decoding is compiled and scheduled for a kind of device."""
+"""The policy by which decoding is compiled and scheduled, for each kind of device."""
 
 import dataclasses
 

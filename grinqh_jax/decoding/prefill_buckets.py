@@ -1,4 +1,4 @@
-"""Cutting prompts into prefill buckets: padded pieces of few widths, so that few programs are compiled."""
+"""Cuts prompts into prefill buckets: pieces padded to few widths, so that few programs are compiled."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,7 @@ from jaxtyping import Int
 from grinqh_jax.decoding.engine import PREVIEW_TOKENS
 
 SMALLEST_BUCKET, LARGEST_BUCKET = 32, 2048
-"""Buckets have 32, 64, ... 2048 positions."""
+"""Widths of the smallest and the largest bucket. Buckets have 32, 64, ... 2048 positions."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +28,10 @@ class PrefillBucket:
 
 
 def cut(prompts: Sequence[Sequence[int]], start: int = 0) -> Iterator[PrefillBucket]:
-    """Cuts the prompts of a batch into buckets, from position ``start`` on.
+    """Yields the buckets of a batch of prompts, from position ``start`` on.
 
-    Buckets end at multiples of ``LARGEST_BUCKET`` for any ``start``, so that the previews of the last buckets
-    cover the same tokens (see ``first_previewed``).
+    All buckets but the last end at multiples of ``LARGEST_BUCKET`` for any ``start``, so that the previews
+    of the last buckets cover the same tokens (see ``first_previewed``).
     """
     longest = max(len(prompt) for prompt in prompts)
     while start < longest:

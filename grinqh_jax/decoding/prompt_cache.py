@@ -1,9 +1,9 @@
 """The key-value cache that a conversation keeps from one generation to the next.
 
-Only keys and values that a full-precision prefill wrote are reused. Decoding writes graded ones, so the next
-prompt, which quotes the answer, reads the answer once more. Reuse therefore does not change the text. It can
-change the last bits of logits, because the order of additions in a matrix product may depend on the number of
-tokens that are read in one call.
+Only keys and values that a full-precision prefill wrote are reused. Graded decoding writes less exact ones,
+so the answer is read again, at full precision, as part of the next prompt. Reuse therefore does not change
+the text. It can change the last bits of logits, because the order of additions in a matrix product may depend
+on the number of tokens that are read in one call.
 """
 
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ from grinqh_jax.model.decoder import Decoder
 class PromptCache:
     """Keys and values of the last prompt of a conversation (see ``Generator.generate``).
 
-    Belongs to one model and serves one generation after the other. Stays usable after an error, an interrupt
-    or an abandoned generation: the next generation reads again the tokens that are missing.
+    A cache belongs to one model, and one generation uses it at a time. It stays usable after an error, an
+    interrupt or an abandoned generation: the next generation reads the missing tokens again.
 
     Attributes:
       tokens: Tokens whose keys and values a full-precision prefill wrote, from position 0 on.
@@ -44,17 +44,18 @@ class PromptCache:
     def acquire(
         self, user: object, model: Decoder, prompt: Sequence[int], capacity: int, read_from: int
     ) -> tuple[KVCache, int]:
-        """Hands the cache to a generation and ends the use by an earlier one.
+        """Gives the cache to a generation, and takes it from an earlier one.
 
         Args:
-          user: The generation, for ``store`` and ``check``.
-          model: Its model.
-          prompt: Tokens that it starts from.
+          user: Generation that uses the cache from now on; ``store`` and ``check`` recognize it.
+          model: Model of the generation.
+          prompt: Tokens of its prompt.
           capacity: Number of cache slots that it needs.
           read_from: First position of the prompt that it reads in any case.
 
         Returns:
-          A cache with at least ``capacity`` slots, and the number of leading prompt tokens in it.
+          ``(cache, reused)``: a cache with at least ``capacity`` slots, and the number of leading prompt
+          tokens whose keys and values are in it.
 
         Raises:
           UsageError: The cache holds keys and values of another model.
@@ -82,8 +83,11 @@ class PromptCache:
 
         Args:
           user: The generation that made the call.
-          cache: Keys and values, those of ``tokens`` unchanged.
-          prefilled: All tokens that full-precision prefills wrote; None if the call was no prefill.
+          cache: Returned cache, in which the keys and values of ``tokens`` are unchanged.
+          prefilled: All tokens that full-precision prefills have written; None if the call was no prefill.
+
+        Raises:
+          UsageError: As ``check``.
         """
         self.check(user)
         self._cache = cache
@@ -107,7 +111,7 @@ class PromptCache:
             self.clear()
 
     def _is_whole(self) -> bool:
-        """Returns whether the arrays exist; an interrupt can hit after their donation, before ``store``."""
+        """Whether the arrays exist. An interrupt between their donation and ``store`` leaves them deleted."""
         return self._cache is not None and not any(a.is_deleted() for a in jax.tree.leaves(self._cache))
 
 

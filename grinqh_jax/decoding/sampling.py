@@ -1,8 +1,10 @@
 """Choosing the next token from logits: greedy, or sampled with temperature, top-k, top-p and min-p.
 
-Every parameter is an array with one entry per row of the batch, so changing one compiles nothing. Only a
-batch in which every row is greedy, and one with penalties, have their own programs. The filters are those of
-Hugging Face transformers, in its order: temperature, top-k, top-p (over the tokens that top-k kept), min-p.
+Every parameter is an array with one entry for each row of the batch, so changing one compiles nothing. Two
+choices select another program: whether all rows are greedy, and whether there are penalties. The filters and
+  their
+order are those of Hugging Face transformers: temperature, top-k, top-p (over the tokens that top-k kept),
+  min-p.
 """
 
 import dataclasses
@@ -30,7 +32,7 @@ class Sampling:
         of the batch and of the decode chunks.
       greedy: True if every temperature is 0, so nothing is sorted and no random number is generated. Static,
         because a branch on the device would force a host sync at every step.
-      penalties: Penalties on repeated tokens, None for none; with another program, too.
+      penalties: Penalties on repeated tokens; None for none, which selects a program without them.
     """
 
     temperature: Float[Array, "b"]
@@ -84,9 +86,9 @@ def choose_tokens(
     Args:
       logits: float32, in the order of the tokens.
       sampling: Sampling parameters of each row.
-      positions: Position in its sequence of each token to choose.
-      policy: Whether the sort is skipped when no row needs it.
-      history: Tokens that each row has, if there are penalties.
+      positions: int32, position of the chosen token in its sequence.
+      policy: Policy of the device (see ``DecodePolicy.skip_unused_sort``).
+      history: Tokens that each row has; required if there are penalties.
 
     Returns:
       int32 ``[B]``.
@@ -125,7 +127,7 @@ def greedy(logits: Float[Array, "b v"], token_ids: Int[Array, "v"] | None = None
 def sample(
     logits: Float[Array, "b v"], sampling: Sampling, positions: Int[Array, "b"], policy: DecodePolicy
 ) -> Int[Array, "b"]:
-    """Samples a token of every row, and chooses greedily in rows of temperature 0.
+    """Samples a token for every row, or chooses it greedily where the temperature is 0.
 
     Adds Gumbel noise to the filtered logits and takes the maximum, which samples from their softmax.
     """

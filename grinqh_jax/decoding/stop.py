@@ -16,7 +16,7 @@ class StopStrings:
         self._held = ""
 
     def push(self, text: str) -> str:
-        """Adds text and returns the text that cannot be part of a stop string."""
+        """Adds text, and returns the text that is certain to be before any stop string."""
         if self.met:
             return ""
         self._held += text

@@ -1,4 +1,4 @@
-"""Completes many prompts in batches, with dense prefill and graded decoding as in ``generate``."""
+"""Completes many prompts in batches: prefill at full precision, then graded decoding, as in ``generate``."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -17,11 +17,11 @@ from pallas_kernels.x64 import without_x64
 
 
 class DecodedBits:
-    """Sum over decode steps of the bits that each linear layer read."""
+    """Adds up the bits that each linear layer reads over decode steps."""
 
     def __init__(self):
-        self._bits: Any = 0.0
-        self._count = 0
+        self._sums: Any = 0.0  # float64 [linears] once something is added
+        self._tokens = 0
 
     def add(self, new: NewTokens, rows: int) -> None:
         """Adds the bits that the first ``rows`` rows of a decode chunk read."""
@@ -30,8 +30,8 @@ class DecodedBits:
         bits = new.grading_stats.bits[:, :rows]
         counts = np.array([len(tokens) for tokens in new.tokens[:rows]])
         valid = np.arange(len(bits))[:, None] < counts
-        self._bits = self._bits + np.sum(bits, axis=(0, 1), where=valid[..., None])
-        self._count += int(counts.sum())
+        self._sums = self._sums + np.sum(bits, axis=(0, 1), where=valid[..., None])
+        self._tokens += int(counts.sum())
 
     def mean(self, model: Decoder, *, head: bool = True) -> float | None:
         """Returns the mean bits read per weight; None if nothing was graded.
@@ -40,9 +40,9 @@ class DecodedBits:
           model: Model that decoded.
           head: Whether to include the output projection.
         """
-        if not self._count:
+        if not self._tokens:
             return None
-        by_name = zip(linear_names(model.config), (self._bits / self._count).tolist(), strict=True)
+        by_name = zip(linear_names(model.config), (self._sums / self._tokens).tolist(), strict=True)
         return float(weighted_mean(model, {n: bits for n, bits in by_name if head or not of_head(n)}))
 
 
@@ -68,8 +68,8 @@ def complete(
 ) -> Completions:
     """Completes every prompt.
 
-    Prompts are read at full precision; decoding is graded. A completion ends with a stop token of the model
-    or when ``ended`` returns true. Other settings of the dial compile nothing new.
+    Prompts are read at full precision; decoding is graded. A completion ends with a stop token of the model,
+    after ``max_tokens`` tokens, or when ``ended`` returns true. Another setting of the dial compiles nothing.
 
     Args:
       generator: Model and tokenizer.
@@ -90,7 +90,7 @@ def complete(
         generator.model.config.check_tokens(prompt)
     batches = -(-len(prompts) // batch)
     batch = -(-len(prompts) // batches)
-    # Longest first, so prompts of a batch, and mostly their completions, have similar lengths.
+    # Sorted by length, so that the prompts of a batch, and mostly their completions, have similar lengths.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     texts, counter = [""] * len(prompts), DecodedBits()
     for start in range(0, len(order), batch):

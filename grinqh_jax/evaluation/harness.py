@@ -7,8 +7,8 @@ From Python, importing this module registers the model name ``grinqh``:
     from grinqh_jax.evaluation.harness import GrinqhLM
     lm_eval.simple_evaluate(GrinqhLM("DIR", bits=3), tasks=["arc_easy"])
 
-Log-likelihoods are computed with every token graded, as in ``perplexity``. Texts are generated with dense
-prefill and graded decoding, as in ``generate``. Needs the extra ``eval``.
+Log-likelihoods are computed with every token graded, as in ``perplexity``. Texts are generated with a prefill
+at full precision and graded decoding, as in ``generate``. Needs the extra ``eval``.
 """
 
 import json
@@ -30,7 +30,7 @@ from grinqh_jax.evaluation.completion import complete
 from grinqh_jax.evaluation.scoring import Score, mean_bits, score
 
 MAX_LENGTH = 4096
-"""Default limit on the tokens of a request; the model's context may be shorter."""
+"""Largest number of tokens of a request by default; the model's context may be shorter."""
 
 
 @register_model("grinqh")
@@ -39,16 +39,16 @@ class GrinqhLM(TemplateLM):
 
     Args:
       pretrained: Directory or hub id.
-      bits: Setting of the dial, or ``"full"``; None is the default of ``generate``.
-      batch_size: Largest number of requests read together; ``auto`` means the default.
-      max_length: Largest number of tokens per request; the start of a longer request is dropped.
+      bits: Setting of the dial, or ``"full"``; None selects the default of ``generate``.
+      batch_size: Largest number of requests read together; ``auto`` selects the default.
+      max_length: Largest number of tokens of a request. The start of a longer request is dropped.
       max_gen_toks: Number of tokens to generate if the task does not set one.
       dtype: Dtype of hidden states and matrix products: ``float32``, ``bfloat16``, or ``auto``.
       other: Other ``model_args`` (``harness_args.check``).
 
     Raises:
-      GrinqhError: the checkpoint cannot be loaded, the setting is out of the dial's range, or an argument has
-        another value or is unknown.
+      GrinqhError: The checkpoint cannot be loaded, the setting is out of the dial's range, or an argument is
+        unknown or has a wrong value.
     """
 
     def __init__(
@@ -91,8 +91,8 @@ class GrinqhLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Tokenizes a text. ``add_special_tokens=None`` adds them unless the text begins with BOS."""
         plain = self.generator.tokenizer.encode(string, special_tokens=False)
-        begun = add_special_tokens is None and plain[:1] == [self.generator.defaults.bos_token]
-        if begun or add_special_tokens is False:
+        has_bos = plain[:1] == [self.generator.defaults.bos_token]
+        if add_special_tokens is False or (add_special_tokens is None and has_bos):
             return plain
         return self.generator.tokenizer.encode(string)
 
@@ -104,7 +104,7 @@ class GrinqhLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         pairs = [(context, continuation) for _, context, continuation in requests]
         scores = self._score(pairs, disable_tqdm)
-        results = [(one.log_likelihood, one.greedy) for one in scores]
+        results = [(result.log_likelihood, result.greedy) for result in scores]
         for (texts, _, _), result in zip(requests, results, strict=True):
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, result)
@@ -122,8 +122,8 @@ class GrinqhLM(TemplateLM):
                 pairs.append(make_disjoint_window(window))
                 owners.append(i)
         totals = [0.0] * len(requests)
-        for i, one in zip(owners, self._score(pairs, disable_tqdm), strict=True):
-            totals[i] += one.log_likelihood
+        for i, window_score in zip(owners, self._score(pairs, disable_tqdm), strict=True):
+            totals[i] += window_score.log_likelihood
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
@@ -171,8 +171,8 @@ class GrinqhLM(TemplateLM):
     def chat_template(self, chat_template: bool | str = False) -> str:
         """Chooses a chat template, by name or the default for True, and returns its source.
 
-        The harness calls it with the value of ``--apply_chat_template`` before it asks for anything else. Its
-        record of an evaluation holds the source.
+        The harness calls it with the value of ``--apply_chat_template`` before any other method, and records
+        the source with the results.
         """
         if not chat_template:
             return ""
@@ -185,7 +185,7 @@ class GrinqhLM(TemplateLM):
         return str(self.generator.directory).replace("/", "__")
 
     def get_model_info(self) -> dict[str, Any]:
-        """Returns what the harness records beside the results: the setting of the dial and the bits read."""
+        """Returns the setting of the dial and the bits read, which the harness records with the results."""
         generated = self._generated_bits
         return {
             "bits": self.bits,
@@ -215,7 +215,7 @@ def _progress_bar(description: str, requests: int, disable: bool) -> tqdm:
 
 
 class _Options:
-    """The ``generation_kwargs`` of a task."""
+    """The ``generation_kwargs`` of a task: stop strings, largest number of tokens, sampling parameters."""
 
     def __init__(self, given: dict[str, Any], max_tokens: int):
         until = given.get("until") or []

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from grinqh_jax.errors import UsageError
 
 _IGNORED = ("device", "max_batch_size", "trust_remote_code")
-"""The harness passes them. JAX chooses the device, and no code of a model's repository is ever run."""
+"""Arguments that the harness passes and that have no effect: JAX chooses the device, and code from a model's
+repository is never run."""
 
 _KNOWN = ("pretrained", "bits", "max_length", "max_gen_toks", "dtype")
 
@@ -16,7 +17,7 @@ _DTYPES = {"auto": None, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def check(arguments: Mapping[str, Any]) -> None:
-    """Raises UsageError, which names them, for arguments other than the ignored ones."""
+    """Raises UsageError, which names all of them, for arguments that are neither used nor ignored."""
     unknown = sorted(arguments.keys() - set(_IGNORED))
     if unknown:
         raise UsageError(f"unknown model_args {', '.join(unknown)} (known: {', '.join(_KNOWN)})")

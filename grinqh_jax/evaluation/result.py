@@ -18,11 +18,11 @@ class WindowSums(NamedTuple):
     """Sums over the predicted tokens of each window.
 
     Attributes:
-      loss, reference_loss: ``-log p`` of the next token under the model and under the reference, nats.
+      loss, reference_loss: ``-log p`` of the next token under the model, and under the reference, nats.
       kl: ``KL(reference || model)`` of the predicted distributions, nats.
-      same_top1: Number of tokens whose most probable next token is the same for model and reference.
-      bits, bits_without_head: Mean bits read per weight, over all linear layers and over those without the
-        output projection.
+      same_top1: Number of tokens for which model and reference predict the same most probable next token.
+      bits: Mean bits read per weight of all linear layers.
+      bits_without_head: The same without the output projection.
       tokens: Number of predicted tokens.
     """
 
@@ -41,9 +41,9 @@ class TokenBits:
 
     Attributes:
       mean, deviation: Mean and standard deviation.
-      percentiles: Percentage -> bits, for ``PERCENTILES``.
+      percentiles: Bits by percentage, for ``PERCENTILES``.
       loss_correlation: Pearson correlation between the bits of a token and the reference's loss on the next
-        token. Positive: hard tokens take more bits. None if either is constant.
+        token. It is positive if hard tokens take more bits, and None if either is constant.
     """
 
     mean: float
@@ -77,9 +77,9 @@ class TokenBits:
 class Perplexity:
     """Result of ``perplexity.measure`` at one setting of the dial.
 
-    Standard errors come from ``standard_error`` and are None for a single window. Those of ``ratio`` and
+    Standard errors come from ``standard_error`` and are None for a single window. The errors of ``ratio`` and
     ``difference`` are paired: model and reference read the same tokens, so the difficulty of the text
-    cancels. They resolve differences much smaller than ``stderr``.
+    cancels. They are therefore much smaller than ``stderr``.
 
     Attributes:
       bits: Setting of the dial.
@@ -122,7 +122,7 @@ class Perplexity:
         """
         count = windows.tokens
         mean = {name: float(sums.sum() / count.sum()) for name, sums in windows._asdict().items()}
-        own, reference = exp(mean["loss"]), exp(mean["reference_loss"])
+        perplexity, reference = exp(mean["loss"]), exp(mean["reference_loss"])
         ratio = exp(mean["loss"] - mean["reference_loss"])
 
         def error(sums: np.ndarray, factor: float = 1.0) -> float | None:
@@ -134,10 +134,10 @@ class Perplexity:
             bits=bits,
             realised_bits=mean["bits"],
             realised_bits_without_head=mean["bits_without_head"],
-            perplexity=own,
-            stderr=error(windows.loss, own),
-            difference=own - reference,
-            difference_stderr=error(own * windows.loss - reference * windows.reference_loss),
+            perplexity=perplexity,
+            stderr=error(windows.loss, perplexity),
+            difference=perplexity - reference,
+            difference_stderr=error(perplexity * windows.loss - reference * windows.reference_loss),
             ratio=ratio,
             ratio_stderr=error(windows.loss - windows.reference_loss, ratio),
             kl=mean["kl"],

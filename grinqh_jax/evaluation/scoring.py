@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from grinqh_jax.decoding.bits import Bits
+from grinqh_jax.decoding.bits import FULL, Bits
 from grinqh_jax.decoding.generator import Generator
 from grinqh_jax.decoding.statistics import weighted_mean
 from grinqh_jax.errors import UsageError
@@ -18,10 +18,10 @@ from grinqh_jax.model.decoder import Decoder
 from pallas_kernels.x64 import without_x64
 
 _LOGIT_BYTES = 1 << 28
-"""Memory for the float32 logits of a batch, which limits its number of rows. One row is always allowed."""
+"""Bytes for the float32 logits of a batch, which limit its number of rows. One row is always allowed."""
 
-_SHORTEST = 32
-"""Rows are padded to 32, 64, 128, ... tokens, so few programs are compiled."""
+_SMALLEST_WIDTH = 32
+"""Rows are padded to 32, 64, 128, ... tokens, so that few programs are compiled."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Score:
     Attributes:
       log_likelihood: ``log p(continuation | context)``, nats.
       greedy: Whether every token of the continuation is the most probable one.
-      bits: Mean bits read per weight over the tokens read; None at full precision.
+      bits: Mean bits read per weight, over the tokens read; None at full precision.
       tokens: Number of tokens read.
     """
 
@@ -71,13 +71,13 @@ def score(
         token is outside the vocabulary.
     """
     dial, thresholds = generator.dial(bits), None
-    if dial is not None and bits != "full":
+    if dial is not None and bits != FULL:
         thresholds = {name: rows[0] for name, rows in dial.thresholds.items()}
     # The last token of a row is predicted and not read.
     rows = [[*context, *continuation][-max_length - 1 :] for context, continuation in pairs]
-    for row, (context, continuation) in zip(rows, pairs, strict=True):
-        generator.model.config.check_tokens(row)
-        if not context or len(row) <= len(continuation):
+    for read_tokens, (context, continuation) in zip(rows, pairs, strict=True):
+        generator.model.config.check_tokens(read_tokens)
+        if not context or len(read_tokens) <= len(continuation):
             raise UsageError(
                 f"a context of {len(context)} and a continuation of {len(continuation)} tokens: at least one "
                 f"token of the context must fit with the continuation into {max_length} tokens"
@@ -87,12 +87,12 @@ def score(
         log_p, greedy, read = _next_tokens(generator.model, tokens, thresholds)
         log_p, greedy = np.asarray(log_p, np.float64), np.asarray(greedy)
         read = None if read is None else np.asarray(read, np.float64)
-        for line, i in enumerate(indices):
+        for row, i in enumerate(indices):
             scored = slice(len(rows[i]) - 1 - len(pairs[i][1]), len(rows[i]) - 1)
             scores[i] = Score(
-                log_likelihood=float(log_p[line, scored].sum()),
-                greedy=bool(greedy[line, scored].all()),
-                bits=None if read is None else float(np.mean(read[line, : scored.stop])),
+                log_likelihood=float(log_p[row, scored].sum()),
+                greedy=bool(greedy[row, scored].all()),
+                bits=None if read is None else float(np.mean(read[row, : scored.stop])),
                 tokens=scored.stop,
             )
         on_progress(len(indices))
@@ -102,26 +102,34 @@ def score(
 def _batches(
     rows: Sequence[Sequence[int]], batch: int, vocabulary: int
 ) -> Iterator[tuple[list[int], Int[np.ndarray, "b t"]]]:
-    """Yields the indices of rows of similar lengths, longest first, and their padded tokens."""
+    """Yields batches, longest rows first: the indices of the rows, and their padded tokens.
+
+    A batch may have more rows than indices, because the number of rows is padded to a power of two.
+    """
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     start = 0
     while start < len(order):
-        width = _SHORTEST
+        width = _SMALLEST_WIDTH
         while width < len(rows[order[start]]) - 1:
             width *= 2
         most = max(1, min(batch, _LOGIT_BYTES // (4 * width * vocabulary)))
         indices = order[start : start + most]
         size = min(most, 1 << (len(indices) - 1).bit_length())
         tokens = np.zeros((size, width + 1), np.int32)
-        for line, i in enumerate(indices):
-            tokens[line, : len(rows[i])] = rows[i]
+        for row, i in enumerate(indices):
+            tokens[row, : len(rows[i])] = rows[i]
         yield indices, tokens
         start += len(indices)
 
 
 @jax.jit
 def _next_tokens(model: Decoder, tokens: Int[Array, "b t"], thresholds: dict[str, Float[Array, "p"]] | None):
-    """Returns, for all tokens but the first, log-probability, whether it is the greedy one, and bits read."""
+    """Scores the prediction of every token but the first.
+
+    Returns:
+      ``[b, t - 1]`` each: log-probability of the token; whether it is the most probable one; mean bits read
+      per weight of the token before it, None at full precision.
+    """
     graded = None if thresholds is None else Graded(thresholds)
     log_p = jax.nn.log_softmax(model(tokens[:, :-1], graded))
     following = tokens[:, 1:]
@@ -132,7 +140,7 @@ def _next_tokens(model: Decoder, tokens: Int[Array, "b t"], thresholds: dict[str
 
 def mean_bits(scores: Iterable[Score]) -> float | None:
     """Returns the mean bits read per weight over the tokens of the scores; None at full precision."""
-    read = [(one.bits, one.tokens) for one in scores if one.bits is not None]
+    read = [(score.bits, score.tokens) for score in scores if score.bits is not None]
     if not read:
         return None
     bits, tokens = np.transpose(read)

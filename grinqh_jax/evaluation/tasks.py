@@ -18,8 +18,10 @@ from grinqh_jax.text.documents import read_records
 _NEXT_QUESTION = "Question:"
 _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
 _MARKED = re.compile(r"####\s*(" + _NUMBER.pattern + r")")
+"""A number after ``####``, which marks the answer in GSM8K."""
+
 _COMPLETE = re.compile(_MARKED.pattern + r"[.,]?\s")
-"""A complete marked number. Text after it cannot change the answer."""
+"""A marked number and the blank after it. Text behind it cannot change the answer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +81,7 @@ def read_problems(path: Path, limit: int | None = None) -> list[Problem]:
     Each line is a JSON object with ``question`` and an ``answer`` that ends in ``#### N``.
 
     Raises:
-      UsageError: the file cannot be read, holds no problem, or has bad records; names all their lines.
+      UsageError: The file cannot be read, holds no problem, or has bad records, whose lines it names.
     """
     problems = read_records(path, _problem, "a string under question and an answer that ends in #### N")
     if not problems:
@@ -88,10 +90,10 @@ def read_problems(path: Path, limit: int | None = None) -> list[Problem]:
 
 
 def final_number(text: str) -> Decimal | None:
-    """Extracts the final answer from a chain of thought.
+    """Extracts the final answer from a chain of thought; None if it has no number.
 
-    Returns the number after the first ``####``, or the last number if the text has no ``####``. Ignores text
-    from the next ``Question:`` on, and commas and dollar signs in numbers: ``$1,000.0`` is 1000.
+    This is the number after the first ``####``, or the last number of a text without ``####``. Text from the
+    next ``Question:`` on is ignored, as are commas and dollar signs in numbers: ``$1,000.0`` is 1000.
     """
     text = text.split(_NEXT_QUESTION)[0]
     marked = _MARKED.search(text)
@@ -110,7 +112,7 @@ def evaluate(
 ) -> Accuracy:
     """Answers every problem greedily and counts the right answers.
 
-    An answer ends with a stop token, after its final number, or at the next question. Decoding is that of
+    An answer ends with a stop token, after its final number, or at the next question. Answers are decoded by
     ``completion.complete``.
 
     Args:
@@ -150,6 +152,7 @@ def evaluate(
 
 
 def _problem(record: Any) -> Problem | None:
+    """Parses the JSON value of a line; None if it is not a problem."""
     match record:
         case {"question": str(question), "answer": str(answer)} if marked := _MARKED.findall(answer):
             return Problem(question, Decimal(re.sub(r"[$,]", "", marked[-1])))

@@ -6,13 +6,13 @@ _REPLACEMENT = "\ufffd"
 
 
 class TextStream:
-    """Decodes tokens as they arrive and holds back text that later tokens can change.
+    """Decodes tokens as they arrive, and holds back text that later tokens can change.
 
-    Two things can change: an incomplete character at the end, and a run of byte tokens (``<0x41>``). A byte
-    fallback decoder replaces a whole run by U+FFFD if any part of it is not UTF-8.
+    Later tokens can change an incomplete character at the end, and a run of byte tokens (``<0x41>``), because
+    a byte fallback decoder replaces a whole run by U+FFFD if any part of it is not UTF-8.
 
-    The window starts with one token whose text is complete. Otherwise the decoder would take a later token
-    for the start of the text, whose blank some decoders strip.
+    For each token the stream decodes only a window of the last tokens, not the whole text. The window starts
+    with a token whose text is complete, because some decoders strip the blank before the first token.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer):
@@ -20,7 +20,7 @@ class TextStream:
         added = backend.get_added_tokens_decoder().values()
         self._special = frozenset(token.content for token in added if token.special)
         self._window: list[int] = []
-        self._emitted = 0  # number of characters of the window's text that the caller has
+        self._emitted = 0  # number of characters of the window's text that were returned
 
     def push(self, token: int) -> str:
         """Adds a token and returns the text that it completes, possibly ``""``."""

@@ -1,9 +1,10 @@
 """Decides whether ``tokenizer.json`` alone is the tokenizer that transformers 5 loads from a directory.
 
 transformers merges ``tokenizer_config.json``, ``special_tokens_map.json`` and ``added_tokens.json`` into
-``tokenizer.json``. Some tokenizer classes discard its pipeline and build another one. In most directories
-all files agree. For them the ``tokenizers`` library alone gives the same tokens, without the seconds that
-importing transformers takes. Any key or value that is not known to be neutral counts as a difference.
+``tokenizer.json``. Some tokenizer classes discard its pipeline (normalizer, pre-tokenizer, model, decoder)
+and build another one. In most directories all files agree. There the ``tokenizers`` library alone gives the
+same tokens, and saves the seconds that importing transformers takes. Any key or value that is not known to be
+neutral counts as a difference.
 """
 
 import hashlib
@@ -17,8 +18,8 @@ import tokenizers
 from grinqh_jax.errors import CheckpointError
 from grinqh_jax.json_files import read_json
 
-_AS_SAVED = ("PreTrainedTokenizerFast", "TokenizersBackend")
-"""Tokenizer classes that take the pipeline from ``tokenizer.json``."""
+_KEEP_PIPELINE = ("PreTrainedTokenizerFast", "TokenizersBackend")
+"""Tokenizer classes that use the pipeline of ``tokenizer.json``."""
 
 _SPECIAL_TOKEN_LISTS = ("additional_special_tokens", "extra_special_tokens")
 
@@ -78,9 +79,18 @@ def _pipeline_is_kept(
     named: list[tokenizers.AddedToken],
     declared: Mapping[str, Any] | None,
 ) -> bool:
-    """Whether the class that transformers chooses has the pipeline of ``tokenizer.json``."""
+    """Whether the tokenizer class that transformers chooses keeps the pipeline of ``tokenizer.json``.
+
+    Args:
+      directory: Directory of the checkpoint.
+      backend: The loaded ``tokenizer.json``.
+      config: Contents of ``tokenizer_config.json``.
+      model: Contents of ``config.json``.
+      named: Added tokens that have a role, such as ``eos_token``.
+      declared: ``added_tokens_decoder`` of ``tokenizer_config.json``, or None.
+    """
     name = config.get("tokenizer_class") or model.get("tokenizer_class")
-    if name in _AS_SAVED:
+    if name in _KEEP_PIPELINE:
         return True
     if name is None and model.get("model_type") == "llama":
         return True
@@ -103,6 +113,7 @@ def _pipeline_is_kept(
 
 
 def _is_qwen2_pipeline(backend: tokenizers.Tokenizer) -> bool:
+    """Whether the pipeline is the one that transformers' Qwen2Tokenizer builds."""
     model = backend.model
     if not isinstance(model, tokenizers.models.BPE):
         return False
@@ -132,6 +143,7 @@ def _is_qwen2_pipeline(backend: tokenizers.Tokenizer) -> bool:
 
 
 def _state(component: Any) -> Any:
+    """Returns the JSON description of a component of the pipeline, or None."""
     return None if component is None else json.loads(component.__getstate__())
 
 
@@ -144,10 +156,12 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _is_token_key(key: str) -> bool:
+    """Whether a key names tokens with a role."""
     return key.endswith("_token") or key in _SPECIAL_TOKEN_LISTS
 
 
 def _is_neutral(key: str, value: Any) -> bool:
+    """Whether an entry of ``tokenizer_config.json`` changes nothing, or is compared elsewhere."""
     if key == "add_prefix_space":
         return not value
     return key in _NEUTRAL_KEYS or key == "added_tokens_decoder" or _is_token_key(key) or value is None
@@ -167,11 +181,13 @@ def _named_tokens(values: Mapping[str, Any]) -> Iterator[Any]:
 
 
 def _content(token: Any) -> Any:
+    """Returns the text of a token, which is a string or an object with ``content``; None if malformed."""
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None
 
 
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+"""Properties of an added token."""
 
 
 def _is_added(token: Any, added: tokenizers.AddedToken | None) -> bool:

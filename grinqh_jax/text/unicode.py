@@ -1,4 +1,4 @@
-"""Checks that text from outside is valid Unicode. Everything else may rely on it."""
+"""Checks that text from outside is valid Unicode, so that all other code can rely on it."""
 
 from grinqh_jax.errors import UsageError
 
