@@ -1,4 +1,4 @@
-"""The trials of ``benchmarks/trials``: everything that they replace in the product exists."""
+"""The trials of ``benchmarks/trials`` replace only names that exist, and give only flags that exist."""
 
 import importlib
 import sys

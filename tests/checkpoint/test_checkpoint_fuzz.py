@@ -1,4 +1,4 @@
-"""200 random corruptions: a clear error, or exactly what was written. Never a hang or a bare traceback."""
+"""200 random corruptions: each gives a clear error or the exact contents, no hang and no bare traceback."""
 
 import os
 import random

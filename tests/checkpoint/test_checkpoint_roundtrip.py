@@ -1,4 +1,4 @@
-"""What is written is what is read; what is not a checkpoint is refused with the right remedy."""
+"""A checkpoint reads as it was written, and everything else is refused with its remedy."""
 
 import dataclasses
 import json
@@ -25,12 +25,12 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def own_checkpoint(tmp_path):
-    """One that the test may damage."""
+    """A checkpoint that the test may damage."""
     return write(tmp_path / "tiny")
 
 
 def rewrite(checkpoint, leaves=lambda leaves: leaves, config=lambda config: config):
-    """Changes the description of a checkpoint consistently: all checksums of files are right after."""
+    """Changes a checkpoint's configuration and the leaves of its manifest; corrects the file checksums."""
     path = checkpoint / "config.json"
     path.write_text(json.dumps(config(json.loads(path.read_text()))))
     Manifest.of_directory(checkpoint, leaves(dict(Manifest.read(checkpoint).leaves))).write(checkpoint)
@@ -44,7 +44,7 @@ def test_round_trip(checkpoint):
     assert_same(loaded.model, random_tree())
 
 
-def test_other_files_come_along(checkpoint):
+def test_companions_and_configuration_are_copied(checkpoint):
     assert json.loads((checkpoint / "generation_config.json").read_text()) == {"eos_token_id": [1, 2]}
     assert json.loads((checkpoint / "tokenizer.json").read_text()) == {"model": "none"}
     config = json.loads((checkpoint / "config.json").read_text())
@@ -52,8 +52,8 @@ def test_other_files_come_along(checkpoint):
     assert config == HF_CONFIG
 
 
-def test_compute_dtype(checkpoint):
-    assert load(checkpoint).model.compute_dtype == jnp.float32  # this is a CPU
+def test_the_compute_dtype_is_float32_on_a_cpu_or_as_asked(checkpoint):
+    assert load(checkpoint).model.compute_dtype == jnp.float32
     assert load(checkpoint, jnp.bfloat16).model.compute_dtype == jnp.bfloat16
 
 
@@ -94,7 +94,7 @@ def test_all_mismatches_are_in_one_message(own_checkpoint):
         assert expected in message
 
 
-def test_arrays_that_differ_from_their_checksum(own_checkpoint):
+def test_arrays_that_differ_from_their_checksum_are_refused(own_checkpoint):
     def change(leaves):
         leaves["norm.scale"] = dataclasses.replace(leaves["norm.scale"], checksum="crc32:00000000")
         return leaves
@@ -104,7 +104,7 @@ def test_arrays_that_differ_from_their_checksum(own_checkpoint):
         load(own_checkpoint)
 
 
-def test_values_that_would_give_wrong_answers(tmp_path, monkeypatch):
+def test_values_that_would_give_wrong_logits_are_refused(tmp_path, monkeypatch):
     tree = random_tree()
     columns, head = tree["lm_head"]["columns"], tree["lm_head"]["blocks"]["0"]
     columns[columns == 7] = 8  # two tokens with the logit of one
@@ -117,7 +117,7 @@ def test_values_that_would_give_wrong_answers(tmp_path, monkeypatch):
     )
     with pytest.raises(CheckpointError, match=r"layers\.0\.o\.thresholds must ascend"):
         write(tmp_path / "refused", tree)
-    monkeypatch.setattr(writer, "value_problems", lambda arrays: [])  # one of another make
+    monkeypatch.setattr(writer, "value_problems", lambda arrays: [])  # Another writer may not check.
     with pytest.raises(CheckpointError) as caught:
         load(write(tmp_path / "tiny", tree))
     message = str(caught.value)
@@ -155,7 +155,7 @@ def test_quantization_config_refuses_what_it_could_not_read_back():
         QuantizationConfig(max_bits=5, targets=(1.0, 5.0))
 
 
-def test_what_is_not_a_checkpoint(tmp_path):
+def test_paths_without_a_finished_checkpoint_are_refused_with_a_remedy(tmp_path):
     def message(path) -> str:
         with pytest.raises(CheckpointError) as caught:
             load(path)
@@ -197,7 +197,7 @@ assert_same(model, random_tree())
 """
 
 
-def test_an_array_divided_between_two_devices(checkpoint):
+def test_an_array_is_sharded_over_two_devices(checkpoint):
     tests = Path(__file__).parents[1]
     environment = {
         "PYTHONPATH": os.pathsep.join([str(tests / "helpers"), str(tests.parent)]),

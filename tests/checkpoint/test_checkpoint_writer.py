@@ -1,4 +1,4 @@
-"""The writer: whole or not there, resumed after a kill, never mixing two conversions."""
+"""The writer: a checkpoint is complete or absent, a killed conversion resumes, two conversions never mix."""
 
 import errno
 import json
@@ -54,7 +54,7 @@ def run_writer(path: Path, kill_at: int) -> subprocess.CompletedProcess:
     )
 
 
-def test_killed_writers_leave_nothing_that_loads_and_the_next_one_goes_on(tmp_path):
+def test_killed_writers_leave_nothing_that_loads_and_the_next_one_resumes(tmp_path):
     whole = run_writer(tmp_path / "whole", kill_at=0)
     assert whole.returncode == 0, whole.stderr
     operations = int(whole.stdout)
@@ -97,7 +97,7 @@ def test_a_subtree_is_read_back_as_its_parts_were_written(tmp_path):
             np.testing.assert_array_equal(leaves["scale"], tree["layers"]["0"][norm]["scale"])
 
 
-def test_parts_that_are_there_are_not_written_again(tmp_path):
+def test_complete_parts_are_not_written_again(tmp_path):
     tree = random_tree()
     with Writer(tmp_path / "out", fingerprint="tiny") as writer:
         writer.save_part("embed", {"embed": tree["embed"]})
@@ -110,7 +110,7 @@ def test_parts_that_are_there_are_not_written_again(tmp_path):
         assert writer.parts == {"embed"}
 
 
-def test_a_partial_directory_of_another_conversion(tmp_path):
+def test_a_partial_directory_of_another_conversion_is_deleted_only_when_asked(tmp_path):
     with Writer(tmp_path / "out", fingerprint="one") as writer:
         writer.save_part("embed", {"embed": random_tree()["embed"]})
     with pytest.raises(CheckpointError, match=r"another model or with other options; .*--force"):
@@ -150,7 +150,7 @@ def test_a_directory_that_is_no_checkpoint_is_never_replaced(tmp_path):
         Writer(tmp_path / "out", fingerprint="tiny", overwrite=True)
 
 
-def test_values_that_no_model_can_have(tmp_path):
+def test_nonfinite_values_are_refused(tmp_path):
     scale = np.array([1.0, np.nan], np.float32)
     with (
         Writer(tmp_path / "out", fingerprint="tiny") as writer,
@@ -225,7 +225,7 @@ def test_a_mount_point_is_refused_before_any_work(monkeypatch, tmp_path):
         Writer(out, fingerprint="tiny")
 
 
-def test_a_full_disk_is_an_error_of_the_system_and_the_next_run_goes_on(monkeypatch, tmp_path):
+def test_a_full_disk_raises_oserror_and_the_next_run_resumes(monkeypatch, tmp_path):
     tree = random_tree()
     first, second, *_ = tree
     with Writer(tmp_path / "out", fingerprint="tiny") as writer:
@@ -257,7 +257,7 @@ print(write(Path(sys.argv[1])))
 """
 
 
-def test_a_failure_inside_tensorstore_is_an_error_of_the_system(tmp_path):
+def test_a_system_error_inside_tensorstore_raises_oserror(tmp_path):
     paths = os.pathsep.join([str(TESTS / "helpers"), str(TESTS.parent)])
     done = subprocess.run(
         [sys.executable, "-c", LIMITED_WRITER, str(tmp_path / "out")],
@@ -272,7 +272,7 @@ def test_a_failure_inside_tensorstore_is_an_error_of_the_system(tmp_path):
     assert_same(load(tmp_path / "out").model, random_tree())
 
 
-def test_an_infinite_number_in_a_key_that_does_not_matter_is_carried(tmp_path):
+def test_an_infinite_number_under_an_unused_key_is_copied(tmp_path):
     tree = random_tree()
     config = HF_CONFIG | {
         "router_limit": [0.0, float("inf")],

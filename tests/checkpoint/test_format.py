@@ -1,4 +1,4 @@
-"""docs/format.md suffices to read a checkpoint: a reader written from that page agrees with the library's.
+"""A reader written from docs/format.md alone agrees with the library's, so the page is complete.
 
 The reader uses json, zlib, numpy and TensorStore. Only the comparisons import this repository.
 """
@@ -62,7 +62,7 @@ class FormatReader:
         return sorted({min(math.ceil(math.ceil(vocab / d) / 512) * 512, vocab) for d in (16, 4, 1)})
 
     def weight(self, prefix: str, level: int) -> np.ndarray:
-        """float64 ``[in, out]``, the weights of a linear layer at a level."""
+        """Returns float64 ``[in, out]``, the weights of a linear layer at a level."""
         features_in, features_out = self.linear_shapes()[prefix]
         planes, scales = self.leaf(f"{prefix}.planes"), self.leaf(f"{prefix}.scales").astype(np.float64)
         word, digit = digit_places(np.arange(features_out))
@@ -84,7 +84,7 @@ class FormatReader:
 
 
 def digit_places(n):
-    """``(word, digit)`` of outputs ``n``."""
+    """Returns ``(word, digit)`` of outputs ``n``."""
     m = n % 512
     chunk, lane, inner = m // 128, m // 4 % 32, m % 4
     row, column = lane // 4, lane % 4
@@ -113,7 +113,7 @@ def loaded(checkpoint):
     return load(checkpoint)
 
 
-def test_weights_at_every_level_are_the_librarys(reader, loaded):
+def test_weights_at_every_level_equal_the_librarys(reader, loaded):
     for name in reader.linear_shapes():
         for level in range(reader.planes + 1):
             ours = np.asarray(dequantize(loaded.model.linear(name).weight, level, dtype=jnp.float32))
@@ -121,7 +121,7 @@ def test_weights_at_every_level_are_the_librarys(reader, loaded):
             np.testing.assert_allclose(ours, by_the_page, rtol=2e-6, atol=0, err_msg=f"{name} {level}")
 
 
-def test_the_other_leaves_are_the_librarys(reader, loaded):
+def test_the_other_leaves_equal_the_librarys(reader, loaded):
     model = loaded.model
     np.testing.assert_array_equal(reader.leaf("embed.embedding"), model.embed.embedding[...])
     np.testing.assert_array_equal(reader.leaf("norm.scale"), model.norm.scale[...])
@@ -136,7 +136,7 @@ def test_the_other_leaves_are_the_librarys(reader, loaded):
     assert list(reader.block_ends())[-1] == reader.config["vocab_size"]
 
 
-def test_thresholds_at_any_bits_are_the_librarys(reader, loaded):
+def test_thresholds_at_any_bits_equal_the_librarys(reader, loaded):
     targets = reader.quantization["targets"]
     for name in reader.linear_shapes():
         linear = loaded.model.linear(name)

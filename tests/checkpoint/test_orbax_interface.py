@@ -1,7 +1,7 @@
-"""The parts of Orbax's experimental interface that checkpoints are read and written with.
+"""The functions and options of Orbax's experimental interface that the checkpoint reader and writer use.
 
-Orbax may change ``orbax.checkpoint.experimental.v1`` in any release. These tests fail before anything else
-does, with a message that says what to do.
+Orbax may change ``orbax.checkpoint.experimental.v1`` in any release. These tests then fail with a message
+that says what to do.
 """
 
 import importlib.metadata
@@ -19,6 +19,7 @@ REMEDY = (
 
 
 def moved(what: str) -> str:
+    """Returns the message of a failure: what has changed, and the remedy."""
     return REMEDY.format(version=importlib.metadata.version("orbax-checkpoint"), what=what)
 
 

@@ -1,4 +1,4 @@
-"""The bundled model: whole, documented, and on texts that calibration did not see its dial is true."""
+"""The bundled model is complete and documented, and its dial is accurate on unseen texts."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The rotated residual stream: the same function, principal axes, equal rows, and a smaller graded error."""
+"""A rotated checkpoint computes the same function, on principal axes, with a smaller graded error."""
 
 import dataclasses
 

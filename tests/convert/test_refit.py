@@ -59,7 +59,7 @@ def test_the_step_matches_damped_least_squares_in_numpy():
 
 
 def test_a_channel_that_is_read_replaces_a_correlated_one_that_is_skipped():
-    """Of two proportional channels one is too small to be read."""
+    """One of two proportional channels is too small to be read."""
     rng = np.random.default_rng(1)
     large = rng.choice([-1, 1], (512, 1)) * rng.uniform(2, 4, (512, 1))
     x = np.float32(np.concatenate([large, 0.3 * large], axis=1))

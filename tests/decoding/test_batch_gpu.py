@@ -42,7 +42,7 @@ def prepared(generator, temperature, **options) -> Decoding:
 
 
 def text(decoding: Decoding) -> tuple[list[list[int]], list[int]]:
-    """All generated tokens of every row, and the number of the first row's tokens in each chunk."""
+    """Returns all generated tokens of every row, and the number of the first row's tokens in each chunk."""
     rows, lengths = decoding.prefill().tokens, []
     for chunk in decoding.chunks():
         rows = [row + new for row, new in zip(rows, chunk.tokens, strict=True)]

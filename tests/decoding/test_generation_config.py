@@ -1,4 +1,4 @@
-"""Generation defaults of a checkpoint."""
+"""The generation defaults of a checkpoint: special tokens, sampling and penalties."""
 
 import json
 

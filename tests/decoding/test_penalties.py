@@ -91,7 +91,7 @@ def test_large_penalties_forbid_repetition_at_any_chunk_boundary(generator):
     assert len({*tokens, 5, 6, 7}) == len(tokens) + 3
 
 
-def test_other_penalties_compile_nothing_and_none_run_the_program_without(generator, compilations):
+def test_other_penalties_compile_nothing_and_no_penalties_run_another_program(generator, compilations):
     plain = run(generator)
     run(generator, repetition_penalty=1.5)
     before = len(compilations)

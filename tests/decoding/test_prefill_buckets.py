@@ -9,7 +9,7 @@ from grinqh_jax.decoding.prefill_buckets import LARGEST_BUCKET, SMALLEST_BUCKET,
 
 
 def read(prompts, start=0) -> list[list[int]]:
-    """The tokens of each row, put together from the buckets."""
+    """Returns the tokens of each row, joined from the buckets."""
     rows = [[] for _ in prompts]
     for bucket in cut(prompts, start):
         for row, tokens, length in zip(rows, bucket.tokens, bucket.lengths, strict=True):
@@ -38,7 +38,7 @@ def test_reading_may_start_anywhere():
 
 
 def previewed(length: int, start: int) -> range:
-    """Positions of the preview that the dial observes, from the rules of the engine."""
+    """Returns the positions of the preview that the dial observes, by the rules of the engine."""
     merged, begin = range(0), start
     for bucket in cut([[1] * length], start):
         later = range(max(bucket.end - PREVIEW_TOKENS, SKIPPED_POSITIONS, begin), bucket.end)

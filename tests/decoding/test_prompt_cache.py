@@ -26,7 +26,7 @@ def talker(generator) -> Generator:
 
 @pytest.fixture
 def tokens_read(monkeypatch) -> list[int]:
-    """Number of prompt tokens of each call of the engine, those for compilation left out."""
+    """Number of prompt tokens of each call of the engine, without the calls that only compile."""
     counts, original = [], engine.prefill_with_preview
 
     def counting(model, tokens, lengths, *rest):
@@ -50,7 +50,7 @@ def generated(talker, prompt, cache=None, max_context=None, **request) -> Genera
 
 
 def conversation(talker, lengths, cache=None, **request) -> list[Generation]:
-    """One generation for every turn; each prompt quotes the turns and answers before it."""
+    """Generates an answer to every turn; each prompt quotes the turns and answers before it."""
     prompt, generations = [], []
     for length in lengths:
         prompt = prompt + user_turn(length)
@@ -108,8 +108,8 @@ def test_the_cache_grows(talker):
     assert [g.statistics().reused_prompt_tokens for g in with_cache] == [0, 150]
 
 
-def test_a_prompt_that_shares_less(talker):
-    """Edited history, a changed system prompt, and a prompt that shares nothing."""
+def test_only_the_common_prefix_of_prompts_is_reused(talker):
+    """The prompts have an edited history, a changed system prompt, and nothing in common."""
     first = user_turn(120)
     edited = first[:100] + [257 - token for token in first[100:]] + user_turn(50)
     other = user_turn(100, seed=1)
@@ -122,8 +122,8 @@ def test_a_prompt_that_shares_less(talker):
     assert reused == [0, 100, 0, 0, 100 - PREVIEW_TOKENS]
 
 
-def test_turns_with_other_settings(talker):
-    """Bits do not matter to what a prefill writes."""
+def test_turns_with_other_settings_reuse_the_cache(talker):
+    """A prefill writes the same keys and values at every setting of the dial."""
     cache, prompt = PromptCache(), user_turn(90)
     for request in ({"bits": 2.0}, {"bits": "full", "max_tokens": 5}, {"temperature": 1.0, "seed": 3}):
         generation = generated(talker, prompt, cache, **request)
@@ -145,7 +145,7 @@ def test_the_context_ends_a_conversation(talker):
     assert cache.tokens == tuple(prompt)
 
 
-def test_an_interrupted_answer(talker):
+def test_the_cache_is_usable_after_an_interrupted_answer(talker):
     cache, prompt = PromptCache(), user_turn(120)
     generation = talker.generate(prompt, Request(bits=3.0, max_tokens=60), prompt_cache=cache)
     pieces = iter(generation)
@@ -166,7 +166,7 @@ def test_an_interrupted_answer(talker):
 @pytest.mark.parametrize("program", ["prefill_with_preview", "decode_chunk"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_an_exception_midway_leaves_a_usable_cache(talker, monkeypatch, program, error):
-    """The worst moment: the old cache is donated, and the new one is lost."""
+    """The exception comes at the worst moment: the old cache is donated, and the new one is lost."""
     cache, prompt = PromptCache(), user_turn(120)
     prompt = prompt + generated(talker, prompt, cache).tokens + user_turn(30)
     expected = generated(talker, prompt).tokens

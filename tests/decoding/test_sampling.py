@@ -22,7 +22,7 @@ def softmax(scores):
 
 
 def oracle(scores, temperature, top_k, top_p, min_p):
-    """TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper, in this order."""
+    """Applies TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper in this order."""
     scores = scores.astype(np.float64) / temperature
     if top_k > 0:
         scores = np.where(scores < np.sort(scores)[-min(top_k, scores.size)], -np.inf, scores)

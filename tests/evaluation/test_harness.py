@@ -57,7 +57,7 @@ metric_list: [{{metric: exact_match}}]
 
 
 def tasks(directory, **records):
-    """Writes a task of each name, as YAML and JSON lines, and returns a manager that knows them."""
+    """Writes a YAML and a JSON lines file for each task, and returns a manager that has all of them."""
     from lm_eval.tasks import TaskManager
 
     for name, (template, lines) in records.items():
@@ -199,7 +199,7 @@ def test_the_verb_registers_the_model(tiny_directory, tmp_path, capsys, monkeypa
     assert "error: bits 9" in capsys.readouterr().err
 
 
-def test_flags_of_the_harness_are_taken_or_refused_in_one_line(
+def test_flags_of_the_harness_are_accepted_or_refused_in_one_line(
     graded_directory, tmp_path, capsys, monkeypatch
 ):
     from grinqh_jax.evaluation.harness import GrinqhLM

@@ -1,4 +1,4 @@
-"""Arguments of lm-evaluation-harness: taken, ignored on purpose, or refused in one line."""
+"""Arguments of lm-evaluation-harness are used, ignored on purpose, or refused in one line."""
 
 import jax.numpy as jnp
 import pytest
@@ -20,7 +20,7 @@ def test_unknown_arguments_are_named():
     ("dtype", "expected"),
     [("auto", None), ("bfloat16", jnp.bfloat16), ("float32", jnp.float32), ("torch.bfloat16", jnp.bfloat16)],
 )
-def test_dtypes_that_the_decoder_computes_in_are_taken(dtype, expected):
+def test_dtypes_that_the_decoder_computes_in_are_accepted(dtype, expected):
     assert harness_args.compute_dtype(dtype) is expected
 
 

@@ -41,7 +41,7 @@ def windows() -> list[np.ndarray]:
 
 
 def decoded(model: Decoder, window: np.ndarray, dial: Dial) -> tuple[np.ndarray, np.ndarray]:
-    """Logits at every position and bits of every linear layer, from decoding the tokens one by one."""
+    """Decodes the tokens one by one; returns logits at every position and bits of every linear layer."""
     thresholds = dial.thresholds
     cache = KVCache.create(model.config, 1, LENGTH, model.compute_dtype)
     logits, grades = [], []

@@ -8,7 +8,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def run(monkeypatch, capsys, script, *flags):
-    """Standard output of a script that ends without an error."""
+    """Returns the standard output of a script, which must end without an error."""
     monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
     code = 0
     try:

@@ -26,7 +26,7 @@ def script():
 
 @pytest.fixture(scope="module")
 def drawn(script, tmp_path_factory):
-    """The figure, and the SVG that it was written to."""
+    """The figure, and the SVG file that it was written to."""
     path = tmp_path_factory.mktemp("figure") / "picture.svg"
     return script.draw(path), path
 
@@ -36,12 +36,12 @@ def result(name):
 
 
 def markers(axes):
-    """``[(x, y), ...]`` of every line with markers, that is, of every curve and single point."""
+    """Returns ``[(x, y), ...]`` of every line with markers: all curves and single points."""
     return [list(zip(*line.get_data(), strict=True)) for line in axes.lines if line.get_marker() != "None"]
 
 
 def levels(axes):
-    """The heights of the horizontal lines."""
+    """Returns the heights of the horizontal lines."""
     return [line.get_ydata()[0] for line in axes.lines if line.get_marker() == "None"]
 
 
@@ -49,7 +49,7 @@ def texts(axes):
     return {text.get_text() for text in axes.texts}
 
 
-def test_quality_is_that_of_the_sweep(drawn):
+def test_quality_comes_from_the_sweep(drawn):
     axes = drawn[0].axes[0]
     rows = [row for row in result("docs/results/pareto-qwen3-32m.json")["rows"] if row["shown"]]
     expected = [
@@ -63,7 +63,7 @@ def test_quality_is_that_of_the_sweep(drawn):
     assert texts(axes) == {"RTN", "GPTQ", "AWQ", "GRINQH"}
 
 
-def test_tokens_per_second_are_those_of_the_decoding_benchmark(drawn):
+def test_tokens_per_second_come_from_the_decoding_benchmark(drawn):
     axes = drawn[0].axes[1]
     shapes = result("benchmarks/results/decode-qwen3-8b-llama-3.1-8b-h200.json")["shapes"]
     rows = {row["bits"]: row for row in shapes["Qwen3-8B"]["decode"] if row["context"] == 1024}
@@ -77,7 +77,7 @@ def test_tokens_per_second_are_those_of_the_decoding_benchmark(drawn):
     assert f"bf16: {bf16['tokens_per_second']:.0f}" in texts(axes)
 
 
-def test_kernel_times_are_those_of_the_matvec_benchmark(drawn):
+def test_kernel_times_come_from_the_matvec_benchmark(drawn):
     axes = drawn[0].axes[2]
     results = result("benchmarks/results/matvec-h200.json")
     curve, (int4,) = markers(axes)

@@ -8,7 +8,7 @@ from grinqh_jax.model import apply, decoder
 
 @jax.jit
 def linear_inputs(model, tokens):
-    """Inputs of every linear layer in a forward pass at full precision, by layer name."""
+    """Returns the inputs of every linear layer in a forward pass at full precision, by layer name."""
     dense, seen = apply.Dense(), {}
 
     def keep(name, linear, x):
@@ -20,7 +20,7 @@ def linear_inputs(model, tokens):
 
 
 def bits_to_read(model, tokens, thresholds):
-    """Mean bits per weight ``[rows, positions, linears]``, independent of the program's grading."""
+    """Returns mean bits per weight ``[rows, positions, linears]``, computed without the library's grading."""
     inputs, bits = linear_inputs(model, tokens), []
     for name in decoder.linear_names(model.config):
         reached = np.abs(np.asarray(inputs[name]))[..., None] >= np.asarray(thresholds[name])[:, None, None]

@@ -39,7 +39,7 @@ def write_companions(directory: Path, *, chat: bool) -> list[Path]:
 
 @pytest.fixture(scope="session")
 def dense_directory(tmp_path_factory) -> Path:
-    """An unquantized Hugging Face checkpoint."""
+    """The directory of an unquantized Hugging Face checkpoint."""
     directory = tmp_path_factory.mktemp("dense")
     write_companions(directory, chat=False)
     (directory / "config.json").write_text(json.dumps(CONFIG))
@@ -66,14 +66,14 @@ def write_graded(directory: Path, companions: list[Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def graded_directory(tmp_path_factory) -> Path:
-    """A GRINQH checkpoint without a chat template."""
+    """The directory of a GRINQH checkpoint without a chat template."""
     parent = tmp_path_factory.mktemp("graded")
     return write_graded(parent / "tiny", write_companions(parent, chat=False))
 
 
 @pytest.fixture(scope="session")
 def chat_directory(tmp_path_factory) -> Path:
-    """A GRINQH checkpoint with a chat template."""
+    """The directory of a GRINQH checkpoint with a chat template."""
     parent = tmp_path_factory.mktemp("chat")
     return write_graded(parent / "tiny", write_companions(parent, chat=True))
 

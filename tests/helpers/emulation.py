@@ -14,7 +14,7 @@ def emulate(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns ``(y, realised bits)`` as ``graded_matvec`` does.
 
-    Fails if the program leaves an output unwritten, or reports another largest ``|x|`` than NumPy.
+    Fails if the program leaves an output unwritten, or if its largest ``|x|`` differs from NumPy's.
     """
     geometry = geometry_of(Activations.of(x, square_partials, eps=eps), weight, config)
     squares = thresholds if square_partials is None else square_partials

@@ -36,7 +36,7 @@ class Case:
         )
 
     def arrays(self) -> tuple[np.ndarray, NestedWeight, np.ndarray]:
-        """x, weight and thresholds, all NumPy arrays."""
+        """Returns x, weight and thresholds, all of NumPy arrays."""
         rng = np.random.default_rng(self.seed)
         k, n = matvec_oracle.padded_shape(self.in_features, self.out_features)
         planes = rng.integers(0, 2**32, (self.max_bits // 2, k, n // matvec_oracle.WORD_OUTPUTS), np.uint32)

@@ -1,8 +1,9 @@
 """The stored format and the graded matvec in NumPy and float64, written from the format's description alone.
 
-This is the one oracle of every implementation: reference, XLA, the emulated GPU kernels and the kernels on a
+All implementations are compared with this oracle: reference, XLA, the emulated GPU kernels and the kernels on
+  a
 GPU. It reads the fields of a ``NestedWeight`` and imports nothing else of ``pallas_kernels``, so a mistake in
-``layout`` or ``codes`` cannot cancel itself.
+``layout`` or ``codes`` cannot cancel out.
 """
 
 import dataclasses
@@ -13,28 +14,28 @@ import numpy as np
 from pallas_kernels import NestedWeight
 
 GROUP = 128
-"""Consecutive input channels that share one scale per output."""
+"""Number of consecutive input channels that share one scale for each output."""
 
 TILE = 512
-"""Outputs that are permuted among themselves."""
+"""Number of outputs in a tile, inside which outputs are permuted."""
 
 WORD_OUTPUTS = 16
-"""Outputs whose 2-bit digits share a 32-bit word."""
+"""Number of outputs whose 2-bit digits share a 32-bit word."""
 
 UNIFORM_VARIANCE = 4 / 3
 """Mean square of a value that is uniform on (-2, 2), as a random code is before it is scaled."""
 
 
 def padded_shape(in_features: int, out_features: int) -> tuple[int, int]:
-    """Stored ``(K, N)``: whole groups of input channels, whole tiles of outputs."""
+    """Returns the stored ``(K, N)``: whole groups of input channels, whole tiles of outputs."""
     return -(-in_features // GROUP) * GROUP, -(-out_features // TILE) * TILE
 
 
 def _digit_positions() -> np.ndarray:
-    """int ``[512, 2]``: the word of a tile and the digit of that word that hold each output.
+    """Returns int ``[512, 2]``: for each output, its word in the tile and its digit in the word.
 
-    Each of the 32 words is numbered ``4 row + 2 half + pair``, and digit ``4 byte + position`` is its bits
-    ``8 byte + 2 position`` and the next. They hold output
+    The 32 words are numbered ``4 row + 2 half + pair``. Digit ``4 byte + position`` of a word, its bits
+    ``8 byte + 2 position`` and the next, belongs to output
 
         ``256 half + 128 (position // 2) + 16 row + 8 pair + 4 (byte // 2) + 2 (position % 2) + byte % 2``.
     """
@@ -60,29 +61,29 @@ def digits(weight: NestedWeight) -> Iterator[np.ndarray]:
 
 
 def scale_of_each_weight(weight: NestedWeight) -> np.ndarray:
-    """float64 ``[in_features, out_features]``."""
+    """Returns float64 ``[in_features, out_features]``."""
     scales = np.asarray(weight.scales).astype(np.float64)[:, : weight.out_features]
     return scales[np.arange(weight.in_features) // GROUP]
 
 
 def _level_gains(weight: NestedWeight) -> np.ndarray:
-    """float64 ``[P + 1]``, of levels 0 to P."""
+    """Returns float64 ``[P + 1]``, the gains of levels 0 to P."""
     gains = np.ones(len(weight.planes)) if weight.level_gains is None else np.asarray(weight.level_gains)
     return np.append(1, gains.astype(np.float64))
 
 
 def weights_by_level(weight: NestedWeight) -> Iterator[np.ndarray]:
-    """Yields float64 ``[in_features, out_features]``: the weights as levels 0 to P read them."""
+    """Yields the weights at each level from 0 to P, float64 ``[in_features, out_features]``."""
     scale, gains = scale_of_each_weight(weight), _level_gains(weight)
-    read = np.zeros(scale.shape)
-    yield read
+    total = np.zeros(scale.shape)
+    yield total
     for level, digit in enumerate(digits(weight), start=1):
-        read = read + digit / 4.0 ** (level - 1)
-        yield gains[level] * scale * (read + 0.5 * 4.0 ** (1 - level) - 2)
+        total = total + digit / 4.0 ** (level - 1)
+        yield gains[level] * scale * (total + 0.5 * 4.0 ** (1 - level) - 2)
 
 
 def dequantize(weight: NestedWeight, level: int | np.ndarray) -> np.ndarray:
-    """float64 ``[in_features, out_features]``: the weight at ``level``, an int or one int per channel."""
+    """Returns float64 ``[in_features, out_features]`` at ``level``: one level, or one for each channel."""
     level = np.broadcast_to(level, weight.in_features)[:, None]
     value = np.zeros((weight.in_features, weight.out_features))
     for i, w in enumerate(weights_by_level(weight)):
@@ -91,7 +92,7 @@ def dequantize(weight: NestedWeight, level: int | np.ndarray) -> np.ndarray:
 
 
 def levels(x: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """int ``[rows, K]`` for ``x [rows, K]`` and ``thresholds [P]`` or ``[rows, P]``; NaN reaches all."""
+    """Returns int ``[rows, K]``; x is ``[rows, K]``, thresholds ``[P]`` or ``[rows, P]``. NaN reaches all."""
     x, thresholds = np.asarray(x).astype(np.float64), np.asarray(thresholds).astype(np.float64)
     thresholds = np.broadcast_to(thresholds, (len(x), thresholds.shape[-1]))
     return (~(np.abs(x)[:, :, None] < thresholds[:, None])).sum(-1)
@@ -102,16 +103,16 @@ class Exact:
     """A graded matvec in float64."""
 
     y: np.ndarray
-    """``[rows, out_features]``"""
+    """Product, ``[rows, out_features]``."""
     spread: np.ndarray
-    """``[rows, out_features]``: standard deviation of y if every code were random. It exceeds ``|y|`` where
-    the terms of y happen to cancel or the weights happen to be small."""
+    """Standard deviation of y for random codes, ``[rows, out_features]``. It exceeds ``|y|`` where the terms
+    of y happen to cancel or the weights happen to be small."""
     bits: np.ndarray
-    """``[rows]``: mean bits read per weight."""
+    """Mean bits read per weight, ``[rows]``."""
 
 
 def graded_matvec(x: np.ndarray, weight: NestedWeight, thresholds: np.ndarray) -> Exact:
-    """``x [rows, K]`` times the weight, each channel read at its level; thresholds as in ``levels``."""
+    """Multiplies ``x [rows, K]`` by the weight, each channel read at its level (see ``levels``)."""
     x, level = np.asarray(x).astype(np.float64), levels(x, thresholds)
     scale, gains = scale_of_each_weight(weight), _level_gains(weight)
     y, squares = np.zeros((2, len(x), weight.out_features))

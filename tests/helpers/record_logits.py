@@ -21,13 +21,13 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 VOCABULARY_STEP = 16
-"""Of qwen3-32m's vocabulary every 16th logit is kept."""
+"""Distance between the recorded logits of qwen3-32m in the vocabulary."""
 
 SHARED_TOKENS = np.random.default_rng(11).integers(2, 16384, (1, 24))
 
 
 def torch_model(hf_config: dict, seed: int = 0) -> transformers.PreTrainedModel:
-    """The random model in transformers, float32."""
+    """Returns the random model in transformers, in float32."""
     config = transformers.AutoConfig.for_model(**hf_config)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     state = {name: torch.from_numpy(value) for name, value in random_state(hf_config, seed).items()}
@@ -39,12 +39,12 @@ def torch_model(hf_config: dict, seed: int = 0) -> transformers.PreTrainedModel:
 
 @torch.no_grad()
 def logits(model: transformers.PreTrainedModel, tokens: np.ndarray) -> np.ndarray:
-    """float32 ``[batch, positions, vocabulary]``."""
+    """Returns float32 logits ``[batch, positions, vocabulary]``."""
     return model(torch.from_numpy(tokens)).logits.float().numpy()
 
 
 def frequencies(hf_config: dict) -> tuple[str, np.ndarray] | None:
-    """The rope type and the radians per position in transformers, or None where it fails."""
+    """Returns the rope type and the radians per position in transformers, or None if it fails."""
     classes = {"llama": LlamaRotaryEmbedding, "qwen3": Qwen3RotaryEmbedding}
     try:
         config = transformers.AutoConfig.for_model(**copy.deepcopy(hf_config))

@@ -1,4 +1,4 @@
-"""Configurations that spell the rotary embedding in every way, also with contradictions."""
+"""Configurations with every spelling of the rotary embedding, and with contradicting ones."""
 
 import itertools
 

@@ -30,7 +30,7 @@ QUANTIZATION = QuantizationConfig(max_bits=4, targets=(1.0, 2.0, 3.0, 4.0), prov
 
 
 def random_tree(hf_config: dict = HF_CONFIG, quantization: QuantizationConfig = QUANTIZATION) -> dict:
-    """A state tree of plausible values: any bits are valid digits, scales are positive, thresholds ascend."""
+    """Returns a state tree of valid values: any digits, positive scales, ascending thresholds."""
     config = ModelConfig.from_hf(hf_config)
     wished = abstract_tree(config, quantization.max_bits, len(quantization.targets))
     tree = {}
@@ -48,12 +48,12 @@ def random_tree(hf_config: dict = HF_CONFIG, quantization: QuantizationConfig = 
 
 
 def leaves_of(model) -> dict[str, np.ndarray]:
-    """Arrays of a model by their dotted names in a checkpoint."""
+    """Returns the arrays of a model by their dotted names in a checkpoint."""
     return {name: np.asarray(array) for name, array in checkpoint_leaves(model).items()}
 
 
 def assert_same(model, tree: dict) -> None:
-    """The model holds the tree's leaves: same names, same dtypes, same values."""
+    """Checks that the model holds the tree's leaves: same names, same dtypes, same values."""
     expected = traverse_util.flatten_dict(tree, sep=".")
     found = leaves_of(model)
     assert found.keys() == expected.keys()

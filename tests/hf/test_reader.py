@@ -43,7 +43,7 @@ EMBEDDING = "model.embed_tokens.weight"
 
 
 def logits(directory):
-    """Logits of transformers on the directory, and of the decoder on what the reader gives."""
+    """Returns the logits of transformers on the directory, and of the decoder on what the reader gives."""
     pytest.importorskip("torch")
     import torch
     import transformers
@@ -58,7 +58,7 @@ TOKENS = np.arange(0, 300, 7)[None]
 
 
 def ties() -> dict[str, tuple[dict, dict]]:
-    """Ways to store embedding and head, and to name tensors: configuration and tensors."""
+    """Returns configuration and tensors of each way to store embedding and head, and to name tensors."""
     state = hf_directories.random_state(QWEN3)
     head = np.ascontiguousarray(state[EMBEDDING][::-1])
     layer = "model.layers.0.self_attn."

@@ -1,4 +1,4 @@
-"""Models and thresholds as few arrays."""
+"""Models and thresholds packed into few arrays."""
 
 import jax
 import jax.numpy as jnp

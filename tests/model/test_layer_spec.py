@@ -42,7 +42,7 @@ def test_kernels_are_made_of_their_arrays(config):
 
 def test_a_layer_adds_only_what_its_writers_write():
     class Silenced(Dense):
-        """Zero results of one projection."""
+        """An apply strategy that replaces the outputs of one projection by zeros."""
 
         def __init__(self, name):
             self.silenced = f"layer.{name}"

@@ -17,7 +17,7 @@ FIXTURE = Path(__file__).parents[1] / "fixtures" / "rope_frequencies.npz"
 
 
 def check(name: str, theirs: tuple[str, np.ndarray] | None) -> None:
-    """Either the frequencies are transformers', or the configuration is refused by name."""
+    """Checks that the frequencies equal transformers', or that the configuration is refused by name."""
     try:
         config = ModelConfig.from_hf(CASES[name])
     except UnsupportedModelError as error:

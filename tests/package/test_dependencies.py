@@ -1,4 +1,4 @@
-"""Every library that the packages import is declared in pyproject.toml, and the reverse."""
+"""The packages import exactly the libraries that pyproject.toml declares."""
 
 import ast
 import importlib.metadata

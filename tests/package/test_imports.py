@@ -1,4 +1,4 @@
-"""Imports run downward only: between the three packages, and between the layers inside each of them."""
+"""Imports go downward only, between the three packages and between the layers inside each package."""
 
 import ast
 import sys
@@ -47,7 +47,7 @@ KERNEL_DEPENDENCIES = {
 
 
 def imports(package):
-    """``(path, line, dotted name)`` of every name that the package imports, inside functions too."""
+    """Yields ``(path, line, dotted name)`` of every name that the package imports, also inside functions."""
     for path in sorted((ROOT / package).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
@@ -62,7 +62,7 @@ def imports(package):
 
 
 def members(package):
-    """The modules and subpackages directly inside a package, without its ``__init__``."""
+    """Returns the modules and subpackages directly inside a package, without its ``__init__``."""
     directories = {path.name for path in (ROOT / package).iterdir() if any(path.rglob("*.py"))}
     return directories | {path.stem for path in (ROOT / package).glob("*.py")} - {"__init__"}
 

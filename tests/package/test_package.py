@@ -14,7 +14,7 @@ STABILITY = Path(__file__).parents[2] / "docs" / "stability.md"
 
 
 def listed_names():
-    """Dotted names in the first columns of the tables of docs/stability.md."""
+    """Returns the dotted names in the first columns of the tables of docs/stability.md."""
     rows = re.findall(r"^\| `([\w.]+)` \|", STABILITY.read_text(encoding="utf-8"), re.MULTILINE)
     assert len(rows) == len(set(rows)) > 20
     return rows

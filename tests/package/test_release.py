@@ -1,4 +1,4 @@
-"""The release script: what it writes, and when it refuses. CI builds and tries the packages themselves."""
+"""The files that the release script writes, and what it refuses. CI builds and tries the packages."""
 
 import datetime
 import importlib.machinery

@@ -1,4 +1,4 @@
-"""JAX_ENABLE_X64=1: the same texts, numbers and checkpoints, and the caller keeps its 64-bit types."""
+"""With JAX_ENABLE_X64=1 all results are the same, and the caller keeps its 64-bit types."""
 
 import json
 import os

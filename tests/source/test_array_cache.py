@@ -1,4 +1,4 @@
-"""The array cache: what it keeps, and its limit on a CPU."""
+"""The array cache keeps the values that fit, and has a fixed limit on a CPU."""
 
 import numpy as np
 

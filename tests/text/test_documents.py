@@ -1,4 +1,4 @@
-"""Every text from outside is valid Unicode, or an error that names file and line."""
+"""Text from outside is valid Unicode, or refused with an error that names file and line."""
 
 import json
 import re
@@ -85,7 +85,7 @@ def test_any_file_gives_unicode_or_an_error_of_one_line(tmp_path_factory, lines)
         assert lone_surrogate(message) is None
 
 
-def test_a_text_of_a_program_is_checked_too(graded_directory):
+def test_text_from_a_program_is_checked_too(graded_directory):
     tokenizer = Tokenizer.load(graded_directory)
     with pytest.raises(UsageError, match=r"the text holds \\ud83d, half of a surrogate pair"):
         tokenizer.encode("cut \ud83d")

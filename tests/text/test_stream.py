@@ -1,4 +1,4 @@
-"""A stream gives exactly the text of ``decode``, whatever tokens arrive."""
+"""A stream gives exactly the text of ``decode``, for any sequence of tokens."""
 
 import pytest
 from hypothesis import given
@@ -10,7 +10,7 @@ from grinqh_jax.text.stream import TextStream
 
 
 def byte_level() -> Tokenizer:
-    """Every byte, and tokens that begin, end or span characters of several bytes."""
+    """A tokenizer with every byte, and tokens that begin, end or span characters of several bytes."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     encode = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str
     bytes_of = dict(zip("é日🎉 ", (encode(character)[0][0] for character in "é日🎉 "), strict=True))
@@ -24,7 +24,7 @@ def byte_level() -> Tokenizer:
 
 
 def byte_fallback() -> Tokenizer:
-    """As Llama 2's: characters and words with ``▁`` for blanks, and one token for every other byte."""
+    """A tokenizer like Llama 2's: characters, words with ``▁`` for blanks, a token for every other byte."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256))]
     pieces += [*"▁abc.é", "▁the", "▁▁▁", "th", "\ufffd", "a\ufffd", "日本"]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
@@ -39,7 +39,7 @@ def byte_fallback() -> Tokenizer:
 
 
 def metaspace() -> Tokenizer:
-    """As T5's and Gemma's: the decoder itself drops the blank before the first word."""
+    """A tokenizer like T5's and Gemma's, whose decoder drops the blank before the first word."""
     pieces = ["<unk>", *(f"<0x{n:02X}>" for n in range(256)), *"▁abc.", "▁the", "▁▁"]
     tokenizer = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [], unk_token="<unk>"))
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])

@@ -1,4 +1,4 @@
-"""Tokens as transformers makes them, text in whole characters."""
+"""The tokenizer gives the tokens of transformers, and text in whole characters."""
 
 import random
 
@@ -48,7 +48,7 @@ def test_same_chat_as_transformers(chat_directory):
     assert ours.chat(MESSAGES).count(1) == 3
 
 
-def test_chat_template_in_a_file_of_its_own(graded_directory, chat_directory, tmp_path):
+def test_a_chat_template_may_be_a_separate_file(graded_directory, chat_directory, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
         (tmp_path / name).write_bytes((graded_directory / name).read_bytes())
     tokenizer = Tokenizer.load(tmp_path)
@@ -72,7 +72,7 @@ def test_stream_gives_whole_characters_and_all_of_them(graded_directory):
     assert [stream.push(token) for token in tokenizer.encode("é日")] == ["", "é", "", "", "日"]
 
 
-def test_missing_and_damaged_tokenizers(tmp_path):
+def test_missing_and_damaged_tokenizers_are_refused(tmp_path):
     # transformers makes up a tokenizer for it that knows no letter
     (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
     with pytest.raises(CheckpointError, match=r"has no tokenizer \(tokenizer\.json, "):

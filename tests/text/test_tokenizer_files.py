@@ -77,7 +77,7 @@ def flags(content: str, **changed: bool) -> dict:
 
 
 def declared(tokenizer: Tokenizer, *more: dict) -> dict:
-    """An added_tokens_decoder with the tokens that the tokenizer has, and more with the next ids."""
+    """Returns an added_tokens_decoder with the tokens of the tokenizer, and more with the next ids."""
     known = tokenizer.get_added_tokens_decoder()
     entries = {
         str(number): flags(t.content, special=t.special, normalized=t.normalized)
@@ -181,7 +181,7 @@ def write(directory, base: str, variant: str, model_type: str, tokenizer_class: 
 
 
 def theirs(directory):
-    """Tokens, texts and the chat that transformers gives, or the name of the step that it fails in."""
+    """Returns tokens, texts and the chat of transformers, or the name of the step that fails."""
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception:

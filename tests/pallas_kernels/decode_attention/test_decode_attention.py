@@ -100,7 +100,7 @@ STORED_SIZES = {"num_partials": 3, "stored_features": 2048}
 
 
 def inputs(shape: Shape, lengths):
-    """Returns the arrays of ``Refs``; cache slots from the length on hold huge numbers."""
+    """Returns the arrays of ``Refs``. Cache slots from the length on hold huge numbers."""
     rng = np.random.default_rng(shape.capacity)
 
     def bfloat16(*size):

@@ -58,7 +58,7 @@ def test_activations_of_any_size(size):
 
 
 def test_an_outlier_does_not_drown_its_group():
-    """Reads every channel in full, because the rounding errors of x then have most terms."""
+    """Every channel is read in full, because the rounding errors of x then have most terms."""
     x, weight, _ = Case(128, 512).arrays()
     x[0, 5] = 1000
     thresholds = np.zeros((1, 4), np.float32)
@@ -75,7 +75,7 @@ def test_unreached_thresholds_read_nothing_and_give_zero():
 @pytest.mark.parametrize("reached", [0, 7, 8, 9, 24, 25, 57, 128])
 @pytest.mark.parametrize("slots", [2, 4, 8])
 def test_lists_of_any_length(reached, slots):
-    """Plane 0 has more whole steps than the ring has slots, as many, fewer, or none. These are copied first.
+    """Plane 0, which is copied first, has more whole steps than the ring has slots, as many, fewer, or none.
 
     K fills whole CTAs, so the program checks no channel for padding.
     """
