@@ -66,6 +66,18 @@ def _register_with_free_fields(cls, *args, **kwargs):
 
 jax.tree_util.register_dataclass = _register_with_free_fields
 
+# The hook would check a function within a function, too. Preparing the checks takes a millisecond, at each call of
+# the outer function.
+_jaxtyped = jaxtyping.jaxtyped
+
+
+def _check_unless_inner(*, typechecker):
+    check = _jaxtyped(typechecker=typechecker)
+    return lambda definition: definition if "<locals>" in definition.__qualname__ else check(definition)
+
+
+jaxtyping.jaxtyped = _check_unless_inner
+
 # Not listed: lane programs and command lines, which have no arrays; checkpoint.quantization and model.config,
 # which validate the values of files themselves; hf, which accepts any object with a reader's methods.
 jaxtyping.install_import_hook(
@@ -128,13 +140,13 @@ MOST_WORKERS = 4
 """Each takes 2 to 3 GB of memory."""
 
 LONGEST_FILES = (
-    "evaluation/test_tasks.py",
     "convert/test_convert.py",
     "decoding/test_batch.py",
     "benchmarking/test_benchmark.py",
     "convert/test_train_gains.py",
     "baselines/test_reading.py",
     "package/test_docs.py",
+    "evaluation/test_tasks.py",
     "decoding/test_engine.py",
     "decoding/test_generator.py",
     "pareto/test_pareto.py",

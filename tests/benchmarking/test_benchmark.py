@@ -89,10 +89,14 @@ def decode(run, bits):
     return run.run(model_thresholds(run.model, targets, jnp.full(1, bits)))
 
 
+@pytest.fixture(scope="module")
+def long_run(tiny_model):
+    return measure.DecodeRun(tiny_model, context=16, tokens=64)
+
+
 @pytest.mark.parametrize("bits", [2.0, 3.0, 8.0])
-def test_a_settled_run_reads_the_requested_bits(tiny_model, bits):
-    run = measure.DecodeRun(tiny_model, context=16, tokens=64)
-    figures = run.figures(run.run(run.settle(random_model.TARGETS, bits)))
+def test_a_settled_run_reads_the_requested_bits(long_run, bits):
+    figures = long_run.figures(long_run.run(long_run.settle(random_model.TARGETS, bits)))
     assert figures["realised_bits"] == pytest.approx(bits, abs=0.03)
     weights = sum(k * n for k, n in linear_shapes(TINY).values())
     assert figures["bytes_per_token"] > weights * figures["realised_bits"] / 8

@@ -68,6 +68,7 @@ def test_problems_are_read_and_bad_records_named(problem_file):
         read_problems(problem_file)
 
 
+@pytest.mark.slow
 def test_answers_do_not_depend_on_the_batch(bundled, problem_file, monkeypatch):
     problems = read_problems(problem_file)
     steps = []

@@ -55,7 +55,13 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", [README, ROOT / "docs/integration.md"], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(README, id="README"),
+        pytest.param(ROOT / "docs/integration.md", id="integration", marks=pytest.mark.slow),
+    ],
+)
 def test_python_blocks_run(page):
     code = blocks(page, "python")
     assert code, f"{page.name} has no block of Python"
