@@ -66,8 +66,8 @@ def _register_with_free_fields(cls, *args, **kwargs):
 
 jax.tree_util.register_dataclass = _register_with_free_fields
 
-# The hook would check a function within a function, too. Preparing the checks takes a millisecond, at each call of
-# the outer function.
+# The hook would check a function within a function, too. Preparing its checks takes a millisecond at each
+# call of the outer function.
 _jaxtyped = jaxtyping.jaxtyped
 
 
