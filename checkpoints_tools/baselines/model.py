@@ -1,4 +1,4 @@
-"""Quantizes a model with a baseline, one layer after another."""
+"""Quantizes a model with RTN, GPTQ or AWQ, layer by layer."""
 
 import dataclasses
 import json
@@ -57,7 +57,7 @@ class Moments(NamedTuple):
 
 
 class _MomentsOfInputs(Dense):
-    """An ``apply`` strategy that collects the moments of the inputs, by projection."""
+    """An apply strategy that runs every layer at full precision and collects the moments of its inputs."""
 
     def __init__(self):
         self.moments: dict[str, Moments] = {}
@@ -102,11 +102,12 @@ def quantize(
     tensors = {}
 
     def add(key: str, value: np.ndarray) -> None:
+        """Adds the Hugging Face tensors that a parameter is made of."""
         rows = value.T if params.is_kernel(key) else value
-        pieces = params.sources(source.config)[key]
-        ends = np.cumsum([piece.shape[0] for piece in pieces])[:-1]
-        for piece, tensor in zip(pieces, np.split(rows, ends), strict=True):
-            tensors[piece.name] = np.ascontiguousarray(tensor)
+        specs = params.sources(source.config)[key]
+        ends = np.cumsum([spec.shape[0] for spec in specs])[:-1]
+        for spec, tensor in zip(specs, np.split(rows, ends), strict=True):
+            tensors[spec.name] = np.ascontiguousarray(tensor)
 
     embedding = source.read("embed.embedding")
     hidden = embedding[windows].astype(np.float32)

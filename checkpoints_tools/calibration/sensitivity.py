@@ -10,9 +10,10 @@ One forward pass keeps the hidden states between the layers, and one backward pa
 projection needs no backward pass. Each of its outputs needs a reliable sensitivity, so it gets more tokens.
 
 Memory holds one layer, and the states of a few thousand tokens. In float32, as on a CPU, Qwen3-8B needs about
-5 GiB: 2.3 GiB of states (36 layers x ``TOKENS`` x 4096 x 4 bytes) and 2.4 GiB for a layer and its backward
-pass, the process included (measured with two layers of its shape and one window). The vocabulary passes in
-ranges.
+5 GiB: 2.3 GiB of states (36 layers x ``TOKENS`` x 4096 x 4 bytes), and 2.4 GiB for the process with a layer
+  and
+its backward pass (measured with two layers of its shape and one window). The output projection is read in
+ranges of the vocabulary.
 """
 
 from collections.abc import Callable
@@ -127,7 +128,7 @@ def _head_variances(
 ) -> Float[np.ndarray, "v"]:
     """Returns ``E[g_n**2]`` at the logits: the mean of ``p (1 - p)``, exact over all tokens.
 
-    The vocabulary passes twice: once for each prediction's log-normaliser, once for the sum.
+    Reads the vocabulary twice: for the log-normaliser of each prediction, and for the sums.
     """
     scored = hidden[:, first_scored_position(hidden.shape[1]) :]
     normaliser = np.full(scored.shape[:2], -np.inf, np.float32)
@@ -144,7 +145,7 @@ def _head_variances(
 def _head_gradients(
     source: HFCheckpoint, norm: RMSNorm, hidden: Float[np.ndarray, "s t d"]
 ) -> Float[np.ndarray, "s t d"]:
-    """Returns gradients, behind the last layer, of the log-likelihood of a token sampled at each position."""
+    """Returns gradients, at the outputs of the last layer, of the log-likelihood of a sampled token."""
     rows = jnp.asarray(hidden.reshape(-1, hidden.shape[2]))
     normed, pull_back = jax.vjp(norm, rows)
     # Log-normaliser of each prediction, and a token sampled from it: the largest logit plus Gumbel noise.
@@ -204,7 +205,7 @@ def _add_gradient(
     start: Int[Array, ""],
     gradient: Float[Array, "t d"],
 ) -> Float[Array, "t d"]:
-    """Adds the share of a range of the vocabulary to the gradient at the inputs of the logits."""
+    """Adds the part of the gradient at the normed hidden states that comes from a range of the vocabulary."""
     probabilities = jnp.exp(logits(normed, w) - normaliser[:, None])
     change = (token[:, None] == start + jnp.arange(w.shape[1])) - probabilities
     return gradient + jnp.matmul(change, w.T.astype(jnp.float32))

@@ -15,10 +15,10 @@ from grinqh_jax.model.linear import Linear
 
 
 def first_scored_position(length: int) -> int:
-    """Returns the first position of a window of ``length`` tokens that is counted; there is always one.
+    """Returns the first position of a window of ``length`` tokens that is counted; at least one is.
 
-    The positions before it occur in every window here but hardly ever in decoding (``SKIPPED_POSITIONS``).
-    They do count for the range of activations.
+    The positions before it begin every window, but hardly ever occur in decoding (``SKIPPED_POSITIONS``).
+    They count only for the range of activations.
     """
     return min(SKIPPED_POSITIONS, length - 1)
 
@@ -47,7 +47,8 @@ class LinearStatistics:
 
     @property
     def finite(self) -> bool:
-        """Whether all scored activations are finite. (XLA's maximum on a CPU loses NaN.)"""
+        """Whether all scored activations are finite."""
+        # Not from the maximum, because XLA's maximum on a CPU drops NaN.
         return not self.counts[histogram.FINITE_BINS :].any()
 
 
@@ -89,11 +90,11 @@ def _observe_normed(norm: RMSNorm, x: jax.Array):
 
 
 def through_layer(layer: DecoderLayer, hidden: Float[np.ndarray, "s t d"]) -> dict[str, LinearStatistics]:
-    """Runs windows through a dense layer, one at a time, and observes the inputs of its projections.
+    """Runs windows through a dense layer, one by one, and observes the inputs of its projections.
 
     Args:
       layer: Decoder layer with dense projections.
-      hidden: Hidden states before the layer, in host memory; overwritten with the states behind it.
+      hidden: Hidden states before the layer, in host memory; overwritten by the states after the layer.
 
     Returns:
       Statistics of each projection, by name.
@@ -112,7 +113,7 @@ def of_head(norm: RMSNorm, hidden: Float[np.ndarray, "s t d"]) -> LinearStatisti
 
     Args:
       norm: Norm before the output projection.
-      hidden: Hidden states behind the last layer.
+      hidden: Hidden states after the last layer.
     """
     statistics = LinearStatistics.empty()
     for window in hidden:

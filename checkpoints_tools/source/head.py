@@ -1,4 +1,4 @@
-"""A source checkpoint's output projection, one range of the vocabulary at a time."""
+"""Reads a source checkpoint's output projection in ranges of the vocabulary."""
 
 from collections.abc import Iterator
 
@@ -14,9 +14,9 @@ from grinqh_jax.model.apply import HEAD
 def vocabulary(source: HFCheckpoint, rows: int) -> Iterator[tuple[int, Float[Array, "d n"]]]:
     """Yields the output projection in ranges: the first token of each, and its kernel.
 
-    Neither a kernel nor the logits of ``rows`` tokens in it have more than ``VALUES_IN_MEMORY`` values. The
-    caller must wait for the results of one range before it asks for the next; otherwise many ranges are in
-    memory at once.
+    Neither the kernel of a range nor the logits of ``rows`` tokens have more than ``VALUES_IN_MEMORY``
+    values. The caller must wait for the results of one range before it asks for the next; otherwise many
+    ranges are in memory at once.
 
     Args:
       source: Checkpoint.
@@ -30,11 +30,11 @@ def vocabulary(source: HFCheckpoint, rows: int) -> Iterator[tuple[int, Float[Arr
 
 @jax.jit
 def logits(normed: Float[Array, "t d"], w: Float[Array, "d n"]) -> Float[Array, "t n"]:
-    """Returns the float32 logits of hidden states behind the last norm."""
+    """Returns the float32 logits of hidden states after the final norm."""
     return jnp.matmul(normed, w.astype(normed.dtype), preferred_element_type=jnp.float32)
 
 
 @jax.jit
 def with_logits(normaliser: Float[Array, "t"], more: Float[Array, "t n"]) -> Float[Array, "t"]:
-    """Adds logits to the log of the sum that a softmax divides by; start from -inf."""
+    """Updates a softmax's log-normaliser, ``log(sum(exp(logits)))``, with more logits. It starts at -inf."""
     return jnp.logaddexp(normaliser, jax.nn.logsumexp(more, axis=-1))
