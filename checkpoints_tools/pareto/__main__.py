@@ -69,29 +69,13 @@ def pareto(args: argparse.Namespace) -> int:
     )
     if args.dtype == "float32":  # By default a GPU multiplies float32 in fewer bits.
         jax.config.update("jax_default_matmul_precision", "highest")
-    series = _series(args, context)
-    texts = [
-        TextFile(path=path, tokens=args.tokens, sequence_length=args.sequence_length) for path in args.data
-    ]
-    tasks = [
-        ProblemFile(path=path, limit=args.limit, max_tokens=args.max_tokens, batch=args.batch)
-        for path in args.tasks
-    ]
-    measurements = Measurements(context, context.work / "rows")
     path = args.json or context.work / "pareto.json"
-    results = _circumstances(args, source.directory.name, timing)
-    for curve in series:
-        curve.groups()  # Makes the checkpoints, or raises, before anything is measured.
-    by_data: list[list[Row]] = []
-    all_data: list[TextFile | ProblemFile] = [*texts, *tasks]
-    for data in all_data:
-        by_data.append([])
-        for curve in series:
-            by_data[-1] += _rows(measurements, curve, data, timing)
-            results |= _findings(by_data, args.sweep)
-            # Written after each curve, so that an interrupted sweep keeps its results.
-            path.write_text(json.dumps(results, indent=1) + "\n")
-        print(table.markdown([row for row in by_data[-1] if row["shown"]]), flush=True)
+    facts = _circumstances(args, source.directory.name, timing)
+    results: dict[str, Any] = {}
+    for findings in _measure(args, context, timing):
+        results = facts | findings
+        # Written after each curve, so that an interrupted sweep keeps its results.
+        path.write_text(json.dumps(results, indent=1) + "\n")
     print(f"results: {path}")
     code = _verdict(results["sweep"])
     if not args.no_figure:
@@ -99,6 +83,39 @@ def pareto(args: argparse.Namespace) -> int:
         figure.draw(results, picture)
         print(f"figure: {picture}")
     return code
+
+
+def _measure(
+    args: argparse.Namespace, context: SweepContext, timing: Timing | None
+) -> Iterator[dict[str, Any]]:
+    """Measures all curves on all texts and problems, and prints a table for each of these.
+
+    Yields:
+      The findings so far (see ``_findings``), after each curve.
+    """
+    series = _series(args, context)
+    for curve in series:
+        curve.groups()  # Makes the checkpoints, or raises, before anything is measured.
+    measurements = Measurements(context, context.work / "rows")
+    by_data: list[list[Row]] = []
+    for data in _data(args):
+        by_data.append([])
+        for curve in series:
+            by_data[-1] += _rows(measurements, curve, data, timing)
+            yield _findings(by_data, args.sweep)
+        print(table.markdown([row for row in by_data[-1] if row["shown"]]), flush=True)
+
+
+def _data(args: argparse.Namespace) -> list[TextFile | ProblemFile]:
+    """Returns the texts and the problems that the flags name."""
+    texts = [
+        TextFile(path=path, tokens=args.tokens, sequence_length=args.sequence_length) for path in args.data
+    ]
+    problems = [
+        ProblemFile(path=path, limit=args.limit, max_tokens=args.max_tokens, batch=args.batch)
+        for path in args.tasks
+    ]
+    return [*texts, *problems]
 
 
 def _circumstances(args: argparse.Namespace, model: str, timing: Timing | None) -> dict[str, Any]:

@@ -28,6 +28,16 @@ above."""
 
 _BITS, _TIME = "bits_read", "kernel_us"
 _X = {_BITS: "bits read per weight", _TIME: "kernel time, µs"}
+_NAMES = {
+    "perplexity": "perplexity",
+    "kl": "KL divergence to full precision, nats",
+    "accuracy": "accuracy",
+}
+"""Label of the vertical axis, by key of a row."""
+
+_ERRORS = {"perplexity": "difference_stderr", "kl": "kl_stderr", "accuracy": "stderr"}
+"""Key of the standard error, by key of the value."""
+
 _NOTE = (
     "Bits of all linear layers, scales and zero points included, without the output projection where it is "
     "read whole: in 16 bits by RTN, GPTQ and AWQ, and by 'GRINQH, whole head'. Error bars: one standard "
@@ -123,30 +133,24 @@ def _panels(rows: Sequence[Row], timed: bool) -> list[list[tuple[str, str, str] 
 
 def _draw_panel(axes, rows: Sequence[Row], x: str, value: str) -> None:
     """Draws one panel: a line for each series, and full precision as a horizontal line."""
-    names = {
-        "perplexity": "perplexity",
-        "kl": "KL divergence to full precision, nats",
-        "accuracy": "accuracy",
-    }
-    errors = {"perplexity": "difference_stderr", "kl": "kl_stderr", "accuracy": "stderr"}
-    whole = next((row for row in rows if row["method"] == UNQUANTIZED), {})
-    full = whole.get(value)
+    full = next((row for row in rows if row["method"] == UNQUANTIZED), {})
     labels = list(dict.fromkeys(row["label"] for row in rows if row["method"] == GRINQH))
     rows = [row for row in rows if row["method"] != UNQUANTIZED and row.get(x) is not None]
-    if value != "accuracy":
-        axes.set_yscale("log")
     top = _top(rows) if value == "perplexity" else math.inf
-    beyond: list[tuple[float, str, str]] = []
+    off_chart: list[tuple[float, str, str]] = []
+    _set_axes(axes, value)
     for label in dict.fromkeys(row["label"] for row in rows):
         points = sorted((row for row in rows if row["label"] == label), key=lambda row: row[x])
         method = points[0]["method"]
-        graded, first = method == GRINQH, label in labels[:1]
-        colour, marker = (_GRINQH_COLOURS[labels.index(label) % 4], "o") if graded else _STYLES[method]
-        seen = [row for row in points if row[value] <= top]
+        colour, marker = (
+            (_GRINQH_COLOURS[labels.index(label) % 4], "o") if method == GRINQH else _STYLES[method]
+        )
+        shown = [row for row in points if row[value] <= top]
+        first = label in labels[:1]
         axes.errorbar(
-            [row[x] for row in seen],
-            [row[value] for row in seen],
-            yerr=[row[errors[value]] or 0 for row in seen],
+            [row[x] for row in shown],
+            [row[value] for row in shown],
+            yerr=[row[_ERRORS[value]] or 0 for row in shown],
             color=colour,
             marker=marker,
             markersize=6 if first else 5,
@@ -156,15 +160,22 @@ def _draw_panel(axes, rows: Sequence[Row], x: str, value: str) -> None:
             label=label,
             zorder=5 if first else 3,
         )
-        beyond += [(row[x], f"{label} {row[value]:,.0f} ↑", colour) for row in points if row[value] > top]
-    _annotate(axes, beyond)
-    if full is not None and value != "kl":
-        axes.axhline(full, color=_FULL, linewidth=1, linestyle=(0, (5, 3)), label="full precision (16 bits)")
-        if whole.get("kernel_us") and x == _TIME:
-            axes.plot(whole[x], full, color=_FULL, marker="*", markersize=10, clip_on=False, zorder=6)
+        off_chart += [(row[x], f"{label} {row[value]:,.0f} ↑", colour) for row in points if row[value] > top]
+    _annotate(axes, off_chart)
+    if full.get(value) is not None and value != "kl":
+        label = "full precision (16 bits)"
+        axes.axhline(full[value], color=_FULL, linewidth=1, linestyle=(0, (5, 3)), label=label)
+        if full.get("kernel_us") and x == _TIME:
+            axes.plot(full[x], full[value], color=_FULL, marker="*", markersize=10, clip_on=False, zorder=6)
     if value == "perplexity":
-        axes.set_ylim(0.99 * min(row[value] for row in (whole, *rows) if row), top)
-    axes.set_ylabel(names[value])
+        axes.set_ylim(0.99 * min(row[value] for row in (full, *rows) if row), top)
+
+
+def _set_axes(axes, value: str) -> None:
+    """Sets scale, label, ticks and grid of a panel's axes."""
+    if value != "accuracy":
+        axes.set_yscale("log")
+    axes.set_ylabel(_NAMES[value])
     axes.grid(True, which="both", axis="y", color="#e6e6e6", linewidth=0.6)
     axes.grid(True, axis="x", color="#f0f0f0", linewidth=0.6)
     axes.set_axisbelow(True)
