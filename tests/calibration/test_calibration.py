@@ -216,6 +216,6 @@ def test_the_allocation_beats_its_neighbours_on_a_real_product():
         for stretch in (0.6, 1.6):
             shape = np.log(threshold_ratios(errors))
             moved_errors = np.exp(-2 * stretch * (shape - shape[0]))
-            steps = np.append(moved_errors, 0)  # Errors whose thresholds have this shape.
+            steps = np.append(moved_errors, 0)  # Errors that give thresholds of this shape.
             moved = threshold_table(counts, np.append(np.cumsum(steps[::-1])[::-1], 0)[:5], (target,))[0]
             assert output_error(thresholds) < output_error(moved)

@@ -59,8 +59,8 @@ def test_killed_writers_leave_nothing_that_loads_and_the_next_one_resumes(tmp_pa
     assert whole.returncode == 0, whole.stderr
     operations = int(whole.stdout)
     path = tmp_path / "killed"
-    # In turn, each going on where the last one stopped: while parts are written, while they are merged,
-    # while the checkpoint is moved into place.
+    # Each writer resumes after the one before it. They are killed while parts are written, while parts are
+    # merged, and while the checkpoint is moved into place.
     for share in (0.15, 0.45, 0.3, 0.5, 0.6):
         killed = run_writer(path, kill_at=int(share * operations))
         assert killed.returncode == -signal.SIGKILL, killed.stderr

@@ -61,7 +61,7 @@ def test_functions_take_the_arguments_that_we_pass(ocp, function, positional, ke
     ],
 )
 def test_a_context_has_the_options_that_we_set(ocp, option):
-    # Setting an attribute that does not exist would not fail, so its presence is what counts.
+    # Setting an attribute that does not exist would not fail, so this checks that it exists.
     found = ocp.Context()
     for name in option.split("."):
         assert hasattr(found, name), moved(f"Context has no option {option}")

@@ -26,7 +26,7 @@ def bundled():
 def test_realised_bits_are_those_asked_for_on_unseen_text(bundled, text):
     tokens = Tokenizer.load(BUNDLED_MODEL).encode(UNSEEN[text].read_text(encoding="utf-8"))[:TOKENS]
     targets = bundled.quantization.targets
-    # Windows, because the dial learns from one what counts in the next.
+    # Several windows, because the dial corrects its setting from window to window.
     results = measure(bundled.model, targets, np.array(tokens), [2.0, 3.0, 4.0], sequence_length=TOKENS // 5)
     for result in results:
         assert abs(result.realised_bits - result.bits) < 0.1

@@ -44,7 +44,7 @@ def test_the_step_matches_damped_least_squares_in_numpy():
         np.concatenate([np.float64(window[i])[SKIPPED:] for window in windows]) for i in range(3)
     )
     z = np.where(np.abs(z) >= 0.5, z, 0)
-    # States both conditions and the damping as rows of one plain least-squares problem.
+    # The oracle: both conditions and the damping are rows of one least-squares problem.
     a = z.T @ z + FULL_PRECISION_WEIGHT * x.T @ x
     damping = np.sqrt(DAMPING * np.trace(a) / 24) * np.eye(24)
     weight = np.sqrt(FULL_PRECISION_WEIGHT)

@@ -54,5 +54,5 @@ def test_the_preview_does_not_depend_on_where_reading_starts(monkeypatch):
         assert 0 <= latest < length
         for start in {0, latest // 3, latest // 2, latest - 1, latest} - {-1}:
             assert previewed(length, start) == previewed(length, 0), (length, start)
-        if length > PREVIEW_TOKENS + SKIPPED_POSITIONS:  # and a token later it does
+        if length > PREVIEW_TOKENS + SKIPPED_POSITIONS:  # A later start changes the preview.
             assert previewed(length, latest + 1) != previewed(length, 0)

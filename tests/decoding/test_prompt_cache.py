@@ -72,7 +72,7 @@ def test_a_conversation_has_the_same_text(talker, tokens_read, temperature):
     with_cache = conversation(talker, lengths, PromptCache(), temperature=temperature)
     assert texts(with_cache) == texts(without)
     assert len({tuple(text) for text in texts(without)}) == 4
-    # A prefix of the prompt before, and never the tokens of the preview.
+    # A prefix of the previous prompt is reused, without the tokens of the preview.
     reused = [generation.statistics().reused_prompt_tokens for generation in with_cache]
     assert reused == [0, 95 - PREVIEW_TOKENS, 95, 220 - PREVIEW_TOKENS]
     assert tokens_read == [70, PREVIEW_TOKENS, 100, PREVIEW_TOKENS]
@@ -158,7 +158,7 @@ def test_the_cache_is_usable_after_an_interrupted_answer(talker):
     assert following.statistics().reused_prompt_tokens == len(prompt) - PREVIEW_TOKENS
     with pytest.raises(UsageError, match="was passed to a later one"):
         list(pieces)
-    again = generated(talker, prompt, cache)  # which the late iterator has not spoiled
+    again = generated(talker, prompt, cache)  # The late iterator has not changed the cache.
     assert again.tokens == following.tokens
     assert again.statistics().reused_prompt_tokens == len(prompt) - PREVIEW_TOKENS
 

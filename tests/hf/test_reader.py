@@ -101,7 +101,7 @@ def test_a_tied_model_with_another_head_is_untied(tmp_path):
     hf_config, state = ties()["other head"]
     with pytest.warns(GrinqhWarning, match="both are used"):
         checkpoint = open_checkpoint(hf_directories.write(tmp_path, hf_config, state))
-    assert checkpoint.hf_config["tie_word_embeddings"] is False  # a converted checkpoint says so too
+    assert checkpoint.hf_config["tie_word_embeddings"] is False  # The converter copies it.
     assert not checkpoint.config.tie_word_embeddings
     np.testing.assert_array_equal(checkpoint.read("lm_head.kernel"), state["lm_head.weight"].T)
     np.testing.assert_array_equal(checkpoint.read("embed.embedding"), state[EMBEDDING])

@@ -116,7 +116,7 @@ def test_quoted_messages_are_in_the_code():
         for package in ("grinqh_jax", "checkpoints_tools", "pallas_kernels")
         for path in sorted((ROOT / package).rglob("*.py"))
     )
-    source = re.sub(r'"\s*\n\s*f?"', "", source)  # adjacent literals are one message
+    source = re.sub(r'"\s*\n\s*f?"', "", source)  # Joins adjacent string literals.
     rows = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs/troubleshooting.md").read_text(), re.M)
     assert len(rows) > 20
     assert [message for message in rows if message not in source] == []

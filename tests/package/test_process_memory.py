@@ -26,7 +26,7 @@ def test_the_peak_remembers_memory_that_was_released():
 
 
 def test_the_peak_of_a_child_does_not_include_its_parent():
-    # The parent of the measured process is a process that holds 1 GiB when it starts it.
+    # The parent of the measured process holds 1 GiB when it starts the process.
     measured = "from grinqh_jax.memory import peak_host_memory; print(peak_host_memory())"
     parent = (
         "import subprocess, sys\n"

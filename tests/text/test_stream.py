@@ -56,8 +56,8 @@ TOKENIZERS = {build.__name__: build() for build in (byte_level, byte_fallback, m
 def test_the_pieces_are_the_text_of_decode(name, data):
     tokenizer = TOKENIZERS[name]
     size = tokenizer.get_vocab_size()
-    # Ids beyond the vocabulary happen too: models pad their embedding. Half of the ids are the interesting
-    # ones at the end, because most of the vocabulary is single bytes.
+    # Some ids are beyond the vocabulary, because models pad their embedding. Most of the vocabulary is single
+    # bytes, so half of the ids are drawn from its end, where the other tokens are.
     ids = st.one_of(st.integers(0, size + 3), st.integers(max(0, size - 20), size + 3))
     tokens = data.draw(st.lists(ids, max_size=40))
     stream = TextStream(tokenizer)

@@ -43,7 +43,7 @@ def test_same_chat_as_transformers(chat_directory):
     )
     assert ours.has_chat_template
     assert ours.chat(MESSAGES) == expected
-    # spelled out: one token per byte, turns as special tokens
+    # The tokenizer has one token for each byte, and special tokens for the turns.
     assert ours.decode(ours.chat(MESSAGES)) == "system: Be brief.\nuser: Grüße 🎉\nassistant:"
     assert ours.chat(MESSAGES).count(1) == 3
 
@@ -73,7 +73,7 @@ def test_stream_gives_whole_characters_and_all_of_them(graded_directory):
 
 
 def test_missing_and_damaged_tokenizers_are_refused(tmp_path):
-    # transformers makes up a tokenizer for it that knows no letter
+    # For this directory transformers returns an empty tokenizer.
     (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
     with pytest.raises(CheckpointError, match=r"has no tokenizer \(tokenizer\.json, "):
         Tokenizer.load(tmp_path)

@@ -35,7 +35,7 @@ def test_agrees_with_xla(monkeypatch, name, lengths):
         return outputs.array, cache
 
     def run():
-        # A new function, because the patched `supports` below must be asked again.
+        # A new function is traced again, and calls the `supports` that is patched below.
         results = jax.jit(lambda *args: step(*args))(qkv, norms, positions, cache)
         return jax.tree.map(lambda a: np.asarray(a, np.float32), results)
 

@@ -54,7 +54,7 @@ def test_lowers_for(gpu, shape, rows, max_bits, dtype):
         lowered = jax.jit(graded_matvec).trace(*arguments).lower(lowering_platforms=("cuda",))
     text = lowered.as_text()
     assert "mosaic_gpu" in text
-    assert "tensor<i8>" not in text  # A copy of the planes in another type would show.
+    assert "tensor<i8>" not in text  # No copy of the planes in another type.
 
 
 @needs_mosaic

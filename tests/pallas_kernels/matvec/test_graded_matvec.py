@@ -225,7 +225,7 @@ def test_levels_count_reached_thresholds():
     ],
 )
 def test_refuses_wrong_arguments_by_name(x, thresholds, messages):
-    # Unwrapped, it skips the tests' run-time check of annotations, as for users.
+    # Users have no run-time check of annotations, so it is removed from the function.
     with pytest.raises(ValueError, match=r".*; ".join(messages)):
         inspect.unwrap(api.graded_matvec)(x, WEIGHT, thresholds.astype(np.float32))
 
