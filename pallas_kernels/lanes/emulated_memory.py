@@ -5,6 +5,10 @@ import numpy as np
 from pallas_kernels.lanes.instructions import LANES
 
 
+BYTES = -2
+"""Writer of a word whose bytes have been stored one by one."""
+
+
 class EmulationError(Exception):
     """Raised if a lane program does something that a GPU forbids or leaves undefined."""
 
@@ -35,6 +39,9 @@ class SharedMemory:
         self.read_time = np.zeros((2, words), np.int64)
         self.block_time = np.zeros(blocks, np.int64)
         self.warp_time = np.zeros(blocks * threads // LANES, np.int64)
+        # Last writer of each byte, in words whose writer is ``BYTES``; allocated by the first byte store.
+        self.byte_writer = np.zeros((0, 4), np.int64)
+        self.byte_time = np.zeros((2, 0, 4), np.int64)
 
     def words(self, thread, address, count, access):
         """Returns the word indices ``[len(thread), count]`` of each thread's access."""
@@ -53,6 +60,16 @@ class SharedMemory:
         if ((other >= 0) & (other != thread) & (last == now)).any():
             raise EmulationError(f"race in shared memory: {access} another thread's access without a barrier")
 
+    def _check_writers(self, thread, word, access):
+        """Refuses an access to words that other threads wrote without a barrier since."""
+        writer = self.writer[word]
+        self._check(thread, word, writer, self.write_time[:, word], access)
+        split = writer == BYTES
+        if split.any():
+            thread, word = thread[split], word[split]
+            for i in range(4):
+                self._check(thread, word, self.byte_writer[word, i], self.byte_time[:, word, i], access)
+
     def now(self, thread):
         """Returns ``[2, n]``: the CTA barriers and the warp barriers that each thread has passed."""
         return np.stack([self.block_time[thread // self.threads], self.warp_time[thread // LANES]])
@@ -61,18 +78,19 @@ class SharedMemory:
         """Loads ``count`` words for each thread."""
         word = self.words(thread, address, count, "load")
         thread = np.broadcast_to(thread[:, None], word.shape)
-        if (self.writer[word] < 0).any():
+        writer = self.writer[word]
+        if (writer == -1).any() or (self.byte_writer[word[writer == BYTES]] < 0).any():
             raise EmulationError(
                 "load of shared memory that nothing has written, or that a copy is still writing"
             )
-        self._check(thread, word, self.writer[word], self.write_time[:, word], "load after")
+        self._check_writers(thread, word, "load after")
         self.reader[word] = thread
         self.read_time[:, word] = self.now(thread)
         return self.data[word]
 
     def touch(self, thread, word):
         """Records that ``thread`` writes ``word`` (both ``[n, count]``) and checks for races."""
-        self._check(thread, word, self.writer[word], self.write_time[:, word], "store after")
+        self._check_writers(thread, word, "store after")
         self._check(thread, word, self.reader[word], self.read_time[:, word], "store after")
         if np.unique(word).size != word.size:
             raise EmulationError("race in shared memory: two threads store to one word")
@@ -84,6 +102,27 @@ class SharedMemory:
         word = self.words(thread, address, values.shape[1], "store")
         self.touch(np.broadcast_to(thread[:, None], word.shape), word)
         self.data[word] = values
+
+    def write_bytes(self, thread, address, values):
+        """Stores one byte for each thread. Threads may store to different bytes of a word without a barrier."""
+        if (address < 0).any() or (address >= self.size).any():
+            raise EmulationError(f"store outside of the {self.size} bytes of shared memory")
+        if not len(self.byte_writer):
+            self.byte_writer = np.full((len(self.data), 4), -1)
+            self.byte_time = np.zeros((2, len(self.data), 4), np.int64)
+        word, byte = np.divmod(thread // self.threads * self.size + address, 4)
+        whole = np.unique(word[self.writer[word] != BYTES])  # All four bytes have the writer of the word.
+        self.byte_writer[whole] = self.writer[whole, None]
+        self.byte_time[:, whole] = self.write_time[:, whole, None]
+        self.writer[whole] = BYTES
+        last = self.byte_writer[word, byte], self.byte_time[:, word, byte]
+        self._check(thread, word, *last, "store after")
+        self._check(thread, word, self.reader[word], self.read_time[:, word], "store after")
+        if np.unique(4 * word + byte).size != word.size:
+            raise EmulationError("race in shared memory: two threads store to one byte")
+        self.byte_writer[word, byte] = thread
+        self.byte_time[:, word, byte] = self.now(thread)
+        self.data.view(np.uint8)[4 * word + byte] = values
 
     def expect(self, thread, word):
         """Records that an asynchronous copy into ``word [n, count]`` has started: nothing may read it yet."""

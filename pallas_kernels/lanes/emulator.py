@@ -239,6 +239,21 @@ class NumpyInstructions(Instructions):
             words = np.stack([v.data.view(np.uint32) for v in values], 1)[active]
             self.shared.write(active, address.data[active].astype(np.int64), words)
 
+    def store_shared_byte(self, address, value, where=None):
+        active = np.flatnonzero(self._mask if where is None else self._mask & where.data)
+        if active.size:
+            bytes_ = value.data.view(np.uint8).reshape(-1, 4)[active, 0]
+            self.shared.write_bytes(active, address.data[active].astype(np.int64), bytes_)
+
+    def load_matrices_transposed(self, address):
+        rows = np.zeros((self.total, 4), np.uint32)
+        threads = (self._warps("load_matrices_transposed")[:, None] * LANES + np.arange(LANES)).reshape(-1)
+        rows[threads] = self.shared.read(threads, address.data[threads].astype(np.int64), 4)
+        matrices = rows.view(np.uint16).reshape(-1, 4, 8, 8)  # [warp, matrix, row, element]
+        # Element [matrix, 2 column + half, row] goes to register `matrix` of lane 4 row + column.
+        pairs = matrices.reshape(-1, 4, 4, 2, 8).transpose(1, 0, 4, 2, 3)
+        return [LaneValue(np.ascontiguousarray(m).view(np.int32).reshape(-1), "i32") for m in pairs]
+
     def copy_async(self, shared, source, *, evict_first=False):
         active = self._active()
         if not active.size:

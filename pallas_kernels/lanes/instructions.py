@@ -230,6 +230,19 @@ class Instructions(abc.ABC):
         """Stores 1, 2 or 4 consecutive 32-bit words if ``where`` holds."""
 
     @abc.abstractmethod
+    def store_shared_byte(self, address: Value, value: Value, where: Value | None = None) -> None:
+        """Stores the low 8 bits of ``value`` if ``where`` holds. Lanes may store to bytes of the same word."""
+
+    @abc.abstractmethod
+    def load_matrices_transposed(self, address: Value) -> list[Value]:
+        """Loads four 8 x 8 matrices of 16-bit elements, transposed (PTX ``ldmatrix.x4.trans``).
+
+        The address of lane ``8 m + r`` is that of the 16 bytes of row ``r`` of matrix ``m``, a multiple of
+        16. Register ``m`` of lane ``4 row + column`` receives the elements ``[2 column, row]`` (low half) and
+        ``[2 column + 1, row]`` (high half) of matrix ``m``.
+        """
+
+    @abc.abstractmethod
     def copy_async(self, shared: Value, source: Value, *, evict_first: bool = False) -> None:
         """Starts copying 16 bytes from global to shared memory (``cp.async.cg``, which bypasses the L1).
 

@@ -222,6 +222,15 @@ class PtxInstructions(Instructions):
         else:
             _assemble(f"@${len(values) + 1} {template}", [address, *values, where], effects=True)
 
+    def store_shared_byte(self, address, value, where=None):
+        # The register is wider than the store, which PTX allows: the store takes the low bits.
+        predicate, condition = ("", []) if where is None else ("@$2 ", [where])
+        _assemble(f"{predicate}st.shared.u8 [$0], $1;", [address, value, *condition], effects=True)
+
+    def load_matrices_transposed(self, address):
+        template = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0,$1,$2,$3}, [$4];"
+        return _assemble(template, [address], ("i32",) * 4, warp=True)
+
     def copy_async(self, shared, source, *, evict_first=False):
         hint, policy, operand = _cache_policy(evict_first, 2)
         if evict_first:

@@ -5,8 +5,8 @@ import numpy as np
 from pallas_kernels import Activations, NestedWeight
 from pallas_kernels.lanes.emulator import NumpyInstructions
 from pallas_kernels.matvec.mosaic_gpu import Config
-from pallas_kernels.matvec.mosaic_gpu.kernel import geometry_of
-from pallas_kernels.matvec.mosaic_gpu.program import Refs, graded_matvec_program
+from pallas_kernels.matvec.mosaic_gpu.kernel import geometry_of, run_program
+from pallas_kernels.matvec.mosaic_gpu.program import Refs
 
 
 def emulate(
@@ -27,7 +27,7 @@ def emulate(
     stats = np.full((geometry.rows, 2), unwritten)
     arrays = [np.array(a) for a in (x, thresholds, squares, gains, weight.planes, weight.scales)]
     refs = Refs(*(isa.array(a) for a in (*arrays, partials, stats)), shared=None)
-    graded_matvec_program(isa, geometry, refs)
+    run_program(isa, geometry, refs)
     isa.finish()
     assert not (partials == unwritten).any()
     assert not (stats == unwritten).any()

@@ -69,7 +69,7 @@ def store_stats(
     isa.block_barrier()
     with isa.when(thread.equals(0)):
         level_sum, largest = isa.constant(0), isa.constant(0)
-        for warp in range(g.config.warps):
+        for warp in range(g.warps):
             warp_sum, warp_largest = isa.load_shared(shared + 8 * warp, 2)
             level_sum, largest = level_sum + warp_sum, isa.maximum(largest, warp_largest)
         bits = isa.int_to_float(level_sum) * (layout.DIGIT_BITS / g.in_features)

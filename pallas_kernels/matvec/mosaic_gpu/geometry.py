@@ -35,9 +35,35 @@ SHARED_BYTES_LIMIT = 99 * 1024
 """Bytes of shared memory that one CTA can have on every supported architecture; sm_89 has the fewest."""
 
 
+MAX_SHARED_LIST_ROWS = 16
+"""Largest number of activation rows in a launch whose CTAs share one list."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SharedList:
+    """Tuning of ``shared_list.program``. It does not change the result.
+
+    Attributes:
+      ring_slots: Number of steps that the ring of a CTA holds: 4, 8 or 16. One less is in flight.
+      step_entries: Number of plane rows in a step, 32 or 64. A barrier of the CTA starts each step. Every
+        section of channels is padded to whole steps.
+    """
+
+    ring_slots: int = 8
+    step_entries: int = 32
+
+    def __post_init__(self):
+        for name, allowed in (("ring_slots", (4, 8, 16)), ("step_entries", (32, 64))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"SharedList.{name} must be one of {allowed}, not {getattr(self, name)!r}")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Tuning of a launch. It affects the result only through the order of float32 sums.
+
+    Launches with equal ``warpgroups`` and ``warps_per_group`` give a row the same bits, however many other
+    rows there are, with and without ``shared_list``.
 
     Attributes:
       warpgroups: Number of warpgroups (4 warps) in a CTA, 1 or 2. With more, a CTA sums over more groups of
@@ -47,11 +73,14 @@ class Config:
         there are fewer partial sums.
       ring_slots: Number of 1-KiB slots in the ring of a warp: 2, 4, 8 or 16. A warp keeps ``ring_slots - 1``
         KiB of copies in flight.
+      shared_list: Tuning of the program whose CTAs share one list, for 2 to 16 activation rows. None runs the
+        program in which each warp has a list, for 1 to 8 rows.
     """
 
     warpgroups: int
     warps_per_group: int
     ring_slots: int
+    shared_list: SharedList | None = None
 
     def __post_init__(self):
         for name, allowed in (
@@ -152,9 +181,14 @@ class Geometry:
         return self.matvec_blocks + self.rows
 
     @property
+    def warps(self) -> int:
+        """Number of warps in a CTA."""
+        return self.config.warps
+
+    @property
     def threads(self) -> int:
         """Number of threads in a CTA."""
-        return self.config.warps * LANES
+        return self.warps * LANES
 
     @property
     def outputs_per_thread(self) -> int:

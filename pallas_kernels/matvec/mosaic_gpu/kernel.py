@@ -11,11 +11,13 @@ from pallas_kernels import layout
 from pallas_kernels.activations import Activations
 from pallas_kernels.grading import GradingStats
 from pallas_kernels.lanes import device
+from pallas_kernels.lanes.instructions import Instructions
 from pallas_kernels.lanes.launch import lane_kernel
 from pallas_kernels.matvec.mosaic_gpu import geometry as geometry_module
 from pallas_kernels.matvec.mosaic_gpu import tuning
 from pallas_kernels.matvec.mosaic_gpu.geometry import Config, Geometry
 from pallas_kernels.matvec.mosaic_gpu.program import Refs, graded_matvec_program
+from pallas_kernels.matvec.mosaic_gpu.shared_list import SharedListGeometry, shared_list_program
 from pallas_kernels.weight import NestedWeight
 
 OFFSET_LIMIT = 2**32
@@ -74,7 +76,8 @@ def partial_sums(
 def geometry_of(x: Activations, weight: NestedWeight, config: Config | None = None) -> Geometry:
     """Returns the sizes of the launch that ``partial_sums`` makes for these arguments."""
     stored_k, stored_n = layout.padded_shape(weight.in_features, weight.out_features)
-    geometry = Geometry(
+    shared = config is not None and config.shared_list is not None
+    geometry = (SharedListGeometry if shared else Geometry)(
         in_features=weight.in_features,
         stored_k=stored_k,
         stored_n=stored_n,
@@ -93,12 +96,20 @@ def geometry_of(x: Activations, weight: NestedWeight, config: Config | None = No
     return dataclasses.replace(geometry, config=config)
 
 
+def run_program(isa: Instructions, geometry: Geometry, refs: Refs) -> None:
+    """Runs the lane program of these sizes."""
+    if isinstance(geometry, SharedListGeometry):
+        shared_list_program(isa, geometry, refs)
+    else:
+        graded_matvec_program(isa, geometry, refs)
+
+
 @functools.cache
 def _matvec_kernel(geometry: Geometry):
     """Builds the kernel. ``lane_context.Refs`` describes its arguments and results."""
     return lane_kernel(
         "graded_matvec_kernel",
-        lambda isa, refs: graded_matvec_program(isa, geometry, Refs(*refs)),
+        lambda isa, refs: run_program(isa, geometry, Refs(*refs)),
         outputs=[
             jax.ShapeDtypeStruct((geometry.splits, geometry.rows, geometry.stored_n), jnp.float32),
             jax.ShapeDtypeStruct((geometry.rows, 2), jnp.float32),

@@ -254,20 +254,30 @@ def scale(isa: Instructions, operands: Operands, reached: list[Reached]) -> Scal
     The peaks come from unscaled activations and the largest gain, so neither computation waits for the other.
     """
     scaled, peaks = [], []
-    largest_gain = isa.float_to_bits(isa.constant(1.0, "f32"))
-    for gain in operands.gains:
-        largest_gain = isa.maximum(largest_gain, isa.float_to_bits(gain))
-    largest_gain = isa.bits_to_float(largest_gain)
+    largest = largest_gain(isa, operands.gains)
     for r, x in enumerate(operands.x):
         reached_by_q = [[plane.rows[r][q] for plane in reached] for q in range(len(x))]
         scaled.append([times_gain(isa, v, p, operands.gains) for v, p in zip(x, reached_by_q, strict=True)])
-        bits = [isa.float_to_bits(isa.absolute(v)) for v in x]
-        peak = bits[0]
-        for other in bits[1:]:
-            peak = isa.maximum(peak, other)
-        peak = isa.maximum(isa.reduce_max(peak), isa.constant(SMALLEST_PEAK_BITS))
-        peaks.append(isa.bits_to_float(peak) * largest_gain)
+        peaks.append(largest_activation(isa, x) * largest)
     return Scaled(scaled, peaks)
+
+
+def largest_gain(isa: Instructions, gains: list[Value]) -> Value:
+    """Returns the largest gain of all levels."""
+    largest = isa.float_to_bits(isa.constant(1.0, "f32"))
+    for gain in gains:
+        largest = isa.maximum(largest, isa.float_to_bits(gain))
+    return isa.bits_to_float(largest)
+
+
+def largest_activation(isa: Instructions, x: list[Value]) -> Value:
+    """Returns the largest ``|x|`` of the warp, at least 1e-30; NaN or Inf if an activation is."""
+    bits = [isa.float_to_bits(isa.absolute(v)) for v in x]
+    peak = bits[0]
+    for other in bits[1:]:
+        peak = isa.maximum(peak, other)
+    peak = isa.maximum(isa.reduce_max(peak), isa.constant(SMALLEST_PEAK_BITS))
+    return isa.bits_to_float(peak)
 
 
 def times_gain(isa: Instructions, x: Value, reached: list[Value], gains: list[Value]) -> Value:

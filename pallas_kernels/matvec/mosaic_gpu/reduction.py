@@ -77,22 +77,42 @@ def combine(
     Lane ``4 row + column`` has the outputs of words ``4 row + 2 half + word``, byte ``column``, digit ``p``.
     """
     sum_of_codes, peak = isa.load_shared(ends.record + 8 * row, 2)
-    unit = isa.bits_to_float(peak) * (1.0 / PEAK_CODE)
-    midpoint = isa.int_to_float(sum_of_codes) * unit * -MEAN_DIGIT
-    units = [unit * 4.0**-p for p in range(4)]
-    byte = isa.constant(256)
+    conversion = Conversion.create(isa, sum_of_codes, isa.bits_to_float(peak))
     outputs = {}
     for half in range(2):
         for word in range(2):
-            sums = []
-            for p in range(4):
-                high, low = accumulators[accumulator(row, half, p) + 2 * word :][:2]
-                sums.append(isa.multiply_add(high, byte, low))
-            sums[0] = sums[0] - sums[1] - sums[2] - sums[3]
-            for p in range(4):
-                digits = isa.int_to_float(sums[p])
-                outputs[half, word, p] = isa.multiply_add(digits, units[p], midpoint)
+            pairs = [accumulators[accumulator(row, half, p) + 2 * word :][:2] for p in range(4)]
+            for p, output in enumerate(conversion.outputs(isa, pairs)):
+                outputs[half, word, p] = output
     return outputs
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """Factors that convert the integer sums of one activation row to float32."""
+
+    midpoint: Value
+    """f32: the midpoints' part of every output."""
+    units: list[Value]
+    """f32 ``[p]``: value of one integer of digit position ``p``."""
+    byte: Value
+    """The constant 256."""
+
+    @classmethod
+    def create(cls, isa: Instructions, sum_of_codes: Value, peak: Value) -> "Conversion":
+        """Computes the factors from the sum of all codes and the peak."""
+        unit = peak * (1.0 / PEAK_CODE)
+        midpoint = isa.int_to_float(sum_of_codes) * unit * -MEAN_DIGIT
+        return cls(midpoint, [unit * 4.0**-p for p in range(4)], isa.constant(256))
+
+    def outputs(self, isa: Instructions, pairs: list[list[Value]]) -> list[Value]:
+        """Returns f32 ``[p]``, the outputs of one byte, from ``[p]`` pairs of sums of high and low bytes."""
+        sums = [isa.multiply_add(high, self.byte, low) for high, low in pairs]
+        sums[0] = sums[0] - sums[1] - sums[2] - sums[3]
+        outputs = []
+        for digits, unit in zip(sums, self.units, strict=True):
+            outputs.append(isa.multiply_add(isa.int_to_float(digits), unit, self.midpoint))
+        return outputs
 
 
 def reduce(

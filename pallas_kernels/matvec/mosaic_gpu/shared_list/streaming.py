@@ -1,0 +1,176 @@
+"""Phases stream and multiply: from the listed rows through the ring of the CTA to the matrix unit."""
+
+import dataclasses
+
+from pallas_kernels.lanes.instructions import Instructions, Value
+from pallas_kernels.matvec.mosaic_gpu.geometry import ROW_BYTES
+from pallas_kernels.matvec.mosaic_gpu.lane_context import COPY_BYTES, Refs
+from pallas_kernels.matvec.mosaic_gpu.shared_list.geometry import MATRIX_ENTRIES, SharedListGeometry
+from pallas_kernels.matvec.mosaic_gpu.shared_list.lane_context import LaneContext
+from pallas_kernels.matvec.mosaic_gpu.streaming import COPY_LANES, POSITION_MASKS
+
+EVEN_BYTES, ODD_BYTES = 0x6420, 0x7531
+"""Selectors that gather the bytes of equal parity of two words."""
+
+
+def ring_row(entry: Value) -> Value:
+    """Returns where entry ``8 c + 4 j + 2 h + o`` of 32 lies in the ring: at row ``16 j + 8 h + 2 c + o``.
+
+    The transposing load gives lane ``4 row + c`` the rows ``2 c`` and ``2 c + 1`` of four matrices of 8 rows.
+    In this order they are the entries ``8 c .. 8 c + 7``, whose codes are neighbours.
+    """
+    return ((entry & 4) << 2) | ((entry & 2) << 2) | ((entry >> 3) << 1) | (entry & 1)
+
+
+def in_ring(ring: Value, row: Value, piece: Value) -> Value:
+    """Returns the address of a 16-byte piece of a row, swizzled so that neither side has bank conflicts."""
+    return ring + row * ROW_BYTES + ((piece ^ (row & 7)) << 4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Copies:
+    """Copies of listed rows into the ring. 8 lanes copy a row, the threads of the CTA 32 rows."""
+
+    isa: Instructions
+    g: SharedListGeometry
+    target: Value
+    """Shared-memory address of the thread's 16 bytes in slot 0."""
+    source: Value
+    """Global address of the thread's 16 bytes of the row at offset 0."""
+    entries: Value
+    """Shared-memory address of the thread's entry in step 0."""
+
+    @classmethod
+    def create(cls, isa: Instructions, g: SharedListGeometry, refs: Refs, context: LaneContext) -> "Copies":
+        """Computes the addresses of the thread."""
+        entry, piece = context.thread // COPY_LANES, context.thread % COPY_LANES
+        return cls(
+            isa,
+            g,
+            target=in_ring(context.shared + g.ring_base, ring_row(entry), piece),
+            source=isa.global_address(refs.planes) + isa.widen(piece * COPY_BYTES),
+            entries=context.shared + (entry << 2),
+        )
+
+    def copy(self, step: Value) -> None:
+        """Starts copying one step into its slot."""
+        isa, g = self.isa, self.g
+        slot = self.target + (step & (g.slots - 1)) * g.slot_bytes
+        entries = self.entries + step * (4 * g.step_entries)
+        offsets = [
+            isa.load_shared(entries + 4 * MATRIX_ENTRIES * i)[0] for i in range(g.step_matrices)
+        ]
+        for i, offset in enumerate(offsets):
+            target = slot + i * (MATRIX_ENTRIES * ROW_BYTES)
+            isa.copy_async(target, self.source + isa.widen(offset), evict_first=True)
+
+    def fill_ring(self, steps: Value) -> None:
+        """Starts the first steps; commits an empty group for each step that does not exist."""
+
+        def body(step: Value, carry: list[Value]) -> list[Value]:
+            with self.isa.when(step < steps):
+                self.copy(step)
+            self.isa.commit_copies()
+            return carry
+
+        self.isa.loop(self.isa.constant(self.g.slots - 1), [], body)
+
+
+def stream(
+    isa: Instructions,
+    g: SharedListGeometry,
+    context: LaneContext,
+    copies: Copies,
+    section: Value,
+    first: Value,
+    section_steps: Value,
+    steps: Value,
+) -> list[Value]:
+    """Multiplies the steps of a section, and copies later ones.
+
+    Args:
+      isa, g, context, copies: The instructions, sizes, indices and copies.
+      section: Index of the section.
+      first: Its first step in the list.
+      section_steps: Number of its steps.
+      steps: Number of all steps.
+
+    Returns:
+      int32 accumulators ``[row tile][position][4]``, flat.
+    """
+    ring = context.shared + g.ring_base
+    # Lane 8 matrix + row gives the address of that row of that matrix; each warp loads its own piece.
+    loads = in_ring(ring, context.lane, context.warp)
+    codes = code_addresses(isa, g, context, section)
+
+    def body(i: Value, accumulators: list[Value]) -> list[Value]:
+        step = first + i
+        isa.wait_copies(g.slots - 2)
+        isa.block_barrier()  # The data of the step is visible, and the slot of the previous step is free.
+        slot = loads + (step & (g.slots - 1)) * g.slot_bytes
+        words, b = [], []
+        for m in range(g.step_matrices):
+            words.append(isa.load_matrices_transposed(slot + m * (MATRIX_ENTRIES * ROW_BYTES)))
+            offset = i * g.step_entries + m * MATRIX_ENTRIES
+            b.append([isa.load_shared(address + offset, 2) for address in codes])
+        ahead = step + (g.slots - 1)
+        with isa.when(ahead < steps):
+            copies.copy(ahead)
+        isa.commit_copies()
+        for m in range(g.step_matrices):
+            accumulators = multiply(isa, g, accumulators, words[m], b[m])
+        return accumulators
+
+    return isa.loop(section_steps, [isa.constant(0)] * (16 * g.row_tiles), body)
+
+
+def code_addresses(
+    isa: Instructions, g: SharedListGeometry, context: LaneContext, section: Value
+) -> list[Value]:
+    """Returns, for each row tile, the address of the lane's 8 bytes of codes in the section's first 32 entries.
+
+    Column ``n`` of B holds the high (even n) or low bytes of activation row ``n / 2`` of the row tile.
+    """
+    lane_row, column = context.lane >> 2, context.lane & 3
+    base = context.shared + g.codes_base + (section & 1) * g.codes_bytes + column * 8
+    addresses = []
+    for t in range(g.row_tiles):
+        n = lane_row + 8 * t
+        if 8 * (t + 1) > 2 * g.rows:  # Columns without a row compute something that nobody uses.
+            n = isa.select(n < 2 * g.rows, n, lane_row & 1)
+        addresses.append(base + n * g.codes_stride)
+    return addresses
+
+
+def multiply(
+    isa: Instructions,
+    g: SharedListGeometry,
+    accumulators: list[Value],
+    words: list[Value],
+    b: list[list[Value]],
+) -> list[Value]:
+    """Multiplies 32 entries with all activation rows and returns the new accumulators.
+
+    Args:
+      isa, g: The instructions and sizes.
+      accumulators: See ``stream``.
+      words: Two bytes of each of the lane's 8 entries, two entries in a word.
+      b: ``[row tile][2]``: the codes of these entries.
+    """
+    a = [
+        isa.permute_bytes(words[2 * j], words[2 * j + 1], selector)
+        for j in range(2)
+        for selector in (EVEN_BYTES, ODD_BYTES)
+    ]
+    out = list(accumulators)
+    for p, mask in enumerate(POSITION_MASKS):
+        masked = [word & mask for word in a] if p else a
+        for t in range(g.row_tiles):
+            i = accumulator(t, p)
+            out[i : i + 4] = isa.matrix_multiply_add(out[i : i + 4], masked, b[t])
+    return out
+
+
+def accumulator(row_tile: int, position: int) -> int:
+    """Returns the index of the first of four accumulators of a row tile and digit position."""
+    return 16 * row_tile + 4 * position
