@@ -4,7 +4,6 @@ import numpy as np
 
 from pallas_kernels.lanes.instructions import LANES
 
-
 BYTES = -2
 """Writer of a word whose bytes have been stored one by one."""
 

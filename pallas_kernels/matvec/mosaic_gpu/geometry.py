@@ -44,16 +44,20 @@ class SharedList:
     """Tuning of ``shared_list.program``. It does not change the result.
 
     Attributes:
+      warps: Number of warps in a CTA, 8, or 4 if ``Config.warpgroups`` is 1. Each multiplies one or two
+        16-byte pieces of every listed plane row. Fewer warps issue fewer instructions but have more
+        accumulators.
       ring_slots: Number of steps that the ring of a CTA holds: 4, 8 or 16. One less is in flight.
       step_entries: Number of plane rows in a step, 32 or 64. A barrier of the CTA starts each step. Every
         section of channels is padded to whole steps.
     """
 
+    warps: int = 8
     ring_slots: int = 8
     step_entries: int = 32
 
     def __post_init__(self):
-        for name, allowed in (("ring_slots", (4, 8, 16)), ("step_entries", (32, 64))):
+        for name, allowed in (("warps", (4, 8)), ("ring_slots", (4, 8, 16)), ("step_entries", (32, 64))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"SharedList.{name} must be one of {allowed}, not {getattr(self, name)!r}")
 
@@ -90,6 +94,11 @@ class Config:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Config.{name} must be one of {allowed}, not {getattr(self, name)!r}")
+        if self.shared_list is not None and self.shared_list.warps < self.warps:
+            raise ValueError(
+                f"Config.shared_list.warps must be {self.warps} with warpgroups={self.warpgroups},"
+                f" not {self.shared_list.warps}"
+            )
 
     @property
     def warps(self) -> int:

@@ -61,8 +61,7 @@ def store_row_codes(
     peak = largest_activation(isa, x) * largest_gain(isa, gains)
     inverse_unit = isa.reciprocal(peak * (1.0 / PEAK_CODE))
 
-    buffer = section & 1
-    codes = context.shared + g.codes_base + buffer * g.codes_bytes + row * (2 * g.codes_stride)
+    codes = context.shared + g.codes_base + row * (2 * g.codes_stride)
     rounding, rounded_zero = isa.constant(ROUNDING, "f32"), isa.constant(ROUNDED_ZERO)
     total = isa.constant(-ROUNDED_ZERO * g.planes * chunks)
     for j in range(chunks):
@@ -89,7 +88,7 @@ def store_row_codes(
         isa.store_shared_byte(codes + position, zero, padding)
         isa.store_shared_byte(codes + position + g.codes_stride, zero, padding)
 
-    record = context.shared + g.records_base + buffer * (TABLE_BYTES * g.rows) + row * TABLE_BYTES
+    record = context.shared + g.records_base + row * TABLE_BYTES
     total = isa.reduce_add(total)
     isa.store_shared(record + (part << 2), [total], context.lane.equals(0))
     if g.num_square_partials:

@@ -17,47 +17,60 @@ HALF_OUTPUTS = 128
 """Distance of the outputs of digit positions 2 and 3 from those of positions 0 and 1."""
 
 
-def first_output(context: LaneContext) -> Value:
-    """Returns the lane's first output in the tile.
+def first_output(g: SharedListGeometry, context: LaneContext, piece: int) -> Value:
+    """Returns the lane's first output in one of the warp's pieces of the tile.
 
-    The lane holds byte pair ``lane_row`` of the warp's 16-byte piece of a row. By ``layout``, digit position
-    ``p`` of byte ``i`` of the pair is output ``first_output + 128 (p // 2) + 2 (p % 2) + i``.
+    The lane holds byte pair ``lane_row`` of the 16-byte piece of a row. By ``layout``, digit position ``p``
+    of byte ``i`` of the pair is output ``first_output + 128 (p // 2) + 2 (p % 2) + i``.
     """
     lane_row = context.lane >> 2
-    return ((lane_row >> 2) << 8) + (context.warp << 4) + ((lane_row & 3) << 2)
+    index = context.warp * g.pieces + piece
+    return ((lane_row >> 2) << 8) + (index << 4) + ((lane_row & 3) << 2)
 
 
 def load_scales(
     isa: Instructions, g: SharedListGeometry, refs: Refs, context: LaneContext, section: Value
-) -> list[Value]:
-    """Loads the scales of the lane's 8 outputs, two float16 in a word, in the order of ``outputs``."""
-    group = group_of_section(isa, g, context, section)
-    first = group * g.stored_n + context.tile * layout.TILE + first_output(context)
-    address = isa.global_address(refs.scales) + isa.widen(first << 1)
-    return [
-        word
-        for half in range(2)
-        for word in isa.load_global(address + 2 * HALF_OUTPUTS * half, 2, ordered=True)
-    ]
+) -> list[list[Value]]:
+    """Loads ``[piece][4]``: the scales of the lane's 8 outputs, two float16 in a word, in order of outputs."""
+    row = group_of_section(isa, g, context, section) * g.stored_n + context.tile * layout.TILE
+    words = []
+    for piece in range(g.pieces):
+        first = isa.widen((row + first_output(g, context, piece)) << 1)
+        address = isa.global_address(refs.scales) + first
+        halves = [isa.load_global(address + 2 * HALF_OUTPUTS * i, 2, ordered=True) for i in range(2)]
+        words.append(halves[0] + halves[1])
+    return words
+
+
+def total_address(g: SharedListGeometry, context: LaneContext, piece: int, row_tile: int) -> Value:
+    """Returns the shared-memory address of the thread's first four totals; four more follow a row later."""
+    row = 2 * (piece * g.row_tiles + row_tile)
+    return context.shared + (g.totals_base + row * 16 * g.threads) + (context.thread << 4)
+
+
+def clear_totals(isa: Instructions, g: SharedListGeometry, context: LaneContext) -> None:
+    """Sets the thread's totals to -0. Adding to -0 changes no bit, not even the sign of a zero."""
+    zeros = [isa.constant(-0.0, "f32")] * 4
+    for piece in range(g.pieces):
+        for t in range(g.row_tiles):
+            address = total_address(g, context, piece, t)
+            isa.store_shared(address, zeros)
+            isa.store_shared(address + 16 * g.threads, zeros)
 
 
 def combine(
     isa: Instructions,
     g: SharedListGeometry,
     context: LaneContext,
-    section: Value,
     accumulators: list[Value],
-    scale_words: list[Value],
-    totals: list[Value],
-) -> list[Value]:
-    """Adds a section to the totals, f32 ``[row tile][digit position][byte]``, flat, and returns them.
+    scale_words: list[list[Value]],
+) -> None:
+    """Adds a section to the totals of the thread.
 
     The lane has the activation rows ``4 t + column``. The arithmetic is that of ``reduction.combine`` and
     ``reduction.reduce``, so that a row has the same bits as alone.
     """
-    records = context.shared + g.records_base + (section & 1) * (TABLE_BYTES * g.rows)
-    scales = [isa.half_to_float(word, half) for word in scale_words for half in ("low", "high")]
-    out = []
+    records = context.shared + g.records_base
     for t in range(g.row_tiles):
         row = row_of(context, t)
         if not exist_all(g, t):
@@ -68,30 +81,38 @@ def combine(
             sum_of_codes = sum_of_codes + other
         (peak,) = isa.load_shared(record + PEAK_OFFSET, 1, "f32")
         conversion = Conversion.create(isa, sum_of_codes, peak)
-        values = []
-        for byte in range(2):
-            pairs = [accumulators[accumulator(t, p) + 2 * byte :][:2] for p in range(4)]
-            values.append(conversion.outputs(isa, pairs))
-        for p in range(4):
-            for byte in range(2):
-                i = 2 * p + byte
-                out.append(isa.multiply_add(values[byte][p], scales[i], totals[8 * t + i]))
-    return out
+        for piece in range(g.pieces):
+            first = accumulator(g, piece, t, 0)
+            even, odd = [
+                conversion.outputs(isa, [accumulators[first + 4 * p + 2 * i :][:2] for p in range(4)])
+                for i in range(2)
+            ]
+            for half in range(2):
+                address = total_address(g, context, piece, t) + half * (16 * g.threads)
+                words = scale_words[piece][2 * half :][:2]
+                scales = [isa.half_to_float(word, part) for word in words for part in ("low", "high")]
+                values = [even[2 * half], odd[2 * half], even[2 * half + 1], odd[2 * half + 1]]
+                totals = isa.load_shared(address, 4, "f32")
+                isa.store_shared(
+                    address,
+                    [isa.multiply_add(*numbers) for numbers in zip(values, scales, totals, strict=True)],
+                )
 
 
-def store_partials(
-    isa: Instructions, g: SharedListGeometry, refs: Refs, context: LaneContext, totals: list[Value]
-) -> None:
+def store_partials(isa: Instructions, g: SharedListGeometry, refs: Refs, context: LaneContext) -> None:
     """Stores the partial sums of the CTA."""
     for t in range(g.row_tiles):
         row = row_of(context, t)
         exists = isa.constant(True, "bool") if exist_all(g, t) else row < g.rows
         with isa.when(exists):
-            first = (context.split * g.rows + row) * g.stored_n + context.tile * layout.TILE
-            address = isa.global_address(refs.partials) + isa.widen((first + first_output(context)) << 2)
-            for half in range(2):
-                i = 8 * t + 4 * half
-                isa.store_global(address + 4 * HALF_OUTPUTS * half, totals[i : i + 4])
+            tile = (context.split * g.rows + row) * g.stored_n + context.tile * layout.TILE
+            for piece in range(g.pieces):
+                first = isa.widen((tile + first_output(g, context, piece)) << 2)
+                address = isa.global_address(refs.partials) + first
+                for half in range(2):
+                    source = total_address(g, context, piece, t) + half * (16 * g.threads)
+                    totals = isa.load_shared(source, 4, "f32")
+                    isa.store_global(address + 4 * HALF_OUTPUTS * half, totals)
 
 
 def row_of(context: LaneContext, row_tile: int) -> Value:

@@ -4,10 +4,10 @@ import dataclasses
 
 from pallas_kernels import layout
 from pallas_kernels.lanes.instructions import LANES
-from pallas_kernels.matvec.mosaic_gpu.geometry import ROW_BYTES, Geometry
+from pallas_kernels.matvec.mosaic_gpu.geometry import ROW_BYTES, Geometry, SharedList
 
-WARPS = 8
-"""Number of warps in a CTA. Each multiplies one 16-byte piece of every listed plane row: 64 outputs."""
+PIECES = 8
+"""Number of 16-byte pieces of a plane row in a tile. A piece has 64 outputs."""
 
 MATRIX_ENTRIES = 32
 """Number of listed plane rows that one matrix instruction multiplies."""
@@ -38,8 +38,19 @@ class SharedListGeometry(Geometry):
     """
 
     @property
+    def shared_list(self) -> SharedList:
+        """Tuning of the program."""
+        assert self.config.shared_list is not None
+        return self.config.shared_list
+
+    @property
     def warps(self) -> int:
-        return WARPS
+        return self.shared_list.warps
+
+    @property
+    def pieces(self) -> int:
+        """Number of pieces of a plane row that a warp multiplies: 1 or 2."""
+        return PIECES // self.warps
 
     @property
     def row_batches(self) -> int:
@@ -76,7 +87,7 @@ class SharedListGeometry(Geometry):
     @property
     def segment_chunks(self) -> int:
         """Number of chunks in a segment, the channels that one warp lists."""
-        return max(1, self.cta_channels // LANES // WARPS)
+        return max(1, self.cta_channels // LANES // self.warps)
 
     @property
     def segments(self) -> int:
@@ -92,25 +103,23 @@ class SharedListGeometry(Geometry):
     def warps_per_row(self) -> int:
         """Number of warps that compute the codes of one activation row, each for some of the chunks."""
         padded_rows = 1 << (self.rows - 1).bit_length()
-        return min(self.section_chunks, max(1, WARPS // padded_rows))
+        return min(self.section_chunks, max(1, self.warps // padded_rows))
 
     @property
     def rows_at_once(self) -> int:
         """Number of activation rows whose codes the CTA computes at once."""
-        return WARPS // self.warps_per_row
+        return self.warps // self.warps_per_row
 
     # --- steps --------------------------------------------------------------------------------------
     @property
     def slots(self) -> int:
         """Number of steps that the ring holds."""
-        assert self.config.shared_list is not None
-        return self.config.shared_list.ring_slots
+        return self.shared_list.ring_slots
 
     @property
     def step_matrices(self) -> int:
         """Number of times that a step holds the entries of a matrix instruction."""
-        assert self.config.shared_list is not None
-        return self.config.shared_list.step_entries // MATRIX_ENTRIES
+        return self.shared_list.step_entries // MATRIX_ENTRIES
 
     @property
     def step_entries(self) -> int:
@@ -146,18 +155,18 @@ class SharedListGeometry(Geometry):
 
     @property
     def records_base(self) -> int:
-        """Two tables of records, for sections of even and of odd index."""
+        """Records of all rows: sums of codes and peaks of the section."""
         return self.thresholds_base + TABLE_BYTES * self.rows
 
     @property
     def counts_base(self) -> int:
         """Number of entries of each segment."""
-        return self.records_base + 2 * TABLE_BYTES * self.rows
+        return self.records_base + TABLE_BYTES * self.rows
 
     @property
     def sections_base(self) -> int:
         """For each section, the number of its entries without and with padding."""
-        return self.counts_base + 4 * WARPS
+        return self.counts_base + 4 * self.warps
 
     @property
     def codes_base(self) -> int:
@@ -172,13 +181,13 @@ class SharedListGeometry(Geometry):
         return self.section_capacity + (32 - self.section_capacity) % 128
 
     @property
-    def codes_bytes(self) -> int:
-        """Bytes of the codes of one section. There are two buffers, for sections of even and of odd index."""
-        return 2 * self.rows * self.codes_stride
+    def totals_base(self) -> int:
+        """Totals of the outputs, 16 bytes of every thread in a row."""
+        return layout.round_up(self.codes_base + 2 * self.rows * self.codes_stride, 128)
 
     @property
     def ring_base(self) -> int:
-        return layout.round_up(self.codes_base + 2 * self.codes_bytes, 128)
+        return self.totals_base + self.row_tiles * self.pieces * 2 * 16 * self.threads
 
     @property
     def shared_bytes(self) -> int:

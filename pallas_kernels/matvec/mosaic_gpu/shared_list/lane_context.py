@@ -58,4 +58,6 @@ def stored_group(isa: Instructions, g: SharedListGeometry, group: Value) -> Valu
 
 def group_of_section(isa: Instructions, g: SharedListGeometry, context: LaneContext, section: Value) -> Value:
     """Returns the group of a section of the CTA; group 0 if it does not exist."""
-    return stored_group(isa, g, first_channel(g, context) // layout.GROUP + section // g.config.warps_per_group)
+    return stored_group(
+        isa, g, first_channel(g, context) // layout.GROUP + section // g.config.warps_per_group
+    )

@@ -11,7 +11,6 @@ from pallas_kernels.matvec.mosaic_gpu.shared_list.geometry import (
     FACTOR_OFFSET,
     TABLE_BYTES,
     UNLISTED,
-    WARPS,
     SharedListGeometry,
 )
 from pallas_kernels.matvec.mosaic_gpu.shared_list.lane_context import (
@@ -37,7 +36,7 @@ class Segment:
 def segment_of(isa: Instructions, g: SharedListGeometry, context: LaneContext) -> Segment:
     """Returns the segment of the warp."""
     index, exists = context.warp, None
-    if g.segments < WARPS:
+    if g.segments < g.warps:
         exists = context.warp < g.segments
         index = isa.select(exists, context.warp, isa.constant(0))
     channel = first_channel(g, context) + index * (LANES * g.segment_chunks) + context.lane
@@ -45,10 +44,10 @@ def segment_of(isa: Instructions, g: SharedListGeometry, context: LaneContext) -
 
 
 def store_thresholds(isa: Instructions, g: SharedListGeometry, refs: Refs, context: LaneContext) -> None:
-    """Stores each row's thresholds, in the scale of x, and the factor of its norm. A warp has every 8th row."""
-    for first in range(0, g.rows, WARPS):
+    """Stores each row's thresholds, in the scale of x, and the factor of its norm. The warps take turns."""
+    for first in range(0, g.rows, g.warps):
         row = context.warp + first
-        with when_row(isa, g, row, first + WARPS):
+        with when_row(isa, g, row, first + g.warps):
             thresholds, factor = load_thresholds(isa, g, refs, row)
             address, stores = context.shared + g.thresholds_base + row * TABLE_BYTES, context.lane.equals(0)
             for f, threshold in enumerate(thresholds):
@@ -62,9 +61,7 @@ def when_row(isa: Instructions, g: SharedListGeometry, row: Value, end: int):
     return isa.when(row < g.rows if end > g.rows else isa.constant(True, "bool"))
 
 
-def load_row_x(
-    isa: Instructions, g: SharedListGeometry, refs: Refs, segment: Segment
-) -> list[list[Value]]:
+def load_row_x(isa: Instructions, g: SharedListGeometry, refs: Refs, segment: Segment) -> list[list[Value]]:
     """Loads f32 ``[row][q]``: the lane's activations in the segment."""
     return [
         [
@@ -98,9 +95,7 @@ def reach(
     return [isa.ballot(condition) for condition in any_row]
 
 
-def list_rows(
-    isa: Instructions, g: SharedListGeometry, refs: Refs, context: LaneContext
-) -> Value:
+def list_rows(isa: Instructions, g: SharedListGeometry, refs: Refs, context: LaneContext) -> Value:
     """Writes the list, the positions of all channels and the sizes of the sections; returns the number of steps.
 
     Every section has at least one step, and padding to whole steps.
@@ -147,7 +142,7 @@ class Placed:
 def place(isa: Instructions, g: SharedListGeometry, context: LaneContext, segment: Segment) -> Placed:
     """Adds up the segments' numbers of entries."""
     address = context.shared + g.counts_base
-    counts = isa.load_shared(address, 4) + isa.load_shared(address + 16, 4)
+    counts = [c for i in range(0, g.warps, 4) for c in isa.load_shared(address + 4 * i, 4)]
     section, part = segment.index // g.segments_per_section, segment.index % g.segments_per_section
     zero = isa.constant(0)
     base, first, count, size, end = zero, zero, zero, zero, zero

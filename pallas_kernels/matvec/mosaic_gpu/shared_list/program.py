@@ -4,9 +4,14 @@ from pallas_kernels.lanes.instructions import Instructions, Value
 from pallas_kernels.matvec.mosaic_gpu.counting import count_levels
 from pallas_kernels.matvec.mosaic_gpu.lane_context import Refs
 from pallas_kernels.matvec.mosaic_gpu.shared_list.coding import store_codes
-from pallas_kernels.matvec.mosaic_gpu.shared_list.combining import combine, load_scales, store_partials
+from pallas_kernels.matvec.mosaic_gpu.shared_list.combining import (
+    clear_totals,
+    combine,
+    load_scales,
+    store_partials,
+)
 from pallas_kernels.matvec.mosaic_gpu.shared_list.geometry import SharedListGeometry
-from pallas_kernels.matvec.mosaic_gpu.shared_list.lane_context import LaneContext, lane_context
+from pallas_kernels.matvec.mosaic_gpu.shared_list.lane_context import lane_context
 from pallas_kernels.matvec.mosaic_gpu.shared_list.listing import list_rows
 from pallas_kernels.matvec.mosaic_gpu.shared_list.streaming import Copies, stream
 
@@ -26,18 +31,19 @@ def matvec(isa: Instructions, g: SharedListGeometry, refs: Refs) -> None:
     steps = isa.reduce_max(list_rows(isa, g, refs, context))
     copies = Copies.create(isa, g, refs, context)
     copies.fill_ring(steps)
+    clear_totals(isa, g, context)
 
     def body(section: Value, carry: list[Value]) -> list[Value]:
-        first, *totals = carry
+        (first,) = carry
         _, size = isa.load_shared(context.shared + g.sections_base + (section << 3), 2)
         section_steps = isa.reduce_max(size) // g.step_entries
         scales = load_scales(isa, g, refs, context, section)
+        isa.block_barrier()  # The codes and records of the previous section have been read.
         store_codes(isa, g, refs, context, section)
-        accumulators = stream(isa, g, context, copies, section, first, section_steps, steps)
-        return [first + section_steps, *combine(isa, g, context, section, accumulators, scales, totals)]
+        accumulators = stream(isa, g, context, copies, first, section_steps, steps)
+        combine(isa, g, context, accumulators, scales)
+        return [first + section_steps]
 
-    # Adding to -0 changes no bit, not even the sign of a zero.
-    zeros = [isa.constant(-0.0, "f32")] * (8 * g.row_tiles)
-    _, *totals = isa.loop(isa.constant(g.sections), [isa.constant(0), *zeros], body)
+    isa.loop(isa.constant(g.sections), [isa.constant(0)], body)
     isa.wait_copies(0)
-    store_partials(isa, g, refs, context, totals)
+    store_partials(isa, g, refs, context)

@@ -29,16 +29,16 @@ def in_ring(ring: Value, row: Value, piece: Value) -> Value:
 
 @dataclasses.dataclass(frozen=True)
 class Copies:
-    """Copies of listed rows into the ring. 8 lanes copy a row, the threads of the CTA 32 rows."""
+    """Copies of listed rows into the ring. 8 lanes copy a row, all threads of the CTA 16 or 32 rows at once."""
 
     isa: Instructions
     g: SharedListGeometry
-    target: Value
-    """Shared-memory address of the thread's 16 bytes in slot 0."""
+    targets: list[Value]
+    """Shared-memory addresses of the thread's 16 bytes of each of its rows among the first 32 of slot 0."""
     source: Value
     """Global address of the thread's 16 bytes of the row at offset 0."""
     entries: Value
-    """Shared-memory address of the thread's entry in step 0."""
+    """Shared-memory address of the thread's first entry in step 0."""
 
     @classmethod
     def create(cls, isa: Instructions, g: SharedListGeometry, refs: Refs, context: LaneContext) -> "Copies":
@@ -47,7 +47,10 @@ class Copies:
         return cls(
             isa,
             g,
-            target=in_ring(context.shared + g.ring_base, ring_row(entry), piece),
+            targets=[
+                in_ring(context.shared + g.ring_base, ring_row(entry + first), piece)
+                for first in range(0, MATRIX_ENTRIES, g.threads // COPY_LANES)
+            ],
             source=isa.global_address(refs.planes) + isa.widen(piece * COPY_BYTES),
             entries=context.shared + (entry << 2),
         )
@@ -55,13 +58,14 @@ class Copies:
     def copy(self, step: Value) -> None:
         """Starts copying one step into its slot."""
         isa, g = self.isa, self.g
-        slot = self.target + (step & (g.slots - 1)) * g.slot_bytes
+        slot = (step & (g.slots - 1)) * g.slot_bytes
         entries = self.entries + step * (4 * g.step_entries)
-        offsets = [
-            isa.load_shared(entries + 4 * MATRIX_ENTRIES * i)[0] for i in range(g.step_matrices)
-        ]
+        rows_at_once = MATRIX_ENTRIES // len(self.targets)
+        firsts = range(0, g.step_entries, rows_at_once)
+        offsets = [isa.load_shared(entries + 4 * first)[0] for first in firsts]
         for i, offset in enumerate(offsets):
-            target = slot + i * (MATRIX_ENTRIES * ROW_BYTES)
+            matrix, round_of_matrix = divmod(i, len(self.targets))
+            target = self.targets[round_of_matrix] + slot + matrix * (MATRIX_ENTRIES * ROW_BYTES)
             isa.copy_async(target, self.source + isa.widen(offset), evict_first=True)
 
     def fill_ring(self, steps: Value) -> None:
@@ -81,7 +85,6 @@ def stream(
     g: SharedListGeometry,
     context: LaneContext,
     copies: Copies,
-    section: Value,
     first: Value,
     section_steps: Value,
     steps: Value,
@@ -90,27 +93,27 @@ def stream(
 
     Args:
       isa, g, context, copies: The instructions, sizes, indices and copies.
-      section: Index of the section.
-      first: Its first step in the list.
+      first: The section's first step in the list.
       section_steps: Number of its steps.
       steps: Number of all steps.
 
     Returns:
-      int32 accumulators ``[row tile][position][4]``, flat.
+      int32 accumulators ``[piece][row tile][position][4]``, flat.
     """
     ring = context.shared + g.ring_base
-    # Lane 8 matrix + row gives the address of that row of that matrix; each warp loads its own piece.
-    loads = in_ring(ring, context.lane, context.warp)
-    codes = code_addresses(isa, g, context, section)
+    # Lane 8 matrix + row gives the address of that row of that matrix; each warp loads its own pieces.
+    loads = [in_ring(ring, context.lane, context.warp * g.pieces + i) for i in range(g.pieces)]
+    codes = code_addresses(isa, g, context)
 
     def body(i: Value, accumulators: list[Value]) -> list[Value]:
         step = first + i
         isa.wait_copies(g.slots - 2)
         isa.block_barrier()  # The data of the step is visible, and the slot of the previous step is free.
-        slot = loads + (step & (g.slots - 1)) * g.slot_bytes
+        slot = (step & (g.slots - 1)) * g.slot_bytes
         words, b = [], []
         for m in range(g.step_matrices):
-            words.append(isa.load_matrices_transposed(slot + m * (MATRIX_ENTRIES * ROW_BYTES)))
+            matrix = slot + m * (MATRIX_ENTRIES * ROW_BYTES)
+            words.append([isa.load_matrices_transposed(piece + matrix) for piece in loads])
             offset = i * g.step_entries + m * MATRIX_ENTRIES
             b.append([isa.load_shared(address + offset, 2) for address in codes])
         ahead = step + (g.slots - 1)
@@ -121,18 +124,16 @@ def stream(
             accumulators = multiply(isa, g, accumulators, words[m], b[m])
         return accumulators
 
-    return isa.loop(section_steps, [isa.constant(0)] * (16 * g.row_tiles), body)
+    return isa.loop(section_steps, [isa.constant(0)] * (16 * g.row_tiles * g.pieces), body)
 
 
-def code_addresses(
-    isa: Instructions, g: SharedListGeometry, context: LaneContext, section: Value
-) -> list[Value]:
-    """Returns, for each row tile, the address of the lane's 8 bytes of codes in the section's first 32 entries.
+def code_addresses(isa: Instructions, g: SharedListGeometry, context: LaneContext) -> list[Value]:
+    """Returns, for each row tile, the address of the lane's 8 bytes of codes of the first 32 entries.
 
-    Column ``n`` of B holds the high (even n) or low bytes of activation row ``n / 2`` of the row tile.
+    Column ``n`` of B holds the high (even n) or low bytes of activation row ``n // 2`` of the row tile.
     """
     lane_row, column = context.lane >> 2, context.lane & 3
-    base = context.shared + g.codes_base + (section & 1) * g.codes_bytes + column * 8
+    base = context.shared + g.codes_base + column * 8
     addresses = []
     for t in range(g.row_tiles):
         n = lane_row + 8 * t
@@ -146,7 +147,7 @@ def multiply(
     isa: Instructions,
     g: SharedListGeometry,
     accumulators: list[Value],
-    words: list[Value],
+    words: list[list[Value]],
     b: list[list[Value]],
 ) -> list[Value]:
     """Multiplies 32 entries with all activation rows and returns the new accumulators.
@@ -154,23 +155,24 @@ def multiply(
     Args:
       isa, g: The instructions and sizes.
       accumulators: See ``stream``.
-      words: Two bytes of each of the lane's 8 entries, two entries in a word.
+      words: ``[piece][4]``: two bytes of each of the lane's 8 entries, two entries in a word.
       b: ``[row tile][2]``: the codes of these entries.
     """
-    a = [
-        isa.permute_bytes(words[2 * j], words[2 * j + 1], selector)
-        for j in range(2)
-        for selector in (EVEN_BYTES, ODD_BYTES)
-    ]
     out = list(accumulators)
-    for p, mask in enumerate(POSITION_MASKS):
-        masked = [word & mask for word in a] if p else a
-        for t in range(g.row_tiles):
-            i = accumulator(t, p)
-            out[i : i + 4] = isa.matrix_multiply_add(out[i : i + 4], masked, b[t])
+    for piece, (first, second, third, fourth) in enumerate(words):
+        a = [
+            isa.permute_bytes(low, high, selector)
+            for low, high in ((first, second), (third, fourth))
+            for selector in (EVEN_BYTES, ODD_BYTES)
+        ]
+        for p, mask in enumerate(POSITION_MASKS):
+            masked = [word & mask for word in a] if p else a
+            for t in range(g.row_tiles):
+                i = accumulator(g, piece, t, p)
+                out[i : i + 4] = isa.matrix_multiply_add(out[i : i + 4], masked, b[t])
     return out
 
 
-def accumulator(row_tile: int, position: int) -> int:
-    """Returns the index of the first of four accumulators of a row tile and digit position."""
-    return 16 * row_tile + 4 * position
+def accumulator(g: SharedListGeometry, piece: int, row_tile: int, position: int) -> int:
+    """Returns the index of the first of four accumulators of a piece, row tile and digit position."""
+    return 16 * (piece * g.row_tiles + row_tile) + 4 * position
