@@ -60,9 +60,10 @@ def thresholds_for(x: np.ndarray, bits: int) -> np.ndarray:
     return np.stack([ordered[:, c - 1] if c < k else np.zeros(len(x)) for c in counts], 1).astype(np.float32)
 
 
-def random_weights(k: int, n: int) -> list[NestedWeight]:
-    """Returns enough random weights to exceed the L2. Kernel times do not depend on the codes."""
-    count = max(4, round(ROTATED_BYTES / (k * n * 2.125 / 8)))
+def random_weights(k: int, n: int, count: int | None = None) -> list[NestedWeight]:
+    """Returns ``count`` random weights, or enough to exceed the L2. Their codes do not affect the time."""
+    if count is None:
+        count = max(4, round(ROTATED_BYTES / (k * n * 2.125 / 8)))
     sizes = NestedWeight.abstract(k, n)
     make = jax.jit(
         lambda key: NestedWeight(

@@ -39,24 +39,33 @@ def profile(function: Callable[[], object], repeats: int = 5) -> dict[str, list[
       function: Jitted function without arguments. Each call is waited for.
       repeats: Number of profiled calls.
     """
+    durations = collections.defaultdict(list)
+    for name, _, duration in profile_events(function, repeats):
+        durations[name].append(duration)
+    return dict(durations)
+
+
+def profile_events(function: Callable[[], object], repeats: int = 5) -> list[tuple[str, str, float]]:
+    """Profiles as ``profile`` does; returns name, launch parameters and microseconds of each launch."""
     start = time.monotonic()
     while time.monotonic() - start < WARM_UP_SECONDS:
         jax.block_until_ready(function())
+    events = []
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):
             for _ in range(repeats):
                 jax.block_until_ready(function())
         (trace,) = pathlib.Path(directory).rglob("*.xplane.pb")
         data = jax.profiler.ProfileData.from_file(str(trace))
-        durations = collections.defaultdict(list)
         for plane in data.planes:
             if "/device:GPU" not in plane.name:
                 continue
             for line in plane.lines:
                 if line.name.startswith("Stream"):
                     for event in line.events:
-                        durations[event.name].append(event.duration_ns / 1e3)
-    return dict(durations)
+                        details = next((str(v) for key, v in event.stats if key == "kernel_details"), "")
+                        events.append((event.name, details, event.duration_ns / 1e3))
+    return events
 
 
 def read_bandwidth() -> float:

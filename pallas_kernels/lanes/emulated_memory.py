@@ -103,7 +103,7 @@ class SharedMemory:
         self.data[word] = values
 
     def write_bytes(self, thread, address, values):
-        """Stores one byte for each thread. Threads may store to different bytes of a word without a barrier."""
+        """Stores one byte for each thread. Different bytes of a word need no barrier in between."""
         if (address < 0).any() or (address >= self.size).any():
             raise EmulationError(f"store outside of the {self.size} bytes of shared memory")
         if not len(self.byte_writer):

@@ -231,7 +231,7 @@ class Instructions(abc.ABC):
 
     @abc.abstractmethod
     def store_shared_byte(self, address: Value, value: Value, where: Value | None = None) -> None:
-        """Stores the low 8 bits of ``value`` if ``where`` holds. Lanes may store to bytes of the same word."""
+        """Stores the low 8 bits of ``value`` if ``where`` holds. Lanes may share a word."""
 
     @abc.abstractmethod
     def load_matrices_transposed(self, address: Value) -> list[Value]:

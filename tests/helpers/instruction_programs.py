@@ -104,6 +104,24 @@ def stores(isa: Instructions, t: Operands) -> list[Value]:
     return isa.load_shared((t.shared - t.all_shared ^ 2032) + t.all_shared, 4)
 
 
+def byte_stores(isa: Instructions, t: Operands) -> list[Value]:
+    """Threads 4 i .. 4 i + 3 store the bytes of the first word of thread i, then some of the second."""
+    first = t.all_shared + ((t.thread >> 2) << 4)
+    isa.store_shared(t.shared, [t.a, t.a, t.b, t.b])
+    isa.block_barrier()
+    isa.store_shared_byte(first + (t.thread & 3), t.a)
+    isa.store_shared_byte(first + 4 + (t.thread & 3), t.b, where=t.a < t.b)
+    isa.block_barrier()
+    return isa.load_shared(t.shared, 4)
+
+
+def transposed_loads(isa: Instructions, t: Operands) -> list[Value]:
+    """Each warp loads 32 rows that other lanes stored, in another order."""
+    isa.store_shared(t.shared, [t.a, t.b, t.a ^ t.b, t.a + t.b])
+    isa.warp_barrier()
+    return isa.load_matrices_transposed((t.shared - t.all_shared ^ 80) + t.all_shared)
+
+
 def loops(isa: Instructions, t: Operands) -> list[Value]:
     def body(i: Value, carry: list[Value]) -> list[Value]:
         return [carry[0] + i, carry[1] * 0.5 + t.x]
@@ -161,6 +179,8 @@ PROGRAMS = {
     "ordered load": lambda isa, t: isa.load_global(t.source + 8, 2, "f32", ordered=True),
     "load_global_16": lambda isa, t: [isa.load_global_16(t.source + 22)],
     "shared memory": stores,
+    "byte stores": byte_stores,
+    "transposed loads": transposed_loads,
     "asynchronous copies": copies,
     "shuffle_xor": lambda isa, t: [isa.shuffle_xor(t.a, 2), isa.shuffle_xor(t.x, 16)],
     "ballot": lambda isa, t: [isa.ballot(t.a < t.b), isa.lower_lanes()],

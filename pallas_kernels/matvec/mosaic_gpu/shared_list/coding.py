@@ -28,8 +28,8 @@ def store_codes(
 ) -> None:
     """Stores the codes of all activation rows, and their records: sums of codes and peaks.
 
-    ``warps_per_row`` warps share a row. Each has ``section_chunks / warps_per_row`` chunks, but looks at all of
-    the section's activations, because the peak is that of the whole section.
+    ``warps_per_row`` warps share a row. Each codes ``section_chunks / warps_per_row`` chunks, but loads all
+    activations of the section for their peak.
     """
     part = context.warp % g.warps_per_row
     for first in range(0, g.rows, g.rows_at_once):

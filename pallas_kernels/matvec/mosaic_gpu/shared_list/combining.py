@@ -31,7 +31,7 @@ def first_output(g: SharedListGeometry, context: LaneContext, piece: int) -> Val
 def load_scales(
     isa: Instructions, g: SharedListGeometry, refs: Refs, context: LaneContext, section: Value
 ) -> list[list[Value]]:
-    """Loads ``[piece][4]``: the scales of the lane's 8 outputs, two float16 in a word, in order of outputs."""
+    """Loads ``[piece][4]``: the scales of the lane's 8 outputs in order, two float16 in a word."""
     row = group_of_section(isa, g, context, section) * g.stored_n + context.tile * layout.TILE
     words = []
     for piece in range(g.pieces):

@@ -33,8 +33,8 @@ class SharedListGeometry(Geometry):
     """Sizes of a launch of ``shared_list.program``.
 
     ``config.warpgroups`` and ``config.warps_per_group`` fix how float32 sums are associated, exactly as in
-    the program for one row: a *section* is the channels that one warp has there. Here all warps work on one section
-    after the other.
+    the program for one row: a *section* is the channels that one warp has there. Here all warps work on the
+    same section, one section after the other.
     """
 
     @property

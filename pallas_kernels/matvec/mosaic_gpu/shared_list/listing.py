@@ -96,7 +96,7 @@ def reach(
 
 
 def list_rows(isa: Instructions, g: SharedListGeometry, refs: Refs, context: LaneContext) -> Value:
-    """Writes the list, the positions of all channels and the sizes of the sections; returns the number of steps.
+    """Writes the list, the channels' positions and the sections' sizes; returns the number of steps.
 
     Every section has at least one step, and padding to whole steps.
     """
@@ -197,7 +197,7 @@ def store_entries(
 def store_padding(
     isa: Instructions, g: SharedListGeometry, context: LaneContext, segment: Segment, placed: Placed
 ) -> None:
-    """Fills the section's last step with the first row of its group, in plane 0, and stores the section's sizes."""
+    """Fills the section's last step with a row of its group, and stores the section's sizes."""
     group = group_of_section(isa, g, context, placed.section)
     offset = group * (layout.GROUP * g.stored_row_bytes) + context.tile * ROW_BYTES
     for first in range(0, g.step_entries, LANES):

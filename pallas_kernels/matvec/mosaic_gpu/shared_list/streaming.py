@@ -29,7 +29,7 @@ def in_ring(ring: Value, row: Value, piece: Value) -> Value:
 
 @dataclasses.dataclass(frozen=True)
 class Copies:
-    """Copies of listed rows into the ring. 8 lanes copy a row, all threads of the CTA 16 or 32 rows at once."""
+    """Copies of listed rows into the ring. 8 lanes copy a row, all threads of the CTA 16 or 32 rows."""
 
     isa: Instructions
     g: SharedListGeometry

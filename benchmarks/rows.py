@@ -1,0 +1,321 @@
+"""Checks and times the graded matvec for 2 to 16 activation rows on a GPU.
+
+    python benchmarks/rows.py --output rows.json                       everything, about 90 s on an H200
+    python benchmarks/rows.py --checks --output checks.json            correctness and batch invariance only
+
+Checks: every row against float64 at several mean bits, for Gaussian and for Cauchy-like activations; each row
+has the same bits as the row alone (which runs the kernel for one row), in batches of 2 to 16 rows, with other
+companions, and in every variant.
+
+Times: kernel time of the four projections of a Qwen3-8B layer, from the profiler, over copies of the weights
+that exceed the L2, beside XLA's bf16 product. Activations are independent ("random"), or their magnitudes are
+correlated over rows as much as in a trained model ("correlated"): the union of 2, 4, 8 and 16 rows of 3 bits
+then has 3.9, 4.6, 5.1 and 5.6 bits, where trained models have 3.95, 4.6, 5.0 and 5.4.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import datetime
+import itertools
+import json
+import os
+import pathlib
+import statistics
+import sys
+import time
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+import jax.numpy as jnp
+import matvec
+import numpy as np
+import timing
+
+from pallas_kernels import Activations, NestedWeight, codes, grading
+from pallas_kernels.matvec.mosaic_gpu import Config, kernel
+from pallas_kernels.matvec.mosaic_gpu.geometry import SharedList
+
+CHECKED_SHAPES = ((576, 1100), (2048, 2560), (1152, 4096))
+CHECKED_ROWS = (1, 2, 4, 8, 16)
+CHECKED_BITS = (2, 3, 4, 8)
+TIMED_ROWS = (2, 4, 8, 16)
+COPIES = 6
+"""Number of copies of the layer's weights that a call reads in turn: 450 MB at 3 bits."""
+
+CORRELATION = 0.5
+"""Standard deviation of the logarithm of the magnitude that the rows of a channel share."""
+
+RELATIVE_ERROR = 1e-3
+
+VARIANTS: dict[str, SharedList | None] = {
+    "8 warps, 8 slots": SharedList(warps=8, ring_slots=8, step_entries=32),
+    "8 warps, 16 slots": SharedList(warps=8, ring_slots=16, step_entries=32),
+    "8 warps, steps of 64": SharedList(warps=8, ring_slots=8, step_entries=64),
+    "4 warps, 8 slots": SharedList(warps=4, ring_slots=8, step_entries=32),
+    "a list for each warp": None,
+}
+"""Programs to compare. 4 warps where the configuration of a shape allows it, else 8."""
+
+
+def config_of(base: Config, shared_list: SharedList | None) -> Config:
+    """Returns the configuration of one row with another program for several rows."""
+    if shared_list is not None and shared_list.warps < base.warps:
+        shared_list = dataclasses.replace(shared_list, warps=base.warps)
+    return dataclasses.replace(base, shared_list=shared_list)
+
+
+def draw_x(rows: int, k: int, kind: str, seed: int = 0) -> np.ndarray:
+    """Draws float32 ``[rows, k]``: "random", "correlated" or "cauchy" (clipped at 1000 times its scale)."""
+    rng = np.random.default_rng(seed)
+    if kind == "cauchy":
+        return np.clip(rng.standard_cauchy((rows, k)), -1000, 1000).astype(np.float32)
+    x = rng.standard_normal((rows, k))
+    if kind == "correlated":
+        x = x * np.exp(CORRELATION * rng.standard_normal(k))
+    return x.astype(np.float32)
+
+
+def compiled(functions: dict, arguments: dict) -> dict:
+    """Compiles functions in parallel; returns them by their keys."""
+    lowered = {key: jax.jit(function).lower(*arguments[key]) for key, function in functions.items()}
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        return dict(zip(lowered, pool.map(lambda low: low.compile(), lowered.values()), strict=True))
+
+
+# --- checks ---------------------------------------------------------------------------------------------
+def exact_rows(x: np.ndarray, weight: NestedWeight, thresholds: np.ndarray) -> np.ndarray:
+    """Returns float64 ``[rows, N]``."""
+
+    def one_row(row, limits):
+        w = codes.dequantize(weight, grading.levels(row, limits))  # exact in float32
+        return w[: weight.in_features, : weight.out_features]
+
+    dequantize = jax.jit(one_row)
+    out = []
+    for row, limits in zip(x, thresholds, strict=True):
+        w = dequantize(jnp.asarray(row), jnp.asarray(limits))
+        with jax.enable_x64(True):
+            out.append(np.asarray(jnp.asarray(row).astype(jnp.float64) @ w.astype(jnp.float64)))
+    return np.stack(out)
+
+
+def check(problems: list[str]) -> list[dict]:
+    """Runs all checks; appends a line for each failure."""
+    results = []
+    bases = {
+        shape: Config(warpgroups=warpgroups, warps_per_group=warps, ring_slots=8)
+        for shape, (warpgroups, warps) in zip(CHECKED_SHAPES, ((1, 1), (2, 2), (2, 4)), strict=True)
+    }
+    functions, arguments = {}, {}
+    weights = {shape: matvec.random_weights(*shape, count=1)[0] for shape in CHECKED_SHAPES}
+    names = list(VARIANTS)
+    for i, shape in enumerate(CHECKED_SHAPES):
+        for rows in CHECKED_ROWS:
+            chosen = ["one row"] if rows == 1 else [names[i], "4 warps, 8 slots"][: 1 + (rows in (4, 16))]
+            for variant in chosen:
+                config = bases[shape] if rows == 1 else config_of(bases[shape], VARIANTS[variant])
+
+                def run(x, w, t, config=config):
+                    y, stats = kernel.partial_sums(Activations.of(x), w, t, config=config)
+                    return y.partials, y.array, stats.bits
+
+                key = shape, rows, variant
+                functions[key] = run
+                sizes = jnp.zeros((rows, shape[0]), jnp.float32), weights[shape], jnp.ones((rows, 4))
+                arguments[key] = sizes
+    programs = compiled(functions, arguments)
+    for shape in CHECKED_SHAPES:
+        weight = weights[shape]
+        for kind in ("random", "cauchy"):
+            x = draw_x(max(CHECKED_ROWS), shape[0], kind)
+            others = draw_x(max(CHECKED_ROWS), shape[0], kind, seed=1)
+            for bits in CHECKED_BITS:
+                limits = matvec.thresholds_for(x, bits)
+                exact = exact_rows(x, weight, limits)
+                one = programs[shape, 1, "one row"]
+                alone = [one(x[r : r + 1], weight, limits[r : r + 1]) for r in range(len(x))]
+                alone = [np.asarray(partials)[:, 0] for partials, _, _ in alone]
+                for (of, rows, variant), program in programs.items():
+                    if of != shape:
+                        continue
+                    partials, y, realised = [np.asarray(a) for a in program(x[:rows], weight, limits[:rows])]
+                    norms = np.linalg.norm(exact[:rows], axis=1)
+                    error = float((np.linalg.norm(y - exact[:rows], axis=1) / norms).max())
+                    # The row in the middle with other companions, which read other bits.
+                    mixed, mixed_limits = others[:rows].copy(), matvec.thresholds_for(others[:rows], 3)
+                    r = rows // 2
+                    mixed[r], mixed_limits[r] = x[r], limits[r]
+                    company = np.asarray(program(mixed, weight, mixed_limits)[0])[:, r]
+                    same = all(
+                        np.array_equal(bits_of(partials[:, r]), bits_of(alone[r])) for r in range(rows)
+                    )
+                    same = same and np.array_equal(bits_of(company), bits_of(alone[r]))
+                    result = {
+                        "shape": f"{shape[0]}x{shape[1]}",
+                        "rows": rows,
+                        "bits": bits,
+                        "x": kind,
+                        "variant": variant,
+                        "relative_error": error,
+                        "realised_bits": float(realised.mean()),
+                        "same_bits_as_alone": same,
+                    }
+                    results.append(result)
+                    if not same or not error <= RELATIVE_ERROR:
+                        problems.append(f"check failed: {result}")
+    for kind in ("random", "cauchy"):
+        errors = [r["relative_error"] for r in results if r["x"] == kind]
+        print(f"{kind}: {len(errors)} checks, largest error {max(errors):.2e}, median", end=" ")
+        print(f"{statistics.median(errors):.2e}", flush=True)
+    invariant = sum(r["same_bits_as_alone"] for r in results)
+    print(
+        f"batch invariance: {invariant} of {len(results)} checks have the bits of the row alone", flush=True
+    )
+    return results
+
+
+def bits_of(array: np.ndarray) -> np.ndarray:
+    """Returns the bits of float32 numbers, so that signs of zeros and NaN count."""
+    return np.ascontiguousarray(array).view(np.uint32)
+
+
+# --- times ----------------------------------------------------------------------------------------------
+def kernel_groups(function) -> tuple[float, list[dict]]:
+    """Profiles ``function``; returns its kernel time, us a layer, and the kernels by launch parameters."""
+    repeats = 5
+    events = timing.profile_events(function, repeats)
+    groups: dict[str, list[float]] = {}
+    for name, details, duration in events:
+        groups.setdefault(f"{name} {details}", []).append(duration)
+    total = sum(sum(ds) for ds in groups.values()) / (repeats * COPIES)
+    kinds = [
+        {"kernel": name, "launches": len(ds), "median_us": round(statistics.median(ds), 3)}
+        for name, ds in groups.items()
+    ]
+    return total, kinds
+
+
+def time_layer(deadline: float, problems: list[str]) -> list[dict]:
+    """Times all variants; stops before the deadline (``time.monotonic``)."""
+    shapes = [tuple(map(int, shape.split("x"))) for shape in matvec.LAYER]
+    weights = {shape: matvec.random_weights(*shape, count=COPIES) for shape in shapes}
+    results: list[dict] = []
+    for rows in (1, *TIMED_ROWS):
+        data = {}
+        for kind in ("random", "correlated"):
+            xs = [draw_x(rows, k, kind, seed=k) for k, _ in shapes]
+            limits = [matvec.thresholds_for(x, 3) for x in xs]
+            data[kind] = [jnp.asarray(x) for x in xs], [jnp.asarray(t) for t in limits]
+        # The program for one row takes up to 8 rows, the others are for several.
+        allowed = {True: rows > 1, False: rows <= 8}
+        variants = [name for name, shared in VARIANTS.items() if allowed[shared is not None]]
+        functions = {variant: layer_function(shapes, weights, VARIANTS[variant]) for variant in variants}
+        start = time.monotonic()
+        programs = compiled(functions, dict.fromkeys(variants, (*data["random"], weights)))
+        print(f"{rows:2} rows: compiled in {time.monotonic() - start:.1f} s", flush=True)
+        for (variant, program), (kind, (xs, limits)) in itertools.product(programs.items(), data.items()):
+            if time.monotonic() > deadline:
+                problems.append(f"out of time before {rows} rows, {variant}, {kind}")
+                return results
+            us, kinds = kernel_groups(lambda p=program, xs=xs, limits=limits: p(xs, limits, weights))
+            read = sum(
+                matvec.bytes_read(np.asarray(x), np.asarray(t), k, n)
+                for x, t, (k, n) in zip(xs, limits, shapes, strict=True)
+            )
+            results.append(
+                {"rows": rows, "variant": variant, "x": kind, "layer_us": round(us, 2), "bytes": read}
+                | {"kernels": kinds}
+            )
+            print(
+                f"{rows:2} rows {kind:10} {variant:22} {us:6.1f} us a layer, {read / us / 1e6:.2f} TB/s",
+                [k["median_us"] for k in kinds],
+                flush=True,
+            )
+    return results
+
+
+def layer_function(shapes, weights, shared_list: SharedList | None):
+    """Returns a function that multiplies with all copies of the layer's weights."""
+    configs = []
+    for k, n in shapes:
+        x = Activations.of(jnp.zeros((1, k), jnp.float32))
+        configs.append(config_of(kernel.geometry_of(x, weights[k, n][0]).config, shared_list))
+
+    def run(xs, limits, weights):
+        return [
+            kernel.partial_sums(Activations.of(x), weights[shape][i], t, config=config)
+            for i in range(COPIES)
+            for x, t, shape, config in zip(xs, limits, shapes, configs, strict=True)
+        ]
+
+    return run
+
+
+def bf16_layer() -> dict[int, float]:
+    """Returns the kernel time of XLA's bf16 products of a layer, us, by the number of rows."""
+    shapes = [tuple(map(int, shape.split("x"))) for shape in matvec.LAYER]
+    weights = [
+        [jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for shape in shapes] for i in range(COPIES)
+    ]
+    times = {}
+    for rows in TIMED_ROWS:
+        xs = [jnp.ones((rows, k), jnp.bfloat16) for k, _ in shapes]
+        run = jax.jit(lambda xs, ws: [x @ w for layer in ws for x, w in zip(xs, layer, strict=True)])
+        times[rows] = round(kernel_groups(lambda run=run, xs=xs: run(xs, weights))[0], 2)
+        print(f"{rows:2} rows XLA bf16: {times[rows]:.1f} us a layer", flush=True)
+    return times
+
+
+def table(results: list[dict], bf16: dict[int, float]) -> None:
+    """Prints the best variant of each number of rows, with the ratio to bf16."""
+    print("\nrows  x            best variant             us    of bf16")
+    for rows in TIMED_ROWS:
+        for kind in ("random", "correlated"):
+            mine = [r for r in results if r["rows"] == rows and r["x"] == kind]
+            if mine:
+                best = min(mine, key=lambda r: r["layer_us"])
+                ratio = f"{best['layer_us'] / bf16[rows]:.2f}" if rows in bf16 else ""
+                print(
+                    f"{rows:4}  {kind:11}  {best['variant']:22} {best['layer_us']:6.1f}  {ratio}", flush=True
+                )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--checks", action="store_true", help="only check, do not time")
+    parser.add_argument("--times", action="store_true", help="only time, do not check")
+    parser.add_argument("--seconds", type=float, default=110, help="stop timing after this many seconds")
+    parser.add_argument("--output", type=pathlib.Path, metavar="FILE", help="JSON file to write")
+    args = parser.parse_args()
+    start = time.monotonic()
+    problems: list[str] = []
+    report = {
+        "device": jax.devices()[0].device_kind,
+        "versions": {name: matvec.version(name) for name in ("jax", "jaxlib", "numpy")},
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+    def save() -> None:
+        report["seconds"] = round(time.monotonic() - start)
+        report["problems"] = problems
+        if args.output:
+            args.output.write_text(json.dumps(report, indent=1) + "\n")
+
+    if not args.times:
+        report["checks"] = check(problems)
+        print(f"checks took {time.monotonic() - start:.0f} s, {len(problems)} problems", flush=True)
+        save()
+    if not args.checks:
+        report["bf16_us"] = bf16_layer()
+        report["times"] = time_layer(start + args.seconds, problems)
+        table(report["times"], report["bf16_us"])
+    save()
+    print(f"{report['seconds']} s")
+    if problems:
+        sys.exit("\n".join(problems[:20]))
+
+
+if __name__ == "__main__":
+    main()
