@@ -25,7 +25,7 @@ from grinqh_jax.benchmarking import random_model
 from grinqh_jax.model import attention, norm, swiglu
 from pallas_kernels import Activations, NestedWeight, codes, decode_rows, dequantization, layout
 from pallas_kernels.matvec import mosaic_gpu, reference
-from pallas_kernels.matvec.mosaic_gpu import Config
+from pallas_kernels.matvec.mosaic_gpu import Config, SharedList
 
 TOLERANCE = 2e-2
 """Largest relative norm of the difference: two or three roundings to bfloat16."""
@@ -56,6 +56,11 @@ def matvec_cases() -> Iterator[Case]:
         (1000, 600, 5, 8, "float16", 0, None),
         *((300, 700, 3, bits, "float32", 5, None) for bits in (2, 4, 6, 8)),
         (64, 100, 1, 8, "bfloat16", 0, None),
+        (384, 1024, 2, 8, "bfloat16", 16, shared_list(1, 1, SharedList(warps=4))),
+        (384, 1024, 4, 8, "bfloat16", 3, shared_list(2, 4, SharedList(ring_slots=16))),
+        (1000, 600, 7, 6, "float16", 48, shared_list(1, 2, SharedList(step_entries=64))),
+        (300, 700, 16, 8, "float32", 0, shared_list(2, 1, SharedList())),
+        (256, 512, 13, 2, "bfloat16", 5, shared_list(1, 4, SharedList(warps=4, ring_slots=4))),
     ]
     for k, n, rows, max_bits, dtype, parts, config in classes:
         rng = np.random.default_rng(rows)
@@ -70,6 +75,10 @@ def matvec_cases() -> Iterator[Case]:
             lambda *arguments: reference.partial_sums(*arguments)[0].array,
             (inputs, weight, thresholds),
         )
+
+
+def shared_list(warpgroups: int, warps_per_group: int, tuning: SharedList) -> Config:
+    return Config(warpgroups=warpgroups, warps_per_group=warps_per_group, ring_slots=4, shared_list=tuning)
 
 
 def rows_cases() -> Iterator[Case]:

@@ -1,5 +1,8 @@
 """The matvec kernel on a GPU (``pytest -m gpu``), alone and inside a larger program."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,7 @@ import pytest
 from matvec_cases import Case, assert_agrees_with_oracle
 
 from pallas_kernels import Activations, graded_matvec, graded_partial_sums
-from pallas_kernels.matvec.mosaic_gpu import Config, kernel
+from pallas_kernels.matvec.mosaic_gpu import Config, SharedList, kernel
 
 pytestmark = pytest.mark.gpu
 
@@ -34,6 +37,26 @@ CASES = [
 ]
 
 
+def shared_list_case(k, n, config=CONFIGS[1], tuning=SharedList(), **fields) -> Case:  # noqa: B008
+    return Case(k, n, config=dataclasses.replace(config, shared_list=tuning), **fields)
+
+
+SHARED_LIST_CASES = [
+    *(
+        shared_list_case(384, 1024, CONFIGS[rows % 4], rows=rows, seed=rows)
+        for rows in (2, 3, 4, 7, 8, 13, 16)
+    ),
+    shared_list_case(300, 700, CONFIGS[0], SharedList(warps=4), rows=3, max_bits=2),
+    shared_list_case(300, 700, CONFIGS[0], SharedList(ring_slots=16), rows=16, max_bits=4),
+    shared_list_case(300, 700, CONFIGS[1], SharedList(step_entries=64), rows=9, max_bits=6),
+    shared_list_case(300, 700, CONFIGS[1], SharedList(warps=4, ring_slots=4, step_entries=64), rows=4),
+    *(
+        shared_list_case(1000, 600, CONFIGS[2], rows=12, activations=activations)
+        for activations in ("outliers", "heavy", "zeros", "all-zero")
+    ),
+]
+
+
 @pytest.fixture(autouse=True)
 def _gpu():
     if jax.default_backend() != "gpu":
@@ -50,6 +73,38 @@ def test_agrees_with_float64(case):
     np.testing.assert_array_equal(stats.max_abs, np.abs(x.astype(np.float32)).max(1))
     again, _ = run(x, weight, thresholds)
     np.testing.assert_array_equal(np.asarray(y.partials), np.asarray(again.partials))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def partials_and_stats(x, squares, weight, thresholds, config):
+    y, stats = kernel.partial_sums(Activations.of(x, squares, eps=1e-6), weight, thresholds, config=config)
+    return y.partials, stats.packed
+
+
+@pytest.mark.parametrize("case", SHARED_LIST_CASES, ids=str)
+def test_rows_of_a_shared_list_agree_with_float64_and_have_the_bits_of_the_row_alone(case):
+    x, weight, thresholds = case.arrays()
+    squares = np.random.default_rng(case.seed).uniform(0, 1, (case.rows, 3)).astype(np.float32)
+
+    y, stats = partials_and_stats(x, None, weight, thresholds, config=case.config)
+    total = np.asarray(y, np.float64).sum(0)[:, : case.out_features]
+    assert_agrees_with_oracle(x, weight, thresholds, total, np.asarray(stats)[:, 0])
+    for factor in (None, squares):
+        together = partials_and_stats(x, factor, weight, thresholds, config=case.config)
+        again = partials_and_stats(x, factor, weight, thresholds, config=case.config)
+        for row in range(case.rows):
+            one = slice(row, row + 1)
+            alone = partials_and_stats(
+                x[one],
+                None if factor is None else factor[one],
+                weight,
+                thresholds[one],
+                config=dataclasses.replace(case.config, shared_list=None),
+            )
+            for a, b, c in zip(together, again, alone, strict=True):
+                a, b, c = (np.asarray(v).view(np.uint32) for v in (a, b, c))
+                np.testing.assert_array_equal(a, b)
+                np.testing.assert_array_equal(a[..., row, :], c[..., 0, :])
 
 
 def test_applies_the_factor_of_a_norm():
