@@ -182,19 +182,25 @@ def bits_of(array: np.ndarray) -> np.ndarray:
 
 
 # --- times ----------------------------------------------------------------------------------------------
-def kernel_groups(function) -> tuple[float, list[dict]]:
-    """Profiles ``function``; returns its kernel time, us a layer, and the kernels by launch parameters."""
+def kernel_times(function) -> tuple[float, dict[str, float]]:
+    """Profiles ``function``, which multiplies with all copies of the layer.
+
+    Returns:
+      The time of all kernels of a layer, us, and the median of each shape, if the launches of the kernel come
+      in the order of the shapes; else the medians by launch parameters.
+    """
     repeats = 5
     events = timing.profile_events(function, repeats)
-    groups: dict[str, list[float]] = {}
-    for name, details, duration in events:
-        groups.setdefault(f"{name} {details}", []).append(duration)
-    total = sum(sum(ds) for ds in groups.values()) / (repeats * COPIES)
-    kinds = [
-        {"kernel": name, "launches": len(ds), "median_us": round(statistics.median(ds), 3)}
-        for name, ds in groups.items()
-    ]
-    return total, kinds
+    total = sum(duration for _, _, duration in events) / (repeats * COPIES)
+    mine = [(details, us) for name, details, us in events if matvec.KERNEL_NAME in name]
+    count = len(matvec.LAYER)
+    groups = {shape: mine[i::count] for i, shape in enumerate(matvec.LAYER)}
+    in_order = len(mine) == repeats * COPIES * count
+    if not in_order or any(len({details for details, _ in group}) != 1 for group in groups.values()):
+        groups = {}
+        for launch in mine:
+            groups.setdefault(launch[0], []).append(launch)
+    return total, {name: round(statistics.median(us for _, us in group), 3) for name, group in groups.items()}
 
 
 def time_layer(deadline: float, problems: list[str]) -> list[dict]:
@@ -219,18 +225,18 @@ def time_layer(deadline: float, problems: list[str]) -> list[dict]:
             if time.monotonic() > deadline:
                 problems.append(f"out of time before {rows} rows, {variant}, {kind}")
                 return results
-            us, kinds = kernel_groups(lambda p=program, xs=xs, limits=limits: p(xs, limits, weights))
+            us, medians = kernel_times(lambda p=program, xs=xs, limits=limits: p(xs, limits, weights))
             read = sum(
                 matvec.bytes_read(np.asarray(x), np.asarray(t), k, n)
                 for x, t, (k, n) in zip(xs, limits, shapes, strict=True)
             )
             results.append(
                 {"rows": rows, "variant": variant, "x": kind, "layer_us": round(us, 2), "bytes": read}
-                | {"kernels": kinds}
+                | {"kernel_us": medians}
             )
             print(
                 f"{rows:2} rows {kind:10} {variant:22} {us:6.1f} us a layer, {read / us / 1e6:.2f} TB/s",
-                [k["median_us"] for k in kinds],
+                list(medians.values()),
                 flush=True,
             )
     return results
@@ -240,7 +246,7 @@ def layer_function(shapes, weights, shared_list: SharedList | None):
     """Returns a function that multiplies with all copies of the layer's weights."""
     configs = []
     for k, n in shapes:
-        x = Activations.of(jnp.zeros((1, k), jnp.float32))
+        x = jax.eval_shape(Activations.of, jax.ShapeDtypeStruct((1, k), jnp.float32))
         configs.append(config_of(kernel.geometry_of(x, weights[k, n][0]).config, shared_list))
 
     def run(xs, limits, weights):
@@ -263,23 +269,28 @@ def bf16_layer() -> dict[int, float]:
     for rows in TIMED_ROWS:
         xs = [jnp.ones((rows, k), jnp.bfloat16) for k, _ in shapes]
         run = jax.jit(lambda xs, ws: [x @ w for layer in ws for x, w in zip(xs, layer, strict=True)])
-        times[rows] = round(kernel_groups(lambda run=run, xs=xs: run(xs, weights))[0], 2)
+        times[rows] = round(kernel_times(lambda run=run, xs=xs: run(xs, weights))[0], 2)
         print(f"{rows:2} rows XLA bf16: {times[rows]:.1f} us a layer", flush=True)
     return times
 
 
 def table(results: list[dict], bf16: dict[int, float]) -> None:
-    """Prints the best variant of each number of rows, with the ratio to bf16."""
-    print("\nrows  x            best variant             us    of bf16")
-    for rows in TIMED_ROWS:
-        for kind in ("random", "correlated"):
-            mine = [r for r in results if r["rows"] == rows and r["x"] == kind]
-            if mine:
-                best = min(mine, key=lambda r: r["layer_us"])
-                ratio = f"{best['layer_us'] / bf16[rows]:.2f}" if rows in bf16 else ""
-                print(
-                    f"{rows:4}  {kind:11}  {best['variant']:22} {best['layer_us']:6.1f}  {ratio}", flush=True
-                )
+    """Prints the best variant of each number of rows, and the best of each shape, beside bf16."""
+    print("\nrows  x            best variant for the layer    us  of bf16   best of each shape, us")
+    for rows, kind in itertools.product(TIMED_ROWS, ("random", "correlated")):
+        mine = [r for r in results if r["rows"] == rows and r["x"] == kind]
+        if not mine:
+            continue
+        best = min(mine, key=lambda r: r["layer_us"])
+        ratio = f"{best['layer_us'] / bf16[rows]:.2f}" if bf16.get(rows) else ""
+        line = f"{rows:4}  {kind:11}  {best['variant']:22} {best['layer_us']:9.1f}  {ratio:7}"
+        if all(shape in r["kernel_us"] for r in mine for shape in matvec.LAYER):
+            of_shape = {s: min(mine, key=lambda r, s=s: r["kernel_us"][s]) for s in matvec.LAYER}
+            total = sum(r["kernel_us"][s] for s, r in of_shape.items())
+            line += f"  {total:5.1f}: " + ", ".join(
+                f"{s} {r['kernel_us'][s]:.2f} ({r['variant']})" for s, r in of_shape.items()
+            )
+        print(line, flush=True)
 
 
 def main() -> None:
