@@ -8,10 +8,10 @@ from pathlib import Path
 
 from checkpoints_tools.baselines import model
 from checkpoints_tools.calibration.text import DEFAULT_TOKENS, read_calibration
+from checkpoints_tools.source.open import MODEL_HELP, open_source
 from grinqh_jax.cli import command as cli
 from grinqh_jax.cli.progress import Progress
 from grinqh_jax.errors import UsageError
-from grinqh_jax.hf import open_checkpoint
 
 
 def parser() -> cli.Parser:
@@ -22,7 +22,7 @@ def parser() -> cli.Parser:
         "dequantized weights as a Hugging Face checkpoint, which every verb reads with --bits full.",
     )
     add = result.add_argument
-    add("--model", required=True, metavar="DIR_OR_HUB_ID", help="Hugging Face checkpoint (safetensors)")
+    add("--model", required=True, metavar="MODEL", help=MODEL_HELP)
     add("--out", required=True, type=Path, metavar="DIR", help="directory to make")
     add("--method", required=True, choices=model.METHODS, help="quantizer")
     add("--w-bits", required=True, type=int, choices=(2, 3, 4, 8), help="bits of the integers")
@@ -61,7 +61,7 @@ def quantize(args: argparse.Namespace) -> int:
         raise UsageError("; ".join(problems))
     if args.out.exists():
         raise UsageError(f"--out {args.out} exists; name a new directory")
-    source = open_checkpoint(args.model)
+    source = open_source(args.model)
     windows = read_calibration(source, args.calib, args.tokens).windows
     options = model.Options(
         method=args.method, bits=args.w_bits, act_order=args.act_order, damping=args.damping

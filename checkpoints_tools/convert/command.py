@@ -12,10 +12,10 @@ from checkpoints_tools.convert.options import BASES, GAINS, SPLITS, Options
 from checkpoints_tools.convert.plan import Plan, make_plan
 from checkpoints_tools.convert.sizes import bits_per_weight_stored, directory_bytes
 from checkpoints_tools.quantizers import QUANTIZERS
+from checkpoints_tools.source.open import MODEL_HELP, open_source
 from grinqh_jax.cli import command as cli
 from grinqh_jax.cli.progress import Progress
 from grinqh_jax.errors import UsageError
-from grinqh_jax.hf import open_checkpoint
 from grinqh_jax.memory import peak_host_memory
 
 
@@ -27,7 +27,7 @@ def parser() -> cli.Parser:
         "To resume an interrupted conversion, run the same command again.",
     )
     add = result.add_argument
-    add("--model", required=True, metavar="DIR_OR_HUB_ID", help="Hugging Face checkpoint (safetensors)")
+    add("--model", required=True, metavar="MODEL", help=MODEL_HELP)
     add("--out", required=True, type=Path, metavar="DIR", help="directory to make")
     add("--force", action="store_true", help="replace an existing checkpoint")
     add(
@@ -117,7 +117,7 @@ def convert(args: argparse.Namespace) -> int:
     started = time.monotonic()
     if args.tokens < 1:
         raise UsageError(f"--tokens {args.tokens}: must be positive")
-    source = open_checkpoint(args.model)
+    source = open_source(args.model)
     plan = make_plan(source, read_calibration(source, args.calib, args.tokens), options_of(args))
     out = convert_with_progress(plan, args.out, overwrite=args.force)
     print(

@@ -40,7 +40,8 @@ def imported_distributions():
 
 
 def test_every_import_is_declared(project):
-    declared = names(project["dependencies"]) | names(project["optional-dependencies"]["eval"])
+    extras = project["optional-dependencies"]
+    declared = names([*project["dependencies"], *extras["eval"], *extras["gguf"]])
     assert imported_distributions() - declared == set()
 
 

@@ -1,0 +1,103 @@
+"""A Hugging Face configuration from the metadata of a GGUF file."""
+
+from typing import Any
+
+import numpy as np
+
+from checkpoints_tools.source.gguf_file.contents import GGUFFile
+from checkpoints_tools.source.gguf_file.rope import llama3_scaling
+from grinqh_jax.errors import CheckpointError, UnsupportedModelError
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+"""Supported values of ``general.architecture``, and the architecture in ``config.json``."""
+
+EMBEDDING, HEAD, ROPE_DIVISORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
+
+_SIZES = {
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "max_position_embeddings": "context_length",
+}
+_EPSILON = "attention.layer_norm_rms_epsilon"
+
+
+def hf_config(file: GGUFFile) -> dict[str, Any]:
+    """Returns the ``config.json`` of the model in a GGUF file.
+
+    Options that are not implemented, such as experts and sliding windows, get their names in ``config.json``,
+    by which ``ModelConfig.from_hf`` refuses them.
+
+    Raises:
+      CheckpointError: Metadata or the embedding are missing.
+      UnsupportedModelError: The architecture is not supported, or the scaling of the rotary embedding is not
+        that of Llama 3.
+    """
+    metadata = file.metadata
+    architecture = metadata.get("general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise UnsupportedModelError(
+            f"{file.path}: architecture {architecture!r} (supported in GGUF: {', '.join(ARCHITECTURES)})"
+        )
+    missing = [key for key in (*_SIZES.values(), _EPSILON) if f"{architecture}.{key}" not in metadata]
+    if missing or EMBEDDING not in file.tensors:
+        names = [f"{architecture}.{key}" for key in missing]
+        names += [EMBEDDING] if EMBEDDING not in file.tensors else []
+        raise CheckpointError(f"{file.path}: lacks {', '.join(names)}; download a complete file")
+
+    def value(key: str, default: Any = None) -> Any:
+        return metadata.get(f"{architecture}.{key}", default)
+
+    config: dict[str, Any] = {
+        "architectures": [ARCHITECTURES[architecture]],
+        "model_type": architecture,
+        "vocab_size": file.tensors[EMBEDDING].shape[0],
+        **{name: value(key) for name, key in _SIZES.items()},
+        "num_key_value_heads": value("attention.head_count_kv", value("attention.head_count")),
+        "rms_norm_eps": _shortest(value(_EPSILON)),
+        "rope_theta": _shortest(value("rope.freq_base", 10000.0)),
+        "hidden_act": "silu",
+        "tie_word_embeddings": HEAD not in file.tensors,
+    }
+    heads = config["num_attention_heads"]
+    if isinstance(heads, int) and heads > 0:
+        config["head_dim"] = head_dim = value("attention.key_length", config["hidden_size"] // heads)
+        if value("attention.value_length", head_dim) != head_dim:
+            raise UnsupportedModelError(
+                f"{file.path}: keys have {head_dim} channels and values {value('attention.value_length')}"
+            )
+        if (rotated := value("rope.dimension_count", head_dim)) != head_dim:
+            config["partial_rotary_factor"] = rotated / head_dim
+    if (window := value("attention.sliding_window")) is not None:
+        config |= {"sliding_window": window, "use_sliding_window": True}
+    if value("expert_count"):
+        config["num_experts"] = value("expert_count")
+    config |= _scaling(file, architecture, config["rope_theta"])
+    for role in ("bos", "eos"):
+        if (token := metadata.get(f"tokenizer.ggml.{role}_token_id")) is not None:
+            config[f"{role}_token_id"] = token
+    return config
+
+
+def _scaling(file: GGUFFile, architecture: str, theta: float) -> dict[str, Any]:
+    """Returns ``rope_scaling``, if the frequencies are scaled."""
+    kind = file.metadata.get(f"{architecture}.rope.scaling.type", "none")
+    if kind != "none":
+        return {"rope_scaling": {"rope_type": kind}}
+    if ROPE_DIVISORS not in file.tensors:
+        return {}
+    divisors = file.read(ROPE_DIVISORS)
+    if np.all(divisors == 1):
+        return {}
+    scaling = llama3_scaling(divisors, theta)
+    if scaling is None:
+        raise UnsupportedModelError(
+            f"{file.path}: {ROPE_DIVISORS} does not scale the rotary embedding as Llama 3 does"
+        )
+    return {"rope_scaling": scaling}
+
+
+def _shortest(value: float) -> float:
+    """Returns the decimal number with the fewest digits that is this float32: 1e-05, not 9.999999747e-06."""
+    return float(str(np.float32(value)))
