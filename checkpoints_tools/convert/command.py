@@ -11,6 +11,9 @@ from checkpoints_tools.convert import driver
 from checkpoints_tools.convert.options import BASES, GAINS, SPLITS, Options
 from checkpoints_tools.convert.plan import Plan, make_plan
 from checkpoints_tools.convert.sizes import bits_per_weight_stored, directory_bytes
+from checkpoints_tools.publish import hub
+from checkpoints_tools.publish.card import write_card
+from checkpoints_tools.publish.origin import origin_of
 from checkpoints_tools.quantizers import QUANTIZERS
 from checkpoints_tools.source.open import MODEL_HELP, open_source
 from grinqh_jax.cli import command as cli
@@ -30,6 +33,7 @@ def parser() -> cli.Parser:
     add("--model", required=True, metavar="MODEL", help=MODEL_HELP)
     add("--out", required=True, type=Path, metavar="DIR", help="directory to make")
     add("--force", action="store_true", help="replace an existing checkpoint")
+    add("--push-to-hub", metavar="REPO", help="upload the result to this repository, OWNER/NAME")
     add(
         "--calib",
         type=Path,
@@ -117,9 +121,12 @@ def convert(args: argparse.Namespace) -> int:
     started = time.monotonic()
     if args.tokens < 1:
         raise UsageError(f"--tokens {args.tokens}: must be positive")
+    if args.push_to_hub:
+        hub.check(args.push_to_hub)
     source = open_source(args.model)
     plan = make_plan(source, read_calibration(source, args.calib, args.tokens), options_of(args))
     out = convert_with_progress(plan, args.out, overwrite=args.force)
+    write_card(out, origin_of(source, args.model))
     print(
         f"{out}: {bits_per_weight_stored(source, args.max_bits):.3f} bits per weight stored, "
         f"{directory_bytes(out) / 1e6:,.1f} MB on disk, peak memory {peak_host_memory() / 2**20:,.0f} MiB, "
@@ -127,6 +134,8 @@ def convert(args: argparse.Namespace) -> int:
     )
     for line in plan.not_done:
         print(line)
+    if args.push_to_hub:
+        print(hub.push(out, args.push_to_hub))
     return 0
 
 

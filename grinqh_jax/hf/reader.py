@@ -25,7 +25,7 @@ DTYPES = ("BF16", "F16", "F32", "F64")
 """Dtypes of weights that are read, in the spelling of safetensors."""
 
 HUB_PATTERNS = (
-    *("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"),
+    *("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.md"),
     *("state/*", "orbax.checkpoint", "_CHECKPOINT_METADATA"),  # GRINQH checkpoints
 )
 """Files to download for a hub id. ``.bin`` files are pickles and are left out."""

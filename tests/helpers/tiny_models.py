@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import hf_directories
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 TEXT = "The grey cat sat on 17 mats; 3 + 4 = 7, said she. " * 60
@@ -15,6 +15,20 @@ def tokenizer() -> Tokenizer:
     result = Tokenizer(models.BPE(letters | {"<eos>": 256}, []))
     result.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     result.decoder = decoders.ByteLevel()
+    return result
+
+
+def tokenizer_with_merges() -> Tokenizer:
+    """Returns a tokenizer with the words of GPT-2 and some merges."""
+    result = Tokenizer(models.BPE())
+    result.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    result.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=290, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    result.train_from_iterator([TEXT], trainer)
+    result.add_special_tokens(["<|end|>", "<|turn|>"])
+    result.add_tokens(["<think>"])
     return result
 
 

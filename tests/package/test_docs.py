@@ -11,6 +11,7 @@ import pytest
 from checkpoints_tools.baselines import __main__ as baselines
 from checkpoints_tools.convert import command as convert
 from checkpoints_tools.pareto import flags as pareto
+from checkpoints_tools.publish import __main__ as publish
 from grinqh_jax.__main__ import VERBS
 from grinqh_jax.cli import benchmark, chat, evaluate, generate, perplexity
 
@@ -33,6 +34,7 @@ PARSERS = {
     "convert": convert.parser,
     "baselines": baselines.parser,
     "pareto": pareto.parser,
+    "publish": publish.parser,
 }
 """Sections of docs/command-line.md and the parser that each describes."""
 

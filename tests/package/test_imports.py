@@ -24,7 +24,7 @@ LAYERS = {
     "checkpoints_tools": [
         {"source", "data"},
         {"calibration"},
-        {"quantizers"},
+        {"quantizers", "publish"},
         {"convert"},
         {"baselines"},
         {"pareto"},

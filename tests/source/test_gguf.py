@@ -13,10 +13,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tiny_models
-import tokenizers
 from byte_model import TEMPLATE
 from random_models import CONFIGS
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from checkpoints_tools.convert import command
 from checkpoints_tools.source.gguf_file.rope import llama3_scaling
@@ -32,26 +30,12 @@ MODELS = {"llama3": hf_directories.LLAMA3, "qwen3": hf_directories.QWEN3} | {
 }
 
 
-def tokenizer() -> tokenizers.Tokenizer:
-    """Returns a tokenizer with the words of GPT-2 and some merges."""
-    result = tokenizers.Tokenizer(models.BPE())
-    result.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    result.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=290, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    result.train_from_iterator([tiny_models.TEXT], trainer)
-    result.add_special_tokens(["<|end|>", "<|turn|>"])
-    result.add_tokens(["<think>"])
-    return result
-
-
 ENDS = {"tokenizer.ggml.eos_token_id": 290, "tokenizer.ggml.eot_token_id": 291}
 
 
 def write(path, hf_config, state=None, **options):
     state = hf_directories.random_state(hf_config) if state is None else state
-    options.setdefault("tokenizer", tokenizer())
+    options.setdefault("tokenizer", tiny_models.tokenizer_with_merges())
     options["metadata"] = ENDS | options.get("metadata", {})
     return gguf_files.write(path, hf_config, state, **options)
 
@@ -131,7 +115,7 @@ def scaling(factor, original):
 def test_tokens_and_chat_text_are_those_of_the_tokenizer_in_the_file(tmp_path):
     path = write(tmp_path / "model.gguf", hf_directories.QWEN3, chat_template=TEMPLATE)
     source = open_source(path)
-    loaded, original = Tokenizer.load(source.directory), tokenizer()
+    loaded, original = Tokenizer.load(source.directory), tiny_models.tokenizer_with_merges()
     text = tiny_models.TEXT + "<|turn|>it's<think> 12 ünï\n\n<|end|>"
     assert loaded.encode(text) == original.encode(text).ids
     assert loaded.decode(loaded.encode(text)) == original.decode(original.encode(text).ids)

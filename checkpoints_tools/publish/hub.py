@@ -1,0 +1,46 @@
+"""Uploads a checkpoint to the Hugging Face hub."""
+
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.utils import validate_repo_id
+
+from grinqh_jax.errors import UsageError
+
+
+def check(repo: str) -> None:
+    """Checks the name of a repository, and that the hub knows the user, before hours of work depend on it.
+
+    Raises:
+      UsageError: The name is not ``OWNER/NAME``, or the hub cannot be reached or does not accept the token.
+    """
+    if repo.count("/") != 1:
+        raise UsageError(f"--push-to-hub {repo}: expected OWNER/NAME")
+    try:
+        validate_repo_id(repo)
+        HfApi().whoami()
+    except Exception as error:  # hub errors, connection errors of its HTTP library, no token
+        raise UsageError(f"--push-to-hub {repo}: {_line(error)}; log in with `hf auth login`") from None
+
+
+def push(directory: Path, repo: str) -> str:
+    """Uploads all files of a checkpoint, in a new repository if there is none; returns its address.
+
+    Raises:
+      UsageError: The hub refuses the upload or cannot be reached. Another attempt resumes it.
+    """
+    api = HfApi()
+    try:
+        url = api.create_repo(repo, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=directory, commit_message="Upload a GRINQH checkpoint")
+    except Exception as error:
+        raise UsageError(
+            f"--push-to-hub {repo}: {_line(error)}; {directory} is complete, push it with `python -m"
+            f" checkpoints_tools.publish --model {directory} --push-to-hub {repo}`"
+        ) from None
+    return str(url)
+
+
+def _line(error: Exception) -> str:
+    """Returns an error's message on one line."""
+    return f"{' '.join(str(error).split()) or type(error).__name__:.300}"

@@ -1,0 +1,68 @@
+"""Upload of a checkpoint to a stand-in of the hub."""
+
+import hub_stand_in
+import huggingface_hub.constants
+import pytest
+import tiny_checkpoint
+
+from checkpoints_tools.publish import __main__ as command
+from checkpoints_tools.publish import hub
+from grinqh_jax.errors import UsageError
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", hub_stand_in.TOKEN)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    with hub_stand_in.serving(hub_stand_in.Hub()) as served:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", served.address)
+        yield served
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return tiny_checkpoint.write(tmp_path / "model")
+
+
+def test_every_file_of_a_checkpoint_arrives(stand_in, checkpoint, capsys):
+    flags = ["--model", str(checkpoint), "--push-to-hub", "tester/tiny-grinqh"]
+    assert command.main(flags) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"{stand_in.address}/tester/tiny-grinqh"
+    files = {
+        path.relative_to(checkpoint).as_posix(): path.read_bytes()
+        for path in checkpoint.rglob("*")
+        if path.is_file()
+    }
+    assert stand_in.repos == {"tester/tiny-grinqh": files}
+    assert {"README.md", "manifest.json", "config.json"} <= files.keys()
+    assert stand_in.blobs, "no large file was uploaded"
+    assert command.main(flags) == 0  # again, into the same repository
+
+
+@pytest.mark.parametrize("repo", ["no-owner", "two/slashes/here", "bad owner/name", "a/--b"])
+def test_bad_names_are_refused_before_any_work(repo, stand_in):
+    with pytest.raises(UsageError, match=f"--push-to-hub {repo}: "):
+        hub.check(repo)
+
+
+def test_a_wrong_token_is_refused_before_any_work(stand_in, monkeypatch):
+    hub.check("tester/name")
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(UsageError, match="log in with `hf auth login`"):
+        hub.check("tester/name")
+
+
+def test_a_refused_upload_is_one_line_that_says_how_to_try_again(stand_in, checkpoint, capsys):
+    stand_in.refuse_commits = True
+    assert command.main(["--model", str(checkpoint), "--push-to-hub", "tester/tiny"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --push-to-hub tester/tiny: ")
+    assert error.count("\n") == 1
+    assert "checkpoints_tools.publish --model" in error
+
+
+def test_an_unreachable_hub_is_one_line(checkpoint, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", hub_stand_in.TOKEN)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert command.main(["--model", str(checkpoint), "--push-to-hub", "tester/tiny"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
