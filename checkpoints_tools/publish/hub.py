@@ -1,9 +1,10 @@
 """Uploads a checkpoint to the Hugging Face hub."""
 
+import sys
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 from grinqh_jax.errors import UsageError
 
@@ -29,6 +30,8 @@ def push(directory: Path, repo: str) -> str:
     Raises:
       UsageError: The hub refuses the upload or cannot be reached. Another attempt resumes it.
     """
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     api = HfApi()
     try:
         url = api.create_repo(repo, exist_ok=True)
@@ -42,5 +45,7 @@ def push(directory: Path, repo: str) -> str:
 
 
 def _line(error: Exception) -> str:
-    """Returns an error's message on one line."""
-    return f"{' '.join(str(error).split()) or type(error).__name__:.300}"
+    """Returns the messages of an error and of its cause on one line."""
+    errors = [error, *([error.__cause__] if error.__cause__ else [])]
+    messages = (" ".join(str(one).split()) or type(one).__name__ for one in errors)
+    return f"{': '.join(messages):.400}"

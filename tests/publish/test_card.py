@@ -9,12 +9,10 @@ import tiny_checkpoint
 import tiny_models
 from huggingface_hub import ModelCard
 
-from checkpoints_tools.convert import command as convert
 from checkpoints_tools.publish import __main__ as command
 from checkpoints_tools.publish import card
 from checkpoints_tools.publish.origin import Origin, origin_of
 from checkpoints_tools.source.open import open_source
-from grinqh_jax.checkpoint import load
 from grinqh_jax.errors import CheckpointError, GrinqhWarning, UsageError
 from grinqh_jax.hf import open_checkpoint
 
@@ -86,20 +84,6 @@ def test_a_gguf_file_states_its_licence_and_origin(tmp_path):
     assert origin_of(open_source(path), str(path)) == Origin(
         name="tiny.F32", hub_id="owner/tiny", license="apache-2.0", languages=("en",)
     )
-
-
-def test_a_conversion_writes_a_card_that_is_no_part_of_the_checkpoint(tmp_path):
-    tiny_models.write(tmp_path / "tiny")
-    (tmp_path / "tiny" / "README.md").write_text(FRONT)
-    text = tiny_models.text_file(tmp_path / "text.txt")
-    flags = ["--calib", str(text), "--tokens", "256", "--no-refit", "--gains", "none", "--basis", "original"]
-    assert convert.main(["--model", str(tmp_path / "tiny"), "--out", str(tmp_path / "out"), *flags]) == 0
-    written = (tmp_path / "out" / "README.md").read_text()
-    assert ModelCard(written).data.license_name == "community"
-    assert "| architecture | qwen3, 2 layers, hidden size 64 |" in written
-    assert '"text": "text.txt"' in written
-    (tmp_path / "out" / "README.md").write_text("another card")
-    load(tmp_path / "out")  # no checksum covers the card
 
 
 def test_results_replace_the_measured_table(tmp_path):

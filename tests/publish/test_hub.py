@@ -9,6 +9,9 @@ from checkpoints_tools.publish import __main__ as command
 from checkpoints_tools.publish import hub
 from grinqh_jax.errors import UsageError
 
+# huggingface_hub 2.4 passes the content of a large file to its HTTP library in a deprecated way.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
 
 @pytest.fixture
 def stand_in(monkeypatch):

@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 import tiny_models
 from byte_model import TEMPLATE
+from huggingface_hub import ModelCard
 from random_models import CONFIGS
 
 from checkpoints_tools.convert import command
 from checkpoints_tools.source.gguf_file.rope import llama3_scaling
 from checkpoints_tools.source.open import open_source
+from grinqh_jax.checkpoint import load
 from grinqh_jax.checkpoint.manifest import Manifest
 from grinqh_jax.errors import CheckpointError, GrinqhError, GrinqhWarning, UnsupportedModelError
 from grinqh_jax.hf import load_decoder, open_checkpoint
@@ -30,6 +32,7 @@ MODELS = {"llama3": hf_directories.LLAMA3, "qwen3": hf_directories.QWEN3} | {
 }
 
 
+TURN = {"role": "user", "content": "hi"}
 ENDS = {"tokenizer.ggml.eos_token_id": 290, "tokenizer.ggml.eot_token_id": 291}
 
 
@@ -119,7 +122,7 @@ def test_tokens_and_chat_text_are_those_of_the_tokenizer_in_the_file(tmp_path):
     text = tiny_models.TEXT + "<|turn|>it's<think> 12 ünï\n\n<|end|>"
     assert loaded.encode(text) == original.encode(text).ids
     assert loaded.decode(loaded.encode(text)) == original.decode(original.encode(text).ids)
-    messages = [{"role": "user", "content": "hi"}]
+    messages = [TURN]
     assert loaded.chat_text(messages) == "<|turn|>user: hi\n<|turn|>assistant:"
     generation = json.loads((source.directory / "generation_config.json").read_text())
     assert generation == {"eos_token_id": [290, 291]}
@@ -137,7 +140,7 @@ def test_sampling_defaults_and_other_templates_are_carried(tmp_path):
     )
     generation = json.loads((source.directory / "generation_config.json").read_text())
     assert (generation["temperature"], generation["top_k"], generation["do_sample"]) == (0.5, 20, True)
-    assert Tokenizer.load(source.directory).chat_text([], template="tool_use") == "tools"
+    assert Tokenizer.load(source.directory).chat_text([TURN], template="tool_use") == "tools"
 
 
 def test_the_directory_of_the_tokenizer_lives_as_long_as_the_checkpoint(tmp_path):
@@ -149,20 +152,29 @@ def test_the_directory_of_the_tokenizer_lives_as_long_as_the_checkpoint(tmp_path
     assert not directory.parent.exists()
 
 
-def test_a_conversion_is_that_of_the_safetensors(tmp_path):
+def test_a_conversion_is_that_of_the_safetensors_and_both_get_model_cards(tmp_path):
     hf_config = hf_directories.QWEN3
     directory = hf_directories.write(tmp_path / "hf", hf_config)
+    (directory / "README.md").write_text("---\nlicense: mit\n---\n# The source\n")
     path = write(tmp_path / "model.gguf", hf_config, matrix_type="BF16")
-    for file in open_source(path).companions:
+    source = open_source(path)
+    for file in source.companions:
         (directory / file.name).write_bytes(file.read_bytes())
     calib = tiny_models.text_file(tmp_path / "text.txt")
-    manifests = []
-    for model, out in ((directory, tmp_path / "a"), (path, tmp_path / "b")):
-        flags = ["--calib", str(calib), "--no-refit", "--gains", "none", "--basis", "original"]
-        assert command.main(["--model", str(model), "--out", str(out), "--tokens", "256", *flags]) == 0
-        manifests.append(Manifest.read(out))
-    assert manifests[0].leaves == manifests[1].leaves
-    assert (tmp_path / "b" / "tokenizer.json").exists()
+    flags = ["--calib", str(calib), "--tokens", "256", "--no-refit", "--gains", "none", "--basis", "original"]
+    leaves = []
+    for model, licence in ((directory, "mit"), (path, "apache-2.0")):
+        out = tmp_path / f"{model.stem}-grinqh"
+        assert command.main(["--model", str(model), "--out", str(out), *flags]) == 0
+        leaves.append(Manifest.read(out).leaves)
+        assert (out / "tokenizer.json").exists()
+        card = (out / "README.md").read_text()
+        assert ModelCard(card).data.license == licence
+        assert "| architecture | qwen3, 2 layers, hidden size 64 |" in card
+        assert '"text": "text.txt"' in card
+        (out / "README.md").write_text("another card")
+        load(out)  # no checksum covers the card
+    assert leaves[0] == leaves[1]
 
 
 def test_fewer_than_8_bits_are_named(tmp_path):
