@@ -55,15 +55,15 @@ def decode_rows(model, label: str, bits_list, args, bandwidth: float) -> list[di
     """
     run = measure.DecodeRun(model, max(args.contexts), args.tokens)
     rows = []
-    thresholds = None if bits_list[0] is None else run.settle(random_model.TARGETS, bits_list[0])
+    dial = None if bits_list[0] is None else run.settle(random_model.TARGETS, bits_list[0])
     warm = time.monotonic() + WARM_UP_SECONDS
     while time.monotonic() < warm:
-        jax.block_until_ready(run.run(thresholds))
+        jax.block_until_ready(run.run(dial))
     for context, bits in itertools.product(args.contexts, bits_list):
         run.context = context
-        thresholds = None if bits is None else run.settle(random_model.TARGETS, bits)
-        timing = measure.timed_in_a_row(lambda t=thresholds: run.run(t), args.tokens, args.repeats)
-        chunk = run.run(thresholds)
+        dial = None if bits is None else run.settle(random_model.TARGETS, bits)
+        timing = measure.timed_in_a_row(lambda d=dial: run.run(d), args.tokens, args.repeats)
+        chunk = run.run(dial)
         figures = run.figures(chunk)
         moved = figures["bytes_per_token"] + run.cache_bytes()
         row = {
@@ -85,7 +85,7 @@ def decode_rows(model, label: str, bits_list, args, bandwidth: float) -> list[di
             f"{moved / 1e9:.2f} GB/token, {row['share_of_read_bandwidth']:.0%} of read bandwidth"
         )
         if context in args.profile_contexts and bits in args.profile_bits:
-            row["profile"] = profile(run, thresholds, args, row)
+            row["profile"] = profile(run, dial, args, row)
     hlo = run.compiled.as_text()
     rows[0]["copies_in_hlo"] = copies(hlo)
     if args.hlo:
@@ -106,9 +106,9 @@ def copies(hlo: str) -> list[str]:
     return large
 
 
-def profile(run: measure.DecodeRun, thresholds, args, row: dict) -> dict | None:
+def profile(run: measure.DecodeRun, dial, args, row: dict) -> dict | None:
     """Returns the table of one step, or None on a CPU, for which the profiler lists no kernels."""
-    kernels = step_profile.trace(lambda: run.run(thresholds))
+    kernels = step_profile.trace(lambda: run.run(dial))
     if not kernels:
         return None
     layers = [name for name in linear_names(run.model.config) if not of_head(name)]

@@ -21,7 +21,7 @@ from grinqh_jax.model.apply import of_head
 
 MATVEC = re.compile(r"graded_matvec|gemm|gemv|nvjet|cutlass|cublas|splitK|xmma|s16816gemm", re.IGNORECASE)
 OWN_KERNELS = {"attention_kernel": "attention", "add_norm_kernel": "norm", "swiglu_kernel": "mlp"}
-SCOPES = ("sampling", "grading_stats", "attention", "norm", "mlp", "embed")
+SCOPES = ("sampling", "grading_stats", "dial", "attention", "norm", "mlp", "embed")
 """Named scopes of the library's source."""
 
 

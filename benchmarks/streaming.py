@@ -16,7 +16,6 @@ import pathlib
 import time
 
 import jax
-import numpy as np
 
 from grinqh_jax.benchmarking import random_model
 from grinqh_jax.decoding.batch import Decoding
@@ -34,7 +33,7 @@ def stream(model, steps: int, temperature: float, args: argparse.Namespace) -> d
         [[1] * PROMPT_TOKENS],
         max_tokens=args.tokens + 1,
         max_context=PROMPT_TOKENS + args.tokens + 1,
-        dial=Dial(model, random_model.TARGETS, np.full(1, args.bits)),
+        dial=Dial.create(model, random_model.TARGETS, [args.bits]),
         sampling=Sampling.create(1, temperature=temperature, top_k=args.top_k, top_p=args.top_p),
         policy=dataclasses.replace(DecodePolicy.for_device(), chunk_steps=steps),
     )

@@ -118,7 +118,7 @@ def _layer_gradients(
 
 
 def _mean_square(gradient: Float[Array, "t n"]) -> Float[Array, "n"]:
-    # The first positions have activations and gradients unlike all others (``engine.SKIPPED_POSITIONS``).
+    # The first positions have activations and gradients unlike all others (``dial.SKIPPED_POSITIONS``).
     scored = gradient[first_scored_position(len(gradient)) :]
     return jnp.mean(scored.astype(jnp.float32) ** 2, axis=0)
 

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from checkpoints_tools.calibration import histogram
-from grinqh_jax.decoding.engine import SKIPPED_POSITIONS
+from grinqh_jax.decoding.dial import SKIPPED_POSITIONS
 from grinqh_jax.model.apply import Dense
 from grinqh_jax.model.decoder import DecoderLayer, RMSNorm
 from grinqh_jax.model.linear import Linear

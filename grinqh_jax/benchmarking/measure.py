@@ -13,12 +13,11 @@ import numpy as np
 
 from grinqh_jax.decoding import engine
 from grinqh_jax.decoding.batch import CAPACITY_STEP
-from grinqh_jax.decoding.dial import layer_shares
-from grinqh_jax.decoding.engine import Thresholds
+from grinqh_jax.decoding.dial import Dial, layer_shares
 from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.sampling import Sampling
 from grinqh_jax.decoding.statistics import grading_fields
-from grinqh_jax.decoding.thresholds import StackedThresholds, stacked_tables, thresholds_at
+from grinqh_jax.decoding.thresholds import StackedThresholds, Thresholds
 from grinqh_jax.model.cache import KVCache
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import Decoder, linear_names
@@ -123,7 +122,8 @@ class DecodeRun:
 
     Attributes:
       context: Number of tokens in the cache before the run. May be set between runs, up to its first value.
-      compiled: The executable; None before the first run. ``compiled.as_text()`` is the optimized HLO.
+      compiled: The executable of the last run; None before the first run. ``compiled.as_text()`` is the
+        optimized HLO.
     """
 
     def __init__(self, model: Decoder, context: int, tokens: int):
@@ -138,42 +138,46 @@ class DecodeRun:
             jnp.full(1, tokens, jnp.int32),
         )
         self.compiled: jax.stages.Compiled | None = None
+        self._compiled: dict[Any, jax.stages.Compiled] = {}
 
-    def run(self, thresholds: Thresholds | None) -> engine.Chunk:
-        """Decodes the tokens once. Other thresholds do not recompile."""
+    def run(self, thresholds: Dial | Thresholds | None) -> engine.Chunk:
+        """Decodes the tokens once.
+
+        Compiles one program for dials and one for fixed thresholds. Other values of either do not recompile.
+        """
         lengths = jnp.full(1, self.context, jnp.int32)
         cache = dataclasses.replace(self._cache, lengths=lengths)
         args = (self._flat, *self._start, cache, thresholds, *self._rest)
-        if self.compiled is None:
+        kind = jax.tree.structure(thresholds)
+        if kind not in self._compiled:
             lowered = engine.jitted_decode_chunk.lower(*args, steps=self.tokens, policy=self._policy)
-            self.compiled = lowered.compile()
+            self._compiled[kind] = lowered.compile()
+        self.compiled = self._compiled[kind]
         chunk, self._cache = self.compiled(*args)
         return chunk
 
-    def settle(self, targets: Sequence[float], bits: float) -> Thresholds:
-        """Finds thresholds with which the run reads a mean of ``bits``, as the dial does over a long text.
+    def settle(self, targets: Sequence[float], bits: float) -> Dial:
+        """Returns a dial with which the run reads a mean of ``bits``, as it does over a long text.
 
-        Another setting of the dial generates another text, so the bits read do not follow the setting
-        exactly. The search corrects the setting by the excess of the last run, and returns the thresholds of
-        the run closest to ``bits``.
+        Each run starts with the excess that the dial observed in the runs before it. Another setting
+        generates another text, so the bits read do not follow the setting exactly. The returned dial is the
+        one whose run came closest to ``bits``.
 
         Args:
           targets: Mean bits of the rows of the model's threshold tables.
           bits: Mean bits to read.
         """
-        names, tables = linear_names(self.model.config), stacked_tables(self.model)
-        shares, setting, runs = layer_shares(self.model.config), bits, []
+        dial, shares = Dial.create(self.model, targets, [bits]), layer_shares(self.model.config)
+        runs: list[tuple[float, Dial]] = []
         for _ in range(SETTLING_RUNS):
-            thresholds = thresholds_at(
-                names, tables, jnp.asarray(targets, jnp.float32), jnp.array([setting], jnp.float32)
-            )
-            stats = self.run(thresholds).grading_stats
-            assert stats is not None, "a graded run has statistics"
-            excess = float(np.mean(np.asarray(stats.bits) @ shares)) - bits
-            runs.append((abs(excess), thresholds))
-            if abs(excess) <= SETTLED_BITS:
+            chunk = self.run(dial)
+            assert chunk.grading_stats is not None, "a graded run has statistics"
+            assert chunk.dial is not None, "the dial set the thresholds"
+            difference = abs(float(np.mean(np.asarray(chunk.grading_stats.bits) @ shares)) - bits)
+            runs.append((difference, dial))
+            if difference <= SETTLED_BITS:
                 break
-            setting = float(np.clip(setting - excess, targets[0], targets[-1]))
+            dial = dial.with_state(chunk.dial.next_answer())
         return min(runs, key=lambda pair: pair[0])[1]
 
     def figures(self, chunk: engine.Chunk) -> dict:
@@ -193,7 +197,7 @@ class PrefillRun:
     """Prefill of a prompt of ``tokens`` random tokens in buckets of ``bucket`` tokens, repeatable.
 
     As in generation, the prefill of a graded model includes the preview, which estimates the bits that
-    grading reads. The dial's update on the host is not included.
+    grading reads. The update of the dial is not included.
 
     Attributes:
       bucket: Tokens per call.

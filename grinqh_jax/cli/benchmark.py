@@ -152,10 +152,10 @@ def _model_rows(label, model: Decoder, targets, settings, args, bandwidth) -> It
         return
     decoding = measure.DecodeRun(model, args.context, args.generate_tokens)
     for bits in settings:
-        thresholds = None
+        dial = None
         if model.graded:
-            thresholds = decoding.settle(targets, targets[-1] if bits == "full" else float(bits))
-        run_once = functools.partial(decoding.run, thresholds)
+            dial = decoding.settle(targets, targets[-1] if bits == "full" else float(bits))
+        run_once = functools.partial(decoding.run, dial)
         timing = measure.timed_in_a_row(run_once, args.generate_tokens, args.repeats)
         figures = decoding.figures(run_once())
         bytes_read = figures["bytes_per_token"] + decoding.cache_bytes()

@@ -62,6 +62,7 @@ class _DeviceState:
       done: bool ``[B]``, rows that generate nothing further.
       limits: int32 ``[B]``, number of tokens that each row may still generate.
       history: Tokens that each row has; None without penalties.
+      dial: Dial of all rows; None for a dense model.
     """
 
     cache: KVCache
@@ -69,6 +70,7 @@ class _DeviceState:
     done: Bool[jax.Array, "b"]
     limits: Int[jax.Array, "b"]
     history: TokenHistory | None
+    dial: Dial | None
 
 
 @dataclasses.dataclass
@@ -96,12 +98,10 @@ class _ChunkInFlight:
 
     Attributes:
       asked: Time at which the consumer asked for it.
-      setting: Setting of the dial of each row.
       result: The chunk as numpy arrays, and the time at which it arrived.
     """
 
     asked: float
-    setting: Float[np.ndarray, "b"] | None
     result: concurrent.futures.Future[tuple[engine.Chunk, float]]
 
 
@@ -133,7 +133,7 @@ class Decoding:
           prompts: Tokens of each row, at least one.
           max_tokens: Most tokens to generate per row; fewer if the context ends first.
           max_context: Most tokens of prompt and continuation together.
-          dial: Dial of all rows; observes the bits that they read.
+          dial: Dial of all rows, as it is before the prompts.
           sampling: Sampling parameters of each row.
           stop_tokens: Tokens that end a row. They are part of the result.
           compiled: Programs that earlier batches of the same model have compiled; updated in place.
@@ -158,8 +158,6 @@ class Decoding:
             raise ValueError(f"a prompt cache serves one prompt, not {len(prompts)}")
         self._flat_model = engine.FlatModel(model)
         self._prompts = prompts
-        self._dial = dial
-        self._thresholds = None if dial is None else dial.thresholds
         self._sampling = sampling
         self._stop_tokens = jnp.array(stop_tokens or (-1,), jnp.int32)
         self._compiled = set() if compiled is None else compiled
@@ -184,6 +182,7 @@ class Decoding:
             history=None
             if sampling.penalties is None
             else self._put(TokenHistory.of(prompts, model.config.vocab_size)),
+            dial=self._put(dial),
         )
 
     def compile_prefill(self) -> None:
@@ -193,7 +192,9 @@ class Decoding:
         for width in sorted({bucket.tokens.shape[1] for bucket in cut(self._prompts, self.reused_tokens)}):
             program = ("prefill", width, *self._program_key())
             if program not in self._compiled:
-                logits, _ = self._read(np.zeros((batch, width), np.int32), none)
+                logits, preview = self._read(np.zeros((batch, width), np.int32), none)
+                if preview is not None:
+                    self._observe(preview)  # Observes no token.
                 self._choose_first(logits).block_until_ready()
                 self._compiled.add(program)
 
@@ -228,9 +229,9 @@ class Decoding:
         if self._device.history is not None:
             every_row = self._put(np.ones(len(self._prompts), bool))
             self._device.history = _add_tokens(self._device.history, self._device.last, every_row)
-        first, preview = jax.device_get((self._device.last, preview))
         if preview is not None:
-            self._observe(preview.bits, preview.counts)
+            self._observe(preview)
+        first = np.asarray(self._device.last)
         self._host.tokens_left -= 1
         self._host.ended = np.isin(first, np.asarray(self._stop_tokens)) | (self._host.tokens_left <= 0)
         self._device.done = self._put(self._host.ended)
@@ -240,8 +241,8 @@ class Decoding:
     def chunks(self) -> Iterator[NewTokens]:
         """Decodes until every row is done.
 
-        With chunks ahead, as on a GPU, one decode chunk runs while the consumer has the one before it. The
-        dial and ``stop`` then take effect one chunk later.
+        With chunks ahead, as on a GPU, one decode chunk runs while the consumer has the one before it.
+        ``stop`` then takes effect one chunk later.
         """
         steps = self._policy.chunk_steps
         in_flight: collections.deque[_ChunkInFlight] = collections.deque()
@@ -261,9 +262,6 @@ class Decoding:
                 new = self._receive(chunk, arrived - device_free)
                 yield new
                 asked = time.perf_counter()
-                if new.grading_stats is not None:
-                    counts = np.array([len(tokens) for tokens in new.tokens])
-                    self._observe(new.grading_stats.bits.swapaxes(0, 1), counts, current.setting)
         finally:
             reader.shutdown(wait=False)
 
@@ -274,13 +272,15 @@ class Decoding:
 
     def _launch(self, asked: float, reader: concurrent.futures.Executor) -> _ChunkInFlight:
         """Dispatches a decode chunk, and its transfer to the host in a thread of ``reader``."""
-        setting = None if self._dial is None else self._dial.setting
         chunk = self._decode(self._device.limits)
         self._device.last, self._device.done = chunk.last, chunk.done
         self._device.limits = self._device.limits - chunk.counts
         self._device.history = chunk.history
-        chunk = dataclasses.replace(chunk, history=None)  # stays on the device
-        return _ChunkInFlight(asked, setting, reader.submit(_to_host, chunk))
+        if self._device.dial is not None:
+            assert chunk.dial is not None
+            self._device.dial = self._device.dial.with_state(chunk.dial)
+        chunk = dataclasses.replace(chunk, history=None, dial=None)  # both stay on the device
+        return _ChunkInFlight(asked, reader.submit(_to_host, chunk))
 
     def _receive(self, chunk: engine.Chunk, seconds: float) -> NewTokens:
         """Updates the host's state from a chunk that has arrived, and drops tokens of stopped rows."""
@@ -296,11 +296,11 @@ class Decoding:
     ) -> tuple[Float[jax.Array, "b v"], engine.Preview | None]:
         """Reads a prefill bucket; returns its logits and preview."""
         cache, preview = self._owned_cache(), None
-        if self._dial is None:
+        if self._device.dial is None:
             logits, cache = engine.prefill(self._flat_model, tokens, lengths, cache)
         else:
             logits, cache, preview = engine.prefill_with_preview(
-                self._flat_model, tokens, lengths, cache, self._thresholds
+                self._flat_model, tokens, lengths, cache, self._device.dial.thresholds
             )
         self._keep_cache(cache)
         return logits, preview
@@ -312,7 +312,7 @@ class Decoding:
             self._device.last,
             self._device.done,
             self._owned_cache(),
-            self._thresholds,
+            self._device.dial,
             self._sampling,
             self._stop_tokens,
             limits,
@@ -332,16 +332,9 @@ class Decoding:
             history=self._device.history,
         )
 
-    def _observe(
-        self,
-        bits: Float[jax.Array | np.ndarray, "b steps linears"],
-        counts: Int[jax.Array | np.ndarray, "b"],
-        setting: Float[np.ndarray, "b"] | None = None,
-    ) -> None:
-        """Updates dial and thresholds (see ``Dial.observe``)."""
-        assert self._dial is not None, "only graded models have a preview and grading statistics"
-        self._dial.observe(bits, counts, setting)
-        self._thresholds = self._dial.thresholds
+    def _observe(self, preview: engine.Preview) -> None:
+        assert self._device.dial is not None, "only graded models have a preview"
+        self._device.dial = self._device.dial.observe(preview.bits, preview.counts)
 
     def _owned_cache(self) -> KVCache:
         """Returns the cache, if no later generation has acquired it."""

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from grinqh_jax.decoding.dial import SKIPPED_POSITIONS, Dial, DialState
 from grinqh_jax.decoding.penalties import TokenHistory
 from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.sampling import Sampling, choose_tokens, greedy, sample
-from grinqh_jax.decoding.thresholds import StackedThresholds
+from grinqh_jax.decoding.thresholds import StackedThresholds, Thresholds
 from grinqh_jax.model import apply
 from grinqh_jax.model.cache import KVCache
 from grinqh_jax.model.decoder import Decoder, linear_names
@@ -25,18 +26,6 @@ from pallas_kernels.layout import DIGIT_BITS
 
 PREVIEW_TOKENS = 64
 """Number of trailing prompt tokens used to estimate graded bits."""
-
-SKIPPED_POSITIONS = 4
-"""Number of leading positions of a text that say nothing about the bits of later ones.
-
-Attention dumps what it does not need on the first tokens, so their activations are unlike all others: a few
-channels hundreds of times the usual, the rest small. In real decoding they occur once in a conversation, and
-nearly always in the prompt, which is not graded.
-"""
-
-Thresholds = Mapping[str, Float[Array, "b p"]]
-"""Thresholds of every row of the batch, by name of the linear layer. ``thresholds.StackedThresholds`` is one
-that passes through ``jit`` as a single array."""
 
 
 @jax.tree_util.register_dataclass
@@ -52,6 +41,7 @@ class Chunk:
       grading_stats: ``[steps, B, linears]``, layers in the order of ``decoder.linear_names``; row b is valid
         for ``counts[b]`` steps. None for dense models.
       history: Tokens that each row has after the chunk; None without penalties.
+      dial: The dial after these tokens; None if no dial set the thresholds.
     """
 
     tokens: Int[Array, "b steps"]
@@ -60,6 +50,7 @@ class Chunk:
     done: Bool[Array, "b"]
     grading_stats: GradingStats | None
     history: TokenHistory | None = None
+    dial: DialState | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -203,7 +194,7 @@ def decode_chunk(
     tokens: Int[Array, "b"],
     done: Bool[Array, "b"],
     cache: KVCache,
-    thresholds: Thresholds | None,
+    thresholds: Dial | Thresholds | None,
     sampling: Sampling,
     stop_tokens: Int[Array, "e"],
     limits: Int[Array, "b"],
@@ -222,7 +213,7 @@ def decode_chunk(
       tokens: Last token of each row, not yet in the cache.
       done: Rows that generate nothing.
       cache: Keys and values of the tokens before ``tokens``. Donated.
-      thresholds: Thresholds of each row, by layer name.
+      thresholds: Dial, which sets the thresholds of each row before every step; or fixed ones, by layer name.
       sampling: Sampling parameters of each row.
       stop_tokens: A row is done when it generates one of these, which is still returned.
       limits: Number of tokens that each row may generate in this call.
@@ -252,7 +243,7 @@ def jitted_decode_chunk(
     tokens: Int[Array, "b"],
     done: Bool[Array, "b"],
     cache: KVCache,
-    thresholds: Thresholds | None,
+    thresholds: Dial | Thresholds | None,
     sampling: Sampling,
     stop_tokens: Int[Array, "e"],
     limits: Int[Array, "b"],
@@ -263,8 +254,10 @@ def jitted_decode_chunk(
 ) -> tuple[Chunk, KVCache]:
     """The program behind ``decode_chunk``, for callers that lower or compile it themselves."""
     model = _module(model)
-    if isinstance(thresholds, StackedThresholds):
-        thresholds = thresholds.by_name()  # outside the loop
+    dial = thresholds if isinstance(thresholds, Dial) else None
+    fixed = (
+        thresholds.by_name() if isinstance(thresholds, StackedThresholds) else thresholds
+    )  # outside the loop
     token_ids = model.lm_head.tokens()  # outside the loop
     batch, linears = len(tokens), len(linear_names(model.config))
     done |= (limits <= 0) | (cache.lengths >= cache.capacity)
@@ -276,6 +269,7 @@ def jitted_decode_chunk(
         done=done,
         grading_stats=stats,
         history=history,
+        dial=None if dial is None else dial.state,
     )
 
     def choose(outputs, positions, history):
@@ -291,8 +285,10 @@ def jitted_decode_chunk(
 
     def generate_one(state):
         step, chunk, cache = state
-        active = ~chunk.done
-        outputs, cache, stats = _step(model, chunk.last, cache, thresholds, active)
+        active, positions = ~chunk.done, cache.lengths
+        turned = None if dial is None else dial.with_state(chunk.dial)
+        current = fixed if turned is None else _unstacked_thresholds(turned)
+        outputs, cache, stats = _step(model, chunk.last, cache, current, active)
         token = jnp.where(active, choose(outputs, cache.lengths, chunk.history), chunk.last)
         counts = chunk.counts + active
         stopped = jnp.any(token[:, None] == stop_tokens, axis=-1)
@@ -303,6 +299,7 @@ def jitted_decode_chunk(
             done=chunk.done | stopped | (counts >= limits) | (cache.lengths >= cache.capacity),
             grading_stats=jax.tree.map(lambda kept, new: kept.at[step].set(new), chunk.grading_stats, stats),
             history=None if chunk.history is None else chunk.history.with_tokens(token, active),
+            dial=None if turned is None else turned.follow(stats.bits, active, positions).state,
         )
         return step + 1, chunk, cache
 
@@ -313,6 +310,14 @@ def jitted_decode_chunk(
         state = jax.lax.fori_loop(0, steps, lambda _, state: generate_one(state), state)
     _, chunk, cache = state
     return chunk, cache
+
+
+@jax.named_scope("dial")
+def _unstacked_thresholds(dial: Dial) -> dict[str, Float[Array, "b p"]]:
+    """Returns the thresholds at the dial's setting, by layer name."""
+    # Without the barriers XLA may fuse the interpolation into the kernels of every layer, and compile each.
+    thresholds = jax.lax.optimization_barrier(dial.thresholds)
+    return jax.lax.optimization_barrier(thresholds.by_name())
 
 
 def _module(model: Decoder | FlatModel) -> Decoder:

@@ -220,7 +220,7 @@ class Generator:
         wanted = self.bits(bits)
         if self.targets is None or wanted is None:
             return None
-        return Dial(self.model, self.targets, np.full(batch, wanted))
+        return Dial.create(self.model, self.targets, np.full(batch, wanted))
 
     def _context(self, max_context: int | None) -> int:
         most = self.model.config.max_position_embeddings

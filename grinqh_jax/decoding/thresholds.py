@@ -10,6 +10,10 @@ from jaxtyping import Array, Float
 from grinqh_jax.model.decoder import Decoder, linear_names
 from grinqh_jax.model.stacks import unstacked
 
+Thresholds = Mapping[str, Float[Array, "*b p"]]
+"""Thresholds of every row of the batch, by name of the linear layer. ``StackedThresholds`` is one that passes
+through ``jit`` as a single array."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -67,21 +71,12 @@ def stacked_tables(model: Decoder) -> Float[Array, "t linears p"]:
     return _stack([model.graded_linear(name).thresholds[...] for name in linear_names(model.config)])
 
 
-def thresholds_at(
-    names: Sequence[str],
-    tables: Float[Array, "t linears p"],
-    targets: Float[Array, "t"],
-    bits: Float[Array, "*b"],
-) -> StackedThresholds:
-    """Interpolates the thresholds of every linear layer in ``stacked_tables`` (see ``interpolate``)."""
-    return StackedThresholds(_interpolate(tables, targets, bits), tuple(names))
-
-
 def model_thresholds(
     model: Decoder, targets: Float[Array, "t"], bits: Float[Array, "*b"]
 ) -> StackedThresholds:
     """Interpolates the thresholds of every linear layer of a graded model (see ``interpolate``)."""
-    return thresholds_at(linear_names(model.config), stacked_tables(model), targets, bits)
+    rows = _interpolate(stacked_tables(model), targets, bits)
+    return StackedThresholds(rows, tuple(linear_names(model.config)))
 
 
 # Both are jitted, so that each request dispatches one program for all linear layers and not one per layer.

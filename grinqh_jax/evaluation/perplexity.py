@@ -11,8 +11,8 @@ from jaxtyping import Array, Bool, Float, Int, Int32, Integer
 
 from grinqh_jax.decoding.bits import Bits
 from grinqh_jax.decoding.dial import Dial, layer_shares
-from grinqh_jax.decoding.engine import Thresholds
 from grinqh_jax.decoding.generator import Generator
+from grinqh_jax.decoding.thresholds import Thresholds
 from grinqh_jax.errors import UsageError
 from grinqh_jax.evaluation.result import Perplexity, TokenBits, WindowSums
 from grinqh_jax.model.apply import Graded, of_head
@@ -96,19 +96,20 @@ def measure(
             )
         targets = ()
     dials = [
-        None if setting == "full" else Dial(model, targets, np.array([setting], float)) for setting in bits
+        None if setting == "full" else Dial.create(model, targets, np.array([setting], float))
+        for setting in bits
     ]
     collected = [_Collected() for _ in bits]
     for windows, lengths in _windows(tokens, sequence_length):
         full = _dense_logits(model, windows) if reference is None or "full" in bits else None
         compared = full if reference is None else _dense_logits(reference, windows)
         predicted = np.arange(1, windows.shape[1]) < lengths[:, None]
-        for setting, dial in zip(collected, dials, strict=True):
+        for i, (setting, dial) in enumerate(zip(collected, dials, strict=True)):
             if dial is None:
                 logits, realised = full, _full_bits(model, windows.shape)
             else:
                 logits, by_linear = _graded_logits(model, windows, dial.thresholds)
-                dial.observe(by_linear, lengths)
+                dials[i] = dial.observe(by_linear, lengths)
                 realised = _realised(model, by_linear)
             setting.add(_compare(logits, compared, windows), realised, predicted)
         on_progress(int(lengths.sum()))

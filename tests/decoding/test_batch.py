@@ -126,30 +126,56 @@ def test_only_the_time_of_the_model_counts(generator, device_policy):
         assert took / 2 < sum(seconds) <= took
 
 
-def test_the_dial_observes_every_chunk(generator, device_policy, monkeypatch):
-    """It compares the bits of each chunk with the setting that the chunk was read at."""
-    short = dataclasses.replace(device_policy, chunk_steps=8)
-    decoding = prefilled(generator, PROMPTS[:1], bits=3.0, policy=short)
-    dial, used, observed = decoding._dial, [], []
-    decode, observe = decoding._decode, dial.observe
-
-    def recording_decode(limits):
-        used.append(np.asarray(decoding._thresholds["layers.0.qkv"]))
-        return decode(limits)
-
-    def recording_observe(bits, counts, setting):
-        targets, tables = np.array(generator.targets), generator.model.linear("layers.0.qkv").thresholds
-        columns = np.asarray(tables[...], np.float64).T
-        observed.append([np.interp(setting[0], targets, column) for column in columns])
-        observe(bits, counts, setting)
-
-    monkeypatch.setattr(decoding, "_decode", recording_decode)
-    monkeypatch.setattr(dial, "observe", recording_observe)
-    settings = []
+def read(generator, device_policy, prompts=PROMPTS, bits=3.0, **options):
+    """Tokens of every row, and the bits that each of its steps and linear layers read."""
+    decoding = prepared(generator, prompts, bits=bits, policy=device_policy, **options)
+    tokens = decoding.prefill().tokens
+    steps = [[] for _ in prompts]
     for chunk in decoding.chunks():
-        assert chunk.grading_stats is not None
-        settings.append(float(dial.setting[0]))
-    assert len(used) == 13
-    np.testing.assert_allclose(observed, np.concatenate(used)[: len(observed)], rtol=1e-4)
-    assert len(observed) == 13
-    assert len(set(settings)) >= 12  # On a GPU the second chunk is launched before the first has arrived.
+        for row, new in enumerate(chunk.tokens):
+            tokens[row] += new
+            steps[row] += list(chunk.grading_stats.bits[: len(new), row])
+    return tokens, [np.array(row) for row in steps]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_dial_depends_on_no_chunk_and_no_policy(generator, temperature):
+    results = [
+        read(
+            generator,
+            dataclasses.replace(kind, chunk_steps=steps),
+            max_tokens=41,
+            sampling=Sampling.create(3, temperature=temperature),
+        )
+        for kind in (policy.CPU, policy.GPU)
+        for steps in (1, 4, 16, 32)
+    ]
+    tokens, bits = results[0]
+    assert len({tuple(row.mean(axis=1)) for row in bits}) == 3
+    for other_tokens, other_bits in results[1:]:
+        assert other_tokens == tokens
+        for row, other_row in zip(bits, other_bits, strict=True):
+            np.testing.assert_array_equal(row, other_row)
+
+
+def test_the_dial_of_a_row_depends_on_no_other_row(generator, device_policy):
+    tokens, bits = read(generator, device_policy, max_tokens=33)
+    for row, prompt in enumerate(PROMPTS):
+        alone, read_alone = read(generator, device_policy, [prompt], max_tokens=33)
+        assert alone == [tokens[row]]
+        np.testing.assert_array_equal(read_alone[0], bits[row])
+
+
+def test_the_dial_follows_every_token(generator, device_policy):
+    """The thresholds of each step are those of a dial that has followed all steps before."""
+    decoding = prefilled(generator, PROMPTS[:1], bits=3.0, policy=device_policy, max_tokens=30)
+    dial = decoding._device.dial
+    position, settings = len(PROMPTS[0]), []
+    for chunk in decoding.chunks():
+        for step in chunk.grading_stats.bits:
+            settings.append(float(dial.setting[0]))
+            dial = dial.follow(step, np.ones(1, bool), np.full(1, position))
+            position += 1
+    assert len(set(settings)) == len(settings) == 29
+    np.testing.assert_allclose(decoding._device.dial.state.debt, dial.state.debt, atol=1e-4)
+    np.testing.assert_allclose(decoding._device.dial.setting, dial.setting, atol=1e-4)

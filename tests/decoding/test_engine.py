@@ -9,7 +9,7 @@ from random_models import CONFIGS, TARGETS, TOKENS, graded_model, state_tree
 
 from grinqh_jax.decoding import engine, policy
 from grinqh_jax.decoding.sampling import Sampling
-from grinqh_jax.decoding.thresholds import model_thresholds
+from grinqh_jax.decoding.thresholds import Thresholds, model_thresholds
 from grinqh_jax.model import apply, decoder
 from grinqh_jax.model.cache import KVCache
 from grinqh_jax.model.decoder import Decoder
@@ -39,7 +39,7 @@ def empty_cache(model: Decoder, batch: int = 2, capacity: int = 48) -> KVCache:
     return KVCache.create(model.config, batch, capacity, model.compute_dtype)
 
 
-def at(model: Decoder, bits) -> engine.Thresholds:
+def at(model: Decoder, bits) -> Thresholds:
     return model_thresholds(model, jnp.array(TARGETS), jnp.array(bits))
 
 

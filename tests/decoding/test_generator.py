@@ -227,7 +227,7 @@ def test_the_dial_observes_the_preview_of_the_prompt(generator):
     assert abs(excess) > 0.01
     expected = 3 - excess * 56 / (56 + PRIOR_TOKENS)
     # All three tokens of the second prompt are in skipped positions.
-    np.testing.assert_allclose(dial.setting, [expected, 3], atol=0.01)
+    np.testing.assert_allclose(decoding._device.dial.setting, [expected, 3], atol=0.01)
 
 
 def test_a_batch_generates_what_its_rows_generate_alone(generator, monkeypatch):

@@ -40,8 +40,8 @@ def windows() -> list[np.ndarray]:
     return [TOKENS[start : start + LENGTH] for start in range(0, len(TOKENS), LENGTH)]
 
 
-def decoded(model: Decoder, window: np.ndarray, dial: Dial) -> tuple[np.ndarray, np.ndarray]:
-    """Decodes the tokens one by one; returns logits at every position and bits of every linear layer."""
+def decoded(model: Decoder, window: np.ndarray, dial: Dial) -> tuple[np.ndarray, np.ndarray, Dial]:
+    """Decodes the tokens one by one; returns logits and bits of every linear layer, and the dial after them."""
     thresholds = dial.thresholds
     cache = KVCache.create(model.config, 1, LENGTH, model.compute_dtype)
     logits, grades = [], []
@@ -49,8 +49,8 @@ def decoded(model: Decoder, window: np.ndarray, dial: Dial) -> tuple[np.ndarray,
         step, cache, grade = decode_step(model, jnp.array([token]), cache, thresholds)
         logits.append(np.asarray(step[0]))
         grades.append(np.asarray(grade.bits[0]))
-    dial.observe(np.stack(grades)[None], np.array([len(window)]))  # the next window starts from there
-    return np.stack(logits), np.stack(grades)
+    dial = dial.observe(np.stack(grades)[None], np.array([len(window)]))  # the next window starts from there
+    return np.stack(logits), np.stack(grades), dial
 
 
 def test_tokens_are_graded_as_in_decoding(tiny):
@@ -58,7 +58,7 @@ def test_tokens_are_graded_as_in_decoding(tiny):
     losses, reference_losses, kl, same, bits = [], [], [], [], []
     dial = tiny.dial(2.0)
     for window in windows():
-        logits, grades = decoded(tiny.model, window, dial)
+        logits, grades, dial = decoded(tiny.model, window, dial)
         log_p, reference = log_softmax(logits[:-1]), log_softmax(dense(tiny.model, window[None])[0, :-1])
         losses.append(-log_p[np.arange(len(window) - 1), window[1:]])
         reference_losses.append(-reference[np.arange(len(window) - 1), window[1:]])
@@ -98,7 +98,7 @@ def test_bits_without_the_head_exclude_all_vocabulary_blocks():
     names, window = linear_names(model.config), TOKENS[:LENGTH]
     assert sum(map(of_head, names)) == 2
     (result,) = measure(model, QUANTIZATION.targets, window, [2.0], sequence_length=LENGTH)
-    _, bits = decoded(model, window, Dial(model, QUANTIZATION.targets, np.array([2.0])))
+    _, bits, _ = decoded(model, window, Dial.create(model, QUANTIZATION.targets, [2.0]))
     by_linear = dict(zip(names, bits[:-1].T, strict=True))
     layers = weighted_mean(model, {name: read for name, read in by_linear.items() if not of_head(name)})
     assert result.realised_bits_without_head == pytest.approx(layers.mean(), rel=1e-5)

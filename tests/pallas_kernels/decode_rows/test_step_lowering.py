@@ -12,6 +12,7 @@ from jax.sharding import AxisType
 
 from grinqh_jax.benchmarking import random_model
 from grinqh_jax.decoding import engine, policy
+from grinqh_jax.decoding.dial import Dial, DialState, layer_shares
 from grinqh_jax.decoding.sampling import Sampling
 from grinqh_jax.model import decoder
 from grinqh_jax.model.cache import KVCache
@@ -74,6 +75,29 @@ def test_a_preview_adds_no_kernels_to_prefill():
     ]
     assert collections.Counter(kernels[0]) == collections.Counter(kernels[1])
     assert sum("dequant" in name for name in kernels[0]) == 4 * 2
+
+
+def dial_of_zeros(config, batch: int) -> Dial:
+    names, state = tuple(decoder.linear_names(config)), DialState.create(jnp.zeros(batch))
+    shares = jnp.asarray(layer_shares(config), jnp.float32)
+    return Dial(jnp.zeros((29, len(names), 4)), jnp.linspace(1.0, 8.0, 29), shares, state, names)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_the_dial_adds_no_branch_and_no_product_to_decoding(batch):
+    """A branch would force a host sync at every step."""
+
+    def chunk(use_dial, model, tokens, cache, thresholds):
+        done, stop, limits = jnp.zeros(batch, bool), jnp.full(1, -1), jnp.full(batch, 8)
+        dial = dial_of_zeros(model.config, batch) if use_dial else thresholds
+        return engine.decode_chunk(
+            model, tokens, done, cache, dial, Sampling.create(batch), stop, limits, steps=8, policy=policy.GPU
+        )
+
+    fixed, turned = (lowered(functools.partial(chunk, use), "Qwen3-8B", batch) for use in (False, True))
+    for operation in ("while", "case", "if", "dot_general", "custom_call", "sort"):
+        counts = [len(re.findall(rf"stablehlo\.{operation}\b", text)) for text in (fixed, turned)]
+        assert counts[0] == counts[1], operation
 
 
 def test_only_sampling_gathers_logits_in_the_order_of_the_tokens():
