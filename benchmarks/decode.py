@@ -62,6 +62,9 @@ def decode_rows(model, label: str, bits_list, args, bandwidth: float) -> list[di
     for context, bits in itertools.product(args.contexts, bits_list):
         run.context = context
         dial = None if bits is None else run.settle(random_model.TARGETS, bits)
+        if args.fixed_thresholds and dial is not None:
+            fixed = dial.thresholds
+            fixed_timing = measure.timed_in_a_row(lambda t=fixed: run.run(t), args.tokens, args.repeats)
         timing = measure.timed_in_a_row(lambda d=dial: run.run(d), args.tokens, args.repeats)
         chunk = run.run(dial)
         figures = run.figures(chunk)
@@ -77,6 +80,8 @@ def decode_rows(model, label: str, bits_list, args, bandwidth: float) -> list[di
             "cache_bytes_per_token": run.cache_bytes(),
             "share_of_read_bandwidth": round(moved * timing.mean / bandwidth, 4),
         }
+        if args.fixed_thresholds and dial is not None:
+            row["us_per_token_fixed_thresholds"] = round(1e6 / fixed_timing.mean, 1)
         rows.append(row)
         realised = "" if bits is None else f" (realised {figures['realised_bits']:.2f})"
         say(
@@ -204,6 +209,11 @@ def main() -> None:
         default=["graded", "bf16"],
         choices=("graded", "bf16"),
         help="models to time (default: graded bf16)",
+    )
+    add(
+        "--fixed-thresholds",
+        action="store_true",
+        help="also time decoding without the dial, at fixed thresholds: the difference is the cost of the dial",
     )
     add("--tokens", type=int, default=64, metavar="N", help="tokens decoded per dispatch (default: 64)")
     add(

@@ -68,7 +68,7 @@ class DialState:
     decoded: Int[Array, "b"]
 
     @classmethod
-    def create(cls, bits: Float[Array, "b"] | Sequence[float]) -> "DialState":
+    def create(cls, bits: Float[Array | np.ndarray, "b"] | Sequence[float]) -> "DialState":
         """Returns the state before the first token; ``bits`` are the wanted mean bits of each row."""
         wanted = jnp.asarray(bits, jnp.float32)
         zero, none = jnp.zeros_like(wanted), jnp.zeros(wanted.shape, jnp.int32)
