@@ -213,7 +213,7 @@ def main() -> None:
     add(
         "--fixed-thresholds",
         action="store_true",
-        help="also time decoding without the dial, at fixed thresholds: the difference is the cost of the dial",
+        help="also time decoding at fixed thresholds; the difference is the cost of the dial",
     )
     add("--tokens", type=int, default=64, metavar="N", help="tokens decoded per dispatch (default: 64)")
     add(

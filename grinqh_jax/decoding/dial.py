@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from grinqh_jax.decoding.bits import check_bits
 from grinqh_jax.decoding.thresholds import StackedThresholds, interpolate, stacked_tables
@@ -39,44 +39,76 @@ UNITS_PER_BIT = 1 << 24
 """Resolution of sums over layers. They are sums of integers, because the order in which a GPU adds floats may
 depend on the number of rows."""
 
-SKIPPED_POSITIONS = 4
-"""Number of leading positions of a text that say nothing about the bits of later ones.
+PREVIEW_UNITS = 1 << 14
+"""Units per bit in sums over the tokens of a preview. These sums, below 2^10 bits, are exact in float32, so
+the order of additions does not matter."""
 
-Attention dumps what it does not need on the first tokens, so their activations are unlike all others: a few
-channels hundreds of times the usual, the rest small. In real decoding they occur once in a conversation, and
-nearly always in the prompt, which is not graded.
+SKIPPED_POSITIONS = 4
+"""Number of leading positions of a text that do not add to the excess.
+
+The first tokens of a text receive the attention that no other token needs, so their activations are unlike
+all others: a few channels hundreds of times the usual, the rest small. In decoding they occur once in a
+conversation, and nearly always in the prompt, which is not graded.
 """
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DialState:
-    """What the dial knows of each row. Rows are independent of each other.
+    """State of the dial of each row. Rows are independent of each other.
 
     Attributes:
       wanted: float32 ``[B]``, wanted mean bits.
-      excess: float32 ``[B]``, bits that the observed tokens read beyond their settings, summed.
-      tokens: int32 ``[B]``, number of tokens in ``excess``.
-      debt: float32 ``[B]``, bits that the decoded tokens read beyond ``wanted``, summed.
-      decoded: int32 ``[B]``, number of tokens in ``debt``.
+      sums: float32 ``[B, 4]``: ``excess``, ``tokens``, ``debt`` and ``decoded``. They are one
+        array, so that XLA updates them in one kernel. Counts are exact up to 2^24 tokens.
     """
 
     wanted: Float[Array, "b"]
-    excess: Float[Array, "b"]
-    tokens: Int[Array, "b"]
-    debt: Float[Array, "b"]
-    decoded: Int[Array, "b"]
+    sums: Float[Array, "b 4"]
 
     @classmethod
     def create(cls, bits: Float[Array | np.ndarray, "b"] | Sequence[float]) -> "DialState":
         """Returns the state before the first token; ``bits`` are the wanted mean bits of each row."""
         wanted = jnp.asarray(bits, jnp.float32)
-        zero, none = jnp.zeros_like(wanted), jnp.zeros(wanted.shape, jnp.int32)
-        return cls(wanted, excess=zero, tokens=none, debt=zero, decoded=none)
+        return cls(wanted, jnp.zeros((*wanted.shape, 4), jnp.float32))
+
+    @property
+    def excess(self) -> Float[Array, "b"]:
+        """Bits that the observed tokens read beyond their settings, summed."""
+        return self.sums[:, 0]
+
+    @property
+    def tokens(self) -> Float[Array, "b"]:
+        """Number of tokens in ``excess``."""
+        return self.sums[:, 1]
+
+    @property
+    def debt(self) -> Float[Array, "b"]:
+        """Bits that the decoded tokens of the answer read beyond ``wanted``, summed."""
+        return self.sums[:, 2]
+
+    @property
+    def decoded(self) -> Float[Array, "b"]:
+        """Number of tokens in ``debt``."""
+        return self.sums[:, 3]
+
+    def plus(
+        self,
+        excess: Float[Array, "b"],
+        tokens: Integer[Array, "b"],
+        debt: Float[Array, "b"] | float = 0.0,
+        decoded: Integer[Array, "b"] | int = 0,
+    ) -> "DialState":
+        """Returns the state with these values added to the sums."""
+        added = (
+            jnp.broadcast_to(a, self.wanted.shape).astype(jnp.float32)
+            for a in (excess, tokens, debt, decoded)
+        )
+        return dataclasses.replace(self, sums=self.sums + jnp.stack(list(added), axis=-1))
 
     def next_answer(self) -> "DialState":
         """Returns a state with the same excess, and no decoded tokens."""
-        return dataclasses.replace(self, debt=jnp.zeros_like(self.debt), decoded=jnp.zeros_like(self.decoded))
+        return dataclasses.replace(self, sums=self.sums.at[:, 2:].set(0))
 
 
 @jax.tree_util.register_dataclass
@@ -88,7 +120,7 @@ class Dial:
       tables: float32 ``[T, linears, P]``, thresholds at each target (see ``thresholds.stacked_tables``).
       targets: float32 ``[T]``, mean bits of the rows of ``tables``.
       shares: float32 ``[linears]`` (see ``layer_shares``).
-      state: What the dial knows of each row.
+      state: State of each row.
       names: Names of the linear layers.
     """
 
@@ -126,7 +158,7 @@ class Dial:
         """Returns the same dial with another state."""
         return dataclasses.replace(self, state=state)
 
-    # Jitted like the other methods, so that a caller outside the decode loop dispatches one program.
+    # The methods are jitted, so that a caller outside the decode loop dispatches one program.
     @property
     @jax.jit
     def setting(self) -> Float[Array, "b"]:
@@ -150,17 +182,17 @@ class Dial:
     def observe(self, bits: Float[Array, "b s linears"], counts: Int[Array, "b"]) -> "Dial":
         """Returns the dial after tokens that are no part of the answer: a preview, or a window of a text.
 
-        They tell the excess of the text. The answer does not make up for them.
+        They add to the excess and not to the debt.
 
         Args:
           bits: Bits that every token and linear layer read at the current setting, layers in the order of
             ``decoder.linear_names``.
           counts: Number of leading tokens of each row that are valid.
         """
-        state, excess = self.state, self._mean(bits) - self.setting[:, None]
+        excess = self._mean(bits) - self.setting[:, None]
+        excess = jnp.round(excess * PREVIEW_UNITS) / PREVIEW_UNITS
         excess = jnp.sum(excess, axis=1, where=jnp.arange(bits.shape[1]) < counts[:, None])
-        state = dataclasses.replace(state, excess=state.excess + excess, tokens=state.tokens + counts)
-        return self.with_state(state)
+        return self.with_state(self.state.plus(excess, counts))
 
     @jax.jit
     @jax.named_scope("dial")
@@ -174,19 +206,17 @@ class Dial:
           active: Rows that decoded a token; the others stay as they are.
           positions: Position of the token in its text.
         """
-        state, read = self.state, self._mean(bits)
-        tells = active & (positions >= SKIPPED_POSITIONS)
-        state = dataclasses.replace(
-            state,
-            excess=state.excess + jnp.where(tells, read - self.setting, 0),
-            tokens=state.tokens + tells,
-            debt=state.debt + jnp.where(active, read - state.wanted, 0),
-            decoded=state.decoded + active,
+        read, observed = self._mean(bits), active & (positions >= SKIPPED_POSITIONS)
+        state = self.state.plus(
+            excess=jnp.where(observed, read - self.setting, 0),
+            tokens=observed,
+            debt=jnp.where(active, read - self.state.wanted, 0),
+            decoded=active,
         )
         return self.with_state(state)
 
     def _mean(self, bits: Float[Array, "*rows linears"]) -> Float[Array, "*rows"]:
-        """Averages over the weights of all layers, exactly, so that no order of additions shows."""
+        """Averages over the weights of all layers, exactly."""
         units = jnp.round(bits * (self.shares * UNITS_PER_BIT)).astype(jnp.int32)
         return jnp.sum(units, axis=-1, dtype=jnp.int32) / jnp.float32(UNITS_PER_BIT)
 

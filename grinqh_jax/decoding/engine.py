@@ -16,7 +16,7 @@ from grinqh_jax.decoding.dial import SKIPPED_POSITIONS, Dial, DialState
 from grinqh_jax.decoding.penalties import TokenHistory
 from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.sampling import Sampling, choose_tokens, greedy, sample
-from grinqh_jax.decoding.thresholds import StackedThresholds, Thresholds
+from grinqh_jax.decoding.thresholds import StackedThresholds, Thresholds, interpolate_each
 from grinqh_jax.model import apply
 from grinqh_jax.model.cache import KVCache
 from grinqh_jax.model.decoder import Decoder, linear_names
@@ -316,8 +316,8 @@ def jitted_decode_chunk(
 def _unstacked_thresholds(dial: Dial) -> dict[str, Float[Array, "b p"]]:
     """Returns the thresholds at the dial's setting, by layer name."""
     # Without the barriers XLA may fuse the interpolation into the kernels of every layer, and compile each.
-    thresholds = jax.lax.optimization_barrier(dial.thresholds)
-    return jax.lax.optimization_barrier(thresholds.by_name())
+    each = interpolate_each(dial.tables, dial.targets, dial.setting)
+    return jax.lax.optimization_barrier(dict(zip(dial.names, each, strict=True)))
 
 
 def _module(model: Decoder | FlatModel) -> Decoder:

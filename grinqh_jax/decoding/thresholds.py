@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from grinqh_jax.model.decoder import Decoder, linear_names
 from grinqh_jax.model.stacks import unstacked
@@ -59,11 +59,37 @@ def interpolate(
       targets: Mean bits of the table's rows, ascending, at least two.
       bits: Wanted mean bits, a scalar or one per row of a batch.
     """
-    targets, bits = jnp.asarray(targets, jnp.float32), jnp.asarray(bits, jnp.float32)
-    below = jnp.sum(targets[1:-1] <= bits[..., None], axis=-1)
-    share = (bits - targets[below]) / (targets[below + 1] - targets[below])
-    share = jnp.clip(share, 0, 1).reshape(bits.shape + (1,) * (table.ndim - 1))
+    below, share = _position(targets, bits)
+    share = share.reshape(share.shape + (1,) * (table.ndim - 1))
     return (1 - share) * table[below] + share * table[below + 1]
+
+
+def interpolate_each(
+    tables: Float[Array, "t linears p"], targets: Float[Array, "t"], bits: Float[Array, "b"]
+) -> list[Float[Array, "b p"]]:
+    """Returns the thresholds of each linear layer (see ``interpolate``); on a GPU this takes a few kernels.
+
+    For traced functions. XLA (jax 0.12) fuses layers that read the same operands, but makes one kernel for
+    each slice of an array that holds all of them.
+    """
+    below, share = _position(targets, bits)
+    share = share[:, None]
+    layers = range(tables.shape[1])
+    return [(1 - share) * tables[below, i] + share * tables[below + 1, i] for i in layers]
+
+
+def _position(
+    targets: Sequence[float] | Float[Array, "t"], bits: Float[Array, "*b"] | Sequence[float] | float | int
+) -> tuple[Int[Array, "*b"], Float[Array, "*b"]]:
+    """Returns the index of the nearest target below, at most T - 2, and the share of the one above."""
+    targets, bits = jnp.asarray(targets, jnp.float32), jnp.asarray(bits, jnp.float32)
+    # A sum of comparisons, and not a reduction, for which XLA makes separate kernels.
+    below = sum(
+        ((targets[i] <= bits).astype(jnp.int32) for i in range(1, len(targets) - 1)),
+        jnp.zeros_like(bits, jnp.int32),
+    )
+    share = (bits - targets[below]) / (targets[below + 1] - targets[below])
+    return below, jnp.clip(share, 0, 1)
 
 
 def stacked_tables(model: Decoder) -> Float[Array, "t linears p"]:

@@ -97,7 +97,7 @@ def test_a_short_answer_on_an_unusual_text_reads_the_wanted_mean(model):
     np.testing.assert_allclose(read[-1], 3.0, atol=0.02)
 
 
-def test_first_positions_are_paid_back_and_tell_nothing(model):
+def test_first_positions_add_debt_but_no_excess(model):
     dial = step(Dial.create(model, TARGETS, [3.0]), model, 1.0, position=SKIPPED_POSITIONS - 1)
     assert (dial.state.tokens.tolist(), dial.state.excess.tolist()) == ([0], [0])
     np.testing.assert_allclose(dial.setting, 3 + 2 / REPAYMENT_TOKENS)
