@@ -41,7 +41,7 @@ def windows() -> list[np.ndarray]:
 
 
 def decoded(model: Decoder, window: np.ndarray, dial: Dial) -> tuple[np.ndarray, np.ndarray, Dial]:
-    """Decodes the tokens one by one; returns logits and bits of every linear layer, and the dial after them."""
+    """Decodes the tokens one by one; returns logits, bits of every linear layer, and the dial after them."""
     thresholds = dial.thresholds
     cache = KVCache.create(model.config, 1, LENGTH, model.compute_dtype)
     logits, grades = [], []
