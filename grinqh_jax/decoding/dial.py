@@ -57,6 +57,9 @@ conversation, and nearly always in the prompt, which is not graded.
 class DialState:
     """State of the dial of each row. Rows are independent of each other.
 
+    The first axis of both arrays is the row, so indices set and get the state of single rows. An earlier state
+    undoes the steps since.
+
     Attributes:
       wanted: float32 ``[B]``, wanted mean bits.
       sums: float32 ``[B, 4]``: ``excess``, ``tokens``, ``debt`` and ``decoded``. They are one

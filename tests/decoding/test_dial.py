@@ -64,16 +64,15 @@ def test_the_rule_equals_numpy(model):
     for row, count in enumerate(counts):
         excess[row] += np.sum(preview[row, :count] @ shares - wanted[row])
     tokens += counts
-    follow = jax.jit(Dial.follow)
     for i in range(60):
         bits = rng.uniform(0, 8, (rows, len(shares))).astype(np.float32)
         active, positions = rng.random(rows) < 0.8, np.array([i, i + 2, i + 100])
         before = setting()
         np.testing.assert_allclose(dial.setting, before, atol=1e-4)
-        dial = follow(dial, bits, active, positions)
-        read, tells = bits @ shares, active & (positions >= SKIPPED_POSITIONS)
-        excess += np.where(tells, read - before, 0)
-        tokens += tells
+        dial = dial.follow(bits, active, positions)
+        read, observed = bits @ shares, active & (positions >= SKIPPED_POSITIONS)
+        excess += np.where(observed, read - before, 0)
+        tokens += observed
         debt += np.where(active, read - wanted, 0)
         decoded += active
     np.testing.assert_allclose(dial.state.debt, debt, atol=1e-3)
@@ -123,15 +122,16 @@ def test_padding_and_paused_rows_are_ignored(model):
 
 
 def test_a_row_does_not_depend_on_the_others(model):
-    """Bit for bit: sums over layers are exact."""
+    """Bit for bit: sums over layers and over the tokens of a preview are exact."""
     rng, linears = np.random.default_rng(1), len(linear_names(model.config))
     bits = rng.uniform(0, 8, (20, 4, linears)).astype(np.float32)
-    wanted, follow = [1.7, 3.0, 5.1, 2.2], jax.jit(Dial.follow)
+    preview, wanted = rng.uniform(0, 8, (4, 64, linears)).astype(np.float32), [1.7, 3.0, 5.1, 2.2]
 
     def states(rows):
         dial = Dial.create(model, TARGETS, [wanted[row] for row in rows])
+        dial = dial.observe(preview[rows], np.array([64, 3, 50, 0])[rows])
         for one in bits[:, rows]:
-            dial = follow(dial, one, np.ones(len(rows), bool), np.full(len(rows), LATER))
+            dial = dial.follow(one, np.ones(len(rows), bool), np.full(len(rows), LATER))
         return np.asarray(dial.thresholds.rows)
 
     together = states([0, 1, 2, 3])

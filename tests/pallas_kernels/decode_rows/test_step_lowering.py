@@ -84,8 +84,8 @@ def dial_of_zeros(config, batch: int) -> Dial:
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-def test_the_dial_adds_no_branch_and_no_product_to_decoding(batch):
-    """A branch would force a host sync at every step."""
+def test_the_dial_adds_one_reduction_and_no_branch_to_decoding(batch):
+    """A branch would force a host sync at every step, and XLA makes a kernel for every reduction."""
 
     def chunk(use_dial, model, tokens, cache, thresholds):
         done, stop, limits = jnp.zeros(batch, bool), jnp.full(1, -1), jnp.full(batch, 8)
@@ -98,6 +98,8 @@ def test_the_dial_adds_no_branch_and_no_product_to_decoding(batch):
     for operation in ("while", "case", "if", "dot_general", "custom_call", "sort"):
         counts = [len(re.findall(rf"stablehlo\.{operation}\b", text)) for text in (fixed, turned)]
         assert counts[0] == counts[1], operation
+    counts = [len(re.findall(r"stablehlo\.reduce\b", text)) for text in (fixed, turned)]
+    assert counts[1] == counts[0] + 1  # over the layers
 
 
 def test_only_sampling_gathers_logits_in_the_order_of_the_tokens():
