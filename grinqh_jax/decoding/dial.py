@@ -57,8 +57,8 @@ conversation, and nearly always in the prompt, which is not graded.
 class DialState:
     """State of the dial of each row. Rows are independent of each other.
 
-    The first axis of both arrays is the row, so indexing them reads or replaces the state of one row. Going back
-    to an earlier state undoes the steps after it.
+    The first axis of both arrays is the row, so indexing them reads or replaces the state of one row. Going
+    back to an earlier state undoes the steps after it.
 
     Attributes:
       wanted: float32 ``[B]``, wanted mean bits.
