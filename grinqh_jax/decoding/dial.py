@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Integer
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from grinqh_jax.decoding.bits import check_bits
 from grinqh_jax.decoding.thresholds import StackedThresholds, interpolate, stacked_tables
@@ -98,16 +98,15 @@ class DialState:
     def plus(
         self,
         excess: Float[Array, "b"],
-        tokens: Integer[Array, "b"],
-        debt: Float[Array, "b"] | float = 0.0,
-        decoded: Integer[Array, "b"] | int = 0,
+        tokens: Shaped[Array, "b"],
+        debt: Shaped[Array, "b"] | None = None,
+        decoded: Shaped[Array, "b"] | None = None,
     ) -> "DialState":
-        """Returns the state with these values added to the sums."""
-        added = (
-            jnp.broadcast_to(a, self.wanted.shape).astype(jnp.float32)
-            for a in (excess, tokens, debt, decoded)
-        )
-        return dataclasses.replace(self, sums=self.sums + jnp.stack(list(added), axis=-1))
+        """Returns the state with these values (numbers or truth values, by default zeros) added to the sums."""
+        zeros = jnp.zeros_like(self.wanted)
+        added = (zeros if values is None else values for values in (excess, tokens, debt, decoded))
+        sums = jnp.stack([values.astype(jnp.float32) for values in added], axis=-1)
+        return dataclasses.replace(self, sums=self.sums + sums)
 
     def next_answer(self) -> "DialState":
         """Returns a state with the same excess, and no decoded tokens."""
