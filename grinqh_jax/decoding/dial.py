@@ -102,7 +102,7 @@ class DialState:
         debt: Shaped[Array, "b"] | None = None,
         decoded: Shaped[Array, "b"] | None = None,
     ) -> "DialState":
-        """Returns the state with these values (numbers or truth values, by default zeros) added to the sums."""
+        """Returns the state with numbers or truth values added to the sums, by default zeros."""
         zeros = jnp.zeros_like(self.wanted)
         added = (zeros if values is None else values for values in (excess, tokens, debt, decoded))
         sums = jnp.stack([values.astype(jnp.float32) for values in added], axis=-1)
