@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from grinqh_jax.bundled import BUNDLED_MODEL
-    from grinqh_jax.decoding.generator import Generation, Generator, Request
+    from grinqh_jax.decoding.generator import Generation, Generator
     from grinqh_jax.decoding.prompt_cache import PromptCache
+    from grinqh_jax.decoding.request import Request
     from grinqh_jax.errors import CheckpointError, GrinqhError, UnsupportedModelError, UsageError
 
 __version__ = "0.1.0"  # pyproject.toml reads it from here; .ci/release sets it
@@ -28,7 +29,7 @@ _MODULES = {
     "Generator": "decoding.generator",
     "GrinqhError": "errors",
     "PromptCache": "decoding.prompt_cache",
-    "Request": "decoding.generator",
+    "Request": "decoding.request",
     "UnsupportedModelError": "errors",
     "UsageError": "errors",
 }

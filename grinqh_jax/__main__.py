@@ -36,11 +36,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[:1] == ["--version"]:
         return command.guarded(lambda: _print(f"grinqh-jax {__version__}"))
     if not argv or argv[0] not in VERBS:
-        problem = f"unknown verb {argv[0]!r}" if argv else "no verb given"
-        print(f"error: {problem}; choose from {', '.join(VERBS)} (see grinqh-jax --help)", file=sys.stderr)
+        print(f"error: {_verb_problem(argv)} (see grinqh-jax --help)", file=sys.stderr)
         return command.USAGE_ERROR
     module = importlib.import_module(VERBS[argv[0]][0])
     return module.main(argv[1:])
+
+
+def _verb_problem(argv: Sequence[str]) -> str:
+    verbs = f"choose from {', '.join(VERBS)}"
+    if not argv:
+        return f"no verb given; {verbs}"
+    if argv[0].startswith("-"):
+        return f"a verb comes first, before {argv[0]}; {verbs}"
+    return f"unknown verb {argv[0]!r}{command.did_you_mean(command.closest(argv[0], VERBS)) or f'; {verbs}'}"
 
 
 def _help() -> str:

@@ -81,12 +81,14 @@ class Plan:
         """Returns a string that is equal for two conversions whose parts are interchangeable.
 
         It covers the options, the calibration tokens, the size and time of every source file, and the
-        compute dtype. See ``Writer``.
+        compute dtype, but not the source's path: a moved source is the same. See ``Writer``.
         """
         files = sorted(set(self.source.files.values()))
         state = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
         dtype = str(jnp.dtype(self.compute_dtype))
-        facts = [PARTS_VERSION, self.provenance(), self.source.hf_config, state, dtype]
+        provenance = self.provenance()
+        del provenance["source"]
+        facts = [PARTS_VERSION, provenance, self.source.hf_config, state, dtype]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def provenance(self) -> dict[str, Any]:
@@ -94,6 +96,7 @@ class Plan:
         windows = self.calibration.windows
         return {
             "converter": f"grinqh-jax {__version__}",
+            "source": str(self.source.directory.resolve()),
             "quantizer": self.options.quantizer,
             "basis": self.options.basis,
             "split": self.options.split,

@@ -70,7 +70,7 @@ class QuantizationConfig:
         if method != QUANT_METHOD:
             raise CheckpointError(
                 f"quantization_config: quant_method is {method!r}, expected {QUANT_METHOD!r}; "
-                "convert the original (unquantized) model with python -m checkpoints_tools.convert"
+                "convert the original (unquantized) model with grinqh-jax convert"
             )
         if version != VERSION or isinstance(version, bool):
             remedy = "install a newer grinqh-jax" if _newer(version) else "convert the model again"

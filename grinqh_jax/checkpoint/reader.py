@@ -69,9 +69,8 @@ def load(
       UnsupportedModelError: This version cannot run the model.
     """
     directory = Path(path)
-    hf_config = _read_config(directory)
+    hf_config, quantization = read_description(directory)
     try:
-        quantization = QuantizationConfig.from_json(hf_config["quantization_config"])
         manifest = Manifest.read(directory)
     except CheckpointError as error:
         raise CheckpointError(f"{directory}: {error}") from None
@@ -90,6 +89,19 @@ def load(
         compute_dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     model = Decoder.from_tree(config, traverse_util.unflatten_dict(arrays, sep="."), compute_dtype)
     return Loaded(config, quantization, model, directory)
+
+
+def read_description(directory: Path) -> tuple[dict[str, Any], QuantizationConfig]:
+    """Returns the parsed ``config.json`` of a GRINQH checkpoint, and its ``quantization_config``.
+
+    Raises:
+      CheckpointError: The directory is not a GRINQH checkpoint, or one of another version.
+    """
+    hf_config = _read_config(directory)
+    try:
+        return hf_config, QuantizationConfig.from_json(hf_config["quantization_config"])
+    except CheckpointError as error:
+        raise CheckpointError(f"{directory}: {error}") from None
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -113,7 +125,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     config = read_object(directory / CONFIG)
     if config.get("quantization_config") is not None:
         return config
-    convert = f"python -m checkpoints_tools.convert --model {directory} --out OUT"
+    convert = f"grinqh-jax convert --model {directory} --out OUT"
     if ".safetensors" in weights:
         raise CheckpointError(f"{directory} is an unquantized Hugging Face checkpoint; convert it: {convert}")
     if ".bin" in weights:

@@ -16,10 +16,13 @@ import jax
 
 from grinqh_jax.benchmarking import measure, random_model
 from grinqh_jax.cli import command, flags
-from grinqh_jax.decoding.generator import Generator
+from grinqh_jax.cli.generation import load_generator, open_model
+from grinqh_jax.decoding.model_files import ModelFiles
 from grinqh_jax.errors import UsageError
 from grinqh_jax.json_files import json_line
+from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import Decoder
+from pallas_kernels.lanes import device as lanes_device
 
 BF16 = "bf16"
 """The item of ``--bits`` that selects an unquantized model of the same shape with random weights."""
@@ -93,39 +96,45 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _benchmark(args: argparse.Namespace) -> int:
+    source = _source(args)
     bandwidth = measure.read_bandwidth()
     device = jax.devices()[0].device_kind
     print(f"{device}, jax {jax.__version__}, reads {bandwidth / 1e9:.0f} GB/s", file=sys.stderr)
     if not args.json:
         print(_line([title for title, _, _ in COLUMNS]), flush=True)
-    for row in rows(args, bandwidth):
+    measured = []
+    for row in rows(args, bandwidth, source):
         print(json_line(row | {"device": device, "jax": jax.__version__}) if args.json else _table_line(row))
         sys.stdout.flush()
+        measured.append(row)
+    if reason := why_bf16_is_faster(measured, lanes_device.unsupported_reason()):
+        print(reason, file=sys.stderr)
     return 0
 
 
-def rows(args: argparse.Namespace, bandwidth: float) -> Iterator[dict[str, Any]]:
+def rows(
+    args: argparse.Namespace, bandwidth: float, source: ModelFiles | ModelConfig
+) -> Iterator[dict[str, Any]]:
     """Measures all tests and settings; yields one result row each, with the fields that ``_row`` documents.
 
     Args:
       args: parsed flags.
       bandwidth: read bandwidth of the device, bytes per second.
-
-    Raises:
-      UsageError: a setting of ``--bits`` is out of the model's range.
+      source: what the model is made from: its files, or the shape for random weights.
     """
-    label, model, targets = _load(args)
     graded_settings = [bits for bits in args.bits if bits != BF16]
+    if isinstance(source, ModelConfig):
+        label, model, targets = (
+            random_model.label(args.shape),
+            random_model.graded(source),
+            random_model.TARGETS,
+        )
+    else:
+        generator = load_generator(source)
+        label, model, targets = source.directory.name, generator.model, source.targets or ()
     if not model.graded and any(bits != "full" for bits in graded_settings):
         graded_settings = ["full"]
         print(f"{label} is not quantized: only full bits are measured", file=sys.stderr)
-    if model.graded:
-        least, most = targets[0], targets[-1]
-        beyond = [bits for bits in graded_settings if bits != "full" and not least <= float(bits) <= most]
-        if beyond:
-            raise UsageError(
-                f"--bits {', '.join(beyond)}: the dial of {label} goes from {least:g} to {most:g}"
-            )
     yield from _model_rows(label, model, targets, graded_settings, args, bandwidth)
     if BF16 in args.bits:
         config = model.config
@@ -133,13 +142,48 @@ def rows(args: argparse.Namespace, bandwidth: float) -> Iterator[dict[str, Any]]
         yield from _model_rows(label, random_model.dense(config), (), [BF16], args, bandwidth)
 
 
-def _load(args: argparse.Namespace) -> tuple[str, Decoder, Sequence[float]]:
-    """Returns ``(label, model, targets)``; ``targets`` is empty for an unquantized model."""
-    if args.shape:
-        model = random_model.graded(random_model.shape(args.shape))
-        return random_model.label(args.shape), model, random_model.TARGETS
-    generator = Generator.load(args.model)
-    return generator.directory.name, generator.model, tuple(generator.targets or ())
+def _source(args: argparse.Namespace) -> ModelFiles | ModelConfig:
+    """Returns the files of ``--model`` or the configuration of ``--shape``.
+
+    Raises:
+      GrinqhError: there is no such model or shape.
+      UsageError: a setting of ``--bits`` is out of the model's range.
+    """
+    source = random_model.shape(args.shape) if args.shape else open_model(args.model)
+    targets = random_model.TARGETS if isinstance(source, ModelConfig) else source.targets
+    if targets is not None:
+        least, most = targets[0], targets[-1]
+        numbers = [bits for bits in args.bits if bits not in (BF16, "full")]
+        if beyond := [bits for bits in numbers if not least <= float(bits) <= most]:
+            label = random_model.label(args.shape or args.model)
+            raise UsageError(
+                f"--bits {', '.join(beyond)}: the dial of {label} goes from {least:g} to {most:g}"
+            )
+    return source
+
+
+def why_bf16_is_faster(measured: Sequence[dict[str, Any]], no_kernels: str | None) -> str | None:
+    """Returns one line if bf16 decodes faster than settings of the dial, else None.
+
+    Args:
+      measured: result rows.
+      no_kernels: why the GPU kernels do not run; None if they do.
+    """
+    decoding = {row["bits"]: row for row in measured if row["test"].startswith("tg")}
+    bf16 = decoding.pop(BF16, None)
+    if bf16 is None:
+        return None
+    slower = [bits for bits, row in decoding.items() if row["tokens_per_second"] < bf16["tokens_per_second"]]
+    if not slower:
+        return None
+    share = decoding[slower[0]]["share_of_read_bandwidth"]
+    fact = f"bf16 is faster than {', '.join(slower)} bits because launches, not bytes, limit decoding here"
+    if no_kernels is None:
+        return f"{fact}: the model is so small that reading takes {share:.1%} of a step at {slower[0]} bits"
+    return (
+        f"{fact}: without the GPU kernels ({no_kernels}), a step is many small XLA loops that unpack digits, "
+        f"and reading takes {share:.1%} of it at {slower[0]} bits"
+    )
 
 
 def _model_rows(label, model: Decoder, targets, settings, args, bandwidth) -> Iterator[dict[str, Any]]:

@@ -1,18 +1,20 @@
 """The verb ``chat``: a conversation in the terminal.
 
-Each input line is one turn; empty lines are ignored. Ctrl-C ends an answer. Ctrl-D, or Ctrl-C at the prompt,
-ends the conversation. Answers go to stdout, everything else to stderr. Earlier turns are not read again
-(see ``decoding.prompt_cache``).
+Each input line is one turn, or a command such as ``/help``; empty lines are ignored. Ctrl-C ends an answer.
+Answers go to stdout, everything else to stderr. Earlier turns are not read again (see
+``decoding.prompt_cache``).
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
 
-from grinqh_jax.cli import command, flags, text_input
-from grinqh_jax.cli.generation import load_generator, print_statistics
-from grinqh_jax.errors import UsageError
-from grinqh_jax.text.unicode import decode
+from grinqh_jax.bundled import BUNDLED_MODEL
+from grinqh_jax.cli import command, flags
+from grinqh_jax.cli.conversation import Conversation, run_command
+from grinqh_jax.cli.generation import load_generator, open_model
+from grinqh_jax.cli.line_reader import LineReader
+from grinqh_jax.errors import GrinqhError, UsageError
 
 
 def parser() -> command.Parser:
@@ -20,9 +22,10 @@ def parser() -> command.Parser:
     result = command.Parser(
         prog="grinqh-jax chat",
         description="Chat with a model in the terminal. The model needs a chat template. Each line is one "
-        "turn; Ctrl-C ends an answer, Ctrl-D ends the conversation.",
+        "turn, or a command: /help lists them. Ctrl-C ends an answer, Ctrl-D the conversation.",
     )
     flags.add_model(result)
+    result.add_argument("--stats", action="store_true", help="print the statistics of every answer")
     flags.add_request(result)
     return result
 
@@ -33,44 +36,34 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _chat(args: argparse.Namespace) -> int:
-    request = flags.request(args)
-    generator = load_generator(args.model)
-    from grinqh_jax.decoding.prompt_cache import PromptCache
-
-    if args.ignore_chat_template:
-        raise UsageError("chat needs the chat template; leave out --ignore-chat-template, or use generate")
-    if not generator.tokenizer.has_chat_template:
-        raise UsageError(f"{args.model}: the tokenizer has no chat template; use generate, or a chat model")
-    system = flags.system_message(args)
-    messages, prompt_cache = list(system), PromptCache()
-    while (line := _read_line()) is not None:
-        if not line:
-            continue
-        messages.append({"role": "user", "content": line})
-        tokens = generator.tokenizer.chat(messages)
-        generation = generator.generate(
-            tokens, request, max_context=args.max_context, prompt_cache=prompt_cache
+    request, system = flags.request(args), flags.system_message(args)
+    if args.model == str(BUNDLED_MODEL):
+        raise UsageError(
+            "the bundled qwen3-7m has no chat template and cannot chat: name a chat model (grinqh-jax chat "
+            "--model Qwen/Qwen3-0.6B --bits full, or a converted model), or continue a text (grinqh-jax "
+            'generate "Once upon a time")'
         )
-        interrupted = False
-        try:
-            with command.status("compiling"):
-                generation.prepare()
-            for text in generation:
-                print(text, end="", flush=True)
-        except KeyboardInterrupt:
-            interrupted = True
-        print(flush=True)
-        print_statistics(generation.statistics(), interrupted)
-        messages.append({"role": "assistant", "content": generation.text})
+    files = open_model(args.model)
+    if not files.tokenizer.has_chat_template:
+        raise UsageError(
+            f"{args.model}: the tokenizer has no chat template, so the model cannot chat: name a chat "
+            "model, or continue a text with grinqh-jax generate"
+        )
+    files.check([request.bits], args.max_context)
+    conversation = Conversation(
+        load_generator(files), request, system, max_context=args.max_context, with_statistics=args.stats
+    )
+    with LineReader() as reader:
+        if reader.is_terminal:
+            print(
+                f"{files.directory.name}: {conversation.setting()}; /help lists the commands", file=sys.stderr
+            )
+        while not conversation.ended:
+            try:
+                if (line := reader.read()) is None:
+                    break
+                if line:
+                    run_command(conversation, line) or conversation.say(line)
+            except GrinqhError as error:  # the conversation goes on
+                print(f"error: {error}", file=sys.stderr, flush=True)
     return 0
-
-
-def _read_line() -> str | None:
-    """Returns the user's next line, or None at the end of the conversation."""
-    if sys.stdin.isatty():
-        print("> ", end="", file=sys.stderr, flush=True)
-    try:
-        line = sys.stdin.buffer.readline()
-    except KeyboardInterrupt:
-        return None
-    return decode(line, text_input.STANDARD_INPUT).strip() if line else None

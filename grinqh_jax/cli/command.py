@@ -6,10 +6,13 @@ Ctrl-C; 1 any other failure, such as a full disk.
 
 import argparse
 import contextlib
+import difflib
+import itertools
 import os
+import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NoReturn
 
 from grinqh_jax.errors import GrinqhError, GrinqhWarning
@@ -17,11 +20,87 @@ from grinqh_jax.errors import GrinqhError, GrinqhWarning
 FAILURE, USAGE_ERROR, INTERRUPTED = 1, 2, 130
 
 
+FLAGS_ELSEWHERE = {
+    "--max-new-tokens": "--max-tokens",
+    "--n-predict": "--max-tokens",
+    "--num-predict": "--max-tokens",
+    "--predict": "--max-tokens",
+    "--max-length": "--max-tokens",
+    "--ctx-size": "--max-context",
+    "--num-ctx": "--max-context",
+    "--repeat-penalty": "--repetition-penalty",
+    "--system": "--system-prompt",
+    "--stop-sequence": "--stop",
+    "--file": "--data",
+    "--input": "--data",
+    "--output": "--out",
+}
+"""Flags of other programs that users try, and the flags of these verbs that mean the same."""
+
+
 class Parser(argparse.ArgumentParser):
-    """An argument parser that reports an error in one line, as all verbs do, and not with the full usage."""
+    """An argument parser that reports an error in one line and names the flag that was probably meant.
+
+    Words of a flag may be separated by underscores, too: ``--max_tokens`` is ``--max-tokens``.
+    """
+
+    def parse_args(self, args=None, namespace=None):
+        """Parses the flags as ``ArgumentParser`` does. Unknown flags are reported before missing ones."""
+        argv = [_hyphenated(arg) for arg in (sys.argv[1:] if args is None else args)]
+        for arg in itertools.takewhile(lambda arg: arg != "--", argv):
+            flag = arg.partition("=")[0]
+            if self._looks_unknown(flag):
+                self.error(f"unknown flag {flag}{did_you_mean(self._meant(flag))}")
+        parsed, rest = self.parse_known_args(argv, namespace)
+        if rest and rest[0].startswith("-"):
+            self.error(f"unknown flag {rest[0]}{did_you_mean(self._meant(rest[0]))}")
+        if rest:
+            hint = "; put a prompt of several words in quotes" if hasattr(parsed, "prompt") else ""
+            self.error(f"unexpected argument {rest[0]!r}{hint}")
+        return parsed
 
     def error(self, message: str) -> NoReturn:
+        """Prints ``message`` on one line, with the first long name of each flag, and exits."""
+        message = re.sub(r"^argument (?:-\w/)*(\S+?)(?:/\S+)?: ", r"\1: ", message)
+        message = message.replace("ignored explicit argument", "takes no value, but has")
         self.exit(USAGE_ERROR, f"error: {message} (see {self.prog} --help)\n")
+
+    def _looks_unknown(self, flag: str) -> bool:
+        """Whether ``flag`` is a long flag that does not exist, or a long flag with one hyphen."""
+        options = self._option_string_actions
+        if not flag.startswith("--"):
+            return f"-{flag}" in options and flag not in options
+        return " " not in flag and not any(option.startswith(flag) for option in options)
+
+    def _meant(self, flag: str) -> str | None:
+        """Returns the flag that is most like ``flag``; None if no flag is like it."""
+        name = "--" + flag.lstrip("-")
+        known = FLAGS_ELSEWHERE.get(name)
+        options = [option for option in self._option_string_actions if option.startswith("--")]
+        return known if known in options else closest(name, options)
+
+    def _print_message(self, message: str, file=None) -> None:
+        """Writes ``message``. ``ArgumentParser`` ignores that a device is full; a verb reports it."""
+        if message:
+            (file or sys.stderr).write(message)
+
+
+def closest(word: str, words: Iterable[str]) -> str | None:
+    """Returns the word that is most like ``word``; None if none is like it."""
+    return next(iter(difflib.get_close_matches(word, list(words), n=1)), None)
+
+
+def did_you_mean(word: str | None) -> str:
+    """Returns the end of an error message that suggests ``word``; an empty string for None."""
+    return f"; did you mean {word}?" if word else ""
+
+
+def _hyphenated(arg: str) -> str:
+    """Returns a long flag with hyphens for underscores, and any other argument as it is."""
+    if not arg.startswith("--"):
+        return arg
+    flag, separator, value = arg.partition("=")
+    return flag.replace("_", "-") + separator + value
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from grinqh_jax.cli import command, flags
+from grinqh_jax.cli.generation import load_generator, open_model
 from grinqh_jax.cli.results import Result, show
 from grinqh_jax.decoding.bits import Bits
 
@@ -29,6 +30,8 @@ def parser() -> command.Parser:
     flags.add_bits_list(result)
     add("--limit", type=flags.positive, metavar="N", help="use the first N problems (default: all)")
     add(
+        "-n",
+        "-m",
         "--max-tokens",
         type=flags.positive,
         default=256,
@@ -51,12 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from grinqh_jax.decoding.generator import Generator
+    files = open_model(args.model)
+    settings = flags.dial_settings(args.bits, files.targets)
+    files.check(settings)
     from grinqh_jax.evaluation.tasks import read_problems
 
     problems = read_problems(args.tasks, args.limit)
-    generator = Generator.load(args.model)
-    show(_results(generator, problems, flags.dial_settings(args.bits, generator), args), args.json)
+    show(_results(load_generator(files), problems, settings, args), args.json)
     return 0
 
 

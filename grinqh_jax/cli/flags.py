@@ -7,22 +7,28 @@ from collections.abc import Sequence
 from grinqh_jax.bundled import BUNDLED_MODEL
 from grinqh_jax.cli import text_input
 from grinqh_jax.decoding.bits import FULL, Bits
+from grinqh_jax.decoding.request import RANGES, Request, out_of_range
 from grinqh_jax.errors import UsageError
+
+MAX_BITS = 8
+"""Most bits per weight that a checkpoint stores."""
 
 DEFAULT_BITS: tuple[Bits, ...] = (2.0, 3.0, 4.0, "full")
 """Settings that ``perplexity`` and ``evaluate`` measure by default."""
 
 
 def bits(text: str) -> Bits:
-    """Parses mean bits per weight, or ``full``. Whether they are in range depends on the checkpoint."""
+    """Parses mean bits per weight, or ``full``. The range of a checkpoint's dial may be smaller."""
     if text == FULL:
         return FULL
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not math.isfinite(value):
+    if math.isnan(value):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor full")
+    if not 0 < value <= MAX_BITS:
+        raise argparse.ArgumentTypeError(f"{text} bits per weight: expected 1 to {MAX_BITS}, or full")
     return value
 
 
@@ -33,21 +39,37 @@ def bits_list(text: str) -> list[Bits]:
 
 def positive(text: str) -> int:
     """Parses an integer of at least 1."""
-    return _integer(text, 1, "positive")
+    return _integer(text, 1)
 
 
 def non_negative(text: str) -> int:
     """Parses an integer of at least 0."""
-    return _integer(text, 0, "non-negative")
+    return _integer(text, 0)
 
 
-def _integer(text: str, least: int, kind: str) -> int:
+def whole(text: str) -> int:
+    """Parses an integer."""
+    return _integer(text, None)
+
+
+def number(text: str) -> float:
+    """Parses a finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return value
+
+
+def _integer(text: str, least: int | None) -> int:
     try:
         value = int(text)
     except ValueError:
-        value = least - 1
-    if value < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {kind} integer")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if least is not None and value < least:
+        raise argparse.ArgumentTypeError(f"{text}: expected {least} or more")
     return value
 
 
@@ -66,9 +88,10 @@ def add_request(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that ``generate`` and ``chat`` turn into a ``Request``."""
     add = parser.add_argument
     add(
+        "-n",
         "-m",
         "--max-tokens",
-        type=int,
+        type=whole,
         default=256,
         metavar="N",
         help="largest number of tokens to generate (default: 256)",
@@ -76,58 +99,55 @@ def add_request(parser: argparse.ArgumentParser) -> None:
     add("--bits", type=bits, metavar="B", help="mean bits read per weight, or full (default: 4)")
     add(
         "--temp",
-        type=float,
+        "--temperature",
+        dest="temperature",
+        type=number,
         metavar="T",
         help="sampling temperature; 0 decodes greedily (default: from generation_config.json, else 0)",
     )
     add(
         "--top-p",
-        type=float,
+        type=number,
         metavar="P",
         help="sample from the smallest set of most probable tokens whose probabilities sum to P "
         "(default: from generation_config.json, else 1)",
     )
     add(
         "--top-k",
-        type=int,
+        type=whole,
         metavar="K",
         help="sample from the K most probable tokens; 0 means all "
         "(default: from generation_config.json, else 0)",
     )
     add(
         "--min-p",
-        type=float,
+        type=number,
         metavar="P",
         help="sample from tokens at least P times as probable as the most probable one "
         "(default: from generation_config.json, else 0)",
     )
     add(
         "--repetition-penalty",
-        type=float,
+        type=number,
         metavar="R",
         help="divide positive logits of tokens in prompt and text by R, and multiply negative ones "
         "(default: from generation_config.json, else 1)",
     )
     add(
         "--presence-penalty",
-        type=float,
+        type=number,
         metavar="P",
         help="subtract P from the logits of generated tokens (default: from generation_config.json, else 0)",
     )
     add(
         "--frequency-penalty",
-        type=float,
+        type=number,
         metavar="F",
         help="subtract F from the logit of a token for each time that it was generated "
         "(default: from generation_config.json, else 0)",
     )
-    add("--seed", type=int, default=0, metavar="N", help="random seed of sampling (default: 0)")
+    add("--seed", type=whole, default=0, metavar="N", help="random seed of sampling (default: 0)")
     add("--system-prompt", metavar="TEXT", help="system message at the start of the conversation")
-    add(
-        "--ignore-chat-template",
-        action="store_true",
-        help="pass the prompt to the model without the chat template",
-    )
     add(
         "--stop",
         action="append",
@@ -137,33 +157,27 @@ def add_request(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--max-context",
-        type=int,
+        type=positive,
         metavar="N",
         help="largest number of tokens in prompt and generated text together (default: the model's limit)",
     )
 
 
-def request(args: argparse.Namespace):
+def request(args: argparse.Namespace) -> Request:
     """Builds the ``Request`` from the flags of ``add_request``.
 
     Raises:
-      UsageError: a value is out of range.
+      UsageError: values are out of range; the message names the flags.
     """
-    from grinqh_jax.decoding.generator import Request
+    fields = {name: getattr(args, name) for name in RANGES}
+    if problems := out_of_range(fields, _flag):
+        raise UsageError("; ".join(problems))
+    stop = [text_input.argument(text, "--stop") for text in args.stop]
+    return Request(bits=args.bits, seed=args.seed, stop=stop, **fields)
 
-    return Request(
-        bits=args.bits,
-        max_tokens=args.max_tokens,
-        temperature=args.temp,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        seed=args.seed,
-        repetition_penalty=args.repetition_penalty,
-        presence_penalty=args.presence_penalty,
-        frequency_penalty=args.frequency_penalty,
-        stop=[text_input.argument(text, "--stop") for text in args.stop],
-    )
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def system_message(args: argparse.Namespace) -> list[dict[str, str]]:
@@ -189,23 +203,15 @@ def add_bits_list(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object per line, not a table")
 
 
-def dial_settings(requested: Sequence[Bits] | None, generator) -> list[Bits]:
-    """Returns the settings to measure: those requested, or the defaults that the model supports.
+def dial_settings(requested: Sequence[Bits] | None, targets: Sequence[float] | None) -> list[Bits]:
+    """Returns the settings to measure: those requested, or the defaults that a model supports.
 
-    Raises:
-      UsageError: the model does not support a setting; the message names every such setting.
+    Args:
+      requested: Settings, which the model supports (see ``ModelFiles.check``); None for the defaults.
+      targets: Ascending mean bits of the model's threshold tables; None for an unquantized model.
     """
-    if requested is None:
-        if generator.targets is None:
-            return ["full"]
-        least, most = generator.targets[0], generator.targets[-1]
-        return [bits for bits in DEFAULT_BITS if bits == "full" or least <= bits <= most]
-    problems = []
-    for setting in requested:
-        try:
-            generator.bits(setting)
-        except UsageError as error:
-            problems.append(str(error))
-    if problems:
-        raise UsageError("; ".join(problems))
-    return list(requested)
+    if requested is not None:
+        return list(requested)
+    if targets is None:
+        return [FULL]
+    return [bits for bits in DEFAULT_BITS if bits == FULL or targets[0] <= bits <= targets[-1]]

@@ -8,7 +8,7 @@ import argparse
 from collections.abc import Sequence
 
 from grinqh_jax.cli import command, flags, text_input
-from grinqh_jax.cli.generation import load_generator, print_statistics
+from grinqh_jax.cli.generation import load_generator, open_model, print_statistics
 from grinqh_jax.errors import UsageError
 from grinqh_jax.json_files import json_line
 
@@ -22,9 +22,15 @@ def parser() -> command.Parser:
     )
     flags.add_model(result)
     add = result.add_argument
-    add("-p", "--prompt", required=True, metavar="TEXT", help="prompt; - reads it from standard input")
+    add("text", nargs="?", metavar="PROMPT", help="prompt (default: standard input, unless a terminal)")
+    add("-p", "--prompt", metavar="TEXT", help="the prompt as a flag; - reads it from standard input")
     add("--json", action="store_true", help="print one JSON object with the text and all statistics")
     flags.add_request(result)
+    add(
+        "--ignore-chat-template",
+        action="store_true",
+        help="pass the prompt to the model without the chat template",
+    )
     return result
 
 
@@ -34,10 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    prompt = text_input.read_prompt(args.prompt)
-    request = flags.request(args)  # flags are checked before the model is loaded
-    generator = load_generator(args.model)
-    prompt_tokens = _apply_chat_template(generator, prompt, args)
+    request, system = flags.request(args), flags.system_message(args)
+    prompt = text_input.read_prompt(args.prompt, args.text)
+    files = open_model(args.model)
+    prompt_tokens = _prompt_tokens(files, prompt, system, args)
+    files.check([request.bits], args.max_context, len(prompt_tokens))  # before the weights are loaded
+    generator = load_generator(files)
     generation = generator.generate(prompt_tokens, request, max_context=args.max_context)
     interrupted = False
     try:
@@ -64,12 +72,12 @@ def _generate(args: argparse.Namespace) -> int:
     return command.INTERRUPTED if interrupted else 0
 
 
-def _apply_chat_template(generator, prompt: str, args: argparse.Namespace) -> str | list[int]:
-    """Returns the tokens of the templated prompt, or the prompt itself if no template applies."""
-    templated = generator.tokenizer.has_chat_template and not args.ignore_chat_template
-    if args.system_prompt is not None and not templated:
+def _prompt_tokens(files, prompt: str, system: list[dict[str, str]], args: argparse.Namespace) -> list[int]:
+    """Returns the tokens of the prompt, as a user's message if the model has a chat template."""
+    templated = files.tokenizer.has_chat_template and not args.ignore_chat_template
+    if system and not templated:
         reason = "it excludes --ignore-chat-template" if args.ignore_chat_template else "the model has none"
         raise UsageError(f"--system-prompt needs a chat template: {reason}")
     if not templated:
-        return prompt
-    return generator.tokenizer.chat([*flags.system_message(args), {"role": "user", "content": prompt}])
+        return files.tokenizer.encode(prompt)
+    return files.tokenizer.chat([*system, {"role": "user", "content": prompt}])

@@ -1,16 +1,24 @@
-"""Loads a generator and prints the statistics of a generation, for ``generate`` and ``chat``."""
+"""Opens and loads a model, and prints the statistics of a generation, for ``generate`` and ``chat``."""
 
 import sys
 
 from grinqh_jax.cli import command
 
 
-def load_generator(model: str):
-    """Loads the ``Generator`` of ``--model`` under a status line."""
-    with command.status(f"loading {model}"):
+def open_model(model: str):
+    """Returns the ``ModelFiles`` of ``--model``."""
+    with command.status(f"opening {model}"):  # imports JAX, and may ask the hub
+        from grinqh_jax.decoding.model_files import ModelFiles
+
+        return ModelFiles.open(model)
+
+
+def load_generator(files):
+    """Loads the weights of ``ModelFiles`` under a status line; returns the ``Generator``."""
+    with command.status(f"loading {files.directory}"):
         from grinqh_jax.decoding.generator import Generator
 
-        return Generator.load(model)
+        return Generator.from_files(files)
 
 
 def print_statistics(statistics, interrupted: bool = False) -> None:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grinqh_jax.cli import command, flags
+from grinqh_jax.cli.generation import load_generator, open_model
+from grinqh_jax.cli.reference import find_reference
 from grinqh_jax.cli.results import show
 
 
@@ -13,7 +15,7 @@ def parser() -> command.Parser:
     result = command.Parser(
         prog="grinqh-jax perplexity",
         description="Measure the perplexity of a text, and its KL divergence and same-top-token share "
-        "against full precision, with every token graded. Standard errors treat windows, not tokens, as "
+        "against a reference, with every token graded. Standard errors treat windows, not tokens, as "
         "independent. The standard error of the ratio to the reference is paired.",
     )
     flags.add_model(result)
@@ -37,7 +39,8 @@ def parser() -> command.Parser:
     add(
         "--reference",
         metavar="DIR_OR_HUB_ID",
-        help="model to compare with (default: the same model at full precision)",
+        help="model to compare with, or self for the model's own full precision (default: the original, if "
+        "it is where config.json says, else self)",
     )
     return result
 
@@ -48,14 +51,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _perplexity(args: argparse.Namespace) -> int:
+    files = open_model(args.model)
+    settings = flags.dial_settings(args.bits, files.targets)
+    files.check(settings)
     from grinqh_jax.cli.progress import Progress
-    from grinqh_jax.decoding.generator import Generator
-    from grinqh_jax.evaluation.perplexity import measure, read_tokens
+    from grinqh_jax.evaluation.perplexity import check, measure, read_tokens
 
-    generator = Generator.load(args.model)
-    settings = flags.dial_settings(args.bits, generator)
-    tokens = read_tokens(generator, args.data, args.tokens)
-    reference = Generator.load(args.reference).model if args.reference else None
+    tokens = read_tokens(files, args.data, args.tokens)
+    reference = find_reference(files, args.reference)
+    check(files.config, tokens, args.sequence_length, reference.files and reference.files.config)
+    if not args.json:
+        print(f"compared with {reference.description}", flush=True)
+    generator = load_generator(files)
     with Progress("perplexity", len(tokens), "token") as progress:
         results = measure(
             generator.model,
@@ -63,10 +70,10 @@ def _perplexity(args: argparse.Namespace) -> int:
             tokens,
             settings,
             sequence_length=args.sequence_length,
-            reference=reference,
+            reference=reference.files and load_generator(reference.files).model,
             on_progress=progress,
         )
-    show(results, args.json)
+    show(results, args.json, {"reference": reference.name})
     for result in results:
         if result.token_bits and not args.json:
             print(f"--bits {result.bits:g}: {result.token_bits.line()}")

@@ -1,6 +1,6 @@
 """Prints the results of ``perplexity`` and ``evaluate``, as a table or as JSON lines."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from grinqh_jax.json_files import json_line
@@ -19,11 +19,17 @@ class Result(Protocol):
         ...
 
 
-def show(results: Iterable[Result], as_json: bool) -> None:
-    """Prints each result as a JSON object as soon as it is measured, or all of them as one table."""
+def show(results: Iterable[Result], as_json: bool, common: Mapping[str, Any] | None = None) -> None:
+    """Prints each result as a JSON object as soon as it is measured, or all of them as one table.
+
+    Args:
+      results: Results of a verb.
+      as_json: Whether to print JSON.
+      common: Fields to add to every JSON object.
+    """
     if as_json:
         for result in results:
-            print(json_line(result.to_json()), flush=True)
+            print(json_line(result.to_json() | dict(common or {})), flush=True)
         return
     rows = [result.cells() for result in results]
     cells = [list(rows[0])] + [[_cell(value) for value in row.values()] for row in rows]

@@ -1,12 +1,15 @@
 """Special tokens and sampling defaults from a checkpoint's ``generation_config.json``."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
-from grinqh_jax.decoding.penalties import NEUTRAL, RANGES
+from grinqh_jax.decoding.penalties import NEUTRAL
+from grinqh_jax.decoding.request import RANGES
 from grinqh_jax.errors import CheckpointError
 from grinqh_jax.json_files import read_object
+from grinqh_jax.ranges import Range
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,22 +56,22 @@ class GenerationConfig:
                 return ()
             return tuple(ids)
 
-        def number(key: str, default: float, least: float, most: float) -> Any:
+        def number(key: str, default: float, accepted: Range) -> Any:
             value = own.get(key)
             if value is None:
                 return default
-            if type(value) not in (int, float) or not least <= value <= most:
-                problems.append(f"{key} is {value!r}, expected a number from {least:g} to {most:g}")
+            if type(value) not in (int, float) or value not in accepted:
+                problems.append(f"{key} is {value!r}, expected a number, {accepted}")
                 return default
             return value
 
         filters = {
-            "temperature": number("temperature", 1.0, 0.0, float("inf")),
-            "top_k": int(number("top_k", 0, 0, 2**31 - 1)),
-            "top_p": number("top_p", 1.0, 1e-6, 1.0),
-            "min_p": number("min_p", 0.0, 0.0, 1.0),
+            "temperature": number("temperature", 1.0, Range(0, math.inf)),
+            "top_k": int(number("top_k", 0, RANGES["top_k"])),
+            "top_p": number("top_p", 1.0, RANGES["top_p"]),
+            "min_p": number("min_p", 0.0, RANGES["min_p"]),
         }
-        penalties = {name: number(name, NEUTRAL[name], *RANGES[name]) for name in NEUTRAL}
+        penalties = {name: number(name, NEUTRAL[name], RANGES[name]) for name in NEUTRAL}
         eos, bos = token_ids("eos_token_id"), token_ids("bos_token_id")
         if problems:
             raise CheckpointError(f"{directory / 'generation_config.json'}: " + "; ".join(problems))

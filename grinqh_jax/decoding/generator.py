@@ -8,7 +8,6 @@ print(generation.statistics().realised_bits_per_layer)
 """
 
 import contextlib
-import dataclasses
 import os
 import time
 import warnings
@@ -22,68 +21,22 @@ import numpy as np
 
 from grinqh_jax import checkpoint, hf
 from grinqh_jax.decoding.batch import Decoding
-from grinqh_jax.decoding.bits import DEFAULT_BITS, FULL, Bits, check_bits
+from grinqh_jax.decoding.bits import Bits, wanted_bits
 from grinqh_jax.decoding.dial import Dial
 from grinqh_jax.decoding.generation_config import GenerationConfig
-from grinqh_jax.decoding.penalties import NEUTRAL, RANGES
+from grinqh_jax.decoding.model_files import ModelFiles, check_context
+from grinqh_jax.decoding.penalties import NEUTRAL
 from grinqh_jax.decoding.prompt_cache import PromptCache
+from grinqh_jax.decoding.request import Request
 from grinqh_jax.decoding.sampling import Sampling
 from grinqh_jax.decoding.statistics import Statistics, grading_fields
 from grinqh_jax.decoding.stop import StopStrings
 from grinqh_jax.errors import GrinqhWarning, UsageError
-from grinqh_jax.json_files import read_json
 from grinqh_jax.memory import peak_memory
 from grinqh_jax.model.decoder import Decoder
 from grinqh_jax.text.tokenizer import Tokenizer
 from pallas_kernels import GradingStats
 from pallas_kernels.x64 import without_x64
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
-    """What to generate. ``None`` selects the model's default (``GenerationConfig``, ``DEFAULT_BITS``).
-
-    Attributes:
-      bits: Mean bits to read per weight, or ``"full"``, the only setting of an unquantized model.
-      max_tokens: Most tokens to generate; the context may end the text earlier.
-      temperature, top_k, top_p, min_p, seed: Sampling parameters (see ``sampling.Sampling``).
-      repetition_penalty, presence_penalty, frequency_penalty: Penalties on repeated tokens (see
-        ``penalties.Penalties``).
-      stop: Strings that end the text and are not part of it; one string or several.
-    """
-
-    bits: Bits | None = None
-    max_tokens: int = 256
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    seed: int = 0
-    stop: str | Sequence[str] = ()
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-
-    def __post_init__(self):
-        if isinstance(self.stop, str):  # as a sequence it would be one stop string per character
-            object.__setattr__(self, "stop", (self.stop,))
-        ranges = {
-            "max_tokens": (1, 2**31 - 1),
-            "temperature": (0, 1e6),
-            "top_k": (0, 2**31 - 1),
-            "top_p": (1e-6, 1),
-            "min_p": (0, 1),
-            **RANGES,
-        }
-        problems = []
-        for name, (least, most) in ranges.items():
-            value = getattr(self, name)
-            if value is not None and not least <= value <= most:
-                problems.append(f"{name} is {value:g}, expected {least:g} to {most:g}")
-        if any(not text for text in self.stop):
-            problems.append("a stop string is empty")
-        if problems:
-            raise UsageError("; ".join(problems))
 
 
 class Generator:
@@ -126,25 +79,34 @@ class Generator:
           CheckpointError: There is no such checkpoint, or it is damaged.
           UnsupportedModelError: The architecture or one of its options is not implemented.
         """
-        directory = hf.resolve(model)
-        config = read_json(directory / "config.json") if (directory / "config.json").exists() else {}
-        quantized = isinstance(config, dict) and config.get("quantization_config") is not None
-        if not quantized and list(directory.glob("*.safetensors")):
+        return cls.from_files(ModelFiles.open(model), compute_dtype)
+
+    @classmethod
+    @without_x64
+    def from_files(cls, files: ModelFiles, compute_dtype=None) -> "Generator":
+        """Loads the weights of a model whose small files are read.
+
+        Args:
+          files: The small files.
+          compute_dtype: As for ``load``.
+
+        Raises:
+          GrinqhError: As for ``load``.
+        """
+        if files.quantization is None:
             if compute_dtype is None:
                 compute_dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-            decoder, targets = hf.load_decoder(hf.open_checkpoint(directory), compute_dtype), None
+            decoder = hf.load_decoder(hf.open_checkpoint(files.directory), compute_dtype)
         else:
-            loaded = checkpoint.load(directory, compute_dtype)
-            decoder, targets = loaded.model, loaded.quantization.targets
-        tokenizer, defaults = Tokenizer.load(directory), GenerationConfig.load(directory)
-        if defaults.ignored:
+            decoder = checkpoint.load(files.directory, compute_dtype).model
+        if files.defaults.ignored:
             warnings.warn(
-                f"{directory}: not implemented and ignored in generation_config.json: "
-                f"{', '.join(defaults.ignored)}",
+                f"{files.directory}: not implemented and ignored in generation_config.json: "
+                f"{', '.join(files.defaults.ignored)}",
                 GrinqhWarning,
                 stacklevel=2,
             )
-        return cls(decoder, tokenizer, defaults, targets, directory)
+        return cls(decoder, files.tokenizer, files.defaults, files.targets, files.directory)
 
     @without_x64
     def generate(
@@ -183,7 +145,7 @@ class Generator:
             self.model,
             [tokens],
             max_tokens=request.max_tokens,
-            max_context=self._context(max_context),
+            max_context=check_context(max_context, self.model.config),
             dial=self.dial(request.bits),
             sampling=Sampling.create(seed=request.seed, **sampling),
             stop_tokens=defaults.eos_tokens,
@@ -198,17 +160,7 @@ class Generator:
         Raises:
           UsageError: The setting is outside the dial's range.
         """
-        if self.targets is None:
-            if wanted not in (None, FULL):
-                raise UsageError(
-                    f"bits {wanted}: {self.directory} is not quantized and runs at full precision only; use "
-                    "full, or convert it first (python -m checkpoints_tools.convert)"
-                )
-            return None
-        most = self.targets[-1]
-        bits = min(DEFAULT_BITS, most) if wanted is None else most if wanted == FULL else wanted
-        check_bits(bits, self.targets)
-        return float(bits)
+        return wanted_bits([wanted], self.targets, self.directory)[0]
 
     @without_x64
     def dial(self, bits: Bits | None, batch: int = 1) -> Dial | None:
@@ -221,12 +173,6 @@ class Generator:
         if self.targets is None or wanted is None:
             return None
         return Dial.create(self.model, self.targets, np.full(batch, wanted))
-
-    def _context(self, max_context: int | None) -> int:
-        most = self.model.config.max_position_embeddings
-        if max_context is not None and not 2 <= max_context <= most:
-            raise UsageError(f"a context of {max_context} tokens: the model has positions for 2 to {most}")
-        return max_context or most
 
     def _first_token(self) -> int:
         if self.defaults.bos_token is not None:

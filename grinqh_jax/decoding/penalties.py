@@ -15,13 +15,6 @@ from jaxtyping import Array, Bool, Float, Int
 NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 """Values that change nothing, by name of the parameter."""
 
-RANGES = {
-    "repetition_penalty": (1e-3, 1e3),
-    "presence_penalty": (-100.0, 100.0),
-    "frequency_penalty": (-100.0, 100.0),
-}
-"""Least and largest accepted values."""
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

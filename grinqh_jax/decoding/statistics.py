@@ -18,6 +18,9 @@ BF16_BYTES = 2
 SCALE_BITS = 16 / GROUP
 """Bits per weight of the float16 scales, which are read beside the graded planes."""
 
+SHOWN_SECONDS = 0.05
+"""Least time of compilation that ``Statistics.lines`` names."""
+
 RANGE_RATIO_MARGIN = 1.5
 """Activations this many times larger than the largest in calibration cause a warning."""
 
@@ -40,7 +43,8 @@ class Statistics:
       bytes_per_token: Bytes of weights that a decode step reads: the graded share of the planes, scales,
         norms and one row of the embedding, but not the KV cache. An implementation that cannot skip reads
         more.
-      bytes_per_token_bf16: The same for the unquantized model.
+      bytes_per_token_bf16: The same for the unquantized model in bfloat16.
+      dense_dtype: Dtype in which an unquantized model keeps its weights; None for a graded model.
       peak_memory_bytes: Peak memory of the accelerator, or of the process if there is none.
       activation_range_ratio: Largest ``|x|`` of all decode steps over the largest in calibration, by linear
         layer.
@@ -57,6 +61,7 @@ class Statistics:
     realised_bits_per_step: Float[np.ndarray, "steps linears"] | None
     bytes_per_token: float | None
     bytes_per_token_bf16: float
+    dense_dtype: str | None
     peak_memory_bytes: int
     activation_range_ratio: Mapping[str, float]
 
@@ -84,13 +89,20 @@ class Statistics:
         ]
         if self.realised_bits is not None:
             lines.append(f"realised bits: {self.realised_bits:.3f} per weight")
-        if self.bytes_per_token is not None:
+        if self.dense_dtype is not None and self.bytes_per_token is not None:
+            lines.append(
+                f"weights read per token: {self.bytes_per_token / 1e6:.3f} MB, all of them, unquantized in "
+                f"{self.dense_dtype}"
+            )
+        elif self.bytes_per_token is not None:
             share = self.bytes_per_token / self.bytes_per_token_bf16
             lines.append(
                 f"weights read per token: {self.bytes_per_token / 1e6:.3f} MB, {share:.1%} of "
                 f"{self.bytes_per_token_bf16 / 1e6:.3f} MB in bf16"
             )
         lines.append(f"peak memory: {self.peak_memory_bytes / 2**20:.0f} MiB")
+        if self.compile_seconds >= SHOWN_SECONDS:
+            lines.append(f"compilation: {self.compile_seconds:.1f} s, not part of these speeds")
         return lines
 
     def to_json(self) -> dict[str, Any]:
@@ -136,6 +148,7 @@ def grading_fields(model: Decoder, stats: GradingStats | None) -> dict[str, Any]
         "realised_bits_per_step": None,
         "activation_range_ratio": {},
         "bytes_per_token": None,
+        "dense_dtype": None if model.graded else model.compute_dtype.name,
         "bytes_per_token_bf16": _bytes_per_token(model, dict.fromkeys(names, 8 * BF16_BYTES)),
     }
     if not model.graded:

@@ -12,10 +12,12 @@ from jaxtyping import Array, Bool, Float, Int, Int32, Integer
 from grinqh_jax.decoding.bits import Bits
 from grinqh_jax.decoding.dial import Dial, layer_shares
 from grinqh_jax.decoding.generator import Generator
+from grinqh_jax.decoding.model_files import ModelFiles
 from grinqh_jax.decoding.thresholds import Thresholds
 from grinqh_jax.errors import UsageError
 from grinqh_jax.evaluation.result import Perplexity, TokenBits, WindowSums
 from grinqh_jax.model.apply import Graded, of_head
+from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import Decoder, linear_names
 from grinqh_jax.text.documents import read_documents
 from pallas_kernels.x64 import without_x64
@@ -37,23 +39,23 @@ class _Realised(NamedTuple):
     without_head: Float[np.ndarray, "b t"]
 
 
-def read_tokens(generator: Generator, path: Path, limit: int | None) -> Int32[np.ndarray, "n"]:
+def read_tokens(model: Generator | ModelFiles, path: Path, limit: int | None) -> Int32[np.ndarray, "n"]:
     """Tokenizes a text file, or a ``.jsonl`` file of documents, with an end-of-text token between documents.
 
     Args:
-      generator: Supplies the tokenizer and, if the model names one, the end-of-text token.
+      model: Supplies the tokenizer and, if the model names one, the end-of-text token.
       path: File that ``text.documents.read_documents`` reads.
       limit: Largest number of tokens to return; None returns all.
 
     Raises:
       UsageError: the file cannot be read, is not UTF-8, holds no text, or has bad records.
     """
-    separator = list(generator.defaults.eos_tokens[:1])
+    separator = list(model.defaults.eos_tokens[:1])
     tokens: list[int] = []
     for document in read_documents(path):
         if limit is not None and len(tokens) >= limit:
             break
-        tokens += (separator if tokens else []) + generator.tokenizer.encode(document)
+        tokens += (separator if tokens else []) + model.tokenizer.encode(document)
     return np.array(tokens[:limit], np.int32)
 
 
@@ -88,7 +90,7 @@ def measure(
         than two tokens or longer than the context of a model; the reference has another vocabulary; or bits
         are out of the dial's range.
     """
-    _check(model, tokens, sequence_length, reference)
+    check(model.config, tokens, sequence_length, None if reference is None else reference.config)
     if targets is None:
         if graded := [setting for setting in bits if setting != "full"]:
             raise UsageError(
@@ -150,23 +152,32 @@ def _full_bits(model: Decoder, shape: tuple[int, ...]) -> _Realised:
     return _Realised(*2 * (np.full(shape, model.full_bits, np.float32),))
 
 
-def _check(model: Decoder, tokens: np.ndarray, sequence_length: int, reference: Decoder | None) -> None:
-    vocabulary = model.config.vocab_size
+def check(
+    config: ModelConfig,
+    tokens: Integer[np.ndarray, "n"],
+    sequence_length: int,
+    reference: ModelConfig | None = None,
+) -> None:
+    """Checks the arguments of ``measure`` against the configurations of model and reference.
+
+    Raises:
+      UsageError: ``measure`` raises it.
+    """
     if len(tokens) < 2:
         raise UsageError(f"the text has {len(tokens)} tokens; perplexity needs two or more")
-    model.config.check_tokens(tokens.tolist())
+    config.check_tokens(tokens.tolist())
     if sequence_length < 2:
         raise UsageError(f"sequence length {sequence_length}: a window needs two tokens or more")
-    positions = min(one.config.max_position_embeddings for one in (model, reference or model))
+    positions = min(one.max_position_embeddings for one in (config, reference or config))
     if sequence_length > positions:
         raise UsageError(
             f"sequence length {sequence_length}: the context of the model has {positions} tokens; "
             f"use {positions} or less"
         )
-    if reference is not None and reference.config.vocab_size != vocabulary:
+    if reference is not None and reference.vocab_size != config.vocab_size:
         raise UsageError(
-            f"the reference has a vocabulary of {reference.config.vocab_size}, the model one of "
-            f"{vocabulary}; use the checkpoint that the model was converted from"
+            f"the reference has a vocabulary of {reference.vocab_size}, the model one of "
+            f"{config.vocab_size}; use the checkpoint that the model was converted from"
         )
 
 

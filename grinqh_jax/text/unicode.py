@@ -3,12 +3,13 @@
 from grinqh_jax.errors import UsageError
 
 
-def decode(data: bytes, source: str) -> str:
+def decode(data: bytes, source: str, first_line: int = 1) -> str:
     """Decodes UTF-8 and drops a byte order mark, which some editors write.
 
     Args:
       data: Bytes to decode.
       source: Name of their origin, for the error message.
+      first_line: Number of the first line of ``data`` in its origin.
 
     Raises:
       UsageError: ``data`` is not UTF-8. The message names the source, the first invalid byte and its line.
@@ -16,7 +17,7 @@ def decode(data: bytes, source: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = 1 + data.count(b"\n", 0, error.start)
+        line = first_line + data.count(b"\n", 0, error.start)
         raise UsageError(
             f"{source} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}, line {line}; "
             "convert it first (iconv -t utf-8)"
