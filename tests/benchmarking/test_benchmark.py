@@ -193,7 +193,7 @@ def test_the_verb_takes_the_shape_of_a_model_in_a_directory(monkeypatch, capsys)
     [
         (["--bits", "9"], "--bits 9: the dial of tiny goes from 1 to 8"),
         (["--bits", "few"], "'few' is neither a number nor full"),
-        (["--repeats", "0"], "'0' is not a positive integer"),
+        (["--repeats", "0"], "--repeats: 0: expected 1 or more"),
     ],
 )
 def test_bad_flags_are_refused(monkeypatch, capsys, flags, message):

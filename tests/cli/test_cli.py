@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from grinqh_jax import __main__
-from grinqh_jax.cli import chat, command, generate
+from grinqh_jax.cli import chat, command, conversation, generate, perplexity
 from grinqh_jax.decoding.engine import PREVIEW_TOKENS
 from grinqh_jax.errors import GrinqhWarning
 
@@ -78,14 +78,22 @@ def test_a_prompt_from_standard_input_gives_the_same_text(capsys, monkeypatch, g
 @pytest.mark.parametrize(
     ("flags", "texts"),
     [
-        (["--bits", "9"], ["bits 9", "1 to 8"]),
+        (["--bits", "9"], ["--bits: 9 bits", "1 to 8"]),
+        (["--bits", "0.5"], ["bits 0.5", "dial goes from 1 to 8"]),
         (["--bits", "nan"], ["'nan'", "neither a number nor full"]),
         (["--max-context", "500"], ["500", "128"]),
         (["-p", "x" * 200], ["the prompt has 200 tokens", "holds 128"]),
-        (["--top-p", "0", "--temp", "-1"], ["top_p is 0", "temperature is -1"]),
+        (["--top-p", "0", "--temp", "-1"], ["--top-p is 0, expected 0.000001 to 1", "--temperature is -1"]),
+        (["-n", "0"], ["--max-tokens is 0, expected 1 or more"]),
+        (["-n", "9999999999"], ["--max-tokens is 9,999,999,999, expected 1 to 2,147,483,647"]),
         (["--system-prompt", "Be brief."], ["--system-prompt", "chat template"]),
         (["--model", "/nowhere"], ["/nowhere"]),
-        (["-m", "many"], ["-m/--max-tokens", "many"]),
+        (["-m", "many"], ["--max-tokens: 'many' is not a whole number"]),
+        (["--tmep", "1"], ["unknown flag --tmep; did you mean --temp?"]),
+        (["-prompt", "x"], ["unknown flag -prompt; did you mean --prompt?"]),
+        (["--n-predict", "5"], ["did you mean --max-tokens?"]),
+        (["y"], ["the prompt is given twice"]),
+        (["x", "y"], ["unexpected argument 'y'; put a prompt of several words in quotes"]),
         (["-p", "ab\udcff"], ["the prompt is not UTF-8", "0xff at offset 2"]),
         (["--stop", "\udcff"], ["--stop is not UTF-8", "0xff at offset 0"]),
     ],
@@ -111,12 +119,11 @@ def test_a_system_prompt_must_be_utf8(capsys, chat_directory):
     [
         ["generate", "-p", "x", "-m", "2"],
         ["generate", "-p", "x", "-m", "2", "--json"],
-        ["--version"],
-        ["--help"],
+        ["generate", "--help"],
     ],
 )
 def test_a_full_device_is_one_line_on_stderr(graded_directory, arguments):
-    model = ["--model", str(graded_directory)] if arguments[0] == "generate" else []
+    model = [] if "--help" in arguments else ["--model", str(graded_directory)]
     with Path("/dev/full").open("w") as full:
         result = subprocess.run(
             [sys.executable, "-m", "grinqh_jax", *arguments, *model],
@@ -143,10 +150,40 @@ def test_warnings_of_the_library_are_lines_on_stderr(capsys):
     assert "RuntimeWarning: other" in others[0]
 
 
+def test_a_prompt_is_an_argument_a_flag_or_standard_input(capsys, monkeypatch, graded_directory):
+    flags = ("--model", graded_directory, "--max_tokens", 4, "--temperature", 0)
+    texts = [run(capsys, generate.main, *flags, *prompt).out for prompt in (["ab"], ["-p", "ab"])]
+    stdin(monkeypatch, b"ab")
+    texts.append(run(capsys, generate.main, *flags).out)
+    assert texts[0] == texts[1] == texts[2] != "\n"
+    stdin(monkeypatch, b"")
+    assert_refused(run(capsys, generate.main, *flags), "no prompt", "as an argument")
+
+
+def test_a_gguf_file_is_named_with_its_remedy(capsys, tmp_path):
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF\x03\0\0\0")
+    for model in (file, tmp_path):
+        result = run(capsys, generate.main, "--model", model, "x")
+        assert_refused(result, f"{file} is a GGUF file", f"grinqh-jax convert --model {file} --out DIR")
+
+
+def test_settings_that_a_model_lacks_are_named_once(capsys, tmp_path, dense_directory):
+    data = tmp_path / "data.txt"
+    data.write_text("some text")
+    flags = ("--model", dense_directory, "--data", data, "--bits", "2,3")
+    result = run(capsys, perplexity.main, *flags)
+    assert_refused(result, "bits 2, 3: ", "not quantized")
+    assert result.err.count("not quantized") == 1
+
+
 def test_an_unquantized_model_needs_full_bits(capsys, dense_directory):
     flags = ("--model", dense_directory, "-p", "ab", "-m", 3)
     assert_refused(run(capsys, generate.main, *flags, "--bits", 3), "not quantized", "full", "convert")
-    assert run(capsys, generate.main, *flags, "--bits", "full").code == 0
+    result = run(capsys, generate.main, *flags, "--bits", "full")
+    assert result.code == 0
+    assert "MB, all of them, unquantized in float32" in result.err
+    assert "bf16" not in result.err  # float32 weights are no 200 % of bf16
 
 
 def test_chat_keeps_the_conversation(capsys, monkeypatch, chat_directory):
@@ -155,7 +192,9 @@ def test_chat_keeps_the_conversation(capsys, monkeypatch, chat_directory):
         "grinqh_jax.text.tokenizer.Tokenizer.chat", lambda self, messages: seen.append([*messages]) or [5, 6]
     )
     stdin(monkeypatch, "first\n\nzwölf\n".encode())
-    result = run(capsys, chat.main, "--model", chat_directory, "-m", 4, "--system-prompt", "Be brief.")
+    result = run(
+        capsys, chat.main, "--stats", "--model", chat_directory, "-m", 4, "--system-prompt", "Be brief."
+    )
     assert result.code == 0
     answers = [m["content"] for m in seen[1] if m["role"] == "assistant"]
     assert [m["content"] for m in seen[1] if m["role"] != "assistant"] == ["Be brief.", "first", "zwölf"]
@@ -166,7 +205,7 @@ def test_chat_keeps_the_conversation(capsys, monkeypatch, chat_directory):
 
 def test_chat_does_not_read_earlier_turns_again(capsys, monkeypatch, chat_directory):
     stdin(monkeypatch, f"{'first ' * 10}\nsecond\n".encode())
-    result = run(capsys, chat.main, "--model", chat_directory, "-m", 4)
+    result = run(capsys, chat.main, "--stats", "--model", chat_directory, "-m", 4)
     prompts = [line for line in result.err.splitlines() if line.startswith("prompt: ")]
     first, second = (int(line.split()[1]) for line in prompts)
     assert "reused" not in prompts[0]
@@ -183,11 +222,63 @@ def test_the_chat_template_is_applied_unless_ignored(capsys, chat_directory):
 
 def test_chat_needs_a_template(capsys, graded_directory):
     assert_refused(run(capsys, chat.main, "--model", graded_directory), "no chat template")
+    assert_refused(run(capsys, chat.main), "bundled qwen3-7m has no chat template", "grinqh-jax generate")
+    assert_refused(run(capsys, chat.main, "--ignore-chat-template"), "unknown flag --ignore-chat-template")
+
+
+def test_chat_goes_on_after_a_line_that_is_refused(capsys, monkeypatch, chat_directory):
+    lines = [
+        b"ab",
+        b"\xff\xe9",
+        b"/dance",
+        b"/bits 9",
+        b"/bits 2.5",
+        b"x" * 200,
+        b"cd",
+        b"/stats",
+        b"/exit",
+        b"e",
+    ]
+    stdin(monkeypatch, b"\n".join(lines))
+    result = run(capsys, chat.main, "--model", chat_directory, "-n", 3)
+    assert result.code == 0
+    assert len(result.out.splitlines()) == 2  # answers to ab and cd
+    errors = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    assert [error.split(";")[0] for error in errors[:2]] == [
+        "error: standard input is not UTF-8: byte 0xff at offset 0, line 2",
+        "error: unknown command /dance",
+    ]
+    assert errors[2] == "error: /bits: 9 bits per weight: expected 1 to 8, or full"
+    assert "the prompt has" in errors[3]
+    assert len(errors) == 4
+    assert "the next answer reads 2.5 bits per weight" in result.err
+    assert result.err.count("the answer ended after 3 tokens, the limit of --max-tokens") == 2
+    assert result.err.count("realised bits: ") == 1
+
+
+def test_chat_commands_change_the_conversation(capsys, monkeypatch, chat_directory):
+    seen = []
+    monkeypatch.setattr(
+        "grinqh_jax.text.tokenizer.Tokenizer.chat", lambda self, messages: seen.append([*messages]) or [5, 6]
+    )
+    stdin(monkeypatch, b"/help\n/stats\nfirst\n/system Be brief.\nsecond\n/reset\nthird\n/quit\n")
+    result = run(capsys, chat.main, "--model", chat_directory, "-n", 2)
+    assert result.code == 0
+    assert [[m["content"] for m in messages if m["role"] != "assistant"] for messages in seen] == [
+        ["first"],
+        ["Be brief.", "first", "second"],
+        ["Be brief.", "third"],
+    ]
+    for name in conversation.COMMANDS:
+        assert f"  {name}" in result.err
+    assert "no answer yet" in result.err
 
 
 def test_every_verb_is_listed_and_has_help(capsys, graded_directory):
     assert_refused(run(capsys, __main__.main), "no verb given", "generate")
-    assert_refused(run(capsys, __main__.main, "dance"), "unknown verb 'dance'")
+    assert_refused(run(capsys, __main__.main, "dance"), "unknown verb 'dance'", "choose from generate")
+    assert_refused(run(capsys, __main__.main, "genrate"), "unknown verb 'genrate'; did you mean generate?")
+    assert_refused(run(capsys, __main__.main, "--model", "x"), "a verb comes first")
     listed = run(capsys, __main__.main, "--help").out
     for verb in __main__.VERBS:
         assert f"\n  {verb} " in listed

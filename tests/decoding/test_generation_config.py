@@ -62,5 +62,5 @@ def test_keys_that_would_change_the_text_are_named_and_neutral_ones_are_not(tmp_
 def test_penalties_count_for_greedy_texts_too(tmp_path):
     own = {"repetition_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": -0.2}
     assert load(tmp_path, own) == GenerationConfig(**own)
-    with pytest.raises(CheckpointError, match=r"repetition_penalty is 0, expected a number from 0\.001"):
+    with pytest.raises(CheckpointError, match=r"repetition_penalty is 0, expected a number, 0\.001 to 1,000"):
         load(tmp_path, {"repetition_penalty": 0})

@@ -105,4 +105,4 @@ def test_command_refuses_bad_flags(problem_file, capsys):
     with pytest.raises(SystemExit) as caught:
         evaluate_command.main(["--tasks", str(problem_file), "--limit", "0"])
     assert caught.value.code == 2
-    assert "'0' is not a positive integer" in capsys.readouterr().err
+    assert "0: expected 1 or more" in capsys.readouterr().err

@@ -13,7 +13,7 @@ PACKAGES = ["pallas_kernels", "grinqh_jax", "checkpoints_tools"]
 LAYERS = {
     "grinqh_jax": [
         {"errors"},
-        {"memory", "json_files", "bundled", "companions"},
+        {"memory", "json_files", "bundled", "companions", "ranges"},
         {"model"},
         {"checkpoint", "hf", "text"},
         {"decoding"},
