@@ -100,9 +100,10 @@ def test_command_on_problems_that_the_model_solves(shared, capsys):
 
 
 def test_command_refuses_bad_flags(problem_file, capsys):
-    assert evaluate_command.main(["--tasks", str(problem_file), "--bits", "3,40"]) == 2
-    assert "bits 40" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as caught:
-        evaluate_command.main(["--tasks", str(problem_file), "--limit", "0"])
-    assert caught.value.code == 2
-    assert "0: expected 1 or more" in capsys.readouterr().err
+    assert evaluate_command.main(["--tasks", str(problem_file), "--bits", "3,0.5"]) == 2
+    assert "bits 0.5: this checkpoint's dial goes from 1 to 8" in capsys.readouterr().err
+    for flags, problem in ((["--bits", "3,40"], "40 bits"), (["--limit", "0"], "0: expected 1 or more")):
+        with pytest.raises(SystemExit) as caught:
+            evaluate_command.main(["--tasks", str(problem_file), *flags])
+        assert caught.value.code == 2
+        assert problem in capsys.readouterr().err
