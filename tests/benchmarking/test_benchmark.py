@@ -191,7 +191,8 @@ def test_the_verb_takes_the_shape_of_a_model_in_a_directory(monkeypatch, capsys)
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--bits", "9"], "--bits 9: the dial of tiny goes from 1 to 8"),
+        (["--bits", "0.5"], "--bits 0.5: the dial of tiny goes from 1 to 8"),
+        (["--bits", "9"], "--bits: 9 bits per weight: expected 1 to 8, or full"),
         (["--bits", "few"], "'few' is neither a number nor full"),
         (["--repeats", "0"], "--repeats: 0: expected 1 or more"),
     ],
