@@ -10,7 +10,7 @@ from grinqh_jax.errors import UsageError
 
 
 def check(repo: str) -> None:
-    """Checks the name of a repository, and that the hub knows the user, before hours of work depend on it.
+    """Checks the name of a repository, and that the hub knows the user, before hours of work.
 
     Raises:
       UsageError: The name is not ``OWNER/NAME``, or the hub cannot be reached or does not accept the token.

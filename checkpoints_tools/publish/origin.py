@@ -1,4 +1,4 @@
-"""What a model card says of the source checkpoint: its name and its licence."""
+"""The facts about a source checkpoint that a model card states: its name and its licence."""
 
 import dataclasses
 import re

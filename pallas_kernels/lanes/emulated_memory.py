@@ -60,7 +60,7 @@ class SharedMemory:
             raise EmulationError(f"race in shared memory: {access} another thread's access without a barrier")
 
     def _check_writers(self, thread, word, access):
-        """Refuses an access to words that other threads wrote without a barrier since."""
+        """Raises if other threads wrote the words, or bytes of them, and no barrier came since."""
         writer = self.writer[word]
         self._check(thread, word, writer, self.write_time[:, word], access)
         split = writer == BYTES

@@ -22,13 +22,16 @@ from grinqh_jax.hf.reader import Rows
 from grinqh_jax.model.config import ModelConfig
 
 LEAST_BITS = 8
-"""A source with fewer bits per weight than these is worse than the top of the dial."""
+"""Number of bits per weight below which a source draws a warning, because it is worse than the top of the
+dial."""
 
 _GLOBAL = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     HEAD: "lm_head.weight",
 }
+"""Names in transformers of the tensors outside the layers, by their name in GGUF."""
+
 _IN_LAYER = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -42,14 +45,17 @@ _IN_LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+"""The same for the tensors of a layer, without their prefixes and ``.weight``."""
+
 _LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 _PERMUTED = re.compile(r".*self_attn\.([qk])_proj\.weight")
+"""Tensors whose outputs llama.cpp permutes in the llama architecture (see ``unpermute``)."""
 
 
 class TemporaryDirectory:
     """A directory that is removed with its owner, or at exit.
 
-    ``tempfile.TemporaryDirectory`` warns if nobody closes it, and a checkpoint is never closed.
+    ``tempfile.TemporaryDirectory`` warns if it is not closed, and a checkpoint has no method to close it.
     """
 
     def __init__(self):
@@ -59,7 +65,7 @@ class TemporaryDirectory:
 
 @dataclasses.dataclass(frozen=True)
 class GGUFCheckpoint(HFCheckpoint):
-    """A GGUF file that reads like a Hugging Face checkpoint.
+    """A GGUF file with the interface of a Hugging Face checkpoint.
 
     ``directory`` is a temporary directory with ``config.json`` and the companions. It lives as long as this
     object. ``files`` and ``stored_names`` refer to the GGUF file.
@@ -73,7 +79,7 @@ class GGUFCheckpoint(HFCheckpoint):
     temporary: TemporaryDirectory
 
     def read_tensor(self, name: str, rows: Rows = slice(None)) -> np.ndarray:
-        """Reads a tensor by its name in transformers. Raises CheckpointError as ``read`` does.
+        """Reads a tensor by its canonical name. Raises CheckpointError as ``read`` does.
 
         Tensors of types F32, F16 and BF16 keep their dtype, others are float32.
         """
@@ -104,7 +110,7 @@ def open_gguf(path: Path) -> GGUFCheckpoint:
 
     Raises:
       UsageError: The package ``gguf`` is not installed.
-      CheckpointError: The file is damaged, or tensors are missing, unknown or misshapen.
+      CheckpointError: The file is damaged, or tensors are missing, unknown, or have an unexpected shape.
       UnsupportedModelError: Architecture, tokenizer or types of the tensors are not supported.
     """
     file = read_header(path)
@@ -142,7 +148,10 @@ def open_gguf(path: Path) -> GGUFCheckpoint:
 
 
 def few_bits(file: GGUFFile) -> str:
-    """Returns the types of matrices with fewer than 8 bits: ``Q4_1, 5 bits, 210 of 211 matrices``."""
+    """Describes the matrices with fewer than 8 bits, such as ``Q4_1, 5 bits, 210 of 211 matrices``.
+
+    Empty if there are none.
+    """
     matrices = [tensor for tensor in file.tensors.values() if len(tensor.shape) > 1]
     counts = Counter((tensor.type, tensor.bits) for tensor in matrices if tensor.bits < LEAST_BITS)
     return "; ".join(

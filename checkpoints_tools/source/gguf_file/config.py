@@ -1,4 +1,4 @@
-"""A Hugging Face configuration from the metadata of a GGUF file."""
+"""Builds a Hugging Face configuration from the metadata of a GGUF file."""
 
 from typing import Any
 
@@ -26,8 +26,8 @@ _EPSILON = "attention.layer_norm_rms_epsilon"
 def hf_config(file: GGUFFile) -> dict[str, Any]:
     """Returns the ``config.json`` of the model in a GGUF file.
 
-    Options that are not implemented, such as experts and sliding windows, get their names in ``config.json``,
-    by which ``ModelConfig.from_hf`` refuses them.
+    Options that are not implemented, such as experts and sliding windows, are included, so that
+    ``ModelConfig.from_hf`` refuses them by name.
 
     Raises:
       CheckpointError: Metadata or the embedding are missing.

@@ -1,4 +1,4 @@
-"""The metadata of a GGUF file, and its tensors by ranges of rows.
+"""Reads the metadata of a GGUF file, and its tensors in ranges of rows.
 
 The package ``gguf`` parses the header and dequantizes. Tensors are read with plain reads, because the pages
 of a file that stays mapped count as memory of the process.
@@ -20,7 +20,7 @@ PLAIN_DTYPES: dict[str, np.dtype] = {
     "F16": np.dtype("<f2"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-"""Dtypes of the tensor types that are not quantized. Such tensors are read as they are stored."""
+"""Dtypes of the tensor types that are not quantized. These tensors are read as they are stored."""
 
 
 @dataclasses.dataclass(frozen=True)

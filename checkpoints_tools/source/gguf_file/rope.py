@@ -1,6 +1,6 @@
-"""The rotary embedding of a GGUF file as Hugging Face's ``config.json`` describes it.
+"""Finds the ``rope_scaling`` of Hugging Face's ``config.json`` for the rotary embedding of a GGUF file.
 
-A GGUF file of a Llama 3 model does not name the parameters of its scaled frequencies. It has the tensor
+A GGUF file of a Llama 3 model does not contain the parameters of its scaled frequencies. It has the tensor
 ``rope_freqs.weight``, which divides each frequency. The parameters follow from it: with wavelength ``w`` and
 original context ``c``, the divisor is 1 where ``w < c / high``, ``factor`` where ``w > c / low``, and between
 them ``1 / ((1 - s) / factor + s)`` with ``s = (c / w - low) / (high - low)`` (``rope`` in transformers'
@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 _HIGH = 4.0
-"""``high_freq_factor`` of all released models, for files in which too few frequencies tell."""
+"""``high_freq_factor`` of all released models, for files with too few frequencies to determine it."""
 
 
 def llama3_scaling(divisors: Float[np.ndarray, "n"], theta: float) -> dict[str, Any] | None:

@@ -1,7 +1,8 @@
-"""The tokenizer of a GGUF file as Hugging Face files.
+"""Writes the tokenizer of a GGUF file as Hugging Face files.
 
-A GGUF file holds vocabulary and merges of a byte-level BPE tokenizer, and names the rule that splits text
-into words before. The rule itself, the normalizer and the BOS token around a text belong to the name.
+A GGUF file has the vocabulary and the merges of a byte-level BPE tokenizer, and the name of its
+pre-tokenizer. The name stands for the rule that splits text into words, the normalizer, and the BOS token
+before a text.
 """
 
 import dataclasses
@@ -23,19 +24,19 @@ _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}"
     r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""The rule of GPT-4, which Llama 3 and Qwen share up to the number of digits in a word."""
+"""The regular expression of GPT-4 for words. Llama 3 and Qwen differ from it only in the digits of a word."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Rule:
-    """What the name of a pre-tokenizer stands for.
+    """The steps that the name of a pre-tokenizer stands for.
 
     Attributes:
       split: The regular expression whose matches are words, or None for GPT-2's words.
       single_digits: Whether digits are split off first.
       nfc: Whether text is normalized to NFC.
-      ignore_merges: Whether a word that is a token is that token, whatever the merges say.
-      add_bos: Whether a text begins with BOS where the file does not say.
+      ignore_merges: Whether a word that is a token becomes that token, without the merges.
+      add_bos: Whether a text begins with BOS, unless the file says otherwise.
     """
 
     split: str | None = None
@@ -118,7 +119,7 @@ class _Vocabulary:
       types: Type of each token.
       merges: Pairs of tokens, in the order of merging.
       roles: Tokens by role: ``bos``, ``eos``, ``pad``, ``unk``.
-      rule: What the name of the pre-tokenizer stands for.
+      rule: Steps that the name of the pre-tokenizer stands for.
       add_bos: Whether a text begins with BOS.
       add_eos: Whether a text ends with EOS.
     """
@@ -178,7 +179,7 @@ class _Vocabulary:
     def tokenizer(self) -> tokenizers.Tokenizer:
         """Builds the tokenizer. Raises CheckpointError if a merge names no token."""
         rule = self.rule
-        # Added tokens are in the vocabulary too. Otherwise the library would number them itself.
+        # Added tokens are in the vocabulary, too. Otherwise the library would give them other numbers.
         numbers = {token: i for i, token in enumerate(self.tokens) if self.types[i] != UNUSED}
         try:
             model = models.BPE(numbers, self.merges, ignore_merges=rule.ignore_merges)
@@ -206,8 +207,8 @@ class _Vocabulary:
         return result
 
     def _surrounded(self) -> processors.Sequence:
-        """Returns the step that puts BOS before a text and EOS behind it."""
-        first, last = self.roles.get("bos") if self.add_bos else None, None
+        """Returns the step that puts BOS before a text and EOS after it."""
+        first = self.roles.get("bos") if self.add_bos else None
         last = self.roles.get("eos") if self.add_eos else None
         names = [self.tokens[i] if i is not None else None for i in (first, last)]
         single = " ".join(filter(None, (names[0], "$A", names[1])))

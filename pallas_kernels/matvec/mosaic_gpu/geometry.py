@@ -45,11 +45,11 @@ class SharedList:
 
     Attributes:
       warps: Number of warps in a CTA, 8, or 4 if ``Config.warpgroups`` is 1. Each multiplies one or two
-        16-byte pieces of every listed plane row. Fewer warps issue fewer instructions but have more
-        accumulators.
-      ring_slots: Number of steps that the ring of a CTA holds: 4, 8 or 16. One less is in flight.
-      step_entries: Number of plane rows in a step, 32 or 64. A barrier of the CTA starts each step. Every
-        section of channels is padded to whole steps.
+        16-byte pieces of every listed plane row. With fewer warps there are fewer instructions, but more
+        accumulators in each lane.
+      ring_slots: Number of steps that the ring of a CTA holds: 4, 8 or 16. All but one are in flight.
+      step_entries: Number of plane rows in a step, 32 or 64. With more, there are fewer barriers of the CTA,
+        one for each step, and more padding, because every section of channels is padded to whole steps.
     """
 
     warps: int = 8
@@ -66,8 +66,8 @@ class SharedList:
 class Config:
     """Tuning of a launch. It affects the result only through the order of float32 sums.
 
-    Launches with equal ``warpgroups`` and ``warps_per_group`` give a row the same bits, however many other
-    rows there are, with and without ``shared_list``.
+    In launches with equal ``warpgroups`` and ``warps_per_group`` a row of the result has the same bits, for
+    any number of other rows, with and without ``shared_list``.
 
     Attributes:
       warpgroups: Number of warpgroups (4 warps) in a CTA, 1 or 2. With more, a CTA sums over more groups of

@@ -97,7 +97,7 @@ def geometry_of(x: Activations, weight: NestedWeight, config: Config | None = No
 
 
 def run_program(isa: Instructions, geometry: Geometry, refs: Refs) -> None:
-    """Runs the lane program of these sizes."""
+    """Runs the lane program that these sizes belong to."""
     if isinstance(geometry, SharedListGeometry):
         shared_list_program(isa, geometry, refs)
     else:

@@ -92,9 +92,9 @@ class Conversion:
     """Factors that convert the integer sums of one activation row to float32."""
 
     midpoint: Value
-    """f32: the midpoints' part of every output."""
+    """Sum of the midpoints, f32, which is added to every output."""
     units: list[Value]
-    """f32 ``[p]``: value of one integer of digit position ``p``."""
+    """Value of 1 in the integer sums of digit position ``p``, f32 ``[p]``."""
     byte: Value
     """The constant 256."""
 

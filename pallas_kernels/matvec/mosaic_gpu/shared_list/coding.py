@@ -1,4 +1,4 @@
-"""Phase code: the 16-bit codes of a section's activations, at the positions of the list."""
+"""Phase code: stores the 16-bit codes of a section's activations, at their positions in the list."""
 
 import dataclasses
 
@@ -29,8 +29,8 @@ def store_codes(
 ) -> None:
     """Stores the codes of all activation rows, and their records: sums of codes and peaks.
 
-    ``warps_per_row`` warps share a row. Each codes ``section_chunks / warps_per_row`` chunks, but loads all
-    activations of the section for their peak.
+    ``warps_per_row`` warps share a row. Each warp stores the codes of ``section_chunks / warps_per_row``
+    chunks, but loads all activations of the section to find their peak.
     """
     part = context.warp % g.warps_per_row
     rows = [context.warp // g.warps_per_row + first for first in range(0, g.rows, g.rows_at_once)]
@@ -83,10 +83,15 @@ class Coder:
     """Computes the codes of one activation row in one section."""
 
     row: Value
+    """Index of the row."""
     x: list[Value]
+    """The lane's activations in the section, f32."""
     thresholds: list[Value]
+    """Thresholds of levels ``1..P``, f32."""
     peak: Value
+    """Largest ``|x|`` of the section times the largest gain, f32."""
     inverse_unit: Value
+    """1 / (unit of the codes), f32."""
     codes: Value
     """Shared-memory address of the high bytes of the row."""
     total: Value
@@ -132,7 +137,7 @@ class Coder:
         """Stores the codes of the lane's channel ``j`` at its ``positions`` in the planes that are listed."""
         reached = [~(isa.absolute(self.x[j]) < t) for t in self.thresholds]
         if exists is not None:
-            reached = [passed & exists for passed in reached]
+            reached = [reaches & exists for reaches in reached]
         scaled = times_gain(isa, self.x[j], reached, gains)
         rounding, rounded_zero = isa.constant(ROUNDING, "f32"), isa.constant(ROUNDED_ZERO)
         for f in range(g.planes):

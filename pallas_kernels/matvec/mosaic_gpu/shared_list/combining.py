@@ -31,7 +31,7 @@ def first_output(g: SharedListGeometry, context: LaneContext, piece: int) -> Val
 def load_scales(
     isa: Instructions, g: SharedListGeometry, refs: Refs, context: LaneContext, section: Value
 ) -> list[list[Value]]:
-    """Loads ``[piece][4]``: the scales of the lane's 8 outputs in order, two float16 in a word."""
+    """Loads the scales of the lane's 8 outputs in each piece: words ``[piece][4]`` of two float16."""
     row = group_of_section(isa, g, context, section) * g.stored_n + context.tile * layout.TILE
     words = []
     for piece in range(g.pieces):
@@ -43,7 +43,7 @@ def load_scales(
 
 
 def total_address(g: SharedListGeometry, context: LaneContext, piece: int, row_tile: int) -> Value:
-    """Returns the shared-memory address of the thread's first four totals; four more follow a row later."""
+    """Returns the shared-memory address of the thread's first four totals; the next four are one row later."""
     row = 2 * (piece * g.row_tiles + row_tile)
     return context.shared + (g.totals_base + row * 16 * g.threads) + (context.thread << 4)
 
@@ -67,8 +67,8 @@ def combine(
 ) -> None:
     """Adds a section to the totals of the thread.
 
-    The lane has the activation rows ``4 t + column``. The arithmetic is that of ``reduction.combine`` and
-    ``reduction.reduce``, so that a row has the same bits as alone.
+    The lane has the activation rows ``4 t + column``. The operations are those of ``reduction.combine`` and
+    ``reduction.reduce``, in the same order, so that a row has the same bits as alone.
     """
     records = context.shared + g.records_base
     for t in range(g.row_tiles):

@@ -16,7 +16,7 @@ ROWS_PER_MATRIX = 4
 """Number of activation rows in one matrix instruction: 8 columns of B, two of them for each row."""
 
 TABLE_BYTES = 32
-"""Bytes that a row has in the table of thresholds and in that of records."""
+"""Bytes of an activation row in the table of thresholds, and in the table of records."""
 
 FACTOR_OFFSET = 16
 """Offset of a row's norm factor, after its thresholds."""
@@ -25,16 +25,16 @@ PEAK_OFFSET = 16
 """Offset of a row's peak in its record, after its sums of codes."""
 
 UNLISTED = 0xFFFF
-"""Position of a plane row that is not in the list."""
+"""Value that replaces the position of a plane row that is not in the list."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SharedListGeometry(Geometry):
     """Sizes of a launch of ``shared_list.program``.
 
-    ``config.warpgroups`` and ``config.warps_per_group`` fix how float32 sums are associated, exactly as in
-    the program for one row: a *section* is the channels that one warp has there. Here all warps work on the
-    same section, one section after the other.
+    ``config.warpgroups`` and ``config.warps_per_group`` determine the order of float32 sums, as in the
+    program for one row. A *section* is the channels of one warp in that program. Here all warps work on one
+    section after the other.
     """
 
     @property
@@ -73,6 +73,7 @@ class SharedListGeometry(Geometry):
 
     @property
     def section_channels(self) -> int:
+        """Number of input channels of a section."""
         return layout.GROUP // self.config.warps_per_group
 
     @property
@@ -82,6 +83,7 @@ class SharedListGeometry(Geometry):
 
     @property
     def cta_channels(self) -> int:
+        """Number of input channels of a CTA."""
         return self.sections * self.section_channels
 
     @property
@@ -96,6 +98,7 @@ class SharedListGeometry(Geometry):
 
     @property
     def segments_per_section(self) -> int:
+        """Number of segments of a section: 1 or 2."""
         return self.segments // self.sections
 
     # --- how the warps divide the codes of a section ---------------------------------------------------
@@ -118,18 +121,20 @@ class SharedListGeometry(Geometry):
 
     @property
     def step_matrices(self) -> int:
-        """Number of times that a step holds the entries of a matrix instruction."""
+        """Number of matrix instructions whose entries (32) one step holds: 1 or 2."""
         return self.shared_list.step_entries // MATRIX_ENTRIES
 
     @property
     def step_entries(self) -> int:
+        """Number of list entries of a step: 32 or 64."""
         return MATRIX_ENTRIES * self.step_matrices
 
     @property
     def slot_bytes(self) -> int:
+        """Bytes of a slot of the ring, which holds one step."""
         return ROW_BYTES * self.step_entries
 
-    # --- shared memory ------------------------------------------------------------------------------
+    # --- shared memory: ``*_base`` is the offset of the first byte ---------------------------------------
     @property
     def section_capacity(self) -> int:
         """Largest number of entries of a section, padding included."""
@@ -142,7 +147,7 @@ class SharedListGeometry(Geometry):
 
     @property
     def position_words(self) -> int:
-        """Words of a channel in the table of positions, two planes in each."""
+        """Number of 32-bit words of a channel in the table of positions. Each word holds two planes."""
         return -(-self.planes // 2)
 
     @property
@@ -155,17 +160,17 @@ class SharedListGeometry(Geometry):
 
     @property
     def records_base(self) -> int:
-        """Records of all rows: sums of codes and peaks of the section."""
+        """The records of all activation rows: sums of codes and peak in the current section."""
         return self.thresholds_base + TABLE_BYTES * self.rows
 
     @property
     def counts_base(self) -> int:
-        """Number of entries of each segment."""
+        """The number of entries of each segment."""
         return self.records_base + TABLE_BYTES * self.rows
 
     @property
     def sections_base(self) -> int:
-        """For each section, the number of its entries without and with padding."""
+        """The number of entries of each section, without and with padding."""
         return self.counts_base + 4 * self.warps
 
     @property
@@ -182,7 +187,7 @@ class SharedListGeometry(Geometry):
 
     @property
     def totals_base(self) -> int:
-        """Totals of the outputs, 16 bytes of every thread in a row."""
+        """The totals of the outputs, in rows with 16 bytes for each thread."""
         return layout.round_up(self.codes_base + 2 * self.rows * self.codes_stride, 128)
 
     @property

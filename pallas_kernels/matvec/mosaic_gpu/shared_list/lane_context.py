@@ -23,7 +23,7 @@ class LaneContext:
 
 
 def lane_context(isa: Instructions, g: SharedListGeometry, refs: Refs) -> LaneContext:
-    """Cuts the grid: the tile varies fastest, then the split."""
+    """Computes the context. Over the grid the tile varies fastest, then the split."""
     block, thread = isa.block_index(), isa.thread_index()
     return LaneContext(
         thread=thread,
@@ -52,7 +52,7 @@ def load_x(isa: Instructions, g: SharedListGeometry, refs: Refs, row: Value, cha
 
 
 def stored_group(isa: Instructions, g: SharedListGeometry, group: Value) -> Value:
-    """Returns the group, or group 0 if it does not exist."""
+    """Returns the group, or, to keep addresses in bounds, group 0 if the group does not exist."""
     return isa.select(group < g.groups, group, isa.constant(0)) if g.has_padding else group
 
 

@@ -1,4 +1,4 @@
-"""Phase list: which plane rows the CTA reads, in the order of sections, planes and channels."""
+"""Phase list: lists the plane rows that the CTA reads, in the order of sections, planes and channels."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ class Segment:
     """The channels that the warp lists: ``segment_chunks`` chunks of 32, one channel of each for a lane."""
 
     index: Value
-    """Index in the CTA; 0 if the warp has none."""
+    """Index of the segment in the CTA; 0 if the warp has none."""
     exists: Value | None
     """Whether the warp has a segment; None if every warp has one."""
     channel: Value
@@ -44,7 +44,10 @@ def segment_of(isa: Instructions, g: SharedListGeometry, context: LaneContext) -
 
 
 def store_thresholds(isa: Instructions, g: SharedListGeometry, refs: Refs, context: LaneContext) -> None:
-    """Stores each row's thresholds, in the scale of x, and the factor of its norm. The warps take turns."""
+    """Stores the thresholds of each row, divided by the factor of its norm, and this factor.
+
+    The rows are divided among the warps.
+    """
     for first in range(0, g.rows, g.warps):
         row = context.warp + first
         with when_row(isa, g, row, first + g.warps):
@@ -57,7 +60,7 @@ def store_thresholds(isa: Instructions, g: SharedListGeometry, refs: Refs, conte
 
 
 def when_row(isa: Instructions, g: SharedListGeometry, row: Value, end: int):
-    """Runs the body where the activation row, less than ``end``, exists."""
+    """Runs the body if the activation row, which is less than ``end``, exists."""
     return isa.when(row < g.rows if end > g.rows else isa.constant(True, "bool"))
 
 
@@ -80,7 +83,7 @@ def reach(
     x: list[list[Value]],
     plane: int,
 ) -> list[Value]:
-    """Returns ballots ``[q]``: the channels that some activation row reads in this plane."""
+    """Returns ballots ``[q]`` of the channels that some activation row reads in this plane."""
     table = context.shared + g.thresholds_base + 4 * plane
     any_row: list[Value] = []
     for row in range(g.rows):
@@ -96,9 +99,12 @@ def reach(
 
 
 def list_rows(isa: Instructions, g: SharedListGeometry, refs: Refs, context: LaneContext) -> Value:
-    """Writes the list, the channels' positions and the sections' sizes; returns the number of steps.
+    """Writes the list, the positions of the channels in it, and the sizes of the sections.
 
-    Every section has at least one step, and padding to whole steps.
+    Every section has at least one step, and is padded to whole steps.
+
+    Returns:
+      Number of steps of all sections.
     """
     segment = segment_of(isa, g, context)
     x = load_row_x(isa, g, refs, segment)
@@ -121,7 +127,7 @@ def list_rows(isa: Instructions, g: SharedListGeometry, refs: Refs, context: Lan
 
 @dataclasses.dataclass(frozen=True)
 class Placed:
-    """Where the warp's segment lies in the list."""
+    """Place of the warp's segment in the list."""
 
     section: Value
     """Index of its section."""
@@ -140,7 +146,7 @@ class Placed:
 
 
 def place(isa: Instructions, g: SharedListGeometry, context: LaneContext, segment: Segment) -> Placed:
-    """Adds up the segments' numbers of entries."""
+    """Computes the place of the segment from the numbers of entries of all segments."""
     address = context.shared + g.counts_base
     counts = [c for i in range(0, g.warps, 4) for c in isa.load_shared(address + 4 * i, 4)]
     section, part = segment.index // g.segments_per_section, segment.index % g.segments_per_section
@@ -197,7 +203,7 @@ def store_entries(
 def store_padding(
     isa: Instructions, g: SharedListGeometry, context: LaneContext, segment: Segment, placed: Placed
 ) -> None:
-    """Fills the section's last step with a row of its group, and stores the section's sizes."""
+    """Pads the section's last step with entries for the first plane row of its group; stores its sizes."""
     group = group_of_section(isa, g, context, placed.section)
     offset = group * (layout.GROUP * g.stored_row_bytes) + context.tile * ROW_BYTES
     for first in range(0, g.step_entries, LANES):

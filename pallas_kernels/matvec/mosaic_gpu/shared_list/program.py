@@ -75,7 +75,7 @@ def matvec(isa: Instructions, g: SharedListGeometry, refs: Refs) -> None:
         _, size = isa.load_shared(context.shared + g.sections_base + (section << 3), 2)
         section_steps = isa.reduce_max(size) // g.step_entries
         scales = load_scales(isa, g, refs, context, section)
-        isa.block_barrier()  # The codes and records of the previous section have been read.
+        isa.block_barrier()  # Now all warps have read the codes and records of the previous section.
         store_codes(isa, g, refs, context, section)
         accumulators = stream(isa, g, context, copies, first, section_steps, steps)
         combine(isa, g, context, accumulators, scales)

@@ -14,7 +14,7 @@ EVEN_BYTES, ODD_BYTES = 0x6420, 0x7531
 
 
 def ring_row(entry: Value) -> Value:
-    """Returns where entry ``8 c + 4 j + 2 h + o`` of 32 lies in the ring: at row ``16 j + 8 h + 2 c + o``.
+    """Returns the row of the ring for an entry: ``16 j + 8 h + 2 c + o`` for entry ``8 c + 4 j + 2 h + o``.
 
     The transposing load gives lane ``4 row + c`` the rows ``2 c`` and ``2 c + 1`` of four matrices of 8 rows.
     In this order they are the entries ``8 c .. 8 c + 7``, whose codes are neighbours.
@@ -23,7 +23,7 @@ def ring_row(entry: Value) -> Value:
 
 
 def in_ring(ring: Value, row: Value, piece: Value) -> Value:
-    """Returns the address of a 16-byte piece of a row, swizzled so that neither side has bank conflicts."""
+    """Returns the address of a 16-byte piece of a row, swizzled to avoid bank conflicts on both sides."""
     return ring + row * ROW_BYTES + ((piece ^ (row & 7)) << 4)
 
 
@@ -69,7 +69,7 @@ class Copies:
             isa.copy_async(target, self.source + isa.widen(offset), evict_first=True)
 
     def fill_ring(self, steps: Value) -> None:
-        """Starts the first steps; commits an empty group for each step that does not exist."""
+        """Starts copying the first steps. Steps that do not exist are empty copy groups."""
 
         def body(step: Value, carry: list[Value]) -> list[Value]:
             with self.isa.when(step < steps):
@@ -108,7 +108,7 @@ def stream(
     def body(i: Value, accumulators: list[Value]) -> list[Value]:
         step = first + i
         isa.wait_copies(g.slots - 2)
-        isa.block_barrier()  # The data of the step is visible, and the slot of the previous step is free.
+        isa.block_barrier()  # Now this step is visible, and the slot of the previous one is free.
         slot = (step & (g.slots - 1)) * g.slot_bytes
         words, b = [], []
         for m in range(g.step_matrices):
@@ -137,7 +137,9 @@ def code_addresses(isa: Instructions, g: SharedListGeometry, context: LaneContex
     addresses = []
     for t in range(g.row_tiles):
         n = lane_row + 8 * t
-        if 8 * (t + 1) > 2 * g.rows:  # Columns without a row compute something that nobody uses.
+        if (
+            8 * (t + 1) > 2 * g.rows
+        ):  # Columns without a row multiply another one, and the result is not used.
             n = isa.select(n < 2 * g.rows, n, lane_row & 1)
         addresses.append(base + n * g.codes_stride)
     return addresses
