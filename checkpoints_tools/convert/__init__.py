@@ -1,7 +1,8 @@
-"""The converter: turns a Hugging Face checkpoint into a GRINQH checkpoint, one decoder layer at a time.
+"""The converter: turns a Hugging Face checkpoint into a GRINQH checkpoint, decoder layer by decoder layer.
 
 Read ``driver`` first: it runs the stages ``survey``, ``measure_layers``, ``place_thresholds``,
-``refit_layers`` and ``train_gains`` in this order. ``options`` holds the caller's choices, ``plan`` the
-decisions that follow from them, and ``parts`` lists what each stage writes. ``grinqh_jax.checkpoint.Writer``
-keeps the complete parts of an interrupted conversion, so the same command resumes it.
+``refit_layers`` and ``train_gains`` in this order. ``options`` has the caller's choices, ``plan`` the
+decisions that follow from them, and ``parts`` the list of leaves that each stage writes.
+``grinqh_jax.checkpoint.Writer`` keeps the complete parts of an interrupted conversion, so the same command
+resumes it.
 """

@@ -1,7 +1,7 @@
-"""The conversion from its plan to a finished checkpoint, stage by stage.
+"""Runs the stages of a conversion, from the plan to the finished checkpoint.
 
-Memory holds one layer, the hidden states of some windows and, at the two ends, the embedding or the quantized
-output projection; never the model.
+Memory never holds the whole model. It holds one layer and the hidden states of some windows, and for a while
+the embedding or the quantized output projection.
 """
 
 from collections.abc import Callable
@@ -27,13 +27,13 @@ def convert(
     overwrite: bool = False,
     on_progress: Callable[[str], None] = lambda note: None,
 ) -> Path:
-    """Converts a checkpoint. The same plan yields the same bytes, interrupted or not.
+    """Converts a checkpoint. The same plan gives the same bytes, also after interruptions.
 
-    A run that finds the parts of an interrupted one does not write them again. It repeats the survey and the
-    measurements, which are kept in memory only.
+    A run that resumes an interrupted one keeps its complete parts. It repeats the survey and the
+    measurements, whose results are only in memory.
 
     Args:
-      plan: What the conversion does (``make_plan``).
+      plan: Plan of the conversion (``make_plan``).
       out: Directory to make.
       overwrite: See ``Writer``.
       on_progress: Called ``plan.steps`` times, with a note on the step.

@@ -1,4 +1,4 @@
-"""Options of a conversion. ``plan`` turns them into what the conversion does."""
+"""The options of a conversion, from which ``plan`` derives its decisions."""
 
 import dataclasses
 

@@ -1,7 +1,7 @@
-"""Number of tokens that weights are refitted to, which projections are refitted, and the memory needed.
+"""Chooses the tokens that weights are refitted to, and the projections that are refitted, within the memory.
 
-A projection is refitted if more tokens count than it has inputs, which is known before the conversion begins.
-The other projections are rounded as they are, and the conversion names them.
+A projection is refitted if there are more scored tokens than it has inputs, which is known before the
+conversion begins. The other projections are rounded as they are, and the conversion names them.
 
 Memory peaks at ``down``, which has the most inputs. On a CPU, where host and device share their memory,
 Qwen3-8B (hidden 4096, intermediate 12288, 16,384 tokens, float32) needs about 5 GiB there:
@@ -29,18 +29,18 @@ from grinqh_jax.model.apply import of_head
 from grinqh_jax.model.layer_spec import HEAD
 
 TOKENS = 32768
-"""Maximum number of tokens to fit to: time grows with it."""
+"""Maximum number of tokens to fit to, which bounds the time."""
 
 LEAST_TOKENS = 4096
-"""Minimum number of tokens for any refit: fewer show too few of the inputs that a layer may have."""
+"""Minimum number of tokens for any refit. Fewer tokens do not represent the inputs that a layer may get."""
 
 STATE_BYTES = 1 << 31
 """Maximum size of the states of the tokens, original and graded together."""
 
 TOKENS_PER_INPUT = 1.25
-"""Number of tokens per input of the widest projection that are fitted to even if their states exceed
-``STATE_BYTES``. The matrix ``A`` of that projection needs as much memory again, and with fewer tokens than
-inputs the projection could not be refitted at all."""
+"""Number of tokens for each input of the widest projection that are used even if their states exceed
+``STATE_BYTES``. With fewer tokens than inputs that projection could not be refitted at all, and its matrix
+``A`` needs as much memory as the states."""
 
 
 def input_widths(shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
@@ -81,7 +81,7 @@ def refitted_projections(windows: Int32[np.ndarray, "s t"], widths: Mapping[str,
 
 
 def shortage(windows: Int32[np.ndarray, "s t"], widths: Mapping[str, int]) -> str:
-    """Names, in one line, the projections that are not refitted and the tokens that each needs.
+    """Returns a line that names the projections that are not refitted and the tokens that each needs.
 
     Args:
       windows: Result of ``fitting_windows``.

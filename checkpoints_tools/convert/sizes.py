@@ -1,4 +1,4 @@
-"""Size of a checkpoint."""
+"""The size of a checkpoint, in memory and on disk."""
 
 import os
 from pathlib import Path

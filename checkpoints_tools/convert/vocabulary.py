@@ -6,12 +6,12 @@ from jaxtyping import Float, Int, Int32
 from grinqh_jax.model.output_projection import block_sizes
 
 UNSEEN = 0.15
-"""Share of the total sensitivity that is spread uniformly over the vocabulary. Without it, tokens that the
-calibration text never comes near would count for nothing, and another text has other tokens."""
+"""Share of the total sensitivity that is spread uniformly over the vocabulary. Without it, tokens that are
+never probable in the calibration text would get no bits, but they may be probable in another text."""
 
 
 def smooth_sensitivities(sensitivities: Float[np.ndarray, "v"]) -> Float[np.ndarray, "v"]:
-    """Moves the sensitivities of the tokens' logits towards their mean, by the share ``UNSEEN``."""
+    """Moves the sensitivities of the logits towards their mean by the share ``UNSEEN``."""
     return (1 - UNSEEN) * sensitivities + UNSEEN * sensitivities.mean()
 
 

@@ -43,7 +43,7 @@ def load_scales(
 
 
 def total_address(g: SharedListGeometry, context: LaneContext, piece: int, row_tile: int) -> Value:
-    """Returns the shared-memory address of the thread's first four totals; the next four are one row later."""
+    """Returns the shared-memory address of the thread's first four totals; four more are one row later."""
     row = 2 * (piece * g.row_tiles + row_tile)
     return context.shared + (g.totals_base + row * 16 * g.threads) + (context.thread << 4)
 
