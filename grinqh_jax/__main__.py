@@ -3,6 +3,7 @@
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from grinqh_jax import __version__
 from grinqh_jax.cli import command
@@ -66,5 +67,10 @@ def _print(text: str) -> int:
     return 0
 
 
+def run() -> NoReturn:
+    """Runs the command line and ends the process."""
+    command.leave(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -59,6 +59,8 @@ def _chat(args: argparse.Namespace) -> int:
                 f"{files.directory.name}: {conversation.setting()}; /help lists the commands", file=sys.stderr
             )
         while not conversation.ended:
+            if reader.is_terminal:
+                conversation.compile_ahead()
             try:
                 if (line := reader.read()) is None:
                     break

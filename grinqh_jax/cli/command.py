@@ -162,6 +162,15 @@ def guarded(command: Callable[[], int]) -> int:
         return FAILURE
 
 
+def leave(code: int) -> NoReturn:
+    """Ends the process. Does not wait for programs that threads compile for a text that nobody waits for."""
+    programs = sys.modules.get("grinqh_jax.decoding.programs")
+    if programs is not None and programs.compiling():
+        sys.stderr.flush()
+        os._exit(code)  # XLA's threads may crash while the interpreter shuts down
+    sys.exit(code)
+
+
 def _switch_x64_off() -> None:
     """Switches JAX's 64-bit types off in this process, which the code counts on. Does not import JAX."""
     os.environ["JAX_ENABLE_X64"] = "0"

@@ -2,14 +2,18 @@
 
 import argparse
 import dataclasses
+import functools
 import re
 import sys
 from collections.abc import Callable
 
 from grinqh_jax.cli import command, flags
-from grinqh_jax.cli.generation import print_statistics
+from grinqh_jax.cli.generation import prepare, print_statistics
 from grinqh_jax.decoding.request import Request
 from grinqh_jax.errors import UsageError
+
+MESSAGE_TOKENS = 256
+"""Number of tokens of a message that fits without new programs."""
 
 
 class Conversation:
@@ -46,8 +50,10 @@ class Conversation:
         self._max_context = max_context
         self._with_statistics = with_statistics
         self._turns: list[dict[str, str]] = []
-        self._prompt_cache = PromptCache()
+        self._prompt_cache = PromptCache(few_sizes=True)
+        self._capacity = 0
         self._statistics = None
+        self._tokens = 0
         self._warned = False
 
     def say(self, text: str) -> None:
@@ -66,8 +72,7 @@ class Conversation:
         )
         interrupted = False
         try:
-            with command.status("compiling"):
-                generation.prepare()
+            prepare(generation)
             for piece in generation:
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:
@@ -76,6 +81,7 @@ class Conversation:
         if generation.text or not interrupted:
             self._turns = [*turns, {"role": "assistant", "content": generation.text}]
         self._statistics = generation.statistics()
+        self._tokens = self._statistics.prompt_tokens + self._statistics.generated_tokens
         if interrupted:
             print("interrupted", file=sys.stderr)
         elif generation.finish_reason == "length":
@@ -89,6 +95,23 @@ class Conversation:
         elif (warning := self._statistics.warning()) and not self._warned:
             print(f"warning: {warning}", file=sys.stderr)
             self._warned = True  # it is true of every further answer, too
+
+    def compile_ahead(self) -> None:
+        """Compiles the programs of the next turn in the background, unless that was done before."""
+        from grinqh_jax.decoding.programs import in_background
+        from grinqh_jax.decoding.prompt_cache import conversation_capacity
+
+        capacity = conversation_capacity(self._tokens + self._request.max_tokens + MESSAGE_TOKENS)
+        if capacity > self._capacity:
+            self._capacity = capacity
+            in_background(
+                functools.partial(
+                    self._generator.compile_conversation,
+                    self._request,
+                    context=capacity,
+                    max_context=self._max_context,
+                )
+            )
 
     def setting(self) -> str:
         """Returns the setting of the dial in words."""
@@ -113,7 +136,7 @@ class Conversation:
 
     def reset(self, _: str) -> None:
         """Forgets all turns, but not the system message."""
-        self._turns, self._statistics = [], None
+        self._turns, self._statistics, self._tokens = [], None, 0
         _report("the conversation starts anew")
 
     def show_statistics(self, _: str) -> None:

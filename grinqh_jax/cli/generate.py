@@ -8,7 +8,7 @@ import argparse
 from collections.abc import Sequence
 
 from grinqh_jax.cli import command, flags, text_input
-from grinqh_jax.cli.generation import load_generator, open_model, print_statistics
+from grinqh_jax.cli.generation import load_generator, open_model, prepare, print_statistics
 from grinqh_jax.errors import UsageError
 from grinqh_jax.json_files import json_line
 
@@ -49,8 +49,7 @@ def _generate(args: argparse.Namespace) -> int:
     generation = generator.generate(prompt_tokens, request, max_context=args.max_context)
     interrupted = False
     try:
-        with command.status("compiling"):
-            generation.prepare()
+        prepare(generation)
         for text in generation:
             if not args.json:
                 print(text, end="", flush=True)

@@ -1,5 +1,6 @@
 """Opens and loads a model, and prints the statistics of a generation, for ``generate`` and ``chat``."""
 
+import os
 import sys
 
 from grinqh_jax.cli import command
@@ -19,6 +20,15 @@ def load_generator(files):
         from grinqh_jax.decoding.generator import Generator
 
         return Generator.from_files(files)
+
+
+def prepare(generation) -> None:
+    """Compiles the programs of a ``Generation`` under a status line."""
+    kept = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    with command.status(
+        "compiling" if kept else "compiling (JAX_COMPILATION_CACHE_DIR=DIR keeps the programs)"
+    ):
+        generation.prepare()
 
 
 def print_statistics(statistics, interrupted: bool = False) -> None:

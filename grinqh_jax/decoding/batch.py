@@ -8,8 +8,9 @@ one.
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +19,12 @@ from jaxtyping import Bool, Float, Int
 
 from grinqh_jax.decoding import engine
 from grinqh_jax.decoding.dial import Dial
+from grinqh_jax.decoding.model_files import prompt_too_long
 from grinqh_jax.decoding.penalties import TokenHistory
 from grinqh_jax.decoding.policy import DecodePolicy
-from grinqh_jax.decoding.prefill_buckets import cut, first_previewed
-from grinqh_jax.decoding.prompt_cache import PromptCache
+from grinqh_jax.decoding.prefill_buckets import cut, cut_conversation, first_previewed
+from grinqh_jax.decoding.programs import Lowering, Programs, Signature
+from grinqh_jax.decoding.prompt_cache import PromptCache, conversation_capacity
 from grinqh_jax.decoding.sampling import Sampling, choose_tokens
 from grinqh_jax.errors import UsageError
 from grinqh_jax.model.cache import KVCache
@@ -122,7 +125,7 @@ class Decoding:
         dial: Dial | None,
         sampling: Sampling,
         stop_tokens: Sequence[int] = (),
-        compiled: set[tuple] | None = None,
+        programs: Programs | None = None,
         policy: DecodePolicy | None = None,
         prompt_cache: PromptCache | None = None,
     ):
@@ -136,7 +139,7 @@ class Decoding:
           dial: Dial of all rows, as it is before the prompts.
           sampling: Sampling parameters of each row.
           stop_tokens: Tokens that end a row. They are part of the result.
-          compiled: Programs that earlier batches of the same model have compiled; updated in place.
+          programs: Programs that earlier batches of the same model have compiled; updated in place.
           policy: How programs are compiled and chunks scheduled, by default ``DecodePolicy.for_device()``.
           prompt_cache: Keys and values of an earlier prompt to reuse; keeps those of this one. For a single
             prompt.
@@ -150,23 +153,23 @@ class Decoding:
         if lengths.min() < 1:
             raise UsageError("a prompt has no tokens; give at least one")
         if lengths.max() >= max_context:
-            raise UsageError(
-                f"the prompt has {lengths.max()} tokens and the context holds {max_context}, the answer "
-                "included; shorten the prompt or raise the context"
-            )
+            raise prompt_too_long(int(lengths.max()), max_context)
         if prompt_cache is not None and len(prompts) > 1:
             raise ValueError(f"a prompt cache serves one prompt, not {len(prompts)}")
         self._flat_model = engine.FlatModel(model)
         self._prompts = prompts
         self._sampling = sampling
-        self._stop_tokens = jnp.array(stop_tokens or (-1,), jnp.int32)
-        self._compiled = set() if compiled is None else compiled
+        self._stop_tokens = stop_array(stop_tokens)
+        self._programs = Programs() if programs is None else programs
         self._policy = policy or DecodePolicy.for_device()
         # All inputs and outputs of the loop have the sharding of the (replicated) norm from the start,
         # because jit compiles again for the same shapes with another sharding.
         self._sharding = model.norm.scale[...].sharding
         batch, tokens_left = len(prompts), np.minimum(max_tokens, max_context - lengths)
-        capacity = min(round_up(int(np.max(lengths + tokens_left)), CAPACITY_STEP), max_context)
+        needed = int(np.max(lengths + tokens_left))
+        few_sizes = prompt_cache is not None and prompt_cache.few_sizes
+        capacity = conversation_capacity(needed) if few_sizes else round_up(needed, CAPACITY_STEP)
+        capacity = min(capacity, max_context)
         self._prompt_cache, self.reused_tokens = prompt_cache, 0
         if prompt_cache is None:
             cache = self._put(KVCache.create(model.config, batch, capacity, model.compute_dtype))
@@ -184,30 +187,53 @@ class Decoding:
             else self._put(TokenHistory.of(prompts, model.config.vocab_size)),
             dial=self._put(dial),
         )
+        self._signature = Signature(
+            model, self._flat_model, batch, self._device.dial, sampling, self._stop_tokens, self._policy
+        )
+        cut_prompts = (
+            functools.partial(cut_conversation, prompts[0]) if few_sizes else functools.partial(cut, prompts)
+        )
+        self._buckets = list(cut_prompts(self.reused_tokens))
+
+    def compile(self) -> None:
+        """Compiles all programs that are new, side by side: those of ``prefill`` and of ``chunks``."""
+        decodes = bool(np.any(self._host.tokens_left > 1))
+        decode = self._signature.decode(self._device.cache.capacity) if decodes else {}
+        self._programs.compile(self._prefill_lowerings() | decode)
+        self.compile_prefill()
+        if decodes:
+            self.compile_decode()
 
     def compile_prefill(self) -> None:
-        """Compiles the programs of ``prefill`` that are new, by reading no tokens."""
-        batch = len(self._prompts)
-        none = self._put(np.zeros(batch, np.int32))
-        for width in sorted({bucket.tokens.shape[1] for bucket in cut(self._prompts, self.reused_tokens)}):
-            program = ("prefill", width, *self._program_key())
-            if program not in self._compiled:
-                logits, preview = self._read(np.zeros((batch, width), np.int32), none)
-                if preview is not None:
-                    self._observe(preview)  # Observes no token.
-                self._choose_first(logits).block_until_ready()
-                self._compiled.add(program)
+        """Compiles the programs of ``prefill`` that are new."""
+        self._programs.compile(self._prefill_lowerings())
+        if self._programs.is_first(("small", *self._signature.key(self._device.cache.capacity))):
+            self._compile_small()
 
     def compile_decode(self) -> None:
-        """Compiles the program of ``chunks`` if it is new, by decoding no tokens.
-
-        Does nothing if every row is done after ``prefill``.
-        """
-        program = ("decode", len(self._stop_tokens), *self._program_key())
-        if program not in self._compiled and self._host.may_generate():
+        """Compiles the program of ``chunks`` if it is new, and decodes no tokens with it."""
+        capacity = self._device.cache.capacity
+        self._programs.compile(self._signature.decode(capacity))
+        if self._programs.is_first(("limits", *self._signature.key(capacity))):
             chunk = self._decode(self._put(np.zeros(len(self._prompts), np.int32)))
             (self._device.limits - chunk.counts).block_until_ready()
-            self._compiled.add(program)
+
+    def _prefill_lowerings(self) -> dict[Hashable, Lowering]:
+        widths = sorted({bucket.tokens.shape[1] for bucket in self._buckets})
+        return self._signature.prefill(widths, self._device.cache.capacity)
+
+    def _compile_small(self) -> None:
+        """Runs the programs after a prefill on zeros, which changes nothing but compiles them."""
+        batch, config = len(self._prompts), self._signature.model.config
+        zeros = self._put(np.zeros((batch, config.vocab_size), np.float32))
+        first, none = self._choose_first(zeros), self._put(np.zeros(batch, bool))
+        if self._device.history is not None:
+            self._device.history = _add_tokens(self._device.history, first, none)
+        if self._device.dial is not None:
+            bits = np.zeros((batch, engine.PREVIEW_TOKENS, len(self._device.dial.names)), np.float32)
+            preview = self._put(engine.Preview(bits, np.zeros(batch, np.int32)))
+            self._observe(engine.merge_previews(preview, preview))
+        jax.block_until_ready(jnp.where(none[:, None], zeros, zeros))
 
     def prefill(self) -> NewTokens:
         """Reads the prompts and chooses the first token of each row, at full precision.
@@ -217,7 +243,7 @@ class Decoding:
         started = time.perf_counter()
         logits: Float[jax.Array, "b v"] | None = None
         preview: engine.Preview | None = None
-        for bucket in cut(self._prompts, self.reused_tokens):
+        for bucket in self._buckets:
             new_logits, new_preview = self._read(bucket.tokens, self._put(bucket.lengths))
             if self._prompt_cache is not None:
                 self._prompt_cache.store(self, self._device.cache, self._prompts[0][: bucket.end])
@@ -347,13 +373,13 @@ class Decoding:
         if self._prompt_cache is not None:
             self._prompt_cache.store(self, cache)
 
-    def _program_key(self) -> tuple:
-        """Returns the sizes and static arguments that all programs of this batch depend on."""
-        static = self._policy, self._sampling.greedy, self._sampling.penalties is None
-        return len(self._prompts), self._device.cache.capacity, *static
-
     def _put(self, arrays):
         return jax.device_put(arrays, self._sharding)
+
+
+def stop_array(stop_tokens: Sequence[int]) -> Int[jax.Array, "e"]:
+    """Returns the stop tokens on the device; one that no model has if there are none."""
+    return jnp.array(tuple(stop_tokens) or (-1,), jnp.int32)
 
 
 def _to_host(chunk: engine.Chunk) -> tuple[engine.Chunk, float]:

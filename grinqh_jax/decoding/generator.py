@@ -11,7 +11,7 @@ import contextlib
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -20,13 +20,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from grinqh_jax import checkpoint, hf
-from grinqh_jax.decoding.batch import Decoding
+from grinqh_jax.decoding.batch import Decoding, stop_array
 from grinqh_jax.decoding.bits import Bits, wanted_bits
 from grinqh_jax.decoding.dial import Dial
 from grinqh_jax.decoding.generation_config import GenerationConfig
 from grinqh_jax.decoding.model_files import ModelFiles, check_context
 from grinqh_jax.decoding.penalties import NEUTRAL
-from grinqh_jax.decoding.prompt_cache import PromptCache
+from grinqh_jax.decoding.policy import DecodePolicy
+from grinqh_jax.decoding.prefill_buckets import CONVERSATION_WIDTHS
+from grinqh_jax.decoding.programs import Programs, Signature
+from grinqh_jax.decoding.prompt_cache import PromptCache, conversation_capacity
 from grinqh_jax.decoding.request import Request
 from grinqh_jax.decoding.sampling import Sampling
 from grinqh_jax.decoding.statistics import Statistics, grading_fields
@@ -34,6 +37,7 @@ from grinqh_jax.decoding.stop import StopStrings
 from grinqh_jax.errors import GrinqhWarning, UsageError
 from grinqh_jax.memory import peak_memory
 from grinqh_jax.model.decoder import Decoder
+from grinqh_jax.model.flat_model import FlatModel
 from grinqh_jax.text.tokenizer import Tokenizer
 from pallas_kernels import GradingStats
 from pallas_kernels.x64 import without_x64
@@ -63,7 +67,7 @@ class Generator:
         self.defaults = defaults
         self.targets = targets
         self.directory = directory
-        self._compiled: set[tuple] = set()
+        self._programs = Programs()
 
     @classmethod
     @without_x64
@@ -137,22 +141,54 @@ class Generator:
         tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         tokens = tokens or [self._first_token()]
         self.model.config.check_tokens(tokens)
-        defaults = self.defaults
-        names = ("temperature", "top_k", "top_p", "min_p", *NEUTRAL)
-        sampling = {name: getattr(request, name) for name in names}
-        sampling = {k: getattr(defaults, k) if v is None else v for k, v in sampling.items()}
         decoding = Decoding(
             self.model,
             [tokens],
             max_tokens=request.max_tokens,
             max_context=check_context(max_context, self.model.config),
             dial=self.dial(request.bits),
-            sampling=Sampling.create(seed=request.seed, **sampling),
-            stop_tokens=defaults.eos_tokens,
-            compiled=self._compiled,
+            sampling=self._sampling(request),
+            stop_tokens=self.defaults.eos_tokens,
+            programs=self._programs,
             prompt_cache=prompt_cache,
         )
         return Generation(self, decoding, request, prompt_tokens=len(tokens), prompt_cache=prompt_cache)
+
+    @without_x64
+    def compile_conversation(
+        self, request: Request | None = None, *, context: int = 1, max_context: int | None = None
+    ) -> None:
+        """Compiles the programs of a conversation, in any thread, so that its turns do not wait for them.
+
+        Args:
+          request: Settings of the turns.
+          context: Number of tokens of the conversation, the next answer included. With more tokens than its
+            cache has slots, a conversation needs other programs.
+          max_context: As for ``generate``.
+        """
+        request = request or Request()
+        capacity = min(conversation_capacity(context), check_context(max_context, self.model.config))
+        dial, sharding = self.dial(request.bits), self.model.norm.scale[...].sharding
+        signature = Signature(
+            self.model,
+            FlatModel(self.model),
+            batch=1,
+            dial=jax.device_put(dial, sharding),
+            sampling=self._sampling(request),
+            stop_tokens=stop_array(self.defaults.eos_tokens),
+            policy=DecodePolicy.for_device(),
+        )
+        small, large = CONVERSATION_WIDTHS
+        self._programs.compile(signature.prefill([small], capacity) | signature.decode(capacity))
+        if capacity > small:
+            self._programs.compile(signature.prefill([large], capacity))
+
+    def _sampling(self, request: Request) -> Sampling:
+        names = ("temperature", "top_k", "top_p", "min_p", *NEUTRAL)
+        values = {name: getattr(request, name) for name in names}
+        defaults = {name: getattr(self.defaults, name) for name in names}
+        given = {name: value for name, value in values.items() if value is not None}
+        return Sampling.create(seed=request.seed, **defaults | given)
 
     def bits(self, wanted: Bits | None) -> float | None:
         """Returns the mean bits that a setting asks for; None for an unquantized model.
@@ -217,12 +253,12 @@ class Generation:
 
     @without_x64
     def prepare(self) -> None:
-        """Compiles the programs of the first token, which takes seconds for new shapes.
+        """Compiles the programs of the text, which takes seconds for new shapes.
 
         Iteration does it if the caller has not.
         """
         with self._invalidating_cache():
-            self._compile(self._decoding.compile_prefill)
+            self._compile()
 
     @without_x64
     def __iter__(self) -> Iterator[str]:
@@ -285,20 +321,19 @@ class Generation:
 
     def _new_tokens(self) -> Iterator[list[int]]:
         """Yields the tokens of each chunk. Only the model's time is measured, not the consumer's."""
-        self._compile(self._decoding.compile_prefill)
+        self._compile()
         first = self._decoding.prefill()
         self._prompt_seconds = first.seconds
         yield first.tokens[0]
-        self._compile(self._decoding.compile_decode)  # after the first piece of text, which need not wait
         for chunk in self._decoding.chunks():
             self._generation_seconds += chunk.seconds
             if chunk.grading_stats is not None:
                 self._stats.append(jax.tree.map(lambda steps: steps[:, 0], chunk.grading_stats))
             yield chunk.tokens[0]
 
-    def _compile(self, compile: Callable[[], None]) -> None:
+    def _compile(self) -> None:
         started = time.perf_counter()
-        compile()
+        self._decoding.compile()
         self._compile_seconds += time.perf_counter() - started
 
     @contextlib.contextmanager

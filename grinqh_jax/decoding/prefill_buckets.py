@@ -11,6 +11,9 @@ from grinqh_jax.decoding.engine import PREVIEW_TOKENS
 SMALLEST_BUCKET, LARGEST_BUCKET = 32, 2048
 """Widths of the smallest and the largest bucket. Buckets have 32, 64, ... 2048 positions."""
 
+CONVERSATION_WIDTHS = (PREVIEW_TOKENS, 512)
+"""Positions of the buckets of a conversation, whose turns would otherwise reach all widths one by one."""
+
 
 @dataclasses.dataclass(frozen=True)
 class PrefillBucket:
@@ -46,6 +49,25 @@ def cut(prompts: Sequence[Sequence[int]], start: int = 0) -> Iterator[PrefillBuc
             tokens[row, : len(piece)] = piece
             lengths[row] = len(piece)
         yield PrefillBucket(tokens, lengths, end)
+        start = end
+
+
+def cut_conversation(prompt: Sequence[int], start: int = 0) -> Iterator[PrefillBucket]:
+    """Cuts a prompt into buckets of the ``CONVERSATION_WIDTHS``, from position ``start`` on.
+
+    The text is the same as with ``cut``: a bucket has exactly the tokens whose preview the dial uses, and
+    ``merge_previews`` selects it.
+    """
+    small, large = CONVERSATION_WIDTHS
+    preview = max(first_previewed(len(prompt)), start)
+    boundaries = preview, min(preview + PREVIEW_TOKENS, len(prompt)), len(prompt)
+    while start < len(prompt):
+        left = next(boundary for boundary in boundaries if boundary > start) - start
+        width = large if left > large // 2 else small
+        end = start + min(left, width)
+        tokens = np.zeros((1, width), np.int32)
+        tokens[0, : end - start] = prompt[start:end]
+        yield PrefillBucket(tokens, np.array([end - start], np.int32), end)
         start = end
 
 

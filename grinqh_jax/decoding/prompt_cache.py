@@ -18,6 +18,9 @@ from grinqh_jax.model.attention import KeyValues
 from grinqh_jax.model.cache import KVCache
 from grinqh_jax.model.decoder import Decoder
 
+SMALLEST_CONVERSATION = 1024
+"""Number of slots of the smallest cache with ``few_sizes``."""
+
 
 class PromptCache:
     """Keys and values of the last prompt of a conversation (see ``Generator.generate``).
@@ -25,11 +28,18 @@ class PromptCache:
     A cache belongs to one model, and one generation uses it at a time. It stays usable after an error, an
     interrupt or an abandoned generation: the next generation reads the missing tokens again.
 
+    Args:
+      few_sizes: Whether prompts are read in buckets of two widths and the cache doubles when it is full, so
+        that a conversation of many turns needs few programs. A turn takes longer to read then, up to twice
+        as long on a GPU, and the cache is up to twice as large.
+
     Attributes:
+      few_sizes: The argument.
       tokens: Tokens whose keys and values a full-precision prefill wrote, from position 0 on.
     """
 
-    def __init__(self):
+    def __init__(self, *, few_sizes: bool = False):
+        self.few_sizes = few_sizes
         self.tokens: tuple[int, ...] = ()
         self._cache: KVCache | None = None
         self._model: Decoder | None = None
@@ -113,6 +123,14 @@ class PromptCache:
     def _is_whole(self) -> bool:
         """Whether the arrays exist. An interrupt between their donation and ``store`` leaves them deleted."""
         return self._cache is not None and not any(a.is_deleted() for a in jax.tree.leaves(self._cache))
+
+
+def conversation_capacity(needed: int) -> int:
+    """Returns the number of slots of a cache with ``few_sizes`` that holds ``needed`` tokens."""
+    capacity = SMALLEST_CONVERSATION
+    while capacity < needed:
+        capacity *= 2
+    return capacity
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

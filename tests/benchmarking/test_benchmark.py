@@ -178,6 +178,19 @@ def test_the_verb_prints_a_row_per_test_and_setting(monkeypatch, capsys):
     assert "±" in lines[1]
 
 
+def test_the_verb_says_why_bf16_is_faster():
+    def row(bits, speed, test="tg8"):
+        return {"test": test, "bits": bits, "tokens_per_second": speed, "share_of_read_bandwidth": 0.031}
+
+    rows = [row("full", 1, "pp16"), row("2", 120.0), row("3", 90.0), row("4", 80.0), row("bf16", 100.0)]
+    line = benchmark.why_bf16_is_faster(rows, None)
+    assert line.startswith("bf16 is faster than 3, 4 bits because launches, not bytes, limit decoding here: ")
+    assert "reading takes 3.1% of a step at 3 bits" in line
+    assert "(needs an NVIDIA GPU)" in benchmark.why_bf16_is_faster(rows, "needs an NVIDIA GPU")
+    assert benchmark.why_bf16_is_faster(rows[:2] + rows[-1:], None) is None
+    assert benchmark.why_bf16_is_faster(rows[:4], None) is None
+
+
 def test_the_verb_takes_the_shape_of_a_model_in_a_directory(monkeypatch, capsys):
     monkeypatch.setattr(measure, "read_bandwidth", lambda: 1e9)
     flags = ["--prompt-tokens", "0", "--generate-tokens", "4", "--repeats", "1", "--json"]

@@ -5,7 +5,14 @@ import pytest
 
 from grinqh_jax.decoding import prefill_buckets
 from grinqh_jax.decoding.engine import PREVIEW_TOKENS, SKIPPED_POSITIONS
-from grinqh_jax.decoding.prefill_buckets import LARGEST_BUCKET, SMALLEST_BUCKET, cut, first_previewed
+from grinqh_jax.decoding.prefill_buckets import (
+    CONVERSATION_WIDTHS,
+    LARGEST_BUCKET,
+    SMALLEST_BUCKET,
+    cut,
+    cut_conversation,
+    first_previewed,
+)
 
 
 def read(prompts, start=0) -> list[list[int]]:
@@ -37,10 +44,23 @@ def test_reading_may_start_anywhere():
         assert ends == [end for end in (2048, 4096, 5000) if end > start]
 
 
-def previewed(length: int, start: int) -> range:
+@pytest.mark.parametrize("length", [1, 64, 65, 300, 577, 2049, 5000])
+def test_a_conversation_has_buckets_of_two_widths(length):
+    prompt = list(range(1, length + 1))
+    for start in {0, first_previewed(length) // 2, first_previewed(length)}:
+        buckets = list(cut_conversation(prompt, start))
+        pieces = [bucket.tokens[0, : bucket.lengths[0]].tolist() for bucket in buckets]
+        assert [token for piece in pieces for token in piece] == prompt[start:]
+        assert {bucket.tokens.shape[1] for bucket in buckets} <= set(CONVERSATION_WIDTHS)
+        assert np.cumsum([start, *map(len, pieces)])[1:].tolist() == [bucket.end for bucket in buckets]
+        assert len(buckets) <= 6 + (length - start) // 512
+
+
+def previewed(length: int, start: int, cut_prompt=None) -> range:
     """Returns the positions of the preview that the dial observes, by the rules of the engine."""
     merged, begin = range(0), start
-    for bucket in cut([[1] * length], start):
+    cut_prompt = cut_prompt or (lambda prompt, start: cut([prompt], start))
+    for bucket in cut_prompt([1] * length, start):
         later = range(max(bucket.end - PREVIEW_TOKENS, SKIPPED_POSITIONS, begin), bucket.end)
         merged = later if len(later) >= len(merged) else merged
         begin = bucket.end
@@ -54,5 +74,6 @@ def test_the_preview_does_not_depend_on_where_reading_starts(monkeypatch):
         assert 0 <= latest < length
         for start in {0, latest // 3, latest // 2, latest - 1, latest} - {-1}:
             assert previewed(length, start) == previewed(length, 0), (length, start)
+            assert previewed(length, start, cut_conversation) == previewed(length, 0), (length, start)
         if length > PREVIEW_TOKENS + SKIPPED_POSITIONS:  # A later start changes the preview.
             assert previewed(length, latest + 1) != previewed(length, 0)

@@ -1,6 +1,7 @@
 """Conversations with a prompt cache: the same text as without one, and earlier turns are not read again."""
 
 import dataclasses
+import threading
 
 import numpy as np
 import pytest
@@ -92,6 +93,28 @@ def test_a_conversation_of_several_buckets_has_the_same_text(talker, tokens_read
     with_cache = conversation(talker, lengths, PromptCache())
     assert texts(with_cache) == texts(without)
     assert tokens_read == [70, 64, 2, 80]
+
+
+def test_a_conversation_with_few_sizes_has_the_same_text_and_compiles_nothing_new(
+    talker, tokens_read, compilations
+):
+    lengths = (70, 5, 80, 330, 5)
+    without = conversation(talker, lengths)
+    tokens_read.clear()
+    thread = threading.Thread(target=talker.compile_conversation, args=[Request(bits=2.0)])
+    thread.start()
+    thread.join()
+    cache = PromptCache(few_sizes=True)
+    first = conversation(talker, lengths[:1], cache)  # compiles the small programs
+    before = len(compilations)
+    with_cache = conversation(talker, lengths, cache)
+    assert len(compilations) == before
+    assert texts(with_cache) == texts(without)
+    assert texts(first) == texts(without[:1])
+    assert cache._cache.capacity == 1024
+    read = [6, 64, 64, 64, 36, 64, 286, 64, 64]
+    assert tokens_read == read
+    assert [g.statistics().compile_seconds < 0.2 for g in with_cache] == [True] * len(lengths)
 
 
 def test_the_cache_grows(talker):
