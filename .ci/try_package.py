@@ -22,6 +22,8 @@ FILES = [
     "checkpoints_tools/py.typed",
     "checkpoints_tools/data/calibration.txt",
     "checkpoints_tools/data/NOTICE",
+    "checkpoints_tools/data/mixed/README.md",
+    "checkpoints_tools/data/mixed/instructions.jsonl",
 ]
 """Files that are not Python modules and that an installation must have."""
 

@@ -196,7 +196,7 @@ def trained(rate: float, *kinds: str):
         if not start.exists() and (code := ordinary([*argv, "--out", str(start)])):
             return code
         source, loaded = open_checkpoint(args.model), load(start)
-        calib = read_calibration(source, args.calib, args.tokens)
+        calib = read_calibration(source, [args.calib], args.tokens)
         windows = training_windows(calib.windows, STEPS * len(SETTINGS))
         leaves = checkpoint_leaves(loaded.model)
         adam = optax.adam(optax.linear_schedule(rate, 0, STEPS // 2, STEPS // 2), b2=SECOND_MOMENT_DECAY)

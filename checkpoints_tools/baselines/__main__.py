@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoints_tools.baselines import model
-from checkpoints_tools.calibration.text import DEFAULT_TOKENS, read_calibration
+from checkpoints_tools.calibration.text import CALIB_HELP, DEFAULT_TOKENS, read_calibration
 from checkpoints_tools.source.open import MODEL_HELP, open_source
 from grinqh_jax.cli import command as cli
 from grinqh_jax.cli.progress import Progress
@@ -26,9 +26,7 @@ def parser() -> cli.Parser:
     add("--out", required=True, type=Path, metavar="DIR", help="directory to make")
     add("--method", required=True, choices=model.METHODS, help="quantizer")
     add("--w-bits", required=True, type=int, choices=(2, 3, 4, 8), help="bits of the integers")
-    add(
-        "--calib", type=Path, metavar="FILE", help="calibration text, as for convert (default: a bundled one)"
-    )
+    add("--calib", nargs="+", default=[], metavar="TEXT", help=CALIB_HELP)
     add(
         "--tokens",
         type=int,

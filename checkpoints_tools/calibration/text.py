@@ -7,18 +7,32 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int32
 
+from checkpoints_tools.calibration import documents
+from checkpoints_tools.calibration.self_text import sampled_windows
 from grinqh_jax.errors import CheckpointError, UsageError
 from grinqh_jax.hf import HFCheckpoint
-from grinqh_jax.text.documents import read_documents
 from grinqh_jax.text.tokenizer import Tokenizer
 
-DEFAULT_TEXT = Path(__file__).parents[1] / "data" / "calibration.txt"
+BUNDLED, MIXED, SELF = NAMED = ("bundled", "mixed", "self")
+"""Texts that have a name: the default, documents of several kinds, and text that the model itself samples."""
+
+BUNDLED_TEXT = Path(__file__).parents[1] / "data" / "calibration.txt"
+
+CALIB_HELP = (
+    "calibration texts, with equal shares of the tokens: .txt files, .jsonl files with text, question and "
+    f"answer, or messages, {MIXED} (several kinds, and chats), {SELF} (sampled from the model) or {BUNDLED} "
+    "(default)"
+)
+"""Description of the flag ``--calib``."""
 
 DEFAULT_TOKENS = 32768
 """Maximum number of calibration tokens, unless the caller asks for another."""
 
 MAX_WINDOW = 1024
 """Longest window in tokens."""
+
+_TURN = 4
+"""Every fourth window is for thresholds."""
 
 _LEAST_TOKENS = 256
 
@@ -39,27 +53,62 @@ class Calibration:
     name: str
 
 
-def read_calibration(source: HFCheckpoint, path: Path | None, tokens: int) -> Calibration:
-    """Reads a calibration text and tokenizes it with the tokenizer of a checkpoint.
+def read_calibration(source: HFCheckpoint, texts: Sequence[Path | str], tokens: int) -> Calibration:
+    """Reads calibration texts and tokenizes them with the tokenizer of a checkpoint.
+
+    Several texts get equal shares of the tokens, rounded down to whole windows.
 
     Args:
       source: Checkpoint whose tokenizer and vocabulary are used.
-      path: Text file (see ``read_documents``); None selects the bundled text.
+      texts: Files (see ``documents.read``), or names from ``NAMED``. Empty selects ``BUNDLED``.
       tokens: Maximum number of tokens.
 
     Raises:
-      GrinqhError: The tokenizer is missing or does not fit the model, or the text is too short.
+      GrinqhError: The tokenizer is missing or does not fit the model, or a text is too short.
     """
     tokenizer = Tokenizer.load(source.directory)
-    documents = read_documents(path or DEFAULT_TEXT)
+    names = [str(text) if text in NAMED else Path(text).name for text in texts] or [BUNDLED]
+    share = tokens // len(names)
     length = min(MAX_WINDOW, source.config.max_position_embeddings)
-    token_windows = windows("\n\n".join(documents), tokenizer.encode, tokens, length)
+    sets = [_windows_of_text(source, tokenizer, text, share, length) for text in (list(texts) or [BUNDLED])]
+    expected = share // min(length, max(share, 1)) * min(length, share)
+    for name, rows in zip(names, sets, strict=True):
+        if len(sets) > 1 and rows.size < expected:
+            raise UsageError(
+                f"calibration text {name}: {rows.size} of the {expected} tokens that are its share; give a"
+                " longer text or fewer tokens"
+            )
+    token_windows = _in_turns(sets)
     if token_windows.max() >= source.config.vocab_size:
         raise CheckpointError(
             f"{source.directory}: the tokenizer produces token {token_windows.max()}, but the model has a"
             f" vocabulary of {source.config.vocab_size}; use the tokenizer that belongs to the model"
         )
-    return Calibration(windows=token_windows, name=path.name if path else "bundled")
+    return Calibration(windows=token_windows, name="+".join(names))
+
+
+def _in_turns(sets: Sequence[Int32[np.ndarray, "_ t"]]) -> Int32[np.ndarray, "s t"]:
+    """Merges the windows of several texts, which take turns of ``_TURN`` windows.
+
+    So all texts are among the first windows, which weights are refitted to, and among every fourth window,
+    which thresholds are placed on (``split_windows``).
+    """
+    longest = max(map(len, sets))
+    return np.concatenate([rows[i : i + _TURN] for i in range(0, longest, _TURN) for rows in sets])
+
+
+def _windows_of_text(
+    source: HFCheckpoint, tokenizer: Tokenizer, text: Path | str, tokens: int, length: int
+) -> Int32[np.ndarray, "s t"]:
+    """Returns the windows of one text."""
+    if text == SELF:
+        return sampled_windows(source, tokenizer, tokens, length)
+    if text == MIXED:
+        found = documents.mixed()
+    else:
+        found = documents.read(BUNDLED_TEXT if text == BUNDLED else Path(text))
+    rendered = (documents.render(document, tokenizer) for document in found)
+    return windows("\n\n".join(rendered), tokenizer.encode, tokens, length)
 
 
 def windows(
@@ -122,6 +171,6 @@ def split_windows(
     if len(windows) == 1:
         middle = windows.shape[1] // 2
         return windows[:, :middle], windows[:, middle : 2 * middle]
-    step = min(4, len(windows))
+    step = min(_TURN, len(windows))
     second = np.arange(len(windows)) % step == step - 1
     return windows[~second], windows[second]

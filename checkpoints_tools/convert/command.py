@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from checkpoints_tools.calibration.text import DEFAULT_TOKENS, read_calibration
+from checkpoints_tools.calibration.text import CALIB_HELP, DEFAULT_TOKENS, SELF, read_calibration
 from checkpoints_tools.convert import driver
 from checkpoints_tools.convert.options import BASES, GAINS, SPLITS, Options
 from checkpoints_tools.convert.plan import Plan, make_plan
@@ -36,9 +36,10 @@ def parser() -> cli.Parser:
     add("--push-to-hub", metavar="REPO", help="upload the result to this repository, OWNER/NAME")
     add(
         "--calib",
-        type=Path,
-        metavar="FILE",
-        help="calibration text: .txt, or .jsonl with text or question and answer (default: a bundled text)",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help=CALIB_HELP,
     )
     add(
         "--tokens",
@@ -124,7 +125,9 @@ def convert(args: argparse.Namespace) -> int:
     if args.push_to_hub:
         hub.check(args.push_to_hub)
     source = open_source(args.model)
-    plan = make_plan(source, read_calibration(source, args.calib, args.tokens), options_of(args))
+    with cli.status("sampling calibration text" if SELF in args.calib else "reading calibration text"):
+        calibration = read_calibration(source, args.calib, args.tokens)
+    plan = make_plan(source, calibration, options_of(args))
     out = convert_with_progress(plan, args.out, overwrite=args.force)
     write_card(out, origin_of(source, args.model))
     print(

@@ -100,7 +100,7 @@ class SweepContext:
     @cached_property
     def calibration(self) -> Calibration:
         """Calibration windows of all methods."""
-        return read_calibration(self.source, self.calib, self.calib_tokens)
+        return read_calibration(self.source, [self.calib] if self.calib else [], self.calib_tokens)
 
     def load(self, checkpoint: Path) -> Generator:
         """Loads a checkpoint in ``dtype``."""

@@ -24,7 +24,7 @@ def read_documents(path: Path) -> list[str]:
         the lines of the bad records.
     """
     if path.suffix == ".jsonl":
-        documents = read_records(path, _document, "a string under text, or under question and answer")
+        documents = read_records(path, record_text, "a string under text, or under question and answer")
     else:
         documents = [_read_text(path)]
     if not any(document.strip() for document in documents):
@@ -86,7 +86,8 @@ def _read_text(path: Path) -> str:
     return decode(data, str(path))
 
 
-def _document(record: Any) -> str | None:
+def record_text(record: Any) -> str | None:
+    """Returns the text of a record (see ``read_documents``), or None if it has none."""
     match record:
         case {"text": str(text)}:
             return text

@@ -74,6 +74,13 @@ class Tokenizer:
         return self._backend.decode(list(tokens), skip_special_tokens=True)
 
     @property
+    def bos_text(self) -> str | None:
+        """Text of the token that ``encode`` puts before every text, or None if there is none."""
+        alone = self._backend.encode("").ids
+        begun = self._backend.encode("a").ids
+        return self._backend.id_to_token(alone[0]) if alone and begun[:1] == alone[:1] else None
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether the tokenizer has a chat template, which ``chat`` needs."""
         if (self._directory / "chat_template.jinja").exists():

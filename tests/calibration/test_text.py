@@ -2,11 +2,15 @@
 
 import re
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_models
 
 from checkpoints_tools.calibration import text
+from checkpoints_tools.calibration.text import BUNDLED, MIXED, SELF, read_calibration
 from grinqh_jax.errors import UsageError
+from grinqh_jax.hf import load_decoder, open_checkpoint
 
 
 def encode(piece):
@@ -78,3 +82,58 @@ def test_the_two_sets_of_windows_share_no_token(windows, first, second):
     assert (others[:, 0] // 10).tolist() == second
     assert most.shape[1] == others.shape[1] == (5 if windows == 1 else 10)
     assert not set(most.reshape(-1).tolist()) & set(others.reshape(-1).tolist())
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return open_checkpoint(tiny_models.write(tmp_path_factory.mktemp("source") / "tiny"))
+
+
+def file_of(path, letter, count):
+    path.write_text(letter * count)
+    return path
+
+
+def test_several_texts_have_equal_shares_in_both_sets_of_windows(source, tmp_path):
+    texts = [file_of(tmp_path / f"{letter}.txt", letter, 9000) for letter in "abc"]
+    calibration = read_calibration(source, texts, 3 * 8 * 128)
+    assert calibration.name == "a.txt+b.txt+c.txt"
+    assert calibration.windows.shape == (24, 128)
+    for windows, share in zip(text.split_windows(calibration.windows), (6, 2), strict=True):
+        letters, counts = np.unique(windows, return_counts=True)
+        assert letters.tolist() == [tiny_models.encode(letter)[0] for letter in "abc"]
+        assert counts.tolist() == [share * 128] * 3
+    assert len(np.unique(calibration.windows[:12])) == 3  # the first windows have all texts
+
+
+def test_a_short_text_beside_others_is_refused_by_name(source, tmp_path):
+    texts = [file_of(tmp_path / "long.txt", "a", 9000), file_of(tmp_path / "short.txt", "b", 1600)]
+    with pytest.raises(UsageError, match=r"short.txt: 256 of the 512 tokens that are its share"):
+        read_calibration(source, texts, 1024)
+
+
+def test_the_bundled_text_is_the_default(source):
+    named, default = (read_calibration(source, texts, 2048) for texts in ([BUNDLED], []))
+    np.testing.assert_array_equal(named.windows, default.windows)
+    assert named.name == default.name == "bundled"
+    assert default.windows.shape == (16, 128)
+    mixed = read_calibration(source, [MIXED, BUNDLED], 2048)
+    assert (mixed.name, mixed.windows.shape) == ("mixed+bundled", (16, 128))
+    assert not np.array_equal(mixed.windows[:4], default.windows[:4])
+
+
+def test_text_of_the_model_itself_is_reproducible_and_likely(source):
+    sampled = read_calibration(source, [SELF], 1024)
+    assert sampled.name == "self"
+    assert sampled.windows.shape == (8, 128)
+    np.testing.assert_array_equal(read_calibration(source, [SELF], 1024).windows, sampled.windows)
+    decoder = load_decoder(source, jnp.float32)
+
+    def loss(windows):
+        logits = decoder(jnp.asarray(windows))[:, :-1]
+        scores = logits - jnp.max(logits, -1, keepdims=True)
+        scores -= jnp.log(jnp.sum(jnp.exp(scores), -1, keepdims=True))
+        return -float(jnp.mean(jnp.take_along_axis(scores, jnp.asarray(windows)[:, 1:, None], -1)))
+
+    other = np.random.default_rng(0).permutation(sampled.windows.reshape(-1)).reshape(8, 128)
+    assert loss(sampled.windows) < loss(other) - 0.15

@@ -224,7 +224,7 @@ def test_progress_is_reported_as_often_as_planned(qwen3, calib, tmp_path, monkey
     monkeypatch.setattr(train_gains, "LEAST_TOKENS", 256)
     monkeypatch.setattr(refit_tokens, "LEAST_TOKENS", 256)
     source = open_checkpoint(qwen3)
-    plan = make_plan(source, read_calibration(source, calib, 512), Options(basis=basis, refit=refit))
+    plan = make_plan(source, read_calibration(source, [calib], 512), Options(basis=basis, refit=refit))
     assert bool(plan.refit) == refit
     notes = []
     assert driver.convert(plan, tmp_path / "out", on_progress=notes.append) == tmp_path / "out"
@@ -237,7 +237,9 @@ def test_progress_is_reported_as_often_as_planned(qwen3, calib, tmp_path, monkey
 def test_each_weight_is_packed_once_even_with_interruptions(qwen3, calib, tmp_path, monkeypatch, refit):
     source = open_checkpoint(qwen3)
     options = Options(refit=bool(refit), gains="fitted")
-    plan = dataclasses.replace(make_plan(source, read_calibration(source, calib, 512), options), refit=refit)
+    plan = dataclasses.replace(
+        make_plan(source, read_calibration(source, [calib], 512), options), refit=refit
+    )
     uninterrupted = content(driver.convert(plan, tmp_path / "uninterrupted"))
     packed, interruptions = [], ["measure layers.0", "measure layers.1", "refit layers.0"]
 

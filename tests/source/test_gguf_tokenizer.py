@@ -79,7 +79,9 @@ def test_tokens_of_qwen_are_those_of_the_bundled_tokenizer(tmp_path):
     for token in state["added_tokens"]:
         values["tokenizer.ggml.token_type"][token["id"]] = gguf.TokenType.CONTROL
     loaded, original = load(values, tmp_path), Tokenizer.load(BUNDLED_MODEL)
-    text = (Path(DATA[0]) / "calibration.txt").read_text(encoding="utf-8") + TEXT + "e\u0301<|endoftext|>"
+    text = (
+        (Path(DATA[0]) / "mixed/languages.jsonl").read_text(encoding="utf-8") + TEXT + "e\u0301<|endoftext|>"
+    )
     assert loaded.encode(text) == original.encode(text)
     assert loaded.decode(loaded.encode(text)) == original.decode(original.encode(text))
 
