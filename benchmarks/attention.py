@@ -38,10 +38,11 @@ def measure(config: ModelConfig, capacity: int, lengths: list[int]) -> Iterator[
     caches = [(_normal(keys[2 * i], size), _normal(keys[2 * i + 1], size)) for i in range(LAYERS)]
     columns = (config.num_heads + 2 * config.num_kv_heads) * dim
     qkv = Activations.sums(jax.random.normal(keys[-1], (PARTS, 1, 1, columns)), columns)
-    norms = (jnp.ones(dim, jnp.bfloat16),) * 2 if config.qk_norm else None
+    spec = config.layers[0].attention
+    norms = (jnp.ones(dim, jnp.bfloat16),) * 2 if spec.head_norms else None
 
     def all_layers(caches, positions):
-        results = [attention.attend_heads(config, qkv, norms, positions, cache) for cache in caches]
+        results = [attention.attend_heads(config, spec, qkv, norms, positions, cache) for cache in caches]
         return [outputs for outputs, _ in results], [cache for _, cache in results]
 
     step = jax.jit(all_layers, donate_argnums=0)

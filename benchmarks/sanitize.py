@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grinqh_jax.benchmarking import random_model
-from grinqh_jax.model import attention, norm, swiglu
+from grinqh_jax.model import attention, gated_mlp, norm
 from pallas_kernels import Activations, NestedWeight, codes, decode_rows, dequantization, layout
 from pallas_kernels.matvec import mosaic_gpu, reference
 from pallas_kernels.matvec.mosaic_gpu import Config, SharedList
@@ -102,7 +102,7 @@ def rows_cases() -> Iterator[Case]:
         yield (
             f"SwiGLU {shape}",
             lambda gate_up: decode_rows.swiglu(gate_up).array,
-            lambda gate_up: swiglu.swiglu(gate_up.astype(jnp.float32)).array,
+            lambda gate_up: gated_mlp.gated(gate_up.astype(jnp.float32)).array,
             (gate_up,),
         )
 
@@ -118,13 +118,13 @@ def attention_cases() -> Iterator[Case]:
         rng, dim = np.random.default_rng(heads), config.head_dim
         qkv, norms = rng.standard_normal((len(lengths), 1, (heads + 2 * kv_heads) * dim)), None
         cache = [rng.standard_normal((len(lengths), 301, kv_heads, dim)) for _ in range(2)]
-        if config.qk_norm:
+        if config.layers[0].attention.head_norms:
             norms = tuple(jnp.asarray(rng.uniform(0.5, 1.5, dim), jnp.bfloat16) for _ in range(2))
         positions = np.asarray(lengths, np.int32)[:, None]
         qkv, cache = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), (qkv, tuple(cache)))
 
         def attend(*arguments, config=config):
-            return attention.attend_heads(config, *arguments)
+            return attention.attend_heads(config, config.layers[0].attention, *arguments)
 
         arguments = Activations.of(qkv), norms, positions, cache
         yield f"attention {heads}/{kv_heads} heads of {dim}, lengths {lengths}", attend, attend, arguments

@@ -104,6 +104,17 @@ class Activations:
         """Returns the same partial sums with another ``dtype`` of the value."""
         return dataclasses.replace(self, dtype=jnp.dtype(dtype))
 
+    def plus(self, vector: Float[Array, "features"]) -> "Activations":
+        """Returns the activations plus a vector that all rows share; they must not lack a factor."""
+        assert self.square_partials is None, "the factor of a norm would multiply the vector"
+        padding = self.partials.shape[-1] - self.features
+        first = self.partials[0] + jnp.pad(vector, (0, padding)).astype(self.partials.dtype)
+        return dataclasses.replace(self, partials=self.partials.at[0].set(first))
+
+    def scaled(self, factor: float) -> "Activations":
+        """Returns the activations times a number."""
+        return dataclasses.replace(self, partials=self.partials * factor)
+
     def reshape(self, leading: Sequence[int]) -> "Activations":
         """Returns the same rows with another leading shape."""
         partials, squares = self.partials, self.square_partials

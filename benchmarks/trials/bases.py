@@ -38,7 +38,8 @@ from checkpoints_tools.convert.plan import make_plan
 from checkpoints_tools.convert.principal_basis import principal_axes, second_moments
 from checkpoints_tools.source.layer import dense_layer, embed, read_layer, run_layer
 from grinqh_jax.hf import HFCheckpoint
-from grinqh_jax.model.layer_spec import HEAD, stream_readers
+from grinqh_jax.model.layer_spec import HEAD
+from grinqh_jax.model.parameters import stream_readers
 from pallas_kernels import codes
 
 BITS, POINTS, STEPS, RATE = 3.0, 64, 300, 0.0003
@@ -81,8 +82,7 @@ def readers_of(source: HFCheckpoint, *arguments) -> list[tuple[np.ndarray, np.nd
         second_moments(source, *arguments)
     readers = []
     for name, moments in by_name.items():
-        parent, _, projection = name.rpartition(".")
-        gains = source.read(f"{parent}.{stream_readers(source.config)[projection]}.scale".removeprefix("."))
+        gains = source.read(f"{stream_readers(source.config)[name]}.scale")
         kernel = source.read(f"{name}.kernel").astype(np.float32) * gains[:, None].astype(np.float32)
         readers.append((moments, kernel @ kernel.T, kernel.shape[1]))
     return readers
@@ -194,8 +194,8 @@ def value_axes(source: HFCheckpoint, windows: np.ndarray) -> dict[str, np.ndarra
     hidden = embed(source, split_windows(windows)[0], jnp.float32)
     kernels = {}
     for i in range(config.num_layers):
-        own, norms = read_layer(source, i)
-        layer = dense_layer(source, own, norms, jnp.float32)
+        own, vectors = read_layer(source, i)
+        layer = dense_layer(source, i, own, vectors, jnp.float32)
         moments = np.asarray(mean_moments(layer, hidden)["o"][0], np.float64)
         for window in hidden:
             window[...] = run_layer(layer, window)

@@ -16,11 +16,12 @@ from safetensors.numpy import save_file
 from checkpoints_tools.baselines import groups
 from checkpoints_tools.baselines.awq import awq
 from checkpoints_tools.baselines.gptq import gptq
-from checkpoints_tools.source.layer import dense_layer, read_layer
+from checkpoints_tools.source.layer import dense_layer, embed, read_layer
 from grinqh_jax.companions import companion_path
 from grinqh_jax.hf import HFCheckpoint, params
 from grinqh_jax.model.apply import HEAD, Dense, of_head
 from grinqh_jax.model.decoder import DecoderLayer, linear_shapes
+from grinqh_jax.model.parameters import EMBEDDING
 
 METHODS = ("rtn", "gptq", "awq")
 
@@ -102,34 +103,28 @@ def quantize(
     tensors = {}
 
     def add(key: str, value: np.ndarray) -> None:
-        """Adds the Hugging Face tensors that a parameter is made of."""
-        rows = value.T if params.is_kernel(key) else value
-        specs = params.sources(source.config)[key]
-        ends = np.cumsum([spec.shape[0] for spec in specs])[:-1]
-        for spec, tensor in zip(specs, np.split(rows, ends), strict=True):
-            tensors[spec.name] = np.ascontiguousarray(tensor)
+        tensors.update(params.to_tensors(source.config, key, value))
 
-    embedding = source.read("embed.embedding")
-    hidden = embedding[windows].astype(np.float32)
+    hidden = embed(source, windows, np.float32)
     for i in range(source.config.num_layers):
-        kernels, norms = read_layer(source, i)
+        kernels, vectors = read_layer(source, i)
         moments = {}
         if options.method != "rtn":
-            moments = mean_moments(dense_layer(source, kernels, norms, jnp.float32), hidden)
+            moments = mean_moments(dense_layer(source, i, kernels, vectors, jnp.float32), hidden)
         quantized = quantize_layer(kernels, moments, options)
         if options.method != "rtn":
-            layer = dense_layer(source, dict(quantized), norms, jnp.float32)
+            layer = dense_layer(source, i, dict(quantized), vectors, jnp.float32)
             for window in hidden:
                 window[...] = _run(layer, window[None])[0][0]
         for projection, kernel in quantized.items():
             add(f"layers.{i}.{projection}.kernel", kernel)
-        for norm, scale in norms.items():
-            add(f"layers.{i}.{norm}.scale", scale)
+        for name, vector in vectors.items():
+            add(f"layers.{i}.{name}", vector)
         on_progress(f"layers.{i}")
-    add("embed.embedding", embedding)
-    add("norm.scale", source.read("norm.scale"))
-    if not source.config.tie_word_embeddings:
-        add(f"{HEAD}.kernel", source.read(f"{HEAD}.kernel"))
+    whole = [EMBEDDING, f"{source.config.final_norm.name}.scale"]
+    whole += [] if source.config.tie_word_embeddings else [f"{HEAD}.kernel"]
+    for key in whole:
+        add(key, source.read(key))
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(source.hf_config, indent=2))
     for file in source.companions:

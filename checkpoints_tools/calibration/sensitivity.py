@@ -17,6 +17,7 @@ ranges of the vocabulary.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -25,12 +26,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
 from checkpoints_tools.calibration.statistics import first_scored_position
-from checkpoints_tools.source.head import logits, vocabulary, with_logits
+from checkpoints_tools.source.head import logits, outputs, vocabulary, with_logits
 from checkpoints_tools.source.layer import dense_layer, embed, read_layer, run_layer
 from grinqh_jax.hf import HFCheckpoint
 from grinqh_jax.model.apply import Dense
 from grinqh_jax.model.decoder import DecoderLayer, RMSNorm
-from grinqh_jax.model.layer_spec import FINAL_NORM, HEAD
+from grinqh_jax.model.layer_spec import HEAD, LogitTransform
 
 TOKENS = 4096
 """Number of tokens for the decoder layers. The split of the bits averages them over a layer."""
@@ -65,19 +66,19 @@ def output_sensitivities(
     hidden = embed(source, windows[:head_windows], compute_dtype)
     states = []
     for i in range(config.num_layers):
-        layer = dense_layer(source, *read_layer(source, i), compute_dtype)
+        layer = dense_layer(source, i, *read_layer(source, i), compute_dtype)
         states.append(hidden[:layer_windows].copy())
         for window in hidden:
             window[...] = run_layer(layer, window)
         del layer  # Frees it before the next one is read.
         on_progress(f"forward layers.{i}")
     device_axes = None if axes is None else jnp.asarray(axes)
-    norm = RMSNorm(jnp.asarray(source.read(f"{FINAL_NORM.name}.scale")), config.rms_norm_eps)
+    norm = RMSNorm(jnp.asarray(source.read(f"{config.final_norm.name}.scale")), config.rms_norm_eps)
     sensitivities = {HEAD: _head_variances(source, norm, hidden)}
     gradients = _head_gradients(source, norm, hidden[:layer_windows])
     del hidden
     for i in reversed(range(config.num_layers)):
-        layer = dense_layer(source, *read_layer(source, i), compute_dtype)
+        layer = dense_layer(source, i, *read_layer(source, i), compute_dtype)
         sums: dict[str, Any] = dict.fromkeys(layer.spec.names, 0.0)
         for window, gradient in zip(states.pop(), gradients, strict=True):
             back, squares = _layer_gradients(layer, window, gradient, device_axes)
@@ -126,19 +127,23 @@ def _mean_square(gradient: Float[Array, "t n"]) -> Float[Array, "n"]:
 def _head_variances(
     source: HFCheckpoint, norm: RMSNorm, hidden: Float[np.ndarray, "s t d"]
 ) -> Float[np.ndarray, "v"]:
-    """Returns ``E[g_n**2]`` at the logits: the mean of ``p (1 - p)``, exact over all tokens.
+    """Returns ``E[g_n**2]`` at the outputs, exact over all tokens: the mean of ``p (1 - p)`` for logits.
+
+    If logits are a function of the outputs, the square of its derivative is a factor.
 
     Reads the vocabulary twice: for the log-normaliser of each prediction, and for the sums.
     """
     scored = hidden[:, first_scored_position(hidden.shape[1]) :]
+    transform = source.config.logit_transform
     normaliser = np.full(scored.shape[:2], -np.inf, np.float32)
     for _, w in vocabulary(source, scored.shape[1]):
         for window, x in zip(normaliser, scored, strict=True):
-            window[...] = _normaliser(window, norm(x), w)
+            window[...] = _normaliser(window, norm(x), w, transform)
     sums = []
     for _, w in vocabulary(source, scored.shape[1]):
         windows = zip(normaliser, scored, strict=True)
-        sums.append(sum(np.asarray(_variances(window, norm(x), w), np.float64) for window, x in windows))
+        ranges = (_variances(window, norm(x), w, transform) for window, x in windows)
+        sums.append(sum(np.asarray(variances, np.float64) for variances in ranges))
     return np.concatenate(sums) / normaliser.size
 
 
@@ -148,35 +153,44 @@ def _head_gradients(
     """Returns gradients, at the outputs of the last layer, of the log-likelihood of a sampled token."""
     rows = jnp.asarray(hidden.reshape(-1, hidden.shape[2]))
     normed, pull_back = jax.vjp(norm, rows)
+    transform = source.config.logit_transform
     # Log-normaliser of each prediction, and a token sampled from it: the largest logit plus Gumbel noise.
     sampled = tuple(jnp.full(len(rows), fill) for fill in (-jnp.inf, -jnp.inf, 0))
     for start, w in vocabulary(source, len(rows)):
-        sampled = jax.block_until_ready(_sample(*sampled, normed, w, start))
+        sampled = jax.block_until_ready(_sample(*sampled, normed, w, start, transform))
     normaliser, _, token = sampled
     gradient = jnp.zeros(normed.shape, jnp.float32)
     for start, w in vocabulary(source, len(rows)):
-        gradient = _add_gradient(normaliser, token, normed, w, start, gradient).block_until_ready()
+        arguments = normaliser, token, normed, w, start, gradient, transform
+        gradient = _add_gradient(*arguments).block_until_ready()
     (gradient,) = pull_back(gradient.astype(normed.dtype))
     return np.array(gradient).reshape(hidden.shape)
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="transform")
 def _normaliser(
-    normaliser: Float[Array, "t"], normed: Float[Array, "t d"], w: Float[Array, "d n"]
+    normaliser: Float[Array, "t"],
+    normed: Float[Array, "t d"],
+    w: Float[Array, "d n"],
+    transform: LogitTransform,
 ) -> Float[Array, "t"]:
-    return with_logits(normaliser, logits(normed, w))
+    return with_logits(normaliser, logits(normed, w, transform))
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="transform")
 def _variances(
-    normaliser: Float[Array, "t"], normed: Float[Array, "t d"], w: Float[Array, "d n"]
+    normaliser: Float[Array, "t"],
+    normed: Float[Array, "t d"],
+    w: Float[Array, "d n"],
+    transform: LogitTransform,
 ) -> Float[Array, "n"]:
-    """Returns the sums of ``p (1 - p)`` over the positions."""
-    probabilities = jnp.exp(logits(normed, w) - normaliser[:, None])
-    return jnp.sum(probabilities * (1 - probabilities), axis=0)
+    """Returns the sums of ``p (1 - p)`` over the positions, times the square of the derivative."""
+    raw = outputs(normed, w)
+    probabilities = jnp.exp(transform(raw) - normaliser[:, None])
+    return jnp.sum(probabilities * (1 - probabilities) * transform.derivative(raw) ** 2, axis=0)
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="transform")
 def _sample(
     normaliser: Float[Array, "t"],
     best: Float[Array, "t"],
@@ -184,9 +198,10 @@ def _sample(
     normed: Float[Array, "t d"],
     w: Float[Array, "d n"],
     start: Int[Array, ""],
+    transform: LogitTransform,
 ) -> tuple[Float[Array, "t"], Float[Array, "t"], Int[Array, "t"]]:
     """Updates the log-normaliser and the sampled token with a range of the vocabulary, from ``start`` on."""
-    scores = logits(normed, w)
+    scores = logits(normed, w, transform)
     noisy = scores + jax.random.gumbel(jax.random.fold_in(jax.random.key(0), start), scores.shape)
     better = noisy.max(axis=-1) > best
     return (
@@ -196,7 +211,7 @@ def _sample(
     )
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="transform")
 def _add_gradient(
     normaliser: Float[Array, "t"],
     token: Int[Array, "t"],
@@ -204,8 +219,10 @@ def _add_gradient(
     w: Float[Array, "d n"],
     start: Int[Array, ""],
     gradient: Float[Array, "t d"],
+    transform: LogitTransform,
 ) -> Float[Array, "t d"]:
-    """Adds the part of the gradient at the normed hidden states that comes from a range of the vocabulary."""
-    probabilities = jnp.exp(logits(normed, w) - normaliser[:, None])
+    """Adds the share of a range of the vocabulary to the gradient at the inputs of the output projection."""
+    raw = outputs(normed, w)
+    probabilities = jnp.exp(transform(raw) - normaliser[:, None])
     change = (token[:, None] == start + jnp.arange(w.shape[1])) - probabilities
-    return gradient + jnp.matmul(change, w.T.astype(jnp.float32))
+    return gradient + jnp.matmul(change * transform.derivative(raw), w.T.astype(jnp.float32))

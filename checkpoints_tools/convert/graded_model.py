@@ -13,7 +13,7 @@ from checkpoints_tools.source.head import logits, vocabulary, with_logits
 from checkpoints_tools.source.layer import dense_layer, embed, read_layer, run_layer
 from grinqh_jax.hf import HFCheckpoint
 from grinqh_jax.model.decoder import DecoderLayer, RMSNorm
-from grinqh_jax.model.layer_spec import FINAL_NORM, HEAD, layer_spec
+from grinqh_jax.model.layer_spec import HEAD
 from grinqh_jax.model.linear import GradedLinear, linear_of
 from grinqh_jax.model.output_projection import block_shapes
 
@@ -53,8 +53,9 @@ class GradedModel:
         def read() -> DecoderLayer:
             tree = self.read(f"layers.{i}")
             config = self.original.config
-            linears = {name: _with_unit_gains(tree[name]) for name in layer_spec(config).names}
-            return DecoderLayer(config, {**tree, **linears}, self.compute_dtype)
+            spec = config.layers[i]
+            linears = {name: _with_unit_gains(tree[name]) for name in spec.names}
+            return DecoderLayer(config, spec, {**tree, **linears}, self.compute_dtype)
 
         return self.cache(f"layers.{i}", read)
 
@@ -68,7 +69,8 @@ class GradedModel:
             block = linear_of(_with_unit_gains(trees[str(i)]), shape, self.compute_dtype)
             assert isinstance(block, GradedLinear), "the tree has planes"
             blocks[name] = block
-        return GradedHead(RMSNorm(self.read(FINAL_NORM.name)["scale"], config.rms_norm_eps), blocks)
+        scale = self.read(config.final_norm.name)["scale"]
+        return GradedHead(RMSNorm(scale, config.rms_norm_eps), blocks)
 
     def original_head(self, name: str, outputs: slice) -> Float[Array, "d n"]:
         """Returns the original's weights of some outputs of a vocabulary block."""
@@ -100,17 +102,19 @@ class WindowStates:
         original, dtype = model.original, model.compute_dtype
         exact = embed(original, windows, dtype)
         for i in range(original.config.num_layers):
-            layer = dense_layer(original, *read_layer(original, i), dtype)
+            layer = dense_layer(original, i, *read_layer(original, i), dtype)
             for window in exact:
                 window[...] = run_layer(layer, window)
             del layer  # Frees it before the next one is read.
-        norm = RMSNorm(jnp.asarray(original.read(f"{FINAL_NORM.name}.scale")), original.config.rms_norm_eps)
+        config = original.config
+        norm = RMSNorm(jnp.asarray(original.read(f"{config.final_norm.name}.scale")), config.rms_norm_eps)
         normalisers = np.full(windows.shape, -np.inf, np.float32)
         for window in exact:
             window[...] = norm(jnp.asarray(window))
         for _, kernel in vocabulary(original, windows.shape[1]):
             for normaliser, window in zip(normalisers, exact, strict=True):
-                normaliser[...] = with_logits(normaliser, logits(window, kernel))
+                exact_logits = logits(window, kernel, config.logit_transform)
+                normaliser[...] = with_logits(normaliser, exact_logits)
         return cls(embed(model.embedding, windows, dtype), exact, normalisers)
 
     def at(self, chosen: Int[np.ndarray, "n"]) -> "WindowStates":

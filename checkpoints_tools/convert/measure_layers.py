@@ -33,7 +33,7 @@ from grinqh_jax.checkpoint import Writer
 from grinqh_jax.model.apply import of_head
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import RMSNorm
-from grinqh_jax.model.layer_spec import FINAL_NORM, HEAD, Attention, layer_spec
+from grinqh_jax.model.layer_spec import HEAD, Attention
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -57,11 +57,11 @@ class Measurements:
 
     Attributes:
       linears: Measurement of each linear layer, by name.
-      norms: Scale of each norm, by name in the state tree, such as ``layers.0.input_norm``.
+      vectors: Norm scales and biases, by name in the state tree, such as ``layers.0.input_norm.scale``.
     """
 
     linears: Mapping[str, LinearMeasurement]
-    norms: Mapping[str, Float[np.ndarray, "_"]]
+    vectors: Mapping[str, Float[np.ndarray, "_"]]
 
 
 def measure_layers(
@@ -83,15 +83,16 @@ def measure_layers(
     weights = survey.weights
     hidden = embed(weights, plan.threshold_windows, plan.compute_dtype)
     linears: dict[str, LinearMeasurement] = {}
-    norms: dict[str, Float[np.ndarray, "d"]] = {}
-    for i in range(plan.source.config.num_layers):
-        kernels, layer_norms = read_layer(weights, i)
-        norms |= {f"layers.{i}.{norm}": scale for norm, scale in layer_norms.items()}
-        layer = dense_layer(weights, kernels, layer_norms, plan.compute_dtype)
+    vectors: dict[str, Float[np.ndarray, "_"]] = {}
+    config = plan.source.config
+    for i, spec in enumerate(config.layers):
+        kernels, layer_vectors = read_layer(weights, i)
+        vectors |= {f"layers.{i}.{name}": vector for name, vector in layer_vectors.items()}
+        layer = dense_layer(weights, i, kernels, layer_vectors, plan.compute_dtype)
         inputs = statistics.through_layer(layer, hidden)
         del layer  # Frees the dense copy before codes are made.
         leaves: dict[str, np.ndarray] = {}
-        for projection in layer_spec(plan.source.config).names:
+        for projection in spec.names:
             name = f"layers.{i}.{projection}"
             write = projection not in plan.refit and f"layers.{i}" not in writer.parts
             linears[name], codes = _measure(
@@ -104,8 +105,9 @@ def measure_layers(
             del kernels[projection]  # Frees its weights before the next projection is packed.
         parts.save(writer, f"layers.{i}", leaves)
         on_progress(f"measure layers.{i}")
-    norms[FINAL_NORM.name] = np.asarray(weights.read(f"{FINAL_NORM.name}.scale"))
-    norm = RMSNorm(jnp.asarray(norms[FINAL_NORM.name]), plan.source.config.rms_norm_eps)
+    final_scale = f"{config.final_norm.name}.scale"
+    vectors[final_scale] = np.asarray(weights.read(final_scale))
+    norm = RMSNorm(jnp.asarray(vectors[final_scale]), config.rms_norm_eps)
     head_inputs, leaves = statistics.of_head(norm, hidden), {}
     for name in survey.vocabulary_blocks:
         linears[name], codes = _measure(
@@ -117,7 +119,7 @@ def measure_layers(
         leaves |= codes
     parts.save(writer, HEAD, leaves)
     on_progress(f"measure {HEAD}")
-    return Measurements(linears=linears, norms=norms)
+    return Measurements(linears=linears, vectors=vectors)
 
 
 def _columns(kernel: np.ndarray | Array, outputs: slice) -> np.ndarray | Array:
@@ -148,9 +150,11 @@ def gains_help(config: ModelConfig, name: str) -> bool:
     In the other layers such gains make the 32m model of ``docs/quality.md`` diverge more. Training starts
     from these gains.
     """
-    blocks = layer_spec(config).blocks
-    attention = [block.reads.name for block in blocks if isinstance(block.mixer, Attention)]
-    return of_head(name) or name.rpartition(".")[2] in attention
+    if of_head(name):
+        return True
+    _, i, projection = name.split(".")
+    block = config.layers[int(i)].block_of(projection)
+    return isinstance(block.mixer, Attention) and projection == block.reads.name
 
 
 def stored_codes(

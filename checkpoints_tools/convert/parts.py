@@ -6,7 +6,8 @@ part                   leaves                                                   
 ``embed``              the embedding                                               ``write_embedding``
 ``layers.{i}``         codes of the projections that are not refitted              ``measure_layers``
 ``lm_head``            codes of the output projection, unless it is refitted       ``measure_layers``
-``grading``            norms, thresholds, range of activations, order of tokens    ``write_grading``
+``grading``            norms, biases, thresholds, range of activations, order of   ``write_grading``
+                       tokens
 ``layers.{i}.refit``   codes of the refitted projections                           ``refit_layers``
 ``lm_head.refit``      codes of the refitted output projection                     ``refit_layers``
 ``gains``              trained level gains                                         ``train_gains``
@@ -28,7 +29,7 @@ from grinqh_jax.checkpoint import Writer
 EMBEDDING, GRADING, GAINS = "embed", "grading", "gains"
 
 STORED_DTYPE = jnp.bfloat16
-"""Dtype of norms and embeddings in a checkpoint."""
+"""Dtype of embeddings in a checkpoint."""
 
 
 def write_embedding(weights, writer: Writer) -> None:

@@ -14,6 +14,7 @@ from checkpoints_tools.convert.plan import Plan
 from checkpoints_tools.convert.survey import Survey
 from grinqh_jax.checkpoint import Writer
 from grinqh_jax.model.layer_spec import HEAD
+from grinqh_jax.model.parameters import stored_dtype
 
 
 def place_thresholds(plan: Plan, measurements: Measurements) -> dict[str, Float[np.ndarray, "targets p"]]:
@@ -49,7 +50,8 @@ def write_grading(
     leaves = {f"{name}.thresholds": table for name, table in tables.items()}
     for name, linear in measurements.linears.items():
         leaves[f"{name}.max_activation"] = np.asarray(linear.inputs.max_activation, np.float32)
-    for name, scale in measurements.norms.items():
-        leaves[f"{name}.scale"] = np.asarray(scale).astype(parts.STORED_DTYPE)
+    config = survey.weights.config
+    for name, vector in measurements.vectors.items():
+        leaves[name] = np.asarray(vector).astype(stored_dtype(config, name))
     leaves[f"{HEAD}.columns"] = vocabulary.token_to_output(list(survey.vocabulary_blocks.values()))
     parts.save(writer, parts.GRADING, leaves)

@@ -38,7 +38,8 @@ from grinqh_jax.hf.reader import Rows
 from grinqh_jax.model.apply import Dense
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import DecoderLayer
-from grinqh_jax.model.layer_spec import HEAD, layer_spec, stream_readers
+from grinqh_jax.model.layer_spec import HEAD
+from grinqh_jax.model.parameters import EMBEDDING, stream_readers, stream_writers
 from pallas_kernels import codes
 
 ROW_SCALE_RANGE = 64.0
@@ -69,9 +70,8 @@ class _Stream(Dense):
 
     def product(self, name: str, linear, x: Float[Array, "b t k"]) -> Float[Array, "b t n"]:
         projection = name.rpartition(".")[2]
-        if norm_name := self.layer.spec.readers.get(projection):
-            norm = getattr(self.layer, norm_name)
-            self.moments[projection] = _moments(x, norm.scale[...])
+        if norm := self.layer.spec.readers.get(projection):
+            self.moments[projection] = _moments(x, getattr(self.layer, norm.name).scale[...])
         return super().product(name, linear, x)
 
 
@@ -110,10 +110,10 @@ def second_moments(
     with jax.enable_x64(True):
         total = jnp.zeros((config.hidden_size, config.hidden_size))
     for i in range(config.num_layers):
-        kernels, norms = read_layer(source, i)
+        kernels, vectors = read_layer(source, i)
         for projection, kernel in kernels.items():
             _check(kernel, f"layers.{i}.{projection}")
-        layer = dense_layer(source, kernels, norms, compute_dtype)
+        layer = dense_layer(source, i, kernels, vectors, compute_dtype)
         for window in hidden:
             x, moments = _run_layer(layer, window[None])
             window[...] = x[0]
@@ -165,6 +165,17 @@ def row_scales(squares: Float[np.ndarray, "d"]) -> Float[np.ndarray, "d"]:
     return np.asarray(jnp.asarray(scales, jnp.bfloat16), np.float32)
 
 
+def obstacle(config: ModelConfig) -> str | None:
+    """Returns why a model has no other basis, in one line; None if every rotation of its stream is exact."""
+    for i, spec in enumerate(config.layers):
+        for block in spec.blocks:
+            if block.norm is None:
+                return f"layers.{i}.{block.reads.name} reads the residual stream without a norm"
+            if block.norm_after is not None:
+                return f"layers.{i}.{block.norm_after.name} scales channels of what the residual stream adds"
+    return None
+
+
 @dataclasses.dataclass(frozen=True)
 class RotatedCheckpoint:
     """A checkpoint that computes the same function as ``source`` in another basis, and reads like it.
@@ -213,21 +224,20 @@ class RotatedCheckpoint:
           CheckpointError: See ``HFCheckpoint.read``.
         """
         name, _, leaf = key.rpartition(".")
-        parent, _, module = name.rpartition(".")
         readers = stream_readers(self.config)
-        if leaf == "kernel" and module in readers:
+        if leaf == "kernel" and name in readers:
             kernel, dtype = self._rotated(name, rows)
             if name not in self._row_scales and name != HEAD:
                 self._row_scales[name] = row_scales(self._row_squares(name, kernel, rows))
             scales = self._row_scales_of(name)
             with jax.enable_x64(True):
                 return _divided(kernel, jnp.asarray(scales, jnp.float64), dtype)
-        for reader, norm in readers.items():
-            if module == norm:
-                return self._row_scales_of(f"{parent}.{reader}".removeprefix("."))
+        if leaf == "scale" and name in readers.values():
+            return self._row_scales_of(next(reader for reader, norm in readers.items() if norm == name))
         value = self.source.read(key, rows)
-        if module in layer_spec(self.config).writers or key == "embed.embedding":
-            return _product(value, self._axes).astype(_device_dtype(value.dtype))
+        if name in stream_writers(self.config) or key == EMBEDDING:
+            rotated = _product(np.atleast_2d(value), self._axes).astype(_device_dtype(value.dtype))
+            return rotated.reshape(value.shape)
         return value
 
     @cached_property
@@ -258,10 +268,7 @@ class RotatedCheckpoint:
 
     def _rotated(self, name: str, rows: Rows) -> tuple[Float[Array, "d n"], np.dtype]:
         """Returns ``Q^T diag(g) W`` of a reader, float32, and the dtype that W keeps."""
-        parent, _, module = name.rpartition(".")
-        norm_scale = self.source.read(
-            f"{parent}.{stream_readers(self.config)[module]}.scale".removeprefix(".")
-        ).astype(np.float32)
+        norm_scale = self.source.read(f"{stream_readers(self.config)[name]}.scale").astype(np.float32)
         kernel = self.source.read(f"{name}.kernel", rows)
         return _product(self._axes.T * norm_scale, kernel), _device_dtype(kernel.dtype)
 

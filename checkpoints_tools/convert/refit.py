@@ -14,9 +14,9 @@ from jaxtyping import Array, Float, Shaped
 
 from checkpoints_tools.convert.least_squares import FitWindow, factor, refitted
 from grinqh_jax.decoding.thresholds import interpolate
-from grinqh_jax.model.apply import Dense, Graded
+from grinqh_jax.model.apply import Dense, Graded, of_head
 from grinqh_jax.model.decoder import DecoderLayer, RMSNorm
-from grinqh_jax.model.layer_spec import LayerSpec
+from grinqh_jax.model.layer_spec import LayerSpec, ResidualBlock
 from grinqh_jax.model.linear import Linear
 from pallas_kernels import Activations
 
@@ -40,7 +40,7 @@ class RefitStates:
       hidden: Hidden states ``[s, t, d]`` before the first layer.
       tables: Threshold table of every linear layer, by name.
       targets: Mean bits of the rows of the tables, ascending; the last one is the stored bits.
-      spec: Structure of a layer.
+      layers: Structure of each layer.
     """
 
     def __init__(
@@ -48,9 +48,9 @@ class RefitStates:
         hidden: Float[np.ndarray, "s t d"],
         tables: Mapping[str, Float[np.ndarray, "targets p"]],
         targets: Sequence[float],
-        spec: LayerSpec,
+        layers: Sequence[LayerSpec],
     ):
-        self._tables, self._targets, self._spec = tables, targets, spec
+        self._tables, self._targets, self._layers = tables, targets, layers
         self._bits = min(BITS, SHARE_OF_BITS * targets[-1])
         stream = [jnp.asarray(window) for window in hidden]
         self._exact, self._graded = _ModelStates(stream), _ModelStates(list(stream))
@@ -70,11 +70,11 @@ class RefitStates:
             for s, x in enumerate(states.stream):  # A .npz file stores bfloat16 as untyped bytes.
                 states.stream[s] = jnp.asarray(streams[f"{model} {s}"].view(x.dtype))
 
-    def apply_norm(self, norm: RMSNorm) -> None:
-        """Moves the windows to the projection behind a norm of the residual stream."""
+    def apply_norm(self, norm: RMSNorm | None) -> None:
+        """Moves the windows to the projection that reads the residual stream, through a norm or without."""
         for states in (self._exact, self._graded):
             states.inputs = []  # Frees the inputs of the projection before.
-            states.inputs = [_normed(norm, stream) for stream in states.stream]
+            states.inputs = [stream if norm is None else _normed(norm, stream) for stream in states.stream]
 
     def fitted(self, name: str, w: Float[Array | np.ndarray, "k n"], outputs: slice) -> Float[Array, "k n"]:
         """Returns the refitted weights of some outputs of the current projection.
@@ -86,9 +86,13 @@ class RefitStates:
         """
         least_read = self._thresholds(name)[0]
         deficits: list[Float[Array, "t n"] | None] = [None] * len(self._exact.inputs)
-        if name.rpartition(".")[2] in self._spec.writers:
+        block = self._block_written_by(name)
+        # Behind a norm, what the stream lacks is no sum of outputs.
+        if block is not None and block.norm_after is None:
             pairs = zip(self._exact.stream, self._graded.stream, strict=True)
-            deficits = [exact[:, outputs] - graded[:, outputs] for exact, graded in pairs]
+            deficits = [
+                (exact[:, outputs] - graded[:, outputs]) / block.multiplier for exact, graded in pairs
+            ]
         states = zip(self._exact.inputs, self._graded.inputs, deficits, strict=True)
         windows = [FitWindow(*window) for window in states]
         if self._factor_of[0] != name:  # All outputs have the same inputs.
@@ -107,6 +111,14 @@ class RefitStates:
         self._factor_of = "", None  # Frees a matrix as large as all states.
         self._exact.advance(projection, layer, getattr(layer, projection), None)
         self._graded.advance(projection, layer, linear, self._thresholds(name))
+
+    def _block_written_by(self, name: str) -> ResidualBlock | None:
+        """Returns the block whose results a linear layer writes to the residual stream, if it does."""
+        if of_head(name):
+            return None
+        _, i, projection = name.split(".")
+        spec = self._layers[int(i)]
+        return spec.block_of(projection) if projection in spec.writers else None
 
     def _thresholds(self, name: str) -> Float[Array, "p"]:
         return interpolate(jnp.asarray(self._tables[name]), self._targets, self._bits)
@@ -153,9 +165,9 @@ def _advance(
     if projection == block.reads.name:
         mixed, _ = layer.mix(block, outputs.reshape((1, -1)), jnp.arange(len(stream))[None])
         return stream, mixed.array[0]
-    stream = stream + outputs.array
-    norm = layer.spec.norm_after(projection)
-    return stream, stream if norm is None else getattr(layer, norm)(stream)
+    stream = stream + layer.update(block, outputs).array
+    following = layer.spec.block_after(block)
+    return stream, stream if following is None else layer.inputs(following, stream[None], None)[1].array[0]
 
 
 @jax.jit

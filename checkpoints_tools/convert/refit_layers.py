@@ -19,7 +19,7 @@ from checkpoints_tools.convert.survey import Survey
 from checkpoints_tools.source.layer import dense_layer, embed, read_layer
 from grinqh_jax.checkpoint import Writer
 from grinqh_jax.model.decoder import RMSNorm
-from grinqh_jax.model.layer_spec import FINAL_NORM, HEAD, layer_spec
+from grinqh_jax.model.layer_spec import HEAD
 from grinqh_jax.model.linear import linear_of
 
 Tables = Mapping[str, Float[np.ndarray, "targets p"]]
@@ -53,7 +53,7 @@ def refit_layers(
     if not plan.refit:
         return
     hidden = embed(survey.weights, plan.refit_windows, plan.compute_dtype)
-    states = RefitStates(hidden, tables, plan.targets, layer_spec(plan.source.config))
+    states = RefitStates(hidden, tables, plan.targets, plan.source.config.layers)
     del hidden
     for i in range(plan.source.config.num_layers):
         part = parts.refitted(f"layers.{i}")
@@ -79,9 +79,10 @@ def _refit_layer(
     i: int,
 ) -> dict[str, np.ndarray]:
     """Moves the windows through layer ``i`` and returns the leaves of its refitted projections."""
-    kernels, norms = read_layer(survey.weights, i)
-    layer = dense_layer(survey.weights, kernels, norms, plan.compute_dtype)
-    states.apply_norm(getattr(layer, layer.spec.blocks[0].norm.name))
+    kernels, vectors = read_layer(survey.weights, i)
+    layer = dense_layer(survey.weights, i, kernels, vectors, plan.compute_dtype)
+    norm = layer.spec.blocks[0].norm
+    states.apply_norm(None if norm is None else getattr(layer, norm.name))
     leaves: dict[str, np.ndarray] = {}
     for projection in layer.spec.names:
         name = f"layers.{i}.{projection}"
@@ -97,14 +98,17 @@ def _refit_layer(
         else:
             codes, level_gains = writer.read(name), measurement.level_gains
         del kernels[projection]  # Frees its weights before the next projection is refitted.
+        tree = {
+            "planes": jnp.asarray(codes["planes"]),
+            "scales": jnp.asarray(codes["scales"]),
+            "thresholds": jnp.asarray(tables[name]),
+            "gains": jnp.asarray(level_gains),
+            "max_activation": jnp.float32(measurement.inputs.max_activation),
+        }
+        if (bias := vectors.get(f"{projection}.bias")) is not None:
+            tree["bias"] = jnp.asarray(bias, jnp.float32)
         linear = linear_of(
-            {
-                "planes": jnp.asarray(codes["planes"]),
-                "scales": jnp.asarray(codes["scales"]),
-                "thresholds": jnp.asarray(tables[name]),
-                "gains": jnp.asarray(level_gains),
-                "max_activation": jnp.float32(measurement.inputs.max_activation),
-            },
+            tree,
             plan.shapes[name],
             plan.compute_dtype,
         )
@@ -116,7 +120,7 @@ def _refit_head(
     plan: Plan, survey: Survey, measurements: Measurements, states: RefitStates
 ) -> dict[str, np.ndarray]:
     """Returns the leaves of the refitted vocabulary blocks."""
-    scale = jnp.asarray(measurements.norms[FINAL_NORM.name])
+    scale = jnp.asarray(measurements.vectors[f"{plan.source.config.final_norm.name}.scale"])
     states.apply_norm(RMSNorm(scale, plan.source.config.rms_norm_eps))
     leaves: dict[str, np.ndarray] = {}
     for name in survey.vocabulary_blocks:

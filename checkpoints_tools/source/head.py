@@ -1,6 +1,7 @@
 """Reads a source checkpoint's output projection in ranges of the vocabulary."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ from jaxtyping import Array, Float
 
 from checkpoints_tools.source.layer import VALUES_IN_MEMORY
 from grinqh_jax.hf import HFCheckpoint
-from grinqh_jax.model.apply import HEAD
+from grinqh_jax.model.layer_spec import HEAD, IDENTITY, LogitTransform
 
 
 def vocabulary(source: HFCheckpoint, rows: int) -> Iterator[tuple[int, Float[Array, "d n"]]]:
@@ -29,9 +30,17 @@ def vocabulary(source: HFCheckpoint, rows: int) -> Iterator[tuple[int, Float[Arr
 
 
 @jax.jit
-def logits(normed: Float[Array, "t d"], w: Float[Array, "d n"]) -> Float[Array, "t n"]:
-    """Returns the float32 logits of hidden states after the final norm."""
+def outputs(normed: Float[Array, "t d"], w: Float[Array, "d n"]) -> Float[Array, "t n"]:
+    """Returns the float32 outputs of the output projection for hidden states behind the last norm."""
     return jnp.matmul(normed, w.astype(normed.dtype), preferred_element_type=jnp.float32)
+
+
+@partial(jax.jit, static_argnames="transform")
+def logits(
+    normed: Float[Array, "t d"], w: Float[Array, "d n"], transform: LogitTransform = IDENTITY
+) -> Float[Array, "t n"]:
+    """Returns the float32 logits of hidden states behind the last norm."""
+    return transform(outputs(normed, w))
 
 
 @jax.jit

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Float, Int32
 
 from grinqh_jax.model.apply import Dense
@@ -13,37 +14,42 @@ VALUES_IN_MEMORY = 1 << 24
 
 
 def read_layer(source, i: int) -> tuple[dict[str, np.ndarray | Array], dict[str, np.ndarray]]:
-    """Reads a layer in the stored dtype.
+    """Reads the parameters of a layer.
 
     Args:
       source: ``grinqh_jax.hf.HFCheckpoint``, or an object that reads like one.
       i: Index of the layer.
 
     Returns:
-      ``(kernels, norms)``: kernels ``[in, out]`` by projection (``qkv``), and scales by norm
-      (``input_norm``).
+      ``(kernels, vectors)``: kernels ``[in, out]`` by projection (``qkv``), and norm scales and biases by
+      name in the layer (``input_norm.scale``, ``qkv.bias``).
     """
     prefix = f"layers.{i}."
     kernels: dict[str, np.ndarray | Array] = {}
-    norms: dict[str, np.ndarray] = {}
-    # The kernels come first, because a rotated checkpoint computes the norms from them.
+    vectors: dict[str, np.ndarray] = {}
+    # Reads the kernels first, because a rotated checkpoint derives the norms from them.
     for key in sorted(source.parameters, key=lambda key: not key.endswith(".kernel")):
         if key.startswith(prefix):
-            name, leaf = key.removeprefix(prefix).split(".")
-            if leaf == "kernel":
-                kernels[name] = source.read(key)
+            name = key.removeprefix(prefix)
+            if name.endswith(".kernel"):
+                kernels[name.removesuffix(".kernel")] = source.read(key)
             else:
-                norms[name] = source.read(key)
-    return kernels, norms
+                vectors[name] = np.asarray(source.read(key))
+    return kernels, vectors
 
 
 def dense_layer(
-    source, kernels: dict[str, np.ndarray | Array], norms: dict[str, np.ndarray], compute_dtype
+    source,
+    i: int,
+    kernels: dict[str, np.ndarray | Array],
+    vectors: dict[str, np.ndarray],
+    compute_dtype,
 ) -> DecoderLayer:
-    """Builds the decoder layer that ``read_layer`` has read."""
-    tree = {name: {"kernel": kernel} for name, kernel in kernels.items()}
-    tree |= {name: {"scale": jnp.asarray(scale)} for name, scale in norms.items()}
-    return DecoderLayer(source.config, tree, compute_dtype)
+    """Builds the decoder layer whose parameters ``read_layer`` has read."""
+    leaves = {f"{name}.kernel": kernel for name, kernel in kernels.items()}
+    leaves |= {name: jnp.asarray(vector) for name, vector in vectors.items()}
+    config = source.config
+    return DecoderLayer(config, config.layers[i], unflatten_dict(leaves, sep="."), compute_dtype)
 
 
 @jax.jit
@@ -62,4 +68,7 @@ def embed(source, windows: Int32[np.ndarray, "s t"], dtype) -> Float[np.ndarray,
         if in_range.any():
             rows = np.asarray(source.read("embed.embedding", slice(start, min(start + size, vocab))))
             hidden[in_range] = rows[windows[in_range] - start]
+    multiplier = source.config.embedding_multiplier
+    if multiplier != 1:
+        hidden *= np.asarray(multiplier, dtype)
     return hidden

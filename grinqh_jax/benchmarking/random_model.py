@@ -21,8 +21,8 @@ from grinqh_jax.model import decoder
 from grinqh_jax.model.apply import HEAD, Dense
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import Decoder
-from grinqh_jax.model.layer_spec import axis_sizes, layer_spec
 from grinqh_jax.model.linear import GradedLinear, Linear
+from grinqh_jax.model.parameters import axis_sizes
 from pallas_kernels import Activations
 from pallas_kernels.layout import GROUP
 
@@ -80,13 +80,16 @@ def graded(config: ModelConfig, seed: int = 0, compute_dtype=jnp.bfloat16) -> De
 def dense(config: ModelConfig, seed: int = 0, compute_dtype=jnp.bfloat16) -> Decoder:
     """Returns an unquantized model with Gaussian weights."""
     tree = decoder.abstract_tree(config, MAX_BITS, len(TARGETS))
-    sizes, projections = axis_sizes(config), layer_spec(config).projections
+    sizes = axis_sizes(config)
 
     def kernel(k: int, n: int):
         return {"kernel": jax.ShapeDtypeStruct((k, n), compute_dtype)}
 
-    for layer in tree["layers"].values():
-        layer |= {projection.name: kernel(*projection.shape(sizes)) for projection in projections}
+    for i, spec in enumerate(config.layers):
+        layer = tree["layers"][str(i)]
+        for projection in spec.projections:
+            bias = {"bias": layer[projection.name]["bias"]} if projection.bias else {}
+            layer[projection.name] = kernel(*projection.shape(sizes)) | bias
     tree[HEAD] = kernel(config.hidden_size, config.vocab_size)
     return Decoder.from_tree(config, _filled(tree, seed), compute_dtype)
 

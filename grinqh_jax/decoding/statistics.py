@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from grinqh_jax.model.decoder import Decoder, linear_names, linear_shapes
-from grinqh_jax.model.layer_spec import FINAL_NORM, axis_sizes, layer_spec
+from grinqh_jax.model.parameters import axis_sizes, norms, projections, stored_dtype
 from pallas_kernels import GradingStats
 from pallas_kernels.layout import GROUP
 
@@ -197,9 +197,10 @@ def weighted_mean(
 def _bytes_per_token(model: Decoder, bits: Mapping[str, float]) -> float:
     config, sizes = model.config, axis_sizes(model.config)
     linears = sum(k * n * bits[name] / 8 for name, (k, n) in linear_shapes(config).items())
-    norms = config.num_layers * sum(sizes[norm.axis] for norm in layer_spec(config).norms)
-    norms += sizes[FINAL_NORM.axis]
-    return linears + BF16_BYTES * (norms + config.hidden_size)  # and one row of the embedding
+    vectors = {f"{name}.scale": sizes[norm.axis] for name, norm in norms(config).items()}
+    vectors |= {f"{name}.bias": p.shape(sizes)[1] for name, p in projections(config).items() if p.bias}
+    vector_bytes = sum(size * stored_dtype(config, name).itemsize for name, size in vectors.items())
+    return linears + vector_bytes + BF16_BYTES * config.hidden_size  # and one row of the embedding
 
 
 @jax.jit  # one transfer to the host and not one per layer

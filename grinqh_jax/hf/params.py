@@ -1,11 +1,22 @@
 """Maps parameters to the Hugging Face tensors they are made of, and finds tensors that do not match."""
 
 import dataclasses
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 
-from grinqh_jax.hf.llama import BASE, EMBEDDING, IGNORED_TENSORS, LM_HEAD, TENSOR_NAMES
+import numpy as np
+
 from grinqh_jax.model.config import ModelConfig
-from grinqh_jax.model.layer_spec import HEAD, parameter_shapes
+from grinqh_jax.model.families import FAMILIES
+from grinqh_jax.model.families.family import EMBEDDING, LM_HEAD
+from grinqh_jax.model.layer_spec import HEAD
+from grinqh_jax.model.parameters import norms, parameter_shapes
+
+BASE = "model."
+"""Prefix of all names but that of the head. Checkpoints saved from the model without its head lack it."""
+
+IGNORED_TENSORS = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+"""Buffers in old checkpoints. They follow from the configuration, so they are not read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +37,26 @@ def sources(config: ModelConfig) -> dict[str, list[Source]]:
 
     A tied model has no ``lm_head.weight``; its ``lm_head.kernel`` is made of the embedding.
     """
-    return {
-        key: [Source(*pair) for pair in zip(_tensor_names(config, key), shapes, strict=True)]
-        for key, shapes in parameter_shapes(config).items()
-    }
+    return {key: _sources(config, key, shapes) for key, shapes in parameter_shapes(config).items()}
+
+
+def from_tensors(config: ModelConfig, key: str, tensors: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns a parameter that is made of Hugging Face's tensors, which are in the order of ``sources``.
+
+    The parameter keeps the tensors' dtype, except that a norm scale with an offset is float32.
+    """
+    value = tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
+    if offset := _norm_offset(config, key):
+        return value.astype(np.float32) + np.float32(offset)
+    return value.T if is_kernel(key) else value
+
+
+def to_tensors(config: ModelConfig, key: str, value: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns the tensors by name that ``from_tensors`` makes a parameter of."""
+    tensors = sources(config)[key]
+    rows = value.T if is_kernel(key) else value - np.asarray(_norm_offset(config, key), value.dtype)
+    pieces = np.split(rows, np.cumsum([tensor.shape[0] for tensor in tensors])[:-1])
+    return {tensor.name: np.ascontiguousarray(piece) for tensor, piece in zip(tensors, pieces, strict=True)}
 
 
 def is_kernel(key: str) -> bool:
@@ -79,7 +106,7 @@ def mismatches(
     for name in sorted(missing):
         remedy = " (if the embedding is the head, config.json needs tie_word_embeddings: true)"
         problems.append(f"tensor {name} is missing" + (remedy if name == LM_HEAD else ""))
-    problems += [f"tensor {name} is not part of a {config.architecture} model" for name in extra]
+    problems += [f"tensor {name} is not part of a {config.family} model" for name in extra]
     return problems
 
 
@@ -88,11 +115,35 @@ def _untied(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, tie_word_embeddings=False)
 
 
+def _norm_offset(config: ModelConfig, key: str) -> float:
+    """Returns the number that is added to the tensor of a norm scale; 0 for other parameters."""
+    norm = norms(config).get(key.removesuffix(".scale"))
+    return 0.0 if norm is None else norm.offset
+
+
+def _sources(config: ModelConfig, key: str, shapes: list[tuple[int, ...]]) -> list[Source]:
+    """Returns the tensors that a parameter is made of.
+
+    Args:
+      config: Configuration of the model.
+      key: Dotted name of the parameter.
+      shapes: Shapes of its arrays (``parameters.parameter_shapes``), which a checkpoint may store fused.
+    """
+    names = _tensor_names(config, key)
+    if len(names) == 1:
+        return [Source(names[0], (sum(shape[0] for shape in shapes), *shapes[0][1:]))]
+    return [Source(name, shape) for name, shape in zip(names, shapes, strict=True)]
+
+
 def _tensor_names(config: ModelConfig, key: str) -> list[str]:
     """Returns the names of the tensors that the parameter ``key`` is made of."""
+    if key.endswith(".bias"):
+        kernel = _tensor_names(config, key.removesuffix("bias") + "kernel")
+        return [name.removesuffix("weight") + "bias" for name in kernel]
     if config.tie_word_embeddings and key == f"{HEAD}.kernel":
         key = "embed.embedding"
+    tensors = FAMILIES[config.family].tensors
     if not key.startswith("layers."):
-        return list(TENSOR_NAMES[key])
+        return list(tensors[key])
     _, i, parameter = key.split(".", 2)
-    return [name.format(i=i) for name in TENSOR_NAMES[f"layers.{{i}}.{parameter}"]]
+    return [name.format(i=i) for name in tensors[f"layers.{{i}}.{parameter}"]]

@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from grinqh_jax.companions import COMPANIONS, find_companions
 from grinqh_jax.errors import CheckpointError, GrinqhWarning
 from grinqh_jax.hf import params
-from grinqh_jax.hf.llama import EMBEDDING, LM_HEAD
 from grinqh_jax.json_files import read_object
 from grinqh_jax.model.config import ModelConfig
+from grinqh_jax.model.families.family import EMBEDDING, LM_HEAD
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -70,7 +70,7 @@ class HFCheckpoint:
         return shapes
 
     def read(self, key: str, rows: Rows = slice(None)) -> np.ndarray:
-        """Reads a parameter in its stored dtype; a kernel as ``[in, out]``, its tensors side by side.
+        """Reads a parameter as ``params.from_tensors`` makes it; a kernel is ``[in, out]``.
 
         Args:
           key: Our dotted name of the parameter, such as ``layers.0.qkv.kernel``.
@@ -81,8 +81,7 @@ class HFCheckpoint:
           CheckpointError: The file vanished or changed since the checkpoint was opened.
         """
         tensors = [self.read_tensor(source.name, rows) for source in params.sources(self.config)[key]]
-        value = tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
-        return value.T if params.is_kernel(key) else value
+        return params.from_tensors(self.config, key, tensors)
 
     def read_tensor(self, name: str, rows: Rows = slice(None)) -> np.ndarray:
         """Reads a tensor by its canonical name. Raises CheckpointError as ``read`` does."""

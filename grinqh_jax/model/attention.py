@@ -6,6 +6,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grinqh_jax.model import rope
 from grinqh_jax.model.config import ModelConfig
+from grinqh_jax.model.layer_spec import Attention, QueryGrowth
 from grinqh_jax.model.norm import rms_norm
 from pallas_kernels import Activations, decode_attention
 
@@ -16,8 +17,9 @@ KeyValues = tuple[Float[Array, "b s kv_heads head_dim"], Float[Array, "b s kv_he
 @jax.named_scope("attention")
 def attend_heads(
     config: ModelConfig,
+    attention: Attention,
     qkv: Activations,
-    norm_scales: tuple[Float[Array, "head_dim"], Float[Array, "head_dim"]] | None,
+    norm_scales: tuple[Float[Array, "d_q"], Float[Array, "d_k"]] | None,
     positions: Int[Array, "b t"],
     cache: KeyValues | None = None,
 ) -> tuple[Activations, KeyValues]:
@@ -25,6 +27,7 @@ def attend_heads(
 
     Args:
       config: Configuration of the model.
+      attention: Description of the layer's attention.
       qkv: Query heads, key heads and value heads of the new tokens, side by side, ``[b, t, all_heads_d]``.
       norm_scales: Scales of the query norm and the key norm, or None for models without these norms.
       positions, cache: See ``attend``.
@@ -34,25 +37,76 @@ def attend_heads(
     """
     batch, tokens = positions.shape
     heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-    frequencies = rope.inverse_frequencies(config.rope, head_dim)
-    if cache is not None:
+    if cache is not None and kernel_lacks(attention) is None:
         sizes = {"tokens": tokens, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
         if decode_attention.supports(**sizes, dtype=cache[0].dtype) is None:
-            cos, sin = rope.cos_sin(positions[:, 0], frequencies)
+            cos, sin = _cos_sin(attention, positions[:, 0], head_dim)
             attended, keys, values = decode_attention.decode_attention(
                 qkv, cos, sin, norm_scales, config.rms_norm_eps, *cache, positions[:, 0]
             )
             return attended, (keys, values)
     all_heads = qkv.array.reshape(batch, tokens, -1, head_dim)
-    rotated, values = jnp.split(all_heads, (heads + kv_heads,), axis=2)  # rotated: query and key heads
+    queries, keys, values = jnp.split(all_heads, (heads, heads + kv_heads), axis=2)
     if norm_scales is not None:
-        is_query = jnp.arange(heads + kv_heads)[:, None] < heads
-        query_scale, key_scale = norm_scales
-        rotated = rms_norm(rotated, jnp.where(is_query, query_scale, key_scale), config.rms_norm_eps)
-    rotated = rope.rotate(rotated, positions, frequencies)
-    queries, keys = jnp.split(rotated, (heads,), axis=2)
-    outputs, cache = attend(queries, keys, values, positions, cache)
+        queries, keys = (
+            _normed(x, scale, config.rms_norm_eps)
+            for x, scale in zip((queries, keys), norm_scales, strict=True)
+        )
+    cos, sin = _cos_sin(attention, positions, head_dim)
+    queries, keys = (rope.rotate(x, cos, sin, _score_factor(attention, head_dim)) for x in (queries, keys))
+    if attention.query_growth is not None:
+        queries = queries * _growth(attention.query_growth, positions)[..., None, None].astype(queries.dtype)
+    outputs, cache = attend(
+        queries, keys, values, positions, cache, attention.window, attention.score_soft_cap
+    )
     return Activations.of(outputs.reshape(batch, tokens, -1)), cache
+
+
+def kernel_lacks(attention: Attention) -> str | None:
+    """Returns the option of a layer that the kernel of a decode step does not implement, or None."""
+    if attention.window is not None:
+        return "a window"
+    if attention.rope is not None and attention.rope.rotary_dim is not None:
+        return "partial rotation"
+    if attention.head_norms is not None and attention.head_norms[0].axis != "head":
+        return "norms of all heads"
+    if attention.score_soft_cap is not None:
+        return "a soft cap of the scores"
+    if attention.query_growth is not None:
+        return "queries that grow with their position"
+    return None
+
+
+def _score_factor(attention: Attention, head_dim: int) -> float:
+    """Returns the factor of queries and keys that turns ``head_dim ** -0.5`` into ``score_scale``."""
+    return 1.0 if attention.score_scale is None else (attention.score_scale * head_dim**0.5) ** 0.5
+
+
+def _cos_sin(
+    attention: Attention, positions: Int[Array, "*rows"], head_dim: int
+) -> tuple[Float[Array, "*rows half"], Float[Array, "*rows half"]]:
+    """Returns cosine and sine of the rotation angles, times the factor of queries and keys.
+
+    A layer without rotation has angles of 0, so the kernel runs it too.
+    """
+    factor, rotation = _score_factor(attention, head_dim), attention.rope
+    if rotation is None:
+        cos = jnp.full((*positions.shape, head_dim // 2), factor, jnp.float32)
+        return cos, jnp.zeros_like(cos)
+    frequencies = rope.inverse_frequencies(rotation, head_dim)
+    return rope.cos_sin(positions, frequencies, rotation.attention_factor * factor)
+
+
+def _normed(
+    x: Float[Array, "b t heads d"], norm_scale: Float[Array, "n"], eps: float
+) -> Float[Array, "b t heads d"]:
+    """Normalizes each head, or all heads together if the scale has the width of all heads."""
+    return rms_norm(x.reshape(*x.shape[:2], -1, len(norm_scale)), norm_scale, eps).reshape(x.shape)
+
+
+def _growth(growth: QueryGrowth, positions: Int[Array, "b t"]) -> Float[Array, "b t"]:
+    """Returns the float32 factor of the queries at each position."""
+    return 1 + growth.rate * jnp.log1p((positions // growth.length).astype(jnp.float32))
 
 
 def attend(
@@ -61,8 +115,10 @@ def attend(
     values: Float[Array, "b t kv_heads head_dim"],
     positions: Int[Array, "b t"],
     cache: KeyValues | None = None,
+    window: int | None = None,
+    soft_cap: float | None = None,
 ) -> tuple[Float[Array, "b t heads head_dim"], KeyValues]:
-    """Attends from every query to all positions up to its own, with a softmax in float32.
+    """Attends from every query to the positions up to its own, with a softmax in float32.
 
     Args:
       queries, keys, values: Heads of the new tokens; ``heads / kv_heads`` consecutive query heads share a kv
@@ -71,6 +127,8 @@ def attend(
       cache: Keys and values of the earlier tokens; slot = position. The new tokens are written at their
         positions; those beyond the last slot are dropped. No query sees the slots beyond its position, so
         these may hold any finite values. None if the new tokens are the whole sequence.
+      window: Number of last positions that a query sees, its own included; None for all.
+      soft_cap: Limit of the scores; None for none (see ``layer_spec.Attention``).
 
     Returns:
       ``(outputs, (keys, values))``: keys and values are the updated cache, or those of the new tokens.
@@ -82,8 +140,28 @@ def attend(
         keys = cache[0].at[row, positions].set(keys.astype(cache[0].dtype), mode="drop")
         values = cache[1].at[row, positions].set(values.astype(cache[1].dtype), mode="drop")
         slots = jnp.arange(keys.shape[1])[None]
-    visible: Bool[Array, "b 1 t s"] = slots[:, None, None, :] <= positions[:, None, :, None]
-    outputs = jax.nn.dot_product_attention(
-        queries, keys.astype(queries.dtype), values.astype(queries.dtype), mask=visible
-    )
-    return outputs, (keys, values)
+    distance = positions[:, None, :, None] - slots[:, None, None, :]
+    visible: Bool[Array, "b 1 t s"] = distance >= 0
+    if window is not None:
+        visible &= distance < window
+    heads = queries, keys.astype(queries.dtype), values.astype(queries.dtype)
+    if soft_cap is None:
+        return jax.nn.dot_product_attention(*heads, mask=visible), (keys, values)
+    return _attend_capped(*heads, visible, soft_cap), (keys, values)
+
+
+def _attend_capped(
+    queries: Float[Array, "b t heads d"],
+    keys: Float[Array, "b s kv_heads d"],
+    values: Float[Array, "b s kv_heads d"],
+    visible: Bool[Array, "b 1 t s"],
+    soft_cap: float,
+) -> Float[Array, "b t heads d"]:
+    """Returns what ``jax.nn.dot_product_attention`` does, with a soft cap of the scores."""
+    batch, tokens, _, head_dim = queries.shape
+    grouped = queries.reshape(batch, tokens, keys.shape[2], -1, head_dim)
+    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, keys, preferred_element_type=jnp.float32)
+    scores = soft_cap * jnp.tanh(scores * head_dim**-0.5 / soft_cap)
+    scores = jnp.where(visible[:, :, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(queries.dtype)
+    return jnp.einsum("bkgts,bskd->btkgd", weights, values).reshape(queries.shape)

@@ -1,4 +1,4 @@
-"""The decoder-only transformer of Llama 3 and Qwen3, as Flax NNX modules.
+"""The decoder-only transformer of all families, as Flax NNX modules.
 
 Modules hold arrays and static shapes only, so a ``Decoder`` is a pytree and can be an argument of a jitted
 function. The caller chooses how linear layers are computed, by a strategy of ``apply``. ``layer_spec``
@@ -11,24 +11,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Float, Int
 
 from grinqh_jax.model.apply import Apply, Dense, of_head
 from grinqh_jax.model.attention import KeyValues, attend_heads
 from grinqh_jax.model.config import ModelConfig
-from grinqh_jax.model.layer_spec import (
-    FINAL_NORM,
-    HEAD,
-    Attention,
-    ResidualBlock,
-    SwiGLU,
-    axis_sizes,
-    layer_spec,
-)
+from grinqh_jax.model.gated_mlp import gated
+from grinqh_jax.model.layer_spec import HEAD, Attention, GatedMLP, LayerSpec, ResidualBlock
 from grinqh_jax.model.linear import CHECKPOINT_ATTRIBUTES, GradedLinear, Linear, linear_of
 from grinqh_jax.model.norm import add_norm, rms_norm
 from grinqh_jax.model.output_projection import OutputProjection, block_shapes
-from grinqh_jax.model.swiglu import swiglu
+from grinqh_jax.model.parameters import EMBEDDING, axis_sizes, norms, projections, stored_dtype
 from pallas_kernels import Activations, NestedWeight
 
 Tree = Mapping[str, Any]
@@ -36,15 +30,17 @@ Tree = Mapping[str, Any]
 
 
 class Embedding(nnx.Module):
-    """Token embeddings ``[vocab, hidden]``."""
+    """Token embeddings ``[vocab, hidden]``, and their factor."""
 
-    def __init__(self, embedding: Float[Array, "v d"]):
+    def __init__(self, embedding: Float[Array, "v d"], multiplier: float = 1.0):
         self.embedding = nnx.Param(embedding)
+        self.multiplier = multiplier
 
     @jax.named_scope("embed")
     def __call__(self, tokens: Int[Array, "b t"], dtype) -> Float[Array, "b t d"]:
-        """Returns the embeddings of tokens, in ``dtype``."""
-        return self.embedding[...][tokens].astype(dtype)
+        """Returns the embeddings of tokens, times the multiplier, in ``dtype``."""
+        embedded = self.embedding[...][tokens].astype(dtype)
+        return embedded if self.multiplier == 1 else embedded * self.multiplier
 
 
 class RMSNorm(nnx.Module):
@@ -65,11 +61,17 @@ class RMSNorm(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """One decoder layer; its attributes are the norms and projections that ``spec`` names."""
+    """One decoder layer; its attributes are the norms and projections that ``spec`` names.
 
-    def __init__(self, config: ModelConfig, tree: Tree, compute_dtype):
-        self.config = config
-        self.spec = layer_spec(config)
+    Args:
+      config: Configuration of the model.
+      spec: Structure of the layer, one of ``config.layers``.
+      tree: State tree of the layer.
+      compute_dtype: Dtype that dense kernels are cast to.
+    """
+
+    def __init__(self, config: ModelConfig, spec: LayerSpec, tree: Tree, compute_dtype):
+        self.config, self.spec = config, spec
         sizes = axis_sizes(config)
         for norm in self.spec.norms:
             setattr(self, norm.name, RMSNorm(tree[norm.name]["scale"], config.rms_norm_eps))
@@ -119,13 +121,29 @@ class DecoderLayer(nnx.Module):
           ``(x, update, kv)``: the residual stream after the layer is ``x + update``.
         """
         for block in self.spec.blocks:
-            x, inputs = getattr(self, block.norm.name).add(x, update)
+            x, inputs = self.inputs(block, x, update)
             outputs = apply(f"{name}.{block.reads.name}", getattr(self, block.reads.name), inputs)
             mixed, kv = self.mix(block, outputs, positions, kv)
-            update = apply(f"{name}.{block.writes.name}", getattr(self, block.writes.name), mixed)
+            written = apply(f"{name}.{block.writes.name}", getattr(self, block.writes.name), mixed)
+            update = self.update(block, written)
         assert update is not None, "a layer has a residual block"
         assert kv is not None, "a layer has an attention block"
         return x, update, kv
+
+    def inputs(
+        self, block: ResidualBlock, x: Float[Array, "b t d"], update: Activations | None
+    ) -> tuple[Float[Array, "b t d"], Activations]:
+        """Returns the residual stream ``x + update`` and the inputs of ``block.reads``."""
+        if block.norm is not None:
+            return getattr(self, block.norm.name).add(x, update)
+        x = x if update is None else x + update.array
+        return x, Activations.of(x)
+
+    def update(self, block: ResidualBlock, written: Activations) -> Activations:
+        """Returns what a block adds to the residual stream, from the outputs of ``block.writes``."""
+        if block.norm_after is not None:
+            written = Activations.of(getattr(self, block.norm_after.name)(written.array))
+        return written if block.multiplier == 1 else written.scaled(block.multiplier)
 
     def mix(
         self,
@@ -145,11 +163,11 @@ class DecoderLayer(nnx.Module):
           ``(inputs of block.writes, kv)``: a block without attention returns kv as it is.
         """
         match block.mixer:
-            case Attention(head_norms):
+            case Attention(head_norms=head_norms) as attention:
                 scales = head_norms and tuple(getattr(self, norm.name).scale[...] for norm in head_norms)
-                return attend_heads(self.config, outputs, scales, positions, kv)
-            case SwiGLU():
-                return swiglu(outputs), kv
+                return attend_heads(self.config, attention, outputs, scales, positions, kv)
+            case GatedMLP(activation):
+                return gated(outputs, activation), kv
 
 
 class Decoder(nnx.Module):
@@ -158,12 +176,16 @@ class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, tree: Tree, compute_dtype):
         self.config = config
         self.compute_dtype = jnp.dtype(compute_dtype)
-        self.embed = Embedding(tree["embed"]["embedding"])
+        self.embed = Embedding(tree["embed"]["embedding"], config.embedding_multiplier)
         self.layers = nnx.List(
-            [DecoderLayer(config, tree["layers"][str(i)], compute_dtype) for i in range(config.num_layers)]
+            [
+                DecoderLayer(config, spec, tree["layers"][str(i)], compute_dtype)
+                for i, spec in enumerate(config.layers)
+            ]
         )
-        self.norm = RMSNorm(tree[FINAL_NORM.name]["scale"], config.rms_norm_eps)
-        self.lm_head = OutputProjection(tree[HEAD], (config.hidden_size, config.vocab_size), compute_dtype)
+        self.norm = RMSNorm(tree[config.final_norm.name]["scale"], config.rms_norm_eps)
+        shape = config.hidden_size, config.vocab_size
+        self.lm_head = OutputProjection(tree[HEAD], shape, compute_dtype, config.logit_transform)
 
     @classmethod
     def from_tree(cls, config: ModelConfig, tree: Tree, compute_dtype) -> "Decoder":
@@ -265,12 +287,8 @@ def linear_names(config: ModelConfig) -> list[str]:
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """Returns ``(in_features, out_features)`` of all linear layers by name, in running order."""
-    sizes, layer = axis_sizes(config), layer_spec(config)
-    shapes = {
-        f"layers.{i}.{projection.name}": projection.shape(sizes)
-        for i in range(config.num_layers)
-        for projection in layer.projections
-    }
+    sizes = axis_sizes(config)
+    shapes = {name: projection.shape(sizes) for name, projection in projections(config).items()}
     return shapes | block_shapes(config.hidden_size, config.vocab_size)
 
 
@@ -282,12 +300,9 @@ def abstract_tree(config: ModelConfig, max_bits: int, num_targets: int) -> dict[
       max_bits: Bits of the stored codes: 2, 4, 6 or 8.
       num_targets: Number of rows of the threshold tables.
     """
-    sizes, layer = axis_sizes(config), layer_spec(config)
+    sizes = axis_sizes(config)
 
-    def scale(axis: str):
-        return {"scale": jax.ShapeDtypeStruct((sizes[axis],), jnp.bfloat16)}
-
-    def graded(shape: tuple[int, int]):
+    def graded(shape: tuple[int, int]) -> dict[str, jax.ShapeDtypeStruct]:
         weight = NestedWeight.abstract(*shape, max_bits)
         return {
             "planes": weight.planes,
@@ -297,18 +312,15 @@ def abstract_tree(config: ModelConfig, max_bits: int, num_targets: int) -> dict[
             "max_activation": jax.ShapeDtypeStruct((), jnp.float32),
         }
 
-    def one_layer():
-        norms = {norm.name: scale(norm.axis) for norm in layer.norms}
-        return norms | {projection.name: graded(projection.shape(sizes)) for projection in layer.projections}
-
-    head = block_shapes(config.hidden_size, config.vocab_size)
-    embedding = jax.ShapeDtypeStruct((config.vocab_size, config.hidden_size), jnp.bfloat16)
-    return {
-        "embed": {"embedding": embedding},
-        "layers": {str(i): one_layer() for i in range(config.num_layers)},
-        FINAL_NORM.name: scale(FINAL_NORM.axis),
-        HEAD: {
-            "columns": jax.ShapeDtypeStruct((config.vocab_size,), jnp.int32),
-            "blocks": {str(i): graded(shape) for i, shape in enumerate(head.values())},
-        },
-    }
+    leaves = {EMBEDDING: jax.ShapeDtypeStruct((sizes["vocab"], sizes["hidden"]), jnp.bfloat16)}
+    for name, norm in norms(config).items():
+        scale = f"{name}.scale"
+        leaves[scale] = jax.ShapeDtypeStruct((sizes[norm.axis],), stored_dtype(config, scale))
+    for name, shape in linear_shapes(config).items():
+        leaves |= {f"{name}.{leaf}": value for leaf, value in graded(shape).items()}
+    for name, projection in projections(config).items():
+        if projection.bias:
+            bias = f"{name}.bias"
+            leaves[bias] = jax.ShapeDtypeStruct(projection.shape(sizes)[1:], stored_dtype(config, bias))
+    leaves[f"{HEAD}.columns"] = jax.ShapeDtypeStruct((sizes["vocab"],), jnp.int32)
+    return unflatten_dict(leaves, sep=".")

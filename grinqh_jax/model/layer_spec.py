@@ -1,18 +1,26 @@
-"""The structure of a decoder, declared in one place: norms and projections, their order, sizes and data flow.
+"""The structure of a decoder, declared in one place: norms and projections, their order and data flow.
 
 A decoder embeds tokens into a residual stream, passes the stream through its layers, and projects it to
-logits after a final norm. A layer is a sequence of residual blocks, each of which reads the stream through a
-norm and adds its result to the stream. Decoder, loader, statistics and converter all read this description.
+logits after a final norm. A layer is a sequence of residual blocks, each of which reads the stream and adds
+its result to the stream. A family (``families``) makes the description of a model from its configuration.
+Decoder, loader, statistics and converter all read this description.
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping
+from typing import Literal
 
-from grinqh_jax.model.config import ModelConfig
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from grinqh_jax.model.rope import RopeConfig
 
 HEAD = "lm_head"
 """Name of the output projection, and prefix of the names of its vocabulary blocks."""
+
+Activation = Literal["silu", "gelu_tanh"]
+"""Activation functions of a gated MLP: SiLU, and the tanh approximation of GELU (arXiv 1606.08415)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,11 +29,13 @@ class Norm:
 
     Attributes:
       name: Name in the layer.
-      axis: Name of the axis that it normalizes, a key of ``axis_sizes``.
+      axis: Name of the axis that it normalizes, a key of ``parameters.axis_sizes``.
+      offset: Number added to the weight that Hugging Face stores. The sum is the norm scale.
     """
 
     name: str
     axis: str = "hidden"
+    offset: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +44,15 @@ class Projection:
 
     Attributes:
       name: Name in the layer.
-      inputs: Name of the axis of the input channels, a key of ``axis_sizes``.
+      inputs: Name of the axis of the input channels, a key of ``parameters.axis_sizes``.
       outputs: Names of the axes that make up the outputs, side by side.
+      bias: Whether a learned vector is added to the outputs.
     """
 
     name: str
     inputs: str
     outputs: tuple[str, ...]
+    bias: bool = False
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, int]:
         """Returns ``(in_features, out_features)`` for the sizes of the axes."""
@@ -48,36 +60,64 @@ class Projection:
 
 
 @dataclasses.dataclass(frozen=True)
+class QueryGrowth:
+    """A factor of the queries that grows with their position p: ``1 + rate * log(1 + floor(p / length))``.
+
+    Source: "temperature tuning" of Llama 4 and Ministral 3.
+    """
+
+    rate: float
+    length: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Attention:
-    """Causal grouped-query attention with rotary positions; mixes query, key and value heads.
+    """Causal grouped-query attention; mixes query, key and value heads.
 
     Attributes:
-      head_norms: Norms of every query head and of every key head before the rotation, or None.
+      rope: Rotary positions of queries and keys; None for a layer without positions.
+      window: Number of last positions that a token attends to, its own included; None for all.
+      head_norms: Norms of the queries and of the keys before the rotation, or None. With the axis ``head``
+        they normalize each head, with ``query`` and ``key_value`` all heads together.
+      score_scale: Factor of the scores; None for ``head_dim ** -0.5``.
+      score_soft_cap: Limit c of the scores s, which become ``c * tanh(s / c)``; None for no limit.
+      query_growth: Factor of the queries, or None.
     """
 
-    head_norms: tuple[Norm, Norm] | None
+    rope: RopeConfig | None
+    window: int | None = None
+    head_norms: tuple[Norm, Norm] | None = None
+    score_scale: float | None = None
+    score_soft_cap: float | None = None
+    query_growth: QueryGrowth | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class SwiGLU:
-    """``silu(gate) * up``, where the outputs of ``reads`` are ``gate`` and then ``up``."""
+class GatedMLP:
+    """``activation(gate) * up``, where the outputs of ``reads`` are ``gate`` and then ``up``."""
+
+    activation: Activation = "silu"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ResidualBlock:
-    """``x + writes(mixer(reads(norm(x))))``, where x is the residual stream.
+    """``x + multiplier * norm_after(writes(mixer(reads(norm(x)))))``, where x is the residual stream.
 
     Attributes:
-      norm: Norm that the block reads the stream through.
-      reads: Projection of the normalized stream.
+      norm: Norm that the block reads the stream through; None for none.
+      reads: Projection of the stream behind the norm.
       mixer: Function from the outputs of ``reads`` to the inputs of ``writes``.
-      writes: Projection whose outputs are added to the stream.
+      writes: Projection to the width of the stream.
+      norm_after: Norm of the outputs of ``writes``; None for none.
+      multiplier: Factor of what is added to the stream.
     """
 
-    norm: Norm
+    norm: Norm | None
     reads: Projection
-    mixer: Attention | SwiGLU
+    mixer: Attention | GatedMLP
     writes: Projection
+    norm_after: Norm | None = None
+    multiplier: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,16 +143,21 @@ class LayerSpec:
     @property
     def norms(self) -> tuple[Norm, ...]:
         """All norms, those of heads included."""
-        norms = [block.norm for block in self.blocks]
+        norms = [norm for block in self.blocks for norm in (block.norm, block.norm_after) if norm is not None]
         for block in self.blocks:
             if isinstance(block.mixer, Attention) and block.mixer.head_norms is not None:
                 norms += block.mixer.head_norms
         return tuple(norms)
 
     @property
-    def readers(self) -> dict[str, str]:
-        """Names of the projections that read the residual stream, each with the name of its norm."""
-        return {block.reads.name: block.norm.name for block in self.blocks}
+    def attention(self) -> Attention:
+        """Attention of the layer."""
+        return next(block.mixer for block in self.blocks if isinstance(block.mixer, Attention))
+
+    @property
+    def readers(self) -> dict[str, Norm | None]:
+        """Names of the projections that read the residual stream, each with its norm."""
+        return {block.reads.name: block.norm for block in self.blocks}
 
     @property
     def writers(self) -> tuple[str, ...]:
@@ -130,77 +175,52 @@ class LayerSpec:
                 return block
         raise KeyError(f"{projection}: a layer has the projections {', '.join(self.names)}")
 
-    def norm_after(self, projection: str) -> str | None:
-        """Returns the name of the norm that follows a projection's block; None after the last block.
-
-        Raises:
-          KeyError: The layer has no such projection.
-        """
-        following = self.blocks[self.blocks.index(self.block_of(projection)) + 1 :]
-        return following[0].norm.name if following else None
+    def block_after(self, block: ResidualBlock) -> ResidualBlock | None:
+        """Returns the block that runs after another one; None after the last."""
+        following = self.blocks[self.blocks.index(block) + 1 :]
+        return following[0] if following else None
 
 
-FINAL_NORM = Norm("norm")
-"""Norm that the output projection reads the residual stream through."""
+@dataclasses.dataclass(frozen=True)
+class LogitTransform:
+    """The function from outputs y of the output projection to logits: ``cap * tanh(multiplier * y / cap)``.
 
-
-@functools.cache
-def layer_spec(config: ModelConfig) -> LayerSpec:
-    """Returns the structure of every layer of a model: attention, then a SwiGLU MLP, each after a norm."""
-    head_norms = (Norm("q_norm", "head"), Norm("k_norm", "head")) if config.qk_norm else None
-    attention = ResidualBlock(
-        norm=Norm("input_norm"),
-        reads=Projection("qkv", "hidden", ("query", "key_value", "key_value")),
-        mixer=Attention(head_norms),
-        writes=Projection("o", "query", ("hidden",)),
-    )
-    mlp = ResidualBlock(
-        norm=Norm("post_norm"),
-        reads=Projection("gate_up", "hidden", ("intermediate", "intermediate")),
-        mixer=SwiGLU(),
-        writes=Projection("down", "intermediate", ("hidden",)),
-    )
-    return LayerSpec((attention, mlp))
-
-
-def stream_readers(config: ModelConfig) -> dict[str, str]:
-    """Returns the names of all projections that read the residual stream, each with the name of its norm.
-
-    The output projection is one of them.
+    Attributes:
+      multiplier: Factor of the outputs.
+      soft_cap: Limit of the logits; None for no limit: ``multiplier * y``.
     """
-    return layer_spec(config).readers | {HEAD: FINAL_NORM.name}
+
+    multiplier: float = 1.0
+    soft_cap: float | None = None
+
+    def __call__(self, outputs: Float[Array, "*rows v"]) -> Float[Array, "*rows v"]:
+        """Returns the logits of float32 outputs."""
+        logits = outputs if self.multiplier == 1 else outputs * self.multiplier
+        return logits if self.soft_cap is None else jnp.tanh(logits / self.soft_cap) * self.soft_cap
+
+    def derivative(self, outputs: Float[Array, "*rows v"]) -> Float[Array, "*rows v"] | float:
+        """Returns the derivative of each logit with respect to its output."""
+        if self.soft_cap is None:
+            return self.multiplier
+        return jax.jvp(self, (outputs,), (jnp.ones_like(outputs),))[1]
 
 
-def axis_sizes(config: ModelConfig) -> dict[str, int]:
-    """Returns the sizes of the axes of parameters, by name."""
-    return {
-        "vocab": config.vocab_size,
-        "hidden": config.hidden_size,
-        "intermediate": config.intermediate_size,
-        "query": config.num_heads * config.head_dim,
-        "key_value": config.num_kv_heads * config.head_dim,
-        "head": config.head_dim,
-    }
+IDENTITY = LogitTransform()
+"""The outputs are the logits."""
 
 
-def parameter_shapes(config: ModelConfig) -> dict[str, list[tuple[int, ...]]]:
-    """Returns, for each parameter of a dense model by dotted name, the shapes of the arrays it is made of.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Description:
+    """The structure of a whole decoder.
 
-    A kernel is made of one array ``[outputs, inputs]`` for each axis in ``Projection.outputs``, in that
-    order. Every other parameter is one array.
+    Attributes:
+      layers: Structure of each layer.
+      final_norm: Norm that the output projection reads the residual stream through.
+      embedding_multiplier: Factor of the embeddings, rounded to the dtype of the residual stream.
+      logit_transform: Function from the outputs of the output projection to logits.
     """
-    sizes, layer = axis_sizes(config), layer_spec(config)
 
-    def scale(norm: Norm) -> list[tuple[int, ...]]:
-        return [(sizes[norm.axis],)]
-
-    def kernel(projection: Projection) -> list[tuple[int, ...]]:
-        return [(sizes[axis], sizes[projection.inputs]) for axis in projection.outputs]
-
-    shapes: dict[str, list[tuple[int, ...]]] = {"embed.embedding": [(sizes["vocab"], sizes["hidden"])]}
-    for i in range(config.num_layers):
-        shapes |= {f"layers.{i}.{norm.name}.scale": scale(norm) for norm in layer.norms}
-        shapes |= {f"layers.{i}.{p.name}.kernel": kernel(p) for p in layer.projections}
-    shapes[f"{FINAL_NORM.name}.scale"] = scale(FINAL_NORM)
-    shapes[f"{HEAD}.kernel"] = kernel(Projection(HEAD, "hidden", ("vocab",)))
-    return shapes
+    layers: tuple[LayerSpec, ...]
+    final_norm: Norm = Norm("norm")
+    embedding_multiplier: float = 1.0
+    logit_transform: LogitTransform = IDENTITY

@@ -23,19 +23,21 @@ CHECKPOINT_ATTRIBUTES = {"gains": "level_gains", "columns": "token_to_output"}
 
 
 class DenseLinear(nnx.Module):
-    """An unquantized linear layer without bias.
+    """An unquantized linear layer.
 
     Attributes:
       kernel: float32 or bfloat16 ``[in_features, out_features]``; Hugging Face stores the transpose.
+      bias: Vector ``[out_features]`` that is added to the outputs, or None.
     """
 
-    def __init__(self, kernel: Float[Array, "k n"]):
+    def __init__(self, kernel: Float[Array, "k n"], bias: Float[Array, "n"] | None = None):
         self.kernel = nnx.Param(kernel)
+        self.bias = None if bias is None else nnx.Param(bias)
         self.in_features, self.out_features = kernel.shape
 
     def dense(self, x: Float[Array, "*rows k"], dtype=None) -> Float[Array, "*rows n"]:
-        """Returns ``x @ W``, accumulated in float32, in ``dtype`` (default: the dtype of x)."""
-        return _matmul(x, self.kernel[...].astype(x.dtype), dtype)
+        """Returns ``x @ W + bias``, summed in float32, in ``dtype`` (default: the dtype of x)."""
+        return _matmul(x, self.kernel[...].astype(x.dtype), self.bias, dtype)
 
 
 class GradedLinear(nnx.Module):
@@ -46,6 +48,7 @@ class GradedLinear(nnx.Module):
       thresholds: float32 ``[T, P]``, ascending along P. With the thresholds ``thresholds[t]`` the mean bits
         read of the calibration text are those of target t.
       max_activation: float32 scalar, largest ``|x|`` in calibration.
+      bias: float32 ``[out_features]`` that is added to the outputs, or None.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class GradedLinear(nnx.Module):
         thresholds: Float[Array, "t p"],
         level_gains: Float[Array, "p"],
         max_activation: Float[Array, ""],
+        bias: Float[Array, "n2"] | None = None,
         *,
         in_features: int,
         out_features: int,
@@ -64,6 +68,7 @@ class GradedLinear(nnx.Module):
         self.thresholds = nnx.Param(thresholds)
         self.level_gains = nnx.Param(level_gains)
         self.max_activation = nnx.Param(max_activation)
+        self.bias = None if bias is None else nnx.Param(bias)
         self.in_features, self.out_features = in_features, out_features
 
     @property
@@ -73,7 +78,7 @@ class GradedLinear(nnx.Module):
         return NestedWeight(*arrays, self.in_features, self.out_features, self.level_gains[...])
 
     def dense(self, x: Float[Array, "*rows k"], dtype=None) -> Float[Array, "*rows n"]:
-        """Returns ``x @ W`` as ``DenseLinear.dense`` does, with all planes dequantized to the dtype of x."""
+        """Returns ``x @ W + bias`` as ``DenseLinear.dense`` does; dequantizes all planes to x's dtype."""
         # The weight is available before x. Without the barrier XLA (jax 0.11.2) dequantizes many layers in
         # one kernel ahead of all products, so that the whole dequantized model is in memory at once.
         weight, x = jax.lax.optimization_barrier((self.weight, x))
@@ -81,15 +86,16 @@ class GradedLinear(nnx.Module):
             kernel = dequantization.dequantize_to_bfloat16(weight)
         else:
             kernel = with_layout_constraint(dequantize(weight, dtype=x.dtype), Layout((0, 1)))
-        return _matmul(x, kernel, dtype)
+        return _matmul(x, kernel, self.bias, dtype)
 
     def graded(self, x: Activations, thresholds: Float[Array, "*any p"]) -> tuple[Activations, GradingStats]:
         """Reads each channel at its level and returns ``(y, stats)`` (see ``graded_partial_sums``)."""
-        return graded_partial_sums(x, self.weight, thresholds)
+        y, stats = graded_partial_sums(x, self.weight, thresholds)
+        return y if self.bias is None else y.plus(self.bias[...]), stats
 
 
 Linear = DenseLinear | GradedLinear
-"""A linear layer: ``y = x @ W`` with ``W [in_features, out_features]``."""
+"""A linear layer: ``y = x @ W + bias`` with ``W [in_features, out_features]``."""
 
 
 def linear_of(tree: Mapping[str, Any], shape: tuple[int, int], compute_dtype) -> Linear:
@@ -101,10 +107,13 @@ def linear_of(tree: Mapping[str, Any], shape: tuple[int, int], compute_dtype) ->
       compute_dtype: Dtype that a dense kernel is cast to, float32 or bfloat16.
     """
     if "kernel" in tree:
-        return DenseLinear(jnp.asarray(tree["kernel"], compute_dtype))
+        bias = None if "bias" not in tree else jnp.asarray(tree["bias"])
+        return DenseLinear(jnp.asarray(tree["kernel"], compute_dtype), bias)
     leaves = {CHECKPOINT_ATTRIBUTES.get(key, key): leaf for key, leaf in tree.items()}
     return GradedLinear(**leaves, in_features=shape[0], out_features=shape[1])
 
 
-def _matmul(x: jax.Array, kernel: jax.Array, dtype) -> jax.Array:
-    return jnp.matmul(x, kernel, preferred_element_type=jnp.float32).astype(dtype or x.dtype)
+def _matmul(x: jax.Array, kernel: jax.Array, bias: nnx.Param | None, dtype) -> jax.Array:
+    product = jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+    product = product if bias is None else product + bias[...].astype(jnp.float32)
+    return product.astype(dtype or x.dtype)

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from grinqh_jax.model.apply import Apply
-from grinqh_jax.model.layer_spec import HEAD
+from grinqh_jax.model.layer_spec import HEAD, IDENTITY, LogitTransform
 from grinqh_jax.model.linear import Linear, linear_of
 from pallas_kernels import Activations, layout
 
@@ -45,12 +45,20 @@ class OutputProjection(nnx.Module):
 
     Attributes:
       blocks: Linear layers of the vocabulary blocks. A dense model has one, with its tokens in order.
+      transform: Function from the outputs of the blocks to logits.
       token_to_output: int32 ``[vocab]``, index of each token's logit among the outputs of all blocks; None if
         the outputs are in the order of the tokens. Reordering a whole vocabulary takes longer than choosing a
         token, so callers that accept any order use ``outputs`` and ``tokens`` instead.
     """
 
-    def __init__(self, tree: Mapping[str, Any], shape: tuple[int, int], compute_dtype):
+    def __init__(
+        self,
+        tree: Mapping[str, Any],
+        shape: tuple[int, int],
+        compute_dtype,
+        transform: LogitTransform = IDENTITY,
+    ):
+        self.transform = transform
         if "kernel" in tree:
             self.blocks = nnx.List([linear_of(tree, shape, compute_dtype)])
             self.token_to_output = None
@@ -68,7 +76,8 @@ class OutputProjection(nnx.Module):
     def outputs(self, x: Activations, apply: Apply) -> Float[Array, "*rows v"]:
         """Returns float32 logits in the order of the blocks' outputs; calls ``apply`` for each block."""
         outputs = [apply(name, block, x) for name, block in zip(self.names, self.blocks, strict=True)]
-        return jnp.concatenate([output.array.astype(jnp.float32) for output in outputs], axis=-1)
+        arrays = [output.array.astype(jnp.float32) for output in outputs]
+        return self.transform(jnp.concatenate(arrays, axis=-1))
 
     def in_order(self, outputs: Float[Array, "*rows v"]) -> Float[Array, "*rows v"]:
         """Returns ``outputs`` in the order of the tokens."""

@@ -12,7 +12,6 @@ from grinqh_jax.benchmarking import random_model
 from grinqh_jax.hf import open_checkpoint
 from grinqh_jax.model.apply import Dense
 from grinqh_jax.model.decoder import linear_shapes
-from grinqh_jax.model.layer_spec import layer_spec
 from grinqh_jax.model.linear import GradedLinear
 from pallas_kernels import quantize
 
@@ -87,11 +86,11 @@ def test_states_pass_through_the_layer_and_exact_inputs_keep_the_weights(tmp_pat
     source = open_checkpoint(tiny_models.write(tmp_path / "m"))
     windows = np.asarray(tiny_models.encode(tiny_models.TEXT[:192]), np.int32).reshape(2, 96)
     hidden = embed(source, windows, jnp.float32)
-    spec = layer_spec(source.config)
+    spec = source.config.layers[0]
     tables = {f"layers.0.{name}": np.zeros((2, 4), np.float32) for name in spec.names}
-    states = refit.RefitStates(hidden.copy(), tables, (1.0, 8.0), spec)
-    kernels, norms = read_layer(source, 0)
-    layer = dense_layer(source, kernels, norms, jnp.float32)
+    states = refit.RefitStates(hidden.copy(), tables, (1.0, 8.0), source.config.layers)
+    kernels, vectors = read_layer(source, 0)
+    layer = dense_layer(source, 0, kernels, vectors, jnp.float32)
     states.apply_norm(layer.input_norm)
     for projection in spec.names:
         w = np.asarray(kernels[projection], np.float32)
@@ -110,8 +109,8 @@ def test_states_pass_through_the_layer_and_exact_inputs_keep_the_weights(tmp_pat
 def test_streams_survive_a_file(tmp_path, dtype):
     names = ["exact 0", "exact 1", "graded 0", "graded 1"]
     numbers = np.random.default_rng(0).standard_normal((4, 5, 3)).astype(dtype)
-    spec = layer_spec(random_model.shape("Qwen3-8B"))
-    first, second = (refit.RefitStates(np.zeros((2, 5, 3), dtype), {}, (1.0, 8.0), spec) for _ in range(2))
+    layers = random_model.shape("Qwen3-8B").layers
+    first, second = (refit.RefitStates(np.zeros((2, 5, 3), dtype), {}, (1.0, 8.0), layers) for _ in range(2))
     first.streams = dict(zip(names, numbers, strict=True))
     np.savez(tmp_path / "file.npz", **first.streams)
     second.streams = dict(np.load(tmp_path / "file.npz"))

@@ -43,15 +43,15 @@ def logits(model: transformers.PreTrainedModel, tokens: np.ndarray) -> np.ndarra
     return model(torch.from_numpy(tokens)).logits.float().numpy()
 
 
-def frequencies(hf_config: dict) -> tuple[str, np.ndarray] | None:
-    """Returns the rope type and the radians per position in transformers, or None if it fails."""
+def frequencies(hf_config: dict) -> tuple[str, np.ndarray, float] | None:
+    """Returns rope type, radians per position and attention factor in transformers, or None if it fails."""
     classes = {"llama": LlamaRotaryEmbedding, "qwen3": Qwen3RotaryEmbedding}
     try:
         config = transformers.AutoConfig.for_model(**copy.deepcopy(hf_config))
         embedding = classes[hf_config["model_type"]](config)
     except (KeyError, TypeError, ValueError):
         return None
-    return config.rope_parameters["rope_type"], embedding.inv_freq.numpy()
+    return config.rope_parameters["rope_type"], embedding.inv_freq.numpy(), embedding.attention_scaling
 
 
 def main() -> None:
@@ -61,6 +61,7 @@ def main() -> None:
         names=[name for name, rope in ropes.items() if rope is not None],
         types=[rope[0] for rope in ropes.values() if rope is not None],
         frequencies=np.stack([rope[1] for rope in ropes.values() if rope is not None]),
+        attention_factors=[rope[2] for rope in ropes.values() if rope is not None],
     )
     recorded = {name: logits(torch_model(config), TOKENS)[0, ::8] for name, config in CONFIGS.items()}
     np.savez_compressed(FIXTURES / "random_logits.npz", **recorded)

@@ -8,25 +8,31 @@ from random_models import CONFIGS, state_tree
 from grinqh_jax.model.apply import Dense
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import DecoderLayer, linear_shapes
-from grinqh_jax.model.layer_spec import HEAD, layer_spec, parameter_shapes, stream_readers
+from grinqh_jax.model.layer_spec import HEAD
+from grinqh_jax.model.parameters import parameter_shapes, stream_readers, stream_writers
 
 QWEN3 = ModelConfig.from_hf(CONFIGS["qwen3-tied-gqa"])
 LLAMA = ModelConfig.from_hf(CONFIGS["llama3-tied-wide-head"])
 
 
 def test_readers_and_writers_of_the_residual_stream():
-    assert stream_readers(LLAMA) == {"qkv": "input_norm", "gate_up": "post_norm", HEAD: "norm"}
-    layer = layer_spec(LLAMA)
+    readers = stream_readers(LLAMA)
+    assert len(readers) == 2 * LLAMA.num_layers + 1
+    assert readers["layers.1.qkv"] == "layers.1.input_norm"
+    assert readers["layers.1.gate_up"] == "layers.1.post_norm"
+    assert readers[HEAD] == "norm"
+    assert stream_writers(LLAMA)[:2] == ["layers.0.o", "layers.0.down"]
+    layer = LLAMA.layers[0]
     assert layer.writers == ("o", "down")
-    assert [layer.norm_after(name) for name in layer.writers] == ["post_norm", None]
+    assert [layer.block_after(block) for block in layer.blocks] == [layer.blocks[1], None]
     assert [layer.block_of(name).writes.name for name in layer.names] == ["o", "o", "down", "down"]
     with pytest.raises(KeyError, match="router: a layer has the projections qkv, o, gate_up, down"):
         layer.block_of("router")
 
 
 def test_head_norms_are_an_option():
-    assert [norm.name for norm in layer_spec(LLAMA).norms] == ["input_norm", "post_norm"]
-    assert [norm.name for norm in layer_spec(QWEN3).norms[2:]] == ["q_norm", "k_norm"]
+    assert [norm.name for norm in LLAMA.layers[0].norms] == ["input_norm", "post_norm"]
+    assert [norm.name for norm in QWEN3.layers[0].norms[2:]] == ["q_norm", "k_norm"]
 
 
 @pytest.mark.parametrize("config", [QWEN3, LLAMA], ids=["qwen3", "llama"])
@@ -52,7 +58,7 @@ def test_a_layer_adds_only_what_its_writers_write():
             return jnp.zeros_like(y) if name == self.silenced else y
 
     config, tree = state_tree(CONFIGS["qwen3-tied-gqa"])
-    layer = DecoderLayer(config, tree["layers"]["0"], jnp.float32)
+    layer = DecoderLayer(config, config.layers[0], tree["layers"]["0"], jnp.float32)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 5, config.hidden_size)), jnp.float32)
     positions = jnp.arange(5)[None]
 

@@ -16,7 +16,7 @@ from grinqh_jax.model.rope import inverse_frequencies
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "rope_frequencies.npz"
 
 
-def check(name: str, theirs: tuple[str, np.ndarray] | None) -> None:
+def check(name: str, theirs: tuple[str, np.ndarray, float] | None) -> None:
     """Checks that the frequencies equal transformers', or that the configuration is refused by name."""
     try:
         config = ModelConfig.from_hf(CASES[name])
@@ -24,20 +24,23 @@ def check(name: str, theirs: tuple[str, np.ndarray] | None) -> None:
         message = str(error)
     else:
         assert theirs is not None, name
-        ours = inverse_frequencies(config.rope, config.head_dim)
-        np.testing.assert_allclose(ours, theirs[1], rtol=1e-5, err_msg=name)
+        rope = config.layers[0].attention.rope
+        np.testing.assert_allclose(
+            inverse_frequencies(rope, config.head_dim), theirs[1], rtol=1e-5, err_msg=name
+        )
+        assert rope.attention_factor == pytest.approx(theirs[2], rel=1e-6), name
         return
     if theirs is None:
         return
     nested = "rope parameters for each kind of layer (full_attention)"  # ignored by transformers, silently
-    assert nested in message or theirs[0] not in ("default", "llama3"), name
+    assert nested in message or theirs[0] not in ("default", "linear", "llama3", "yarn", "longrope"), name
     assert nested in message or f"rope type '{theirs[0]}'" in message, name
 
 
 def test_every_spelling_gives_the_recorded_frequencies_or_is_refused_by_name():
     recorded = np.load(FIXTURE)
-    columns = (recorded["names"].tolist(), recorded["types"].tolist(), recorded["frequencies"])
-    theirs = {name: (kind, values) for name, kind, values in zip(*columns, strict=True)}
+    columns = (recorded[key].tolist() for key in ("names", "types", "frequencies", "attention_factors"))
+    theirs = {name: values for name, *values in zip(*columns, strict=True)}
     assert theirs.keys() < CASES.keys()
     for name in CASES:
         check(name, theirs.get(name))

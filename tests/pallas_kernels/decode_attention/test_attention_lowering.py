@@ -26,7 +26,7 @@ def test_lowers_for(kind, multiprocessors, name):
     norm = jax.ShapeDtypeStruct((config.head_dim,), jnp.bfloat16)
     arguments = (
         jax.ShapeDtypeStruct((2, 1, all_heads * config.head_dim), jnp.bfloat16),
-        (norm, norm) if config.qk_norm else None,
+        (norm, norm) if config.layers[0].attention.head_norms else None,
         jax.ShapeDtypeStruct((2, 1), jnp.int32),
         (cache, cache),
     )
@@ -34,7 +34,10 @@ def test_lowers_for(kind, multiprocessors, name):
     mesh = jax.sharding.AbstractMesh((1,), ("x",), (AxisType.Explicit,), abstract_device=gpu)
     with jax.sharding.use_abstract_mesh(mesh):
         step = jax.jit(
-            lambda qkv, *args: attention.attend_heads(config, Activations.of(qkv), *args), donate_argnums=3
+            lambda qkv, *args: attention.attend_heads(
+                config, config.layers[0].attention, Activations.of(qkv), *args
+            ),
+            donate_argnums=3,
         )
         text = step.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
     attending, merging = [

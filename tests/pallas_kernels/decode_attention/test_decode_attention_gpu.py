@@ -30,8 +30,9 @@ def test_agrees_with_xla(monkeypatch, name, lengths):
     positions = jnp.array(lengths, jnp.int32)[:, None]
 
     def step(qkv, norms, positions, cache):
-        norms = norms if config.qk_norm else None
-        outputs, cache = attention.attend_heads(config, Activations.of(qkv), norms, positions, cache)
+        spec = config.layers[0].attention
+        norms = norms if spec.head_norms else None
+        outputs, cache = attention.attend_heads(config, spec, Activations.of(qkv), norms, positions, cache)
         return outputs.array, cache
 
     def run():

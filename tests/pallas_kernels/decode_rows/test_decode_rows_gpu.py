@@ -9,8 +9,8 @@ from grinqh_jax.benchmarking import random_model
 from grinqh_jax.decoding import engine
 from grinqh_jax.decoding.thresholds import model_thresholds
 from grinqh_jax.model.cache import KVCache
+from grinqh_jax.model.gated_mlp import gated
 from grinqh_jax.model.norm import add_norm, rms_norm
-from grinqh_jax.model.swiglu import swiglu
 from pallas_kernels import Activations, decode_rows
 
 pytestmark = pytest.mark.gpu
@@ -35,8 +35,8 @@ def test_agrees_with_xla(size):
     expected = rms_norm(total.astype(jnp.float32), norm_scale, 1e-6)
     np.testing.assert_allclose(normed.values * normed.factor(), expected, rtol=2**-7, atol=1e-5)
     gate_up = partial_sums(keys[3], (count, rows, 1, 2 * features))
-    activated = jax.jit(swiglu)(gate_up)
-    expected = swiglu(gate_up.astype(jnp.float32)).array
+    activated = jax.jit(gated)(gate_up)
+    expected = gated(gate_up.astype(jnp.float32)).array
     np.testing.assert_allclose(activated.values.astype(np.float32), expected, rtol=2**-7, atol=1e-4)
 
 

@@ -1,0 +1,30 @@
+"""Model families: one file describes the layers of a family and names its tensors (``docs/families.md``)."""
+
+from grinqh_jax.model.config_reader import ConfigReader
+from grinqh_jax.model.families import gemma, granite, llama, mistral, olmo, phi3, qwen, smollm3
+from grinqh_jax.model.families.family import Family
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for module in (llama, qwen, mistral, smollm3, granite, phi3, olmo, gemma)
+    for family in module.FAMILIES
+}
+"""The supported families by ``model_type``."""
+
+
+def family_of(reader: ConfigReader) -> Family:
+    """Returns the family of a configuration: of the first supported architecture, or of the model type.
+
+    An unsupported one is a problem of ``reader``; Llama then stands in for it, to find further problems.
+    """
+    names = reader.names("architectures")
+    model_type = reader.values.get("model_type")
+    by_architecture = {family.architecture: family for family in FAMILIES.values()}
+    for name in names:
+        if name in by_architecture:
+            return by_architecture[name]
+    if not names and isinstance(model_type, str) and model_type in FAMILIES:
+        return FAMILIES[model_type]
+    unsupported = f"architecture {', '.join(names)}" if names else f"model_type {model_type!r}"
+    reader.problem(f"{unsupported} (supported: {', '.join(by_architecture)})")
+    return FAMILIES["llama"]

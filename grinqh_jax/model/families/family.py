@@ -1,0 +1,127 @@
+"""A family: its name, the defaults of its configuration, its tensors, and the description of its layers."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from grinqh_jax.model.config_reader import ConfigReader
+from grinqh_jax.model.layer_spec import (
+    Activation,
+    Attention,
+    Description,
+    GatedMLP,
+    LayerSpec,
+    Norm,
+    Projection,
+    ResidualBlock,
+)
+
+INPUT_NORM, POST_NORM = "input_norm", "post_norm"
+"""Names of the norms through which attention and the MLP read the residual stream."""
+
+ATTENTION_OUTPUT_NORM, MLP_OUTPUT_NORM = "attention_output_norm", "mlp_output_norm"
+"""Names of the norms of what attention and the MLP add to the residual stream."""
+
+TENSORS: Mapping[str, tuple[str, ...]] = {
+    "embed.embedding": ("model.embed_tokens.weight",),
+    "layers.{i}.input_norm.scale": ("model.layers.{i}.input_layernorm.weight",),
+    "layers.{i}.qkv.kernel": (
+        "model.layers.{i}.self_attn.q_proj.weight",
+        "model.layers.{i}.self_attn.k_proj.weight",
+        "model.layers.{i}.self_attn.v_proj.weight",
+    ),
+    "layers.{i}.q_norm.scale": ("model.layers.{i}.self_attn.q_norm.weight",),
+    "layers.{i}.k_norm.scale": ("model.layers.{i}.self_attn.k_norm.weight",),
+    "layers.{i}.o.kernel": ("model.layers.{i}.self_attn.o_proj.weight",),
+    "layers.{i}.post_norm.scale": ("model.layers.{i}.post_attention_layernorm.weight",),
+    "layers.{i}.gate_up.kernel": (
+        "model.layers.{i}.mlp.gate_proj.weight",
+        "model.layers.{i}.mlp.up_proj.weight",
+    ),
+    "layers.{i}.down.kernel": ("model.layers.{i}.mlp.down_proj.weight",),
+    "norm.scale": ("model.norm.weight",),
+    "lm_head.kernel": ("lm_head.weight",),
+}
+"""Hugging Face's names of the tensors that make each parameter, as most families have them.
+
+A kernel has one name for each axis of its outputs, in their order, or one name if the checkpoint stores them
+fused. Hugging Face stores a kernel as ``[outputs, inputs]``. The tensors of a bias have the names of the
+kernel's with ``bias`` in place of ``weight``."""
+
+EMBEDDING, LM_HEAD = TENSORS["embed.embedding"][0], TENSORS["lm_head.kernel"][0]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Family:
+    """A model family.
+
+    Attributes:
+      model_type: ``model_type`` of its configurations.
+      architecture: Entry of ``architectures`` in its configurations.
+      describe: Returns the description of a model. It reports options that are not supported as problems of
+        the reader.
+      defaults: Values of keys that a configuration may lack, as in the configuration class of transformers.
+      tensors: Names of the tensors of each parameter (``TENSORS``).
+      biases: Configuration keys of biases that the family implements; the others are refused.
+    """
+
+    model_type: str
+    architecture: str
+    describe: Callable[[ConfigReader], Description]
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tensors: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: TENSORS)
+    biases: tuple[str, ...] = ()
+
+
+def layer(
+    attention: Attention,
+    activation: Activation | str,
+    *,
+    before: bool = True,
+    after: bool = False,
+    qkv_bias: bool = False,
+    o_bias: bool = False,
+    mlp_bias: bool = False,
+    multiplier: float = 1.0,
+    norm_offset: float = 0.0,
+) -> LayerSpec:
+    """Returns a layer of attention and a gated MLP.
+
+    Args:
+      attention: Attention of the layer.
+      activation: Activation function of the MLP.
+      before: Whether both blocks read the residual stream through norms.
+      after: Whether both blocks normalize what they add to the stream.
+      qkv_bias, o_bias, mlp_bias: Which projections have biases.
+      multiplier: Factor of what both blocks add to the stream.
+      norm_offset: See ``Norm``.
+    """
+
+    def norm(name: str, exists: bool) -> Norm | None:
+        return Norm(name, offset=norm_offset) if exists else None
+
+    return LayerSpec(
+        (
+            ResidualBlock(
+                norm=norm(INPUT_NORM, before),
+                reads=Projection("qkv", "hidden", ("query", "key_value", "key_value"), qkv_bias),
+                mixer=attention,
+                writes=Projection("o", "query", ("hidden",), o_bias),
+                norm_after=norm(ATTENTION_OUTPUT_NORM, after),
+                multiplier=multiplier,
+            ),
+            ResidualBlock(
+                norm=norm(POST_NORM, before),
+                reads=Projection("gate_up", "hidden", ("intermediate", "intermediate"), mlp_bias),
+                mixer=GatedMLP(activation),  # type: ignore[arg-type]
+                writes=Projection("down", "intermediate", ("hidden",), mlp_bias),
+                norm_after=norm(MLP_OUTPUT_NORM, after),
+                multiplier=multiplier,
+            ),
+        )
+    )
+
+
+def head_norms(offset: float = 0.0) -> tuple[Norm, Norm]:
+    """Returns norms of every query head and of every key head."""
+    return Norm("q_norm", "head", offset), Norm("k_norm", "head", offset)

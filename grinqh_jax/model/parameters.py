@@ -1,0 +1,85 @@
+"""Names, shapes and dtypes of a model's parameters, from its description."""
+
+import jax.numpy as jnp
+
+from grinqh_jax.model.config import ModelConfig
+from grinqh_jax.model.layer_spec import HEAD, Norm, Projection
+
+EMBEDDING = "embed.embedding"
+
+
+def axis_sizes(config: ModelConfig) -> dict[str, int]:
+    """Returns the size of every axis that a parameter can have, by name."""
+    return {
+        "vocab": config.vocab_size,
+        "hidden": config.hidden_size,
+        "intermediate": config.intermediate_size,
+        "query": config.num_heads * config.head_dim,
+        "key_value": config.num_kv_heads * config.head_dim,
+        "head": config.head_dim,
+    }
+
+
+def norms(config: ModelConfig) -> dict[str, Norm]:
+    """Returns all norms by dotted name, such as ``layers.0.input_norm``."""
+    in_layers = {
+        f"layers.{i}.{norm.name}": norm for i, spec in enumerate(config.layers) for norm in spec.norms
+    }
+    return in_layers | {config.final_norm.name: config.final_norm}
+
+
+def projections(config: ModelConfig) -> dict[str, Projection]:
+    """Returns all projections of the layers by dotted name, such as ``layers.0.qkv``, in running order."""
+    return {
+        f"layers.{i}.{projection.name}": projection
+        for i, spec in enumerate(config.layers)
+        for projection in spec.projections
+    }
+
+
+def stream_readers(config: ModelConfig) -> dict[str, str | None]:
+    """Returns every linear layer that reads the residual stream, and the norm before it, by dotted name.
+
+    The output projection is called ``HEAD``. The value is None if there is no norm.
+    """
+    readers = {
+        f"layers.{i}.{reader}": None if norm is None else f"layers.{i}.{norm.name}"
+        for i, spec in enumerate(config.layers)
+        for reader, norm in spec.readers.items()
+    }
+    return readers | {HEAD: config.final_norm.name}
+
+
+def stream_writers(config: ModelConfig) -> list[str]:
+    """Returns the dotted names of the projections that write the residual stream."""
+    return [f"layers.{i}.{writer}" for i, spec in enumerate(config.layers) for writer in spec.writers]
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, list[tuple[int, ...]]]:
+    """Returns the shapes of the arrays that make each parameter of a dense model, by dotted name.
+
+    A kernel is made of one array ``[outputs, inputs]`` for each axis of its outputs, in their order, and a
+    bias of one array ``[outputs]`` for each; every other parameter is one array.
+    """
+    sizes = axis_sizes(config)
+    shapes: dict[str, list[tuple[int, ...]]] = {EMBEDDING: [(sizes["vocab"], sizes["hidden"])]}
+    shapes |= {f"{name}.scale": [(sizes[norm.axis],)] for name, norm in norms(config).items()}
+    kernels = projections(config) | {HEAD: Projection(HEAD, "hidden", ("vocab",))}
+    for name, projection in kernels.items():
+        shapes[f"{name}.kernel"] = [(sizes[axis], sizes[projection.inputs]) for axis in projection.outputs]
+        if projection.bias:
+            shapes[f"{name}.bias"] = [(sizes[axis],) for axis in projection.outputs]
+    return shapes
+
+
+def stored_dtype(config: ModelConfig, name: str) -> jnp.dtype:
+    """Returns the dtype of a norm scale or a bias in a checkpoint.
+
+    Args:
+      config: Configuration of the model.
+      name: Dotted name of the parameter.
+    """
+    module, _, leaf = name.rpartition(".")
+    # bfloat16 does not hold 1 plus a small number.
+    wide = leaf == "bias" or norms(config)[module].offset != 0
+    return jnp.dtype(jnp.float32 if wide else jnp.bfloat16)
