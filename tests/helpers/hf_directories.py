@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 
 from grinqh_jax.hf import params
 from grinqh_jax.model.config import ModelConfig
+from grinqh_jax.model.parameters import norms
 
 QWEN3 = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -51,11 +52,14 @@ LLAMA3 = {
 
 def random_state(hf_config: dict) -> dict[str, np.ndarray]:
     """Returns bfloat16 weights by Hugging Face name, large enough for attention and norms to matter."""
-    state = {}
-    for parts in params.sources(ModelConfig.from_hf(hf_config)).values():
+    state, config = {}, ModelConfig.from_hf(hf_config)
+    for key, parts in params.sources(config).items():
         for name, shape in ((part.name, part.shape) for part in parts):
             values = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, np.float32)
-            values = 1 + 0.2 * values if len(shape) == 1 else values * shape[1] ** -0.5
+            if key.endswith(".scale"):
+                values = 1 - norms(config)[key.removesuffix(".scale")].offset + 0.2 * values
+            elif not key.endswith(".bias"):
+                values *= shape[1] ** -0.5
             state[name] = values.astype(ml_dtypes.bfloat16)
     return state
 

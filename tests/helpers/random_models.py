@@ -10,6 +10,7 @@ from grinqh_jax.hf import params
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import Decoder
 from grinqh_jax.model.output_projection import block_sizes
+from grinqh_jax.model.parameters import norms
 from pallas_kernels import quantize
 
 _SMALL = {
@@ -69,14 +70,17 @@ TOKENS = np.random.default_rng(7).integers(0, _SMALL["vocab_size"], (2, 40))
 
 
 def random_state(hf_config: dict, seed: int = 0) -> dict[str, np.ndarray]:
-    """Returns float32 weights by Hugging Face name, large enough for attention and norms to matter."""
-    state = {}
-    for parts in params.sources(ModelConfig.from_hf(hf_config)).values():
+    """Returns float32 weights by Hugging Face name, so large that attention, norms and biases matter."""
+    state, config = {}, ModelConfig.from_hf(hf_config)
+    for key, parts in params.sources(config).items():
         for source in parts:
             rng = np.random.default_rng([seed, zlib.crc32(source.name.encode())])
             values = rng.standard_normal(source.shape, dtype=np.float32)
-            norm = len(source.shape) == 1
-            state[source.name] = 1 + 0.3 * values if norm else values * source.shape[1] ** -0.5 * 1.5
+            if key.endswith(".scale"):
+                values = 1 - norms(config)[key.removesuffix(".scale")].offset + 0.3 * values
+            elif not key.endswith(".bias"):
+                values *= source.shape[1] ** -0.5 * 1.5
+            state[source.name] = values
     return state
 
 
@@ -86,8 +90,7 @@ def state_tree(hf_config: dict, seed: int = 0) -> tuple[ModelConfig, dict]:
     state = random_state(hf_config, seed)
     flat = {}
     for key, parts in params.sources(config).items():
-        value = np.concatenate([state[part.name] for part in parts])
-        flat[key] = value.T if params.is_kernel(key) else value
+        flat[key] = params.from_tensors(config, key, [state[part.name] for part in parts])
     return config, unflatten_dict(flat, sep=".")
 
 

@@ -1,5 +1,5 @@
-"""Records the logits of transformers for the models of ``random_models`` and for ``qwen3-32m``, and its
-rotary frequencies for ``rope_cases``.
+"""Records the logits of transformers for the models of ``random_models`` and ``family_cases`` and for
+``qwen3-32m``, and its rotary frequencies for ``rope_cases``.
 
     PYTHONPATH=. python tests/helpers/record_logits.py [DIRECTORY_OF_QWEN3_32M]
 
@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from family_cases import CASES as FAMILY_CASES
+from family_cases import TOKENS as FAMILY_TOKENS
 from random_models import CONFIGS, TOKENS, random_state
 from rope_cases import CASES
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -43,6 +45,15 @@ def logits(model: transformers.PreTrainedModel, tokens: np.ndarray) -> np.ndarra
     return model(torch.from_numpy(tokens)).logits.float().numpy()
 
 
+@torch.no_grad()
+def greedy(model: transformers.PreTrainedModel, tokens: np.ndarray, steps: int) -> np.ndarray:
+    """The likeliest tokens one after another, int32 ``[batch, steps]``, computed without a cache."""
+    for _ in range(steps):
+        following = logits(model, tokens)[:, -1].argmax(axis=-1)
+        tokens = np.concatenate([tokens, following[:, None]], axis=1)
+    return tokens[:, -steps:].astype(np.int32)
+
+
 def frequencies(hf_config: dict) -> tuple[str, np.ndarray, float] | None:
     """Returns rope type, radians per position and attention factor in transformers, or None if it fails."""
     classes = {"llama": LlamaRotaryEmbedding, "qwen3": Qwen3RotaryEmbedding}
@@ -52,6 +63,16 @@ def frequencies(hf_config: dict) -> tuple[str, np.ndarray, float] | None:
     except (KeyError, TypeError, ValueError):
         return None
     return config.rope_parameters["rope_type"], embedding.inv_freq.numpy(), embedding.attention_scaling
+
+
+def record_families() -> None:
+    """Records logits and greedy continuations of the families."""
+    recorded = {}
+    for name, config in FAMILY_CASES.items():
+        model = torch_model(config)
+        recorded[f"{name} logits"] = logits(model, FAMILY_TOKENS)[0, ::3]
+        recorded[f"{name} greedy"] = greedy(model, FAMILY_TOKENS[:1, :12], 28)
+    np.savez_compressed(FIXTURES / "family_logits.npz", **recorded)
 
 
 def main() -> None:
@@ -65,6 +86,7 @@ def main() -> None:
     )
     recorded = {name: logits(torch_model(config), TOKENS)[0, ::8] for name, config in CONFIGS.items()}
     np.savez_compressed(FIXTURES / "random_logits.npz", **recorded)
+    record_families()
     if len(sys.argv) > 1:
         model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
         kept = logits(model, SHARED_TOKENS)[0, :, ::VOCABULARY_STEP]
