@@ -18,6 +18,7 @@ VERBS = {
     "evaluate": ("grinqh_jax.cli.evaluate", "measure accuracy on word problems at settings of the dial"),
     "lm-eval": ("grinqh_jax.cli.lm_eval", "run tasks of lm-evaluation-harness (needs the extra eval)"),
     "benchmark": ("grinqh_jax.cli.benchmark", "measure prompt and generation speed"),
+    "inspect": ("grinqh_jax.cli.inspect", "say what a checkpoint is and whether it is supported"),
     "convert": (
         "checkpoints_tools.convert.command",
         "convert a Hugging Face checkpoint to a GRINQH checkpoint",

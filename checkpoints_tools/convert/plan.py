@@ -12,12 +12,13 @@ from jaxtyping import Int32
 
 from checkpoints_tools.calibration.allocation import target_grid
 from checkpoints_tools.calibration.text import Calibration, split_windows
-from checkpoints_tools.convert import principal_basis, refit_tokens, train_gains
+from checkpoints_tools.convert import refit_tokens, train_gains
 from checkpoints_tools.convert.options import FITTED, ORIGINAL, PRINCIPAL, TRAINED, Options
 from checkpoints_tools.convert.sizes import bits_per_weight_stored
 from grinqh_jax import __version__
 from grinqh_jax.hf import HFCheckpoint
 from grinqh_jax.model.decoder import linear_shapes
+from grinqh_jax.model.options import rotation_obstacle
 from pallas_kernels.layout import DIGIT_BITS
 
 PARTS_VERSION = 2
@@ -130,7 +131,7 @@ def make_plan(source: HFCheckpoint, calibration: Calibration, options: Options) 
         refit = tuple(refit_tokens.refitted_projections(refit_windows, widths))
         if shortage := refit_tokens.shortage(refit_windows, widths):
             not_done.append(shortage)
-    if options.basis == PRINCIPAL and (obstacle := principal_basis.obstacle(source.config)):
+    if options.basis == PRINCIPAL and (obstacle := rotation_obstacle(source.config)):
         options = dataclasses.replace(options, basis=ORIGINAL)
         not_done.append(f"the basis is the original one, no principal axes are possible: {obstacle}")
     gains, several_levels = options.gains, options.max_bits > DIGIT_BITS

@@ -165,17 +165,6 @@ def row_scales(squares: Float[np.ndarray, "d"]) -> Float[np.ndarray, "d"]:
     return np.asarray(jnp.asarray(scales, jnp.bfloat16), np.float32)
 
 
-def obstacle(config: ModelConfig) -> str | None:
-    """Returns why a model has no other basis, in one line; None if every rotation of its stream is exact."""
-    for i, spec in enumerate(config.layers):
-        for block in spec.blocks:
-            if block.norm is None:
-                return f"layers.{i}.{block.reads.name} reads the residual stream without a norm"
-            if block.norm_after is not None:
-                return f"layers.{i}.{block.norm_after.name} scales channels of what the residual stream adds"
-    return None
-
-
 @dataclasses.dataclass(frozen=True)
 class RotatedCheckpoint:
     """A checkpoint that computes the same function as ``source`` in another basis, and reads like it.

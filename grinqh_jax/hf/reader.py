@@ -13,7 +13,7 @@ from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
 
 from grinqh_jax.companions import COMPANIONS, find_companions
-from grinqh_jax.errors import CheckpointError, GrinqhWarning
+from grinqh_jax.errors import CheckpointError, GrinqhWarning, UnsupportedModelError
 from grinqh_jax.hf import params
 from grinqh_jax.json_files import read_object
 from grinqh_jax.model.config import ModelConfig
@@ -132,22 +132,62 @@ def open_checkpoint(model: str | os.PathLike[str]) -> HFCheckpoint:
         are missing, truncated or corrupt. One message names all of them.
       UnsupportedModelError: The configuration needs something that the decoder does not implement.
     """
-    directory = resolve(model)
-    problems: list[str] = []
-    hf_config = _read_object(directory / "config.json", problems)
+    survey = survey_checkpoint(resolve(model))
+    directory, hf_config, config = survey.directory, survey.hf_config, survey.config
     match hf_config:
         case {"quantization_config": {"quant_method": "grinqh"}}:
             raise CheckpointError(
                 f"{directory} is a GRINQH checkpoint already; name the one it was made from"
             )
+    if survey.config_problems:
+        raise UnsupportedModelError("unsupported model configuration: " + "; ".join(survey.config_problems))
+    if config is None or hf_config is None or survey.problems:
+        raise CheckpointError(f"{directory}: " + "; ".join(survey.problems))
+    files = {name: survey.files[stored] for name, stored in survey.stored_names.items()}
+    return _resolve_tie(HFCheckpoint(directory, hf_config, config, files, survey.stored_names))
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """What the configuration and the headers of a directory say, and everything that is wrong with them.
+
+    Attributes:
+      directory: The directory.
+      hf_config: Parsed ``config.json``; None if it cannot be read.
+      config: Configuration of the model; None if ``hf_config`` is None or there are ``config_problems``.
+      config_problems: Options of the configuration that are missing, malformed or not implemented.
+      files: File of each tensor, by stored name.
+      tensors: Dtype, in safetensors' spelling, and shape of each tensor, by stored name.
+      stored_names: Stored name of each tensor, by canonical name; empty without a configuration.
+      problems: Files that cannot be read, and tensors that do not match the configuration.
+    """
+
+    directory: Path
+    hf_config: dict | None
+    config: ModelConfig | None
+    config_problems: list[str]
+    files: dict[str, Path]
+    tensors: dict[str, tuple[str, tuple[int, ...]]]
+    stored_names: dict[str, str]
+    problems: list[str]
+
+
+def survey_checkpoint(directory: Path) -> Survey:
+    """Reads the configuration of a directory and the headers of its files, and no weights."""
+    problems: list[str] = []
+    hf_config = _read_object(directory / "config.json", problems)
     index = _read_object(directory / INDEX, problems) if (directory / INDEX).exists() else None
     files_of_index = _files_of_index(index, problems)
     for name in COMPANIONS:
         if name.endswith(".json") and (directory / name).exists():
             _read_object(directory / name, problems)
     paths = _weight_files(directory, files_of_index, problems)
-    files, shapes, broken = _scan(paths, problems)
-    config = ModelConfig.from_hf(hf_config) if hf_config is not None else None
+    files, tensors, broken = _scan(paths, problems)
+    config, config_problems = None, []
+    if hf_config is not None:
+        reader, config = ModelConfig.read(hf_config)
+        config_problems = reader.problems
+        config = None if config_problems else config
     # Only an index tells which tensors a broken file should hold. Where that is unknown, every tensor of the
     # file would be reported as missing.
     all_names_known = bool(files_of_index) or (index is None and not broken)
@@ -156,12 +196,9 @@ def open_checkpoint(model: str | os.PathLike[str]) -> HFCheckpoint:
         in_broken_files = [name for name, file in files_of_index.items() if directory / file in broken]
         unreadable = frozenset(params.canonical_names(config, in_broken_files).values())
         stored_names = _stored_names(config, files, problems)
-        canonical_shapes = {name: shapes[stored] for name, stored in stored_names.items()}
-        problems += params.mismatches(config, canonical_shapes, unreadable)
-    if config is None or hf_config is None or problems:
-        raise CheckpointError(f"{directory}: " + "; ".join(problems))
-    files = {name: files[stored] for name, stored in stored_names.items()}
-    return _resolve_tie(HFCheckpoint(directory, hf_config, config, files, stored_names))
+        shapes = {name: tensors[stored][1] for name, stored in stored_names.items()}
+        problems += params.mismatches(config, shapes, unreadable)
+    return Survey(directory, hf_config, config, config_problems, files, tensors, stored_names, problems)
 
 
 def _stored_names(config: ModelConfig, files: dict[str, Path], problems: list[str]) -> dict[str, str]:
@@ -254,10 +291,14 @@ def _weight_files(directory: Path, files_of_index: dict[str, str], problems: lis
 
 def _scan(
     paths: list[Path], problems: list[str]
-) -> tuple[dict[str, Path], dict[str, tuple[int, ...]], set[Path]]:
-    """Reads the headers of files; returns file and shape of each stored name, and the broken files."""
+) -> tuple[dict[str, Path], dict[str, tuple[str, tuple[int, ...]]], set[Path]]:
+    """Reads the headers of files.
+
+    Returns:
+      ``(files, tensors, broken)``: file, and dtype and shape, of each stored name; the broken files.
+    """
     files: dict[str, Path] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
     broken = set()
     for path in paths:
         try:
@@ -266,16 +307,16 @@ def _scan(
                     header = file.get_slice(name)
                     if name in files:
                         problems.append(f"tensor {name} is in both {files[name].name} and {path.name}")
-                    if header.get_dtype() not in DTYPES:
-                        dtype = header.get_dtype()
+                    dtype = header.get_dtype()
+                    if dtype not in DTYPES:
                         problems.append(
                             f"tensor {name} has dtype {dtype}, expected one of {', '.join(DTYPES)}"
                         )
-                    files[name], shapes[name] = path, tuple(header.get_shape())
+                    files[name], tensors[name] = path, (dtype, tuple(header.get_shape()))
         except FileNotFoundError:
             problems.append(f"{path.name} is missing")
             broken.add(path)
         except (OSError, SafetensorError) as error:
             problems.append(f"{path.name} is truncated or corrupt ({error}), download it again")
             broken.add(path)
-    return files, shapes, broken
+    return files, tensors, broken

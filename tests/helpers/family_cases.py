@@ -20,6 +20,7 @@ _SIZES = {
     "num_key_value_heads": 2,
     "rms_norm_eps": 1e-5,
     "max_position_embeddings": 128,
+    "pad_token_id": 0,
 }
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 500.0}
 _LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}
@@ -50,7 +51,11 @@ CASES = {
     ),
     "mistral": _config("mistral", "MistralForCausalLM", head_dim=32, sliding_window=8, rope_theta=1000.0),
     "ministral": _config(
-        "ministral", "MinistralForCausalLM", sliding_window=8, layer_types=[_SLIDING, _SLIDING, _GLOBAL]
+        "ministral",
+        "MinistralForCausalLM",
+        head_dim=32,
+        sliding_window=8,
+        layer_types=[_SLIDING, _SLIDING, _GLOBAL],
     ),
     "ministral3": _config(
         "ministral3",

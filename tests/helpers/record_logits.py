@@ -30,7 +30,7 @@ SHARED_TOKENS = np.random.default_rng(11).integers(2, 16384, (1, 24))
 
 def torch_model(hf_config: dict, seed: int = 0) -> transformers.PreTrainedModel:
     """Returns the random model in transformers, in float32."""
-    config = transformers.AutoConfig.for_model(**hf_config)
+    config = transformers.AutoConfig.for_model(**copy.deepcopy(hf_config))
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     state = {name: torch.from_numpy(value) for name, value in random_state(hf_config, seed).items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
