@@ -12,6 +12,7 @@ call to call.
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -25,6 +26,7 @@ from checkpoints_tools.source.layer import VALUES_IN_MEMORY
 from grinqh_jax.decoding.thresholds import interpolate
 from grinqh_jax.model.apply import Dense
 from grinqh_jax.model.decoder import DecoderLayer
+from grinqh_jax.model.layer_spec import LogitTransform
 from grinqh_jax.model.linear import GradedLinear, Linear
 from pallas_kernels import NestedWeight, codes, grading, layout
 
@@ -106,7 +108,8 @@ class _GradedWithGains(Dense):
         assert isinstance(linear, GradedLinear), "the layers of a graded model are graded"
         thresholds = interpolate(linear.thresholds[...], *self.setting)
         level_gains = self.level_gains[name.rpartition(".")[2]]
-        return graded_product(x, linear.weight, thresholds, level_gains).astype(x.dtype)
+        y = graded_product(x, linear.weight, thresholds, level_gains)
+        return (y if linear.bias is None else y + linear.bias[...]).astype(x.dtype)
 
 
 def graded_product(
@@ -169,12 +172,12 @@ def _through_head(
     hidden: list[Array],
 ) -> tuple[list[float], list[Array], dict[str, Float[Array, "p"]]]:
     """Returns divergences, and gradients of their logarithms behind the last layer and by head gains."""
-    rows = max(hidden[0].shape)
+    rows, transform = max(hidden[0].shape), model.original.config.logit_transform
     normed, norm_pull_backs = zip(*(jax.vjp(head.norm, x) for x in hidden), strict=True)
     normalisers = [jnp.full(len(x), -jnp.inf, jnp.float32) for x in normed]
     for name, _, weight, table in _head_ranges(head, rows):
         for s, x in enumerate(normed):
-            arguments = x, weight, table, level_gains[name], settings[s]
+            arguments = x, weight, table, level_gains[name], settings[s], transform
             normalisers[s] = _with_graded_logits(normalisers[s], *arguments).block_until_ready()
     divergences = [jnp.zeros(()) for _ in normed]
     back = [jnp.zeros(x.shape) for x in normed]
@@ -182,8 +185,8 @@ def _through_head(
     for name, outputs, weight, table in _head_ranges(head, rows):
         kernel = model.original_head(name, outputs)
         for s, x in enumerate(normed):
-            exact = logits(states.exact[s], kernel) - states.normalisers[s][:, None]
-            arguments = x, weight, table, level_gains[name], settings[s]
+            exact = logits(states.exact[s], kernel, transform) - states.normalisers[s][:, None]
+            arguments = x, weight, table, level_gains[name], settings[s], transform
             shares = jax.block_until_ready(_range_share(exact, normalisers[s], *arguments))
             divergences[s] += shares[0]
             back[s] += shares[1]
@@ -223,7 +226,7 @@ def select_outputs(weight: NestedWeight, start: int, stop: int) -> NestedWeight:
     return NestedWeight(planes, scales, weight.in_features, stop - start, weight.level_gains)
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="transform")
 def _with_graded_logits(
     normaliser: Float[Array, "t"],
     x: Float[Array, "t d"],
@@ -231,12 +234,13 @@ def _with_graded_logits(
     table: Float[Array, "targets p"],
     level_gains: Float[Array, "p"],
     setting: Setting,
+    transform: LogitTransform,
 ) -> Float[Array, "t"]:
     thresholds = interpolate(table, *setting)
-    return with_logits(normaliser, graded_product(x, weight, thresholds, level_gains))
+    return with_logits(normaliser, transform(graded_product(x, weight, thresholds, level_gains)))
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="transform")
 def _range_share(
     exact: Float[Array, "t n"],
     normaliser: Float[Array, "t"],
@@ -245,6 +249,7 @@ def _range_share(
     table: Float[Array, "targets p"],
     level_gains: Float[Array, "p"],
     setting: Setting,
+    transform: LogitTransform,
 ) -> tuple[Float[Array, ""], Float[Array, "t d"], Float[Array, "p"]]:
     """Returns the share of a range of outputs in the divergence and in its gradients by ``x`` and the gains.
 
@@ -256,9 +261,14 @@ def _range_share(
       table: Threshold table of its vocabulary block.
       level_gains: Level gains of its vocabulary block.
       setting: Setting of the dial.
+      transform: Function from outputs to logits.
     """
     thresholds = interpolate(table, *setting)
-    graded, pull_back = jax.vjp(lambda x, gains: graded_product(x, weight, thresholds, gains), x, level_gains)
+
+    def graded_logits(x, gains):
+        return transform(graded_product(x, weight, thresholds, gains))
+
+    graded, pull_back = jax.vjp(graded_logits, x, level_gains)
     log_p = graded - normaliser[:, None]
     first = first_scored_position(len(x))
     share = (jnp.arange(len(x)) >= first)[:, None] / (len(x) - first)
