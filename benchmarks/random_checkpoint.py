@@ -50,7 +50,7 @@ def write(directory: pathlib.Path, hf_config: dict) -> None:
 
 def _deviation(tensor: params.Source, config: ModelConfig) -> float:
     if len(tensor.shape) == 1:
-        return 0.1  # norm scales are 1 plus this noise
+        return 0.1  # biases are this noise, norm scales 1 plus it
     embedding = "embed" in tensor.name and not config.tie_word_embeddings
     return 1.0 if embedding else tensor.shape[1] ** -0.5
 
@@ -75,6 +75,6 @@ def _write_shard(
             for start in range(0, size, CHUNK):
                 offset = rng.integers(BLOCK - CHUNK)
                 values = block[offset : offset + min(CHUNK, size - start)]
-                if len(tensor.shape) == 1:
+                if len(tensor.shape) == 1 and not tensor.name.endswith("bias"):
                     values = (values.astype(np.float32) + 1).astype(values.dtype)
                 file.write(values.view(np.uint8))

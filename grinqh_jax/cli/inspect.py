@@ -73,7 +73,7 @@ def report_of(survey) -> dict[str, Any]:
     obstacle = rotation_obstacle(config)
     return report | {
         "family": config.family,
-        "options": options(config),
+        "options": options(config) + (["the vision tower is left out"] if config.has_vision else []),
         "sizes": {
             "layers": config.num_layers,
             "hidden": config.hidden_size,

@@ -15,6 +15,12 @@ from grinqh_jax.model.parameters import norms, parameter_shapes
 BASE = "model."
 """Prefix of all names but that of the head. Checkpoints saved from the model without its head lack it."""
 
+TEXT_PREFIXES = {"model.language_model.": BASE, "language_model.model.": BASE, "language_model.": ""}
+"""Prefixes of the text part of a model with a vision tower, and those of a model without one."""
+
+VISION_TENSORS = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*")
+"""Tensors of a vision tower, which are not read."""
+
 IGNORED_TENSORS = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 """Buffers in old checkpoints. They follow from the configuration, so they are not read."""
 
@@ -68,13 +74,19 @@ def canonical_names(config: ModelConfig, stored: Iterable[str]) -> dict[str, str
     """Returns the names that transformers gives stored tensors when it loads them, by stored name.
 
     If a stored name is not a tensor of the model, transformers tries it without the prefix ``model.`` and
-    then with it. A checkpoint that was saved from the model without its head lacks the prefix.
+    then with it. A checkpoint that was saved from the model without its head lacks the prefix. The text part
+    of a model with a vision tower has one of ``TEXT_PREFIXES``.
     """
     known = {source.name for tensors in sources(_untied(config)).values() for source in tensors}
-    return {
-        name: next((n for n in (name, name.removeprefix(BASE), BASE + name) if n in known), name)
-        for name in stored
-    }
+
+    def canonical(name: str) -> str:
+        text = name
+        if config.has_vision:
+            prefix = next((prefix for prefix in TEXT_PREFIXES if name.startswith(prefix)), "")
+            text = TEXT_PREFIXES.get(prefix, "") + name.removeprefix(prefix)
+        return next((n for n in (text, text.removeprefix(BASE), BASE + text) if n in known), name)
+
+    return {name: canonical(name) for name in stored}
 
 
 def mismatches(
@@ -103,6 +115,8 @@ def mismatches(
     elif config.tie_word_embeddings:
         missing -= {LM_HEAD}
     extra = sorted(name for name in shapes.keys() - expected.keys() if not IGNORED_TENSORS.fullmatch(name))
+    if config.has_vision:
+        extra = [name for name in extra if not VISION_TENSORS.fullmatch(name)]
     for name in sorted(missing):
         remedy = " (if the embedding is the head, config.json needs tie_word_embeddings: true)"
         problems.append(f"tensor {name} is missing" + (remedy if name == LM_HEAD else ""))

@@ -13,6 +13,9 @@ from grinqh_jax.model.layer_spec import Description
 BIASES = ("attention_bias", "mlp_bias")
 """Keys of biases, which a family that does not implement them refuses."""
 
+VISION_MODELS = {"gemma3": "gemma3_text", "mistral3": "mistral"}
+"""``model_type`` of models with a vision tower whose text part is supported, and that part's default type."""
+
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """Keys of a mixture of experts."""
 
@@ -29,6 +32,7 @@ class ModelConfig(Description):
       head_dim: Width of a head. ``num_heads * head_dim`` may differ from ``hidden_size``.
       tie_word_embeddings: Whether the output projection is the transposed embedding.
       max_position_embeddings: Maximum context, in tokens.
+      has_vision: Whether the checkpoint also holds a vision tower, which is left out.
     """
 
     family: str
@@ -42,6 +46,7 @@ class ModelConfig(Description):
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 2048
+    has_vision: bool = False
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "ModelConfig":
@@ -66,6 +71,7 @@ class ModelConfig(Description):
 
         If there are problems, the configuration has arbitrary values in their place.
         """
+        hf, has_vision = _text_part(hf)
         reader = ConfigReader(hf)
         family = family_of(reader)
         reader = reader.with_defaults(family.defaults)
@@ -94,6 +100,7 @@ class ModelConfig(Description):
             rms_norm_eps=reader.number("rms_norm_eps", 1e-6),
             tie_word_embeddings=reader.switch("tie_word_embeddings"),
             max_position_embeddings=_context(reader, family, description),
+            has_vision=has_vision,
         )
         return reader, config
 
@@ -105,6 +112,17 @@ class ModelConfig(Description):
                 f"token {outside} is outside the model's vocabulary of {self.vocab_size}: "
                 "the tokenizer belongs to another model"
             )
+
+
+def _text_part(hf: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
+    """Returns the configuration of the text part of a model, and whether the model has a vision tower."""
+    default_type, text = VISION_MODELS.get(str(hf.get("model_type"))), hf.get("text_config")
+    if default_type is None or not isinstance(text, Mapping):
+        return hf, False
+    around = {"tie_word_embeddings": hf.get("tie_word_embeddings", True)}
+    if "quantization_config" in hf:
+        around["quantization_config"] = hf["quantization_config"]
+    return {"model_type": default_type, **text, **around, "architectures": None}, True
 
 
 def _context(reader: ConfigReader, family: Family, description: Description) -> int:

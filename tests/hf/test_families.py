@@ -1,0 +1,57 @@
+"""Tensors of the families: fused kernels, biases, norm scales with an offset, the text part of a vision model."""
+
+import hf_directories
+import numpy as np
+import pytest
+from family_cases import CASES
+
+from grinqh_jax.errors import CheckpointError, UnsupportedModelError
+from grinqh_jax.hf import open_checkpoint, params
+
+VISION = {
+    "model_type": "gemma3",
+    "architectures": ["Gemma3ForConditionalGeneration"],
+    "text_config": {k: v for k, v in CASES["gemma3"].items() if k != "architectures"},
+    "vision_config": {"hidden_size": 8},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_parameters_and_tensors_are_made_of_each_other(name, tmp_path):
+    state = hf_directories.random_state(CASES[name])
+    checkpoint = open_checkpoint(hf_directories.write(tmp_path, CASES[name], state))
+    tensors = {}
+    for key, shape in checkpoint.parameters.items():
+        value = checkpoint.read(key)
+        assert value.shape == shape, key
+        tensors |= params.to_tensors(checkpoint.config, key, value)
+    assert tensors.keys() == state.keys()
+    for tensor, value in state.items():
+        np.testing.assert_allclose(tensors[tensor].astype(np.float32), value.astype(np.float32), atol=1e-6)
+
+
+def test_a_missing_bias_is_named(tmp_path):
+    state = hf_directories.random_state(CASES["qwen2-window"])
+    del state["model.layers.2.self_attn.k_proj.bias"]
+    hf_directories.write(tmp_path, CASES["qwen2-window"], state)
+    with pytest.raises(CheckpointError, match=r"tensor model.layers.2.self_attn.k_proj.bias is missing"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_the_text_part_of_a_vision_model_is_read(prefix, tmp_path):
+    state = hf_directories.random_state(CASES["gemma3"])
+    vision = {prefix + name.removeprefix("model."): value for name, value in state.items()}
+    vision["vision_tower.vision_model.post_layernorm.weight"] = np.ones(8, np.float32)
+    text = open_checkpoint(hf_directories.write(tmp_path / "text", CASES["gemma3"], state))
+    whole = open_checkpoint(hf_directories.write(tmp_path / "vision", VISION, vision))
+    assert whole.config.has_vision and whole.config.layers == text.config.layers
+    assert whole.parameters == text.parameters
+    for key in text.parameters:
+        np.testing.assert_array_equal(whole.read(key), text.read(key))
+
+
+def test_a_quantized_vision_model_is_refused(tmp_path):
+    config = VISION | {"quantization_config": {"quant_method": "fp8"}}
+    with pytest.raises(UnsupportedModelError, match="already quantized by fp8"):
+        open_checkpoint(hf_directories.write(tmp_path, config, {"a": np.ones(1, np.float32)}))
