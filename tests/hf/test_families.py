@@ -1,4 +1,4 @@
-"""Tensors of the families: fused kernels, biases, norm scales with an offset, the text part of a vision model."""
+"""Tensors of the families: fused kernels, biases, norm scales with an offset, the text of a vision model."""
 
 import hf_directories
 import numpy as np
@@ -45,7 +45,8 @@ def test_the_text_part_of_a_vision_model_is_read(prefix, tmp_path):
     vision["vision_tower.vision_model.post_layernorm.weight"] = np.ones(8, np.float32)
     text = open_checkpoint(hf_directories.write(tmp_path / "text", CASES["gemma3"], state))
     whole = open_checkpoint(hf_directories.write(tmp_path / "vision", VISION, vision))
-    assert whole.config.has_vision and whole.config.layers == text.config.layers
+    assert whole.config.has_vision
+    assert whole.config.layers == text.config.layers
     assert whole.parameters == text.parameters
     for key in text.parameters:
         np.testing.assert_array_equal(whole.read(key), text.read(key))

@@ -11,7 +11,9 @@ from random_models import state_tree
 
 from grinqh_jax.decoding import engine
 from grinqh_jax.decoding.sampling import Sampling
+from grinqh_jax.errors import UnsupportedModelError
 from grinqh_jax.model.cache import KVCache
+from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import Decoder
 from grinqh_jax.model.families import FAMILIES
 
@@ -29,6 +31,74 @@ def model_of(hf_config: dict, seed: int = 0) -> Decoder:
 
 def relative_difference(ours, theirs) -> float:
     return float(np.max(np.abs(np.asarray(ours) - theirs)) / np.max(np.abs(theirs)))
+
+
+REFUSED = {
+    "llama-yarn": [
+        ({"sliding_window": 8}, "sliding_window 8"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "yarn rope lacks factor"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 0}},
+            "factor is 0, expected a positive number",
+        ),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+    ],
+    "qwen2-window": [
+        ({"mlp_bias": True}, "mlp_bias True"),
+        ({"max_window_layers": None}, "max_window_layers is None"),
+        ({"num_experts": 4}, "mixture of experts (num_experts 4)"),
+    ],
+    "mistral": [
+        ({"layer_types": ["full_attention"] * 3}, "layer_types of another kind"),
+        ({"attention_bias": True}, "attention_bias True"),
+    ],
+    "ministral": [({"sliding_window": None}, "layer_types sliding_attention without a sliding_window")],
+    "ministral3": [
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
+            "llama_4_scaling_beta of rope_parameters is None",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "llama_4_scaling_beta": 0.1}},
+            "original_max_position_embeddings is None",
+        ),
+    ],
+    "smollm3": [
+        ({"no_rope_layers": [1, 0]}, "no_rope_layers is [1, 0], expected a list of 0 and 1 for 3 layers")
+    ],
+    "granite": [({"layer_types": ["chunked_attention"] * 3}, "layer_types chunked_attention")],
+    "phi3-longrope": [
+        ({"attention_bias": True}, "attention_bias True"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "rope type 'llama3'"),
+        (
+            {"rope_parameters": {"rope_type": "su", "short_factor": [1.0]}},
+            "expected a list of 4 positive numbers",
+        ),
+        ({"partial_rotary_factor": 0.35}, "partial_rotary_factor 0.35 rotates 5 of 16"),
+    ],
+    "olmo2": [({"sliding_window": 8}, "sliding_window 8"), ({"mlp_bias": True}, "mlp_bias True")],
+    "olmo3-window-yarn": [
+        ({"rope_parameters": {"rope_type": "default"}}, "rope_parameters without full_attention"),
+        ({"layer_types": ["linear_attention"] * 3}, "layer_types linear_attention"),
+    ],
+    "gemma3": [
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
+        ({"attn_logit_softcapping": 30.0}, "attn_logit_softcapping 30.0"),
+        ({"hidden_activation": "gelu"}, "hidden_activation 'gelu'"),
+        ({"quantization_config": {"quant_method": "awq"}}, "already quantized by awq"),
+    ],
+}
+"""For each family, options that it does not have and the words that name them."""
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_options_that_a_family_lacks_are_refused_by_name(name):
+    for options, message in REFUSED[name]:
+        with pytest.raises(UnsupportedModelError) as caught:
+            ModelConfig.from_hf(CASES[name] | options)
+        assert message in str(caught.value)
 
 
 def test_the_cases_cover_all_families():

@@ -4,6 +4,7 @@ from grinqh_jax.model.config_reader import GLOBAL, SLIDING, ConfigReader
 from grinqh_jax.model.families.family import TENSORS, Family, layer
 from grinqh_jax.model.families.rope import read_rope
 from grinqh_jax.model.layer_spec import Attention, Description
+from grinqh_jax.model.rope import RopeType
 
 
 def _describe(reader: ConfigReader) -> Description:
@@ -12,8 +13,13 @@ def _describe(reader: ConfigReader) -> Description:
     if reader.layer_types(kinds) != kinds:
         reader.problem("layer_types of another kind than sliding_window says")
     # Early configurations call LongRoPE "su" or "yarn".
-    types = {"default": "default", "longrope": "longrope", "su": "longrope", "yarn": "longrope"}
-    rope = read_rope(reader, types=types, partial=True)  # type: ignore[arg-type]
+    types: dict[str, RopeType] = {
+        "default": "default",
+        "longrope": "longrope",
+        "su": "longrope",
+        "yarn": "longrope",
+    }
+    rope = read_rope(reader, types=types, partial=True)
     spec = layer(Attention(rope=rope, window=window), reader.activation())
     return Description(layers=(spec,) * len(kinds))
 

@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from grinqh_jax.model.config_reader import GLOBAL, SLIDING, ConfigReader
 from grinqh_jax.model.rope import DEFAULT_ROPE_THETA, RopeConfig, RopeType
 
-ROPE_TYPES: tuple[RopeType, ...] = ("default", "linear", "llama3", "yarn", "longrope")
+ROPE_TYPES: Mapping[str, RopeType] = {
+    "default": "default",
+    "linear": "linear",
+    "llama3": "llama3",
+    "yarn": "yarn",
+    "longrope": "longrope",
+}
+"""Spellings of the types of rotary embeddings."""
 
 ORIGINAL = "original_max_position_embeddings"
 
@@ -45,7 +52,7 @@ def read_rope(
     if layers := [key for key, value in rope.values.items() if isinstance(value, Mapping)]:
         reader.problem(f"rope parameters for each kind of layer ({', '.join(layers)})")
         return RopeConfig()
-    return _rope(rope, reader, theta, types or {kind: kind for kind in ROPE_TYPES}, partial)
+    return _rope(rope, reader, theta, ROPE_TYPES if types is None else types, partial)
 
 
 def read_ropes_by_kind(
@@ -71,7 +78,7 @@ def read_ropes_by_kind(
         SLIDING: {"rope_theta": reader.values.get(sliding_key or "", sliding_theta)},
     }
     positions = {"max_position_embeddings": reader.values.get("max_position_embeddings")}
-    types = {kind: kind for kind in ROPE_TYPES if kind != "longrope"}
+    types = {name: kind for name, kind in ROPE_TYPES.items() if kind != "longrope"}
     return {
         kind: _rope(reader.nested(values), reader.nested(beside[kind] | positions), theta, types, False)
         for kind, values in by_kind.items()
