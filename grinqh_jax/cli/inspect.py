@@ -51,7 +51,8 @@ def report_of(survey) -> dict[str, Any]:
       ``model``, ``format`` (``huggingface``, ``grinqh`` or ``unknown``), ``supported`` and ``problems`` (one
       line each). As far as they are known also ``family``, ``options``, ``sizes``, ``parameters``, ``stored``
       (``bytes``, and ``bits_per_weight`` of the linear layers or ``dtypes``), ``computed_by_xla`` (parts of a
-      decode step that have no GPU kernel for these options) and ``basis``.
+      decode step that have no GPU kernel for these options) and ``basis`` (the one that the checkpoint has or
+      that a conversion takes).
     """
     from grinqh_jax.model.options import missing_kernels, options, rotation_obstacle
 
@@ -71,6 +72,7 @@ def report_of(survey) -> dict[str, Any]:
     if (config := survey.config) is None:
         return report | {"family": hf_config.get("model_type"), "stored": stored}
     obstacle = rotation_obstacle(config)
+    basis = "principal" if obstacle is None else f"original: {obstacle}"
     return report | {
         "family": config.family,
         "options": options(config) + (["the vision tower is left out"] if config.has_vision else []),
@@ -87,7 +89,7 @@ def report_of(survey) -> dict[str, Any]:
         "parameters": _parameters(config),
         "stored": stored,
         "computed_by_xla": missing_kernels(config),
-        "basis": "principal" if obstacle is None else f"original: {obstacle}",
+        "basis": stored.get("provenance", {}).get("basis", basis),
     }
 
 
