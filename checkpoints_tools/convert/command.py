@@ -26,8 +26,8 @@ def parser() -> cli.Parser:
     """Returns the parser of the command's flags."""
     result = cli.Parser(
         prog="grinqh-jax convert",
-        description="Quantize a checkpoint of a supported family (docs/families.md) to nested codes, one layer "
-        "at a time. To resume an interrupted conversion, run the same command again.",
+        description="Quantize a checkpoint of a supported family (docs/families.md) to nested codes, one "
+        "layer at a time. To resume an interrupted conversion, run the same command again.",
     )
     add = result.add_argument
     add("--model", required=True, metavar="MODEL", help=MODEL_HELP)
