@@ -90,11 +90,14 @@ class ConfigReader:
     def numbers(self, key: str, length: int) -> tuple[float, ...]:
         """Reads a list of ``length`` positive numbers."""
         value = self.values.get(key)
-        valid = isinstance(value, list) and len(value) == length
-        if not valid or not all(isinstance(x, int | float) and 0 < x < float("inf") for x in value):
-            self.problem(f"{key} is {value!r:.60}, expected a list of {length} positive numbers")
-            return (1.0,) * length
-        return tuple(float(x) for x in value)
+        if (
+            isinstance(value, list)
+            and len(value) == length
+            and all(isinstance(x, int | float) and 0 < x < float("inf") for x in value)
+        ):
+            return tuple(float(x) for x in value)
+        self.problem(f"{key} is {value!r:.60}, expected a list of {length} positive numbers")
+        return (1.0,) * length
 
     def section(self, key: str) -> "ConfigReader":
         """Returns a reader of a nested object, empty if absent, that shares this reader's problems."""
