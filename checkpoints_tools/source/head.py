@@ -31,7 +31,7 @@ def vocabulary(source: HFCheckpoint, rows: int) -> Iterator[tuple[int, Float[Arr
 
 @jax.jit
 def outputs(normed: Float[Array, "t d"], w: Float[Array, "d n"]) -> Float[Array, "t n"]:
-    """Returns the float32 outputs of the output projection for hidden states behind the last norm."""
+    """Returns the float32 outputs of the output projection for hidden states after the final norm."""
     return jnp.matmul(normed, w.astype(normed.dtype), preferred_element_type=jnp.float32)
 
 
@@ -39,7 +39,7 @@ def outputs(normed: Float[Array, "t d"], w: Float[Array, "d n"]) -> Float[Array,
 def logits(
     normed: Float[Array, "t d"], w: Float[Array, "d n"], transform: LogitTransform = IDENTITY
 ) -> Float[Array, "t n"]:
-    """Returns the float32 logits of hidden states behind the last norm."""
+    """Returns the float32 logits of hidden states after the final norm."""
     return transform(outputs(normed, w))
 
 

@@ -27,7 +27,7 @@ def read_layer(source, i: int) -> tuple[dict[str, np.ndarray | Array], dict[str,
     prefix = f"layers.{i}."
     kernels: dict[str, np.ndarray | Array] = {}
     vectors: dict[str, np.ndarray] = {}
-    # Reads the kernels first, because a rotated checkpoint derives the norms from them.
+    # The kernels come first, because a rotated checkpoint computes the norms from them.
     for key in sorted(source.parameters, key=lambda key: not key.endswith(".kernel")):
         if key.startswith(prefix):
             name = key.removeprefix(prefix)
