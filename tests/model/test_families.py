@@ -26,7 +26,8 @@ PROMPT = 12
 
 
 def model_of(hf_config: dict, seed: int = 0) -> Decoder:
-    return Decoder.from_tree(*state_tree(hf_config, seed), jnp.float32)
+    config, tree = state_tree(hf_config, seed)
+    return Decoder.from_tree(config, jax.tree.map(jnp.asarray, tree), jnp.float32)
 
 
 def relative_difference(ours, theirs) -> float:
@@ -108,6 +109,7 @@ def test_the_cases_cover_all_families():
 @pytest.mark.parametrize("name", CASES)
 def test_logits_equal_recorded_logits_and_every_option_matters(name):
     config, tree = state_tree(CASES[name])
+    tree = jax.tree.map(jnp.asarray, tree)
     logits = Decoder.from_tree(config, tree, jnp.float32)(TOKENS[:1])[0, ::3]
     recorded = RECORDED[f"{name} logits"]
     assert relative_difference(logits, recorded) <= TOLERANCE

@@ -20,7 +20,8 @@ def _describe(reader: ConfigReader) -> Description:
     windows = reader.windows(kinds, reader.optional_integer("sliding_window"))
     ropes = read_ropes_by_kind(reader, 1000000.0, 10000.0, "rope_local_base_freq")
     bias, activation = reader.switch("attention_bias"), reader.activation("hidden_activation")
-    scale = reader.number("query_pre_attn_scalar", 256) ** -0.5
+    scalar = reader.number("query_pre_attn_scalar", 256)
+    scale = None if scalar == reader.integer("head_dim") else scalar**-0.5
     return Description(
         layers=tuple(
             layer(
