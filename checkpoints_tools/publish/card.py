@@ -85,8 +85,7 @@ def render(directory: Path, origin: Origin) -> str:
     stored = made.get("bits_per_weight_stored")
     facts = {
         "source": origin.name,
-        "architecture": f"{config.architecture}, {config.num_layers} layers,"
-        f" hidden size {config.hidden_size}",
+        "architecture": f"{config.family}, {config.num_layers} layers, hidden size {config.hidden_size}",
         "weights in linear layers": f"{weights / 1e6:,.1f} million",
         "format": f"{PROJECT}, checkpoint version {hf_config['quantization_config'].get('version')}",
         "codes": f"nested, {quantization.max_bits} bits; the dial goes from {quantization.targets[0]:g} to"

@@ -302,7 +302,7 @@ def abstract_tree(config: ModelConfig, max_bits: int, num_targets: int) -> dict[
     """
     sizes = axis_sizes(config)
 
-    def graded(shape: tuple[int, int]) -> dict[str, jax.ShapeDtypeStruct]:
+    def graded(shape: tuple[int, int]) -> dict[str, Any]:
         weight = NestedWeight.abstract(*shape, max_bits)
         return {
             "planes": weight.planes,
@@ -312,7 +312,9 @@ def abstract_tree(config: ModelConfig, max_bits: int, num_targets: int) -> dict[
             "max_activation": jax.ShapeDtypeStruct((), jnp.float32),
         }
 
-    leaves = {EMBEDDING: jax.ShapeDtypeStruct((sizes["vocab"], sizes["hidden"]), jnp.bfloat16)}
+    leaves: dict[str, Any] = {
+        EMBEDDING: jax.ShapeDtypeStruct((sizes["vocab"], sizes["hidden"]), jnp.bfloat16)
+    }
     for name, norm in norms(config).items():
         scale = f"{name}.scale"
         leaves[scale] = jax.ShapeDtypeStruct((sizes[norm.axis],), stored_dtype(config, scale))

@@ -88,7 +88,7 @@ def write(
         removes one.
     """
     config = ModelConfig.from_hf(hf_config)
-    name = config.architecture
+    name = config.family
     values = {
         f"{name}.vocab_size": config.vocab_size,
         f"{name}.context_length": config.max_position_embeddings,

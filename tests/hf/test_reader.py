@@ -207,8 +207,8 @@ def test_pickled_weights_are_refused_with_a_remedy(tmp_path):
 
 def test_an_unsupported_option_is_named(tmp_path):
     hf_directories.write(tmp_path, QWEN3)
-    (tmp_path / "config.json").write_text(json.dumps(QWEN3 | {"attention_bias": True}))
-    with pytest.raises(UnsupportedModelError, match="attention_bias"):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3 | {"mlp_bias": True}))
+    with pytest.raises(UnsupportedModelError, match="mlp_bias"):
         open_checkpoint(tmp_path)
 
 

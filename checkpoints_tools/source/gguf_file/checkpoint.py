@@ -84,7 +84,7 @@ class GGUFCheckpoint(HFCheckpoint):
         Tensors of types F32, F16 and BF16 keep their dtype, others are float32.
         """
         stored = self.stored_names[name]
-        permuted = _PERMUTED.fullmatch(name) if self.config.architecture == "llama" else None
+        permuted = _PERMUTED.fullmatch(name) if self.config.family == "llama" else None
         if permuted is None:
             return self.gguf.read(stored, rows)
         heads = self.config.num_heads if permuted[1] == "q" else self.config.num_kv_heads

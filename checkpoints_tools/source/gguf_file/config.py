@@ -70,7 +70,7 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
         if (rotated := value("rope.dimension_count", head_dim)) != head_dim:
             config["partial_rotary_factor"] = rotated / head_dim
     if (window := value("attention.sliding_window")) is not None:
-        config |= {"sliding_window": window, "use_sliding_window": True}
+        raise UnsupportedModelError(f"{file.path}: sliding_window {window} is not supported in GGUF")
     if value("expert_count"):
         config["num_experts"] = value("expert_count")
     config |= _scaling(file, architecture, config["rope_theta"])
@@ -84,7 +84,7 @@ def _scaling(file: GGUFFile, architecture: str, theta: float) -> dict[str, Any]:
     """Returns ``rope_scaling``, if the frequencies are scaled."""
     kind = file.metadata.get(f"{architecture}.rope.scaling.type", "none")
     if kind != "none":
-        return {"rope_scaling": {"rope_type": kind}}
+        raise UnsupportedModelError(f"{file.path}: rope type {kind!r} is not supported in GGUF")
     if ROPE_DIVISORS not in file.tensors:
         return {}
     divisors = file.read(ROPE_DIVISORS)
