@@ -49,7 +49,7 @@ def permuted(w: np.ndarray, heads: int) -> np.ndarray:
 
 def divisors(config: ModelConfig) -> np.ndarray:
     """Returns the divisors of the frequencies of a Llama 3 model, frequency by frequency."""
-    rope, result = config.rope, []
+    rope, result = config.layers[0].attention.rope, []
     for i in range(config.head_dim // 2):
         wavelength = 2 * np.pi * rope.theta ** (2 * i / config.head_dim)
         turns = rope.original_max_position_embeddings / wavelength
@@ -101,7 +101,7 @@ def write(
         f"{name}.attention.value_length": config.head_dim,
         f"{name}.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
         f"{name}.rope.dimension_count": config.head_dim,
-        f"{name}.rope.freq_base": config.rope.theta,
+        f"{name}.rope.freq_base": config.layers[0].attention.rope.theta,
         "general.license": "apache-2.0",
     }
     writer = gguf.GGUFWriter(path, name)
@@ -127,7 +127,7 @@ def write(
         kind = gguf.GGMLQuantizationType[matrix_type if value.ndim > 1 else "F32"]
         stored = gguf.quantize(np.ascontiguousarray(value, np.float32), kind)
         writer.add_tensor(gguf_name(tensor), stored, raw_dtype=kind)
-    if config.rope.type == "llama3":
+    if config.layers[0].attention.rope.type == "llama3":
         writer.add_tensor("rope_freqs.weight", divisors(config))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
