@@ -1,10 +1,10 @@
-"""Ranges of numbers, and messages about them in figures that people read."""
+"""Ranges of numbers, and messages about them with numbers written for people."""
 
 import dataclasses
 import math
 
 _LARGE = 1e6
-"""A limit from here on is no advice, so a message about too small a number leaves it out."""
+"""Smallest upper limit that a message about a number below the range leaves out, because it does not help."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Range:
         return f"{readable(self.least)} to {readable(self.most)}"
 
     def expected(self, value: float) -> str:
-        """Returns which numbers are expected instead of ``value``, which is outside."""
+        """Returns the end of a message about ``value``, which is outside: the numbers that are expected."""
         advice = Range(self.least, math.inf) if value < self.least and self.most >= _LARGE else self
         return f"expected {advice}"
 

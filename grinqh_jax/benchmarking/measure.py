@@ -82,13 +82,13 @@ def timed(function: Callable[[], object], tokens: int, repeats: int) -> Timing:
 def timed_in_a_row(
     function: Callable[[], object], tokens: int, repeats: int, policy: DecodePolicy | None = None
 ) -> Timing:
-    """Times ``repeats`` calls, each dispatched while the previous one runs, as decode chunks of a text are.
+    """Times ``repeats`` calls, each dispatched while the previous one runs, as decoding dispatches chunks.
 
     Args:
       function: Function to time; returns JAX arrays.
       tokens: Tokens that one call processes.
       repeats: Number of timed calls.
-      policy: Decode policy; None means that of the device. Without ``chunks_ahead``, this is ``timed``.
+      policy: Decode policy, by default that of the device. Without ``chunks_ahead``, this is ``timed``.
     """
     if not (policy or DecodePolicy.for_device()).chunks_ahead:
         return timed(function, tokens, repeats)

@@ -1,4 +1,4 @@
-"""The command line: one module per verb, and the code that verbs share.
+"""The command line: one module for each verb, and the code that verbs share.
 
 Verbs: ``generate``, ``chat``, ``perplexity``, ``evaluate``, ``lm_eval``, ``benchmark``; ``convert`` is
 ``checkpoints_tools.convert.command``. Shared: ``command`` (errors and exit codes), ``flags``, ``generation``,

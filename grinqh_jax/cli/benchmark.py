@@ -17,6 +17,7 @@ import jax
 from grinqh_jax.benchmarking import measure, random_model
 from grinqh_jax.cli import command, flags
 from grinqh_jax.cli.generation import load_generator, open_model
+from grinqh_jax.decoding.bits import FULL
 from grinqh_jax.decoding.model_files import ModelFiles
 from grinqh_jax.errors import UsageError
 from grinqh_jax.json_files import json_line
@@ -59,7 +60,7 @@ def parser() -> command.Parser:
     add(
         "--bits",
         type=_bits_list,
-        default=["2", "3", "4", "full", BF16],
+        default=["2", "3", "4", FULL, BF16],
         metavar="B,B,...",
         help="settings to measure: mean bits per weight, full (all stored bits), or bf16 (random dense "
         "weights in the same shape) (default: 2,3,4,full,bf16)",
@@ -120,7 +121,7 @@ def rows(
     Args:
       args: parsed flags.
       bandwidth: read bandwidth of the device, bytes per second.
-      source: what the model is made from: its files, or the shape for random weights.
+      source: Files of the model, or its configuration for random weights.
     """
     graded_settings = [bits for bits in args.bits if bits != BF16]
     if isinstance(source, ModelConfig):
@@ -132,13 +133,13 @@ def rows(
     else:
         generator = load_generator(source)
         label, model, targets = source.directory.name, generator.model, source.targets or ()
-    if not model.graded and any(bits != "full" for bits in graded_settings):
-        graded_settings = ["full"]
+    if not model.graded and any(bits != FULL for bits in graded_settings):
+        graded_settings = [FULL]
         print(f"{label} is not quantized: only full bits are measured", file=sys.stderr)
     yield from _model_rows(label, model, targets, graded_settings, args, bandwidth)
     if BF16 in args.bits:
         config = model.config
-        del model  # not every device holds two 8B models at once
+        del model  # Not every device can hold two 8B models.
         yield from _model_rows(label, random_model.dense(config), (), [BF16], args, bandwidth)
 
 
@@ -153,7 +154,7 @@ def _source(args: argparse.Namespace) -> ModelFiles | ModelConfig:
     targets = random_model.TARGETS if isinstance(source, ModelConfig) else source.targets
     if targets is not None:
         least, most = targets[0], targets[-1]
-        numbers = [bits for bits in args.bits if bits not in (BF16, "full")]
+        numbers = [bits for bits in args.bits if bits not in (BF16, FULL)]
         if beyond := [bits for bits in numbers if not least <= float(bits) <= most]:
             label = random_model.label(args.shape or args.model)
             raise UsageError(
@@ -190,7 +191,7 @@ def _model_rows(label, model: Decoder, targets, settings, args, bandwidth) -> It
     if args.prompt_tokens and settings:
         prefill = measure.PrefillRun(model, args.prompt_tokens)
         timing = measure.timed(prefill.run, args.prompt_tokens, args.repeats)
-        bits = settings[0] if settings[0] == BF16 else "full"
+        bits = settings[0] if settings[0] == BF16 else FULL
         yield _row(label, f"pp{args.prompt_tokens}", bits, timing, {}, None)
     if not args.generate_tokens or not settings:
         return
@@ -198,7 +199,7 @@ def _model_rows(label, model: Decoder, targets, settings, args, bandwidth) -> It
     for bits in settings:
         dial = None
         if model.graded:
-            dial = decoding.settle(targets, targets[-1] if bits == "full" else float(bits))
+            dial = decoding.settle(targets, targets[-1] if bits == FULL else float(bits))
         run_once = functools.partial(decoding.run, dial)
         timing = measure.timed_in_a_row(run_once, args.generate_tokens, args.repeats)
         figures = decoding.figures(run_once())

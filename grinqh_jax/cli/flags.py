@@ -13,7 +13,7 @@ from grinqh_jax.errors import UsageError
 MAX_BITS = 8
 """Most bits per weight that a checkpoint stores."""
 
-DEFAULT_BITS: tuple[Bits, ...] = (2.0, 3.0, 4.0, "full")
+DEFAULT_BITS: tuple[Bits, ...] = (2.0, 3.0, 4.0, FULL)
 """Settings that ``perplexity`` and ``evaluate`` measure by default."""
 
 

@@ -1,4 +1,4 @@
-"""Reads the lines of a conversation: with editing and history on a terminal, as bytes from a pipe or file."""
+"""Reads the lines of a conversation: from a terminal with editing and history, or from a pipe or file."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ def history_file() -> Path:
 
 
 class LineReader:
-    """Reads line after line from standard input. On a terminal, use it as a context: it keeps a history.
+    """Reads lines from standard input. As a context manager it reads and writes the history of a terminal.
 
     Attributes:
       is_terminal: Whether a person types at a terminal and sees the answers there.

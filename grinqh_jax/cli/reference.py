@@ -1,4 +1,4 @@
-"""The model that ``perplexity`` compares with: the one named, the original, or the model itself."""
+"""Finds the model that ``perplexity`` compares with: the named one, the original, or the model itself."""
 
 import dataclasses
 from pathlib import Path
@@ -17,7 +17,7 @@ class Reference:
     Attributes:
       files: ``ModelFiles`` of the reference; None for the model itself.
       name: Its directory or hub id, or ``SELF``.
-      description: What a reader of the results must know about the comparison.
+      description: Description of the comparison for a reader of the results.
     """
 
     files: object | None

@@ -1,4 +1,4 @@
-"""The setting of the dial: mean bits to read per weight, or everything that is stored."""
+"""The setting of the dial: mean bits to read per weight, or all stored bits."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Final, Literal
 from grinqh_jax.errors import UsageError
 
 FULL: Final = "full"
-"""The setting that reads every stored bit."""
+"""The setting that reads all stored bits."""
 
 Bits = float | Literal["full"]
 """A setting of the dial: mean bits per weight, or ``FULL``."""

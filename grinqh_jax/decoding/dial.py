@@ -25,30 +25,30 @@ from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import Decoder, linear_names, linear_shapes
 
 PRIOR_TOKENS = 16
-"""Weight of the calibration text in the estimate, in tokens: a few observed tokens say little."""
+"""Number of tokens without excess that the mean excess includes, because a few observed tokens say little."""
 
 REPAYMENT_TOKENS = 8
-"""Least number of tokens over which the dial makes up for bits that the answer read beyond the wanted mean.
+"""Least number of tokens over which the dial pays back bits that the answer read beyond the wanted mean.
 
-A longer answer has half as many tokens for it as it has so far, because a setting that follows every token
-costs quality: at a constant 8, books read at 1.5 to 3 bits have 1 to 2 % more KL divergence at equal bits
-(bundled model).
+After n tokens of the answer the dial takes n / 2 tokens, if that is more, because a setting that follows
+every token costs quality: at a constant 8, books read at 1.5 to 3 bits have 1 to 2 % more KL divergence at
+equal bits (bundled model).
 """
 
 UNITS_PER_BIT = 1 << 24
-"""Resolution of sums over layers. They are sums of integers, because the order in which a GPU adds floats may
-depend on the number of rows."""
+"""Units for each bit in sums over layers. The sums are integers, because a sum of floats could depend on the
+number of rows: a GPU may add floats in another order."""
 
 PREVIEW_UNITS = 1 << 14
-"""Units per bit in sums over the tokens of a preview. These sums, below 2^10 bits, are exact in float32, so
-the order of additions does not matter."""
+"""Units for each bit in sums over the tokens of a preview. These sums, below 2^10 bits, are exact in float32,
+so the order of additions does not matter."""
 
 SKIPPED_POSITIONS = 4
 """Number of leading positions of a text that do not add to the excess.
 
-The first tokens of a text receive the attention that no other token needs, so their activations are unlike
-all others: a few channels hundreds of times the usual, the rest small. In decoding they occur once in a
-conversation, and nearly always in the prompt, which is not graded.
+Attention heads with nothing to attend to attend to the first tokens of a text, whose activations are
+therefore unlike all others: a few channels are hundreds of times larger than usual, the rest are small. In
+decoding these tokens occur once in a conversation, and nearly always in the prompt, which is not graded.
 """
 
 
@@ -57,13 +57,13 @@ conversation, and nearly always in the prompt, which is not graded.
 class DialState:
     """State of the dial of each row. Rows are independent of each other.
 
-    The first axis of both arrays is the row, so indexing them reads or replaces the state of one row. Going
-    back to an earlier state undoes the steps after it.
+    The first axis of both arrays is the row, so indexing them reads or replaces the state of one row. To undo
+    steps, use an earlier state.
 
     Attributes:
       wanted: float32 ``[B]``, wanted mean bits.
-      sums: float32 ``[B, 4]``: ``excess``, ``tokens``, ``debt`` and ``decoded``. They are one
-        array, so that XLA updates them in one kernel. Counts are exact up to 2^24 tokens.
+      sums: float32 ``[B, 4]``: ``excess``, ``tokens``, ``debt`` and ``decoded``. They share one array, so
+        that XLA updates them in one kernel. Counts are exact up to 2^24 tokens.
     """
 
     wanted: Float[Array, "b"]
@@ -102,7 +102,7 @@ class DialState:
         debt: Shaped[Array, "b"] | None = None,
         decoded: Shaped[Array, "b"] | None = None,
     ) -> "DialState":
-        """Returns the state with numbers or truth values added to the sums, by default zeros."""
+        """Returns the state with values (numbers or booleans) added to the sums, by default zeros."""
         zeros = jnp.zeros_like(self.wanted)
         added = (zeros if values is None else values for values in (excess, tokens, debt, decoded))
         sums = jnp.stack([values.astype(jnp.float32) for values in added], axis=-1)
@@ -164,10 +164,10 @@ class Dial:
     @property
     @jax.jit
     def setting(self) -> Float[Array, "b"]:
-        """Mean bits that the thresholds are interpolated for, within the targets.
+        """Mean bits that the thresholds are interpolated for, within the range of the targets.
 
-        The wanted bits, minus the mean excess of the observed tokens and ``PRIOR_TOKENS`` tokens without any,
-        minus the share of the debt that the next token pays back.
+        This is ``wanted``, minus the mean excess over the observed tokens and ``PRIOR_TOKENS`` tokens without
+        excess, minus the share of the debt that the next token pays back.
         """
         state = self.state
         repayment = jnp.maximum(0.5 * state.decoded, REPAYMENT_TOKENS)
@@ -182,9 +182,9 @@ class Dial:
 
     @jax.jit
     def observe(self, bits: Float[Array, "b s linears"], counts: Int[Array, "b"]) -> "Dial":
-        """Returns the dial after tokens that are no part of the answer: a preview, or a window of a text.
+        """Returns the dial after tokens that do not belong to an answer: a preview, or a window of a text.
 
-        They add to the excess and not to the debt.
+        These tokens change the excess and not the debt.
 
         Args:
           bits: Bits that every token and linear layer read at the current setting, layers in the order of
@@ -218,7 +218,7 @@ class Dial:
         return self.with_state(state)
 
     def _mean(self, bits: Float[Array, "*rows linears"]) -> Float[Array, "*rows"]:
-        """Averages over the weights of all layers, exactly."""
+        """Returns the mean over the weights of all layers, independent of the order of additions."""
         units = jnp.round(bits * (self.shares * UNITS_PER_BIT)).astype(jnp.int32)
         return jnp.sum(units, axis=-1, dtype=jnp.int32) / jnp.float32(UNITS_PER_BIT)
 

@@ -35,7 +35,7 @@ class Chunk:
 
     Attributes:
       tokens: int32 ``[B, steps]``; row b holds ``counts[b]`` new tokens, then padding.
-      counts: int32 ``[B]``.
+      counts: int32 ``[B]``, number of new tokens of each row.
       last: int32 ``[B]``, last token of each row, not yet in the cache.
       done: bool ``[B]``, rows that met a stop token, their limit or the end of the cache.
       grading_stats: ``[steps, B, linears]``, layers in the order of ``decoder.linear_names``; row b is valid
@@ -61,7 +61,7 @@ class Preview:
     Attributes:
       bits: float32 ``[B, PREVIEW_TOKENS, linears]``, mean bits per weight, scales (0.125 bits) not counted;
         row b is valid for its first ``counts[b]`` tokens.
-      counts: int32 ``[B]``.
+      counts: int32 ``[B]``, number of valid tokens of each row.
     """
 
     bits: Float[Array, "b s linears"]
@@ -117,7 +117,7 @@ def prefill_with_preview(
     strategy = apply.Previewing(thresholds, positions)
     logits, x, cache = _prefill(model, tokens, lengths, cache, strategy)
     for name in model.lm_head.names:
-        strategy.look(name, x)
+        strategy.observe(name, x)
     by_name = strategy.bits
     bits = jnp.stack([by_name[name] for name in linear_names(model.config)], axis=-1)
     return logits, cache, Preview(bits, jnp.maximum(lengths - start, 0))
@@ -125,10 +125,10 @@ def prefill_with_preview(
 
 @jax.jit
 def merge_previews(earlier: Preview, later: Preview) -> Preview:
-    """Selects for each row the preview of more tokens, and the later one of two equally long ones."""
-    take = later.counts >= earlier.counts
-    bits = jnp.where(take[:, None, None], later.bits, earlier.bits)
-    return Preview(bits, jnp.where(take, later.counts, earlier.counts))
+    """Selects, for each row, the preview of more tokens, or the later one if both have equally many."""
+    use_later = later.counts >= earlier.counts
+    bits = jnp.where(use_later[:, None, None], later.bits, earlier.bits)
+    return Preview(bits, jnp.where(use_later, later.counts, earlier.counts))
 
 
 def _prefill(
@@ -140,7 +140,9 @@ def _prefill(
     x = hidden.array
     last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
     head: apply.Apply = apply.Dense()
-    if model.graded:  # Reads the head at its full bits; dequantized, it would be the largest array of all.
+    if (
+        model.graded
+    ):  # Reads all bits of the head without dequantizing it, which would make the largest array.
         read_all = jnp.zeros(model.full_bits // DIGIT_BITS, jnp.float32)
         head = apply.Graded(dict.fromkeys(model.lm_head.names, read_all))
     return model.logits(Activations.of(last), head), x, cache.updated(layers, cache.lengths + lengths)
@@ -172,7 +174,7 @@ def decode_step(
 
 
 def _step(model, tokens, cache, thresholds, active):
-    """Runs ``decode_step`` and leaves the logits in the order of the output projection's outputs."""
+    """Runs ``decode_step``; returns the logits in the order of the output projection's outputs."""
     graded = None if thresholds is None else apply.Graded(thresholds)
     strategy = graded or apply.Dense()
     x, layers = model.hidden(tokens[:, None], cache.lengths[:, None], strategy, cache.layers)
@@ -205,8 +207,8 @@ def decode_chunk(
 ) -> tuple[Chunk, KVCache]:
     """Generates up to ``steps`` tokens per row without leaving the device.
 
-    Always runs ``steps`` steps on a GPU; an early exit would force a host sync. So the call returns while the
-    device is at work, and the next chunk can be launched before this one has ended.
+    Always runs ``steps`` steps on a GPU; an early exit would force a host sync. The call therefore returns
+    while the device computes, and the next chunk can be launched before this one has ended.
 
     Args:
       model: Graded model; or a dense one, with ``thresholds=None``.
@@ -217,8 +219,8 @@ def decode_chunk(
       sampling: Sampling parameters of each row.
       stop_tokens: A row is done when it generates one of these, which is still returned.
       limits: Number of tokens that each row may generate in this call.
-      steps: Most tokens to generate per row.
-      policy: How the loop is compiled, by default ``DecodePolicy.for_device()``.
+      steps: Largest number of tokens to generate for each row.
+      policy: Policy that the loop is compiled for, by default ``DecodePolicy.for_device()``.
       history: Tokens that each row has, if ``sampling`` has penalties.
     """
     policy = policy or DecodePolicy.for_device()
@@ -255,10 +257,9 @@ def jitted_decode_chunk(
     """The program behind ``decode_chunk``, for callers that lower or compile it themselves."""
     model = _module(model)
     dial = thresholds if isinstance(thresholds, Dial) else None
-    fixed = (
-        thresholds.by_name() if isinstance(thresholds, StackedThresholds) else thresholds
-    )  # outside the loop
-    token_ids = model.lm_head.tokens()  # outside the loop
+    # These two are computed once, outside the loop.
+    fixed = thresholds.by_name() if isinstance(thresholds, StackedThresholds) else thresholds
+    token_ids = model.lm_head.tokens()
     batch, linears = len(tokens), len(linear_names(model.config))
     done |= (limits <= 0) | (cache.lengths >= cache.capacity)
     stats = None if thresholds is None else GradingStats(jnp.zeros((steps, batch, linears, 2), jnp.float32))
@@ -286,8 +287,8 @@ def jitted_decode_chunk(
     def generate_one(state):
         step, chunk, cache = state
         active, positions = ~chunk.done, cache.lengths
-        turned = None if dial is None else dial.with_state(chunk.dial)
-        current = fixed if turned is None else _unstacked_thresholds(turned)
+        current_dial = None if dial is None else dial.with_state(chunk.dial)
+        current = fixed if current_dial is None else _thresholds_by_name(current_dial)
         outputs, cache, stats = _step(model, chunk.last, cache, current, active)
         token = jnp.where(active, choose(outputs, cache.lengths, chunk.history), chunk.last)
         counts = chunk.counts + active
@@ -299,7 +300,7 @@ def jitted_decode_chunk(
             done=chunk.done | stopped | (counts >= limits) | (cache.lengths >= cache.capacity),
             grading_stats=jax.tree.map(lambda kept, new: kept.at[step].set(new), chunk.grading_stats, stats),
             history=None if chunk.history is None else chunk.history.with_tokens(token, active),
-            dial=None if turned is None else turned.follow(stats.bits, active, positions).state,
+            dial=None if current_dial is None else current_dial.follow(stats.bits, active, positions).state,
         )
         return step + 1, chunk, cache
 
@@ -313,12 +314,14 @@ def jitted_decode_chunk(
 
 
 @jax.named_scope("dial")
-def _unstacked_thresholds(dial: Dial) -> dict[str, Float[Array, "b p"]]:
+def _thresholds_by_name(dial: Dial) -> dict[str, Float[Array, "b p"]]:
     """Returns the thresholds at the dial's setting, by layer name."""
-    # Without the barriers XLA may fuse the interpolation into the kernels of every layer, and compile each.
+    # Without the barriers XLA may fuse the interpolation into the kernels of every layer, so that the kernels
+    # of the layers differ and all of them must be compiled.
     each = interpolate_each(dial.tables, dial.targets, dial.setting)
     return jax.lax.optimization_barrier(dict(zip(dial.names, each, strict=True)))
 
 
 def _module(model: Decoder | FlatModel) -> Decoder:
+    """Returns the decoder of a flat model, or the decoder itself."""
     return model.module if isinstance(model, FlatModel) else model

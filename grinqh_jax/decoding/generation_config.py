@@ -109,10 +109,11 @@ _NOT_IMPLEMENTED = {
     "stop_strings": None,
     "token_healing": False,
 }
-"""Keys that change the text in transformers, and their values that do not."""
+"""Keys that can change the text in transformers and are not implemented, with the value that changes
+nothing."""
 
 _NOT_IMPLEMENTED_SAMPLING = {"typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0, "top_h": None}
-"""The same for keys that matter only with ``do_sample``."""
+"""The same for keys that have an effect only with ``do_sample``."""
 
 
 def _ignored(own: dict[str, Any]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""A model's directory without its weights: a moment to read, enough to refuse a request before loading."""
+"""The files of a model without its weights, which suffice to refuse a request before loading the weights."""
 
 import dataclasses
 import functools

@@ -27,11 +27,11 @@ RANGES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """What to generate. ``None`` selects the model's default (``GenerationConfig``, ``DEFAULT_BITS``).
+    """Settings of a generation. ``None`` selects the model's default (``GenerationConfig``, ``DEFAULT_BITS``).
 
     Attributes:
       bits: Mean bits to read per weight, or ``"full"``, the only setting of an unquantized model.
-      max_tokens: Most tokens to generate; the context may end the text earlier.
+      max_tokens: Largest number of tokens to generate; the context may end the text earlier.
       temperature, top_k, top_p, min_p, seed: Sampling parameters (see ``sampling.Sampling``).
       repetition_penalty, presence_penalty, frequency_penalty: Penalties on repeated tokens (see
         ``penalties.Penalties``).
@@ -54,7 +54,7 @@ class Request:
     frequency_penalty: float | None = None
 
     def __post_init__(self):
-        if isinstance(self.stop, str):  # as a sequence it would be one stop string per character
+        if isinstance(self.stop, str):  # As a sequence it would be one stop string for each character.
             object.__setattr__(self, "stop", (self.stop,))
         problems = out_of_range({name: getattr(self, name) for name in RANGES})
         if any(not text for text in self.stop):
@@ -66,11 +66,11 @@ class Request:
 def out_of_range(
     values: Mapping[str, float | None], label: Callable[[str], str] = lambda name: name
 ) -> list[str]:
-    """Returns one problem for each value outside its range in ``RANGES``.
+    """Returns a message for each value outside its range in ``RANGES``.
 
     Args:
-      values: Values by name; None is no value.
-      label: Function from a name to what the message calls it.
+      values: Values by name; None is accepted.
+      label: Function from a name to the name in the message, such as a flag.
     """
     return [
         f"{label(name)} is {readable(value)}, {RANGES[name].expected(value)}"

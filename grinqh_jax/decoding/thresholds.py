@@ -1,4 +1,4 @@
-"""From mean bits to thresholds, by interpolation in the calibrated table of each linear layer."""
+"""Interpolates thresholds for given mean bits, in the calibrated table of each linear layer."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,8 +11,8 @@ from grinqh_jax.model.decoder import Decoder, linear_names
 from grinqh_jax.model.stacks import unstacked
 
 Thresholds = Mapping[str, Float[Array, "*b p"]]
-"""Thresholds of every row of the batch, by name of the linear layer. ``StackedThresholds`` is one that passes
-through ``jit`` as a single array."""
+"""Thresholds of every row of the batch, by name of the linear layer. ``StackedThresholds`` is such a mapping,
+and a single array as an argument of ``jit``."""
 
 
 @jax.tree_util.register_dataclass
@@ -67,10 +67,10 @@ def interpolate(
 def interpolate_each(
     tables: Float[Array, "t linears p"], targets: Float[Array, "t"], bits: Float[Array, "b"]
 ) -> list[Float[Array, "b p"]]:
-    """Returns the thresholds of each linear layer (see ``interpolate``); on a GPU this takes a few kernels.
+    """Returns the thresholds of each linear layer (see ``interpolate``), for traced functions.
 
-    For traced functions. XLA (jax 0.12) fuses layers that read the same operands, but makes one kernel for
-    each slice of an array that holds all of them.
+    On a GPU this takes a few kernels, because XLA (jax 0.12) fuses the interpolations of all layers. If they
+    were slices of one interpolated array, XLA would launch a kernel for each slice.
     """
     below, share = _position(targets, bits)
     share = share[:, None]
@@ -81,9 +81,9 @@ def interpolate_each(
 def _position(
     targets: Sequence[float] | Float[Array, "t"], bits: Float[Array, "*b"] | Sequence[float] | float | int
 ) -> tuple[Int[Array, "*b"], Float[Array, "*b"]]:
-    """Returns the index of the nearest target below, at most T - 2, and the share of the one above."""
+    """Returns the index of the next lower target, at most T - 2, and the weight of the target above it."""
     targets, bits = jnp.asarray(targets, jnp.float32), jnp.asarray(bits, jnp.float32)
-    # A sum of comparisons, and not a reduction, for which XLA makes separate kernels.
+    # Not a reduction, which XLA would compile to a separate kernel.
     below = sum(
         ((targets[i] <= bits).astype(jnp.int32) for i in range(1, len(targets) - 1)),
         jnp.zeros_like(bits, jnp.int32),

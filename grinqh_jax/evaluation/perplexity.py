@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32, Integer
 
-from grinqh_jax.decoding.bits import Bits
+from grinqh_jax.decoding.bits import FULL, Bits
 from grinqh_jax.decoding.dial import Dial, layer_shares
 from grinqh_jax.decoding.generator import Generator
 from grinqh_jax.decoding.model_files import ModelFiles
@@ -23,8 +23,8 @@ from grinqh_jax.text.documents import read_documents
 from pallas_kernels.x64 import without_x64
 
 
-class _Compared(NamedTuple):
-    """Values of each predicted token; see ``WindowSums``."""
+class _Comparison(NamedTuple):
+    """Comparison of model and reference for each predicted token (see ``WindowSums`` for the fields)."""
 
     loss: Float[Array, "b t"]
     reference_loss: Float[Array, "b t"]
@@ -92,36 +92,36 @@ def measure(
     """
     check(model.config, tokens, sequence_length, None if reference is None else reference.config)
     if targets is None:
-        if graded := [setting for setting in bits if setting != "full"]:
+        if graded := [setting for setting in bits if setting != FULL]:
             raise UsageError(
                 f"bits {graded[0]:g}: the model is not quantized and runs at full precision only"
             )
         targets = ()
     dials = [
-        None if setting == "full" else Dial.create(model, targets, np.array([setting], float))
+        None if setting == FULL else Dial.create(model, targets, np.array([setting], float))
         for setting in bits
     ]
-    collected = [_Collected() for _ in bits]
+    collectors = [_Collector() for _ in bits]
     for windows, lengths in _windows(tokens, sequence_length):
-        full = _dense_logits(model, windows) if reference is None or "full" in bits else None
-        compared = full if reference is None else _dense_logits(reference, windows)
+        full_logits = _dense_logits(model, windows) if reference is None or FULL in bits else None
+        reference_logits = full_logits if reference is None else _dense_logits(reference, windows)
         predicted = np.arange(1, windows.shape[1]) < lengths[:, None]
-        for i, (setting, dial) in enumerate(zip(collected, dials, strict=True)):
+        for i, (collector, dial) in enumerate(zip(collectors, dials, strict=True)):
             if dial is None:
-                logits, realised = full, _full_bits(model, windows.shape)
+                logits, realised = full_logits, _full_bits(model, windows.shape)
             else:
                 logits, by_linear = _graded_logits(model, windows, dial.thresholds)
                 dials[i] = dial.observe(by_linear, lengths)
                 realised = _realised(model, by_linear)
-            setting.add(_compare(logits, compared, windows), realised, predicted)
+            collector.add(_compare(logits, reference_logits, windows), realised, predicted)
         on_progress(int(lengths.sum()))
     return [
-        setting.summary(name, graded=dial is not None)
-        for name, setting, dial in zip(bits, collected, dials, strict=True)
+        collector.summary(setting, graded=dial is not None)
+        for setting, collector, dial in zip(bits, collectors, dials, strict=True)
     ]
 
 
-class _Collected:
+class _Collector:
     """Collects the values of all windows at one setting, on the host."""
 
     def __init__(self):
@@ -129,16 +129,16 @@ class _Collected:
         self._bits: list[np.ndarray] = []
         self._losses: list[np.ndarray] = []
 
-    def add(self, compared: _Compared, realised: _Realised, predicted: Bool[np.ndarray, "b t"]) -> None:
+    def add(self, comparison: _Comparison, realised: _Realised, predicted: Bool[np.ndarray, "b t"]) -> None:
         """Adds a batch of windows. Tokens that are not ``predicted`` are padding."""
         counts = np.sum(predicted, axis=1)
         # Reading the last token of a window predicts nothing, so its bits do not count.
         read = [bits[:, :-1] for bits in realised]
-        columns = [*map(np.asarray, compared), *read, np.ones_like(predicted)]
+        columns = [*map(np.asarray, comparison), *read, np.ones_like(predicted)]
         sums = [np.where(predicted, column, 0).astype(np.float64).sum(axis=1) for column in columns]
         self._sums.append(WindowSums(*(column[counts > 0] for column in sums)))
         self._bits.append(read[0][predicted])
-        self._losses.append(np.asarray(compared.reference_loss)[predicted])
+        self._losses.append(np.asarray(comparison.reference_loss)[predicted])
 
     def summary(self, bits: Bits, *, graded: bool) -> Perplexity:
         """Computes the result over all windows."""
@@ -213,16 +213,16 @@ def _realised(model: Decoder, by_linear: Float[Array, "b t linears"]) -> _Realis
 
 @jax.jit
 def _compare(
-    logits: Float[Array, "b t v"], compared: Float[Array, "b t v"], windows: Int[Array, "b t"]
-) -> _Compared:
+    logits: Float[Array, "b t v"], reference_logits: Float[Array, "b t v"], windows: Int[Array, "b t"]
+) -> _Comparison:
     """Scores the prediction of the next token at all positions but the last."""
     log_p = jax.nn.log_softmax(logits[:, :-1])
-    log_reference = jax.nn.log_softmax(compared[:, :-1])
+    log_reference = jax.nn.log_softmax(reference_logits[:, :-1])
 
     def loss(log_probabilities):
         return -jnp.take_along_axis(log_probabilities, windows[:, 1:, None], axis=-1)[..., 0]
 
-    return _Compared(
+    return _Comparison(
         loss=loss(log_p),
         reference_loss=loss(log_reference),
         kl=jnp.sum(jnp.exp(log_reference) * (log_reference - log_p), axis=-1),

@@ -65,10 +65,10 @@ class Previewing(Dense):
 
     def product(self, name: str, linear: Linear, x: Float[Array, "b t k"]) -> Float[Array, "b t n"]:
         """Returns the product of ``Dense``, after it has counted the bits of ``x``."""
-        return super().product(name, linear, self.look(name, x))
+        return super().product(name, linear, self.observe(name, x))
 
-    def look(self, name: str, x: Float[Array, "b t k"]) -> Float[Array, "b t k"]:
-        """Counts the bits of a layer's inputs and returns them. Call it alone to skip the layer's product."""
+    def observe(self, name: str, x: Float[Array, "b t k"]) -> Float[Array, "b t k"]:
+        """Counts the bits of a layer's inputs, and returns the inputs. Call it alone to skip the product."""
         pending = self._pending.setdefault(x.shape[-1], {})
         # Without the barrier before the product, XLA (jax 0.11.2) keeps the inputs of all layers and counts
         # at the end: 2.9 GB for 2,048 tokens of Qwen3-8B.
