@@ -27,15 +27,18 @@ RANGES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """Settings of a generation. ``None`` selects the model's default (``GenerationConfig``, ``DEFAULT_BITS``).
+    """Settings of a generation. None selects the model's default (``GenerationConfig``, ``DEFAULT_BITS``).
 
     Attributes:
-      bits: Mean bits to read per weight, or ``"full"``, the only setting of an unquantized model.
+      bits: Mean bits to read per weight, within the range of the checkpoint's dial, or ``"full"``, the only
+        setting of an unquantized model.
       max_tokens: Largest number of tokens to generate; the context may end the text earlier.
-      temperature, top_k, top_p, min_p, seed: Sampling parameters (see ``sampling.Sampling``).
+      temperature: Sampling temperature; 0 is greedy.
+      top_k, top_p, min_p: Filters of the tokens that are sampled from (see ``sampling.Sampling``).
+      seed: Seed of sampling. Equal seeds give equal texts.
+      stop: Strings that end the text and are not part of it; one string or several.
       repetition_penalty, presence_penalty, frequency_penalty: Penalties on repeated tokens (see
         ``penalties.Penalties``).
-      stop: Strings that end the text and are not part of it; one string or several.
 
     Raises:
       UsageError: A value is out of range. The message names all such values.
