@@ -2,9 +2,13 @@
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from grinqh_jax.cli.generation import open_model
 from grinqh_jax.errors import GrinqhError
+
+if TYPE_CHECKING:  # importing it imports JAX
+    from grinqh_jax.decoding.model_files import ModelFiles
 
 SELF = "self"
 """Value of ``--reference`` for the model's own full precision."""
@@ -15,21 +19,21 @@ class Reference:
     """A model to compare with.
 
     Attributes:
-      files: ``ModelFiles`` of the reference; None for the model itself.
+      files: Files of the reference; None for the model itself.
       name: Its directory or hub id, or ``SELF``.
       description: Description of the comparison for a reader of the results.
     """
 
-    files: object | None
+    files: "ModelFiles | None"
     name: str
     description: str
 
 
-def find_reference(files, named: str | None) -> Reference:
+def find_reference(files: "ModelFiles", named: str | None) -> Reference:
     """Returns the reference of a model.
 
     Args:
-      files: ``ModelFiles`` of the model.
+      files: Files of the model.
       named: Value of ``--reference``; None selects the original if it still exists, else the model itself.
 
     Raises:
