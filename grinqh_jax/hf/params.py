@@ -1,6 +1,7 @@
 """Maps parameters to the Hugging Face tensors they are made of, and finds tensors that do not match."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterable, Sequence
 
@@ -38,6 +39,7 @@ class Source:
     shape: tuple[int, ...]
 
 
+@functools.lru_cache(maxsize=8)  # A reader asks for it at every parameter.
 def sources(config: ModelConfig) -> dict[str, list[Source]]:
     """Returns, for each parameter by our dotted name, the tensors it is made of, in the order of its outputs.
 
