@@ -2,13 +2,14 @@
 
 import os
 import sys
+from pathlib import Path
 
 from grinqh_jax.cli import command
 
 
 def open_model(model: str):
     """Returns the ``ModelFiles`` of ``--model``."""
-    with command.status(f"opening {model}"):  # imports JAX, and may ask the hub
+    with command.status(f"opening {Path(model).name}"):  # imports JAX, and may ask the hub
         from grinqh_jax.decoding.model_files import ModelFiles
 
         return ModelFiles.open(model)
@@ -16,7 +17,7 @@ def open_model(model: str):
 
 def load_generator(files):
     """Loads the weights of ``ModelFiles`` under a status line; returns the ``Generator``."""
-    with command.status(f"loading {files.directory}"):
+    with command.status(f"loading {files.directory.name}"):
         from grinqh_jax.decoding.generator import Generator
 
         return Generator.from_files(files)
