@@ -64,8 +64,8 @@ def _chat(args: argparse.Namespace) -> int:
             try:
                 if (line := reader.read()) is None:
                     break
-                if line:
-                    run_command(conversation, line) or conversation.say(line)
+                if line and not run_command(conversation, line):
+                    conversation.say(line)
             except GrinqhError as error:  # the conversation goes on
                 print(f"error: {error}", file=sys.stderr, flush=True)
     return 0

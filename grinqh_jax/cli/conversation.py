@@ -6,11 +6,15 @@ import functools
 import re
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from grinqh_jax.cli import command, flags
 from grinqh_jax.cli.generation import prepare, print_statistics
 from grinqh_jax.decoding.request import Request
 from grinqh_jax.errors import UsageError
+
+if TYPE_CHECKING:
+    from grinqh_jax.decoding.statistics import Statistics
 
 MESSAGE_TOKENS = 256
 """Number of tokens of a message that fits without new programs."""
@@ -52,7 +56,7 @@ class Conversation:
         self._turns: list[dict[str, str]] = []
         self._prompt_cache = PromptCache(few_sizes=True)
         self._capacity = 0
-        self._statistics = None
+        self._statistics: "Statistics | None" = None
         self._tokens = 0
         self._warned = False
 
@@ -80,8 +84,8 @@ class Conversation:
         print(flush=True)
         if generation.text or not interrupted:
             self._turns = [*turns, {"role": "assistant", "content": generation.text}]
-        self._statistics = generation.statistics()
-        self._tokens = self._statistics.prompt_tokens + self._statistics.generated_tokens
+        self._statistics = statistics = generation.statistics()
+        self._tokens = statistics.prompt_tokens + statistics.generated_tokens
         if interrupted:
             print("interrupted", file=sys.stderr)
         elif generation.finish_reason == "length":
@@ -91,8 +95,8 @@ class Conversation:
                 file=sys.stderr,
             )
         if self._with_statistics:
-            print_statistics(self._statistics)
-        elif (warning := self._statistics.warning()) and not self._warned:
+            print_statistics(statistics)
+        elif (warning := statistics.warning()) and not self._warned:
             print(f"warning: {warning}", file=sys.stderr)
             self._warned = True  # it is true of every further answer, too
 

@@ -230,8 +230,8 @@ class Decoding:
         if self._device.history is not None:
             self._device.history = _add_tokens(self._device.history, first, none)
         if self._device.dial is not None:
-            bits = np.zeros((batch, engine.PREVIEW_TOKENS, len(self._device.dial.names)), np.float32)
-            preview = self._put(engine.Preview(bits, np.zeros(batch, np.int32)))
+            bits = jnp.zeros((batch, engine.PREVIEW_TOKENS, len(self._device.dial.names)))
+            preview = self._put(engine.Preview(bits, jnp.zeros(batch, jnp.int32)))
             self._observe(engine.merge_previews(preview, preview))
         jax.block_until_ready(jnp.where(none[:, None], zeros, zeros))
 

@@ -153,8 +153,8 @@ class Signature:
     def _lower_decode(self, capacity: int) -> jax.stages.Lowered:
         integers, history = self._array(jnp.int32), None
         if self.sampling.penalties is not None:
-            vocabulary = self.model.config.vocab_size
-            history = TokenHistory(self._array(jnp.bool_, vocabulary), self._array(jnp.int32, vocabulary))
+            one = jax.eval_shape(lambda: TokenHistory.of([[0]], self.model.config.vocab_size))
+            history = jax.tree.map(lambda leaf: self._array(leaf.dtype, *leaf.shape[1:]), one)
         return engine.jitted_decode_chunk.lower(
             self.flat_model,
             integers,
