@@ -59,7 +59,8 @@ def _perplexity(args: argparse.Namespace) -> int:
 
     tokens = read_tokens(files, args.data, args.tokens)
     reference = find_reference(files, args.reference)
-    check(files.config, tokens, args.sequence_length, reference.files and reference.files.config)
+    reference_config = None if reference.files is None else reference.files.config
+    check(files.config, tokens, args.sequence_length, reference_config)
     if not args.json:
         print(f"compared with {reference.description}", flush=True)
     generator = load_generator(files)
@@ -70,7 +71,7 @@ def _perplexity(args: argparse.Namespace) -> int:
             tokens,
             settings,
             sequence_length=args.sequence_length,
-            reference=reference.files and load_generator(reference.files).model,
+            reference=None if reference.files is None else load_generator(reference.files).model,
             on_progress=progress,
         )
     show(results, args.json, {"reference": reference.name})
