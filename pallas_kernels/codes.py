@@ -53,17 +53,22 @@ def check_quantizable(w: Shaped[Array, "..."], name: str) -> None:
         raise ValueError(f"{name}: shape {tuple(w.shape)}, expected a non-empty matrix [in, out]")
     if not jnp.issubdtype(w.dtype, jnp.floating):
         raise ValueError(f"{name}: dtype {w.dtype}, expected a float dtype")
-    bad = int(jnp.sum(~jnp.isfinite(w)))
+    bad, largest = map(float, _extent(w))
     if bad:
         raise ValueError(
-            f"{name}: {bad} of {w.size} values are NaN or Inf; a quantizer cannot represent them"
+            f"{name}: {bad:.0f} of {w.size} values are NaN or Inf; a quantizer cannot represent them"
         )
-    largest = float(jnp.max(jnp.abs(w.astype(jnp.float32))))
     limit = RANGE * float(jnp.finfo(jnp.float16).max)
     if largest > limit:
         raise ValueError(
             f"{name}: largest magnitude {largest:g} exceeds {limit:g}, the range of float16 scales"
         )
+
+
+@jax.jit
+def _extent(w: Float[Array, "k n"]) -> tuple[Int[Array, ""], Float[Array, ""]]:
+    """Returns the number of values that are not finite, and the largest magnitude."""
+    return jnp.sum(~jnp.isfinite(w)), jnp.max(jnp.abs(w.astype(jnp.float32)))
 
 
 @jax.jit
@@ -108,15 +113,25 @@ def from_codes(
     """
     planes = num_planes(max_bits)
     in_features, out_features = codes.shape
-    k, n = layout.padded_shape(in_features, out_features)
+    k, _ = layout.padded_shape(in_features, out_features)
     if scales.shape != (k // layout.GROUP, out_features):
         raise ValueError(
             f"scales has shape {scales.shape}, expected {(k // layout.GROUP, out_features)} "
             f"for codes of shape {codes.shape}"
         )
-    codes = jnp.pad(codes, ((0, k - in_features), (0, n - out_features)))
-    scales = jnp.pad(scales, ((0, 0), (0, n - out_features)))
-    return NestedWeight(pack(codes, planes), scales, in_features, out_features, jnp.ones(planes))
+    packed, padded_scales = _pack_padded(codes, scales, planes)
+    return NestedWeight(packed, padded_scales, in_features, out_features, jnp.ones(planes))
+
+
+@jax.jit(static_argnums=2)
+def _pack_padded(
+    codes: UInt8[Array, "k n"], scales: Float16[Array, "g n"], planes: int
+) -> tuple[UInt32[Array, "p k2 w"], Float16[Array, "g n2"]]:
+    """Pads K to whole groups and N to whole tiles, and packs the codes."""
+    k, n = layout.padded_shape(*codes.shape)
+    padding = (0, n - codes.shape[1])
+    codes = jnp.pad(codes, ((0, k - codes.shape[0]), padding))
+    return pack(codes, planes), jnp.pad(scales, ((0, 0), padding))
 
 
 @jax.jit(static_argnums=1)

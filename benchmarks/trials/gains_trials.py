@@ -8,7 +8,7 @@
 * ``gains-half-the-steps``: trained in half as many steps of twice the size.
 * ``gains-to-the-sum``: trained to minimize the sum of the divergences instead of their logarithms.
 * ``gains-at-2-bits``: trained with all windows at 2 bits.
-* ``gains-third-level-at-1``: trained without the third level's gain.
+* ``gains-third-level-trained``: trained with the third level's gain, which the product leaves as it is.
 * ``gains-from-1``: trained from gains of 1 instead of the fitted ones.
 """
 
@@ -32,14 +32,6 @@ from checkpoints_tools.convert import (
 )
 from checkpoints_tools.quantizers import LevelFit, level_fit
 from pallas_kernels import codes
-
-THIRD = 2
-"""Index of the third level's factor."""
-
-
-def third_level_kept(initial, factors):
-    """``train_gains._gains`` with the third level's gain as it began."""
-    return _gains(initial, {name: f.at[THIRD].set(0) for name, f in factors.items()})
 
 
 def from_1(model, windows, initial, on_progress=lambda note: None):
@@ -94,7 +86,7 @@ def level_fit_of_outputs(moments, w, rounded, sensitivities, *, num_planes) -> L
     return LevelFit(fit.errors, jnp.stack(slopes), jnp.stack(squares))
 
 
-_gains, _train_gains = train_gains._gains, train_gains.train_gains
+_train_gains = train_gains.train_gains
 _observe, _add = statistics.observe, statistics.LinearStatistics.add
 
 GAINS_TRIALS = {
@@ -116,8 +108,9 @@ GAINS_TRIALS = {
         change=patched((graded_divergence, "_LEAST_DIVERGENCE", 1.0)),
     ),
     "gains-at-2-bits": Trial("at 2 bits only", change=patched((train_gains, "BITS", (2.0, 2.0, 2.0)))),
-    "gains-third-level-at-1": Trial(
-        "the third level's kept", change=patched((train_gains, "_gains", third_level_kept))
+    "gains-third-level-trained": Trial(
+        "the third level's trained",
+        change=patched((train_gains, "trained_levels", lambda num_planes: num_planes - 1)),
     ),
     "gains-from-1": Trial("from gains of 1", change=patched((train_gains, "train_gains", from_1))),
 }

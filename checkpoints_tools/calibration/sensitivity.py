@@ -26,7 +26,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
 from checkpoints_tools.calibration.statistics import first_scored_position
-from checkpoints_tools.source.head import logits, outputs, vocabulary, with_logits
+from checkpoints_tools.source.head import (
+    back_through_norm,
+    logits,
+    normed,
+    outputs,
+    vocabulary,
+    with_logits,
+)
 from checkpoints_tools.source.layer import dense_layer, embed, read_layer, run_layer
 from grinqh_jax.hf import HFCheckpoint
 from grinqh_jax.model.apply import Dense
@@ -40,12 +47,63 @@ HEAD_TOKENS = 16384
 """Number of tokens for the output projection, whose outputs are ordered by sensitivity."""
 
 
+class ForwardStates:
+    """States of the first windows on their way through the original model.
+
+    Attributes:
+      before: States before each layer, of about ``TOKENS`` tokens.
+      behind: States behind the last layer, of about ``HEAD_TOKENS`` tokens.
+    """
+
+    def __init__(self) -> None:
+        self.before: list[Float[np.ndarray, "s t d"]] = []
+        self.behind: Float[np.ndarray, "s t d"] | None = None
+
+    def add_layer(self, hidden: Float[np.ndarray, "s t d"]) -> None:
+        """Copies the states before the next layer."""
+        self.before.append(hidden[: _whole_windows(TOKENS, hidden)].copy())
+
+    def finish(self, hidden: Float[np.ndarray, "s t d"]) -> None:
+        """Copies the states behind the last layer."""
+        self.behind = hidden[: _whole_windows(HEAD_TOKENS, hidden)].copy()
+
+
+def _whole_windows(tokens: int, windows: np.ndarray) -> int:
+    return max(tokens // windows.shape[1], 1)
+
+
+def forward_states(
+    source: HFCheckpoint,
+    windows: Int32[np.ndarray, "s t"],
+    compute_dtype,
+    on_progress: Callable[[str], None] = lambda note: None,
+) -> ForwardStates:
+    """Runs windows through the model, one layer in memory, and returns their states.
+
+    Args:
+      source, windows, compute_dtype: See ``output_sensitivities``.
+      on_progress: Called with a note after each layer.
+    """
+    states = ForwardStates()
+    hidden = embed(source, windows[: _whole_windows(HEAD_TOKENS, windows)], compute_dtype)
+    for i in range(source.config.num_layers):
+        layer = dense_layer(source, i, *read_layer(source, i), compute_dtype)
+        states.add_layer(hidden)
+        for window in hidden:
+            window[...] = run_layer(layer, window)
+        del layer  # Frees it before the next one is read.
+        on_progress(f"forward layers.{i}")
+    states.finish(hidden)
+    return states
+
+
 def output_sensitivities(
     source: HFCheckpoint,
     windows: Int32[np.ndarray, "s t"],
     compute_dtype,
     *,
     axes: Float[np.ndarray, "d d"] | None = None,
+    states: ForwardStates | None = None,
     on_progress: Callable[[str], None] = lambda note: None,
 ) -> dict[str, Float[np.ndarray, "n"]]:
     """Estimates ``E[g_n**2]`` of every output of every linear layer.
@@ -56,31 +114,26 @@ def output_sensitivities(
         one window.
       compute_dtype: Dtype of the hidden states.
       axes: Orthogonal ``Q``. Outputs that are added to the residual stream are measured along its columns.
-      on_progress: Called with a note after each layer of each of the two passes.
+      states: States of a forward pass over these windows, which are used up; None runs one.
+      on_progress: Called with a note after each layer of each pass.
 
     Returns:
       Sensitivities by projection (``layers.0.qkv``), and those of the whole vocabulary under ``HEAD``.
     """
     config = source.config
-    layer_windows, head_windows = (max(tokens // windows.shape[1], 1) for tokens in (TOKENS, HEAD_TOKENS))
-    hidden = embed(source, windows[:head_windows], compute_dtype)
-    states = []
-    for i in range(config.num_layers):
-        layer = dense_layer(source, i, *read_layer(source, i), compute_dtype)
-        states.append(hidden[:layer_windows].copy())
-        for window in hidden:
-            window[...] = run_layer(layer, window)
-        del layer  # Frees it before the next one is read.
-        on_progress(f"forward layers.{i}")
+    if states is None:
+        states = forward_states(source, windows, compute_dtype, on_progress)
     device_axes = None if axes is None else jnp.asarray(axes)
     norm = RMSNorm(jnp.asarray(source.read(f"{config.final_norm.name}.scale")), config.rms_norm_eps)
+    hidden, states.behind = states.behind, None
+    assert hidden is not None, "the forward pass is finished"
     sensitivities = {HEAD: _head_variances(source, norm, hidden)}
-    gradients = _head_gradients(source, norm, hidden[:layer_windows])
+    gradients = _head_gradients(source, norm, hidden[: _whole_windows(TOKENS, hidden)])
     del hidden
     for i in reversed(range(config.num_layers)):
         layer = dense_layer(source, i, *read_layer(source, i), compute_dtype)
         sums: dict[str, Any] = dict.fromkeys(layer.spec.names, 0.0)
-        for window, gradient in zip(states.pop(), gradients, strict=True):
+        for window, gradient in zip(states.before.pop(), gradients, strict=True):
             back, squares = _layer_gradients(layer, window, gradient, device_axes)
             gradient[...] = back
             sums = {name: sums[name] + np.asarray(squares[name], np.float64) for name in sums}
@@ -133,16 +186,17 @@ def _head_variances(
 
     Reads the vocabulary twice: for the log-normaliser of each prediction, and for the sums.
     """
-    scored = hidden[:, first_scored_position(hidden.shape[1]) :]
+    first = first_scored_position(hidden.shape[1])
+    scored = np.stack([np.asarray(normed(norm, window))[first:] for window in hidden])
     transform = source.config.logit_transform
     normaliser = np.full(scored.shape[:2], -np.inf, np.float32)
     for _, w in vocabulary(source, scored.shape[1]):
         for window, x in zip(normaliser, scored, strict=True):
-            window[...] = _normaliser(window, norm(x), w, transform)
+            window[...] = _normaliser(window, x, w, transform)
     sums = []
     for _, w in vocabulary(source, scored.shape[1]):
         windows = zip(normaliser, scored, strict=True)
-        ranges = (_variances(window, norm(x), w, transform) for window, x in windows)
+        ranges = (_variances(window, x, w, transform) for window, x in windows)
         sums.append(sum(np.asarray(variances, np.float64) for variances in ranges))
     return np.concatenate(sums) / normaliser.size
 
@@ -152,40 +206,39 @@ def _head_gradients(
 ) -> Float[np.ndarray, "s t d"]:
     """Returns gradients, at the outputs of the last layer, of the log-likelihood of a sampled token."""
     rows = jnp.asarray(hidden.reshape(-1, hidden.shape[2]))
-    normed, pull_back = jax.vjp(norm, rows)
+    behind = normed(norm, rows)
     transform = source.config.logit_transform
     # Log-normaliser of each prediction, and a token sampled from it: the largest logit plus Gumbel noise.
     sampled = tuple(jnp.full(len(rows), fill) for fill in (-jnp.inf, -jnp.inf, 0))
     for start, w in vocabulary(source, len(rows)):
-        sampled = jax.block_until_ready(_sample(*sampled, normed, w, start, transform))
+        sampled = jax.block_until_ready(_sample(*sampled, behind, w, start, transform))
     normaliser, _, token = sampled
-    gradient = jnp.zeros(normed.shape, jnp.float32)
+    gradient = jnp.zeros(behind.shape, jnp.float32)
     for start, w in vocabulary(source, len(rows)):
-        arguments = normaliser, token, normed, w, start, gradient, transform
+        arguments = normaliser, token, behind, w, start, gradient, transform
         gradient = _add_gradient(*arguments).block_until_ready()
-    (gradient,) = pull_back(gradient.astype(normed.dtype))
-    return np.array(gradient).reshape(hidden.shape)
+    return np.array(back_through_norm(norm, rows, gradient)).reshape(hidden.shape)
 
 
 @partial(jax.jit, static_argnames="transform")
 def _normaliser(
     normaliser: Float[Array, "t"],
-    normed: Float[Array, "t d"],
+    behind: Float[Array, "t d"],
     w: Float[Array, "d n"],
     transform: LogitTransform,
 ) -> Float[Array, "t"]:
-    return with_logits(normaliser, logits(normed, w, transform))
+    return with_logits(normaliser, logits(behind, w, transform))
 
 
 @partial(jax.jit, static_argnames="transform")
 def _variances(
     normaliser: Float[Array, "t"],
-    normed: Float[Array, "t d"],
+    behind: Float[Array, "t d"],
     w: Float[Array, "d n"],
     transform: LogitTransform,
 ) -> Float[Array, "n"]:
     """Returns the sums of ``p (1 - p)`` over the positions, times the square of the derivative."""
-    raw = outputs(normed, w)
+    raw = outputs(behind, w)
     probabilities = jnp.exp(transform(raw) - normaliser[:, None])
     return jnp.sum(probabilities * (1 - probabilities) * transform.derivative(raw) ** 2, axis=0)
 
@@ -195,13 +248,13 @@ def _sample(
     normaliser: Float[Array, "t"],
     best: Float[Array, "t"],
     token: Int[Array, "t"],
-    normed: Float[Array, "t d"],
+    behind: Float[Array, "t d"],
     w: Float[Array, "d n"],
     start: Int[Array, ""],
     transform: LogitTransform,
 ) -> tuple[Float[Array, "t"], Float[Array, "t"], Int[Array, "t"]]:
     """Updates the log-normaliser and the sampled token with a range of the vocabulary, from ``start`` on."""
-    scores = logits(normed, w, transform)
+    scores = logits(behind, w, transform)
     noisy = scores + jax.random.gumbel(jax.random.fold_in(jax.random.key(0), start), scores.shape)
     better = noisy.max(axis=-1) > best
     return (
@@ -215,14 +268,14 @@ def _sample(
 def _add_gradient(
     normaliser: Float[Array, "t"],
     token: Int[Array, "t"],
-    normed: Float[Array, "t d"],
+    behind: Float[Array, "t d"],
     w: Float[Array, "d n"],
     start: Int[Array, ""],
     gradient: Float[Array, "t d"],
     transform: LogitTransform,
 ) -> Float[Array, "t d"]:
     """Adds the share of a range of the vocabulary to the gradient at the inputs of the output projection."""
-    raw = outputs(normed, w)
+    raw = outputs(behind, w)
     probabilities = jnp.exp(transform(raw) - normaliser[:, None])
     change = (token[:, None] == start + jnp.arange(w.shape[1])) - probabilities
     return gradient + jnp.matmul(change * transform.derivative(raw), w.T.astype(jnp.float32))

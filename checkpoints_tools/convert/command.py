@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoints_tools.calibration.text import CALIB_HELP, DEFAULT_TOKENS, SELF, read_calibration
-from checkpoints_tools.convert import driver
+from checkpoints_tools.convert import compilation, driver
 from checkpoints_tools.convert.options import BASES, GAINS, SPLITS, Options
 from checkpoints_tools.convert.plan import Plan, make_plan
 from checkpoints_tools.convert.sizes import bits_per_weight_stored, directory_bytes
@@ -110,6 +110,7 @@ def options_of(args: argparse.Namespace) -> Options:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code (see ``grinqh_jax.cli.command``)."""
+    compilation.prepare()
     return cli.run(convert, parser(), argv)
 
 
@@ -150,8 +151,13 @@ def convert_with_progress(plan: Plan, out: Path, *, overwrite: bool = False) -> 
       UsageError: The checkpoint cannot be written: the disk is full, the directory read-only.
     """
     try:
-        with Progress(f"convert {plan.source.directory.name}", plan.steps, "step") as progress:
-            return driver.convert(plan, out, overwrite=overwrite, on_progress=lambda note: progress(1, note))
+        with Progress(f"convert {plan.source.directory.name}", plan.work) as progress:
+            return driver.convert(
+                plan,
+                out,
+                overwrite=overwrite,
+                on_progress=lambda note: progress(plan.work_of(note), note),
+            )
     except OSError as error:
         raise UsageError(f"{error}; fix that and run the same command again to resume") from None
 

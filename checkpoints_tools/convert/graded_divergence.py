@@ -4,49 +4,59 @@ The divergence is ``KL(original || graded)``. The gradient treats the levels as 
 what its level reads, ``y = sum_l g_l (x at level l) W_l``, and the change of ``x`` in later layers rarely
 moves a channel to another level.
 
-One forward pass keeps the states between the layers, and one backward pass uses them. Memory holds the codes
-of one layer and of the output projection, one dequantized level of one linear layer, and the states; the
-vocabulary passes in ranges. If there is room, layers and the original's output projection stay in memory from
-call to call.
+One forward pass keeps the states between the layers, and one backward pass uses them. The windows pass
+together, so each level of a layer is dequantized once. Memory holds the codes of one layer and of the output
+projection, the dequantized levels of one linear layer, and the states; the vocabulary passes in ranges. If
+there is room, layers and the original's output projection stay in memory from call to call, and the outputs
+of the projections from the forward to the backward pass.
 """
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from checkpoints_tools.calibration.statistics import first_scored_position
+from checkpoints_tools.convert.coded_linear import CodedLinear
 from checkpoints_tools.convert.graded_model import GradedHead, GradedModel, WindowStates
-from checkpoints_tools.source.head import logits, with_logits
+from checkpoints_tools.source.array_cache import free_bytes
+from checkpoints_tools.source.head import back_through_norm, logits, normed, with_logits
 from checkpoints_tools.source.layer import VALUES_IN_MEMORY
 from grinqh_jax.decoding.thresholds import interpolate
-from grinqh_jax.model.apply import Dense
 from grinqh_jax.model.decoder import DecoderLayer
 from grinqh_jax.model.layer_spec import LogitTransform
-from grinqh_jax.model.linear import GradedLinear, Linear
-from pallas_kernels import NestedWeight, codes, grading, layout
+from pallas_kernels import Activations, layout
 
 LevelGains = Mapping[str, Float[Array, "p"]]
 """Gains of levels ``1..P``, by linear layer."""
+
+Outputs = Mapping[str, Float[Array, "s t n"]]
+"""Outputs of the projections of a layer, by projection."""
+
+LOGITS_IN_MEMORY = 1 << 27
+"""Number of logits that stay in memory between the two passes over the vocabulary: 512 MiB."""
 
 _LEAST_DIVERGENCE = 1e-12
 """Divergence below which only rounding is left."""
 
 
-class Setting(NamedTuple):
-    """A setting of the dial.
+class Settings(NamedTuple):
+    """Settings of the dial, one for each window.
 
     Attributes:
       targets: Mean bits of the rows of the threshold tables.
-      bits: Mean bits to read.
+      bits: Mean bits that each window is read with.
     """
 
     targets: Float[Array, "targets"]
-    bits: Float[Array, ""]
+    bits: Float[Array, "s"]
+
+    def thresholds(self, table: Float[Array, "targets p"]) -> Float[Array, "s 1 p"]:
+        """Returns the thresholds of a linear layer for each window."""
+        return interpolate(table, self.targets, self.bits)[:, None]
 
 
 def divergence(
@@ -73,23 +83,25 @@ def divergence(
       respect to each gain, by linear layer.
     """
     num_layers = model.original.config.num_layers
-    targets = jnp.asarray(model.targets, jnp.float32)
-    settings = [Setting(targets, jnp.float32(mean)) for mean in bits]
-    inputs = [[jnp.asarray(window) for window in states.embedded]]
+    settings = Settings(jnp.asarray(model.targets, jnp.float32), jnp.asarray(bits, jnp.float32))
+    inputs: list[Array] = [jnp.asarray(states.embedded)]
+    kept: list[Outputs | None] = []
+    room = free_bytes() // 2
     for i in range(num_layers):
-        layer, layer_gains = model.layer(i), _layer_gains(level_gains, i)
-        rows = zip(settings, inputs[-1], strict=True)
-        # Waits for each window; without that the codes of many layers would be in memory at once.
-        inputs.append([_forward(layer, layer_gains, setting, x).block_until_ready() for setting, x in rows])
+        # Waits for each layer; without that the codes of many layers would be in memory at once.
+        x, outputs = jax.block_until_ready(
+            _forward(model.layer(i), _layer_gains(level_gains, i), settings, inputs[-1])
+        )
+        inputs.append(x)
+        room -= sum(output.nbytes for output in outputs.values())
+        kept.append(outputs if room >= 0 else None)
     divergences, back, gradients = _through_head(model, head, states, level_gains, settings, inputs.pop())
     for i in reversed(range(num_layers)):
-        layer, layer_gains = model.layer(i), _layer_gains(level_gains, i)
-        sums: dict[str, Array] = {}
-        for s, (setting, x) in enumerate(zip(settings, inputs.pop(), strict=True)):
-            back[s], by_gains = _backward(layer, layer_gains, setting, x, back[s])
-            sums = jax.block_until_ready({name: sums.get(name, 0) + by_gains[name] for name in by_gains})
-        gradients |= {f"layers.{i}.{projection}": total for projection, total in sums.items()}
-    return divergences, {name: gradients[name] for name in level_gains}
+        layer, layer_gains, x = model.layer(i), _layer_gains(level_gains, i), inputs.pop()
+        outputs = kept.pop() or _forward(layer, layer_gains, settings, x)[1]
+        back, by_gains = jax.block_until_ready(_backward(layer, layer_gains, settings, x, outputs, back))
+        gradients |= {f"layers.{i}.{projection}": gradient for projection, gradient in by_gains.items()}
+    return [float(d) for d in divergences], {name: gradients[name] for name in level_gains}
 
 
 def _layer_gains(level_gains: LevelGains, i: int) -> LevelGains:
@@ -98,67 +110,59 @@ def _layer_gains(level_gains: LevelGains, i: int) -> LevelGains:
     return {n.removeprefix(prefix): gains for n, gains in level_gains.items() if n.startswith(prefix)}
 
 
-class _GradedWithGains(Dense):
-    """An ``apply`` strategy for whole windows: graded, with given level gains, differentiable by them."""
+class _GradedWithGains:
+    """An ``apply`` strategy for whole windows: graded, with given level gains, differentiable by them.
 
-    def __init__(self, level_gains: LevelGains, setting: Setting):
-        self.level_gains, self.setting = level_gains, setting
-
-    def product(self, name: str, linear: Linear, x: Float[Array, "b t k"]) -> Float[Array, "b t n"]:
-        assert isinstance(linear, GradedLinear), "the layers of a graded model are graded"
-        thresholds = interpolate(linear.thresholds[...], *self.setting)
-        level_gains = self.level_gains[name.rpartition(".")[2]]
-        y = graded_product(x, linear.weight, thresholds, level_gains)
-        return (y if linear.bias is None else y + linear.bias[...]).astype(x.dtype)
-
-
-def graded_product(
-    x: Float[Array, "*rows k"],
-    weight: NestedWeight,
-    thresholds: Float[Array, "p"],
-    level_gains: Float[Array, "p"],
-) -> Float[Array, "*rows n"]:
-    """Returns ``x @ W`` with each channel read at its level, float32.
-
-    The result is differentiable with respect to ``x`` and ``level_gains``, with levels as constants.
-
-    Args:
-      x: Activations, any number of rows.
-      weight: Weight; its own level gains are not used.
-      thresholds: Thresholds of levels ``1..P``.
-      level_gains: Factors of levels ``1..P``.
+    Attributes:
+      outputs: Outputs of the projections, by projection. Those that are given are not computed again.
     """
-    level = grading.levels(x, thresholds)
-    plain = dataclasses.replace(weight, level_gains=None)
 
-    def at_level(x, gain, read_level):
-        inputs = jnp.where(level == read_level, x * gain, 0).astype(x.dtype)
-        kernel = codes.dequantize(plain, read_level, x.dtype)
-        return jnp.matmul(inputs, kernel, preferred_element_type=jnp.float32)
+    def __init__(self, level_gains: LevelGains, settings: Settings, outputs: Outputs | None = None):
+        self.level_gains, self.settings = level_gains, settings
+        self.outputs: dict[str, Array] = dict(outputs or {})
 
-    # Dequantizes again in the backward pass: all levels of a layer are as large as four dense layers.
-    at_level = jax.checkpoint(at_level, static_argnums=2)
-    return sum(at_level(x, level_gains[i], i + 1) for i in range(weight.num_planes))
+    def __call__(self, name: str, linear: Any, x: Activations) -> Activations:
+        assert isinstance(linear, CodedLinear), "the layers of a graded model are coded"
+        projection, inputs = name.rpartition(".")[2], x.array
+        y = linear.graded(
+            inputs,
+            self.settings.thresholds(linear.thresholds[...]),
+            self.level_gains[projection],
+            self.outputs.get(projection),
+        )
+        self.outputs[projection] = y.astype(inputs.dtype)
+        return Activations.of(self.outputs[projection])
+
+
+def _run(layer: DecoderLayer, x: Float[Array, "s t d"], apply: _GradedWithGains) -> Float[Array, "s t d"]:
+    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+    return layer("layer", x, positions, apply)[0]
 
 
 @jax.jit
 def _forward(
-    layer: DecoderLayer, level_gains: LevelGains, setting: Setting, x: Float[Array, "t d"]
-) -> Float[Array, "t d"]:
-    apply = _GradedWithGains(level_gains, setting)
-    return layer("layer", x[None], jnp.arange(len(x))[None], apply)[0][0]
+    layer: DecoderLayer, level_gains: LevelGains, settings: Settings, x: Float[Array, "s t d"]
+) -> tuple[Float[Array, "s t d"], Outputs]:
+    """Returns the states behind a layer and the outputs of its projections."""
+    apply = _GradedWithGains(level_gains, settings)
+    return _run(layer, x, apply), apply.outputs
 
 
-@jax.jit
+@jax.jit(donate_argnums=5)
 def _backward(
     layer: DecoderLayer,
     level_gains: LevelGains,
-    setting: Setting,
-    x: Float[Array, "t d"],
-    gradient: Float[Array, "t d"],
-) -> tuple[Float[Array, "t d"], dict[str, Float[Array, "p"]]]:
+    settings: Settings,
+    x: Float[Array, "s t d"],
+    outputs: Outputs,
+    gradient: Float[Array, "s t d"],
+) -> tuple[Float[Array, "s t d"], dict[str, Float[Array, "p"]]]:
     """Returns the gradients before a layer and by its level gains, given the gradient behind it."""
-    _, pull_back = jax.vjp(lambda gains, x: _forward(layer, gains, setting, x), level_gains, x)
+
+    def run(gains, x):
+        return _run(layer, x, _GradedWithGains(gains, settings, outputs))
+
+    _, pull_back = jax.vjp(run, level_gains, x)
     by_gains, back = pull_back(gradient)
     return back, by_gains
 
@@ -168,110 +172,136 @@ def _through_head(
     head: GradedHead,
     states: WindowStates,
     level_gains: LevelGains,
-    settings: Sequence[Setting],
-    hidden: list[Array],
-) -> tuple[list[float], list[Array], dict[str, Float[Array, "p"]]]:
-    """Returns divergences, and gradients of their logarithms behind the last layer and by head gains."""
-    rows, transform = max(hidden[0].shape), model.original.config.logit_transform
-    normed, norm_pull_backs = zip(*(jax.vjp(head.norm, x) for x in hidden), strict=True)
-    normalisers = [jnp.full(len(x), -jnp.inf, jnp.float32) for x in normed]
-    for name, _, weight, table in _head_ranges(head, rows):
-        for s, x in enumerate(normed):
-            arguments = x, weight, table, level_gains[name], settings[s], transform
-            normalisers[s] = _with_graded_logits(normalisers[s], *arguments).block_until_ready()
-    divergences = [jnp.zeros(()) for _ in normed]
-    back = [jnp.zeros(x.shape) for x in normed]
-    by_gains = [{name: jnp.zeros_like(level_gains[name]) for name in head.blocks} for _ in normed]
-    for name, outputs, weight, table in _head_ranges(head, rows):
-        kernel = model.original_head(name, outputs)
-        for s, x in enumerate(normed):
-            exact = logits(states.exact[s], kernel, transform) - states.normalisers[s][:, None]
-            arguments = x, weight, table, level_gains[name], settings[s], transform
-            shares = jax.block_until_ready(_range_share(exact, normalisers[s], *arguments))
-            divergences[s] += shares[0]
-            back[s] += shares[1]
-            by_gains[s][name] += shares[2]
-    factors = [1 / jnp.maximum(d, _LEAST_DIVERGENCE) for d in divergences]
+    settings: Settings,
+    hidden: Float[Array, "s t d"],
+) -> tuple[Float[Array, "s"], Float[Array, "s t d"], dict[str, Float[Array, "p"]]]:
+    """Returns divergences, and gradients of their logarithms behind the last layer and by head gains.
+
+    The first pass over the vocabulary yields the divergences, the second one the gradients.
+    """
+    behind, transform = normed(head.norm, hidden), model.original.config.logit_transform
+    exact_hidden, exact_normaliser = jnp.asarray(states.exact), jnp.asarray(states.normalisers)
+    total = _Totals(jnp.full(behind.shape[:2], -jnp.inf, jnp.float32), jnp.zeros(behind.shape[:2]))
+    in_memory = 2 * behind.shape[0] * behind.shape[1] * model.original.config.vocab_size <= LOGITS_IN_MEMORY
+    kept: dict[tuple[str, int], tuple[Array, Array]] = {}
+    ranges = list(_head_ranges(head, max(behind.shape[0] * behind.shape[1], behind.shape[2])))
+
+    def range_outputs(name: str, start: int, stop: int) -> tuple[Array, Array]:
+        kernel, block = model.original_head(name, slice(start, stop)), head.blocks[name].select(start, stop)
+        arguments = kernel, behind, block, level_gains[name], settings, transform
+        return _range_outputs(exact_hidden, exact_normaliser, *arguments)
+
+    for each in ranges:
+        both = range_outputs(*each)
+        total = jax.block_until_ready(_add_range(total, *both, transform))
+        if in_memory:
+            kept[each[:2]] = both
+    divergences, factor = _divergences(total)
+    back = jnp.zeros(behind.shape, jnp.float32)
     gradients = {name: jnp.zeros_like(level_gains[name]) for name in head.blocks}
-    for factor, gradient in zip(factors, by_gains, strict=True):
-        gradients = {name: total + factor * gradient[name] for name, total in gradients.items()}
-    back = [
-        pull_back((factor * gradient).astype(x.dtype))[0]
-        for pull_back, factor, gradient, x in zip(norm_pull_backs, factors, back, normed, strict=True)
-    ]
-    return [float(d) for d in divergences], back, gradients
+    for name, start, stop in ranges:
+        exact, graded = kept.pop((name, start)) if in_memory else range_outputs(name, start, stop)
+        block, gains = head.blocks[name].select(start, stop), level_gains[name]
+        arguments = exact, graded, factor, total.normaliser, behind, block, gains, settings, transform
+        back, gradients[name] = jax.block_until_ready(_add_gradients(back, gradients[name], *arguments))
+    return divergences, back_through_norm(head.norm, hidden, back), gradients
 
 
-def _output_ranges(outputs: int, rows: int) -> Iterator[tuple[int, int]]:
-    """Yields ranges of whole tiles whose weights and logits fit ``VALUES_IN_MEMORY``."""
-    size = max(VALUES_IN_MEMORY // rows // layout.TILE, 1) * layout.TILE
-    for start in range(0, outputs, size):
-        yield start, min(start + size, outputs)
+def _head_ranges(head: GradedHead, rows: int) -> Iterator[tuple[str, int, int]]:
+    """Yields the vocabulary blocks in ranges: name, first output, end.
 
-
-def _head_ranges(
-    head: GradedHead, rows: int
-) -> Iterator[tuple[str, slice, NestedWeight, Float[Array, "targets p"]]]:
-    """Yields the vocabulary blocks in ranges: name, outputs, their weight, threshold table."""
+    Ranges are whole tiles whose weights and logits fit ``VALUES_IN_MEMORY``. The ranges of a block have the
+    same length, as far as possible, so that they share compiled programs.
+    """
+    most = max(VALUES_IN_MEMORY // rows // layout.TILE, 1) * layout.TILE
     for name, block in head.blocks.items():
-        for start, stop in _output_ranges(block.out_features, rows):
-            yield name, slice(start, stop), select_outputs(block.weight, start, stop), block.thresholds[...]
+        outputs = block.out_features
+        size = layout.round_up(-(-outputs // -(-outputs // most)), layout.TILE)
+        for start in range(0, outputs, size):
+            yield name, start, min(start + size, outputs)
 
 
-def select_outputs(weight: NestedWeight, start: int, stop: int) -> NestedWeight:
-    """Returns a range of outputs; ``start`` begins a tile, ``stop`` ends a tile or the weight."""
-    end = layout.round_up(stop, layout.TILE)
-    words = slice(start // layout.WORD_DIGITS, end // layout.WORD_DIGITS)
-    planes, scales = weight.planes[:, :, words], weight.scales[:, start:end]
-    return NestedWeight(planes, scales, weight.in_features, stop - start, weight.level_gains)
+class _Totals(NamedTuple):
+    """Sums over the vocabulary at each position.
 
+    Attributes:
+      normaliser: Log of the sum that the graded model's softmax divides by.
+      difference: Sum of ``p (log p - g)``, with the original's ``p`` and the graded logits ``g``.
+    """
 
-@partial(jax.jit, static_argnames="transform")
-def _with_graded_logits(
-    normaliser: Float[Array, "t"],
-    x: Float[Array, "t d"],
-    weight: NestedWeight,
-    table: Float[Array, "targets p"],
-    level_gains: Float[Array, "p"],
-    setting: Setting,
-    transform: LogitTransform,
-) -> Float[Array, "t"]:
-    thresholds = interpolate(table, *setting)
-    return with_logits(normaliser, transform(graded_product(x, weight, thresholds, level_gains)))
+    normaliser: Float[Array, "s t"]
+    difference: Float[Array, "s t"]
 
 
 @partial(jax.jit, static_argnames="transform")
-def _range_share(
-    exact: Float[Array, "t n"],
-    normaliser: Float[Array, "t"],
-    x: Float[Array, "t d"],
-    weight: NestedWeight,
-    table: Float[Array, "targets p"],
+def _range_outputs(
+    exact_hidden: Float[Array, "s t d"],
+    exact_normaliser: Float[Array, "s t"],
+    kernel: Float[Array, "d n"],
+    x: Float[Array, "s t d"],
+    block: CodedLinear,
     level_gains: Float[Array, "p"],
-    setting: Setting,
+    settings: Settings,
     transform: LogitTransform,
-) -> tuple[Float[Array, ""], Float[Array, "t d"], Float[Array, "p"]]:
-    """Returns the share of a range of outputs in the divergence and in its gradients by ``x`` and the gains.
+) -> tuple[Float[Array, "s t n"], Float[Array, "s t n"]]:
+    """Returns log-probabilities of the original, and outputs of the graded model, in a range of outputs."""
+    exact = logits(exact_hidden, kernel, transform) - exact_normaliser[..., None]
+    return exact, block.graded(x, settings.thresholds(block.thresholds[...]), level_gains)
+
+
+@partial(jax.jit, static_argnames="transform")
+def _add_range(
+    total: _Totals,
+    exact: Float[Array, "s t n"],
+    graded: Float[Array, "s t n"],
+    transform: LogitTransform,
+) -> _Totals:
+    graded_logits = transform(graded)
+    difference = jnp.sum(jnp.exp(exact) * (exact - graded_logits), axis=-1)
+    return _Totals(with_logits(total.normaliser, graded_logits), total.difference + difference)
+
+
+@jax.jit
+def _divergences(total: _Totals) -> tuple[Float[Array, "s"], Float[Array, "s t"]]:
+    """Returns the divergences, and the gradient of the sum of their logarithms by each position's."""
+    length = total.normaliser.shape[1]
+    first = first_scored_position(length)
+    share = (jnp.arange(length) >= first) / (length - first)
+    divergences = jnp.sum(share * (total.normaliser + total.difference), axis=-1)
+    return divergences, share / jnp.maximum(divergences, _LEAST_DIVERGENCE)[:, None]
+
+
+@partial(jax.jit, static_argnames="transform", donate_argnums=0)
+def _add_gradients(
+    back: Float[Array, "s t d"],
+    by_gains: Float[Array, "p"],
+    exact: Float[Array, "s t n"],
+    graded: Float[Array, "s t n"],
+    factor: Float[Array, "s t"],
+    normaliser: Float[Array, "s t"],
+    x: Float[Array, "s t d"],
+    block: CodedLinear,
+    level_gains: Float[Array, "p"],
+    settings: Settings,
+    transform: LogitTransform,
+) -> tuple[Float[Array, "s t d"], Float[Array, "p"]]:
+    """Adds the share of a range of outputs to the gradients by ``x`` and by the gains.
 
     Args:
-      exact: Log-probabilities of the range's tokens in the original.
+      back, by_gains: Gradients of other ranges.
+      exact, graded: Result of ``_range_outputs``.
+      factor: See ``_divergences``.
       normaliser: Log of the sum that the graded model's softmax divides by.
       x: Normed hidden states of the graded model.
-      weight: Weight of the range.
-      table: Threshold table of its vocabulary block.
-      level_gains: Level gains of its vocabulary block.
-      setting: Setting of the dial.
+      block, level_gains, settings: The range, its level gains, the settings of the dial.
       transform: Function from outputs to logits.
     """
-    thresholds = interpolate(table, *setting)
+    thresholds = settings.thresholds(block.thresholds[...])
 
     def graded_logits(x, gains):
-        return transform(graded_product(x, weight, thresholds, gains))
+        return transform(block.graded(x, thresholds, gains, graded))
 
-    graded, pull_back = jax.vjp(graded_logits, x, level_gains)
-    log_p = graded - normaliser[:, None]
-    first = first_scored_position(len(x))
-    share = (jnp.arange(len(x)) >= first)[:, None] / (len(x) - first)
-    total = jnp.sum(share * jnp.exp(exact) * (exact - log_p))
-    back, by_gains = pull_back(share * (jnp.exp(log_p) - jnp.exp(exact)))
-    return total, back.astype(jnp.float32), by_gains
+    values, pull_back = jax.vjp(graded_logits, x, level_gains)
+    change = jnp.exp(values - normaliser[..., None]) - jnp.exp(exact)
+    more, more_by_gains = pull_back(factor[..., None] * change)
+    return back + more.astype(jnp.float32), by_gains + more_by_gains

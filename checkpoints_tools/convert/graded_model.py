@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
+from checkpoints_tools.convert.coded_linear import CodedLinear
 from checkpoints_tools.source.array_cache import ArrayCache
-from checkpoints_tools.source.head import logits, vocabulary, with_logits
+from checkpoints_tools.source.head import logits, normed, vocabulary, with_logits
 from checkpoints_tools.source.layer import dense_layer, embed, read_layer, run_layer
 from grinqh_jax.hf import HFCheckpoint
 from grinqh_jax.model.decoder import DecoderLayer, RMSNorm
@@ -22,7 +23,7 @@ class GradedHead(NamedTuple):
     """A graded output projection: the norm before it, and its vocabulary blocks by name."""
 
     norm: RMSNorm
-    blocks: Mapping[str, GradedLinear]
+    blocks: Mapping[str, CodedLinear]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -48,14 +49,17 @@ class GradedModel:
     cache: ArrayCache = dataclasses.field(default_factory=ArrayCache)
 
     def layer(self, i: int) -> DecoderLayer:
-        """Returns graded layer ``i``."""
+        """Returns graded layer ``i``; its projections are ``CodedLinear``."""
 
         def read() -> DecoderLayer:
             tree = self.read(f"layers.{i}")
             config = self.original.config
             spec = config.layers[i]
             linears = {name: _with_unit_gains(tree[name]) for name in spec.names}
-            return DecoderLayer(config, spec, {**tree, **linears}, self.compute_dtype)
+            layer = DecoderLayer(config, spec, {**tree, **linears}, self.compute_dtype)
+            for name in linears:
+                setattr(layer, name, CodedLinear.of_planes(getattr(layer, name)))
+            return layer
 
         return self.cache(f"layers.{i}", read)
 
@@ -68,7 +72,7 @@ class GradedModel:
         for i, (name, shape) in enumerate(shapes.items()):
             block = linear_of(_with_unit_gains(trees[str(i)]), shape, self.compute_dtype)
             assert isinstance(block, GradedLinear), "the tree has planes"
-            blocks[name] = block
+            blocks[name] = CodedLinear.of_planes(block)
         scale = self.read(config.final_norm.name)["scale"]
         return GradedHead(RMSNorm(scale, config.rms_norm_eps), blocks)
 
@@ -110,7 +114,7 @@ class WindowStates:
         norm = RMSNorm(jnp.asarray(original.read(f"{config.final_norm.name}.scale")), config.rms_norm_eps)
         normalisers = np.full(windows.shape, -np.inf, np.float32)
         for window in exact:
-            window[...] = norm(jnp.asarray(window))
+            window[...] = normed(norm, window)
         for _, kernel in vocabulary(original, windows.shape[1]):
             for normaliser, window in zip(normalisers, exact, strict=True):
                 exact_logits = logits(window, kernel, config.logit_transform)

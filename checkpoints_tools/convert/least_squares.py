@@ -11,6 +11,9 @@ If the projection writes the residual stream, its outputs also make up for what 
 ``G = z^T (y - z W)`` the solution is ``W' = W + A^-1 G``. (GPTAQ, arXiv 2504.02692, fits quantized inputs to
 original outputs. Here the errors come from grading, and one weight serves all settings of the dial.)
 
+Without a deficit ``G = (z^T (x - z)) W``, so the windows pass once for all outputs: the residuals follow from
+K x K matrices.
+
 A fit of K numbers to T tokens also fits their noise: by chance it removes ``K / T`` of the residual energy.
 The step is shortened by the share that chance has in the whole reduction (James and Stein 1961).
 """
@@ -45,29 +48,49 @@ class FitWindow(NamedTuple):
     deficit: Float[Array, "t n"] | None
 
 
-def factor(windows: Sequence[FitWindow], least_read: Float[Array, ""] | float) -> Float[Array, "k k"] | None:
-    """Returns the Cholesky factor of the damped ``A``; None if there are no more tokens than inputs.
+class Moments(NamedTuple):
+    """Sums over the inputs of a projection, equal for all its outputs.
+
+    Attributes:
+      a_factor: Cholesky factor of the damped ``A``.
+      cross: ``z^T (x - z)``; None if the projection writes the residual stream.
+      error: ``(x - z)^T (x - z)``; None if the projection writes the residual stream.
+    """
+
+    a_factor: Float[Array, "k k"]
+    cross: Float[Array, "k k"] | None
+    error: Float[Array, "k k"] | None
+
+
+def moments(windows: Sequence[FitWindow], least_read: Float[Array, ""] | float) -> Moments | None:
+    """Sums over all windows; None if there are no more tokens than inputs.
 
     Args:
-      windows: All windows; deficits are not used.
+      windows: All windows. Of the deficits only their presence counts.
       least_read: Smallest magnitude of a graded input that is not skipped.
     """
     k = windows[0].exact.shape[1]
     if _scored_tokens(windows) <= k:  # The whole reduction would be chance.
         return None
-    a = jnp.zeros((k, k))
+    a, cross = jnp.zeros((k, k)), jnp.zeros((k, k))
+    if windows[0].deficit is not None:
+        for window in windows:
+            # Waits for each product, which is as large as A.
+            a = _add_squares(a, window.graded, least_read, 1.0).block_until_ready()
+            a = _add_squares(a, window.exact, jnp.float32(0), FULL_PRECISION_WEIGHT).block_until_ready()
+        return Moments(_cholesky(a), None, None)
+    error = jnp.zeros((k, k))
     for window in windows:
-        # Waits for each product, which is as large as A.
-        a = _add_squares(a, window.graded, least_read, 1.0).block_until_ready()
-        a = _add_squares(a, window.exact, jnp.float32(0), FULL_PRECISION_WEIGHT).block_until_ready()
-    return _cholesky(a)
+        a, cross, error = _add_moments(a, cross, error, window.exact, window.graded, least_read)
+        error.block_until_ready()
+    return Moments(_cholesky(a), cross, error)
 
 
 def refitted(
     w: Float[Array, "k n"],
     windows: Sequence[FitWindow],
     least_read: Float[Array, ""] | float,
-    a_factor: Float[Array, "k k"] | None,
+    moments: Moments | None,
 ) -> Float[Array, "k n"]:
     """Returns ``W'``, float32.
 
@@ -75,16 +98,19 @@ def refitted(
       w: ``W``, or some of its outputs.
       windows: All windows, with the deficits of these outputs.
       least_read: Smallest magnitude of a graded input that is not skipped.
-      a_factor: Result of ``factor``; None leaves the weights as they are.
+      moments: Result of ``moments``; None leaves the weights as they are.
     """
     w = jnp.asarray(w, jnp.float32)
-    if a_factor is None:
+    if moments is None:
         return w
-    g, energy = jnp.zeros(w.shape), jnp.zeros(())
-    for window in windows:
-        g, energy = _add_residuals(g, energy, *window, least_read, w)
-        energy.block_until_ready()
-    return _step(w, a_factor, g, energy, _scored_tokens(windows))
+    if moments.cross is not None:
+        g, energy = _residuals(moments.cross, moments.error, w)
+    else:
+        g, energy = jnp.zeros(w.shape), jnp.zeros(())
+        for window in windows:
+            g, energy = _add_residuals(g, energy, *window, least_read, w)
+            energy.block_until_ready()
+    return _step(w, moments.a_factor, g, energy, _scored_tokens(windows))
 
 
 def _scored_tokens(windows: Sequence[FitWindow]) -> int:
@@ -109,6 +135,29 @@ def _add_squares(
     return a + weight * _product(rows.T, rows)
 
 
+@jax.jit(donate_argnums=(0, 1, 2))
+def _add_moments(
+    a: Float[Array, "k k"],
+    cross: Float[Array, "k k"],
+    error: Float[Array, "k k"],
+    exact: Float[Array, "t k"],
+    graded: Float[Array, "t k"],
+    least_read: Float[Array, ""] | float,
+) -> tuple[Float[Array, "k k"], Float[Array, "k k"], Float[Array, "k k"]]:
+    """Adds one window to ``A``, ``z^T (x - z)`` and ``(x - z)^T (x - z)``."""
+    x, z = _scored_inputs(exact, 0.0), _scored_inputs(graded, least_read)
+    zz, zx, xx = _product(z.T, z), _product(z.T, x), _product(x.T, x)
+    return a + zz + FULL_PRECISION_WEIGHT * xx, cross + zx - zz, error + xx - zx - zx.T + zz
+
+
+@jax.jit
+def _residuals(
+    cross: Float[Array, "k k"], error: Float[Array, "k k"], w: Float[Array, "k n"]
+) -> tuple[Float[Array, "k n"], Float[Array, ""]]:
+    """Returns ``G`` and ``|y - z W|**2`` without a deficit."""
+    return _product(cross, w), jnp.sum(w * _product(error, w))
+
+
 @jax.jit(donate_argnums=0)
 def _cholesky(a: Float[Array, "k k"]) -> Float[Array, "k k"]:
     damped = a + DAMPING * jnp.trace(a) / len(a) * jnp.eye(len(a))
@@ -122,15 +171,13 @@ def _add_residuals(
     energy: Float[Array, ""],
     exact: Float[Array, "t k"],
     graded: Float[Array, "t k"],
-    deficit: Float[Array, "t n"] | None,
+    deficit: Float[Array, "t n"],
     least_read: Float[Array, ""] | float,
     w: Float[Array, "k n"],
 ) -> tuple[Float[Array, "k n"], Float[Array, ""]]:
     """Adds one window to ``G`` and to ``|y - z W|**2``."""
     x, z = _scored_inputs(exact, 0.0), _scored_inputs(graded, least_read)
-    residual = _product(x - z, w)
-    if deficit is not None:
-        residual += deficit[first_scored_position(len(graded)) :].astype(jnp.float32)
+    residual = _product(x - z, w) + deficit[first_scored_position(len(graded)) :].astype(jnp.float32)
     return g + _product(z.T, residual), energy + jnp.sum(residual**2)
 
 

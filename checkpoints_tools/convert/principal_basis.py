@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
+from checkpoints_tools.calibration.sensitivity import ForwardStates
 from checkpoints_tools.calibration.statistics import first_scored_position
 from checkpoints_tools.source.layer import VALUES_IN_MEMORY, dense_layer, embed, read_layer
 from grinqh_jax.errors import CheckpointError
@@ -92,6 +93,7 @@ def second_moments(
     windows: Int32[np.ndarray, "s t"],
     compute_dtype,
     on_progress: Callable[[str], None] = lambda note: None,
+    states: ForwardStates | None = None,
 ) -> Float[np.ndarray, "d d"]:
     """Sums the second moments of the normalised residual stream over all its readers, one layer in memory.
 
@@ -100,6 +102,7 @@ def second_moments(
       windows: Token ids. Only scored positions count (``statistics.first_scored_position``).
       compute_dtype: Dtype of the hidden states.
       on_progress: Called with a note after each layer.
+      states: Takes the states of the windows, which later stages need; None keeps none.
 
     Raises:
       CheckpointError: A weight or a hidden state is NaN or Inf. The message names the layer.
@@ -114,13 +117,17 @@ def second_moments(
         for projection, kernel in kernels.items():
             _check(kernel, f"layers.{i}.{projection}")
         layer = dense_layer(source, i, kernels, vectors, compute_dtype)
+        if states is not None:
+            states.add_layer(hidden)
         for window in hidden:
             x, moments = _run_layer(layer, window[None])
             window[...] = x[0]
             for projection in layer.spec.readers:
                 total = _with_moments(total, moments[projection], f"layers.{i}.{projection}")
         del kernel, kernels, layer  # Frees them before the next layer is read.
-        on_progress(f"axes of layers.{i}")
+        on_progress(f"forward layers.{i}")
+    if states is not None:
+        states.finish(hidden)
     for window in hidden:
         moments = _moments(_normalised(window, config.rms_norm_eps), np.ones(config.hidden_size))
         total = _with_moments(total, moments, HEAD)

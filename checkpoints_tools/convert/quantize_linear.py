@@ -69,7 +69,9 @@ def measure_linear(
             f"{rounding.name}: its inputs are not finite on the calibration text; the weights before it are"
             " damaged"
         )
-    width = max(RANGE_WEIGHTS // in_features // layout.TILE, 1) * layout.TILE
+    most = max(RANGE_WEIGHTS // in_features // layout.TILE, 1) * layout.TILE
+    # Ranges of equal length share compiled programs.
+    width = layout.round_up(-(-out_features // -(-out_features // most)), layout.TILE)
     planes, fits = num_planes(rounding.max_bits), []
     for start in range(0, out_features, width):
         outputs = slice(start, min(start + width, out_features))

@@ -6,18 +6,21 @@ quantized one after another, each on the inputs that the refitted and quantized 
 """
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
-from checkpoints_tools.convert.least_squares import FitWindow, factor, refitted
+from checkpoints_tools.convert.coded_linear import CodedLinear
+from checkpoints_tools.convert.least_squares import FitWindow, Moments, moments, refitted
+from checkpoints_tools.source.head import normed
 from grinqh_jax.decoding.thresholds import interpolate
-from grinqh_jax.model.apply import Dense, Graded, of_head
+from grinqh_jax.model.apply import of_head
 from grinqh_jax.model.decoder import DecoderLayer, RMSNorm
 from grinqh_jax.model.layer_spec import LayerSpec, ResidualBlock
-from grinqh_jax.model.linear import Linear
+from grinqh_jax.model.linear import DenseLinear
 from pallas_kernels import Activations
 
 BITS = 3.0
@@ -25,9 +28,6 @@ BITS = 3.0
 
 SHARE_OF_BITS = 0.75
 """Upper limit of these bits as a share of the stored bits: reading all of a short code skips nothing."""
-
-ANY_LAYER = "layer"
-"""Name that every linear layer is applied under, so that all layers share compiled programs."""
 
 
 class RefitStates:
@@ -54,7 +54,7 @@ class RefitStates:
         self._bits = min(BITS, SHARE_OF_BITS * targets[-1])
         stream = [jnp.asarray(window) for window in hidden]
         self._exact, self._graded = _ModelStates(stream), _ModelStates(list(stream))
-        self._factor_of: tuple[str, Float[Array, "k k"] | None] = "", None
+        self._moments_of: tuple[str, Moments | None] = "", None
 
     @property
     def streams(self) -> dict[str, Float[np.ndarray, "t d"]]:
@@ -74,7 +74,7 @@ class RefitStates:
         """Moves the windows to the projection that reads the residual stream, through a norm or without."""
         for states in (self._exact, self._graded):
             states.inputs = []  # Frees the inputs of the projection before.
-            states.inputs = [stream if norm is None else _normed(norm, stream) for stream in states.stream]
+            states.inputs = [stream if norm is None else normed(norm, stream) for stream in states.stream]
 
     def fitted(self, name: str, w: Float[Array | np.ndarray, "k n"], outputs: slice) -> Float[Array, "k n"]:
         """Returns the refitted weights of some outputs of the current projection.
@@ -95,22 +95,26 @@ class RefitStates:
             ]
         states = zip(self._exact.inputs, self._graded.inputs, deficits, strict=True)
         windows = [FitWindow(*window) for window in states]
-        if self._factor_of[0] != name:  # All outputs have the same inputs.
-            self._factor_of = name, factor(windows, least_read)
-        return refitted(jnp.asarray(w), windows, least_read, self._factor_of[1])
+        if self._moments_of[0] != name:  # All outputs have the same inputs.
+            self._moments_of = name, moments(windows, least_read)
+        return refitted(jnp.asarray(w), windows, least_read, self._moments_of[1])
 
-    def advance(self, name: str, layer: DecoderLayer, linear: Linear) -> None:
+    def advance(
+        self, name: str, layer: DecoderLayer, linear: CodedLinear, level_gains: Float[np.ndarray, "p"]
+    ) -> None:
         """Moves the windows past the current projection.
 
         Args:
           name: Name of the linear layer.
           layer: Original layer that contains it.
           linear: Its quantized form.
+          level_gains: Its level gains.
         """
         projection = name.rpartition(".")[2]
-        self._factor_of = "", None  # Frees a matrix as large as all states.
+        self._moments_of = "", None  # Frees matrices as large as all states.
         self._exact.advance(projection, layer, getattr(layer, projection), None)
-        self._graded.advance(projection, layer, linear, self._thresholds(name))
+        reading = Reading(self._thresholds(name), jnp.asarray(level_gains))
+        self._graded.advance(projection, layer, linear, reading)
 
     def _block_written_by(self, name: str) -> ResidualBlock | None:
         """Returns the block whose results a linear layer writes to the residual stream, if it does."""
@@ -122,6 +126,18 @@ class RefitStates:
 
     def _thresholds(self, name: str) -> Float[Array, "p"]:
         return interpolate(jnp.asarray(self._tables[name]), self._targets, self._bits)
+
+
+class Reading(NamedTuple):
+    """How a projection is read graded.
+
+    Attributes:
+      thresholds: Thresholds of levels ``1..P``.
+      level_gains: Gains of levels ``1..P``.
+    """
+
+    thresholds: Float[Array, "p"]
+    level_gains: Float[Array, "p"]
 
 
 class _ModelStates:
@@ -137,11 +153,15 @@ class _ModelStates:
         self.inputs: list[Float[Array, "t k"]] = []
 
     def advance(
-        self, projection: str, layer: DecoderLayer, linear: Linear, thresholds: Float[Array, "p"] | None
+        self,
+        projection: str,
+        layer: DecoderLayer,
+        linear: DenseLinear | CodedLinear,
+        reading: Reading | None,
     ) -> None:
         """Moves the windows past a projection of ``layer``, which ``linear`` computes."""
         for s, inputs in enumerate(self.inputs):
-            states = _advance(layer, linear, thresholds, self.stream[s], inputs, projection)
+            states = _advance(layer, linear, reading, self.stream[s], inputs, projection)
             # Waits, so that the intermediate values of one window at most are in memory.
             self.stream[s], self.inputs[s] = jax.block_until_ready(states)
 
@@ -149,8 +169,8 @@ class _ModelStates:
 @jax.jit(static_argnames="projection")
 def _advance(
     layer: DecoderLayer,
-    linear: Linear,
-    thresholds: Float[Array, "p"] | None,
+    linear: DenseLinear | CodedLinear,
+    reading: Reading | None,
     stream: Float[Array, "t d"],
     inputs: Float[Array, "t k"],
     projection: str,
@@ -159,17 +179,15 @@ def _advance(
 
     Behind the last projection of a layer the inputs have no meaning.
     """
-    apply = Dense() if thresholds is None else Graded({ANY_LAYER: thresholds})
-    outputs = apply(ANY_LAYER, linear, Activations.of(inputs))
+    if isinstance(linear, CodedLinear):
+        assert reading is not None, "a graded projection is read at levels"
+        outputs = linear.graded(inputs, reading.thresholds, reading.level_gains).astype(inputs.dtype)
+    else:
+        outputs = linear.dense(inputs)
     block = layer.spec.block_of(projection)
     if projection == block.reads.name:
-        mixed, _ = layer.mix(block, outputs.reshape((1, -1)), jnp.arange(len(stream))[None])
+        mixed, _ = layer.mix(block, Activations.of(outputs[None]), jnp.arange(len(stream))[None])
         return stream, mixed.array[0]
-    stream = stream + layer.update(block, outputs).array
+    stream = stream + layer.update(block, Activations.of(outputs)).array
     following = layer.spec.block_after(block)
     return stream, stream if following is None else layer.inputs(following, stream[None], None)[1].array[0]
-
-
-@jax.jit
-def _normed(norm: RMSNorm, x: Float[Array, "t d"]) -> Float[Array, "t d"]:
-    return norm(x)

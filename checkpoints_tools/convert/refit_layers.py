@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from checkpoints_tools.convert import parts
+from checkpoints_tools.convert.coded_linear import CodedLinear
 from checkpoints_tools.convert.measure_layers import Measurements, fitted_gains, rounding, stored_codes
 from checkpoints_tools.convert.plan import Plan
 from checkpoints_tools.convert.quantize_linear import quantize_linear
@@ -20,7 +21,7 @@ from checkpoints_tools.source.layer import dense_layer, embed, read_layer
 from grinqh_jax.checkpoint import Writer
 from grinqh_jax.model.decoder import RMSNorm
 from grinqh_jax.model.layer_spec import HEAD
-from grinqh_jax.model.linear import linear_of
+from grinqh_jax.model.linear import GradedLinear, linear_of
 
 Tables = Mapping[str, Float[np.ndarray, "targets p"]]
 """Threshold table of each linear layer, by name."""
@@ -112,7 +113,8 @@ def _refit_layer(
             plan.shapes[name],
             plan.compute_dtype,
         )
-        states.advance(name, layer, linear)
+        assert isinstance(linear, GradedLinear), "the tree has planes"
+        states.advance(name, layer, CodedLinear.of_planes(linear), level_gains)
     return leaves
 
 

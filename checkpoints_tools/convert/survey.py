@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from checkpoints_tools.calibration.sensitivity import output_sensitivities
+from checkpoints_tools.calibration.sensitivity import ForwardStates, output_sensitivities
 from checkpoints_tools.convert import vocabulary
 from checkpoints_tools.convert.options import PRINCIPAL
 from checkpoints_tools.convert.plan import Plan
@@ -45,11 +45,12 @@ def survey(plan: Plan, on_progress: Callable[[str], None]) -> Survey:
     Raises:
       CheckpointError: A weight or a hidden state is NaN or Inf.
     """
-    source, windows, axes = plan.source, plan.survey_windows, None
+    source, windows, axes, states = plan.source, plan.survey_windows, None, None
     if plan.options.basis == PRINCIPAL:
-        axes = principal_axes(second_moments(source, windows, plan.compute_dtype, on_progress))
+        states = ForwardStates()
+        axes = principal_axes(second_moments(source, windows, plan.compute_dtype, on_progress, states))
     sensitivities = output_sensitivities(
-        source, windows, plan.compute_dtype, axes=axes, on_progress=on_progress
+        source, windows, plan.compute_dtype, axes=axes, states=states, on_progress=on_progress
     )
     sensitivities[HEAD] = vocabulary.smooth_sensitivities(sensitivities[HEAD])
     names = [name for name in plan.shapes if of_head(name)]

@@ -4,10 +4,11 @@ Least squares (``quantize_linear.fit_gains``) brings each level closest to its o
 choose its gains alone, because errors accumulate across layers. So the gains of all layers, a few numbers
 each, are trained end to end to the least divergence on the calibration text, by Adam (arXiv 1412.6980). Each
 step sums gradients at several settings of the dial, because one set of gains serves all of them. Codes and
-thresholds stay as they are.
+thresholds stay as they are, and so do the gains of the fine levels (``coded_linear.FINE_LEVEL``): trained,
+they make the divergence at 3 and 4 bits larger and the one at 2 bits no smaller (``docs/quality.md``).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int32
 
+from checkpoints_tools.convert.coded_linear import FINE_LEVEL
 from checkpoints_tools.convert.graded_divergence import divergence
 from checkpoints_tools.convert.graded_model import GradedModel, WindowStates
 
@@ -54,23 +56,46 @@ def train_gains(
     Returns:
       Gains by linear layer, float32, positive; 1 for the highest level.
     """
-    bits = [mean for mean in BITS if mean < model.targets[-1]]
+    bits = _bits(model.targets)
     states = WindowStates.compute(model, training_windows(windows, STEPS * len(bits)))
     head = model.head()
     rate = optax.linear_schedule(RATE, 0, transition_steps=STEPS // 2, transition_begin=STEPS // 2)
     adam = optax.adam(rate, b2=SECOND_MOMENT_DECAY)
-    log_factors = {name: np.zeros(len(gains) - 1, np.float32) for name, gains in initial.items()}
+    start = {name: jnp.asarray(gains) for name, gains in initial.items()}
+    log_factors = {name: jnp.zeros(trained_levels(len(gains))) for name, gains in initial.items()}
     # Commits them to the device like everything computed from them; otherwise the second step recompiles.
-    log_factors = jax.device_put(log_factors, jax.local_devices()[0])
-    optimizer_state = adam.init(log_factors)
-    for step in range(STEPS):
-        gains, pull_back = jax.vjp(lambda log_factors: _gains(initial, log_factors), log_factors)
-        chosen = np.arange(step * len(bits), (step + 1) * len(bits)) % len(states.embedded)
-        _, gradients = divergence(model, head, states.at(chosen), gains, bits)
+    start, log_factors, optimizer_state = jax.device_put(
+        (start, log_factors, adam.init(log_factors)), jax.local_devices()[0]
+    )
+
+    @jax.jit
+    def update(log_factors, optimizer_state, gradients):
+        _, pull_back = jax.vjp(lambda log_factors: _gains(start, log_factors), log_factors)
         updates, optimizer_state = adam.update(*pull_back(gradients), optimizer_state)
         log_factors = optax.apply_updates(log_factors, updates)
+        return log_factors, optimizer_state, _gains(start, log_factors)
+
+    gains = start
+    for step in range(STEPS):
+        chosen = np.arange(step * len(bits), (step + 1) * len(bits)) % len(states.embedded)
+        _, gradients = divergence(model, head, states.at(chosen), gains, bits)
+        log_factors, optimizer_state, gains = update(log_factors, optimizer_state, gradients)
         on_progress(f"gains {step}")
-    return {name: np.asarray(gains) for name, gains in _gains(initial, log_factors).items()}
+    return {name: np.asarray(gains[name]) for name in initial}
+
+
+def _bits(targets: Sequence[float]) -> list[float]:
+    return [mean for mean in BITS if mean < targets[-1]]
+
+
+def step_tokens(windows: Int32[np.ndarray, "s t"], targets: Sequence[float]) -> int:
+    """Returns the number of tokens that a training step reads.
+
+    Args:
+      windows: See ``train_gains``.
+      targets: Mean bits of the rows of the threshold tables.
+    """
+    return len(_bits(targets)) * min(WINDOW, windows.shape[1])
 
 
 def training_windows(windows: Int32[np.ndarray, "s t"], count: int) -> Int32[np.ndarray, "s2 t2"]:
@@ -85,11 +110,16 @@ def training_windows(windows: Int32[np.ndarray, "s t"], count: int) -> Int32[np.
     return rows[np.random.default_rng(0).permutation(len(rows))[:count]]
 
 
+def trained_levels(num_planes: int) -> int:
+    """Returns the number of levels, from 1 on, whose gains are trained."""
+    return min(FINE_LEVEL, num_planes) - 1
+
+
 def _gains(
-    initial: Mapping[str, Float[np.ndarray, "p"]], log_factors: Mapping[str, Float[Array, "p_less_1"]]
+    initial: Mapping[str, Float[Array, "p"]], log_factors: Mapping[str, Float[Array, "_"]]
 ) -> dict[str, Float[Array, "p"]]:
-    """Returns the initial gains times the factors, which are positive; the highest level keeps its gain."""
+    """Returns the initial gains times the factors of the first levels, which are positive."""
     return {
-        name: jnp.asarray(gains) * jnp.exp(jnp.append(log_factors[name], 0))
+        name: gains * jnp.exp(jnp.pad(log_factors[name], (0, len(gains) - len(log_factors[name]))))
         for name, gains in initial.items()
     }

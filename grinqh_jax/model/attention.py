@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from grinqh_jax.model import rope
+from grinqh_jax.model.causal_attention import blockwise
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.layer_spec import Attention, QueryGrowth
 from grinqh_jax.model.norm import rms_norm
@@ -123,7 +124,7 @@ def attend(
     Args:
       queries, keys, values: Heads of the new tokens; ``heads / kv_heads`` consecutive query heads share a kv
         head.
-      positions: Positions of the new tokens in their sequence.
+      positions: Positions of the new tokens in their sequence; ascending without a cache.
       cache: Keys and values of the earlier tokens; slot = position. The new tokens are written at their
         positions; those beyond the last slot are dropped. No query sees the slots beyond its position, so
         these may hold any finite values. None if the new tokens are the whole sequence.
@@ -135,6 +136,8 @@ def attend(
     """
     if cache is None:
         slots = positions
+        if soft_cap is None and jax.default_backend() == "cpu":
+            return blockwise(queries, keys, values, positions, window), (keys, values)
     else:
         row = jnp.arange(len(positions))[:, None]
         keys = cache[0].at[row, positions].set(keys.astype(cache[0].dtype), mode="drop")

@@ -229,6 +229,10 @@ def test_progress_is_reported_as_often_as_planned(qwen3, calib, tmp_path, monkey
     notes = []
     assert driver.convert(plan, tmp_path / "out", on_progress=notes.append) == tmp_path / "out"
     assert len(notes) == plan.steps
+    assert sum(map(plan.work_of, notes)) == plan.work
+    assert [note.split()[0] for note in notes] == [
+        stage.name for stage in plan.stages for _ in range(stage.steps)
+    ]
     assert notes[-2:] == ["gains 0", "gains 1"]
     assert checkpoint.load(tmp_path / "out").quantization.provenance["gains"] == "trained"
 

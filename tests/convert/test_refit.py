@@ -6,6 +6,7 @@ import pytest
 import tiny_models
 
 from checkpoints_tools.convert import least_squares, refit, refit_tokens
+from checkpoints_tools.convert.coded_linear import CodedLinear
 from checkpoints_tools.convert.least_squares import FitWindow
 from checkpoints_tools.source.layer import dense_layer, embed, read_layer
 from grinqh_jax.benchmarking import random_model
@@ -22,25 +23,28 @@ FULL_PRECISION_WEIGHT, DAMPING = 2.0, 0.01
 
 
 def refitted(w, windows, least_read):
-    return least_squares.refitted(w, windows, least_read, least_squares.factor(windows, least_read))
+    return least_squares.refitted(w, windows, least_read, least_squares.moments(windows, least_read))
 
 
-def observed(rng, *, windows=3, t=64, k=24, n=10):
+def observed(rng, *, deficit, windows=3, t=64, k=24, n=10):
     """Yields windows with exact inputs, graded inputs with errors, and deficits of the outputs."""
     mixing = rng.standard_normal((k, k))
     for _ in range(windows):
         exact = rng.standard_normal((t, k)) @ mixing
         graded = exact + 0.5 * rng.standard_normal((t, k))
-        yield FitWindow(*map(np.float32, (exact, graded, 0.5 * graded[:, :n])))
+        lacking = np.float32(0.5 * graded[:, :n]) if deficit else None
+        yield FitWindow(np.float32(exact), np.float32(graded), lacking)
 
 
-def test_the_step_matches_damped_least_squares_in_numpy():
+@pytest.mark.parametrize("with_deficit", [True, False])
+def test_the_step_matches_damped_least_squares_in_numpy(with_deficit):
     rng = np.random.default_rng(0)
     w = rng.standard_normal((24, 10)).astype(np.float32)
-    windows = list(observed(rng))
+    windows = list(observed(rng, deficit=with_deficit))
     new = refitted(w, windows, 0.5)
-    x, z, deficit = (
-        np.concatenate([np.float64(window[i])[SKIPPED:] for window in windows]) for i in range(3)
+    x, z = (np.concatenate([np.float64(window[i])[SKIPPED:] for window in windows]) for i in (0, 1))
+    deficit = (
+        np.concatenate([np.float64(window.deficit)[SKIPPED:] for window in windows]) if with_deficit else 0
     )
     z = np.where(np.abs(z) >= 0.5, z, 0)
     # The oracle: both conditions and the damping are rows of one least-squares problem.
@@ -97,7 +101,7 @@ def test_states_pass_through_the_layer_and_exact_inputs_keep_the_weights(tmp_pat
         for outputs in (slice(0, 20), slice(20, None)):
             new = states.fitted(f"layers.0.{projection}", w[:, outputs], outputs)
             assert np.abs(new - w[:, outputs]).max() < 0.02 * np.abs(w).max()
-        states.advance(f"layers.0.{projection}", layer, nested(w))
+        states.advance(f"layers.0.{projection}", layer, nested(w), np.ones(4, np.float32))
     positions = jnp.broadcast_to(jnp.arange(96), (2, 96))
     expected, _ = layer("layer", jnp.asarray(hidden), positions, Dense())
     np.testing.assert_allclose(states._exact.stream, expected, rtol=1e-4, atol=1e-5)
@@ -154,7 +158,7 @@ def test_small_models_are_fitted_to_32768_tokens(hidden, intermediate, itemsize)
     assert refit_tokens.fitting_windows(calibration(48), widths, itemsize).size == 32768
 
 
-def test_projections_with_too_few_tokens_are_named_and_have_no_factor(monkeypatch):
+def test_projections_with_too_few_tokens_are_named_and_have_no_moments(monkeypatch):
     widths = {"qkv": 8, "o": 4, "gate_up": 8, "down": 41, "lm_head": 8}
     windows = calibration(2, 24)  # 40 of 48 tokens are scored.
     assert refit_tokens.refitted_projections(windows, widths) == []
@@ -168,7 +172,7 @@ def test_projections_with_too_few_tokens_are_named_and_have_no_factor(monkeypatc
     )
     for k in (39, 40, 41):
         x = np.random.default_rng(k).standard_normal((24, k)).astype(np.float32)
-        fitted = least_squares.factor([FitWindow(x, x, None)] * 2, 0.0) is not None
+        fitted = least_squares.moments([FitWindow(x, x, None)] * 2, 0.0) is not None
         assert refit_tokens.refitted_projections(windows, {"down": k}) == (["down"] if fitted else [])
         assert fitted == (k < 40)
 
@@ -177,4 +181,5 @@ def nested(kernel):
     """Returns the projection in 8-bit codes."""
     weight = quantize(jnp.asarray(kernel, jnp.float32))
     arrays = weight.planes, weight.scales, jnp.zeros((2, 4)), weight.level_gains, jnp.float32(1)
-    return GradedLinear(*arrays, in_features=weight.in_features, out_features=weight.out_features)
+    linear = GradedLinear(*arrays, in_features=weight.in_features, out_features=weight.out_features)
+    return CodedLinear.of_planes(linear)

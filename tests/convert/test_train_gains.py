@@ -9,9 +9,10 @@ import pytest
 import tiny_models
 from hf_directories import LLAMA3, QWEN3
 
+from checkpoints_tools.convert import coded_linear, graded_divergence, train_gains
 from checkpoints_tools.convert import command as convert
-from checkpoints_tools.convert import graded_divergence, train_gains
-from checkpoints_tools.convert.graded_divergence import divergence, graded_product, select_outputs
+from checkpoints_tools.convert.coded_linear import CodedLinear
+from checkpoints_tools.convert.graded_divergence import divergence
 from checkpoints_tools.convert.graded_model import GradedModel, WindowStates
 from checkpoints_tools.source import head as source_head
 from checkpoints_tools.source.array_cache import ArrayCache
@@ -20,6 +21,7 @@ from grinqh_jax.decoding.thresholds import model_thresholds
 from grinqh_jax.hf import load_decoder, open_checkpoint
 from grinqh_jax.model.apply import HEAD, Graded
 from grinqh_jax.model.decoder import linear_names
+from grinqh_jax.model.linear import GradedLinear
 from pallas_kernels import codes, dequantize, layout
 
 BITS = (1.5, 2.0, 3.0)
@@ -113,6 +115,7 @@ WINDOWS = np.random.default_rng(6).integers(0, 256, (3, 40)).astype(np.int32)
 
 
 def test_the_gradient_matches_the_whole_models(pair, monkeypatch):
+    monkeypatch.setattr(coded_linear, "FINE_LEVEL", 4)  # The whole model reads each level as it is.
     gains = some_gains(pair[1].model)
 
     @jax.jit
@@ -130,6 +133,7 @@ def test_the_gradient_matches_the_whole_models(pair, monkeypatch):
     monkeypatch.setattr(graded_divergence, "VALUES_IN_MEMORY", 1)  # Ranges of one tile.
     monkeypatch.setattr(source_head, "VALUES_IN_MEMORY", 300 * 128)  # Ranges of about 300 tokens.
     states = WindowStates.compute(model, WINDOWS)
+    jax.clear_caches()  # Programs of other tests read fine levels together.
     divergences, by_layer = divergence(model, model.head(), states, gains, BITS)
     # Two programs round differently: an activation on a threshold may be read at another level in one of
     # them. A window without such an activation agrees closely, and one with it still agrees to some percent.
@@ -142,23 +146,65 @@ def test_the_gradient_matches_the_whole_models(pair, monkeypatch):
         np.testing.assert_allclose(by_layer[name], by_gain, rtol=2e-2, atol=2e-2 * scale, err_msg=name)
 
 
-def test_a_graded_product_matches_the_dequantized_levels():
+@pytest.mark.parametrize(("max_bits", "read"), [(8, (0, 1, 2, 4, 4)), (6, (0, 1, 2, 3)), (2, (0, 1))])
+def test_a_graded_product_matches_the_dequantized_levels(max_bits, read):
+    """Levels of 6 bits and more read all digits."""
     rng = np.random.default_rng(3)
-    weight = dataclasses.replace(
-        codes.quantize(jnp.asarray(rng.standard_normal((200, 700)), jnp.float32)), level_gains=None
+    planes = max_bits // 2
+    weight = codes.quantize(jnp.asarray(rng.standard_normal((200, 700)), jnp.float32), max_bits=max_bits)
+    x = rng.standard_normal((2, 5, 200)).astype(np.float32)
+    thresholds = np.float32([[0.3, 0.6, 1.0, 1.5], [0.2, 0.3, 0.4, 0.5]])[:, None, :planes]
+    gains = np.float32([0.8, 0.9, 1.1, 1.0])[:planes]
+    level = (np.abs(x)[..., None] >= thresholds[:, :, None]).sum(axis=-1)
+    kernels = np.stack(
+        [np.zeros((200, 700)), *(np.asarray(dequantize(weight, n)) for n in range(1, planes + 1))]
     )
-    x = rng.standard_normal((5, 200)).astype(np.float32)
-    thresholds, gains = np.float32([0.3, 0.6, 1.0, 1.5]), np.float32([0.8, 0.9, 1.1, 1.0])
-    level = (np.abs(x)[..., None] >= thresholds).sum(axis=-1)
-    kernels = np.stack([np.zeros((200, 700)), *(np.asarray(dequantize(weight, n)) for n in range(1, 5))])
-    expected = np.zeros((5, 700))
-    for row, levels in enumerate(level):
-        read = np.append(0, gains.astype(np.float64))[levels] * x[row]
-        expected[row] = read @ kernels[levels, np.arange(200)]
+    expected = np.zeros((2, 5, 700))
+    for row in np.ndindex(2, 5):
+        levels = level[row]
+        inputs = np.append(0, gains.astype(np.float64))[levels] * x[row]
+        expected[row] = inputs @ kernels[np.array(read)[levels], np.arange(200)]
+    linear = GradedLinear(
+        weight.planes,
+        weight.scales,
+        jnp.zeros((2, planes)),
+        weight.level_gains,
+        jnp.zeros(()),
+        in_features=200,
+        out_features=700,
+    )
     start, stop = layout.TILE, 700
-    selected = select_outputs(weight, start, stop)
-    product = graded_product(jnp.asarray(x), selected, *map(jnp.asarray, (thresholds, gains)))
-    np.testing.assert_allclose(product, expected[:, start:stop], rtol=1e-4, atol=1e-4)
+    block = CodedLinear.of_planes(linear).select(start, stop)
+    product = block.graded(jnp.asarray(x), *map(jnp.asarray, (thresholds, gains)))
+    np.testing.assert_allclose(product, expected[..., start:stop], rtol=1e-4, atol=1e-4)
+
+
+def test_the_gradient_of_a_graded_product_matches_the_dequantized_levels():
+    rng = np.random.default_rng(4)
+    k, n = 150, 40
+    weight = codes.quantize(jnp.asarray(rng.standard_normal((k, n)), jnp.float32))
+    x, change = (rng.standard_normal((6, size)).astype(np.float32) for size in (k, n))
+    thresholds, gains = np.float32([0.3, 0.6, 1.0, 1.5]), np.float32([0.8, 0.9, 1.1, 1.0])
+    digits = codes.unpack(weight.planes)[:, :k, :n]
+    stored = sum(digit << shift for digit, shift in zip(digits, (6, 4, 2, 0), strict=True))
+    linear = CodedLinear(stored.astype(jnp.uint8), weight.scales[:, :n], jnp.zeros((2, 4)))
+
+    def product(x, gains, outputs=None):
+        return linear.graded(x, jnp.asarray(thresholds), gains, outputs)
+
+    outputs = product(jnp.asarray(x), jnp.asarray(gains))
+    level = (np.abs(x)[..., None] >= thresholds).sum(axis=-1)
+    kernels = np.stack([np.zeros((k, n)), *(np.asarray(dequantize(weight, read)) for read in (1, 2, 4, 4))])
+    pushed = np.einsum("tn,tkn->tk", change, kernels[level, np.arange(k)])
+    by_x = pushed * np.append(0, gains)[level]
+    by_gains = [np.sum(pushed * x * (level == read)) for read in range(1, 5)]
+    for known in (None, outputs + 1):  # Given outputs are returned and do not change the gradient.
+        arguments = jnp.asarray(x), jnp.asarray(gains)
+        result, pull_back = jax.vjp(lambda *at, known=known: product(*at, known), *arguments)
+        np.testing.assert_array_equal(result, outputs if known is None else known)
+        actual_by_x, actual_by_gains = pull_back(jnp.asarray(change))
+        np.testing.assert_allclose(actual_by_x, by_x, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(actual_by_gains, by_gains, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("pair", ["qwen3-tied"], indirect=True)
