@@ -30,6 +30,11 @@ def model_of(hf_config: dict, seed: int = 0) -> Decoder:
     return Decoder.from_tree(config, jax.tree.map(jnp.asarray, tree), jnp.float32)
 
 
+def cases(*fast: str) -> list:
+    """Returns all cases; those that are not named are slow."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+
+
 def relative_difference(ours, theirs) -> float:
     return float(np.max(np.abs(np.asarray(ours) - theirs)) / np.max(np.abs(theirs)))
 
@@ -121,7 +126,7 @@ def test_logits_equal_recorded_logits_and_every_option_matters(name):
     assert options
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", cases("phi3-longrope", "gemma3"))
 def test_logits_equal_transformers(name):
     pytest.importorskip("torch")
     from record_logits import logits, torch_model
@@ -148,7 +153,7 @@ def prefill_and_decode(model, tokens):
     return jnp.concatenate([prompt[None], logits]).swapaxes(0, 1)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", cases("ministral3", "smollm3", "olmo3-window-yarn", "gemma3"))
 def test_prefill_and_decoding_with_a_cache_equal_one_pass(name):
     model = model_of(CASES[name])
     whole = np.asarray(model(TOKENS))[:, PROMPT - 1 :]
