@@ -149,7 +149,7 @@ def prefill_row(model, label: str, kind: str, tokens: int, chunk: int | None, re
 def bench_shape(config: ModelConfig, name: str, args, bandwidth: float) -> dict:
     """Measures one shape: first the graded model, then the dense one, so only one is in memory."""
     if args.layers:
-        config = dataclasses.replace(config, num_layers=args.layers)
+        config = dataclasses.replace(config, layers=config.layers[: args.layers])
     report = {"decode": [], "prefill": []}
     for kind, make, bits in (
         ("graded", random_model.graded, args.bits),

@@ -39,7 +39,6 @@ class ModelConfig(Description):
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -93,7 +92,6 @@ class ModelConfig(Description):
             vocab_size=reader.integer("vocab_size"),
             hidden_size=hidden_size,
             intermediate_size=reader.integer("intermediate_size"),
-            num_layers=reader.integer("num_hidden_layers"),
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
@@ -103,6 +101,11 @@ class ModelConfig(Description):
             has_vision=has_vision,
         )
         return reader, config
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers."""
+        return len(self.layers)
 
     def check_tokens(self, tokens: Iterable[int]) -> None:
         """Raises UsageError if a token is outside the vocabulary; JAX would clip it to another token."""

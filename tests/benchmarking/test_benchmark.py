@@ -19,12 +19,13 @@ from grinqh_jax.decoding.thresholds import model_thresholds
 from grinqh_jax.errors import CheckpointError, UsageError
 from grinqh_jax.model.decoder import linear_shapes
 
+QWEN3 = random_model.shape("Qwen3-0.6B")
 TINY = dataclasses.replace(
-    random_model.shape("Qwen3-0.6B"),
+    QWEN3,
     vocab_size=300,
     hidden_size=256,
     intermediate_size=384,
-    num_layers=2,
+    layers=QWEN3.layers[:2],
     num_heads=4,
     num_kv_heads=2,
     head_dim=32,

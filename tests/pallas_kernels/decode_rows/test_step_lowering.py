@@ -27,7 +27,8 @@ pytestmark = pytest.mark.skipif(
 
 def lowered(function, name: str, batch: int) -> str:
     """Returns the StableHLO of ``function(model, tokens, cache, thresholds)`` for a model with two layers."""
-    config = dataclasses.replace(random_model.shape(name), num_layers=2)
+    shape = random_model.shape(name)
+    config = dataclasses.replace(shape, layers=shape.layers[:2])
     tree = decoder.abstract_tree(config, 8, 3)
     thresholds = {n: jax.ShapeDtypeStruct((batch, 4), jnp.float32) for n in decoder.linear_names(config)}
 
