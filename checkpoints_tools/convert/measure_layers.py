@@ -1,9 +1,8 @@
-"""Second stage of a conversion: the inputs and level errors of every linear layer, one layer in memory.
+"""Second stage of a conversion: measures inputs and level errors of every linear layer, layer by layer.
 
-Weights that are not refitted get their codes here, and the codes are written at once: each weight is packed
-once. A refitted projection gets other weights later, which depend on the thresholds and on the codes of all
-layers before it. For such a projection this stage measures the levels and packs nothing; ``refit_layers``
-makes its only codes.
+If a projection is not refitted, this stage also packs and writes its codes, so that each weight is packed
+once. If it is refitted, this stage only measures: its weights change later, depending on the thresholds and
+on the codes of all layers before it, and ``refit_layers`` packs them.
 """
 
 import dataclasses
@@ -38,7 +37,7 @@ from grinqh_jax.model.layer_spec import HEAD, Attention
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class LinearMeasurement:
-    """Measurement of one linear layer with its original weights.
+    """Measurement of one linear layer, before its weights are refitted.
 
     Attributes:
       inputs: Statistics of the inputs.
@@ -69,10 +68,10 @@ def measure_layers(
 ) -> Measurements:
     """Runs the threshold windows through the model and measures every linear layer.
 
-    After an interruption all layers are measured again; codes that are written are not packed again.
+    After an interruption all layers are measured again, but codes that were written are not packed again.
 
     Args:
-      plan: What the conversion does.
+      plan: Plan of the conversion.
       survey: Result of the survey.
       writer: Receives the codes of the weights that are not refitted, one part for each layer.
       on_progress: Called with a note after each layer, and after the output projection.
@@ -127,7 +126,7 @@ def _columns(kernel: np.ndarray | Array, outputs: slice) -> np.ndarray | Array:
 
 
 def rounding(plan: Plan, survey: Survey, name: str, inputs: LinearStatistics) -> Rounding:
-    """Returns how the linear layer called ``name`` is rounded."""
+    """Returns the ``Rounding`` of the linear layer called ``name``."""
     return Rounding(
         name=name,
         shape=plan.shapes[name],
@@ -145,10 +144,10 @@ def fitted_gains(plan: Plan, name: str, fit: LevelFit) -> Float[np.ndarray, "p"]
 
 
 def gains_help(config: ModelConfig, name: str) -> bool:
-    """Returns whether a linear layer gets least-squares gains: the inputs of attention, and the head.
+    """Whether a linear layer gets least-squares gains: projections in front of attention, and the head.
 
-    In the other layers such gains make the 32m model of ``docs/quality.md`` diverge more. Training starts
-    from these gains.
+    In the other layers such gains increase the divergence of the 32M model of ``docs/quality.md``. Training
+    starts from these gains.
     """
     if of_head(name):
         return True
@@ -168,7 +167,7 @@ def stored_codes(
 def _measure(
     rounding: Rounding, read_outputs: ReadOutputs, plan: Plan, *, write: bool
 ) -> tuple[LinearMeasurement, dict[str, np.ndarray]]:
-    """Measures a layer; returns the leaves of its codes as well where they are to be written."""
+    """Measures a layer. If ``write``, also packs it and returns the leaves of its codes, else no leaves."""
     if write:
         codes, fit = quantize_linear(rounding, read_outputs)
     else:

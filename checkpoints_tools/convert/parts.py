@@ -33,7 +33,7 @@ STORED_DTYPE = jnp.bfloat16
 
 
 def write_embedding(weights, writer: Writer) -> None:
-    """Writes the embedding of ``weights``, a checkpoint, reading a range of tokens at a time."""
+    """Writes the embedding of the checkpoint ``weights``, which is read in ranges of tokens."""
     if EMBEDDING in writer.parts:
         return
     key = "embed.embedding"
@@ -52,6 +52,6 @@ def refitted(part: str) -> str:
 
 
 def save(writer: Writer, part: str, leaves: Mapping[str, np.ndarray], **resume_state) -> None:
-    """Saves leaves, by dotted name in the state tree, unless there are none or the part is there already."""
+    """Saves leaves by dotted name in the state tree, unless there are none or the part is complete."""
     if leaves and part not in writer.parts:
         writer.save_part(part, unflatten_dict(leaves, sep="."), **resume_state)

@@ -1,4 +1,4 @@
-"""Third stage of a conversion: the threshold tables of all linear layers, which share the bits."""
+"""Third stage of a conversion: places the thresholds of all linear layers, which share the bits."""
 
 import math
 from collections.abc import Mapping
@@ -21,8 +21,8 @@ def place_thresholds(plan: Plan, measurements: Measurements) -> dict[str, Float[
     """Places thresholds that read each target's mean bits of the measured inputs.
 
     Args:
-      plan: What the conversion does. With the split by sensitivity all layers share one sum of bits;
-        otherwise each layer reads every target's mean by itself.
+      plan: Plan of the conversion. If bits are split by sensitivity, all layers together read each target's
+        mean; otherwise each layer reads it.
       measurements: Inputs and level errors of all linear layers.
 
     Returns:
@@ -46,7 +46,7 @@ def write_grading(
     tables: Mapping[str, Float[np.ndarray, "targets p"]],
     writer: Writer,
 ) -> None:
-    """Writes the leaves that are known once all layers are measured and their thresholds placed."""
+    """Writes thresholds, ranges of activations, norms, and the order of the tokens."""
     leaves = {f"{name}.thresholds": table for name, table in tables.items()}
     for name, linear in measurements.linears.items():
         leaves[f"{name}.max_activation"] = np.asarray(linear.inputs.max_activation, np.float32)

@@ -35,7 +35,7 @@ FLAGS_ELSEWHERE = {
     "--input": "--data",
     "--output": "--out",
 }
-"""Flags of other programs that users try, and the flags of these verbs that mean the same."""
+"""Flags of other programs that users may try, and the flags of these verbs with the same meaning."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -145,7 +145,7 @@ def guarded(command: Callable[[], int]) -> int:
             warnings.showwarning = _show_warning
             try:
                 return command()
-            finally:  # a full device shows now, not in the flush at exit
+            finally:  # An error of a full device must occur here and not in the flush at exit.
                 sys.stdout.flush()
     except GrinqhError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -163,7 +163,7 @@ def guarded(command: Callable[[], int]) -> int:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process. Does not wait for programs that threads compile for a text that nobody waits for."""
+    """Ends the process without waiting for programs that threads still compile in the background."""
     programs = sys.modules.get("grinqh_jax.decoding.programs")
     if programs is not None and programs.compiling():
         sys.stderr.flush()
@@ -172,7 +172,10 @@ def leave(code: int) -> NoReturn:
 
 
 def _switch_x64_off() -> None:
-    """Switches JAX's 64-bit types off in this process, which the code counts on. Does not import JAX."""
+    """Switches JAX's 64-bit types off in this process, because the code relies on 32-bit defaults.
+
+    It does not import JAX.
+    """
     os.environ["JAX_ENABLE_X64"] = "0"
     if "jax" in sys.modules:
         import jax

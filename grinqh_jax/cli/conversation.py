@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from grinqh_jax.decoding.statistics import Statistics
 
 MESSAGE_TOKENS = 256
-"""Number of tokens of a message that fits without new programs."""
+"""Number of tokens of the next message for which programs are compiled in advance."""
 
 
 class Conversation:
@@ -36,7 +36,7 @@ class Conversation:
         max_context: int | None,
         with_statistics: bool,
     ):
-        """Begins without turns.
+        """Starts a conversation without turns.
 
         Args:
           generator: ``Generator`` of a model with a chat template.
@@ -98,7 +98,7 @@ class Conversation:
             print_statistics(statistics)
         elif (warning := statistics.warning()) and not self._warned:
             print(f"warning: {warning}", file=sys.stderr)
-            self._warned = True  # it is true of every further answer, too
+            self._warned = True  # The warning would be the same for every further answer.
 
     def compile_ahead(self) -> None:
         """Compiles the programs of the next turn in the background, unless that was done before."""
@@ -157,7 +157,7 @@ class Conversation:
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A line that is no message.
+    """A line of input that is a command and not a message.
 
     Attributes:
       usage: The line, with a name for its argument.

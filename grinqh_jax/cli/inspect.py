@@ -1,4 +1,4 @@
-"""The verb ``inspect``: what a checkpoint is, whether it is supported, and what is in the way."""
+"""The verb ``inspect``: describes a checkpoint, and names everything in it that is not supported."""
 
 import argparse
 import math

@@ -1,8 +1,8 @@
-"""The host's side of decoding: a batch of prompts in, tokens out in decode chunks.
+"""The host's side of decoding: turns a batch of prompts into tokens, decode chunk by decode chunk.
 
 ``Decoding`` keeps the KV cache between calls of the engine, cuts prompts into prefill buckets, and can
-compile its programs before any clock runs. On a GPU the next decode chunk runs while the host processes this
-one.
+compile its programs in advance, so that times do not include compilation. On a GPU the next decode chunk runs
+while the host processes the current one.
 """
 
 import collections
@@ -47,7 +47,7 @@ class NewTokens:
       tokens: New tokens of each row, possibly none.
       grading_stats: numpy, ``[steps, B, linears]``; row b is valid for its ``len(tokens[b])`` steps. None for
         the first tokens, which a full-precision prefill yields, and for dense models.
-      seconds: Time of the model, without that of the consumer between two chunks.
+      seconds: Time that the model took, without the time that the consumer took between two chunks.
     """
 
     tokens: list[list[int]]
@@ -196,7 +196,7 @@ class Decoding:
         self._buckets = list(cut_prompts(self.reused_tokens))
 
     def compile(self) -> None:
-        """Compiles all programs that are new, side by side: those of ``prefill`` and of ``chunks``."""
+        """Compiles the programs of ``prefill`` and ``chunks`` that are new, several at once."""
         decodes = bool(np.any(self._host.tokens_left > 1))
         decode = self._signature.decode(self._device.cache.capacity) if decodes else {}
         self._programs.compile(self._prefill_lowerings() | decode)
@@ -223,7 +223,7 @@ class Decoding:
         return self._signature.prefill(widths, self._device.cache.capacity)
 
     def _compile_small(self) -> None:
-        """Runs the programs after a prefill on zeros, which changes nothing but compiles them."""
+        """Compiles the small programs that run after a prefill, by running them on zeros."""
         batch, config = len(self._prompts), self._signature.model.config
         zeros = self._put(np.zeros((batch, config.vocab_size), np.float32))
         first, none = self._choose_first(zeros), self._put(np.zeros(batch, bool))
@@ -267,7 +267,7 @@ class Decoding:
     def chunks(self) -> Iterator[NewTokens]:
         """Decodes until every row is done.
 
-        With chunks ahead, as on a GPU, one decode chunk runs while the consumer has the one before it.
+        With chunks ahead, as on a GPU, one decode chunk runs while the consumer processes the previous one.
         ``stop`` then takes effect one chunk later.
         """
         steps = self._policy.chunk_steps
@@ -292,7 +292,7 @@ class Decoding:
             reader.shutdown(wait=False)
 
     def stop(self, rows: Bool[np.ndarray, "b"]) -> None:
-        """Ends rows before their limit. They yield no further tokens."""
+        """Ends rows, which then yield no further tokens."""
         self._host.stopped |= rows
         self._device.done |= jnp.asarray(rows)
 
@@ -303,16 +303,16 @@ class Decoding:
         self._device.limits = self._device.limits - chunk.counts
         self._device.history = chunk.history
         if self._device.dial is not None:
-            assert chunk.dial is not None
+            assert chunk.dial is not None, "the dial sets the thresholds"
             self._device.dial = self._device.dial.with_state(chunk.dial)
-        chunk = dataclasses.replace(chunk, history=None, dial=None)  # both stay on the device
+        chunk = dataclasses.replace(chunk, history=None, dial=None)  # These two stay on the device.
         return _ChunkInFlight(asked, reader.submit(_to_host, chunk))
 
     def _receive(self, chunk: engine.Chunk, seconds: float) -> NewTokens:
         """Updates the host's state from a chunk that has arrived, and drops tokens of stopped rows."""
         counts = np.where(self._host.stopped, 0, chunk.counts)
         self._host.tokens_left, self._host.ended = self._host.tokens_left - counts, np.asarray(chunk.done)
-        # Cut on the host: on the device every count would compile another program.
+        # Cut on the host, because on the device every count would compile another program.
         stats = jax.tree.map(lambda steps: steps[: counts.max()], chunk.grading_stats)
         tokens = [row[:count].tolist() for row, count in zip(chunk.tokens, counts, strict=True)]
         return NewTokens(tokens, stats, seconds)
@@ -374,11 +374,12 @@ class Decoding:
             self._prompt_cache.store(self, cache)
 
     def _put(self, arrays):
+        """Puts arrays on the device with the sharding of the loop."""
         return jax.device_put(arrays, self._sharding)
 
 
 def stop_array(stop_tokens: Sequence[int]) -> Int[jax.Array, "e"]:
-    """Returns the stop tokens on the device; one that no model has if there are none."""
+    """Returns the stop tokens on the device. If there are none, returns a number that is no token."""
     return jnp.array(tuple(stop_tokens) or (-1,), jnp.int32)
 
 

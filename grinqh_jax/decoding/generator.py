@@ -88,10 +88,10 @@ class Generator:
     @classmethod
     @without_x64
     def from_files(cls, files: ModelFiles, compute_dtype=None) -> "Generator":
-        """Loads the weights of a model whose small files are read.
+        """Loads the weights of a model whose other files have been read.
 
         Args:
-          files: The small files.
+          files: The files of the model without its weights.
           compute_dtype: As for ``load``.
 
         Raises:
@@ -126,11 +126,11 @@ class Generator:
         Args:
           prompt: Plain text, or tokens (of ``tokenizer.chat``, for instance). An empty prompt is replaced by
             the model's BOS token, or its EOS token if it has no BOS token.
-          request: What to generate.
-          max_context: Most tokens of prompt and text together, by default the number of positions that the
-            model has.
-          prompt_cache: Keys and values that a conversation keeps. Its earlier prompts are read once, not
-            again at every turn. The text is the same with and without it.
+          request: Settings of the generation.
+          max_context: Largest number of tokens of prompt and text together, by default the number of
+            positions that the model has.
+          prompt_cache: Cache of a conversation, so that each turn reads only what is new. The text is the
+            same with and without it.
 
         Raises:
           UsageError: The bits are outside the dial's range, the prompt is too long for the context, the
@@ -158,12 +158,12 @@ class Generator:
     def compile_conversation(
         self, request: Request | None = None, *, context: int = 1, max_context: int | None = None
     ) -> None:
-        """Compiles the programs of a conversation, in any thread, so that its turns do not wait for them.
+        """Compiles the programs of a conversation, so that its turns do not wait. May run in any thread.
 
         Args:
           request: Settings of the turns.
-          context: Number of tokens of the conversation, the next answer included. With more tokens than its
-            cache has slots, a conversation needs other programs.
+          context: Number of tokens of the conversation, including the next answer. It determines the size of
+            the cache, and each size needs other programs.
           max_context: As for ``generate``.
         """
         request = request or Request()
@@ -219,7 +219,7 @@ class Generator:
 
 
 class Generation:
-    """One text: iterate over its pieces, once, then read its figures.
+    """One text that is generated: iterate over its pieces once, then read its figures.
 
     Attributes:
       text: Text generated so far.
@@ -255,14 +255,14 @@ class Generation:
     def prepare(self) -> None:
         """Compiles the programs of the text, which takes seconds for new shapes.
 
-        Iteration does it if the caller has not.
+        Iteration does this if the caller has not.
         """
         with self._invalidating_cache():
             self._compile()
 
     @without_x64
     def __iter__(self) -> Iterator[str]:
-        """Yields the text in pieces of whole characters, as soon as they are certain.
+        """Yields the text in pieces of whole characters, as soon as later tokens cannot change them.
 
         Raises:
           UsageError: The generation has been iterated over before, or a later one uses its prompt cache.
@@ -290,7 +290,7 @@ class Generation:
 
     @without_x64
     def statistics(self) -> Statistics:
-        """Returns the figures so far; works for an unfinished generation, too."""
+        """Returns the figures so far, also of an unfinished generation."""
         return Statistics(
             prompt_tokens=self._prompt_tokens,
             reused_prompt_tokens=self._decoding.reused_tokens,

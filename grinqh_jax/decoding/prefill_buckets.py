@@ -12,7 +12,8 @@ SMALLEST_BUCKET, LARGEST_BUCKET = 32, 2048
 """Widths of the smallest and the largest bucket. Buckets have 32, 64, ... 2048 positions."""
 
 CONVERSATION_WIDTHS = (PREVIEW_TOKENS, 512)
-"""Positions of the buckets of a conversation, whose turns would otherwise reach all widths one by one."""
+"""Widths of the buckets of a conversation. There are only two, because the growing turns would otherwise need
+a program for each width, one after another."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +56,8 @@ def cut(prompts: Sequence[Sequence[int]], start: int = 0) -> Iterator[PrefillBuc
 def cut_conversation(prompt: Sequence[int], start: int = 0) -> Iterator[PrefillBucket]:
     """Cuts a prompt into buckets of the ``CONVERSATION_WIDTHS``, from position ``start`` on.
 
-    The text is the same as with ``cut``: a bucket has exactly the tokens whose preview the dial uses, and
-    ``merge_previews`` selects it.
+    The text is the same as with ``cut``, because one bucket has exactly the tokens whose preview the dial
+    uses, and ``merge_previews`` selects that bucket.
     """
     small, large = CONVERSATION_WIDTHS
     preview = max(first_previewed(len(prompt)), start)

@@ -1,8 +1,8 @@
-"""Compiling the programs of prefill and decoding before they run, side by side or in the background.
+"""Compiles the programs of prefill and decoding before they run, several at once or in the background.
 
-XLA compiles a program for seconds without Python's lock, so threads compile several at once. A program is
-lowered from the shapes of its arguments alone. ``jit`` keeps the result and does not compile it again when
-the program is called.
+XLA takes seconds to compile a program and releases Python's lock meanwhile, so threads compile several at
+once. A program is lowered from the shapes of its arguments alone. ``jit`` keeps the compiled program and uses
+it when the function is called.
 """
 
 import concurrent.futures
@@ -26,7 +26,7 @@ from grinqh_jax.model.decoder import Decoder
 from grinqh_jax.model.flat_model import FlatModel
 
 Lowering = Callable[[], jax.stages.Lowered]
-"""Traces and lowers a program."""
+"""Function that traces and lowers a program."""
 
 
 THREAD_NAME = "compile"
@@ -34,7 +34,7 @@ THREAD_NAME = "compile"
 
 
 class Programs:
-    """The programs of a model that are compiled or being compiled. Threads may share it."""
+    """The programs of a model that are compiled or being compiled. Several threads may use it."""
 
     def __init__(self):
         self._lock = threading.Lock()
@@ -49,7 +49,7 @@ class Programs:
         return first
 
     def compile(self, lowerings: Mapping[Hashable, Lowering]) -> None:
-        """Compiles programs side by side, unless they are compiled, and waits for them.
+        """Compiles those programs that are not compiled yet, several at once, and waits for all of them.
 
         Args:
           lowerings: Lowering of each program, by a key that no other program of the model has.
@@ -63,7 +63,8 @@ class Programs:
         try:
             while waiting:
                 key = next(iter(waiting))
-                # Lowered by this thread: tracing holds Python's lock and depends on settings of the thread.
+                # This thread lowers the program, because tracing holds Python's lock and depends on settings
+                # of the thread.
                 compile = functools.partial(self._compile, key, lowerings[key](), waiting.pop(key))
                 if waiting:
                     in_background(compile)
@@ -79,7 +80,7 @@ class Programs:
     def _compile(self, key: Hashable, lowered: jax.stages.Lowered, future: concurrent.futures.Future) -> None:
         try:
             lowered.compile()
-        except BaseException as error:  # raised by the threads that wait
+        except BaseException as error:  # The threads that wait for the program raise it.
             self._fail(key, future, error)
         else:
             future.set_result(None)
@@ -101,7 +102,7 @@ def in_background(compile: Callable[[], None]) -> None:
 
 
 def compiling() -> bool:
-    """Returns whether a thread is compiling a program. Such a thread may crash while the process ends."""
+    """Whether a thread is compiling a program. It may crash if the process ends meanwhile."""
     return any(thread.name == THREAD_NAME for thread in threading.enumerate())
 
 
@@ -111,12 +112,12 @@ class Signature:
 
     Attributes:
       model: Graded or dense model.
-      flat_model: The same as the programs take it.
+      flat_model: The same model as the programs receive it.
       batch: Number of rows.
       dial: Dial of all rows, on the device of the model; None for a dense model.
       sampling: Sampling parameters of each row.
       stop_tokens: int32 ``[E]``.
-      policy: How the decode loop is compiled.
+      policy: Policy that the decode loop is compiled for.
     """
 
     model: Decoder

@@ -29,12 +29,12 @@ class PromptCache:
     interrupt or an abandoned generation: the next generation reads the missing tokens again.
 
     Args:
-      few_sizes: Whether prompts are read in buckets of two widths and the cache doubles when it is full, so
-        that a conversation of many turns needs few programs. A turn takes longer to read then, up to twice
-        as long on a GPU, and the cache is up to twice as large.
+      few_sizes: Whether prompts are read in buckets of only two widths, and the cache doubles when it is
+        full, so that a conversation of many turns needs few programs. In return a turn takes longer to read,
+        up to twice as long on a GPU, and the cache is up to twice as large.
 
     Attributes:
-      few_sizes: The argument.
+      few_sizes: Whether buckets and cache have few sizes (see the argument).
       tokens: Tokens whose keys and values a full-precision prefill wrote, from position 0 on.
     """
 

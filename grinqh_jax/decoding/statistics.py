@@ -1,4 +1,4 @@
-"""The figures of a generation: speed, bits and bytes actually read, memory."""
+"""The figures of a generation: speed, bits and bytes that were read, memory."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ SHOWN_SECONDS = 0.05
 """Least time of compilation that ``Statistics.lines`` names."""
 
 RANGE_RATIO_MARGIN = 1.5
-"""Activations this many times larger than the largest in calibration cause a warning."""
+"""Activation range ratio above which a warning is given."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,9 +40,8 @@ class Statistics:
         by its number of weights; scales not counted.
       realised_bits_per_layer: Mean over steps, by linear layer.
       realised_bits_per_step: ``[steps, linears]``, layers in the order of ``realised_bits_per_layer``.
-      bytes_per_token: Bytes of weights that a decode step reads: the graded share of the planes, scales,
-        norms and one row of the embedding, but not the KV cache. An implementation that cannot skip reads
-        more.
+      bytes_per_token: Bytes of weights that a decode step reads: the planes that levels reach, scales, norms
+        and one row of the embedding, without the KV cache. An implementation that cannot skip reads more.
       bytes_per_token_bf16: The same for the unquantized model in bfloat16.
       dense_dtype: Dtype in which an unquantized model keeps its weights; None for a graded model.
       peak_memory_bytes: Peak memory of the accelerator, or of the process if there is none.
@@ -177,7 +176,9 @@ def activation_range_ratio(model: Decoder, stats: GradingStats) -> Float[np.ndar
     calibrated = _stack(
         [model.graded_linear(name).max_activation[...] for name in linear_names(model.config)]
     )
-    with np.errstate(divide="ignore", invalid="ignore"):  # Constructed models have no calibration: 0.
+    with np.errstate(
+        divide="ignore", invalid="ignore"
+    ):  # A model made for a test may have a largest activation of 0.
         return np.asarray(stats.max_abs) / np.asarray(calibrated)
 
 

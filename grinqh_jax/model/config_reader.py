@@ -1,4 +1,4 @@
-"""Reads values of a parsed ``config.json`` and collects everything that is wrong with them."""
+"""Reads values of a parsed ``config.json`` and collects their problems."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +20,7 @@ class ConfigReader:
 
     Attributes:
       values: The object.
-      problems: Everything that is wrong so far, one line each. Readers made from this one share the list.
+      problems: Problems found so far, one line each. Readers made from this one share the list.
     """
 
     def __init__(self, values: Mapping[str, Any], problems: list[str] | None = None):
@@ -37,7 +37,7 @@ class ConfigReader:
             self.problems.append(text)
 
     def refuse(self, *keys: str) -> None:
-        """Reports keys that switch on an option which is not implemented. Absent, null, 0 and false pass."""
+        """Notes a problem for each key that switches on an option; absent, null, 0 and false do not."""
         for key in keys:
             if self.values.get(key):
                 self.problem(f"{key} {self.values[key]}")
@@ -73,7 +73,7 @@ class ConfigReader:
         return float(value)
 
     def switch(self, key: str, default: bool = False) -> bool:
-        """Reads true or false. An absent or null key gives the default."""
+        """Reads true or false. Returns the default if the key is absent or null."""
         value = self.values.get(key)
         return default if value is None else bool(value)
 

@@ -76,7 +76,7 @@ class Attention:
 
     Attributes:
       rope: Rotary positions of queries and keys; None for a layer without positions.
-      window: Number of last positions that a token attends to, its own included; None for all.
+      window: Number of last positions that a token attends to, including that of the token; None for all.
       head_norms: Norms of the queries and of the keys before the rotation, or None. With the axis ``head``
         they normalize each head, with ``query`` and ``key_value`` all heads together.
       score_scale: Factor of the scores; None for ``head_dim ** -0.5``.
@@ -105,7 +105,7 @@ class ResidualBlock:
 
     Attributes:
       norm: Norm that the block reads the stream through; None for none.
-      reads: Projection of the stream behind the norm.
+      reads: Projection of the stream after the norm.
       mixer: Function from the outputs of ``reads`` to the inputs of ``writes``.
       writes: Projection to the width of the stream.
       norm_after: Norm of the outputs of ``writes``; None for none.

@@ -9,7 +9,7 @@ EMBEDDING = "embed.embedding"
 
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:
-    """Returns the size of every axis that a parameter can have, by name."""
+    """Returns the sizes of the axes of parameters, by name."""
     return {
         "vocab": config.vocab_size,
         "hidden": config.hidden_size,
@@ -38,7 +38,7 @@ def projections(config: ModelConfig) -> dict[str, Projection]:
 
 
 def stream_readers(config: ModelConfig) -> dict[str, str | None]:
-    """Returns every linear layer that reads the residual stream, and the norm before it, by dotted name.
+    """Returns the dotted names of all linear layers that read the residual stream, each with its norm's.
 
     The output projection is called ``HEAD``. The value is None if there is no norm.
     """
@@ -56,10 +56,10 @@ def stream_writers(config: ModelConfig) -> list[str]:
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, list[tuple[int, ...]]]:
-    """Returns the shapes of the arrays that make each parameter of a dense model, by dotted name.
+    """Returns, for each parameter of a dense model by dotted name, the shapes of the arrays it is made of.
 
-    A kernel is made of one array ``[outputs, inputs]`` for each axis of its outputs, in their order, and a
-    bias of one array ``[outputs]`` for each; every other parameter is one array.
+    For each axis in ``Projection.outputs``, in that order, a kernel has one array ``[outputs, inputs]`` and a
+    bias one array ``[outputs]``. Every other parameter is one array.
     """
     sizes = axis_sizes(config)
     shapes: dict[str, list[tuple[int, ...]]] = {EMBEDDING: [(sizes["vocab"], sizes["hidden"])]}

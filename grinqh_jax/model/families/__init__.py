@@ -13,9 +13,9 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(reader: ConfigReader) -> Family:
-    """Returns the family of a configuration: of the first supported architecture, or of the model type.
+    """Returns the family of the first supported architecture of a configuration, or of its model type.
 
-    An unsupported one is a problem of ``reader``; Llama then stands in for it, to find further problems.
+    If there is none, notes a problem in ``reader`` and returns Llama, so that further problems are found.
     """
     names = reader.names("architectures")
     model_type = reader.values.get("model_type")

@@ -20,7 +20,7 @@ INPUT_NORM, POST_NORM = "input_norm", "post_norm"
 """Names of the norms through which attention and the MLP read the residual stream."""
 
 ATTENTION_OUTPUT_NORM, MLP_OUTPUT_NORM = "attention_output_norm", "mlp_output_norm"
-"""Names of the norms of what attention and the MLP add to the residual stream."""
+"""Names of the norms that attention and the MLP apply to their additions to the residual stream."""
 
 TENSORS: Mapping[str, tuple[str, ...]] = {
     "embed.embedding": ("model.embed_tokens.weight",),
@@ -42,11 +42,11 @@ TENSORS: Mapping[str, tuple[str, ...]] = {
     "norm.scale": ("model.norm.weight",),
     "lm_head.kernel": ("lm_head.weight",),
 }
-"""Hugging Face's names of the tensors that make each parameter, as most families have them.
+"""Names of the Hugging Face tensors that each parameter is made of, in most families.
 
 A kernel has one name for each axis of its outputs, in their order, or one name if the checkpoint stores them
 fused. Hugging Face stores a kernel as ``[outputs, inputs]``. The tensors of a bias have the names of the
-kernel's with ``bias`` in place of ``weight``."""
+kernel's tensors, with ``bias`` instead of ``weight``."""
 
 EMBEDDING, LM_HEAD = TENSORS["embed.embedding"][0], TENSORS["lm_head.kernel"][0]
 
@@ -60,7 +60,7 @@ class Family:
       architecture: Entry of ``architectures`` in its configurations.
       describe: Returns the description of a model. It reports options that are not supported as problems of
         the reader.
-      defaults: Values of keys that a configuration may lack, as in the configuration class of transformers.
+      defaults: Values of keys that a configuration may lack, from the configuration class in transformers.
       tensors: Names of the tensors of each parameter (``TENSORS``).
       biases: Configuration keys of biases that the family implements; the others are refused.
     """
@@ -92,7 +92,7 @@ def layer(
       activation: Activation function of the MLP.
       before: Whether both blocks read the residual stream through norms.
       after: Whether both blocks normalize what they add to the stream.
-      qkv_bias, o_bias, mlp_bias: Which projections have biases.
+      qkv_bias, o_bias, mlp_bias: Whether ``qkv``, ``o``, and both projections of the MLP have biases.
       multiplier: Factor of what both blocks add to the stream.
       norm_offset: See ``Norm``.
     """

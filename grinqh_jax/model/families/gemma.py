@@ -9,7 +9,7 @@ from grinqh_jax.model.layer_spec import Attention, Description, LogitTransform, 
 from grinqh_jax.model.rope import RopeConfig
 
 NORM_OFFSET = 1.0
-"""Norm scales are stored minus 1."""
+"""Checkpoints store norm scales minus this number."""
 
 
 def _describe(reader: ConfigReader) -> Description:

@@ -7,7 +7,7 @@ from grinqh_jax.model.layer_spec import Attention, Description
 
 
 def _describe(reader: ConfigReader) -> Description:
-    # The configuration of transformers has no window; a stated one says that the model is another.
+    # The configuration class in transformers has no window. A file with one describes another model.
     reader.refuse("sliding_window")
     reader.windows(reader.layer_types(["full_attention"] * reader.integer("num_hidden_layers")), None)
     attention_bias = reader.switch("attention_bias")

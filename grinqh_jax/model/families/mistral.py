@@ -18,13 +18,13 @@ def _layers(
 
 
 def _kinds(reader: ConfigReader) -> list[str]:
-    """Returns the kind of each layer if ``sliding_window`` alone says it."""
+    """Returns the kind of each layer that follows from ``sliding_window`` alone."""
     kind = GLOBAL if reader.values.get("sliding_window") is None else SLIDING
     return [kind] * reader.integer("num_hidden_layers")
 
 
 def _same_window(reader: ConfigReader) -> list[int | None]:
-    """Returns the window that all layers have; transformers ignores other ``layer_types``."""
+    """Returns the window of each layer, which is the same for all: transformers ignores ``layer_types``."""
     kinds = _kinds(reader)
     if reader.layer_types(kinds) != kinds:
         reader.problem("layer_types of another kind than sliding_window says (model_type ministral has them)")

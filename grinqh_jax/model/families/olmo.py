@@ -1,4 +1,4 @@
-"""OLMo 2 and 3: norms behind attention and MLP instead of before, norms of all query and of all key heads."""
+"""OLMo 2 and 3: norms after attention and MLP instead of before, one norm for all query or all key heads."""
 
 from grinqh_jax.model.config_reader import GLOBAL, SLIDING, ConfigReader
 from grinqh_jax.model.families.family import TENSORS, Family, layer

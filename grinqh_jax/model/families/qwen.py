@@ -7,7 +7,7 @@ from grinqh_jax.model.layer_spec import Attention, Description, Norm
 
 
 def _windows(reader: ConfigReader) -> list[int | None]:
-    """Returns the window of each layer. A configuration may state a window and switch it off."""
+    """Returns the window of each layer. A configuration may name a window and switch it off."""
     stated = reader.switch("use_sliding_window")
     window = reader.optional_integer("sliding_window") if stated else None
     count, first = reader.integer("num_hidden_layers"), reader.values["max_window_layers"]
@@ -58,7 +58,7 @@ FAMILIES = (
         model_type="qwen2",
         architecture="Qwen2ForCausalLM",
         describe=_qwen2,
-        biases=("attention_bias",),  # does not matter: it always has these biases
+        biases=("attention_bias",),  # The key has no effect: the family always has these biases.
         defaults=_DEFAULTS,
     ),
     Family(

@@ -7,7 +7,7 @@ from grinqh_jax.model.layer_spec import Attention, Description
 
 
 def _has_rope(reader: ConfigReader) -> list[bool]:
-    """Returns whether each layer has rotary positions; ``no_rope_layers`` has 0 for one that has none."""
+    """Returns whether each layer has rotary positions. In ``no_rope_layers`` a layer without has 0."""
     count, flags = reader.integer("num_hidden_layers"), reader.values.get("no_rope_layers")
     if flags is None:
         interval = reader.integer("no_rope_layer_interval")
