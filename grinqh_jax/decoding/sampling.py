@@ -2,9 +2,8 @@
 
 Every parameter is an array with one entry for each row of the batch, so changing one compiles nothing. Two
 choices select another program: whether all rows are greedy, and whether there are penalties. The filters and
-  their
-order are those of Hugging Face transformers: temperature, top-k, top-p (over the tokens that top-k kept),
-  min-p.
+their order are those of Hugging Face transformers: temperature, top-k, top-p (over the tokens that top-k
+kept), min-p.
 """
 
 import dataclasses

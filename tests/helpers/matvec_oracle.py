@@ -1,9 +1,8 @@
 """The stored format and the graded matvec in NumPy and float64, written from the format's description alone.
 
 All implementations are compared with this oracle: reference, XLA, the emulated GPU kernels and the kernels on
-  a
-GPU. It reads the fields of a ``NestedWeight`` and imports nothing else of ``pallas_kernels``, so a mistake in
-``layout`` or ``codes`` cannot cancel out.
+a GPU. It reads the fields of a ``NestedWeight`` and imports nothing else of ``pallas_kernels``, so a mistake
+in ``layout`` or ``codes`` cannot cancel out.
 """
 
 import dataclasses
