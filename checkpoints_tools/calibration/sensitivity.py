@@ -114,7 +114,7 @@ def output_sensitivities(
         one window.
       compute_dtype: Dtype of the hidden states.
       axes: Orthogonal ``Q``. Outputs that are added to the residual stream are measured along its columns.
-      states: States of a forward pass over these windows, which are used up; None runs one.
+      states: States of a forward pass over these windows, freed on the way; None runs such a pass.
       on_progress: Called with a note after each layer of each pass.
 
     Returns:
@@ -182,7 +182,7 @@ def _head_variances(
 ) -> Float[np.ndarray, "v"]:
     """Returns ``E[g_n**2]`` at the outputs, exact over all tokens: the mean of ``p (1 - p)`` for logits.
 
-    If logits are a function of the outputs, the square of its derivative is a factor.
+    If a function of the outputs gives the logits, the square of its derivative is a factor.
 
     Reads the vocabulary twice: for the log-normaliser of each prediction, and for the sums.
     """

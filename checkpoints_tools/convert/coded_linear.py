@@ -1,8 +1,8 @@
-"""A linear layer as 8-bit codes in logical order, which the converter reads graded many times.
+"""A graded linear layer as 8-bit codes in logical order, for the converter's many graded products.
 
 The planes of a checkpoint suit a decode step, which unpacks them on the GPU. For products with many rows the
-converter keeps one byte for each weight instead: it needs the same memory, and reading a level is a shift and
-a product.
+converter keeps one byte for each weight instead. This takes the same memory, and a level is read by a shift
+and a multiplication.
 """
 
 from functools import partial
@@ -79,8 +79,8 @@ class CodedLinear(nnx.Module):
         gain = level_gains[0]
         for index in range(1, self.num_planes):
             gain = jnp.where(level > index, level_gains[index], gain)
-        read = (x * gain).astype(x.dtype)
-        y = _product(self.num_planes, self.codes[...], self.scales[...], read, level, outputs)
+        scaled = (x * gain).astype(x.dtype)
+        y = _product(self.num_planes, self.codes[...], self.scales[...], scaled, level, outputs)
         return y if self.bias is None or outputs is not None else y + self.bias[...]
 
 
@@ -101,41 +101,42 @@ def level_weights(
     return (values * scale).astype(dtype)
 
 
-def _apart(num_planes: int) -> list[tuple[int, int]]:
-    """Returns ``(first level, level that is read)`` of each product."""
+def _products(num_planes: int) -> list[tuple[int, int]]:
+    """Returns ``(first level, level whose weights are read)`` of each product."""
     last = min(FINE_LEVEL, num_planes)
     return [(level, level) for level in range(1, last)] + [(last, num_planes)]
 
 
 def _is_read(level: Int[Array, "*rows k"], first: int, num_planes: int) -> Bool[Array, "*rows k"]:
-    """Returns which channels the product whose first level is ``first`` reads."""
+    """Returns which channels are read by the product with first level ``first`` (see ``_products``)."""
     return level >= first if first == min(FINE_LEVEL, num_planes) else level == first
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(num_planes, stored, scales, read, level, outputs):
+def _product(num_planes, stored, scales, scaled, level, outputs):
+    """Returns ``CodedLinear.graded`` without bias. ``scaled`` holds the activations times their gains."""
     if outputs is not None:
         return outputs
     total = jnp.zeros((), jnp.float32)
-    for first, at in _apart(num_planes):
-        inputs = jnp.where(_is_read(level, first, num_planes), read, 0)
-        kernel = level_weights(stored, scales, at, read.dtype)
+    for first, read_level in _products(num_planes):
+        inputs = jnp.where(_is_read(level, first, num_planes), scaled, 0)
+        kernel = level_weights(stored, scales, read_level, scaled.dtype)
         total += jnp.matmul(inputs, kernel, preferred_element_type=jnp.float32)
     return total
 
 
-def _product_forward(num_planes, stored, scales, read, level, outputs):
-    # A dtype is no pytree: an empty array carries it.
-    residuals = stored, scales, level, jnp.zeros(0, read.dtype)
-    return _product(num_planes, stored, scales, read, level, outputs), residuals
+def _product_forward(num_planes, stored, scales, scaled, level, outputs):
+    # The residuals must be a pytree, so an empty array carries the dtype.
+    residuals = stored, scales, level, jnp.zeros(0, scaled.dtype)
+    return _product(num_planes, stored, scales, scaled, level, outputs), residuals
 
 
 def _product_backward(num_planes, residuals, gradient):
     stored, scales, level, like = residuals
     gradient = gradient.astype(like.dtype)
     total = jnp.zeros((), like.dtype)
-    for first, at in _apart(num_planes):
-        kernel = level_weights(stored, scales, at, like.dtype)
+    for first, read_level in _products(num_planes):
+        kernel = level_weights(stored, scales, read_level, like.dtype)
         total = jnp.where(_is_read(level, first, num_planes), jnp.matmul(gradient, kernel.T), total)
     return None, None, jnp.where(level > 0, total, 0), None, None
 

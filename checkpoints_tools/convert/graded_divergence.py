@@ -1,14 +1,14 @@
 """The divergence of a graded model from the original, and its gradient with respect to the level gains.
 
-The divergence is ``KL(original || graded)``. The gradient treats the levels as constants: a gain multiplies
-what its level reads, ``y = sum_l g_l (x at level l) W_l``, and the change of ``x`` in later layers rarely
-moves a channel to another level.
+The divergence is ``KL(original || graded)``. A gain multiplies the weights of its level,
+``y = sum_l g_l (x at level l) W_l``. It also changes ``x`` in later layers, which rarely moves a channel to
+another level, so the gradient treats the levels as constants.
 
-One forward pass keeps the states between the layers, and one backward pass uses them. The windows pass
+One forward pass keeps the states between the layers, and one backward pass uses them. All windows run
 together, so each level of a layer is dequantized once. Memory holds the codes of one layer and of the output
-projection, the dequantized levels of one linear layer, and the states; the vocabulary passes in ranges. If
+projection, the dequantized levels of one linear layer, and the states; the vocabulary is read in ranges. If
 there is room, layers and the original's output projection stay in memory from call to call, and the outputs
-of the projections from the forward to the backward pass.
+of the projections stay from the forward to the backward pass.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,7 +40,7 @@ LOGITS_IN_MEMORY = 1 << 27
 """Number of logits that stay in memory between the two passes over the vocabulary: 512 MiB."""
 
 _LEAST_DIVERGENCE = 1e-12
-"""Divergence below which only rounding is left."""
+"""Lower limit of the divergence in its gradient; smaller divergences are rounding errors."""
 
 
 class Settings(NamedTuple):
@@ -68,7 +68,8 @@ def divergence(
 ) -> tuple[list[float], dict[str, Float[Array, "p"]]]:
     """Computes the divergence of each window and the gradient of the sum of the logarithms.
 
-    Logarithms give all settings the same weight: at few bits the divergence is ten times as large as at many.
+    Logarithms give all settings the same weight, although the divergence at few bits is ten times as large as
+    at many.
 
     Args:
       model: Graded model and its original.
@@ -111,7 +112,7 @@ def _layer_gains(level_gains: LevelGains, i: int) -> LevelGains:
 
 
 class _GradedWithGains:
-    """An ``apply`` strategy for whole windows: graded, with given level gains, differentiable by them.
+    """An apply strategy for whole windows: graded with given level gains, and differentiable in them.
 
     Attributes:
       outputs: Outputs of the projections, by projection. Those that are given are not computed again.
@@ -143,7 +144,7 @@ def _run(layer: DecoderLayer, x: Float[Array, "s t d"], apply: _GradedWithGains)
 def _forward(
     layer: DecoderLayer, level_gains: LevelGains, settings: Settings, x: Float[Array, "s t d"]
 ) -> tuple[Float[Array, "s t d"], Outputs]:
-    """Returns the states behind a layer and the outputs of its projections."""
+    """Returns the states after a layer and the outputs of its projections."""
     apply = _GradedWithGains(level_gains, settings)
     return _run(layer, x, apply), apply.outputs
 
@@ -157,7 +158,7 @@ def _backward(
     outputs: Outputs,
     gradient: Float[Array, "s t d"],
 ) -> tuple[Float[Array, "s t d"], dict[str, Float[Array, "p"]]]:
-    """Returns the gradients before a layer and by its level gains, given the gradient behind it."""
+    """Returns the gradients at a layer's inputs and of its level gains, given that at its outputs."""
 
     def run(gains, x):
         return _run(layer, x, _GradedWithGains(gains, settings, outputs))
@@ -175,9 +176,12 @@ def _through_head(
     settings: Settings,
     hidden: Float[Array, "s t d"],
 ) -> tuple[Float[Array, "s"], Float[Array, "s t d"], dict[str, Float[Array, "p"]]]:
-    """Returns divergences, and gradients of their logarithms behind the last layer and by head gains.
+    """Returns the divergences, and the gradients of the sum of their logarithms.
 
-    The first pass over the vocabulary yields the divergences, the second one the gradients.
+    These are gradients with respect to the outputs of the last layer, and to the level gains of the head by
+    vocabulary block.
+
+    The first pass over the vocabulary computes the divergences, the second one the gradients.
     """
     behind, transform = normed(head.norm, hidden), model.original.config.logit_transform
     exact_hidden, exact_normaliser = jnp.asarray(states.exact), jnp.asarray(states.normalisers)
@@ -191,11 +195,11 @@ def _through_head(
         arguments = kernel, behind, block, level_gains[name], settings, transform
         return _range_outputs(exact_hidden, exact_normaliser, *arguments)
 
-    for each in ranges:
-        both = range_outputs(*each)
+    for name, start, stop in ranges:
+        both = range_outputs(name, start, stop)
         total = jax.block_until_ready(_add_range(total, *both, transform))
         if in_memory:
-            kept[each[:2]] = both
+            kept[name, start] = both
     divergences, factor = _divergences(total)
     back = jnp.zeros(behind.shape, jnp.float32)
     gradients = {name: jnp.zeros_like(level_gains[name]) for name in head.blocks}
@@ -208,10 +212,10 @@ def _through_head(
 
 
 def _head_ranges(head: GradedHead, rows: int) -> Iterator[tuple[str, int, int]]:
-    """Yields the vocabulary blocks in ranges: name, first output, end.
+    """Yields ranges of the vocabulary blocks: name, first output, end.
 
-    Ranges are whole tiles whose weights and logits fit ``VALUES_IN_MEMORY``. The ranges of a block have the
-    same length, as far as possible, so that they share compiled programs.
+    Ranges are whole tiles whose weights and logits fit ``VALUES_IN_MEMORY``. The ranges of a block have equal
+    lengths, if possible, so that they share compiled programs.
     """
     most = max(VALUES_IN_MEMORY // rows // layout.TILE, 1) * layout.TILE
     for name, block in head.blocks.items():
@@ -225,7 +229,7 @@ class _Totals(NamedTuple):
     """Sums over the vocabulary at each position.
 
     Attributes:
-      normaliser: Log of the sum that the graded model's softmax divides by.
+      normaliser: Log-normaliser of the graded model's softmax.
       difference: Sum of ``p (log p - g)``, with the original's ``p`` and the graded logits ``g``.
     """
 
@@ -256,6 +260,7 @@ def _add_range(
     graded: Float[Array, "s t n"],
     transform: LogitTransform,
 ) -> _Totals:
+    """Adds the result of ``_range_outputs`` for one range."""
     graded_logits = transform(graded)
     difference = jnp.sum(jnp.exp(exact) * (exact - graded_logits), axis=-1)
     return _Totals(with_logits(total.normaliser, graded_logits), total.difference + difference)
@@ -263,7 +268,7 @@ def _add_range(
 
 @jax.jit
 def _divergences(total: _Totals) -> tuple[Float[Array, "s"], Float[Array, "s t"]]:
-    """Returns the divergences, and the gradient of the sum of their logarithms by each position's."""
+    """Returns the divergence of each window, and each position's factor in the gradient of the logarithms."""
     length = total.normaliser.shape[1]
     first = first_scored_position(length)
     share = (jnp.arange(length) >= first) / (length - first)
@@ -285,13 +290,13 @@ def _add_gradients(
     settings: Settings,
     transform: LogitTransform,
 ) -> tuple[Float[Array, "s t d"], Float[Array, "p"]]:
-    """Adds the share of a range of outputs to the gradients by ``x`` and by the gains.
+    """Adds the share of a range of outputs to the gradients with respect to ``x`` and the level gains.
 
     Args:
       back, by_gains: Gradients of other ranges.
       exact, graded: Result of ``_range_outputs``.
       factor: See ``_divergences``.
-      normaliser: Log of the sum that the graded model's softmax divides by.
+      normaliser: Log-normaliser of the graded model's softmax.
       x: Normed hidden states of the graded model.
       block, level_gains, settings: The range, its level gains, the settings of the dial.
       transform: Function from outputs to logits.

@@ -1,4 +1,4 @@
-"""A graded model and the original it comes from, read one layer at a time, and windows of text in both."""
+"""A graded model and its original, read layer by layer, and windows of text in both."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +28,7 @@ class GradedHead(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class GradedModel:
-    """A graded model with all level gains 1, and the original it comes from.
+    """A graded model whose level gains are all 1, and its original.
 
     Attributes:
       original: Original checkpoint.
@@ -88,12 +88,12 @@ def _with_unit_gains(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class WindowStates:
-    """Windows of text at the beginning of the graded model and at the end of the original.
+    """States of windows of text before the first layer of the graded model, and after the original.
 
     Attributes:
       embedded: Hidden states before the first layer of the graded model.
-      exact: Hidden states behind the last norm of the original.
-      normalisers: Log of the sum that the original's softmax divides by, at each position, float32.
+      exact: Hidden states after the final norm of the original.
+      normalisers: Log-normalisers of the original's softmax at each position, float32.
     """
 
     embedded: Float[np.ndarray, "s t d"]

@@ -1,4 +1,4 @@
-"""Weights fitted to the inputs that graded reading gives a projection: one step of damped least squares.
+"""Fits the weights of a projection to its graded inputs, by one step of damped least squares.
 
 Let ``x`` be the inputs of a projection in the original model, ``z`` its inputs at some bits, zero where they
 are skipped, and ``h_x`` and ``h_z`` the residual stream of the two models. The new weights come closest to
@@ -6,16 +6,16 @@ the original ``W`` both on ``z`` and, so that full precision stays what it was, 
 
     ``W' = argmin E|z W' - y|**2 + c E|x W' - x W|**2``
 
-If the projection writes the residual stream, its outputs also make up for what the stream lacks:
+If the projection writes the residual stream, its outputs also compensate the error of the stream so far:
 ``y = x W + (h_x - h_z)``. Otherwise ``y = x W``. With ``A = z^T z + c x^T x``, damped, and
 ``G = z^T (y - z W)`` the solution is ``W' = W + A^-1 G``. (GPTAQ, arXiv 2504.02692, fits quantized inputs to
 original outputs. Here the errors come from grading, and one weight serves all settings of the dial.)
 
-Without a deficit ``G = (z^T (x - z)) W``, so the windows pass once for all outputs: the residuals follow from
-K x K matrices.
+Without a deficit ``G = (z^T (x - z)) W``. The residuals of all outputs then follow from K x K matrices, which
+one pass over the windows computes.
 
-A fit of K numbers to T tokens also fits their noise: by chance it removes ``K / T`` of the residual energy.
-The step is shortened by the share that chance has in the whole reduction (James and Stein 1961).
+A fit of K numbers to T tokens also fits noise: by chance it removes ``K / T`` of the residual energy. The
+step is shortened by the share of the whole reduction that is due to chance (James and Stein 1961).
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ FULL_PRECISION_WEIGHT = 2.0
 """``c``: weight of the model at full precision."""
 
 DAMPING = 0.01
-"""Number added to the diagonal of ``A``, in units of its mean."""
+"""Share of the mean of the diagonal of ``A`` that is added to the diagonal."""
 
 
 class FitWindow(NamedTuple):
@@ -39,7 +39,7 @@ class FitWindow(NamedTuple):
 
     Attributes:
       exact: Inputs ``x`` in the original model.
-      graded: Inputs in the graded model, not yet skipped.
+      graded: Inputs in the graded model, before small ones are skipped.
       deficit: ``h_x - h_z`` for some outputs; None if the projection does not write the residual stream.
     """
 
@@ -66,7 +66,7 @@ def moments(windows: Sequence[FitWindow], least_read: Float[Array, ""] | float) 
     """Sums over all windows; None if there are no more tokens than inputs.
 
     Args:
-      windows: All windows. Of the deficits only their presence counts.
+      windows: All windows. The values of the deficits are not used, only whether there are any.
       least_read: Smallest magnitude of a graded input that is not skipped.
     """
     k = windows[0].exact.shape[1]
@@ -192,7 +192,7 @@ def _step(
     """Returns ``W + A^-1 G``, the step shortened by the share of its reduction that is chance."""
     step = jax.scipy.linalg.cho_solve((a_factor, True), g)
     reduction = jnp.sum(step * g)
-    # A exceeds z^T z by the part that holds the weights in place, which divides the share of chance as well.
+    # A includes c x^T x, which holds the weights in place and so reduces the share of chance by 1 + c.
     chance = len(w) / tokens * energy / (1 + FULL_PRECISION_WEIGHT)
     return w + step * jnp.where(reduction > chance, 1 - chance / reduction, 0)
 

@@ -1,4 +1,4 @@
-"""The plan of a conversion, made from the options, the shapes and the calibration text alone."""
+"""The plan of a conversion: all that follows from the options, the shapes and the calibration text."""
 
 import dataclasses
 import hashlib
@@ -23,7 +23,8 @@ from grinqh_jax.model.options import rotation_obstacle
 from pallas_kernels.layout import DIGIT_BITS
 
 PARTS_VERSION = 3
-"""Version of the division of a checkpoint into parts. Parts of different versions do not mix."""
+"""Version of the division of a checkpoint into parts. It is part of the fingerprint, so a conversion never
+resumes with parts of another version."""
 
 
 class Stage(NamedTuple):
@@ -48,16 +49,16 @@ class Plan:
     Attributes:
       source: Checkpoint that is converted.
       calibration: Calibration text.
-      options: What the caller asks for.
+      options: Options that the caller chose.
       survey_windows: Windows that choose the basis and measure sensitivities, ``[s, t]``.
       threshold_windows: Windows that thresholds are placed on. They differ from the survey windows because a
-        basis suits its own text better than any other; thresholds placed there would read too many bits of
-        other text.
+        basis suits the text that it was computed from better than other text; thresholds placed on that text
+        would read too many bits of other text.
       refit_windows: Windows that weights are refitted to, the first of the survey windows.
       gains: One of ``GAINS``: the source of the level gains.
       refit: Names of the projections that are refitted in every layer, and ``HEAD`` if the output projection
         is. Empty without ``options.refit``.
-      not_done: One line for each option that the conversion cannot follow, with the reason.
+      not_done: One line for each option that the conversion does not carry out, with the reason.
       compute_dtype: Dtype of hidden states and products: float32 on a CPU, which emulates bfloat16 slowly,
         bfloat16 elsewhere.
     """
@@ -156,7 +157,7 @@ def make_plan(source: HFCheckpoint, calibration: Calibration, options: Options) 
     Args:
       source: Checkpoint to convert.
       calibration: Calibration text.
-      options: What the caller asks for.
+      options: Options that the caller chose.
     """
     survey_windows, threshold_windows = split_windows(calibration.windows)
     compute_dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16

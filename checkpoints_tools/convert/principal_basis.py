@@ -1,22 +1,21 @@
-"""The residual stream rotated onto its principal axes, with rows of equal size: the same function, easier to
-grade.
+"""Rotates the residual stream onto its principal axes: the model computes the same function, with fewer bits.
 
-Grading saves bits where the energy of a token lies in few channels. The channels that a model was trained
-with are not the best ones for that, and RMSNorm leaves the choice free. With ``r(x)`` the normalised stream,
+Grading saves bits if the energy of a token lies in few channels. The channels that a model was trained with
+are not the best ones for that, and RMSNorm allows any orthogonal basis. With ``r(x)`` the normalised stream,
 ``g`` a norm scale, ``W`` the projection behind it and any orthogonal ``Q``,
 
     ``(r(x) * g) @ W  =  (r(x Q) * s) @ (diag(1 / s) Q^T diag(g) W)``
 
 because ``|x Q| = |x|``. So the embedding and the projections that write the stream (``o``, ``down``) are
-multiplied by ``Q`` on the right, those that read it by ``Q^T diag(g)`` on the left, and run time does
-nothing. Rotating the stream for compression is SliceGPT's idea (arXiv 2401.15024), which removes the smallest
-axes; here each token decides which axes it skips.
+multiplied by ``Q`` on the right, and the projections that read it by ``Q^T diag(g)`` on the left. At run time
+this costs nothing. SliceGPT (arXiv 2401.15024) rotates the stream to remove its smallest axes; here each
+token determines which axes it skips.
 
 * ``Q`` holds the eigenvectors of the second moments of ``r(x)``, summed over all readers of the stream,
   largest first, so the energy of a typical token lies in few channels.
-* ``s_j``, the row scale, is the size of row j over the geometric mean of all rows, each output weighted by
-  its sensitivity (``calibration.sensitivity``). With rows of equal size ``|x_j|``, by which a channel is
-  graded, is its importance.
+* ``s_j``, the row scale, is the size of row j over the geometric mean of all rows, with each output weighted
+  by its sensitivity (``calibration.sensitivity``). Rows then have equal size, so ``|x_j|``, which grades a
+  channel, is its importance.
 """
 
 import dataclasses
@@ -44,7 +43,7 @@ from grinqh_jax.model.parameters import EMBEDDING, stream_readers, stream_writer
 from pallas_kernels import codes
 
 ROW_SCALE_RANGE = 64.0
-"""Largest factor between a row scale and the geometric mean. Smaller rows are noise."""
+"""Largest factor between a row scale and 1. Rows that are even smaller are noise."""
 
 
 @jax.jit(donate_argnums=0)
@@ -63,7 +62,7 @@ def _moments(x: Float[Array, "*rows t d"], norm_scale: Float[Array, "d"]) -> Flo
 
 
 class _Stream(Dense):
-    """An ``apply`` strategy that collects the second moments of the normalised stream, by reader."""
+    """An apply strategy that collects the second moments of the normalised stream, by its readers."""
 
     def __init__(self, layer: DecoderLayer):
         self.layer = layer
@@ -95,14 +94,16 @@ def second_moments(
     on_progress: Callable[[str], None] = lambda note: None,
     states: ForwardStates | None = None,
 ) -> Float[np.ndarray, "d d"]:
-    """Sums the second moments of the normalised residual stream over all its readers, one layer in memory.
+    """Sums the second moments of the normalised residual stream over all projections that read it.
+
+    One layer is in memory.
 
     Args:
       source: Checkpoint.
       windows: Token ids. Only scored positions count (``statistics.first_scored_position``).
       compute_dtype: Dtype of the hidden states.
       on_progress: Called with a note after each layer.
-      states: Takes the states of the windows, which later stages need; None keeps none.
+      states: Receives the states of the windows, which ``output_sensitivities`` uses; None drops them.
 
     Raises:
       CheckpointError: A weight or a hidden state is NaN or Inf. The message names the layer.
@@ -152,7 +153,7 @@ def _with_moments(total: Float[Array, "d d"], moments: Float[Array, "d d"], name
 
 
 def principal_axes(moments: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d d"]:
-    """Returns orthogonal float32 ``Q``, whose columns are the eigenvectors, largest eigenvalue first."""
+    """Returns the orthogonal ``Q``, float32: the eigenvectors as columns, largest eigenvalue first."""
     return np.ascontiguousarray(np.linalg.eigh(moments)[1][:, ::-1], np.float32)
 
 
@@ -174,7 +175,7 @@ def row_scales(squares: Float[np.ndarray, "d"]) -> Float[np.ndarray, "d"]:
 
 @dataclasses.dataclass(frozen=True)
 class RotatedCheckpoint:
-    """A checkpoint that computes the same function as ``source`` in another basis, and reads like it.
+    """A checkpoint that computes the same function as ``source`` in another basis, with the same interface.
 
     Kernels and the embedding keep their dtype, except that float64 becomes float32. Norms of the residual
     stream hold the row scales, float32.
@@ -182,7 +183,8 @@ class RotatedCheckpoint:
     Attributes:
       source: Original checkpoint.
       axes: Orthogonal ``Q``, ``[hidden, hidden]``.
-      sensitivities: Weight of each output of a reader in the size of a row, by name; all equal by default.
+      sensitivities: Sensitivity of each output of the projections that read the stream, by name. They weight
+        the outputs in the size of a row; all are equal by default.
     """
 
     source: HFCheckpoint
@@ -245,7 +247,7 @@ class RotatedCheckpoint:
         return {}
 
     def _row_scales_of(self, name: str) -> Float[np.ndarray, "d"]:
-        """Returns the row scales in front of a reader, from one pass over ranges of its outputs."""
+        """Returns the row scales of a projection that reads the stream, computed in ranges of its outputs."""
         if name not in self._row_scales:
             width, outputs = self.parameters[f"{name}.kernel"]
             size = max(VALUES_IN_MEMORY // width, 1) if name == HEAD else outputs
@@ -258,7 +260,7 @@ class RotatedCheckpoint:
 
     def _row_squares(self, name: str, kernel: Float[Array, "d n"], outputs: Rows) -> np.ndarray:
         weights = self.sensitivities.get(name, np.ones(self.parameters[f"{name}.kernel"][1]))
-        # Uses float64; in float32 the sums of long rows would depend on the device's order of additions.
+        # In float32 the sums of long rows would depend on the order in which a device adds.
         with jax.enable_x64(True):
             return np.asarray(_weighted_squares(kernel, jnp.asarray(weights[outputs], jnp.float64)))
 

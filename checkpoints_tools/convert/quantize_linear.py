@@ -22,7 +22,7 @@ ReadOutputs = Callable[[slice], Float[np.ndarray | Array, "k n"]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Rounding:
-    """How one linear layer is rounded.
+    """A linear layer and the parameters of its rounding.
 
     Attributes:
       name: Name of the layer in errors.
@@ -46,10 +46,10 @@ def measure_linear(
     read_outputs: ReadOutputs,
     keep: Callable[[RoundedWeight], None] = lambda rounded: None,
 ) -> LevelFit:
-    """Rounds a layer, one range of outputs after another, and measures the fit of its levels.
+    """Rounds a layer in ranges of outputs, and measures the fit of its levels.
 
-    The errors of the levels follow from the rounded codes. The codes of a range live until the next range
-    and are not packed into planes.
+    The errors of the levels follow from the rounded codes. The codes of a range are freed before the next
+    range and are not packed into planes.
 
     Args:
       rounding: Layer to round.
@@ -57,8 +57,8 @@ def measure_linear(
       keep: Called with the rounded weights of each range.
 
     Returns:
-      Fit of the levels, float64, weighted by the sensitivities. The errors leave level gains out: thresholds
-      that take them into account put more channels at level 1, and the model diverges more.
+      Fit of the levels, float64, weighted by the sensitivities. The errors do not include level gains,
+      because thresholds that are placed with them put more channels at level 1, and the model diverges more.
 
     Raises:
       CheckpointError: Weights or activations are not finite, or do not fit the codes' scales.
@@ -113,9 +113,10 @@ def quantize_linear(rounding: Rounding, read_outputs: ReadOutputs) -> tuple[dict
 
 
 def fit_gains(fit: LevelFit) -> Float[np.ndarray, "p"]:
-    """Level gains ``g_l`` that minimise ``E[(w - g_l w_l)**2]``: ``1 + E[w_l (w - w_l)] / E[w_l**2]``.
+    """Returns the level gains that bring each level closest to the weights, float32.
 
-    The gain of the highest level, full precision, stays 1. Returns float32.
+    Least squares: ``g_l = 1 + E[w_l (w - w_l)] / E[w_l**2]`` minimizes ``E[(w - g_l w_l)**2]``. The gain of
+    the highest level stays 1.
     """
     slopes, squares = fit.slopes, fit.squares
     gains = 1 + np.divide(slopes, squares, out=np.zeros_like(slopes), where=squares > 0)

@@ -1,8 +1,9 @@
-"""The windows that weights are refitted to, on their way through the original and the graded model.
+"""Runs the windows that weights are refitted to through the original and the graded model.
 
-During decoding a linear layer does not see the inputs that it was trained on: they carry the errors of all
-layers before it, and some of them are skipped. So the projections are refitted (``least_squares``) and
-quantized one after another, each on the inputs that the refitted and quantized projections before it produce.
+In decoding the inputs of a linear layer differ from those that it was trained on: they carry the errors of
+all layers before it, and some of them are skipped. The projections are therefore refitted (``least_squares``)
+and quantized one after another, each on the inputs that the refitted and quantized projections before it
+produce.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,17 +25,18 @@ from grinqh_jax.model.linear import DenseLinear
 from pallas_kernels import Activations
 
 BITS = 3.0
-"""Mean bits that weights are fitted to. Other settings of the dial skip much the same inputs."""
+"""Mean bits that weights are fitted to. Other settings of the dial skip similar inputs."""
 
 SHARE_OF_BITS = 0.75
-"""Upper limit of these bits as a share of the stored bits: reading all of a short code skips nothing."""
+"""Upper limit of these bits as a share of the stored bits, because a setting that reads all bits skips
+nothing."""
 
 
 class RefitStates:
     """States of the refit windows in front of a projection, in the original and in the graded model.
 
-    They stay on the device because every range of outputs is fitted to all of them. ``advance`` replaces them
-    one window at a time, so that memory holds the states of one projection.
+    The states stay on the device, because every range of outputs is fitted to all of them. ``advance``
+    replaces them window by window, so that memory holds the states of one projection.
 
     Args:
       hidden: Hidden states ``[s, t, d]`` before the first layer.
@@ -58,7 +60,7 @@ class RefitStates:
 
     @property
     def streams(self) -> dict[str, Float[np.ndarray, "t d"]]:
-        """Residual stream of each window in both models. May be set between two layers."""
+        """Residual stream of each window in both models, to save and to resume. Set it between layers."""
         models = {"exact": self._exact, "graded": self._graded}.items()
         return {
             f"{model} {s}": np.asarray(x) for model, states in models for s, x in enumerate(states.stream)
@@ -73,7 +75,7 @@ class RefitStates:
     def apply_norm(self, norm: RMSNorm | None) -> None:
         """Moves the windows to the projection that reads the residual stream, through a norm or without."""
         for states in (self._exact, self._graded):
-            states.inputs = []  # Frees the inputs of the projection before.
+            states.inputs = []  # Frees the inputs of the previous projection.
             states.inputs = [stream if norm is None else normed(norm, stream) for stream in states.stream]
 
     def fitted(self, name: str, w: Float[Array | np.ndarray, "k n"], outputs: slice) -> Float[Array, "k n"]:
@@ -87,7 +89,7 @@ class RefitStates:
         least_read = self._thresholds(name)[0]
         deficits: list[Float[Array, "t n"] | None] = [None] * len(self._exact.inputs)
         block = self._block_written_by(name)
-        # Behind a norm, what the stream lacks is no sum of outputs.
+        # If a norm follows the projection, a deficit of the stream is not a deficit of its outputs.
         if block is not None and block.norm_after is None:
             pairs = zip(self._exact.stream, self._graded.stream, strict=True)
             deficits = [
@@ -129,7 +131,7 @@ class RefitStates:
 
 
 class Reading(NamedTuple):
-    """How a projection is read graded.
+    """Thresholds and level gains that a projection is read with.
 
     Attributes:
       thresholds: Thresholds of levels ``1..P``.
@@ -162,7 +164,7 @@ class _ModelStates:
         """Moves the windows past a projection of ``layer``, which ``linear`` computes."""
         for s, inputs in enumerate(self.inputs):
             states = _advance(layer, linear, reading, self.stream[s], inputs, projection)
-            # Waits, so that the intermediate values of one window at most are in memory.
+            # Waits, so that the intermediate values of only one window are in memory.
             self.stream[s], self.inputs[s] = jax.block_until_ready(states)
 
 
@@ -175,9 +177,9 @@ def _advance(
     inputs: Float[Array, "t k"],
     projection: str,
 ) -> tuple[Float[Array, "t d"], Float[Array, "t k2"]]:
-    """Returns the residual stream behind a projection and the inputs of the next one in its layer.
+    """Returns the residual stream after a projection and the inputs of the next one in its layer.
 
-    Behind the last projection of a layer the inputs have no meaning.
+    After the last projection of a layer the returned inputs have no meaning.
     """
     if isinstance(linear, CodedLinear):
         assert reading is not None, "a graded projection is read at levels"

@@ -1,7 +1,7 @@
-"""Fourth stage of a conversion: weights refitted to their graded inputs, quantized and written.
+"""Fourth stage of a conversion: refits weights to their graded inputs, quantizes and writes them.
 
-Each projection is fitted to inputs that the quantized projections before it produce, so the layers are
-written in order, and one layer is in memory.
+Each projection is fitted to the inputs that the quantized projections before it produce, so the layers are
+refitted in order. One layer is in memory.
 """
 
 from collections.abc import Callable, Mapping
@@ -37,11 +37,11 @@ def refit_layers(
 ) -> None:
     """Refits, quantizes and writes the projections of ``plan.refit``. Returns at once if there are none.
 
-    The residual streams behind each layer are saved with its part. After an interruption the stage resumes
-    behind the last layer that is written.
+    The residual streams after each layer are saved with its part. After an interruption the stage resumes
+    after the last layer that was written.
 
     Args:
-      plan: What the conversion does.
+      plan: Plan of the conversion.
       survey: Result of the survey.
       measurements: Statistics of the inputs; level gains of the projections that are not refitted.
       tables: Threshold tables.

@@ -1,4 +1,4 @@
-"""First stage of a conversion: the basis, the sensitivities, and the division of the vocabulary."""
+"""First stage of a conversion: finds the basis, the sensitivities and the vocabulary blocks."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ from grinqh_jax.model.layer_spec import HEAD
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Survey:
-    """What the later stages know about the model.
+    """Results of the survey, which all later stages use.
 
     Attributes:
       weights: Checkpoint whose weights are quantized: the source, or the source in its principal basis.
@@ -39,7 +39,7 @@ def survey(plan: Plan, on_progress: Callable[[str], None]) -> Survey:
     """Chooses the basis and measures sensitivities on ``plan.survey_windows``.
 
     Args:
-      plan: What the conversion does.
+      plan: Plan of the conversion.
       on_progress: Called with a note after each layer of each pass over the model.
 
     Raises:

@@ -1,11 +1,12 @@
-"""Last stage of a conversion: the level gains of all layers, trained together to the least divergence.
+"""Last stage of a conversion: trains the level gains of all layers together to the least divergence.
 
-Least squares (``quantize_linear.fit_gains``) brings each level closest to its own weights. No layer can
-choose its gains alone, because errors accumulate across layers. So the gains of all layers, a few numbers
-each, are trained end to end to the least divergence on the calibration text, by Adam (arXiv 1412.6980). Each
-step sums gradients at several settings of the dial, because one set of gains serves all of them. Codes and
-thresholds stay as they are, and so do the gains of the fine levels (``coded_linear.FINE_LEVEL``): trained,
-they make the divergence at 3 and 4 bits larger and the one at 2 bits no smaller (``docs/quality.md``).
+Least squares (``quantize_linear.fit_gains``) brings each level closest to the weights of its layer. No layer
+can choose its gains alone, because errors accumulate across layers. So the gains of all layers, a few numbers
+for each, are trained end to end to the least divergence on the calibration text, by Adam (arXiv 1412.6980).
+Each step sums gradients at several settings of the dial, because one set of gains serves all of them. Codes
+and thresholds stay as they are, and so do the gains of the fine levels (``coded_linear.FINE_LEVEL``):
+trained, they make the divergence at 3 and 4 bits larger and the one at 2 bits no smaller
+(``docs/quality.md``).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +28,8 @@ STEPS = 32
 """Number of steps of Adam. Each uses one window for every setting."""
 
 RATE = 0.03
-"""Approximate change of a gain's logarithm in a step of the first half. It falls to 0 in the second half."""
+"""Learning rate in the first half: the approximate change of a gain's logarithm in a step. In the second half
+it falls to 0."""
 
 SECOND_MOMENT_DECAY = 0.95
 """Adam's ``b2``. The usual 0.999 would still remember the first steps at the end."""
@@ -36,7 +38,7 @@ WINDOW = 512
 """Longest window in tokens."""
 
 LEAST_TOKENS = 4096
-"""Minimum number of calibration tokens for training: gains trained on fewer suit no other text."""
+"""Minimum number of calibration tokens for training. Gains trained on fewer do not suit other text."""
 
 
 def train_gains(
@@ -63,7 +65,7 @@ def train_gains(
     adam = optax.adam(rate, b2=SECOND_MOMENT_DECAY)
     start = {name: jnp.asarray(gains) for name, gains in initial.items()}
     log_factors = {name: jnp.zeros(trained_levels(len(gains))) for name, gains in initial.items()}
-    # Commits them to the device like everything computed from them; otherwise the second step recompiles.
+    # Committed to the device, as all arrays computed from them are; otherwise the second step recompiles.
     start, log_factors, optimizer_state = jax.device_put(
         (start, log_factors, adam.init(log_factors)), jax.local_devices()[0]
     )
@@ -85,6 +87,7 @@ def train_gains(
 
 
 def _bits(targets: Sequence[float]) -> list[float]:
+    """Returns the settings of ``BITS`` that read fewer bits than are stored."""
     return [mean for mean in BITS if mean < targets[-1]]
 
 
@@ -118,7 +121,7 @@ def trained_levels(num_planes: int) -> int:
 def _gains(
     initial: Mapping[str, Float[Array, "p"]], log_factors: Mapping[str, Float[Array, "_"]]
 ) -> dict[str, Float[Array, "p"]]:
-    """Returns the initial gains times the factors of the first levels, which are positive."""
+    """Returns the initial gains, those of the trained levels times ``exp(log_factors)``."""
     return {
         name: gains * jnp.exp(jnp.pad(log_factors[name], (0, len(gains) - len(log_factors[name]))))
         for name, gains in initial.items()

@@ -12,7 +12,7 @@ LINE_SECONDS = 60.0
 
 
 class Progress:
-    """A bar if stderr is a terminal; otherwise a line every minute, and none in the first.
+    """A bar if stderr is a terminal; otherwise a line every minute, the first one after a minute.
 
     Call it with the number of units completed since the last call.
 
