@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from grinqh_jax.cli import command, flags
-from grinqh_jax.cli.generation import prepare, print_statistics
+from grinqh_jax.cli.generation import compiling, print_statistics
 from grinqh_jax.decoding.request import Request
 from grinqh_jax.errors import UsageError
 
@@ -68,15 +68,20 @@ class Conversation:
             is not part of the conversation then.
         """
         turns = [*self._turns, {"role": "user", "content": text}]
-        generation = self._generator.generate(
-            self._generator.tokenizer.chat([*self._system, *turns]),
-            self._request,
-            max_context=self._max_context,
-            prompt_cache=self._prompt_cache,
-        )
+        try:
+            with compiling():
+                generation = self._generator.generate(
+                    self._generator.tokenizer.chat([*self._system, *turns]),
+                    self._request,
+                    max_context=self._max_context,
+                    prompt_cache=self._prompt_cache,
+                )
+                generation.prepare()
+        except KeyboardInterrupt:
+            _report("interrupted")
+            return
         interrupted = False
         try:
-            prepare(generation)
             for piece in generation:
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:

@@ -8,7 +8,7 @@ import argparse
 from collections.abc import Sequence
 
 from grinqh_jax.cli import command, flags, text_input
-from grinqh_jax.cli.generation import load_generator, open_model, prepare, print_statistics
+from grinqh_jax.cli.generation import compiling, load_generator, open_model, print_statistics
 from grinqh_jax.errors import UsageError
 from grinqh_jax.json_files import json_line
 
@@ -46,10 +46,12 @@ def _generate(args: argparse.Namespace) -> int:
     prompt_tokens = _prompt_tokens(files, prompt, system, args)
     files.check([request.bits], args.max_context, len(prompt_tokens))  # before the weights are loaded
     generator = load_generator(files)
-    generation = generator.generate(prompt_tokens, request, max_context=args.max_context)
+    with compiling():
+        generation = generator.generate(prompt_tokens, request, max_context=args.max_context)
     interrupted = False
     try:
-        prepare(generation)
+        with compiling():
+            generation.prepare()
         for text in generation:
             if not args.json:
                 print(text, end="", flush=True)

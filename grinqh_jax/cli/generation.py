@@ -1,5 +1,6 @@
 """Opens and loads a model, and prints the statistics of a generation, for ``generate`` and ``chat``."""
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -23,13 +24,11 @@ def load_generator(files):
         return Generator.from_files(files)
 
 
-def prepare(generation) -> None:
-    """Compiles the programs of a ``Generation`` under a status line."""
+def compiling() -> contextlib.AbstractContextManager[None]:
+    """Returns a status line for the time in which a text is prepared, most of which is compilation."""
     kept = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    with command.status(
-        "compiling" if kept else "compiling (JAX_COMPILATION_CACHE_DIR=DIR keeps the programs)"
-    ):
-        generation.prepare()
+    hint = "" if kept else " (JAX_COMPILATION_CACHE_DIR=DIR keeps the programs)"
+    return command.status(f"compiling{hint}")
 
 
 def print_statistics(statistics, interrupted: bool = False) -> None:
