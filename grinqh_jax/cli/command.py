@@ -136,6 +136,7 @@ def run(command: Callable[[argparse.Namespace], int], parser: Parser, argv: Sequ
 def guarded(command: Callable[[], int]) -> int:
     """Runs ``command`` and turns its failures into lines on stderr and exit codes, as ``run`` does."""
     _switch_x64_off()
+    sys.excepthook = _show_exception
     try:
         if hasattr(sys.stdout, "reconfigure"):
             # Output is UTF-8 in every locale. A path may hold bytes that are not.
@@ -169,6 +170,17 @@ def leave(code: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(code)  # XLA's threads may crash while the interpreter shuts down
     sys.exit(code)
+
+
+def _show_exception(kind, error, traceback) -> None:
+    """Prints an exception that nothing caught, except the echo of a write that failed.
+
+    If one write of a checkpoint fails, Orbax (0.12.4) raises its error and closes its event loop. The threads
+    of TensorStore (0.1.86) then report once for each unfinished write that the loop is closed.
+    """
+    if isinstance(error, RuntimeError) and "Event loop is closed" in str(error):
+        return
+    sys.__excepthook__(kind, error, traceback)
 
 
 def _switch_x64_off() -> None:

@@ -340,6 +340,14 @@ def test_every_verb_is_listed_and_has_help(capsys, graded_directory):
     assert run(capsys, __main__.main, "generate", *flags).code == 0
 
 
+def test_the_echo_of_a_failed_write_is_not_shown(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    assert command.guarded(lambda: 0) == 0
+    for error in (RuntimeError("Event loop is closed"), RuntimeError("another")):
+        sys.excepthook(type(error), error, None)
+    assert capsys.readouterr().err == "RuntimeError: another\n"
+
+
 def test_a_bug_keeps_its_traceback(capsys):
     def broken(args):
         raise ZeroDivisionError
