@@ -175,7 +175,7 @@ def leave(code: int) -> NoReturn:
 def _show_exception(kind, error, traceback) -> None:
     """Prints an exception that nothing caught, except the echo of a write that failed.
 
-    If one write of a checkpoint fails, Orbax (0.12.4) raises its error and closes its event loop. The threads
+    If one write of a checkpoint fails, Orbax (0.12.8) raises its error and closes its event loop. The threads
     of TensorStore (0.1.86) then report once for each unfinished write that the loop is closed.
     """
     if isinstance(error, RuntimeError) and "Event loop is closed" in str(error):
