@@ -254,7 +254,7 @@ def test_mistakes_are_reported_before_any_work(files, capsys):
         assert message in capsys.readouterr().err
     for more, message in (
         (["--quantizer", "none"], "invalid choice: 'none'"),
-        (["--no-such-flag", "1"], "unrecognized arguments: --no-such-flag 1"),
+        (["--no-such-flag", "1"], "unknown flag --no-such-flag"),
         (["--variant", "other: --basis none"], "invalid choice: 'none'"),
         (["--methods", "gptq,best"], "best: choose from"),
         (["--sweep", "4:2:1"], "expected LOW:HIGH:STEP"),
