@@ -10,8 +10,9 @@ import time
 from grinqh_jax.cli.line_reader import HISTORY_LINES
 
 START = """
-import os, runpy, sys
+import os, runpy, signal, sys
 os.close(os.open(os.ttyname(0), os.O_RDWR))  # makes the terminal send the signal of Ctrl-C
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 sys.argv[0] = "grinqh_jax"
 runpy.run_module("grinqh_jax", run_name="__main__", alter_sys=True)
 """
@@ -33,6 +34,14 @@ class Terminal:
         )
         os.close(terminal)
 
+    def __enter__(self) -> "Terminal":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._process.kill()
+        self._process.wait()
+        os.close(self._screen)
+
     def type(self, keys: str | bytes) -> None:
         os.write(self._screen, keys if isinstance(keys, bytes) else keys.encode())
 
@@ -50,32 +59,30 @@ class Terminal:
         return before + found
 
     def exit_code(self) -> int:
-        code = self._process.wait(60)
-        os.close(self._screen)
-        return code
+        return self._process.wait(60)
 
 
 def test_a_conversation_in_a_terminal(chat_directory, tmp_path):
     environment = {"JAX_PLATFORMS": "cpu", "XDG_STATE_HOME": str(tmp_path), "TERM": "xterm"}
     environment |= {"INPUTRC": os.devnull, "PYTHONPATH": os.pathsep.join(sys.path)}
-    chat = Terminal("chat", "--model", str(chat_directory), "-n", "5", **environment)
-    assert "tiny: 4 bits per weight; /help lists the commands" in chat.until("> ")
-    chat.type("hex\x7fllo\n")  # a key too many, and backspace
-    assert "the answer ended after 5 tokens" in chat.until("> ")
-    chat.type("/stats\n")
-    assert "prompt: " in chat.until("peak memory")
-    chat.until("> ")
-    chat.type("half a line\x03")
-    chat.until("Ctrl-C once more, Ctrl-D or /exit ends the conversation.")
-    chat.until("> ")
-    chat.type(b"\xff\n")
-    assert "error: " in chat.until("> ")
-    chat.type("\x1b[200~two\nlines\x1b[201~\n")  # pasted lines are one message
-    assert chat.until("> ").count("the answer ended") == 1
-    chat.type("\x1b[A\x1b[A\x1b[A\x1b[A\n")  # the arrow key finds earlier lines
-    assert "the answer ended" in chat.until("> ")
-    chat.type("/exit\n")
-    assert chat.exit_code() == 0
+    with Terminal("chat", "--model", str(chat_directory), "-n", "5", **environment) as chat:
+        assert "tiny: 4 bits per weight; /help lists the commands" in chat.until("> ")
+        chat.type("hex\x7fllo\n")  # a key too many, and backspace
+        assert "the answer ended after 5 tokens" in chat.until("> ")
+        chat.type("/stats\n")
+        assert "prompt: " in chat.until("peak memory")
+        chat.until("> ")
+        chat.type("half a line\x03")
+        chat.until("Ctrl-C once more, Ctrl-D or /exit ends the conversation.")
+        chat.until("> ")
+        chat.type(b"\xff\n")
+        assert "error: " in chat.until("> ")
+        chat.type("\x1b[200~two\nlines\x1b[201~\n")  # pasted lines are one message
+        assert chat.until("> ").count("the answer ended") == 1
+        chat.type("\x1b[A\x1b[A\x1b[A\x1b[A\n")  # the arrow key finds earlier lines
+        assert "the answer ended" in chat.until("> ")
+        chat.type("/exit\n")
+        assert chat.exit_code() == 0
     history = (tmp_path / "grinqh-jax" / "chat_history").read_text(errors="replace").splitlines()
     assert history[:2] == ["hello", "/stats"]
     assert len(history) <= HISTORY_LINES
