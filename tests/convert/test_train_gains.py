@@ -115,35 +115,53 @@ WINDOWS = np.random.default_rng(6).integers(0, 256, (3, 40)).astype(np.int32)
 
 
 def test_the_gradient_matches_the_whole_models(pair, monkeypatch):
+    """The gradient of each window, and of several windows at once.
+
+    Two programs round differently, so an activation on a threshold may be read at another level in one.
+    The divergence of such a window differs, so only windows whose divergences agree are compared.
+    """
     monkeypatch.setattr(coded_linear, "FINE_LEVEL", 4)  # The whole model reads each level as it is.
-    gains = some_gains(pair[1].model)
+    monkeypatch.setattr(graded_divergence, "VALUES_IN_MEMORY", 1)  # Ranges of one tile.
+    monkeypatch.setattr(source_head, "VALUES_IN_MEMORY", 120 * 128)  # Ranges of about 120 tokens.
+    gains, model = some_gains(pair[1].model), graded_model(pair)
+    windows = np.random.default_rng(6).integers(0, 256, (5, 24)).astype(np.int32)
+    bits = (1.5, 2.0, 3.0, 2.0, 1.5)
 
     @jax.jit
     @jax.value_and_grad
-    def log_divergence(gains, window, bits):
+    def log_divergence(gains, window, bits):  # The training minimizes the sum of the logarithms.
         return jnp.log(whole_model_divergence(pair, window, gains, bits))
 
-    # The training minimizes the sum of the logarithms.
-    logs, gradients = zip(
-        *(log_divergence(gains, window[None], bits) for window, bits in zip(WINDOWS, BITS, strict=True)),
-        strict=True,
-    )
-    gradient = {name: sum(np.asarray(each[name]) for each in gradients) for name in gains}
-    model = graded_model(pair)
-    monkeypatch.setattr(graded_divergence, "VALUES_IN_MEMORY", 1)  # Ranges of one tile.
-    monkeypatch.setattr(source_head, "VALUES_IN_MEMORY", 300 * 128)  # Ranges of about 300 tokens.
-    states = WindowStates.compute(model, WINDOWS)
+    def layer_by_layer(some):
+        states = WindowStates.compute(model, windows[some])
+        return divergence(model, model.head(), states, gains, bits[some])
+
+    whole = [log_divergence(gains, window[None], b) for window, b in zip(windows, bits, strict=True)]
     jax.clear_caches()  # Programs of other tests read fine levels together.
-    divergences, by_layer = divergence(model, model.head(), states, gains, BITS)
-    # Two programs round differently: an activation on a threshold may be read at another level in one of
-    # them. A window without such an activation agrees closely, and one with it still agrees to some percent.
-    errors = np.abs(divergences / np.exp(logs) - 1)
-    assert np.median(errors) < 2e-4, errors
-    assert np.max(errors) < 2e-2, errors
-    assert by_layer.keys() == gradient.keys()
-    for name, by_gain in gradient.items():
-        scale = np.abs(by_gain[:-1]).max()
-        np.testing.assert_allclose(by_layer[name], by_gain, rtol=2e-2, atol=2e-2 * scale, err_msg=name)
+    single = [layer_by_layer(slice(i, i + 1)) for i in range(len(bits))]
+    agree = [
+        abs(divergences[0] / np.exp(log) - 1) < 2e-4
+        for (log, _), (divergences, _) in zip(whole, single, strict=True)
+    ]
+    assert sum(agree) >= 3
+    for i in np.flatnonzero(agree):
+        assert_gradients_agree(single[i][1], whole[i][1])
+
+    chosen = slice(0, 3)
+    divergences, gradient = layer_by_layer(chosen)
+    singly = np.array([divergences[0] for divergences, _ in single[chosen]])
+    if np.allclose(divergences, singly, rtol=2e-4, atol=0):
+        sums = {name: sum(each[name] for _, each in single[chosen]) for name in gains}
+        assert_gradients_agree(gradient, sums)
+    else:
+        assert np.isclose(divergences, singly, rtol=2e-4, atol=0).any()
+
+
+def assert_gradients_agree(actual, desired):
+    assert actual.keys() == desired.keys()
+    for name, expected in desired.items():
+        tolerance = 5e-3 * np.abs(expected[:-1]).max()
+        np.testing.assert_allclose(actual[name], expected, rtol=5e-3, atol=tolerance, err_msg=name)
 
 
 @pytest.mark.parametrize(("max_bits", "read"), [(8, (0, 1, 2, 4, 4)), (6, (0, 1, 2, 3)), (2, (0, 1))])
