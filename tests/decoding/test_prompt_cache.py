@@ -91,9 +91,14 @@ def test_a_conversation_of_several_buckets_has_the_same_text(talker, tokens_read
     without = conversation(talker, lengths, bits="full")
     assert tokens_read == [70, 128, 2, 128, 82]
     tokens_read.clear()
-    with_cache = conversation(talker, lengths, PromptCache(), bits="full")
+    cache = PromptCache()
+    with_cache = conversation(talker, lengths, cache, bits="full")
     assert texts(with_cache) == texts(without)
     assert tokens_read == [70, 64, 2, 80]
+    # The dial of a graded answer starts from the preview of both buckets, with the cache and without it.
+    prompt = user_turn(70) + without[0].tokens + user_turn(40) + without[1].tokens + user_turn(60)
+    old, new = generated(talker, prompt), generated(talker, prompt, cache)
+    np.testing.assert_allclose(new.grading_stats.bits[0], old.grading_stats.bits[0], atol=0.05)
 
 
 def test_a_conversation_with_few_sizes_has_the_same_text_and_compiles_nothing_new(
