@@ -118,6 +118,7 @@ jaxtyping.install_import_hook(
         "grinqh_jax.model.stacks",
         "grinqh_jax.model.gated_mlp",
         "grinqh_jax.model.parameters",
+        "grinqh_jax.serving",
         "pallas_kernels.activations",
         "pallas_kernels.codes",
         "pallas_kernels.decode_attention.kernel",

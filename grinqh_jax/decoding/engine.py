@@ -198,7 +198,7 @@ def decode_chunk(
     cache: KVCache,
     thresholds: Dial | Thresholds | None,
     sampling: Sampling,
-    stop_tokens: Int[Array, "e"],
+    stop_tokens: Int[Array, "*b e"],
     limits: Int[Array, "b"],
     *,
     steps: int,
@@ -217,7 +217,8 @@ def decode_chunk(
       cache: Keys and values of the tokens before ``tokens``. Donated.
       thresholds: Dial, which sets the thresholds of each row before every step; or fixed ones, by layer name.
       sampling: Sampling parameters of each row.
-      stop_tokens: A row is done when it generates one of these, which is still returned.
+      stop_tokens: A row is done when it generates one of these, which is still returned; the same for all
+        rows, or those of each row.
       limits: Number of tokens that each row may generate in this call.
       steps: Largest number of tokens to generate for each row.
       policy: Policy that the loop is compiled for, by default ``DecodePolicy.for_device()``.
@@ -247,7 +248,7 @@ def jitted_decode_chunk(
     cache: KVCache,
     thresholds: Dial | Thresholds | None,
     sampling: Sampling,
-    stop_tokens: Int[Array, "e"],
+    stop_tokens: Int[Array, "*b e"],
     limits: Int[Array, "b"],
     *,
     steps: int,
@@ -288,7 +289,7 @@ def jitted_decode_chunk(
         step, chunk, cache = state
         active, positions = ~chunk.done, cache.lengths
         current_dial = None if dial is None else dial.with_state(chunk.dial)
-        current = fixed if current_dial is None else _thresholds_by_name(current_dial)
+        current = fixed if current_dial is None else _thresholds_by_name(current_dial, active)
         outputs, cache, stats = _step(model, chunk.last, cache, current, active)
         token = jnp.where(active, choose(outputs, cache.lengths, chunk.history), chunk.last)
         counts = chunk.counts + active
@@ -314,11 +315,17 @@ def jitted_decode_chunk(
 
 
 @jax.named_scope("dial")
-def _thresholds_by_name(dial: Dial) -> dict[str, Float[Array, "b p"]]:
-    """Returns the thresholds at the dial's setting, by layer name."""
+def _thresholds_by_name(dial: Dial, active: Bool[Array, "b"]) -> dict[str, Float[Array, "b p"]]:
+    """Returns the thresholds at the dial's setting, by layer name.
+
+    A weight row is read once for all rows, at the highest level that one of them needs. An inactive row needs
+    none: its thresholds are infinite.
+    """
     # Without the barriers XLA may fuse the interpolation into the kernels of every layer, so that the kernels
     # of the layers differ and all of them must be compiled.
     each = interpolate_each(dial.tables, dial.targets, dial.setting)
+    if len(active) > 1:  # A single row is active until the answer ends.
+        each = [jnp.where(active[:, None], thresholds, jnp.inf) for thresholds in each]
     return jax.lax.optimization_barrier(dict(zip(dial.names, each, strict=True)))
 
 

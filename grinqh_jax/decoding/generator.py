@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -138,16 +138,14 @@ class Generator:
             context is larger than the model's, or the prompt cache belongs to another model.
         """
         request = request or Request()
-        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        tokens = tokens or [self._first_token()]
-        self.model.config.check_tokens(tokens)
+        tokens = self.prompt_tokens(prompt)
         decoding = Decoding(
             self.model,
             [tokens],
             max_tokens=request.max_tokens,
             max_context=check_context(max_context, self.model.config),
             dial=self.dial(request.bits),
-            sampling=self._sampling(request),
+            sampling=Sampling.create(seed=request.seed, **self.sampling(request)),
             stop_tokens=self.defaults.eos_tokens,
             programs=self._programs,
             prompt_cache=prompt_cache,
@@ -174,7 +172,7 @@ class Generator:
             FlatModel(self.model),
             batch=1,
             dial=jax.device_put(dial, sharding),
-            sampling=self._sampling(request),
+            sampling=Sampling.create(seed=request.seed, **self.sampling(request)),
             stop_tokens=stop_array(self.defaults.eos_tokens),
             policy=DecodePolicy.for_device(),
         )
@@ -182,13 +180,6 @@ class Generator:
         self._programs.compile(signature.prefill([small], capacity) | signature.decode(capacity))
         if capacity > small:
             self._programs.compile(signature.prefill([large], capacity))
-
-    def _sampling(self, request: Request) -> Sampling:
-        names = ("temperature", "top_k", "top_p", "min_p", *NEUTRAL)
-        values = {name: getattr(request, name) for name in names}
-        defaults = {name: getattr(self.defaults, name) for name in names}
-        given = {name: value for name, value in values.items() if value is not None}
-        return Sampling.create(seed=request.seed, **defaults | given)
 
     def bits(self, wanted: Bits | None) -> float | None:
         """Returns the mean bits that a setting asks for; None for an unquantized model.
@@ -209,6 +200,24 @@ class Generator:
         if self.targets is None or wanted is None:
             return None
         return Dial.create(self.model, self.targets, np.full(batch, wanted))
+
+    def prompt_tokens(self, prompt: str | Sequence[int]) -> list[int]:
+        """Returns the tokens of a prompt (see ``generate``).
+
+        Raises:
+          UsageError: A token is outside the vocabulary, or the prompt is empty and the model has no BOS or
+            EOS token.
+        """
+        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        tokens = tokens or [self._first_token()]
+        self.model.config.check_tokens(tokens)
+        return tokens
+
+    def sampling(self, request: Request) -> dict[str, Any]:
+        """Returns sampling parameters and penalties of a request by name, with the model's defaults."""
+        names = ("temperature", "top_k", "top_p", "min_p", *NEUTRAL)
+        wanted = {name: getattr(request, name) for name in names}
+        return {k: getattr(self.defaults, k) if v is None else v for k, v in wanted.items()}
 
     def _first_token(self) -> int:
         if self.defaults.bos_token is not None:

@@ -31,18 +31,19 @@ class PrefillBucket:
     end: int
 
 
-def cut(prompts: Sequence[Sequence[int]], start: int = 0) -> Iterator[PrefillBucket]:
+def cut(
+    prompts: Sequence[Sequence[int]], start: int = 0, largest: int | None = None
+) -> Iterator[PrefillBucket]:
     """Yields the buckets of a batch of prompts, from position ``start`` on.
 
-    All buckets but the last end at multiples of ``LARGEST_BUCKET`` for any ``start``, so that the previews
-    of the last buckets cover the same tokens (see ``first_previewed``).
+    All buckets but the last end at multiples of the largest width, by default ``LARGEST_BUCKET``, for any
+    ``start``, so that the previews of the last buckets cover the same tokens (see ``first_previewed``).
     """
+    largest = largest or LARGEST_BUCKET
     longest = max(len(prompt) for prompt in prompts)
     while start < longest:
-        end = min(longest, (start // LARGEST_BUCKET + 1) * LARGEST_BUCKET)
-        width = SMALLEST_BUCKET
-        while width < end - start:
-            width *= 2
+        end = min(longest, (start // largest + 1) * largest)
+        width = bucket_widths(end - start)[-1]
         tokens = np.zeros((len(prompts), width), np.int32)
         lengths = np.zeros(len(prompts), np.int32)
         for row, prompt in enumerate(prompts):
@@ -51,6 +52,14 @@ def cut(prompts: Sequence[Sequence[int]], start: int = 0) -> Iterator[PrefillBuc
             lengths[row] = len(piece)
         yield PrefillBucket(tokens, lengths, end)
         start = end
+
+
+def bucket_widths(largest: int) -> list[int]:
+    """Returns the widths of all buckets of at most ``largest`` tokens, ascending."""
+    widths = [SMALLEST_BUCKET]
+    while widths[-1] < largest:
+        widths.append(2 * widths[-1])
+    return widths
 
 
 def cut_conversation(prompt: Sequence[int], start: int = 0) -> Iterator[PrefillBucket]:
@@ -72,12 +81,13 @@ def cut_conversation(prompt: Sequence[int], start: int = 0) -> Iterator[PrefillB
         start = end
 
 
-def first_previewed(length: int) -> int:
+def first_previewed(length: int, largest: int | None = None) -> int:
     """Returns the first position whose tokens must be read for the preview of a prompt of ``length`` tokens.
 
     The dial uses the preview of the last ``PREVIEW_TOKENS`` tokens of the last bucket, or of the bucket
-    before it if the last one has fewer tokens (see ``engine.merge_previews``).
+    before it if the last one has fewer tokens (see ``engine.merge_previews``). ``largest`` is as in ``cut``.
     """
-    last_bucket = (length - 1) // LARGEST_BUCKET * LARGEST_BUCKET
+    largest = largest or LARGEST_BUCKET
+    last_bucket = (length - 1) // largest * largest
     end = last_bucket if last_bucket > 0 and length - last_bucket < PREVIEW_TOKENS else length
     return max(end - PREVIEW_TOKENS, 0)

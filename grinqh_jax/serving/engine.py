@@ -1,0 +1,237 @@
+"""The engine as a library: requests from any thread in, answers out, all decoded together on one model.
+
+with Engine(generator) as engine:
+    answers = engine.generate_many(["Once upon a time", "There was"], Request(bits=3.0))
+    async for text in engine.submit("In the morning", Request(bits=2.5)):
+        print(text, end="", flush=True)
+"""
+
+import functools
+import queue
+import threading
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from grinqh_jax.decoding.bits import Bits
+from grinqh_jax.decoding.generator import Generator
+from grinqh_jax.decoding.model_files import check_context
+from grinqh_jax.decoding.policy import DecodePolicy
+from grinqh_jax.decoding.request import Request
+from grinqh_jax.decoding.stop import StopStrings
+from grinqh_jax.errors import UsageError
+from grinqh_jax.serving.answer import Answer, EngineError
+from grinqh_jax.serving.decode_state import NO_TOKEN, Settings, sampling_rows
+from grinqh_jax.serving.paged_cache import page_bytes
+from grinqh_jax.serving.scheduler import Job, Scheduler, Shape
+from pallas_kernels.x64 import without_x64
+
+MOST_SLOTS = 16
+"""Largest number of rows that the graded matvec reads together, each at its own levels."""
+
+PAGE_SIZE = 64
+"""Default number of positions of a page."""
+
+PIECE = 512
+"""Default number of prompt tokens read between two decode chunks."""
+
+
+class Engine:
+    """Serves requests on the model of a ``Generator`` until it is closed. A context manager.
+
+    The engine has a thread, which alone uses the device. An exception there, for instance because memory runs
+    out, ends all answers with an ``EngineError``; the engine then takes no further request.
+
+    Attributes:
+      scheduler: Scheduler of the engine. Only the engine's thread may call its methods.
+    """
+
+    @without_x64
+    def __init__(
+        self,
+        generator: Generator,
+        *,
+        slots: int = 8,
+        max_context: int | None = None,
+        cache_memory: int | None = None,
+        page_size: int = PAGE_SIZE,
+        piece: int = PIECE,
+        policy: DecodePolicy | None = None,
+    ):
+        """Allocates the cache and compiles all programs, which takes from seconds to minutes.
+
+        Args:
+          generator: Model, tokenizer and defaults.
+          slots: Number of requests that are decoded at once, 1 to ``MOST_SLOTS``.
+          max_context: Most tokens of prompt and answer together, by default all positions of the model.
+          cache_memory: Bytes of keys and values, by default those of ``slots`` texts of ``max_context``
+            tokens. A decode chunk takes memory for as many texts beside it (see ``paged_cache``).
+          page_size: Number of positions of a page of the cache.
+          piece: Number of prompt tokens read in one call, a multiple of ``page_size``. Running answers pause
+            for at most one piece, and prefixes are shared in whole pieces.
+          policy: How programs are compiled, by default ``DecodePolicy.for_device()``.
+
+        Raises:
+          UsageError: An argument is out of range, or the cache memory holds no page.
+        """
+        if not 1 <= slots <= MOST_SLOTS:
+            raise UsageError(
+                f"slots {slots}: 1 to {MOST_SLOTS} requests are decoded together; choose such a number"
+            )
+        model = generator.model
+        context = check_context(max_context, model.config)
+        num_pages = slots * -(-context // page_size)
+        if cache_memory is not None:
+            size = page_bytes(model.config, page_size, model.compute_dtype)
+            num_pages = cache_memory // size
+            if num_pages < 1:
+                raise UsageError(
+                    f"cache memory {cache_memory} B: a page of {page_size} tokens takes {size} B; give more"
+                )
+        self._generator = generator
+        self._stop_tokens = list(generator.defaults.eos_tokens)
+        shape = Shape(
+            slots=slots,
+            max_context=context,
+            page_size=page_size,
+            piece=piece,
+            num_pages=num_pages,
+            stop_tokens=max(len(self._stop_tokens), 1),
+        )
+        self.scheduler = Scheduler(model, generator.dial(None), shape, policy or DecodePolicy.for_device())
+        self.scheduler.compile()
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._jobs: dict[Answer, Job] = {}  # unfinished ones
+        self._lock = threading.Lock()
+        self._closed: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="grinqh-jax engine", daemon=True)
+        self._thread.start()
+
+    def submit(
+        self, prompt: str | Sequence[int], request: Request | None = None, *, priority: int = 0
+    ) -> Answer:
+        """Queues a request and returns its answer, which grows while the engine decodes.
+
+        Args:
+          prompt: Plain text or tokens, as in ``Generator.generate``.
+          request: What to generate.
+          priority: Requests with a lower number come first; those with the same number in order of arrival.
+
+        Raises:
+          UsageError: The request is invalid (see ``Generator.generate``), or can never fit into the cache.
+          EngineError: The engine has failed or was closed.
+        """
+        request = request or Request()
+        tokens = self._generator.prompt_tokens(prompt)
+        limit = max(min(request.max_tokens, self.scheduler.shape.max_context - len(tokens)), 0)
+        self.scheduler.check(len(tokens), limit)
+        bits = self._generator.bits(request.bits)
+        stop_tokens = np.full((1, self.scheduler.shape.stop_tokens), NO_TOKEN, np.int32)
+        stop_tokens[0, : len(self._stop_tokens)] = self._stop_tokens
+        settings = Settings(
+            sampling=sampling_rows(1, seed=request.seed, **self._generator.sampling(request)),
+            bits=np.array([bits or 0], np.float32),
+            stop_tokens=stop_tokens,
+            limits=np.array([limit], np.int32),
+        )
+        answer = Answer(self._generator.tokenizer.stream(), StopStrings(request.stop))
+        job = Job(tokens, settings, answer, priority)
+        with self._lock:
+            self._check_open()
+            self._jobs[answer] = job
+            self._commands.put(functools.partial(self.scheduler.add, job))
+        return answer
+
+    def generate_many(
+        self, prompts: Sequence[str | Sequence[int]], request: Request | Sequence[Request] | None = None
+    ) -> list[Answer]:
+        """Generates the answers to all prompts and waits for them.
+
+        Args:
+          prompts: Plain texts or tokens.
+          request: What to generate; the same for all prompts, or one for each.
+
+        Returns:
+          Finished answers in the order of the prompts.
+
+        Raises:
+          UsageError: A request is invalid or can never fit; no answer is then generated.
+          EngineError: The engine has failed or was closed.
+        """
+        requests = request if isinstance(request, Sequence) else [request] * len(prompts)
+        answers: list[Answer] = []
+        try:
+            for prompt, each in zip(prompts, requests, strict=True):
+                answers.append(self.submit(prompt, each))
+        except BaseException:
+            for answer in answers:
+                self.cancel(answer)
+            raise
+        for answer in answers:
+            answer.result()
+        return answers
+
+    def cancel(self, answer: Answer) -> None:
+        """Ends an answer within one decode chunk; does nothing if it has ended."""
+        with self._lock:
+            job = self._jobs.get(answer)
+            if job is not None:
+                self._commands.put(functools.partial(self.scheduler.cancel, job))
+
+    def turn(self, answer: Answer, bits: Bits) -> None:
+        """Changes the wanted mean bits of an answer from its next decode chunk on.
+
+        Raises:
+          UsageError: ``bits`` is outside the dial's range, or the model is not quantized.
+        """
+        wanted = self._generator.bits(bits)
+        with self._lock:
+            job = self._jobs.get(answer)
+            if job is not None and wanted is not None:
+                self._commands.put(functools.partial(self.scheduler.turn, job, wanted))
+
+    def close(self) -> None:
+        """Ends the engine. Unfinished answers end with an ``EngineError``."""
+        with self._lock:
+            if self._closed is None:
+                self._closed = EngineError("it was closed")
+            self._commands.put(lambda: None)  # wakes the thread
+        self._thread.join()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    @without_x64
+    def _run(self) -> None:
+        """Runs commands and rounds of the scheduler until the engine is closed or fails."""
+        try:
+            while self._closed is None:
+                if self.scheduler.idle:
+                    self._commands.get()()
+                while not self._commands.empty():
+                    self._commands.get()()
+                if self._closed is None:
+                    self.scheduler.step()
+                self._forget_ended()
+        except Exception as error:
+            with self._lock:
+                self._closed = error
+        with self._lock:
+            unfinished, self._jobs = self._jobs, {}
+        for answer, job in unfinished.items():
+            if not job.ended:
+                answer.fail(self._closed)
+
+    def _forget_ended(self) -> None:
+        with self._lock:
+            for answer in [answer for answer, job in self._jobs.items() if job.ended]:
+                del self._jobs[answer]
+
+    def _check_open(self) -> None:
+        if self._closed is not None:
+            raise EngineError(
+                f"the engine takes no requests, because it ended: {self._closed}; create another"
+            )

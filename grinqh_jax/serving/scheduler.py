@@ -1,0 +1,385 @@
+"""The host's part of the engine: which prompt is read next, which answers are decoded, and who gets what.
+
+Continuous batching: requests enter and leave slots between decode chunks. A round reads at most one piece of
+one prompt and decodes one chunk of all answers, so an answer never waits for more than one piece. Pieces end
+at fixed positions, and every piece is read by the same program on a hit and on a miss of the shared prefixes.
+An answer therefore does not depend on load or on what is in the cache.
+"""
+
+import collections
+import dataclasses
+import heapq
+import itertools
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+
+from grinqh_jax.decoding import engine
+from grinqh_jax.decoding.dial import Dial
+from grinqh_jax.decoding.policy import DecodePolicy
+from grinqh_jax.decoding.prefill_buckets import PrefillBucket, bucket_widths, cut, first_previewed
+from grinqh_jax.errors import UsageError
+from grinqh_jax.model.decoder import Decoder
+from grinqh_jax.model.flat_model import FlatModel
+from grinqh_jax.serving.decode_state import (
+    DecodeState,
+    Prefix,
+    Settings,
+    free,
+    generate,
+    insert,
+    prefill,
+    turn,
+)
+from grinqh_jax.serving.paged_cache import PagedCache
+from grinqh_jax.serving.pages import PageAllocator
+from pallas_kernels import GradingStats
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Sizes of the engine's programs and of its cache.
+
+    Attributes:
+      slots: Number of requests that are decoded at once.
+      max_context: Most tokens of a prompt and its answer together.
+      page_size: Number of positions of a page.
+      piece: Number of prompt tokens read in one call, a multiple of ``page_size``.
+      num_pages: Number of pages of the cache.
+      stop_tokens: Most stop tokens of a request.
+    """
+
+    slots: int
+    max_context: int
+    page_size: int
+    piece: int
+    num_pages: int
+    stop_tokens: int
+
+    @property
+    def pages_per_slot(self) -> int:
+        """Number of pages of a text of ``max_context`` tokens."""
+        return -(-self.max_context // self.page_size)
+
+
+@runtime_checkable
+class Receiver(Protocol):
+    """Takes the answer to a job."""
+
+    def begin(self, reused_tokens: int) -> None:
+        """Is called when the job leaves the queue, with the number of prompt tokens from shared pages."""
+
+    def receive(self, tokens: list[int], stats: GradingStats | None) -> bool:
+        """Takes new tokens; returns whether the answer ends here, for instance at a stop string.
+
+        Args:
+          tokens: New tokens.
+          stats: Their grading statistics, numpy ``[tokens, linears]``; None for the first token, which a
+            prefill at full precision yields, and for a dense model.
+        """
+
+    def end(self, reason: FinishReason) -> None:
+        """Is called once, at the end."""
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+    """One request on its way through the scheduler.
+
+    Attributes:
+      prompt: Tokens of the prompt.
+      settings: Settings, numpy with one row; ``limits`` is the length of the longest answer.
+      answer: Receiver of the answer.
+      priority: Jobs with a lower number come first; jobs with the same number in the order of their arrival.
+      pages: Pages of the text, shared ones first, once the job is admitted.
+      slot: Slot of the job, once it is admitted.
+      ended: Whether the answer has ended.
+      prefix: What has been read of the prompt; None before and after.
+      pieces: Pieces of the prompt that are not read yet.
+      dispatched: Number of tokens that the dispatched work generates, unless a stop token comes first.
+    """
+
+    prompt: Sequence[int]
+    settings: Settings
+    answer: Receiver
+    priority: int = 0
+    pages: list[int] = dataclasses.field(default_factory=list)
+    slot: int | None = None
+    ended: bool = False
+    prefix: Prefix | None = None
+    pieces: collections.deque[PrefillBucket] = dataclasses.field(default_factory=collections.deque)
+    dispatched: int = 0
+
+    @property
+    def limit(self) -> int:
+        """Most tokens of the answer."""
+        return int(self.settings.limits[0])
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the answer is decoded greedily and without penalties."""
+        sampling, penalties = self.settings.sampling, self.settings.sampling.penalties
+        assert penalties is not None, "settings of a slot have penalties"
+        changed = penalties.presence[0] or penalties.frequency[0] or penalties.repetition[0] != 1
+        return not sampling.temperature[0] > 0 and not changed
+
+
+@dataclasses.dataclass(frozen=True)
+class _InFlight:
+    """Results that the device may still be computing.
+
+    Attributes:
+      jobs: Jobs by slot, as they were when the work was dispatched.
+      chunk: A decode chunk; or the first token ``[1]`` of the only job.
+    """
+
+    jobs: dict[int, Job]
+    chunk: engine.Chunk | jax.Array
+
+
+class Scheduler:
+    """Runs jobs on one model. Not thread-safe: one thread calls all methods.
+
+    Attributes:
+      allocator: Pages of the cache.
+      shape: Sizes of the engine.
+    """
+
+    def __init__(self, model: Decoder, dial: Dial | None, shape: Shape, policy: DecodePolicy):
+        """Allocates the cache.
+
+        Args:
+          model: Graded model; or a dense one, with ``dial=None``.
+          dial: Dial of the model; its state is ignored.
+          shape: Sizes of the engine.
+          policy: How programs are compiled and chunks scheduled.
+        """
+        if shape.piece % shape.page_size:
+            raise UsageError(
+                f"a piece of {shape.piece} tokens is not a multiple of the page size {shape.page_size}; "
+                "choose such a multiple"
+            )
+        self.allocator = PageAllocator(shape.num_pages, shape.page_size)
+        self.shape = shape
+        self._config, self._graded, self._policy = model.config, dial is not None, policy
+        # The sharding of all arguments is the same from the first call on, because jit compiles again for
+        # another one.
+        self._sharding = model.norm.scale[...].sharding
+        self._model, self._dial = FlatModel(model), self._put(dial)
+        cache = PagedCache.create(model.config, shape.num_pages, shape.page_size, model.compute_dtype)
+        self._state = self._put(
+            DecodeState.create(
+                cache, model.config, shape.slots, shape.pages_per_slot, shape.stop_tokens, self._graded
+            )
+        )
+        self._waiting: list[tuple[int, int, Job]] = []
+        self._reading: list[tuple[int, int, Job]] = []
+        self._decoding: dict[int, Job] = {}
+        self._free_slots = list(range(shape.slots - 1, -1, -1))
+        self._in_flight: collections.deque[_InFlight] = collections.deque()
+        self._numbers = itertools.count()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no job waits or runs, and nothing is in flight."""
+        return not (self._waiting or self._reading or self._decoding or self._in_flight)
+
+    @property
+    def jobs(self) -> list[Job]:
+        """All jobs that have not ended."""
+        queued = [entry[-1] for entry in (*self._waiting, *self._reading)]
+        return queued + list(self._decoding.values())
+
+    def check(self, prompt: int, answer: int) -> None:
+        """Raises UsageError if a prompt and an answer of these lengths can never fit."""
+        shape = self.shape
+        if prompt < 1:
+            raise UsageError("a prompt has no tokens; give at least one")
+        if prompt >= shape.max_context:
+            raise UsageError(
+                f"the prompt has {prompt} tokens and the context holds {shape.max_context}, the answer "
+                "included; shorten the prompt or raise the context"
+            )
+        pages = self.allocator.pages_for(prompt + answer)
+        if pages > shape.num_pages:
+            raise UsageError(
+                f"{prompt} prompt tokens and an answer of {answer} take {pages} cache pages of "
+                f"{shape.page_size} tokens, and the cache has {shape.num_pages}; shorten the request or "
+                "raise the cache memory"
+            )
+
+    def add(self, job: Job) -> None:
+        """Queues a job that has passed ``check``."""
+        heapq.heappush(self._waiting, (job.priority, next(self._numbers), job))
+
+    def cancel(self, job: Job) -> None:
+        """Ends a job. The decode chunk in flight is the last to compute it, and its tokens are dropped."""
+        if not job.ended:
+            self._end(job, "cancelled")
+
+    def turn(self, job: Job, bits: float) -> None:
+        """Changes the wanted mean bits of a job, from the next decode chunk on."""
+        job.settings = dataclasses.replace(job.settings, bits=np.array([bits], np.float32))
+        if job.slot in self._decoding:
+            self._state = turn(self._state, self._put(np.int32(job.slot)), self._put(np.float32(bits)))
+
+    def compile(self) -> None:
+        """Compiles all programs by running them on no tokens."""
+        assert self.idle, "programs are compiled before the first job"
+        nothing = np.full(self.shape.pages_per_slot, self.shape.num_pages, np.int32)
+        settings = jax.tree.map(lambda rows: np.asarray(rows[:1]), self._state.slots.settings)
+        for _ in range(2):  # The second time all inputs are outputs of the programs.
+            for width in bucket_widths(self.shape.piece):
+                prefix = self._put(Prefix.create(self._config, nothing, 0, self._graded))
+                bucket = PrefillBucket(np.zeros((1, width), np.int32), np.zeros(1, np.int32), 0)
+                for _ in range(2):  # A prefix without tokens, and one that a prefill returned.
+                    prefix = self._read_bucket(prefix, bucket, settings)
+            self._insert(prefix, [], settings, slot=0)
+            for greedy in (False, True):
+                self._generate(greedy)
+            if self._graded:
+                self._state = turn(self._state, self._put(np.int32(0)), self._put(np.float32(0)))
+            self._state = free(self._state, self._put(np.int32(0)))
+        jax.block_until_ready(self._state)
+
+    def step(self) -> None:
+        """Runs one round: admits jobs, reads a piece, launches a decode chunk and delivers results."""
+        self._admit()
+        if self._reading:
+            job = self._reading[0][-1]
+            self._read(job)
+            if not job.pieces:
+                heapq.heappop(self._reading)
+                self._start(job)
+        launched = self._launch()
+        ahead = self._policy.chunks_ahead if launched else 0
+        while self._in_flight and (len(self._chunks_in_flight()) > ahead or not self._head_is_chunk()):
+            self._deliver(self._in_flight.popleft())
+            if not launched:
+                break  # A delivered job may have made room.
+
+    def _admit(self) -> None:
+        """Gives slots and pages to waiting jobs, in order. The first one that does not fit waits for both."""
+        while self._waiting and self._free_slots:
+            priority, number, job = self._waiting[0]
+            reused = self._reserve(job)
+            if reused is None:
+                return
+            heapq.heappop(self._waiting)
+            job.slot = self._free_slots.pop()
+            row = np.full(self.shape.pages_per_slot, self.shape.num_pages, np.int32)
+            row[: len(job.pages)] = job.pages
+            job.prefix = self._put(Prefix.create(self._config, row, reused, self._graded))
+            job.pieces.extend(cut([job.prompt], reused, self.shape.piece))
+            job.answer.begin(reused)
+            heapq.heappush(self._reading, (priority, number, job))
+
+    def _reserve(self, job: Job) -> int | None:
+        """Takes all pages of a job; returns the number of shared tokens, or None if pages are missing."""
+        piece, length = self.shape.piece, len(job.prompt)
+        read_from = first_previewed(length, piece) if self._graded else length - 1
+        shared = self.allocator.share(job.prompt[: read_from // piece * piece], piece // self.shape.page_size)
+        own = self.allocator.allocate(self.allocator.pages_for(length + job.limit) - len(shared))
+        if own is None:
+            self.allocator.release(shared)
+            return None
+        job.pages = shared + own
+        return len(shared) * self.shape.page_size
+
+    def _read(self, job: Job) -> None:
+        """Dispatches the next piece of a prompt. Whole pieces are then shared."""
+        piece = job.pieces.popleft()
+        assert job.prefix is not None, "an admitted job has a prefix"
+        job.prefix = self._read_bucket(job.prefix, piece, job.settings)
+        self.allocator.register(job.prompt[: piece.end // self.shape.piece * self.shape.piece], job.pages)
+
+    def _read_bucket(self, prefix: Prefix, bucket: PrefillBucket, settings: Settings) -> Prefix:
+        tokens, lengths, bits = self._put((bucket.tokens, bucket.lengths, settings.bits))
+        cache, prefix = prefill(self._model, self._state.cache, prefix, tokens, lengths, self._dial, bits)
+        self._state = dataclasses.replace(self._state, cache=cache)
+        return prefix
+
+    def _start(self, job: Job) -> None:
+        """Moves a job whose prompt is read to the answers."""
+        assert job.slot is not None, "an admitted job has a slot"
+        assert job.prefix is not None, "an admitted job has a prefix"
+        first = self._insert(job.prefix, job.prompt, job.settings, job.slot)
+        job.prefix, job.dispatched = None, 1
+        self._decoding[job.slot] = job
+        first.copy_to_host_async()
+        self._in_flight.append(_InFlight({job.slot: job}, first))
+
+    def _insert(self, prefix: Prefix, prompt: Sequence[int], settings: Settings, slot: int) -> jax.Array:
+        in_prompt = np.zeros((1, self._config.vocab_size), bool)
+        in_prompt[0, np.asarray(prompt, np.int32)] = True
+        row, settings, in_prompt = self._put((np.int32(slot), settings, in_prompt))
+        self._state, first = insert(
+            self._state, row, prefix, settings, in_prompt, self._dial, policy=self._policy
+        )
+        return first
+
+    def _generate(self, greedy: bool) -> engine.Chunk:
+        self._state, chunk = generate(
+            self._model, self._state, self._dial, policy=self._policy, greedy=greedy
+        )
+        return chunk
+
+    def _launch(self) -> bool:
+        """Dispatches a decode chunk, if an answer may go on; returns whether it has."""
+        if all(job.dispatched >= job.limit for job in self._decoding.values()):
+            return False
+        greedy = all(job.greedy for job in self._decoding.values())
+        chunk = self._generate(greedy)
+        for job in self._decoding.values():
+            job.dispatched += self._policy.chunk_steps
+        for array in jax.tree.leaves(chunk):
+            array.copy_to_host_async()
+        self._in_flight.append(_InFlight(dict(self._decoding), chunk))
+        return True
+
+    def _chunks_in_flight(self) -> list[_InFlight]:
+        return [work for work in self._in_flight if isinstance(work.chunk, engine.Chunk)]
+
+    def _head_is_chunk(self) -> bool:
+        return isinstance(self._in_flight[0].chunk, engine.Chunk)
+
+    def _deliver(self, work: _InFlight) -> None:
+        """Waits for results and gives them to their jobs."""
+        arrived: Any = jax.device_get(work.chunk)
+        for slot, job in work.jobs.items():
+            if job.ended:
+                continue
+            stop_tokens, stats = job.settings.stop_tokens[0].tolist(), None
+            if isinstance(work.chunk, engine.Chunk):
+                tokens = arrived.tokens[slot, : arrived.counts[slot]].tolist()
+                done = bool(arrived.done[slot])
+                if arrived.grading_stats is not None:  # copied, because the chunk has the rows of all jobs
+                    stats = GradingStats(arrived.grading_stats.packed[: len(tokens), slot].copy())
+            else:
+                tokens = arrived.tolist()
+                done = job.limit == 1 or tokens[0] in stop_tokens
+            stopped = job.answer.receive(tokens, stats) or (done and tokens[-1] in stop_tokens)
+            if stopped or done:
+                self._end(job, "stop" if stopped else "length")
+
+    def _end(self, job: Job, reason: FinishReason) -> None:
+        """Frees a job's slot and pages, wherever the job is, and reports its end."""
+        job.ended = True
+        for queue in (self._waiting, self._reading):
+            queue[:] = [entry for entry in queue if entry[-1] is not job]
+            heapq.heapify(queue)
+        if job.slot is not None:
+            if self._decoding.pop(job.slot, None) is not None:
+                self._state = free(self._state, self._put(np.int32(job.slot)))
+            # Work in flight may still write these pages. Whoever gets them writes later.
+            self.allocator.release(job.pages)
+            self._free_slots.append(job.slot)
+            job.pages, job.prefix = [], None
+        job.answer.end(reason)
+
+    def _put(self, arrays):
+        return jax.device_put(arrays, self._sharding)

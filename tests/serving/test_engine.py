@@ -1,0 +1,213 @@
+"""The engine under random requests, against the library's ``Generator`` and against requests alone."""
+
+import asyncio
+import dataclasses
+import gc
+import random
+import threading
+
+import pytest
+
+from grinqh_jax.decoding import policy
+from grinqh_jax.decoding.generator import Request
+from grinqh_jax.errors import UsageError
+from grinqh_jax.memory import memory_in_use
+from grinqh_jax.serving.answer import EngineError
+from grinqh_jax.serving.engine import Engine
+from grinqh_jax.serving.paged_cache import page_bytes
+
+pytestmark = pytest.mark.usefixtures("optimized_programs")
+
+SIZES = {"slots": 4, "max_context": 128, "page_size": 16, "piece": 32}
+SHORT = dataclasses.replace(policy.CPU, chunk_steps=4)
+SYSTEM = list(range(40, 110))
+
+
+@pytest.fixture(scope="module")
+def engine(generator, optimized_programs):
+    with Engine(generator, **SIZES, policy=SHORT) as engine:
+        yield engine
+
+
+def memory_of(generator, pages: int) -> int:
+    """The cache memory of a number of pages, and some bytes more."""
+    return pages * page_bytes(generator.model.config, SIZES["page_size"], generator.model.compute_dtype) + 9
+
+
+def random_case(rng: random.Random) -> tuple[list[int], Request]:
+    """A prompt, with a common beginning or not, and a request."""
+    shared = SYSTEM[: rng.choice([0, 0, 32, 70])]
+    prompt = shared + [rng.randrange(2, 258) for _ in range(rng.randrange(1, 40))]
+    sampled = rng.random() < 0.4
+    return prompt, Request(
+        bits=rng.choice([1.0, 2.5, 3.0, 5.75, "full"]),
+        max_tokens=rng.randrange(1, 18),
+        temperature=rng.choice([0.5, 1.0]) if sampled else 0.0,
+        top_k=rng.choice([0, 5]) if sampled else 0,
+        top_p=rng.choice([0.7, 1.0]) if sampled else 1.0,
+        seed=rng.randrange(1000),
+        repetition_penalty=rng.choice([1.0, 1.0, 1.3]),
+    )
+
+
+def test_two_hundred_requests_compile_nothing_and_equal_the_generator(engine, generator, compilations):
+    rng = random.Random(1)
+    cases = [random_case(rng) for _ in range(200)]
+    answers = engine.generate_many([prompt for prompt, _ in cases], [request for _, request in cases])
+    assert not compilations
+    assert engine.scheduler.allocator.in_use == 0
+    assert sum(answer.reused_tokens > 0 for answer in answers) > 20
+    for (_, request), answer in zip(cases, answers, strict=True):
+        assert answer.finish_reason == ("stop" if answer.tokens[-1] == 0 else "length")
+        assert len(answer.tokens) == request.max_tokens or answer.finish_reason == "stop"
+        assert answer.text == generator.tokenizer.decode(answer.tokens)
+    for (prompt, request), answer in list(zip(cases, answers, strict=True))[::5]:
+        alone = generator.generate(prompt, request, max_context=128)
+        list(alone)
+        assert answer.tokens == alone.tokens
+        assert answer.finish_reason == alone.finish_reason
+
+
+def test_an_answer_is_the_same_alone_in_company_and_from_shared_pages(engine):
+    rng = random.Random(2)
+    cases = [random_case(rng) for _ in range(40)]
+    together = engine.generate_many([prompt for prompt, _ in cases], [request for _, request in cases])
+    for (prompt, request), answer in zip(cases, together, strict=True):
+        engine.scheduler.allocator.forget()
+        miss, hit = (engine.generate_many([prompt], request)[0] for _ in range(2))
+        assert miss.reused_tokens == 0
+        assert miss.tokens == hit.tokens == answer.tokens
+        if miss.grading_stats is not None:
+            assert (miss.grading_stats.packed == hit.grading_stats.packed).all()
+            assert (miss.grading_stats.packed == answer.grading_stats.packed).all()
+    assert sum(answer.reused_tokens > 0 for answer in together) > 5
+
+
+def test_eviction_changes_no_answer(generator, engine):
+    rng = random.Random(3)
+    cases = [random_case(rng) for _ in range(40)]
+    prompts, requests = [prompt for prompt, _ in cases], [request for _, request in cases]
+    expected = engine.generate_many(prompts, requests)
+    with Engine(generator, **SIZES, policy=SHORT, cache_memory=memory_of(generator, 12)) as small:
+        assert small.scheduler.shape.num_pages == 12
+        answers = small.generate_many(prompts, requests)
+        assert [answer.tokens for answer in answers] == [answer.tokens for answer in expected]
+        assert small.scheduler.allocator.in_use == 0
+
+
+def test_a_request_that_can_never_fit_is_refused_with_the_numbers(generator, engine):
+    with pytest.raises(UsageError, match="the prompt has 128 tokens and the context holds 128"):
+        engine.submit([5] * 128)
+    with Engine(generator, **SIZES, policy=SHORT, cache_memory=memory_of(generator, 7)) as small:
+        with pytest.raises(UsageError, match="take 8 cache pages of 16 tokens, and the cache has 7;"):
+            small.submit([5] * 100, Request(max_tokens=28))
+        assert len(small.generate_many([[5] * 8], Request(max_tokens=8))[0].tokens) == 8
+    with pytest.raises(UsageError, match=r"cache memory 100 B: a page of 16 tokens takes \d+ B"):
+        Engine(generator, **SIZES, cache_memory=100)
+    with pytest.raises(UsageError, match="slots 17: 1 to 16 requests"):
+        Engine(generator, slots=17)
+
+
+def test_a_cancelled_answer_ends_and_frees_its_slot_and_pages(engine):
+    long = Request(max_tokens=100, bits=3.0, temperature=1.0)
+
+    async def consume(answer, pieces: int) -> None:
+        seen = 0
+        async for _ in answer:
+            seen += 1
+            if seen == pieces:
+                engine.cancel(answer)
+
+    async def run() -> list:
+        answers = [engine.submit([7, 8, 9, i], long) for i in range(10)]
+        engine.cancel(answers[9])  # still in the queue
+        await asyncio.gather(*(consume(answer, 1 + i % 2) for i, answer in enumerate(answers[:6])))
+        for answer in answers[6:9]:
+            answer.result(60)
+        return answers
+
+    answers = asyncio.run(run())
+    assert {answer.finish_reason for answer in answers[:6]} <= {"cancelled", "stop"}
+    assert answers[9].finish_reason == "cancelled"
+    assert not answers[9].tokens
+    assert all(answer.finish_reason != "cancelled" for answer in answers[6:9])
+    assert all(len(answer.tokens) < 100 for answer in answers[:6])
+    engine.generate_many([[5, 6]])
+    assert engine.scheduler.allocator.in_use == 0
+    assert len(engine.scheduler._free_slots) == SIZES["slots"]
+
+
+def test_a_priority_comes_first_and_others_in_order(engine):
+    order = []
+    request = Request(max_tokens=20, bits=3.0)
+    blockers = [engine.submit([9, i], Request(max_tokens=100, bits=3.0)) for i in range(4)]
+    answers = {name: engine.submit([4, 5], request, priority=p) for name, p in (("a", 1), ("b", 1), ("c", 0))}
+    for name, answer in answers.items():
+        begin = answer.begin
+        answer.begin = lambda reused, name=name, begin=begin: (order.append(name), begin(reused))
+    for answer in (*blockers, *answers.values()):
+        answer.result(60)
+    assert order == ["c", "a", "b"]
+
+
+def test_the_dial_is_turned_while_an_answer_runs(engine):
+    answer = engine.submit([7, 8, 9], Request(max_tokens=100, bits=1.5, temperature=1.0, seed=4))
+    pieces = iter(answer)
+    next(pieces)
+    engine.turn(answer, 6.0)
+    list(pieces)
+    means = answer.grading_stats.bits.mean(axis=1)
+    assert means[-20:].mean() > means[:4].mean() + 2
+    with pytest.raises(UsageError, match="bits 99"):
+        engine.turn(answer, 99.0)
+
+
+def test_a_stop_string_ends_an_answer(engine, generator):
+    request = Request(max_tokens=60, bits=3.0, temperature=1.0, seed=11)
+    free = engine.generate_many([[50, 51]], request)[0].text
+    stop = free[10:12]
+    answer = engine.generate_many([[50, 51]], dataclasses.replace(request, stop=stop))[0]
+    assert answer.text == free[: free.index(stop)]
+    assert answer.finish_reason == "stop"
+
+
+def test_memory_is_flat_in_later_rounds(engine):
+    def round_of_requests(seed: int) -> int:
+        rng = random.Random(seed)
+        cases = [random_case(rng) for _ in range(60)]
+        engine.generate_many([prompt for prompt, _ in cases], [request for _, request in cases])
+        gc.collect()
+        return memory_in_use()
+
+    round_of_requests(4)
+    before, after = round_of_requests(5), round_of_requests(6)
+    assert after - before < 16 << 20
+    assert not engine._jobs
+
+
+def test_chunks_ahead_change_no_answer(generator, engine):
+    rng = random.Random(7)
+    cases = [random_case(rng) for _ in range(24)]
+    prompts, requests = [prompt for prompt, _ in cases], [request for _, request in cases]
+    ahead = dataclasses.replace(SHORT, early_exit=False, chunks_ahead=1)
+    with Engine(generator, **SIZES, policy=ahead) as other:
+        answers = other.generate_many(prompts, requests)
+    assert [a.tokens for a in answers] == [a.tokens for a in engine.generate_many(prompts, requests)]
+
+
+def test_a_failure_ends_all_answers_and_close_ends_the_engine(generator, monkeypatch):
+    with Engine(generator, **SIZES, policy=SHORT) as failing:
+        submitted = threading.Event()
+        monkeypatch.setattr(failing.scheduler, "_launch", lambda: submitted.wait(60) / 0)
+        answers = [failing.submit([5, 6, i]) for i in range(6)]
+        submitted.set()
+        for answer in answers:
+            with pytest.raises(EngineError, match="the engine ended before the answer: division by zero"):
+                answer.result(60)
+        with pytest.raises(EngineError, match="takes no requests, because it ended: division by zero"):
+            failing.submit([5])
+    closed = Engine(generator, **SIZES, policy=SHORT)
+    answer = closed.submit([5, 6, 7], Request(max_tokens=100))
+    closed.close()
+    with pytest.raises(EngineError, match="it was closed"):
+        answer.result(60)
