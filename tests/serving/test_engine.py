@@ -6,38 +6,33 @@ import gc
 import random
 import threading
 
+import numpy as np
 import pytest
 
+from grinqh_jax.bundled import BUNDLED_MODEL
 from grinqh_jax.decoding import policy
-from grinqh_jax.decoding.generator import Request
+from grinqh_jax.decoding.generator import Generator, Request
 from grinqh_jax.errors import UsageError
 from grinqh_jax.memory import memory_in_use
 from grinqh_jax.serving.answer import EngineError
 from grinqh_jax.serving.engine import Engine
-from grinqh_jax.serving.paged_cache import page_bytes
-
-pytestmark = pytest.mark.usefixtures("optimized_programs")
+from grinqh_jax.serving.scheduler import Scheduler
 
 SIZES = {"slots": 4, "max_context": 128, "page_size": 16, "piece": 32}
 SHORT = dataclasses.replace(policy.CPU, chunk_steps=4)
-SYSTEM = list(range(40, 110))
+SYSTEM = list(range(40, 130))
 
 
 @pytest.fixture(scope="module")
-def engine(generator, optimized_programs):
+def engine(generator):
     with Engine(generator, **SIZES, policy=SHORT) as engine:
         yield engine
 
 
-def memory_of(generator, pages: int) -> int:
-    """The cache memory of a number of pages, and some bytes more."""
-    return pages * page_bytes(generator.model.config, SIZES["page_size"], generator.model.compute_dtype) + 9
-
-
 def random_case(rng: random.Random) -> tuple[list[int], Request]:
     """A prompt, with a common beginning or not, and a request."""
-    shared = SYSTEM[: rng.choice([0, 0, 32, 70])]
-    prompt = shared + [rng.randrange(2, 258) for _ in range(rng.randrange(1, 40))]
+    shared = SYSTEM[: rng.choice([0, 32, 90, 90])]
+    prompt = shared + [rng.randrange(2, 258) for _ in range(rng.randrange(1, 20))]
     sampled = rng.random() < 0.4
     return prompt, Request(
         bits=rng.choice([1.0, 2.5, 3.0, 5.75, "full"]),
@@ -83,29 +78,37 @@ def test_an_answer_is_the_same_alone_in_company_and_from_shared_pages(engine):
     assert sum(answer.reused_tokens > 0 for answer in together) > 5
 
 
-def test_eviction_changes_no_answer(generator, engine):
+def test_eviction_changes_no_answer(engine):
     rng = random.Random(3)
     cases = [random_case(rng) for _ in range(40)]
     prompts, requests = [prompt for prompt, _ in cases], [request for _, request in cases]
     expected = engine.generate_many(prompts, requests)
-    with Engine(generator, **SIZES, policy=SHORT, cache_memory=memory_of(generator, 12)) as small:
-        assert small.scheduler.shape.num_pages == 12
-        answers = small.generate_many(prompts, requests)
-        assert [answer.tokens for answer in answers] == [answer.tokens for answer in expected]
-        assert small.scheduler.allocator.in_use == 0
+    allocator = engine.scheduler.allocator
+    held = allocator.allocate(allocator.num_pages - 12)  # A cache of 12 pages, less than two long texts.
+    answers = engine.generate_many(prompts, requests)
+    allocator.release(held)
+    assert [answer.tokens for answer in answers] == [answer.tokens for answer in expected]
+    hits = [sum(answer.reused_tokens > 0 for answer in some) for some in (answers, expected)]
+    assert hits[0] < hits[1]
+    assert allocator.in_use == 0
 
 
 def test_a_request_that_can_never_fit_is_refused_with_the_numbers(generator, engine):
     with pytest.raises(UsageError, match="the prompt has 128 tokens and the context holds 128"):
         engine.submit([5] * 128)
-    with Engine(generator, **SIZES, policy=SHORT, cache_memory=memory_of(generator, 7)) as small:
-        with pytest.raises(UsageError, match="take 8 cache pages of 16 tokens, and the cache has 7;"):
-            small.submit([5] * 100, Request(max_tokens=28))
-        assert len(small.generate_many([[5] * 8], Request(max_tokens=8))[0].tokens) == 8
+    shape = dataclasses.replace(engine.scheduler.shape, num_pages=7)
+    small = Scheduler(generator.model, generator.dial(None), shape, SHORT)
+    small.check(100, 12)
+    with pytest.raises(
+        UsageError, match="answer of 28 take 8 cache pages of 16 tokens, and the cache has 7;"
+    ):
+        small.check(100, 28)
     with pytest.raises(UsageError, match=r"cache memory 100 B: a page of 16 tokens takes \d+ B"):
         Engine(generator, **SIZES, cache_memory=100)
     with pytest.raises(UsageError, match="slots 17: 1 to 16 requests"):
         Engine(generator, slots=17)
+    with pytest.raises(UsageError, match="a piece of 40 tokens is not a multiple of the page size 16"):
+        Engine(generator, **SIZES | {"piece": 40})
 
 
 def test_a_cancelled_answer_ends_and_frees_its_slot_and_pages(engine):
@@ -185,6 +188,7 @@ def test_memory_is_flat_in_later_rounds(engine):
     assert not engine._jobs
 
 
+@pytest.mark.slow
 def test_chunks_ahead_change_no_answer(generator, engine):
     rng = random.Random(7)
     cases = [random_case(rng) for _ in range(24)]
@@ -211,3 +215,23 @@ def test_a_failure_ends_all_answers_and_close_ends_the_engine(generator, monkeyp
     closed.close()
     with pytest.raises(EngineError, match="it was closed"):
         answer.result(60)
+
+
+@pytest.mark.slow
+def test_the_bundled_model_answers_as_the_generator_does():
+    generator = Generator.load(BUNDLED_MODEL)
+    prompts = [
+        "Once upon a time",
+        "The cat sat on the mat. " * 12,
+        "Lily and Tom went to the park.",
+        "One day",
+    ]
+    requests = [Request(bits=bits, max_tokens=40, temperature=0) for bits in (2.0, 3.0, 4.0, "full")]
+    with Engine(generator, slots=4, max_context=192, page_size=16, piece=64) as engine:
+        answers = engine.generate_many(prompts, requests)
+    for prompt, request, answer in zip(prompts, requests, answers, strict=True):
+        alone = generator.generate(prompt, request, max_context=192)
+        list(alone)
+        assert answer.tokens == alone.tokens
+        assert answer.text == alone.text
+        np.testing.assert_array_equal(answer.grading_stats.bits, alone.grading_stats.bits)
