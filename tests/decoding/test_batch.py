@@ -179,3 +179,11 @@ def test_the_dial_follows_every_token(generator, device_policy):
     assert len(set(settings)) == len(settings) == 29
     np.testing.assert_allclose(decoding._device.dial.state.debt, dial.state.debt, atol=1e-4)
     np.testing.assert_allclose(decoding._device.dial.setting, dial.setting, atol=1e-4)
+
+
+def test_rows_that_have_ended_read_no_weights(generator):
+    decoding = prefilled(generator)
+    decoding.stop(np.array([True, False, False]))
+    bits = next(decoding.chunks()).grading_stats.bits
+    assert (bits[:, 0] == 0).all()
+    assert (bits[:, 1:] > 0).all()

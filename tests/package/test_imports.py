@@ -17,6 +17,7 @@ LAYERS = {
         {"model"},
         {"checkpoint", "hf", "text"},
         {"decoding"},
+        {"serving"},
         {"evaluation", "benchmarking"},
         {"cli"},
         {"generate", "__main__"},

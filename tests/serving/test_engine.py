@@ -11,7 +11,8 @@ import pytest
 
 from grinqh_jax.bundled import BUNDLED_MODEL
 from grinqh_jax.decoding import policy
-from grinqh_jax.decoding.generator import Generator, Request
+from grinqh_jax.decoding.generator import Generator
+from grinqh_jax.decoding.request import Request
 from grinqh_jax.errors import UsageError
 from grinqh_jax.memory import memory_in_use
 from grinqh_jax.serving.answer import EngineError
