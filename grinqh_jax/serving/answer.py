@@ -9,7 +9,7 @@ import numpy as np
 
 from grinqh_jax.decoding.stop import StopStrings
 from grinqh_jax.errors import GrinqhError
-from grinqh_jax.serving.scheduler import FinishReason
+from grinqh_jax.serving.job import FinishReason
 from grinqh_jax.text.stream import TextStream
 from pallas_kernels import GradingStats
 

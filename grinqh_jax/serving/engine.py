@@ -1,5 +1,6 @@
 """The engine as a library: requests from any thread in, answers out, all decoded together on one model.
 
+generator = Generator.load("path/to/checkpoint")
 with Engine(generator) as engine:
     answers = engine.generate_many(["Once upon a time", "There was"], Request(bits=3.0))
     async for text in engine.submit("In the morning", Request(bits=2.5)):
@@ -22,8 +23,9 @@ from grinqh_jax.decoding.stop import StopStrings
 from grinqh_jax.errors import UsageError
 from grinqh_jax.serving.answer import Answer, EngineError
 from grinqh_jax.serving.decode_state import NO_TOKEN, Settings, sampling_rows
+from grinqh_jax.serving.job import Job, Shape
 from grinqh_jax.serving.paged_cache import page_bytes
-from grinqh_jax.serving.scheduler import Job, Scheduler, Shape
+from grinqh_jax.serving.scheduler import Scheduler
 from pallas_kernels.x64 import without_x64
 
 MOST_SLOTS = 16

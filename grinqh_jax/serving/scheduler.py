@@ -1,4 +1,4 @@
-"""The host's part of the engine: which prompt is read next, which answers are decoded, and who gets what.
+"""The host's part of the engine: decides which prompt is read and which answers are decoded next.
 
 Continuous batching: requests enter and leave slots between decode chunks. A round reads at most one piece of
 one prompt and decodes one chunk of all answers, so an answer never waits for more than one piece. Pieces end
@@ -11,7 +11,7 @@ import dataclasses
 import heapq
 import itertools
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import numpy as np
@@ -33,99 +33,10 @@ from grinqh_jax.serving.decode_state import (
     prefill,
     turn,
 )
+from grinqh_jax.serving.job import FinishReason, Job, Shape
 from grinqh_jax.serving.paged_cache import PagedCache
 from grinqh_jax.serving.pages import PageAllocator
 from pallas_kernels import GradingStats
-
-FinishReason = Literal["stop", "length", "cancelled"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Shape:
-    """Sizes of the engine's programs and of its cache.
-
-    Attributes:
-      slots: Number of requests that are decoded at once.
-      max_context: Most tokens of a prompt and its answer together.
-      page_size: Number of positions of a page.
-      piece: Number of prompt tokens read in one call, a multiple of ``page_size``.
-      num_pages: Number of pages of the cache.
-      stop_tokens: Most stop tokens of a request.
-    """
-
-    slots: int
-    max_context: int
-    page_size: int
-    piece: int
-    num_pages: int
-    stop_tokens: int
-
-    @property
-    def pages_per_slot(self) -> int:
-        """Number of pages of a text of ``max_context`` tokens."""
-        return -(-self.max_context // self.page_size)
-
-
-@runtime_checkable
-class Receiver(Protocol):
-    """Takes the answer to a job."""
-
-    def begin(self, reused_tokens: int) -> None:
-        """Is called when the job leaves the queue, with the number of prompt tokens from shared pages."""
-
-    def receive(self, tokens: list[int], stats: GradingStats | None) -> bool:
-        """Takes new tokens; returns whether the answer ends here, for instance at a stop string.
-
-        Args:
-          tokens: New tokens.
-          stats: Their grading statistics, numpy ``[tokens, linears]``; None for the first token, which a
-            prefill at full precision yields, and for a dense model.
-        """
-
-    def end(self, reason: FinishReason) -> None:
-        """Is called once, at the end."""
-
-
-@dataclasses.dataclass(eq=False)
-class Job:
-    """One request on its way through the scheduler.
-
-    Attributes:
-      prompt: Tokens of the prompt.
-      settings: Settings, numpy with one row; ``limits`` is the length of the longest answer.
-      answer: Receiver of the answer.
-      priority: Jobs with a lower number come first; jobs with the same number in the order of their arrival.
-      pages: Pages of the text, shared ones first, once the job is admitted.
-      slot: Slot of the job, once it is admitted.
-      ended: Whether the answer has ended.
-      prefix: What has been read of the prompt; None before and after.
-      pieces: Pieces of the prompt that are not read yet.
-      dispatched: Number of tokens that the dispatched work generates, unless a stop token comes first.
-    """
-
-    prompt: Sequence[int]
-    settings: Settings
-    answer: Receiver
-    priority: int = 0
-    pages: list[int] = dataclasses.field(default_factory=list)
-    slot: int | None = None
-    ended: bool = False
-    prefix: Prefix | None = None
-    pieces: collections.deque[PrefillBucket] = dataclasses.field(default_factory=collections.deque)
-    dispatched: int = 0
-
-    @property
-    def limit(self) -> int:
-        """Most tokens of the answer."""
-        return int(self.settings.limits[0])
-
-    @property
-    def greedy(self) -> bool:
-        """Whether the answer is decoded greedily and without penalties."""
-        sampling, penalties = self.settings.sampling, self.settings.sampling.penalties
-        assert penalties is not None, "settings of a slot have penalties"
-        changed = penalties.presence[0] or penalties.frequency[0] or penalties.repetition[0] != 1
-        return not sampling.temperature[0] > 0 and not changed
 
 
 @dataclasses.dataclass(frozen=True)
