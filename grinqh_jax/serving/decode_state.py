@@ -7,6 +7,7 @@ caches are donated: use the returned ones.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -125,16 +126,23 @@ class Prefix:
     preview: engine.Preview | None
 
     @classmethod
-    def create(
-        cls, config: ModelConfig, pages: Int[np.ndarray, "pages_per_slot"], length: int, graded: bool
-    ) -> "Prefix":
-        """Returns a prefix of which ``length`` tokens are in shared pages; numpy arrays."""
-        linears = len(linear_names(config))
-        preview = engine.Preview(
-            np.zeros((1, engine.PREVIEW_TOKENS, linears), np.float32), np.zeros(1, np.int32)
-        )
-        logits = np.zeros((1, config.vocab_size), np.float32)
-        return cls(pages[None], np.array([length], np.int32), logits, preview if graded else None)
+    def create(cls, config: ModelConfig, pages: Any, length: int, graded: bool) -> "Prefix":
+        """Returns a prefix as numpy arrays.
+
+        Args:
+          config: Configuration of the model.
+          pages: int32 ``[pages_per_slot]``, numpy.
+          length: Number of tokens in shared pages.
+          graded: Whether the model is graded.
+        """
+
+        def zeros(*shape, dtype=np.float32):
+            return np.zeros(shape, dtype)
+
+        previewed = zeros(1, engine.PREVIEW_TOKENS, len(linear_names(config)))
+        preview = engine.Preview(previewed, zeros(1, dtype=np.int32)) if graded else None
+        read: Any = np.array([length], np.int32)
+        return cls(pages[None], read, zeros(1, config.vocab_size), preview)
 
 
 def sampling_rows(

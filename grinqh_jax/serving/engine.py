@@ -128,13 +128,16 @@ class Engine:
         limit = max(min(request.max_tokens, self.scheduler.shape.max_context - len(tokens)), 0)
         self.scheduler.check(len(tokens), limit)
         bits = self._generator.bits(request.bits)
-        stop_tokens = np.full((1, self.scheduler.shape.stop_tokens), NO_TOKEN, np.int32)
-        stop_tokens[0, : len(self._stop_tokens)] = self._stop_tokens
+        padding = [NO_TOKEN] * (self.scheduler.shape.stop_tokens - len(self._stop_tokens))
+
+        def row(value, dtype):
+            return np.array([value], dtype)
+
         settings = Settings(
             sampling=sampling_rows(1, seed=request.seed, **self._generator.sampling(request)),
-            bits=np.array([bits or 0], np.float32),
-            stop_tokens=stop_tokens,
-            limits=np.array([limit], np.int32),
+            bits=row(bits or 0, np.float32),
+            stop_tokens=row(self._stop_tokens + padding, np.int32),
+            limits=row(limit, np.int32),
         )
         answer = Answer(self._generator.tokenizer.stream(), StopStrings(request.stop))
         job = Job(tokens, settings, answer, priority)

@@ -134,7 +134,8 @@ class Scheduler:
 
     def turn(self, job: Job, bits: float) -> None:
         """Changes the wanted mean bits of a job, from the next decode chunk on."""
-        job.settings = dataclasses.replace(job.settings, bits=np.array([bits], np.float32))
+        row: Any = np.array([bits], np.float32)
+        job.settings = dataclasses.replace(job.settings, bits=row)
         if job.slot in self._decoding:
             self._state = turn(self._state, self._put(np.int32(job.slot)), self._put(np.float32(bits)))
 
