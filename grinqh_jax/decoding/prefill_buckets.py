@@ -31,18 +31,15 @@ class PrefillBucket:
     end: int
 
 
-def cut(
-    prompts: Sequence[Sequence[int]], start: int = 0, largest: int | None = None
-) -> Iterator[PrefillBucket]:
+def cut(prompts: Sequence[Sequence[int]], start: int = 0) -> Iterator[PrefillBucket]:
     """Yields the buckets of a batch of prompts, from position ``start`` on.
 
-    All buckets but the last end at multiples of the largest width, by default ``LARGEST_BUCKET``, for any
-    ``start``, so that the previews of the last buckets cover the same tokens (see ``first_previewed``).
+    All buckets but the last end at multiples of ``LARGEST_BUCKET`` for any ``start``, so that the previews
+    of the last buckets cover the same tokens (see ``first_previewed``).
     """
-    largest = largest or LARGEST_BUCKET
     longest = max(len(prompt) for prompt in prompts)
     while start < longest:
-        end = min(longest, (start // largest + 1) * largest)
+        end = min(longest, (start // LARGEST_BUCKET + 1) * LARGEST_BUCKET)
         width = bucket_widths(end - start)[-1]
         tokens = np.zeros((len(prompts), width), np.int32)
         lengths = np.zeros(len(prompts), np.int32)
@@ -52,14 +49,6 @@ def cut(
             lengths[row] = len(piece)
         yield PrefillBucket(tokens, lengths, end)
         start = end
-
-
-def bucket_widths(largest: int) -> list[int]:
-    """Returns the widths of all buckets of at most ``largest`` tokens, ascending."""
-    widths = [SMALLEST_BUCKET]
-    while widths[-1] < largest:
-        widths.append(2 * widths[-1])
-    return widths
 
 
 def cut_conversation(prompt: Sequence[int], start: int = 0) -> Iterator[PrefillBucket]:
@@ -81,13 +70,44 @@ def cut_conversation(prompt: Sequence[int], start: int = 0) -> Iterator[PrefillB
         start = end
 
 
-def first_previewed(length: int, largest: int | None = None) -> int:
+def bucket_widths(most: int) -> list[int]:
+    """Returns the widths of the buckets of up to ``most`` tokens, ascending."""
+    widths = [SMALLEST_BUCKET]
+    while widths[-1] < most:
+        widths.append(2 * widths[-1])
+    return widths
+
+
+def cut_pieces(prompt: Sequence[int], start: int, piece: int, has_preview: bool) -> Iterator[PrefillBucket]:
+    """Cuts a prompt into buckets that end at fixed positions, for an engine that shares prefixes.
+
+    All ends before the preview are multiples of ``piece``, and a bucket has exactly the tokens whose preview
+    the dial uses. So every bucket is the same for any ``start``, and the preview is that of ``cut``.
+
+    Args:
+      prompt: Tokens of the prompt.
+      start: First position to read, a multiple of ``piece``, and at most ``first_previewed`` if there is a
+        preview.
+      piece: Largest number of tokens of a bucket, except that of the preview.
+      has_preview: Whether the dial uses a preview.
+    """
+    length = len(prompt)
+    preview = first_previewed(length) if has_preview else length
+    ends = {*range(start + piece, preview, piece), preview, min(preview + PREVIEW_TOKENS, length), length}
+    for end in sorted(ends - {start}):
+        width = bucket_widths(end - start)[-1]
+        tokens = np.zeros((1, width), np.int32)
+        tokens[0, : end - start] = prompt[start:end]
+        yield PrefillBucket(tokens, np.array([end - start], np.int32), end)
+        start = end
+
+
+def first_previewed(length: int) -> int:
     """Returns the first position whose tokens must be read for the preview of a prompt of ``length`` tokens.
 
     The dial uses the preview of the last ``PREVIEW_TOKENS`` tokens of the last bucket, or of the bucket
-    before it if the last one has fewer tokens (see ``engine.merge_previews``). ``largest`` is as in ``cut``.
+    before it if the last one has fewer tokens (see ``engine.merge_previews``).
     """
-    largest = largest or LARGEST_BUCKET
-    last_bucket = (length - 1) // largest * largest
+    last_bucket = (length - 1) // LARGEST_BUCKET * LARGEST_BUCKET
     end = last_bucket if last_bucket > 0 and length - last_bucket < PREVIEW_TOKENS else length
     return max(end - PREVIEW_TOKENS, 0)

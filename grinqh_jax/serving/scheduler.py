@@ -19,7 +19,12 @@ import numpy as np
 from grinqh_jax.decoding import engine
 from grinqh_jax.decoding.dial import Dial
 from grinqh_jax.decoding.policy import DecodePolicy
-from grinqh_jax.decoding.prefill_buckets import PrefillBucket, bucket_widths, cut, first_previewed
+from grinqh_jax.decoding.prefill_buckets import (
+    PrefillBucket,
+    bucket_widths,
+    cut_pieces,
+    first_previewed,
+)
 from grinqh_jax.errors import UsageError
 from grinqh_jax.model.decoder import Decoder
 from grinqh_jax.model.flat_model import FlatModel
@@ -145,7 +150,7 @@ class Scheduler:
         nothing = np.full(self.shape.pages_per_slot, self.shape.num_pages, np.int32)
         settings = jax.tree.map(lambda rows: np.asarray(rows[:1]), self._state.slots.settings)
         for _ in range(2):  # The second time all inputs are outputs of the programs.
-            for width in bucket_widths(self.shape.piece):
+            for width in bucket_widths(max(self.shape.piece, engine.PREVIEW_TOKENS)):
                 prefix = self._put(Prefix.create(self._config, nothing, 0, self._graded))
                 bucket = PrefillBucket(np.zeros((1, width), np.int32), np.zeros(1, np.int32), 0)
                 for _ in range(2):  # A prefix without tokens, and one that a prefill returned.
@@ -186,16 +191,16 @@ class Scheduler:
             row = np.full(self.shape.pages_per_slot, self.shape.num_pages, np.int32)
             row[: len(job.pages)] = job.pages
             job.prefix = self._put(Prefix.create(self._config, row, reused, self._graded))
-            job.pieces.extend(cut([job.prompt], reused, self.shape.piece))
+            job.pieces.extend(cut_pieces(job.prompt, reused, self.shape.piece, self._graded))
             job.answer.begin(reused)
             heapq.heappush(self._reading, (priority, number, job))
 
     def _reserve(self, job: Job) -> int | None:
         """Takes all pages of a job; returns the number of shared tokens, or None if pages are missing."""
-        piece, length = self.shape.piece, len(job.prompt)
-        read_from = first_previewed(length, piece) if self._graded else length - 1
-        shared = self.allocator.share(job.prompt[: read_from // piece * piece], piece // self.shape.page_size)
-        own = self.allocator.allocate(self.allocator.pages_for(length + job.limit) - len(shared))
+        unit = self.shape.piece // self.shape.page_size
+        shared = self.allocator.share(job.prompt[: self._shareable(job.prompt)], unit)
+        total = self.allocator.pages_for(len(job.prompt) + job.limit)
+        own = self.allocator.allocate(total - len(shared))
         if own is None:
             self.allocator.release(shared)
             return None
@@ -207,7 +212,15 @@ class Scheduler:
         piece = job.pieces.popleft()
         assert job.prefix is not None, "an admitted job has a prefix"
         job.prefix = self._read_bucket(job.prefix, piece, job.settings)
-        self.allocator.register(job.prompt[: piece.end // self.shape.piece * self.shape.piece], job.pages)
+        self.allocator.register(job.prompt[: min(piece.end, self._shareable(job.prompt))], job.pages)
+
+    def _shareable(self, prompt: Sequence[int]) -> int:
+        """Returns the number of leading tokens that may come from shared pages: whole pieces.
+
+        The tokens of the preview are always read, and so is the last token, for the logits.
+        """
+        read = first_previewed(len(prompt)) if self._graded else len(prompt) - 1
+        return read // self.shape.piece * self.shape.piece
 
     def _read_bucket(self, prefix: Prefix, bucket: PrefillBucket, settings: Settings) -> Prefix:
         tokens, lengths, bits = self._put((bucket.tokens, bucket.lengths, settings.bits))

@@ -11,6 +11,7 @@ from grinqh_jax.decoding.prefill_buckets import (
     SMALLEST_BUCKET,
     cut,
     cut_conversation,
+    cut_pieces,
     first_previewed,
 )
 
@@ -77,3 +78,17 @@ def test_the_preview_does_not_depend_on_where_reading_starts(monkeypatch):
             assert previewed(length, start, cut_conversation) == previewed(length, 0), (length, start)
         if length > PREVIEW_TOKENS + SKIPPED_POSITIONS:  # A later start changes the preview.
             assert previewed(length, latest + 1) != previewed(length, 0)
+
+
+def test_pieces_are_the_same_from_any_start_and_have_the_preview_of_the_whole_prompt():
+    for length in (1, 31, 64, 65, 97, 300, 2048, 2060, 2112, 2200):
+        prompt, preview = list(range(length)), first_previewed(length)
+        every = list(cut_pieces(prompt, 0, 32, True))
+        assert [token for b in every for token in b.tokens[0, : b.lengths[0]]] == prompt
+        assert {b.end for b in every} >= {min(preview + PREVIEW_TOKENS, length)} | ({preview} - {0})
+        for start in range(0, preview + 1, 32):
+            later = [b for b in every if b.end > start]
+            some = list(cut_pieces(prompt, start, 32, True))
+            assert [b.end for b in some] == [b.end for b in later]
+            assert all((b.tokens == c.tokens).all() for b, c in zip(some, later, strict=True))
+        assert all(b.end % 32 == 0 or b.end == length for b in cut_pieces(prompt, 0, 32, False))

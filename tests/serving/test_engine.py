@@ -223,7 +223,7 @@ def test_the_bundled_model_answers_as_the_generator_does():
     generator = Generator.load(BUNDLED_MODEL)
     prompts = [
         "Once upon a time",
-        "The cat sat on the mat. " * 12,
+        "The cat sat on the mat. " * 18,
         "Lily and Tom went to the park.",
         "One day",
     ]
