@@ -2,7 +2,7 @@
 
 Continuous batching: requests enter and leave slots between decode chunks. A round reads at most one piece of
 one prompt and decodes one chunk of all answers, so an answer never waits for more than one piece. Pieces end
-at fixed positions, and every piece is read by the same program on a hit and on a miss of the shared prefixes.
+at positions that depend on the prompt alone, so a hit and a miss of the shared prefixes read the same pieces.
 An answer therefore does not depend on load or on what is in the cache.
 """
 
