@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from grinqh_jax.decoding.dial import SKIPPED_POSITIONS, Dial, DialState
+from grinqh_jax.decoding.logprobs import TokenLogprobs, token_logprobs
 from grinqh_jax.decoding.penalties import TokenHistory
 from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.sampling import Sampling, choose_tokens, greedy, sample
@@ -42,6 +43,8 @@ class Chunk:
         for ``counts[b]`` steps. None for dense models.
       history: Tokens that each row has after the chunk; None without penalties.
       dial: The dial after these tokens; None if no dial set the thresholds.
+      logprobs: Log-probabilities ``[steps, B]`` of the new tokens and of the most likely ones; None without
+        ``top_logprobs``.
     """
 
     tokens: Int[Array, "b steps"]
@@ -51,6 +54,7 @@ class Chunk:
     grading_stats: GradingStats | None
     history: TokenHistory | None = None
     dial: DialState | None = None
+    logprobs: TokenLogprobs | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -204,6 +208,7 @@ def decode_chunk(
     steps: int,
     policy: DecodePolicy | None = None,
     history: TokenHistory | None = None,
+    top_logprobs: int | None = None,
 ) -> tuple[Chunk, KVCache]:
     """Generates up to ``steps`` tokens per row without leaving the device.
 
@@ -223,6 +228,8 @@ def decode_chunk(
       steps: Largest number of tokens to generate for each row.
       policy: Policy that the loop is compiled for, by default ``DecodePolicy.for_device()``.
       history: Tokens that each row has, if ``sampling`` has penalties.
+      top_logprobs: Number of most likely tokens whose log-probabilities are returned beside those of the new
+        tokens; None for no log-probabilities.
     """
     policy = policy or DecodePolicy.for_device()
     return jitted_decode_chunk(
@@ -237,10 +244,11 @@ def decode_chunk(
         steps=steps,
         policy=policy,
         history=history,
+        top_logprobs=top_logprobs,
     )
 
 
-@jax.jit(static_argnames=("steps", "policy"), donate_argnames="cache")
+@jax.jit(static_argnames=("steps", "policy", "top_logprobs"), donate_argnames="cache")
 def jitted_decode_chunk(
     model: Decoder | FlatModel,
     tokens: Int[Array, "b"],
@@ -254,6 +262,7 @@ def jitted_decode_chunk(
     steps: int,
     policy: DecodePolicy,
     history: TokenHistory | None = None,
+    top_logprobs: int | None = None,
 ) -> tuple[Chunk, KVCache]:
     """The program behind ``decode_chunk``, for callers that lower or compile it themselves."""
     model = _module(model)
@@ -272,10 +281,11 @@ def jitted_decode_chunk(
         grading_stats=stats,
         history=history,
         dial=None if dial is None else dial.state,
+        logprobs=None if top_logprobs is None else TokenLogprobs.zeros(steps, batch, top_logprobs),
     )
 
     def choose(outputs, positions, history):
-        if sampling.penalties is not None:
+        if sampling.penalties is not None or sampling.logit_bias is not None:
             return choose_tokens(model.lm_head.in_order(outputs), sampling, positions, policy, history)
         if sampling.greedy:
             return greedy(outputs, token_ids)
@@ -292,6 +302,9 @@ def jitted_decode_chunk(
         current = fixed if current_dial is None else _thresholds_by_name(current_dial, active)
         outputs, cache, stats = _step(model, chunk.last, cache, current, active)
         token = jnp.where(active, choose(outputs, cache.lengths, chunk.history), chunk.last)
+        logprobs = None
+        if top_logprobs is not None:
+            logprobs = token_logprobs(model.lm_head.in_order(outputs), token, top_logprobs)
         counts = chunk.counts + active
         stopped = jnp.any(token[:, None] == stop_tokens, axis=-1)
         chunk = Chunk(
@@ -302,6 +315,7 @@ def jitted_decode_chunk(
             grading_stats=jax.tree.map(lambda kept, new: kept.at[step].set(new), chunk.grading_stats, stats),
             history=None if chunk.history is None else chunk.history.with_tokens(token, active),
             dial=None if current_dial is None else current_dial.follow(stats.bits, active, positions).state,
+            logprobs=jax.tree.map(lambda kept, new: kept.at[step].set(new), chunk.logprobs, logprobs),
         )
         return step + 1, chunk, cache
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grinqh_jax import checkpoint, hf
+from grinqh_jax.decoding.answer_text import AnswerText
 from grinqh_jax.decoding.batch import Decoding, stop_array
 from grinqh_jax.decoding.bits import Bits, wanted_bits
 from grinqh_jax.decoding.dial import Dial
@@ -33,7 +34,6 @@ from grinqh_jax.decoding.prompt_cache import PromptCache, conversation_capacity
 from grinqh_jax.decoding.request import Request
 from grinqh_jax.decoding.sampling import Sampling
 from grinqh_jax.decoding.statistics import Statistics, grading_fields
-from grinqh_jax.decoding.stop import StopStrings
 from grinqh_jax.errors import GrinqhWarning, UsageError
 from grinqh_jax.memory import peak_memory
 from grinqh_jax.model.decoder import Decoder
@@ -146,7 +146,7 @@ class Generator:
             max_context=check_context(max_context, self.model.config),
             dial=self.dial(request.bits),
             sampling=Sampling.create(seed=request.seed, **self.sampling(request)),
-            stop_tokens=self.defaults.eos_tokens,
+            stop_tokens=self.stop_tokens(request),
             programs=self._programs,
             prompt_cache=prompt_cache,
         )
@@ -173,7 +173,7 @@ class Generator:
             batch=1,
             dial=jax.device_put(dial, sharding),
             sampling=Sampling.create(seed=request.seed, **self.sampling(request)),
-            stop_tokens=stop_array(self.defaults.eos_tokens),
+            stop_tokens=stop_array(self.stop_tokens(request)),
             policy=DecodePolicy.for_device(),
         )
         small, large = CONVERSATION_WIDTHS
@@ -214,10 +214,31 @@ class Generator:
         return tokens
 
     def sampling(self, request: Request) -> dict[str, Any]:
-        """Returns sampling parameters and penalties of a request by name, with the model's defaults."""
+        """Returns arguments of ``Sampling.create`` for a request by name, with the model's defaults.
+
+        Raises:
+          UsageError: A token with a bias is outside the vocabulary.
+        """
         names = ("temperature", "top_k", "top_p", "min_p", *NEUTRAL)
         wanted = {name: getattr(request, name) for name in names}
-        return {k: getattr(self.defaults, k) if v is None else v for k, v in wanted.items()}
+        named = {k: getattr(self.defaults, k) if v is None else v for k, v in wanted.items()}
+        bias = None
+        if request.logit_bias:
+            self.model.config.check_tokens(request.logit_bias)
+            bias = np.zeros(self.model.config.vocab_size, np.float32)
+            bias[list(request.logit_bias)] = list(request.logit_bias.values())
+        return named | {"logit_bias": bias}
+
+    def stop_tokens(self, request: Request) -> tuple[int, ...]:
+        """Returns the tokens that end the text of a request.
+
+        Raises:
+          UsageError: A token is outside the vocabulary.
+        """
+        if request.stop_tokens is None:
+            return self.defaults.eos_tokens
+        self.model.config.check_tokens(request.stop_tokens)
+        return tuple(request.stop_tokens)
 
     def _first_token(self) -> int:
         if self.defaults.bos_token is not None:
@@ -250,10 +271,8 @@ class Generation:
         self.finish_reason: Literal["stop", "length"] | None = None
         self.bits = generator.bits(request.bits)
         self._model = generator.model
-        self._stop_tokens = generator.defaults.eos_tokens
         self._decoding = decoding
-        self._stream = generator.tokenizer.stream()
-        self._stop = StopStrings(request.stop)
+        self._text = AnswerText(generator.tokenizer.stream(), request.stop, generator.stop_tokens(request))
         self._started = False
         self._stats: list[GradingStats] = []
         self._prompt_tokens = prompt_tokens
@@ -314,19 +333,15 @@ class Generation:
     def _pieces(self) -> Iterator[str]:
         for tokens in self._new_tokens():
             self.tokens += tokens
-            text = "".join(self._stream.push(token) for token in tokens)
-            ended = tokens[-1:] and tokens[-1] in self._stop_tokens
-            piece = self._stop.push(text)
+            piece, _ = self._text.push(tokens)
             if piece:
                 yield piece
-            if self._stop.met or ended:
-                self.finish_reason = "stop"
+            if self._text.stopped:
                 break
-        if not self._stop.met:
-            rest = self._stop.push(self._stream.flush()) + self._stop.flush()
-            if rest:
-                yield rest
-        self.finish_reason = self.finish_reason or "length"
+        rest = self._text.flush()
+        if rest:
+            yield rest
+        self.finish_reason = "stop" if self._text.stopped else "length"
 
     def _new_tokens(self) -> Iterator[list[int]]:
         """Yields the tokens of each chunk. Only the model's time is measured, not the consumer's."""

@@ -142,7 +142,8 @@ class Signature:
 
     def key(self, capacity: int) -> tuple:
         """Returns the sizes and static arguments that all programs of the batch depend on."""
-        return self.batch, capacity, self.policy, self.sampling.greedy, self.sampling.penalties is None
+        optional = self.sampling.penalties is None, self.sampling.logit_bias is None
+        return self.batch, capacity, self.policy, self.sampling.greedy, optional
 
     def _lower_prefill(self, width: int, capacity: int) -> jax.stages.Lowered:
         tokens = np.zeros((self.batch, width), np.int32)
@@ -168,6 +169,7 @@ class Signature:
             steps=self.policy.chunk_steps,
             policy=self.policy,
             history=history,
+            top_logprobs=None,
         )
 
     def _array(self, dtype, *shape: int) -> jax.ShapeDtypeStruct:

@@ -24,6 +24,9 @@ RANGES = {
 }
 """Accepted values of the numbers of a request."""
 
+LOGIT_BIAS_RANGE = Range(-100, 100)
+"""Accepted numbers of ``Request.logit_bias``, as in OpenAI's API."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
@@ -39,6 +42,8 @@ class Request:
       stop: Strings that end the text and are not part of it; one string or several.
       repetition_penalty, presence_penalty, frequency_penalty: Penalties on repeated tokens (see
         ``penalties.Penalties``).
+      stop_tokens: Tokens that end the text; none if empty. They are part of the generated tokens.
+      logit_bias: Numbers added to the logits of tokens, by token, each -100 to 100.
 
     Raises:
       UsageError: A value is out of range. The message names all such values.
@@ -55,6 +60,8 @@ class Request:
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
+    stop_tokens: Sequence[int] | None = None
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if isinstance(self.stop, str):  # As a sequence it would be one stop string for each character.
@@ -62,6 +69,11 @@ class Request:
         problems = out_of_range({name: getattr(self, name) for name in RANGES})
         if any(not text for text in self.stop):
             problems.append("a stop string is empty")
+        problems += [
+            f"the logit bias of token {token} is {readable(bias)}, {LOGIT_BIAS_RANGE.expected(bias)}"
+            for token, bias in self.logit_bias.items()
+            if bias not in LOGIT_BIAS_RANGE
+        ]
         if problems:
             raise UsageError("; ".join(problems))
 

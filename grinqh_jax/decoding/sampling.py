@@ -10,6 +10,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
 from grinqh_jax.decoding.penalties import Penalties, TokenHistory, penalize
@@ -32,6 +33,8 @@ class Sampling:
       greedy: True if every temperature is 0, so nothing is sorted and no random number is generated. Static,
         because a branch on the device would force a host sync at every step.
       penalties: Penalties on repeated tokens; None for none, which selects a program without them.
+      logit_bias: float32 ``[B, V]``, added to the logits of the tokens before the penalties; None for none,
+        which selects a program without it.
     """
 
     temperature: Float[Array, "b"]
@@ -41,6 +44,7 @@ class Sampling:
     seed: UInt32[Array, "b"]
     greedy: bool = dataclasses.field(default=False, metadata={"static": True})
     penalties: Penalties | None = None
+    logit_bias: Float[Array, "b v"] | None = None
 
     @classmethod
     def create(
@@ -55,6 +59,7 @@ class Sampling:
         repetition_penalty: float = 1.0,
         presence_penalty: float = 0.0,
         frequency_penalty: float = 0.0,
+        logit_bias: Float[np.ndarray, "v"] | None = None,
     ) -> "Sampling":
         """Returns the same parameters for every row; row ``b`` has seed ``seed + b``."""
 
@@ -69,6 +74,7 @@ class Sampling:
             seed=rows(seed % 2**32, jnp.uint32) + jnp.arange(batch, dtype=jnp.uint32),
             greedy=not temperature > 0,
             penalties=Penalties.create(batch, repetition_penalty, presence_penalty, frequency_penalty),
+            logit_bias=None if logit_bias is None else jnp.tile(jnp.asarray(logit_bias), (batch, 1)),
         )
 
 
@@ -92,6 +98,8 @@ def choose_tokens(
     Returns:
       int32 ``[B]``.
     """
+    if sampling.logit_bias is not None:
+        logits = logits + sampling.logit_bias
     if sampling.penalties is not None:
         assert history is not None, "penalties need the tokens that the text has"
         logits = penalize(logits, sampling.penalties, history)

@@ -1,50 +1,86 @@
 """The answer to a request, as text that the engine's thread writes and any other thread or task reads."""
 
 import asyncio
+import contextlib
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from grinqh_jax.decoding.stop import StopStrings
-from grinqh_jax.errors import GrinqhError
-from grinqh_jax.serving.job import FinishReason
-from grinqh_jax.text.stream import TextStream
+from grinqh_jax.decoding.answer_text import AnswerText
+from grinqh_jax.decoding.logprobs import TokenLogprobs
+from grinqh_jax.decoding.statistics import Statistics, grading_fields
+from grinqh_jax.memory import peak_memory
+from grinqh_jax.model.decoder import Decoder
+from grinqh_jax.serving.job import EngineError, FinishReason
 from pallas_kernels import GradingStats
 
 
-class EngineError(GrinqhError):
-    """The engine has failed or was closed, so an answer is incomplete."""
+class TokenLogprob(NamedTuple):
+    """Log-probability of a token in nats (see ``TokenLogprobs``).
+
+    Attributes:
+      token: Chosen token.
+      logprob: Its log-probability.
+      top: Most likely tokens and their log-probabilities, most likely first.
+    """
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class Piece(NamedTuple):
+    """Part of an answer that arrived at once: its first token, a decode chunk, or the text held back last.
+
+    Attributes:
+      text: New text. It may be empty or belong to earlier tokens, because text that later tokens can change
+        is held back.
+      tokens: New tokens.
+      logprobs: Log-probabilities of the tokens; None if the request does not ask for them.
+    """
+
+    text: str
+    tokens: list[int]
+    logprobs: list[TokenLogprob] | None
 
 
 class Answer:
-    """Iterate over the pieces of the text, with ``for`` or ``async for``, or wait for all of it.
+    """Iterate over its pieces, with ``for`` or ``async for``, or wait for the whole text.
 
     A consumer that iterates later gets all pieces from the first one on.
 
     Attributes:
-      tokens: Tokens so far, a stop token included.
+      prompt_tokens: Number of tokens of the prompt.
+      tokens: Tokens so far. A stop token is included, tokens after a stop string are not.
       finish_reason: ``"stop"`` (stop token or stop string), ``"length"``, ``"cancelled"``, or None while
         unfinished.
       reused_tokens: Number of leading prompt tokens taken from shared pages; None before the prompt is read.
     """
 
-    def __init__(self, stream: TextStream, stop: StopStrings):
+    def __init__(self, model: Decoder, prompt_tokens: int, text: AnswerText, top_logprobs: int | None):
         """Makes an empty answer.
 
         Args:
-          stream: Decodes the tokens.
-          stop: Stop strings of the request.
+          model: Model that answers.
+          prompt_tokens: Number of tokens of the prompt.
+          text: Decodes the tokens.
+          top_logprobs: Number of most likely tokens that pieces report; None for no log-probabilities.
         """
+        self.prompt_tokens = prompt_tokens
         self.tokens: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.reused_tokens: int | None = None
-        self._stream = stream
-        self._stop = stop
+        self._model = model
+        self._text = text
+        self._top_logprobs = top_logprobs
         self._stats: list[GradingStats] = []
-        self._pieces: list[str] = []
-        self._error: BaseException | None = None
+        self._pieces: list[Piece] = []
+        self._times: list[float] = []  # beginning of the prompt, then arrivals of tokens
+        self._error: EngineError | None = None
         self._ended = False
         self._changed = threading.Condition()
         self._listeners: set[Callable[[], None]] = set()
@@ -52,7 +88,14 @@ class Answer:
     @property
     def text(self) -> str:
         """Text so far."""
-        return "".join(self._pieces)
+        return "".join(piece.text for piece in self._pieces)
+
+    @property
+    def logprobs(self) -> list[TokenLogprob] | None:
+        """Log-probabilities of the tokens so far; None if the request does not ask for them."""
+        if self._top_logprobs is None:
+            return None
+        return [token for piece in self._pieces for token in piece.logprobs or ()]
 
     @property
     def grading_stats(self) -> GradingStats | None:
@@ -71,7 +114,7 @@ class Answer:
           timeout: Most seconds to wait; None for no limit.
 
         Raises:
-          EngineError: The engine has failed or was closed.
+          EngineError: The engine or the answer has failed, or the engine was closed.
           TimeoutError: The answer has not ended in time.
         """
         with self._changed:
@@ -80,11 +123,28 @@ class Answer:
             self._raise_error()
             return self.text
 
-    def __iter__(self) -> Iterator[str]:
-        """Yields the pieces of the text as they arrive.
+    def statistics(self) -> Statistics:
+        """Returns the figures so far, also of an unfinished answer.
+
+        Times include those of other requests that the engine runs meanwhile, and no time in the queue.
+        """
+        times = self._times or [0.0]
+        return Statistics(
+            prompt_tokens=self.prompt_tokens,
+            reused_prompt_tokens=self.reused_tokens or 0,
+            generated_tokens=len(self.tokens),
+            prompt_seconds=times[min(1, len(times) - 1)] - times[0],
+            generation_seconds=times[-1] - times[min(1, len(times) - 1)],
+            compile_seconds=0.0,
+            peak_memory_bytes=peak_memory(),
+            **grading_fields(self._model, self.grading_stats),
+        )
+
+    def __iter__(self) -> Iterator[Piece]:
+        """Yields the pieces as they arrive.
 
         Raises:
-          EngineError: The engine has failed or was closed.
+          EngineError: The engine or the answer has failed, or the engine was closed.
         """
         position = 0
         while True:
@@ -97,16 +157,16 @@ class Answer:
                 self._raise_error()
                 return
 
-    async def __aiter__(self) -> AsyncIterator[str]:
-        """Yields the pieces of the text as they arrive; no thread waits meanwhile.
+    async def __aiter__(self) -> AsyncIterator[Piece]:
+        """Yields the pieces as they arrive; no thread waits meanwhile.
 
         Raises:
-          EngineError: The engine has failed or was closed.
+          EngineError: The engine or the answer has failed, or the engine was closed.
         """
         loop, arrived, position = asyncio.get_running_loop(), asyncio.Event(), 0
 
         def wake() -> None:
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # The loop is closed.
                 loop.call_soon_threadsafe(arrived.set)
 
         with self._changed:
@@ -132,36 +192,54 @@ class Answer:
     def begin(self, reused_tokens: int) -> None:
         """Records that the engine starts to read the prompt."""
         self.reused_tokens = reused_tokens
+        self._times.append(time.perf_counter())
 
-    def receive(self, tokens: list[int], stats: GradingStats | None) -> bool:
-        """Adds tokens; returns whether a stop string has appeared."""
-        if stats is not None and tokens:
-            self._stats.append(stats)
+    def receive(self, tokens: list[int], stats: GradingStats | None, logprobs: TokenLogprobs | None) -> bool:
+        """Adds tokens up to the first that ends the text; returns whether there is one."""
+        text, count = self._text.push(tokens)
+        tokens = tokens[:count]
+        if stats is not None and count:
+            self._stats.append(GradingStats(stats.packed[:count]))
+        self._times.append(time.perf_counter())
         self.tokens += tokens
-        self._publish(self._stop.push("".join(self._stream.push(token) for token in tokens)))
-        return self._stop.met
+        self._publish(Piece(text, tokens, self._token_logprobs(tokens, logprobs)))
+        return self._text.stopped
 
     def end(self, reason: FinishReason) -> None:
         """Ends the answer."""
         self.finish_reason = reason
-        rest = "" if self._stop.met else self._stop.push(self._stream.flush()) + self._stop.flush()
-        self._publish(rest, ended=True)
+        rest = self._text.flush()
+        none = None if self._top_logprobs is None else []
+        self._publish(Piece(rest, [], none) if rest else None, ended=True)
 
-    def fail(self, error: BaseException | None) -> None:
-        """Ends the answer with an error of the engine."""
+    def fail(self, error: EngineError) -> None:
+        """Ends the answer with an error."""
         self._error = error
-        self._publish("", ended=True)
+        self._publish(None, ended=True)
 
-    def _publish(self, piece: str, ended: bool = False) -> None:
+    def _token_logprobs(self, tokens: list[int], logprobs: TokenLogprobs | None) -> list[TokenLogprob] | None:
+        if logprobs is None or self._top_logprobs is None:
+            return None
+        chosen = logprobs.chosen[: len(tokens)].tolist()
+        values, most_likely = (
+            array[: len(tokens), : self._top_logprobs].tolist()
+            for array in (logprobs.top, logprobs.top_tokens)
+        )
+        return [
+            TokenLogprob(token, logprob, list(zip(*top, strict=True)))
+            for token, logprob, *top in zip(tokens, chosen, most_likely, values, strict=True)
+        ]
+
+    def _publish(self, piece: Piece | None, ended: bool = False) -> None:
         with self._changed:
-            if piece:
+            if piece is not None:
                 self._pieces.append(piece)
             self._ended |= ended
             self._changed.notify_all()
-            listeners = list(self._listeners) if piece or ended else []
+            listeners = list(self._listeners)
         for wake in listeners:
             wake()
 
     def _raise_error(self) -> None:
         if self._error is not None:
-            raise EngineError(f"the engine ended before the answer: {self._error}") from self._error
+            raise EngineError(str(self._error)) from self._error

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grinqh_jax.decoding import engine
 from grinqh_jax.decoding.dial import Dial, DialState
+from grinqh_jax.decoding.logprobs import MOST_LOGPROBS, token_logprobs
 from grinqh_jax.decoding.penalties import Penalties, TokenHistory
 from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.sampling import Sampling, choose_tokens
@@ -34,7 +35,7 @@ class Settings:
     """Settings of the requests in B slots, or of one request (B = 1).
 
     Attributes:
-      sampling: Sampling parameters, with penalties and ``greedy=False``, so that any request fits.
+      sampling: Sampling parameters, with penalties, biases and ``greedy=False``, so that any request fits.
       bits: float32 ``[B]``, wanted mean bits; ignored for a dense model.
       stop_tokens: int32 ``[B, E]``, tokens that end an answer, padded with ``NO_TOKEN``.
       limits: int32 ``[B]``, number of tokens that the request may still generate.
@@ -89,7 +90,7 @@ class DecodeState:
     ) -> "DecodeState":
         """Returns a state of empty slots with room for ``stop`` stop tokens each."""
         settings = Settings(
-            sampling=sampling_rows(slots),
+            sampling=sampling_rows(slots, config.vocab_size),
             bits=jnp.zeros(slots, jnp.float32),
             stop_tokens=jnp.full((slots, stop), NO_TOKEN, jnp.int32),
             limits=jnp.zeros(slots, jnp.int32),
@@ -147,6 +148,7 @@ class Prefix:
 
 def sampling_rows(
     batch: int,
+    vocabulary: int,
     *,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -156,17 +158,19 @@ def sampling_rows(
     repetition_penalty: float = 1.0,
     presence_penalty: float = 0.0,
     frequency_penalty: float = 0.0,
+    logit_bias: Float[np.ndarray, "v"] | None = None,
 ) -> Sampling:
     """Returns the same sampling parameters for every row, as numpy arrays (see ``Sampling.create``).
 
-    In contrast to ``Sampling.create`` there always are penalties, and ``greedy`` is False, so that all
-    requests have the same structure.
+    In contrast to ``Sampling.create`` there always are penalties and biases, and ``greedy`` is False, so that
+    all requests have the same structure.
     """
 
     def rows(value, dtype):
         return np.full(batch, value, dtype)
 
     penalties = (repetition_penalty, presence_penalty, frequency_penalty)
+    bias = np.zeros(vocabulary, np.float32) if logit_bias is None else logit_bias
     return Sampling(
         temperature=rows(temperature, np.float32),
         top_k=rows(top_k, np.int32),
@@ -174,6 +178,7 @@ def sampling_rows(
         min_p=rows(min_p, np.float32),
         seed=rows(seed % 2**32, np.uint32),
         penalties=Penalties(*(rows(value, np.float32) for value in penalties)),
+        logit_bias=np.tile(bias, (batch, 1)),
     )
 
 
@@ -226,7 +231,7 @@ def insert(
     dial: Dial | None,
     *,
     policy: DecodePolicy,
-) -> tuple[DecodeState, Int[Array, "1"]]:
+) -> tuple[DecodeState, engine.Chunk]:
     """Chooses the first token after a prompt and starts the answer in a slot.
 
     Args:
@@ -239,7 +244,7 @@ def insert(
       policy: Policy of the device.
 
     Returns:
-      The state, and the first token.
+      The state, and the first token as a chunk of one row and one step, with log-probabilities.
     """
     history = TokenHistory(in_prompt, jnp.zeros(in_prompt.shape, jnp.int32))
     first = choose_tokens(prefix.logits, settings.sampling, prefix.length, policy, history)
@@ -259,12 +264,27 @@ def insert(
         dial=dial_state,
     )
     slots = jax.tree.map(lambda rows, new: rows.at[slot].set(new[0]), state.slots, row)
-    return DecodeState(state.cache, slots), first
+    logprobs = token_logprobs(prefix.logits, first, most_logprobs(prefix.logits.shape[-1]))
+    chunk = engine.Chunk(
+        tokens=first[:, None],
+        counts=jnp.ones(1, jnp.int32),
+        last=first,
+        done=row.done,
+        grading_stats=None,
+        logprobs=jax.tree.map(lambda array: array[None], logprobs),
+    )
+    return DecodeState(state.cache, slots), chunk
 
 
-@jax.jit(static_argnames=("policy", "greedy"), donate_argnames="state")
+@jax.jit(static_argnames=("policy", "greedy", "logprobs"), donate_argnames="state")
 def generate(
-    model: FlatModel, state: DecodeState, dial: Dial | None, *, policy: DecodePolicy, greedy: bool
+    model: FlatModel,
+    state: DecodeState,
+    dial: Dial | None,
+    *,
+    policy: DecodePolicy,
+    greedy: bool,
+    logprobs: bool,
 ) -> tuple[DecodeState, engine.Chunk]:
     """Decodes up to ``policy.chunk_steps`` tokens for every slot that is not done.
 
@@ -273,8 +293,9 @@ def generate(
       state: State of all slots. Donated.
       dial: Dial of the model; its state is ignored.
       policy: How the loop is compiled.
-      greedy: Whether all slots that are not done decode greedily and without penalties. The program then
-        neither sorts nor penalizes. It chooses the same tokens as the other one.
+      greedy: Whether all slots that are not done decode greedily, without penalties and biases. The program
+        then neither sorts nor penalizes. It chooses the same tokens as the other one.
+      logprobs: Whether to return log-probabilities.
 
     Returns:
       The state, and the new tokens with their grading statistics.
@@ -282,7 +303,7 @@ def generate(
     slots, settings = state.slots, state.slots.settings
     sampling, history = settings.sampling, slots.history
     if greedy:
-        sampling = dataclasses.replace(sampling, greedy=True, penalties=None)
+        sampling = dataclasses.replace(sampling, greedy=True, penalties=None, logit_bias=None)
     if dial is not None:
         assert slots.dial is not None, "a graded model has a dial"
         dial = dial.with_state(slots.dial)
@@ -298,6 +319,7 @@ def generate(
         steps=policy.chunk_steps,
         policy=policy,
         history=None if greedy else history,
+        top_logprobs=most_logprobs(history.generated.shape[1]) if logprobs else None,
     )
     cache = state.cache.write(contiguous, slots.pages, slots.lengths, policy.chunk_steps)
     slots = dataclasses.replace(
@@ -310,6 +332,11 @@ def generate(
         dial=chunk.dial,
     )
     return DecodeState(cache, slots), dataclasses.replace(chunk, history=None, dial=None)
+
+
+def most_logprobs(vocabulary: int) -> int:
+    """Returns the number of most likely tokens whose log-probabilities are computed."""
+    return min(MOST_LOGPROBS, vocabulary)
 
 
 @jax.jit(donate_argnames="state")

@@ -3,8 +3,8 @@
 generator = Generator.load("path/to/checkpoint")
 with Engine(generator) as engine:
     answers = engine.generate_many(["Once upon a time", "There was"], Request(bits=3.0))
-    async for text in engine.submit("In the morning", Request(bits=2.5)):
-        print(text, end="", flush=True)
+    async for piece in engine.submit("In the morning", Request(bits=2.5)):
+        print(piece.text, end="", flush=True)
 """
 
 import functools
@@ -14,16 +14,17 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from grinqh_jax.decoding.answer_text import AnswerText
 from grinqh_jax.decoding.bits import Bits
 from grinqh_jax.decoding.generator import Generator
+from grinqh_jax.decoding.logprobs import MOST_LOGPROBS
 from grinqh_jax.decoding.model_files import check_context
 from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.request import Request
-from grinqh_jax.decoding.stop import StopStrings
 from grinqh_jax.errors import UsageError
-from grinqh_jax.serving.answer import Answer, EngineError
+from grinqh_jax.serving.answer import Answer
 from grinqh_jax.serving.decode_state import NO_TOKEN, Settings, sampling_rows
-from grinqh_jax.serving.job import Job, Shape
+from grinqh_jax.serving.job import EngineError, EngineStats, Job, Shape
 from grinqh_jax.serving.paged_cache import page_bytes
 from grinqh_jax.serving.scheduler import Scheduler
 from pallas_kernels.x64 import without_x64
@@ -33,6 +34,9 @@ MOST_SLOTS = 16
 
 PAGE_SIZE = 64
 """Default number of positions of a page."""
+
+MOST_STOP_TOKENS = 16
+"""Least number of stop tokens that a request may have; more if the model has more."""
 
 PIECE = 512
 """Default number of prompt tokens read between two decode chunks."""
@@ -91,14 +95,13 @@ class Engine:
                     f"cache memory {cache_memory} B: a page of {page_size} tokens takes {size} B; give more"
                 )
         self._generator = generator
-        self._stop_tokens = list(generator.defaults.eos_tokens)
         shape = Shape(
             slots=slots,
             max_context=context,
             page_size=page_size,
             piece=piece,
             num_pages=num_pages,
-            stop_tokens=max(len(self._stop_tokens), 1),
+            stop_tokens=max(len(generator.defaults.eos_tokens), MOST_STOP_TOKENS),
         )
         self.scheduler = Scheduler(model, generator.dial(None), shape, policy or DecodePolicy.for_device())
         self.scheduler.compile()
@@ -109,8 +112,22 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="grinqh-jax engine", daemon=True)
         self._thread.start()
 
+    @property
+    def error(self) -> BaseException | None:
+        """Reason why the engine takes no requests; None while it takes them."""
+        return self._closed
+
+    def stats(self) -> EngineStats:
+        """Returns how much of the engine is in use. May be called from any thread."""
+        return self.scheduler.stats()
+
     def submit(
-        self, prompt: str | Sequence[int], request: Request | None = None, *, priority: int = 0
+        self,
+        prompt: str | Sequence[int],
+        request: Request | None = None,
+        *,
+        priority: int = 0,
+        top_logprobs: int | None = None,
     ) -> Answer:
         """Queues a request and returns its answer, which grows while the engine decodes.
 
@@ -118,6 +135,8 @@ class Engine:
           prompt: Plain text or tokens, as in ``Generator.generate``.
           request: What to generate.
           priority: Requests with a lower number come first; those with the same number in order of arrival.
+          top_logprobs: Number of most likely tokens, 0 to ``MOST_LOGPROBS``, whose log-probabilities the
+            answer has beside those of its tokens; None for no log-probabilities.
 
         Raises:
           UsageError: The request is invalid (see ``Generator.generate``), or can never fit into the cache.
@@ -127,20 +146,28 @@ class Engine:
         tokens = self._generator.prompt_tokens(prompt)
         limit = max(min(request.max_tokens, self.scheduler.shape.max_context - len(tokens)), 0)
         self.scheduler.check(len(tokens), limit)
+        if top_logprobs is not None and not 0 <= top_logprobs <= MOST_LOGPROBS:
+            raise UsageError(f"top_logprobs is {top_logprobs}, expected 0 to {MOST_LOGPROBS}")
+        stop_tokens, most = self._generator.stop_tokens(request), self.scheduler.shape.stop_tokens
+        if len(stop_tokens) > most:
+            raise UsageError(f"the request has {len(stop_tokens)} stop tokens; at most {most} are supported")
         bits = self._generator.bits(request.bits)
-        padding = [NO_TOKEN] * (self.scheduler.shape.stop_tokens - len(self._stop_tokens))
+        model = self._generator.model
 
         def row(value, dtype):
             return np.array([value], dtype)
 
         settings = Settings(
-            sampling=sampling_rows(1, seed=request.seed, **self._generator.sampling(request)),
+            sampling=sampling_rows(
+                1, model.config.vocab_size, seed=request.seed, **self._generator.sampling(request)
+            ),
             bits=row(bits or 0, np.float32),
-            stop_tokens=row(self._stop_tokens + padding, np.int32),
+            stop_tokens=row([*stop_tokens, *[NO_TOKEN] * (most - len(stop_tokens))], np.int32),
             limits=row(limit, np.int32),
         )
-        answer = Answer(self._generator.tokenizer.stream(), StopStrings(request.stop))
-        job = Job(tokens, settings, answer, priority)
+        text = AnswerText(self._generator.tokenizer.stream(), request.stop, stop_tokens)
+        answer = Answer(model, len(tokens), text, top_logprobs)
+        job = Job(tokens, settings, answer, top_logprobs is not None, priority)
         with self._lock:
             self._check_open()
             self._jobs[answer] = job
@@ -161,7 +188,7 @@ class Engine:
 
         Raises:
           UsageError: A request is invalid or can never fit; no answer is then generated.
-          EngineError: The engine has failed or was closed.
+          EngineError: The engine or an answer has failed, or the engine was closed.
         """
         requests = request if isinstance(request, Sequence) else [request] * len(prompts)
         answers: list[Answer] = []
@@ -228,7 +255,9 @@ class Engine:
             unfinished, self._jobs = self._jobs, {}
         for answer, job in unfinished.items():
             if not job.ended:
-                answer.fail(self._closed)
+                error = EngineError(f"the engine ended before the answer: {self._closed}")
+                error.__cause__ = self._closed
+                answer.fail(error)
 
     def _forget_ended(self) -> None:
         with self._lock:

@@ -2,12 +2,20 @@
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Literal, Protocol, runtime_checkable
 
+from grinqh_jax.decoding.logprobs import TokenLogprobs
 from grinqh_jax.decoding.prefill_buckets import PrefillBucket
+from grinqh_jax.errors import GrinqhError
 from grinqh_jax.serving.decode_state import Prefix, Settings
 from pallas_kernels import GradingStats
+
+
+class EngineError(GrinqhError):
+    """The engine has failed or was closed, or an answer has failed, and is incomplete."""
+
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -38,6 +46,35 @@ class Shape:
         return -(-self.max_context // self.page_size)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    """How much of the engine is in use at the moment.
+
+    Attributes:
+      waiting: Number of requests that wait for a slot or for pages.
+      reading: Number of requests whose prompts are being read.
+      decoding: Number of requests whose answers are being decoded.
+      slots: Number of requests that can be read or decoded at once.
+      pages: Number of pages of the cache.
+      pages_in_use: Number of pages that requests use.
+      pages_kept: Number of unused pages that hold prefixes for later requests.
+      pages_evicted: Number of prefix pages that other texts have taken so far.
+      prompt_tokens: Number of prompt tokens of all requests that left the queue so far.
+      reused_tokens: Number of these that came from shared pages.
+    """
+
+    waiting: int
+    reading: int
+    decoding: int
+    slots: int
+    pages: int
+    pages_in_use: int
+    pages_kept: int
+    pages_evicted: int
+    prompt_tokens: int
+    reused_tokens: int
+
+
 @runtime_checkable
 class Receiver(Protocol):
     """Takes the answer to a job."""
@@ -45,17 +82,21 @@ class Receiver(Protocol):
     def begin(self, reused_tokens: int) -> None:
         """Is called when the job leaves the queue, with the number of prompt tokens from shared pages."""
 
-    def receive(self, tokens: list[int], stats: GradingStats | None) -> bool:
-        """Takes new tokens; returns whether the answer ends here, for instance at a stop string.
+    def receive(self, tokens: list[int], stats: GradingStats | None, logprobs: TokenLogprobs | None) -> bool:
+        """Takes new tokens; returns whether a stop token or a stop string is among them.
 
         Args:
           tokens: New tokens.
           stats: Their grading statistics, numpy ``[tokens, linears]``; None for the first token, which a
             prefill at full precision yields, and for a dense model.
+          logprobs: Their log-probabilities, numpy ``[tokens]``; None if the job does not want them.
         """
 
     def end(self, reason: FinishReason) -> None:
-        """Is called once, at the end."""
+        """Is called at the end."""
+
+    def fail(self, error: EngineError) -> None:
+        """Is called after an exception of another method, and ends the answer."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -66,6 +107,7 @@ class Job:
       prompt: Tokens of the prompt.
       settings: Settings, numpy with one row; ``limits`` is the length of the longest answer.
       answer: Receiver of the answer.
+      logprobs: Whether the answer has log-probabilities.
       priority: Jobs with a lower number come first; jobs with the same number in the order of their arrival.
       pages: Pages of the text, shared ones first, once the job is admitted.
       slot: Slot of the job, once it is admitted.
@@ -78,6 +120,7 @@ class Job:
     prompt: Sequence[int]
     settings: Settings
     answer: Receiver
+    logprobs: bool = False
     priority: int = 0
     pages: list[int] = dataclasses.field(default_factory=list)
     slot: int | None = None
@@ -91,10 +134,11 @@ class Job:
         """Most tokens of the answer."""
         return int(self.settings.limits[0])
 
-    @property
+    @functools.cached_property
     def greedy(self) -> bool:
-        """Whether the answer is decoded greedily and without penalties."""
+        """Whether the answer is decoded greedily, without penalties and biases."""
         sampling, penalties = self.settings.sampling, self.settings.sampling.penalties
         assert penalties is not None, "settings of a slot have penalties"
-        changed = penalties.presence[0] or penalties.frequency[0] or penalties.repetition[0] != 1
-        return not sampling.temperature[0] > 0 and not changed
+        assert sampling.logit_bias is not None, "settings of a slot have biases"
+        penalized = penalties.presence[0] or penalties.frequency[0] or penalties.repetition[0] != 1
+        return not (sampling.temperature[0] > 0 or penalized or sampling.logit_bias.any())

@@ -21,11 +21,13 @@ class PageAllocator:
     Attributes:
       num_pages: Number of pages of the cache.
       page_size: Number of positions of a page.
+      evicted: Number of evictions so far.
     """
 
     def __init__(self, num_pages: int, page_size: int):
         self.num_pages = num_pages
         self.page_size = page_size
+        self.evicted = 0
         self._free = list(range(num_pages - 1, -1, -1))
         self._users = [0] * num_pages
         self._key_of: dict[int, bytes] = {}
@@ -126,6 +128,7 @@ class PageAllocator:
 
     def _evict(self) -> int:
         page, _ = self._kept.popitem(last=False)
+        self.evicted += 1
         del self._page_of[self._key_of.pop(page)]
         return page
 

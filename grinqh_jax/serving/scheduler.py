@@ -38,10 +38,9 @@ from grinqh_jax.serving.decode_state import (
     prefill,
     turn,
 )
-from grinqh_jax.serving.job import FinishReason, Job, Shape
+from grinqh_jax.serving.job import EngineError, EngineStats, FinishReason, Job, Shape
 from grinqh_jax.serving.paged_cache import PagedCache
 from grinqh_jax.serving.pages import PageAllocator
-from pallas_kernels import GradingStats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +48,14 @@ class _InFlight:
     """Results that the device may still be computing.
 
     Attributes:
-      jobs: Jobs by slot, as they were when the work was dispatched.
-      chunk: A decode chunk; or the first token ``[1]`` of the only job.
+      jobs: Jobs by row of the chunk, as they were when the work was dispatched.
+      chunk: A decode chunk; or the first token of the only job.
+      is_first: Whether the chunk is a first token.
     """
 
     jobs: dict[int, Job]
-    chunk: engine.Chunk | jax.Array
+    chunk: engine.Chunk
+    is_first: bool = False
 
 
 class Scheduler:
@@ -98,17 +99,27 @@ class Scheduler:
         self._free_slots = list(range(shape.slots - 1, -1, -1))
         self._in_flight: collections.deque[_InFlight] = collections.deque()
         self._numbers = itertools.count()
+        self._prompt_tokens = self._reused_tokens = 0
 
     @property
     def idle(self) -> bool:
         """Whether no job waits or runs, and nothing is in flight."""
         return not (self._waiting or self._reading or self._decoding or self._in_flight)
 
-    @property
-    def jobs(self) -> list[Job]:
-        """All jobs that have not ended."""
-        queued = [entry[-1] for entry in (*self._waiting, *self._reading)]
-        return queued + list(self._decoding.values())
+    def stats(self) -> EngineStats:
+        """Returns how much of the engine is in use. May be called from any thread."""
+        return EngineStats(
+            waiting=len(self._waiting),
+            reading=len(self._reading),
+            decoding=len(self._decoding),
+            slots=self.shape.slots,
+            pages=self.allocator.num_pages,
+            pages_in_use=self.allocator.in_use,
+            pages_kept=self.allocator.kept,
+            pages_evicted=self.allocator.evicted,
+            prompt_tokens=self._prompt_tokens,
+            reused_tokens=self._reused_tokens,
+        )
 
     def check(self, prompt: int, answer: int) -> None:
         """Raises UsageError if a prompt and an answer of these lengths can never fit."""
@@ -156,8 +167,8 @@ class Scheduler:
                 for _ in range(2):  # A prefix without tokens, and one that a prefill returned.
                     prefix = self._read_bucket(prefix, bucket, settings)
             self._insert(prefix, [], settings, slot=0)
-            for greedy in (False, True):
-                self._generate(greedy)
+            for greedy, logprobs in ((False, False), (True, False), (False, True)):
+                self._generate(greedy, logprobs)
             if self._graded:
                 self._state = turn(self._state, self._put(np.int32(0)), self._put(np.float32(0)))
             self._state = free(self._state, self._put(np.int32(0)))
@@ -174,7 +185,7 @@ class Scheduler:
                 self._start(job)
         launched = self._launch()
         ahead = self._policy.chunks_ahead if launched else 0
-        while self._in_flight and (len(self._chunks_in_flight()) > ahead or not self._head_is_chunk()):
+        while self._in_flight and (self._chunks_in_flight() > ahead or self._in_flight[0].is_first):
             self._deliver(self._in_flight.popleft())
             if not launched:
                 break  # A delivered job may have made room.
@@ -192,6 +203,8 @@ class Scheduler:
             row[: len(job.pages)] = job.pages
             job.prefix = self._put(Prefix.create(self._config, row, reused, self._graded))
             job.pieces.extend(cut_pieces(job.prompt, reused, self.shape.piece, self._graded))
+            self._prompt_tokens += len(job.prompt)
+            self._reused_tokens += reused
             job.answer.begin(reused)
             heapq.heappush(self._reading, (priority, number, job))
 
@@ -235,10 +248,9 @@ class Scheduler:
         first = self._insert(job.prefix, job.prompt, job.settings, job.slot)
         job.prefix, job.dispatched = None, 1
         self._decoding[job.slot] = job
-        first.copy_to_host_async()
-        self._in_flight.append(_InFlight({job.slot: job}, first))
+        self._track(_InFlight({0: job}, first, is_first=True))
 
-    def _insert(self, prefix: Prefix, prompt: Sequence[int], settings: Settings, slot: int) -> jax.Array:
+    def _insert(self, prefix: Prefix, prompt: Sequence[int], settings: Settings, slot: int) -> engine.Chunk:
         in_prompt = np.zeros((1, self._config.vocab_size), bool)
         in_prompt[0, np.asarray(prompt, np.int32)] = True
         row, settings, in_prompt = self._put((np.int32(slot), settings, in_prompt))
@@ -247,9 +259,9 @@ class Scheduler:
         )
         return first
 
-    def _generate(self, greedy: bool) -> engine.Chunk:
+    def _generate(self, greedy: bool, logprobs: bool) -> engine.Chunk:
         self._state, chunk = generate(
-            self._model, self._state, self._dial, policy=self._policy, greedy=greedy
+            self._model, self._state, self._dial, policy=self._policy, greedy=greedy, logprobs=logprobs
         )
         return chunk
 
@@ -257,42 +269,45 @@ class Scheduler:
         """Dispatches a decode chunk, if an answer may go on; returns whether it has."""
         if all(job.dispatched >= job.limit for job in self._decoding.values()):
             return False
-        greedy = all(job.greedy for job in self._decoding.values())
-        chunk = self._generate(greedy)
+        logprobs = any(job.logprobs for job in self._decoding.values())
+        greedy = not logprobs and all(job.greedy for job in self._decoding.values())
+        chunk = self._generate(greedy, logprobs)
         for job in self._decoding.values():
             job.dispatched += self._policy.chunk_steps
-        for array in jax.tree.leaves(chunk):
-            array.copy_to_host_async()
-        self._in_flight.append(_InFlight(dict(self._decoding), chunk))
+        self._track(_InFlight(dict(self._decoding), chunk))
         return True
 
-    def _chunks_in_flight(self) -> list[_InFlight]:
-        return [work for work in self._in_flight if isinstance(work.chunk, engine.Chunk)]
+    def _track(self, work: _InFlight) -> None:
+        """Starts the transfer of results to the host, and remembers to deliver them."""
+        for array in jax.tree.leaves(work.chunk):
+            array.copy_to_host_async()
+        self._in_flight.append(work)
 
-    def _head_is_chunk(self) -> bool:
-        return isinstance(self._in_flight[0].chunk, engine.Chunk)
+    def _chunks_in_flight(self) -> int:
+        return sum(not work.is_first for work in self._in_flight)
 
     def _deliver(self, work: _InFlight) -> None:
         """Waits for results and gives them to their jobs."""
-        arrived: Any = jax.device_get(work.chunk)
-        for slot, job in work.jobs.items():
+        chunk: Any = jax.device_get(work.chunk)
+        for row, job in work.jobs.items():
             if job.ended:
                 continue
-            stop_tokens, stats = job.settings.stop_tokens[0].tolist(), None
-            if isinstance(work.chunk, engine.Chunk):
-                tokens = arrived.tokens[slot, : arrived.counts[slot]].tolist()
-                done = bool(arrived.done[slot])
-                if arrived.grading_stats is not None:  # copied, because the chunk has the rows of all jobs
-                    stats = GradingStats(arrived.grading_stats.packed[: len(tokens), slot].copy())
-            else:
-                tokens = arrived.tolist()
-                done = job.limit == 1 or tokens[0] in stop_tokens
-            stopped = job.answer.receive(tokens, stats) or (done and tokens[-1] in stop_tokens)
-            if stopped or done:
+            tokens = chunk.tokens[row, : chunk.counts[row]].tolist()
+            # Copies, because the arrays have the rows of all jobs.
+            stats, logprobs = jax.tree.map(
+                lambda steps: steps[: len(tokens), row].copy(),  # noqa: B023
+                (chunk.grading_stats, chunk.logprobs if job.logprobs else None),
+            )
+            try:
+                stopped = job.answer.receive(tokens, stats, logprobs)
+            except Exception as error:  # Other answers go on.
+                self._end(job, error)
+                continue
+            if stopped or chunk.done[row]:
                 self._end(job, "stop" if stopped else "length")
 
-    def _end(self, job: Job, reason: FinishReason) -> None:
-        """Frees a job's slot and pages, wherever the job is, and reports its end."""
+    def _end(self, job: Job, reason: FinishReason | Exception) -> None:
+        """Frees a job's slot and pages, wherever the job is, and reports its end or its failure."""
         job.ended = True
         for queue in (self._waiting, self._reading):
             queue[:] = [entry for entry in queue if entry[-1] is not job]
@@ -304,7 +319,14 @@ class Scheduler:
             self.allocator.release(job.pages)
             self._free_slots.append(job.slot)
             job.pages, job.prefix = [], None
-        job.answer.end(reason)
+        try:
+            if isinstance(reason, Exception):
+                raise reason
+            job.answer.end(reason)
+        except Exception as error:
+            failure = EngineError(f"the answer failed: {error!r}")
+            failure.__cause__ = error
+            job.answer.fail(failure)
 
     def _put(self, arrays):
         return jax.device_put(arrays, self._sharding)

@@ -11,12 +11,15 @@ import pytest
 
 from grinqh_jax.bundled import BUNDLED_MODEL
 from grinqh_jax.decoding import policy
+from grinqh_jax.decoding.answer_text import AnswerText
 from grinqh_jax.decoding.generator import Generator
 from grinqh_jax.decoding.request import Request
 from grinqh_jax.errors import UsageError
+from grinqh_jax.evaluation.scoring import _next_tokens
 from grinqh_jax.memory import memory_in_use
-from grinqh_jax.serving.answer import EngineError
+from grinqh_jax.serving import engine as engine_module
 from grinqh_jax.serving.engine import Engine
+from grinqh_jax.serving.job import EngineError
 from grinqh_jax.serving.scheduler import Scheduler
 
 SIZES = {"slots": 4, "max_context": 128, "page_size": 16, "piece": 32}
@@ -43,13 +46,16 @@ def random_case(rng: random.Random) -> tuple[list[int], Request]:
         top_p=rng.choice([0.7, 1.0]) if sampled else 1.0,
         seed=rng.randrange(1000),
         repetition_penalty=rng.choice([1.0, 1.0, 1.3]),
+        logit_bias=rng.choice([{}, {}, {70: 4.0, 71: -100.0}]),
     )
 
 
 def test_two_hundred_requests_compile_nothing_and_equal_the_generator(engine, generator, compilations):
     rng = random.Random(1)
     cases = [random_case(rng) for _ in range(200)]
-    answers = engine.generate_many([prompt for prompt, _ in cases], [request for _, request in cases])
+    answers = [engine.submit(*case, top_logprobs=2 if i % 7 == 0 else None) for i, case in enumerate(cases)]
+    for answer in answers:
+        answer.result(60)
     assert not compilations
     assert engine.scheduler.allocator.in_use == 0
     assert sum(answer.reused_tokens > 0 for answer in answers) > 20
@@ -173,6 +179,91 @@ def test_a_stop_string_ends_an_answer(engine, generator):
     answer = engine.generate_many([[50, 51]], dataclasses.replace(request, stop=stop))[0]
     assert answer.text == free[: free.index(stop)]
     assert answer.finish_reason == "stop"
+    assert generator.tokenizer.decode(answer.tokens[:-1]) in answer.text + stop
+
+
+def test_log_probabilities_are_those_of_the_model(engine, generator):
+    prompt = [50, 51, 52]
+    request = Request(
+        max_tokens=24, bits="full", temperature=1.0, seed=3, logit_bias={60: 2.0}, stop_tokens=()
+    )
+    answer = engine.submit(prompt, request, top_logprobs=3)
+    pieces = list(answer)
+    assert [token for piece in pieces for token in piece.tokens] == answer.tokens
+    assert [token for piece in pieces for token in piece.logprobs] == answer.logprobs
+    assert [token.token for token in answer.logprobs] == answer.tokens
+    expected, _, _ = _next_tokens(generator.model, np.array([prompt + answer.tokens]), None)
+    found = [token.logprob for token in answer.logprobs]
+    np.testing.assert_allclose(found, expected[0, len(prompt) - 1 :], atol=0.01)
+    for token in answer.logprobs:
+        values = [value for _, value in token.top]
+        assert len(values) == 3
+        assert values == sorted(values, reverse=True)
+        assert dict(token.top).get(token.token, token.logprob) == token.logprob <= values[0]
+    greedy = engine.submit(prompt, Request(max_tokens=12, bits=3.0), top_logprobs=0)
+    assert greedy.result(60) == engine.generate_many([prompt], Request(max_tokens=12, bits=3.0))[0].text
+    assert all(token.top == [] for token in greedy.logprobs)
+    assert next(iter(engine.generate_many([prompt])[0])).logprobs is None
+    with pytest.raises(UsageError, match="top_logprobs is 21, expected 0 to 20"):
+        engine.submit(prompt, top_logprobs=21)
+
+
+def test_a_biased_token_is_chosen_or_never_chosen(engine, generator):
+    always = Request(max_tokens=9, logit_bias={70: 100.0})
+    assert engine.generate_many([[5, 6]], always)[0].tokens == [70] * 9
+    free = engine.generate_many([[5, 6]], Request(max_tokens=9))[0].tokens
+    never = engine.generate_many([[5, 6]], Request(max_tokens=9, logit_bias={free[0]: -100.0}))[0]
+    assert free[0] not in never.tokens
+    with pytest.raises(UsageError, match="token 258 is outside"):
+        engine.submit([5], Request(logit_bias={258: 1.0}))
+
+
+def test_stop_tokens_belong_to_a_request(engine):
+    bias = {0: 100.0}
+    assert engine.generate_many([[5, 6]], Request(max_tokens=9, logit_bias=bias))[0].tokens == [0]
+    endless = Request(max_tokens=9, logit_bias=bias, stop_tokens=())
+    assert engine.generate_many([[5, 6]], endless)[0].tokens == [0] * 9
+    free = engine.generate_many([[5, 6]], Request(max_tokens=9))[0].tokens
+    answer = engine.generate_many([[5, 6]], Request(max_tokens=9, stop_tokens=[free[4]]))[0]
+    assert answer.tokens == free[: free.index(free[4]) + 1]
+    assert answer.finish_reason == "stop"
+    with pytest.raises(UsageError, match="17 stop tokens; at most 16"):
+        engine.submit([5], Request(stop_tokens=range(17)))
+
+
+def test_statistics_count_requests_pages_and_tokens(engine):
+    before = engine.stats()
+    request = Request(max_tokens=8, bits=3.0, stop_tokens=())
+    answers = [engine.generate_many([[*SYSTEM, 200]], request)[0] for _ in range(2)]
+    after = engine.stats()
+    assert after.prompt_tokens - before.prompt_tokens == 2 * 91
+    reused = sum(answer.reused_tokens for answer in answers)
+    assert after.reused_tokens - before.reused_tokens == reused >= 32
+    assert (after.waiting, after.reading, after.decoding, after.pages_in_use) == (0, 0, 0, 0)
+    assert after.pages_kept > 0
+    figures = answers[1].statistics()
+    assert (figures.prompt_tokens, figures.generated_tokens) == (91, 8)
+    assert figures.reused_prompt_tokens == answers[1].reused_tokens
+    assert figures.prompt_seconds > 0 < figures.generation_seconds
+    assert figures.realised_bits == pytest.approx(3, abs=0.5)
+
+
+def test_a_failure_of_one_answer_leaves_the_others(engine, monkeypatch):
+    class Broken(AnswerText):
+        def push(self, tokens):
+            raise ValueError("no such text")
+
+    request = Request(max_tokens=20, bits=3.0)
+    expected = engine.generate_many([[7, 8]], request)[0].text
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module, "AnswerText", Broken)
+        broken = engine.submit([5, 6], request)
+    other = engine.submit([7, 8], request)
+    with pytest.raises(EngineError, match="the answer failed: ValueError"):
+        broken.result(60)
+    assert other.result(60) == expected
+    assert engine.error is None
+    assert engine.stats().pages_in_use == 0
 
 
 def test_memory_is_flat_in_later_rounds(engine):
