@@ -25,7 +25,7 @@ from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.prefill_buckets import cut, cut_conversation, first_previewed
 from grinqh_jax.decoding.programs import Lowering, Programs, Signature
 from grinqh_jax.decoding.prompt_cache import PromptCache, conversation_capacity
-from grinqh_jax.decoding.sampling import Sampling, choose_tokens
+from grinqh_jax.decoding.sampling import Sampling
 from grinqh_jax.errors import UsageError
 from grinqh_jax.model.cache import KVCache
 from grinqh_jax.model.decoder import Decoder
@@ -34,9 +34,6 @@ from pallas_kernels.layout import round_up
 
 CAPACITY_STEP = 256
 """Cache capacities are multiples of this, or the whole context, so that few programs are compiled."""
-
-_choose_first = jax.jit(choose_tokens, static_argnames="policy")
-_add_tokens = jax.jit(TokenHistory.with_tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,15 +222,13 @@ class Decoding:
     def _compile_small(self) -> None:
         """Compiles the small programs that run after a prefill, by running them on zeros."""
         batch, config = len(self._prompts), self._signature.model.config
-        zeros = self._put(np.zeros((batch, config.vocab_size), np.float32))
-        first, none = self._choose_first(zeros), self._put(np.zeros(batch, bool))
-        if self._device.history is not None:
-            self._device.history = _add_tokens(self._device.history, first, none)
+        zeros, preview = self._put(np.zeros((batch, config.vocab_size), np.float32)), None
         if self._device.dial is not None:
             bits = jnp.zeros((batch, engine.PREVIEW_TOKENS, len(self._device.dial.names)))
             preview = self._put(engine.Preview(bits, jnp.zeros(batch, jnp.int32)))
-            self._observe(engine.merge_previews(preview, preview))
-        jax.block_until_ready(jnp.where(none[:, None], zeros, zeros))
+            preview = engine.merge_previews(preview, preview)
+        none = self._put(np.zeros((batch, 1), bool))
+        jax.block_until_ready((self._first_tokens(zeros, preview), jnp.where(none, zeros, zeros)))
 
     def prefill(self) -> NewTokens:
         """Reads the prompts and chooses the first token of each row, at full precision.
@@ -251,12 +246,7 @@ class Decoding:
             logits = new_logits if logits is None else jnp.where(is_read, new_logits, logits)
             preview = new_preview if preview is None else engine.merge_previews(preview, new_preview)
         assert logits is not None, "every prompt has a token to read"
-        self._device.last = self._choose_first(logits)
-        if self._device.history is not None:
-            every_row = self._put(np.ones(len(self._prompts), bool))
-            self._device.history = _add_tokens(self._device.history, self._device.last, every_row)
-        if preview is not None:
-            self._observe(preview)
+        self._device.last, self._device.history, self._device.dial = self._first_tokens(logits, preview)
         first = np.asarray(self._device.last)
         self._host.tokens_left -= 1
         self._host.ended = np.isin(first, np.asarray(self._stop_tokens)) | (self._host.tokens_left <= 0)
@@ -349,18 +339,16 @@ class Decoding:
         self._keep_cache(cache)
         return chunk
 
-    def _choose_first(self, logits: Float[jax.Array, "b v"]) -> Int[jax.Array, "b"]:
-        return _choose_first(
+    def _first_tokens(self, logits: Float[jax.Array, "b v"], preview: engine.Preview | None):
+        return engine.first_tokens(
             logits,
-            self._sampling,
+            preview,
             self._device.cache.lengths,
+            self._sampling,
+            self._device.history,
+            self._device.dial,
             policy=self._policy,
-            history=self._device.history,
         )
-
-    def _observe(self, preview: engine.Preview) -> None:
-        assert self._device.dial is not None, "only graded models have a preview"
-        self._device.dial = self._device.dial.observe(preview.bits, preview.counts)
 
     def _owned_cache(self) -> KVCache:
         """Returns the cache, if no later generation has acquired it."""

@@ -19,7 +19,7 @@ from grinqh_jax.decoding.dial import Dial, DialState
 from grinqh_jax.decoding.logprobs import MOST_LOGPROBS, token_logprobs
 from grinqh_jax.decoding.penalties import Penalties, TokenHistory
 from grinqh_jax.decoding.policy import DecodePolicy
-from grinqh_jax.decoding.sampling import Sampling, choose_tokens
+from grinqh_jax.decoding.sampling import Sampling
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import linear_names
 from grinqh_jax.model.flat_model import FlatModel
@@ -247,21 +247,20 @@ def insert(
       The state, and the first token as a chunk of one row and one step, with log-probabilities.
     """
     history = TokenHistory(in_prompt, jnp.zeros(in_prompt.shape, jnp.int32))
-    first = choose_tokens(prefix.logits, settings.sampling, prefix.length, policy, history)
-    limits = settings.limits - 1
-    dial_state = None
     if dial is not None:
-        assert prefix.preview is not None, "a graded model has previews"
-        observing = dial.with_state(DialState.create(settings.bits))
-        dial_state = observing.observe(prefix.preview.bits, prefix.preview.counts).state
+        dial = dial.with_state(DialState.create(settings.bits))
+    first, history, dial = engine.first_tokens(
+        prefix.logits, prefix.preview, prefix.length, settings.sampling, history, dial, policy=policy
+    )
+    limits = settings.limits - 1
     row = Slots(
         settings=dataclasses.replace(settings, limits=limits),
         pages=prefix.pages,
         lengths=prefix.length,
         last=first,
         done=(limits <= 0) | jnp.any(first[:, None] == settings.stop_tokens, axis=-1),
-        history=history.with_tokens(first, jnp.ones(1, bool)),
-        dial=dial_state,
+        history=history,
+        dial=None if dial is None else dial.state,
     )
     slots = jax.tree.map(lambda rows, new: rows.at[slot].set(new[0]), state.slots, row)
     logprobs = token_logprobs(prefix.logits, first, most_logprobs(prefix.logits.shape[-1]))
