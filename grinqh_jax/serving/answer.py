@@ -209,11 +209,13 @@ class Answer:
         """Ends the answer."""
         self.finish_reason = reason
         rest = self._text.flush()
-        none = None if self._top_logprobs is None else []
-        self._publish(Piece(rest, [], none) if rest else None, ended=True)
+        self._publish(
+            Piece(rest, [], None if self._top_logprobs is None else []) if rest else None, ended=True
+        )
 
-    def fail(self, error: EngineError) -> None:
-        """Ends the answer with an error."""
+    def fail(self, error: EngineError, cause: BaseException | None) -> None:
+        """Ends the answer with an error, which every consumer gets."""
+        error.__cause__ = cause
         self._error = error
         self._publish(None, ended=True)
 
@@ -242,4 +244,4 @@ class Answer:
 
     def _raise_error(self) -> None:
         if self._error is not None:
-            raise EngineError(str(self._error)) from self._error
+            raise EngineError(str(self._error)) from self._error.__cause__

@@ -170,7 +170,9 @@ def sampling_rows(
         return np.full(batch, value, dtype)
 
     penalties = (repetition_penalty, presence_penalty, frequency_penalty)
-    bias = np.zeros(vocabulary, np.float32) if logit_bias is None else logit_bias
+    biases: Any = np.zeros((batch, vocabulary), np.float32)
+    if logit_bias is not None:
+        biases += logit_bias
     return Sampling(
         temperature=rows(temperature, np.float32),
         top_k=rows(top_k, np.int32),
@@ -178,7 +180,7 @@ def sampling_rows(
         min_p=rows(min_p, np.float32),
         seed=rows(seed % 2**32, np.uint32),
         penalties=Penalties(*(rows(value, np.float32) for value in penalties)),
-        logit_bias=np.tile(bias, (batch, 1)),
+        logit_bias=biases,
     )
 
 

@@ -255,9 +255,7 @@ class Engine:
             unfinished, self._jobs = self._jobs, {}
         for answer, job in unfinished.items():
             if not job.ended:
-                error = EngineError(f"the engine ended before the answer: {self._closed}")
-                error.__cause__ = self._closed
-                answer.fail(error)
+                answer.fail(EngineError(f"the engine ended before the answer: {self._closed}"), self._closed)
 
     def _forget_ended(self) -> None:
         with self._lock:

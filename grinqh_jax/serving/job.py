@@ -95,7 +95,7 @@ class Receiver(Protocol):
     def end(self, reason: FinishReason) -> None:
         """Is called at the end."""
 
-    def fail(self, error: EngineError) -> None:
+    def fail(self, error: EngineError, cause: BaseException | None) -> None:
         """Is called after an exception of another method, and ends the answer."""
 
 

@@ -324,9 +324,7 @@ class Scheduler:
                 raise reason
             job.answer.end(reason)
         except Exception as error:
-            failure = EngineError(f"the answer failed: {error!r}")
-            failure.__cause__ = error
-            job.answer.fail(failure)
+            job.answer.fail(EngineError(f"the answer failed: {error!r}"), error)
 
     def _put(self, arrays):
         return jax.device_put(arrays, self._sharding)

@@ -40,7 +40,7 @@ def random_case(rng: random.Random) -> tuple[list[int], Request]:
     sampled = rng.random() < 0.4
     return prompt, Request(
         bits=rng.choice([1.0, 2.5, 3.0, 5.75, "full"]),
-        max_tokens=rng.randrange(1, 18),
+        max_tokens=rng.randrange(1, 9),
         temperature=rng.choice([0.5, 1.0]) if sampled else 0.0,
         top_k=rng.choice([0, 5]) if sampled else 0,
         top_p=rng.choice([0.7, 1.0]) if sampled else 1.0,
@@ -63,7 +63,7 @@ def test_two_hundred_requests_compile_nothing_and_equal_the_generator(engine, ge
         assert answer.finish_reason == ("stop" if answer.tokens[-1] in (0, 1) else "length")
         assert len(answer.tokens) == request.max_tokens or answer.finish_reason == "stop"
         assert answer.text == generator.tokenizer.decode(answer.tokens)
-    for (prompt, request), answer in list(zip(cases, answers, strict=True))[::5]:
+    for (prompt, request), answer in list(zip(cases, answers, strict=True))[::16]:
         alone = generator.generate(prompt, request, max_context=128)
         list(alone)
         assert answer.tokens == alone.tokens
@@ -72,7 +72,7 @@ def test_two_hundred_requests_compile_nothing_and_equal_the_generator(engine, ge
 
 def test_an_answer_is_the_same_alone_in_company_and_from_shared_pages(engine):
     rng = random.Random(2)
-    cases = [random_case(rng) for _ in range(40)]
+    cases = [random_case(rng) for _ in range(16)]
     together = engine.generate_many([prompt for prompt, _ in cases], [request for _, request in cases])
     for (prompt, request), answer in zip(cases, together, strict=True):
         engine.scheduler.allocator.forget()
@@ -82,21 +82,23 @@ def test_an_answer_is_the_same_alone_in_company_and_from_shared_pages(engine):
         if miss.grading_stats is not None:
             assert (miss.grading_stats.packed == hit.grading_stats.packed).all()
             assert (miss.grading_stats.packed == answer.grading_stats.packed).all()
-    assert sum(answer.reused_tokens > 0 for answer in together) > 5
+    assert any(answer.reused_tokens > 0 for answer in together)
 
 
 def test_eviction_changes_no_answer(engine):
-    rng = random.Random(3)
-    cases = [random_case(rng) for _ in range(40)]
-    prompts, requests = [prompt for prompt, _ in cases], [request for _, request in cases]
-    expected = engine.generate_many(prompts, requests)
+    request = Request(max_tokens=17, bits=3.0, temperature=1.0, stop_tokens=())
+    prompts = [[*SYSTEM, *[200] * 20], [*reversed(SYSTEM), *[201] * 20], [*SYSTEM, *[200] * 20]]
     allocator = engine.scheduler.allocator
-    held = allocator.allocate(allocator.num_pages - 12)  # A cache of 12 pages, less than two long texts.
-    answers = engine.generate_many(prompts, requests)
+    allocator.forget()
+    expected = [engine.generate_many([prompt], request)[0] for prompt in prompts]
+    allocator.forget()
+    held, evicted = allocator.allocate(allocator.num_pages - 9), allocator.evicted
+    answers = [engine.generate_many([prompt], request)[0] for prompt in prompts]  # Each takes 8 of 9 pages.
     allocator.release(held)
     assert [answer.tokens for answer in answers] == [answer.tokens for answer in expected]
-    hits = [sum(answer.reused_tokens > 0 for answer in some) for some in (answers, expected)]
-    assert hits[0] < hits[1]
+    assert [answer.reused_tokens for answer in expected] == [0, 0, 32]
+    assert [answer.reused_tokens for answer in answers] == [0, 0, 0]
+    assert allocator.evicted > evicted
     assert allocator.in_use == 0
 
 
@@ -145,6 +147,24 @@ def test_a_cancelled_answer_ends_and_frees_its_slot_and_pages(engine):
     engine.generate_many([[5, 6]])
     assert engine.scheduler.allocator.in_use == 0
     assert len(engine.scheduler._free_slots) == SIZES["slots"]
+
+
+def test_no_token_arrives_after_the_chunk_in_which_an_answer_is_cancelled(engine):
+    lengths = []
+    answer = engine.submit([7, 8, 9], Request(max_tokens=100, bits=3.0, stop_tokens=()))
+    receive = answer.receive
+
+    def cancelling(*arrived):
+        stopped = receive(*arrived)
+        if len(answer.tokens) > 20:
+            lengths.append(len(answer.tokens))
+            engine.cancel(answer)
+        return stopped
+
+    answer.receive = cancelling
+    assert answer.result(60) == answer.text
+    assert answer.finish_reason == "cancelled"
+    assert [len(answer.tokens)] == lengths
 
 
 def test_a_priority_comes_first_and_others_in_order(engine):
@@ -231,21 +251,26 @@ def test_stop_tokens_belong_to_a_request(engine):
         engine.submit([5], Request(stop_tokens=range(17)))
 
 
-def test_statistics_count_requests_pages_and_tokens(engine):
+def test_statistics_count_requests_pages_and_tokens(engine, generator):
     before = engine.stats()
     request = Request(max_tokens=8, bits=3.0, stop_tokens=())
-    answers = [engine.generate_many([[*SYSTEM, 200]], request)[0] for _ in range(2)]
+    prompt = [*SYSTEM, *SYSTEM[:20]]
+    answers = [engine.generate_many([prompt], request)[0] for _ in range(2)]
     after = engine.stats()
-    assert after.prompt_tokens - before.prompt_tokens == 2 * 91
+    assert after.prompt_tokens - before.prompt_tokens == 2 * 110
     reused = sum(answer.reused_tokens for answer in answers)
     assert after.reused_tokens - before.reused_tokens == reused >= 32
     assert (after.waiting, after.reading, after.decoding, after.pages_in_use) == (0, 0, 0, 0)
     assert after.pages_kept > 0
     figures = answers[1].statistics()
-    assert (figures.prompt_tokens, figures.generated_tokens) == (91, 8)
+    assert (figures.prompt_tokens, figures.generated_tokens) == (110, 8)
     assert figures.reused_prompt_tokens == answers[1].reused_tokens
     assert figures.prompt_seconds > 0 < figures.generation_seconds
-    assert figures.realised_bits == pytest.approx(3, abs=0.5)
+    generation = generator.generate(prompt, request, max_context=128)
+    list(generation)
+    alone = generation.statistics()
+    assert figures.realised_bits == pytest.approx(alone.realised_bits)
+    assert figures.bytes_per_token == pytest.approx(alone.bytes_per_token)
 
 
 def test_a_failure_of_one_answer_leaves_the_others(engine, monkeypatch):
@@ -269,7 +294,7 @@ def test_a_failure_of_one_answer_leaves_the_others(engine, monkeypatch):
 def test_memory_is_flat_in_later_rounds(engine):
     def round_of_requests(seed: int) -> int:
         rng = random.Random(seed)
-        cases = [random_case(rng) for _ in range(60)]
+        cases = [random_case(rng) for _ in range(24)]
         engine.generate_many([prompt for prompt, _ in cases], [request for _, request in cases])
         gc.collect()
         return memory_in_use()
