@@ -23,7 +23,7 @@ from grinqh_jax.serving.job import EngineError
 from grinqh_jax.serving.scheduler import Scheduler
 
 SIZES = {"slots": 4, "max_context": 128, "page_size": 16, "piece": 32}
-SHORT = dataclasses.replace(policy.CPU, chunk_steps=4)
+SHORT = dataclasses.replace(policy.CPU, chunk_steps=2)
 SYSTEM = list(range(40, 130))
 
 
@@ -37,7 +37,7 @@ def random_case(rng: random.Random) -> tuple[list[int], Request]:
     """A prompt, with a common beginning or not, and a request."""
     shared = SYSTEM[: rng.choice([0, 32, 90, 90])]
     prompt = shared + [rng.randrange(2, 258) for _ in range(rng.randrange(1, 20))]
-    sampled = rng.random() < 0.4
+    sampled = rng.random() < 0.3
     return prompt, Request(
         bits=rng.choice([1.0, 2.5, 3.0, 5.75, "full"]),
         max_tokens=rng.randrange(1, 9),
