@@ -50,6 +50,13 @@ def random_case(rng: random.Random) -> tuple[list[int], Request]:
     )
 
 
+def assert_equals_the_generator(answer, generator, prompt, request):
+    alone = generator.generate(prompt, request, max_context=128)
+    list(alone)
+    assert answer.tokens == alone.tokens
+    assert answer.finish_reason == alone.finish_reason
+
+
 def test_two_hundred_requests_compile_nothing_and_equal_the_generator(engine, generator, compilations):
     rng = random.Random(1)
     cases = [random_case(rng) for _ in range(200)]
@@ -63,11 +70,19 @@ def test_two_hundred_requests_compile_nothing_and_equal_the_generator(engine, ge
         assert answer.finish_reason == ("stop" if answer.tokens[-1] in (0, 1) else "length")
         assert len(answer.tokens) == request.max_tokens or answer.finish_reason == "stop"
         assert answer.text == generator.tokenizer.decode(answer.tokens)
-    for (prompt, request), answer in list(zip(cases, answers, strict=True))[::16]:
-        alone = generator.generate(prompt, request, max_context=128)
-        list(alone)
-        assert answer.tokens == alone.tokens
-        assert answer.finish_reason == alone.finish_reason
+    plain = [i for i, (_, request) in enumerate(cases) if request.repetition_penalty == 1]
+    for i in [i for i in plain if not cases[i][1].logit_bias][::12]:
+        assert_equals_the_generator(answers[i], generator, *cases[i])
+
+
+@pytest.mark.slow
+def test_penalties_and_biases_are_those_of_the_generator(engine, generator):
+    rng = random.Random(1)
+    cases = [random_case(rng) for _ in range(60)]
+    cases = [case for case in cases if case[1].repetition_penalty != 1 or case[1].logit_bias]
+    answers = engine.generate_many([prompt for prompt, _ in cases], [request for _, request in cases])
+    for case, answer in zip(cases, answers, strict=True):
+        assert_equals_the_generator(answer, generator, *case)
 
 
 def test_an_answer_is_the_same_alone_in_company_and_from_shared_pages(engine):
@@ -291,10 +306,11 @@ def test_a_failure_of_one_answer_leaves_the_others(engine, monkeypatch):
     assert engine.stats().pages_in_use == 0
 
 
+@pytest.mark.slow
 def test_memory_is_flat_in_later_rounds(engine):
     def round_of_requests(seed: int) -> int:
         rng = random.Random(seed)
-        cases = [random_case(rng) for _ in range(24)]
+        cases = [random_case(rng) for _ in range(60)]
         engine.generate_many([prompt for prompt, _ in cases], [request for _, request in cases])
         gc.collect()
         return memory_in_use()
