@@ -56,7 +56,7 @@ def test_the_rule_equals_numpy(model):
     dial = Dial.create(model, TARGETS, wanted)
 
     def setting():
-        exact = wanted - excess / (tokens + PRIOR_TOKENS) - debt / np.maximum(decoded / 2, REPAYMENT_TOKENS)
+        exact = wanted - excess / (tokens + PRIOR_TOKENS) - debt / np.maximum(decoded - 12, REPAYMENT_TOKENS)
         return np.clip(exact, TARGETS[0], TARGETS[-1])
 
     preview, counts = rng.uniform(0, 8, (rows, 12, len(shares))).astype(np.float32), np.array([12, 0, 5])
@@ -91,7 +91,7 @@ def test_a_short_answer_on_an_unusual_text_reads_the_wanted_mean(model):
     for _ in range(200):
         read.append(np.asarray(dial.setting) + offset)
         dial = step(dial, model, read[-1])
-    for tokens, tolerance in ((20, 0.13), (200, 0.02)):
+    for tokens, tolerance in ((20, 0.1), (200, 0.03)):
         np.testing.assert_allclose(np.mean(read[:tokens], axis=0), 3.0, atol=tolerance)
     np.testing.assert_allclose(read[-1], 3.0, atol=0.02)
 
