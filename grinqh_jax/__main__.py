@@ -18,6 +18,11 @@ VERBS = {
     "evaluate": ("grinqh_jax.cli.evaluate", "measure accuracy on word problems at settings of the dial"),
     "lm-eval": ("grinqh_jax.cli.lm_eval", "run tasks of lm-evaluation-harness (needs the extra eval)"),
     "benchmark": ("grinqh_jax.cli.benchmark", "measure prompt and generation speed"),
+    "serve": (
+        "grinqh_jax.cli.serve",
+        "serve a model over HTTP with OpenAI's protocol (needs the extra serve)",
+    ),
+    "bench-serve": ("grinqh_jax.cli.bench_serve", "measure a running server under load"),
     "inspect": ("grinqh_jax.cli.inspect", "say what a checkpoint is and whether it is supported"),
     "convert": (
         "checkpoints_tools.convert.command",

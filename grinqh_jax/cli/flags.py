@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 from collections.abc import Sequence
 
 from grinqh_jax.bundled import BUNDLED_MODEL
@@ -61,6 +62,15 @@ def number(text: str) -> float:
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number")
     return value
+
+
+def size(text: str) -> int:
+    """Parses a number of bytes, such as ``8G`` or ``512M`` (powers of 1024)."""
+    units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+    match = re.fullmatch(r"(\d{1,12})([KMG]?)(?:i?B)?", text, re.IGNORECASE | re.ASCII)
+    if match is None or not int(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 512M or 8G")
+    return int(match[1]) * units[match[2].upper()]
 
 
 def _integer(text: str, least: int | None) -> int:

@@ -22,8 +22,9 @@ from grinqh_jax.text.unicode import check
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """Files that hold a vocabulary. Without any of them transformers returns an empty tokenizer."""
 
-Message = Mapping[str, str]
-"""A turn of a conversation: ``{"role": "system" | "user" | "assistant", "content": text}``."""
+Message = Mapping[str, Any]
+"""A turn of a conversation: ``{"role": "system" | "user" | "assistant", "content": text}``, and other fields
+that the chat template reads, such as ``tool_calls``."""
 
 
 class Tokenizer:
@@ -73,6 +74,10 @@ class Tokenizer:
         """Returns the text of ``tokens`` without special tokens. Bytes that are not UTF-8 become U+FFFD."""
         return self._backend.decode(list(tokens), skip_special_tokens=True)
 
+    def token_text(self, token: int) -> str:
+        """Returns the text of one token, special or not. Bytes that are not UTF-8 become U+FFFD."""
+        return self._backend.decode([token], skip_special_tokens=False)
+
     @property
     def bos_text(self) -> str | None:
         """Text of the token that ``encode`` puts before every text, or None if there is none."""
@@ -102,7 +107,13 @@ class Tokenizer:
         return self.encode(self.chat_text(messages), special_tokens=False)
 
     def chat_text(
-        self, messages: Sequence[Message], *, template: str | None = None, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Message],
+        *,
+        template: str | None = None,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """Returns the text of a conversation with its special tokens.
 
@@ -110,6 +121,8 @@ class Tokenizer:
           messages: Turns of the conversation, oldest first.
           template: Name of one of several chat templates; None selects the default.
           add_generation_prompt: Append the prefix of the assistant's next answer.
+          tools: Functions that the model may call, in OpenAI's schema.
+          variables: Other variables of the template, such as ``enable_thinking``.
 
         Raises:
           UsageError: The tokenizer has no chat template or none of that name, or the template rejects these
@@ -122,6 +135,8 @@ class Tokenizer:
                 chat_template=source,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
+                tools=None if tools is None else list(tools),
+                **(variables or {}),
             )
         except Exception as error:  # a template is a program and can raise anything
             raise UsageError(f"{self._directory}: the chat template fails: {_line(error)}") from None

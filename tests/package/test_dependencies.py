@@ -41,7 +41,7 @@ def imported_distributions():
 
 def test_every_import_is_declared(project):
     extras = project["optional-dependencies"]
-    declared = names([*project["dependencies"], *extras["eval"], *extras["gguf"]])
+    declared = names([*project["dependencies"], *extras["eval"], *extras["gguf"], *extras["serve"]])
     assert imported_distributions() - declared == set()
 
 

@@ -13,7 +13,7 @@ from checkpoints_tools.convert import command as convert
 from checkpoints_tools.pareto import flags as pareto
 from checkpoints_tools.publish import __main__ as publish
 from grinqh_jax.__main__ import VERBS
-from grinqh_jax.cli import benchmark, chat, evaluate, generate, inspect, perplexity
+from grinqh_jax.cli import bench_serve, benchmark, chat, evaluate, generate, inspect, perplexity, serve
 
 pytestmark = pytest.mark.usefixtures("optimized_programs")
 
@@ -32,6 +32,8 @@ PARSERS = {
     "evaluate": evaluate.parser,
     "benchmark": benchmark.parser,
     "inspect": inspect.parser,
+    "serve": serve.parser,
+    "bench-serve": bench_serve.parser,
     "convert": convert.parser,
     "baselines": baselines.parser,
     "pareto": pareto.parser,

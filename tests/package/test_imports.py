@@ -18,7 +18,7 @@ LAYERS = {
         {"checkpoint", "hf", "text"},
         {"decoding"},
         {"serving"},
-        {"evaluation", "benchmarking"},
+        {"evaluation", "benchmarking", "server"},
         {"cli"},
         {"generate", "__main__"},
     ],

@@ -1,0 +1,229 @@
+"""The verb ``serve``: an HTTP server with OpenAI's protocol."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from grinqh_jax.cli import command, flags
+from grinqh_jax.cli.generation import load_generator, open_model
+from grinqh_jax.errors import UsageError
+
+API_KEY = "GRINQH_API_KEY"
+"""Environment variable with an API key."""
+
+DEFAULT_CONTEXT = 8192
+"""Most tokens of a context by default. The cache has room for this many in every slot."""
+
+
+def parser() -> command.Parser:
+    """Returns the parser of the verb's flags."""
+    result = command.Parser(
+        prog="grinqh-jax serve",
+        description="Serve a model over HTTP with OpenAI's protocol. SIGTERM and Ctrl-C let running requests "
+        f"end. An API key is required if {API_KEY} or --api-key-file has one.",
+    )
+    flags.add_model(result)
+    add = result.add_argument
+    add("--host", default="127.0.0.1", metavar="HOST", help="address to listen on (default: 127.0.0.1)")
+    add("--port", type=_port, default=8000, metavar="N", help="port; 0 chooses a free one (default: 8000)")
+    add("--served-model-name", metavar="NAME", help="name in requests (default: name of the directory)")
+    add(
+        "--slots",
+        type=flags.positive,
+        default=16,
+        metavar="N",
+        help="number of answers that are decoded at once, 1 to 16 (default: 16)",
+    )
+    add(
+        "--max-context",
+        type=flags.positive,
+        metavar="N",
+        help="largest number of tokens in a prompt and its answer together "
+        f"(default: the model's limit, but at most {DEFAULT_CONTEXT})",
+    )
+    add(
+        "--cache-memory",
+        type=flags.size,
+        metavar="SIZE",
+        help="memory of the KV cache, such as 8G (default: room for --slots texts of --max-context tokens)",
+    )
+    add(
+        "--prefill-piece",
+        type=flags.positive,
+        default=512,
+        metavar="N",
+        help="prompt tokens read between two steps of running answers, a multiple of 64 (default: 512)",
+    )
+    add(
+        "--max-tokens",
+        type=flags.positive,
+        metavar="N",
+        help="largest number of tokens of an answer, and the default of chats (default: the context)",
+    )
+    add(
+        "--queue",
+        type=flags.non_negative,
+        default=256,
+        metavar="N",
+        help="answers that may wait (default: 256)",
+    )
+    add(
+        "--request-seconds",
+        type=_seconds,
+        default=600,
+        metavar="S",
+        help="most seconds from a request to the end of its answers (default: 600)",
+    )
+    add(
+        "--receive-seconds",
+        type=_seconds,
+        default=20,
+        metavar="S",
+        help="most seconds in which a client sends its header, and again its body (default: 20)",
+    )
+    add(
+        "--drain-seconds",
+        type=_seconds,
+        default=60,
+        metavar="S",
+        help="seconds that running requests have after SIGTERM (default: 60)",
+    )
+    add("--max-body", type=flags.size, default=4 << 20, metavar="SIZE", help="largest body (default: 4M)")
+    add(
+        "--max-connections",
+        type=flags.positive,
+        default=1024,
+        metavar="N",
+        help="number of open connections (default: 1024)",
+    )
+    add("--api-key-file", metavar="FILE", help="file with API keys, one a line")
+    add(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="name that clients may use for this server besides localhost, without an API key; may be "
+        "repeated",
+    )
+    add(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="origin whose web pages may use the server, such as https://example.org; may be repeated "
+        "(default: none)",
+    )
+    add("--access-log", action="store_true", help="log every request on stderr")
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the verb; returns its exit code (see ``command``)."""
+    return command.run(_serve, parser(), argv)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    try:
+        import grinqh_jax.server.run as server  # before the model is loaded
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("grinqh_jax"):
+            raise
+        raise UsageError(
+            f"serve needs the extra serve, and {error.name} is not installed: pip install 'grinqh-jax[serve]'"
+        ) from None
+    from grinqh_jax.server.access import is_loopback
+    from grinqh_jax.server.limits import Limits
+    from grinqh_jax.server.service import Service
+    from grinqh_jax.serving.engine import Engine
+
+    keys = _keys(args.api_key_file)
+    with server.bind(args.host, args.port) as bound:
+        files = open_model(args.model)
+        context = args.max_context or min(files.config.max_position_embeddings, DEFAULT_CONTEXT)
+        files.check([None], context)
+        generator = load_generator(files)
+        with command.status("compiling"):
+            engine = Engine(
+                generator,
+                slots=args.slots,
+                max_context=context,
+                cache_memory=args.cache_memory,
+                piece=args.prefill_piece,
+            )
+        limits = Limits(
+            body_bytes=args.max_body,
+            receive_seconds=args.receive_seconds,
+            request_seconds=args.request_seconds,
+            max_tokens=args.max_tokens,
+            queue=args.queue,
+            connections=args.max_connections,
+            drain_seconds=args.drain_seconds,
+        )
+        local = is_loopback(bound.getsockname()[0])
+        if not local and not keys:
+            print(
+                f"warning: {server.url(bound)} has no API key; set {API_KEY} or --api-key-file",
+                file=sys.stderr,
+            )
+        with engine:
+            service = Service(args.served_model_name or _name(args.model), generator, engine, limits)
+            alive = server.serve(
+                service,
+                bound,
+                keys=keys,
+                hosts=args.allowed_host if (local or args.allowed_host) and not keys else None,
+                origins=args.cors_origin,
+                access_log=args.access_log,
+                on_listening=lambda: print(
+                    f"{service.name} listens on {server.url(bound)}", file=sys.stderr, flush=True
+                ),
+            )
+    if not alive:
+        print(f"error: the engine has ended: {engine.error}", file=sys.stderr)
+        return command.FAILURE
+    return 0
+
+
+def _name(model: str) -> str:
+    """Returns the name of a directory, or a hub id as it is."""
+    path = Path(model).expanduser()
+    return path.resolve().name if path.is_dir() else model
+
+
+def _keys(path: str | None) -> list[str]:
+    """Returns the API keys of the environment and of a file.
+
+    Raises:
+      UsageError: The file cannot be read or has no key, or a key is not printable ASCII.
+    """
+    keys = [key] if (key := os.environ.get(API_KEY, "").strip()) else []
+    if path is not None:
+        try:
+            lines = Path(path).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(
+                f"--api-key-file {path}: {getattr(error, 'strerror', None) or 'not UTF-8'}"
+            ) from None
+        found = [line.strip() for line in lines if line.strip()]
+        if not found:
+            raise UsageError(f"--api-key-file {path} has no key; write one a line")
+        keys += found
+    if any(not (key.isascii() and key.isprintable()) or " " in key for key in keys):
+        raise UsageError("an API key has a blank or is not printable ASCII; choose another")
+    return keys
+
+
+def _port(text: str) -> int:
+    port = flags.non_negative(text)
+    if port > 65535:
+        raise argparse.ArgumentTypeError(f"{text}: expected 0 to 65535")
+    return port
+
+
+def _seconds(text: str) -> float:
+    seconds = flags.number(text)
+    if not 0 < seconds <= 1e6:
+        raise argparse.ArgumentTypeError(f"{text}: expected a positive number of seconds")
+    return seconds

@@ -1,0 +1,198 @@
+"""``/v1/chat/completions``."""
+
+import asyncio
+import dataclasses
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from grinqh_jax.server.answer_parser import Delta, ToolCall
+from grinqh_jax.server.body import parse
+from grinqh_jax.server.choice import Choice, together, usage
+from grinqh_jax.server.conversation import Conversations, Prompt
+from grinqh_jax.server.logprobs import chat_logprobs
+from grinqh_jax.server.schema import ChatCompletion
+from grinqh_jax.server.service import Service
+from grinqh_jax.server.streaming import Emit, EventStream, while_connected
+from grinqh_jax.serving.answer import TokenLogprob
+
+
+class Chat:
+    """Handles chats."""
+
+    def __init__(self, service: Service, conversations: Conversations):
+        self._service = service
+        self._conversations = conversations
+
+    async def create(self, request: Request) -> Response | EventStream:
+        """Answers a chat, as one object or as events."""
+        service = self._service
+        body = await parse(request, ChatCompletion, service.limits)
+        bits = service.bits(body.model, body.bits)
+        tools = None if body.tool_choice == "none" else body.tools
+        prompt = await asyncio.to_thread(
+            self._conversations.prompt, body.messages, tools, body.chat_template_kwargs
+        )
+        wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        limit = service.max_tokens(wanted, [prompt.tokens], default=None)
+        work = _Work(service, self._conversations, body, prompt, service.requests(body, bits, limit))
+        if body.stream:
+            return EventStream(work.stream)
+        return JSONResponse(await while_connected(request.receive, work.complete()))
+
+
+class _Work:
+    """One request."""
+
+    def __init__(
+        self,
+        service: Service,
+        conversations: Conversations,
+        body: ChatCompletion,
+        prompt: Prompt,
+        requests: Sequence[Any],
+    ):
+        self._service = service
+        self._conversations = conversations
+        self._body = body
+        self._prompt = prompt
+        self._requests = requests
+        self._tools = None if body.tool_choice == "none" else body.tools
+        self._head = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": body.model or service.name,
+        }
+
+    def _choices(self):
+        top = (self._body.top_logprobs or 0) if self._body.logprobs else None
+        return self._service.choices([self._prompt.tokens], self._requests, top)
+
+    async def complete(self) -> dict[str, Any]:
+        """Returns the whole response."""
+        messages: dict[int, dict[str, Any]] = {}
+
+        async def consume(choice: Choice) -> None:
+            parser = self._conversations.parser(self._prompt, self._tools)
+            deltas: list[Delta] = []
+            logprobs: list[TokenLogprob] = []
+            async for piece in choice.pieces():
+                deltas += parser.push(piece.text)
+                logprobs += piece.logprobs or ()
+            deltas += parser.flush()
+            messages[choice.index] = {
+                "index": choice.index,
+                "message": _message(deltas),
+                "logprobs": self._logprobs(logprobs),
+                "finish_reason": _finish_reason(choice, parser.calls),
+            }
+
+        async with self._choices() as choices:
+            await together(choices, consume)
+            return self._head | {
+                "object": "chat.completion",
+                "choices": [messages[choice.index] for choice in choices],
+                "usage": usage(choices, len(self._prompt.tokens)),
+            }
+
+    async def stream(self, emit: Emit) -> None:
+        """Sends the response as events."""
+        options = self._body.stream_options
+        with_usage = bool(options and options.include_usage)
+        always = bool(options and options.continuous_usage_stats)
+
+        async def send(choices: Sequence[Choice], choice: dict[str, Any] | None) -> None:
+            event = self._head | {
+                "object": "chat.completion.chunk",
+                "choices": [] if choice is None else [choice],
+            }
+            if choice is None or always:
+                event["usage"] = usage(choices, len(self._prompt.tokens))
+            elif with_usage:
+                event["usage"] = None
+            await emit(event)
+
+        async with self._choices() as choices:
+
+            async def consume(choice: Choice) -> None:
+                parser = self._conversations.parser(self._prompt, self._tools)
+                started = False
+
+                async def say(
+                    delta: dict[str, Any], logprobs: list[TokenLogprob] | None, reason: str | None = None
+                ) -> None:
+                    nonlocal started
+                    first = {} if started else {"role": "assistant", "content": ""}
+                    started = True
+                    await send(
+                        choices,
+                        {
+                            "index": choice.index,
+                            "delta": first | delta,
+                            "logprobs": self._logprobs(logprobs or []),
+                            "finish_reason": reason,
+                        },
+                    )
+
+                async for piece in choice.pieces():
+                    logprobs = piece.logprobs
+                    for delta in _deltas(parser.push(piece.text), parser.calls):
+                        await say(delta, logprobs)
+                        logprobs = None  # the first event of a piece carries those of all its tokens
+                    if logprobs or not started:
+                        await say({}, logprobs)
+                for delta in _deltas(parser.flush(), parser.calls):
+                    await say(delta, None)
+                await say({}, None, _finish_reason(choice, parser.calls))
+
+            await together(choices, consume)
+            if with_usage:
+                await send(choices, None)
+
+    def _logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        if not self._body.logprobs or not tokens:
+            return None
+        return chat_logprobs(tokens, self._service.generator.tokenizer)
+
+
+def _message(deltas: Sequence[Delta]) -> dict[str, Any]:
+    """Returns the message of a whole answer."""
+    text = {
+        kind: "".join(delta.text for delta in deltas if delta.kind == kind)
+        for kind in ("content", "reasoning")
+    }
+    calls = [delta.call for delta in deltas if delta.call is not None]
+    message: dict[str, Any] = {"role": "assistant", "content": text["content"]}
+    if text["reasoning"]:
+        message["reasoning_content"] = text["reasoning"]
+    if calls:
+        message["content"] = text["content"].strip() or None
+        message["tool_calls"] = [_call(call) for call in calls]
+    return message
+
+
+def _deltas(deltas: Sequence[Delta], calls: int) -> list[dict[str, Any]]:
+    """Returns the field ``delta`` of an event for each delta; ``calls`` is the number of calls so far."""
+    fields = {"content": "content", "reasoning": "reasoning_content"}
+    number = calls - sum(delta.call is not None for delta in deltas)
+    result: list[dict[str, Any]] = []
+    for delta in deltas:
+        if delta.call is None:
+            result.append({fields[delta.kind]: delta.text})
+        else:
+            result.append({"tool_calls": [{"index": number} | _call(delta.call)]})
+            number += 1
+    return result
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    fields = dataclasses.asdict(call)
+    return {"id": fields.pop("id"), "type": "function", "function": fields}
+
+
+def _finish_reason(choice: Choice, calls: int) -> str | None:
+    return "tool_calls" if calls and choice.finish_reason == "stop" else choice.finish_reason

@@ -1,0 +1,168 @@
+"""``/v1/completions``."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from grinqh_jax.errors import UsageError
+from grinqh_jax.server.body import parse
+from grinqh_jax.server.choice import Choice, together, usage
+from grinqh_jax.server.errors import APIError
+from grinqh_jax.server.logprobs import completion_logprobs
+from grinqh_jax.server.schema import Completion
+from grinqh_jax.server.service import Service
+from grinqh_jax.server.streaming import Emit, EventStream, while_connected
+from grinqh_jax.serving.answer import TokenLogprob
+
+DEFAULT_TOKENS = 16
+"""Most tokens of an answer if the request does not say, as in OpenAI's protocol."""
+
+MOST_PROMPTS = 128
+
+
+class Completions:
+    """Handles text completions."""
+
+    def __init__(self, service: Service):
+        self._service = service
+
+    async def create(self, request: Request) -> Response | EventStream:
+        """Continues one or several prompts, as one object or as events."""
+        service = self._service
+        body = await parse(request, Completion, service.limits)
+        if body.echo and body.logprobs is not None:
+            raise APIError(
+                400,
+                "echo with logprobs is not supported: the engine has no log-probabilities of prompts; leave "
+                "one out",
+                param="echo",
+                code="unsupported_parameter",
+            )
+        bits = service.bits(body.model, body.bits)
+        prompts = await asyncio.to_thread(self._prompts, body.prompt)
+        limit = service.max_tokens(body.max_tokens, prompts, default=DEFAULT_TOKENS)
+        work = _Work(service, body, prompts, service.requests(body, bits, limit))
+        if body.stream:
+            return EventStream(work.stream)
+        return JSONResponse(await while_connected(request.receive, work.complete()))
+
+    def _prompts(self, prompt: Any) -> list[list[int]]:
+        """Returns the tokens of each prompt.
+
+        Raises:
+          APIError: There is no prompt or there are too many, or a token does not exist.
+        """
+        one = isinstance(prompt, str) or (prompt and isinstance(prompt[0], int))
+        prompts = [prompt] if one else prompt
+        if not 1 <= len(prompts) <= MOST_PROMPTS:
+            raise APIError(
+                400, f"prompt: there are {len(prompts)} prompts; send 1 to {MOST_PROMPTS}", param="prompt"
+            )
+        try:
+            return [self._service.generator.prompt_tokens(each) for each in prompts]
+        except UsageError as error:
+            raise APIError(400, f"prompt: {error}", param="prompt") from None
+
+
+class _Work:
+    """One request."""
+
+    def __init__(
+        self, service: Service, body: Completion, prompts: Sequence[Sequence[int]], requests: Sequence[Any]
+    ):
+        self._service = service
+        self._body = body
+        self._prompts = prompts
+        self._requests = requests
+        self._prompt_tokens = sum(map(len, prompts))
+        self._head = {
+            "id": f"cmpl-{uuid.uuid4().hex}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": body.model or service.name,
+        }
+
+    def _choices(self):
+        return self._service.choices(self._prompts, self._requests, self._body.logprobs)
+
+    def _echo(self, choice: Choice) -> str:
+        """Returns the text before the answer: the prompt if the request wants it back."""
+        if not self._body.echo:
+            return ""
+        number = choice.index // len(self._requests)
+        prompt: Any = self._body.prompt
+        if isinstance(prompt, str):
+            return prompt
+        if isinstance(prompt[number], str):
+            return prompt[number]
+        return self._service.generator.tokenizer.decode(self._prompts[number])
+
+    async def complete(self) -> dict[str, Any]:
+        """Returns the whole response."""
+        results: dict[int, dict[str, Any]] = {}
+
+        async def consume(choice: Choice) -> None:
+            text = [self._echo(choice)]
+            logprobs: list[TokenLogprob] = []
+            async for piece in choice.pieces():
+                text.append(piece.text)
+                logprobs += piece.logprobs or ()
+            results[choice.index] = self._choice(choice, "".join(text), logprobs, 0)
+
+        async with self._choices() as choices:
+            await together(choices, consume)
+            return self._head | {
+                "choices": [results[choice.index] for choice in choices],
+                "usage": usage(choices, self._prompt_tokens),
+            }
+
+    async def stream(self, emit: Emit) -> None:
+        """Sends the response as events."""
+        options = self._body.stream_options
+        with_usage = bool(options and options.include_usage)
+        always = bool(options and options.continuous_usage_stats)
+
+        async with self._choices() as choices:
+
+            async def send(choice: dict[str, Any] | None) -> None:
+                event = self._head | {"choices": [] if choice is None else [choice]}
+                if choice is None or always:
+                    event["usage"] = usage(choices, self._prompt_tokens)
+                elif with_usage:
+                    event["usage"] = None
+                await emit(event)
+
+            async def consume(choice: Choice) -> None:
+                offset = 0
+                text = self._echo(choice)
+                async for piece in choice.pieces():
+                    text += piece.text
+                    if not text and not piece.logprobs:
+                        continue
+                    event = self._choice(choice, text, piece.logprobs or [], offset)
+                    await send(event | {"finish_reason": None})
+                    offset += len(text)
+                    text = ""
+                await send(self._choice(choice, text, [], offset))
+
+            await together(choices, consume)
+            if with_usage:
+                await send(None)
+
+    def _choice(
+        self, choice: Choice, text: str, logprobs: Sequence[TokenLogprob], offset: int
+    ) -> dict[str, Any]:
+        wanted = self._body.logprobs
+        return {
+            "index": choice.index,
+            "text": text,
+            "logprobs": None
+            if wanted is None or not logprobs
+            else completion_logprobs(logprobs, self._service.generator.tokenizer, offset, wanted > 0),
+            "finish_reason": choice.finish_reason,
+        }

@@ -1,0 +1,52 @@
+"""Log-probabilities of tokens in the shapes of the two endpoints."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from grinqh_jax.serving.answer import TokenLogprob
+from grinqh_jax.text.tokenizer import Tokenizer
+
+_REPLACEMENT = "\ufffd"
+
+
+def chat_logprobs(tokens: Sequence[TokenLogprob], tokenizer: Tokenizer) -> dict[str, Any]:
+    """Returns the field ``logprobs`` of a choice of a chat."""
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        text = tokenizer.token_text(token)
+        known = None if _REPLACEMENT in text else list(text.encode())  # part of a character
+        return {"token": text, "logprob": logprob, "bytes": known}
+
+    content = [
+        entry(each.token, each.logprob) | {"top_logprobs": [entry(*other) for other in each.top]}
+        for each in tokens
+    ]
+    return {"content": content, "refusal": None}
+
+
+def completion_logprobs(
+    tokens: Sequence[TokenLogprob], tokenizer: Tokenizer, offset: int, alternatives: bool
+) -> dict[str, Any]:
+    """Returns the field ``logprobs`` of a choice of a text completion.
+
+    Args:
+      tokens: Tokens with their log-probabilities.
+      tokenizer: Tokenizer of the model.
+      offset: Number of characters before the first token.
+      alternatives: Whether to list the most likely tokens.
+    """
+    texts = [tokenizer.token_text(each.token) for each in tokens]
+    offsets = []
+    for text in texts:
+        offsets.append(offset)
+        offset += len(text)
+    return {
+        "tokens": texts,
+        "token_logprobs": [each.logprob for each in tokens],
+        "top_logprobs": [
+            {tokenizer.token_text(token): logprob for token, logprob in each.top} for each in tokens
+        ]
+        if alternatives
+        else None,
+        "text_offset": offsets,
+    }

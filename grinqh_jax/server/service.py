@@ -1,0 +1,190 @@
+"""The model that a server serves, and answers to requests for it."""
+
+import asyncio
+import contextlib
+import dataclasses
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from grinqh_jax.decoding.bits import FULL, Bits
+from grinqh_jax.decoding.generator import Generator
+from grinqh_jax.decoding.request import Request
+from grinqh_jax.errors import UsageError
+from grinqh_jax.model.decoder import linear_shapes
+from grinqh_jax.server.choice import Choice
+from grinqh_jax.server.errors import APIError
+from grinqh_jax.server.limits import Admission, Limits
+from grinqh_jax.server.metrics import Metrics
+from grinqh_jax.server.schema import MAX_BITS, Generation
+from grinqh_jax.serving.engine import Engine
+
+SAMPLING = ("temperature", "top_p", "top_k", "min_p")
+PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+"""Fields that a request to the server and a ``Request`` have in common."""
+
+
+class Service:
+    """One model on one engine.
+
+    Attributes:
+      name: Name of the model in requests.
+      generator: Model, tokenizer and defaults.
+      engine: Engine that decodes.
+      limits: Limits of the server.
+      metrics: Metrics of the server.
+      admission: Counter of unfinished answers.
+      context: Most tokens of a prompt and its answer together.
+    """
+
+    def __init__(self, name: str, generator: Generator, engine: Engine, limits: Limits):
+        self.name = name
+        self.generator = generator
+        self.engine = engine
+        self.limits = limits
+        self.metrics = Metrics(engine)
+        self.context = engine.scheduler.shape.max_context
+        sizes = np.array([k * n for k, n in linear_shapes(generator.model.config).values()], np.float64)
+        self._weights = sizes / sizes.sum()
+        self.admission = Admission(engine.scheduler.shape.slots, limits.queue)
+
+    def bits(self, model: str | None, field: Bits | None = None) -> Bits | None:
+        """Returns the bits of a request: its field, or a suffix ``@BITS`` of the model's name.
+
+        Args:
+          model: Name of the model; None for the only one.
+          field: Value of the field ``bits``.
+
+        Raises:
+          APIError: The model does not exist, the bits are out of range, or field and suffix disagree.
+        """
+        name, suffix = self.name if model is None else model, None
+        if name != self.name:
+            name, _, suffix = name.rpartition("@")
+        if name != self.name:
+            raise APIError(
+                404,
+                f"the model {model!r:.100} does not exist; this server has {self.name}",
+                param="model",
+                code="model_not_found",
+            )
+        wanted = field
+        if suffix is not None:
+            wanted = _suffix_bits(suffix)
+            if field is not None and field != wanted:
+                raise APIError(
+                    400, f"bits: the model's name asks for {suffix} and the field for {field}", param="bits"
+                )
+        try:
+            self.generator.bits(wanted)
+        except UsageError as error:
+            raise APIError(400, str(error), param="bits") from None
+        return wanted
+
+    def requests(self, body: Generation, bits: Bits | None, max_tokens: int) -> list[Request]:
+        """Returns a request to the engine for each of the ``n`` choices; they differ in the seed.
+
+        Raises:
+          APIError: A value is out of range.
+        """
+        fields: dict[str, Any] = {name: getattr(body, name) for name in (*SAMPLING, *PENALTIES)}
+        if body.logit_bias:
+            fields["logit_bias"] = self._logit_bias(body.logit_bias)
+        if body.ignore_eos:
+            fields["stop_tokens"] = ()
+        seed = secrets.randbits(32) if body.seed is None else body.seed
+        try:
+            request = Request(bits=bits, max_tokens=max_tokens, stop=body.stop or (), seed=seed, **fields)
+        except UsageError as error:
+            raise APIError(400, str(error)) from None
+        return [dataclasses.replace(request, seed=seed + choice) for choice in range(body.n or 1)]
+
+    def max_tokens(self, wanted: int | None, prompts: Sequence[Sequence[int]], default: int | None) -> int:
+        """Returns the most tokens of each answer.
+
+        Args:
+          wanted: Value of the request's field.
+          prompts: Tokens of the prompts.
+          default: Value if the request has none; None for the rest of the context.
+
+        Raises:
+          APIError: A prompt is empty or does not fit the context with its answer.
+        """
+        longest = max(map(len, prompts))
+        if min(map(len, prompts)) == 0:
+            raise APIError(400, "the prompt has no tokens; send at least one", param="prompt")
+        room = self.context - longest
+        if room < 1 or (wanted is not None and wanted > room):
+            answer = "the answer" if wanted is None else f"an answer of {wanted}"
+            raise APIError(
+                400,
+                f"the prompt has {longest} tokens and the context holds {self.context}, {answer} included; "
+                "shorten the prompt or the answer",
+                param="max_tokens" if room >= 1 else None,
+                code="context_length_exceeded",
+            )
+        most = self.limits.max_tokens
+        if wanted is not None and most is not None and wanted > most:
+            raise APIError(
+                400, f"max_tokens is {wanted} and this server's limit is {most}", param="max_tokens"
+            )
+        return min(wanted or default or room, room, most or room)
+
+    @contextlib.asynccontextmanager
+    async def choices(
+        self, prompts: Sequence[Sequence[int]], requests: Sequence[Request], top_logprobs: int | None
+    ) -> AsyncIterator[list[Choice]]:
+        """Starts all requests on each prompt; those that are unfinished after the block are cancelled.
+
+        Raises:
+          APIError: There is no room in the queue, a request does not fit, or the block takes too long.
+          EngineError: The engine has ended.
+        """
+        started: list[Choice] = []
+        otherwise = "failed"
+        with self.admission.hold(len(prompts) * len(requests)):
+            try:
+                async with asyncio.timeout(self.limits.request_seconds):
+                    for prompt in prompts:
+                        for request in requests:
+                            answer = self.engine.submit(prompt, request, top_logprobs=top_logprobs)
+                            started.append(Choice(len(started), answer, self.metrics.clock(), self._weights))
+                    yield started
+            except TimeoutError:
+                otherwise = "timeout"
+                raise APIError(
+                    504,
+                    f"the answer did not end within {self.limits.request_seconds:g} s; ask for fewer tokens",
+                    code="timeout",
+                ) from None
+            except asyncio.CancelledError:
+                otherwise = "disconnected"
+                raise
+            finally:
+                for choice in started:
+                    self.engine.cancel(choice.answer)
+                    outcome = choice.answer.finish_reason if choice.statistics else None
+                    self.metrics.count(choice.answer, choice.statistics, outcome or otherwise)
+
+    def _logit_bias(self, bias: Any) -> dict[int, float]:
+        if wrong := [key for key in bias if not (key.isascii() and key.isdecimal() and len(key) < 10)]:
+            raise APIError(400, f"logit_bias: {wrong[0]!r:.40} is not a token id", param="logit_bias")
+        return {int(key): value for key, value in bias.items()}
+
+
+def _suffix_bits(suffix: str) -> Bits:
+    if suffix == FULL:
+        return FULL
+    try:
+        if len(suffix) > 20 or not suffix.isascii():
+            raise ValueError(suffix)
+        value = float(suffix)
+    except ValueError:
+        value = float("nan")
+    if not 0 < value <= MAX_BITS:
+        raise APIError(
+            400, f"model: {suffix!r:.40} is neither a number of bits up to {MAX_BITS} nor full", param="model"
+        )
+    return value

@@ -1,0 +1,268 @@
+"""The server as OpenAI's official client sees it, over a socket, with the library as the oracle."""
+
+import json
+import time
+
+import openai
+import pytest
+
+from grinqh_jax.decoding.generator import Generator
+from grinqh_jax.decoding.request import Request
+
+MODEL = "tiny"
+MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+GREEDY = {"model": MODEL, "temperature": 0, "max_tokens": 12}
+
+
+@pytest.fixture(scope="module")
+def library(chat_directory):
+    return Generator.load(chat_directory)
+
+
+def expected(library, prompt, **settings):
+    """Text, tokens and figures of a request that the library answers."""
+    generation = library.generate(prompt, Request(**settings), max_context=128)
+    return "".join(generation), generation.tokens, generation.statistics()
+
+
+@pytest.mark.parametrize("bits", [1.5, 4.0, "full"])
+def test_a_completion_is_the_text_of_the_library(client, library, bits):
+    answer = client.completions.create(**GREEDY, prompt="The cat", extra_body={"bits": bits})
+    text, tokens, statistics = expected(library, "The cat", bits=bits, max_tokens=12, temperature=0)
+    assert answer.choices[0].text == text
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage.completion_tokens == len(tokens)
+    assert answer.usage.prompt_tokens == len("The cat")
+    assert answer.usage.realised_bits == pytest.approx(statistics.realised_bits, abs=1e-3)
+    assert answer.usage.weight_bytes_per_token == pytest.approx(statistics.bytes_per_token, rel=1e-3)
+
+
+def test_a_suffix_of_the_model_sets_the_bits(client):
+    def text(model, **fields):
+        return client.completions.create(**GREEDY | {"model": model}, prompt="The cat", **fields)
+
+    low, field = text(f"{MODEL}@1.5"), text(MODEL, extra_body={"bits": 1.5})
+    assert low.choices[0].text == field.choices[0].text
+    assert low.usage.realised_bits == field.usage.realised_bits < text(f"{MODEL}@full").usage.realised_bits
+    assert text(f"{MODEL}@1.5", extra_body={"bits": 1.5}).choices[0].text == low.choices[0].text
+    with pytest.raises(openai.BadRequestError, match=r"asks for 1\.5 and the field for 3"):
+        text(f"{MODEL}@1.5", extra_body={"bits": 3})
+
+
+def test_a_chat_is_the_text_of_the_library_and_streams_as_it(client, library):
+    settings = {"temperature": 1.0, "seed": 5}
+    fields = {"model": MODEL, "messages": MESSAGES, "max_completion_tokens": 20, **settings}
+    answer = client.chat.completions.create(**fields)
+    text, tokens, _ = expected(library, library.tokenizer.chat(MESSAGES), max_tokens=20, **settings)
+    assert answer.choices[0].message.content == text
+    assert answer.usage.completion_tokens == len(tokens)
+    stream = client.chat.completions.create(**fields, stream=True, stream_options={"include_usage": True})
+    *events, last = list(stream)
+    assert events[0].choices[0].delta.role == "assistant"
+    assert "".join(event.choices[0].delta.content or "" for event in events) == text
+    assert events[-1].choices[0].finish_reason == answer.choices[0].finish_reason
+    assert last.choices == []
+    assert last.usage.completion_tokens == len(tokens)
+    assert {event.id for event in events} == {last.id}
+
+
+def test_choices_differ_by_seed_and_stream_side_by_side(client, library):
+    fields = {"model": MODEL, "temperature": 1.0, "max_tokens": 10, "seed": 3, "n": 3}
+    answer = client.completions.create(**fields, prompt=["one", "two"])
+    texts = [choice.text for choice in answer.choices]
+    assert [choice.index for choice in answer.choices] == list(range(6))
+    assert texts == [
+        expected(library, prompt, temperature=1.0, max_tokens=10, seed=seed)[0]
+        for prompt in ("one", "two")
+        for seed in (3, 4, 5)
+    ]
+    streamed = [""] * 6
+    for event in client.completions.create(**fields, prompt=["one", "two"], stream=True):
+        streamed[event.choices[0].index] += event.choices[0].text
+    assert streamed == texts
+
+
+def test_without_a_seed_samples_differ(client):
+    def text():
+        return (
+            client.completions.create(model=MODEL, prompt="a", temperature=1.0, max_tokens=20).choices[0].text
+        )
+
+    assert text() != text()
+
+
+def test_prompts_of_tokens_echo_and_tokenize(client, server, library):
+    tokens = library.tokenizer.encode("The cat")
+    assert server.json("/v1/tokenize", {"prompt": "The cat"}) == (
+        200,
+        {"count": len(tokens), "max_model_len": 128, "tokens": tokens},
+    )
+    chat = library.tokenizer.chat(MESSAGES)
+    assert server.json("/v1/tokenize", {"messages": MESSAGES})[1]["tokens"] == chat
+    assert server.json("/v1/detokenize", {"tokens": tokens}) == (200, {"prompt": "The cat"})
+    text = client.completions.create(**GREEDY, prompt="The cat").choices[0].text
+    for prompt in (tokens, [tokens], "The cat", ["The cat"]):
+        answer = client.completions.create(**GREEDY, prompt=prompt, echo=True)
+        assert answer.choices[0].text == "The cat" + text
+    assert server.json("/v1/detokenize", {"tokens": [99999]})[0] == 400
+
+
+def test_stop_strings_and_stop_tokens(client):
+    fields = {"model": MODEL, "prompt": "a", "temperature": 1.0, "seed": 1, "max_tokens": 60}
+    text = client.completions.create(**fields, extra_body={"ignore_eos": True}).choices[0].text
+    assert len(text) > 20
+    stopped = client.completions.create(**fields, stop=[text[5:8], text[12:15]]).choices[0]
+    assert (stopped.text, stopped.finish_reason) == (text[: text.index(text[5:8])], "stop")
+    bias = {"0": 100}  # a stop token of the model
+    ended = client.completions.create(**fields, logit_bias=bias)
+    assert (ended.choices[0].text, ended.choices[0].finish_reason) == ("", "stop")
+    assert ended.usage.completion_tokens == 1
+
+
+def test_log_probabilities(client):
+    chat = client.chat.completions.create(
+        **GREEDY, messages=MESSAGES, logprobs=True, top_logprobs=3, extra_body={"bits": 3}
+    ).choices[0]
+    content = chat.logprobs.content
+    assert "".join(each.token for each in content) == chat.message.content or "\ufffd" in chat.message.content
+    for each in content:
+        assert each.top_logprobs[0].logprob == pytest.approx(each.logprob)  # greedy: the most likely token
+        assert len(each.top_logprobs) == 3
+        assert each.logprob <= 0
+    stream = client.chat.completions.create(
+        **GREEDY, messages=MESSAGES, logprobs=True, top_logprobs=3, stream=True, extra_body={"bits": 3}
+    )
+    streamed = [
+        each for event in stream if event.choices[0].logprobs for each in event.choices[0].logprobs.content
+    ]
+    assert streamed == content
+    text = client.completions.create(**GREEDY, prompt="The cat", logprobs=2).choices[0]
+    assert len(text.logprobs.tokens) == len(text.logprobs.token_logprobs) == 12
+    assert all(len(top) <= 2 for top in text.logprobs.top_logprobs)
+    assert text.logprobs.text_offset[0] == 0
+
+
+def test_models(client, server):
+    (model,) = client.models.list().data
+    assert (model.id, model.owned_by, model.max_model_len) == (MODEL, "grinqh-jax", 128)
+    assert model.bits == {"least": 1.0, "most": 8.0, "default": 4.0}
+    assert client.models.retrieve(f"{MODEL}@2.5").id == f"{MODEL}@2.5"
+    with pytest.raises(openai.NotFoundError, match="'other' does not exist; this server has tiny"):
+        client.models.retrieve("other")
+    assert server.json("/health") == (200, {"status": "ok"})
+
+
+WRONG = [
+    ({"model": "gpt"}, openai.NotFoundError, "model", "'gpt' does not exist; this server has tiny"),
+    (
+        {"model": "tiny@9"},
+        openai.BadRequestError,
+        "model",
+        "'9' is neither a number of bits up to 8 nor full",
+    ),
+    ({"model": "tiny@"}, openai.BadRequestError, "model", "'' is neither"),
+    ({"model": "tiny@nan"}, openai.BadRequestError, "model", "'nan' is neither"),
+    ({"extra_body": {"bits": 0.5}}, openai.BadRequestError, "bits", "dial goes from 1 to 8"),
+    ({"extra_body": {"bits": "3"}}, openai.BadRequestError, "bits", "bits"),
+    ({"extra_body": {"bits": 80}}, openai.BadRequestError, "bits", "less than or equal to 8"),
+    ({"temperature": -1}, openai.BadRequestError, "temperature", "greater than or equal to 0"),
+    ({"top_p": 0}, openai.BadRequestError, "top_p", "top_p"),
+    ({"top_p": 1.5}, openai.BadRequestError, "top_p", "less than or equal to 1"),
+    ({"max_tokens": 0}, openai.BadRequestError, "max_tokens", "greater than or equal to 1"),
+    ({"max_tokens": 1.5}, openai.BadRequestError, "max_tokens", "valid integer"),
+    ({"max_tokens": 300}, openai.BadRequestError, "max_tokens", "the context holds 128, an answer of 300"),
+    ({"n": 0}, openai.BadRequestError, "n", "greater than or equal to 1"),
+    ({"n": 100}, openai.BadRequestError, None, "asks for 100 answers and the server holds 64"),
+    ({"stop": ""}, openai.BadRequestError, "stop", "a stop string is empty"),
+    ({"logit_bias": {"x": 1}}, openai.BadRequestError, "logit_bias", "'x' is not a token id"),
+    ({"logit_bias": {"5000": 1}}, openai.BadRequestError, None, "5000"),
+    ({"stream_options": {"include_usage": True}}, openai.BadRequestError, None, "only with stream"),
+    ({"extra_body": {"best_of": 3}}, openai.BadRequestError, "best_of", "best_of is not supported"),
+    ({"extra_body": {"beams": 3}}, openai.BadRequestError, "beams", "'beams' is not a field"),
+]
+
+
+@pytest.mark.parametrize(("fields", "kind", "param", "message"), WRONG)
+def test_wrong_fields_are_refused_by_name(client, fields, kind, param, message):
+    with pytest.raises(kind) as raised:
+        client.completions.create(**GREEDY | {"prompt": "a"} | fields)
+    assert message in raised.value.body["message"]
+    assert raised.value.body["param"] == param
+    assert raised.value.body["type"] == "invalid_request_error"
+
+
+UNSUPPORTED = {
+    "response_format": {"type": "json_object"},
+    "reasoning_effort": "low",
+    "audio": {"voice": "alloy", "format": "wav"},
+    "store": True,
+    "service_tier": "flex",
+    "parallel_tool_calls": False,
+}
+
+
+def test_unsupported_fields_of_a_chat_are_refused_by_name_and_neutral_values_pass(client):
+    for name, value in UNSUPPORTED.items():
+        with pytest.raises(openai.BadRequestError) as raised:
+            client.chat.completions.create(**GREEDY, messages=MESSAGES, **{name: value})
+        assert raised.value.body["param"] == name
+        assert raised.value.code == "unsupported_parameter"
+    neutral = {"response_format": {"type": "text"}, "store": False, "service_tier": "auto", "user": "me"}
+    assert client.chat.completions.create(**GREEDY, messages=MESSAGES, **neutral).choices
+    image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}]
+    with pytest.raises(openai.BadRequestError, match=r"messages\.0\.user\.content"):
+        client.chat.completions.create(**GREEDY, messages=image)
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    with pytest.raises(openai.BadRequestError, match="tools are not supported: the model's chat template"):
+        client.chat.completions.create(**GREEDY, messages=MESSAGES, tools=tools)
+
+
+def test_a_prompt_that_does_not_fit_is_refused_with_the_numbers(client):
+    with pytest.raises(
+        openai.BadRequestError, match="the prompt has 300 tokens and the context holds 128"
+    ) as e:
+        client.completions.create(**GREEDY, prompt="a" * 300)
+    assert e.value.code == "context_length_exceeded"
+
+
+def test_a_chat_without_a_limit_ends_with_the_context(client):
+    answer = client.chat.completions.create(
+        model=MODEL, messages=MESSAGES, temperature=1.0, seed=1, extra_body={"ignore_eos": True}
+    )
+    assert answer.usage.total_tokens == 128
+    assert answer.choices[0].finish_reason == "length"
+
+
+def test_metrics_count_answers(client, server):
+    names = ("grinqh_answers_total", "grinqh_generated_tokens_total", "grinqh_realised_bits_count")
+    before = [server.metric(name) for name in names]
+    client.completions.create(**GREEDY, prompt="The cat", n=2)
+    after = [server.metric(name) for name in names]
+    assert [b - a for a, b in zip(before, after, strict=True)] == [2, 24, 2]
+    assert server.metric("grinqh_slots") == 4
+    assert server.metric("grinqh_time_to_first_event_seconds_count") >= 2
+    assert server.metric("grinqh_weight_bytes_read_total") > 0
+
+
+def test_a_client_that_leaves_frees_its_slot(client, server):
+    fields = {"model": MODEL, "prompt": "a", "temperature": 1.0, "max_tokens": 120, "stream": True}
+    before = server.metric("grinqh_answers_total")
+    for n in (1, 3, 8):  # running, and waiting for a slot
+        stream = client.completions.create(**fields, n=n, extra_body={"ignore_eos": True})
+        next(stream)
+        stream.close()
+    with server.connect() as sock:  # not a stream
+        body = json.dumps(fields | {"stream": False, "n": 8, "ignore_eos": True}).encode()
+        sock.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        )
+        sock.sendall(b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
+        time.sleep(0.2)
+    deadline = time.monotonic() + 20
+    while server.metric("grinqh_answers_total") < before + 20 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    while server.metric("grinqh_cache_pages_in_use") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert server.metric("grinqh_answers_total") == before + 20
+    assert server.metric("grinqh_cache_pages_in_use") == 0
+    assert server.metric("grinqh_answers_decoding") == server.metric("grinqh_answers_waiting") == 0

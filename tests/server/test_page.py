@@ -1,0 +1,76 @@
+"""The web page: complete in one file, and its script works against the server."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+
+DOM = """
+const elements = {};
+function element(id) {
+  return elements[id] ||= {
+    id, value: "", textContent: "", hidden: true, disabled: false, children: [], listeners: {},
+    addEventListener(kind, run) { this.listeners[kind] = run; },
+    append(child) { this.children.push(child); },
+    replaceChildren() { this.children = []; },
+  };
+}
+globalThis.document = {
+  getElementById: element, body: { scrollHeight: 0 },
+  createElement: () => element("made" + Object.keys(elements).length),
+};
+globalThis.window = { scrollTo() {} };
+const plain = globalThis.fetch;
+globalThis.fetch = (path, options) => plain(process.argv[2] + path, options);
+element("temperature").value = "0.7";
+"""
+RUN = """
+(async () => {
+  await load();
+  at("bits").value = "2";
+  await send("The cat");
+  at("clear").listeners.click();
+  await send("And <b>then</b>?");
+  console.log(JSON.stringify({
+    model: at("model").textContent, least: at("bits").min, figures: at("figures").textContent, turns,
+    shown: at("turns").children.map((turn) => [turn.className, turn.textContent]),
+  }));
+})();
+"""
+
+
+def page(server) -> tuple[bytes, str]:
+    with server.connect() as sock:
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        received = b""
+        while part := sock.recv(1 << 16):
+            received += part
+    head, _, body = received.partition(b"\r\n\r\n")
+    return head, body.decode()
+
+
+def test_the_page_has_nothing_from_elsewhere(server):
+    head, html = page(server)
+    assert head.startswith(b"HTTP/1.1 200 ")
+    assert b"default-src 'none'" in head
+    assert not re.search(r"(src|href)=|https?://|@import|url\(|innerHTML|eval\(", html)
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node, which runs the page's script")
+def test_the_script_chats_with_the_server(server, tmp_path):
+    script = re.search(r"<script>(.*)</script>", page(server)[1], re.S)[1]
+    file = tmp_path / "page.js"
+    file.write_text(DOM + script + RUN)
+    run = subprocess.run(
+        ["node", str(file), server.url], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    seen = json.loads(run.stdout)
+    assert (seen["model"], seen["least"]) == ("tiny", 1)
+    (asked, question), *answers = seen["shown"]
+    assert (asked, question) == ("turn user", "And <b>then</b>?")
+    assert all(kind == "turn answer" and text for kind, text in answers)
+    assert seen["turns"] == [] or seen["turns"][0] == {"role": "user", "content": question}
+    assert re.fullmatch(r"\d+ tokens( · [\d.]+ tokens/s)?( · [\d.]+ bits read)?", seen["figures"])
