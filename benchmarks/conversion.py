@@ -18,6 +18,7 @@ tokenizer lie in few ranges of a large vocabulary, and only those ranges of the 
 """
 
 import argparse
+import collections
 import dataclasses
 import datetime
 import functools
@@ -36,6 +37,7 @@ import jax
 import random_checkpoint
 
 from checkpoints_tools.convert import command as convert
+from checkpoints_tools.convert import compilation
 from checkpoints_tools.convert.sizes import directory_bytes
 from grinqh_jax.benchmarking import random_model
 from grinqh_jax.cli.progress import Progress
@@ -75,6 +77,9 @@ LLAMA_135M = {
 WARM_UP = 2
 """Number of steps of a stage that may compile. The others give the seconds of a layer or a training step."""
 
+SLOWEST = 20
+"""Number of functions whose compilation times are reported, longest first."""
+
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "orbax-checkpoint", "tensorstore", "safetensors")
 
 
@@ -112,12 +117,14 @@ class Cost(NamedTuple):
 class _Compilations:
     programs: int = 0
     seconds: float = 0.0
+    seconds_of: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
-    def listen(self, event: str, seconds: float, **_: object) -> None:
+    def listen(self, event: str, seconds: float, fun_name: str = "unnamed", **_: object) -> None:
         """Counts an event of ``jax.monitoring``."""
         if "/jax/core/compile/" in event:
             self.programs += event.endswith("backend_compile_duration")
             self.seconds += seconds
+            self.seconds_of[fun_name.partition(" at ")[0]] += seconds
 
 
 _compiled = _Compilations()
@@ -186,6 +193,9 @@ def timed_conversion(command: list[str], out: pathlib.Path, report: dict, output
         run["stages"] = stages(steps)
         run["peak_host_bytes"] = peak_host_memory()
         run["peak_device_bytes"] = memory.get("peak_bytes_in_use")
+        run["compile_seconds_of"] = {
+            name: round(spent, 2) for name, spent in _compiled.seconds_of.most_common(SLOWEST)
+        }
         print(f"[{time.monotonic() - start.seconds:5.0f}s] {step}: {cost.seconds:.2f} s", flush=True)
         save()
 
@@ -238,6 +248,7 @@ def main() -> int:
     layers_of_shape = config["num_hidden_layers"]
     config["num_hidden_layers"] = args.layers or layers_of_shape
 
+    compilation.prepare()  # before random weights are made: XLA reads its flags once
     jax.config.update("jax_enable_compilation_cache", args.warm)
     jax.monitoring.register_event_duration_secs_listener(_compiled.listen)
     model, out = args.work / "model", args.work / "out"
