@@ -28,6 +28,10 @@ VERBS = {
         "checkpoints_tools.convert.command",
         "convert a Hugging Face checkpoint to a GRINQH checkpoint",
     ),
+    "publish": (
+        "checkpoints_tools.publish.command",
+        "write measured results into a model card, and upload a checkpoint to the hub",
+    ),
 }
 """Verb -> (module with ``main(argv) -> exit code``, one-line help).
 

@@ -24,8 +24,8 @@ START, END = "<!-- quality -->", "<!-- end of quality -->"
 """Comments around the measured table."""
 
 _NOT_MEASURED = (
-    "Not measured. `python -m grinqh_jax perplexity --model DIR --data FILE --json` measures it, and `python"
-    " -m checkpoints_tools.publish --model DIR --results FILE` writes the table here."
+    "Not measured. `grinqh-jax perplexity --model DIR --data FILE --json` measures it, and `grinqh-jax"
+    " publish --model DIR --results FILE` writes the table here."
 )
 
 
@@ -109,7 +109,7 @@ def render(directory: Path, origin: Origin) -> str:
 ## Use
 
 ```sh
-python -m grinqh_jax.generate --model DIR_OR_HUB_ID --bits 3 --prompt "Why is the sky blue?"
+grinqh-jax generate --model DIR_OR_HUB_ID --bits 3 --prompt "Why is the sky blue?"
 ```
 
 ## Quality

@@ -38,8 +38,8 @@ def push(directory: Path, repo: str) -> str:
         api.upload_folder(repo_id=repo, folder_path=directory, commit_message="Upload a GRINQH checkpoint")
     except Exception as error:
         raise UsageError(
-            f"--push-to-hub {repo}: {_line(error)}; {directory} is complete, push it with `python -m"
-            f" checkpoints_tools.publish --model {directory} --push-to-hub {repo}`"
+            f"--push-to-hub {repo}: {_line(error)}; {directory} is complete, push it with `grinqh-jax publish"
+            f" --model {directory} --push-to-hub {repo}`"
         ) from None
     return str(url)
 

@@ -11,7 +11,7 @@ import pytest
 from checkpoints_tools.baselines import __main__ as baselines
 from checkpoints_tools.convert import command as convert
 from checkpoints_tools.pareto import flags as pareto
-from checkpoints_tools.publish import __main__ as publish
+from checkpoints_tools.publish import command as publish
 from grinqh_jax.__main__ import VERBS
 from grinqh_jax.cli import bench_serve, benchmark, chat, evaluate, generate, inspect, perplexity, serve
 

@@ -9,8 +9,7 @@ import tiny_checkpoint
 import tiny_models
 from huggingface_hub import ModelCard
 
-from checkpoints_tools.publish import __main__ as command
-from checkpoints_tools.publish import card
+from checkpoints_tools.publish import card, command
 from checkpoints_tools.publish.origin import Origin, origin_of
 from checkpoints_tools.source.open import open_source
 from grinqh_jax.errors import CheckpointError, GrinqhWarning, UsageError

@@ -5,8 +5,7 @@ import huggingface_hub.constants
 import pytest
 import tiny_checkpoint
 
-from checkpoints_tools.publish import __main__ as command
-from checkpoints_tools.publish import hub
+from checkpoints_tools.publish import command, hub
 from grinqh_jax.errors import UsageError
 
 # huggingface_hub 2.4 passes the content of a large file to its HTTP library in a deprecated way.
@@ -61,7 +60,7 @@ def test_a_refused_upload_is_one_line_that_says_how_to_try_again(stand_in, check
     error = capsys.readouterr().err
     assert error.startswith("error: --push-to-hub tester/tiny: ")
     assert error.count("\n") == 1
-    assert "checkpoints_tools.publish --model" in error
+    assert "grinqh-jax publish --model" in error
 
 
 def test_an_unreachable_hub_is_one_line(checkpoint, monkeypatch, capsys):
