@@ -27,7 +27,7 @@ import jax
 import step_profile
 
 from grinqh_jax.benchmarking import measure, random_model
-from grinqh_jax.model.apply import of_head
+from grinqh_jax.model.apply import in_head
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import linear_names
 
@@ -116,7 +116,7 @@ def profile(run: measure.DecodeRun, dial, args, row: dict) -> dict | None:
     kernels = step_profile.trace(lambda: run.run(dial))
     if not kernels:
         return None
-    layers = [name for name in linear_names(run.model.config) if not of_head(name)]
+    layers = [name for name in linear_names(run.model.config) if not in_head(name)]
     linears = [*layers, *run.model.lm_head.names]  # a dense model has one
     hlo = run.compiled.as_text()
     table = step_profile.tabulate(kernels, args.tokens, hlo, linears, row["us_per_token"])

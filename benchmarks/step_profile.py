@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from grinqh_jax.model.apply import of_head
+from grinqh_jax.model.apply import in_head
 
 MATVEC = re.compile(r"graded_matvec|gemm|gemv|nvjet|cutlass|cublas|splitK|xmma|s16816gemm", re.IGNORECASE)
 OWN_KERNELS = {"attention_kernel": "attention", "add_norm_kernel": "norm", "swiglu_kernel": "mlp"}
@@ -112,7 +112,7 @@ def tabulate(kernels: list[Kernel], steps: int, hlo: str, linears: Sequence[str]
     seen = 0
     for kernel in kernels:
         if MATVEC.search(kernel.name):
-            category = "head" if of_head(linears[seen % len(linears)]) else "matvec"
+            category = "head" if in_head(linears[seen % len(linears)]) else "matvec"
             seen += 1
         elif re.search(r"memcpy|memset|^copy|^wrapped_copy", kernel.name, re.IGNORECASE):
             category = "copies"

@@ -23,7 +23,7 @@ from checkpoints_tools.calibration import allocation, histogram, statistics
 from checkpoints_tools.calibration.allocation import GradedCosts, smooth_sensitivities
 from checkpoints_tools.convert import place_thresholds, vocabulary
 from grinqh_jax.model import output_projection
-from grinqh_jax.model.apply import Graded, of_head
+from grinqh_jax.model.apply import Graded, in_head
 
 UNIFORM = (*PLAIN_WEIGHTS, "--split", "uniform")
 
@@ -57,7 +57,7 @@ def unit_of_the_token() -> Callable[[], AbstractContextManager]:
     def graded(self, name, linear, x):
         thresholds = jnp.broadcast_to(self.thresholds[name][:, None], (*x.leading, linear.weight.num_planes))
         y, self.stats[name] = linear.graded(x, thresholds * mean_magnitude(x.array))
-        return y if of_head(name) else y.astype(x.dtype)
+        return y if in_head(name) else y.astype(x.dtype)
 
     return patched((statistics, "observe", observe), (Graded, "__call__", graded))
 

@@ -19,7 +19,7 @@ from checkpoints_tools.baselines.gptq import gptq
 from checkpoints_tools.source.layer import dense_layer, embed, read_layer
 from grinqh_jax.companions import companion_path
 from grinqh_jax.hf import HFCheckpoint, params
-from grinqh_jax.model.apply import HEAD, Dense, of_head
+from grinqh_jax.model.apply import HEAD, Dense, in_head
 from grinqh_jax.model.decoder import DecoderLayer, linear_shapes
 from grinqh_jax.model.parameters import EMBEDDING
 
@@ -186,7 +186,7 @@ def mean_bits_read(source: HFCheckpoint, bits: int) -> tuple[float, float]:
       output projection.
     """
     sizes = {name: k * n for name, (k, n) in linear_shapes(source.config).items()}
-    quantized = sum(size for name, size in sizes.items() if not of_head(name))
+    quantized = sum(size for name, size in sizes.items() if not in_head(name))
     everything = sum(sizes.values())
     total = quantized * groups.bits_read(bits) + (everything - quantized) * UNQUANTIZED_BITS
     return groups.bits_read(bits), total / everything

@@ -27,7 +27,7 @@ from checkpoints_tools.calibration.allocation import least_within
 from grinqh_jax.decoding.dial import layer_shares
 from grinqh_jax.decoding.generator import Generator
 from grinqh_jax.errors import UsageError
-from grinqh_jax.model.apply import Dense, of_head
+from grinqh_jax.model.apply import Dense, in_head
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import Decoder, linear_names
 from pallas_kernels.layout import DIGIT_BITS
@@ -79,7 +79,7 @@ def whole_head(generator: Generator) -> Generator:
     config, most, targets = generator.model.config, planes * DIGIT_BITS, _targets(generator)
     everything = np.zeros((len(targets), planes))
     tables = {
-        name: everything if of_head(name) else np.asarray(generator.model.graded_linear(name).thresholds[...])
+        name: everything if in_head(name) else np.asarray(generator.model.graded_linear(name).thresholds[...])
         for name in linear_names(config)
     }
     return _reread(generator, tables, [with_whole_head(bits, config, most) for bits in targets])
@@ -87,7 +87,7 @@ def whole_head(generator: Generator) -> Generator:
 
 def with_whole_head(bits: float, config: ModelConfig, max_bits: int) -> float:
     """Returns the mean over all linear layers if the decoder layers read ``bits`` and the head everything."""
-    head = layer_shares(config)[[of_head(name) for name in linear_names(config)]].sum()
+    head = layer_shares(config)[[in_head(name) for name in linear_names(config)]].sum()
     return float((1 - head) * bits + head * max_bits)
 
 

@@ -96,7 +96,7 @@ def divergence(
         inputs.append(x)
         room -= sum(output.nbytes for output in outputs.values())
         kept.append(outputs if room >= 0 else None)
-    divergences, back, gradients = _through_head(model, head, states, level_gains, settings, inputs.pop())
+    divergences, back, gradients = _head_divergence(model, head, states, level_gains, settings, inputs.pop())
     for i in reversed(range(num_layers)):
         layer, layer_gains, x = model.layer(i), _layer_gains(level_gains, i), inputs.pop()
         outputs = kept.pop() or _forward(layer, layer_gains, settings, x)[1]
@@ -168,7 +168,7 @@ def _backward(
     return back, by_gains
 
 
-def _through_head(
+def _head_divergence(
     model: GradedModel,
     head: GradedHead,
     states: WindowStates,

@@ -15,7 +15,7 @@ from checkpoints_tools.source.layer import dense_layer, embed, read_layer, run_l
 from grinqh_jax.hf import HFCheckpoint
 from grinqh_jax.model.decoder import DecoderLayer, RMSNorm
 from grinqh_jax.model.layer_spec import HEAD
-from grinqh_jax.model.linear import GradedLinear, linear_of
+from grinqh_jax.model.linear import GradedLinear, build_linear
 from grinqh_jax.model.output_projection import block_shapes
 
 
@@ -70,7 +70,7 @@ class GradedModel:
         trees = self.read(HEAD)["blocks"]
         blocks = {}
         for i, (name, shape) in enumerate(shapes.items()):
-            block = linear_of(_with_unit_gains(trees[str(i)]), shape, self.compute_dtype)
+            block = build_linear(_with_unit_gains(trees[str(i)]), shape, self.compute_dtype)
             assert isinstance(block, GradedLinear), "the tree has planes"
             blocks[name] = CodedLinear.of_planes(block)
         scale = self.read(config.final_norm.name)["scale"]

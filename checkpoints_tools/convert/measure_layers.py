@@ -29,7 +29,7 @@ from checkpoints_tools.convert.survey import Survey
 from checkpoints_tools.quantizers import QUANTIZERS, LevelFit
 from checkpoints_tools.source.layer import dense_layer, embed, read_layer
 from grinqh_jax.checkpoint import Writer
-from grinqh_jax.model.apply import of_head
+from grinqh_jax.model.apply import in_head
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import RMSNorm
 from grinqh_jax.model.layer_spec import HEAD, Attention
@@ -149,7 +149,7 @@ def gains_help(config: ModelConfig, name: str) -> bool:
     In the other layers such gains increase the divergence of the 32M model of ``docs/quality.md``. Training
     starts from these gains.
     """
-    if of_head(name):
+    if in_head(name):
         return True
     _, i, projection = name.split(".")
     block = config.layers[int(i)].block_of(projection)

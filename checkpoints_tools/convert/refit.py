@@ -18,7 +18,7 @@ from checkpoints_tools.convert.coded_linear import CodedLinear
 from checkpoints_tools.convert.least_squares import FitWindow, Moments, moments, refitted
 from checkpoints_tools.source.head import normed
 from grinqh_jax.decoding.thresholds import interpolate
-from grinqh_jax.model.apply import of_head
+from grinqh_jax.model.apply import in_head
 from grinqh_jax.model.decoder import DecoderLayer, RMSNorm
 from grinqh_jax.model.layer_spec import LayerSpec, ResidualBlock
 from grinqh_jax.model.linear import DenseLinear
@@ -120,7 +120,7 @@ class RefitStates:
 
     def _block_written_by(self, name: str) -> ResidualBlock | None:
         """Returns the block whose results a linear layer writes to the residual stream, if it does."""
-        if of_head(name):
+        if in_head(name):
             return None
         _, i, projection = name.split(".")
         spec = self._layers[int(i)]

@@ -21,7 +21,7 @@ from checkpoints_tools.source.layer import dense_layer, embed, read_layer
 from grinqh_jax.checkpoint import Writer
 from grinqh_jax.model.decoder import RMSNorm
 from grinqh_jax.model.layer_spec import HEAD
-from grinqh_jax.model.linear import GradedLinear, linear_of
+from grinqh_jax.model.linear import GradedLinear, build_linear
 
 Tables = Mapping[str, Float[np.ndarray, "targets p"]]
 """Threshold table of each linear layer, by name."""
@@ -108,7 +108,7 @@ def _refit_layer(
         }
         if (bias := vectors.get(f"{projection}.bias")) is not None:
             tree["bias"] = jnp.asarray(bias, jnp.float32)
-        linear = linear_of(
+        linear = build_linear(
             tree,
             plan.shapes[name],
             plan.compute_dtype,

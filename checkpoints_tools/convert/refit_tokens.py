@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from checkpoints_tools.calibration.statistics import first_scored_position
-from grinqh_jax.model.apply import of_head
+from grinqh_jax.model.apply import in_head
 from grinqh_jax.model.layer_spec import HEAD
 
 TOKENS = 32768
@@ -49,7 +49,7 @@ def input_widths(shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
     Args:
       shapes: Result of ``decoder.linear_shapes``.
     """
-    return {HEAD if of_head(name) else name.rpartition(".")[2]: k for name, (k, _) in shapes.items()}
+    return {HEAD if in_head(name) else name.rpartition(".")[2]: k for name, (k, _) in shapes.items()}
 
 
 def fitting_windows(

@@ -12,7 +12,7 @@ from checkpoints_tools.convert.options import PRINCIPAL
 from checkpoints_tools.convert.plan import Plan
 from checkpoints_tools.convert.principal_basis import RotatedCheckpoint, principal_axes, second_moments
 from grinqh_jax.hf import HFCheckpoint
-from grinqh_jax.model.apply import of_head
+from grinqh_jax.model.apply import in_head
 from grinqh_jax.model.layer_spec import HEAD
 
 
@@ -53,7 +53,7 @@ def survey(plan: Plan, on_progress: Callable[[str], None]) -> Survey:
         source, windows, plan.compute_dtype, axes=axes, states=states, on_progress=on_progress
     )
     sensitivities[HEAD] = vocabulary.smooth_sensitivities(sensitivities[HEAD])
-    names = [name for name in plan.shapes if of_head(name)]
+    names = [name for name in plan.shapes if in_head(name)]
     blocks = dict(zip(names, vocabulary.token_blocks(sensitivities[HEAD]), strict=True))
     sensitivities |= {name: sensitivities[HEAD][tokens] for name, tokens in blocks.items()}
     weights = source if axes is None else RotatedCheckpoint(source, axes, sensitivities)

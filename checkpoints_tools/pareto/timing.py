@@ -10,7 +10,7 @@ import numpy as np
 from checkpoints_tools.pareto.rows import Row
 from checkpoints_tools.pareto.series import FIXED, UNQUANTIZED
 from grinqh_jax.errors import UsageError
-from grinqh_jax.model.apply import of_head
+from grinqh_jax.model.apply import in_head
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import linear_shapes
 
@@ -58,8 +58,8 @@ class Timing:
         if set(shapes.values()) <= set(self._kernel):
             self._shapes, self._bits = list(shapes.values()), "realised_bits"
             self.what = f"kernel time of a token's matvecs, {device}"
-        elif {shape for name, shape in shapes.items() if not of_head(name)} <= set(self._kernel):
-            self._shapes = [shape for name, shape in shapes.items() if not of_head(name)]
+        elif {shape for name, shape in shapes.items() if not in_head(name)} <= set(self._kernel):
+            self._shapes = [shape for name, shape in shapes.items() if not in_head(name)]
             self.what = f"kernel time of a token's matvecs without the output projection, {device}"
         else:
             self._shapes = list(self._kernel)

@@ -11,7 +11,7 @@ from grinqh_jax.decoding.bits import Bits
 from grinqh_jax.decoding.generator import Generator
 from grinqh_jax.decoding.sampling import Sampling
 from grinqh_jax.decoding.statistics import weighted_mean
-from grinqh_jax.model.apply import of_head
+from grinqh_jax.model.apply import in_head
 from grinqh_jax.model.decoder import Decoder, linear_names
 from pallas_kernels.x64 import without_x64
 
@@ -43,7 +43,7 @@ class DecodedBits:
         if not self._tokens:
             return None
         by_name = zip(linear_names(model.config), (self._sums / self._tokens).tolist(), strict=True)
-        return float(weighted_mean(model, {n: bits for n, bits in by_name if head or not of_head(n)}))
+        return float(weighted_mean(model, {n: bits for n, bits in by_name if head or not in_head(n)}))
 
 
 @dataclasses.dataclass(frozen=True)

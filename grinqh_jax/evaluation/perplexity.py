@@ -16,7 +16,7 @@ from grinqh_jax.decoding.model_files import ModelFiles
 from grinqh_jax.decoding.thresholds import Thresholds
 from grinqh_jax.errors import UsageError
 from grinqh_jax.evaluation.result import Perplexity, TokenBits, WindowSums
-from grinqh_jax.model.apply import Graded, of_head
+from grinqh_jax.model.apply import Graded, in_head
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import Decoder, linear_names
 from grinqh_jax.text.documents import read_documents
@@ -207,7 +207,7 @@ def _graded_logits(model: Decoder, windows: Int[Array, "b t"], thresholds: Thres
 def _realised(model: Decoder, by_linear: Float[Array, "b t linears"]) -> _Realised:
     """Averages the bits of the linear layers over their weights."""
     bits, shares = np.asarray(by_linear), layer_shares(model.config)
-    layers = np.where([of_head(name) for name in linear_names(model.config)], 0, shares)
+    layers = np.where([in_head(name) for name in linear_names(model.config)], 0, shares)
     return _Realised(bits @ shares, bits @ (layers / layers.sum()))
 
 

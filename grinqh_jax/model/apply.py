@@ -21,8 +21,8 @@ LAYERS_COUNTED_AT_ONCE = 4
 """Number of layers with equally wide inputs whose bits ``Previewing`` counts in one operation."""
 
 
-def of_head(name: str) -> bool:
-    """Whether a linear layer is a vocabulary block of the output projection."""
+def in_head(name: str) -> bool:
+    """Returns whether a linear layer belongs to the output projection: one of its vocabulary blocks."""
     return name.startswith(HEAD)
 
 
@@ -46,7 +46,7 @@ class Dense:
 
     def product(self, name: str, linear: Linear, x: Float[Array, "*rows k"]) -> Float[Array, "*rows n"]:
         """Returns ``x @ W`` in the dtype of x, or in float32 for the output projection."""
-        return linear.dense(x, jnp.float32 if of_head(name) else None)
+        return linear.dense(x, jnp.float32 if in_head(name) else None)
 
 
 class Previewing(Dense):
@@ -121,4 +121,4 @@ class Graded:
             thresholds = thresholds.reshape(-1, *(1,) * (len(x.leading) - 1), thresholds.shape[-1])
         thresholds = jnp.broadcast_to(thresholds, (*x.leading, thresholds.shape[-1]))
         y, self.stats[name] = linear.graded(x, thresholds)
-        return y if of_head(name) else y.astype(x.dtype)
+        return y if in_head(name) else y.astype(x.dtype)

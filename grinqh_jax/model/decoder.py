@@ -14,12 +14,12 @@ from flax import nnx
 from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Float, Int
 
-from grinqh_jax.model.apply import Apply, Dense, of_head
+from grinqh_jax.model.apply import Apply, Dense, in_head
 from grinqh_jax.model.attention import KeyValues, attend_heads
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.gated_mlp import gated
 from grinqh_jax.model.layer_spec import HEAD, Attention, GatedMLP, LayerSpec, ResidualBlock
-from grinqh_jax.model.linear import CHECKPOINT_ATTRIBUTES, GradedLinear, Linear, linear_of
+from grinqh_jax.model.linear import CHECKPOINT_ATTRIBUTES, GradedLinear, Linear, build_linear
 from grinqh_jax.model.norm import add_norm, rms_norm
 from grinqh_jax.model.output_projection import OutputProjection, block_shapes
 from grinqh_jax.model.parameters import EMBEDDING, axis_sizes, norms, projections, stored_dtype
@@ -76,7 +76,7 @@ class DecoderLayer(nnx.Module):
         for norm in self.spec.norms:
             setattr(self, norm.name, RMSNorm(tree[norm.name]["scale"], config.rms_norm_eps))
         for projection in self.spec.projections:
-            linear = linear_of(tree[projection.name], projection.shape(sizes), compute_dtype)
+            linear = build_linear(tree[projection.name], projection.shape(sizes), compute_dtype)
             setattr(self, projection.name, linear)
 
     def __call__(
@@ -241,7 +241,7 @@ class Decoder(nnx.Module):
 
     def linear(self, name: str) -> Linear:
         """Returns the linear layer of one of ``linear_names``."""
-        if of_head(name):
+        if in_head(name):
             return self.lm_head.block(name)
         _, index, projection = name.split(".")
         return getattr(self.layers[int(index)], projection)

@@ -98,7 +98,7 @@ Linear = DenseLinear | GradedLinear
 """A linear layer: ``y = x @ W + bias`` with ``W [in_features, out_features]``."""
 
 
-def linear_of(tree: Mapping[str, Any], shape: tuple[int, int], compute_dtype) -> Linear:
+def build_linear(tree: Mapping[str, Any], shape: tuple[int, int], compute_dtype) -> Linear:
     """Builds the module of a linear layer: dense if ``tree`` has a ``kernel``, else graded.
 
     Args:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from grinqh_jax.model.apply import Apply
 from grinqh_jax.model.layer_spec import HEAD, IDENTITY, LogitTransform
-from grinqh_jax.model.linear import Linear, linear_of
+from grinqh_jax.model.linear import Linear, build_linear
 from pallas_kernels import Activations, layout
 
 _BLOCK_END_DIVISORS = (16, 4, 1)
@@ -60,12 +60,12 @@ class OutputProjection(nnx.Module):
     ):
         self.transform = transform
         if "kernel" in tree:
-            self.blocks = nnx.List([linear_of(tree, shape, compute_dtype)])
+            self.blocks = nnx.List([build_linear(tree, shape, compute_dtype)])
             self.token_to_output = None
         else:
             shapes = block_shapes(*shape).values()
             self.blocks = nnx.List(
-                [linear_of(tree["blocks"][str(i)], shape, compute_dtype) for i, shape in enumerate(shapes)]
+                [build_linear(tree["blocks"][str(i)], shape, compute_dtype) for i, shape in enumerate(shapes)]
             )
             self.token_to_output = nnx.Param(tree["columns"])
 

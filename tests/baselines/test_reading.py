@@ -10,7 +10,7 @@ from grinqh_jax import BUNDLED_MODEL
 from grinqh_jax.decoding.generator import Generator
 from grinqh_jax.errors import UsageError
 from grinqh_jax.evaluation.perplexity import measure
-from grinqh_jax.model.apply import Graded, of_head
+from grinqh_jax.model.apply import Graded, in_head
 from grinqh_jax.model.decoder import linear_shapes
 from pallas_kernels import grading
 
@@ -68,7 +68,7 @@ def test_skip_int4_uses_two_levels_and_keeps_the_mean(bundled, windows):
     skipping = reading.skip_int4(bundled, windows)
     for name, read_levels in levels(bundled, skipping, 2.0).items():
         assert set(np.unique(read_levels)) == {0, 2}, name
-        if not of_head(name):
+        if not in_head(name):
             assert np.mean(read_levels == 2) == pytest.approx(0.5, abs=0.1), name
     assert {tuple(np.unique(read_levels)) for read_levels in levels(bundled, skipping, 4.0).values()} == {
         (2,)
@@ -92,7 +92,7 @@ def test_the_whole_head_is_read_and_the_layers_keep_their_mean(bundled):
     asked = {bits: reading.with_whole_head(bits, config, 8) for bits in (2.0, 3.0)}
     read_levels = levels(bundled, whole, asked[2.0])
     for name, own in levels(bundled, bundled, 2.0).items():
-        if of_head(name):
+        if in_head(name):
             assert set(np.unique(read_levels[name])) == {4}, name
         else:
             np.testing.assert_allclose(read_levels[name].mean(), own.mean(), atol=0.02)

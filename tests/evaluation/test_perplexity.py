@@ -19,7 +19,7 @@ from grinqh_jax.evaluation import perplexity
 from grinqh_jax.evaluation.perplexity import measure
 from grinqh_jax.evaluation.result import Perplexity, TokenBits, WindowSums, standard_error
 from grinqh_jax.json_files import json_line
-from grinqh_jax.model.apply import of_head
+from grinqh_jax.model.apply import in_head
 from grinqh_jax.model.cache import KVCache
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import Decoder, linear_names
@@ -84,7 +84,7 @@ def test_tokens_are_graded_as_in_decoding(tiny):
     assert spread.loss_correlation == pytest.approx(
         np.corrcoef(per_token, reference_losses)[0, 1], rel=1e-3, abs=1e-5
     )
-    layers = {name: bits for name, bits in by_linear.items() if not of_head(name)}
+    layers = {name: bits for name, bits in by_linear.items() if not in_head(name)}
     layers = weighted_mean(tiny.model, layers).mean()
     assert result.realised_bits_without_head == pytest.approx(layers, rel=1e-5)
     assert abs(layers - per_token.mean()) > 1e-3
@@ -96,11 +96,11 @@ def test_bits_without_the_head_exclude_all_vocabulary_blocks():
     hf_config = HF_CONFIG | {"vocab_size": 1100}
     model = Decoder.from_tree(ModelConfig.from_hf(hf_config), random_tree(hf_config), jnp.float32)
     names, window = linear_names(model.config), TOKENS[:LENGTH]
-    assert sum(map(of_head, names)) == 2
+    assert sum(map(in_head, names)) == 2
     (result,) = measure(model, QUANTIZATION.targets, window, [2.0], sequence_length=LENGTH)
     _, bits, _ = decoded(model, window, Dial.create(model, QUANTIZATION.targets, [2.0]))
     by_linear = dict(zip(names, bits[:-1].T, strict=True))
-    layers = weighted_mean(model, {name: read for name, read in by_linear.items() if not of_head(name)})
+    layers = weighted_mean(model, {name: read for name, read in by_linear.items() if not in_head(name)})
     assert result.realised_bits_without_head == pytest.approx(layers.mean(), rel=1e-5)
 
 
