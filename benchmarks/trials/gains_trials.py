@@ -100,14 +100,14 @@ GAINS_TRIALS = {
     "gains-fitted-to-outputs": Trial("gains fitted to outputs", NOT_TRAINED, fitted_to_outputs()),
     "gains-half-the-steps": Trial(
         "half the steps, twice as large",
-        change=patched((train_gains, "STEPS", 16), (train_gains, "RATE", 0.06)),
+        change=patched((train_gains, "STEPS", 12), (train_gains, "RATE", 0.03)),
     ),
     "gains-to-the-sum": Trial(
         "to the sum of the divergences",
         # A divergence below the least one counts as that one: with 1, all divergences count alike.
         change=patched((graded_divergence, "_LEAST_DIVERGENCE", 1.0)),
     ),
-    "gains-at-2-bits": Trial("at 2 bits only", change=patched((train_gains, "BITS", (2.0, 2.0, 2.0)))),
+    "gains-at-2-bits": Trial("at 2 bits only", change=patched((train_gains, "BITS", (2.0, 2.0)))),
     "gains-third-level-trained": Trial(
         "the third level's trained",
         change=patched((train_gains, "trained_levels", lambda num_planes: num_planes - 1)),
