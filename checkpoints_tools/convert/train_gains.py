@@ -35,7 +35,7 @@ SECOND_MOMENT_DECAY = 0.95
 """Adam's ``b2``. The usual 0.999 would still remember the first steps at the end."""
 
 WINDOW = 256
-"""Longest window in tokens. On a CPU the time of a conversion is proportional to the tokens of the training."""
+"""Longest window in tokens. On a CPU the training takes as long as the rest of a conversion."""
 
 LEAST_TOKENS = 4096
 """Minimum number of calibration tokens for training. Gains trained on fewer do not suit other text."""
