@@ -24,7 +24,7 @@ TILE_OUTPUT_BYTES = layout.TILE * 4
 SCALES_BYTES = layout.TILE * 2
 """Bytes of the scales of one group in one tile."""
 
-MAX_ROWS = 8
+MAX_ROWS = 16
 """Largest number of activation rows in a launch."""
 
 MAX_ROWS_PER_CTA = 4
@@ -33,10 +33,6 @@ lane for accumulators."""
 
 SHARED_BYTES_LIMIT = 99 * 1024
 """Bytes of shared memory that one CTA can have on every supported architecture; sm_89 has the fewest."""
-
-
-MAX_SHARED_LIST_ROWS = 16
-"""Largest number of activation rows in a launch whose CTAs share one list."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,7 +74,7 @@ class Config:
       ring_slots: Number of 1-KiB slots in the ring of a warp: 2, 4, 8 or 16. A warp keeps ``ring_slots - 1``
         KiB of copies in flight.
       shared_list: Tuning of the program whose CTAs share one list, for 2 to 16 activation rows. None runs the
-        program in which each warp has a list, for 1 to 8 rows.
+        program in which each warp has a list.
     """
 
     warpgroups: int
@@ -124,7 +120,7 @@ class Geometry:
       stored_k: Number of input channels, padded to whole groups.
       stored_n: Number of outputs, padded to whole tiles.
       planes: Number of stored planes, 1 to 4.
-      rows: Number of activation rows, 1 to 8.
+      rows: Number of activation rows, 1 to 16.
       x_dtype: "float32", "bfloat16" or "float16".
       config: Tuning.
       num_square_partials: Number of partial sums of the norm's mean square; 0 without a norm.

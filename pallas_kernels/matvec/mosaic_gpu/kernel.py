@@ -1,6 +1,5 @@
 """The launch of the graded matvec on a GPU: supported arguments, sizes and operands."""
 
-import dataclasses
 import functools
 
 import jax
@@ -45,7 +44,7 @@ def graded_matvec(
     *,
     config: Config | None = None,
 ) -> tuple[Float32[Array, "rows n"], Float32[Array, "rows"]]:
-    """Implements ``api.graded_matvec`` for 1 to 8 rows (see ``partial_sums``)."""
+    """Implements ``api.graded_matvec`` for 1 to 16 rows (see ``partial_sums``)."""
     y, stats = partial_sums(Activations.of(x), weight, thresholds, config=config)
     return y.array, stats.bits
 
@@ -57,7 +56,7 @@ def partial_sums(
     *,
     config: Config | None = None,
 ) -> tuple[Activations, GradingStats]:
-    """Implements ``api.graded_partial_sums`` for 1 to 8 rows.
+    """Implements ``api.graded_partial_sums`` for 1 to 16 rows.
 
     Args:
       x: Activations ``[rows, K]``.
@@ -76,8 +75,7 @@ def partial_sums(
 def geometry_of(x: Activations, weight: NestedWeight, config: Config | None = None) -> Geometry:
     """Returns the sizes of the launch that ``partial_sums`` makes for these arguments."""
     stored_k, stored_n = layout.padded_shape(weight.in_features, weight.out_features)
-    shared = config is not None and config.shared_list is not None
-    geometry = (SharedListGeometry if shared else Geometry)(
+    geometry = Geometry(
         in_features=weight.in_features,
         stored_k=stored_k,
         stored_n=stored_n,
@@ -93,7 +91,8 @@ def geometry_of(x: Activations, weight: NestedWeight, config: Config | None = No
         config = tuning.best_config(
             geometry, device_kind=target.device_kind, multiprocessors=device.multiprocessors(target)
         )
-    return dataclasses.replace(geometry, config=config)
+    program = Geometry if config.shared_list is None else SharedListGeometry
+    return program(**{**vars(geometry), "config": config})
 
 
 def run_program(isa: Instructions, geometry: Geometry, refs: Refs) -> None:

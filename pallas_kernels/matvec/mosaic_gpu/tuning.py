@@ -6,7 +6,15 @@ import importlib.resources
 import json
 import math
 
-from pallas_kernels.matvec.mosaic_gpu.geometry import SHARED_BYTES_LIMIT, STEP_BYTES, Config, Geometry
+from pallas_kernels.matvec.mosaic_gpu.geometry import (
+    MAX_ROWS_PER_CTA,
+    SHARED_BYTES_LIMIT,
+    STEP_BYTES,
+    Config,
+    Geometry,
+    SharedList,
+)
+from pallas_kernels.matvec.mosaic_gpu.shared_list.geometry import SharedListGeometry
 
 # Constants of the rule's model of a launch, fitted to 48 measurements (12 configurations of 4 shapes) on an
 # H200.
@@ -45,8 +53,34 @@ def best_config(geometry: Geometry, *, device_kind: str, multiprocessors: int) -
       device_kind: JAX's name of the device, for example "NVIDIA H200".
       multiprocessors: Number of multiprocessors of the device.
     """
+    if geometry.rows > MAX_ROWS_PER_CTA:
+        # The order of sums is that of one row, so a row has the same bits alone and among 4 to 15 others.
+        alone = best_config(
+            dataclasses.replace(geometry, rows=1), device_kind=device_kind, multiprocessors=multiprocessors
+        )
+        limit = SHARED_BYTES_PER_SM if device_kind in _measured() else SHARED_BYTES_LIMIT
+        return with_shared_list(geometry, alone, limit)
     measured = _measured().get(device_kind, {}).get((geometry.stored_k, geometry.stored_n))
     return measured if measured and geometry.rows == 1 else rule(geometry, multiprocessors)
+
+
+def with_shared_list(geometry: Geometry, alone: Config, limit: int) -> Config:
+    """Returns the configuration of the program whose CTAs share a list, the best one measured on an H200.
+
+    Four warps execute fewer instructions than eight and need twice the registers, too many from 9 rows on
+    (``benchmarks/notes/2026-11-29-matvec-rows.md``, M23).
+
+    Args:
+      geometry: Sizes of the launch; ``config`` is ignored.
+      alone: Configuration of a launch with one row.
+      limit: Largest number of bytes of shared memory of a CTA. A ring that does not fit is halved.
+    """
+    warps = 4 if alone.warpgroups == 1 and geometry.rows <= 8 else 8
+    for slots in (8, 4):
+        config = dataclasses.replace(alone, shared_list=SharedList(warps=warps, ring_slots=slots))
+        if SharedListGeometry(**{**vars(geometry), "config": config}).shared_bytes <= limit:
+            break
+    return config
 
 
 def rule(geometry: Geometry, multiprocessors: int) -> Config:

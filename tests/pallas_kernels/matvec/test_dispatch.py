@@ -17,6 +17,7 @@ from pallas_kernels import Activations, NestedWeight, graded_matvec, layout
 from pallas_kernels.lanes import device
 from pallas_kernels.matvec import choose
 from pallas_kernels.matvec.mosaic_gpu import Config, geometry, kernel, supports, tuning
+from pallas_kernels.matvec.mosaic_gpu.shared_list import SharedListGeometry
 
 SHAPES = [(1024, 1024), (2048, 8192), (4096, 24576), (5120, 151936), (300, 700), (64, 100)]
 GPUS = [("NVIDIA H200", 132), ("NVIDIA GeForce RTX 4090", 128)]
@@ -45,7 +46,8 @@ def abstract_arguments(in_features, out_features, rows=1, max_bits=8, dtype="bfl
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu[0])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(
-    ("rows", "max_bits", "dtype"), [(1, 8, "float32"), (3, 4, "bfloat16"), (8, 6, "float16")]
+    ("rows", "max_bits", "dtype"),
+    [(1, 8, "float32"), (3, 4, "bfloat16"), (8, 6, "float16"), (16, 8, "bfloat16")],
 )
 def test_lowers_for(gpu, shape, rows, max_bits, dtype):
     arguments = abstract_arguments(*shape, rows, max_bits, dtype)
@@ -75,8 +77,8 @@ def test_declines_with_a_reason():
     x, weight, _ = abstract_arguments(256, 512)
     with compiling_for("NVIDIA H200", 132):
         assert supports(x, weight) is None
-        nine = jax.ShapeDtypeStruct((9, 256), jnp.float32)
-        assert supports(nine, weight) == "takes 1 to 8 rows, not 9"
+        seventeen = jax.ShapeDtypeStruct((17, 256), jnp.float32)
+        assert supports(seventeen, weight) == "takes 1 to 16 rows, not 17"
         huge = abstract_arguments(65536, 131072)
         assert "addresses at most 4294967296 bytes" in supports(*huge[:2])
     with compiling_for("AMD Instinct MI300X", 304):
@@ -176,6 +178,32 @@ def test_the_rule_gives_launches_that_fit(k, n, multiprocessors):
         assert launch.splits * launch.config.groups_per_cta >= launch.groups
         assert launch.row_batches * launch.rows_per_cta >= rows
         assert launch.matvec_blocks == launch.row_batches * launch.tiles * launch.splits
+
+
+@pytest.mark.parametrize("device_kind", ["NVIDIA H200", "NVIDIA GeForce RTX 4090"])
+@pytest.mark.parametrize("shape", [(128, 512), (4096, 24576), (12288, 4096), (14336, 4096)], ids=str)
+def test_more_rows_than_four_share_a_list_and_the_order_of_sums_of_one_row(shape, device_kind):
+    gpu = {"device_kind": device_kind, "multiprocessors": 130}
+    alone = tuning.best_config(sizes(*shape), **gpu)
+    assert tuning.best_config(sizes(*shape, rows=4), **gpu).shared_list is None
+    for rows in range(5, 17):
+        config = tuning.best_config(sizes(*shape, rows=rows), **gpu)
+        assert config.shared_list is not None
+        assert dataclasses.replace(config, shared_list=None) == alone
+        launch = SharedListGeometry(**{**vars(sizes(*shape, rows=rows)), "config": config})
+        most = tuning.SHARED_BYTES_PER_SM if device_kind == "NVIDIA H200" else geometry.SHARED_BYTES_LIMIT
+        assert launch.shared_bytes <= most
+
+
+@pytest.mark.parametrize("warpgroups", [1, 2])
+@pytest.mark.parametrize("warps_per_group", [1, 2, 4])
+def test_a_shared_list_fits_every_gpu(warpgroups, warps_per_group):
+    alone = Config(warpgroups=warpgroups, warps_per_group=warps_per_group, ring_slots=8)
+    for rows in range(5, 17):
+        launch = sizes(14336, 4096, rows=rows)
+        config = tuning.with_shared_list(launch, alone, geometry.SHARED_BYTES_LIMIT)
+        fields = {**vars(launch), "config": config, "num_square_partials": 32}
+        assert SharedListGeometry(**fields).shared_bytes <= geometry.SHARED_BYTES_LIMIT
 
 
 def test_partial_sums_are_added_in_order():

@@ -30,6 +30,7 @@ CASES = [
     Case(64, 100, config=None),
     Case(256, 512, config=None),
     Case(1024, 6144, config=None, rows=8),
+    Case(1024, 6144, config=None, rows=16),
     Case(3072, 8192, config=None, activations="heavy"),
     Case(8192, 2048, config=None, activations="outliers"),
     Case(5120, 13824, config=None, dtype="bfloat16"),
