@@ -29,6 +29,10 @@ PREVIEW_TOKENS = 64
 """Number of trailing prompt tokens used to estimate graded bits."""
 
 
+LOGPROB_ROWS = 16
+"""Number of tokens of a prompt whose log-probabilities are computed together."""
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Chunk:
@@ -143,13 +147,52 @@ def _prefill(
     hidden, layers = model.hidden(tokens, positions, strategy, cache.layers)
     x = hidden.array
     last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+    return _logits(model, last), x, cache.updated(layers, cache.lengths + lengths)
+
+
+def _logits(model: Decoder, x: Float[Array, "b d"]) -> Float[Array, "b v"]:
+    """Returns the logits of a few hidden states at full precision."""
     head: apply.Apply = apply.Dense()
-    if (
-        model.graded
-    ):  # Reads all bits of the head without dequantizing it, which would make the largest array.
+    if model.graded:
+        # Reads all bits of the head without dequantizing it, which would make the largest array.
         read_all = jnp.zeros(model.full_bits // DIGIT_BITS, jnp.float32)
         head = apply.Graded(dict.fromkeys(model.lm_head.names, read_all))
-    return model.logits(Activations.of(last), head), x, cache.updated(layers, cache.lengths + lengths)
+    return model.logits(Activations.of(x), head)
+
+
+@jax.jit(static_argnames="count")
+def prompt_logprobs(
+    model: Decoder | FlatModel,
+    tokens: Int[Array, "b t"],
+    following: Int[Array, "b t"],
+    cache: KVCache,
+    count: int,
+) -> TokenLogprobs:
+    """Returns the log-probabilities that the model gives to the tokens of a prompt, at full precision.
+
+    Args:
+      model: Dense or graded model.
+      tokens: New tokens, as for ``prefill``; t is a multiple of ``LOGPROB_ROWS``.
+      following: Token after each of them.
+      cache: Keys and values of the earlier tokens. It does not change.
+      count: Number of most likely tokens whose log-probabilities are returned beside those of ``following``.
+
+    Returns:
+      Log-probabilities ``[b, t]``; those of padding are undefined.
+    """
+    model = _module(model)
+    positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
+    x = model.hidden(tokens, positions, apply.Dense(), cache.layers)[0].array
+
+    def some_rows(rows):
+        x, following = rows
+        return token_logprobs(_logits(model, x), following, count)
+
+    # Rows are processed a few at once, because the logits of a whole piece would take gigabytes.
+    rows = x.reshape(-1, LOGPROB_ROWS, x.shape[-1]), following.reshape(-1, LOGPROB_ROWS)
+    return jax.tree.map(
+        lambda values: values.reshape(*tokens.shape, *values.shape[2:]), jax.lax.map(some_rows, rows)
+    )
 
 
 @jax.jit(static_argnames="policy")

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -55,26 +55,30 @@ class Answer:
 
     Attributes:
       prompt_tokens: Number of tokens of the prompt.
+      prompt_logprobs: Log-probabilities of all prompt tokens but the first, from the first piece on; None if
+        the request does not ask for them.
       tokens: Tokens so far. A stop token is included, tokens after a stop string are not.
       finish_reason: ``"stop"`` (stop token or stop string), ``"length"``, ``"cancelled"``, or None while
         unfinished.
       reused_tokens: Number of leading prompt tokens taken from shared pages; None before the prompt is read.
     """
 
-    def __init__(self, model: Decoder, prompt_tokens: int, text: AnswerText, top_logprobs: int | None):
+    def __init__(self, model: Decoder, prompt: Sequence[int], text: AnswerText, top_logprobs: int | None):
         """Makes an empty answer.
 
         Args:
           model: Model that answers.
-          prompt_tokens: Number of tokens of the prompt.
+          prompt: Tokens of the prompt.
           text: Decodes the tokens.
           top_logprobs: Number of most likely tokens that pieces report; None for no log-probabilities.
         """
-        self.prompt_tokens = prompt_tokens
+        self.prompt_tokens = len(prompt)
+        self.prompt_logprobs: list[TokenLogprob] | None = None
         self.tokens: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.reused_tokens: int | None = None
         self._model = model
+        self._prompt = prompt
         self._text = text
         self._top_logprobs = top_logprobs
         self._stats: list[GradingStats] = []
@@ -194,6 +198,10 @@ class Answer:
         self.reused_tokens = reused_tokens
         self._times.append(time.perf_counter())
 
+    def receive_prompt(self, logprobs: TokenLogprobs) -> None:
+        """Takes the log-probabilities of all prompt tokens but the first, before the first piece."""
+        self.prompt_logprobs = self._token_logprobs(self._prompt[1:], logprobs)
+
     def receive(self, tokens: list[int], stats: GradingStats | None, logprobs: TokenLogprobs | None) -> bool:
         """Adds tokens up to the first that ends the text; returns whether there is one."""
         text, count = self._text.push(tokens)
@@ -219,7 +227,9 @@ class Answer:
         self._error = error
         self._publish(None, ended=True)
 
-    def _token_logprobs(self, tokens: list[int], logprobs: TokenLogprobs | None) -> list[TokenLogprob] | None:
+    def _token_logprobs(
+        self, tokens: Sequence[int], logprobs: TokenLogprobs | None
+    ) -> list[TokenLogprob] | None:
         if logprobs is None or self._top_logprobs is None:
             return None
         chosen = logprobs.chosen[: len(tokens)].tolist()

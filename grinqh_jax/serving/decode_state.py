@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grinqh_jax.decoding import engine
 from grinqh_jax.decoding.dial import Dial, DialState
-from grinqh_jax.decoding.logprobs import MOST_LOGPROBS, token_logprobs
+from grinqh_jax.decoding.logprobs import MOST_LOGPROBS, TokenLogprobs, token_logprobs
 from grinqh_jax.decoding.penalties import Penalties, TokenHistory
 from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.sampling import Sampling
@@ -221,6 +221,29 @@ def prefill(
         preview = engine.merge_previews(prefix.preview, preview)
     cache = cache.write(contiguous, prefix.pages, prefix.length, tokens.shape[1])
     return cache, Prefix(prefix.pages, contiguous.lengths, logits, preview)
+
+
+@jax.jit
+def prompt_logprobs(
+    model: FlatModel,
+    cache: PagedCache,
+    prefix: Prefix,
+    tokens: Int[Array, "1 t"],
+    following: Int[Array, "1 t"],
+) -> TokenLogprobs:
+    """Returns the log-probabilities of the prompt tokens after those of a piece, before ``prefill`` reads it.
+
+    Args:
+      model: Graded or dense model.
+      cache: Pages of all texts.
+      prefix: What has been read of the prompt.
+      tokens: Tokens of the piece, right-padded with any valid token.
+      following: Token after each of them.
+    """
+    contiguous = cache.gather(prefix.pages, prefix.length)
+    return engine.prompt_logprobs(
+        model, tokens, following, contiguous, most_logprobs(prefix.logits.shape[-1])
+    )
 
 
 @jax.jit(static_argnames="policy", donate_argnames="state")

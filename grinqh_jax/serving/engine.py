@@ -62,6 +62,7 @@ class Engine:
         cache_memory: int | None = None,
         page_size: int = PAGE_SIZE,
         piece: int = PIECE,
+        prompt_logprobs: bool = False,
         policy: DecodePolicy | None = None,
     ):
         """Allocates the cache and compiles all programs, which takes from seconds to minutes.
@@ -75,6 +76,8 @@ class Engine:
           page_size: Number of positions of a page of the cache.
           piece: Number of prompt tokens read in one call, a multiple of ``page_size``. Running answers pause
             for at most one piece, and prefixes are shared in whole pieces.
+          prompt_logprobs: Whether requests may ask for log-probabilities of their prompts, which takes more
+            programs.
           policy: How programs are compiled, by default ``DecodePolicy.for_device()``.
 
         Raises:
@@ -102,6 +105,7 @@ class Engine:
             piece=piece,
             num_pages=num_pages,
             stop_tokens=max(len(generator.defaults.eos_tokens), MOST_STOP_TOKENS),
+            prompt_logprobs=prompt_logprobs,
         )
         self.scheduler = Scheduler(model, generator.dial(None), shape, policy or DecodePolicy.for_device())
         self.scheduler.compile()
@@ -128,6 +132,7 @@ class Engine:
         *,
         priority: int = 0,
         top_logprobs: int | None = None,
+        prompt_logprobs: bool = False,
     ) -> Answer:
         """Queues a request and returns its answer, which grows while the engine decodes.
 
@@ -137,6 +142,8 @@ class Engine:
           priority: Requests with a lower number come first; those with the same number in order of arrival.
           top_logprobs: Number of most likely tokens, 0 to ``MOST_LOGPROBS``, whose log-probabilities the
             answer has beside those of its tokens; None for no log-probabilities.
+          prompt_logprobs: Whether the answer also has log-probabilities of the tokens of the prompt, at full
+            precision, as prompts are read. Each piece of the prompt is then read twice.
 
         Raises:
           UsageError: The request is invalid (see ``Generator.generate``), or can never fit into the cache.
@@ -148,6 +155,11 @@ class Engine:
         self.scheduler.check(len(tokens), limit)
         if top_logprobs is not None and not 0 <= top_logprobs <= MOST_LOGPROBS:
             raise UsageError(f"top_logprobs is {top_logprobs}, expected 0 to {MOST_LOGPROBS}")
+        if prompt_logprobs and (top_logprobs is None or not self.scheduler.shape.prompt_logprobs):
+            raise UsageError(
+                "prompt_logprobs needs an engine created with prompt_logprobs=True, and top_logprobs of the "
+                "request; give both"
+            )
         stop_tokens, most = self._generator.stop_tokens(request), self.scheduler.shape.stop_tokens
         if len(stop_tokens) > most:
             raise UsageError(f"the request has {len(stop_tokens)} stop tokens; at most {most} are supported")
@@ -166,8 +178,8 @@ class Engine:
             limits=row(limit, np.int32),
         )
         text = AnswerText(self._generator.tokenizer.stream(), request.stop, stop_tokens)
-        answer = Answer(model, len(tokens), text, top_logprobs)
-        job = Job(tokens, settings, answer, top_logprobs is not None, priority)
+        answer = Answer(model, tokens, text, top_logprobs)
+        job = Job(tokens, settings, answer, top_logprobs is not None, prompt_logprobs, priority)
         with self._lock:
             self._check_open()
             self._jobs[answer] = job

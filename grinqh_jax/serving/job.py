@@ -31,6 +31,7 @@ class Shape:
       piece: Number of prompt tokens read in one call, a multiple of ``page_size``.
       num_pages: Number of pages of the cache.
       stop_tokens: Most stop tokens of a request.
+      prompt_logprobs: Whether requests may have log-probabilities of their prompts.
     """
 
     slots: int
@@ -39,6 +40,7 @@ class Shape:
     piece: int
     num_pages: int
     stop_tokens: int
+    prompt_logprobs: bool
 
     @property
     def pages_per_slot(self) -> int:
@@ -82,6 +84,9 @@ class Receiver(Protocol):
     def begin(self, reused_tokens: int) -> None:
         """Is called when the job leaves the queue, with the number of prompt tokens from shared pages."""
 
+    def receive_prompt(self, logprobs: TokenLogprobs) -> None:
+        """Takes the log-probabilities of all prompt tokens but the first, numpy ``[tokens]``."""
+
     def receive(self, tokens: list[int], stats: GradingStats | None, logprobs: TokenLogprobs | None) -> bool:
         """Takes new tokens; returns whether a stop token or a stop string is among them.
 
@@ -108,12 +113,14 @@ class Job:
       settings: Settings, numpy with one row; ``limits`` is the length of the longest answer.
       answer: Receiver of the answer.
       logprobs: Whether the answer has log-probabilities.
+      prompt_logprobs: Whether the prompt has log-probabilities. It then shares no pages of earlier requests.
       priority: Jobs with a lower number come first; jobs with the same number in the order of their arrival.
       pages: Pages of the text, shared ones first, once the job is admitted.
       slot: Slot of the job, once it is admitted.
       ended: Whether the answer has ended.
       prefix: What has been read of the prompt; None before and after.
       pieces: Pieces of the prompt that are not read yet.
+      prompt_results: Log-probabilities of the pieces read so far, on the device, and their numbers of tokens.
       dispatched: Number of tokens that the dispatched work generates, unless a stop token comes first.
     """
 
@@ -121,12 +128,14 @@ class Job:
     settings: Settings
     answer: Receiver
     logprobs: bool = False
+    prompt_logprobs: bool = False
     priority: int = 0
     pages: list[int] = dataclasses.field(default_factory=list)
     slot: int | None = None
     ended: bool = False
     prefix: Prefix | None = None
     pieces: collections.deque[PrefillBucket] = dataclasses.field(default_factory=collections.deque)
+    prompt_results: list[tuple[TokenLogprobs, int]] = dataclasses.field(default_factory=list)
     dispatched: int = 0
 
     @property

@@ -15,9 +15,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Int
 
 from grinqh_jax.decoding import engine
 from grinqh_jax.decoding.dial import Dial
+from grinqh_jax.decoding.logprobs import TokenLogprobs
 from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.prefill_buckets import (
     PrefillBucket,
@@ -36,6 +38,7 @@ from grinqh_jax.serving.decode_state import (
     generate,
     insert,
     prefill,
+    prompt_logprobs,
     turn,
 )
 from grinqh_jax.serving.job import EngineError, EngineStats, FinishReason, Job, Shape
@@ -165,6 +168,8 @@ class Scheduler:
                 prefix = self._put(Prefix.create(self._config, nothing, 0, self._graded))
                 bucket = PrefillBucket(np.zeros((1, width), np.int32), np.zeros(1, np.int32), 0)
                 for _ in range(2):  # A prefix without tokens, and one that a prefill returned.
+                    if self.shape.prompt_logprobs:
+                        self._read_logprobs(prefix, bucket, bucket.tokens)
                     prefix = self._read_bucket(prefix, bucket, settings)
             self._insert(prefix, [], settings, slot=0)
             for greedy, logprobs in ((False, False), (True, False), (False, True)):
@@ -211,7 +216,8 @@ class Scheduler:
     def _reserve(self, job: Job) -> int | None:
         """Takes all pages of a job; returns the number of shared tokens, or None if pages are missing."""
         unit = self.shape.piece // self.shape.page_size
-        shared = self.allocator.share(job.prompt[: self._shareable(job.prompt)], unit)
+        shareable = 0 if job.prompt_logprobs else self._shareable(job.prompt)
+        shared = self.allocator.share(job.prompt[:shareable], unit)
         total = self.allocator.pages_for(len(job.prompt) + job.limit)
         own = self.allocator.allocate(total - len(shared))
         if own is None:
@@ -224,6 +230,12 @@ class Scheduler:
         """Dispatches the next piece of a prompt. Whole pieces are then shared."""
         piece = job.pieces.popleft()
         assert job.prefix is not None, "an admitted job has a prefix"
+        if job.prompt_logprobs:
+            start = piece.end - int(piece.lengths[0])
+            rest = job.prompt[start + 1 : piece.end + 1]
+            following = np.zeros_like(piece.tokens)
+            following[0, : len(rest)] = rest
+            job.prompt_results.append((self._read_logprobs(job.prefix, piece, following), len(rest)))
         job.prefix = self._read_bucket(job.prefix, piece, job.settings)
         self.allocator.register(job.prompt[: min(piece.end, self._shareable(job.prompt))], job.pages)
 
@@ -234,6 +246,12 @@ class Scheduler:
         """
         read = first_previewed(len(prompt)) if self._graded else len(prompt) - 1
         return read // self.shape.piece * self.shape.piece
+
+    def _read_logprobs(
+        self, prefix: Prefix, bucket: PrefillBucket, following: Int[np.ndarray, "1 t"]
+    ) -> TokenLogprobs:
+        tokens, following = self._put((bucket.tokens, following))
+        return prompt_logprobs(self._model, self._state.cache, prefix, tokens, following)
 
     def _read_bucket(self, prefix: Prefix, bucket: PrefillBucket, settings: Settings) -> Prefix:
         tokens, lengths, bits = self._put((bucket.tokens, bucket.lengths, settings.bits))
@@ -299,6 +317,9 @@ class Scheduler:
                 (chunk.grading_stats, chunk.logprobs if job.logprobs else None),
             )
             try:
+                if work.is_first and job.prompt_results:
+                    job.answer.receive_prompt(_concatenated(jax.device_get(job.prompt_results)))
+                    job.prompt_results.clear()
                 stopped = job.answer.receive(tokens, stats, logprobs)
             except Exception as error:  # Other answers go on.
                 self._end(job, error)
@@ -328,3 +349,9 @@ class Scheduler:
 
     def _put(self, arrays):
         return jax.device_put(arrays, self._sharding)
+
+
+def _concatenated(results: list[tuple[TokenLogprobs, int]]) -> TokenLogprobs:
+    """Joins the log-probabilities of pieces ``[1, t]``, without those of padding."""
+    pieces = [jax.tree.map(lambda rows: rows[0, :length], logprobs) for logprobs, length in results]  # noqa: B023
+    return jax.tree.map(lambda *rows: np.concatenate(rows), *pieces)

@@ -29,7 +29,7 @@ SYSTEM = list(range(40, 130))
 
 @pytest.fixture(scope="module")
 def engine(generator):
-    with Engine(generator, **SIZES, policy=SHORT) as engine:
+    with Engine(generator, **SIZES, prompt_logprobs=True, policy=SHORT) as engine:
         yield engine
 
 
@@ -40,7 +40,7 @@ def random_case(rng: random.Random) -> tuple[list[int], Request]:
     sampled = rng.random() < 0.3
     return prompt, Request(
         bits=rng.choice([1.0, 2.5, 3.0, 5.75, "full"]),
-        max_tokens=rng.randrange(1, 9),
+        max_tokens=rng.randrange(1, 7),
         temperature=rng.choice([0.5, 1.0]) if sampled else 0.0,
         top_k=rng.choice([0, 5]) if sampled else 0,
         top_p=rng.choice([0.7, 1.0]) if sampled else 1.0,
@@ -241,6 +241,28 @@ def test_log_probabilities_are_those_of_the_model(engine, generator):
     assert next(iter(engine.generate_many([prompt])[0])).logprobs is None
     with pytest.raises(UsageError, match="top_logprobs is 21, expected 0 to 20"):
         engine.submit(prompt, top_logprobs=21)
+
+
+def test_log_probabilities_of_a_prompt_are_those_of_the_model(engine, generator):
+    prompt = [*SYSTEM, *[200] * 9]  # several pieces
+    request = Request(max_tokens=2, bits=3.0)
+    plain = engine.generate_many([prompt], request)[0]
+    answer = engine.submit(prompt, request, top_logprobs=1, prompt_logprobs=True)
+    next(iter(answer))
+    assert [token.token for token in answer.prompt_logprobs] == prompt[1:]
+    expected, greedy, _ = _next_tokens(generator.model, np.array([prompt]), None)
+    found = [token.logprob for token in answer.prompt_logprobs]
+    np.testing.assert_allclose(found, expected[0], atol=0.01)
+    top = [token.top[0] for token in answer.prompt_logprobs]
+    assert [most == token for (most, _), token in zip(top, prompt[1:], strict=True)] == greedy[0].tolist()
+    answer.result(60)
+    assert answer.tokens == plain.tokens
+    assert answer.reused_tokens == 0
+    one = engine.submit([9], request, top_logprobs=1, prompt_logprobs=True)
+    one.result(60)
+    assert one.prompt_logprobs == []
+    with pytest.raises(UsageError, match="prompt_logprobs needs an engine created with"):
+        engine.submit(prompt, request, prompt_logprobs=True)
 
 
 def test_a_biased_token_is_chosen_or_never_chosen(engine, generator):
