@@ -33,7 +33,7 @@ from grinqh_jax.decoding.programs import Programs, Signature
 from grinqh_jax.decoding.prompt_cache import PromptCache, conversation_capacity
 from grinqh_jax.decoding.request import Request
 from grinqh_jax.decoding.sampling import Sampling
-from grinqh_jax.decoding.statistics import Statistics, grading_fields
+from grinqh_jax.decoding.statistics import Statistics, grading_fields, joined
 from grinqh_jax.errors import GrinqhWarning, UsageError
 from grinqh_jax.memory import peak_memory
 from grinqh_jax.model.decoder import Decoder
@@ -312,9 +312,7 @@ class Generation:
 
         Layers are in the order of ``decoder.linear_names``.
         """
-        if not self._stats:
-            return None
-        return jax.tree.map(lambda *steps: np.concatenate(steps), *self._stats)
+        return joined(self._stats)
 
     @without_x64
     def statistics(self) -> Statistics:

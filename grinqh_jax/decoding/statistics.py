@@ -1,7 +1,7 @@
 """The figures of a generation: speed, bits and bytes that were read, memory."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -130,6 +130,13 @@ class Statistics:
             f"(up to {beyond[worst]:.3g} times the largest in calibration, in {worst}): bits and quality may "
             "be off; calibrate on text like this (convert --calib)"
         )
+
+
+def joined(stats: Sequence[GradingStats]) -> GradingStats | None:
+    """Joins statistics, numpy ``[steps, linears]``, of consecutive decode steps; None if there are none."""
+    if not stats:
+        return None
+    return jax.tree.map(lambda *steps: np.concatenate(steps), *stats)
 
 
 def grading_fields(model: Decoder, stats: GradingStats | None) -> dict[str, Any]:

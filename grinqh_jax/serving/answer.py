@@ -7,12 +7,9 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import NamedTuple
 
-import jax
-import numpy as np
-
 from grinqh_jax.decoding.answer_text import AnswerText
 from grinqh_jax.decoding.logprobs import TokenLogprobs
-from grinqh_jax.decoding.statistics import Statistics, grading_fields
+from grinqh_jax.decoding.statistics import Statistics, grading_fields, joined
 from grinqh_jax.memory import peak_memory
 from grinqh_jax.model.decoder import Decoder
 from grinqh_jax.serving.job import EngineError, FinishReason
@@ -107,9 +104,7 @@ class Answer:
 
         Layers are in the order of ``decoder.linear_names``.
         """
-        if not self._stats:
-            return None
-        return jax.tree.map(lambda *steps: np.concatenate(steps), *self._stats)
+        return joined(self._stats)
 
     def result(self, timeout: float | None = None) -> str:
         """Waits for the end and returns the text.

@@ -17,34 +17,13 @@ from jaxtyping import Array, Bool, Float, Int
 from grinqh_jax.decoding import engine
 from grinqh_jax.decoding.dial import Dial, DialState
 from grinqh_jax.decoding.logprobs import MOST_LOGPROBS, TokenLogprobs, token_logprobs
-from grinqh_jax.decoding.penalties import Penalties, TokenHistory
+from grinqh_jax.decoding.penalties import TokenHistory
 from grinqh_jax.decoding.policy import DecodePolicy
-from grinqh_jax.decoding.sampling import Sampling
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import linear_names
 from grinqh_jax.model.flat_model import FlatModel
 from grinqh_jax.serving.paged_cache import PagedCache
-
-NO_TOKEN = -1
-"""Padding of stop tokens; no token has this id."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Settings of the requests in B slots, or of one request (B = 1).
-
-    Attributes:
-      sampling: Sampling parameters, with penalties, biases and ``greedy=False``, so that any request fits.
-      bits: float32 ``[B]``, wanted mean bits; ignored for a dense model.
-      stop_tokens: int32 ``[B, E]``, tokens that end an answer, padded with ``NO_TOKEN``.
-      limits: int32 ``[B]``, number of tokens that the request may still generate.
-    """
-
-    sampling: Sampling
-    bits: Float[Array, "b"]
-    stop_tokens: Int[Array, "b e"]
-    limits: Int[Array, "b"]
+from grinqh_jax.serving.settings import NO_TOKEN, Settings, sampling_rows
 
 
 @jax.tree_util.register_dataclass
@@ -144,44 +123,6 @@ class Prefix:
         preview = engine.Preview(previewed, zeros(1, dtype=np.int32)) if graded else None
         read: Any = np.array([length], np.int32)
         return cls(pages[None], read, zeros(1, config.vocab_size), preview)
-
-
-def sampling_rows(
-    batch: int,
-    vocabulary: int,
-    *,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    seed: int = 0,
-    repetition_penalty: float = 1.0,
-    presence_penalty: float = 0.0,
-    frequency_penalty: float = 0.0,
-    logit_bias: Float[np.ndarray, "v"] | None = None,
-) -> Sampling:
-    """Returns the same sampling parameters for every row, as numpy arrays (see ``Sampling.create``).
-
-    In contrast to ``Sampling.create`` there always are penalties and biases, and ``greedy`` is False, so that
-    all requests have the same structure.
-    """
-
-    def rows(value, dtype):
-        return np.full(batch, value, dtype)
-
-    penalties = (repetition_penalty, presence_penalty, frequency_penalty)
-    biases: Any = np.zeros((batch, vocabulary), np.float32)
-    if logit_bias is not None:
-        biases += logit_bias
-    return Sampling(
-        temperature=rows(temperature, np.float32),
-        top_k=rows(top_k, np.int32),
-        top_p=rows(top_p, np.float32),
-        min_p=rows(min_p, np.float32),
-        seed=rows(seed % 2**32, np.uint32),
-        penalties=Penalties(*(rows(value, np.float32) for value in penalties)),
-        logit_bias=biases,
-    )
 
 
 @jax.jit(donate_argnames="cache")

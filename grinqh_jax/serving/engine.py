@@ -23,10 +23,11 @@ from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.request import Request
 from grinqh_jax.errors import UsageError
 from grinqh_jax.serving.answer import Answer
-from grinqh_jax.serving.decode_state import NO_TOKEN, Settings, sampling_rows
+from grinqh_jax.serving.device import Device
 from grinqh_jax.serving.job import EngineError, EngineStats, Job, Shape
 from grinqh_jax.serving.paged_cache import page_bytes
 from grinqh_jax.serving.scheduler import Scheduler
+from grinqh_jax.serving.settings import NO_TOKEN, Settings, sampling_rows
 from pallas_kernels.x64 import without_x64
 
 MOST_SLOTS = 16
@@ -107,8 +108,10 @@ class Engine:
             stop_tokens=max(len(generator.defaults.eos_tokens), MOST_STOP_TOKENS),
             prompt_logprobs=prompt_logprobs,
         )
-        self.scheduler = Scheduler(model, generator.dial(None), shape, policy or DecodePolicy.for_device())
-        self.scheduler.compile()
+        policy = policy or DecodePolicy.for_device()
+        device = Device(model, generator.dial(None), shape, policy)
+        device.compile()
+        self.scheduler = Scheduler(device, shape, policy)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._jobs: dict[Answer, Job] = {}  # unfinished ones
         self._lock = threading.Lock()

@@ -8,8 +8,9 @@ from typing import Literal, Protocol, runtime_checkable
 
 from grinqh_jax.decoding.logprobs import TokenLogprobs
 from grinqh_jax.decoding.prefill_buckets import PrefillBucket
-from grinqh_jax.errors import GrinqhError
-from grinqh_jax.serving.decode_state import Prefix, Settings
+from grinqh_jax.errors import GrinqhError, UsageError
+from grinqh_jax.serving.decode_state import Prefix
+from grinqh_jax.serving.settings import Settings
 from pallas_kernels import GradingStats
 
 
@@ -32,6 +33,9 @@ class Shape:
       num_pages: Number of pages of the cache.
       stop_tokens: Most stop tokens of a request.
       prompt_logprobs: Whether requests may have log-probabilities of their prompts.
+
+    Raises:
+      UsageError: ``piece`` is not a multiple of ``page_size``.
     """
 
     slots: int
@@ -41,6 +45,13 @@ class Shape:
     num_pages: int
     stop_tokens: int
     prompt_logprobs: bool
+
+    def __post_init__(self):
+        if self.piece % self.page_size:
+            raise UsageError(
+                f"a piece of {self.piece} tokens is not a multiple of the page size {self.page_size}; choose "
+                "such a multiple"
+            )
 
     @property
     def pages_per_slot(self) -> int:

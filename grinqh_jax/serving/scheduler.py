@@ -15,34 +15,15 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int
 
 from grinqh_jax.decoding import engine
-from grinqh_jax.decoding.dial import Dial
 from grinqh_jax.decoding.logprobs import TokenLogprobs
+from grinqh_jax.decoding.model_files import prompt_too_long
 from grinqh_jax.decoding.policy import DecodePolicy
-from grinqh_jax.decoding.prefill_buckets import (
-    PrefillBucket,
-    bucket_widths,
-    cut_pieces,
-    first_previewed,
-)
+from grinqh_jax.decoding.prefill_buckets import cut_pieces, first_previewed
 from grinqh_jax.errors import UsageError
-from grinqh_jax.model.decoder import Decoder
-from grinqh_jax.model.flat_model import FlatModel
-from grinqh_jax.serving.decode_state import (
-    DecodeState,
-    Prefix,
-    Settings,
-    free,
-    generate,
-    insert,
-    prefill,
-    prompt_logprobs,
-    turn,
-)
+from grinqh_jax.serving.device import Device
 from grinqh_jax.serving.job import EngineError, EngineStats, FinishReason, Job, Shape
-from grinqh_jax.serving.paged_cache import PagedCache
 from grinqh_jax.serving.pages import PageAllocator
 
 
@@ -69,33 +50,18 @@ class Scheduler:
       shape: Sizes of the engine.
     """
 
-    def __init__(self, model: Decoder, dial: Dial | None, shape: Shape, policy: DecodePolicy):
-        """Allocates the cache.
+    def __init__(self, device: Device, shape: Shape, policy: DecodePolicy):
+        """Makes a scheduler without jobs.
 
         Args:
-          model: Graded model; or a dense one, with ``dial=None``.
-          dial: Dial of the model; its state is ignored.
+          device: Model and state on the device, of the same shape.
           shape: Sizes of the engine.
-          policy: How programs are compiled and chunks scheduled.
+          policy: How chunks are scheduled.
         """
-        if shape.piece % shape.page_size:
-            raise UsageError(
-                f"a piece of {shape.piece} tokens is not a multiple of the page size {shape.page_size}; "
-                "choose such a multiple"
-            )
         self.allocator = PageAllocator(shape.num_pages, shape.page_size)
         self.shape = shape
-        self._config, self._graded, self._policy = model.config, dial is not None, policy
-        # The sharding of all arguments is the same from the first call on, because jit compiles again for
-        # another one.
-        self._sharding = model.norm.scale[...].sharding
-        self._model, self._dial = FlatModel(model), self._put(dial)
-        cache = PagedCache.create(model.config, shape.num_pages, shape.page_size, model.compute_dtype)
-        self._state = self._put(
-            DecodeState.create(
-                cache, model.config, shape.slots, shape.pages_per_slot, shape.stop_tokens, self._graded
-            )
-        )
+        self._device = device
+        self._policy = policy
         self._waiting: list[tuple[int, int, Job]] = []
         self._reading: list[tuple[int, int, Job]] = []
         self._decoding: dict[int, Job] = {}
@@ -130,10 +96,7 @@ class Scheduler:
         if prompt < 1:
             raise UsageError("a prompt has no tokens; give at least one")
         if prompt >= shape.max_context:
-            raise UsageError(
-                f"the prompt has {prompt} tokens and the context holds {shape.max_context}, the answer "
-                "included; shorten the prompt or raise the context"
-            )
+            raise prompt_too_long(prompt, shape.max_context)
         pages = self.allocator.pages_for(prompt + answer)
         if pages > shape.num_pages:
             raise UsageError(
@@ -156,28 +119,7 @@ class Scheduler:
         row: Any = np.array([bits], np.float32)
         job.settings = dataclasses.replace(job.settings, bits=row)
         if job.slot in self._decoding:
-            self._state = turn(self._state, self._put(np.int32(job.slot)), self._put(np.float32(bits)))
-
-    def compile(self) -> None:
-        """Compiles all programs by running them on no tokens."""
-        assert self.idle, "programs are compiled before the first job"
-        nothing = np.full(self.shape.pages_per_slot, self.shape.num_pages, np.int32)
-        settings = jax.tree.map(lambda rows: np.asarray(rows[:1]), self._state.slots.settings)
-        for _ in range(2):  # The second time all inputs are outputs of the programs.
-            for width in bucket_widths(max(self.shape.piece, engine.PREVIEW_TOKENS)):
-                prefix = self._put(Prefix.create(self._config, nothing, 0, self._graded))
-                bucket = PrefillBucket(np.zeros((1, width), np.int32), np.zeros(1, np.int32), 0)
-                for _ in range(2):  # A prefix without tokens, and one that a prefill returned.
-                    if self.shape.prompt_logprobs:
-                        self._read_logprobs(prefix, bucket, bucket.tokens)
-                    prefix = self._read_bucket(prefix, bucket, settings)
-            self._insert(prefix, [], settings, slot=0)
-            for greedy, logprobs in ((False, False), (True, False), (False, True)):
-                self._generate(greedy, logprobs)
-            if self._graded:
-                self._state = turn(self._state, self._put(np.int32(0)), self._put(np.float32(0)))
-            self._state = free(self._state, self._put(np.int32(0)))
-        jax.block_until_ready(self._state)
+            self._device.turn(job.slot, bits)
 
     def step(self) -> None:
         """Runs one round: admits jobs, reads a piece, launches a decode chunk and delivers results."""
@@ -204,10 +146,8 @@ class Scheduler:
                 return
             heapq.heappop(self._waiting)
             job.slot = self._free_slots.pop()
-            row = np.full(self.shape.pages_per_slot, self.shape.num_pages, np.int32)
-            row[: len(job.pages)] = job.pages
-            job.prefix = self._put(Prefix.create(self._config, row, reused, self._graded))
-            job.pieces.extend(cut_pieces(job.prompt, reused, self.shape.piece, self._graded))
+            job.prefix = self._device.prefix(job.pages, reused)
+            job.pieces.extend(cut_pieces(job.prompt, reused, self.shape.piece, self._device.graded))
             self._prompt_tokens += len(job.prompt)
             self._reused_tokens += reused
             job.answer.begin(reused)
@@ -235,8 +175,9 @@ class Scheduler:
             rest = job.prompt[start + 1 : piece.end + 1]
             following = np.zeros_like(piece.tokens)
             following[0, : len(rest)] = rest
-            job.prompt_results.append((self._read_logprobs(job.prefix, piece, following), len(rest)))
-        job.prefix = self._read_bucket(job.prefix, piece, job.settings)
+            logprobs = self._device.prompt_logprobs(job.prefix, piece, following)
+            job.prompt_results.append((logprobs, len(rest)))
+        job.prefix = self._device.prefill(job.prefix, piece, job.settings)
         self.allocator.register(job.prompt[: min(piece.end, self._shareable(job.prompt))], job.pages)
 
     def _shareable(self, prompt: Sequence[int]) -> int:
@@ -244,44 +185,17 @@ class Scheduler:
 
         The tokens of the preview are always read, and so is the last token, for the logits.
         """
-        read = first_previewed(len(prompt)) if self._graded else len(prompt) - 1
+        read = first_previewed(len(prompt)) if self._device.graded else len(prompt) - 1
         return read // self.shape.piece * self.shape.piece
-
-    def _read_logprobs(
-        self, prefix: Prefix, bucket: PrefillBucket, following: Int[np.ndarray, "1 t"]
-    ) -> TokenLogprobs:
-        tokens, following = self._put((bucket.tokens, following))
-        return prompt_logprobs(self._model, self._state.cache, prefix, tokens, following)
-
-    def _read_bucket(self, prefix: Prefix, bucket: PrefillBucket, settings: Settings) -> Prefix:
-        tokens, lengths, bits = self._put((bucket.tokens, bucket.lengths, settings.bits))
-        cache, prefix = prefill(self._model, self._state.cache, prefix, tokens, lengths, self._dial, bits)
-        self._state = dataclasses.replace(self._state, cache=cache)
-        return prefix
 
     def _start(self, job: Job) -> None:
         """Moves a job whose prompt is read to the answers."""
         assert job.slot is not None, "an admitted job has a slot"
         assert job.prefix is not None, "an admitted job has a prefix"
-        first = self._insert(job.prefix, job.prompt, job.settings, job.slot)
+        first = self._device.insert(job.slot, job.prefix, job.prompt, job.settings)
         job.prefix, job.dispatched = None, 1
         self._decoding[job.slot] = job
         self._track(_InFlight({0: job}, first, is_first=True))
-
-    def _insert(self, prefix: Prefix, prompt: Sequence[int], settings: Settings, slot: int) -> engine.Chunk:
-        in_prompt = np.zeros((1, self._config.vocab_size), bool)
-        in_prompt[0, np.asarray(prompt, np.int32)] = True
-        row, settings, in_prompt = self._put((np.int32(slot), settings, in_prompt))
-        self._state, first = insert(
-            self._state, row, prefix, settings, in_prompt, self._dial, policy=self._policy
-        )
-        return first
-
-    def _generate(self, greedy: bool, logprobs: bool) -> engine.Chunk:
-        self._state, chunk = generate(
-            self._model, self._state, self._dial, policy=self._policy, greedy=greedy, logprobs=logprobs
-        )
-        return chunk
 
     def _launch(self) -> bool:
         """Dispatches a decode chunk, if an answer may go on; returns whether it has."""
@@ -289,7 +203,7 @@ class Scheduler:
             return False
         logprobs = any(job.logprobs for job in self._decoding.values())
         greedy = not logprobs and all(job.greedy for job in self._decoding.values())
-        chunk = self._generate(greedy, logprobs)
+        chunk = self._device.generate(greedy, logprobs)
         for job in self._decoding.values():
             job.dispatched += self._policy.chunk_steps
         self._track(_InFlight(dict(self._decoding), chunk))
@@ -335,7 +249,7 @@ class Scheduler:
             heapq.heapify(queue)
         if job.slot is not None:
             if self._decoding.pop(job.slot, None) is not None:
-                self._state = free(self._state, self._put(np.int32(job.slot)))
+                self._device.free(job.slot)
             # Work in flight may still write these pages. Whoever gets them writes later.
             self.allocator.release(job.pages)
             self._free_slots.append(job.slot)
@@ -346,9 +260,6 @@ class Scheduler:
             job.answer.end(reason)
         except Exception as error:
             job.answer.fail(EngineError(f"the answer failed: {error!r}"), error)
-
-    def _put(self, arrays):
-        return jax.device_put(arrays, self._sharding)
 
 
 def _concatenated(results: list[tuple[TokenLogprobs, int]]) -> TokenLogprobs:

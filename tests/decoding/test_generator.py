@@ -61,6 +61,19 @@ def test_every_eos_token_ends_the_text(generator):
     assert stopped.finish_reason == "stop"
 
 
+def test_a_request_has_its_own_stop_tokens_and_biases(generator):
+    ended = finished(generator, max_tokens=6, logit_bias={0: 100.0})
+    assert ended.tokens == [0]
+    assert ended.finish_reason == "stop"
+    assert finished(generator, max_tokens=6, logit_bias={0: 100.0}, stop_tokens=()).tokens == [0] * 6
+    free = finished(generator, max_tokens=6).tokens
+    stopped = finished(generator, max_tokens=6, stop_tokens=[free[3]])
+    assert stopped.tokens == free[: free.index(free[3]) + 1]
+    assert free[0] not in finished(generator, max_tokens=6, logit_bias={free[0]: -100.0}).tokens
+    with pytest.raises(UsageError, match="token 258 is outside"):
+        generator.generate(PROMPT, Request(stop_tokens=[258]))
+
+
 def test_a_stop_string_cuts_the_text(generator):
     generator = without_end(generator)
     free = finished(generator, temperature=1.0, max_tokens=60).text
@@ -117,8 +130,11 @@ def test_bits_out_of_range_are_refused(generator, bits):
 
 def test_all_bad_values_of_a_request_are_named():
     with pytest.raises(UsageError) as caught:
-        Request(max_tokens=0, temperature=-1, top_k=-2, top_p=0, min_p=2, stop=[""])
-    for text in ("max_tokens is 0", "temperature is -1", "top_k is -2", "top_p is 0", "min_p is 2", "stop"):
+        Request(
+            max_tokens=0, temperature=-1, top_k=-2, top_p=0, min_p=2, stop=[""], logit_bias={5: 101, 6: 1}
+        )
+    named = "max_tokens is 0", "temperature is -1", "top_k is -2", "top_p is 0", "min_p is 2", "stop"
+    for text in (*named, "the logit bias of token 5 is 101, expected -100 to 100"):
         assert text in str(caught.value)
 
 

@@ -121,7 +121,7 @@ def test_a_request_that_can_never_fit_is_refused_with_the_numbers(generator, eng
     with pytest.raises(UsageError, match="the prompt has 128 tokens and the context holds 128"):
         engine.submit([5] * 128)
     shape = dataclasses.replace(engine.scheduler.shape, num_pages=7)
-    small = Scheduler(generator.model, generator.dial(None), shape, SHORT)
+    small = Scheduler(engine.scheduler._device, shape, SHORT)
     small.check(100, 12)
     with pytest.raises(
         UsageError, match="answer of 28 take 8 cache pages of 16 tokens, and the cache has 7;"
