@@ -13,6 +13,10 @@ CACHE = ROOT / ".pytest_cache" / "jax"
 LARGEST_CACHE_BYTES = 2**30
 """Size of about ten runs without a common program."""
 
+HAS_OLD_EMITTERS = importlib.metadata.version("jaxlib").startswith("0.10.")
+"""Whether jaxlib still has its older emitters. They compile unoptimized programs in half the time, but
+optimized programs in a third more, which then take three times as long. jaxlib 0.12 does not know the flag."""
+
 ON_GPU = os.environ.get("JAX_PLATFORMS") != "cpu" and Path("/dev/nvidiactl").exists()
 
 
@@ -41,14 +45,26 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # `optimized_programs` is for tests that run their programs for longer.
 if not ON_GPU:
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    if importlib.metadata.version("jaxlib").startswith("0.10."):  # 0.12 does not know this flag
-        # The older emitters compile unoptimized programs in half the time.
+    if HAS_OLD_EMITTERS:
         os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
 import jax
 import jaxtyping
 import numpy as np
 import pytest
+
+if HAS_OLD_EMITTERS and not ON_GPU:
+    from jax._src import compiler
+
+    _compile_options = compiler.get_compile_options
+
+    def _compile_options_for_optimized_programs(*args, **options):
+        if not jax.config.read("jax_disable_most_optimizations"):
+            overrides = options.get("env_options_overrides") or {}
+            options["env_options_overrides"] = {"xla_cpu_use_fusion_emitters": True} | overrides
+        return _compile_options(*args, **options)
+
+    compiler.get_compile_options = _compile_options_for_optimized_programs
 
 # The hook below checks annotations, with jaxtyping's shapes and dtypes, at every call. It precedes the
 # imports of the packages. A parameter that is annotated as an array takes a NumPy array too.

@@ -1,6 +1,5 @@
 """The verb ``benchmark``, random models of published shapes, and the profile of a step."""
 
-import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -17,19 +16,19 @@ from grinqh_jax.cli import benchmark
 from grinqh_jax.decoding import policy
 from grinqh_jax.decoding.thresholds import model_thresholds
 from grinqh_jax.errors import CheckpointError, UsageError
+from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import linear_shapes
 
-QWEN3 = random_model.shape("Qwen3-0.6B")
-TINY = dataclasses.replace(
-    QWEN3,
-    vocab_size=300,
-    hidden_size=256,
-    intermediate_size=384,
-    layers=QWEN3.layers[:2],
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=32,
-)
+TINY_HF = random_model.hf_configs()["Qwen3-0.6B"] | {
+    "vocab_size": 300,
+    "hidden_size": 256,
+    "intermediate_size": 384,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+}
+TINY = ModelConfig.from_hf(TINY_HF)
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +63,7 @@ def test_an_unknown_shape_is_refused_by_name():
 def test_a_shape_can_come_from_the_directory_of_a_model(tmp_path):
     bundled = random_model.shape(str(BUNDLED_MODEL))
     assert (bundled.hidden_size, bundled.num_layers, bundled.vocab_size) == (256, 6, 8192)
+    assert random_model.label(str(BUNDLED_MODEL)) == "qwen3-7m"
     config = tmp_path / "config.json"
     config.write_text(json.dumps(random_model.hf_configs()["Llama-3.2-1B"]))
     assert random_model.shape(str(tmp_path)) == random_model.shape("Llama-3.2-1B")
@@ -192,12 +192,16 @@ def test_the_verb_says_why_bf16_is_faster():
     assert benchmark.why_bf16_is_faster(rows[:4], None) is None
 
 
-def test_the_verb_takes_the_shape_of_a_model_in_a_directory(monkeypatch, capsys):
+def test_the_verb_takes_the_shape_of_a_model_in_a_directory(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, "read_bandwidth", lambda: 1e9)
-    flags = ["--prompt-tokens", "0", "--generate-tokens", "4", "--repeats", "1", "--json"]
-    assert benchmark.main(["--shape", str(BUNDLED_MODEL), "--bits", "3", *flags]) == 0
+    directory = tmp_path / "my-model"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(TINY_HF))
+    assert random_model.shape(str(directory)) == TINY  # The programs of the test above.
+    flags = ["--prompt-tokens", "0", "--generate-tokens", "8", "--repeats", "1", "--json"]
+    assert benchmark.main(["--shape", str(directory), "--bits", "3", *flags]) == 0
     (row,) = (json.loads(line) for line in capsys.readouterr().out.splitlines())
-    assert (row["model"], row["test"]) == ("qwen3-7m", "tg4")
+    assert (row["model"], row["test"]) == ("my-model", "tg8")
     assert benchmark.main(["--shape", "Qwen3-9B", *flags]) == 2
     assert "no shape is called 'Qwen3-9B'" in capsys.readouterr().err
 

@@ -62,13 +62,13 @@ def texts(generator, **options) -> list[list[int]]:
 
 
 def test_chunks_have_the_length_of_the_policy(generator, device_policy, dispatched):
-    usual = [chunk.tokens[0] for chunk in prefilled(generator, PROMPTS[:1], policy=device_policy).chunks()]
+    usual = [chunk.tokens[0] for chunk in prefilled(generator, policy=device_policy).chunks()]
     assert [len(tokens) for tokens in usual] == (
         [32, 32, 32, 4] if device_policy is policy.GPU else [16] * 6 + [4]
     )
     assert len(dispatched) == len(usual)  # No chunk is launched beyond the limit.
     eights = dataclasses.replace(device_policy, chunk_steps=8)
-    short = [chunk.tokens[0] for chunk in prefilled(generator, PROMPTS[:1], policy=eights).chunks()]
+    short = [chunk.tokens[0] for chunk in prefilled(generator, policy=eights).chunks()]
     assert [len(tokens) for tokens in short] == [8] * 12 + [4]
     assert list(itertools.chain(*usual)) == list(itertools.chain(*short))
 
@@ -138,8 +138,21 @@ def read(generator, device_policy, prompts=PROMPTS, bits=3.0, **options):
     return tokens, [np.array(row) for row in steps]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_the_dial_depends_on_no_chunk_and_no_policy(generator, temperature):
+EVERY_CHUNK = list(itertools.product((policy.CPU, policy.GPU), (1, 4, 16, 32)))
+USUAL_CHUNKS = [(policy.CPU, 16), (policy.GPU, 32)]
+
+
+@pytest.mark.parametrize(
+    ("temperature", "chunks"),
+    [
+        # Programs of other tests, and chunks of one step.
+        pytest.param(0.0, [*USUAL_CHUNKS, (policy.CPU, 8), (policy.GPU, 8), (policy.CPU, 1)], id="greedy"),
+        pytest.param(1.0, USUAL_CHUNKS, id="sampled"),
+        pytest.param(0.0, EVERY_CHUNK, id="greedy-every-chunk", marks=pytest.mark.slow),
+        pytest.param(1.0, EVERY_CHUNK, id="sampled-every-chunk", marks=pytest.mark.slow),
+    ],
+)
+def test_the_dial_depends_on_no_chunk_and_no_policy(generator, temperature, chunks):
     results = [
         read(
             generator,
@@ -147,8 +160,7 @@ def test_the_dial_depends_on_no_chunk_and_no_policy(generator, temperature):
             max_tokens=41,
             sampling=Sampling.create(3, temperature=temperature),
         )
-        for kind in (policy.CPU, policy.GPU)
-        for steps in (1, 4, 16, 32)
+        for kind, steps in chunks
     ]
     tokens, bits = results[0]
     assert len({tuple(row.mean(axis=1)) for row in bits}) == 3

@@ -9,6 +9,8 @@ from grinqh_jax.decoding.dial import layer_shares
 from grinqh_jax.decoding.generator import Generator
 from grinqh_jax.decoding.sampling import Sampling
 
+pytestmark = pytest.mark.usefixtures("optimized_programs")
+
 PROMPTS = [
     "Hi",
     "A",
