@@ -15,7 +15,8 @@ LARGEST_CACHE_BYTES = 2**30
 
 HAS_OLD_EMITTERS = importlib.metadata.version("jaxlib").startswith("0.10.")
 """Whether jaxlib still has its older emitters. They compile unoptimized programs in half the time, but
-optimized programs in a third more, which then take three times as long. jaxlib 0.12 does not know the flag."""
+optimized programs in a third more, and these then run three times as long. jaxlib 0.12 does not know the
+flag."""
 
 ON_GPU = os.environ.get("JAX_PLATFORMS") != "cpu" and Path("/dev/nvidiactl").exists()
 
