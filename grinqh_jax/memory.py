@@ -16,6 +16,14 @@ def memory_in_use() -> int:
     return _accelerator_bytes("bytes_in_use") or psutil.Process().memory_info().rss
 
 
+def free_memory() -> int | None:
+    """Returns the free bytes of the device of ``memory_in_use``; None if an accelerator reports none."""
+    if jax.default_backend() == "cpu":
+        return psutil.virtual_memory().available
+    limit, used = _accelerator_bytes("bytes_limit"), _accelerator_bytes("bytes_in_use")
+    return None if limit is None or used is None else limit - used
+
+
 def peak_memory() -> int:
     """Returns the largest number of bytes in use so far, on the same device as ``memory_in_use``."""
     return _accelerator_bytes("peak_bytes_in_use") or peak_host_memory()

@@ -22,10 +22,11 @@ from grinqh_jax.decoding.model_files import check_context
 from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.request import Request
 from grinqh_jax.errors import UsageError
+from grinqh_jax.memory import free_memory
 from grinqh_jax.serving.answer import Answer
 from grinqh_jax.serving.device import Device
 from grinqh_jax.serving.job import EngineError, EngineStats, Job, Shape
-from grinqh_jax.serving.paged_cache import page_bytes
+from grinqh_jax.serving.paged_cache import count_pages
 from grinqh_jax.serving.scheduler import Scheduler
 from grinqh_jax.serving.settings import NO_TOKEN, Settings, sampling_rows
 from pallas_kernels.x64 import without_x64
@@ -73,7 +74,8 @@ class Engine:
           slots: Number of requests that are decoded at once, 1 to ``MOST_SLOTS``.
           max_context: Most tokens of prompt and answer together, by default all positions of the model.
           cache_memory: Bytes of keys and values, by default those of ``slots`` texts of ``max_context``
-            tokens. A decode chunk takes memory for as many texts beside it (see ``paged_cache``).
+            tokens, or fewer if the device has less free memory. A decode chunk takes memory for as many
+            texts beside it (see ``paged_cache``).
           page_size: Number of positions of a page of the cache.
           piece: Number of prompt tokens read in one call, a multiple of ``page_size``. Running answers pause
             for at most one piece, and prefixes are shared in whole pieces.
@@ -82,7 +84,7 @@ class Engine:
           policy: How programs are compiled, by default ``DecodePolicy.for_device()``.
 
         Raises:
-          UsageError: An argument is out of range, or the cache memory holds no page.
+          UsageError: An argument is out of range, or the device has too little free memory.
         """
         if not 1 <= slots <= MOST_SLOTS:
             raise UsageError(
@@ -90,14 +92,15 @@ class Engine:
             )
         model = generator.model
         context = check_context(max_context, model.config)
-        num_pages = slots * -(-context // page_size)
-        if cache_memory is not None:
-            size = page_bytes(model.config, page_size, model.compute_dtype)
-            num_pages = cache_memory // size
-            if num_pages < 1:
-                raise UsageError(
-                    f"cache memory {cache_memory} B: a page of {page_size} tokens takes {size} B; give more"
-                )
+        num_pages = count_pages(
+            model.config,
+            model.compute_dtype,
+            slots=slots,
+            max_context=context,
+            page_size=page_size,
+            cache_memory=cache_memory,
+            free=free_memory(),
+        )
         self._generator = generator
         shape = Shape(
             slots=slots,
@@ -210,12 +213,12 @@ class Engine:
         try:
             for prompt, each in zip(prompts, requests, strict=True):
                 answers.append(self.submit(prompt, each))
+            for answer in answers:
+                answer.result()
         except BaseException:
             for answer in answers:
                 self.cancel(answer)
             raise
-        for answer in answers:
-            answer.result()
         return answers
 
     def cancel(self, answer: Answer) -> None:

@@ -12,8 +12,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from grinqh_jax.errors import UsageError
 from grinqh_jax.model.cache import KVCache
 from grinqh_jax.model.config import ModelConfig
+
+FREE_MEMORY_SHARE = 0.8
+"""Share of the free memory that pages and their copy may take; activations and logits need the rest."""
 
 
 @jax.tree_util.register_dataclass
@@ -102,3 +106,48 @@ def page_bytes(config: ModelConfig, page_size: int, dtype) -> int:
     """Returns the size of a page: keys and values of ``page_size`` positions of all layers."""
     heads = config.num_kv_heads * config.head_dim
     return 2 * config.num_layers * page_size * heads * jnp.dtype(dtype).itemsize
+
+
+def count_pages(
+    config: ModelConfig,
+    dtype,
+    *,
+    slots: int,
+    max_context: int,
+    page_size: int,
+    cache_memory: int | None,
+    free: int | None,
+) -> int:
+    """Returns the number of pages of a cache.
+
+    Args:
+      config: Configuration of the model.
+      dtype: Dtype of keys and values.
+      slots: Number of texts that ``gather`` copies at once.
+      max_context: Largest number of tokens of a text.
+      page_size: Number of positions of a page.
+      cache_memory: Bytes of all pages; None for ``slots`` texts, or fewer if memory ends first.
+      free: Free bytes of the device; None if unknown.
+
+    Raises:
+      UsageError: The pages, or the copy of ``slots`` texts beside them, do not fit.
+    """
+    page, per_text = page_bytes(config, page_size, dtype), -(-max_context // page_size)
+    pages, copy = slots * per_text, slots * per_text * page
+    if cache_memory is not None:
+        pages = cache_memory // page
+        if pages < 1:
+            raise UsageError(
+                f"cache memory {cache_memory} B: a page of {page_size} tokens takes {page} B; give more"
+            )
+    if free is None:
+        return pages
+    room = int(FREE_MEMORY_SHARE * free - copy) // page
+    if cache_memory is None:
+        pages = max(min(pages, room), 1)
+    if pages > room:
+        raise UsageError(
+            f"{slots} slots of {max_context} tokens take {copy} B, beside {pages * page} B of cache pages, "
+            f"and {free} B are free; choose fewer slots, a smaller context or less cache memory"
+        )
+    return pages

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import functools
 import gc
 import random
 import threading
@@ -20,6 +21,7 @@ from grinqh_jax.memory import memory_in_use
 from grinqh_jax.serving import engine as engine_module
 from grinqh_jax.serving.engine import Engine
 from grinqh_jax.serving.job import EngineError
+from grinqh_jax.serving.paged_cache import count_pages, page_bytes
 from grinqh_jax.serving.scheduler import Scheduler
 
 SIZES = {"slots": 4, "max_context": 128, "page_size": 16, "piece": 32}
@@ -133,6 +135,22 @@ def test_a_request_that_can_never_fit_is_refused_with_the_numbers(generator, eng
         Engine(generator, slots=17)
     with pytest.raises(UsageError, match="a piece of 40 tokens is not a multiple of the page size 16"):
         Engine(generator, **SIZES | {"piece": 40})
+
+
+def test_pages_and_their_copy_fit_into_free_memory(generator, monkeypatch):
+    config, sizes = generator.model.config, {"slots": 4, "max_context": 128, "page_size": 16}
+    page = page_bytes(config, 16, np.float32)
+    count = functools.partial(count_pages, config, np.float32, **sizes)
+    assert count(cache_memory=None, free=None) == count(cache_memory=None, free=10**12) == 32
+    assert count(cache_memory=50 * page, free=None) == 50
+    assert count(cache_memory=None, free=50 * page) == 8  # 40 pages, 32 of them for the copy
+    assert count(cache_memory=8 * page, free=50 * page) == 8
+    for memory in (None, 9 * page):
+        with pytest.raises(UsageError, match=f"4 slots of 128 tokens take {32 * page} B, beside"):
+            count(cache_memory=memory, free=41 * page)
+    monkeypatch.setattr(engine_module, "free_memory", lambda: 1000)
+    with pytest.raises(UsageError, match="and 1000 B are free; choose fewer slots"):
+        Engine(generator, **SIZES)
 
 
 def test_a_cancelled_answer_ends_and_frees_its_slot_and_pages(engine):
