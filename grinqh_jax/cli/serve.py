@@ -63,6 +63,12 @@ def parser() -> command.Parser:
         help="largest number of tokens of an answer, and the default of chats (default: the context)",
     )
     add(
+        "--prompt-logprobs",
+        action="store_true",
+        help="let text completions ask for log-probabilities of their prompts (echo with logprobs); compiles "
+        "more programs",
+    )
+    add(
         "--queue",
         type=flags.non_negative,
         default=256,
@@ -151,6 +157,7 @@ def _serve(args: argparse.Namespace) -> int:
                 max_context=context,
                 cache_memory=args.cache_memory,
                 piece=args.prefill_piece,
+                prompt_logprobs=args.prompt_logprobs,
             )
         limits = Limits(
             body_bytes=args.max_body,

@@ -79,7 +79,7 @@ async def together(choices: Sequence[Choice], consume: Callable[[Choice], Awaita
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def usage(choices: Sequence[Choice], prompt_tokens: int) -> dict[str, Any]:
+def usage(choices: Sequence[Choice], prompt_tokens: int, *, answers: bool = True) -> dict[str, Any]:
     """Returns the usage of a request so far.
 
     Beside OpenAI's fields it has means over the answers: ``realised_bits`` (bits read per weight; None for an
@@ -88,8 +88,9 @@ def usage(choices: Sequence[Choice], prompt_tokens: int) -> dict[str, Any]:
     Args:
       choices: All choices.
       prompt_tokens: Number of tokens of the prompts, each counted once.
+      answers: Whether the client gets the answers.
     """
-    generated = sum(len(choice.answer.tokens) for choice in choices)
+    generated = sum(len(choice.answer.tokens) for choice in choices) if answers else 0
     ended = [choice.statistics for choice in choices if choice.statistics is not None]
     return {
         "prompt_tokens": prompt_tokens,

@@ -3,7 +3,7 @@
 import asyncio
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -13,11 +13,10 @@ from grinqh_jax.errors import UsageError
 from grinqh_jax.server.body import parse
 from grinqh_jax.server.choice import Choice, together, usage
 from grinqh_jax.server.errors import APIError
-from grinqh_jax.server.logprobs import completion_logprobs
+from grinqh_jax.server.logprobs import Logprob, completion_logprobs
 from grinqh_jax.server.schema import Completion
 from grinqh_jax.server.service import Service
 from grinqh_jax.server.streaming import Emit, EventStream, while_connected
-from grinqh_jax.serving.answer import TokenLogprob
 
 DEFAULT_TOKENS = 16
 """Most tokens of an answer if the request does not say, as in OpenAI's protocol."""
@@ -35,17 +34,19 @@ class Completions:
         """Continues one or several prompts, as one object or as events."""
         service = self._service
         body = await parse(request, Completion, service.limits)
-        if body.echo and body.logprobs is not None:
+        if body.echo and body.logprobs is not None and not service.prompt_logprobs:
             raise APIError(
                 400,
-                "echo with logprobs is not supported: the engine has no log-probabilities of prompts; leave "
-                "one out",
+                "echo with logprobs needs log-probabilities of prompts; leave one out, or start the server "
+                "with --prompt-logprobs",
                 param="echo",
                 code="unsupported_parameter",
             )
         bits = service.bits(body.model, body.bits)
         prompts = await asyncio.to_thread(self._prompts, body.prompt)
-        limit = service.max_tokens(body.max_tokens, prompts, default=DEFAULT_TOKENS)
+        # The engine generates at least one token.
+        wanted = 1 if body.max_tokens == 0 else body.max_tokens
+        limit = service.max_tokens(wanted, prompts, default=DEFAULT_TOKENS)
         work = _Work(service, body, prompts, service.requests(body, bits, limit))
         if body.stream:
             return EventStream(work.stream)
@@ -88,37 +89,62 @@ class _Work:
         }
 
     def _choices(self):
-        return self._service.choices(self._prompts, self._requests, self._body.logprobs)
+        wanted = self._body.logprobs
+        return self._service.choices(
+            self._prompts,
+            self._requests,
+            wanted,
+            prompt_logprobs=bool(self._body.echo) and wanted is not None,
+        )
+
+    def _prompt(self, choice: Choice) -> list[int]:
+        return list(self._prompts[choice.index // len(self._requests)])
 
     def _echo(self, choice: Choice) -> str:
         """Returns the text before the answer: the prompt if the request wants it back."""
         if not self._body.echo:
             return ""
-        number = choice.index // len(self._requests)
         prompt: Any = self._body.prompt
         if isinstance(prompt, str):
             return prompt
-        if isinstance(prompt[number], str):
-            return prompt[number]
-        return self._service.generator.tokenizer.decode(self._prompts[number])
+        one = prompt[choice.index // len(self._requests)]
+        return one if isinstance(one, str) else self._service.generator.tokenizer.decode(self._prompt(choice))
+
+    def _echoed_logprobs(self, choice: Choice) -> list[Logprob]:
+        """Returns the log-probabilities before those of the answer; the first token of a prompt has none."""
+        if not self._body.echo or self._body.logprobs is None:
+            return []
+        return [(self._prompt(choice)[0], None, None), *(choice.answer.prompt_logprobs or ())]
+
+    async def _pieces(self, choice: Choice) -> AsyncIterator[tuple[str, list[Logprob]]]:
+        """Yields text and log-probabilities as they arrive, the echo first."""
+        text, logprobs, begun = self._echo(choice), [], False
+        async for piece in choice.pieces():
+            if not begun:  # The engine has read the prompt.
+                logprobs, begun = self._echoed_logprobs(choice), True
+            if self._body.max_tokens != 0:
+                text += piece.text
+                logprobs += piece.logprobs or ()
+            if text or logprobs:
+                yield text, logprobs
+            text, logprobs = "", []
 
     async def complete(self) -> dict[str, Any]:
         """Returns the whole response."""
         results: dict[int, dict[str, Any]] = {}
 
         async def consume(choice: Choice) -> None:
-            text = [self._echo(choice)]
-            logprobs: list[TokenLogprob] = []
-            async for piece in choice.pieces():
-                text.append(piece.text)
-                logprobs += piece.logprobs or ()
-            results[choice.index] = self._choice(choice, "".join(text), logprobs, 0)
+            text, logprobs = "", []
+            async for more, more_logprobs in self._pieces(choice):
+                text += more
+                logprobs += more_logprobs
+            results[choice.index] = self._choice(choice, text, logprobs, 0)
 
         async with self._choices() as choices:
             await together(choices, consume)
             return self._head | {
                 "choices": [results[choice.index] for choice in choices],
-                "usage": usage(choices, self._prompt_tokens),
+                "usage": self._usage(choices),
             }
 
     async def stream(self, emit: Emit) -> None:
@@ -132,31 +158,27 @@ class _Work:
             async def send(choice: dict[str, Any] | None) -> None:
                 event = self._head | {"choices": [] if choice is None else [choice]}
                 if choice is None or always:
-                    event["usage"] = usage(choices, self._prompt_tokens)
+                    event["usage"] = self._usage(choices)
                 elif with_usage:
                     event["usage"] = None
                 await emit(event)
 
             async def consume(choice: Choice) -> None:
                 offset = 0
-                text = self._echo(choice)
-                async for piece in choice.pieces():
-                    text += piece.text
-                    if not text and not piece.logprobs:
-                        continue
-                    event = self._choice(choice, text, piece.logprobs or [], offset)
+                async for text, logprobs in self._pieces(choice):
+                    event = self._choice(choice, text, logprobs, offset)
                     await send(event | {"finish_reason": None})
                     offset += len(text)
-                    text = ""
-                await send(self._choice(choice, text, [], offset))
+                await send(self._choice(choice, "", [], offset))
 
             await together(choices, consume)
             if with_usage:
                 await send(None)
 
-    def _choice(
-        self, choice: Choice, text: str, logprobs: Sequence[TokenLogprob], offset: int
-    ) -> dict[str, Any]:
+    def _usage(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        return usage(choices, self._prompt_tokens, answers=self._body.max_tokens != 0)
+
+    def _choice(self, choice: Choice, text: str, logprobs: Sequence[Logprob], offset: int) -> dict[str, Any]:
         wanted = self._body.logprobs
         return {
             "index": choice.index,

@@ -8,6 +8,9 @@ from grinqh_jax.text.tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"
 
+Logprob = TokenLogprob | tuple[int, None, None]
+"""Token, log-probability and alternatives. The first token of a prompt has neither."""
+
 
 def chat_logprobs(tokens: Sequence[TokenLogprob], tokenizer: Tokenizer) -> dict[str, Any]:
     """Returns the field ``logprobs`` of a choice of a chat."""
@@ -25,7 +28,7 @@ def chat_logprobs(tokens: Sequence[TokenLogprob], tokenizer: Tokenizer) -> dict[
 
 
 def completion_logprobs(
-    tokens: Sequence[TokenLogprob], tokenizer: Tokenizer, offset: int, alternatives: bool
+    tokens: Sequence[Logprob], tokenizer: Tokenizer, offset: int, alternatives: bool
 ) -> dict[str, Any]:
     """Returns the field ``logprobs`` of a choice of a text completion.
 
@@ -35,16 +38,17 @@ def completion_logprobs(
       offset: Number of characters before the first token.
       alternatives: Whether to list the most likely tokens.
     """
-    texts = [tokenizer.token_text(each.token) for each in tokens]
+    texts = [tokenizer.token_text(token) for token, _, _ in tokens]
     offsets = []
     for text in texts:
         offsets.append(offset)
         offset += len(text)
     return {
         "tokens": texts,
-        "token_logprobs": [each.logprob for each in tokens],
+        "token_logprobs": [logprob for _, logprob, _ in tokens],
         "top_logprobs": [
-            {tokenizer.token_text(token): logprob for token, logprob in each.top} for each in tokens
+            None if top is None else {tokenizer.token_text(token): logprob for token, logprob in top}
+            for _, _, top in tokens
         ]
         if alternatives
         else None,

@@ -92,8 +92,15 @@ class Completion(Generation):
     """Body of ``/v1/completions``."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: Annotated[int, Field(ge=0, le=int(RANGES["max_tokens"].most))] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _without_an_answer(self):
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens: 0 only with echo")
+        return self
 
 
 class TextPart(Strict):

@@ -36,6 +36,7 @@ class Service:
       limits: Limits of the server.
       metrics: Metrics of the server.
       admission: Counter of unfinished answers.
+      prompt_logprobs: Whether the engine computes log-probabilities of prompts.
       context: Most tokens of a prompt and its answer together.
     """
 
@@ -44,6 +45,7 @@ class Service:
         self.generator = generator
         self.engine = engine
         self.limits = limits
+        self.prompt_logprobs = engine.scheduler.shape.prompt_logprobs
         self.metrics = Metrics(engine)
         self.context = engine.scheduler.shape.max_context
         sizes = np.array([k * n for k, n in linear_shapes(generator.model.config).values()], np.float64)
@@ -134,7 +136,12 @@ class Service:
 
     @contextlib.asynccontextmanager
     async def choices(
-        self, prompts: Sequence[Sequence[int]], requests: Sequence[Request], top_logprobs: int | None
+        self,
+        prompts: Sequence[Sequence[int]],
+        requests: Sequence[Request],
+        top_logprobs: int | None,
+        *,
+        prompt_logprobs: bool = False,
     ) -> AsyncIterator[list[Choice]]:
         """Starts all requests on each prompt; those that are unfinished after the block are cancelled.
 
@@ -149,7 +156,9 @@ class Service:
                 async with asyncio.timeout(self.limits.request_seconds):
                     for prompt in prompts:
                         for request in requests:
-                            answer = self.engine.submit(prompt, request, top_logprobs=top_logprobs)
+                            answer = self.engine.submit(
+                                prompt, request, top_logprobs=top_logprobs, prompt_logprobs=prompt_logprobs
+                            )
                             started.append(Choice(len(started), answer, self.metrics.clock(), self._weights))
                     yield started
             except TimeoutError:

@@ -4,7 +4,17 @@ import openai
 import pytest
 from server_process import serving
 
-SIZES = ("--slots", "4", "--max-context", "128", "--prefill-piece", "64", "--queue", "60")
+SIZES = (
+    "--slots",
+    "4",
+    "--max-context",
+    "128",
+    "--prefill-piece",
+    "64",
+    "--queue",
+    "60",
+    "--prompt-logprobs",
+)
 LIMITS = ("--receive-seconds", "2", "--max-body", "64K", "--request-seconds", "60")
 
 

@@ -3,8 +3,11 @@
 import json
 import time
 
+import jax
+import numpy as np
 import openai
 import pytest
+from forward_passes import forward
 
 from grinqh_jax.decoding.generator import Generator
 from grinqh_jax.decoding.request import Request
@@ -140,6 +143,29 @@ def test_log_probabilities(client):
     assert len(text.logprobs.tokens) == len(text.logprobs.token_logprobs) == 12
     assert all(len(top) <= 2 for top in text.logprobs.top_logprobs)
     assert text.logprobs.text_offset[0] == 0
+
+
+def test_log_probabilities_of_a_prompt_are_those_of_the_library(client, library):
+    prompt = "The cat sat"
+    fields = {"model": MODEL, "prompt": prompt, "temperature": 0, "echo": True, "logprobs": 2}
+    alone = client.completions.create(**fields, max_tokens=0)
+    assert (alone.choices[0].text, alone.usage.completion_tokens) == (prompt, 0)
+    scored = alone.choices[0].logprobs
+    assert scored.tokens == list(prompt)
+    assert scored.text_offset == list(range(len(prompt)))
+    assert scored.token_logprobs[0] is scored.top_logprobs[0] is None
+    tokens = np.array([library.tokenizer.encode(prompt)])
+    expected = jax.nn.log_softmax(forward(library.model, tokens)[0], axis=-1)
+    np.testing.assert_allclose(
+        scored.token_logprobs[1:], [expected[i, tokens[0, i + 1]] for i in range(len(prompt) - 1)], atol=1e-3
+    )
+    answer = client.completions.create(**fields, max_tokens=4).choices[0]
+    assert answer.logprobs.token_logprobs[: len(prompt)] == scored.token_logprobs
+    assert len(answer.logprobs.tokens) == len(prompt) + 4
+    streamed = [event.choices[0] for event in client.completions.create(**fields, max_tokens=4, stream=True)]
+    assert "".join(event.text for event in streamed) == answer.text
+    parts = [event.logprobs for event in streamed if event.logprobs]
+    assert [value for part in parts for value in part.token_logprobs] == answer.logprobs.token_logprobs
 
 
 def test_models(client, server):
