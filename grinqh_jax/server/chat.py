@@ -15,7 +15,7 @@ from grinqh_jax.server.body import parse
 from grinqh_jax.server.choice import Choice, together, usage
 from grinqh_jax.server.conversation import Conversations, Prompt
 from grinqh_jax.server.logprobs import chat_logprobs
-from grinqh_jax.server.schema import ChatCompletion
+from grinqh_jax.server.schema import ChatCompletion, StreamOptions
 from grinqh_jax.server.service import Service
 from grinqh_jax.server.streaming import Emit, EventStream, while_connected
 from grinqh_jax.serving.answer import TokenLogprob
@@ -101,17 +101,18 @@ class _Work:
 
     async def stream(self, emit: Emit) -> None:
         """Sends the response as events."""
-        options = self._body.stream_options
-        with_usage = bool(options and options.include_usage)
-        always = bool(options and options.continuous_usage_stats)
+        options = self._body.stream_options or StreamOptions()
+        layers = bool(options.include_layer_bits)
+        with_usage = bool(options.include_usage) or layers
 
         async def send(choices: Sequence[Choice], choice: dict[str, Any] | None) -> None:
             event = self._head | {
                 "object": "chat.completion.chunk",
                 "choices": [] if choice is None else [choice],
             }
-            if choice is None or always:
-                event["usage"] = usage(choices, len(self._prompt.tokens))
+            if choice is None or options.continuous_usage_stats:
+                last = choice is None
+                event["usage"] = usage(choices, len(self._prompt.tokens), layers=layers and last)
             elif with_usage:
                 event["usage"] = None
             await emit(event)

@@ -79,7 +79,9 @@ async def together(choices: Sequence[Choice], consume: Callable[[Choice], Awaita
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def usage(choices: Sequence[Choice], prompt_tokens: int, *, answers: bool = True) -> dict[str, Any]:
+def usage(
+    choices: Sequence[Choice], prompt_tokens: int, *, answers: bool = True, layers: bool = False
+) -> dict[str, Any]:
     """Returns the usage of a request so far.
 
     Beside OpenAI's fields it has means over the answers: ``realised_bits`` (bits read per weight; None for an
@@ -89,10 +91,11 @@ def usage(choices: Sequence[Choice], prompt_tokens: int, *, answers: bool = True
       choices: All choices.
       prompt_tokens: Number of tokens of the prompts, each counted once.
       answers: Whether the client gets the answers.
+      layers: Whether to add ``realised_bits_per_layer``, means over the ended answers.
     """
     generated = sum(len(choice.answer.tokens) for choice in choices) if answers else 0
     ended = [choice.statistics for choice in choices if choice.statistics is not None]
-    return {
+    figures: dict[str, Any] = {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": generated,
         "total_tokens": prompt_tokens + generated,
@@ -100,6 +103,13 @@ def usage(choices: Sequence[Choice], prompt_tokens: int, *, answers: bool = True
         "realised_bits": _mean([choice.realised_bits for choice in choices]),
         "weight_bytes_per_token": _mean([each.bytes_per_token for each in ended]),
     }
+    if layers:
+        each_bits = [each.realised_bits_per_layer for each in ended if each.realised_bits_per_layer]
+        names = each_bits[0] if each_bits else ()
+        figures["realised_bits_per_layer"] = {
+            name: _mean([bits[name] for bits in each_bits]) for name in names
+        }
+    return figures
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -14,7 +14,7 @@ from grinqh_jax.server.body import parse
 from grinqh_jax.server.choice import Choice, together, usage
 from grinqh_jax.server.errors import APIError
 from grinqh_jax.server.logprobs import Logprob, completion_logprobs
-from grinqh_jax.server.schema import Completion
+from grinqh_jax.server.schema import Completion, StreamOptions
 from grinqh_jax.server.service import Service
 from grinqh_jax.server.streaming import Emit, EventStream, while_connected
 
@@ -118,7 +118,8 @@ class _Work:
 
     async def _pieces(self, choice: Choice) -> AsyncIterator[tuple[str, list[Logprob]]]:
         """Yields text and log-probabilities as they arrive, the echo first."""
-        text, logprobs, begun = self._echo(choice), [], False
+        text, begun = self._echo(choice), False
+        logprobs: list[Logprob] = []
         async for piece in choice.pieces():
             if not begun:  # The engine has read the prompt.
                 logprobs, begun = self._echoed_logprobs(choice), True
@@ -134,7 +135,8 @@ class _Work:
         results: dict[int, dict[str, Any]] = {}
 
         async def consume(choice: Choice) -> None:
-            text, logprobs = "", []
+            text = ""
+            logprobs: list[Logprob] = []
             async for more, more_logprobs in self._pieces(choice):
                 text += more
                 logprobs += more_logprobs
@@ -149,16 +151,16 @@ class _Work:
 
     async def stream(self, emit: Emit) -> None:
         """Sends the response as events."""
-        options = self._body.stream_options
-        with_usage = bool(options and options.include_usage)
-        always = bool(options and options.continuous_usage_stats)
+        options = self._body.stream_options or StreamOptions()
+        layers = bool(options.include_layer_bits)
+        with_usage = bool(options.include_usage) or layers
 
         async with self._choices() as choices:
 
             async def send(choice: dict[str, Any] | None) -> None:
                 event = self._head | {"choices": [] if choice is None else [choice]}
-                if choice is None or always:
-                    event["usage"] = self._usage(choices)
+                if choice is None or options.continuous_usage_stats:
+                    event["usage"] = self._usage(choices, layers=layers and choice is None)
                 elif with_usage:
                     event["usage"] = None
                 await emit(event)
@@ -175,8 +177,9 @@ class _Work:
             if with_usage:
                 await send(None)
 
-    def _usage(self, choices: Sequence[Choice]) -> dict[str, Any]:
-        return usage(choices, self._prompt_tokens, answers=self._body.max_tokens != 0)
+    def _usage(self, choices: Sequence[Choice], layers: bool = False) -> dict[str, Any]:
+        answers = self._body.max_tokens != 0
+        return usage(choices, self._prompt_tokens, answers=answers, layers=layers)
 
     def _choice(self, choice: Choice, text: str, logprobs: Sequence[Logprob], offset: int) -> dict[str, Any]:
         wanted = self._body.logprobs

@@ -1,7 +1,8 @@
 """Bodies of requests, as pydantic models. A field that is not listed here is refused by name.
 
 Fields that OpenAI's protocol does not have: ``bits``, ``top_k``, ``min_p``, ``repetition_penalty``,
-``ignore_eos``, ``chat_template_kwargs`` and ``stream_options.continuous_usage_stats``.
+``ignore_eos``, ``chat_template_kwargs``, and ``include_layer_bits`` and ``continuous_usage_stats`` of
+``stream_options``.
 """
 
 from collections.abc import Mapping
@@ -53,9 +54,11 @@ class Strict(pydantic.BaseModel):
 
 
 class StreamOptions(Strict):
-    """Whether a last event has the usage, or all events have it (``continuous_usage_stats``)."""
+    """Whether a last event has the usage (``include_usage``), also with the bits of each layer
+    (``include_layer_bits``), and whether all events have the usage (``continuous_usage_stats``)."""
 
     include_usage: bool | None = None
+    include_layer_bits: bool | None = None
     continuous_usage_stats: bool | None = None
     include_obfuscation: Literal[False] | None = None
 

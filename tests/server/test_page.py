@@ -11,7 +11,7 @@ DOM = """
 const elements = {};
 function element(id) {
   return elements[id] ||= {
-    id, value: "", textContent: "", hidden: true, disabled: false, children: [], listeners: {},
+    id, style: {}, value: "", textContent: "", hidden: true, disabled: false, children: [], listeners: {},
     addEventListener(kind, run) { this.listeners[kind] = run; },
     append(child) { this.children.push(child); },
     replaceChildren() { this.children = []; },
@@ -24,7 +24,7 @@ globalThis.document = {
 globalThis.window = { scrollTo() {} };
 const plain = globalThis.fetch;
 globalThis.fetch = (path, options) => plain(process.argv[2] + path, options);
-element("temperature").value = "0.7";
+element("temperature").value = "0";
 """
 RUN = """
 (async () => {
@@ -35,6 +35,7 @@ RUN = """
   await send("And <b>then</b>?");
   console.log(JSON.stringify({
     model: at("model").textContent, least: at("bits").min, figures: at("figures").textContent, turns,
+    layers: at("layers").children.map((row) => row.children.map((cell) => cell.title || cell.textContent)),
     shown: at("turns").children.map((turn) => [turn.className, turn.textContent]),
   }));
 })();
@@ -73,4 +74,6 @@ def test_the_script_chats_with_the_server(server, tmp_path):
     assert (asked, question) == ("turn user", "And <b>then</b>?")
     assert all(kind == "turn answer" and text for kind, text in answers)
     assert seen["turns"] == [] or seen["turns"][0] == {"role": "user", "content": question}
+    assert [row[0] for row in seen["layers"]] == ["qkv", "o", "gate_up", "down", "lm_head.blocks"]
+    assert re.fullmatch(r"layers\.0\.qkv: \d\.\d\d bits", seen["layers"][0][1])
     assert re.fullmatch(r"\d+ tokens( · [\d.]+ tokens/s)?( · [\d.]+ bits read)?", seen["figures"])
