@@ -123,12 +123,12 @@ def test_malformed_bodies(server):
 
 def test_fields_of_wrong_types_and_values(server):
     statuses = []
-    for body in wrong_values(90):
+    for body in wrong_values(60):
         status, response = server.post("/v1/completions", body)
         assert status in (200, 400, 404), (body, response[:300])
         assert status == 200 or json.loads(response)["error"]["type"] == "invalid_request_error"
         statuses.append(status)
-    assert statuses.count(400) > 45
+    assert statuses.count(400) > 30
 
 
 HEADERS = [
@@ -196,16 +196,16 @@ def test_slow_senders_get_a_status_and_block_nobody(server):
 
 
 def test_disconnects_at_every_stage(server):
-    fields = GOOD | {"max_tokens": 100, "temperature": 1.0, "stream": True, "n": 2, "ignore_eos": True}
+    fields = GOOD | {"max_tokens": 60, "temperature": 1.0, "stream": True, "n": 2, "ignore_eos": True}
     request = post("/v1/completions", json.dumps(fields).encode())
     for cut in (0, 1, 10, 60, 100, len(request) - 3, len(request)):
-        for read in (0, 1, 300):
+        for read in (0, 1, 300) if cut == len(request) else (0,):
             for reset in (False, True):
                 with server.connect() as sock:
                     if reset:  # the kernel sends RST and not FIN
                         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
                     sock.sendall(request[:cut])
-                    if read and cut == len(request):
+                    if read:
                         sock.recv(read)
     assert server.json("/health")[0] == 200
 
