@@ -28,6 +28,9 @@ CALIB_HELP = (
 DEFAULT_TOKENS = 32768
 """Maximum number of calibration tokens, unless the caller asks for another."""
 
+OTHER_TOKENS = 2048
+"""Maximum number of tokens of the text of another kind."""
+
 MAX_WINDOW = 1024
 """Longest window in tokens."""
 
@@ -46,17 +49,20 @@ class Calibration:
 
     Attributes:
       windows: Token ids ``[windows, tokens of a window]``.
+      other: Token ids of a text of another kind, which refitted weights are checked on.
       name: Name of the text, for the provenance of a checkpoint.
     """
 
     windows: Int32[np.ndarray, "s t"]
+    other: Int32[np.ndarray, "s2 t2"]
     name: str
 
 
 def read_calibration(source: HFCheckpoint, texts: Sequence[Path | str], tokens: int) -> Calibration:
     """Reads calibration texts and tokenizes them with the tokenizer of a checkpoint.
 
-    Several texts get equal shares of the tokens, rounded down to whole windows.
+    Several texts get equal shares of the tokens, rounded down to whole windows. The text of another kind is
+    ``MIXED``, or ``BUNDLED`` if ``MIXED`` is among the texts.
 
     Args:
       source: Checkpoint whose tokenizer and vocabulary are used.
@@ -79,12 +85,14 @@ def read_calibration(source: HFCheckpoint, texts: Sequence[Path | str], tokens: 
                 " longer text or fewer tokens"
             )
     token_windows = _in_turns(sets)
-    if token_windows.max() >= source.config.vocab_size:
+    kind = BUNDLED if MIXED in names else MIXED
+    other = _windows_of_text(source, tokenizer, kind, OTHER_TOKENS, length)
+    if (largest := max(token_windows.max(), other.max())) >= source.config.vocab_size:
         raise CheckpointError(
-            f"{source.directory}: the tokenizer produces token {token_windows.max()}, but the model has a"
+            f"{source.directory}: the tokenizer produces token {largest}, but the model has a"
             f" vocabulary of {source.config.vocab_size}; use the tokenizer that belongs to the model"
         )
-    return Calibration(windows=token_windows, name="+".join(names))
+    return Calibration(windows=token_windows, other=other, name="+".join(names))
 
 
 def _in_turns(sets: Sequence[Int32[np.ndarray, "_ t"]]) -> Int32[np.ndarray, "s t"]:

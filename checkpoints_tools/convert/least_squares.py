@@ -30,7 +30,7 @@ from checkpoints_tools.calibration.statistics import first_scored_position
 FULL_PRECISION_WEIGHT = 2.0
 """``c``: weight of the model at full precision."""
 
-DAMPING = 0.01
+DAMPING = 0.1
 """Share of the mean of the diagonal of ``A`` that is added to the diagonal."""
 
 

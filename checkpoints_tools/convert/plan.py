@@ -22,7 +22,7 @@ from grinqh_jax.model.decoder import linear_shapes
 from grinqh_jax.model.options import rotation_obstacle
 from pallas_kernels.layout import DIGIT_BITS
 
-PARTS_VERSION = 3
+PARTS_VERSION = 4
 """Version of the division of a checkpoint into parts. It is part of the fingerprint, so a conversion never
 resumes with parts of another version."""
 
@@ -55,6 +55,7 @@ class Plan:
         basis suits the text that it was computed from better than other text; thresholds placed on that text
         would read too many bits of other text.
       refit_windows: Windows that weights are refitted to, the first of the survey windows.
+      other_windows: Windows of another kind of text, which the refitted weights are checked on.
       gains: One of ``GAINS``: the source of the level gains.
       refit: Names of the projections that are refitted in every layer, and ``HEAD`` if the output projection
         is. Empty without ``options.refit``.
@@ -69,6 +70,7 @@ class Plan:
     survey_windows: Int32[np.ndarray, "s t"]
     threshold_windows: Int32[np.ndarray, "s2 t"]
     refit_windows: Int32[np.ndarray, "s3 t"]
+    other_windows: Int32[np.ndarray, "s4 t4"]
     gains: str
     refit: tuple[str, ...]
     not_done: tuple[str, ...]
@@ -187,6 +189,7 @@ def make_plan(source: HFCheckpoint, calibration: Calibration, options: Options) 
         survey_windows=survey_windows,
         threshold_windows=threshold_windows,
         refit_windows=refit_windows,
+        other_windows=calibration.other,
         gains=gains,
         refit=refit,
         not_done=tuple(not_done),

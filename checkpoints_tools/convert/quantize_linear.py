@@ -19,6 +19,9 @@ RANGE_WEIGHTS = 1 << 23
 ReadOutputs = Callable[[slice], Float[np.ndarray | Array, "k n"]]
 """Function from a range of outputs to their columns ``[in_features, outputs]``, in any float dtype."""
 
+Refit = Callable[[Float[Array, "k n"], RoundedWeight, slice], tuple[Float[Array, "k n"], RoundedWeight]]
+"""``refit(w, rounded, outputs) -> (w, rounded)``: changes weights of a range of outputs, and their codes."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Rounding:
@@ -44,6 +47,7 @@ class Rounding:
 def measure_linear(
     rounding: Rounding,
     read_outputs: ReadOutputs,
+    refit: Refit | None = None,
     keep: Callable[[RoundedWeight], None] = lambda rounded: None,
 ) -> LevelFit:
     """Rounds a layer in ranges of outputs, and measures the fit of its levels.
@@ -54,6 +58,7 @@ def measure_linear(
     Args:
       rounding: Layer to round.
       read_outputs: Reads the weights of a range of outputs.
+      refit: Changes the weights of each range and their codes after rounding; None keeps both.
       keep: Called with the rounded weights of each range.
 
     Returns:
@@ -80,6 +85,8 @@ def measure_linear(
             rounded = rounding.quantizer(w, rounding.inputs, name=rounding.name)
         except ValueError as error:
             raise CheckpointError(str(error)) from None
+        if refit is not None:
+            w, rounded = refit(w, rounded, outputs)
         keep(rounded)
         sensitivities = jnp.asarray(rounding.sensitivities[outputs], jnp.float32)
         fit = level_fit(w, rounded, sensitivities, num_planes=planes)
@@ -87,12 +94,15 @@ def measure_linear(
     return LevelFit(*(np.sum(means, axis=0) for means in zip(*fits, strict=True)))
 
 
-def quantize_linear(rounding: Rounding, read_outputs: ReadOutputs) -> tuple[dict[str, np.ndarray], LevelFit]:
+def quantize_linear(
+    rounding: Rounding, read_outputs: ReadOutputs, refit: Refit | None = None
+) -> tuple[dict[str, np.ndarray], LevelFit]:
     """Rounds a layer as ``measure_linear`` does, and packs its codes.
 
     Args:
       rounding: Layer to round.
       read_outputs: Reads the weights of a range of outputs.
+      refit: See ``measure_linear``.
 
     Returns:
       ``(leaves, fit)``: the leaves ``planes`` and ``scales`` of a ``GradedLinear``, in host memory, and the
@@ -108,7 +118,7 @@ def quantize_linear(rounding: Rounding, read_outputs: ReadOutputs) -> tuple[dict
         planes.append(np.asarray(weight.planes))
         scales.append(np.asarray(weight.scales))
 
-    fit = measure_linear(rounding, read_outputs, keep=pack)
+    fit = measure_linear(rounding, read_outputs, refit, pack)
     return {"planes": np.concatenate(planes, axis=-1), "scales": np.concatenate(scales, axis=-1)}, fit
 
 

@@ -40,6 +40,7 @@ class RefitStates:
 
     Args:
       hidden: Hidden states ``[s, t, d]`` before the first layer.
+      other: The same for windows of another kind of text, which only the original model reads.
       tables: Threshold table of every linear layer, by name.
       targets: Mean bits of the rows of the tables, ascending; the last one is the stored bits.
       layers: Structure of each layer.
@@ -48,6 +49,7 @@ class RefitStates:
     def __init__(
         self,
         hidden: Float[np.ndarray, "s t d"],
+        other: Float[np.ndarray, "s2 t2 d"],
         tables: Mapping[str, Float[np.ndarray, "targets p"]],
         targets: Sequence[float],
         layers: Sequence[LayerSpec],
@@ -56,25 +58,36 @@ class RefitStates:
         self._bits = min(BITS, SHARE_OF_BITS * targets[-1])
         stream = [jnp.asarray(window) for window in hidden]
         self._exact, self._graded = _ModelStates(stream), _ModelStates(list(stream))
+        self._other = _ModelStates([jnp.asarray(window) for window in other])
         self._moments_of: tuple[str, Moments | None] = "", None
 
     @property
     def streams(self) -> dict[str, Float[np.ndarray, "t d"]]:
         """Residual stream of each window in both models, to save and to resume. Set it between layers."""
-        models = {"exact": self._exact, "graded": self._graded}.items()
         return {
-            f"{model} {s}": np.asarray(x) for model, states in models for s, x in enumerate(states.stream)
+            f"{name} {s}": np.asarray(x)
+            for name, states in self._by_name.items()
+            for s, x in enumerate(states.stream)
         }
 
     @streams.setter
     def streams(self, streams: Mapping[str, Shaped[np.ndarray, "t d"]]) -> None:
-        for model, states in {"exact": self._exact, "graded": self._graded}.items():
+        for name, states in self._by_name.items():
             for s, x in enumerate(states.stream):  # A .npz file stores bfloat16 as untyped bytes.
-                states.stream[s] = jnp.asarray(streams[f"{model} {s}"].view(x.dtype))
+                states.stream[s] = jnp.asarray(streams[f"{name} {s}"].view(x.dtype))
+
+    @property
+    def _by_name(self) -> dict[str, "_ModelStates"]:
+        return {"exact": self._exact, "graded": self._graded, "other": self._other}
+
+    @property
+    def other_inputs(self) -> list[Float[Array, "t2 k"]]:
+        """Inputs of the current projection in the original model, for each window of another kind of text."""
+        return self._other.inputs
 
     def apply_norm(self, norm: RMSNorm | None) -> None:
         """Moves the windows to the projection that reads the residual stream, through a norm or without."""
-        for states in (self._exact, self._graded):
+        for states in self._by_name.values():
             states.inputs = []  # Frees the inputs of the previous projection.
             states.inputs = [stream if norm is None else normed(norm, stream) for stream in states.stream]
 
@@ -114,7 +127,8 @@ class RefitStates:
         """
         projection = name.rpartition(".")[2]
         self._moments_of = "", None  # Frees matrices as large as all states.
-        self._exact.advance(projection, layer, getattr(layer, projection), None)
+        for states in (self._exact, self._other):
+            states.advance(projection, layer, getattr(layer, projection), None)
         reading = Reading(self._thresholds(name), jnp.asarray(level_gains))
         self._graded.advance(projection, layer, linear, reading)
 
@@ -143,7 +157,7 @@ class Reading(NamedTuple):
 
 
 class _ModelStates:
-    """States of the windows in one of the two models.
+    """States of some windows in one of the two models.
 
     Attributes:
       stream: Residual stream of each window.

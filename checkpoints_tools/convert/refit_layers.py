@@ -4,6 +4,7 @@ Each projection is fitted to the inputs that the quantized projections before it
 refitted in order. One layer is in memory.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
@@ -14,14 +15,17 @@ from checkpoints_tools.convert import parts
 from checkpoints_tools.convert.coded_linear import CodedLinear
 from checkpoints_tools.convert.measure_layers import Measurements, fitted_gains, rounding, stored_codes
 from checkpoints_tools.convert.plan import Plan
-from checkpoints_tools.convert.quantize_linear import quantize_linear
+from checkpoints_tools.convert.quantize_linear import Refit, Rounding, quantize_linear
 from checkpoints_tools.convert.refit import RefitStates
+from checkpoints_tools.convert.refitted_codes import bounded
 from checkpoints_tools.convert.survey import Survey
+from checkpoints_tools.quantizers import RoundedWeight
 from checkpoints_tools.source.layer import dense_layer, embed, read_layer
 from grinqh_jax.checkpoint import Writer
 from grinqh_jax.model.decoder import RMSNorm
 from grinqh_jax.model.layer_spec import HEAD
 from grinqh_jax.model.linear import GradedLinear, build_linear
+from pallas_kernels.weight import num_planes
 
 Tables = Mapping[str, Float[np.ndarray, "targets p"]]
 """Threshold table of each linear layer, by name."""
@@ -54,8 +58,9 @@ def refit_layers(
     if not plan.refit:
         return
     hidden = embed(survey.weights, plan.refit_windows, plan.compute_dtype)
-    states = RefitStates(hidden, tables, plan.targets, plan.source.config.layers)
-    del hidden
+    other = embed(survey.weights, plan.other_windows, plan.compute_dtype)
+    states = RefitStates(hidden, other, tables, plan.targets, plan.source.config.layers)
+    del hidden, other
     for i in range(plan.source.config.num_layers):
         part = parts.refitted(f"layers.{i}")
         if part not in writer.parts:
@@ -90,10 +95,11 @@ def _refit_layer(
         measurement = measurements.linears[name]
         if projection in plan.refit:
 
-            def read_outputs(outputs: slice, name=name, projection=projection) -> Float[Array, "k n"]:
-                return states.fitted(name, kernels[projection][:, outputs], outputs)
+            def read_outputs(outputs: slice, projection=projection) -> np.ndarray | Array:
+                return kernels[projection][:, outputs]
 
-            codes, fit = quantize_linear(rounding(plan, survey, name, measurement.inputs), read_outputs)
+            layer_rounding = rounding(plan, survey, name, measurement.inputs)
+            codes, fit = quantize_linear(layer_rounding, read_outputs, _refit(states, layer_rounding))
             level_gains = fitted_gains(plan, name, fit)
             leaves |= stored_codes(plan, name, codes, level_gains)
         else:
@@ -118,6 +124,24 @@ def _refit_layer(
     return leaves
 
 
+def _refit(states: RefitStates, rounding: Rounding) -> Refit:
+    """Returns the function that refits the outputs of the current projection after rounding."""
+
+    def refit(
+        w: Float[Array, "k n"], rounded: RoundedWeight, outputs: slice
+    ) -> tuple[Float[Array, "k n"], RoundedWeight]:
+        return bounded(
+            w,
+            states.fitted(rounding.name, w, outputs),
+            rounded,
+            states.other_inputs,
+            jnp.asarray(rounding.sensitivities[outputs], jnp.float32),
+            num_planes=num_planes(rounding.max_bits),
+        )
+
+    return refit
+
+
 def _refit_head(
     plan: Plan, survey: Survey, measurements: Measurements, states: RefitStates
 ) -> dict[str, np.ndarray]:
@@ -126,11 +150,8 @@ def _refit_head(
     states.apply_norm(RMSNorm(scale, plan.source.config.rms_norm_eps))
     leaves: dict[str, np.ndarray] = {}
     for name in survey.vocabulary_blocks:
-
-        def read_outputs(outputs: slice, name=name) -> Float[Array, "k n"]:
-            return states.fitted(name, survey.read_vocabulary(name, outputs), outputs)
-
-        inputs = measurements.linears[name].inputs
-        codes, fit = quantize_linear(rounding(plan, survey, name, inputs), read_outputs)
+        block_rounding = rounding(plan, survey, name, measurements.linears[name].inputs)
+        read_outputs = functools.partial(survey.read_vocabulary, name)
+        codes, fit = quantize_linear(block_rounding, read_outputs, _refit(states, block_rounding))
         leaves |= stored_codes(plan, name, codes, fitted_gains(plan, name, fit))
     return leaves

@@ -248,9 +248,9 @@ def test_each_weight_is_packed_once_even_with_interruptions(qwen3, calib, tmp_pa
     uninterrupted = content(driver.convert(plan, tmp_path / "uninterrupted"))
     packed, interruptions = [], ["measure layers.0", "measure layers.1", "refit layers.0"]
 
-    def quantize(rounding, read_outputs):
+    def quantize(rounding, read_outputs, *refit):
         packed.append(rounding.name)
-        return quantize_linear.quantize_linear(rounding, read_outputs)
+        return quantize_linear.quantize_linear(rounding, read_outputs, *refit)
 
     def interrupt(note):
         if note in interruptions:

@@ -30,7 +30,7 @@ def source_of(directory, name):
 
 def plan_of(source, windows: int, **options):
     tokens = np.random.default_rng(23).integers(0, source.config.vocab_size, (windows, 64)).astype(np.int32)
-    return make_plan(source, Calibration(windows=tokens, name="random"), Options(**options))
+    return make_plan(source, Calibration(windows=tokens, other=tokens, name="random"), Options(**options))
 
 
 def perplexity(model) -> float:

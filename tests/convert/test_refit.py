@@ -19,7 +19,7 @@ from pallas_kernels import quantize
 SKIPPED = 4
 """Number of first positions that are not scored."""
 
-FULL_PRECISION_WEIGHT, DAMPING = 2.0, 0.01
+FULL_PRECISION_WEIGHT, DAMPING = 2.0, 0.1
 
 
 def refitted(w, windows, least_read):
@@ -92,7 +92,7 @@ def test_states_pass_through_the_layer_and_exact_inputs_keep_the_weights(tmp_pat
     hidden = embed(source, windows, jnp.float32)
     spec = source.config.layers[0]
     tables = {f"layers.0.{name}": np.zeros((2, 4), np.float32) for name in spec.names}
-    states = refit.RefitStates(hidden.copy(), tables, (1.0, 8.0), source.config.layers)
+    states = refit.RefitStates(hidden.copy(), hidden[:1].copy(), tables, (1.0, 8.0), source.config.layers)
     kernels, vectors = read_layer(source, 0)
     layer = dense_layer(source, 0, kernels, vectors, jnp.float32)
     states.apply_norm(layer.input_norm)
@@ -111,10 +111,13 @@ def test_states_pass_through_the_layer_and_exact_inputs_keep_the_weights(tmp_pat
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_streams_survive_a_file(tmp_path, dtype):
-    names = ["exact 0", "exact 1", "graded 0", "graded 1"]
-    numbers = np.random.default_rng(0).standard_normal((4, 5, 3)).astype(dtype)
+    names = ["exact 0", "exact 1", "graded 0", "graded 1", "other 0"]
+    numbers = np.random.default_rng(0).standard_normal((5, 5, 3)).astype(dtype)
     layers = random_model.shape("Qwen3-8B").layers
-    first, second = (refit.RefitStates(np.zeros((2, 5, 3), dtype), {}, (1.0, 8.0), layers) for _ in range(2))
+    first, second = (
+        refit.RefitStates(np.zeros((2, 5, 3), dtype), np.zeros((1, 5, 3), dtype), {}, (1.0, 8.0), layers)
+        for _ in range(2)
+    )
     first.streams = dict(zip(names, numbers, strict=True))
     np.savez(tmp_path / "file.npz", **first.streams)
     second.streams = dict(np.load(tmp_path / "file.npz"))

@@ -40,7 +40,8 @@ thresholds = jnp.array([0.1, 0.2, 0.5, 1.0], jnp.float32)
 for matvec in (pallas_kernels.graded_matvec, jax.jit(pallas_kernels.graded_matvec)):
     found["dtypes"] += [str(a.dtype) for a in matvec(jnp.ones((2, 256), jnp.float32), w, thresholds)]
 windows = np.random.default_rng(0).integers(2, 258, (4, 100)).astype(np.int32)
-plan = make_plan(open_checkpoint(dense), Calibration(windows=windows, name="random"), Options())
+calibration = Calibration(windows=windows, other=windows, name="random")
+plan = make_plan(open_checkpoint(dense), calibration, Options())
 convert(plan, out)
 manifest = json.loads((out / "manifest.json").read_text())
 found["leaves"] = {name: leaf["checksum"] for name, leaf in manifest["leaves"].items()}
