@@ -26,7 +26,7 @@ def refitted(w, windows, least_read):
     return least_squares.refitted(w, windows, least_read, least_squares.moments(windows, least_read))
 
 
-def observed(rng, *, deficit, windows=3, t=64, k=24, n=10):
+def observed(rng, *, deficit, windows=3, t=128, k=24, n=10):
     """Yields windows with exact inputs, graded inputs with errors, and deficits of the outputs."""
     mixing = rng.standard_normal((k, k))
     for _ in range(windows):
@@ -61,8 +61,9 @@ def test_the_step_matches_damped_least_squares_in_numpy(with_deficit):
     np.testing.assert_allclose(new - w, (1 - chance / reduction) * step, rtol=1e-3, atol=1e-4)
 
 
-def test_a_channel_that_is_read_replaces_a_correlated_one_that_is_skipped():
-    """One of two proportional channels is too small to be read."""
+def test_a_channel_that_is_read_replaces_a_correlated_one_that_is_skipped(monkeypatch):
+    """One of two proportional channels is too small to be read. Damping would favour moving both."""
+    monkeypatch.setattr(least_squares, "DAMPING", 0.01)
     rng = np.random.default_rng(1)
     large = rng.choice([-1, 1], (512, 1)) * rng.uniform(2, 4, (512, 1))
     x = np.float32(np.concatenate([large, 0.3 * large], axis=1))
