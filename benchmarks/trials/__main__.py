@@ -20,6 +20,7 @@ import trial
 from bases import BASES
 from code_trials import CODE_TRIALS
 from gains_trials import GAINS_TRIALS
+from refits import REFITS
 from roundings import ROUNDINGS
 from splits import SPLITS
 
@@ -27,6 +28,7 @@ GROUPS = {
     "bases": BASES,
     "codes": CODE_TRIALS,
     "gains": GAINS_TRIALS,
+    "refits": REFITS,
     "roundings": ROUNDINGS,
     "splits": SPLITS,
 }

@@ -11,6 +11,7 @@ GROUPS = {
     "bases": "BASES",
     "code_trials": "CODE_TRIALS",
     "gains_trials": "GAINS_TRIALS",
+    "refits": "REFITS",
     "roundings": "ROUNDINGS",
     "splits": "SPLITS",
 }
