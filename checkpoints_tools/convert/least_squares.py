@@ -9,7 +9,7 @@ the original ``W`` both on ``z`` and, so that full precision stays what it was, 
 If the projection writes the residual stream, its outputs also compensate the error of the stream so far:
 ``y = x W + (h_x - h_z)``. Otherwise ``y = x W``. With ``A = z^T z + c x^T x``, damped, and
 ``G = z^T (y - z W)`` the solution is ``W' = W + A^-1 G``. (GPTAQ, arXiv 2504.02692, fits quantized inputs to
-original outputs. Here the errors come from grading, and one weight serves all settings of the dial.)
+original outputs. Here the errors come from grading.) ``refitted_codes`` says how much of the step is taken.
 
 Without a deficit ``G = (z^T (x - z)) W``. The residuals of all outputs then follow from K x K matrices, which
 one pass over the windows computes.
@@ -31,7 +31,8 @@ FULL_PRECISION_WEIGHT = 2.0
 """``c``: weight of the model at full precision."""
 
 DAMPING = 0.1
-"""Share of the mean of the diagonal of ``A`` that is added to the diagonal."""
+"""Share of the mean of the diagonal of ``A`` that is added to the diagonal. It holds back the weights of inputs
+that the calibration text hardly excites, which another text may excite."""
 
 
 class FitWindow(NamedTuple):
