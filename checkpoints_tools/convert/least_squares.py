@@ -31,8 +31,8 @@ FULL_PRECISION_WEIGHT = 2.0
 """``c``: weight of the model at full precision."""
 
 DAMPING = 0.1
-"""Share of the mean of the diagonal of ``A`` that is added to the diagonal. It holds back the weights of inputs
-that the calibration text hardly excites, which another text may excite."""
+"""Share of the mean of the diagonal of ``A`` that is added to the diagonal. It holds back the weights of
+inputs that the calibration text hardly excites, which another text may excite."""
 
 
 class FitWindow(NamedTuple):

@@ -1,8 +1,8 @@
 """Fourth stage of a conversion: refits weights to their graded inputs, quantizes and writes them.
 
 Each projection is fitted to the inputs that the quantized projections before it produce, so the layers are
-refitted in order. One layer is in memory. ``refitted_codes`` writes the refitted weights into codes and bounds
-the change at full precision.
+refitted in order. One layer is in memory. ``refitted_codes`` writes the refitted weights into codes and
+bounds the change at full precision.
 """
 
 import functools
