@@ -159,16 +159,21 @@ MOST_WORKERS = 4
 """Each takes 2 to 3 GB of memory."""
 
 LONGEST_FILES = (
-    "convert/test_convert.py",
     "decoding/test_batch.py",
-    "benchmarking/test_benchmark.py",
+    "convert/test_convert.py",
     "convert/test_train_gains.py",
-    "baselines/test_reading.py",
-    "package/test_docs.py",
-    "evaluation/test_tasks.py",
     "decoding/test_engine.py",
     "decoding/test_generator.py",
+    "package/test_docs.py",
+    "model/test_families.py",
+    "decoding/test_prompt_cache.py",
+    "baselines/test_reading.py",
+    "benchmarking/test_benchmark.py",
+    "evaluation/test_tasks.py",
     "pareto/test_pareto.py",
+    "decoding/test_short_answers.py",
+    "evaluation/test_perplexity.py",
+    "convert/test_bundled_model.py",
 )
 """Files that run first, longest first, so that all workers finish at about the same time."""
 

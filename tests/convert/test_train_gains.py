@@ -114,6 +114,9 @@ def whole_model_divergence(pair, tokens, gains, bits) -> jax.Array:
 WINDOWS = np.random.default_rng(6).integers(0, 256, (3, 40)).astype(np.int32)
 
 
+@pytest.mark.parametrize(
+    "pair", ["qwen3-tied", pytest.param("llama-untied", marks=pytest.mark.slow)], indirect=True
+)
 def test_the_gradient_matches_the_whole_models(pair, monkeypatch):
     """The gradient of each window, and of several windows at once.
 

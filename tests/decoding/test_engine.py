@@ -241,7 +241,7 @@ def test_chunks_do_not_change_what_a_seed_generates(dense):
     assert run(12, 1) == run(4, 1) != run(12, 2)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("temperature", [0.0, pytest.param(0.9, marks=pytest.mark.slow)])
 def test_the_policies_generate_the_same(graded, temperature):
     """Without an early exit: the same tokens, counts, grading statistics and cache."""
 

@@ -30,7 +30,7 @@ def bundled() -> Generator:
 
 
 @pytest.mark.parametrize("bits", [1.5, 2.0, 3.0, 4.0])
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("temperature", [0.0, pytest.param(0.8, marks=pytest.mark.slow)])
 def test_twenty_tokens_read_the_wanted_bits(bundled, bits, temperature):
     prompts, read = [bundled.tokenizer.encode(prompt) for prompt in PROMPTS], []
     decoding = Decoding(
