@@ -17,6 +17,7 @@ FILES = [
     "pallas_kernels/matvec/mosaic_gpu/measured.json",
     "grinqh_jax/py.typed",
     "grinqh_jax/benchmarking/shapes.json",
+    "grinqh_jax/server/page.html",
     "grinqh_jax/bundled/qwen3-7m/manifest.json",
     "grinqh_jax/bundled/qwen3-7m/README.md",
     "checkpoints_tools/py.typed",

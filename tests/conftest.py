@@ -162,6 +162,7 @@ LONGEST_FILES = (
     "decoding/test_batch.py",
     "convert/test_convert.py",
     "convert/test_train_gains.py",
+    "server/test_openai.py",
     "decoding/test_engine.py",
     "decoding/test_generator.py",
     "package/test_docs.py",
@@ -177,6 +178,9 @@ LONGEST_FILES = (
 )
 """Files that run first, longest first, so that all workers finish at about the same time."""
 
+SERVER_TESTS = "tests/server/"
+"""Beginning of the names of tests that send requests to a server process."""
+
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -188,6 +192,21 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     if ON_GPU or (len(set(files)) == 1 and files[0].is_file()):
         return 0
     return min(os.cpu_count() or 1, MOST_WORKERS)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """Returns the scheduler of ``--dist loadfile``, but with all files of ``SERVER_TESTS`` as one.
+
+    They share a server process, and another worker would start another.
+    """
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return SERVER_TESTS if nodeid.startswith(SERVER_TESTS) else super()._split_scope(nodeid)
+
+    return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
