@@ -121,7 +121,7 @@ def test_a_system_prompt_must_be_utf8(capsys, chat_directory):
     "arguments",
     [
         ["generate", "-p", "x", "-m", "2"],
-        ["generate", "-p", "x", "-m", "2", "--json"],
+        pytest.param(["generate", "-p", "x", "-m", "2", "--json"], marks=pytest.mark.slow),
         ["generate", "--help"],
     ],
 )

@@ -238,7 +238,14 @@ def test_progress_is_reported_as_often_as_planned(qwen3, calib, tmp_path, monkey
     assert checkpoint.load(tmp_path / "out").quantization.provenance["gains"] == "trained"
 
 
-@pytest.mark.parametrize("refit", [(), ("qkv", "o", "gate_up"), ("qkv", "o", "gate_up", "down", "lm_head")])
+@pytest.mark.parametrize(
+    "refit",
+    [
+        (),
+        pytest.param(("qkv", "o", "gate_up"), marks=pytest.mark.slow),
+        ("qkv", "o", "gate_up", "down", "lm_head"),
+    ],
+)
 def test_each_weight_is_packed_once_even_with_interruptions(qwen3, calib, tmp_path, monkeypatch, refit):
     source = open_checkpoint(qwen3)
     options = Options(refit=bool(refit), gains="fitted")

@@ -64,7 +64,7 @@ def texts(generations) -> list[list[int]]:
     return [generation.tokens for generation in generations]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", [0.0, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_a_conversation_has_the_same_text(talker, tokens_read, temperature):
     lengths = (70, 5, 80, 5)
     without = conversation(talker, lengths, temperature=temperature)
