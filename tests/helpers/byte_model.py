@@ -1,24 +1,32 @@
-"""Fixtures: a tiny model of bytes, as an unquantized and as a GRINQH checkpoint."""
+"""Fixtures: a tiny model of bytes, as an unquantized and as a GRINQH checkpoint.
+
+Functions import the packages, because the process that starts the workers imports this module, too.
+"""
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import jax.numpy as jnp
 import pytest
 import tokenizers
-from random_models import CONFIGS, TARGETS, graded_model_tree, random_state, state_tree
 from safetensors.numpy import save_file
 from tokenizers import decoders, models, pre_tokenizers
 
-from grinqh_jax.checkpoint import QuantizationConfig, Writer
-from grinqh_jax.decoding.generator import Generator
+if TYPE_CHECKING:
+    from grinqh_jax.decoding.generator import Generator
 
 SPECIAL = ("<|end|>", "<|turn|>")
-CONFIG = CONFIGS["qwen3-tied-gqa"] | {"vocab_size": 256 + len(SPECIAL), "eos_token_id": 0}
 TEMPLATE = (
     "{% for m in messages %}<|turn|>{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|turn|>assistant:{% endif %}"
 )
+
+
+def hf_config() -> dict:
+    """Returns the configuration of the model."""
+    from random_models import CONFIGS
+
+    return CONFIGS["qwen3-tied-gqa"] | {"vocab_size": 256 + len(SPECIAL), "eos_token_id": 0}
 
 
 def write_companions(directory: Path, *, chat: bool) -> list[Path]:
@@ -40,16 +48,23 @@ def write_companions(directory: Path, *, chat: bool) -> list[Path]:
 @pytest.fixture(scope="session")
 def dense_directory(tmp_path_factory) -> Path:
     """The directory of an unquantized Hugging Face checkpoint."""
+    from random_models import random_state
+
     directory = tmp_path_factory.mktemp("dense")
     write_companions(directory, chat=False)
-    (directory / "config.json").write_text(json.dumps(CONFIG))
-    save_file(random_state(CONFIG), directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(hf_config()))
+    save_file(random_state(hf_config()), directory / "model.safetensors")
     return directory
 
 
 def write_graded(directory: Path, companions: list[Path]) -> Path:
     """Writes the model of ``dense_directory`` as a GRINQH checkpoint."""
-    _, tree = state_tree(CONFIG)
+    import jax.numpy as jnp
+    from random_models import TARGETS, graded_model_tree, state_tree
+
+    from grinqh_jax.checkpoint import QuantizationConfig, Writer
+
+    _, tree = state_tree(hf_config())
     tree = graded_model_tree(tree)
 
     def rounded(node):  # A checkpoint stores embedding and norms in bfloat16.
@@ -60,7 +75,7 @@ def write_graded(directory: Path, companions: list[Path]) -> Path:
 
     with Writer(directory, fingerprint="tiny") as writer:
         writer.save_part("all", rounded(tree))
-        writer.finalize(CONFIG, QuantizationConfig(max_bits=8, targets=TARGETS), companions)
+        writer.finalize(hf_config(), QuantizationConfig(max_bits=8, targets=TARGETS), companions)
     return directory
 
 
@@ -79,8 +94,10 @@ def chat_directory(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def generator(graded_directory) -> Generator:
+def generator(graded_directory) -> "Generator":
     """The loaded GRINQH checkpoint. At temperature 1 it writes random bytes."""
+    from grinqh_jax.decoding.generator import Generator
+
     return Generator.load(graded_directory)
 
 
