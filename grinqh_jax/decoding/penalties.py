@@ -6,6 +6,7 @@ does not compute them.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,12 +35,10 @@ class Penalties:
     frequency: Float[Array, "b"]
 
     @classmethod
-    def create(cls, batch: int, repetition: float, presence: float, frequency: float) -> "Penalties | None":
-        """Returns the same penalties for every row; None if they change nothing."""
-        values = (repetition, presence, frequency)
-        if values == tuple(NEUTRAL.values()):
-            return None
-        return cls(*(jnp.full(batch, value, jnp.float32) for value in values))
+    def on_host(cls, batch: int, repetition: float, presence: float, frequency: float) -> "Penalties":
+        """Returns the same penalties for every row, as numpy arrays."""
+        values: Any = [np.full(batch, value, np.float32) for value in (repetition, presence, frequency)]
+        return cls(*values)
 
 
 @jax.tree_util.register_dataclass

@@ -7,13 +7,14 @@ kept), min-p.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
-from grinqh_jax.decoding.penalties import Penalties, TokenHistory, penalize
+from grinqh_jax.decoding.penalties import NEUTRAL, Penalties, TokenHistory, penalize
 from grinqh_jax.decoding.policy import DecodePolicy
 
 
@@ -47,9 +48,14 @@ class Sampling:
     logit_bias: Float[Array, "b v"] | None = None
 
     @classmethod
-    def create(
+    def create(cls, batch: int = 1, **parameters: Any) -> "Sampling":
+        """Returns ``on_host(batch, **parameters)`` on the device."""
+        return jax.tree.map(jnp.asarray, cls.on_host(batch, **parameters))
+
+    @classmethod
+    def on_host(
         cls,
-        batch: int = 1,
+        batch: int,
         *,
         temperature: float = 0.0,
         top_k: int = 0,
@@ -61,20 +67,22 @@ class Sampling:
         frequency_penalty: float = 0.0,
         logit_bias: Float[np.ndarray, "v"] | None = None,
     ) -> "Sampling":
-        """Returns the same parameters for every row; row ``b`` has seed ``seed + b``."""
+        """Returns the same parameters for every row, as numpy arrays; row ``b`` has seed ``seed + b``."""
 
-        def rows(value, dtype):
-            return jnp.full(batch, value, dtype)
+        def rows(value, dtype) -> Any:
+            return np.full(batch, value, dtype)
 
+        penalties = (repetition_penalty, presence_penalty, frequency_penalty)
+        bias: Any = None if logit_bias is None else np.tile(logit_bias, (batch, 1))
         return cls(
-            temperature=rows(temperature, jnp.float32),
-            top_k=rows(top_k, jnp.int32),
-            top_p=rows(top_p, jnp.float32),
-            min_p=rows(min_p, jnp.float32),
-            seed=rows(seed % 2**32, jnp.uint32) + jnp.arange(batch, dtype=jnp.uint32),
+            temperature=rows(temperature, np.float32),
+            top_k=rows(top_k, np.int32),
+            top_p=rows(top_p, np.float32),
+            min_p=rows(min_p, np.float32),
+            seed=rows(seed % 2**32, np.uint32) + np.arange(batch, dtype=np.uint32),
             greedy=not temperature > 0,
-            penalties=Penalties.create(batch, repetition_penalty, presence_penalty, frequency_penalty),
-            logit_bias=None if logit_bias is None else jnp.tile(jnp.asarray(logit_bias), (batch, 1)),
+            penalties=None if penalties == tuple(NEUTRAL.values()) else Penalties.on_host(batch, *penalties),
+            logit_bias=bias,
         )
 
 

@@ -15,7 +15,7 @@ from grinqh_jax.server.body import parse
 from grinqh_jax.server.choice import Choice, together, usage
 from grinqh_jax.server.conversation import Conversations, Prompt
 from grinqh_jax.server.logprobs import chat_logprobs
-from grinqh_jax.server.schema import ChatCompletion, StreamOptions
+from grinqh_jax.server.schema import ChatCompletion, StreamOptions, Tool
 from grinqh_jax.server.service import Service
 from grinqh_jax.server.streaming import Emit, EventStream, while_connected
 from grinqh_jax.serving.answer import TokenLogprob
@@ -39,7 +39,7 @@ class Chat:
         )
         wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         limit = service.max_tokens(wanted, [prompt.tokens], default=None)
-        work = _Work(service, self._conversations, body, prompt, service.requests(body, bits, limit))
+        work = _Work(service, self._conversations, body, prompt, tools, service.requests(body, bits, limit))
         if body.stream:
             return EventStream(work.stream)
         return JSONResponse(await while_connected(request.receive, work.complete()))
@@ -54,6 +54,7 @@ class _Work:
         conversations: Conversations,
         body: ChatCompletion,
         prompt: Prompt,
+        tools: Sequence[Tool] | None,
         requests: Sequence[Any],
     ):
         self._service = service
@@ -61,7 +62,7 @@ class _Work:
         self._body = body
         self._prompt = prompt
         self._requests = requests
-        self._tools = None if body.tool_choice == "none" else body.tools
+        self._tools = tools
         self._head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from grinqh_jax.decoding.penalties import Penalties
+from grinqh_jax.decoding.penalties import NEUTRAL, Penalties
 from grinqh_jax.decoding.sampling import Sampling
 
 NO_TOKEN = -1
@@ -32,39 +32,16 @@ class Settings:
     limits: Int[Array, "b"]
 
 
-def sampling_rows(
-    batch: int,
-    vocabulary: int,
-    *,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    seed: int = 0,
-    repetition_penalty: float = 1.0,
-    presence_penalty: float = 0.0,
-    frequency_penalty: float = 0.0,
-    logit_bias: Float[np.ndarray, "v"] | None = None,
-) -> Sampling:
-    """Returns the same sampling parameters for every row, as numpy arrays (see ``Sampling.create``).
+def sampling_rows(batch: int, vocabulary: int, **parameters: Any) -> Sampling:
+    """Returns ``Sampling.on_host(batch, **parameters)`` with the structure that all requests share.
 
-    In contrast to ``Sampling.create`` there always are penalties and biases, and ``greedy`` is False, so that
-    all requests have the same structure.
+    There always are penalties and biases, and ``greedy`` is False.
     """
-
-    def rows(value, dtype):
-        return np.full(batch, value, dtype)
-
-    penalties = (repetition_penalty, presence_penalty, frequency_penalty)
+    sampling = Sampling.on_host(batch, **parameters)
     biases: Any = np.zeros((batch, vocabulary), np.float32)
-    if logit_bias is not None:
-        biases += logit_bias
-    return Sampling(
-        temperature=rows(temperature, np.float32),
-        top_k=rows(top_k, np.int32),
-        top_p=rows(top_p, np.float32),
-        min_p=rows(min_p, np.float32),
-        seed=rows(seed % 2**32, np.uint32),
-        penalties=Penalties(*(rows(value, np.float32) for value in penalties)),
-        logit_bias=biases,
+    return dataclasses.replace(
+        sampling,
+        greedy=False,
+        penalties=sampling.penalties or Penalties.on_host(batch, *NEUTRAL.values()),
+        logit_bias=biases if sampling.logit_bias is None else sampling.logit_bias,
     )
