@@ -1,12 +1,13 @@
-"""Times decoding and prefill of whole models with random weights, batch 1.
+"""Times decoding and prefill of whole models with random weights.
 
     python benchmarks/decode.py --shapes Qwen3-8B Llama-3.1-8B --output benchmarks/results/decode.json
     python benchmarks/decode.py --shapes Qwen3-0.6B --contexts 128 --layers 2 --tokens 4     a quick check
     python benchmarks/decode.py --shapes path/to/model     the shape of the model in a directory
+    python benchmarks/decode.py --batch 1 2 4 8 16 --contexts 1024 --prefill     several rows
 
-For each shape, the script times decoding at several mean bits and contexts, this library's own bf16 decoding
-in the same run, and prefill against bf16 prefill. It prints a table of one step's device time by category
-(``step_profile``).
+For each shape, the script times decoding at several batch sizes, mean bits and contexts, this library's own
+bf16 decoding in the same run, and prefill against bf16 prefill. It prints a table of one step's device time
+by category (``step_profile``).
 """
 
 import argparse
@@ -41,7 +42,7 @@ def say(text: str) -> None:
     print(f"[{time.monotonic() - START:5.0f}s] {text}", flush=True)
 
 
-def decode_rows(model, label: str, bits_list, args, bandwidth: float) -> list[dict]:
+def decode_rows(model, label: str, batch: int, bits_list, args, bandwidth: float) -> list[dict]:
     """Times decoding at each context and setting of the dial, and profiles those that ``args`` select.
 
     One program, with a cache for the longest context, serves all of them.
@@ -49,11 +50,12 @@ def decode_rows(model, label: str, bits_list, args, bandwidth: float) -> list[di
     Args:
       model: Model to time.
       label: Name of the model in the rows.
+      batch: Number of rows that decode together.
       bits_list: Settings of the dial; ``[None]`` for a dense model.
       args: Parsed flags.
       bandwidth: Read bandwidth of the device, bytes per second.
     """
-    run = measure.DecodeRun(model, max(args.contexts), args.tokens)
+    run = measure.DecodeRun(model, max(args.contexts), args.tokens, batch)
     rows = []
     dial = None if bits_list[0] is None else run.settle(random_model.TARGETS, bits_list[0])
     warm = time.monotonic() + WARM_UP_SECONDS
@@ -72,22 +74,25 @@ def decode_rows(model, label: str, bits_list, args, bandwidth: float) -> list[di
         row = {
             "shape": label,
             "bits": bits or "bf16",
+            "batch": batch,
             "context": context,
             "tokens_per_second": round(timing.mean, 2),
+            "tokens_per_second_of_all_rows": round(batch * timing.mean, 2),
             "deviation": round(timing.deviation, 2),
             "us_per_token": round(1e6 / timing.mean, 1),
             **figures,
             "cache_bytes_per_token": run.cache_bytes(),
-            "share_of_read_bandwidth": round(moved * timing.mean / bandwidth, 4),
         }
+        if batch == 1:  # Rows share the weights that they read, and nothing counts those.
+            row["share_of_read_bandwidth"] = round(moved * timing.mean / bandwidth, 4)
         if args.fixed_thresholds and dial is not None:
             row["us_per_token_fixed_thresholds"] = round(1e6 / fixed_timing.mean, 1)
         rows.append(row)
         realised = "" if bits is None else f" (realised {figures['realised_bits']:.2f})"
         say(
-            f"{label} context {context}, {row['bits']} bits{realised}: {timing.mean:.1f} "
-            f"+- {timing.deviation:.1f} tokens/s, {row['us_per_token']} us, "
-            f"{moved / 1e9:.2f} GB/token, {row['share_of_read_bandwidth']:.0%} of read bandwidth"
+            f"{label} batch {batch}, context {context}, {row['bits']} bits{realised}: "
+            f"{batch * timing.mean:.1f} tokens/s, {timing.mean:.1f} +- {timing.deviation:.1f} of a row, "
+            f"{row['us_per_token']} us a step, {moved / 1e9:.2f} GB/token"
         )
         if context in args.profile_contexts and bits in args.profile_bits:
             row["profile"] = profile(run, dial, args, row)
@@ -159,15 +164,19 @@ def bench_shape(config: ModelConfig, name: str, args, bandwidth: float) -> dict:
             continue
         model = jax.block_until_ready(make(config))
         say(f"{name}: made {kind} weights")
-        report["decode"] += decode_rows(model, name, bits, args, bandwidth)
+        for batch in args.batch:
+            report["decode"] += decode_rows(model, name, batch, bits, args, bandwidth)
         chunks = [None, args.chunk] if args.chunk else [None]
         for tokens, chunk in itertools.product(args.prefill, chunks):
             report["prefill"].append(prefill_row(model, name, kind, tokens, chunk, args.repeats))
         del model
-    dense = {r["context"]: r["tokens_per_second"] for r in report["decode"] if r["bits"] == "bf16"}
+    dense = {
+        (r["batch"], r["context"]): r["tokens_per_second"] for r in report["decode"] if r["bits"] == "bf16"
+    }
     for row in report["decode"]:
-        if row["context"] in dense:
-            row["times_bf16"] = round(row["tokens_per_second"] / dense[row["context"]], 3)
+        if (row["batch"], row["context"]) in dense:
+            same_run = dense[row["batch"], row["context"]]
+            row["times_bf16"] = round(row["tokens_per_second"] / same_run, 3)
     for row in report["prefill"]:
         dense = [r for r in report["prefill"] if r["weights"] == "bf16"]
         same = [r for r in dense if (r["prompt"], r["chunk"]) == (row["prompt"], row["chunk"])]
@@ -202,6 +211,14 @@ def main() -> None:
         default=[128, 1024, 4096],
         metavar="N",
         help="tokens in the cache before decoding (default: 128 1024 4096)",
+    )
+    add(
+        "--batch",
+        nargs="+",
+        type=int,
+        default=[1],
+        metavar="N",
+        help="rows that decode together (default: 1)",
     )
     add(
         "--weights",

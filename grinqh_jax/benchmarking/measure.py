@@ -108,44 +108,47 @@ def _warm_up(function: Callable[[], object]) -> None:
         jax.block_until_ready(function())
 
 
-def filled_cache(config: ModelConfig, context: int, room: int, dtype) -> KVCache:
-    """Returns a cache of one sequence with ``context`` random positions and space for ``room`` more."""
-    cache = KVCache.create(config, 1, round_up(context + room, CAPACITY_STEP), dtype)
+def filled_cache(config: ModelConfig, context: int, room: int, dtype, batch: int = 1) -> KVCache:
+    """Returns a cache of ``batch`` rows with ``context`` random positions and space for ``room`` more."""
+    cache = KVCache.create(config, batch, round_up(context + room, CAPACITY_STEP), dtype)
     fill = jax.jit(lambda key, a: jax.random.normal(key, a.shape, a.dtype))
     arrays, structure = jax.tree.flatten((cache.keys, cache.values))
     keys, values = jax.tree.unflatten(structure, [fill(jax.random.key(i), a) for i, a in enumerate(arrays)])
-    return KVCache(keys, values, jnp.full(1, context, jnp.int32))
+    return KVCache(keys, values, jnp.full(batch, context, jnp.int32))
 
 
 class DecodeRun:
-    """Greedy decoding of ``tokens`` tokens after a context of ``context`` tokens, repeatable, compiled once.
+    """Greedy decoding of ``tokens`` tokens in each of ``batch`` rows, repeatable, compiled once.
+
+    The rows start with different tokens and different random keys and values, so they read different levels.
 
     Attributes:
+      batch: Number of rows.
       context: Number of tokens in the cache before the run. May be set between runs, up to its first value.
       compiled: The executable of the last run; None before the first run. ``compiled.as_text()`` is the
         optimized HLO.
     """
 
-    def __init__(self, model: Decoder, context: int, tokens: int):
-        self.model, self.context, self.tokens = model, context, tokens
+    def __init__(self, model: Decoder, context: int, tokens: int, batch: int = 1):
+        self.model, self.context, self.tokens, self.batch = model, context, tokens, batch
         self._policy = DecodePolicy.for_device()
         self._flat = engine.FlatModel(model)
-        self._cache = filled_cache(model.config, context, tokens, model.compute_dtype)
-        self._start = jnp.zeros(1, jnp.int32), jnp.zeros(1, bool)
+        self._cache = filled_cache(model.config, context, tokens, model.compute_dtype, batch)
+        self._start = jnp.arange(batch, dtype=jnp.int32) % model.config.vocab_size, jnp.zeros(batch, bool)
         self._rest = (
-            Sampling.create(1),
+            Sampling.create(batch),
             jnp.full(1, -1, jnp.int32),  # no stop token
-            jnp.full(1, tokens, jnp.int32),
+            jnp.full(batch, tokens, jnp.int32),
         )
         self.compiled: jax.stages.Compiled | None = None
         self._compiled: dict[Any, jax.stages.Compiled] = {}
 
     def run(self, thresholds: Dial | Thresholds | None) -> engine.Chunk:
-        """Decodes the tokens once.
+        """Decodes the tokens of all rows once.
 
         Compiles one program for dials and one for fixed thresholds. Other values of either do not recompile.
         """
-        lengths = jnp.full(1, self.context, jnp.int32)
+        lengths = jnp.full(self.batch, self.context, jnp.int32)
         cache = dataclasses.replace(self._cache, lengths=lengths)
         args = (self._flat, *self._start, cache, thresholds, *self._rest)
         kind = jax.tree.structure(thresholds)
@@ -167,7 +170,7 @@ class DecodeRun:
           targets: Mean bits of the rows of the model's threshold tables.
           bits: Mean bits to read.
         """
-        dial, shares = Dial.create(self.model, targets, [bits]), layer_shares(self.model.config)
+        dial, shares = Dial.create(self.model, targets, [bits] * self.batch), layer_shares(self.model.config)
         runs: list[tuple[float, Dial]] = []
         for _ in range(SETTLING_RUNS):
             chunk = self.run(dial)
@@ -181,13 +184,18 @@ class DecodeRun:
         return min(runs, key=lambda pair: pair[0])[1]
 
     def figures(self, chunk: engine.Chunk) -> dict:
-        """Returns realised bits and bytes of weights per token (see ``statistics.Statistics``)."""
-        stats = jax.tree.map(lambda steps: np.asarray(steps)[:, 0], chunk.grading_stats)
+        """Returns realised bits and bytes of weights per token (see ``statistics.Statistics``).
+
+        Both are means over the rows. A row's bytes are what it would read alone; rows share what they read.
+        """
+        stats = jax.tree.map(
+            lambda steps: np.asarray(steps).reshape(-1, *steps.shape[2:]), chunk.grading_stats
+        )
         fields = grading_fields(self.model, stats)
         return {name: fields[name] for name in ("realised_bits", "bytes_per_token", "bytes_per_token_bf16")}
 
     def cache_bytes(self) -> int:
-        """Returns the bytes of keys and values that a step reads, at the mean context of the run."""
+        """Returns the bytes of keys and values that a row reads in a step, at the mean context of the run."""
         config = self.model.config
         width = 2 * config.num_kv_heads * config.head_dim * self.model.compute_dtype.itemsize
         return round(config.num_layers * width * (self.context + self.tokens / 2))
