@@ -2,14 +2,16 @@
 
     python benchmarks/conversion_quality.py --model DIR_OR_GGUF --data wiki.txt chat.jsonl
         --work DIR --output FILE --fixed rtn:4 gptq:4 awq:4
-        --variants 'default:' 'mixed: --calib mixed' '4 bits stored: --max-bits 4' 'bound 0.4: EXCESS=0.4'
+        --variants 'default:' '4 bits stored: --max-bits 4' 'bound 0.4: refitted_codes.EXCESS=0.4'
 
-A variant is a label and flags of the converter, and values of constants of ``refitted_codes``. Conversations
+A variant is a label, flags of the converter, and constants of ``checkpoints_tools.convert``. Conversations
 (``messages`` in a ``.jsonl`` file) are rendered with the model's chat template. All measurements compare with
 the unquantized model, in float32. A killed run resumes: FILE's variants are not measured again.
 """
 
 import argparse
+import contextlib
+import importlib
 import json
 import pathlib
 import shlex
@@ -25,7 +27,7 @@ from flax import nnx
 from checkpoints_tools.baselines import model as baselines
 from checkpoints_tools.calibration import documents
 from checkpoints_tools.calibration.text import DEFAULT_TOKENS, read_calibration
-from checkpoints_tools.convert import command, compilation, driver, refitted_codes
+from checkpoints_tools.convert import command, compilation, driver
 from checkpoints_tools.convert.plan import make_plan
 from checkpoints_tools.convert.sizes import bits_per_weight_stored, directory_bytes
 from checkpoints_tools.source.open import open_source
@@ -49,13 +51,17 @@ def read_data(path: pathlib.Path, tokenizer: Tokenizer, tokens: int) -> np.ndarr
 
 def converted(source, words: list[str], work: pathlib.Path) -> tuple[pathlib.Path, dict]:
     """Converts with the flags and constants ``words``; returns the checkpoint and what it took."""
-    constants = {name: float(value) for name, _, value in (w.partition("=") for w in words) if name.isupper()}
-    flags = [word for word in words if not word.split("=")[0].isupper()]
+    constants = [word.partition("=") for word in words if _is_constant(word)]
+    flags = [word for word in words if not _is_constant(word)]
     args = command.parser().parse_args(["--model", "-", "--out", str(work), *flags])
     start = time.monotonic()
-    calibration = read_calibration(source, args.calib, args.tokens)
-    plan = make_plan(source, calibration, command.options_of(args))
-    with mock.patch.multiple(refitted_codes, **constants):
+    with contextlib.ExitStack() as stack:
+        for name, _, value in constants:
+            module, _, constant = name.partition(".")
+            module = importlib.import_module(f"checkpoints_tools.convert.{module}")
+            stack.enter_context(mock.patch.object(module, constant, json.loads(value)))
+        calibration = read_calibration(source, args.calib, args.tokens)
+        plan = make_plan(source, calibration, command.options_of(args))
         out = driver.convert(plan, work, overwrite=True)
     facts = {
         "seconds": round(time.monotonic() - start, 1),
@@ -65,6 +71,11 @@ def converted(source, words: list[str], work: pathlib.Path) -> tuple[pathlib.Pat
         "not_done": plan.not_done,
     }
     return out, facts
+
+
+def _is_constant(word: str) -> bool:
+    """Returns whether a word of a variant is ``MODULE.CONSTANT=VALUE``."""
+    return word.partition("=")[0].rpartition(".")[2].isupper()
 
 
 def device_bytes(model) -> int:
@@ -80,7 +91,7 @@ def measured(model, targets, data, bits, reference, length: int) -> dict:
         rows[name] = {
             str(r.bits): {
                 "kl": round(r.kl, 6),
-                "kl_stderr": round(r.kl_stderr, 6),
+                "kl_stderr": r.kl_stderr and round(r.kl_stderr, 6),
                 "perplexity": round(r.perplexity, 4),
                 "realised_bits": r.realised_bits and round(r.realised_bits, 4),
                 "same_top1": round(r.same_top1, 4),
