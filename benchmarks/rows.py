@@ -2,6 +2,7 @@
 
     python benchmarks/rows.py --output rows.json                       everything, about 90 s on an H200
     python benchmarks/rows.py --checks --output checks.json            correctness and batch invariance only
+    python benchmarks/rows.py --variants "pairs, 4 slots"              one program
 
 Checks: every row against float64 at several mean bits, for Gaussian and for Cauchy-like activations; each row
 has the same bits as the row alone (which runs the kernel for one row), in batches of 2 to 16 rows, with other
@@ -35,7 +36,7 @@ import timing
 
 from pallas_kernels import Activations, NestedWeight, codes, grading
 from pallas_kernels.matvec.mosaic_gpu import Config, kernel
-from pallas_kernels.matvec.mosaic_gpu.geometry import SharedList
+from pallas_kernels.matvec.mosaic_gpu.geometry import BytePairs, SharedList
 
 CHECKED_SHAPES = ((576, 1100), (2048, 2560), (1152, 4096))
 CHECKED_ROWS = (1, 2, 4, 8, 16)
@@ -49,21 +50,32 @@ CORRELATION = 0.5
 
 RELATIVE_ERROR = 1e-3
 
-VARIANTS: dict[str, SharedList | None] = {
+VARIANTS: dict[str, SharedList | BytePairs | None] = {
     "8 warps, 8 slots": SharedList(warps=8, ring_slots=8, step_entries=32),
     "8 warps, 16 slots": SharedList(warps=8, ring_slots=16, step_entries=32),
     "8 warps, steps of 64": SharedList(warps=8, ring_slots=8, step_entries=64),
     "4 warps, 8 slots": SharedList(warps=4, ring_slots=8, step_entries=32),
+    "pairs, 4 slots": BytePairs(ring_slots=4),
+    "pairs, 8 slots": BytePairs(ring_slots=8),
     "a list for each warp": None,
 }
 """Programs to compare. 4 warps where the configuration of a shape allows it, else 8."""
 
 
-def config_of(base: Config, shared_list: SharedList | None) -> Config:
+def config_of(base: Config, program: SharedList | BytePairs | None) -> Config:
     """Returns the configuration of one row with another program for several rows."""
-    if shared_list is not None and shared_list.warps < base.warps:
-        shared_list = dataclasses.replace(shared_list, warps=base.warps)
-    return dataclasses.replace(base, shared_list=shared_list)
+    if isinstance(program, BytePairs):
+        return dataclasses.replace(base, byte_pairs=program)
+    if program is not None and program.warps < base.warps:
+        program = dataclasses.replace(program, warps=base.warps)
+    return dataclasses.replace(base, shared_list=program)
+
+
+def takes(program: SharedList | BytePairs | None, rows: int) -> bool:
+    """Returns whether the program is for this number of rows."""
+    if isinstance(program, SharedList):
+        return rows > 1
+    return rows <= 8 if program is None else 1 < rows <= 8
 
 
 def draw_x(rows: int, k: int, kind: str, seed: int = 0) -> np.ndarray:
@@ -85,6 +97,13 @@ def compiled(functions: dict, arguments: dict) -> dict:
 
 
 # --- checks ---------------------------------------------------------------------------------------------
+def checked_variants(i: int, rows: int, names: list[str]) -> list[str]:
+    """Returns the named variants to check on shape ``i``: a few of each program, to bound the compile time."""
+    shared = list(VARIANTS)[i : i + 1] + ["4 warps, 8 slots"] * (rows in (4, 16))
+    pairs = ["pairs, 8 slots" if i % 2 else "pairs, 4 slots"]
+    return [name for name in shared + pairs if name in names and takes(VARIANTS[name], rows)]
+
+
 def exact_rows(x: np.ndarray, weight: NestedWeight, thresholds: np.ndarray) -> np.ndarray:
     """Returns float64 ``[rows, N]``."""
 
@@ -101,8 +120,8 @@ def exact_rows(x: np.ndarray, weight: NestedWeight, thresholds: np.ndarray) -> n
     return np.stack(out)
 
 
-def check(problems: list[str]) -> list[dict]:
-    """Runs all checks; appends a line for each failure."""
+def check(names: list[str], problems: list[str]) -> list[dict]:
+    """Checks the named variants; appends a line for each failure."""
     results = []
     bases = {
         shape: Config(warpgroups=warpgroups, warps_per_group=warps, ring_slots=8)
@@ -110,10 +129,9 @@ def check(problems: list[str]) -> list[dict]:
     }
     functions, arguments = {}, {}
     weights = {shape: matvec.random_weights(*shape, count=1)[0] for shape in CHECKED_SHAPES}
-    names = list(VARIANTS)
     for i, shape in enumerate(CHECKED_SHAPES):
         for rows in CHECKED_ROWS:
-            chosen = ["one row"] if rows == 1 else [names[i], "4 warps, 8 slots"][: 1 + (rows in (4, 16))]
+            chosen = ["one row"] if rows == 1 else checked_variants(i, rows, names)
             for variant in chosen:
                 config = bases[shape] if rows == 1 else config_of(bases[shape], VARIANTS[variant])
 
@@ -203,8 +221,8 @@ def kernel_times(function) -> tuple[float, dict[str, float]]:
     return total, {name: round(statistics.median(us for _, us in group), 3) for name, group in groups.items()}
 
 
-def time_layer(deadline: float, problems: list[str]) -> list[dict]:
-    """Times all variants; stops before the deadline (``time.monotonic``)."""
+def time_layer(names: list[str], deadline: float, problems: list[str]) -> list[dict]:
+    """Times the named variants; stops before the deadline (``time.monotonic``)."""
     shapes = [tuple(map(int, shape.split("x"))) for shape in matvec.LAYER]
     weights = {shape: matvec.random_weights(*shape, count=COPIES) for shape in shapes}
     results: list[dict] = []
@@ -214,9 +232,7 @@ def time_layer(deadline: float, problems: list[str]) -> list[dict]:
             xs = [draw_x(rows, k, kind, seed=k) for k, _ in shapes]
             limits = [matvec.thresholds_for(x, 3) for x in xs]
             data[kind] = [jnp.asarray(x) for x in xs], [jnp.asarray(t) for t in limits]
-        # The program for one row takes up to 8 rows, the others are for several.
-        allowed = {True: rows > 1, False: rows <= 8}
-        variants = [name for name, shared in VARIANTS.items() if allowed[shared is not None]]
+        variants = [name for name in names if takes(VARIANTS[name], rows)]
         functions = {variant: layer_function(shapes, weights, VARIANTS[variant]) for variant in variants}
         start = time.monotonic()
         programs = compiled(functions, dict.fromkeys(variants, (*data["random"], weights)))
@@ -242,12 +258,12 @@ def time_layer(deadline: float, problems: list[str]) -> list[dict]:
     return results
 
 
-def layer_function(shapes, weights, shared_list: SharedList | None):
+def layer_function(shapes, weights, program: SharedList | BytePairs | None):
     """Returns a function that multiplies with all copies of the layer's weights."""
     configs = []
     for k, n in shapes:
         x = jax.eval_shape(Activations.of, jax.ShapeDtypeStruct((1, k), jnp.float32))
-        configs.append(config_of(kernel.geometry_of(x, weights[k, n][0]).config, shared_list))
+        configs.append(config_of(kernel.geometry_of(x, weights[k, n][0]).config, program))
 
     def run(xs, limits, weights):
         return [
@@ -297,6 +313,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--checks", action="store_true", help="only check, do not time")
     parser.add_argument("--times", action="store_true", help="only time, do not check")
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help="default: all"
+    )
     parser.add_argument("--seconds", type=float, default=110, help="stop timing after this many seconds")
     parser.add_argument("--output", type=pathlib.Path, metavar="FILE", help="JSON file to write")
     args = parser.parse_args()
@@ -315,12 +334,12 @@ def main() -> None:
             args.output.write_text(json.dumps(report, indent=1) + "\n")
 
     if not args.times:
-        report["checks"] = check(problems)
+        report["checks"] = check(args.variants, problems)
         print(f"checks took {time.monotonic() - start:.0f} s, {len(problems)} problems", flush=True)
         save()
     if not args.checks:
         report["bf16_us"] = bf16_layer()
-        report["times"] = time_layer(start + args.seconds, problems)
+        report["times"] = time_layer(args.variants, start + args.seconds, problems)
         table(report["times"], report["bf16_us"])
     save()
     print(f"{report['seconds']} s")

@@ -59,11 +59,26 @@ class SharedList:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class BytePairs:
+    """Tuning of ``byte_pairs.program``. It does not change the result.
+
+    Attributes:
+      ring_slots: Number of 2-KiB slots in the ring of a warp: 2, 4 or 8. All but one are in flight.
+    """
+
+    ring_slots: int = 4
+
+    def __post_init__(self):
+        if self.ring_slots not in (2, 4, 8):
+            raise ValueError(f"BytePairs.ring_slots must be one of (2, 4, 8), not {self.ring_slots!r}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Tuning of a launch. It affects the result only through the order of float32 sums.
 
     In launches with equal ``warpgroups`` and ``warps_per_group`` a row of the result has the same bits, for
-    any number of other rows, with and without ``shared_list``.
+    any number of other rows, with and without ``shared_list`` or ``byte_pairs``.
 
     Attributes:
       warpgroups: Number of warpgroups (4 warps) in a CTA, 1 or 2. With more, a CTA sums over more groups of
@@ -73,14 +88,17 @@ class Config:
         there are fewer partial sums.
       ring_slots: Number of 1-KiB slots in the ring of a warp: 2, 4, 8 or 16. A warp keeps ``ring_slots - 1``
         KiB of copies in flight.
-      shared_list: Tuning of the program whose CTAs share one list, for 2 to 16 activation rows. None runs the
+      shared_list: Tuning of the program whose CTAs share one list, for 2 to 16 activation rows. None runs a
         program in which each warp has a list.
+      byte_pairs: Tuning of the program that multiplies pairs of bytes, for several activation rows. None runs
+        another program.
     """
 
     warpgroups: int
     warps_per_group: int
     ring_slots: int
     shared_list: SharedList | None = None
+    byte_pairs: BytePairs | None = None
 
     def __post_init__(self):
         for name, allowed in (
@@ -94,6 +112,10 @@ class Config:
             raise ValueError(
                 f"Config.shared_list.warps must be {self.warps} with warpgroups={self.warpgroups},"
                 f" not {self.shared_list.warps}"
+            )
+        if self.shared_list is not None and self.byte_pairs is not None:
+            raise ValueError(
+                "Config.shared_list and Config.byte_pairs name different programs: set one of them"
             )
 
     @property
@@ -233,6 +255,11 @@ class Geometry:
     def step_entries_bytes(self) -> int:
         """Bytes of the entries of one step."""
         return STEP_ROWS * self.entry_bytes
+
+    @property
+    def code_stride(self) -> int:
+        """Bytes from the offset of an entry to its first word of codes, and between its words of codes."""
+        return 4
 
     @property
     def list_bytes(self) -> int:

@@ -14,6 +14,7 @@ from pallas_kernels.lanes.instructions import Instructions
 from pallas_kernels.lanes.launch import lane_kernel
 from pallas_kernels.matvec.mosaic_gpu import geometry as geometry_module
 from pallas_kernels.matvec.mosaic_gpu import tuning
+from pallas_kernels.matvec.mosaic_gpu.byte_pairs import BytePairGeometry, byte_pair_program
 from pallas_kernels.matvec.mosaic_gpu.geometry import Config, Geometry
 from pallas_kernels.matvec.mosaic_gpu.program import Refs, graded_matvec_program
 from pallas_kernels.matvec.mosaic_gpu.shared_list import SharedListGeometry, shared_list_program
@@ -91,7 +92,11 @@ def geometry_of(x: Activations, weight: NestedWeight, config: Config | None = No
         config = tuning.best_config(
             geometry, device_kind=target.device_kind, multiprocessors=device.multiprocessors(target)
         )
-    program = Geometry if config.shared_list is None else SharedListGeometry
+    program = Geometry
+    if config.shared_list is not None:
+        program = SharedListGeometry
+    elif config.byte_pairs is not None:
+        program = BytePairGeometry
     return program(**{**vars(geometry), "config": config})
 
 
@@ -99,6 +104,8 @@ def run_program(isa: Instructions, geometry: Geometry, refs: Refs) -> None:
     """Runs the lane program that these sizes belong to."""
     if isinstance(geometry, SharedListGeometry):
         shared_list_program(isa, geometry, refs)
+    elif isinstance(geometry, BytePairGeometry):
+        byte_pair_program(isa, geometry, refs)
     else:
         graded_matvec_program(isa, geometry, refs)
 

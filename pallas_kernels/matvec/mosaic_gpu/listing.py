@@ -348,15 +348,19 @@ def store_entry(
     isa: Instructions, g: Geometry, address: Value, offset: Value, codes: list[Value], where: Value
 ) -> None:
     """Stores a list entry: the offset of its plane row, and 16-bit codes."""
-    isa.store_shared(address, [offset, *packed_codes(isa, g, codes)], where)
+    if g.code_stride == 4:
+        isa.store_shared(address, [offset, *packed_codes(isa, g, codes)], where)
+    else:
+        isa.store_shared(address, [offset], where)
+        store_codes(isa, g, address, codes, where)
 
 
 def store_codes(isa: Instructions, g: Geometry, address: Value, codes: list[Value], where: Value) -> None:
     """Stores the codes of an entry whose offset is already stored."""
     first, *others = packed_codes(isa, g, codes)
-    isa.store_shared(address + 4, [first], where)
+    isa.store_shared(address + g.code_stride, [first], where)
     if others:
-        isa.store_shared(address + 8, others, where)
+        isa.store_shared(address + 2 * g.code_stride, others, where)
 
 
 def packed_codes(isa: Instructions, g: Geometry, codes: list[Value]) -> list[Value]:
