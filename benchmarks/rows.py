@@ -96,7 +96,7 @@ def compiled(functions: dict, arguments: dict) -> dict:
         return dict(zip(lowered, pool.map(lambda low: low.compile(), lowered.values()), strict=True))
 
 
-# --- checks ---------------------------------------------------------------------------------------------
+# --- checks --------------------------------------------------------------------------------------------
 def checked_variants(i: int, rows: int, names: list[str]) -> list[str]:
     """Returns the named variants to check on shape ``i``: a few of each program, to bound the compile time."""
     shared = list(VARIANTS)[i : i + 1] + ["4 warps, 8 slots"] * (rows in (4, 16))

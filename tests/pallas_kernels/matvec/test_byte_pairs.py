@@ -148,10 +148,9 @@ def test_lowers_for(gpu, rows, shape, max_bits):
     assert "mosaic_gpu" in lowered.as_text()
 
 
-@pytest.mark.parametrize(("warpgroups", "kib"), [(1, 72), (2, 112)])
-@pytest.mark.parametrize("rows", [2, 4])
-def test_several_ctas_fit_a_multiprocessor(warpgroups, kib, rows):
-    """Three CTAs of 4 warps fit the 227 KiB of an H200's multiprocessor, or two of 8 warps."""
+@pytest.mark.parametrize(("rows", "warpgroups", "kib"), [(2, 1, 56), (2, 2, 112), (4, 1, 74)])
+def test_several_ctas_fit_a_multiprocessor(rows, warpgroups, kib):
+    """4, 2 and 3 CTAs fit the 227 KiB of an H200's multiprocessor, of which each CTA takes 1 KiB more."""
     config = Config(warpgroups=warpgroups, warps_per_group=1, ring_slots=8, byte_pairs=BytePairs())
     x = Activations.of(jnp.zeros((rows, 1024), jnp.bfloat16))
     geometry = kernel.geometry_of(x, NestedWeight.abstract(1024, 512), config)

@@ -10,7 +10,7 @@ import pytest
 from matvec_cases import Case, assert_agrees_with_oracle
 
 from pallas_kernels import Activations, graded_matvec, graded_partial_sums
-from pallas_kernels.matvec.mosaic_gpu import Config, SharedList, kernel
+from pallas_kernels.matvec.mosaic_gpu import BytePairs, Config, SharedList, kernel
 
 pytestmark = pytest.mark.gpu
 
@@ -56,6 +56,19 @@ SHARED_LIST_CASES = [
         for activations in ("outliers", "heavy", "zeros", "all-zero")
     ),
 ]
+BYTE_PAIR_CASES = [
+    Case(384, 1024, rows=rows, seed=rows, config=dataclasses.replace(config, byte_pairs=BytePairs()))
+    for rows, config in [(2, CONFIGS[2]), (3, CONFIGS[0]), (4, CONFIGS[3]), (7, CONFIGS[1])]
+] + [
+    Case(
+        1000,
+        600,
+        rows=4,
+        activations=activations,
+        config=dataclasses.replace(CONFIGS[2], byte_pairs=BytePairs(ring_slots=8)),
+    )
+    for activations in ("outliers", "heavy", "zeros", "all-zero")
+]
 
 
 @pytest.fixture(autouse=True)
@@ -82,8 +95,8 @@ def partials_and_stats(x, squares, weight, thresholds, config):
     return y.partials, stats.packed
 
 
-@pytest.mark.parametrize("case", SHARED_LIST_CASES, ids=str)
-def test_rows_of_a_shared_list_agree_with_float64_and_have_the_bits_of_the_row_alone(case):
+@pytest.mark.parametrize("case", SHARED_LIST_CASES + BYTE_PAIR_CASES, ids=str)
+def test_rows_of_other_programs_agree_with_float64_and_have_the_bits_of_the_row_alone(case):
     x, weight, thresholds = case.arrays()
     squares = np.random.default_rng(case.seed).uniform(0, 1, (case.rows, 3)).astype(np.float32)
 
@@ -100,7 +113,7 @@ def test_rows_of_a_shared_list_agree_with_float64_and_have_the_bits_of_the_row_a
                 None if factor is None else factor[one],
                 weight,
                 thresholds[one],
-                config=dataclasses.replace(case.config, shared_list=None),
+                config=dataclasses.replace(case.config, shared_list=None, byte_pairs=None),
             )
             for a, b, c in zip(together, again, alone, strict=True):
                 a, b, c = (np.asarray(v).view(np.uint32) for v in (a, b, c))

@@ -16,8 +16,8 @@ activation rows:
 rows each. The digit positions are masked as in the other program. Two activation rows take 64 accumulators of
 every lane, four rows take 128.
 
-Warps and CTAs have the same channels as in ``mosaic_gpu.program``, and convert and add the same numbers in the
-same order. So a row of y has the same bits in both programs, among any other rows, if ``warpgroups`` and
+Warps and CTAs have the same channels as in ``mosaic_gpu.program``, and convert and add the same numbers in
+the same order. So a row of y has the same bits in both programs, among any other rows, if ``warpgroups`` and
 ``warps_per_group`` are equal.
 """
 

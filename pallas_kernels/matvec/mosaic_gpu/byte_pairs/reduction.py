@@ -1,8 +1,8 @@
 """Phases combine and reduce: from the integer sums of a warp to a partial sum of the CTA.
 
-The outputs of a warp pass through its ring, which has an array of 512 for each activation row. Output ``n`` is
-element ``n ^ 16 (n // 256)`` of the array, or ``n ^ 16 (n // 256) ^ 2`` in odd activation rows. Then no store of
-``combine`` has bank conflicts.
+The outputs of a warp pass through its ring, which has an array of 512 for each activation row. Output ``n``
+is element ``n ^ 16 (n // 256)`` of the array, or ``n ^ 16 (n // 256) ^ 2`` in odd activation rows. Then no
+store of ``combine`` has bank conflicts.
 """
 
 import dataclasses
