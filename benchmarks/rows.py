@@ -98,7 +98,7 @@ def compiled(functions: dict, arguments: dict) -> dict:
 
 # --- checks --------------------------------------------------------------------------------------------
 def checked_variants(i: int, rows: int, names: list[str]) -> list[str]:
-    """Returns the named variants to check on shape ``i``: a few of each program, to bound the compile time."""
+    """Returns the named variants to check on shape ``i``: a few of each program, because they compile."""
     shared = list(VARIANTS)[i : i + 1] + ["4 warps, 8 slots"] * (rows in (4, 16))
     pairs = ["pairs, 8 slots" if i % 2 else "pairs, 4 slots"]
     return [name for name in shared + pairs if name in names and takes(VARIANTS[name], rows)]
