@@ -101,7 +101,7 @@ def from_codes(
 ) -> NestedWeight:
     """Packs 8-bit codes and their scales into a weight whose level gains are all 1.
 
-    Pads K to whole groups and N to whole tiles.
+    Pads K and N (see ``layout.padded_shape``).
 
     Args:
       codes: One 8-bit code for each weight. The result stores its leading ``max_bits`` bits.
@@ -127,7 +127,7 @@ def from_codes(
 def _pack_padded(
     codes: UInt8[Array, "k n"], scales: Float16[Array, "g n"], planes: int
 ) -> tuple[UInt32[Array, "p k2 w"], Float16[Array, "g n2"]]:
-    """Pads K to whole groups and N to whole tiles, and packs the codes."""
+    """Pads K and N (see ``layout.padded_shape``), and packs the codes."""
     k, n = layout.padded_shape(*codes.shape)
     padding = (0, n - codes.shape[1])
     codes = jnp.pad(codes, ((0, k - codes.shape[0]), padding))
@@ -138,7 +138,7 @@ def _pack_padded(
 def pack(codes: UInt8[Array, "k n"], planes: int) -> UInt32[Array, "p k w"]:
     """Splits padded codes into digits and packs each plane in the order of ``layout``."""
     k, n = codes.shape
-    stored = codes.reshape(k, n // layout.TILE, layout.TILE)[:, :, layout.TILE_OUTPUTS]
+    stored = codes[:, layout.row_positions(n).argsort()]
     stored = stored.reshape(k, n // layout.WORD_DIGITS, layout.WORD_DIGITS).astype(jnp.uint32)
     shifts = jnp.arange(layout.WORD_DIGITS, dtype=jnp.uint32) * layout.DIGIT_BITS
     digits = [(stored >> (6 - layout.DIGIT_BITS * f)) & 3 for f in range(planes)]

@@ -112,9 +112,15 @@ def quantize_linear(
       CheckpointError: See ``measure_linear``.
     """
     planes, scales = [], []
+    packed, (_, stored) = 0, layout.padded_shape(*rounding.shape)
 
     def pack(rounded: RoundedWeight) -> None:
-        weight = from_codes(rounded.codes, rounded.scales, max_bits=rounding.max_bits)
+        # All ranges but the last are whole tiles. The last one gets the padding of the whole layer.
+        nonlocal packed
+        packed += rounded.codes.shape[1]
+        padding = ((0, 0), (0, stored - packed if packed == rounding.shape[1] else 0))
+        codes, scales = (jnp.pad(array, padding) for array in rounded)
+        weight = from_codes(codes, scales, max_bits=rounding.max_bits)
         planes.append(np.asarray(weight.planes))
         scales.append(np.asarray(weight.scales))
 

@@ -9,7 +9,10 @@ from grinqh_jax.errors import CheckpointError
 from pallas_kernels.weight import num_planes
 
 QUANT_METHOD = "grinqh"
-VERSION = 1
+VERSION = 2
+"""Version that is written."""
+
+READABLE_VERSIONS = (1, VERSION)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,10 +75,11 @@ class QuantizationConfig:
                 f"quantization_config: quant_method is {method!r}, expected {QUANT_METHOD!r}; "
                 "convert the original (unquantized) model with grinqh-jax convert"
             )
-        if version != VERSION or isinstance(version, bool):
+        if version not in READABLE_VERSIONS or isinstance(version, bool):
             remedy = "install a newer grinqh-jax" if _newer(version) else "convert the model again"
             raise CheckpointError(
-                f"quantization_config: version is {version!r}, this grinqh-jax reads {VERSION}; {remedy}"
+                f"quantization_config: version is {version!r}, this grinqh-jax reads "
+                f"{' and '.join(map(str, READABLE_VERSIONS))}; {remedy}"
             )
         fields = {field.name for field in dataclasses.fields(cls)}
         given = set(entry) - {"quant_method", "version"}

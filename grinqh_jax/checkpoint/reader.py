@@ -1,16 +1,20 @@
 """Loads a checkpoint, and verifies all of it against its manifest before any of it is used."""
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from flax import traverse_util
 
+from grinqh_jax.checkpoint import version_1
 from grinqh_jax.checkpoint.manifest import Manifest
 from grinqh_jax.checkpoint.quantization import QuantizationConfig
 from grinqh_jax.checkpoint.values import value_problems
@@ -54,7 +58,8 @@ def load(
     Each file is compared with ``manifest.json`` before Orbax opens it, because damaged metadata could make
     Orbax fail arbitrarily or hang. Each array is compared with the manifest after it is read. Then ``values``
     checks the rules for values. Each array is read directly to its device, so peak memory is the size of the
-    model.
+    model. Arrays of format version 1 that the present version stores in another way are changed on the host,
+    layer by layer.
 
     Args:
       path: The checkpoint's directory.
@@ -78,12 +83,25 @@ def load(
     problems = [f"{name} {problem}" for name, problem in file_problems.items()]
     if CONFIG not in file_problems:
         config = ModelConfig.from_hf(hf_config)
-        abstract = abstract_tree(config, quantization.max_bits, len(quantization.targets))
-        problems += manifest.tree_problems(abstract)
+        tree = abstract_tree(config, quantization.max_bits, len(quantization.targets))
+        stored = version_1.stored_tree(tree, hf_config["quantization_config"]["version"])
+        problems += manifest.tree_problems(stored)
     if problems:
         raise _damaged(directory, problems)
-    arrays = _restore(directory, traverse_util.flatten_dict(abstract, sep="."), shardings or {})
-    if problems := manifest.array_problems(arrays) + value_problems(arrays):
+    leaves, stored_leaves = (traverse_util.flatten_dict(each, sep=".") for each in (tree, stored))
+    shardings = _all_shardings(leaves, shardings or {})
+    outdated = [name for name, leaf in leaves.items() if stored_leaves[name].shape != leaf.shape]
+    current = {name: leaf for name, leaf in leaves.items() if name not in outdated}
+    arrays = _restore(directory, current, shardings)
+    problems = manifest.array_problems(arrays) + value_problems(arrays)
+    for _, names in itertools.groupby(outdated, lambda name: name.split(".")[:2]):  # Layer by layer.
+        old = _restore(directory, {name: stored_leaves[name] for name in names})
+        problems += manifest.array_problems(old)
+        for name, array in old.items():
+            arrays[name] = jax.device_put(
+                version_1.upgraded(name, np.asarray(array), leaves[name]), shardings[name]
+            )
+    if problems:
         raise _damaged(directory, problems)
     if compute_dtype is None:
         compute_dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
@@ -138,20 +156,31 @@ def _read_config(directory: Path) -> dict[str, Any]:
     )
 
 
+def _all_shardings(
+    leaves: Iterable[str], shardings: Mapping[str, jax.sharding.Sharding]
+) -> dict[str, jax.sharding.Sharding]:
+    """Returns the sharding of each leaf: the given one, or that of the first device."""
+    if unknown := sorted(shardings.keys() - set(leaves)):
+        raise UsageError(f"shardings for leaves that the model does not have: {', '.join(unknown)}")
+    return dict.fromkeys(leaves, _first_device()) | dict(shardings)
+
+
+def _first_device() -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
 def _restore(
     directory: Path,
     leaves: Mapping[str, jax.ShapeDtypeStruct],
-    shardings: Mapping[str, jax.sharding.Sharding],
+    shardings: Mapping[str, jax.sharding.Sharding] = MappingProxyType({}),
 ) -> dict[str, jax.Array]:
-    """Reads the arrays of ``leaves`` from ``state/``, by dotted name (see ``load`` for ``shardings``)."""
-    if unknown := sorted(shardings.keys() - leaves.keys()):
-        raise UsageError(f"shardings for leaves that the model does not have: {', '.join(unknown)}")
-    first_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    """Reads some arrays from ``state/``, by dotted name, to the first device unless they have a sharding."""
     abstract = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings.get(name, first_device))
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings.get(name, _first_device()))
         for name, leaf in leaves.items()
     }
     context = ocp.Context()
+    context.pytree.loading.partial_load = True
     largest = max(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves.values())
     context.memory.read_concurrent_bytes = max(READ_AHEAD_BYTES, 2 * largest)
     try:

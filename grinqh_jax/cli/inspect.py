@@ -117,6 +117,7 @@ def _grinqh(survey) -> tuple[dict[str, Any], list[str]]:
     """Returns what a GRINQH checkpoint stores, and its problems."""
     from grinqh_jax.checkpoint import QuantizationConfig
     from grinqh_jax.checkpoint.manifest import Manifest
+    from grinqh_jax.checkpoint.version_1 import stored_tree
     from grinqh_jax.errors import CheckpointError
     from grinqh_jax.model.decoder import abstract_tree
 
@@ -129,7 +130,8 @@ def _grinqh(survey) -> tuple[dict[str, Any], list[str]]:
     problems += _size_problems(survey.directory, manifest)
     if survey.config is not None:
         tree = abstract_tree(survey.config, quantization.max_bits, len(quantization.targets))
-        problems += manifest.tree_problems(tree)
+        version = survey.hf_config["quantization_config"]["version"]
+        problems += manifest.tree_problems(stored_tree(tree, version))
     provenance = quantization.provenance
     return {
         "bytes": sum(size for size, _ in manifest.files.values()),

@@ -1,11 +1,13 @@
 """The lane program that dequantizes a whole weight: it reads every plane once and writes bfloat16 once.
 
-A warp dequantizes a few input channels of one group in one tile of 512 outputs. A lane reads one of the
-tile's 32 words of each channel and plane. A word holds 16 outputs, which form two runs of 8 consecutive
-outputs (see ``layout``):
+A warp dequantizes a few input channels of one group in one tile of outputs. A lane reads one of the tile's 32
+words of each channel and plane. In the last tile, which may have fewer pieces, the other lanes read the first
+word again and store nothing. A word holds 16 outputs, which form two runs of 8 consecutive outputs (see
+``layout``). With ``chunk = 16 pieces``, which is 128 in a whole tile:
 
-    word                          4 row + 2 half + pair
-    output at byte b, position p  256 half + 128 (p >> 1) + 16 row + 8 pair + 4 (b >> 1) + 2 (p & 1) + (b & 1)
+    word                  4 piece + 2 half + pair
+    output at             chunk (2 half + (p >> 1)) + 16 piece
+    byte b, position p        + 8 pair + 4 (b >> 1) + 2 (p & 1) + (b & 1)
 
 The lane shifts the digits of all planes at one position into one word, which then holds four codes, one in
 each byte. A byte permutation turns a code ``c`` into the float32 ``2**23 + c``, whose bits are 4B0000cc. The
@@ -49,7 +51,7 @@ class Shape:
     Attributes:
       in_features: Logical number of input channels.
       out_features: Logical number of outputs, a multiple of ``RUN_OUTPUTS``.
-      stored_n: Number of outputs, padded to whole tiles.
+      stored_n: Number of outputs, padded to whole pieces.
       planes: Number of stored planes.
     """
 
@@ -66,7 +68,12 @@ class Shape:
     @property
     def tiles(self) -> int:
         """Number of tiles of outputs."""
-        return self.stored_n // layout.TILE
+        return -(-self.stored_n // layout.TILE)
+
+    @property
+    def last_tile_pieces(self) -> int:
+        """Number of pieces in the last tile, 1 to 8. All other tiles have 8."""
+        return layout.last_tile_pieces(self.stored_n)
 
     @property
     def blocks(self) -> int:
@@ -99,6 +106,9 @@ def dequantization_program(isa: Instructions, shape: Shape, refs: Refs) -> None:
     lane, warp = thread & (LANES - 1), thread >> 5
     tile, channels = block % shape.tiles, block // shape.tiles
     first = (channels * WARPS + warp) * WARP_CHANNELS
+    chunk, has_word = chunk_and_word(isa, shape, tile, lane)
+    if has_word is not None:
+        lane = isa.select(has_word, lane, isa.constant(0))
     stored_words = shape.stored_n // layout.WORD_DIGITS
     word = tile * layout.TILE_WORDS + lane
     planes = isa.global_address(refs.planes)
@@ -110,8 +120,10 @@ def dequantization_program(isa: Instructions, shape: Shape, refs: Refs) -> None:
         ]
         for c in range(WARP_CHANNELS)
     ]
-    output = tile * layout.TILE + ((lane >> 1) & 1) * 256 + (lane >> 2) * 16 + (lane & 1) * RUN_OUTPUTS
-    outputs = [output + run * 128 for run in range(RUNS)]
+    output = (
+        tile * layout.TILE + ((lane >> 1) & 1) * (chunk * 2) + (lane >> 2) * 16 + (lane & 1) * RUN_OUTPUTS
+    )
+    outputs = [output + chunk * run for run in range(RUNS)]
     group_start = channels // BLOCKS_PER_GROUP * shape.stored_n
     scales = [load_scales(isa, refs, group_start + n) for n in outputs]
     # A weight is ``scale / 64 * (code - midpoint)``. With the scaled midpoint it takes one multiply-add.
@@ -129,8 +141,20 @@ def dequantization_program(isa: Instructions, shape: Shape, refs: Refs) -> None:
                 numbers.append(isa.multiply_add(number, code_scales[run][i], offsets[run][i]))
             packed = [isa.pack_bfloat16(*numbers[i : i + 2]) for i in range(0, RUN_OUTPUTS, 2)]
             index = (first + c) * (shape.out_features // RUN_OUTPUTS) + (outputs[run] >> 3)
-            with isa.when(is_logical(isa, shape, first + c, outputs[run])):
+            logical = is_logical(isa, shape, first + c, outputs[run])
+            with isa.when(logical if has_word is None else logical & has_word):
                 isa.store_global(dense + (isa.widen(index) << 4), packed)
+
+
+def chunk_and_word(
+    isa: Instructions, shape: Shape, tile: Value, lane: Value
+) -> tuple[Value | int, Value | None]:
+    """Returns the outputs of a chunk of the tile, and whether the lane has a word; None if all lanes have."""
+    if shape.last_tile_pieces == layout.TILE_PIECES:
+        return layout.TILE // 4, None
+    is_last = tile.equals(shape.tiles - 1)
+    pieces = isa.select(is_last, isa.constant(shape.last_tile_pieces), isa.constant(layout.TILE_PIECES))
+    return pieces * 16, lane < pieces * 4
 
 
 def load_scales(isa: Instructions, refs: Refs, index: Value) -> list[Value]:

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from tiny_checkpoint import HF_CONFIG, QUANTIZATION, assert_same, random_tree, write
+from tiny_checkpoint import HF_CONFIG, QUANTIZATION, assert_same, random_tree, unpack_version_1, write
 
 from grinqh_jax.checkpoint import QuantizationConfig, load, writer
 from grinqh_jax.checkpoint.manifest import Manifest
 from grinqh_jax.errors import CheckpointError, UsageError
 from grinqh_jax.model.config import ModelConfig
+from grinqh_jax.model.decoder import linear_shapes
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,7 @@ def test_shardings_are_honoured_and_their_names_checked(checkpoint):
 
 def test_all_mismatches_are_in_one_message(own_checkpoint):
     def change(leaves):
-        leaves["layers.0.o.planes"] = dataclasses.replace(leaves["layers.0.o.planes"], shape=(3, 128, 32))
+        leaves["layers.0.o.planes"] = dataclasses.replace(leaves["layers.0.o.planes"], shape=(3, 128, 4))
         leaves["layers.0.qkv.scales"] = dataclasses.replace(leaves["layers.0.qkv.scales"], dtype="float32")
         leaves["layers.7.o.planes"] = leaves.pop("layers.0.down.planes")
         return leaves
@@ -82,7 +84,7 @@ def test_all_mismatches_are_in_one_message(own_checkpoint):
     message = str(caught.value)
     assert "\n" not in message
     for expected in (
-        "layers.0.o.planes has shape [3, 128, 32], expected [2, 128, 32]",
+        "layers.0.o.planes has shape [3, 128, 4], expected [2, 128, 4]",
         "layers.0.qkv.scales has dtype float32, expected float16",
         "layers.7.o.planes is unknown to this model",
         "layers.0.down.planes is missing",
@@ -129,7 +131,8 @@ def test_values_that_would_give_wrong_logits_are_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"version": 2}, "version is 2, this grinqh-jax reads 1; install a newer"),
+        ({"version": 3}, "version is 3, this grinqh-jax reads 1 and 2; install a newer"),
+        ({"version": 0}, "version is 0, this grinqh-jax reads 1 and 2; convert the model again"),
         ({"version": "one"}, "version is 'one'"),
         ({"version": True}, "version is True"),
         ({"quant_method": "gptq"}, "quant_method is 'gptq', expected 'grinqh'; convert the original"),
@@ -179,6 +182,36 @@ def test_paths_without_a_finished_checkpoint_are_refused_with_a_remedy(tmp_path)
     assert "is not a directory" in message(directory / "config.json")
 
 
+def test_version_1_is_stored_as_the_present_version(tmp_path):
+    """``test_format`` compares its weights with a reader of version 1."""
+    directory = unpack_version_1(tmp_path)
+    manifest = Manifest.read(directory)
+    assert manifest.leaves["layers.0.gate_up.planes"].shape == (2, 128, 64)
+    model = load(directory).model
+    for name, shape in linear_shapes(model.config).items():
+        weight = model.linear(name).weight
+        weight.check(name)
+        assert weight.scales.shape[1] == {560: 576, 64: 64, 32: 64, 512: 512, 88: 128}[shape[1]]
+        assert not np.asarray(weight.scales)[:, shape[1] :].any()
+
+
+def test_version_1_is_verified_and_sharded(tmp_path):
+    directory = unpack_version_1(tmp_path)
+    mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, None, "model"))
+    model = load(directory, shardings={"layers.0.down.planes": sharding}).model
+    assert model.linear("layers.0.down").planes[...].sharding == sharding
+
+    def change(leaves):
+        name = "layers.0.down.planes"
+        leaves[name] = dataclasses.replace(leaves[name], checksum="crc32:00000000")
+        return leaves
+
+    rewrite(directory, leaves=change)
+    with pytest.raises(CheckpointError, match=r"layers\.0\.down\.planes was written as"):
+        load(directory)
+
+
 TWO_DEVICES = """
 import sys
 import jax
@@ -192,7 +225,7 @@ split = NamedSharding(mesh, PartitionSpec(None, None, "model"))
 model = load(sys.argv[1], shardings={"layers.0.qkv.planes": split}).model
 planes = model.layers[0].qkv.planes[...]
 assert planes.sharding == split
-assert [shard.data.shape for shard in planes.addressable_shards] == [(2, 128, 16)] * 2
+assert [shard.data.shape for shard in planes.addressable_shards] == [(2, 128, 2)] * 2
 assert_same(model, random_tree())
 """
 

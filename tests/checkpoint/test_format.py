@@ -65,7 +65,9 @@ class FormatReader:
         """Returns float64 ``[in, out]``, the weights of a linear layer at a level."""
         features_in, features_out = self.linear_shapes()[prefix]
         planes, scales = self.leaf(f"{prefix}.planes"), self.leaf(f"{prefix}.scales").astype(np.float64)
-        word, digit = digit_places(np.arange(features_out))
+        stored = stored_outputs(features_out, self.quantization["version"])
+        assert planes.shape[2] * 16 == scales.shape[1] == stored
+        word, digit = digit_places(np.arange(features_out), stored)
         total = np.zeros((features_in, features_out))
         if level == 0:
             return total
@@ -83,12 +85,22 @@ class FormatReader:
         return (1 - share) * table[i] + share * table[i + 1]
 
 
-def digit_places(n):
-    """Returns ``(word, digit)`` of outputs ``n``."""
-    m = n % 512
-    chunk, lane, inner = m // 128, m // 4 % 32, m % 4
-    row, column = lane // 4, lane % 4
-    word = 32 * (n // 512) + 4 * row + 2 * (chunk // 2) + column // 2
+def stored_outputs(out: int, version: int) -> int:
+    """Returns ``N``."""
+    if version == 1:
+        return math.ceil(out / 512) * 512
+    pieces = math.ceil(out / 64)
+    more = -pieces % 8
+    return 64 * (pieces + more) if 16 * more <= pieces else 64 * pieces
+
+
+def digit_places(n, stored: int):
+    """Returns ``(word, digit)`` of outputs ``n`` in rows of ``stored`` outputs."""
+    tile, m = n // 512, n % 512
+    pieces = np.minimum(8, (stored - 512 * tile) // 64)
+    chunk, lane, inner = m // (16 * pieces), m % (16 * pieces) // 4, m % 4
+    piece, column = lane // 4, lane % 4
+    word = 32 * tile + 4 * piece + 2 * (chunk // 2) + column // 2
     return word, 4 * (2 * (column % 2) + inner % 2) + 2 * (chunk % 2) + inner // 2
 
 
@@ -96,11 +108,14 @@ def crc32(data: bytes) -> str:
     return f"crc32:{zlib.crc32(data):08x}"
 
 
-@pytest.fixture(scope="module", params=["bundled", "4 bits, padded"])
+@pytest.fixture(scope="module", params=["bundled", "4 bits, padded", "version 1"])
 def checkpoint(request, tmp_path_factory):
     if request.param == "bundled":
         return BUNDLED_MODEL
-    return tiny_checkpoint.write(tmp_path_factory.mktemp("format") / "tiny")
+    directory = tmp_path_factory.mktemp("format")
+    if request.param == "version 1":
+        return tiny_checkpoint.unpack_version_1(directory)
+    return tiny_checkpoint.write(directory / "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +190,8 @@ def test_the_pages_example_is_true():
     reader = FormatReader(BUNDLED_MODEL)
     page = FORMAT.read_text()
     planes, scales = reader.leaf("layers.0.qkv.planes"), reader.leaf("layers.0.qkv.scales")
-    word, digit = digit_places(300)
+    assert scales.shape[1] == 512
+    word, digit = digit_places(300, 512)
     assert (word, digit) == (11, 8)
     for f in range(4):
         value = int(planes[f, 133, word])

@@ -51,6 +51,16 @@ def test_gains_are_least_squares_and_errors_leave_them_out(monkeypatch, max_bits
     np.testing.assert_allclose(fit.errors[0], np.mean(w**2 * sensitivities), rtol=1e-5)
 
 
+@pytest.mark.parametrize("outputs", [64, 700, 1000, 1985])
+def test_ranges_are_stored_as_the_whole_layer(monkeypatch, outputs):
+    w = np.random.default_rng(0).standard_normal((128, outputs)).astype(np.float32)
+    monkeypatch.setattr(quantize_linear, "RANGE_WEIGHTS", 128 * 512)
+    weight, _ = quantized(w, np.ones(outputs))
+    whole = codes.quantize(jnp.asarray(w))
+    np.testing.assert_array_equal(weight.planes, whole.planes)
+    np.testing.assert_array_equal(weight.scales, whole.scales)
+
+
 def test_measuring_packs_nothing_and_finds_the_same_fit(monkeypatch):
     rng = np.random.default_rng(0)
     w = rng.standard_normal((256, 1200)).astype(np.float32)

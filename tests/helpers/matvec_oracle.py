@@ -16,7 +16,10 @@ GROUP = 128
 """Number of consecutive input channels that share one scale for each output."""
 
 TILE = 512
-"""Number of outputs in a tile, inside which outputs are permuted."""
+"""Number of outputs in a tile, inside which outputs are permuted. The last tile may be narrower."""
+
+PIECE = 64
+"""Number of outputs in a piece: 16 bytes of a row in a tile."""
 
 WORD_OUTPUTS = 16
 """Number of outputs whose 2-bit digits share a 32-bit word."""
@@ -26,35 +29,47 @@ UNIFORM_VARIANCE = 4 / 3
 
 
 def padded_shape(in_features: int, out_features: int) -> tuple[int, int]:
-    """Returns the stored ``(K, N)``: whole groups of input channels, whole tiles of outputs."""
-    return -(-in_features // GROUP) * GROUP, -(-out_features // TILE) * TILE
+    """Returns the stored ``(K, N)``: whole groups of input channels, whole pieces or tiles of outputs.
+
+    Whole tiles are stored if their padding is at most a sixteenth of the pieces.
+    """
+    n, tiles = -(-out_features // PIECE) * PIECE, -(-out_features // TILE) * TILE
+    return -(-in_features // GROUP) * GROUP, tiles if tiles - n <= n / 16 else n
 
 
-def _digit_positions() -> np.ndarray:
-    """Returns int ``[512, 2]``: for each output, its word in the tile and its digit in the word.
+def _digit_positions(pieces: int) -> np.ndarray:
+    """Returns int ``[64 pieces, 2]``: the word in the tile, and the digit in the word, of each output.
 
-    The 32 words are numbered ``4 row + 2 half + pair``. Digit ``4 byte + position`` of a word, its bits
+    The words are numbered ``4 piece + 2 half + pair``. Digit ``4 byte + position`` of a word, its bits
     ``8 byte + 2 position`` and the next, belongs to output
 
-        ``256 half + 128 (position // 2) + 16 row + 8 pair + 4 (byte // 2) + 2 (position % 2) + byte % 2``.
+        ``16 pieces (2 half + position // 2) + 16 piece + 8 pair + 4 (byte // 2) + 2 (position % 2)``
+        ``+ byte % 2``.
     """
-    positions = np.full((TILE, 2), -1)
-    for row in range(8):
+    positions = np.full((PIECE * pieces, 2), -1)
+    for piece in range(pieces):
         for half in range(2):
             for pair in range(2):
                 for byte in range(4):
                     for position in range(4):
-                        output = 256 * half + 128 * (position // 2) + 16 * row + 8 * pair
+                        output = 16 * pieces * (2 * half + position // 2) + 16 * piece + 8 * pair
                         output += 4 * (byte // 2) + 2 * (position % 2) + byte % 2
-                        positions[output] = 4 * row + 2 * half + pair, 4 * byte + position
+                        positions[output] = 4 * piece + 2 * half + pair, 4 * byte + position
     return positions
+
+
+def _row_positions(outputs: int) -> np.ndarray:
+    """Returns int ``[outputs, 2]``: for each output of a stored row, its word and its digit in the word."""
+    tiles = []
+    for start in range(0, outputs, TILE):
+        positions = _digit_positions(min(TILE, outputs - start) // PIECE)
+        tiles.append(positions + np.asarray([start // WORD_OUTPUTS, 0]))
+    return np.concatenate(tiles)
 
 
 def digits(weight: NestedWeight) -> Iterator[np.ndarray]:
     """Yields uint8 ``[in_features, out_features]`` for each plane, the most significant digit first."""
-    tile, output = np.divmod(np.arange(weight.out_features), TILE)
-    word, digit = _digit_positions()[output].T
-    word = word + tile * (TILE // WORD_OUTPUTS)
+    word, digit = _row_positions(weight.scales.shape[1])[: weight.out_features].T
     for plane in np.asarray(weight.planes):
         yield (plane[: weight.in_features, word] >> (2 * digit).astype(np.uint32) & 3).astype(np.uint8)
 

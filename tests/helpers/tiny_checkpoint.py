@@ -1,7 +1,9 @@
 """A checkpoint of a random one-layer model, in milliseconds."""
 
 import json
+import zipfile
 import zlib
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -60,6 +62,17 @@ def assert_same(model, tree: dict) -> None:
     for name, array in expected.items():
         assert found[name].dtype == array.dtype, name
         np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+def unpack_version_1(directory: Path) -> Path:
+    """Unpacks a checkpoint of format version 1 that grinqh-jax wrote before version 2; returns its path.
+
+    A model of one layer as ``HF_CONFIG``, but with 600 tokens and an intermediate size of 280, so that layers
+    of one tile and of two have fewer outputs than these tiles. 4 bits, random codes.
+    """
+    with zipfile.ZipFile(Path(__file__).parents[1] / "fixtures" / "checkpoint_version_1.zip") as archive:
+        archive.extractall(directory / "version_1")
+    return directory / "version_1"
 
 
 def write(path, tree: dict | None = None, **options):

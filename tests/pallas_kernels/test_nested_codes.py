@@ -24,7 +24,7 @@ SUBNORMAL = 1e-37
 
 few = examples(6)
 many = examples(60)
-any_shape = shapes((1, 1), (127, 31), (128, 512), (129, 40), (200, 513), (300, 1100))
+any_shape = shapes((1, 1), (127, 31), (128, 512), (129, 40), (200, 513), (130, 960), (300, 1100))
 max_bits = pytest.mark.parametrize("max_bits", [2, 4, 6, 8])
 
 
@@ -227,11 +227,11 @@ def test_check_names_every_problem_at_once():
     )
     with pytest.raises(ValueError, match=r"^head: ") as caught:
         broken.check("head")
-    for text in ("expected (4, 256, 32)", "dtype int32, expected uint32", "negative or non-finite"):
+    for text in ("expected (4, 256, 4)", "dtype int32, expected uint32", "negative or non-finite"):
         assert text in str(caught.value)
     for problem, message in (
-        ({"planes": weight.planes[0]}, r"expected \[1..4, 256, 32\]"),
-        ({"scales": weight.scales[:1]}, r"scales has shape \(1, 512\), expected \(2, 512\)"),
+        ({"planes": weight.planes[0]}, r"expected \[1..4, 256, 4\]"),
+        ({"scales": weight.scales[:1]}, r"scales has shape \(1, 64\), expected \(2, 64\)"),
         ({"scales": weight.scales.astype(jnp.float32)}, "dtype float32, expected float16"),
         ({"scales": weight.scales * jnp.float16(np.inf)}, "negative or non-finite"),
         ({"in_features": 600}, "planes has shape .* scales has shape"),
@@ -273,9 +273,23 @@ def test_the_weight_passes_through_jax_transformations():
     np.testing.assert_allclose(jax.jit(sharded)(weight), expected, rtol=1e-6)
 
 
-def test_outputs_are_permuted_inside_each_tile():
-    positions = layout.digit_major_positions(1536)
-    assert sorted(positions) == list(range(1536))
-    words = positions % (1536 // 16)
-    assert (words // layout.TILE_WORDS == np.arange(1536) // layout.TILE).all()
-    np.testing.assert_array_equal(layout.TILE_POSITIONS[layout.TILE_OUTPUTS], np.arange(512))
+@pytest.mark.parametrize("outputs", [64, 448, 512, 576, 1536, 1920])
+def test_outputs_are_permuted_inside_each_tile(outputs):
+    positions = layout.digit_major_positions(outputs)
+    assert sorted(positions) == list(range(outputs))
+    words = positions % (outputs // 16)
+    assert (words // layout.TILE_WORDS == np.arange(outputs) // layout.TILE).all()
+    assert layout.last_tile_pieces(outputs) == (outputs % 512 or 512) // 64
+
+
+@pytest.mark.parametrize(
+    ("outputs", "stored"),
+    [
+        *((1, 64), (64, 64), (65, 128), (448, 448), (449, 512), (513, 576), (960, 960), (961, 1024)),
+        *((1985, 2048), (2304, 2304), (128256, 128512), (151936, 152064)),
+    ],
+)
+def test_outputs_are_padded_to_pieces_or_if_that_is_little_to_tiles(outputs, stored):
+    assert layout.padded_shape(1, outputs) == (128, stored)
+    assert layout.padded_shape(1, stored) == (128, stored)
+    assert matvec_oracle.padded_shape(1, outputs) == (128, stored)

@@ -13,7 +13,7 @@ STEP_ROWS = 8
 bytes of a word. A plane row is one input channel of one plane."""
 
 ROW_BYTES = layout.TILE_WORDS * 4
-"""Bytes of one plane row in one tile: 512 digits of 2 bits."""
+"""Bytes of one plane row in one whole tile: 512 digits of 2 bits."""
 
 STEP_BYTES = STEP_ROWS * ROW_BYTES
 """Bytes that one step reads, and that one slot of the ring holds: 1 KiB."""
@@ -133,14 +133,14 @@ class Config:
 class Geometry:
     """Sizes of a launch.
 
-    A CTA computes one tile of 512 outputs over ``config.groups_per_cta`` groups of input channels, for up to
+    A CTA computes one tile of outputs over ``config.groups_per_cta`` groups of input channels, for up to
     ``rows_per_cta`` activation rows. The grid runs over row batches (fastest, because they share the L2),
     tiles and splits of the input channels. Each split writes a separate partial sum.
 
     Attributes:
       in_features: Logical number of input channels; later channels are padding.
       stored_k: Number of input channels, padded to whole groups.
-      stored_n: Number of outputs, padded to whole tiles.
+      stored_n: Number of outputs, padded to whole pieces.
       planes: Number of stored planes, 1 to 4.
       rows: Number of activation rows, 1 to 16.
       x_dtype: "float32", "bfloat16" or "float16".
@@ -172,7 +172,12 @@ class Geometry:
     @property
     def tiles(self) -> int:
         """Number of tiles of outputs."""
-        return self.stored_n // layout.TILE
+        return -(-self.stored_n // layout.TILE)
+
+    @property
+    def last_tile_pieces(self) -> int:
+        """Number of pieces in the last tile, 1 to 8. All other tiles have 8."""
+        return layout.last_tile_pieces(self.stored_n)
 
     @property
     def splits(self) -> int:

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
-from pallas_kernels import layout
 from pallas_kernels.activations import Activations
 from pallas_kernels.grading import GradingStats
 from pallas_kernels.lanes import device
@@ -75,11 +74,10 @@ def partial_sums(
 
 def geometry_of(x: Activations, weight: NestedWeight, config: Config | None = None) -> Geometry:
     """Returns the sizes of the launch that ``partial_sums`` makes for these arguments."""
-    stored_k, stored_n = layout.padded_shape(weight.in_features, weight.out_features)
     geometry = Geometry(
         in_features=weight.in_features,
-        stored_k=stored_k,
-        stored_n=stored_n,
+        stored_k=weight.planes.shape[-2],
+        stored_n=weight.scales.shape[-1],
         planes=weight.num_planes,
         rows=x.leading[0],
         x_dtype=x.dtype.name,

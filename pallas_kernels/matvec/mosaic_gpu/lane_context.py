@@ -6,6 +6,7 @@ from typing import Any
 from pallas_kernels import layout
 from pallas_kernels.lanes.instructions import LANES, Instructions, Value
 from pallas_kernels.matvec.mosaic_gpu.geometry import SCALES_BYTES, Geometry
+from pallas_kernels.matvec.mosaic_gpu.tile import pieces_of_tile
 
 COPY_BYTES = 16
 """Bytes that a lane moves with one asynchronous copy."""
@@ -49,6 +50,8 @@ class LaneContext:
     """The lane's first input channel. Its other channels follow at distances of 32."""
     split: Value
     tile: Value
+    pieces: Value | None
+    """Number of pieces of the tile; None if all tiles of the launch have 8."""
     first_row: Value
     """First activation row of the CTA."""
     shared: Value
@@ -90,6 +93,7 @@ def lane_context(isa: Instructions, g: Geometry, refs: Refs) -> LaneContext:
         channel=group * layout.GROUP + warp_of_group * (LANES * g.channels_per_lane) + lane,
         split=split,
         tile=tile,
+        pieces=pieces_of_tile(isa, g, tile),
         first_row=isa.constant(0) if row_batch is None else row_batch * g.rows_per_cta,
         shared=shared,
         list=shared + isa.reduce_max(warp) * g.list_bytes,

@@ -20,6 +20,8 @@ Storage and division of work
     channel 128    |               |               |
        ...         +---------------+---------------+  group 1
 
+The last tile of a row may be narrower (see ``tile``).
+
     CTA        one tile of outputs, ``groups_per_cta`` groups of channels, up to 4 activation rows
     warp       128 / ``warps_per_group`` channels of one group; a warp has its own list of plane rows to read
                and does not wait for other warps until the last phase

@@ -8,9 +8,14 @@ from pallas_kernels.matvec.mosaic_gpu.geometry import SCALES_BYTES, Geometry
 from pallas_kernels.matvec.mosaic_gpu.lane_context import COPY_BYTES, LaneContext, Refs, stored_group
 from pallas_kernels.matvec.mosaic_gpu.listing import PEAK_CODE
 from pallas_kernels.matvec.mosaic_gpu.streaming import accumulator
+from pallas_kernels.matvec.mosaic_gpu.tile import WHOLE_CHUNK, chunk_outputs
 
 MEAN_DIGIT = 1.5
 """Mean of a digit, which is subtracted from every digit that is read (see ``weight.NestedWeight``)."""
+
+
+PIECE_SCALES_BYTES = layout.PIECE * 2
+"""Bytes of the scales of one group in one piece."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +35,15 @@ class EndAddresses:
     scales: Value
     """Address in the first warp's scales of the scales of those outputs."""
     output: Value
-    """Index of those outputs in the partial sums of the CTA's first row."""
+    """Index of those outputs in the partial sums of the CTA's first row; -1 if the tile lacks them."""
 
 
 def end_addresses(isa: Instructions, g: Geometry, context: LaneContext) -> EndAddresses:
-    """Computes the addresses. The rings hold outputs in logical order, at ``swizzled`` addresses."""
+    """Computes the addresses. The rings hold outputs in logical order, at ``swizzled`` addresses.
+
+    In the rings every tile has 4 chunks of 128 outputs. If the tile has fewer pieces, only the first outputs
+    of each chunk exist.
+    """
     lane_row, column = context.lane >> 2, context.lane & 3
     quad = (lane_row << 2) + (column >> 1)
     stores = swizzled(quad << 4, quad) + ((column & 1) << 2)
@@ -44,12 +53,18 @@ def end_addresses(isa: Instructions, g: Geometry, context: LaneContext) -> EndAd
     if each == 2:
         loads = loads ^ ((context.thread & 1) << 3)
     partial_row = context.split * g.rows + context.first_row
-    output = partial_row * g.stored_n + context.tile * layout.TILE + context.thread * each
+    output = partial_row * g.stored_n + context.tile * layout.TILE
+    if context.pieces is None:
+        output, first = output + context.thread * each, None
+    else:
+        in_chunk, size = context.thread * each % WHOLE_CHUNK, chunk_outputs(context.pieces)
+        first = context.thread * each // WHOLE_CHUNK * size + in_chunk
+        output = isa.select(in_chunk < size, output + first, isa.constant(-1))
     addresses = (
         context.record,
         context.ring + stores,
         context.shared + g.ring_base + loads,
-        context.shared + g.scales_base + context.thread * (2 * each),
+        context.shared + g.scales_base + (context.thread * (2 * each) if first is None else first * 2),
         output,
     )
     # Each lane shuffles with itself, which changes nothing, because ptxas 13.0 would move these computations
@@ -58,7 +73,7 @@ def end_addresses(isa: Instructions, g: Geometry, context: LaneContext) -> EndAd
 
 
 def copy_scales(isa: Instructions, g: Geometry, refs: Refs, context: LaneContext) -> None:
-    """Starts copying the warp's 512 scales to shared memory; they join the copy group of the first step.
+    """Starts copying the tile's scales to shared memory; they join the copy group of the first step.
 
     Held in registers, the scales would take 8 of the loop's registers, and a multiprocessor would have room
     for five CTAs instead of six.
@@ -66,7 +81,13 @@ def copy_scales(isa: Instructions, g: Geometry, refs: Refs, context: LaneContext
     first = (stored_group(isa, g, context) * g.stored_n + context.tile * layout.TILE) << 1
     source = isa.global_address(refs.scales) + isa.widen(first + (context.lane << 4))
     for offset in range(0, SCALES_BYTES, LANES * COPY_BYTES):
-        isa.copy_async(context.scales + offset + (context.lane << 4), source + offset, evict_first=True)
+        target = context.scales + offset + (context.lane << 4)
+        if context.pieces is None:
+            isa.copy_async(target, source + offset, evict_first=True)
+        else:
+            exists = (context.lane << 4) + offset < context.pieces * PIECE_SCALES_BYTES
+            with isa.when(exists):
+                isa.copy_async(target, source + offset, evict_first=True)
 
 
 def combine(
@@ -140,6 +161,8 @@ def reduce(
     storing = isa.constant(True, "bool")
     if g.rows % g.rows_per_cta:
         storing = context.first_row + row < g.rows
+    if context.pieces is not None:
+        storing = storing & (ends.output >= 0)
     with isa.when(storing):
         total: list[Value] = []
         for warp in range(g.config.warps):

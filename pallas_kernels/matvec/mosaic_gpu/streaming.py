@@ -5,6 +5,7 @@ import dataclasses
 from pallas_kernels.lanes.instructions import Instructions, Value
 from pallas_kernels.matvec.mosaic_gpu.geometry import ROW_BYTES, STEP_BYTES, Geometry
 from pallas_kernels.matvec.mosaic_gpu.lane_context import COPY_BYTES, LaneContext, Refs
+from pallas_kernels.matvec.mosaic_gpu.tile import stored_piece
 
 COPY_LANES = ROW_BYTES // COPY_BYTES
 """Number of consecutive lanes that copy one row. Only whole 128-byte lines reach the full bandwidth."""
@@ -40,11 +41,12 @@ class Copies:
     def create(cls, isa: Instructions, g: Geometry, refs: Refs, context: LaneContext) -> "Copies":
         """Computes the addresses of the lane."""
         pair, piece = context.lane >> 3, context.lane & (COPY_LANES - 1)
+        source_piece = stored_piece(isa, piece, context.pieces)
         return cls(
             isa,
             g,
             target=in_first_slot(context.ring, pair, piece),
-            source=isa.global_address(refs.planes) + isa.widen(piece << 4),
+            source=isa.global_address(refs.planes) + isa.widen(source_piece << 4),
             entries=context.list + pair * (2 * g.entry_bytes),
         )
 

@@ -29,7 +29,9 @@ def exact(weight: NestedWeight) -> np.ndarray:
 
 
 @pytest.mark.parametrize("planes", [1, 2, 3, 4])
-@pytest.mark.parametrize("size", [(128, 512), (256, 1024), (130, 520), (301, 1000)], ids=str)
+@pytest.mark.parametrize(
+    "size", [(128, 512), (256, 1024), (130, 520), (301, 1000), (140, 64), (128, 960), (257, 312)], ids=str
+)
 def test_equals_the_definition(size, planes):
     weight = random_weight(*size, planes)
     shape = Shape(*size, weight.scales.shape[1], planes)
@@ -49,7 +51,7 @@ def test_declines_with_a_reason():
 
 @pytest.mark.skipif(jax.__version_info__ < device.OLDEST_JAX, reason="lane programs need jax >= 0.11.2")
 @pytest.mark.parametrize("kind", ["NVIDIA H200", "NVIDIA GeForce RTX 4090"])
-@pytest.mark.parametrize("size", [(4096, 6144), (1000, 1000), (4096, 128256)], ids=str)
+@pytest.mark.parametrize("size", [(4096, 6144), (1000, 1000), (4096, 128256), (576, 960)], ids=str)
 def test_lowers_for(kind, size):
     gpu = jax.sharding.AbstractDevice(device_kind=kind, num_cores=128, platform="gpu")
     mesh = jax.sharding.AbstractMesh((1,), ("x",), (AxisType.Explicit,), abstract_device=gpu)

@@ -12,7 +12,9 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("planes", [1, 2, 3, 4])
-@pytest.mark.parametrize("size", [(128, 512), (1000, 1000), (4096, 6144), (14336, 4096)], ids=str)
+@pytest.mark.parametrize(
+    "size", [(128, 512), (1000, 1000), (576, 576), (1536, 960), (4096, 6144), (14336, 4096)], ids=str
+)
 def test_equals_the_definition(size, planes):
     weight = jax.tree.map(jnp.asarray, random_weight(*size, planes))
     assert dequantization.supports(weight, jnp.bfloat16) is None

@@ -19,7 +19,7 @@ from pallas_kernels.matvec import choose
 from pallas_kernels.matvec.mosaic_gpu import Config, geometry, kernel, supports, tuning
 from pallas_kernels.matvec.mosaic_gpu.shared_list import SharedListGeometry
 
-SHAPES = [(1024, 1024), (2048, 8192), (4096, 24576), (5120, 151936), (300, 700), (64, 100)]
+SHAPES = [(1024, 1024), (2048, 8192), (4096, 24576), (5120, 151936), (300, 700), (64, 100), (576, 960)]
 GPUS = [("NVIDIA H200", 132), ("NVIDIA GeForce RTX 4090", 128)]
 
 needs_mosaic = pytest.mark.skipif(

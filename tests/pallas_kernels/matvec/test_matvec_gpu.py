@@ -27,7 +27,11 @@ CASES = [
         Case(1000, 600, rows=2, activations=activations, seed=7)
         for activations in ("outliers", "heavy", "zeros", "all-zero")
     ),
+    *(Case(300, 512 * (p % 2) + 64 * p, config=CONFIGS[p % 4], seed=p) for p in range(1, 8)),
     Case(64, 100, config=None),
+    *(Case(576, n, config=None, rows=rows) for n in (576, 960) for rows in (1, 4)),  # SmolLM2-135M
+    Case(1536, 576, config=None, dtype="bfloat16"),
+    Case(4096, 2304, config=None, activations="heavy"),
     Case(256, 512, config=None),
     Case(1024, 6144, config=None, rows=8),
     Case(1024, 6144, config=None, rows=16),
@@ -51,6 +55,11 @@ SHARED_LIST_CASES = [
     shared_list_case(300, 700, CONFIGS[0], SharedList(ring_slots=16), rows=16, max_bits=4),
     shared_list_case(300, 700, CONFIGS[1], SharedList(step_entries=64), rows=9, max_bits=6),
     shared_list_case(300, 700, CONFIGS[1], SharedList(warps=4, ring_slots=4, step_entries=64), rows=4),
+    *(
+        shared_list_case(300, 512 * (p % 2) + 64 * p, CONFIGS[p % 4], SharedList(), rows=2 * p, seed=p)
+        for p in range(1, 8)
+    ),
+    shared_list_case(576, 960, CONFIGS[0], SharedList(warps=4), rows=8),
     *(
         shared_list_case(1000, 600, CONFIGS[2], rows=12, activations=activations)
         for activations in ("outliers", "heavy", "zeros", "all-zero")

@@ -1,5 +1,7 @@
 """The lane program of the graded matvec on the emulator, against the float64 oracle."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from emulation import emulate
@@ -33,6 +35,21 @@ cases = st.builds(
 @examples(60)
 def test_agrees_with_float64(case):
     x, weight, thresholds = case.arrays()
+    assert_agrees_with_oracle(x, weight, thresholds, *emulate(x, weight, thresholds, case.config))
+
+
+@given(
+    case=cases,
+    whole_tiles=st.integers(0, 2),
+    pieces=st.integers(1, 7),
+    lacking=st.integers(0, 63),
+)
+@examples(20)
+def test_a_last_tile_of_any_number_of_pieces(case, whole_tiles, pieces, lacking):
+    out_features = 512 * whole_tiles + 64 * pieces - lacking
+    case = dataclasses.replace(case, in_features=case.in_features % 300 + 1, out_features=out_features)
+    x, weight, thresholds = case.arrays()
+    assert weight.scales.shape[1] % 512 == 64 * pieces or pieces == 7  # 960 and more may be whole tiles.
     assert_agrees_with_oracle(x, weight, thresholds, *emulate(x, weight, thresholds, case.config))
 
 

@@ -76,6 +76,19 @@ def test_agrees_with_float64_and_with_the_row_alone(case, data):
     assert bits[row] == bits_alone
 
 
+@given(case=cases, whole_tiles=st.integers(0, 1), pieces=st.integers(1, 7), data=st.data())
+@examples(12)
+def test_a_last_tile_of_any_number_of_pieces(case, whole_tiles, pieces, data):
+    sizes = {"in_features": case.in_features % 300 + 1, "out_features": 512 * whole_tiles + 64 * pieces}
+    case = dataclasses.replace(case, **sizes)
+    x, weight, thresholds = case.arrays()
+    y, bits = emulate(x, weight, thresholds, case.config)
+    assert_agrees_with_oracle(x, weight, thresholds, y, bits)
+    row = data.draw(st.integers(0, case.rows - 1))
+    y_alone, _ = alone(case, x, weight, thresholds, row)
+    np.testing.assert_array_equal(y[row].view(np.int64), y_alone.view(np.int64))
+
+
 @given(case=cases, rows=st.integers(1, 16), kind=st.sampled_from(["gaussian", "heavy", "all-zero"]))
 @examples(12)
 def test_a_row_has_the_same_bits_in_any_company(case, rows, kind):
@@ -141,7 +154,9 @@ def test_every_channel_at_the_highest_level():
 
 @pytest.mark.skipif(jax.__version_info__ < device.OLDEST_JAX, reason="the kernel needs jax >= 0.11.2")
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu[0])
-@pytest.mark.parametrize(("rows", "shape", "max_bits"), [(2, (4096, 6144), 8), (16, (300, 700), 6)], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "shape", "max_bits"), [(2, (4096, 6144), 8), (16, (300, 700), 6), (8, (576, 320), 8)], ids=str
+)
 @pytest.mark.parametrize("warps", [4, 8])
 def test_lowers_for(gpu, rows, shape, max_bits, warps):
     config = Config(warpgroups=1, warps_per_group=1, ring_slots=8, shared_list=SharedList(warps=warps))

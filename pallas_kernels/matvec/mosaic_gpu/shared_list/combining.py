@@ -1,5 +1,7 @@
 """Phases combine and store: from the integer sums of a section to the partial sums of the CTA."""
 
+import contextlib
+
 from pallas_kernels import layout
 from pallas_kernels.lanes.instructions import Instructions, Value
 from pallas_kernels.matvec.mosaic_gpu.lane_context import Refs
@@ -12,20 +14,32 @@ from pallas_kernels.matvec.mosaic_gpu.shared_list.geometry import (
 )
 from pallas_kernels.matvec.mosaic_gpu.shared_list.lane_context import LaneContext, group_of_section
 from pallas_kernels.matvec.mosaic_gpu.shared_list.streaming import accumulator
-
-HALF_OUTPUTS = 128
-"""Distance of the outputs of digit positions 2 and 3 from those of positions 0 and 1."""
+from pallas_kernels.matvec.mosaic_gpu.tile import chunk_outputs, stored_piece
 
 
-def first_output(g: SharedListGeometry, context: LaneContext, piece: int) -> Value:
-    """Returns the lane's first output in one of the warp's pieces of the tile.
+def first_output(isa: Instructions, g: SharedListGeometry, context: LaneContext, piece: int) -> Value:
+    """Returns the lane's first output in one of the warp's pieces of the tile, or in piece 0 if it lacks it.
 
     The lane holds byte pair ``lane_row`` of the 16-byte piece of a row. By ``layout``, digit position ``p``
-    of byte ``i`` of the pair is output ``first_output + 128 (p // 2) + 2 (p % 2) + i``.
+    of byte ``i`` of the pair is output ``first_output + chunk_outputs (p // 2) + 2 (p % 2) + i``.
     """
     lane_row = context.lane >> 2
     index = context.warp * g.pieces + piece
-    return ((lane_row >> 2) << 8) + (index << 4) + ((lane_row & 3) << 2)
+    if context.pieces is None:
+        return ((lane_row >> 2) << 8) + (index << 4) + ((lane_row & 3) << 2)
+    index = stored_piece(isa, index, context.pieces)
+    return (lane_row >> 2) * (2 * chunk_outputs(context.pieces)) + (index << 4) + ((lane_row & 3) << 2)
+
+
+def has_piece(g: SharedListGeometry, context: LaneContext, piece: int) -> Value | None:
+    """Returns whether the tile has one of the warp's pieces; None if it has all of them."""
+    return None if context.pieces is None else context.warp * g.pieces + piece < context.pieces
+
+
+def chunk_bytes(isa: Instructions, context: LaneContext, output_bytes: int) -> Value | int:
+    """Returns the distance in bytes of the outputs of digit positions 2 and 3 from those of 0 and 1."""
+    distance = chunk_outputs(context.pieces) * output_bytes
+    return distance if isinstance(distance, int) else isa.widen(distance)
 
 
 def load_scales(
@@ -33,11 +47,11 @@ def load_scales(
 ) -> list[list[Value]]:
     """Loads the scales of the lane's 8 outputs in each piece: words ``[piece][4]`` of two float16."""
     row = group_of_section(isa, g, context, section) * g.stored_n + context.tile * layout.TILE
-    words = []
+    words, distance = [], chunk_bytes(isa, context, 2)
     for piece in range(g.pieces):
-        first = isa.widen((row + first_output(g, context, piece)) << 1)
+        first = isa.widen((row + first_output(isa, g, context, piece)) << 1)
         address = isa.global_address(refs.scales) + first
-        halves = [isa.load_global(address + 2 * HALF_OUTPUTS * i, 2, ordered=True) for i in range(2)]
+        halves = [isa.load_global(address + distance * i, 2, ordered=True) for i in range(2)]
         words.append(halves[0] + halves[1])
     return words
 
@@ -107,12 +121,15 @@ def store_partials(isa: Instructions, g: SharedListGeometry, refs: Refs, context
         with isa.when(exists):
             tile = (context.split * g.rows + row) * g.stored_n + context.tile * layout.TILE
             for piece in range(g.pieces):
-                first = isa.widen((tile + first_output(g, context, piece)) << 2)
-                address = isa.global_address(refs.partials) + first
-                for half in range(2):
-                    source = total_address(g, context, piece, t) + half * (16 * g.threads)
-                    totals = isa.load_shared(source, 4, "f32")
-                    isa.store_global(address + 4 * HALF_OUTPUTS * half, totals)
+                stores = has_piece(g, context, piece)
+                with contextlib.nullcontext() if stores is None else isa.when(stores):
+                    first = isa.widen((tile + first_output(isa, g, context, piece)) << 2)
+                    address = isa.global_address(refs.partials) + first
+                    distance = chunk_bytes(isa, context, 4)
+                    for half in range(2):
+                        source = total_address(g, context, piece, t) + half * (16 * g.threads)
+                        totals = isa.load_shared(source, 4, "f32")
+                        isa.store_global(address + distance * half, totals)
 
 
 def row_of(context: LaneContext, row_tile: int) -> Value:

@@ -7,6 +7,7 @@ from pallas_kernels.lanes.instructions import LANES, Instructions, Value
 from pallas_kernels.matvec.mosaic_gpu.lane_context import Refs
 from pallas_kernels.matvec.mosaic_gpu.listing import load_activation
 from pallas_kernels.matvec.mosaic_gpu.shared_list.geometry import SharedListGeometry
+from pallas_kernels.matvec.mosaic_gpu.tile import pieces_of_tile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +18,8 @@ class LaneContext:
     lane: Value
     warp: Value
     tile: Value
+    pieces: Value | None
+    """Number of pieces of the tile; None if all tiles of the launch have 8."""
     split: Value
     shared: Value
     """Address of the CTA's shared memory."""
@@ -25,11 +28,13 @@ class LaneContext:
 def lane_context(isa: Instructions, g: SharedListGeometry, refs: Refs) -> LaneContext:
     """Computes the context. Over the grid the tile varies fastest, then the split."""
     block, thread = isa.block_index(), isa.thread_index()
+    lane, warp, tile = thread & (LANES - 1), thread >> 5, block % g.tiles
     return LaneContext(
         thread=thread,
-        lane=thread & (LANES - 1),
-        warp=thread >> 5,
-        tile=block % g.tiles,
+        lane=lane,
+        warp=warp,
+        tile=tile,
+        pieces=pieces_of_tile(isa, g, tile),
         split=block // g.tiles,
         shared=isa.shared_address(refs.shared),
     )

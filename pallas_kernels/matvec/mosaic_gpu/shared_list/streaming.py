@@ -8,6 +8,7 @@ from pallas_kernels.matvec.mosaic_gpu.lane_context import COPY_BYTES, Refs
 from pallas_kernels.matvec.mosaic_gpu.shared_list.geometry import MATRIX_ENTRIES, SharedListGeometry
 from pallas_kernels.matvec.mosaic_gpu.shared_list.lane_context import LaneContext
 from pallas_kernels.matvec.mosaic_gpu.streaming import COPY_LANES, POSITION_MASKS
+from pallas_kernels.matvec.mosaic_gpu.tile import stored_piece
 
 EVEN_BYTES, ODD_BYTES = 0x6420, 0x7531
 """Selectors that gather the bytes of equal parity of two words."""
@@ -44,6 +45,7 @@ class Copies:
     def create(cls, isa: Instructions, g: SharedListGeometry, refs: Refs, context: LaneContext) -> "Copies":
         """Computes the addresses of the thread."""
         entry, piece = context.thread // COPY_LANES, context.thread % COPY_LANES
+        source_piece = stored_piece(isa, piece, context.pieces)
         return cls(
             isa,
             g,
@@ -51,7 +53,7 @@ class Copies:
                 in_ring(context.shared + g.ring_base, ring_row(entry + first), piece)
                 for first in range(0, MATRIX_ENTRIES, g.threads // COPY_LANES)
             ],
-            source=isa.global_address(refs.planes) + isa.widen(piece * COPY_BYTES),
+            source=isa.global_address(refs.planes) + isa.widen(source_piece * COPY_BYTES),
             entries=context.shared + (entry << 2),
         )
 
