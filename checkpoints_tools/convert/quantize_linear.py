@@ -119,8 +119,8 @@ def quantize_linear(
         nonlocal packed
         packed += rounded.codes.shape[1]
         padding = ((0, 0), (0, stored - packed if packed == rounding.shape[1] else 0))
-        codes, scales = (jnp.pad(array, padding) for array in rounded)
-        weight = from_codes(codes, scales, max_bits=rounding.max_bits)
+        arrays = (jnp.pad(array, padding) for array in rounded)
+        weight = from_codes(*arrays, max_bits=rounding.max_bits)
         planes.append(np.asarray(weight.planes))
         scales.append(np.asarray(weight.scales))
 

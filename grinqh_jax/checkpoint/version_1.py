@@ -65,5 +65,5 @@ def _narrower_tile(words: Shaped[np.ndarray, "k 32"], pieces: int) -> Shaped[np.
     shifts = np.arange(layout.WORD_DIGITS, dtype=np.uint32) * layout.DIGIT_BITS
     digits = ((words[..., None] >> shifts) & 3).reshape(len(words), layout.TILE)
     outputs = layout.tile_positions(pieces).argsort()  # At each position of the narrower tile.
-    digits = digits[:, layout.tile_positions()[outputs]].reshape(len(words), -1, layout.WORD_DIGITS)
-    return np.bitwise_or.reduce(digits << shifts, axis=-1)
+    narrower = digits[:, layout.tile_positions()[outputs]].reshape(len(words), -1, layout.WORD_DIGITS)
+    return np.bitwise_or.reduce(narrower << shifts, axis=-1)
