@@ -21,6 +21,7 @@ import timing
 
 from grinqh_jax.benchmarking import random_model
 from grinqh_jax.model import attention
+from grinqh_jax.model.cache import KeyValues
 from grinqh_jax.model.config import ModelConfig
 from pallas_kernels import Activations
 
@@ -35,7 +36,7 @@ def measure(config: ModelConfig, capacity: int, lengths: list[int]) -> Iterator[
     """Yields, for each cache length, the times of the attention kernel and of the merge kernel."""
     dim, keys = config.head_dim, jax.random.split(jax.random.key(0), 2 * LAYERS + 1)
     size = (1, capacity, config.num_kv_heads, dim)
-    caches = [(_normal(keys[2 * i], size), _normal(keys[2 * i + 1], size)) for i in range(LAYERS)]
+    caches = [KeyValues(_normal(keys[2 * i], size), _normal(keys[2 * i + 1], size)) for i in range(LAYERS)]
     columns = (config.num_heads + 2 * config.num_kv_heads) * dim
     qkv = Activations.sums(jax.random.normal(keys[-1], (PARTS, 1, 1, columns)), columns)
     spec = config.layers[0].attention

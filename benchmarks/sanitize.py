@@ -23,6 +23,7 @@ import numpy as np
 
 from grinqh_jax.benchmarking import random_model
 from grinqh_jax.model import attention, gated_mlp, norm
+from grinqh_jax.model.cache import KeyValues
 from pallas_kernels import Activations, NestedWeight, codes, decode_rows, dequantization, layout
 from pallas_kernels.matvec import mosaic_gpu, reference
 from pallas_kernels.matvec.mosaic_gpu import Config, SharedList
@@ -31,6 +32,9 @@ TOLERANCE = 2e-2
 """Largest relative norm of the difference: two or three roundings to bfloat16."""
 
 EPS = 1e-6
+
+CAPACITY, PAGE_SIZE = 304, 16
+"""Number of positions of a cache, and of a page."""
 
 Case = tuple[str, Callable[..., Any], Callable[..., Any], tuple]
 """``(name, kernel, reference in XLA's operations, arguments of both)``. Both return one or several arrays."""
@@ -110,24 +114,30 @@ def rows_cases() -> Iterator[Case]:
 def attention_cases() -> Iterator[Case]:
     for name, heads, kv_heads, lengths in [
         ("Qwen3-8B", 8, 2, (299,)),
-        ("Qwen3-8B", 4, 2, (0, 130, 300)),
+        ("Qwen3-8B", 4, 2, (0, 130, 303)),
         ("Llama-3.2-1B", 8, 2, (37, 1)),
         ("Llama-3.1-8B", 5, 1, (260,)),
     ]:
         config = dataclasses.replace(random_model.shape(name), num_heads=heads, num_kv_heads=kv_heads)
         rng, dim = np.random.default_rng(heads), config.head_dim
         qkv, norms = rng.standard_normal((len(lengths), 1, (heads + 2 * kv_heads) * dim)), None
-        cache = [rng.standard_normal((len(lengths), 301, kv_heads, dim)) for _ in range(2)]
+        cache = [rng.standard_normal((len(lengths), CAPACITY, kv_heads, dim)) for _ in range(2)]
         if config.layers[0].attention.head_norms:
             norms = tuple(jnp.asarray(rng.uniform(0.5, 1.5, dim), jnp.bfloat16) for _ in range(2))
         positions = np.asarray(lengths, np.int32)[:, None]
-        qkv, cache = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), (qkv, tuple(cache)))
+        qkv, cache = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), (qkv, KeyValues(*cache)))
 
         def attend(*arguments, config=config):
             return attention.attend_heads(config, config.layers[0].attention, *arguments)
 
         arguments = Activations.of(qkv), norms, positions, cache
         yield f"attention {heads}/{kv_heads} heads of {dim}, lengths {lengths}", attend, attend, arguments
+        pages = KeyValues(
+            *(array.reshape(-1, PAGE_SIZE, kv_heads, dim) for array in cache[:2]),
+            jnp.asarray(rng.permutation(len(lengths) * CAPACITY // PAGE_SIZE).reshape(len(lengths), -1)),
+        )
+        arguments = Activations.of(qkv), norms, positions, pages
+        yield f"attention {heads}/{kv_heads} heads of {dim}, {lengths} in pages", attend, attend, arguments
 
 
 def dequantization_cases() -> Iterator[Case]:

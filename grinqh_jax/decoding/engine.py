@@ -160,39 +160,40 @@ def _logits(model: Decoder, x: Float[Array, "b d"]) -> Float[Array, "b v"]:
     return model.logits(Activations.of(x), head)
 
 
-@jax.jit(static_argnames="count")
+@jax.jit(static_argnames="count", donate_argnames="cache")
 def prompt_logprobs(
     model: Decoder | FlatModel,
     tokens: Int[Array, "b t"],
     following: Int[Array, "b t"],
     cache: KVCache,
     count: int,
-) -> TokenLogprobs:
+) -> tuple[TokenLogprobs, KVCache]:
     """Returns the log-probabilities that the model gives to the tokens of a prompt, at full precision.
 
     Args:
       model: Dense or graded model.
       tokens: New tokens, as for ``prefill``; t is a multiple of ``LOGPROB_ROWS``.
       following: Token after each of them.
-      cache: Keys and values of the earlier tokens. It does not change.
+      cache: Keys and values of the earlier tokens. Donated.
       count: Number of most likely tokens whose log-probabilities are returned beside those of ``following``.
 
     Returns:
-      Log-probabilities ``[b, t]``; those of padding are undefined.
+      Log-probabilities ``[b, t]``; those of padding are undefined. And the cache, with the same lengths.
     """
     model = _module(model)
     positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
-    x = model.hidden(tokens, positions, apply.Dense(), cache.layers)[0].array
+    hidden, layers = model.hidden(tokens, positions, apply.Dense(), cache.layers)
 
     def some_rows(rows):
         x, following = rows
         return token_logprobs(_logits(model, x), following, count)
 
     # Rows are processed a few at once, because the logits of a whole piece would take gigabytes.
-    rows = x.reshape(-1, LOGPROB_ROWS, x.shape[-1]), following.reshape(-1, LOGPROB_ROWS)
-    return jax.tree.map(
+    rows = hidden.array.reshape(-1, LOGPROB_ROWS, hidden.array.shape[-1]), following.reshape(-1, LOGPROB_ROWS)
+    logprobs = jax.tree.map(
         lambda values: values.reshape(*tokens.shape, *values.shape[2:]), jax.lax.map(some_rows, rows)
     )
+    return logprobs, cache.updated(layers, cache.lengths)
 
 
 @jax.jit(static_argnames="policy")

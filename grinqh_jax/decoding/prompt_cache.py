@@ -14,8 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from grinqh_jax.errors import UsageError
-from grinqh_jax.model.attention import KeyValues
-from grinqh_jax.model.cache import KVCache
+from grinqh_jax.model.cache import KeyValues, KVCache
 from grinqh_jax.model.decoder import Decoder
 
 SMALLEST_CONVERSATION = 1024

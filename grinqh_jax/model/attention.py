@@ -5,14 +5,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from grinqh_jax.model import rope
+from grinqh_jax.model.cache import KeyValues
 from grinqh_jax.model.causal_attention import blockwise
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.layer_spec import Attention, QueryGrowth
 from grinqh_jax.model.norm import rms_norm
 from pallas_kernels import Activations, decode_attention
-
-KeyValues = tuple[Float[Array, "b s kv_heads head_dim"], Float[Array, "b s kv_heads head_dim"]]
-"""Keys and values of one layer."""
 
 
 @jax.named_scope("attention")
@@ -34,18 +32,26 @@ def attend_heads(
       positions, cache: See ``attend``.
 
     Returns:
-      ``(outputs [b, t, heads_d], (keys, values))``: the heads side by side; keys and values as in ``attend``.
+      ``(outputs [b, t, heads_d], cache)``: the heads side by side; the cache as in ``attend``.
     """
     batch, tokens = positions.shape
     heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
     if cache is not None and kernel_lacks(attention) is None:
         sizes = {"tokens": tokens, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
-        if decode_attention.supports(**sizes, dtype=cache[0].dtype) is None:
+        if decode_attention.supports(**sizes, dtype=cache.keys.dtype) is None:
             cos, sin = _cos_sin(attention, positions[:, 0], head_dim)
             attended, keys, values = decode_attention.decode_attention(
-                qkv, cos, sin, norm_scales, config.rms_norm_eps, *cache, positions[:, 0]
+                qkv,
+                cos,
+                sin,
+                norm_scales,
+                config.rms_norm_eps,
+                cache.keys,
+                cache.values,
+                positions[:, 0],
+                cache.pages,
             )
-            return attended, (keys, values)
+            return attended, KeyValues(keys, values, cache.pages)
     all_heads = qkv.array.reshape(batch, tokens, -1, head_dim)
     queries, keys, values = jnp.split(all_heads, (heads, heads + kv_heads), axis=2)
     if norm_scales is not None:
@@ -57,10 +63,10 @@ def attend_heads(
     queries, keys = (rope.rotate(x, cos, sin, _score_factor(attention, head_dim)) for x in (queries, keys))
     if attention.query_growth is not None:
         queries = queries * _growth(attention.query_growth, positions)[..., None, None].astype(queries.dtype)
-    outputs, cache = attend(
+    outputs, updated = attend(
         queries, keys, values, positions, cache, attention.window, attention.score_soft_cap
     )
-    return Activations.of(outputs.reshape(batch, tokens, -1)), cache
+    return Activations.of(outputs.reshape(batch, tokens, -1)), updated
 
 
 def kernel_lacks(attention: Attention) -> str | None:
@@ -125,23 +131,23 @@ def attend(
       queries, keys, values: Heads of the new tokens; ``heads / kv_heads`` consecutive query heads share a kv
         head.
       positions: Positions of the new tokens in their sequence; ascending without a cache.
-      cache: Keys and values of the earlier tokens; slot = position. The new tokens are written at their
-        positions; those beyond the last slot are dropped. No query sees the slots beyond its position, so
-        these may hold any finite values. None if the new tokens are the whole sequence.
+      cache: Keys and values of the earlier tokens. The new tokens are written at their positions; those
+        beyond the last slot are dropped. No query sees the slots beyond its position, so these may hold any
+        finite values. None if the new tokens are the whole sequence.
       window: Number of last positions that a query sees, its own included; None for all.
       soft_cap: Limit of the scores; None for none (see ``layer_spec.Attention``).
 
     Returns:
-      ``(outputs, (keys, values))``: keys and values are the updated cache, or those of the new tokens.
+      ``(outputs, cache)``: the updated cache, or keys and values of the new tokens.
     """
     if cache is None:
         slots = positions
         if soft_cap is None and jax.default_backend() == "cpu":
-            return blockwise(queries, keys, values, positions, window), (keys, values)
+            return blockwise(queries, keys, values, positions, window), KeyValues(keys, values)
+        updated = KeyValues(keys, values)
     else:
-        row = jnp.arange(len(positions))[:, None]
-        keys = cache[0].at[row, positions].set(keys.astype(cache[0].dtype), mode="drop")
-        values = cache[1].at[row, positions].set(values.astype(cache[1].dtype), mode="drop")
+        updated = cache.write(positions, keys, values)
+        keys, values, _ = updated.contiguous(positions[:, -1] + 1)
         slots = jnp.arange(keys.shape[1])[None]
     distance = positions[:, None, :, None] - slots[:, None, None, :]
     visible: Bool[Array, "b 1 t s"] = distance >= 0
@@ -149,8 +155,8 @@ def attend(
         visible &= distance < window
     heads = queries, keys.astype(queries.dtype), values.astype(queries.dtype)
     if soft_cap is None:
-        return jax.nn.dot_product_attention(*heads, mask=visible), (keys, values)
-    return _attend_capped(*heads, visible, soft_cap), (keys, values)
+        return jax.nn.dot_product_attention(*heads, mask=visible), updated
+    return _attend_capped(*heads, visible, soft_cap), updated
 
 
 def _attend_capped(

@@ -15,7 +15,8 @@ from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Float, Int
 
 from grinqh_jax.model.apply import Apply, Dense, in_head
-from grinqh_jax.model.attention import KeyValues, attend_heads
+from grinqh_jax.model.attention import attend_heads
+from grinqh_jax.model.cache import KeyValues
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.gated_mlp import gated
 from grinqh_jax.model.layer_spec import HEAD, Attention, GatedMLP, LayerSpec, ResidualBlock

@@ -149,42 +149,39 @@ def prefill(
     Returns:
       The pages, with the keys and values of the new tokens, and the longer prefix.
     """
-    contiguous = cache.gather(prefix.pages, prefix.length)
+    text = cache.texts(prefix.pages, prefix.length)
     if dial is None:
-        logits, contiguous = engine.prefill(model, tokens, true_length, contiguous)
+        logits, text = engine.prefill(model, tokens, true_length, text)
         preview = None
     else:
         thresholds = dial.with_state(DialState.create(bits)).thresholds
-        logits, contiguous, preview = engine.prefill_with_preview(
-            model, tokens, true_length, contiguous, thresholds
-        )
+        logits, text, preview = engine.prefill_with_preview(model, tokens, true_length, text, thresholds)
         assert prefix.preview is not None, "a graded model has previews"
         preview = engine.merge_previews(prefix.preview, preview)
-    cache = cache.write(contiguous, prefix.pages, prefix.length, tokens.shape[1])
-    return cache, Prefix(prefix.pages, contiguous.lengths, logits, preview)
+    return PagedCache.of(text), Prefix(prefix.pages, text.lengths, logits, preview)
 
 
-@jax.jit
+@jax.jit(donate_argnames="cache")
 def prompt_logprobs(
     model: FlatModel,
     cache: PagedCache,
     prefix: Prefix,
     tokens: Int[Array, "1 t"],
     following: Int[Array, "1 t"],
-) -> TokenLogprobs:
+) -> tuple[PagedCache, TokenLogprobs]:
     """Returns the log-probabilities of the prompt tokens after those of a piece, before ``prefill`` reads it.
 
     Args:
       model: Graded or dense model.
-      cache: Pages of all texts.
+      cache: Pages of all texts. Donated.
       prefix: What has been read of the prompt.
       tokens: Tokens of the piece, right-padded with any valid token.
       following: Token after each of them.
     """
-    contiguous = cache.gather(prefix.pages, prefix.length)
-    return engine.prompt_logprobs(
-        model, tokens, following, contiguous, most_logprobs(prefix.logits.shape[-1])
-    )
+    text = cache.texts(prefix.pages, prefix.length)
+    count = most_logprobs(prefix.logits.shape[-1])
+    logprobs, text = engine.prompt_logprobs(model, tokens, following, text, count)
+    return PagedCache.of(text), logprobs
 
 
 @jax.jit(static_argnames="policy", donate_argnames="state")
@@ -272,11 +269,11 @@ def generate(
     if dial is not None:
         assert slots.dial is not None, "a graded model has a dial"
         dial = dial.with_state(slots.dial)
-    chunk, contiguous = engine.jitted_decode_chunk(
+    chunk, texts = engine.jitted_decode_chunk(
         model,
         slots.last,
         slots.done,
-        state.cache.gather(slots.pages, slots.lengths),
+        state.cache.texts(slots.pages, slots.lengths),
         dial,
         sampling,
         settings.stop_tokens,
@@ -286,17 +283,16 @@ def generate(
         history=None if greedy else history,
         top_logprobs=most_logprobs(history.generated.shape[1]) if logprobs else None,
     )
-    cache = state.cache.write(contiguous, slots.pages, slots.lengths, policy.chunk_steps)
     slots = dataclasses.replace(
         slots,
         settings=dataclasses.replace(settings, limits=settings.limits - chunk.counts),
-        lengths=contiguous.lengths,
+        lengths=texts.lengths,
         last=chunk.last,
         done=chunk.done,
         history=history if chunk.history is None else chunk.history,
         dial=chunk.dial,
     )
-    return DecodeState(cache, slots), dataclasses.replace(chunk, history=None, dial=None)
+    return DecodeState(PagedCache.of(texts), slots), dataclasses.replace(chunk, history=None, dial=None)
 
 
 def most_logprobs(vocabulary: int) -> int:

@@ -89,7 +89,11 @@ class Device:
     ) -> TokenLogprobs:
         """Returns log-probabilities of a piece, before it is read (see ``decode_state.prompt_logprobs``)."""
         tokens, following = self._put((piece.tokens, following))
-        return decode_state.prompt_logprobs(self._model, self._state.cache, prefix, tokens, following)
+        cache, logprobs = decode_state.prompt_logprobs(
+            self._model, self._state.cache, prefix, tokens, following
+        )
+        self._state = dataclasses.replace(self._state, cache=cache)
+        return logprobs
 
     def insert(self, slot: int, prefix: Prefix, prompt: Sequence[int], settings: Settings) -> engine.Chunk:
         """Starts the answer to a prompt in a slot; returns its first token (see ``decode_state.insert``)."""

@@ -1,10 +1,4 @@
-"""The KV cache in pages, and the contiguous cache that attention reads.
-
-The decode attention kernel reads a contiguous cache. Until it takes a page table, ``gather`` copies the pages
-of all slots into a contiguous cache at the start of a call of the engine, and ``write`` copies the new
-positions back at its end. A decode chunk thus copies the cache once and not at every step. The contiguous
-cache exists during the call only, beside the pages.
-"""
+"""The KV cache of the engine in pages, and how many of them fit into memory."""
 
 import dataclasses
 
@@ -17,7 +11,7 @@ from grinqh_jax.model.cache import KVCache
 from grinqh_jax.model.config import ModelConfig
 
 FREE_MEMORY_SHARE = 0.8
-"""Share of the free memory that pages and their copy may take; activations and logits need the rest."""
+"""Share of the free memory that pages may take; activations and logits need the rest."""
 
 
 @jax.tree_util.register_dataclass
@@ -54,52 +48,19 @@ class PagedCache:
         """Number of positions of a page."""
         return self.keys[0].shape[1]
 
-    def gather(self, rows: Int[Array, "b pages_per_row"], lengths: Int[Array, "b"]) -> KVCache:
-        """Copies the pages of texts into a contiguous cache.
+    def texts(self, pages: Int[Array, "b pages_per_row"], lengths: Int[Array, "b"]) -> KVCache:
+        """Returns the cache of some texts. It has the arrays of all pages.
 
         Args:
-          rows: Pages of each text.
-          lengths: Number of tokens of each text. Slots beyond it are zero, so that no text depends on the
-            texts that used its pages before.
-
-        Returns:
-          A cache of ``pages_per_row * page_size`` slots for each text.
+          pages: Pages of each text.
+          lengths: Number of tokens of each text.
         """
-        valid = jnp.arange(rows.shape[1] * self.page_size) < lengths[:, None]
+        return KVCache(self.keys, self.values, lengths, pages)
 
-        def contiguous(pages):
-            slots = pages.at[rows].get(mode="fill", fill_value=0)
-            slots = slots.reshape(len(rows), -1, *pages.shape[2:])
-            return jnp.where(valid[..., None, None], slots, 0)
-
-        keys, values = (tuple(map(contiguous, layers)) for layers in (self.keys, self.values))
-        return KVCache(keys, values, lengths)
-
-    def write(
-        self, cache: KVCache, rows: Int[Array, "b pages_per_row"], starts: Int[Array, "b"], most: int
-    ) -> "PagedCache":
-        """Copies the new positions of a contiguous cache into the pages of its texts.
-
-        Args:
-          cache: Cache that ``gather`` returned, after tokens were added.
-          rows: Pages of each text, as in ``gather``.
-          starts: Position of the first new token of each text; the last is that before ``cache.lengths``.
-          most: Largest possible number of new tokens of a text.
-        """
-        positions = starts[:, None] + jnp.arange(most)
-        written = positions < cache.lengths[:, None]
-        page = jnp.take_along_axis(rows, jnp.minimum(positions // self.page_size, rows.shape[1] - 1), axis=1)
-        page = jnp.where(written, page, self.num_pages)  # no page: the update is dropped
-        offset = positions % self.page_size
-        batch = jnp.arange(len(rows))[:, None]
-
-        def updated(pages, slots):
-            new = slots.at[batch, positions].get(mode="fill", fill_value=0)
-            return pages.at[page, offset].set(new, mode="drop")
-
-        return PagedCache(
-            tuple(map(updated, self.keys, cache.keys)), tuple(map(updated, self.values, cache.values))
-        )
+    @classmethod
+    def of(cls, cache: KVCache) -> "PagedCache":
+        """Returns the pages after tokens were added to a cache that ``texts`` returned."""
+        return cls(cache.keys, cache.values)
 
 
 def page_bytes(config: ModelConfig, page_size: int, dtype) -> int:
@@ -123,17 +84,17 @@ def count_pages(
     Args:
       config: Configuration of the model.
       dtype: Dtype of keys and values.
-      slots: Number of texts that ``gather`` copies at once.
+      slots: Number of texts that are decoded at once.
       max_context: Largest number of tokens of a text.
       page_size: Number of positions of a page.
       cache_memory: Bytes of all pages; None for ``slots`` texts, or fewer if memory ends first.
       free: Free bytes of the device; None if unknown.
 
     Raises:
-      UsageError: The pages, or the copy of ``slots`` texts beside them, do not fit.
+      UsageError: The pages do not fit.
     """
-    page, per_text = page_bytes(config, page_size, dtype), -(-max_context // page_size)
-    pages, copy = slots * per_text, slots * per_text * page
+    page = page_bytes(config, page_size, dtype)
+    pages = slots * -(-max_context // page_size)
     if cache_memory is not None:
         pages = cache_memory // page
         if pages < 1:
@@ -142,12 +103,12 @@ def count_pages(
             )
     if free is None:
         return pages
-    room = int(FREE_MEMORY_SHARE * free - copy) // page
+    room = int(FREE_MEMORY_SHARE * free) // page
     if cache_memory is None:
         pages = max(min(pages, room), 1)
     if pages > room:
         raise UsageError(
-            f"{slots} slots of {max_context} tokens take {copy} B, beside {pages * page} B of cache pages, "
-            f"and {free} B are free; choose fewer slots, a smaller context or less cache memory"
+            f"{pages} cache pages of {page_size} tokens take {pages * page} B, and {free} B are free; choose "
+            "less cache memory or smaller pages"
         )
     return pages

@@ -31,10 +31,14 @@ class Shape:
       queries_per_kv: Number of query heads that share a key-value head.
       head_dim: Number of values in a head.
       capacity: Number of positions in the cache.
-      splits: Number of CTAs that share the positions of one key-value head.
+      splits: Number of parts of the positions of one key-value head. Each has a separate softmax.
       eps: Epsilon of the query and key norms; None without norms.
       num_partials: Number of partial sums of the projection ``qkv``.
       stored_features: Number of features of ``qkv``, padding included.
+      splits_per_block: Number of splits that a CTA attends to one after another; divides ``splits``.
+      page_size: Number of positions in a page of the cache; None for a contiguous cache. Divides
+        ``capacity``.
+      num_pages: Number of pages in the cache.
     """
 
     batch: int
@@ -46,16 +50,24 @@ class Shape:
     eps: float | None
     num_partials: int
     stored_features: int
+    splits_per_block: int = 1
+    page_size: int | None = None
+    num_pages: int = 0
 
     @property
     def blocks(self) -> int:
         """Number of CTAs."""
-        return self.batch * self.kv_heads * self.splits
+        return self.batch * self.kv_heads * (self.splits // self.splits_per_block)
 
     @property
     def vector_bytes(self) -> int:
         """Bytes of one head in bfloat16."""
         return 2 * self.head_dim
+
+    @property
+    def step_words(self) -> int:
+        """Number of words of keys and values that a lane loads for a step."""
+        return self.head_dim // 2
 
     # --- shared memory: new vectors in bfloat16, softmax sums of each warp, accumulators of each warp ---
     @property
@@ -80,11 +92,14 @@ class Refs:
       cos, sin: float32 ``[B, D / 2]``, of the rotation angles.
       q_scale, k_scale: bfloat16 ``[D]``: the norm scales of queries and keys.
       lengths: int32 ``[B]``: number of positions in the cache.
-      keys, values: bfloat16 ``[B, S, kv_heads, D]``: the cache. The program writes the new token's slot.
+      keys, values: bfloat16 ``[B, S, kv_heads, D]``: the cache; or its pages, ``[pages, page_size, kv_heads,
+        D]``. The program writes the new token's slot.
       accumulators: Output, float32 ``[B, kv_heads, splits, queries_per_kv, D]``: the weighted values.
       softmax: Output, float32 ``[B, kv_heads, splits, queries_per_kv, 2]``: the maximum score, and the sum of
         the weights.
       shared: The shared memory.
+      pages: int32 ``[B, S / page_size]``: the pages of each row, in the order of their positions, and numbers
+        from ``num_pages`` on where there is no page. None for a contiguous cache.
     """
 
     qkv: Any
@@ -98,6 +113,7 @@ class Refs:
     accumulators: Any
     softmax: Any
     shared: Any
+    pages: Any = None
 
 
 @dataclasses.dataclass
@@ -124,7 +140,10 @@ class OnlineSoftmax:
 
 @dataclasses.dataclass(frozen=True)
 class LaneContext:
-    """Indices of the lane. ``Instructions.matrix_multiply_add`` defines ``row`` and ``column``."""
+    """Indices of the lane. ``Instructions.matrix_multiply_add`` defines ``row`` and ``column``.
+
+    ``part`` is the index of the split among those of all heads and sequences.
+    """
 
     thread: Value
     lane: Value
@@ -134,13 +153,22 @@ class LaneContext:
     split: Value
     kv_head: Value
     batch: Value
-    block: Value
+    part: Value
+
+    def shifted(self, index: Value) -> "LaneContext":
+        """Returns the context of a later split of the CTA."""
+        return dataclasses.replace(self, split=self.split + index, part=self.part + index)
 
 
 def lane_context(isa: Instructions, shape: Shape) -> LaneContext:
-    """Computes the context. Over the grid the split varies fastest, then the kv head, then the sequence."""
-    thread, block = isa.thread_index(), isa.block_index()
-    split, rest = block % shape.splits, block // shape.splits
+    """Computes the context of the first split of the CTA.
+
+    Over the grid the split varies fastest, then the kv head, then the sequence.
+    """
+    thread, part = isa.thread_index(), isa.block_index()
+    if shape.splits_per_block > 1:
+        part = part * shape.splits_per_block
+    split, rest = part % shape.splits, part // shape.splits
     lane = thread & (LANES - 1)
     return LaneContext(
         thread=thread,
@@ -151,5 +179,5 @@ def lane_context(isa: Instructions, shape: Shape) -> LaneContext:
         split=split,
         kv_head=rest % shape.kv_heads,
         batch=rest // shape.kv_heads,
-        block=block,
+        part=part,
     )

@@ -1,4 +1,4 @@
-"""Merging the softmaxes of the warps of a CTA, and, in a second launch, of all CTAs."""
+"""Merging the softmaxes of the warps of a split, and, in a second launch, of all splits."""
 
 import dataclasses
 from typing import Any
@@ -19,7 +19,7 @@ from pallas_kernels.lanes.rows import Rows, load_pair, locate, store_rounded
 def merge_in_block(
     isa: Instructions, shape: Shape, refs: Refs, state: OnlineSoftmax, context: LaneContext, shared: Value
 ) -> None:
-    """Merges the softmaxes of the warps in shared memory and writes the result of the CTA."""
+    """Merges the softmaxes of the warps in shared memory and writes the result of the split."""
     thread, warp, dim, heads = context.thread, context.warp, shape.head_dim, shape.queries_per_kv
     softmax, accumulators = shared + shape.softmax_base, shared + shape.accumulator_base
     total = state.running_sum
@@ -50,10 +50,10 @@ def merge_in_block(
                 (warp_accumulator,) = isa.load_shared(address, 1, "f32")
                 running_sum = isa.multiply_add(factor, warp_sum, running_sum)
                 accumulator = isa.multiply_add(factor, warp_accumulator, accumulator)
-            out = context.block * (heads * dim) + item
+            out = context.part * (heads * dim) + item
             isa.store_global(isa.global_address(refs.accumulators) + isa.widen(out << 2), [accumulator])
             with isa.when(value.equals(0)):
-                pair = context.block * heads + head
+                pair = context.part * heads + head
                 address = isa.global_address(refs.softmax) + isa.widen(pair << 3)
                 isa.store_global(address, [running_max, running_sum])
 

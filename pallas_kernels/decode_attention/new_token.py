@@ -3,6 +3,7 @@
 import dataclasses
 
 from pallas_kernels.decode_attention.lane_context import LaneContext, Refs, Shape
+from pallas_kernels.decode_attention.slots import has_new_slot, load_page, new_slot
 from pallas_kernels.lanes.instructions import Instructions, Value
 from pallas_kernels.lanes.rows import load_pair, sum_pairs, unpack_bfloat16
 
@@ -100,9 +101,10 @@ def prepare(
     stores = (context.warp < shape.queries_per_kv + 2) & (context.lane < half_words)
     for half, w in enumerate(words):
         isa.store_shared(shared + context.warp * shape.vector_bytes + word * 4 + half * dim, [w], stores)
-    slot = (context.batch * shape.capacity + length) * shape.kv_heads + context.kv_head
-    offset = isa.widen(slot) * (2 * dim) + isa.widen(word * 4)
-    stores_in_cache = stores & has_new_token & (length < shape.capacity)
+    page = load_page(isa, shape, refs, context, length)
+    slot = new_slot(shape, context, length, page)
+    offset = isa.widen(slot * shape.kv_heads + context.kv_head) * (2 * dim) + isa.widen(word * 4)
+    stores_in_cache = stores & has_new_token & has_new_slot(shape, length, page)
     for cache, is_vector in ((refs.keys, is_key), (refs.values, is_value)):
         with isa.when(stores_in_cache & is_vector):
             target = isa.global_address(cache) + offset

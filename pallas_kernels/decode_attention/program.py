@@ -5,11 +5,11 @@
     cache ──► scores ◄────────── queries, new key, new value ◄──────────────────────────┘
                 └──► online softmax and weighted values ──► partial result of the CTA
 
-A CTA computes one key-value head with its query heads, and attends to every ``splits``-th cached position, so
-the work is balanced at every length. The first loads of the cache wait only for the length. Each warp attends
-to 16 positions in one step and has a separate online softmax: running max, running sum and accumulator. At
-the end the CTA merges the softmaxes of its warps. A second launch, ``merging.merge_program``, merges the
-softmaxes of the CTAs.
+A CTA computes one key-value head with its query heads. A split is every ``splits``-th cached position, so the
+work is balanced at every length; a CTA attends to one split, or to several one after another. The first loads
+of the cache wait only for the length. Each warp attends to 16 positions in one step and has a separate online
+softmax: running max, running sum and accumulator. At the end of a split the CTA merges the softmaxes of its
+warps. A second launch, ``merging.merge_program``, merges the softmaxes of the splits.
 
 Both products run on the matrix unit, and the lanes load its operands from the cache without rearranging them.
 This works because a sum over the values of a head may run in any order, and because the weighted values may
@@ -28,8 +28,13 @@ shared memory. No CTA therefore reads memory that another CTA writes.
 """
 
 import math
-from typing import Any
 
+from pallas_kernels.decode_attention.cached_positions import (
+    LANE_KEYS,
+    LANE_VALUES,
+    CachedPositions,
+    cached_position,
+)
 from pallas_kernels.decode_attention.lane_context import (
     BLOCK_POSITIONS,
     CHUNK,
@@ -46,46 +51,69 @@ from pallas_kernels.decode_attention.merging import larger, merge_in_block
 from pallas_kernels.decode_attention.new_token import fetch, prepare
 from pallas_kernels.lanes.instructions import Instructions, Value
 
-LANE_KEYS = 2
-"""Number of positions whose keys a lane holds: ``row`` and ``row + 8``."""
-
-LANE_VALUES = (0, 1, 8, 9)
-"""Positions whose scores and values a lane holds, relative to ``2 column``."""
-
 
 def attention_program(isa: Instructions, shape: Shape, refs: Refs) -> None:
     """Runs the whole program of one lane."""
     context = lane_context(isa, shape)
     shared = isa.shared_address(refs.shared)
-
-    def position(step: Value, index: Value) -> Value:
-        """Returns the position in the cache of the warp's position ``index`` of a step."""
-        index_in_split = step * BLOCK_POSITIONS + context.warp * STEP_POSITIONS + index
-        return index_in_split * shape.splits + context.split
-
-    def load(step: Value, limit: Value) -> list[Value]:
-        """Loads the words of a step: keys, then values; position 0 replaces positions from ``limit`` on."""
-        words = []
-        for k in range(LANE_KEYS):
-            words += key_words(isa, shape, refs, context, position(step, context.row + 8 * k), limit)
-        for v in LANE_VALUES:
-            words += value_words(isa, shape, refs, context, position(step, context.column * 2 + v), limit)
-        return words
-
     (length,) = isa.load_global(isa.global_address(refs.lengths) + isa.widen(context.batch * 4), ordered=True)
     # The last split has the fewest cached positions, so it attends to the new token.
-    has_new_token = context.split.equals(shape.splits - 1)
+    has_new_token = context.split.equals(shape.splits - shape.splits_per_block)
     # The barriers keep the compiler from delaying or reordering these loads. They cost nothing.
     fetched = fetch(isa, shape, refs, context, has_new_token)
     isa.warp_barrier()
-    words = load(isa.constant(0), length)
+    cache, step = CachedPositions.create(isa, shape, refs, context, length), isa.constant(0)
+    words = cache.load(context, step, cache.load_pages(context, step))
+    following = cache.load_pages(context, step, ahead=1)
     isa.warp_barrier()
     prepare(isa, shape, refs, context, fetched, shared, length, has_new_token)
     isa.block_barrier()
     head = isa.select(context.row < shape.queries_per_kv, context.row, isa.constant(shape.queries_per_kv - 1))
     queries = shared_key_words(isa, shape, context, shared + head * shape.vector_bytes)
-    zero = isa.constant(0.0, "f32")
-    state = OnlineSoftmax(isa.constant(MASKED_SCORE, "f32"), zero, [zero] * (shape.head_dim // 4))
+    if shape.splits_per_block == 1:
+        state = attend_split(isa, shape, context, cache, queries, shared, has_new_token, words + following)
+        merge_in_block(isa, shape, refs, state, context, shared)
+        return
+
+    def attend_each(index: Value, carry: list[Value]) -> list[Value]:
+        """Attends to a split, merges its softmaxes, and loads the first step of the next split."""
+        current = context.shifted(index)
+        following = context.shifted(index + 1)
+        pages = cache.load_pages(following, step)
+        has_new_token = current.split.equals(shape.splits - 1)
+        state = attend_split(isa, shape, current, cache, queries, shared, has_new_token, carry)
+        words = cache.load(following, step, pages)
+        pages = cache.load_pages(following, step, ahead=1)
+        merge_in_block(isa, shape, refs, state, current, shared)
+        isa.block_barrier()  # The next split writes the shared memory of this merge.
+        return words + pages
+
+    isa.loop(isa.constant(shape.splits_per_block), words + following, attend_each)
+
+
+def attend_split(
+    isa: Instructions,
+    shape: Shape,
+    context: LaneContext,
+    cache: CachedPositions,
+    queries: list[Value],
+    shared: Value,
+    has_new_token: Value,
+    loaded: list[Value],
+) -> OnlineSoftmax:
+    """Attends to all positions of a split; returns the softmax of the warp.
+
+    Args:
+      isa: The instructions.
+      shape: Static sizes.
+      context: Indices of the lane.
+      cache: The cached positions.
+      queries: The lane's words of its query head.
+      shared: Address of the shared memory.
+      has_new_token: Whether the split attends to the new token.
+      loaded: Words of the first step, then pages of the second one.
+    """
+    length = cache.length
 
     def attend_new(_, carry: list[Value]) -> list[Value]:
         """Attends to 16 positions of which only the first is valid: the new token."""
@@ -102,11 +130,15 @@ def attention_program(isa: Instructions, shape: Shape, refs: Refs) -> None:
 
     def attend_next(step: Value, carry: list[Value]) -> list[Value]:
         """Attends to the positions of a step, whose words are in ``carry``, and loads the next words."""
-        state, words = OnlineSoftmax.from_registers(carry, shape.head_dim)
-        valid = [position(step, context.column * 2 + v) < length for v in LANE_VALUES]
+        state, rest = OnlineSoftmax.from_registers(carry, shape.head_dim)
+        words, pages = rest[: shape.step_words], rest[shape.step_words :]
+        valid = [cached_position(shape, context, step, context.column * 2 + v) < length for v in LANE_VALUES]
         state = attend(isa, shape, queries, state, words, valid)
-        return state.registers() + load(step + 1, length)
+        words = cache.load(context, step + 1, pages)
+        return state.registers() + words + cache.load_pages(context, step, ahead=2)
 
+    zero = isa.constant(0.0, "f32")
+    state = OnlineSoftmax(isa.constant(MASKED_SCORE, "f32"), zero, [zero] * (shape.head_dim // 4))
     # The last warp has the fewest cached positions, so it attends to the new token. It does so first, while
     # its loads of the cache are in flight.
     new_tokens = isa.select(has_new_token & context.warp.equals(WARPS - 1), isa.constant(1), isa.constant(0))
@@ -122,9 +154,9 @@ def attention_program(isa: Instructions, shape: Shape, refs: Refs) -> None:
         isa.constant(0),
     )
     state, _ = OnlineSoftmax.from_registers(
-        isa.loop(steps, state.registers() + words, attend_next), shape.head_dim
+        isa.loop(steps, state.registers() + loaded, attend_next), shape.head_dim
     )
-    merge_in_block(isa, shape, refs, state, context, shared)
+    return state
 
 
 def attend(
@@ -178,39 +210,6 @@ def attend(
         sums = [a * factor for a in state.accumulator[2 * block : 2 * block + 2]] + [zero, zero]
         accumulator += isa.matrix_multiply_add_bfloat16(sums, heads, pairs)[:2]
     return OnlineSoftmax(running_max, running_sum, accumulator)
-
-
-def key_words(
-    isa: Instructions, shape: Shape, refs: Refs, context: LaneContext, position: Value, limit: Value
-) -> list[Value]:
-    """Loads the lane's words of a cached key, an operand of the scores."""
-    base = cache_address(isa, shape, refs.keys, context, position, limit) + isa.widen(context.column * 16)
-    return [
-        word
-        for t in range(shape.head_dim // 32)
-        for word in isa.load_global(base + t * 64, 4, ordered=True, evict_first=True)
-    ]
-
-
-def value_words(
-    isa: Instructions, shape: Shape, refs: Refs, context: LaneContext, position: Value, limit: Value
-) -> list[Value]:
-    """Loads the lane's words of a cached value, an operand of the weighted values."""
-    base = cache_address(isa, shape, refs.values, context, position, limit) + isa.widen(context.row * 16)
-    return [
-        word
-        for chunk in range(shape.head_dim // CHUNK)
-        for word in isa.load_global(base + chunk * 2 * CHUNK, 4, ordered=True, evict_first=True)
-    ]
-
-
-def cache_address(
-    isa: Instructions, shape: Shape, cache: Any, context: LaneContext, position: Value, limit: Value
-) -> Value:
-    """Returns the address of the head's vector at a position, or at position 0 from ``limit`` on."""
-    slot = context.batch * shape.capacity + isa.select(position < limit, position, isa.constant(0))
-    row = slot * shape.kv_heads + context.kv_head
-    return isa.global_address(cache) + isa.widen(row) * shape.vector_bytes
 
 
 def shared_key_words(isa: Instructions, shape: Shape, context: LaneContext, vector: Value) -> list[Value]:

@@ -137,19 +137,20 @@ def test_a_request_that_can_never_fit_is_refused_with_the_numbers(generator, eng
         Engine(generator, **SIZES | {"piece": 40})
 
 
-def test_pages_and_their_copy_fit_into_free_memory(generator, monkeypatch):
+def test_pages_fit_into_free_memory(generator, monkeypatch):
     config, sizes = generator.model.config, {"slots": 4, "max_context": 128, "page_size": 16}
     page = page_bytes(config, 16, np.float32)
     count = functools.partial(count_pages, config, np.float32, **sizes)
     assert count(cache_memory=None, free=None) == count(cache_memory=None, free=10**12) == 32
     assert count(cache_memory=50 * page, free=None) == 50
-    assert count(cache_memory=None, free=50 * page) == 8  # 40 pages, 32 of them for the copy
-    assert count(cache_memory=8 * page, free=50 * page) == 8
-    for memory in (None, 9 * page):
-        with pytest.raises(UsageError, match=f"4 slots of 128 tokens take {32 * page} B, beside"):
-            count(cache_memory=memory, free=41 * page)
+    assert count(cache_memory=None, free=10 * page) == 8
+    assert count(cache_memory=8 * page, free=10 * page) == 8
+    with pytest.raises(
+        UsageError, match=f"9 cache pages of 16 tokens take {9 * page} B, and {10 * page} B are free"
+    ):
+        count(cache_memory=9 * page, free=10 * page)
     monkeypatch.setattr(engine_module, "free_memory", lambda: 1000)
-    with pytest.raises(UsageError, match="and 1000 B are free; choose fewer slots"):
+    with pytest.raises(UsageError, match="and 1000 B are free; choose less cache memory"):
         Engine(generator, **SIZES)
 
 

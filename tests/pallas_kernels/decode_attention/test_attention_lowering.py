@@ -7,6 +7,7 @@ from jax.sharding import AxisType
 
 from grinqh_jax.benchmarking import random_model
 from grinqh_jax.model import attention
+from grinqh_jax.model.cache import KeyValues
 from pallas_kernels import Activations
 from pallas_kernels.lanes import device
 
@@ -19,23 +20,32 @@ pytestmark = pytest.mark.skipif(
     ("kind", "multiprocessors"), [("NVIDIA H200", 132), ("NVIDIA GeForce RTX 4090", 128)]
 )
 @pytest.mark.parametrize("name", random_model.shapes())
-def test_lowers_for(kind, multiprocessors, name):
+@pytest.mark.parametrize("paged", [False, True])
+def test_lowers_for(kind, multiprocessors, name, paged):
     config = random_model.shape(name)
     all_heads = config.num_heads + 2 * config.num_kv_heads
-    cache = jax.ShapeDtypeStruct((2, 512, config.num_kv_heads, config.head_dim), jnp.bfloat16)
+    sizes = (21, 64) if paged else (2, 512)
+    cache = jax.ShapeDtypeStruct((*sizes, config.num_kv_heads, config.head_dim), jnp.bfloat16)
+    table = jax.ShapeDtypeStruct((2, 8), jnp.int32) if paged else None
     norm = jax.ShapeDtypeStruct((config.head_dim,), jnp.bfloat16)
     arguments = (
         jax.ShapeDtypeStruct((2, 1, all_heads * config.head_dim), jnp.bfloat16),
         (norm, norm) if config.layers[0].attention.head_norms else None,
         jax.ShapeDtypeStruct((2, 1), jnp.int32),
         (cache, cache),
+        table,
     )
     gpu = jax.sharding.AbstractDevice(device_kind=kind, num_cores=multiprocessors, platform="gpu")
     mesh = jax.sharding.AbstractMesh((1,), ("x",), (AxisType.Explicit,), abstract_device=gpu)
     with jax.sharding.use_abstract_mesh(mesh):
         step = jax.jit(
-            lambda qkv, *args: attention.attend_heads(
-                config, config.layers[0].attention, Activations.of(qkv), *args
+            lambda qkv, norms, positions, cache, table: attention.attend_heads(
+                config,
+                config.layers[0].attention,
+                Activations.of(qkv),
+                norms,
+                positions,
+                KeyValues(*cache, table),
             ),
             donate_argnums=3,
         )

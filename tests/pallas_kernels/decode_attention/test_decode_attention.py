@@ -1,8 +1,13 @@
 """The lane programs of decode attention on the emulator, against a float64 oracle."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis_settings import examples
 
 from pallas_kernels.decode_attention import kernel
 from pallas_kernels.decode_attention.lane_context import THREADS, Refs, Shape
@@ -159,24 +164,135 @@ def oracle(shape: Shape, qkv, cos, sin, q_scale, k_scale, lengths, keys, values)
     return outputs.reshape(shape.batch, -1), keys, values
 
 
+def emulated(shape: Shape, arrays, pages=None):
+    """Runs both launches on the emulator. Updates the cache in ``arrays``; returns outputs."""
+    isa = NumpyInstructions(blocks=shape.blocks, threads=THREADS, shared_bytes=shape.shared_bytes)
+    leading = (shape.batch, shape.kv_heads, shape.splits, shape.queries_per_kv)
+    softmaxes = [np.full((*leading, last), np.nan, np.float32) for last in (shape.head_dim, 2)]
+    refs = [isa.array(a) for a in (*arrays.values(), *softmaxes)]
+    attention_program(isa, shape, Refs(*refs, shared=None, pages=None if pages is None else isa.array(pages)))
+    isa.finish()
+    return emulated_merge(shape, softmaxes)
+
+
+def check(shape: Shape, outputs, cache, expected, expected_cache):
+    np.testing.assert_allclose(outputs, expected, atol=6e-3 * np.abs(expected).max())
+    keys, values = (a.astype(np.float32) for a in cache)
+    expected_keys, expected_values = (a.astype(np.float32) for a in expected_cache)
+    np.testing.assert_array_equal(values, expected_values)
+    np.testing.assert_allclose(keys, expected_keys, rtol=2**-7, atol=1e-6)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_programs_match_the_oracle(case):
     sizes, lengths = CASES[case]
     shape = Shape(**sizes, **STORED_SIZES)
     arrays = inputs(shape, lengths)
-    expected, expected_keys, expected_values = oracle(shape, **arrays)
-    isa = NumpyInstructions(blocks=shape.blocks, threads=THREADS, shared_bytes=shape.shared_bytes)
-    leading = (shape.batch, shape.kv_heads, shape.splits, shape.queries_per_kv)
-    softmaxes = [np.full((*leading, last), np.nan, np.float32) for last in (shape.head_dim, 2)]
-    refs = Refs(*(isa.array(a) for a in (*arrays.values(), *softmaxes)), shared=None)
-    attention_program(isa, shape, refs)
-    isa.finish()
-    merged = emulated_merge(shape, softmaxes)
-    np.testing.assert_allclose(merged, expected, atol=6e-3 * np.abs(expected).max())
-    np.testing.assert_array_equal(arrays["values"], expected_values)
-    np.testing.assert_allclose(
-        arrays["keys"].astype(np.float32), expected_keys.astype(np.float32), rtol=2**-7, atol=1e-6
+    expected, *expected_cache = oracle(shape, **arrays)
+    outputs = emulated(shape, arrays)
+    check(shape, outputs, (arrays["keys"], arrays["values"]), expected, expected_cache)
+
+
+def in_pages(shape: Shape, arrays, lengths, rng):
+    """Moves the cache to random pages of a larger pool; returns the arrays and the page table.
+
+    Pages that the new token does not reach are missing from the table. The rest of the pool is NaN.
+    """
+    pages_per_row = shape.capacity // shape.page_size
+    table = rng.permutation(shape.num_pages)[: shape.batch * pages_per_row].reshape(shape.batch, -1)
+    pools = []
+    for name in ("keys", "values"):
+        pool = np.full(
+            (shape.num_pages, shape.page_size, *arrays[name].shape[2:]), np.nan, arrays[name].dtype
+        )
+        pool[table] = arrays[name].reshape(*table.shape, shape.page_size, *arrays[name].shape[2:])
+        pools.append(pool)
+    needed = np.asarray(lengths)[:, None] // shape.page_size
+    table = np.where(np.arange(pages_per_row) <= needed, table, shape.num_pages)
+    return arrays | dict(zip(("keys", "values"), pools, strict=True)), table.astype(np.int32)
+
+
+@examples(8)
+@given(st.data())
+def test_pages_may_be_anywhere(data):
+    """Outputs match the oracle, and are bitwise those of each row alone, with one split for each CTA."""
+    page_size = data.draw(st.sampled_from([8, 16, 24, 64]), "page size")
+    pages_per_row = data.draw(st.integers(1, 192 // page_size), "pages per row")
+    batch = data.draw(st.integers(1, 3), "batch")
+    splits, splits_per_block = data.draw(st.sampled_from([(1, 1), (2, 2), (4, 2), (3, 3), (4, 1)]), "splits")
+    capacity = page_size * pages_per_row
+    lengths = data.draw(st.lists(st.integers(0, capacity), min_size=batch, max_size=batch), "lengths")
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**16), "seed"))
+    shape = Shape(
+        batch=batch,
+        kv_heads=data.draw(st.integers(1, 2), "kv heads"),
+        queries_per_kv=data.draw(st.integers(1, 4), "queries per kv head"),
+        head_dim=64,
+        capacity=capacity,
+        splits=splits,
+        splits_per_block=splits_per_block,
+        page_size=page_size,
+        num_pages=batch * pages_per_row + 2,
+        eps=1e-6,
+        **STORED_SIZES,
     )
+    contiguous = inputs(shape, lengths)
+    expected, *expected_cache = oracle(shape, **contiguous)
+    arrays, table = in_pages(shape, contiguous, lengths, rng)
+    outputs = emulated(shape, arrays, table)
+    cached = [
+        np.where(
+            np.isin(table, shape.num_pages)[..., None, None, None],
+            contiguous[name].reshape(batch, pages_per_row, page_size, shape.kv_heads, shape.head_dim),
+            arrays[name][np.minimum(table, shape.num_pages - 1)],
+        ).reshape(contiguous[name].shape)
+        for name in ("keys", "values")
+    ]
+    check(shape, outputs, cached, expected, expected_cache)
+    unused = np.setdiff1d(np.arange(shape.num_pages), table)
+    assert np.isnan(arrays["keys"][unused].astype(np.float32)).mean() > 0.1 or not unused.size
+
+    row = data.draw(st.integers(0, batch - 1), "row")
+    one = slice(row, row + 1)
+    alone = dataclasses.replace(shape, batch=1, splits_per_block=1, num_pages=pages_per_row + 1)
+    arrays = {
+        name: array[one] if name in ("cos", "sin", "lengths", "keys", "values") else array
+        for name, array in contiguous.items()
+    } | {"qkv": contiguous["qkv"][:, one]}
+    arrays, table = in_pages(alone, arrays, lengths[one], rng)
+    np.testing.assert_array_equal(emulated(alone, arrays, table)[0], outputs[row])
+
+
+def test_a_row_without_pages_changes_nothing():
+    """The row of an empty slot has no page. The other row is that of the same row alone."""
+    sizes = {"kv_heads": 2, "queries_per_kv": 2, "head_dim": 64, "capacity": 64, "splits": 2}
+    shape = Shape(batch=2, **sizes, page_size=16, num_pages=9, eps=None, **STORED_SIZES)
+    contiguous = inputs(shape, [0, 40])
+    expected, *_ = oracle(shape, **contiguous)
+    arrays, table = in_pages(shape, contiguous, [0, 40], np.random.default_rng(0))
+    written = table[1, 40 // 16]
+    table[0] = shape.num_pages
+    before = [arrays[name].astype(np.float32) for name in ("keys", "values")]
+    outputs = emulated(shape, arrays, table)
+    np.testing.assert_allclose(outputs[1], expected[1], atol=6e-3 * np.abs(expected[1]).max())
+    for name, old in zip(("keys", "values"), before, strict=True):
+        pool = arrays[name].astype(np.float32)
+        np.testing.assert_array_equal(np.delete(pool, written, 0), np.delete(old, written, 0))
+        changed = (pool[written] != old[written]).any(axis=(1, 2))
+        assert changed.tolist() == [slot == 40 % 16 for slot in range(16)]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 5, 8, 16, 64])
+@pytest.mark.parametrize("kv_heads", [1, 2, 8, 12, 40, 200])
+def test_splits_of_pages_depend_on_the_model_alone(batch, kv_heads):
+    sizes = kernel.cache_sizes((100, 64, kv_heads, 128), (batch, 7))
+    alone = kernel.cache_sizes((3, 16, kv_heads, 128), (1, 2))
+    assert sizes["splits"] == alone["splits"] == max(1, kernel.BLOCKS // kv_heads)
+    assert sizes["splits"] % sizes["splits_per_block"] == 0
+    assert alone["splits_per_block"] == 1
+    blocks = batch * kv_heads * sizes["splits"] // sizes["splits_per_block"]
+    assert blocks >= min(kernel.BLOCKS, batch * kv_heads * sizes["splits"])
+    assert sizes["capacity"] == 7 * 64
 
 
 def emulated_merge(shape: Shape, softmaxes):
