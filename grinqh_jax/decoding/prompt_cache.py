@@ -143,7 +143,7 @@ def _grown(cache: KVCache, capacity: int) -> KVCache:
     """Copies a cache into one with more slots, and deletes the old one layer by layer to save memory."""
     layers, extra = [], capacity - cache.capacity
     for layer in cache.layers:
-        layers.append(tuple(_with_slots(array, extra) for array in layer))
+        layers.append(KeyValues(_with_slots(layer.keys, extra), _with_slots(layer.values, extra)))
         _delete(layer)
     return cache.updated(layers, cache.lengths)
 

@@ -32,11 +32,11 @@ class KeyValues(NamedTuple):
             page_size = self.keys.shape[1]
             row = self.pages.at[row, positions // page_size].get(mode="fill", fill_value=len(self.keys))
             slot = positions % page_size
-        written = (
-            cached.at[row, slot].set(new.astype(cached.dtype), mode="drop")
-            for cached, new in ((self.keys, keys), (self.values, values))
-        )
-        return KeyValues(*written, self.pages)
+
+        def written(cached: jax.Array, new: jax.Array) -> jax.Array:
+            return cached.at[row, slot].set(new.astype(cached.dtype), mode="drop")
+
+        return KeyValues(written(self.keys, keys), written(self.values, values), self.pages)
 
     def contiguous(self, lengths: Int[Array, "b"]) -> "KeyValues":
         """Returns a contiguous cache of the same rows, a copy if there are pages.

@@ -131,11 +131,9 @@ def _attention_kernel(shape: Shape):
     leading = (shape.batch, shape.kv_heads, shape.splits, shape.queries_per_kv)
 
     def program(isa: Instructions, refs: Sequence[Any]) -> None:
-        pages = None
-        if shape.page_size is not None:
-            *before, pages = refs[: KERNEL_INPUTS + 1]
-            refs = [*before, *refs[KERNEL_INPUTS + 1 :]]
-        attention_program(isa, shape, Refs(*refs, pages=pages))
+        if shape.page_size is not None:  # ``Refs`` has the pages last.
+            refs = [*refs[:KERNEL_INPUTS], *refs[KERNEL_INPUTS + 1 :], refs[KERNEL_INPUTS]]
+        attention_program(isa, shape, Refs(*refs))
 
     return lane_kernel(
         "decode_attention_kernel",
