@@ -1,5 +1,6 @@
 """Calibration text, tokenized and cut into windows of one length."""
 
+import collections
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,9 +20,9 @@ BUNDLED, MIXED, SELF = NAMED = ("bundled", "mixed", "self")
 BUNDLED_TEXT = Path(__file__).parents[1] / "data" / "calibration.txt"
 
 CALIB_HELP = (
-    "calibration texts, with equal shares of the tokens: .txt files, .jsonl files with text, question and "
-    f"answer, or messages, {MIXED} (several kinds, and chats), {SELF} (sampled from the model) or {BUNDLED} "
-    "(default)"
+    "calibration texts, with equal shares of the tokens (a text named twice gets two shares): .txt files, "
+    f".jsonl files with text, question and answer, or messages, {MIXED} (several kinds, and chats), {SELF} "
+    f"(sampled from the model) or {BUNDLED} (default)"
 )
 """Description of the flag ``--calib``."""
 
@@ -61,8 +62,8 @@ class Calibration:
 def read_calibration(source: HFCheckpoint, texts: Sequence[Path | str], tokens: int) -> Calibration:
     """Reads calibration texts and tokenizes them with the tokenizer of a checkpoint.
 
-    Several texts get equal shares of the tokens, rounded down to whole windows. The text of another kind is
-    ``MIXED``, or ``BUNDLED`` if ``MIXED`` is among the texts.
+    Several texts get equal shares of the tokens, rounded down to whole windows; a text that is named n times
+    gets n shares. The text of another kind is ``MIXED``, or ``BUNDLED`` if ``MIXED`` is among the texts.
 
     Args:
       source: Checkpoint whose tokenizer and vocabulary are used.
@@ -73,18 +74,19 @@ def read_calibration(source: HFCheckpoint, texts: Sequence[Path | str], tokens: 
       GrinqhError: The tokenizer is missing or does not fit the model, or a text is too short.
     """
     tokenizer = Tokenizer.load(source.directory)
-    names = [str(text) if text in NAMED else Path(text).name for text in texts] or [BUNDLED]
-    share = tokens // len(names)
+    shares = collections.Counter(texts or [BUNDLED])
+    names = [str(text) if text in NAMED else Path(text).name for text in shares]
+    share = tokens // shares.total()
     length = min(MAX_WINDOW, source.config.max_position_embeddings)
-    sets = [_windows_of_text(source, tokenizer, text, share, length) for text in (list(texts) or [BUNDLED])]
-    expected = share // min(length, max(share, 1)) * min(length, share)
-    for name, rows in zip(names, sets, strict=True):
+    sets = [_windows_of_text(source, tokenizer, text, n * share, length) for text, n in shares.items()]
+    for name, n, rows in zip(names, shares.values(), sets, strict=True):
+        expected = n * share // min(length, max(n * share, 1)) * min(length, n * share)
         if len(sets) > 1 and rows.size < expected:
             raise UsageError(
                 f"calibration text {name}: {rows.size} of the {expected} tokens that are its share; give a"
                 " longer text or fewer tokens"
             )
-    token_windows = _in_turns(sets)
+    token_windows = _in_turns(sets, list(shares.values()))
     kind = BUNDLED if MIXED in names else MIXED
     other = _windows_of_text(source, tokenizer, kind, OTHER_TOKENS, length)
     if (largest := max(token_windows.max(), other.max())) >= source.config.vocab_size:
@@ -92,17 +94,25 @@ def read_calibration(source: HFCheckpoint, texts: Sequence[Path | str], tokens: 
             f"{source.directory}: the tokenizer produces token {largest}, but the model has a"
             f" vocabulary of {source.config.vocab_size}; use the tokenizer that belongs to the model"
         )
-    return Calibration(windows=token_windows, other=other, name="+".join(names))
+    shared = [f"{n} {name}" if n > 1 else name for name, n in zip(names, shares.values(), strict=True)]
+    return Calibration(windows=token_windows, other=other, name="+".join(shared))
 
 
-def _in_turns(sets: Sequence[Int32[np.ndarray, "_ t"]]) -> Int32[np.ndarray, "s t"]:
-    """Merges the windows of several texts, which take turns of ``_TURN`` windows.
+def _in_turns(sets: Sequence[Int32[np.ndarray, "_ t"]], shares: Sequence[int]) -> Int32[np.ndarray, "s t"]:
+    """Merges the windows of several texts, which take turns of ``_TURN`` windows for each of their shares.
 
     So all texts are among the first windows, which weights are refitted to, and among every fourth window,
     which thresholds are placed on (``split_windows``).
     """
-    longest = max(map(len, sets))
-    return np.concatenate([rows[i : i + _TURN] for i in range(0, longest, _TURN) for rows in sets])
+    turns = [_TURN * share for share in shares]
+    count = max(-(-len(rows) // turn) for rows, turn in zip(sets, turns, strict=True))
+    return np.concatenate(
+        [
+            rows[i * turn : (i + 1) * turn]
+            for i in range(count)
+            for rows, turn in zip(sets, turns, strict=True)
+        ]
+    )
 
 
 def _windows_of_text(

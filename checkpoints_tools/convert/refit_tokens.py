@@ -32,6 +32,14 @@ from grinqh_jax.model.layer_spec import HEAD
 TOKENS = 32768
 """Maximum number of tokens to fit to, which bounds the time."""
 
+MOST_TOKENS_PER_INPUT = 8
+"""Maximum number of tokens for each input of the widest projection. It bounds the time for a small model."""
+
+ENOUGH_TOKENS = 12288
+"""Number of tokens up to which ``MOST_TOKENS_PER_INPUT`` does not count. With 12,288 instead of 24,576
+tokens the divergence of SmolLM2-135M (1,536 inputs) at 2 and 3 bits changed by less than 1 %, the mean of four
+texts (``benchmarks/notes/2026-11-29-calibration-texts.md``)."""
+
 LEAST_TOKENS = 4096
 """Minimum number of tokens for any refit. Fewer tokens do not represent the inputs that a layer may get."""
 
@@ -65,7 +73,8 @@ def fitting_windows(
     """
     widest = max(widths.values())
     token_bytes = 2 * (widths[HEAD] + widest) * itemsize  # Residual stream, and inputs of the widest.
-    tokens = min(TOKENS, max(STATE_BYTES // token_bytes, int(TOKENS_PER_INPUT * widest)))
+    most = min(TOKENS, max(ENOUGH_TOKENS, MOST_TOKENS_PER_INPUT * widest))
+    tokens = min(most, max(STATE_BYTES // token_bytes, int(TOKENS_PER_INPUT * widest)))
     return windows[: max(tokens // windows.shape[1], 1)]
 
 

@@ -106,6 +106,17 @@ def test_several_texts_have_equal_shares_in_both_sets_of_windows(source, tmp_pat
     assert len(np.unique(calibration.windows[:12])) == 3  # the first windows have all texts
 
 
+def test_a_text_that_is_named_twice_has_two_shares_in_both_sets_of_windows(source, tmp_path):
+    a, b = (file_of(tmp_path / f"{letter}.txt", letter, 20000) for letter in "ab")
+    calibration = read_calibration(source, [a, b, a], 24 * 128)
+    assert calibration.name == "2 a.txt+b.txt"
+    for windows, share in zip(text.split_windows(calibration.windows), (6, 2), strict=True):
+        letters, counts = np.unique(windows, return_counts=True)
+        assert letters.tolist() == [tiny_models.encode(letter)[0] for letter in "ab"]
+        assert counts.tolist() == [2 * share * 128, share * 128]
+    assert len(np.unique(calibration.windows[:12])) == 2  # the first windows have both texts
+
+
 def test_a_short_text_beside_others_is_refused_by_name(source, tmp_path):
     texts = [file_of(tmp_path / "long.txt", "a", 9000), file_of(tmp_path / "short.txt", "b", 1600)]
     with pytest.raises(UsageError, match=r"short.txt: 256 of the 512 tokens that are its share"):

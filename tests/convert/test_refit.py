@@ -156,10 +156,10 @@ def test_every_published_shape_has_enough_tokens(shape, itemsize):
 
 @pytest.mark.parametrize(("hidden", "intermediate"), [(256, 768), (512, 1408)])
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_small_models_are_fitted_to_32768_tokens(hidden, intermediate, itemsize):
+def test_small_models_are_fitted_to_12288_tokens(hidden, intermediate, itemsize):
     """Covers the bundled model and ``docs/quality.md``, whose figures depend on this number."""
     widths = dict.fromkeys(("qkv", "o", "gate_up", "lm_head"), hidden) | {"down": intermediate}
-    assert refit_tokens.fitting_windows(calibration(48), widths, itemsize).size == 32768
+    assert refit_tokens.fitting_windows(calibration(48), widths, itemsize).size == 12288
 
 
 def test_projections_with_too_few_tokens_are_named_and_have_no_moments(monkeypatch):
