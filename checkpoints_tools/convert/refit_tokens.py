@@ -37,8 +37,8 @@ MOST_TOKENS_PER_INPUT = 8
 
 ENOUGH_TOKENS = 12288
 """Number of tokens up to which ``MOST_TOKENS_PER_INPUT`` does not count. With 12,288 instead of 24,576
-tokens the divergence of SmolLM2-135M (1,536 inputs) at 2 and 3 bits changed by less than 1 %, the mean of four
-texts (``benchmarks/notes/2026-11-29-calibration-texts.md``)."""
+tokens the divergence of SmolLM2-135M (1,536 inputs) at 2 and 3 bits changed by less than 1 %, on average over
+four texts (``benchmarks/notes/2026-11-29-calibration-texts.md``)."""
 
 LEAST_TOKENS = 4096
 """Minimum number of tokens for any refit. Fewer tokens do not represent the inputs that a layer may get."""
