@@ -8,7 +8,7 @@ from pallas_kernels.matvec.mosaic_gpu.geometry import SCALES_BYTES, Geometry
 from pallas_kernels.matvec.mosaic_gpu.lane_context import COPY_BYTES, LaneContext, Refs, stored_group
 from pallas_kernels.matvec.mosaic_gpu.listing import PEAK_CODE
 from pallas_kernels.matvec.mosaic_gpu.streaming import accumulator
-from pallas_kernels.matvec.mosaic_gpu.tile import WHOLE_CHUNK, chunk_outputs
+from pallas_kernels.matvec.mosaic_gpu.tile import stored_output
 
 MEAN_DIGIT = 1.5
 """Mean of a digit, which is subtracted from every digit that is read (see ``weight.NestedWeight``)."""
@@ -57,9 +57,8 @@ def end_addresses(isa: Instructions, g: Geometry, context: LaneContext) -> EndAd
     if context.pieces is None:
         output, first = output + context.thread * each, None
     else:
-        in_chunk, size = context.thread * each % WHOLE_CHUNK, chunk_outputs(context.pieces)
-        first = context.thread * each // WHOLE_CHUNK * size + in_chunk
-        output = isa.select(in_chunk < size, output + first, isa.constant(-1))
+        first, exists = stored_output(isa, context.thread * each, context.pieces)
+        output = isa.select(exists, output + first, isa.constant(-1))
     addresses = (
         context.record,
         context.ring + stores,

@@ -30,6 +30,22 @@ def stored_piece(isa: Instructions, piece: Value, pieces: Value | None) -> Value
     return piece if pieces is None else isa.select(piece < pieces, piece, isa.constant(0))
 
 
+def stored_output(isa: Instructions, output: Value, pieces: Value) -> tuple[Value, Value]:
+    """Returns the place of an output in a tile of ``pieces`` pieces, and whether the tile has the output.
+
+    Args:
+      isa: The instructions.
+      output: Output of a whole tile: chunk ``output // 128``, and the place in the chunk.
+      pieces: Number of pieces of the tile.
+
+    Returns:
+      The output's index in the tile, 0 if the tile lacks it; and whether the tile has it.
+    """
+    in_chunk, size = output % WHOLE_CHUNK, chunk_outputs(pieces)
+    exists = in_chunk < size
+    return isa.select(exists, output // WHOLE_CHUNK * size + in_chunk, isa.constant(0)), exists
+
+
 def chunk_outputs(pieces: Value | None) -> Value | int:
     """Returns the number of outputs in a chunk: the distance of the outputs of neighbouring chunks."""
     return WHOLE_CHUNK if pieces is None else pieces << 4

@@ -65,6 +65,19 @@ def test_agrees_with_float64_and_with_the_row_alone(case, data):
     assert bits[row] == bits_alone
 
 
+@given(case=cases, whole_tiles=st.integers(0, 1), pieces=st.integers(1, 7), data=st.data())
+@examples(12)
+def test_a_last_tile_of_any_number_of_pieces(case, whole_tiles, pieces, data):
+    sizes = {"in_features": case.in_features % 300 + 1, "out_features": 512 * whole_tiles + 64 * pieces}
+    case = dataclasses.replace(case, **sizes)
+    x, weight, thresholds = case.arrays()
+    y, bits = emulate(x, weight, thresholds, case.config)
+    assert_agrees_with_oracle(x, weight, thresholds, y, bits)
+    row = data.draw(st.integers(0, case.rows - 1))
+    y_alone, _ = alone(case, x, weight, thresholds, row)
+    np.testing.assert_array_equal(y[row].view(np.int64), y_alone.view(np.int64))
+
+
 @given(case=cases, rows=st.integers(1, 8), kind=st.sampled_from(["gaussian", "heavy", "all-zero"]))
 @examples(12)
 def test_a_row_has_the_same_bits_in_any_company(case, rows, kind):

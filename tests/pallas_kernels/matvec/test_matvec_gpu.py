@@ -65,18 +65,25 @@ SHARED_LIST_CASES = [
         for activations in ("outliers", "heavy", "zeros", "all-zero")
     ),
 ]
+
+
+def byte_pair_case(k, n, config, tuning=BytePairs(), **fields) -> Case:  # noqa: B008
+    return Case(k, n, config=dataclasses.replace(config, byte_pairs=tuning), **fields)
+
+
 BYTE_PAIR_CASES = [
-    Case(384, 1024, rows=rows, seed=rows, config=dataclasses.replace(config, byte_pairs=BytePairs()))
-    for rows, config in [(2, CONFIGS[2]), (3, CONFIGS[0]), (4, CONFIGS[3]), (7, CONFIGS[1])]
-] + [
-    Case(
-        1000,
-        600,
-        rows=4,
-        activations=activations,
-        config=dataclasses.replace(CONFIGS[2], byte_pairs=BytePairs(ring_slots=8)),
-    )
-    for activations in ("outliers", "heavy", "zeros", "all-zero")
+    *(
+        byte_pair_case(384, 1024, config, rows=rows, seed=rows)
+        for rows, config in [(2, CONFIGS[2]), (3, CONFIGS[0]), (4, CONFIGS[3]), (7, CONFIGS[1])]
+    ),
+    *(
+        byte_pair_case(300, 512 * (p % 2) + 64 * p, CONFIGS[p % 4], rows=max(p, 2), seed=p)
+        for p in range(1, 8)
+    ),
+    *(
+        byte_pair_case(1000, 600, CONFIGS[2], BytePairs(ring_slots=8), rows=4, activations=activations)
+        for activations in ("outliers", "heavy", "zeros", "all-zero")
+    ),
 ]
 
 

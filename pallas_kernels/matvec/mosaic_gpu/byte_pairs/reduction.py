@@ -2,7 +2,8 @@
 
 The outputs of a warp pass through its ring, which has an array of 512 for each activation row. Output ``n``
 is element ``n ^ 16 (n // 256)`` of the array, or ``n ^ 16 (n // 256) ^ 2`` in odd activation rows. Then no
-store of ``combine`` has bank conflicts.
+store of ``combine`` has bank conflicts. In the array every tile has 4 chunks of 128 outputs; if the tile has
+fewer pieces, only the first outputs of each chunk exist.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from pallas_kernels.matvec.mosaic_gpu.byte_pairs.streaming import accumulator
 from pallas_kernels.matvec.mosaic_gpu.geometry import SCALES_BYTES, TILE_OUTPUT_BYTES
 from pallas_kernels.matvec.mosaic_gpu.lane_context import LaneContext, Refs
 from pallas_kernels.matvec.mosaic_gpu.reduction import Conversion
+from pallas_kernels.matvec.mosaic_gpu.tile import stored_output
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +35,7 @@ class EndAddresses:
     scales: Value
     """Address in the first warp's scales of the scales of those outputs."""
     output: Value
-    """Index of those outputs in the partial sums of the CTA's first row."""
+    """Index of those outputs in the partial sums of the CTA's first row; -1 if the tile lacks them."""
 
 
 def end_addresses(isa: Instructions, g: BytePairGeometry, context: LaneContext) -> EndAddresses:
@@ -49,13 +51,18 @@ def end_addresses(isa: Instructions, g: BytePairGeometry, context: LaneContext) 
     each = g.outputs_per_thread
     own = context.thread * each
     partial_row = context.split * g.rows + context.first_row
-    addresses = (
+    place, exists = own, None
+    if context.pieces is not None:
+        place, exists = stored_output(isa, own, context.pieces)
+    addresses = [
         context.record + (row << 3),
         context.ring + row * TILE_OUTPUT_BYTES + (first << 2),
         context.shared + g.ring_base + ((own ^ ((own >> 8) << 4)) << 2),
-        context.shared + g.scales_base + (own << 1),
-        partial_row * g.stored_n + context.tile * layout.TILE + own,
-    )
+        context.shared + g.scales_base + (place << 1),
+        partial_row * g.stored_n + context.tile * layout.TILE + place,
+    ]
+    if exists is not None:
+        addresses[-1] = isa.select(exists, addresses[-1], isa.constant(-1))
     # The shuffles keep ptxas 13.0 from moving these computations behind the loop.
     return EndAddresses(*(isa.shuffle_xor(address, 0) for address in addresses))
 
@@ -105,6 +112,8 @@ def reduce(
         storing = isa.constant(True, "bool")
         if g.rows % g.rows_per_cta:
             storing = context.first_row + row < g.rows
+        if context.pieces is not None:
+            storing = storing & (ends.output >= 0)
         with isa.when(storing):
             output = isa.widen(ends.output + row * g.stored_n) << 2
             isa.store_global(isa.global_address(refs.partials) + output, total)

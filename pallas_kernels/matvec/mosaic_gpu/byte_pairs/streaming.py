@@ -7,6 +7,7 @@ from pallas_kernels.matvec.mosaic_gpu.byte_pairs.geometry import PIECE_PAIRS, ST
 from pallas_kernels.matvec.mosaic_gpu.geometry import ROW_BYTES
 from pallas_kernels.matvec.mosaic_gpu.lane_context import LaneContext, Refs
 from pallas_kernels.matvec.mosaic_gpu.streaming import COPY_LANES, POSITION_MASKS
+from pallas_kernels.matvec.mosaic_gpu.tile import stored_piece
 
 COPIED_ROWS = 4
 """Number of consecutive listed rows of a step that a lane copies 16 bytes of."""
@@ -46,12 +47,13 @@ class Copies:
     def create(cls, isa: Instructions, g: BytePairGeometry, refs: Refs, context: LaneContext) -> "Copies":
         """Computes the addresses of the lane."""
         i, piece = context.lane >> 3, context.lane & (COPY_LANES - 1)
+        source_piece = stored_piece(isa, piece, context.pieces)
         return cls(
             isa,
             g,
             targets=[in_first_slot(context.ring, (i << 1) + o, piece) for o in range(2)],
             source=isa.global_address(refs.planes),
-            piece=piece << 4,
+            piece=source_piece << 4,
             entries=context.list + (i << 4),
         )
 
