@@ -40,29 +40,42 @@ def partial_sums(
     """Implements ``api.graded_partial_sums`` for x ``[rows, K]``; returns one partial sum."""
     level = grading.levels(x.values, x.scale_thresholds(thresholds))
     stats = grading.stats(x, level)
-    padding = ((0, 0), (0, weight.planes.shape[1] - weight.in_features))
-    values = x.values.astype(jnp.float32) * grading.channel_gains(level, weight.level_gains)
-    values = jnp.pad(values, padding)
-    level = jnp.pad(level, padding)
+    values, level = padded_terms(x, level, weight.level_gains, weight.planes.shape[1])
     positions = layout.digit_major_positions(weight.scales.shape[1])
     scales = weight.scales[:, positions.argsort()].astype(jnp.float32)
     arguments = (values, level, weight.planes, scales)
     if len(values) <= ROWS_BY_CHANNEL:
-        y = jax.lax.platform_dependent(*arguments, cpu=_by_channel, default=_dense)
+        y = jax.lax.platform_dependent(*arguments, cpu=_by_channel, default=dense)
     else:
-        y = _dense(*arguments)
+        y = dense(*arguments)
     y = y[:, positions[: weight.out_features]] * x.factor()
     return Activations.of(y), stats
 
 
+def padded_terms(
+    x: Activations, level: jax.Array, level_gains: jax.Array | None, channels: int
+) -> tuple[jax.Array, jax.Array]:
+    """Returns x times the gains of its levels, float32, and the levels, padded to ``[rows, channels]``."""
+    padding = ((0, 0), (0, channels - level.shape[1]))
+    values = x.values.astype(jnp.float32) * grading.channel_gains(level, level_gains)
+    return jnp.pad(values, padding), jnp.pad(level, padding)
+
+
 def _by_channel(x, level, planes, scales):
     """Returns y ``[rows, N]``, digit-major, for x and level ``[rows, K]`` and scales ``[G, N]``."""
-    return jax.lax.map(lambda row: _one_row(row[0], row[1], planes, scales), (x, level))
+    return jax.lax.map(lambda row: one_row(row[0], row[1], planes[None], 0, scales), (x, level))
 
 
-def _one_row(x, level, planes, scales):
-    """Returns y ``[N]``, digit-major, for x and level ``[K]`` and scales ``[G, N]``."""
-    num_planes, _, words = planes.shape
+def one_row(x, level, planes, expert, scales):
+    """Returns y ``[N]``, digit-major, of one row by channel.
+
+    Args:
+      x, level: See ``padded_terms``, ``[K]``.
+      planes: Planes of all experts, ``[E, P, K, words]``.
+      expert: Expert whose planes are read.
+      scales: Its scales, digit-major float32 ``[G, N]``.
+    """
+    _, num_planes, _, words = planes.shape
     groups, outputs = scales.shape
     x, level = x.reshape(groups, 1, -1), level.reshape(groups, 1, -1)
     f = jnp.arange(num_planes)[:, None]
@@ -78,7 +91,8 @@ def _one_row(x, level, planes, scales):
     def add_group(g, y):
         def add_plane(f, total):
             def add_channel(i, total):
-                row = jax.lax.dynamic_slice(planes, (f, channels[g, i], 0), (1, 1, words))[0, 0]
+                start = expert, f, channels[g, i], 0
+                row = jax.lax.dynamic_slice(planes, start, (1, 1, 1, words))[0, 0, 0]
                 return total + codes.unpack_digit_major(row).astype(jnp.float32) * terms[g, f, i]
 
             return jax.lax.fori_loop(0, counts[g, f], add_channel, total)
@@ -90,7 +104,7 @@ def _one_row(x, level, planes, scales):
     return jax.lax.fori_loop(0, groups, add_group, jnp.zeros(outputs, jnp.float32))
 
 
-def _dense(x, level, planes, scales):
+def dense(x, level, planes, scales):
     """Returns y ``[rows, N]``, digit-major, for x and level ``[rows, K]`` and scales ``[G, N]``."""
     rows, num_planes = len(x), len(planes)
     groups, outputs = scales.shape

@@ -1,0 +1,107 @@
+"""The public graded product of rows with their experts, with several implementations."""
+
+from collections.abc import Iterable
+from types import ModuleType
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.activations import Activations
+from pallas_kernels.expert_weights import NestedExperts
+from pallas_kernels.experts import reference, xla
+from pallas_kernels.grading import GradingStats
+from pallas_kernels.x64 import without_x64
+
+ExpertsImplementation = Literal["reference", "xla"]
+
+IMPLEMENTATIONS: dict[ExpertsImplementation, ModuleType] = {"xla": xla, "reference": reference}
+"""Implementations by name, in order of preference. Each module has two functions: ``supports(x [rows, K],
+weight)`` returns None, or the reason why it cannot run; ``partial_sums(x [rows, K], weight, experts [rows],
+thresholds [rows, P])`` computes ``experts_matvec``. A GPU kernel is one more such module."""
+
+
+@without_x64
+def experts_matvec(
+    x: Activations,
+    weight: NestedExperts,
+    experts: Int[Array, "*leading"],
+    thresholds: Float[Array, "*any p"],
+    *,
+    implementation: ExpertsImplementation | None = None,
+) -> tuple[Activations, GradingStats]:
+    """Computes ``y[r] = x[r] @ W[experts[r]]``, and reads each input channel only at its level.
+
+    A token of a mixture is as many rows as it has chosen experts. Only the weights of experts that occur in
+    ``experts`` are read, and of them only the digits that a level reaches. Indices are read on the device.
+
+    Args:
+      x: Activations ``[*leading, in_features]``, float32, bfloat16 or float16; partial sums and the factor of
+        a norm may be left to this function.
+      weight: Nested weights of all experts.
+      experts: int32 expert of each row, in ``0..E - 1``; not checked. Rows may share an expert.
+      thresholds: ``[P]``, or ``[*leading, P]`` for different thresholds in each row; ascending, ``>= 0``.
+        Channel j of row r is read at level ``#{ l : |x_rj| >= t_l }`` (see ``grading.levels``).
+      implementation: Name of the implementation. The default is the first that supports the arguments and
+        the device.
+
+    Returns:
+      ``(y, stats)``: float32 partial sums of y ``[*leading, out_features]``, and the bits read and the
+      largest activation of each row ``[*leading]``.
+
+    Raises:
+      ValueError: Shapes or dtypes do not fit, or the implementation is unknown.
+      NotImplementedError: No implementation supports the arguments, or the named one does not. The message
+        gives the reasons.
+    """
+    rows = x.reshape((-1,))
+    shape = jax.ShapeDtypeStruct((*rows.leading, rows.features), rows.dtype)
+    _check(x, weight, experts, thresholds)
+    thresholds = jnp.broadcast_to(thresholds, (*x.leading, weight.num_planes))
+    thresholds = thresholds.reshape(-1, weight.num_planes)
+    chosen = IMPLEMENTATIONS[choose(shape, weight, implementation)]
+    y, stats = chosen.partial_sums(rows, weight, experts.reshape(-1), thresholds)
+    return y.reshape(x.leading), GradingStats(stats.packed.reshape(*x.leading, 2))
+
+
+def choose(
+    x: Array | jax.ShapeDtypeStruct,
+    weight: NestedExperts,
+    implementation: ExpertsImplementation | None = None,
+) -> ExpertsImplementation:
+    """Returns the implementation that ``experts_matvec`` runs for these arguments on the default device.
+
+    Looks only at shapes and dtypes, so x ``[rows, in_features]`` and the weight may be abstract.
+
+    Raises:
+      ValueError, NotImplementedError: As ``experts_matvec``.
+    """
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"unknown implementation {implementation!r}: choose from {', '.join(IMPLEMENTATIONS)}"
+        )
+    reasons = []
+    names: Iterable[ExpertsImplementation] = IMPLEMENTATIONS if implementation is None else (implementation,)
+    for name in names:
+        reason = IMPLEMENTATIONS[name].supports(x, weight)
+        if reason is None:
+            return name
+        reasons.append(f"{name}: {reason}")
+    raise NotImplementedError("no implementation of experts_matvec fits: " + "; ".join(reasons))
+
+
+def _check(x: Activations, weight: NestedExperts, experts, thresholds) -> None:
+    """Raises ValueError, which names all problems, if the shapes or dtypes of the arguments do not fit."""
+    problems = []
+    if x.features != weight.in_features:
+        problems.append(f"x has {x.features} features, expected {weight.in_features}")
+    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        problems.append(f"x has dtype {x.dtype}, expected float32, bfloat16 or float16")
+    if experts.shape != x.leading or not jnp.issubdtype(experts.dtype, jnp.integer):
+        problems.append(f"experts is {experts.dtype} {experts.shape}, expected integers {x.leading}")
+    allowed = [(weight.num_planes,), (*x.leading, weight.num_planes)]
+    if thresholds.shape not in allowed:
+        problems.append(f"thresholds has shape {thresholds.shape}, expected {' or '.join(map(str, allowed))}")
+    if problems:
+        raise ValueError("experts_matvec: " + "; ".join(problems))
