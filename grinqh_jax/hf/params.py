@@ -11,7 +11,7 @@ from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.families import FAMILIES
 from grinqh_jax.model.families.family import EMBEDDING, LM_HEAD
 from grinqh_jax.model.layer_spec import HEAD
-from grinqh_jax.model.parameters import norms, parameter_shapes
+from grinqh_jax.model.parameters import norms, parameter_shapes, projections
 
 BASE = "model."
 """Prefix of all names but that of the head. Checkpoints saved from the model without its head lack it."""
@@ -51,8 +51,13 @@ def sources(config: ModelConfig) -> dict[str, list[Source]]:
 def from_tensors(config: ModelConfig, key: str, tensors: Sequence[np.ndarray]) -> np.ndarray:
     """Returns a parameter that is made of Hugging Face's tensors, which are in the order of ``sources``.
 
-    The parameter keeps the tensors' dtype, except that a norm scale with an offset is float32.
+    The parameter keeps the tensors' dtype, except that a norm scale with an offset is float32. If the tensors
+    are those of some experts, the result is ``[experts, in, out]``.
     """
+    if is_of_experts(config, key):
+        parts = tensors_of_expert(config, key)
+        experts = [np.concatenate(tensors[i : i + parts]) for i in range(0, len(tensors), parts)]
+        return np.stack(experts).swapaxes(1, 2)
     value = tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
     if offset := _norm_offset(config, key):
         return value.astype(np.float32) + np.float32(offset)
@@ -62,6 +67,8 @@ def from_tensors(config: ModelConfig, key: str, tensors: Sequence[np.ndarray]) -
 def to_tensors(config: ModelConfig, key: str, value: np.ndarray) -> dict[str, np.ndarray]:
     """Returns the tensors by name that ``from_tensors`` makes a parameter of."""
     tensors = sources(config)[key]
+    if is_of_experts(config, key):
+        value = np.concatenate(value, axis=1)  # [in, experts * out]
     rows = value.T if is_kernel(key) else value - np.asarray(_norm_offset(config, key), value.dtype)
     pieces = np.split(rows, np.cumsum([tensor.shape[0] for tensor in tensors])[:-1])
     return {tensor.name: np.ascontiguousarray(piece) for tensor, piece in zip(tensors, pieces, strict=True)}
@@ -70,6 +77,16 @@ def to_tensors(config: ModelConfig, key: str, value: np.ndarray) -> dict[str, np
 def is_kernel(key: str) -> bool:
     """Whether a parameter is a matrix ``[in, out]``, which Hugging Face stores transposed."""
     return key.endswith(".kernel")
+
+
+def is_of_experts(config: ModelConfig, key: str) -> bool:
+    """Whether a parameter is a kernel ``[experts, in, out]``."""
+    return key in _kernels_of_experts(config)
+
+
+def tensors_of_expert(config: ModelConfig, key: str) -> int:
+    """Returns the number of tensors that each expert's kernel is made of."""
+    return len(sources(config)[key]) // config.num_experts
 
 
 def canonical_names(config: ModelConfig, stored: Iterable[str]) -> dict[str, str]:
@@ -131,6 +148,12 @@ def _untied(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, tie_word_embeddings=False)
 
 
+@functools.lru_cache(maxsize=8)
+def _kernels_of_experts(config: ModelConfig) -> frozenset[str]:
+    """Returns the names of the kernels of experts."""
+    return frozenset(f"{name}.kernel" for name, p in projections(config).items() if p.of_experts)
+
+
 def _norm_offset(config: ModelConfig, key: str) -> float:
     """Returns the number that is added to the tensor of a norm scale; 0 for other parameters."""
     norm = norms(config).get(key.removesuffix(".scale"))
@@ -146,7 +169,9 @@ def _sources(config: ModelConfig, key: str, shapes: list[tuple[int, ...]]) -> li
       shapes: Shapes of its arrays (``parameters.parameter_shapes``), which a checkpoint may store fused.
     """
     names = _tensor_names(config, key)
-    if len(names) == 1:
+    if is_of_experts(config, key):
+        names = [name.format(e=e) for e in range(config.num_experts) for name in names]
+    if len(names) == 1 < len(shapes):
         return [Source(names[0], (sum(shape[0] for shape in shapes), *shapes[0][1:]))]
     return [Source(name, shape) for name, shape in zip(names, shapes, strict=True)]
 
@@ -162,4 +187,4 @@ def _tensor_names(config: ModelConfig, key: str) -> list[str]:
     if not key.startswith("layers."):
         return list(tensors[key])
     _, i, parameter = key.split(".", 2)
-    return [name.format(i=i) for name in tensors[f"layers.{{i}}.{parameter}"]]
+    return [name.replace("{i}", i) for name in tensors[f"layers.{{i}}.{parameter}"]]

@@ -62,9 +62,17 @@ class HFCheckpoint:
 
     @property
     def parameters(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every parameter by our dotted name; kernels are ``[in, out]``."""
+        """Shape of every parameter by our dotted name.
+
+        Kernels are ``[in, out]``, those of experts ``[experts, in, out]``.
+        """
         shapes = {}
         for key, tensors in params.sources(self.config).items():
+            if params.is_of_experts(self.config, key):
+                tensors = tensors[: params.tensors_of_expert(self.config, key)]
+                rows = sum(tensor.shape[0] for tensor in tensors)
+                shapes[key] = (self.config.num_experts, tensors[0].shape[1], rows)
+                continue
             rows, trailing = sum(tensor.shape[0] for tensor in tensors), tensors[0].shape[1:]
             shapes[key] = (*trailing, rows) if params.is_kernel(key) else (rows, *trailing)
         return shapes
@@ -75,13 +83,30 @@ class HFCheckpoint:
         Args:
           key: Our dotted name of the parameter, such as ``layers.0.qkv.kernel``.
           rows: Stored rows to read: outputs of a kernel, or tokens of the embedding. Only for parameters made
-            of one tensor, such as the embedding and the head, which are read in blocks.
+            of one tensor, such as the embedding and the head, which are read in blocks; and for kernels of
+            experts, where it is a range of experts.
 
         Raises:
           CheckpointError: The file vanished or changed since the checkpoint was opened.
         """
+        if params.is_of_experts(self.config, key):
+            assert isinstance(rows, slice), "experts are read in ranges"
+            return self._read_experts(key, range(*rows.indices(self.config.num_experts)))
         tensors = [self.read_tensor(source.name, rows) for source in params.sources(self.config)[key]]
         return params.from_tensors(self.config, key, tensors)
+
+    def _read_experts(self, key: str, experts: range) -> np.ndarray:
+        """Reads the kernels ``[experts, in, out]`` of some experts, one after another."""
+        sources, parts = params.sources(self.config)[key], params.tensors_of_expert(self.config, key)
+        kernels = None
+        for i, expert in enumerate(experts):
+            tensors = [self.read_tensor(s.name) for s in sources[expert * parts : (expert + 1) * parts]]
+            kernel = params.from_tensors(self.config, key, tensors)[0]
+            if kernels is None:
+                kernels = np.empty((len(experts), *kernel.shape), kernel.dtype)
+            kernels[i] = kernel
+        assert kernels is not None, "at least one expert is read"
+        return kernels
 
     def read_tensor(self, name: str, rows: Rows = slice(None)) -> np.ndarray:
         """Reads a tensor by its canonical name. Raises CheckpointError as ``read`` does."""

@@ -13,9 +13,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from grinqh_jax.model.experts import ChosenDense, ChosenGraded
 from grinqh_jax.model.layer_spec import HEAD
 from grinqh_jax.model.linear import GradedLinear, Linear
 from pallas_kernels import Activations, GradingStats, grading
+
+AnyLinear = Linear | ChosenDense | ChosenGraded
+"""A linear layer that a strategy applies: one matrix for all rows, or that of the expert of each row."""
 
 LAYERS_COUNTED_AT_ONCE = 4
 """Number of layers with equally wide inputs whose bits ``Previewing`` counts in one operation."""
@@ -28,9 +32,12 @@ def in_head(name: str) -> bool:
 
 @runtime_checkable
 class Apply(Protocol):
-    """A strategy: computes ``y = x @ W``, exactly or not, for the linear layer called ``name``."""
+    """A strategy: computes ``y = x @ W``, exactly or not, for the linear layer called ``name``.
 
-    def __call__(self, name: str, linear: Linear, x: Activations) -> Activations:
+    For a linear layer of experts, rows are ``[b, t, c]``: one for each chosen expert of each token.
+    """
+
+    def __call__(self, name: str, linear: AnyLinear, x: Activations) -> Activations:
         """Returns ``y [*rows, out_features]`` for ``x [*rows, in_features]``."""
         ...
 
@@ -41,10 +48,10 @@ class Dense:
     To observe or change inputs or outputs, override ``product``.
     """
 
-    def __call__(self, name: str, linear: Linear, x: Activations) -> Activations:
+    def __call__(self, name: str, linear: AnyLinear, x: Activations) -> Activations:
         return Activations.of(self.product(name, linear, x.array))
 
-    def product(self, name: str, linear: Linear, x: Float[Array, "*rows k"]) -> Float[Array, "*rows n"]:
+    def product(self, name: str, linear: AnyLinear, x: Float[Array, "*rows k"]) -> Float[Array, "*rows n"]:
         """Returns ``x @ W`` in the dtype of x, or in float32 for the output projection."""
         return linear.dense(x, jnp.float32 if in_head(name) else None)
 
@@ -63,21 +70,25 @@ class Previewing(Dense):
         self._pending: dict[int, dict[str, Float[Array, "b s k"]]] = {}  # inputs by width, then by layer name
         self._bits: dict[str, Float[Array, "b s"]] = {}
 
-    def product(self, name: str, linear: Linear, x: Float[Array, "b t k"]) -> Float[Array, "b t n"]:
+    def product(
+        self, name: str, linear: AnyLinear, x: Float[Array, "b t *experts k"]
+    ) -> Float[Array, "b t *experts n"]:
         """Returns the product of ``Dense``, after it has counted the bits of ``x``."""
         return super().product(name, linear, self.observe(name, x))
 
-    def observe(self, name: str, x: Float[Array, "b t k"]) -> Float[Array, "b t k"]:
+    def observe(self, name: str, x: Float[Array, "b t *experts k"]) -> Float[Array, "b t *experts k"]:
         """Counts the bits of a layer's inputs, and returns the inputs. Call it alone to skip the product."""
-        pending = self._pending.setdefault(x.shape[-1], {})
+        # The mean over the channels of all chosen experts of a token is the mean of their bits.
+        inputs = x.reshape(*x.shape[:2], -1)
+        pending = self._pending.setdefault(inputs.shape[-1], {})
         # Without the barrier before the product, XLA (jax 0.11.2) keeps the inputs of all layers and counts
         # at the end: 2.9 GB for 2,048 tokens of Qwen3-8B.
         pending[name], x = jax.lax.optimization_barrier(
-            (jnp.take_along_axis(x, self.positions[..., None], axis=1), x)
+            (jnp.take_along_axis(inputs, self.positions[..., None], axis=1), x)
         )
         # Counting several layers of equal width at once compiles faster.
         if len(pending) == LAYERS_COUNTED_AT_ONCE:
-            self._count(self._pending.pop(x.shape[-1]))
+            self._count(self._pending.pop(inputs.shape[-1]))
         return x
 
     @property
@@ -101,7 +112,8 @@ class Graded:
     Attributes:
       thresholds: Thresholds by layer name, float32 ``[P]``, or ``[B, P]`` with one set for each row of the
         batch.
-      stats: Realised mean bits and largest ``|x|`` of every row of ``x.leading``, by layer name.
+      stats: Realised mean bits and largest ``|x|`` of every row of ``x.leading``, by layer name; of every
+        token, in a mixture of experts.
     """
 
     def __init__(self, thresholds: Mapping[str, Float[Array, "*b p"]]):
@@ -113,8 +125,8 @@ class Graded:
         """Realised mean bits of every row, by layer name."""
         return {name: stats.bits for name, stats in self.stats.items()}
 
-    def __call__(self, name: str, linear: Linear, x: Activations) -> Activations:
-        if not isinstance(linear, GradedLinear):
+    def __call__(self, name: str, linear: AnyLinear, x: Activations) -> Activations:
+        if not isinstance(linear, GradedLinear | ChosenGraded):
             raise ValueError(f"{name} is dense; only layers stored as nested codes can be read graded")
         thresholds = self.thresholds[name]
         if thresholds.ndim == 2:  # [B, P]: all positions of a batch row share its thresholds

@@ -140,7 +140,7 @@ def _refuse_options(reader: ConfigReader, family: Family) -> None:
     """Reports every option that changes the computation and is not implemented."""
     reader.refuse(*(key for key in BIASES if key not in family.biases))
     for experts in EXPERTS:
-        if reader.values.get(experts):
+        if reader.values.get(experts) and not family.mixtures:
             reader.problem(f"mixture of experts ({experts} {reader.values[experts]})")
     quantization = reader.section("quantization_config").values
     if quantization and quantization.get("quant_method") != "grinqh":

@@ -6,6 +6,7 @@ describes the structure of a layer; the modules here follow it.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,13 +19,14 @@ from grinqh_jax.model.apply import Apply, Dense, in_head
 from grinqh_jax.model.attention import attend_heads
 from grinqh_jax.model.cache import KeyValues
 from grinqh_jax.model.config import ModelConfig
+from grinqh_jax.model.experts import DenseExperts, GradedExperts, Router, build_experts, grading_factor
 from grinqh_jax.model.gated_mlp import gated
-from grinqh_jax.model.layer_spec import HEAD, Attention, GatedMLP, LayerSpec, ResidualBlock
+from grinqh_jax.model.layer_spec import HEAD, Attention, GatedExperts, GatedMLP, LayerSpec, ResidualBlock
 from grinqh_jax.model.linear import CHECKPOINT_ATTRIBUTES, GradedLinear, Linear, build_linear
 from grinqh_jax.model.norm import add_norm, rms_norm
 from grinqh_jax.model.output_projection import OutputProjection, block_shapes
-from grinqh_jax.model.parameters import EMBEDDING, axis_sizes, norms, projections, stored_dtype
-from pallas_kernels import Activations, NestedWeight
+from grinqh_jax.model.parameters import EMBEDDING, axis_sizes, norms, projections, routers, stored_dtype
+from pallas_kernels import Activations, NestedExperts, NestedWeight
 
 Tree = Mapping[str, Any]
 """A nested dict of arrays with string keys: the state of a module."""
@@ -77,8 +79,13 @@ class DecoderLayer(nnx.Module):
         for norm in self.spec.norms:
             setattr(self, norm.name, RMSNorm(tree[norm.name]["scale"], config.rms_norm_eps))
         for projection in self.spec.projections:
-            linear = build_linear(tree[projection.name], projection.shape(sizes), compute_dtype)
-            setattr(self, projection.name, linear)
+            shape, leaves = projection.shape(sizes), tree[projection.name]
+            build = (
+                build_experts if projection.of_experts else partial(build_linear, compute_dtype=compute_dtype)
+            )
+            setattr(self, projection.name, build(leaves, shape))
+        if (experts := self.spec.experts) is not None:
+            setattr(self, experts.router, Router(jnp.asarray(tree[experts.router]["kernel"])))
 
     def __call__(
         self,
@@ -123,9 +130,12 @@ class DecoderLayer(nnx.Module):
         """
         for block in self.spec.blocks:
             x, inputs = self.inputs(block, x, update)
-            outputs = apply(f"{name}.{block.reads.name}", getattr(self, block.reads.name), inputs)
-            mixed, kv = self.mix(block, outputs, positions, kv)
-            written = apply(f"{name}.{block.writes.name}", getattr(self, block.writes.name), mixed)
+            if isinstance(block.mixer, GatedExperts):
+                written = self.mixture(name, block, block.mixer, inputs, apply)
+            else:
+                outputs = apply(f"{name}.{block.reads.name}", getattr(self, block.reads.name), inputs)
+                mixed, kv = self.mix(block, outputs, positions, kv)
+                written = apply(f"{name}.{block.writes.name}", getattr(self, block.writes.name), mixed)
             update = self.update(block, written)
         assert update is not None, "a layer has a residual block"
         assert kv is not None, "a layer has an attention block"
@@ -146,6 +156,29 @@ class DecoderLayer(nnx.Module):
             written = Activations.of(getattr(self, block.norm_after.name)(written.array))
         return written if block.multiplier == 1 else written.scaled(block.multiplier)
 
+    @jax.named_scope("experts")
+    def mixture(
+        self, name: str, block: ResidualBlock, mixture: GatedExperts, inputs: Activations, apply: Apply
+    ) -> Activations:
+        """Returns what a mixture of experts adds to the residual stream.
+
+        Args:
+          name: See ``__call__``.
+          block: Block of ``spec``.
+          mixture: Its mixer.
+          inputs: Inputs of the router and of the experts, ``[b, t, d]``.
+          apply: Strategy. It is called with a row for each chosen expert of each token, ``[b, t, c, k]``.
+        """
+        x = inputs.array
+        experts, probabilities = getattr(self, mixture.router)(x, mixture)
+        reads, writes = (getattr(self, p.name).choose(experts) for p in (block.reads, block.writes))
+        factor = grading_factor(probabilities)[..., None].astype(x.dtype)
+        outputs = apply(f"{name}.{block.reads.name}", reads, Activations.of(x[..., None, :] * factor))
+        mixed = gated(Activations.of(outputs.array / factor), mixture.activation).array
+        mixed = (mixed * probabilities[..., None]).astype(x.dtype)
+        written = apply(f"{name}.{block.writes.name}", writes, Activations.of(mixed)).array
+        return Activations.of(jnp.sum(written, axis=-2, dtype=jnp.float32).astype(x.dtype))
+
     def mix(
         self,
         block: ResidualBlock,
@@ -156,7 +189,7 @@ class DecoderLayer(nnx.Module):
         """Turns the outputs of a block's first projection into the inputs of its second.
 
         Args:
-          block: Block of ``spec``.
+          block: Block of ``spec`` that is no mixture of experts.
           outputs: Outputs of ``block.reads``, ``[b, t, n]``.
           positions, kv: See ``__call__``.
 
@@ -169,6 +202,7 @@ class DecoderLayer(nnx.Module):
                 return attend_heads(self.config, attention, outputs, scales, positions, kv)
             case GatedMLP(activation):
                 return gated(outputs, activation), kv
+        raise ValueError(f"{block.reads.name} belongs to a mixture of experts, which runs as a whole")
 
 
 class Decoder(nnx.Module):
@@ -240,21 +274,21 @@ class Decoder(nnx.Module):
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         return self.logits(self.hidden(tokens, positions, apply)[0], apply)
 
-    def linear(self, name: str) -> Linear:
+    def linear(self, name: str) -> Linear | DenseExperts | GradedExperts:
         """Returns the linear layer of one of ``linear_names``."""
         if in_head(name):
             return self.lm_head.block(name)
         _, index, projection = name.split(".")
         return getattr(self.layers[int(index)], projection)
 
-    def graded_linear(self, name: str) -> GradedLinear:
+    def graded_linear(self, name: str) -> GradedLinear | GradedExperts:
         """Returns the graded linear layer of one of ``linear_names``.
 
         Raises:
           ValueError: The layer is dense.
         """
         linear = self.linear(name)
-        if not isinstance(linear, GradedLinear):
+        if not isinstance(linear, GradedLinear | GradedExperts):
             raise ValueError(f"{name} is dense; load a GRINQH checkpoint")
         return linear
 
@@ -287,10 +321,35 @@ def linear_names(config: ModelConfig) -> list[str]:
 
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Returns ``(in_features, out_features)`` of all linear layers by name, in running order."""
+    """Returns ``(in_features, out_features)`` of all linear layers by name, in running order.
+
+    A linear layer of experts has this shape for each expert.
+    """
     sizes = axis_sizes(config)
     shapes = {name: projection.shape(sizes) for name, projection in projections(config).items()}
     return shapes | block_shapes(config.hidden_size, config.vocab_size)
+
+
+def weights_stored(config: ModelConfig) -> dict[str, int]:
+    """Returns the number of weights of all linear layers by name, those of all experts."""
+    counts = _expert_counts(config)
+    return {name: k * n * counts.get(name, (1, 1))[0] for name, (k, n) in linear_shapes(config).items()}
+
+
+def weights_read(config: ModelConfig) -> dict[str, int]:
+    """Returns the number of weights that all linear layers apply to a token, by name: of chosen experts."""
+    counts = _expert_counts(config)
+    return {name: k * n * counts.get(name, (1, 1))[1] for name, (k, n) in linear_shapes(config).items()}
+
+
+def _expert_counts(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Returns, for each linear layer of experts, the number of experts and that of the chosen ones."""
+    return {
+        f"layers.{i}.{projection.name}": (config.num_experts, spec.experts.chosen)
+        for i, spec in enumerate(config.layers)
+        for projection in spec.projections
+        if projection.of_experts and spec.experts is not None
+    }
 
 
 def abstract_tree(config: ModelConfig, max_bits: int, num_targets: int) -> dict[str, Any]:
@@ -303,8 +362,11 @@ def abstract_tree(config: ModelConfig, max_bits: int, num_targets: int) -> dict[
     """
     sizes = axis_sizes(config)
 
-    def graded(shape: tuple[int, int]) -> dict[str, Any]:
-        weight = NestedWeight.abstract(*shape, max_bits)
+    def graded(shape: tuple[int, int], of_experts: bool) -> dict[str, Any]:
+        if of_experts:
+            weight = NestedExperts.abstract(config.num_experts, *shape, max_bits)
+        else:
+            weight = NestedWeight.abstract(*shape, max_bits)
         return {
             "planes": weight.planes,
             "scales": weight.scales,
@@ -319,8 +381,13 @@ def abstract_tree(config: ModelConfig, max_bits: int, num_targets: int) -> dict[
     for name, norm in norms(config).items():
         scale = f"{name}.scale"
         leaves[scale] = jax.ShapeDtypeStruct((sizes[norm.axis],), stored_dtype(config, scale))
+    counts = _expert_counts(config)
     for name, shape in linear_shapes(config).items():
-        leaves |= {f"{name}.{leaf}": value for leaf, value in graded(shape).items()}
+        leaves |= {f"{name}.{leaf}": value for leaf, value in graded(shape, name in counts).items()}
+    for name in routers(config):
+        kernel = f"{name}.kernel"
+        shape = sizes["hidden"], sizes["experts"]
+        leaves[kernel] = jax.ShapeDtypeStruct(shape, stored_dtype(config, kernel))
     for name, projection in projections(config).items():
         if projection.bias:
             bias = f"{name}.bias"

@@ -40,19 +40,21 @@ class Norm:
 
 @dataclasses.dataclass(frozen=True)
 class Projection:
-    """A linear layer, stored as one matrix ``[inputs, outputs]``.
+    """A linear layer, stored as one matrix ``[inputs, outputs]``, or as one for each expert.
 
     Attributes:
       name: Name in the layer.
       inputs: Name of the axis of the input channels, a key of ``parameters.axis_sizes``.
       outputs: Names of the axes that make up the outputs, side by side.
       bias: Whether a learned vector is added to the outputs.
+      of_experts: Whether each expert of the layer has a matrix: ``[experts, inputs, outputs]``.
     """
 
     name: str
     inputs: str
     outputs: tuple[str, ...]
     bias: bool = False
+    of_experts: bool = False
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, int]:
         """Returns ``(in_features, out_features)`` for the sizes of the axes."""
@@ -100,8 +102,32 @@ class GatedMLP:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class GatedExperts:
+    """A mixture of experts (arXiv 1701.06538), each of which is a gated MLP.
+
+    A router gives every expert a score. The softmax of the scores is the experts' probabilities ``p``, and
+    the experts with the largest ones are chosen. The block's result is ``sum_e p_e
+    writes_e(activation(gate_e) * up_e)`` over the chosen experts.
+
+    Attributes:
+      chosen: Number of experts that are chosen for each token.
+      normalized: Whether the chosen probabilities are divided by their sum. They are then the softmax of the
+        chosen scores alone.
+      router: Name of the projection from the inputs of ``reads`` to the scores. It is not quantized.
+      activation: Activation function of the experts.
+    """
+
+    chosen: int
+    normalized: bool
+    router: str = "router"
+    activation: Activation = "silu"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ResidualBlock:
     """``x + multiplier * norm_after(writes(mixer(reads(norm(x)))))``, where x is the residual stream.
+
+    In a mixture of experts ``reads`` and ``writes`` have a matrix for each expert (see ``GatedExperts``).
 
     Attributes:
       norm: Norm that the block reads the stream through; None for none.
@@ -114,7 +140,7 @@ class ResidualBlock:
 
     norm: Norm | None
     reads: Projection
-    mixer: Attention | GatedMLP
+    mixer: Attention | GatedMLP | GatedExperts
     writes: Projection
     norm_after: Norm | None = None
     multiplier: float = 1.0
@@ -153,6 +179,11 @@ class LayerSpec:
     def attention(self) -> Attention:
         """Attention of the layer."""
         return next(block.mixer for block in self.blocks if isinstance(block.mixer, Attention))
+
+    @property
+    def experts(self) -> GatedExperts | None:
+        """Mixture of experts of the layer, if it has one."""
+        return next((block.mixer for block in self.blocks if isinstance(block.mixer, GatedExperts)), None)
 
     @property
     def readers(self) -> dict[str, Norm | None]:
@@ -218,9 +249,13 @@ class Description:
       final_norm: Norm that the output projection reads the residual stream through.
       embedding_multiplier: Factor of the embeddings, rounded to the dtype of the residual stream.
       logit_transform: Function from the outputs of the output projection to logits.
+      num_experts: Number of experts of each mixture; 0 if the model has none.
+      expert_size: Width of an expert: outputs of its gate projection, and of its up projection.
     """
 
     layers: tuple[LayerSpec, ...]
     final_norm: Norm = Norm("norm")
     embedding_multiplier: float = 1.0
     logit_transform: LogitTransform = IDENTITY
+    num_experts: int = 0
+    expert_size: int = 0

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from grinqh_jax.model.config import ModelConfig
-from grinqh_jax.model.layer_spec import HEAD, Norm, Projection
+from grinqh_jax.model.layer_spec import HEAD, GatedExperts, Norm, Projection
 
 EMBEDDING = "embed.embedding"
 
@@ -17,6 +17,8 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
         "query": config.num_heads * config.head_dim,
         "key_value": config.num_kv_heads * config.head_dim,
         "head": config.head_dim,
+        "experts": config.num_experts,
+        "expert": config.expert_size,
     }
 
 
@@ -37,10 +39,21 @@ def projections(config: ModelConfig) -> dict[str, Projection]:
     }
 
 
+def routers(config: ModelConfig) -> dict[str, str]:
+    """Returns the dotted name of each router, with that of the projection that reads the same inputs."""
+    return {
+        f"layers.{i}.{block.mixer.router}": f"layers.{i}.{block.reads.name}"
+        for i, spec in enumerate(config.layers)
+        for block in spec.blocks
+        if isinstance(block.mixer, GatedExperts)
+    }
+
+
 def stream_readers(config: ModelConfig) -> dict[str, str | None]:
     """Returns the dotted names of all linear layers that read the residual stream, each with its norm's.
 
-    The output projection is called ``HEAD``. The value is None if there is no norm.
+    The output projection is called ``HEAD``. The value is None if there is no norm. Routers (``routers``)
+    read the stream, too, and are left out.
     """
     readers = {
         f"layers.{i}.{reader}": None if norm is None else f"layers.{i}.{norm.name}"
@@ -59,21 +72,24 @@ def parameter_shapes(config: ModelConfig) -> dict[str, list[tuple[int, ...]]]:
     """Returns, for each parameter of a dense model by dotted name, the shapes of the arrays it is made of.
 
     For each axis in ``Projection.outputs``, in that order, a kernel has one array ``[outputs, inputs]`` and a
-    bias one array ``[outputs]``. Every other parameter is one array.
+    bias one array ``[outputs]``. A kernel of experts has such arrays for one expert after another. Every
+    other parameter is one array.
     """
     sizes = axis_sizes(config)
     shapes: dict[str, list[tuple[int, ...]]] = {EMBEDDING: [(sizes["vocab"], sizes["hidden"])]}
     shapes |= {f"{name}.scale": [(sizes[norm.axis],)] for name, norm in norms(config).items()}
     kernels = projections(config) | {HEAD: Projection(HEAD, "hidden", ("vocab",))}
+    kernels |= {name: Projection(name, "hidden", ("experts",)) for name in routers(config)}
     for name, projection in kernels.items():
-        shapes[f"{name}.kernel"] = [(sizes[axis], sizes[projection.inputs]) for axis in projection.outputs]
+        arrays = [(sizes[axis], sizes[projection.inputs]) for axis in projection.outputs]
+        shapes[f"{name}.kernel"] = arrays * (sizes["experts"] if projection.of_experts else 1)
         if projection.bias:
             shapes[f"{name}.bias"] = [(sizes[axis],) for axis in projection.outputs]
     return shapes
 
 
 def stored_dtype(config: ModelConfig, name: str) -> jnp.dtype:
-    """Returns the dtype of a norm scale or a bias in a checkpoint.
+    """Returns the dtype of a norm scale, a bias or a router in a checkpoint.
 
     Args:
       config: Configuration of the model.
@@ -81,5 +97,5 @@ def stored_dtype(config: ModelConfig, name: str) -> jnp.dtype:
     """
     module, _, leaf = name.rpartition(".")
     # bfloat16 does not hold 1 plus a small number.
-    wide = leaf == "bias" or norms(config)[module].offset != 0
+    wide = leaf == "bias" or (leaf == "scale" and norms(config)[module].offset != 0)
     return jnp.dtype(jnp.float32 if wide else jnp.bfloat16)

@@ -49,6 +49,32 @@ CASES = {
         sliding_window=8,
         layer_types=[_SLIDING, _GLOBAL, _SLIDING],
     ),
+    "qwen3-moe": _config(
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        head_dim=24,
+        attention_bias=True,
+        num_experts=8,
+        num_experts_per_tok=3,
+        moe_intermediate_size=40,
+        norm_topk_prob=True,
+        mlp_only_layers=[1],
+        rope_theta=1000.0,
+    ),
+    "qwen3-moe-window": _config(
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        head_dim=16,
+        num_experts=6,
+        num_experts_per_tok=2,
+        moe_intermediate_size=136,
+        norm_topk_prob=False,
+        decoder_sparse_step=2,
+        hidden_act="gelu_pytorch_tanh",
+        use_sliding_window=True,
+        sliding_window=8,
+        tie_word_embeddings=True,
+    ),
     "mistral": _config("mistral", "MistralForCausalLM", head_dim=32, sliding_window=8, rope_theta=1000.0),
     "ministral": _config(
         "ministral",
@@ -190,6 +216,11 @@ def _changes(spec: LayerSpec, config: ModelConfig) -> Iterator[tuple[str, object
             yield field, lambda layer, field=field, off=off: _with_blocks(layer, **{field: off})
     if any(block.mixer == GatedMLP("gelu_tanh") for block in spec.blocks):
         yield "activation", _with_silu
+    if spec.experts is not None:
+        yield "normalized probabilities", lambda layer: _with_mixture(layer, "normalized")
+        yield "number of chosen experts", lambda layer: _with_mixture(layer, "chosen")
+        if spec.experts.activation != "silu":
+            yield "activation of experts", lambda layer: _with_mixture(layer, "activation")
 
 
 def _with_blocks(layer: LayerSpec, **fields) -> LayerSpec:
@@ -205,6 +236,16 @@ def _with_attention(layer: LayerSpec, **fields) -> LayerSpec:
             for block in layer.blocks
         )
     )
+
+
+def _with_mixture(layer: LayerSpec, field: str) -> LayerSpec:
+    mixture = layer.experts
+    if mixture is None:
+        return layer
+    off = {"normalized": not mixture.normalized, "chosen": mixture.chosen - 1, "activation": "silu"}
+    changed = dataclasses.replace(mixture, **{field: off[field]})
+    blocks = [dataclasses.replace(b, mixer=changed) if b.mixer == mixture else b for b in layer.blocks]
+    return LayerSpec(tuple(blocks))
 
 
 def _with_rope(layer: LayerSpec, field: str) -> LayerSpec:

@@ -6,7 +6,9 @@
 Needs torch and transformers; the tests need only the files that this writes.
 """
 
+import collections
 import copy
+import re
 import sys
 from pathlib import Path
 
@@ -32,11 +34,28 @@ def torch_model(hf_config: dict, seed: int = 0) -> transformers.PreTrainedModel:
     """Returns the random model in transformers, in float32."""
     config = transformers.AutoConfig.for_model(**copy.deepcopy(hf_config))
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    state = {name: torch.from_numpy(value) for name, value in random_state(hf_config, seed).items()}
+    state = with_fused_experts(random_state(hf_config, seed))
+    state = {name: torch.from_numpy(value) for name, value in state.items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
     if unexpected or set(missing) - {"lm_head.weight"}:
         raise SystemExit(f"weights do not fit: missing {missing}, unexpected {unexpected}")
     return model
+
+
+def with_fused_experts(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns weights with the names that transformers 5 gives experts in memory: one tensor for all."""
+    fused, experts = {}, collections.defaultdict(dict)
+    for name, value in state.items():
+        if match := re.fullmatch(r"(.*\.experts)\.(\d+)\.(\w+)\.weight", name):
+            experts[match[1]][int(match[2]), match[3]] = value
+        else:
+            fused[name] = value
+    for prefix, values in experts.items():
+        indices = sorted({index for index, _ in values})
+        gate_up = [np.concatenate([values[i, "gate_proj"], values[i, "up_proj"]]) for i in indices]
+        fused[f"{prefix}.gate_up_proj"] = np.stack(gate_up)
+        fused[f"{prefix}.down_proj"] = np.stack([values[i, "down_proj"] for i in indices])
+    return fused
 
 
 @torch.no_grad()

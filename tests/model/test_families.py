@@ -56,6 +56,15 @@ REFUSED = {
         ({"max_window_layers": None}, "max_window_layers is None"),
         ({"num_experts": 4}, "mixture of experts (num_experts 4)"),
     ],
+    "qwen3-moe": [
+        ({"mlp_bias": True}, "mlp_bias True"),
+        ({"layer_types": ["sliding_attention"] * 3}, "layer_types of another kind"),
+        ({"mlp_only_layers": 1}, "mlp_only_layers is 1, expected a list of layers"),
+        ({"num_local_experts": 4}, "num_experts 8, num_local_experts 4: expected one number"),
+        ({"num_experts": None}, "num_experts None, num_local_experts None: expected one number"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok 9 exceeds the 8 experts"),
+        ({"moe_intermediate_size": 0}, "moe_intermediate_size is 0"),
+    ],
     "mistral": [
         ({"layer_types": ["full_attention"] * 3}, "layer_types of another kind"),
         ({"attention_bias": True}, "attention_bias True"),

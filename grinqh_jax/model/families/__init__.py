@@ -1,12 +1,22 @@
 """Model families: one file describes the layers of a family and names its tensors (``docs/families.md``)."""
 
 from grinqh_jax.model.config_reader import ConfigReader
-from grinqh_jax.model.families import gemma, granite, llama, mistral, olmo, phi3, qwen, smollm3
+from grinqh_jax.model.families import (
+    gemma,
+    granite,
+    llama,
+    mistral,
+    olmo,
+    phi3,
+    qwen,
+    qwen3_moe,
+    smollm3,
+)
 from grinqh_jax.model.families.family import Family
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
-    for module in (llama, qwen, mistral, smollm3, granite, phi3, olmo, gemma)
+    for module in (llama, qwen, qwen3_moe, mistral, smollm3, granite, phi3, olmo, gemma)
     for family in module.FAMILIES
 }
 """The supported families by ``model_type``."""

@@ -9,6 +9,7 @@ from grinqh_jax.model.layer_spec import (
     Activation,
     Attention,
     Description,
+    GatedExperts,
     GatedMLP,
     LayerSpec,
     Norm,
@@ -39,14 +40,21 @@ TENSORS: Mapping[str, tuple[str, ...]] = {
         "model.layers.{i}.mlp.up_proj.weight",
     ),
     "layers.{i}.down.kernel": ("model.layers.{i}.mlp.down_proj.weight",),
+    "layers.{i}.router.kernel": ("model.layers.{i}.mlp.gate.weight",),
+    "layers.{i}.experts_gate_up.kernel": (
+        "model.layers.{i}.mlp.experts.{e}.gate_proj.weight",
+        "model.layers.{i}.mlp.experts.{e}.up_proj.weight",
+    ),
+    "layers.{i}.experts_down.kernel": ("model.layers.{i}.mlp.experts.{e}.down_proj.weight",),
     "norm.scale": ("model.norm.weight",),
     "lm_head.kernel": ("lm_head.weight",),
 }
 """Names of the Hugging Face tensors that each parameter is made of, in most families.
 
 A kernel has one name for each axis of its outputs, in their order, or one name if the checkpoint stores them
-fused. Hugging Face stores a kernel as ``[outputs, inputs]``. The tensors of a bias have the names of the
-kernel's tensors, with ``bias`` instead of ``weight``."""
+fused. ``i`` is the index of a layer, ``e`` that of an expert. Hugging Face stores a kernel as ``[outputs,
+inputs]``. The tensors of a bias have the names of the kernel's tensors, with ``bias`` instead of
+``weight``."""
 
 EMBEDDING, LM_HEAD = TENSORS["embed.embedding"][0], TENSORS["lm_head.kernel"][0]
 
@@ -63,6 +71,7 @@ class Family:
       defaults: Values of keys that a configuration may lack, from the configuration class in transformers.
       tensors: Names of the tensors of each parameter (``TENSORS``).
       biases: Configuration keys of biases that the family implements; the others are refused.
+      mixtures: Whether the family implements mixtures of experts; the others refuse them.
     """
 
     model_type: str
@@ -71,6 +80,7 @@ class Family:
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tensors: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: TENSORS)
     biases: tuple[str, ...] = ()
+    mixtures: bool = False
 
 
 def layer(
@@ -84,8 +94,9 @@ def layer(
     mlp_bias: bool = False,
     multiplier: float = 1.0,
     norm_offset: float = 0.0,
+    experts: GatedExperts | None = None,
 ) -> LayerSpec:
-    """Returns a layer of attention and a gated MLP.
+    """Returns a layer of attention and a gated MLP, or a mixture of experts.
 
     Args:
       attention: Attention of the layer.
@@ -95,11 +106,18 @@ def layer(
       qkv_bias, o_bias, mlp_bias: Whether ``qkv``, ``o``, and both projections of the MLP have biases.
       multiplier: Factor of what both blocks add to the stream.
       norm_offset: See ``Norm``.
+      experts: Mixture of experts in place of the MLP.
     """
 
     def norm(name: str, exists: bool) -> Norm | None:
         return Norm(name, offset=norm_offset) if exists else None
 
+    if experts is None:
+        reads = Projection("gate_up", "hidden", ("intermediate", "intermediate"), mlp_bias)
+        writes = Projection("down", "intermediate", ("hidden",), mlp_bias)
+    else:
+        reads = Projection("experts_gate_up", "hidden", ("expert", "expert"), of_experts=True)
+        writes = Projection("experts_down", "expert", ("hidden",), of_experts=True)
     return LayerSpec(
         (
             ResidualBlock(
@@ -112,9 +130,9 @@ def layer(
             ),
             ResidualBlock(
                 norm=norm(POST_NORM, before),
-                reads=Projection("gate_up", "hidden", ("intermediate", "intermediate"), mlp_bias),
-                mixer=GatedMLP(activation),  # type: ignore[arg-type]
-                writes=Projection("down", "intermediate", ("hidden",), mlp_bias),
+                reads=reads,
+                mixer=GatedMLP(activation) if experts is None else experts,  # type: ignore[arg-type]
+                writes=writes,
                 norm_after=norm(MLP_OUTPUT_NORM, after),
                 multiplier=multiplier,
             ),
@@ -125,3 +143,28 @@ def layer(
 def head_norms(offset: float = 0.0) -> tuple[Norm, Norm]:
     """Returns norms of every query head and of every key head."""
     return Norm("q_norm", "head", offset), Norm("k_norm", "head", offset)
+
+
+def read_experts(
+    reader: ConfigReader, keys: tuple[str, ...], *, normalized: bool
+) -> tuple[int, GatedExperts]:
+    """Reads the number of experts, and the mixture that chooses ``num_experts_per_tok`` of them.
+
+    Args:
+      reader: Configuration.
+      keys: Spellings of the number of experts.
+      normalized: See ``GatedExperts``.
+    """
+    stated = {reader.integer(key) for key in keys if reader.values.get(key) is not None}
+    if len(stated) != 1:
+        values = ", ".join(f"{key} {reader.values.get(key)}" for key in keys)
+        reader.problem(f"{values}: expected one number of experts")
+        return 1, GatedExperts(chosen=1, normalized=normalized)
+    count, chosen = stated.pop(), reader.integer("num_experts_per_tok")
+    if chosen > count:
+        reader.problem(f"num_experts_per_tok {chosen} exceeds the {count} experts")
+    return count, GatedExperts(
+        chosen=chosen,
+        normalized=normalized,
+        activation=reader.activation(),  # type: ignore[arg-type]
+    )

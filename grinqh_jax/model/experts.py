@@ -1,0 +1,231 @@
+"""Mixtures of experts: the router, and the linear layers of which each expert has one.
+
+A token is as many rows as it has chosen experts. The linear layers of a mixture are applied to these rows by
+the strategies of ``apply``, like any other linear layer.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Float16, Int, UInt32
+
+from grinqh_jax.model.layer_spec import GatedExperts
+from pallas_kernels import (
+    Activations,
+    GradingStats,
+    NestedExperts,
+    dequantization,
+    dequantize,
+    experts_matvec,
+)
+from pallas_kernels.experts.blocks import map_blocks
+
+
+class Chosen(NamedTuple):
+    """The experts of each token.
+
+    Attributes:
+      experts: int32 experts, those with the largest probabilities first.
+      probabilities: float32 factors of their results.
+    """
+
+    experts: Int[Array, "*rows c"]
+    probabilities: Float[Array, "*rows c"]
+
+
+class Router(nnx.Module):
+    """The router of a mixture: kernel ``[hidden, experts]``, bfloat16 or float32."""
+
+    def __init__(self, kernel: Float[Array, "d e"]):
+        self.kernel = nnx.Param(kernel)
+
+    @jax.named_scope("router")
+    def __call__(self, x: Float[Array, "*rows d"], mixture: GatedExperts) -> Chosen:
+        """Returns the experts of each row of ``x`` (see ``layer_spec.GatedExperts``)."""
+        kernel = self.kernel[...].astype(x.dtype)
+        scores = jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+        probabilities, experts = jax.lax.top_k(jax.nn.softmax(scores, axis=-1), mixture.chosen)
+        if mixture.normalized:
+            probabilities = probabilities / jnp.sum(probabilities, axis=-1, keepdims=True)
+        return Chosen(experts, probabilities)
+
+
+class DenseExperts(nnx.Module):
+    """The unquantized linear layers of experts.
+
+    Attributes:
+      kernel: float32 or bfloat16 ``[experts, in_features, out_features]``, in the dtype of the checkpoint: a
+        cast would take as much memory again.
+    """
+
+    def __init__(self, kernel: Float[Array, "e k n"]):
+        self.kernel = nnx.Param(kernel)
+        _, self.in_features, self.out_features = kernel.shape
+
+    def choose(self, experts: Int[Array, "*rows"]) -> "ChosenDense":
+        """Returns the linear layers of the experts of each row."""
+        return ChosenDense(self.kernel[...], experts)
+
+
+class GradedExperts(nnx.Module):
+    """The linear layers of experts, stored as nested codes.
+
+    All experts share thresholds and level gains. An expert that is rarely chosen in calibration is therefore
+    graded like the others.
+
+    Attributes:
+      planes, scales, level_gains: See ``pallas_kernels.NestedExperts``.
+      thresholds, max_activation: See ``GradedLinear``.
+    """
+
+    def __init__(
+        self,
+        planes: UInt32[Array, "e p k w"],
+        scales: Float16[Array, "e s n"],
+        thresholds: Float[Array, "t p"],
+        level_gains: Float[Array, "p"],
+        max_activation: Float[Array, ""],
+        *,
+        in_features: int,
+        out_features: int,
+    ):
+        self.planes = nnx.Param(planes)
+        self.scales = nnx.Param(scales)
+        self.thresholds = nnx.Param(thresholds)
+        self.level_gains = nnx.Param(level_gains)
+        self.max_activation = nnx.Param(max_activation)
+        self.in_features, self.out_features = in_features, out_features
+
+    @property
+    def weight(self) -> NestedExperts:
+        """The stored weights."""
+        arrays = self.planes[...], self.scales[...]
+        return NestedExperts(*arrays, self.in_features, self.out_features, self.level_gains[...])
+
+    def choose(self, experts: Int[Array, "*rows"]) -> "ChosenGraded":
+        """Returns the linear layers of the experts of each row."""
+        return ChosenGraded(self.weight, experts)
+
+
+class ChosenDense(NamedTuple):
+    """A linear layer of another expert for each row; has the methods of ``DenseLinear``.
+
+    Attributes:
+      kernel: Kernels of all experts.
+      experts: Expert of each row.
+    """
+
+    kernel: Float[Array, "e k n"]
+    experts: Int[Array, "*rows"]
+
+    def dense(self, x: Float[Array, "*rows k"], dtype=None) -> Float[Array, "*rows n"]:
+        """Returns ``x @ W`` of the expert of each row, summed in float32, in ``dtype`` (default: x's)."""
+        y = _grouped_matmul(x.reshape(-1, x.shape[-1]), self.kernel, self.experts.reshape(-1))
+        return y.reshape(*x.shape[:-1], -1).astype(dtype or x.dtype)
+
+
+class ChosenGraded(NamedTuple):
+    """A graded linear layer of another expert for each row; has the methods of ``GradedLinear``.
+
+    Attributes:
+      weight: Weights of all experts.
+      experts: Expert of each row.
+    """
+
+    weight: NestedExperts
+    experts: Int[Array, "*rows"]
+
+    def dense(self, x: Float[Array, "*rows k"], dtype=None) -> Float[Array, "*rows n"]:
+        """Returns ``x @ W`` as ``ChosenDense.dense`` does; dequantizes one expert after another."""
+        # Without the barrier XLA may dequantize weights of many layers ahead (see ``GradedLinear.dense``).
+        weight, x = jax.lax.optimization_barrier((self.weight, x))
+
+        def block(expert, rows):
+            one = weight.expert(expert)
+            if dequantization.supports(one, rows.dtype) is None:
+                kernel = dequantization.dequantize_to_bfloat16(one)
+            else:
+                kernel = dequantize(one, dtype=rows.dtype)
+            return jnp.matmul(rows, kernel, preferred_element_type=jnp.float32)
+
+        y = map_blocks(
+            block,
+            x.reshape(-1, x.shape[-1]),
+            self.experts.reshape(-1),
+            num_experts=weight.num_experts,
+            outputs=weight.out_features,
+        )
+        return y.reshape(*x.shape[:-1], -1).astype(dtype or x.dtype)
+
+    def graded(self, x: Activations, thresholds: Float[Array, "*any p"]) -> tuple[Activations, GradingStats]:
+        """Reads each channel at its level (see ``experts_matvec``).
+
+        Returns:
+          ``(y, stats)``: the outputs of each row, and the statistics of each token, the last axis of rows
+          being its experts: the mean of their bits, and the largest of their activations.
+        """
+        y, stats = experts_matvec(x, self.weight, self.experts, thresholds)
+        packed = [jnp.mean(stats.bits, axis=-1), jnp.max(stats.max_abs, axis=-1)]
+        return y, GradingStats(jnp.stack(packed, axis=-1))
+
+
+def build_experts(tree: Mapping[str, Any], shape: tuple[int, int]) -> DenseExperts | GradedExperts:
+    """Builds the linear layers of experts: dense if ``tree`` has a ``kernel``, else graded.
+
+    Args:
+      tree: Arrays by their names in a checkpoint.
+      shape: ``(in_features, out_features)`` of each expert.
+    """
+    if "kernel" in tree:
+        return DenseExperts(jnp.asarray(tree["kernel"]))
+    leaves = {"level_gains" if key == "gains" else key: leaf for key, leaf in tree.items()}
+    return GradedExperts(**leaves, in_features=shape[0], out_features=shape[1])
+
+
+def grading_factor(probabilities: Float[Array, "*rows c"]) -> Float[Array, "*rows c"]:
+    """Returns the factor of an expert's inputs while they are graded: its probability as a power of two.
+
+    An error of an expert's outputs is multiplied by its probability. If the expert's inputs are multiplied by
+    it before the product, and the outputs divided by it, then grading reads fewer bits of experts that matter
+    less. A power of two makes both exact in every float dtype.
+    """
+    exponent = jnp.round(jnp.log2(jnp.maximum(probabilities, _LEAST_PROBABILITY)))
+    return jax.lax.stop_gradient(jnp.exp2(exponent))
+
+
+_LEAST_PROBABILITY = 2.0**-16
+
+
+@jax.custom_vjp
+def _grouped_matmul(
+    x: Float[Array, "rows k"], kernel: Float[Array, "e k n"], experts: Int[Array, "rows"]
+) -> Float[Array, "rows n"]:
+    """Returns ``x[r] @ kernel[experts[r]]``, float32, differentiable in x."""
+
+    def block(expert, rows):
+        return jnp.matmul(rows, kernel[expert].astype(x.dtype), preferred_element_type=jnp.float32)
+
+    return map_blocks(block, x, experts, num_experts=len(kernel), outputs=kernel.shape[2])
+
+
+def _grouped_matmul_forward(x, kernel, experts):
+    # The residuals must be a pytree, so an empty array carries the dtype.
+    return _grouped_matmul(x, kernel, experts), (kernel, experts, jnp.zeros(0, x.dtype))
+
+
+def _grouped_matmul_backward(residuals, gradient):
+    kernel, experts, like = residuals
+
+    def block(expert, rows):
+        return jnp.matmul(rows, kernel[expert].astype(rows.dtype).T, preferred_element_type=jnp.float32)
+
+    back = map_blocks(
+        block, gradient.astype(like.dtype), experts, num_experts=len(kernel), outputs=kernel.shape[1]
+    )
+    return back.astype(like.dtype), None, None
+
+
+_grouped_matmul.defvjp(_grouped_matmul_forward, _grouped_matmul_backward)
