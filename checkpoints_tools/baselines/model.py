@@ -18,9 +18,10 @@ from checkpoints_tools.baselines.awq import awq
 from checkpoints_tools.baselines.gptq import gptq
 from checkpoints_tools.source.layer import dense_layer, embed, read_layer
 from grinqh_jax.companions import companion_path
+from grinqh_jax.errors import UnsupportedModelError
 from grinqh_jax.hf import HFCheckpoint, params
 from grinqh_jax.model.apply import HEAD, Dense, in_head
-from grinqh_jax.model.decoder import DecoderLayer, linear_shapes
+from grinqh_jax.model.decoder import DecoderLayer, weights_read
 from grinqh_jax.model.parameters import EMBEDDING
 
 METHODS = ("rtn", "gptq", "awq")
@@ -97,8 +98,14 @@ def quantize(
 
     Raises:
       FileExistsError: ``out`` exists.
+      UnsupportedModelError: The model is a mixture of experts, which only RTN supports.
       CheckpointError: See ``HFCheckpoint.read``.
     """
+    if source.config.num_experts and options.method != "rtn":
+        raise UnsupportedModelError(
+            f"{options.method} does not support mixtures of experts ({source.config.num_experts} experts); "
+            "use rtn"
+        )
     out.mkdir(parents=True)
     tensors = {}
 
@@ -137,7 +144,7 @@ def quantize_layer(
     """Returns the dequantized float32 kernels of one layer.
 
     Args:
-      kernels: Kernels ``[in, out]``, by projection.
+      kernels: Kernels ``[in, out]``, or ``[experts, in, out]``, by projection.
       moments: Moments of the inputs, by projection; RTN needs none.
       options: Baseline and its options.
     """
@@ -154,6 +161,8 @@ def quantize_layer(
             )
         elif options.method == "awq":
             w = awq(w, *moments[projection], options.bits)
+        elif w.ndim == 3:
+            w = jnp.stack([groups.rtn(expert, options.bits) for expert in w])
         else:
             w = groups.rtn(w, options.bits)
         result[projection] = np.asarray(w)
@@ -185,7 +194,7 @@ def mean_bits_read(source: HFCheckpoint, bits: int) -> tuple[float, float]:
       ``(layers, everything)``: the mean over the quantized layers, and over all linear layers with a 16-bit
       output projection.
     """
-    sizes = {name: k * n for name, (k, n) in linear_shapes(source.config).items()}
+    sizes = weights_read(source.config)
     quantized = sum(size for name, size in sizes.items() if not in_head(name))
     everything = sum(sizes.values())
     total = quantized * groups.bits_read(bits) + (everything - quantized) * UNQUANTIZED_BITS

@@ -53,7 +53,7 @@ class GradedCosts:
     Attributes:
       counts: Histogram of the activations (``histogram.count``), not empty.
       errors: Weight errors of the levels, ``e(0) ... e(P)``, float64 ``[P + 1]``.
-      weights: Number of weights.
+      weights: Number of weights that a token reads.
     """
 
     counts: Integer[np.ndarray, "bins"]

@@ -38,7 +38,7 @@ from checkpoints_tools.source.layer import dense_layer, embed, read_layer, run_l
 from grinqh_jax.hf import HFCheckpoint
 from grinqh_jax.model.apply import Dense
 from grinqh_jax.model.decoder import DecoderLayer, RMSNorm
-from grinqh_jax.model.layer_spec import HEAD, LogitTransform
+from grinqh_jax.model.layer_spec import HEAD, LogitTransform, Projection
 
 TOKENS = 4096
 """Number of tokens for the decoder layers. The split of the bits averages them over a layer."""
@@ -118,7 +118,8 @@ def output_sensitivities(
       on_progress: Called with a note after each layer of each pass.
 
     Returns:
-      Sensitivities by projection (``layers.0.qkv``), and those of the whole vocabulary under ``HEAD``.
+      Sensitivities by projection (``layers.0.qkv``), and those of the whole vocabulary under ``HEAD``. All
+      experts of a layer share the sensitivities of their outputs, which are means over the chosen experts.
     """
     config = source.config
     if states is None:
@@ -146,10 +147,10 @@ def output_sensitivities(
 class _Perturbed(Dense):
     """An ``apply`` strategy that adds a given array to the outputs of each projection."""
 
-    def __init__(self, added: dict[str, Float[Array, "b t n"]]):
+    def __init__(self, added: dict[str, Float[Array, "b t *experts n"]]):
         self.added = added
 
-    def product(self, name: str, linear, x: Float[Array, "b t k"]) -> Float[Array, "b t n"]:
+    def product(self, name: str, linear, x: Float[Array, "b t *experts k"]) -> Float[Array, "b t *experts n"]:
         return super().product(name, linear, x) + self.added[name.rpartition(".")[2]]
 
 
@@ -162,8 +163,12 @@ def _layer_gradients(
     def run(x, added):
         return layer("layer", x[None], jnp.arange(len(x))[None], _Perturbed(added))[0][0]
 
-    outputs = {name: getattr(layer, name).out_features for name in layer.spec.names}
-    zeros = {name: jnp.zeros((1, len(x), n), x.dtype) for name, n in outputs.items()}
+    def zeros_of(projection: Projection) -> Float[Array, "1 t *experts n"]:
+        mixture = layer.spec.experts
+        rows = (mixture.chosen,) if projection.of_experts and mixture is not None else ()
+        return jnp.zeros((1, len(x), *rows, getattr(layer, projection.name).out_features), x.dtype)
+
+    zeros = {projection.name: zeros_of(projection) for projection in layer.spec.projections}
     _, pull_back = jax.vjp(run, x, zeros)
     back, at_outputs = pull_back(gradient)
     if axes is not None:
@@ -171,9 +176,9 @@ def _layer_gradients(
     return back, {name: _mean_square(g[0]) for name, g in at_outputs.items()}
 
 
-def _mean_square(gradient: Float[Array, "t n"]) -> Float[Array, "n"]:
+def _mean_square(gradient: Float[Array, "t *experts n"]) -> Float[Array, "n"]:
     # The first positions have activations and gradients unlike all others (``dial.SKIPPED_POSITIONS``).
-    scored = gradient[first_scored_position(len(gradient)) :]
+    scored = gradient[first_scored_position(len(gradient)) :].reshape(-1, gradient.shape[-1])
     return jnp.mean(scored.astype(jnp.float32) ** 2, axis=0)
 
 

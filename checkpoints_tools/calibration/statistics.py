@@ -9,9 +9,8 @@ from jaxtyping import Array, Float
 
 from checkpoints_tools.calibration import histogram
 from grinqh_jax.decoding.dial import SKIPPED_POSITIONS
-from grinqh_jax.model.apply import Dense
+from grinqh_jax.model.apply import AnyLinear, Dense
 from grinqh_jax.model.decoder import DecoderLayer, RMSNorm
-from grinqh_jax.model.linear import Linear
 
 
 def first_scored_position(length: int) -> int:
@@ -26,6 +25,8 @@ def first_scored_position(length: int) -> int:
 @dataclasses.dataclass
 class LinearStatistics:
     """Statistics of the inputs of one linear layer. A quantizer may use any of them.
+
+    All experts of a layer share them. An input counts once for each chosen expert, times its grading factor.
 
     Attributes:
       counts: Histogram of ``|x|`` over all channels and all scored positions, int64 ``[histogram.BINS]``.
@@ -52,7 +53,7 @@ class LinearStatistics:
         return not self.counts[histogram.FINITE_BINS :].any()
 
 
-def observe(x: Float[Array, "b t k"]) -> dict[str, jax.Array]:
+def observe(x: Float[Array, "b t *experts k"]) -> dict[str, jax.Array]:
     """Computes the statistics of one batch of whole windows on the device."""
     return {
         "counts": histogram.count(x[:, first_scored_position(x.shape[1]) :]),
@@ -70,7 +71,7 @@ class Observed(Dense):
     def __init__(self):
         self.seen: dict[str, dict[str, jax.Array]] = {}
 
-    def product(self, name: str, linear: Linear, x: Float[Array, "*rows k"]) -> Float[Array, "*rows n"]:
+    def product(self, name: str, linear: AnyLinear, x: Float[Array, "*rows k"]) -> Float[Array, "*rows n"]:
         """See ``Dense``."""
         self.seen[name.rpartition(".")[2]] = observe(x)
         return super().product(name, linear, x)

@@ -56,11 +56,12 @@ class Measurements:
 
     Attributes:
       linears: Measurement of each linear layer, by name.
-      vectors: Norm scales and biases, by name in the state tree, such as ``layers.0.input_norm.scale``.
+      vectors: Parameters that are not quantized, by name in the state tree: norm scales
+        (``layers.0.input_norm.scale``), biases and routers.
     """
 
     linears: Mapping[str, LinearMeasurement]
-    vectors: Mapping[str, Float[np.ndarray, "_"]]
+    vectors: Mapping[str, Float[np.ndarray, "..."]]
 
 
 def measure_layers(
@@ -82,7 +83,7 @@ def measure_layers(
     weights = survey.weights
     hidden = embed(weights, plan.threshold_windows, plan.compute_dtype)
     linears: dict[str, LinearMeasurement] = {}
-    vectors: dict[str, Float[np.ndarray, "_"]] = {}
+    vectors: dict[str, Float[np.ndarray, "..."]] = {}
     config = plan.source.config
     for i, spec in enumerate(config.layers):
         kernels, layer_vectors = read_layer(weights, i)
@@ -94,11 +95,9 @@ def measure_layers(
         for projection in spec.names:
             name = f"layers.{i}.{projection}"
             write = projection not in plan.refit and f"layers.{i}" not in writer.parts
-            linears[name], codes = _measure(
-                rounding(plan, survey, name, inputs[projection]),
-                functools.partial(_columns, kernels[projection]),
-                plan,
-                write=write,
+            measure = _measure_experts if kernels[projection].ndim == 3 else _measure_kernel
+            linears[name], codes = measure(
+                rounding(plan, survey, name, inputs[projection]), kernels[projection], plan, write=write
             )
             leaves |= codes
             del kernels[projection]  # Frees its weights before the next projection is packed.
@@ -164,6 +163,35 @@ def stored_codes(
     return {f"{name}.{leaf}": array for leaf, array in leaves.items()}
 
 
+def _measure_kernel(
+    rounding: Rounding, kernel: np.ndarray | Array, plan: Plan, *, write: bool
+) -> tuple[LinearMeasurement, dict[str, np.ndarray]]:
+    return _measure(rounding, functools.partial(_columns, kernel), plan, write=write)
+
+
+def _measure_experts(
+    rounding: Rounding, kernels: np.ndarray | Array, plan: Plan, *, write: bool
+) -> tuple[LinearMeasurement, dict[str, np.ndarray]]:
+    """Measures the linear layers of experts one after another, as ``_measure`` does.
+
+    The fit of the levels is the mean over all experts, whether calibration chose them often or never.
+    """
+    leaves: dict[str, np.ndarray] = {}
+    fits = []
+    for expert, kernel in enumerate(kernels):
+        one = dataclasses.replace(rounding, name=f"{rounding.name}[{expert}]")
+        read_outputs = functools.partial(_columns, kernel)
+        if not write:
+            fits.append(measure_linear(one, read_outputs))
+            continue
+        codes, fit = quantize_linear(one, read_outputs)
+        fits.append(fit)
+        for leaf, array in codes.items():
+            leaves.setdefault(leaf, np.empty((len(kernels), *array.shape), array.dtype))[expert] = array
+    mean = LevelFit(*(np.mean(values, axis=0) for values in zip(*fits, strict=True)))
+    return _measurement(rounding, mean, leaves, plan)
+
+
 def _measure(
     rounding: Rounding, read_outputs: ReadOutputs, plan: Plan, *, write: bool
 ) -> tuple[LinearMeasurement, dict[str, np.ndarray]]:
@@ -172,8 +200,15 @@ def _measure(
         codes, fit = quantize_linear(rounding, read_outputs)
     else:
         codes, fit = {}, measure_linear(rounding, read_outputs)
+    return _measurement(rounding, fit, codes, plan)
+
+
+def _measurement(
+    rounding: Rounding, fit: LevelFit, codes: Mapping[str, np.ndarray], plan: Plan
+) -> tuple[LinearMeasurement, dict[str, np.ndarray]]:
+    """Returns the measurement of a layer, and the leaves of its codes if there are any."""
     level_gains = fitted_gains(plan, rounding.name, fit)
     measurement = LinearMeasurement(
         inputs=rounding.inputs, errors=np.asarray(fit.errors), level_gains=level_gains
     )
-    return measurement, stored_codes(plan, rounding.name, codes, level_gains) if write else {}
+    return measurement, stored_codes(plan, rounding.name, codes, level_gains) if codes else {}

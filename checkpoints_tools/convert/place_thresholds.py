@@ -1,6 +1,5 @@
 """Third stage of a conversion: places the thresholds of all linear layers, which share the bits."""
 
-import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -13,12 +12,15 @@ from checkpoints_tools.convert.options import SENSITIVITY
 from checkpoints_tools.convert.plan import Plan
 from checkpoints_tools.convert.survey import Survey
 from grinqh_jax.checkpoint import Writer
+from grinqh_jax.model.decoder import weights_read
 from grinqh_jax.model.layer_spec import HEAD
 from grinqh_jax.model.parameters import stored_dtype
 
 
 def place_thresholds(plan: Plan, measurements: Measurements) -> dict[str, Float[np.ndarray, "targets p"]]:
     """Places thresholds that read each target's mean bits of the measured inputs.
+
+    The mean is over the weights that a token reads: of a mixture, those of the chosen experts.
 
     Args:
       plan: Plan of the conversion. If bits are split by sensitivity, all layers together read each target's
@@ -28,8 +30,9 @@ def place_thresholds(plan: Plan, measurements: Measurements) -> dict[str, Float[
     Returns:
       Table of each linear layer, by name, float32 (see ``threshold_tables``).
     """
+    weights = weights_read(plan.source.config)
     costs = {
-        name: GradedCosts(linear.inputs.counts, linear.errors, math.prod(plan.shapes[name]))
+        name: GradedCosts(linear.inputs.counts, linear.errors, weights[name])
         for name, linear in measurements.linears.items()
     }
     if plan.options.split == SENSITIVITY:

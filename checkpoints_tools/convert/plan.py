@@ -167,7 +167,9 @@ def make_plan(source: HFCheckpoint, calibration: Calibration, options: Options) 
     refit_windows = refit_tokens.fitting_windows(survey_windows, widths, jnp.dtype(compute_dtype).itemsize)
     refit: tuple[str, ...] = ()
     not_done: list[str] = []
-    if options.refit:
+    if options.refit and source.config.num_experts:
+        not_done.append("weights were not refitted: refitting does not support mixtures of experts yet")
+    elif options.refit:
         refit = tuple(refit_tokens.refitted_projections(refit_windows, widths))
         if shortage := refit_tokens.shortage(refit_windows, widths):
             not_done.append(shortage)
@@ -175,7 +177,12 @@ def make_plan(source: HFCheckpoint, calibration: Calibration, options: Options) 
         options = dataclasses.replace(options, basis=ORIGINAL)
         not_done.append(f"the basis is the original one, no principal axes are possible: {obstacle}")
     gains, several_levels = options.gains, options.max_bits > DIGIT_BITS
-    if gains == TRAINED and not (several_levels and calibration.windows.size >= train_gains.LEAST_TOKENS):
+    if gains == TRAINED and several_levels and source.config.num_experts:
+        gains = FITTED
+        not_done.append(
+            "level gains were fitted, not trained: training does not support mixtures of experts yet"
+        )
+    elif gains == TRAINED and not (several_levels and calibration.windows.size >= train_gains.LEAST_TOKENS):
         gains = FITTED
         if several_levels:
             not_done.append(

@@ -7,9 +7,10 @@ are not the best ones for that, and RMSNorm allows any orthogonal basis. With ``
     ``(r(x) * g) @ W  =  (r(x Q) * s) @ (diag(1 / s) Q^T diag(g) W)``
 
 because ``|x Q| = |x|``. So the embedding and the projections that write the stream (``o``, ``down``) are
-multiplied by ``Q`` on the right, and the projections that read it by ``Q^T diag(g)`` on the left. At run time
-this costs nothing. SliceGPT (arXiv 2401.15024) rotates the stream to remove its smallest axes; here each
-token determines which axes it skips.
+multiplied by ``Q`` on the right, and the projections that read it by ``Q^T diag(g)`` on the left. The router
+of a mixture of experts is another ``W`` behind the norm of the experts. At run time this costs nothing.
+SliceGPT (arXiv 2401.15024) rotates the stream to remove its smallest axes; here each token determines which
+axes it skips.
 
 * ``Q`` holds the eigenvectors of the second moments of ``r(x)``, summed over all readers of the stream,
   largest first, so the energy of a typical token lies in few channels.
@@ -34,12 +35,13 @@ from checkpoints_tools.calibration.statistics import first_scored_position
 from checkpoints_tools.source.layer import VALUES_IN_MEMORY, dense_layer, embed, read_layer
 from grinqh_jax.errors import CheckpointError
 from grinqh_jax.hf import HFCheckpoint
+from grinqh_jax.hf.params import is_of_experts
 from grinqh_jax.hf.reader import Rows
 from grinqh_jax.model.apply import Dense
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import DecoderLayer
 from grinqh_jax.model.layer_spec import HEAD
-from grinqh_jax.model.parameters import EMBEDDING, stream_readers, stream_writers
+from grinqh_jax.model.parameters import EMBEDDING, routers, stream_readers, stream_writers
 from pallas_kernels import codes
 
 ROW_SCALE_RANGE = 64.0
@@ -61,6 +63,18 @@ def _moments(x: Float[Array, "*rows t d"], norm_scale: Float[Array, "d"]) -> Flo
     return jnp.matmul(x.T, x, precision="highest")
 
 
+def _one_of_experts(
+    x: Float[Array, "b t *experts d"], norm_scale: Float[Array, "d"]
+) -> Float[Array, "b t d"]:
+    """Returns the normalised stream that a reader gets. Experts get multiples of it (``grading_factor``)."""
+    if x.ndim == 3:
+        return x
+    one = x[:, :, 0].astype(jnp.float32)
+    stream = one / jnp.where(norm_scale == 0, 1, norm_scale)
+    size = jnp.sqrt(jnp.mean(stream**2, axis=-1, keepdims=True))
+    return one / jnp.where(size == 0, 1, size)
+
+
 class _Stream(Dense):
     """An apply strategy that collects the second moments of the normalised stream, by its readers."""
 
@@ -68,10 +82,11 @@ class _Stream(Dense):
         self.layer = layer
         self.moments: dict[str, jax.Array] = {}
 
-    def product(self, name: str, linear, x: Float[Array, "b t k"]) -> Float[Array, "b t n"]:
+    def product(self, name: str, linear, x: Float[Array, "b t *experts k"]) -> Float[Array, "b t *experts n"]:
         projection = name.rpartition(".")[2]
         if norm := self.layer.spec.readers.get(projection):
-            self.moments[projection] = _moments(x, getattr(self.layer, norm.name).scale[...])
+            norm_scale = getattr(self.layer, norm.name).scale[...]
+            self.moments[projection] = _moments(_one_of_experts(x, norm_scale), norm_scale)
         return super().product(name, linear, x)
 
 
@@ -116,7 +131,8 @@ def second_moments(
     for i in range(config.num_layers):
         kernels, vectors = read_layer(source, i)
         for projection, kernel in kernels.items():
-            _check(kernel, f"layers.{i}.{projection}")
+            for matrix in kernel if kernel.ndim == 3 else [kernel]:
+                _check(matrix, f"layers.{i}.{projection}")
         layer = dense_layer(source, i, kernels, vectors, compute_dtype)
         if states is not None:
             states.add_layer(hidden)
@@ -125,7 +141,7 @@ def second_moments(
             window[...] = x[0]
             for projection in layer.spec.readers:
                 total = _with_moments(total, moments[projection], f"layers.{i}.{projection}")
-        del kernel, kernels, layer  # Frees them before the next layer is read.
+        del kernel, matrix, kernels, layer  # Frees them before the next layer is read.
         on_progress(f"forward layers.{i}")
     if states is not None:
         states.finish(hidden)
@@ -216,20 +232,23 @@ class RotatedCheckpoint:
 
         Args:
           key: Name of the parameter.
-          rows: Rows as stored; only for the embedding and the head.
+          rows: Rows as stored, only for the embedding and the head; or a range of experts.
 
         Raises:
           CheckpointError: See ``HFCheckpoint.read``.
         """
         name, _, leaf = key.rpartition(".")
         readers = stream_readers(self.config)
+        if leaf == "kernel" and name in routers(self.config):
+            reader = routers(self.config)[name]
+            return self._divided(*self._rotated(name, readers[reader]), reader)
+        if is_of_experts(self.config, key):
+            return self._read_experts(name, range(*rows.indices(self.config.num_experts)))
         if leaf == "kernel" and name in readers:
-            kernel, dtype = self._rotated(name, rows)
+            kernel, dtype = self._rotated(name, readers[name], rows)
             if name not in self._row_scales and name != HEAD:
                 self._row_scales[name] = row_scales(self._row_squares(name, kernel, rows))
-            scales = self._row_scales_of(name)
-            with jax.enable_x64(True):
-                return _divided(kernel, jnp.asarray(scales, jnp.float64), dtype)
+            return self._divided(kernel, dtype, name)
         if leaf == "scale" and name in readers.values():
             return self._row_scales_of(next(reader for reader, norm in readers.items() if norm == name))
         value = self.source.read(key, rows)
@@ -237,6 +256,30 @@ class RotatedCheckpoint:
             rotated = _product(np.atleast_2d(value), self._axes).astype(_device_dtype(value.dtype))
             return rotated.reshape(value.shape)
         return value
+
+    def _read_experts(self, name: str, experts: range) -> Float[np.ndarray, "e k n"]:
+        """Reads the kernels of some experts, one after another, so that one is in float32 at once."""
+        kernels = None
+        norm = stream_readers(self.config).get(name)
+        for i, expert in enumerate(experts):
+            rows = slice(expert, expert + 1)
+            if norm is not None:
+                kernel = np.asarray(self._divided(*self._rotated(name, norm, rows), name))
+            else:
+                kernel = self.source.read(f"{name}.kernel", rows)[0]
+                if name in stream_writers(self.config):
+                    kernel = np.asarray(_product(kernel, self._axes).astype(_device_dtype(kernel.dtype)))
+            if kernels is None:
+                kernels = np.empty((len(experts), *kernel.shape), kernel.dtype)
+            kernels[i] = kernel
+        assert kernels is not None, "at least one expert is read"
+        return kernels
+
+    def _divided(self, kernel: Float[Array, "d n"], dtype: np.dtype, reader: str) -> Float[Array, "d n"]:
+        """Divides a rotated kernel by the row scales of a projection, and casts it."""
+        scales = self._row_scales_of(reader)
+        with jax.enable_x64(True):
+            return _divided(kernel, jnp.asarray(scales, jnp.float64), dtype)
 
     @cached_property
     def _axes(self) -> Float[Array, "d d"]:
@@ -249,25 +292,38 @@ class RotatedCheckpoint:
     def _row_scales_of(self, name: str) -> Float[np.ndarray, "d"]:
         """Returns the row scales of a projection that reads the stream, computed in ranges of its outputs."""
         if name not in self._row_scales:
-            width, outputs = self.parameters[f"{name}.kernel"]
-            size = max(VALUES_IN_MEMORY // width, 1) if name == HEAD else outputs
+            *experts, width, outputs = self.parameters[f"{name}.kernel"]
+            norm = stream_readers(self.config)[name]
             squares = np.zeros(width)
-            for start in range(0, outputs, size):
+            for expert in range(*experts or [0]):
+                kernel = self._rotated(name, norm, slice(expert, expert + 1))[0]
+                squares += self._row_squares(name, kernel, slice(None))
+            size = max(VALUES_IN_MEMORY // width, 1) if name == HEAD else outputs
+            for start in range(0, 0 if experts else outputs, size):
                 rows = slice(start, min(start + size, outputs)) if size < outputs else slice(None)
-                squares += self._row_squares(name, self._rotated(name, rows)[0], rows)
+                squares += self._row_squares(name, self._rotated(name, norm, rows)[0], rows)
             self._row_scales[name] = row_scales(squares)
         return self._row_scales[name]
 
     def _row_squares(self, name: str, kernel: Float[Array, "d n"], outputs: Rows) -> np.ndarray:
-        weights = self.sensitivities.get(name, np.ones(self.parameters[f"{name}.kernel"][1]))
+        weights = self.sensitivities.get(name, np.ones(self.parameters[f"{name}.kernel"][-1]))
         # In float32 the sums of long rows would depend on the order in which a device adds.
         with jax.enable_x64(True):
             return np.asarray(_weighted_squares(kernel, jnp.asarray(weights[outputs], jnp.float64)))
 
-    def _rotated(self, name: str, rows: Rows) -> tuple[Float[Array, "d n"], np.dtype]:
-        """Returns ``Q^T diag(g) W`` of a reader, float32, and the dtype that W keeps."""
-        norm_scale = self.source.read(f"{stream_readers(self.config)[name]}.scale").astype(np.float32)
+    def _rotated(
+        self, name: str, norm: str | None, rows: Rows = slice(None)
+    ) -> tuple[Float[Array, "d n"], np.dtype]:
+        """Returns ``Q^T diag(g) W`` of a reader, float32, and the dtype that W keeps.
+
+        Args:
+          name: Name of the reader, also of a router.
+          norm: Name of the norm that it reads the stream through.
+          rows: Rows as stored, or one expert.
+        """
+        norm_scale = self.source.read(f"{norm}.scale").astype(np.float32)
         kernel = self.source.read(f"{name}.kernel", rows)
+        kernel = kernel[0] if kernel.ndim == 3 else kernel
         return _product(self._axes.T * norm_scale, kernel), _device_dtype(kernel.dtype)
 
 

@@ -16,7 +16,7 @@ from grinqh_jax.checkpoint.quantization import QuantizationConfig
 from grinqh_jax.errors import CheckpointError, UsageError
 from grinqh_jax.json_files import read_object
 from grinqh_jax.model.config import ModelConfig
-from grinqh_jax.model.decoder import linear_shapes
+from grinqh_jax.model.decoder import weights_stored
 from grinqh_jax.text.documents import read_records
 
 PROJECT = "GRINQH-JAX"
@@ -80,7 +80,7 @@ def render(directory: Path, origin: Origin) -> str:
         pipeline_tag="text-generation",
         tags=["grinqh", "jax", "quantized"],
     )
-    weights = sum(inputs * outputs for inputs, outputs in linear_shapes(config).values())
+    weights = sum(weights_stored(config).values())
     size = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file() and file.name != CARD)
     stored = made.get("bits_per_weight_stored")
     facts = {

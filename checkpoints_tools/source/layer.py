@@ -21,18 +21,18 @@ def read_layer(source, i: int) -> tuple[dict[str, np.ndarray | Array], dict[str,
       i: Index of the layer.
 
     Returns:
-      ``(kernels, vectors)``: kernels ``[in, out]`` by projection (``qkv``), and norm scales and biases by
-      name in the layer (``input_norm.scale``, ``qkv.bias``).
+      ``(kernels, vectors)``: kernels ``[in, out]``, or ``[experts, in, out]``, by projection (``qkv``); and
+      what is not quantized, by name in the layer: norm scales, biases (``qkv.bias``), and the router.
     """
-    prefix = f"layers.{i}."
+    prefix, projections = f"layers.{i}.", source.config.layers[i].names
     kernels: dict[str, np.ndarray | Array] = {}
     vectors: dict[str, np.ndarray] = {}
     # The kernels come first, because a rotated checkpoint computes the norms from them.
     for key in sorted(source.parameters, key=lambda key: not key.endswith(".kernel")):
         if key.startswith(prefix):
             name = key.removeprefix(prefix)
-            if name.endswith(".kernel"):
-                kernels[name.removesuffix(".kernel")] = source.read(key)
+            if (projection := name.removesuffix(".kernel")) in projections:
+                kernels[projection] = source.read(key)
             else:
                 vectors[name] = np.asarray(source.read(key))
     return kernels, vectors

@@ -18,9 +18,10 @@ from jaxtyping import Array, Float
 from grinqh_jax.errors import UsageError
 from grinqh_jax.json_files import read_object
 from grinqh_jax.model import decoder
-from grinqh_jax.model.apply import HEAD, Dense
+from grinqh_jax.model.apply import HEAD, AnyLinear, Dense
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import Decoder
+from grinqh_jax.model.experts import DenseExperts, GradedExperts
 from grinqh_jax.model.linear import GradedLinear, Linear
 from grinqh_jax.model.parameters import axis_sizes
 from pallas_kernels import Activations
@@ -82,14 +83,15 @@ def dense(config: ModelConfig, seed: int = 0, compute_dtype=jnp.bfloat16) -> Dec
     tree = decoder.abstract_tree(config, MAX_BITS, len(TARGETS))
     sizes = axis_sizes(config)
 
-    def kernel(k: int, n: int):
-        return {"kernel": jax.ShapeDtypeStruct((k, n), compute_dtype)}
+    def kernel(*size: int):
+        return {"kernel": jax.ShapeDtypeStruct(size, compute_dtype)}
 
     for i, spec in enumerate(config.layers):
         layer = tree["layers"][str(i)]
         for projection in spec.projections:
             bias = {"bias": layer[projection.name]["bias"]} if projection.bias else {}
-            layer[projection.name] = kernel(*projection.shape(sizes)) | bias
+            experts = (config.num_experts,) if projection.of_experts else ()
+            layer[projection.name] = kernel(*experts, *projection.shape(sizes)) | bias
     tree[HEAD] = kernel(config.hidden_size, config.vocab_size)
     return Decoder.from_tree(config, _filled(tree, seed), compute_dtype)
 
@@ -110,10 +112,10 @@ def _leaf(key: jax.Array, name: str, size: tuple[int, ...], dtype: str) -> jax.A
     if name == "planes":
         return jax.random.bits(key, size, dtype)
     if name == "scales":  # uniform codes on (-2, 2) have a variance of 4 / 3
-        deviation = (size[0] * GROUP * 4 / 3) ** -0.5
+        deviation = (size[-2] * GROUP * 4 / 3) ** -0.5
         return (deviation * jax.random.uniform(key, size, minval=0.5, maxval=1.5)).astype(dtype)
     if name == "kernel":
-        return jax.random.normal(key, size, dtype) * jnp.asarray(size[0] ** -0.5, dtype)
+        return jax.random.normal(key, size, dtype) * jnp.asarray(size[-2] ** -0.5, dtype)
     if name == "embedding":
         return jax.random.normal(key, size, dtype)
     if name == "columns":
@@ -156,7 +158,7 @@ class _Fitting(Dense):
     def __init__(self):
         self.tables: dict[str, tuple[jax.Array, jax.Array]] = {}
 
-    def product(self, name: str, linear: Linear, x: jax.Array) -> jax.Array:
+    def product(self, name: str, linear: AnyLinear, x: jax.Array) -> jax.Array:
         sample = x.reshape(-1)[:: -(-x.size // SAMPLES)]
         peak = jnp.max(jnp.abs(x)).astype(jnp.float32)
         self.tables[name.rsplit(".", 1)[-1]] = fitted_thresholds(sample), peak
@@ -189,7 +191,7 @@ def _calibrate(model: Decoder, key: jax.Array) -> None:
         _set(model.lm_head.block(block), thresholds, peak)
 
 
-def _set(linear: Linear, thresholds: jax.Array, peak: jax.Array) -> None:
-    assert isinstance(linear, GradedLinear), "only graded layers are calibrated"
+def _set(linear: Linear | DenseExperts | GradedExperts, thresholds: jax.Array, peak: jax.Array) -> None:
+    assert isinstance(linear, GradedLinear | GradedExperts), "only graded layers are calibrated"
     linear.thresholds[...] = thresholds
     linear.max_activation[...] = peak

@@ -49,7 +49,8 @@ def report_of(survey) -> dict[str, Any]:
 
     Returns:
       ``model``, ``format`` (``huggingface``, ``grinqh`` or ``unknown``), ``supported`` and ``problems`` (one
-      line each). As far as they are known also ``family``, ``options``, ``sizes``, ``parameters``, ``stored``
+      line each). As far as they are known also ``family``, ``options``, ``sizes``, ``parameters``,
+      ``parameters_read_per_token`` (only of a mixture of experts; those in linear layers), ``stored``
       (``bytes``, and ``bits_per_weight`` of the linear layers or ``dtypes``), ``computed_by_xla`` (parts of a
       decode step that have no GPU kernel for these options) and ``basis`` (the one that the checkpoint has or
       that a conversion takes).
@@ -71,7 +72,7 @@ def report_of(survey) -> dict[str, Any]:
     }
     if (config := survey.config) is None:
         return report | {"family": hf_config.get("model_type"), "stored": stored}
-    obstacle = rotation_obstacle(config)
+    obstacle, mixture = rotation_obstacle(config), config.num_experts > 0
     basis = "principal" if obstacle is None else f"original: {obstacle}"
     return report | {
         "family": config.family,
@@ -80,6 +81,7 @@ def report_of(survey) -> dict[str, Any]:
             "layers": config.num_layers,
             "hidden": config.hidden_size,
             "intermediate": config.intermediate_size,
+            **({"experts": config.num_experts, "expert_intermediate": config.expert_size} if mixture else {}),
             "heads": config.num_heads,
             "kv_heads": config.num_kv_heads,
             "head_dim": config.head_dim,
@@ -87,6 +89,7 @@ def report_of(survey) -> dict[str, Any]:
             "context": config.max_position_embeddings,
         },
         "parameters": _parameters(config),
+        **({"parameters_read_per_token": _read_per_token(config)} if mixture else {}),
         "stored": stored,
         "computed_by_xla": missing_kernels(config),
         "basis": stored.get("provenance", {}).get("basis", basis),
@@ -102,6 +105,13 @@ def _parameters(config) -> int:
     if config.tie_word_embeddings:
         del shapes[f"{HEAD}.kernel"]
     return sum(math.prod(shape) for arrays in shapes.values() for shape in arrays)
+
+
+def _read_per_token(config) -> int:
+    """Returns the number of weights that a token reads: those of chosen experts, and no embedding."""
+    from grinqh_jax.model.decoder import weights_read
+
+    return sum(weights_read(config).values())
 
 
 def _huggingface(survey) -> dict[str, Any]:
@@ -160,7 +170,8 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
         yield "options     " + ("; ".join(report["options"]) or "none")
         sizes = ", ".join(f"{name.replace('_', ' ')} {size:,}" for name, size in report["sizes"].items())
         yield f"sizes       {sizes}"
-        yield f"parameters  {report['parameters']:,}"
+        read = report.get("parameters_read_per_token")
+        yield f"parameters  {report['parameters']:,}" + (f", {read:,} read for each token" if read else "")
     yield "stored      " + _stored(report["stored"])
     if "sizes" in report:
         yield f"basis       {report['basis']}"

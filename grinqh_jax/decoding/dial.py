@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from grinqh_jax.decoding.bits import check_bits
 from grinqh_jax.decoding.thresholds import StackedThresholds, interpolate, stacked_tables
 from grinqh_jax.model.config import ModelConfig
-from grinqh_jax.model.decoder import Decoder, linear_names, linear_shapes
+from grinqh_jax.model.decoder import Decoder, linear_names, weights_read
 
 PRIOR_TOKENS = 16
 """Number of tokens without excess that the mean excess includes, because a few observed tokens say little."""
@@ -227,6 +227,6 @@ class Dial:
 
 
 def layer_shares(config: ModelConfig) -> Float[np.ndarray, "linears"]:
-    """Returns the share of each linear layer in all their weights, in the order of ``linear_names``."""
-    sizes = np.prod(list(linear_shapes(config).values()), axis=1, dtype=np.float64)
+    """Returns the share of each linear layer in the weights that a token reads, as in ``linear_names``."""
+    sizes = np.array(list(weights_read(config).values()), np.float64)
     return sizes / sizes.sum()

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from grinqh_jax.model.decoder import Decoder, linear_names, linear_shapes
-from grinqh_jax.model.parameters import axis_sizes, norms, projections, stored_dtype
+from grinqh_jax.model.decoder import Decoder, linear_names, weights_read
+from grinqh_jax.model.parameters import axis_sizes, norms, projections, routers, stored_dtype
 from pallas_kernels import GradingStats
 from pallas_kernels.layout import GROUP
 
@@ -37,11 +37,12 @@ class Statistics:
       generation_seconds: Time of the tokens after the first, without compilation.
       compile_seconds: Time of compilation.
       realised_bits: Mean bits read per weight over all decode steps and linear layers, each layer weighted
-        by its number of weights; scales not counted.
+        by its number of weights; scales not counted. Of a mixture, the chosen experts count.
       realised_bits_per_layer: Mean over steps, by linear layer.
       realised_bits_per_step: ``[steps, linears]``, layers in the order of ``realised_bits_per_layer``.
-      bytes_per_token: Bytes of weights that a decode step reads: the planes that levels reach, scales, norms
-        and one row of the embedding, without the KV cache. An implementation that cannot skip reads more.
+      bytes_per_token: Bytes of weights that a decode step reads: the planes that levels reach, scales, norms,
+        routers and one row of the embedding, without the KV cache; of a mixture, those of the chosen experts.
+        An implementation that cannot skip reads more.
       bytes_per_token_bf16: The same for the unquantized model in bfloat16.
       dense_dtype: Dtype in which an unquantized model keeps its weights; None for a graded model.
       peak_memory_bytes: Peak memory of the accelerator, or of the process if there is none.
@@ -192,19 +193,20 @@ def activation_range_ratio(model: Decoder, stats: GradingStats) -> Float[np.ndar
 def weighted_mean(
     model: Decoder, bits: Mapping[str, float | Float[Array, "*any"]]
 ) -> float | Float[Array, "*any"]:
-    """Averages the bits of linear layers, each weighted by its number of weights.
+    """Averages the bits of linear layers, each weighted by the weights that it applies to a token.
 
     Args:
       model: The model of the layers.
       bits: Mean bits, or an array of them, by name of the linear layer. May leave layers out.
     """
-    sizes = {name: k * n for name, (k, n) in linear_shapes(model.config).items() if name in bits}
+    sizes = {name: weights for name, weights in weights_read(model.config).items() if name in bits}
     return sum(bits[name] * size for name, size in sizes.items()) / sum(sizes.values())
 
 
 def _bytes_per_token(model: Decoder, bits: Mapping[str, float]) -> float:
     config, sizes = model.config, axis_sizes(model.config)
-    linears = sum(k * n * bits[name] / 8 for name, (k, n) in linear_shapes(config).items())
+    linears = sum(weights * bits[name] / 8 for name, weights in weights_read(config).items())
+    linears += BF16_BYTES * len(routers(config)) * sizes["hidden"] * sizes["experts"]
     vectors = {f"{name}.scale": sizes[norm.axis] for name, norm in norms(config).items()}
     vectors |= {f"{name}.bias": p.shape(sizes)[1] for name, p in projections(config).items() if p.bias}
     vector_bytes = sum(size * stored_dtype(config, name).itemsize for name, size in vectors.items())

@@ -192,8 +192,11 @@ def grading_factor(probabilities: Float[Array, "*rows c"]) -> Float[Array, "*row
     it before the product, and the outputs divided by it, then grading reads fewer bits of experts that matter
     less. A power of two makes both exact in every float dtype.
     """
-    exponent = jnp.round(jnp.log2(jnp.maximum(probabilities, _LEAST_PROBABILITY)))
-    return jax.lax.stop_gradient(jnp.exp2(exponent))
+    # The exponent bits of a float32 are those of the largest power of two below it.
+    pattern = jax.lax.bitcast_convert_type(
+        jnp.maximum(probabilities, _LEAST_PROBABILITY) * jnp.float32(2**0.5), jnp.uint32
+    )
+    return jax.lax.bitcast_convert_type(pattern & 0x7F800000, jnp.float32)
 
 
 _LEAST_PROBABILITY = 2.0**-16

@@ -4,7 +4,7 @@ import collections
 from collections.abc import Iterator
 
 from grinqh_jax.model.attention import kernel_lacks
-from grinqh_jax.model.layer_spec import Attention, Description, GatedMLP, LayerSpec
+from grinqh_jax.model.layer_spec import Attention, Description, GatedExperts, GatedMLP, LayerSpec
 
 
 def options(description: Description) -> list[str]:
@@ -36,6 +36,8 @@ def missing_kernels(description: Description) -> list[str]:
         lines.append("residual addition and norm, because blocks normalize what they add")
     if any(isinstance(block.mixer, GatedMLP) and block.mixer.activation != "silu" for block in blocks):
         lines.append("the activation function of the MLP, because it is not SiLU")
+    if any(isinstance(block.mixer, GatedExperts) for block in blocks):
+        lines.append("the products of the experts")
     return lines
 
 
@@ -59,8 +61,16 @@ def _layer_options(spec: LayerSpec) -> Iterator[str]:
     for block in spec.blocks:
         if isinstance(block.mixer, Attention):
             yield from _attention_options(block.mixer)
-        elif block.mixer.activation == "gelu_tanh":
+            continue
+        if isinstance(block.mixer, GatedExperts):
+            probabilities = "normalized" if block.mixer.normalized else "not normalized"
+            yield (
+                f"a mixture of experts, {block.mixer.chosen} chosen for each token, "
+                f"their probabilities {probabilities}"
+            )
+        if block.mixer.activation == "gelu_tanh":
             yield "GELU"
+    for block in spec.blocks:
         if block.norm is None:
             yield "no norms before the blocks"
         if block.norm_after is not None:

@@ -25,7 +25,7 @@ class Choice:
       index: Index among the choices of the request.
       answer: The answer.
       clock: Times of its events.
-      weights: Share of each linear layer in all weights, in the order of ``decoder.linear_names``.
+      weights: Share of each linear layer (``dial.layer_shares``).
       statistics: Figures of the answer, once it has ended.
     """
 

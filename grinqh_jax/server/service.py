@@ -7,13 +7,11 @@ import secrets
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-import numpy as np
-
 from grinqh_jax.decoding.bits import FULL, Bits
+from grinqh_jax.decoding.dial import layer_shares
 from grinqh_jax.decoding.generator import Generator
 from grinqh_jax.decoding.request import Request
 from grinqh_jax.errors import UsageError
-from grinqh_jax.model.decoder import linear_shapes
 from grinqh_jax.server.choice import Choice
 from grinqh_jax.server.errors import APIError
 from grinqh_jax.server.limits import Admission, Limits
@@ -48,8 +46,7 @@ class Service:
         self.prompt_logprobs = engine.scheduler.shape.prompt_logprobs
         self.metrics = Metrics(engine)
         self.context = engine.scheduler.shape.max_context
-        sizes = np.array([k * n for k, n in linear_shapes(generator.model.config).values()], np.float64)
-        self._weights = sizes / sizes.sum()
+        self._weights = layer_shares(generator.model.config)
         self.admission = Admission(engine.scheduler.shape.slots, limits.queue)
 
     def bits(self, model: str | None, field: Bits | None = None) -> Bits | None:
