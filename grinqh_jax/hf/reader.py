@@ -66,7 +66,7 @@ class HFCheckpoint:
 
         Kernels are ``[in, out]``, those of experts ``[experts, in, out]``.
         """
-        shapes = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for key, tensors in params.sources(self.config).items():
             if params.is_of_experts(self.config, key):
                 tensors = tensors[: params.tensors_of_expert(self.config, key)]

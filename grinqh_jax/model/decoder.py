@@ -363,6 +363,7 @@ def abstract_tree(config: ModelConfig, max_bits: int, num_targets: int) -> dict[
     sizes = axis_sizes(config)
 
     def graded(shape: tuple[int, int], of_experts: bool) -> dict[str, Any]:
+        weight: NestedWeight | NestedExperts
         if of_experts:
             weight = NestedExperts.abstract(config.num_experts, *shape, max_bits)
         else:

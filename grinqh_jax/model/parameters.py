@@ -81,7 +81,9 @@ def parameter_shapes(config: ModelConfig) -> dict[str, list[tuple[int, ...]]]:
     kernels = projections(config) | {HEAD: Projection(HEAD, "hidden", ("vocab",))}
     kernels |= {name: Projection(name, "hidden", ("experts",)) for name in routers(config)}
     for name, projection in kernels.items():
-        arrays = [(sizes[axis], sizes[projection.inputs]) for axis in projection.outputs]
+        arrays: list[tuple[int, ...]] = [
+            (sizes[axis], sizes[projection.inputs]) for axis in projection.outputs
+        ]
         shapes[f"{name}.kernel"] = arrays * (sizes["experts"] if projection.of_experts else 1)
         if projection.bias:
             shapes[f"{name}.bias"] = [(sizes[axis],) for axis in projection.outputs]

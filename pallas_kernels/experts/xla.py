@@ -53,7 +53,8 @@ def _in_blocks(x, level, experts, planes, scales):
     """Returns what ``_by_channel`` returns."""
 
     def block(expert, rows):
-        return dense(*rows, planes[expert], _digit_major(scales[expert]))
+        x, level = rows
+        return dense(x, level, planes[expert], _digit_major(scales[expert]))
 
     return map_blocks(block, (x, level), experts, num_experts=len(planes), outputs=scales.shape[2])
 
