@@ -63,14 +63,20 @@ class BytePairs:
     """Tuning of ``byte_pairs.program``. It does not change the result.
 
     Attributes:
-      ring_slots: Number of 2-KiB slots in the ring of a warp: 2, 4 or 8. All but one are in flight.
+      warps_per_section: Number of warps, 1 or 2, that multiply the channels which one warp has in the program
+        for one row, each in all or in half of the outputs of a tile. With 2, a lane has half as many
+        accumulators, and more warps fit a multiprocessor.
+      ring_slots: Number of slots, of one step of 16 plane rows, in the ring of a warp: 2, 4, 8 or 16. All but
+        one are in flight.
     """
 
+    warps_per_section: int = 1
     ring_slots: int = 4
 
     def __post_init__(self):
-        if self.ring_slots not in (2, 4, 8):
-            raise ValueError(f"BytePairs.ring_slots must be one of (2, 4, 8), not {self.ring_slots!r}")
+        for name, allowed in (("warps_per_section", (1, 2)), ("ring_slots", (2, 4, 8, 16))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"BytePairs.{name} must be one of {allowed}, not {getattr(self, name)!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -193,6 +199,11 @@ class Geometry:
         return self.in_features < self.splits * self.config.groups_per_cta * layout.GROUP
 
     @property
+    def coded_rows(self) -> int:
+        """Number of activation rows whose codes one warp computes."""
+        return self.rows_per_cta
+
+    @property
     def row_batches(self) -> int:
         """Number of batches of activation rows. The rows of a batch share one read of the weights."""
         return -(-self.rows // MAX_ROWS_PER_CTA)
@@ -216,6 +227,11 @@ class Geometry:
     def warps(self) -> int:
         """Number of warps in a CTA."""
         return self.config.warps
+
+    @property
+    def warps_per_section(self) -> int:
+        """Number of warps that multiply the same channels, in different outputs."""
+        return 1
 
     @property
     def threads(self) -> int:
@@ -273,20 +289,25 @@ class Geometry:
 
     @property
     def record_base(self) -> int:
-        return self.config.warps * self.list_bytes
+        return self.warps * self.list_bytes
 
     @property
     def record_bytes(self) -> int:
-        """Bytes of one warp's record: the sum of codes and the peak of each activation row."""
-        return layout.round_up(4 * 2 * self.rows_per_cta, 16)
+        """Bytes of one warp's record: the sum of codes and the peak of each activation row that it codes."""
+        return layout.round_up(4 * 2 * self.coded_rows, 16)
 
     @property
     def scales_base(self) -> int:
-        return layout.round_up(self.record_base + self.config.warps * self.record_bytes, 128)
+        return layout.round_up(self.record_base + self.warps * self.record_bytes, 128)
+
+    @property
+    def scales_bytes(self) -> int:
+        """Bytes of the scales that one warp copies."""
+        return SCALES_BYTES // self.warps_per_section
 
     @property
     def ring_base(self) -> int:
-        return self.scales_base + self.config.warps * SCALES_BYTES
+        return self.scales_base + self.warps * self.scales_bytes
 
     @property
     def ring_bytes(self) -> int:
@@ -295,4 +316,4 @@ class Geometry:
 
     @property
     def shared_bytes(self) -> int:
-        return self.ring_base + self.config.warps * self.ring_bytes
+        return self.ring_base + self.warps * self.ring_bytes

@@ -107,6 +107,9 @@ def fetch(isa: Instructions, g: Geometry, refs: Refs, context: LaneContext) -> O
     factors: list[Value] = []
     for r in range(g.rows_per_cta):
         row = context.first_row + r
+        if g.coded_rows < g.rows_per_cta:  # Each warp of a section starts with the rows that it codes.
+            assert context.part is not None
+            row = context.first_row + ((context.part * g.coded_rows) ^ r)
         exists = None
         if g.rows % g.rows_per_cta:  # The last batch may have rows that do not exist. They read nothing.
             exists = row < g.rows
@@ -248,14 +251,14 @@ def list_first_plane(isa: Instructions, g: Geometry, rows: RowList, first: Reach
     return addresses
 
 
-def scale(isa: Instructions, operands: Operands, reached: list[Reached]) -> Scaled:
-    """Multiplies activations by the gains of their levels, and finds the peaks of the warp.
+def scale(isa: Instructions, operands: Operands, reached: list[Reached], rows: int) -> Scaled:
+    """Multiplies the first activation rows by the gains of their levels, and finds their peaks in the warp.
 
     The peaks come from unscaled activations and the largest gain, so neither computation waits for the other.
     """
     scaled, peaks = [], []
     largest = largest_gain(isa, operands.gains)
-    for r, x in enumerate(operands.x):
+    for r, x in enumerate(operands.x[:rows]):
         reached_by_q = [[plane.rows[r][q] for plane in reached] for q in range(len(x))]
         scaled.append([times_gain(isa, v, p, operands.gains) for v, p in zip(x, reached_by_q, strict=True)])
         peaks.append(largest_activation(isa, x) * largest)
@@ -301,15 +304,15 @@ def compact(
       rows: The list, which has the entries of plane 0 without their codes.
     """
     reached = [first] + [grade(isa, operands, f) for f in range(1, g.planes)]
-    scaled = scale(isa, operands, reached)
+    scaled = scale(isa, operands, reached, g.coded_rows)
     inverse_units = [isa.reciprocal(peak * (1.0 / PEAK_CODE)) for peak in scaled.peaks]
     rounding, rounded_zero = isa.constant(ROUNDING, "f32"), isa.constant(ROUNDED_ZERO)
-    sums = [isa.constant(-ROUNDED_ZERO * g.planes * g.channels_per_lane)] * g.rows_per_cta
+    sums = [isa.constant(-ROUNDED_ZERO * g.planes * g.channels_per_lane)] * g.coded_rows
     for f, plane in enumerate(reached):
         factors = [inverse * 4.0**-f for inverse in inverse_units]
         for q, listed in enumerate(plane.any_row):
             codes = []
-            for r in range(g.rows_per_cta):
+            for r in range(g.coded_rows):
                 rounded = isa.multiply_add(scaled.x[r][q], factors[r], rounding)
                 bits = isa.select(plane.rows[r][q], isa.float_to_bits(rounded), rounded_zero)
                 sums[r] = sums[r] + bits
@@ -321,19 +324,20 @@ def compact(
                 store_entry(isa, g, address, offset, codes, listed)
     context, step_bytes = rows.context, g.step_entries_bytes
     size = (rows.end - context.list + (step_bytes - 1)) & -step_bytes
-    zeros = [isa.constant(0)] * g.rows_per_cta
+    zeros = [isa.constant(0)] * g.coded_rows
     address = rows.end + context.lane * g.entry_bytes
     store_entry(isa, g, address, padding_offset(isa, g, context), zeros, where=address < context.list + size)
     isa.warp_barrier()
     peaks = scaled.peaks
     if operands.factors is not None:
-        peaks = [peak * factor for peak, factor in zip(peaks, operands.factors, strict=True)]
+        factors = operands.factors[: g.coded_rows]
+        peaks = [peak * factor for peak, factor in zip(peaks, factors, strict=True)]
     return FinishedList(steps=size // step_bytes, sums=[isa.reduce_add(s) for s in sums], peaks=peaks)
 
 
 def store_record(isa: Instructions, g: Geometry, context: LaneContext, listed: FinishedList) -> None:
     """Stores sums and peaks in the warp's record in shared memory, because the loop needs their registers."""
-    for r in range(g.rows_per_cta):
+    for r in range(g.coded_rows):
         with isa.when(context.lane.equals(r)):
             isa.store_shared(context.record + 8 * r, [listed.sums[r], isa.float_to_bits(listed.peaks[r])])
 

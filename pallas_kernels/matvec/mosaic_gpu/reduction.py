@@ -72,20 +72,24 @@ def end_addresses(isa: Instructions, g: Geometry, context: LaneContext) -> EndAd
 
 
 def copy_scales(isa: Instructions, g: Geometry, refs: Refs, context: LaneContext) -> None:
-    """Starts copying the tile's scales to shared memory; they join the copy group of the first step.
+    """Starts copying the warp's scales to shared memory; they join the copy group of the first step.
 
     Held in registers, the scales would take 8 of the loop's registers, and a multiprocessor would have room
     for five CTAs instead of six.
     """
     first = (stored_group(isa, g, context) * g.stored_n + context.tile * layout.TILE) << 1
+    if context.part is not None:
+        first = first + context.part * g.scales_bytes
     source = isa.global_address(refs.scales) + isa.widen(first + (context.lane << 4))
-    for offset in range(0, SCALES_BYTES, LANES * COPY_BYTES):
+    for offset in range(0, g.scales_bytes, LANES * COPY_BYTES):
         target = context.scales + offset + (context.lane << 4)
         if context.pieces is None:
             isa.copy_async(target, source + offset, evict_first=True)
         else:
-            exists = (context.lane << 4) + offset < context.pieces * PIECE_SCALES_BYTES
-            with isa.when(exists):
+            in_tile = (context.lane << 4) + offset
+            if context.part is not None:
+                in_tile = in_tile + context.part * g.scales_bytes
+            with isa.when(in_tile < context.pieces * PIECE_SCALES_BYTES):
                 isa.copy_async(target, source + offset, evict_first=True)
 
 

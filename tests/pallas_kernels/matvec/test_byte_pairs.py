@@ -28,7 +28,9 @@ configs = st.builds(
     warpgroups=st.sampled_from([1, 2]),
     warps_per_group=st.sampled_from([1, 2, 4]),
     ring_slots=st.just(4),
-    byte_pairs=st.builds(BytePairs, ring_slots=st.sampled_from([2, 4, 8])),
+    byte_pairs=st.builds(
+        BytePairs, warps_per_section=st.sampled_from([1, 2]), ring_slots=st.sampled_from([2, 4, 8])
+    ),
 )
 cases = st.builds(
     Case,
@@ -171,7 +173,7 @@ def test_several_ctas_fit_a_multiprocessor(rows, warpgroups, kib):
 
 
 def test_config_errors_name_the_field_and_the_allowed_values():
-    with pytest.raises(ValueError, match=r"BytePairs.ring_slots must be one of \(2, 4, 8\), not 3"):
+    with pytest.raises(ValueError, match=r"BytePairs.ring_slots must be one of \(2, 4, 8, 16\), not 3"):
         BytePairs(ring_slots=3)
     with pytest.raises(ValueError, match=r"Config.shared_list and Config.byte_pairs name different programs"):
         dataclasses.replace(DEFAULT, shared_list=SharedList())
