@@ -2,7 +2,7 @@
 
     python benchmarks/rows.py --output rows.json                       everything, about 90 s on an H200
     python benchmarks/rows.py --checks --output checks.json            correctness and batch invariance only
-    python benchmarks/rows.py --variants "pairs, 4 slots"              one program
+    python benchmarks/rows.py --variants "pairs, 2 warps, 8 slots"     one program
 
 Checks: every row against float64 at several mean bits, for Gaussian and for Cauchy-like activations; each row
 has the same bits as the row alone (which runs the kernel for one row), in batches of 2 to 16 rows, with other
@@ -55,8 +55,10 @@ VARIANTS: dict[str, SharedList | BytePairs | None] = {
     "8 warps, 16 slots": SharedList(warps=8, ring_slots=16, step_entries=32),
     "8 warps, steps of 64": SharedList(warps=8, ring_slots=8, step_entries=64),
     "4 warps, 8 slots": SharedList(warps=4, ring_slots=8, step_entries=32),
-    "pairs, 4 slots": BytePairs(ring_slots=4),
-    "pairs, 8 slots": BytePairs(ring_slots=8),
+    "pairs, 1 warp, 4 slots": BytePairs(warps_per_section=1, ring_slots=4),
+    "pairs, 1 warp, 8 slots": BytePairs(warps_per_section=1, ring_slots=8),
+    "pairs, 2 warps, 4 slots": BytePairs(warps_per_section=2, ring_slots=4),
+    "pairs, 2 warps, 8 slots": BytePairs(warps_per_section=2, ring_slots=8),
     "a list for each warp": None,
 }
 """Programs to compare. 4 warps where the configuration of a shape allows it, else 8."""
@@ -100,7 +102,7 @@ def compiled(functions: dict, arguments: dict) -> dict:
 def checked_variants(i: int, rows: int, names: list[str]) -> list[str]:
     """Returns the named variants to check on shape ``i``: a few of each program, because they compile."""
     shared = list(VARIANTS)[i : i + 1] + ["4 warps, 8 slots"] * (rows in (4, 16))
-    pairs = ["pairs, 8 slots" if i % 2 else "pairs, 4 slots"]
+    pairs = ["pairs, 1 warp, 4 slots", "pairs, 2 warps, 8 slots"]
     return [name for name in shared + pairs if name in names and takes(VARIANTS[name], rows)]
 
 

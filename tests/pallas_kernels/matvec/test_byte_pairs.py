@@ -145,8 +145,10 @@ def test_every_channel_at_the_highest_level():
 @pytest.mark.skipif(jax.__version_info__ < device.OLDEST_JAX, reason="the kernel needs jax >= 0.11.2")
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu[0])
 @pytest.mark.parametrize(("rows", "shape", "max_bits"), [(2, (4096, 6144), 8), (7, (300, 700), 6)], ids=str)
-def test_lowers_for(gpu, rows, shape, max_bits):
-    config = Config(warpgroups=2, warps_per_group=1, ring_slots=8, byte_pairs=BytePairs())
+@pytest.mark.parametrize("warps", [1, 2])
+def test_lowers_for(gpu, rows, shape, max_bits, warps):
+    byte_pairs = BytePairs(warps_per_section=warps)
+    config = Config(warpgroups=2, warps_per_group=1, ring_slots=8, byte_pairs=byte_pairs)
     arguments = (
         jax.ShapeDtypeStruct((rows, shape[0]), jnp.bfloat16),
         NestedWeight.abstract(*shape, max_bits),
@@ -163,13 +165,17 @@ def test_lowers_for(gpu, rows, shape, max_bits):
     assert "mosaic_gpu" in lowered.as_text()
 
 
-@pytest.mark.parametrize(("rows", "warpgroups", "kib"), [(2, 1, 56), (2, 2, 112), (4, 1, 74)])
-def test_several_ctas_fit_a_multiprocessor(rows, warpgroups, kib):
-    """4, 2 and 3 CTAs fit the 227 KiB of an H200's multiprocessor, of which each CTA takes 1 KiB more."""
-    config = Config(warpgroups=warpgroups, warps_per_group=1, ring_slots=8, byte_pairs=BytePairs())
+@pytest.mark.parametrize(
+    ("rows", "warpgroups", "warps", "slots", "ctas"),
+    [(2, 1, 1, 4, 4), (2, 2, 1, 4, 2), (4, 1, 1, 4, 3), (4, 1, 2, 4, 3), (4, 2, 2, 8, 1)],
+)
+def test_several_ctas_fit_a_multiprocessor(rows, warpgroups, warps, slots, ctas):
+    """A CTA takes 1 KiB more than its shared memory of the 228 KiB of an H200's multiprocessor."""
+    byte_pairs = BytePairs(warps_per_section=warps, ring_slots=slots)
+    config = Config(warpgroups=warpgroups, warps_per_group=1, ring_slots=8, byte_pairs=byte_pairs)
     x = Activations.of(jnp.zeros((rows, 1024), jnp.bfloat16))
     geometry = kernel.geometry_of(x, NestedWeight.abstract(1024, 512), config)
-    assert geometry.shared_bytes <= kib * 1024
+    assert ctas * (geometry.shared_bytes + 1024) <= 228 * 1024
 
 
 def test_config_errors_name_the_field_and_the_allowed_values():
