@@ -77,7 +77,7 @@ def takes(program: SharedList | BytePairs | None, rows: int) -> bool:
     """Returns whether the program is for this number of rows."""
     if isinstance(program, SharedList):
         return rows > 1
-    return rows <= 8 if program is None else 1 < rows <= 8
+    return rows <= 8
 
 
 def draw_x(rows: int, k: int, kind: str, seed: int = 0) -> np.ndarray:
