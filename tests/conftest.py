@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -53,6 +54,21 @@ import jax
 import jaxtyping
 import numpy as np
 import pytest
+from jax._src.interpreters import mlir
+
+if not hasattr(mlir, "_create_ir_context"):
+    # jax 0.10 and 0.11 create a context of MLIR for each program, which is a third of the time of a small one.
+    # Later releases lower ten programs of a thread in one context.
+    _create_context = mlir.make_ir_context
+    _contexts = threading.local()
+
+    def _reused_context():
+        if not getattr(_contexts, "uses_left", 0):
+            _contexts.context, _contexts.uses_left = _create_context(), 10
+        _contexts.uses_left -= 1
+        return _contexts.context
+
+    mlir.make_ir_context = _reused_context
 
 if HAS_OLD_EMITTERS and not ON_GPU:
     from jax._src import compiler
