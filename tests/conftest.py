@@ -57,8 +57,8 @@ import pytest
 from jax._src.interpreters import mlir
 
 if not hasattr(mlir, "_create_ir_context"):
-    # jax 0.10 and 0.11 create a context of MLIR for each program, which is a third of the time of a small one.
-    # Later releases lower ten programs of a thread in one context.
+    # jax 0.10 and 0.11 create a context of MLIR for each program, which takes half of the time of a small
+    # one. Later releases lower ten programs of a thread in one context.
     _create_context = mlir.make_ir_context
     _contexts = threading.local()
 
