@@ -15,14 +15,14 @@ from grinqh_jax.hf import HFCheckpoint
 from grinqh_jax.text.tokenizer import Tokenizer
 
 BUNDLED, MIXED, SELF = NAMED = ("bundled", "mixed", "self")
-"""Texts that have a name: the default, documents of several kinds, and text that the model itself samples."""
+"""Texts that have a name: plain text, documents of several kinds, and text that the model itself samples."""
 
 BUNDLED_TEXT = Path(__file__).parents[1] / "data" / "calibration.txt"
 
 CALIB_HELP = (
     "calibration texts, with equal shares of the tokens (a text named twice gets two shares): .txt files, "
     f".jsonl files with text, question and answer, or messages, {MIXED} (several kinds, and chats), {SELF} "
-    f"(sampled from the model) or {BUNDLED} (default)"
+    f"(sampled from the model) or {BUNDLED} (default: {BUNDLED}, for a model with a chat template with {MIXED})"
 )
 """Description of the flag ``--calib``."""
 
@@ -67,14 +67,14 @@ def read_calibration(source: HFCheckpoint, texts: Sequence[Path | str], tokens: 
 
     Args:
       source: Checkpoint whose tokenizer and vocabulary are used.
-      texts: Files (see ``documents.read``), or names from ``NAMED``. Empty selects ``BUNDLED``.
+      texts: Files (see ``documents.read``), or names from ``NAMED``. Empty selects ``default_texts``.
       tokens: Maximum number of tokens.
 
     Raises:
       GrinqhError: The tokenizer is missing or does not fit the model, or a text is too short.
     """
     tokenizer = Tokenizer.load(source.directory)
-    shares = collections.Counter(texts or [BUNDLED])
+    shares = collections.Counter(texts or default_texts(tokenizer))
     names = [str(text) if text in NAMED else Path(text).name for text in shares]
     share = tokens // shares.total()
     length = min(MAX_WINDOW, source.config.max_position_embeddings)
@@ -96,6 +96,14 @@ def read_calibration(source: HFCheckpoint, texts: Sequence[Path | str], tokens: 
         )
     shared = [f"{n} {name}" if n > 1 else name for name, n in zip(names, shares.values(), strict=True)]
     return Calibration(windows=token_windows, other=other, name="+".join(shared))
+
+
+def default_texts(tokenizer: Tokenizer) -> list[Path | str]:
+    """Returns the names of the default texts: ``BUNDLED``, with ``MIXED`` if the model has a chat template.
+
+    Chats diverge less if the calibration text has some, and other texts a little more (``docs/quality.md``).
+    """
+    return [BUNDLED, MIXED] if tokenizer.has_chat_template else [BUNDLED]
 
 
 def _in_turns(sets: Sequence[Int32[np.ndarray, "_ t"]], shares: Sequence[int]) -> Int32[np.ndarray, "s t"]:

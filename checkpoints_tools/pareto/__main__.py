@@ -70,7 +70,7 @@ def pareto(args: argparse.Namespace) -> int:
     if args.dtype == "float32":  # By default a GPU multiplies float32 in fewer bits.
         jax.config.update("jax_default_matmul_precision", "highest")
     path = args.json or context.work / "pareto.json"
-    facts = _circumstances(args, source.directory.name, timing)
+    facts = _circumstances(args, context, timing)
     results: dict[str, Any] = {}
     for findings in _measure(args, context, timing):
         results = facts | findings
@@ -118,8 +118,9 @@ def _data(args: argparse.Namespace) -> list[TextFile | ProblemFile]:
     return [*texts, *problems]
 
 
-def _circumstances(args: argparse.Namespace, model: str, timing: Timing | None) -> dict[str, Any]:
+def _circumstances(args: argparse.Namespace, context: SweepContext, timing: Timing | None) -> dict[str, Any]:
     """Returns the fields of the results that say how and on what they were measured."""
+    model = context.source.directory.name
     return {
         "title": args.title or f"{model}: quality against bits",
         "model": model,
@@ -127,7 +128,7 @@ def _circumstances(args: argparse.Namespace, model: str, timing: Timing | None) 
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": jax.devices()[0].device_kind,
         "versions": {"grinqh-jax": __version__, "jax": jax.__version__},
-        "calibration": {"text": args.calib.name if args.calib else "bundled", "tokens": args.calib_tokens},
+        "calibration": {"text": context.calibration.name, "tokens": args.calib_tokens},
         "measured": {
             "tokens": args.tokens,
             "sequence_length": args.sequence_length,

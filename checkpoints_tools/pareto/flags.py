@@ -100,7 +100,7 @@ def parser() -> cli.Parser:
         metavar="'LABEL: FLAGS'",
         help="another GRINQH curve with options of convert, such as 'plain: --basis original --no-refit'",
     )
-    add("--calib", type=Path, metavar="FILE", help="calibration text of all methods (default: a bundled one)")
+    add("--calib", type=Path, metavar="FILE", help="calibration text of all methods (default: as convert)")
     add(
         "--calib-tokens",
         type=flags.positive,

@@ -84,7 +84,7 @@ class SweepContext:
     Attributes:
       source: Unquantized checkpoint.
       work: Directory of the checkpoints.
-      calib: Calibration text of all methods; None selects the bundled one.
+      calib: Calibration text of all methods; None selects the default texts.
       calib_tokens: Maximum number of calibration tokens.
       dtype: Dtype that models are measured in, ``float32`` or ``bfloat16``; None selects the device's.
       progress: Opens a progress bar for each checkpoint that is made.

@@ -1,7 +1,9 @@
 """Calibration text: the windows, and how they are split."""
 
 import re
+import shutil
 
+import byte_model
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from checkpoints_tools.calibration import text
 from checkpoints_tools.calibration.text import BUNDLED, MIXED, SELF, read_calibration
 from grinqh_jax.errors import UsageError
 from grinqh_jax.hf import load_decoder, open_checkpoint
+from grinqh_jax.text.tokenizer import Tokenizer
 
 
 def encode(piece):
@@ -131,6 +134,16 @@ def test_the_bundled_text_is_the_default(source):
     mixed = read_calibration(source, [MIXED, BUNDLED], 2048)
     assert (mixed.name, mixed.windows.shape) == ("mixed+bundled", (16, 128))
     assert not np.array_equal(mixed.windows[:4], default.windows[:4])
+
+
+def test_the_default_of_a_model_with_a_chat_template_has_chats(dense_directory, tmp_path):
+    shutil.copytree(dense_directory, directory := tmp_path / "chat")
+    byte_model.write_companions(directory, chat=True)
+    plain, chat = (read_calibration(open_checkpoint(path), [], 4096) for path in (dense_directory, directory))
+    assert (plain.name, chat.name) == ("bundled", "bundled+mixed")
+    turn = Tokenizer.load(directory).encode("<|turn|>")
+    assert not np.isin(plain.windows, turn).any()
+    assert np.isin(chat.windows, turn).any()
 
 
 def test_text_of_the_model_itself_is_reproducible_and_likely(source):
