@@ -22,7 +22,7 @@ BUNDLED_TEXT = Path(__file__).parents[1] / "data" / "calibration.txt"
 CALIB_HELP = (
     "calibration texts, with equal shares of the tokens (a text named twice gets two shares): .txt files, "
     f".jsonl files with text, question and answer, or messages, {MIXED} (several kinds, and chats), {SELF} "
-    f"(sampled from the model) or {BUNDLED} (default: {BUNDLED}, for a model with a chat template with {MIXED})"
+    f"(sampled from the model) or {BUNDLED} (default: {BUNDLED}, with {MIXED} if there is a chat template)"
 )
 """Description of the flag ``--calib``."""
 
