@@ -66,7 +66,7 @@ def converted(source, words: list[str], work: pathlib.Path) -> tuple[pathlib.Pat
     facts = {
         "seconds": round(time.monotonic() - start, 1),
         "calibration_tokens": int(calibration.windows.size),
-        "bits_per_weight_stored": round(bits_per_weight_stored(source, args.max_bits), 3),
+        "bits_per_weight_stored": round(bits_per_weight_stored(source.config, args.max_bits), 3),
         "bytes_on_disk": directory_bytes(out),
         "not_done": plan.not_done,
     }

@@ -132,7 +132,7 @@ def convert(args: argparse.Namespace) -> int:
     out = convert_with_progress(plan, args.out, overwrite=args.force)
     write_card(out, origin_of(source, args.model))
     print(
-        f"{out}: {bits_per_weight_stored(source, args.max_bits):.3f} bits per weight stored, "
+        f"{out}: {bits_per_weight_stored(source.config, args.max_bits):.3f} bits per weight stored, "
         f"{directory_bytes(out) / 1e6:,.1f} MB on disk, peak memory {peak_host_memory() / 2**20:,.0f} MiB, "
         f"{time.monotonic() - started:.0f} s"
     )

@@ -143,7 +143,9 @@ class Plan:
             "split": self.options.split,
             "gains": self.gains,
             "refit": list(self.refit),
-            "bits_per_weight_stored": round(bits_per_weight_stored(self.source, self.options.max_bits), 4),
+            "bits_per_weight_stored": round(
+                bits_per_weight_stored(self.source.config, self.options.max_bits), 4
+            ),
             "calibration": {
                 "text": self.calibration.name,
                 "windows": len(windows),

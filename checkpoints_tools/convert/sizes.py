@@ -1,24 +1,34 @@
 """The size of a checkpoint, in memory and on disk."""
 
+import math
 import os
 from pathlib import Path
 
-import jax
+from flax.traverse_util import flatten_dict
 
-from grinqh_jax.hf import HFCheckpoint
-from grinqh_jax.model.decoder import linear_shapes, weights_stored
-from pallas_kernels import NestedWeight
+from grinqh_jax.checkpoint.quantization import VERSION
+from grinqh_jax.checkpoint.version_1 import stored_tree
+from grinqh_jax.model.config import ModelConfig
+from grinqh_jax.model.decoder import abstract_tree, weights_stored
+
+WEIGHT_LEAVES = ("planes", "scales", "gains")
 
 
-def bits_per_weight_stored(source: HFCheckpoint, max_bits: int) -> float:
-    """Returns the bits per weight of the linear layers in memory, scales and padding included."""
-    weights = weights_stored(source.config)
-    stored = 0
-    for name, (k, n) in linear_shapes(source.config).items():
-        matrices = weights[name] // (k * n)
-        leaves = jax.tree.leaves(NestedWeight.abstract(k, n, max_bits))
-        stored += matrices * sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    return 8 * stored / sum(weights.values())
+def bits_per_weight_stored(config: ModelConfig, max_bits: int, version: int = VERSION) -> float:
+    """Returns the bits per weight of the linear layers in a checkpoint, scales and padding included.
+
+    Args:
+      config: Configuration of the model.
+      max_bits: Bits of the stored codes.
+      version: Version of the format.
+    """
+    leaves = flatten_dict(stored_tree(abstract_tree(config, max_bits, 2), version))
+    stored = sum(
+        math.prod(leaf.shape) * leaf.dtype.itemsize
+        for path, leaf in leaves.items()
+        if path[-1] in WEIGHT_LEAVES
+    )
+    return 8 * stored / sum(weights_stored(config).values())
 
 
 def directory_bytes(directory: Path) -> int:

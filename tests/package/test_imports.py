@@ -27,7 +27,7 @@ LAYERS = {
         {"calibration"},
         {"quantizers", "publish"},
         {"convert"},
-        {"baselines"},
+        {"baselines", "migrate"},
         {"pareto"},
     ],
 }

@@ -1,0 +1,1 @@
+"""Checkpoints of older format versions, written in the present one."""
