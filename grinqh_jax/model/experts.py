@@ -123,7 +123,7 @@ class ChosenDense(NamedTuple):
 
     def dense(self, x: Float[Array, "*rows k"], dtype=None) -> Float[Array, "*rows n"]:
         """Returns ``x @ W`` of the expert of each row, summed in float32, in ``dtype`` (default: x's)."""
-        y = _grouped_matmul(x.reshape(-1, x.shape[-1]), self.kernel, self.experts.reshape(-1))
+        y = _jitted_matmul(x.reshape(-1, x.shape[-1]), self.kernel, self.experts.reshape(-1))
         return y.reshape(*x.shape[:-1], -1).astype(dtype or x.dtype)
 
 
@@ -232,3 +232,6 @@ def _grouped_matmul_backward(residuals, gradient):
 
 
 _grouped_matmul.defvjp(_grouped_matmul_forward, _grouped_matmul_backward)
+
+_jitted_matmul = jax.jit(_grouped_matmul, inline=True)
+"""Outside of a traced function, the loop over blocks would be compiled again at every call."""

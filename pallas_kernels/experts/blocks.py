@@ -29,6 +29,8 @@ def map_blocks(
 
     The work is that of the rows, plus at most one partly filled block for each expert that has any. Experts
     without rows cost nothing, so a function that reads the weights of its expert reads no others.
+    ``jax.lax.ragged_dot`` (jax 0.10.2 and 0.12) multiplies all rows by all experts on a CPU: with 1,024 rows
+    and 128 experts it takes 40 to 60 times as long as this loop on two cores.
 
     Args:
       function: Function from an expert and a block of ``rows`` to float32 ``[block, outputs]``. Rows that

@@ -30,6 +30,10 @@ VOCABULARY_STEP = 16
 SHARED_TOKENS = np.random.default_rng(11).integers(2, 16384, (1, 24))
 
 
+MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+"""Names of Mixtral's projections, and those of other families."""
+
+
 def torch_model(hf_config: dict, seed: int = 0) -> transformers.PreTrainedModel:
     """Returns the random model in transformers, in float32."""
     config = transformers.AutoConfig.for_model(**copy.deepcopy(hf_config))
@@ -46,8 +50,9 @@ def with_fused_experts(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns weights with the names that transformers 5 gives experts in memory: one tensor for all."""
     fused, experts = {}, collections.defaultdict(dict)
     for name, value in state.items():
+        name = name.replace(".block_sparse_moe.", ".mlp.")
         if match := re.fullmatch(r"(.*\.experts)\.(\d+)\.(\w+)\.weight", name):
-            experts[match[1]][int(match[2]), match[3]] = value
+            experts[match[1]][int(match[2]), MIXTRAL.get(match[3], match[3])] = value
         else:
             fused[name] = value
     for prefix, values in experts.items():

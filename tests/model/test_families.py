@@ -65,6 +65,14 @@ REFUSED = {
         ({"num_experts_per_tok": 9}, "num_experts_per_tok 9 exceeds the 8 experts"),
         ({"moe_intermediate_size": 0}, "moe_intermediate_size is 0"),
     ],
+    "mixtral": [
+        ({"num_experts_per_tok": 6}, "num_experts_per_tok 6 exceeds the 5 experts"),
+        ({"attention_bias": True}, "attention_bias True"),
+    ],
+    "olmoe": [
+        ({"clip_qkv": 8.0}, "clip_qkv 8.0"),
+        ({"layer_types": ["sliding_attention"] * 3}, "layer_types sliding_attention without"),
+    ],
     "mistral": [
         ({"layer_types": ["full_attention"] * 3}, "layer_types of another kind"),
         ({"attention_bias": True}, "attention_bias True"),

@@ -1,7 +1,7 @@
-"""Mistral, Ministral and Ministral 3."""
+"""Mistral, Mixtral, Ministral and Ministral 3."""
 
 from grinqh_jax.model.config_reader import GLOBAL, SLIDING, ConfigReader
-from grinqh_jax.model.families.family import Family, layer
+from grinqh_jax.model.families.family import TENSORS, Family, layer, read_experts
 from grinqh_jax.model.families.rope import read_rope
 from grinqh_jax.model.layer_spec import Attention, Description, QueryGrowth
 
@@ -33,6 +33,19 @@ def _same_window(reader: ConfigReader) -> list[int | None]:
 
 def _mistral(reader: ConfigReader) -> Description:
     return _layers(reader, _same_window(reader))
+
+
+def _mixtral(reader: ConfigReader) -> Description:
+    count, experts = read_experts(reader, ("num_local_experts",), normalized=True)
+    rope, activation = read_rope(reader, theta=1000000.0), reader.activation()
+    return Description(
+        layers=tuple(
+            layer(Attention(rope=rope, window=window), activation, experts=experts)
+            for window in _same_window(reader)
+        ),
+        num_experts=count,
+        expert_size=reader.integer("intermediate_size"),
+    )
 
 
 def _ministral(reader: ConfigReader) -> Description:
@@ -78,6 +91,28 @@ FAMILIES = (
         architecture="MistralForCausalLM",
         describe=_mistral,
         defaults=_DEFAULTS,
+    ),
+    Family(
+        model_type="mixtral",
+        architecture="MixtralForCausalLM",
+        describe=_mixtral,
+        mixtures=True,
+        tensors={
+            **TENSORS,
+            "layers.{i}.router.kernel": ("model.layers.{i}.block_sparse_moe.gate.weight",),
+            "layers.{i}.experts_gate_up.kernel": (
+                "model.layers.{i}.block_sparse_moe.experts.{e}.w1.weight",
+                "model.layers.{i}.block_sparse_moe.experts.{e}.w3.weight",
+            ),
+            "layers.{i}.experts_down.kernel": ("model.layers.{i}.block_sparse_moe.experts.{e}.w2.weight",),
+        },
+        defaults={
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+        },
     ),
     Family(
         model_type="ministral",

@@ -1,7 +1,10 @@
-"""OLMo 2 and 3: norms after attention and MLP instead of before, one norm for all query or all key heads."""
+"""OLMo 2 and 3: norms after attention and MLP instead of before, one norm for all query or all key heads.
+
+OLMoE has mixtures of experts, and its norms are before.
+"""
 
 from grinqh_jax.model.config_reader import GLOBAL, SLIDING, ConfigReader
-from grinqh_jax.model.families.family import TENSORS, Family, layer
+from grinqh_jax.model.families.family import TENSORS, Family, layer, read_experts
 from grinqh_jax.model.families.rope import read_rope, read_ropes_by_kind
 from grinqh_jax.model.layer_spec import Attention, Description, LayerSpec, Norm
 from grinqh_jax.model.rope import RopeConfig
@@ -43,6 +46,28 @@ def _olmo3(reader: ConfigReader) -> Description:
     )
 
 
+def _olmoe(reader: ConfigReader) -> Description:
+    reader.refuse("clip_qkv", "sliding_window")
+    layers = reader.layer_types([GLOBAL] * reader.integer("num_hidden_layers"))
+    reader.windows(layers, None)
+    count, experts = read_experts(
+        reader, ("num_experts", "num_local_experts"), normalized=reader.switch("norm_topk_prob")
+    )
+    bias = reader.switch("attention_bias")
+    spec = layer(
+        Attention(rope=read_rope(reader), head_norms=HEAD_NORMS),
+        reader.activation(),
+        qkv_bias=bias,
+        o_bias=bias,
+        experts=experts,
+    )
+    return Description(
+        layers=(spec,) * len(layers),
+        num_experts=count,
+        expert_size=reader.integer("intermediate_size"),
+    )
+
+
 _TENSORS = {
     **TENSORS,
     "layers.{i}.attention_output_norm.scale": ("model.layers.{i}.post_attention_layernorm.weight",),
@@ -66,5 +91,17 @@ FAMILIES = (
         biases=("attention_bias",),
         tensors=_TENSORS,
         defaults=_DEFAULTS | {"sliding_window": 4096},
+    ),
+    Family(
+        model_type="olmoe",
+        architecture="OlmoeForCausalLM",
+        describe=_olmoe,
+        biases=("attention_bias",),
+        mixtures=True,
+        defaults={
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "num_experts_per_tok": 8,
+        },
     ),
 )
