@@ -3,8 +3,8 @@
     python examples/chat_model_figure.py [--output docs/figures/smollm2.svg]
 
 Needs matplotlib (the extra ``eval``). The script reads a committed result of
-``benchmarks/conversion_quality.py`` and draws the same file each time. Bits read include scales and zero points, and for GRINQH the output
-projection, which the other methods leave in 16 bits.
+``benchmarks/conversion_quality.py`` and draws the same file each time. Bits read include scales and zero
+points, and for GRINQH the output projection, which the other methods leave in 16 bits.
 """
 
 import argparse
