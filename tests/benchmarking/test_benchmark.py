@@ -95,7 +95,7 @@ def long_run(tiny_model):
     return measure.DecodeRun(tiny_model, context=16, tokens=64)
 
 
-@pytest.mark.parametrize("bits", [2.0, 3.0, 8.0])
+@pytest.mark.parametrize("bits", [2.0, 3.0, pytest.param(8.0, marks=pytest.mark.slow)])
 def test_a_settled_run_reads_the_requested_bits(long_run, bits):
     figures = long_run.figures(long_run.run(long_run.settle(random_model.TARGETS, bits)))
     assert figures["realised_bits"] == pytest.approx(bits, abs=0.03)

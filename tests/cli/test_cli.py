@@ -120,7 +120,7 @@ def test_a_system_prompt_must_be_utf8(capsys, chat_directory):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["generate", "-p", "x", "-m", "2"],
+        pytest.param(["generate", "-p", "x", "-m", "2"], marks=pytest.mark.slow),
         pytest.param(["generate", "-p", "x", "-m", "2", "--json"], marks=pytest.mark.slow),
         ["generate", "--help"],
     ],

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from grinqh_jax.cli.line_reader import HISTORY_LINES
 
 START = """
@@ -79,6 +81,7 @@ class Terminal:
         return self._process.wait(60)
 
 
+@pytest.mark.slow
 def test_a_conversation_in_a_terminal(chat_directory, tmp_path):
     environment = {"JAX_PLATFORMS": "cpu", "XDG_STATE_HOME": str(tmp_path), "TERM": "xterm"}
     environment |= {"INPUTRC": os.devnull, "PYTHONPATH": os.pathsep.join(sys.path)}

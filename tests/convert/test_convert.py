@@ -27,7 +27,7 @@ from checkpoints_tools.convert import (
     refit_tokens,
     train_gains,
 )
-from checkpoints_tools.convert.options import BASES, Options
+from checkpoints_tools.convert.options import Options
 from checkpoints_tools.convert.plan import make_plan
 from grinqh_jax import checkpoint
 from grinqh_jax.decoding.statistics import weighted_mean
@@ -122,6 +122,7 @@ def test_a_llama_in_its_principal_basis_makes_the_same_predictions(llama, calib,
     assert_same_predictions(loaded.model, load_decoder(open_checkpoint(llama), jnp.float32))
 
 
+@pytest.mark.slow
 def test_a_projection_with_more_inputs_than_tokens_keeps_its_weights_and_is_named(
     calib, tmp_path, monkeypatch, capsys
 ):
@@ -218,8 +219,15 @@ def test_a_killed_conversion_resumes_and_ends_the_same(qwen3, tmp_path, capsys):
         assert gains[-1] == 1
 
 
-@pytest.mark.parametrize("basis", BASES)
-@pytest.mark.parametrize("refit", [False, True])
+@pytest.mark.parametrize(
+    ("basis", "refit"),
+    [
+        ("original", False),
+        ("principal", True),
+        pytest.param("original", True, marks=pytest.mark.slow),
+        pytest.param("principal", False, marks=pytest.mark.slow),
+    ],
+)
 def test_progress_is_reported_as_often_as_planned(qwen3, calib, tmp_path, monkeypatch, basis, refit):
     monkeypatch.setattr(train_gains, "STEPS", 2)
     monkeypatch.setattr(train_gains, "LEAST_TOKENS", 256)
@@ -241,7 +249,7 @@ def test_progress_is_reported_as_often_as_planned(qwen3, calib, tmp_path, monkey
 @pytest.mark.parametrize(
     "refit",
     [
-        (),
+        pytest.param((), marks=pytest.mark.slow),
         pytest.param(("qkv", "o", "gate_up"), marks=pytest.mark.slow),
         ("qkv", "o", "gate_up", "down", "lm_head"),
     ],

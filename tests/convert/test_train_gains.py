@@ -228,6 +228,7 @@ def test_the_gradient_of_a_graded_product_matches_the_dequantized_levels():
         np.testing.assert_allclose(actual_by_gains, by_gains, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", ["qwen3-tied"], indirect=True)
 def test_training_lowers_the_divergence_on_other_text(pair, monkeypatch):
     """The divergence falls at the trained settings and between them."""

@@ -147,7 +147,7 @@ USUAL_CHUNKS = [(policy.CPU, 16), (policy.GPU, 32)]
     [
         # Programs of other tests, and chunks of one step.
         pytest.param(0.0, [*USUAL_CHUNKS, (policy.CPU, 8), (policy.GPU, 8), (policy.CPU, 1)], id="greedy"),
-        pytest.param(1.0, USUAL_CHUNKS, id="sampled"),
+        pytest.param(1.0, USUAL_CHUNKS, id="sampled", marks=pytest.mark.slow),
         pytest.param(0.0, EVERY_CHUNK, id="greedy-every-chunk", marks=pytest.mark.slow),
         pytest.param(1.0, EVERY_CHUNK, id="sampled-every-chunk", marks=pytest.mark.slow),
     ],

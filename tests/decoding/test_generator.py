@@ -29,7 +29,8 @@ def finished(generator, prompt=PROMPT, max_context=None, **request):
 
 
 def without_end(generator) -> Generator:
-    return with_defaults(generator)
+    """The generator with end tokens that no text has; as many as usual, for the same programs."""
+    return with_defaults(generator, eos_tokens=(-1, -1))
 
 
 def with_defaults(generator, **defaults) -> Generator:
@@ -105,8 +106,9 @@ def test_tokens_outside_the_vocabulary_are_refused(generator, token):
 
 def test_the_context_ends_the_text_and_refuses_a_long_prompt(generator):
     generator = without_end(generator)
-    generation = finished(generator, max_context=20, max_tokens=500)
-    assert len(generation.tokens) == 20 - len(PROMPT.encode())
+    prompt = "x" * 110  # in the usual context, for the same programs
+    generation = finished(generator, prompt, max_context=128, max_tokens=500)
+    assert len(generation.tokens) == 128 - 110
     assert generation.finish_reason == "length"
     with pytest.raises(UsageError, match="the prompt has 30 tokens and the context holds 20"):
         generator.generate("x" * 30, max_context=20)
@@ -119,7 +121,7 @@ def test_an_empty_prompt_is_replaced_by_a_special_token(generator):
     assert finished(with_bos, "", max_tokens=5).tokens == finished(with_bos, [65], max_tokens=5).tokens
     assert finished(generator, "", max_tokens=5).tokens == finished(generator, [0], max_tokens=5).tokens
     with pytest.raises(UsageError, match="prompt is empty"):
-        without_end(generator).generate("")
+        with_defaults(generator).generate("")
 
 
 @pytest.mark.parametrize("bits", [0.5, 8.1, float("nan")])

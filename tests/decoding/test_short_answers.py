@@ -9,7 +9,7 @@ from grinqh_jax.decoding.dial import layer_shares
 from grinqh_jax.decoding.generator import Generator
 from grinqh_jax.decoding.sampling import Sampling
 
-pytestmark = pytest.mark.usefixtures("optimized_programs")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimized_programs")]
 
 PROMPTS = [
     "Hi",
@@ -30,7 +30,7 @@ def bundled() -> Generator:
 
 
 @pytest.mark.parametrize("bits", [1.5, 2.0, 3.0, 4.0])
-@pytest.mark.parametrize("temperature", [0.0, pytest.param(0.8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_twenty_tokens_read_the_wanted_bits(bundled, bits, temperature):
     prompts, read = [bundled.tokenizer.encode(prompt) for prompt in PROMPTS], []
     decoding = Decoding(

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 IN_CI = bool(os.environ.get("CI"))
 
 
-def examples(count: int) -> settings:
-    """Tries ``count`` examples, five times as many in CI."""
-    return settings(max_examples=5 * count if IN_CI else count, derandomize=not IN_CI, deadline=None)
+def examples(count: int, in_ci: int | None = None) -> settings:
+    """Tries ``count`` examples; in CI ``in_ci``, by default five times as many."""
+    most = (in_ci or 5 * count) if IN_CI else count
+    return settings(max_examples=most, derandomize=not IN_CI, deadline=None)
 
 
 def shapes(*typical: tuple[int, ...]) -> st.SearchStrategy[tuple[int, ...]]:

@@ -59,15 +59,16 @@ def assert_equals_the_generator(answer, generator, prompt, request):
     assert answer.finish_reason == alone.finish_reason
 
 
-def test_two_hundred_requests_compile_nothing_and_equal_the_generator(engine, generator, compilations):
+@pytest.mark.parametrize("count", [60, pytest.param(200, marks=pytest.mark.slow)])
+def test_random_requests_compile_nothing_and_equal_the_generator(engine, generator, compilations, count):
     rng = random.Random(1)
-    cases = [random_case(rng) for _ in range(200)]
+    cases = [random_case(rng) for _ in range(count)]
     answers = [engine.submit(*case, top_logprobs=2 if i % 7 == 0 else None) for i, case in enumerate(cases)]
     for answer in answers:
         answer.result(60)
     assert not compilations
     assert engine.scheduler.allocator.in_use == 0
-    assert sum(answer.reused_tokens > 0 for answer in answers) > 20
+    assert sum(answer.reused_tokens > 0 for answer in answers) > count / 10
     for (_, request), answer in zip(cases, answers, strict=True):
         assert answer.finish_reason == ("stop" if answer.tokens[-1] in (0, 1) else "length")
         assert len(answer.tokens) == request.max_tokens or answer.finish_reason == "stop"

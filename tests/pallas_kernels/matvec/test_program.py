@@ -32,7 +32,7 @@ cases = st.builds(
 
 
 @given(case=cases)
-@examples(60)
+@examples(20, in_ci=300)
 def test_agrees_with_float64(case):
     x, weight, thresholds = case.arrays()
     assert_agrees_with_oracle(x, weight, thresholds, *emulate(x, weight, thresholds, case.config))
@@ -44,7 +44,7 @@ def test_agrees_with_float64(case):
     pieces=st.integers(1, 7),
     lacking=st.integers(0, 63),
 )
-@examples(20)
+@examples(6, in_ci=100)
 def test_a_last_tile_of_any_number_of_pieces(case, whole_tiles, pieces, lacking):
     out_features = 512 * whole_tiles + 64 * pieces - lacking
     case = dataclasses.replace(case, in_features=case.in_features % 300 + 1, out_features=out_features)

@@ -65,7 +65,7 @@ def alone(case, x, weight, thresholds, row, **norm):
 
 
 @given(case=cases, data=st.data())
-@examples(25)
+@examples(8, in_ci=125)
 def test_agrees_with_float64_and_with_the_row_alone(case, data):
     x, weight, thresholds = case.arrays()
     y, bits = emulate(x, weight, thresholds, case.config)
@@ -77,7 +77,7 @@ def test_agrees_with_float64_and_with_the_row_alone(case, data):
 
 
 @given(case=cases, whole_tiles=st.integers(0, 1), pieces=st.integers(1, 7), data=st.data())
-@examples(12)
+@examples(4, in_ci=60)
 def test_a_last_tile_of_any_number_of_pieces(case, whole_tiles, pieces, data):
     sizes = {"in_features": case.in_features % 300 + 1, "out_features": 512 * whole_tiles + 64 * pieces}
     case = dataclasses.replace(case, **sizes)
@@ -90,7 +90,7 @@ def test_a_last_tile_of_any_number_of_pieces(case, whole_tiles, pieces, data):
 
 
 @given(case=cases, rows=st.integers(1, 16), kind=st.sampled_from(["gaussian", "heavy", "all-zero"]))
-@examples(12)
+@examples(4, in_ci=60)
 def test_a_row_has_the_same_bits_in_any_company(case, rows, kind):
     """The row moves to another place among other rows, in a batch of another size."""
     x, weight, thresholds = case.arrays()
