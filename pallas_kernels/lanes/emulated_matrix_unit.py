@@ -25,12 +25,11 @@ def multiply_fragments(a: list[np.ndarray], b: list[np.ndarray]) -> list[np.ndar
     """
     threads, n = a[0].shape
     warps = threads // LANES
-    row, column = np.divmod(np.arange(LANES), 4)
-    element = n * column[:, None] + np.arange(n)
-    left, right = np.zeros((warps, 16, 8 * n)), np.zeros((warps, 8 * n, 8))
+    left, right = np.empty((warps, 2, 8, 2, 4 * n)), np.empty((warps, 2, 4 * n, 8))
     for register, (i, j) in zip(a, _OPERAND, strict=True):
-        left[:, (row + 8 * i)[:, None], element + 4 * n * j] = register.reshape(warps, LANES, n)
+        left[:, i, :, j] = register.reshape(warps, 8, 4 * n)  # Four lanes hold a row.
     for j, register in enumerate(b):
-        right[:, element + 4 * n * j, row[:, None]] = register.reshape(warps, LANES, n)
-    product = left @ right
-    return [product[:, row + 8 * i, 2 * column + j].reshape(-1) for i, j in _RESULT]
+        right[:, j] = register.reshape(warps, 8, 4 * n).swapaxes(1, 2)  # Four lanes hold a column.
+    product = left.reshape(warps, 16, 8 * n) @ right.reshape(warps, 8 * n, 8)
+    pairs = product.reshape(warps, 2, 8, 4, 2)
+    return [pairs[:, i, :, :, j].reshape(-1) for i, j in _RESULT]
