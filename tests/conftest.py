@@ -191,7 +191,6 @@ LONGEST_FILES = (
     "benchmarking/test_benchmark.py",
     "evaluation/test_tasks.py",
     "pareto/test_pareto.py",
-    "decoding/test_short_answers.py",
     "evaluation/test_perplexity.py",
     "convert/test_bundled_model.py",
 )
