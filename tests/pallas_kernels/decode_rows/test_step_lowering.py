@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import json
 import re
 
 import jax
@@ -44,9 +45,26 @@ def lowered(function, name: str, batch: int) -> str:
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize("name", ["Qwen3-8B", "Llama-3.1-8B", "Qwen3-14B"])
+NARROW = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "rms_norm_eps": 1e-05,
+    "max_position_embeddings": 8192,
+}
+"""The shape of SmolLM2-135M, in which the last tiles of ``qkv``, ``o`` and ``down`` are narrow."""
+
+
+@pytest.mark.parametrize("name", ["Qwen3-8B", "Llama-3.1-8B", "Qwen3-14B", "narrow"])
 @pytest.mark.parametrize("batch", [1, 4])
-def test_kernels_of_a_step(name, batch):
+def test_kernels_of_a_step(name, batch, tmp_path):
+    if name == "narrow":
+        (tmp_path / "config.json").write_text(json.dumps(NARROW))
+        name = str(tmp_path)
     text = lowered(engine.decode_step, name, batch)
     calls = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
     kernels = collections.Counter(re.search(r"00(\w+)_kernel_mosaic_gpu", call).group(1) for call in calls)
