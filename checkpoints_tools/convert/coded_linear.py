@@ -46,7 +46,7 @@ class CodedLinear(nnx.Module):
     @classmethod
     def of_planes(cls, linear: GradedLinear) -> "CodedLinear":
         """Returns the codes of a layer that is stored in planes; its level gains are left out."""
-        stored, scales = _logical(linear.weight)
+        stored, scales = logical_codes(linear.weight)
         return cls(stored, scales, linear.thresholds[...], None if linear.bias is None else linear.bias[...])
 
     def select(self, start: int, stop: int) -> "CodedLinear":
@@ -74,14 +74,21 @@ class CodedLinear(nnx.Module):
           level_gains: Factors of levels ``1..P``.
           outputs: The result of an earlier call. It is returned as it is, and only a gradient needs products.
         """
-        level = grading.levels(x, thresholds)
-        # Not a gather: its gradient would be a scatter into P numbers, which is slow.
-        gain = level_gains[0]
-        for index in range(1, self.num_planes):
-            gain = jnp.where(level > index, level_gains[index], gain)
-        scaled = (x * gain).astype(x.dtype)
+        scaled, level = graded_inputs(x, thresholds, level_gains)
         y = _product(self.num_planes, self.codes[...], self.scales[...], scaled, level, outputs)
         return y if self.bias is None or outputs is not None else y + self.bias[...]
+
+
+def graded_inputs(
+    x: Float[Array, "*rows k"], thresholds: Float[Array, "*#rows p"], level_gains: Float[Array, "p"]
+) -> tuple[Float[Array, "*rows k"], Int[Array, "*rows k"]]:
+    """Returns the activations times the gains of their levels, and the levels."""
+    level = grading.levels(x, thresholds)
+    # Not a gather: its gradient would be a scatter into P numbers, which is slow.
+    gain = level_gains[0]
+    for index in range(1, len(level_gains)):
+        gain = jnp.where(level > index, level_gains[index], gain)
+    return (x * gain).astype(x.dtype), level
 
 
 def level_weights(
@@ -115,8 +122,17 @@ def _is_read(level: Int[Array, "*rows k"], first: int, num_planes: int) -> Bool[
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(num_planes, stored, scales, scaled, level, outputs):
     """Returns ``CodedLinear.graded`` without bias. ``scaled`` holds the activations times their gains."""
-    if outputs is not None:
-        return outputs
+    return product(num_planes, stored, scales, scaled, level) if outputs is None else outputs
+
+
+def product(
+    num_planes: int,
+    stored: UInt8[Array, "k n"],
+    scales: Float16[Array, "g n"],
+    scaled: Float[Array, "*rows k"],
+    level: Int[Array, "*rows k"],
+) -> Float[Array, "*rows n"]:
+    """Returns the product of the result of ``graded_inputs`` with codes, float32."""
     total = jnp.zeros((), jnp.float32)
     for first, read_level in _products(num_planes):
         inputs = jnp.where(_is_read(level, first, num_planes), scaled, 0)
@@ -133,19 +149,30 @@ def _product_forward(num_planes, stored, scales, scaled, level, outputs):
 
 def _product_backward(num_planes, residuals, gradient):
     stored, scales, level, like = residuals
-    gradient = gradient.astype(like.dtype)
-    total = jnp.zeros((), like.dtype)
+    back = inputs_gradient(num_planes, stored, scales, gradient.astype(like.dtype), level)
+    return None, None, back, None, None
+
+
+def inputs_gradient(
+    num_planes: int,
+    stored: UInt8[Array, "k n"],
+    scales: Float16[Array, "g n"],
+    gradient: Float[Array, "*rows n"],
+    level: Int[Array, "*rows k"],
+) -> Float[Array, "*rows k"]:
+    """Returns the gradient at the scaled inputs of ``product``, in the dtype of that at its result."""
+    total = jnp.zeros((), gradient.dtype)
     for first, read_level in _products(num_planes):
-        kernel = level_weights(stored, scales, read_level, like.dtype)
+        kernel = level_weights(stored, scales, read_level, gradient.dtype)
         total = jnp.where(_is_read(level, first, num_planes), jnp.matmul(gradient, kernel.T), total)
-    return None, None, jnp.where(level > 0, total, 0), None, None
+    return jnp.where(level > 0, total, 0)
 
 
 _product.defvjp(_product_forward, _product_backward)
 
 
 @jax.jit
-def _logical(weight: NestedWeight) -> tuple[UInt8[Array, "k n"], Float16[Array, "g n"]]:
+def logical_codes(weight: NestedWeight) -> tuple[UInt8[Array, "k n"], Float16[Array, "g n"]]:
     """Returns codes and scales of a weight in logical order, without padding."""
     digits = codes.unpack(weight.planes)[:, : weight.in_features, : weight.out_features]
     shifts = range(8 - layout.DIGIT_BITS, -1, -layout.DIGIT_BITS)

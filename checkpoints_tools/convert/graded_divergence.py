@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from checkpoints_tools.calibration.statistics import first_scored_position
+from checkpoints_tools.convert.coded_experts import ChosenCoded
 from checkpoints_tools.convert.coded_linear import CodedLinear
 from checkpoints_tools.convert.graded_model import GradedHead, GradedModel, WindowStates
 from checkpoints_tools.source.array_cache import free_bytes
@@ -33,7 +34,7 @@ from pallas_kernels import Activations, layout
 LevelGains = Mapping[str, Float[Array, "p"]]
 """Gains of levels ``1..P``, by linear layer."""
 
-Outputs = Mapping[str, Float[Array, "s t n"]]
+Outputs = Mapping[str, Float[Array, "s t *experts n"]]
 """Outputs of the projections of a layer, by projection."""
 
 LOGITS_IN_MEMORY = 1 << 27
@@ -123,7 +124,7 @@ class _GradedWithGains:
         self.outputs: dict[str, Array] = dict(outputs or {})
 
     def __call__(self, name: str, linear: Any, x: Activations) -> Activations:
-        assert isinstance(linear, CodedLinear), "the layers of a graded model are coded"
+        assert isinstance(linear, CodedLinear | ChosenCoded), "the layers of a graded model are coded"
         projection, inputs = name.rpartition(".")[2], x.array
         y = linear.graded(
             inputs,

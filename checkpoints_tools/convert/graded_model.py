@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
+from checkpoints_tools.convert.coded_experts import CodedExperts
 from checkpoints_tools.convert.coded_linear import CodedLinear
 from checkpoints_tools.source.array_cache import ArrayCache
 from checkpoints_tools.source.head import logits, normed, vocabulary, with_logits
 from checkpoints_tools.source.layer import dense_layer, embed, read_layer, run_layer
 from grinqh_jax.hf import HFCheckpoint
 from grinqh_jax.model.decoder import DecoderLayer, RMSNorm
+from grinqh_jax.model.experts import GradedExperts
 from grinqh_jax.model.layer_spec import HEAD
 from grinqh_jax.model.linear import GradedLinear, build_linear
 from grinqh_jax.model.output_projection import block_shapes
@@ -49,7 +51,7 @@ class GradedModel:
     cache: ArrayCache = dataclasses.field(default_factory=ArrayCache)
 
     def layer(self, i: int) -> DecoderLayer:
-        """Returns graded layer ``i``; its projections are ``CodedLinear``."""
+        """Returns graded layer ``i``; its projections are ``CodedLinear`` or ``CodedExperts``."""
 
         def read() -> DecoderLayer:
             tree = self.read(f"layers.{i}")
@@ -58,7 +60,9 @@ class GradedModel:
             linears = {name: _with_unit_gains(tree[name]) for name in spec.names}
             layer = DecoderLayer(config, spec, {**tree, **linears}, self.compute_dtype)
             for name in linears:
-                setattr(layer, name, CodedLinear.of_planes(getattr(layer, name)))
+                linear = getattr(layer, name)
+                coded = CodedExperts if isinstance(linear, GradedExperts) else CodedLinear
+                setattr(layer, name, coded.of_planes(linear))
             return layer
 
         return self.cache(f"layers.{i}", read)
@@ -83,7 +87,7 @@ class GradedModel:
 
 
 def _with_unit_gains(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return {**tree, "gains": jnp.ones(len(tree["planes"]))}
+    return {**tree, "gains": jnp.ones(tree["planes"].shape[-3])}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -179,12 +179,7 @@ def make_plan(source: HFCheckpoint, calibration: Calibration, options: Options) 
         options = dataclasses.replace(options, basis=ORIGINAL)
         not_done.append(f"the basis is the original one, no principal axes are possible: {obstacle}")
     gains, several_levels = options.gains, options.max_bits > DIGIT_BITS
-    if gains == TRAINED and several_levels and source.config.num_experts:
-        gains = FITTED
-        not_done.append(
-            "level gains were fitted, not trained: training does not support mixtures of experts yet"
-        )
-    elif gains == TRAINED and not (several_levels and calibration.windows.size >= train_gains.LEAST_TOKENS):
+    if gains == TRAINED and not (several_levels and calibration.windows.size >= train_gains.LEAST_TOKENS):
         gains = FITTED
         if several_levels:
             not_done.append(

@@ -18,7 +18,9 @@ from random_models import random_state
 from checkpoints_tools.calibration import statistics
 from checkpoints_tools.calibration.text import Calibration
 from checkpoints_tools.convert import command as convert
-from checkpoints_tools.convert.options import FITTED, Options
+from checkpoints_tools.convert.coded_experts import CodedExperts
+from checkpoints_tools.convert.coded_linear import CodedLinear
+from checkpoints_tools.convert.options import TRAINED, Options
 from checkpoints_tools.convert.plan import make_plan
 from checkpoints_tools.source.layer import dense_layer, read_layer
 from grinqh_jax import checkpoint
@@ -189,9 +191,39 @@ def test_the_converter_says_what_it_leaves_out(original):
     plan = make_plan(
         open_checkpoint(original), Calibration(windows=tokens, other=tokens, name="zeros"), Options()
     )
-    assert (plan.refit, plan.gains) == ((), FITTED)
+    assert (plan.refit, plan.gains) == ((), TRAINED)
     assert any(line.startswith("weights were not refitted: ") for line in plan.not_done)
-    assert any(line.startswith("level gains were fitted, not trained: ") for line in plan.not_done)
+
+
+def test_coded_experts_are_coded_linear_layers_of_each_row(loaded):
+    """Products, and gradients with respect to inputs and level gains."""
+    experts = loaded.model.layers[0].experts_gate_up
+    rng = np.random.default_rng(7)
+    chosen, x = rng.integers(0, 6, (2, 5, 2)), rng.standard_normal((2, 5, 2, 64)).astype(np.float32)
+    thresholds, gains = jnp.array([[[0.2, 0.5, 1, 1.5]], [[0.5, 1, 1.5, 2]]]), jnp.array([0.8, 0.9, 1.1, 1])
+    weights = jnp.asarray(rng.standard_normal((2, 5, 2, 144)), jnp.float32)
+    coded = CodedExperts.of_planes(experts).choose(jnp.asarray(chosen))
+
+    def linear(expert: int) -> CodedLinear:
+        return CodedLinear(coded.codes[expert], coded.scales[expert], coded.thresholds)
+
+    def of_experts(x, gains):
+        y = coded.graded(x, thresholds, gains)
+        return jnp.sum(y * weights), y
+
+    def of_each_row(x, gains):
+        rows = [
+            linear(chosen[s, t, c]).graded(x[s, t, c], thresholds[s, 0], gains)
+            for s, t, c in np.ndindex(2, 5, 2)
+        ]
+        y = jnp.stack(rows).reshape(2, 5, 2, 144)
+        return jnp.sum(y * weights), y
+
+    (_, y), gradients = jax.value_and_grad(of_experts, (0, 1), has_aux=True)(jnp.asarray(x), gains)
+    (_, expected), of_rows = jax.value_and_grad(of_each_row, (0, 1), has_aux=True)(jnp.asarray(x), gains)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    for actual, desired in zip(gradients, of_rows, strict=True):
+        np.testing.assert_allclose(actual, desired, rtol=1e-4, atol=1e-4)
 
 
 def test_inspect_shows_a_mixture(original, converted, capsys):

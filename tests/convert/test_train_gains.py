@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import mixtures
 import numpy as np
 import pytest
 import tiny_models
@@ -21,22 +22,27 @@ from grinqh_jax.decoding.thresholds import model_thresholds
 from grinqh_jax.hf import load_decoder, open_checkpoint
 from grinqh_jax.model.apply import HEAD, Graded
 from grinqh_jax.model.decoder import linear_names
+from grinqh_jax.model.experts import ChosenGraded
 from grinqh_jax.model.linear import GradedLinear
-from pallas_kernels import codes, dequantize, layout
+from pallas_kernels import codes, dequantize, experts_matvec, layout
 
 BITS = (1.5, 2.0, 3.0)
 SCORED = slice(4, None)
 """Scored positions of a window."""
 
 
-@pytest.fixture(scope="module", params=["qwen3-tied", "llama-untied"])
+MODELS = {
+    "qwen3-tied": QWEN3,
+    "llama-untied": LLAMA3 | {"vocab_size": 1200},  # Two vocabulary blocks.
+    "mixture": mixtures.HF_CONFIG,
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
 def pair(request, tmp_path_factory):
     """``(source, converted)``: a tiny model, and its graded form in the original basis."""
     directory = tmp_path_factory.mktemp(request.param)
-    hf_config = (
-        QWEN3 if request.param == "qwen3-tied" else LLAMA3 | {"vocab_size": 1200}
-    )  # Two vocabulary blocks.
-    model = tiny_models.write(directory / "model", hf_config)
+    model = tiny_models.write(directory / "model", MODELS[request.param])
     calib = tiny_models.text_file(directory / "calib.txt")
     flags = ["--calib", str(calib), "--basis", "original", "--gains", "fitted"]
     assert convert.main(["--model", str(model), "--out", str(directory / "out"), *flags]) == 0
@@ -59,6 +65,8 @@ def graded_model(pair) -> GradedModel:
             return {"scale": model.norm.scale[...]}
         layer = model.layers[int(name.removeprefix("layers."))]
         tree = {norm.name: {"scale": getattr(layer, norm.name).scale[...]} for norm in layer.spec.norms}
+        if layer.spec.experts is not None:
+            tree["router"] = {"kernel": layer.router.kernel[...]}
         return tree | {name: leaves(getattr(layer, name)) for name in layer.spec.names}
 
     ends = np.cumsum([block.out_features for block in model.lm_head.blocks])[:-1]
@@ -89,6 +97,11 @@ class WithGains(Graded):
         self.gains = gains
 
     def __call__(self, name, linear, x):
+        if isinstance(linear, ChosenGraded):
+            weight = dataclasses.replace(linear.weight, level_gains=self.gains[name])
+            # The only implementation that has a gradient.
+            arguments = x, weight, linear.experts, self.thresholds[name]
+            return experts_matvec(*arguments, implementation="reference")[0].astype(x.dtype)
         leaves = {leaf: getattr(linear, leaf)[...] for leaf in ("planes", "scales", "thresholds")}
         linear = type(linear)(
             **leaves,
@@ -115,7 +128,9 @@ WINDOWS = np.random.default_rng(6).integers(0, 256, (3, 40)).astype(np.int32)
 
 
 @pytest.mark.parametrize(
-    "pair", ["qwen3-tied", pytest.param("llama-untied", marks=pytest.mark.slow)], indirect=True
+    "pair",
+    ["qwen3-tied", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama-untied", "mixture"))],
+    indirect=True,
 )
 def test_the_gradient_matches_the_whole_models(pair, monkeypatch):
     """The gradient of each window, and of several windows at once.
