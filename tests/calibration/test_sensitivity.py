@@ -17,7 +17,7 @@ from grinqh_jax.model.decoder import linear_shapes
 WINDOWS = np.random.default_rng(6).integers(0, 300, (3, 40)).astype(np.int32)
 
 
-@pytest.fixture(scope="module", params=["qwen3-tied", "llama-untied"])
+@pytest.fixture(scope="module", params=["qwen3-tied", pytest.param("llama-untied", marks=pytest.mark.slow)])
 def source(request, tmp_path_factory):
     hf_config = hf_directories.QWEN3 if request.param == "qwen3-tied" else hf_directories.LLAMA3
     return open_checkpoint(hf_directories.write(tmp_path_factory.mktemp(request.param), hf_config))
@@ -61,6 +61,7 @@ def greedy_tokens(monkeypatch):
     sensitivity._sample.clear_cache()
 
 
+@pytest.mark.parametrize("source", ["qwen3-tied", "llama-untied"], indirect=True)
 def test_sensitivities_are_mean_squares_of_the_whole_models_gradients(source, greedy_tokens):
     model = load_decoder(source, jnp.float32)
     tokens = jnp.asarray(WINDOWS)

@@ -40,7 +40,7 @@ def float32_state(hf_config, low_rank=False):
     return state
 
 
-@pytest.fixture(scope="module", params=["qwen3-tied", "llama-untied"])
+@pytest.fixture(scope="module", params=["qwen3-tied", pytest.param("llama-untied", marks=pytest.mark.slow)])
 def source(request, tmp_path_factory):
     hf_config = hf_directories.QWEN3 if request.param == "qwen3-tied" else hf_directories.LLAMA3
     directory = tmp_path_factory.mktemp(request.param)
@@ -53,6 +53,7 @@ def rotated(source):
     return RotatedCheckpoint(source, principal_axes(second_moments(source, WINDOWS, np.float32)))
 
 
+@pytest.mark.parametrize("source", ["qwen3-tied", "llama-untied"], indirect=True)
 def test_rotation_keeps_the_function(source, rotated):
     before = np.asarray(forward(load_decoder(source, jnp.float32), WINDOWS))
     after = np.asarray(forward(load_decoder(rotated, jnp.float32), WINDOWS))

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny_models
 from byte_model import TEMPLATE
+from forward_passes import forward
 from huggingface_hub import ModelCard
 from random_models import CONFIGS
 
@@ -53,8 +54,8 @@ def test_configuration_and_weights_are_those_of_the_safetensors(model, tmp_path)
         value = source.read(key)
         np.testing.assert_array_equal(value.astype(ml_dtypes.bfloat16), original.read(key), err_msg=key)
         assert value.dtype == (np.float32 if "norm" in key else ml_dtypes.bfloat16)
-    tokens = jnp.arange(24)[None] % 300
-    logits = [load_decoder(checkpoint, jnp.float32)(tokens) for checkpoint in (source, original)]
+    tokens = np.arange(24)[None] % 300
+    logits = [forward(load_decoder(checkpoint, jnp.float32), tokens) for checkpoint in (source, original)]
     np.testing.assert_array_equal(*logits)
 
 
