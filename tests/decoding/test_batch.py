@@ -90,8 +90,9 @@ def test_rows_end_where_they_should(generator, device_policy):
     assert until[0] <= 21
     ended = texts(generator, policy=short, stop_tokens=ends)
     assert ended == [row[:n] for row, n in zip(free, until, strict=True)]
-    full = texts(generator, policy=short, max_context=64)  # the longest prompt has 40
-    assert full == [row[: 64 - len(prompt)] for row, prompt in zip(free, PROMPTS, strict=True)]
+    full = texts(generator, policy=short, max_tokens=150)  # the longest prompt has 40, and the context 160
+    assert [len(row) for row in full] == [150, 120, 150]
+    assert [row[:101] for row in full] == free
 
 
 def test_a_stopped_row_yields_nothing_further(generator, device_policy, dispatched):
@@ -145,8 +146,8 @@ USUAL_CHUNKS = [(policy.CPU, 16), (policy.GPU, 32)]
 @pytest.mark.parametrize(
     ("temperature", "chunks"),
     [
-        # Programs of other tests, and chunks of one step.
-        pytest.param(0.0, [*USUAL_CHUNKS, (policy.CPU, 8), (policy.GPU, 8), (policy.CPU, 1)], id="greedy"),
+        # Programs of other tests.
+        pytest.param(0.0, [*USUAL_CHUNKS, (policy.CPU, 8), (policy.GPU, 8)], id="greedy"),
         pytest.param(1.0, USUAL_CHUNKS, id="sampled", marks=pytest.mark.slow),
         pytest.param(0.0, EVERY_CHUNK, id="greedy-every-chunk", marks=pytest.mark.slow),
         pytest.param(1.0, EVERY_CHUNK, id="sampled-every-chunk", marks=pytest.mark.slow),
