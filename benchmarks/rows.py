@@ -2,7 +2,7 @@
 
     python benchmarks/rows.py --output rows.json                       everything, about 90 s on an H200
     python benchmarks/rows.py --checks --output checks.json            correctness and batch invariance only
-    python benchmarks/rows.py --variants "pairs, 2 warps, 8 slots"     one program
+    python benchmarks/rows.py --variants "pairs, 8 slots" default      some programs
 
 Checks: every row against float64 at several mean bits, for Gaussian and for Cauchy-like activations; each row
 has the same bits as the row alone (which runs the kernel for one row), in batches of 2 to 16 rows, with other
@@ -55,20 +55,18 @@ VARIANTS: dict[str, SharedList | BytePairs | None] = {
     "8 warps, 16 slots": SharedList(warps=8, ring_slots=16, step_entries=32),
     "8 warps, steps of 64": SharedList(warps=8, ring_slots=8, step_entries=64),
     "4 warps, 8 slots": SharedList(warps=4, ring_slots=8, step_entries=32),
-    "pairs, 1 warp, 4 slots": BytePairs(warps_per_section=1, ring_slots=4),
-    "pairs, 1 warp, 8 slots": BytePairs(warps_per_section=1, ring_slots=8),
-    "pairs, 2 warps, 4 slots": BytePairs(warps_per_section=2, ring_slots=4),
-    "pairs, 2 warps, 8 slots": BytePairs(warps_per_section=2, ring_slots=8),
-    "a list for each warp": None,
+    "pairs, 4 slots": BytePairs(ring_slots=4),
+    "pairs, 8 slots": BytePairs(ring_slots=8),
+    "default": None,
 }
 """Programs to compare. 4 warps where the configuration of a shape allows it, else 8."""
 
 
-def config_of(base: Config, program: SharedList | BytePairs | None) -> Config:
-    """Returns the configuration of one row with another program for several rows."""
+def config_of(base: Config, program: SharedList | BytePairs) -> Config:
+    """Returns the configuration of one row with a program for several rows."""
     if isinstance(program, BytePairs):
         return dataclasses.replace(base, byte_pairs=program)
-    if program is not None and program.warps < base.warps:
+    if program.warps < base.warps:
         program = dataclasses.replace(program, warps=base.warps)
     return dataclasses.replace(base, shared_list=program)
 
@@ -77,7 +75,7 @@ def takes(program: SharedList | BytePairs | None, rows: int) -> bool:
     """Returns whether the program is for this number of rows."""
     if isinstance(program, SharedList):
         return rows > 1
-    return rows <= 8
+    return program is None or rows <= 8
 
 
 def draw_x(rows: int, k: int, kind: str, seed: int = 0) -> np.ndarray:
@@ -102,7 +100,7 @@ def compiled(functions: dict, arguments: dict) -> dict:
 def checked_variants(i: int, rows: int, names: list[str]) -> list[str]:
     """Returns the named variants to check on shape ``i``: a few of each program, because they compile."""
     shared = list(VARIANTS)[i : i + 1] + ["4 warps, 8 slots"] * (rows in (4, 16))
-    pairs = ["pairs, 1 warp, 4 slots", "pairs, 2 warps, 8 slots"]
+    pairs = ["pairs, 4 slots", "pairs, 8 slots"]
     return [name for name in shared + pairs if name in names and takes(VARIANTS[name], rows)]
 
 
@@ -265,7 +263,8 @@ def layer_function(shapes, weights, program: SharedList | BytePairs | None):
     configs = []
     for k, n in shapes:
         x = jax.eval_shape(Activations.of, jax.ShapeDtypeStruct((1, k), jnp.float32))
-        configs.append(config_of(kernel.geometry_of(x, weights[k, n][0]).config, program))
+        base = kernel.geometry_of(x, weights[k, n][0]).config
+        configs.append(None if program is None else config_of(base, program))
 
     def run(xs, limits, weights):
         return [

@@ -27,10 +27,6 @@ SCALES_BYTES = layout.TILE * 2
 MAX_ROWS = 16
 """Largest number of activation rows in a launch."""
 
-MAX_ROWS_PER_CTA = 4
-"""Largest number of activation rows that share one read of the weights. Each row takes 32 registers of every
-lane for accumulators."""
-
 SHARED_BYTES_LIMIT = 99 * 1024
 """Bytes of shared memory that one CTA can have on every supported architecture; sm_89 has the fewest."""
 
@@ -63,20 +59,14 @@ class BytePairs:
     """Tuning of ``byte_pairs.program``. It does not change the result.
 
     Attributes:
-      warps_per_section: Number of warps, 1 or 2, that multiply the channels which one warp has in the program
-        for one row, each in all or in half of the outputs of a tile. With 2, a lane has half as many
-        accumulators, and more warps fit a multiprocessor.
-      ring_slots: Number of slots, of one step of 16 plane rows, in the ring of a warp: 2, 4, 8 or 16. All but
-        one are in flight.
+      ring_slots: Number of 2-KiB slots in the ring of a warp: 2, 4 or 8. All but one are in flight.
     """
 
-    warps_per_section: int = 1
     ring_slots: int = 4
 
     def __post_init__(self):
-        for name, allowed in (("warps_per_section", (1, 2)), ("ring_slots", (2, 4, 8, 16))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"BytePairs.{name} must be one of {allowed}, not {getattr(self, name)!r}")
+        if self.ring_slots not in (2, 4, 8):
+            raise ValueError(f"BytePairs.ring_slots must be one of (2, 4, 8), not {self.ring_slots!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,10 +84,9 @@ class Config:
         there are fewer partial sums.
       ring_slots: Number of 1-KiB slots in the ring of a warp: 2, 4, 8 or 16. A warp keeps ``ring_slots - 1``
         KiB of copies in flight.
-      shared_list: Tuning of the program whose CTAs share one list, for 2 to 16 activation rows. None runs a
-        program in which each warp has a list.
-      byte_pairs: Tuning of the program that multiplies pairs of bytes, for several activation rows. None runs
-        another program.
+      shared_list: Tuning of the program whose CTAs share one list, for 2 to 16 activation rows.
+      byte_pairs: Tuning of the program that multiplies pairs of bytes, for several activation rows. If
+        ``shared_list`` is None, too, the program for one row runs, which reads the weights once for each row.
     """
 
     warpgroups: int
@@ -139,9 +128,10 @@ class Config:
 class Geometry:
     """Sizes of a launch.
 
-    A CTA computes one tile of outputs over ``config.groups_per_cta`` groups of input channels, for up to
-    ``rows_per_cta`` activation rows. The grid runs over row batches (fastest, because they share the L2),
-    tiles and splits of the input channels. Each split writes a separate partial sum.
+    A CTA computes one tile of outputs over ``config.groups_per_cta`` groups of input channels, for one
+    activation row, or for up to ``rows_per_cta`` in the programs for several rows. The grid runs over row
+    batches (fastest, because they share the L2), tiles and splits of the input channels. Each split writes a
+    separate partial sum.
 
     Attributes:
       in_features: Logical number of input channels; later channels are padding.
@@ -199,14 +189,9 @@ class Geometry:
         return self.in_features < self.splits * self.config.groups_per_cta * layout.GROUP
 
     @property
-    def coded_rows(self) -> int:
-        """Number of activation rows whose codes one warp computes."""
-        return self.rows_per_cta
-
-    @property
     def row_batches(self) -> int:
         """Number of batches of activation rows. The rows of a batch share one read of the weights."""
-        return -(-self.rows // MAX_ROWS_PER_CTA)
+        return self.rows
 
     @property
     def rows_per_cta(self) -> int:
@@ -227,11 +212,6 @@ class Geometry:
     def warps(self) -> int:
         """Number of warps in a CTA."""
         return self.config.warps
-
-    @property
-    def warps_per_section(self) -> int:
-        """Number of warps that multiply the same channels, in different outputs."""
-        return 1
 
     @property
     def threads(self) -> int:
@@ -264,9 +244,8 @@ class Geometry:
         """Number of 32-bit words of a list entry.
 
         The first is the offset of the plane row, and each of the next holds the codes of two activation rows.
-        With 3 or 4 activation rows the last word is padding.
         """
-        return 2 if self.rows_per_cta <= 2 else 4
+        return 2
 
     @property
     def entry_bytes(self) -> int:
@@ -289,25 +268,20 @@ class Geometry:
 
     @property
     def record_base(self) -> int:
-        return self.warps * self.list_bytes
+        return self.config.warps * self.list_bytes
 
     @property
     def record_bytes(self) -> int:
-        """Bytes of one warp's record: the sum of codes and the peak of each activation row that it codes."""
-        return layout.round_up(4 * 2 * self.coded_rows, 16)
+        """Bytes of one warp's record: the sum of codes and the peak of each activation row."""
+        return layout.round_up(4 * 2 * self.rows_per_cta, 16)
 
     @property
     def scales_base(self) -> int:
-        return layout.round_up(self.record_base + self.warps * self.record_bytes, 128)
-
-    @property
-    def scales_bytes(self) -> int:
-        """Bytes of the scales that one warp copies."""
-        return SCALES_BYTES // self.warps_per_section
+        return layout.round_up(self.record_base + self.config.warps * self.record_bytes, 128)
 
     @property
     def ring_base(self) -> int:
-        return self.scales_base + self.warps * self.scales_bytes
+        return self.scales_base + self.config.warps * SCALES_BYTES
 
     @property
     def ring_bytes(self) -> int:
@@ -316,4 +290,4 @@ class Geometry:
 
     @property
     def shared_bytes(self) -> int:
-        return self.ring_base + self.warps * self.ring_bytes
+        return self.ring_base + self.config.warps * self.ring_bytes

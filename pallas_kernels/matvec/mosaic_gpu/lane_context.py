@@ -5,7 +5,7 @@ from typing import Any
 
 from pallas_kernels import layout
 from pallas_kernels.lanes.instructions import LANES, Instructions, Value
-from pallas_kernels.matvec.mosaic_gpu.geometry import Geometry
+from pallas_kernels.matvec.mosaic_gpu.geometry import SCALES_BYTES, Geometry
 from pallas_kernels.matvec.mosaic_gpu.tile import pieces_of_tile
 
 COPY_BYTES = 16
@@ -56,8 +56,6 @@ class LaneContext:
     """First activation row of the CTA."""
     shared: Value
     """Address of the CTA's shared memory."""
-    part: Value | None
-    """Index of the warp among the warps of its section; None if a section has one warp."""
     list: Value
     """Address of the warp's list. It is computed in a way that tells the compiler that the whole warp has the
     same address; otherwise the compiler would treat loops over the list as divergent."""
@@ -85,25 +83,21 @@ def lane_context(isa: Instructions, g: Geometry, refs: Refs) -> LaneContext:
         row_batch, block = block % g.row_batches, block // g.row_batches
     tile, split = block % g.tiles, block // g.tiles
     lane, warp = thread & (LANES - 1), thread >> 5
-    section, part = warp, None
-    if g.warps_per_section > 1:
-        section, part = warp // g.warps_per_section, warp % g.warps_per_section
-    group_of_cta, section_of_group = section // config.warps_per_group, section % config.warps_per_group
+    group_of_cta, warp_of_group = warp // config.warps_per_group, warp % config.warps_per_group
     group = split * config.groups_per_cta + group_of_cta
     shared = isa.shared_address(refs.shared)
     return LaneContext(
         thread=thread,
         lane=lane,
         group=group,
-        channel=group * layout.GROUP + section_of_group * (LANES * g.channels_per_lane) + lane,
+        channel=group * layout.GROUP + warp_of_group * (LANES * g.channels_per_lane) + lane,
         split=split,
         tile=tile,
         pieces=pieces_of_tile(isa, g, tile),
         first_row=isa.constant(0) if row_batch is None else row_batch * g.rows_per_cta,
         shared=shared,
-        part=part,
         list=shared + isa.reduce_max(warp) * g.list_bytes,
         record=shared + g.record_base + warp * g.record_bytes,
-        scales=shared + g.scales_base + warp * g.scales_bytes,
+        scales=shared + g.scales_base + warp * SCALES_BYTES,
         ring=shared + g.ring_base + warp * g.ring_bytes,
     )

@@ -107,9 +107,6 @@ def fetch(isa: Instructions, g: Geometry, refs: Refs, context: LaneContext) -> O
     factors: list[Value] = []
     for r in range(g.rows_per_cta):
         row = context.first_row + r
-        if g.coded_rows < g.rows_per_cta:  # Each warp of a section starts with the rows that it codes.
-            assert context.part is not None
-            row = context.first_row + ((context.part * g.coded_rows) ^ r)
         exists = None
         if g.rows % g.rows_per_cta:  # The last batch may have rows that do not exist. They read nothing.
             exists = row < g.rows
@@ -251,14 +248,14 @@ def list_first_plane(isa: Instructions, g: Geometry, rows: RowList, first: Reach
     return addresses
 
 
-def scale(isa: Instructions, operands: Operands, reached: list[Reached], rows: int) -> Scaled:
-    """Multiplies the first activation rows by the gains of their levels, and finds their peaks in the warp.
+def scale(isa: Instructions, operands: Operands, reached: list[Reached]) -> Scaled:
+    """Multiplies activations by the gains of their levels, and finds the peaks of the warp.
 
     The peaks come from unscaled activations and the largest gain, so neither computation waits for the other.
     """
     scaled, peaks = [], []
     largest = largest_gain(isa, operands.gains)
-    for r, x in enumerate(operands.x[:rows]):
+    for r, x in enumerate(operands.x):
         reached_by_q = [[plane.rows[r][q] for plane in reached] for q in range(len(x))]
         scaled.append([times_gain(isa, v, p, operands.gains) for v, p in zip(x, reached_by_q, strict=True)])
         peaks.append(largest_activation(isa, x) * largest)
@@ -304,15 +301,15 @@ def compact(
       rows: The list, which has the entries of plane 0 without their codes.
     """
     reached = [first] + [grade(isa, operands, f) for f in range(1, g.planes)]
-    scaled = scale(isa, operands, reached, g.coded_rows)
+    scaled = scale(isa, operands, reached)
     inverse_units = [isa.reciprocal(peak * (1.0 / PEAK_CODE)) for peak in scaled.peaks]
     rounding, rounded_zero = isa.constant(ROUNDING, "f32"), isa.constant(ROUNDED_ZERO)
-    sums = [isa.constant(-ROUNDED_ZERO * g.planes * g.channels_per_lane)] * g.coded_rows
+    sums = [isa.constant(-ROUNDED_ZERO * g.planes * g.channels_per_lane)] * g.rows_per_cta
     for f, plane in enumerate(reached):
         factors = [inverse * 4.0**-f for inverse in inverse_units]
         for q, listed in enumerate(plane.any_row):
             codes = []
-            for r in range(g.coded_rows):
+            for r in range(g.rows_per_cta):
                 rounded = isa.multiply_add(scaled.x[r][q], factors[r], rounding)
                 bits = isa.select(plane.rows[r][q], isa.float_to_bits(rounded), rounded_zero)
                 sums[r] = sums[r] + bits
@@ -324,20 +321,19 @@ def compact(
                 store_entry(isa, g, address, offset, codes, listed)
     context, step_bytes = rows.context, g.step_entries_bytes
     size = (rows.end - context.list + (step_bytes - 1)) & -step_bytes
-    zeros = [isa.constant(0)] * g.coded_rows
+    zeros = [isa.constant(0)] * g.rows_per_cta
     address = rows.end + context.lane * g.entry_bytes
     store_entry(isa, g, address, padding_offset(isa, g, context), zeros, where=address < context.list + size)
     isa.warp_barrier()
     peaks = scaled.peaks
     if operands.factors is not None:
-        factors = operands.factors[: g.coded_rows]
-        peaks = [peak * factor for peak, factor in zip(peaks, factors, strict=True)]
+        peaks = [peak * factor for peak, factor in zip(peaks, operands.factors, strict=True)]
     return FinishedList(steps=size // step_bytes, sums=[isa.reduce_add(s) for s in sums], peaks=peaks)
 
 
 def store_record(isa: Instructions, g: Geometry, context: LaneContext, listed: FinishedList) -> None:
     """Stores sums and peaks in the warp's record in shared memory, because the loop needs their registers."""
-    for r in range(g.coded_rows):
+    for r in range(g.rows_per_cta):
         with isa.when(context.lane.equals(r)):
             isa.store_shared(context.record + 8 * r, [listed.sums[r], isa.float_to_bits(listed.peaks[r])])
 
@@ -353,7 +349,7 @@ def store_entry(
 ) -> None:
     """Stores a list entry: the offset of its plane row, and 16-bit codes."""
     if g.code_stride == 4:
-        isa.store_shared(address, [offset, *packed_codes(isa, g, codes)], where)
+        isa.store_shared(address, [offset, *packed_codes(isa, codes)], where)
     else:
         isa.store_shared(address, [offset], where)
         store_codes(isa, g, address, codes, where)
@@ -361,16 +357,16 @@ def store_entry(
 
 def store_codes(isa: Instructions, g: Geometry, address: Value, codes: list[Value], where: Value) -> None:
     """Stores the codes of an entry whose offset is already stored."""
-    first, *others = packed_codes(isa, g, codes)
+    first, *others = packed_codes(isa, codes)
     isa.store_shared(address + g.code_stride, [first], where)
     if others:
         isa.store_shared(address + 2 * g.code_stride, others, where)
 
 
-def packed_codes(isa: Instructions, g: Geometry, codes: list[Value]) -> list[Value]:
+def packed_codes(isa: Instructions, codes: list[Value]) -> list[Value]:
     """Packs the codes of two activation rows into each word of an entry."""
     words = []
     for r in range(0, len(codes), 2):
         pair = codes[r : r + 2]
         words.append(pair[0] if len(pair) == 1 else isa.permute_bytes(pair[0], pair[1], 0x5410))
-    return words + [words[-1]] * (g.entry_words - 1 - len(words))
+    return words

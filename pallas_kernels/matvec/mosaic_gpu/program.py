@@ -1,6 +1,6 @@
 """The lane program of the graded matvec. Start here to understand the kernel.
 
-For each activation row the kernel computes
+For the activation row the kernel computes
 
     y[n] = sum_g scales[g, n] * sum_{k in group g} x[k] * sum_{f < level_k} (d_f[k, n] - 3/2) 4**-f
 
@@ -22,7 +22,7 @@ Storage and division of work
 
 The last tile of a row may be narrower (see ``tile``).
 
-    CTA        one tile of outputs, ``groups_per_cta`` groups of channels, up to 4 activation rows
+    CTA        one tile of outputs, ``groups_per_cta`` groups of channels
     warp       128 / ``warps_per_group`` channels of one group; a warp has its own list of plane rows to read
                and does not wait for other warps until the last phase
     step       8 plane rows = 1 KiB, which fill one slot of the warp's ring buffer in shared memory
@@ -31,7 +31,7 @@ Phases
 ======
 fetch     Loads thresholds and activations into registers, and starts copying scales to shared memory.
 grade     Compares ``|x|`` with the thresholds, one plane at a time.
-list      Lists the rows of plane 0 that some activation row reaches. An entry starts with the offset of its
+list      Lists the rows of plane 0 that the activations reach. An entry starts with the offset of its
           plane row. The offset is enough to copy the row, so the first copies start here.
 compact   Completes the list with the other planes and with codes; an entry is (offset, code of x * 4**-f).
           x is multiplied by the gain of its level. A code is an integer in units of ``peak / 32512``, where
@@ -66,7 +66,10 @@ the list holds codes of x * 4**-f.
 The midpoints cost no extra pass: ``combine`` subtracts 3/2 times the sum of all codes in the list.
 
 A channel whose x is NaN or Inf reaches every level and becomes the peak of its warp. The warp multiplies its
-sums by the peak, so every output of that activation row becomes NaN or Inf.
+sums by the peak, so every output becomes NaN or Inf.
+
+The program reads the weights once for each activation row. ``byte_pairs`` and ``shared_list`` multiply
+several rows with one read.
 """
 
 from pallas_kernels.lanes.instructions import Instructions
@@ -109,6 +112,5 @@ def matvec(isa: Instructions, geometry: Geometry, refs: Refs) -> None:
     store_record(isa, geometry, context, listed)
     ends = end_addresses(isa, geometry, context)
     accumulators = stream(isa, geometry, context, copies, listed.steps)
-    for row in range(geometry.rows_per_cta):
-        outputs = combine(isa, geometry, ends, accumulators, row)
-        reduce(isa, geometry, refs, context, ends, outputs, row)
+    outputs = combine(isa, ends, accumulators)
+    reduce(isa, geometry, refs, context, ends, outputs)

@@ -35,7 +35,7 @@ class EndAddresses:
     scales: Value
     """Address in the first warp's scales of the scales of those outputs."""
     output: Value
-    """Index of those outputs in the partial sums of the CTA's first row; -1 if the tile lacks them."""
+    """Index of those outputs in the partial sums; -1 if the tile lacks them."""
 
 
 def end_addresses(isa: Instructions, g: Geometry, context: LaneContext) -> EndAddresses:
@@ -72,40 +72,36 @@ def end_addresses(isa: Instructions, g: Geometry, context: LaneContext) -> EndAd
 
 
 def copy_scales(isa: Instructions, g: Geometry, refs: Refs, context: LaneContext) -> None:
-    """Starts copying the warp's scales to shared memory; they join the copy group of the first step.
+    """Starts copying the tile's scales to shared memory; they join the copy group of the first step.
 
     Held in registers, the scales would take 8 of the loop's registers, and a multiprocessor would have room
     for five CTAs instead of six.
     """
     first = (stored_group(isa, g, context) * g.stored_n + context.tile * layout.TILE) << 1
-    if context.part is not None:
-        first = first + context.part * g.scales_bytes
     source = isa.global_address(refs.scales) + isa.widen(first + (context.lane << 4))
-    for offset in range(0, g.scales_bytes, LANES * COPY_BYTES):
+    for offset in range(0, SCALES_BYTES, LANES * COPY_BYTES):
         target = context.scales + offset + (context.lane << 4)
         if context.pieces is None:
             isa.copy_async(target, source + offset, evict_first=True)
         else:
-            in_tile = (context.lane << 4) + offset
-            if context.part is not None:
-                in_tile = in_tile + context.part * g.scales_bytes
-            with isa.when(in_tile < context.pieces * PIECE_SCALES_BYTES):
+            exists = (context.lane << 4) + offset < context.pieces * PIECE_SCALES_BYTES
+            with isa.when(exists):
                 isa.copy_async(target, source + offset, evict_first=True)
 
 
 def combine(
-    isa: Instructions, g: Geometry, ends: EndAddresses, accumulators: list[Value], row: int
+    isa: Instructions, ends: EndAddresses, accumulators: list[Value]
 ) -> dict[tuple[int, int, int], Value]:
     """Returns f32 ``[half, word, p]``: the warp's sums for 16 outputs of this lane, not yet scaled.
 
     Lane ``4 row + column`` has the outputs of words ``4 row + 2 half + word``, byte ``column``, digit ``p``.
     """
-    sum_of_codes, peak = isa.load_shared(ends.record + 8 * row, 2)
+    sum_of_codes, peak = isa.load_shared(ends.record, 2)
     conversion = Conversion.create(isa, sum_of_codes, isa.bits_to_float(peak))
     outputs = {}
     for half in range(2):
         for word in range(2):
-            pairs = [accumulators[accumulator(row, half, p) + 2 * word :][:2] for p in range(4)]
+            pairs = [accumulators[accumulator(half, p) + 2 * word :][:2] for p in range(4)]
             for p, output in enumerate(conversion.outputs(isa, pairs)):
                 outputs[half, word, p] = output
     return outputs
@@ -146,26 +142,19 @@ def reduce(
     context: LaneContext,
     ends: EndAddresses,
     outputs: dict[tuple[int, int, int], Value],
-    row: int,
 ) -> None:
-    """Scales one activation row, sums it over the CTA's warps in a fixed order, and writes the partial sum.
+    """Scales the outputs, sums them over the CTA's warps in a fixed order, and writes the partial sum.
 
     The outputs pass through the rings: a lane stores single outputs of its warp, and a thread loads
     consecutive outputs of every warp. ``swizzled`` addresses avoid bank conflicts.
     """
-    if row:
-        isa.block_barrier()  # Every thread has read the outputs of the previous row.
     chunk_bytes = LANES * 16
     for (half, word, p), value in outputs.items():
         flips = 32 * word + 8 * (p & 1)  # The rings are aligned, so the address may be flipped as a whole.
         isa.store_shared((ends.stores ^ flips) + chunk_bytes * (2 * half + p // 2), [value])
     isa.block_barrier()
     each = g.outputs_per_thread
-    storing = isa.constant(True, "bool")
-    if g.rows % g.rows_per_cta:
-        storing = context.first_row + row < g.rows
-    if context.pieces is not None:
-        storing = storing & (ends.output >= 0)
+    storing = isa.constant(True, "bool") if context.pieces is None else ends.output >= 0
     with isa.when(storing):
         total: list[Value] = []
         for warp in range(g.config.warps):
@@ -177,7 +166,7 @@ def reduce(
                 total = [v * s for v, s in zip(values, scales, strict=True)]
             else:
                 total = [isa.multiply_add(v, s, t) for v, s, t in zip(values, scales, total, strict=True)]
-        output = isa.widen(ends.output + row * g.stored_n) << 2
+        output = isa.widen(ends.output) << 2
         isa.store_global(isa.global_address(refs.partials) + output, total)
 
 

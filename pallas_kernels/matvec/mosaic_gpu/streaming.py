@@ -94,93 +94,67 @@ def stream(isa: Instructions, g: Geometry, context: LaneContext, copies: Copies,
     """Multiplies the steps of the warp, and copies those steps that are not yet in flight.
 
     Returns:
-      int32 accumulators ``[row][half][position][4]``, as a flat list.
+      int32 accumulators ``[half][position][4]``, as a flat list.
     """
     slots = g.config.ring_slots
     # Lane 4 row + column loads 16-byte piece `row` of the listed rows 2 column and 2 column + 1.
     row, column = context.lane >> 2, context.lane & 3
     first_slot = in_first_slot(context.ring, column, row)
     first_entries = context.list + column * (2 * g.entry_bytes)
-    selectors = byte_selectors(isa, g, row)
+    selector = code_selector(isa, row)
 
     def body(step: Value, accumulators: list[Value]) -> list[Value]:
         isa.wait_copies(slots - 2)
         isa.warp_barrier()  # Now the data of this step is visible, and the slot of the previous step is free.
         slot = first_slot + (step & (slots - 1)) * STEP_BYTES
         even, odd = isa.load_shared(slot, 4), isa.load_shared(slot + STEP_BYTES // 2, 4)
-        entries = load_entry_pair(isa, g, first_entries + step * g.step_entries_bytes)
+        _, even_code, _, odd_code = isa.load_shared(first_entries + step * g.step_entries_bytes, 4)
+        b = [isa.permute_bytes(code, isa.constant(0), selector) for code in (even_code, odd_code)]
         ahead = step + (slots - 1)
         with isa.when(ahead < steps):
             copies.copy(ahead)
         isa.commit_copies()
-        return multiply(isa, g, accumulators, even, odd, entries, selectors)
+        return multiply(isa, accumulators, even, odd, b)
 
-    zeros = [isa.constant(0)] * (32 * g.rows_per_cta)
-    accumulators = isa.loop(steps, zeros, body)
+    accumulators = isa.loop(steps, [isa.constant(0)] * 32, body)
     isa.wait_copies(0)
     isa.warp_barrier()  # Now the scales are visible, and the ring is free.
     return accumulators
 
 
-def load_entry_pair(isa: Instructions, g: Geometry, address: Value) -> tuple[list[Value], list[Value]]:
-    """Loads two consecutive list entries."""
-    if g.entry_words == 2:
-        words = isa.load_shared(address, 4)
-        return words[:2], words[2:]
-    return isa.load_shared(address, 4), isa.load_shared(address + g.entry_bytes, 4)
-
-
-def byte_selectors(isa: Instructions, g: Geometry, column: Value) -> list[Value]:
-    """Returns the byte permutations that turn a word of codes into a register of B, by parity of the row.
+def code_selector(isa: Instructions, column: Value) -> Value:
+    """Returns the byte permutation that turns the code of a plane row into a register of B.
 
     At byte position ``b``, column ``2 b`` of B holds the high byte of the code and column ``2 b + 1`` the low
-    byte. All other bytes are zero (selector 4). The low half of the word is the code of an even activation
-    row, the high half the code of an odd row.
+    byte. All other bytes are zero (selector 4).
     """
     shift = (column >> 1) << 2
-    high = (column & 1) ^ 1
     elsewhere = isa.constant(0x4444) ^ (isa.constant(4) << shift)
-    selectors = [elsewhere | (high << shift)]
-    if g.rows_per_cta > 1:
-        selectors.append(elsewhere | ((high + 2) << shift))
-    return selectors
+    return elsewhere | (((column & 1) ^ 1) << shift)
 
 
 def multiply(
-    isa: Instructions,
-    g: Geometry,
-    accumulators: list[Value],
-    even: list[Value],
-    odd: list[Value],
-    entries: tuple[list[Value], list[Value]],
-    selectors: list[Value],
+    isa: Instructions, accumulators: list[Value], even: list[Value], odd: list[Value], b: list[Value]
 ) -> list[Value]:
     """Multiplies one step and returns the new accumulators.
 
     Args:
-      isa, g: The instructions and sizes.
+      isa: The instructions.
       accumulators: See ``stream``.
       even, odd: 4 words of each of the lane's two listed rows.
-      entries: The list entries of these rows.
-      selectors: See ``byte_selectors``.
+      b: Fragment of B, one register for each of these rows.
     """
-    zero = isa.constant(0)
-    b = []
-    for r in range(g.rows_per_cta):
-        codes = [entry[1 + r // 2] for entry in entries]
-        b.append([isa.permute_bytes(code, zero, selectors[r % 2]) for code in codes])
     out = list(accumulators)
     for half in range(2):
         for p, mask in enumerate(POSITION_MASKS):
             low, high = 2 * half, 2 * half + 1
             words = [even[low], even[high], odd[low], odd[high]]
             a = [word & mask for word in words] if p else words
-            for r in range(g.rows_per_cta):
-                i = accumulator(r, half, p)
-                out[i : i + 4] = isa.matrix_multiply_add(out[i : i + 4], a, b[r])
+            i = accumulator(half, p)
+            out[i : i + 4] = isa.matrix_multiply_add(out[i : i + 4], a, b)
     return out
 
 
-def accumulator(row: int, half: int, position: int) -> int:
-    """Returns the index of the first of four accumulators of an activation row, half and digit position."""
-    return 32 * row + 16 * half + 4 * position
+def accumulator(half: int, position: int) -> int:
+    """Returns the index of the first of four accumulators of a half and a digit position."""
+    return 16 * half + 4 * position

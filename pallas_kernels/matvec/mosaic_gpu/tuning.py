@@ -6,10 +6,11 @@ import importlib.resources
 import json
 import math
 
+from pallas_kernels.matvec.mosaic_gpu.byte_pairs.geometry import BytePairGeometry
 from pallas_kernels.matvec.mosaic_gpu.geometry import (
-    MAX_ROWS_PER_CTA,
     SHARED_BYTES_LIMIT,
     STEP_BYTES,
+    BytePairs,
     Config,
     Geometry,
     SharedList,
@@ -33,9 +34,19 @@ BYTES_PER_MICROSECOND_AND_SM = 4.7e6 / 132
 HALF_SPEED_IN_FLIGHT = 8 * 1024
 """Bytes of copies in flight at which a multiprocessor reads at half its full speed."""
 
-REGISTERS = {1: 72, 2: 112, 3: 168, 4: 200}
-"""Number of registers of a lane, by the number of activation rows that share a read of the weights. A
-multiprocessor has 65,536 registers."""
+REGISTERS_OF_SM = 65536
+"""Number of 32-bit registers of a multiprocessor."""
+
+REGISTERS = 72
+"""Number of registers of a lane in the program for one activation row."""
+
+REGISTERS_OF_BYTE_PAIRS = {1: 128, 2: 128, 3: 192, 4: 192}
+"""Number of registers of a lane in the program that multiplies pairs of bytes, by the number of activation
+rows of a CTA."""
+
+MAX_ROWS_OF_BYTE_PAIRS = 8
+"""Largest number of activation rows for which the program that multiplies pairs of bytes can be the default.
+It reads the weights twice for 5 to 8 rows."""
 
 SHARED_BYTES_PER_SM = 227 * 1024
 RESERVED_SHARED_BYTES = 1024
@@ -53,15 +64,45 @@ def best_config(geometry: Geometry, *, device_kind: str, multiprocessors: int) -
       device_kind: JAX's name of the device, for example "NVIDIA H200".
       multiprocessors: Number of multiprocessors of the device.
     """
-    if geometry.rows > MAX_ROWS_PER_CTA:
-        # The order of sums is that of one row, so a row has the same bits alone and among 4 to 15 others.
+    if geometry.rows > 1:
+        # The order of sums is that of one row, so a row has the same bits alone and among up to 15 others.
         alone = best_config(
             dataclasses.replace(geometry, rows=1), device_kind=device_kind, multiprocessors=multiprocessors
         )
         limit = SHARED_BYTES_PER_SM if device_kind in _measured() else SHARED_BYTES_LIMIT
-        return with_shared_list(geometry, alone, limit)
+        config = None
+        if geometry.rows <= MAX_ROWS_OF_BYTE_PAIRS:
+            config = with_byte_pairs(geometry, alone, multiprocessors, limit)
+        return config or with_shared_list(geometry, alone, limit)
     measured = _measured().get(device_kind, {}).get((geometry.stored_k, geometry.stored_n))
-    return measured if measured and geometry.rows == 1 else rule(geometry, multiprocessors)
+    return measured or rule(geometry, multiprocessors)
+
+
+def with_byte_pairs(geometry: Geometry, alone: Config, multiprocessors: int, limit: int) -> Config | None:
+    """Returns the configuration of the program that multiplies pairs of bytes, or None if another is better.
+
+    More than two rows take so many registers that fewer CTAs fit a multiprocessor. If the CTAs of one batch
+    of rows then need a second wave, a shared list is faster: by 14 % on 4096x24576 at 4 rows, and by 16 % at
+    8 (``benchmarks/notes/2026-11-29-matvec-rows.md``, M26). A deep ring covers the longer listing of more
+    than two rows.
+
+    Args:
+      geometry: Sizes of the launch; ``config`` is ignored.
+      alone: Configuration of a launch with one row.
+      multiprocessors: Number of multiprocessors of the device.
+      limit: Largest number of bytes of shared memory of a CTA. If even the smallest ring needs more, the
+        result is None.
+    """
+    for slots in (8, 4, 2):
+        config = dataclasses.replace(alone, byte_pairs=BytePairs(ring_slots=slots))
+        launch = BytePairGeometry(**{**vars(geometry), "config": config})
+        several = launch.rows_per_cta > 2
+        if launch.shared_bytes > limit or (slots == 8 and not several):
+            continue
+        resident_ctas = REGISTERS_OF_SM // (REGISTERS_OF_BYTE_PAIRS[launch.rows_per_cta] * launch.threads)
+        one_wave = launch.tiles * launch.splits <= resident_ctas * multiprocessors
+        return config if one_wave or not several else None
+    return None
 
 
 def with_shared_list(geometry: Geometry, alone: Config, limit: int) -> Config:
@@ -84,7 +125,7 @@ def with_shared_list(geometry: Geometry, alone: Config, limit: int) -> Config:
 
 
 def rule(geometry: Geometry, multiprocessors: int) -> Config:
-    """Returns the configuration with the least ``expected_microseconds`` of those that fit every GPU.
+    """Returns the configuration for one row with the least ``expected_microseconds`` that fits every GPU.
 
     A good grid runs in one wave, its number of CTAs is slightly below a multiple of the number of
     multiprocessors, and it keeps enough copies in flight. ``geometry.config`` is ignored.
@@ -102,17 +143,17 @@ def rule(geometry: Geometry, multiprocessors: int) -> Config:
 
 
 def expected_microseconds(geometry: Geometry, multiprocessors: int) -> float:
-    """Estimates the time of a launch at 3 bits, accurately enough to compare configurations."""
+    """Estimates the time of a launch with one row at 3 bits, accurately enough to compare configurations."""
     config, blocks = geometry.config, geometry.matvec_blocks
     ctas_of_busiest = math.ceil(blocks / multiprocessors)
     resident_ctas = min(
-        65536 // (REGISTERS[geometry.rows_per_cta] * geometry.threads),
+        REGISTERS_OF_SM // (REGISTERS * geometry.threads),
         SHARED_BYTES_PER_SM // (geometry.shared_bytes + RESERVED_SHARED_BYTES),
     )
     waves = math.ceil(ctas_of_busiest / resident_ctas)
     imbalance = ctas_of_busiest * multiprocessors / blocks
     in_flight = min(ctas_of_busiest, resident_ctas) * config.warps * (config.ring_slots - 1) * STEP_BYTES
-    bytes_read = geometry.row_batches * geometry.stored_k * geometry.stored_n * TYPICAL_BITS / 8
+    bytes_read = geometry.stored_k * geometry.stored_n * TYPICAL_BITS / 8
     read_time = bytes_read / (BYTES_PER_MICROSECOND_AND_SM * multiprocessors)
     return (
         OVERHEAD

@@ -15,7 +15,7 @@ from matvec_cases import Case, assert_agrees_with_oracle, draw_thresholds, draw_
 
 from pallas_kernels import Activations, NestedWeight
 from pallas_kernels.lanes import device
-from pallas_kernels.matvec.mosaic_gpu import BytePairs, Config, SharedList, kernel
+from pallas_kernels.matvec.mosaic_gpu import BytePairs, Config, SharedList, kernel, tuning
 
 GPUS = [
     ("NVIDIA H200", 132),
@@ -28,9 +28,7 @@ configs = st.builds(
     warpgroups=st.sampled_from([1, 2]),
     warps_per_group=st.sampled_from([1, 2, 4]),
     ring_slots=st.just(4),
-    byte_pairs=st.builds(
-        BytePairs, warps_per_section=st.sampled_from([1, 2]), ring_slots=st.sampled_from([2, 4, 8])
-    ),
+    byte_pairs=st.builds(BytePairs, ring_slots=st.sampled_from([2, 4, 8])),
 )
 cases = st.builds(
     Case,
@@ -96,6 +94,24 @@ def test_a_row_has_the_same_bits_in_any_company(case, rows, kind):
     assert bits[old] == bits_in_company[new]
 
 
+@pytest.mark.parametrize("multiprocessors", [1, 132])
+def test_the_defaults_for_1_to_16_rows_give_a_row_the_same_bits(multiprocessors):
+    """With one multiprocessor a shared list is the default from 3 rows on, else from 9 rows on."""
+    case = Case(512, 600, rows=16)
+    x, weight, thresholds = case.arrays()
+    programs, outputs = set(), []
+    for rows in (1, 2, 3, 4, 8, 9, 16):
+        one_row = Config(warpgroups=1, warps_per_group=1, ring_slots=4)
+        sizes = kernel.geometry_of(Activations.of(jnp.asarray(x[:rows])), weight, one_row)
+        config = tuning.best_config(sizes, device_kind="NVIDIA H200", multiprocessors=multiprocessors)
+        programs.add(((rows > 2) + (rows > 8), config.byte_pairs is None, config.shared_list is None))
+        outputs.append(emulate(x[:rows], weight, thresholds[:rows], config)[0])
+    from_3 = (1, multiprocessors == 1, multiprocessors > 1)
+    assert programs == {(0, True, True), (0, False, True), from_3, (2, True, False)}
+    for y in outputs:
+        np.testing.assert_array_equal(y.view(np.int64), outputs[-1][: len(y)].view(np.int64))
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_nan_and_inf_reach_every_output_of_their_row_and_no_other(bad):
     case = Case(300, 600, rows=4, config=DEFAULT)
@@ -145,10 +161,8 @@ def test_every_channel_at_the_highest_level():
 @pytest.mark.skipif(jax.__version_info__ < device.OLDEST_JAX, reason="the kernel needs jax >= 0.11.2")
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu[0])
 @pytest.mark.parametrize(("rows", "shape", "max_bits"), [(2, (4096, 6144), 8), (7, (300, 700), 6)], ids=str)
-@pytest.mark.parametrize("warps", [1, 2])
-def test_lowers_for(gpu, rows, shape, max_bits, warps):
-    byte_pairs = BytePairs(warps_per_section=warps)
-    config = Config(warpgroups=2, warps_per_group=1, ring_slots=8, byte_pairs=byte_pairs)
+def test_lowers_for(gpu, rows, shape, max_bits):
+    config = Config(warpgroups=2, warps_per_group=1, ring_slots=8, byte_pairs=BytePairs())
     arguments = (
         jax.ShapeDtypeStruct((rows, shape[0]), jnp.bfloat16),
         NestedWeight.abstract(*shape, max_bits),
@@ -166,20 +180,21 @@ def test_lowers_for(gpu, rows, shape, max_bits, warps):
 
 
 @pytest.mark.parametrize(
-    ("rows", "warpgroups", "warps", "slots", "ctas"),
-    [(2, 1, 1, 4, 4), (2, 2, 1, 4, 2), (4, 1, 1, 4, 3), (4, 1, 2, 4, 3), (4, 2, 2, 8, 1)],
+    ("rows", "warpgroups", "slots", "ctas"),
+    [(2, 1, 4, 4), (2, 2, 4, 2), (4, 1, 4, 3), (4, 1, 8, 2), (4, 2, 8, 1)],
 )
-def test_several_ctas_fit_a_multiprocessor(rows, warpgroups, warps, slots, ctas):
+def test_several_ctas_fit_a_multiprocessor(rows, warpgroups, slots, ctas):
     """A CTA takes 1 KiB more than its shared memory of the 228 KiB of an H200's multiprocessor."""
-    byte_pairs = BytePairs(warps_per_section=warps, ring_slots=slots)
-    config = Config(warpgroups=warpgroups, warps_per_group=1, ring_slots=8, byte_pairs=byte_pairs)
+    config = Config(
+        warpgroups=warpgroups, warps_per_group=1, ring_slots=8, byte_pairs=BytePairs(ring_slots=slots)
+    )
     x = Activations.of(jnp.zeros((rows, 1024), jnp.bfloat16))
     geometry = kernel.geometry_of(x, NestedWeight.abstract(1024, 512), config)
     assert ctas * (geometry.shared_bytes + 1024) <= 228 * 1024
 
 
 def test_config_errors_name_the_field_and_the_allowed_values():
-    with pytest.raises(ValueError, match=r"BytePairs.ring_slots must be one of \(2, 4, 8, 16\), not 3"):
+    with pytest.raises(ValueError, match=r"BytePairs.ring_slots must be one of \(2, 4, 8\), not 3"):
         BytePairs(ring_slots=3)
     with pytest.raises(ValueError, match=r"Config.shared_list and Config.byte_pairs name different programs"):
         dataclasses.replace(DEFAULT, shared_list=SharedList())

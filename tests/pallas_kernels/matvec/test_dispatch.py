@@ -17,6 +17,7 @@ from pallas_kernels import Activations, NestedWeight, graded_matvec, layout
 from pallas_kernels.lanes import device
 from pallas_kernels.matvec import choose
 from pallas_kernels.matvec.mosaic_gpu import Config, geometry, kernel, supports, tuning
+from pallas_kernels.matvec.mosaic_gpu.byte_pairs import BytePairGeometry
 from pallas_kernels.matvec.mosaic_gpu.shared_list import SharedListGeometry
 
 SHAPES = [(1024, 1024), (2048, 8192), (4096, 24576), (5120, 151936), (300, 700), (64, 100), (576, 960)]
@@ -171,35 +172,63 @@ def test_the_rule_agrees_with_the_measurements(k, n):
 @pytest.mark.parametrize("k", [128, 1024, 4096, 14336])
 @pytest.mark.parametrize("n", [512, 4096, 28672, 152064])
 def test_the_rule_gives_launches_that_fit(k, n, multiprocessors):
-    for rows in (1, 4, 8):
-        launch = sizes(k, n, rows)
-        launch = dataclasses.replace(launch, config=tuning.rule(launch, multiprocessors))
-        assert launch.shared_bytes <= geometry.SHARED_BYTES_LIMIT
-        assert launch.splits * launch.config.groups_per_cta >= launch.groups
-        assert launch.row_batches * launch.rows_per_cta >= rows
-        assert launch.matvec_blocks == launch.row_batches * launch.tiles * launch.splits
+    launch = sizes(k, n)
+    launch = dataclasses.replace(launch, config=tuning.rule(launch, multiprocessors))
+    assert launch.shared_bytes <= geometry.SHARED_BYTES_LIMIT
+    assert launch.splits * launch.config.groups_per_cta >= launch.groups
+    assert launch.matvec_blocks == launch.tiles * launch.splits
 
 
 @pytest.mark.parametrize("device_kind", ["NVIDIA H200", "NVIDIA GeForce RTX 4090"])
 @pytest.mark.parametrize("shape", [(128, 512), (4096, 24576), (12288, 4096), (14336, 4096)], ids=str)
-def test_more_rows_than_four_share_a_list_and_the_order_of_sums_of_one_row(shape, device_kind):
+def test_several_rows_have_the_order_of_sums_of_one_row(shape, device_kind):
     gpu = {"device_kind": device_kind, "multiprocessors": 130}
     alone = tuning.best_config(sizes(*shape), **gpu)
-    assert tuning.best_config(sizes(*shape, rows=4), **gpu).shared_list is None
-    for rows in range(5, 17):
+    for rows in range(2, 17):
         config = tuning.best_config(sizes(*shape, rows=rows), **gpu)
-        assert config.shared_list is not None
-        assert dataclasses.replace(config, shared_list=None) == alone
-        launch = SharedListGeometry(**{**vars(sizes(*shape, rows=rows)), "config": config})
+        assert (config.byte_pairs is None) != (config.shared_list is None)
+        assert dataclasses.replace(config, shared_list=None, byte_pairs=None) == alone
+        program = BytePairGeometry if config.byte_pairs else SharedListGeometry
+        launch = program(**{**vars(sizes(*shape, rows=rows)), "config": config})
         most = tuning.SHARED_BYTES_PER_SM if device_kind == "NVIDIA H200" else geometry.SHARED_BYTES_LIMIT
         assert launch.shared_bytes <= most
 
 
 @pytest.mark.parametrize("warpgroups", [1, 2])
 @pytest.mark.parametrize("warps_per_group", [1, 2, 4])
+def test_pairs_of_bytes_fit_the_limit(warpgroups, warps_per_group):
+    alone = Config(warpgroups=warpgroups, warps_per_group=warps_per_group, ring_slots=8)
+    for rows in range(2, 9):
+        launch = sizes(2048, 2048, rows=rows)
+        for limit, always in ((geometry.SHARED_BYTES_LIMIT, warpgroups == 1), (227 * 1024, True)):
+            config = tuning.with_byte_pairs(launch, alone, 128, limit)
+            assert config is not None or not always
+            if config is not None:
+                fields = {**vars(launch), "config": config, "num_square_partials": 32}
+                assert BytePairGeometry(**fields).shared_bytes <= limit
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "slots"),
+    [
+        *(((k, n), rows, 4) for k, n in [(12288, 4096), (4096, 4096), (4096, 24576)] for rows in (2,)),
+        *(((k, n), rows, 8) for k, n in [(12288, 4096), (4096, 4096)] for rows in (3, 4, 5, 8)),
+        *(((4096, 24576), rows, None) for rows in (3, 4, 8)),
+        *(((12288, 4096), rows, None) for rows in (9, 16)),
+    ],
+    ids=str,
+)
+def test_an_h200_runs_the_program_that_was_fastest(shape, rows, slots):
+    """None is the shared list. Pairs of bytes take two waves on 4096x24576, and too many reads of 9 rows."""
+    config = tuning.best_config(sizes(*shape, rows=rows), device_kind="NVIDIA H200", multiprocessors=132)
+    assert (config.byte_pairs and config.byte_pairs.ring_slots) == slots
+
+
+@pytest.mark.parametrize("warpgroups", [1, 2])
+@pytest.mark.parametrize("warps_per_group", [1, 2, 4])
 def test_a_shared_list_fits_every_gpu(warpgroups, warps_per_group):
     alone = Config(warpgroups=warpgroups, warps_per_group=warps_per_group, ring_slots=8)
-    for rows in range(5, 17):
+    for rows in range(2, 17):
         launch = sizes(14336, 4096, rows=rows)
         config = tuning.with_shared_list(launch, alone, geometry.SHARED_BYTES_LIMIT)
         fields = {**vars(launch), "config": config, "num_square_partials": 32}

@@ -73,16 +73,16 @@ def byte_pair_case(k, n, config, tuning=BytePairs(), **fields) -> Case:  # noqa:
 
 BYTE_PAIR_CASES = [
     *(
-        byte_pair_case(384, 1024, config, BytePairs(warps_per_section=warps), rows=rows, seed=rows)
+        byte_pair_case(384, 1024, config, BytePairs(ring_slots=slots), rows=rows, seed=rows)
         for rows, config in [(2, CONFIGS[2]), (3, CONFIGS[0]), (4, CONFIGS[3]), (7, CONFIGS[1])]
-        for warps in (1, 2)
+        for slots in (4, 8)
     ),
     *(
         byte_pair_case(
             300,
             512 * (p % 2) + 64 * p,
             CONFIGS[p % 4],
-            BytePairs(warps_per_section=1 + p % 2),
+            BytePairs(ring_slots=4 + 4 * (p % 2)),
             rows=max(p, 2),
             seed=p,
         )
@@ -93,7 +93,7 @@ BYTE_PAIR_CASES = [
             1000,
             600,
             CONFIGS[2],
-            BytePairs(warps_per_section=2, ring_slots=8),
+            BytePairs(ring_slots=8),
             rows=4,
             activations=activations,
         )

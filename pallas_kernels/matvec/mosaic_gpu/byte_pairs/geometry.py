@@ -2,13 +2,19 @@
 
 import dataclasses
 
-from pallas_kernels import layout
 from pallas_kernels.lanes.instructions import LANES
 from pallas_kernels.matvec.mosaic_gpu.geometry import ROW_BYTES, TILE_OUTPUT_BYTES, BytePairs, Geometry
 
 STEP_ROWS = 16
 """Number of plane rows that a warp multiplies in one step: K = 32 of the matrix instruction, divided by the 2
 bytes of a pair."""
+
+STEP_BYTES = STEP_ROWS * ROW_BYTES
+"""Bytes that one step reads, and that one slot of the ring holds: 2 KiB."""
+
+MAX_ROWS_PER_CTA = 4
+"""Largest number of activation rows that share one read of the weights. Two rows take 64 registers of every
+lane for accumulators."""
 
 ROWS_PER_MATRIX = 2
 """Number of activation rows in one matrix instruction: 8 columns of B, four of them for each row."""
@@ -19,10 +25,7 @@ PIECE_PAIRS = 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BytePairGeometry(Geometry):
-    """Sizes of a launch of ``byte_pairs.program``.
-
-    A *section* is the channels of one warp in the program for one row. Here one or two warps have a section.
-    """
+    """Sizes of a launch of ``byte_pairs.program``. Warps and CTAs have the channels of ``Geometry``."""
 
     @property
     def byte_pairs(self) -> BytePairs:
@@ -31,70 +34,23 @@ class BytePairGeometry(Geometry):
         return self.config.byte_pairs
 
     @property
-    def warps_per_section(self) -> int:
-        return self.byte_pairs.warps_per_section
-
-    @property
-    def sections(self) -> int:
-        """Number of sections of a CTA: 4 or 8."""
-        return self.config.warps
-
-    @property
-    def warps(self) -> int:
-        return self.sections * self.warps_per_section
-
-    @property
-    def outputs_per_thread(self) -> int:
-        """Number of consecutive outputs that one thread sums over the sections: 4 or 2.
-
-        With two warps for a section, each half of the threads sums other activation rows.
-        """
-        return layout.TILE // (self.sections * LANES)
-
-    # --- activation rows ------------------------------------------------------------------------------
-    @property
-    def rows_per_cta(self) -> int:
-        rows = super().rows_per_cta
-        return 4 if rows == 3 and self.warps_per_section == 2 else rows
-
-    @property
-    def coded_rows(self) -> int:
-        """Number of activation rows whose codes one warp computes: two warps divide four rows.
-
-        Both compute the codes of one or two rows, because waiting for each other takes longer.
-        """
-        return self.rows_per_cta // 2 if self.shares_codes else self.rows_per_cta
-
-    @property
-    def shares_codes(self) -> bool:
-        """Whether the two warps of a section read codes from each other's list."""
-        return self.warps_per_section == 2 and self.rows_per_cta == 4
+    def row_batches(self) -> int:
+        return -(-self.rows // MAX_ROWS_PER_CTA)
 
     @property
     def row_pairs(self) -> int:
         """Number of matrix instructions that cover the activation rows of a CTA."""
         return -(-self.rows_per_cta // ROWS_PER_MATRIX)
 
-    # --- outputs --------------------------------------------------------------------------------------
     @property
-    def piece_pairs(self) -> int:
-        """Number of pairs of 16-byte pieces of a plane row that a warp multiplies: 4 or 2."""
-        return PIECE_PAIRS // self.warps_per_section
+    def slots(self) -> int:
+        """Number of steps that the ring of a warp holds."""
+        return self.byte_pairs.ring_slots
 
-    @property
-    def row_part_bytes(self) -> int:
-        """Bytes of a plane row that a warp copies and multiplies: 128 or 64."""
-        return ROW_BYTES // self.warps_per_section
-
-    @property
-    def output_bytes(self) -> int:
-        """Bytes of the outputs of a warp for one activation row."""
-        return TILE_OUTPUT_BYTES // self.warps_per_section
-
-    # --- the list of a warp: an array of offsets, then an array of codes for each pair of coded rows -------
+    # --- the list of a warp: an array of offsets, then an array of codes for each pair of activation rows --
     @property
     def entry_words(self) -> int:
-        return 1 + -(-self.coded_rows // 2)
+        return 1 + self.row_pairs
 
     @property
     def entry_bytes(self) -> int:
@@ -114,18 +70,7 @@ class BytePairGeometry(Geometry):
     def list_bytes(self) -> int:
         return self.entry_words * self.code_stride
 
-    # --- the ring of a warp ---------------------------------------------------------------------------
-    @property
-    def slots(self) -> int:
-        """Number of steps that the ring holds."""
-        return self.byte_pairs.ring_slots
-
-    @property
-    def slot_bytes(self) -> int:
-        """Bytes of a slot of the ring, which holds one step."""
-        return STEP_ROWS * self.row_part_bytes
-
     @property
     def ring_bytes(self) -> int:
         """Bytes of one warp's ring. At the end the ring holds the warp's outputs of all activation rows."""
-        return max(self.slots * self.slot_bytes, self.rows_per_cta * self.output_bytes)
+        return max(self.slots * STEP_BYTES, self.rows_per_cta * TILE_OUTPUT_BYTES)

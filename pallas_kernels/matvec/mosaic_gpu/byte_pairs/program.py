@@ -14,11 +14,7 @@ activation rows:
 
 ``load_matrices_transposed`` loads a whole fragment of A: its four matrices are two 16-byte pieces of 8 plane
 rows each. The digit positions are masked as in the other program. Two activation rows take 64 accumulators of
-every lane, four rows take 128. With two warps for a section they take half as many.
-
-With ``warps_per_section=2`` two warps list the same channels, and each copies and multiplies one half of
-every listed plane row. They divide the codes of four activation rows, but have separate rings, so neither
-waits for the other in the loop.
+every lane, four rows take 128.
 
 Warps and CTAs have the same channels as in ``mosaic_gpu.program``, and convert and add the same numbers in
 the same order. So a row of y has the same bits in both programs, among any other rows, if ``warpgroups`` and
@@ -65,8 +61,6 @@ def matvec(isa: Instructions, g: BytePairGeometry, refs: Refs) -> None:
     copies.fill_ring(started, listed.steps)
     store_record(isa, g, context, listed)
     ends = end_addresses(isa, g, context)
-    if g.shares_codes:
-        isa.block_barrier()  # Now the codes and records of the section's other warp are visible.
     accumulators = stream(isa, g, context, copies, listed.steps)
     combine(isa, g, ends, accumulators)
     reduce(isa, g, refs, context, ends)

@@ -2,40 +2,40 @@
 
 import dataclasses
 
-from pallas_kernels.lanes.instructions import LANES, Instructions, Value
-from pallas_kernels.matvec.mosaic_gpu.byte_pairs.geometry import STEP_ROWS, BytePairGeometry
-from pallas_kernels.matvec.mosaic_gpu.lane_context import COPY_BYTES, LaneContext, Refs
-from pallas_kernels.matvec.mosaic_gpu.streaming import POSITION_MASKS
+from pallas_kernels.lanes.instructions import Instructions, Value
+from pallas_kernels.matvec.mosaic_gpu.byte_pairs.geometry import PIECE_PAIRS, STEP_BYTES, BytePairGeometry
+from pallas_kernels.matvec.mosaic_gpu.geometry import ROW_BYTES
+from pallas_kernels.matvec.mosaic_gpu.lane_context import LaneContext, Refs
+from pallas_kernels.matvec.mosaic_gpu.streaming import COPY_LANES, POSITION_MASKS
 from pallas_kernels.matvec.mosaic_gpu.tile import stored_piece
+
+COPIED_ROWS = 4
+"""Number of consecutive listed rows of a step that a lane copies 16 bytes of."""
 
 CODE_MASKS = (0x00FF00FF, 0xFF00FF00)
 """Mask of the even and of the odd bytes of a register of B."""
 
 
-def in_first_slot(g: BytePairGeometry, ring: Value, row: Value, piece: Value) -> Value:
+def in_first_slot(ring: Value, row: Value, piece: Value) -> Value:
     """Returns the address, in slot 0 of the ring, of a 16-byte piece of a row.
 
     Addresses are swizzled, so that neither copies nor loads have bank conflicts.
     """
-    if g.warps_per_section == 1:
-        return ring + row * g.row_part_bytes + ((piece ^ (row & 7)) << 4)
-    place = row ^ ((row >> 3) & 1)
-    return ring + place * g.row_part_bytes + ((piece ^ ((row >> 1) & 3)) << 4)
+    return ring + row * ROW_BYTES + ((piece ^ (row & 7)) << 4)
 
 
 @dataclasses.dataclass(frozen=True)
 class Copies:
-    """Copies of listed rows into the warp's ring.
+    """Copies of listed rows into the warp's ring. Lanes ``8 i .. 8 i + 7`` copy entries ``4 i .. 4 i + 3``.
 
     Entry ``4 i + 2 m + o`` of a step is row ``8 m + 2 i + o`` of the slot. The transposing load gives lane
-    ``4 row + column`` the rows ``8 m + 2 column + o``, so its codes are four consecutive entries. A lane
-    copies 16 bytes of four consecutive entries, or of two if the warp copies half of each row.
+    ``4 row + column`` the rows ``8 m + 2 column + o``, so its codes are four consecutive entries.
     """
 
     isa: Instructions
     g: BytePairGeometry
     targets: list[Value]
-    """Shared-memory addresses that the lane copies 16 bytes of its entries to, in slot 0."""
+    """Shared-memory addresses that the lane copies 16 bytes of its first two rows to, in slot 0."""
     source: Value
     """Global address of the planes."""
     piece: Value
@@ -46,33 +46,27 @@ class Copies:
     @classmethod
     def create(cls, isa: Instructions, g: BytePairGeometry, refs: Refs, context: LaneContext) -> "Copies":
         """Computes the addresses of the lane."""
-        lanes = g.row_part_bytes // COPY_BYTES
-        first, piece = context.lane // lanes, context.lane % lanes
-        copied = STEP_ROWS * lanes // LANES
-        piece_of_tile = piece
-        if context.part is None:
-            rows = [(first << 1) + (8 * m + o) for m in range(2) for o in range(2)]
-        else:
-            piece_of_tile = context.part * lanes + piece
-            rows = [((first & 1) << 3) + ((first >> 1) << 1) + o for o in range(2)]
+        i, piece = context.lane >> 3, context.lane & (COPY_LANES - 1)
+        source_piece = stored_piece(isa, piece, context.pieces)
         return cls(
             isa,
             g,
-            targets=[in_first_slot(g, context.ring, row, piece) for row in rows],
+            targets=[in_first_slot(context.ring, (i << 1) + o, piece) for o in range(2)],
             source=isa.global_address(refs.planes),
-            piece=stored_piece(isa, piece_of_tile, context.pieces) * COPY_BYTES,
-            entries=context.list + first * (copied * g.entry_bytes),
+            piece=source_piece << 4,
+            entries=context.list + (i << 4),
         )
 
     def copy(self, step: Value) -> None:
         """Starts copying one step into its slot."""
         isa, g = self.isa, self.g
-        slot = (step & (g.slots - 1)) * g.slot_bytes
-        offsets = isa.load_shared(self.entries + step * g.step_entries_bytes, len(self.targets))
-        for target, offset in zip(self.targets, offsets, strict=True):
+        slot = (step & (g.slots - 1)) * STEP_BYTES
+        offsets = isa.load_shared(self.entries + step * g.step_entries_bytes, COPIED_ROWS)
+        for i, offset in enumerate(offsets):
+            m, o = divmod(i, 2)
+            target = self.targets[o] + slot + 8 * ROW_BYTES * m
             # The sum is an offset in the planes, so it fits 32 bits.
-            source = self.source + isa.widen(offset + self.piece)
-            isa.copy_async(target + slot, source, evict_first=True)
+            isa.copy_async(target, self.source + isa.widen(offset + self.piece), evict_first=True)
 
     def start(self, steps: Value) -> Value:
         """Starts copying the first of ``steps`` steps, at most ``slots - 1``; returns their number.
@@ -116,8 +110,8 @@ def stream(
     # Lane 8 matrix + row gives the address of that row of that matrix. Matrices 0 and 1 are the two pieces of
     # the slot's rows 0 to 7, matrices 2 and 3 those of its rows 8 to 15.
     matrix, row = context.lane >> 3, context.lane & 7
-    loads = in_first_slot(g, context.ring, ((matrix >> 1) << 3) + row, matrix & 1)
-    codes = code_addresses(g, context)
+    loads = in_first_slot(context.ring, ((matrix >> 1) << 3) + row, matrix & 1)
+    codes = context.list + g.code_stride + ((context.lane & 3) << 4)
     column = context.lane >> 2
     mask = isa.select((column & 2).equals(0), *[isa.constant(mask) for mask in CODE_MASKS])
     selector = code_selector(column)
@@ -125,11 +119,12 @@ def stream(
     def body(step: Value, accumulators: list[Value]) -> list[Value]:
         isa.wait_copies(g.slots - 2)
         isa.warp_barrier()  # Now the data of this step is visible, and the slot of the previous step is free.
-        slot = loads + (step & (g.slots - 1)) * g.slot_bytes
-        words = [isa.load_matrices_transposed(slot ^ (32 * i)) for i in range(g.piece_pairs)]
+        slot = loads + (step & (g.slots - 1)) * STEP_BYTES
+        words = [isa.load_matrices_transposed(slot ^ (32 * i)) for i in range(PIECE_PAIRS)]
+        entries = codes + step * g.step_entries_bytes
         b = []
-        for address in codes:
-            first, second, third, fourth = isa.load_shared(address + step * g.step_entries_bytes, 4)
+        for pair in range(g.row_pairs):
+            first, second, third, fourth = isa.load_shared(entries + pair * g.code_stride, 4)
             b.append(
                 [
                     isa.permute_bytes(low, high, selector) & mask
@@ -142,20 +137,10 @@ def stream(
         isa.commit_copies()
         return multiply(isa, g, accumulators, words, b)
 
-    accumulators = isa.loop(steps, [isa.constant(0)] * (16 * g.piece_pairs * g.row_pairs), body)
+    accumulators = isa.loop(steps, [isa.constant(0)] * (16 * PIECE_PAIRS * g.row_pairs), body)
     isa.wait_copies(0)
     isa.warp_barrier()  # Now the scales are visible, and the ring is free.
     return accumulators
-
-
-def code_addresses(g: BytePairGeometry, context: LaneContext) -> list[Value]:
-    """Returns, for each pair of activation rows, the address of the codes of the lane's entries in step 0."""
-    first = context.list + g.code_stride + ((context.lane & 3) << 4)
-    distance = g.code_stride
-    if g.shares_codes:
-        assert context.part is not None
-        first, distance = first - context.part * g.list_bytes, g.list_bytes
-    return [first + pair * distance for pair in range(g.row_pairs)]
 
 
 def code_selector(column: Value) -> Value:
@@ -189,11 +174,11 @@ def multiply(
         for p, mask in enumerate(POSITION_MASKS):
             masked = [word & mask for word in a] if p else a
             for pair in range(g.row_pairs):
-                first = accumulator(g, pair, i, p)
+                first = accumulator(pair, i, p)
                 out[first : first + 4] = isa.matrix_multiply_add(out[first : first + 4], masked, b[pair])
     return out
 
 
-def accumulator(g: BytePairGeometry, row_pair: int, piece_pair: int, position: int) -> int:
+def accumulator(row_pair: int, piece_pair: int, position: int) -> int:
     """Returns the index of the first of four accumulators of a row pair, piece pair and digit position."""
-    return 16 * (g.piece_pairs * row_pair + piece_pair) + 4 * position
+    return 16 * (PIECE_PAIRS * row_pair + piece_pair) + 4 * position
