@@ -165,13 +165,13 @@ def make_plan(source: HFCheckpoint, calibration: Calibration, options: Options) 
     """
     survey_windows, threshold_windows = split_windows(calibration.windows)
     compute_dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    widths = refit_tokens.input_widths(linear_shapes(source.config))
+    widths = refit_tokens.input_widths(source.config)
     refit_windows = refit_tokens.fitting_windows(survey_windows, widths, jnp.dtype(compute_dtype).itemsize)
     refit: tuple[str, ...] = ()
     not_done: list[str] = []
-    if options.refit and source.config.num_experts:
-        not_done.append("weights were not refitted: refitting does not support mixtures of experts yet")
-    elif options.refit:
+    if options.refit:
+        if source.config.num_experts:
+            not_done.append("weights of experts were not refitted: each gets few of the calibration tokens")
         refit = tuple(refit_tokens.refitted_projections(refit_windows, widths))
         if shortage := refit_tokens.shortage(refit_windows, widths):
             not_done.append(shortage)

@@ -7,20 +7,21 @@ produce.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
+from checkpoints_tools.convert.coded_experts import CodedExperts
 from checkpoints_tools.convert.coded_linear import CodedLinear
 from checkpoints_tools.convert.least_squares import FitWindow, Moments, moments, refitted
 from checkpoints_tools.source.head import normed
 from grinqh_jax.decoding.thresholds import interpolate
-from grinqh_jax.model.apply import in_head
+from grinqh_jax.model.apply import Dense, in_head
 from grinqh_jax.model.decoder import DecoderLayer, RMSNorm
-from grinqh_jax.model.layer_spec import LayerSpec, ResidualBlock
+from grinqh_jax.model.layer_spec import GatedExperts, LayerSpec, ResidualBlock
 from grinqh_jax.model.linear import DenseLinear
 from pallas_kernels import Activations
 
@@ -132,6 +133,32 @@ class RefitStates:
         reading = Reading(self._thresholds(name), jnp.asarray(level_gains))
         self._graded.advance(projection, layer, linear, reading)
 
+    def advance_mixture(
+        self,
+        prefix: str,
+        layer: DecoderLayer,
+        block: ResidualBlock,
+        experts: Mapping[str, CodedExperts],
+        level_gains: Mapping[str, Float[np.ndarray, "p"]],
+    ) -> None:
+        """Moves the windows past a mixture of experts, whose weights are not refitted.
+
+        Args:
+          prefix: Beginning of the names of the linear layers, ``layers.{i}.``.
+          layer: Original layer that contains it.
+          block: Its block.
+          experts: Quantized experts, by projection.
+          level_gains: Their level gains, by projection.
+        """
+        self._moments_of = "", None  # Frees matrices as large as all states.
+        for states in (self._exact, self._other):
+            states.advance_mixture(layer, block, None, None)
+        readings = {
+            name: Reading(self._thresholds(prefix + name), jnp.asarray(gains))
+            for name, gains in level_gains.items()
+        }
+        self._graded.advance_mixture(layer, block, experts, readings)
+
     def _block_written_by(self, name: str) -> ResidualBlock | None:
         """Returns the block whose results a linear layer writes to the residual stream, if it does."""
         if in_head(name):
@@ -181,6 +208,48 @@ class _ModelStates:
             # Waits, so that the intermediate values of only one window are in memory.
             self.stream[s], self.inputs[s] = jax.block_until_ready(states)
 
+    def advance_mixture(
+        self,
+        layer: DecoderLayer,
+        block: ResidualBlock,
+        experts: Mapping[str, CodedExperts] | None,
+        readings: Mapping[str, Reading] | None,
+    ) -> None:
+        """Moves the windows past a mixture of ``layer``, which ``experts`` compute if they are given."""
+        for s, inputs in enumerate(self.inputs):
+            states = _advance_mixture(layer, experts, readings, self.stream[s], inputs, block)
+            self.stream[s], self.inputs[s] = jax.block_until_ready(states)
+
+
+class _CodedMixture:
+    """An apply strategy that reads coded experts in place of the original ones."""
+
+    def __init__(self, experts: Mapping[str, CodedExperts], readings: Mapping[str, Reading]):
+        self.experts, self.readings = experts, readings
+
+    def __call__(self, name: str, linear: Any, x: Activations) -> Activations:
+        projection = name.rpartition(".")[2]
+        coded = self.experts[projection].choose(linear.experts)
+        reading = self.readings[projection]
+        y = coded.graded(x.array, reading.thresholds, reading.level_gains)
+        return Activations.of(y.astype(x.dtype))
+
+
+@jax.jit(static_argnames="block")
+def _advance_mixture(
+    layer: DecoderLayer,
+    experts: Mapping[str, CodedExperts] | None,
+    readings: Mapping[str, Reading] | None,
+    stream: Float[Array, "t d"],
+    inputs: Float[Array, "t d"],
+    block: ResidualBlock,
+) -> tuple[Float[Array, "t d"], Float[Array, "t d"]]:
+    """Returns the residual stream after a mixture, and the inputs of the next projection of its layer."""
+    assert isinstance(block.mixer, GatedExperts), "the block is a mixture of experts"
+    apply = Dense() if experts is None or readings is None else _CodedMixture(experts, readings)
+    written = layer.mixture("layer", block, block.mixer, Activations.of(inputs[None]), apply)
+    return _after(layer, block, stream, Activations.of(written.array[0]))
+
 
 @jax.jit(static_argnames="projection")
 def _advance(
@@ -204,6 +273,13 @@ def _advance(
     if projection == block.reads.name:
         mixed, _ = layer.mix(block, Activations.of(outputs[None]), jnp.arange(len(stream))[None])
         return stream, mixed.array[0]
-    stream = stream + layer.update(block, Activations.of(outputs)).array
+    return _after(layer, block, stream, Activations.of(outputs))
+
+
+def _after(
+    layer: DecoderLayer, block: ResidualBlock, stream: Float[Array, "t d"], written: Activations
+) -> tuple[Float[Array, "t d"], Float[Array, "t d"]]:
+    """Returns the residual stream after a block, and the inputs of the next one if there is one."""
+    stream = stream + layer.update(block, written).array
     following = layer.spec.block_after(block)
     return stream, stream if following is None else layer.inputs(following, stream[None], None)[1].array[0]

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from checkpoints_tools.convert import parts
+from checkpoints_tools.convert.coded_experts import CodedExperts
 from checkpoints_tools.convert.coded_linear import CodedLinear
 from checkpoints_tools.convert.measure_layers import Measurements, fitted_gains, rounding, stored_codes
 from checkpoints_tools.convert.plan import Plan
@@ -24,7 +25,8 @@ from checkpoints_tools.quantizers import RoundedWeight
 from checkpoints_tools.source.layer import dense_layer, embed, read_layer
 from grinqh_jax.checkpoint import Writer
 from grinqh_jax.model.decoder import RMSNorm
-from grinqh_jax.model.layer_spec import HEAD
+from grinqh_jax.model.experts import GradedExperts, build_experts
+from grinqh_jax.model.layer_spec import HEAD, GatedExperts
 from grinqh_jax.model.linear import GradedLinear, build_linear
 from pallas_kernels.weight import num_planes
 
@@ -91,38 +93,58 @@ def _refit_layer(
     norm = layer.spec.blocks[0].norm
     states.apply_norm(None if norm is None else getattr(layer, norm.name))
     leaves: dict[str, np.ndarray] = {}
-    for projection in layer.spec.names:
-        name = f"layers.{i}.{projection}"
-        measurement = measurements.linears[name]
-        if projection in plan.refit:
+    for block in layer.spec.blocks:
+        if isinstance(block.mixer, GatedExperts):
+            names = block.reads.name, block.writes.name
+            gains = {name: measurements.linears[f"layers.{i}.{name}"].level_gains for name in names}
+            experts = {name: _coded_experts(plan, writer, tables, f"layers.{i}.{name}") for name in names}
+            states.advance_mixture(f"layers.{i}.", layer, block, experts, gains)
+            continue
+        for projection in (block.reads.name, block.writes.name):
+            name = f"layers.{i}.{projection}"
+            measurement = measurements.linears[name]
+            if projection in plan.refit:
 
-            def read_outputs(outputs: slice, projection=projection) -> np.ndarray | Array:
-                return kernels[projection][:, outputs]
+                def read_outputs(outputs: slice, projection=projection) -> np.ndarray | Array:
+                    return kernels[projection][:, outputs]
 
-            layer_rounding = rounding(plan, survey, name, measurement.inputs)
-            codes, fit = quantize_linear(layer_rounding, read_outputs, _refit(states, layer_rounding))
-            level_gains = fitted_gains(plan, name, fit)
-            leaves |= stored_codes(plan, name, codes, level_gains)
-        else:
-            codes, level_gains = writer.read(name), measurement.level_gains
-        del kernels[projection]  # Frees its weights before the next projection is refitted.
-        tree = {
-            "planes": jnp.asarray(codes["planes"]),
-            "scales": jnp.asarray(codes["scales"]),
-            "thresholds": jnp.asarray(tables[name]),
-            "gains": jnp.asarray(level_gains),
-            "max_activation": jnp.float32(measurement.inputs.max_activation),
-        }
-        if (bias := vectors.get(f"{projection}.bias")) is not None:
-            tree["bias"] = jnp.asarray(bias, jnp.float32)
-        linear = build_linear(
-            tree,
-            plan.shapes[name],
-            plan.compute_dtype,
-        )
-        assert isinstance(linear, GradedLinear), "the tree has planes"
-        states.advance(name, layer, CodedLinear.of_planes(linear), level_gains)
+                layer_rounding = rounding(plan, survey, name, measurement.inputs)
+                codes, fit = quantize_linear(layer_rounding, read_outputs, _refit(states, layer_rounding))
+                level_gains = fitted_gains(plan, name, fit)
+                leaves |= stored_codes(plan, name, codes, level_gains)
+            else:
+                codes, level_gains = writer.read(name), measurement.level_gains
+            del kernels[projection]  # Frees its weights before the next projection is refitted.
+            tree = _tree(codes, tables[name], level_gains)
+            if (bias := vectors.get(f"{projection}.bias")) is not None:
+                tree["bias"] = jnp.asarray(bias, jnp.float32)
+            linear = build_linear(tree, plan.shapes[name], plan.compute_dtype)
+            assert isinstance(linear, GradedLinear), "the tree has planes"
+            states.advance(name, layer, CodedLinear.of_planes(linear), level_gains)
     return leaves
+
+
+def _tree(
+    codes: Mapping[str, np.ndarray | Array],
+    table: Float[np.ndarray, "targets p"],
+    level_gains: Float[np.ndarray, "p"],
+) -> dict[str, Array]:
+    """Returns the arrays of a graded linear layer; the largest activation does not matter here."""
+    return {
+        "planes": jnp.asarray(codes["planes"]),
+        "scales": jnp.asarray(codes["scales"]),
+        "thresholds": jnp.asarray(table),
+        "gains": jnp.asarray(level_gains),
+        "max_activation": jnp.zeros(()),
+    }
+
+
+def _coded_experts(plan: Plan, writer: Writer, tables: Tables, name: str) -> CodedExperts:
+    """Reads the codes of experts, which are not refitted."""
+    unit_gains = np.ones(tables[name].shape[1], np.float32)
+    experts = build_experts(_tree(writer.read(name), tables[name], unit_gains), plan.shapes[name])
+    assert isinstance(experts, GradedExperts), "the tree has planes"
+    return CodedExperts.of_planes(experts)
 
 
 def _refit(states: RefitStates, rounding: Rounding) -> Refit:

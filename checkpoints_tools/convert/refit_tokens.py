@@ -27,7 +27,10 @@ from jaxtyping import Int32
 
 from checkpoints_tools.calibration.statistics import first_scored_position
 from grinqh_jax.model.apply import in_head
+from grinqh_jax.model.config import ModelConfig
+from grinqh_jax.model.decoder import linear_shapes
 from grinqh_jax.model.layer_spec import HEAD
+from grinqh_jax.model.parameters import projections
 
 TOKENS = 32768
 """Maximum number of tokens to fit to, which bounds the time."""
@@ -52,13 +55,17 @@ TOKENS_PER_INPUT = 1.25
 ``A`` needs as much memory as the states."""
 
 
-def input_widths(shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+def input_widths(config: ModelConfig) -> dict[str, int]:
     """Returns the number of inputs of each projection, equal in all layers, and of ``HEAD``.
 
-    Args:
-      shapes: Result of ``decoder.linear_shapes``.
+    Projections of experts are left out: each expert gets only some of the tokens, and is not refitted.
     """
-    return {HEAD if in_head(name) else name.rpartition(".")[2]: k for name, (k, _) in shapes.items()}
+    experts = {projection.name for projection in projections(config).values() if projection.of_experts}
+    widths = {
+        HEAD if in_head(name) else name.rpartition(".")[2]: k
+        for name, (k, _) in linear_shapes(config).items()
+    }
+    return {name: k for name, k in widths.items() if name not in experts}
 
 
 def fitting_windows(

@@ -19,7 +19,17 @@ from grinqh_jax.model.options import rotation_obstacle
 
 OBSTACLES = {name: rotation_obstacle(ModelConfig.from_hf(config)) for name, config in CASES.items()}
 
-CONVERTED = ("qwen2-tied-yarn", "smollm3", "granite", "phi3-partial-window", "olmo3-window-yarn", "gemma3")
+CONVERTED = (
+    "qwen2-tied-yarn",
+    "qwen3-moe-window",
+    "mixtral",
+    "olmoe",
+    "smollm3",
+    "granite",
+    "phi3-partial-window",
+    "olmo3-window-yarn",
+    "gemma3",
+)
 """Cases that together have every option that the converter sees."""
 
 
@@ -68,7 +78,7 @@ def test_full_bits_keep_the_perplexity(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen2-tied-yarn", "granite", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen2-tied-yarn", "qwen3-moe", "granite", "gemma3"])
 def test_refit_and_trained_gains_keep_the_perplexity(name, tmp_path):
     source = source_of(tmp_path / "model", name)
     plan = plan_of(source, 128)

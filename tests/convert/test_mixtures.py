@@ -18,6 +18,7 @@ from random_models import random_state
 from checkpoints_tools.calibration import statistics
 from checkpoints_tools.calibration.text import Calibration
 from checkpoints_tools.convert import command as convert
+from checkpoints_tools.convert import refit
 from checkpoints_tools.convert.coded_experts import CodedExperts
 from checkpoints_tools.convert.coded_linear import CodedLinear
 from checkpoints_tools.convert.options import TRAINED, Options
@@ -30,11 +31,11 @@ from grinqh_jax.decoding.dial import layer_shares
 from grinqh_jax.decoding.statistics import grading_fields
 from grinqh_jax.decoding.thresholds import model_thresholds
 from grinqh_jax.hf import load_decoder, open_checkpoint
-from grinqh_jax.model.apply import Graded
+from grinqh_jax.model.apply import Dense, Graded
 from grinqh_jax.model.cache import KVCache
 from grinqh_jax.model.decoder import linear_names, weights_read, weights_stored
-from grinqh_jax.model.experts import Router, grading_factor
-from pallas_kernels import Activations, GradingStats, NestedWeight
+from grinqh_jax.model.experts import GradedExperts, Router, grading_factor
+from pallas_kernels import Activations, GradingStats, NestedWeight, quantize
 
 TOKENS = np.random.default_rng(5).integers(0, 256, (2, 60))
 
@@ -191,8 +192,37 @@ def test_the_converter_says_what_it_leaves_out(original):
     plan = make_plan(
         open_checkpoint(original), Calibration(windows=tokens, other=tokens, name="zeros"), Options()
     )
-    assert (plan.refit, plan.gains) == ((), TRAINED)
-    assert any(line.startswith("weights were not refitted: ") for line in plan.not_done)
+    assert (plan.refit, plan.gains) == (("qkv", "o", "gate_up", "down", "lm_head"), TRAINED)
+    assert plan.not_done == ("weights of experts were not refitted: each gets few of the calibration tokens",)
+
+
+def test_refit_states_pass_through_a_mixture(original, loaded):
+    """With thresholds of 0 the graded model reads all 8 bits, and its states are the exact ones."""
+    source = open_checkpoint(original)
+    hidden = np.random.default_rng(8).standard_normal((2, 30, 64)).astype(np.float32)
+    layer = dense_layer(source, 0, *read_layer(source, 0), jnp.float32)
+    block = layer.spec.blocks[1]
+    names = block.reads.name, block.writes.name
+    tables = {f"layers.0.{name}": np.zeros((2, 4), np.float32) for name in names}
+    states = refit.RefitStates(hidden, hidden[:1], tables, (1.0, 8.0), source.config.layers)
+    states.apply_norm(layer.post_norm)
+    experts = {name: _quantized(getattr(layer, name)) for name in names}
+    gains = {name: np.ones(4, np.float32) for name in names}
+    states.advance_mixture("layers.0.", layer, block, experts, gains)
+    inputs = Activations.of(layer.post_norm(jnp.asarray(hidden)))
+    expected = hidden + layer.mixture("layer", block, block.mixer, inputs, Dense()).array
+    np.testing.assert_allclose(states._exact.stream, expected, atol=1e-5)
+    np.testing.assert_allclose(states._other.stream, expected[:1], atol=1e-5)
+    error = np.abs(np.stack(states._graded.stream) - expected).max()
+    assert 0 < error < 0.02 * np.abs(expected).max()
+
+
+def _quantized(experts) -> CodedExperts:
+    weights = [quantize(kernel) for kernel in experts.kernel[...]]
+    planes, scales = (jnp.stack([getattr(w, leaf) for w in weights]) for leaf in ("planes", "scales"))
+    sizes = {"in_features": experts.in_features, "out_features": experts.out_features}
+    table = jnp.zeros((2, 4))
+    return CodedExperts.of_planes(GradedExperts(planes, scales, table, jnp.ones(4), jnp.zeros(()), **sizes))
 
 
 def test_coded_experts_are_coded_linear_layers_of_each_row(loaded):

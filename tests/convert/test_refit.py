@@ -12,7 +12,6 @@ from checkpoints_tools.source.layer import dense_layer, embed, read_layer
 from grinqh_jax.benchmarking import random_model
 from grinqh_jax.hf import open_checkpoint
 from grinqh_jax.model.apply import Dense
-from grinqh_jax.model.decoder import linear_shapes
 from grinqh_jax.model.linear import GradedLinear
 from pallas_kernels import quantize
 
@@ -135,7 +134,7 @@ def calibration(count, length=1024):
 @pytest.mark.parametrize(("dtype", "windows"), [(jnp.float32, 16), (jnp.bfloat16, 24)])
 def test_8b_is_refitted_in_2_gib_of_states(dtype, windows):
     """``down`` has 12,288 inputs, three times as many as the other projections."""
-    widths = refit_tokens.input_widths(linear_shapes(random_model.shape("Qwen3-8B")))
+    widths = refit_tokens.input_widths(random_model.shape("Qwen3-8B"))
     assert widths == {"qkv": 4096, "o": 4096, "gate_up": 4096, "down": 12288, "lm_head": 4096}
     fitting = refit_tokens.fitting_windows(calibration(24), widths, jnp.dtype(dtype).itemsize)
     assert len(fitting) == windows
@@ -148,7 +147,7 @@ def test_8b_is_refitted_in_2_gib_of_states(dtype, windows):
 @pytest.mark.parametrize("shape", random_model.shapes())
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_every_published_shape_has_enough_tokens(shape, itemsize):
-    widths = refit_tokens.input_widths(linear_shapes(random_model.shape(shape)))
+    widths = refit_tokens.input_widths(random_model.shape(shape))
     fitting = refit_tokens.fitting_windows(calibration(32), widths, itemsize)
     assert len(fitting) * (1024 - SKIPPED) > 1.1 * max(widths.values())
     assert refit_tokens.refitted_projections(fitting, widths) == list(widths)
