@@ -3,6 +3,7 @@
 The reader uses json, zlib, numpy and TensorStore. Only the comparisons import this repository.
 """
 
+import functools
 import json
 import math
 import re
@@ -33,8 +34,9 @@ class FormatReader:
         self.quantization = self.config["quantization_config"]
         self.manifest = json.loads((self.directory / "manifest.json").read_text())
         self.planes = self.quantization["max_bits"] // 2
+        self.leaf = functools.cache(self._read)
 
-    def leaf(self, name: str) -> np.ndarray:
+    def _read(self, name: str) -> np.ndarray:
         base = f"file://{self.directory.absolute()}/state/"
         store = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
         return tensorstore.open({"driver": "zarr3", "kvstore": store}).result().read().result()

@@ -21,12 +21,13 @@ def heads(tokens, *, batch=2, query_heads=6, kv_heads=2, head_dim=8):
 def test_blocks_match_float64(monkeypatch, tokens, window):
     monkeypatch.setattr(causal_attention, "QUERY_BLOCK", 8)
     queries, keys, values, positions = heads(tokens)
-    expected = np.zeros(queries.shape)
-    for b, t, h in np.ndindex(queries.shape[:3]):
+    q, k, v = (np.asarray(array, np.float64) for array in (queries, keys, values))
+    expected = np.zeros(q.shape)
+    for b, t, h in np.ndindex(q.shape[:3]):
         visible = slice(0 if window is None else max(0, t + 1 - window), t + 1)
-        scores = np.float64(keys[b, visible, h // 3]) @ np.float64(queries[b, t, h]) / np.sqrt(8)
+        scores = k[b, visible, h // 3] @ q[b, t, h] / np.sqrt(8)
         weights = np.exp(scores - scores.max())
-        expected[b, t, h] = weights / weights.sum() @ np.float64(values[b, visible, h // 3])
+        expected[b, t, h] = weights / weights.sum() @ v[b, visible, h // 3]
     np.testing.assert_allclose(
         blockwise(queries, keys, values, positions, window), expected, rtol=1e-5, atol=1e-6
     )

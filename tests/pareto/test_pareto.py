@@ -69,6 +69,7 @@ def arguments(files, *more):
 
 @pytest.fixture(scope="module")
 def swept(files):
+    """Exit code and results of a sweep of five methods, which takes a quarter of a minute."""
     more = ("--no-figure", "--sweep", "2:4:1", "--variant", "plain: --basis original", "--quantizer", "rtn")
     code = pareto.main(arguments(files, *more))
     return code, json.loads((files / "work" / "tiny" / "pareto.json").read_text())
@@ -78,6 +79,7 @@ def rows_of(results, **wanted):
     return [row for row in results["rows"] if all(row[key] == value for key, value in wanted.items())]
 
 
+@pytest.mark.slow
 def test_every_method_is_measured_on_everything(swept):
     code, results = swept
     assert results["command"].startswith("python -m checkpoints_tools.pareto --model ")
@@ -94,6 +96,7 @@ def test_every_method_is_measured_on_everything(swept):
     assert [step["to"] for step in results["sweep"][0]["steps"]] == [3, 4]
 
 
+@pytest.mark.slow
 def test_bits_read_include_scales_zero_points_and_the_head(swept):
     _, results = swept
     layers = 128 * 128 + 64 * 128 + 128 * 192 + 96 * 128
@@ -113,6 +116,7 @@ def test_bits_read_include_scales_zero_points_and_the_head(swept):
         assert row["bits_read"] == pytest.approx(expected[0] if whole_head else expected[1])
 
 
+@pytest.mark.slow
 def test_rows_have_quality_and_standard_errors(swept):
     _, results = swept
     (full,) = rows_of(results, method="full", measure="perplexity")
@@ -137,6 +141,7 @@ def test_rows_have_quality_and_standard_errors(swept):
     assert {against for label, against in pairs if label == "GRINQH, whole head"} == {"RTN"}
 
 
+@pytest.mark.slow
 def test_kernel_times_follow_the_shapes(swept, files):
     _, results = swept
     assert (
@@ -160,6 +165,7 @@ def test_kernel_times_follow_the_shapes(swept, files):
         Timing(files / "broken.json", config)
 
 
+@pytest.mark.slow
 def test_a_second_sweep_reuses_checkpoints_and_rows(swept, files, monkeypatch, capsys):
     _, before = swept
     monkeypatch.setattr(Measurements, "_measure", lambda *_: pytest.fail("measured again"))
@@ -174,6 +180,7 @@ def test_a_second_sweep_reuses_checkpoints_and_rows(swept, files, monkeypatch, c
     assert "with other options; name another --work" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @needs_matplotlib
 @pytest.mark.filterwarnings("default")
 def test_figures_are_drawn_from_results(swept, files, tmp_path, capsys):
