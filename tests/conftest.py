@@ -1,13 +1,12 @@
 """Settings and fixtures of all tests: compilation, workers, run-time checks of shapes, shared assets."""
 
-# ruff: noqa: E402  JAX reads environment variables when it is imported
-
 import importlib.metadata
 import os
 import shutil
 import tempfile
-import threading
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / ".pytest_cache" / "jax"
@@ -50,128 +49,6 @@ if not ON_GPU:
     if HAS_OLD_EMITTERS:
         os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
-import jax
-import jaxtyping
-import numpy as np
-import pytest
-from jax._src.interpreters import mlir
-
-if not hasattr(mlir, "_create_ir_context"):
-    # jax 0.10 and 0.11 create a context of MLIR for each program, which takes half of the time of a small
-    # one. Later releases lower ten programs of a thread in one context.
-    _create_context = mlir.make_ir_context
-    _contexts = threading.local()
-
-    def _reused_context():
-        if not getattr(_contexts, "uses_left", 0):
-            _contexts.context, _contexts.uses_left = _create_context(), 10
-        _contexts.uses_left -= 1
-        return _contexts.context
-
-    mlir.make_ir_context = _reused_context
-
-if HAS_OLD_EMITTERS and not ON_GPU:
-    from jax._src import compiler
-
-    _compile_options = compiler.get_compile_options
-
-    def _compile_options_for_optimized_programs(*args, **options):
-        if not jax.config.read("jax_disable_most_optimizations"):
-            overrides = options.get("env_options_overrides") or {}
-            options["env_options_overrides"] = {"xla_cpu_use_fusion_emitters": True} | overrides
-        return _compile_options(*args, **options)
-
-    compiler.get_compile_options = _compile_options_for_optimized_programs
-
-# The hook below checks annotations, with jaxtyping's shapes and dtypes, at every call. It precedes the
-# imports of the packages. A parameter that is annotated as an array takes a NumPy array too.
-jaxtyping.Array = jax.Array | np.ndarray
-
-# `tree_map` may put shapes, shardings or other objects into the fields of a pytree. With this mark jaxtyping
-# does not check the constructor of a registered class; it still checks the methods.
-_register_dataclass = jax.tree_util.register_dataclass
-
-
-def _register_with_free_fields(cls, *args, **kwargs):
-    cls.__no_type_check__ = True
-    return _register_dataclass(cls, *args, **kwargs)
-
-
-jax.tree_util.register_dataclass = _register_with_free_fields
-
-# The hook would check a function within a function, too. Preparing its checks takes a millisecond at each
-# call of the outer function.
-_jaxtyped = jaxtyping.jaxtyped
-
-
-def _check_unless_inner(*, typechecker):
-    check = _jaxtyped(typechecker=typechecker)
-    return lambda definition: definition if "<locals>" in definition.__qualname__ else check(definition)
-
-
-jaxtyping.jaxtyped = _check_unless_inner
-
-# Not listed: lane programs and command lines, which have no arrays; checkpoint.quantization and model.config,
-# which validate the values of files themselves; hf, which accepts any object with a reader's methods.
-jaxtyping.install_import_hook(
-    [
-        "checkpoints_tools.baselines",
-        "checkpoints_tools.calibration",
-        "checkpoints_tools.convert",
-        "checkpoints_tools.quantizers",
-        "checkpoints_tools.source.head",
-        "checkpoints_tools.source.layer",
-        "grinqh_jax.benchmarking.measure",
-        "grinqh_jax.benchmarking.random_model",
-        "grinqh_jax.checkpoint.checksums",
-        "grinqh_jax.checkpoint.manifest",
-        "grinqh_jax.checkpoint.reader",
-        "grinqh_jax.checkpoint.writer",
-        "grinqh_jax.decoding.batch",
-        "grinqh_jax.decoding.dial",
-        "grinqh_jax.decoding.engine",
-        "grinqh_jax.decoding.generator",
-        "grinqh_jax.decoding.prefill_buckets",
-        "grinqh_jax.decoding.prompt_cache",
-        "grinqh_jax.decoding.sampling",
-        "grinqh_jax.decoding.statistics",
-        "grinqh_jax.decoding.thresholds",
-        "grinqh_jax.evaluation",
-        "grinqh_jax.json_files",
-        "grinqh_jax.model.apply",
-        "grinqh_jax.model.attention",
-        "grinqh_jax.model.cache",
-        "grinqh_jax.model.decoder",
-        "grinqh_jax.model.experts",
-        "grinqh_jax.model.flat_model",
-        "grinqh_jax.model.layer_spec",
-        "grinqh_jax.model.linear",
-        "grinqh_jax.model.norm",
-        "grinqh_jax.model.output_projection",
-        "grinqh_jax.model.rope",
-        "grinqh_jax.model.stacks",
-        "grinqh_jax.model.gated_mlp",
-        "grinqh_jax.model.parameters",
-        "grinqh_jax.serving",
-        "pallas_kernels.activations",
-        "pallas_kernels.codes",
-        "pallas_kernels.expert_weights",
-        "pallas_kernels.experts",
-        "pallas_kernels.decode_attention.kernel",
-        "pallas_kernels.decode_rows.kernel",
-        "pallas_kernels.dequantization.kernel",
-        "pallas_kernels.grading",
-        "pallas_kernels.matvec.api",
-        "pallas_kernels.matvec.mosaic_gpu.kernel",
-        "pallas_kernels.matvec.reference",
-        "pallas_kernels.matvec.xla",
-        "pallas_kernels.weight",
-    ],
-    # As in PEP 484, a parameter that is annotated as float takes an int.
-    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
-)
-
-
 pytest_plugins = ["byte_model", "character_model"]  # Fixtures with tiny checkpoints.
 
 MOST_WORKERS = 4
@@ -198,6 +75,12 @@ LONGEST_FILES = (
 
 SERVER_TESTS = "tests/server/"
 """Beginning of the names of tests that send requests to a server process."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Prepares JAX, but not in the process that starts the workers, because they wait for it."""
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        import prepare_jax  # noqa: F401
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -235,6 +118,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="module")
 def optimized_programs():
     """Compiles the programs of a module as they are compiled outside tests."""
+    import jax
+
     disabled = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1"
     jax.config.update("jax_disable_most_optimizations", False)
     jax.clear_caches()  # of what earlier modules compiled without optimizations
