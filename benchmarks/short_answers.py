@@ -29,10 +29,12 @@ import numpy as np
 
 from grinqh_jax import BUNDLED_MODEL
 from grinqh_jax.decoding import engine
-from grinqh_jax.decoding.batch import Decoding
 from grinqh_jax.decoding.dial import Dial, layer_shares
 from grinqh_jax.decoding.generator import Generator
+from grinqh_jax.decoding.job import Job
 from grinqh_jax.decoding.sampling import Sampling
+from grinqh_jax.decoding.settings import Settings
+from grinqh_jax.decoding.texts import Received, Texts
 from grinqh_jax.evaluation.tasks import read_problems
 from grinqh_jax.model.cache import KVCache
 
@@ -83,17 +85,17 @@ def prompts(generator: Generator, data: pathlib.Path | None, count: int) -> dict
 
 def answer_bits(generator: Generator, some: list[list[int]], bits: float, temperature: float, tokens: int):
     """Answers each prompt; returns the mean bits that each token read, ``[prompts, tokens]``."""
-    decoding = Decoding(
-        generator.model,
-        some,
-        max_tokens=tokens + 1,  # The first token is chosen at full precision.
-        max_context=generator.model.config.max_position_embeddings,
-        dial=generator.dial(bits, len(some)),
-        sampling=Sampling.create(len(some), temperature=temperature),
-    )
-    decoding.prefill()
-    steps = [new.grading_stats.bits for new in decoding.chunks()]
-    return (np.concatenate(steps) @ layer_shares(generator.model.config)).T
+    limit = tokens + 1  # The first token is chosen at full precision.
+    received = [Received() for _ in some]
+    jobs = []
+    for row, (prompt, one) in enumerate(zip(some, received, strict=True)):
+        sampling = Sampling.on_host(1, temperature=temperature, seed=row)
+        jobs.append(Job(prompt, Settings.of_request(sampling, bits, (), limit), one))
+    capacity = max(map(len, some)) + limit
+    dial = generator.dial(bits)
+    Texts(generator.model, dial, jobs[0].settings, capacity=capacity, slots=len(jobs)).run(jobs)
+    shares = layer_shares(generator.model.config)
+    return np.stack([np.concatenate([stats.bits for stats in one.stats]) @ shares for one in received])
 
 
 def answers(generator: Generator, args: argparse.Namespace) -> list[dict]:

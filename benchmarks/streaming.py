@@ -18,32 +18,39 @@ import time
 import jax
 
 from grinqh_jax.benchmarking import random_model
-from grinqh_jax.decoding.batch import Decoding
 from grinqh_jax.decoding.dial import Dial
+from grinqh_jax.decoding.job import Job
 from grinqh_jax.decoding.policy import DecodePolicy
+from grinqh_jax.decoding.programs import Programs
 from grinqh_jax.decoding.sampling import Sampling
+from grinqh_jax.decoding.settings import Settings
+from grinqh_jax.decoding.texts import Received, Texts
 
 PROMPT_TOKENS = 64
 
 
 def stream(model, steps: int, temperature: float, args: argparse.Namespace) -> dict:
     """Generates one text in decode chunks of ``steps`` tokens; returns a result row."""
-    decoding = Decoding(
+    sampling = Sampling.on_host(1, temperature=temperature, top_k=args.top_k, top_p=args.top_p)
+    settings = Settings.of_request(sampling, args.bits, stop_tokens=(), limit=args.tokens + 1)
+    texts = Texts(
         model,
-        [[1] * PROMPT_TOKENS],
-        max_tokens=args.tokens + 1,
-        max_context=PROMPT_TOKENS + args.tokens + 1,
-        dial=Dial.create(model, random_model.TARGETS, [args.bits]),
-        sampling=Sampling.create(1, temperature=temperature, top_k=args.top_k, top_p=args.top_p),
+        Dial.create(model, random_model.TARGETS, [args.bits]),
+        settings,
+        capacity=PROMPT_TOKENS + args.tokens + 1,
         policy=dataclasses.replace(DecodePolicy.for_device(), chunk_steps=steps),
     )
-    decoding.compile_prefill()
-    decoding.prefill()
-    decoding.compile_decode()
-    counts, ends = [], [time.perf_counter()]
-    for chunk in decoding.chunks():
-        counts.append(len(chunk.tokens[0]))
-        ends.append(time.perf_counter())
+    text, counts, ends = Received(), [], []
+    Programs().compile(texts.device.lowerings([PROMPT_TOKENS], settings, decodes=True))
+    texts.add(Job([1] * PROMPT_TOKENS, settings, text))
+    while text.reason is None:
+        before = len(text.tokens)
+        texts.advance()
+        if len(text.tokens) > before:
+            counts.append(len(text.tokens) - before)
+            ends.append(time.perf_counter())
+    texts.close()
+    counts = counts[1:]  # the first token comes with the prompt
     return {
         "chunk": steps,
         "temperature": temperature,

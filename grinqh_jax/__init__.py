@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from grinqh_jax.bundled import BUNDLED_MODEL
-    from grinqh_jax.decoding.generator import Generation, Generator
+    from grinqh_jax.decoding.generation import Generation
+    from grinqh_jax.decoding.generator import Generator
     from grinqh_jax.decoding.prompt_cache import PromptCache
     from grinqh_jax.decoding.request import Request
     from grinqh_jax.errors import CheckpointError, GrinqhError, UnsupportedModelError, UsageError
@@ -25,7 +26,7 @@ __version__ = "0.1.0"  # pyproject.toml reads it from here; .ci/release sets it
 _MODULES = {
     "BUNDLED_MODEL": "bundled",
     "CheckpointError": "errors",
-    "Generation": "decoding.generator",
+    "Generation": "decoding.generation",
     "Generator": "decoding.generator",
     "GrinqhError": "errors",
     "PromptCache": "decoding.prompt_cache",

@@ -55,7 +55,7 @@ MOST_WORKERS = 4
 """Each takes 2 to 3 GB of memory."""
 
 LONGEST_FILES = (
-    "decoding/test_batch.py",
+    "decoding/test_texts.py",
     "convert/test_convert.py",
     "convert/test_train_gains.py",
     "server/test_openai.py",

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from grinqh_jax.decoding import engine
-from grinqh_jax.decoding.batch import CAPACITY_STEP
 from grinqh_jax.decoding.dial import Dial, layer_shares
+from grinqh_jax.decoding.generator import CAPACITY_STEP
 from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.sampling import Sampling
 from grinqh_jax.decoding.statistics import grading_fields

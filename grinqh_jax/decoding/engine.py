@@ -29,10 +29,6 @@ PREVIEW_TOKENS = 64
 """Number of trailing prompt tokens used to estimate graded bits."""
 
 
-LOGPROB_ROWS = 16
-"""Number of tokens of a prompt whose log-probabilities are computed together."""
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Chunk:
@@ -92,7 +88,7 @@ def prefill(
       float32 logits after the last new token of each row (undefined for a row without new tokens), and the
       cache.
     """
-    logits, _, cache = _prefill(_module(model), tokens, lengths, cache, apply.Dense())
+    logits, _, cache = _prefill(decoder_of(model), tokens, lengths, cache, apply.Dense())
     return logits, cache
 
 
@@ -117,7 +113,7 @@ def prefill_with_preview(
     Raises:
       ValueError: The model is dense.
     """
-    model = _module(model)
+    model = decoder_of(model)
     if not model.graded:
         raise ValueError("a dense model has nothing to preview; use prefill")
     start = jnp.maximum(jnp.maximum(lengths - PREVIEW_TOKENS, SKIPPED_POSITIONS - cache.lengths), 0)
@@ -147,10 +143,10 @@ def _prefill(
     hidden, layers = model.hidden(tokens, positions, strategy, cache.layers)
     x = hidden.array
     last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
-    return _logits(model, last), x, cache.updated(layers, cache.lengths + lengths)
+    return full_logits(model, last), x, cache.updated(layers, cache.lengths + lengths)
 
 
-def _logits(model: Decoder, x: Float[Array, "b d"]) -> Float[Array, "b v"]:
+def full_logits(model: Decoder, x: Float[Array, "b d"]) -> Float[Array, "b v"]:
     """Returns the logits of a few hidden states at full precision."""
     head: apply.Apply = apply.Dense()
     if model.graded:
@@ -158,76 +154,6 @@ def _logits(model: Decoder, x: Float[Array, "b d"]) -> Float[Array, "b v"]:
         read_all = jnp.zeros(model.full_bits // DIGIT_BITS, jnp.float32)
         head = apply.Graded(dict.fromkeys(model.lm_head.names, read_all))
     return model.logits(Activations.of(x), head)
-
-
-@jax.jit(static_argnames="count", donate_argnames="cache")
-def prompt_logprobs(
-    model: Decoder | FlatModel,
-    tokens: Int[Array, "b t"],
-    following: Int[Array, "b t"],
-    cache: KVCache,
-    count: int,
-) -> tuple[TokenLogprobs, KVCache]:
-    """Returns the log-probabilities that the model gives to the tokens of a prompt, at full precision.
-
-    Args:
-      model: Dense or graded model.
-      tokens: New tokens, as for ``prefill``; t is a multiple of ``LOGPROB_ROWS``.
-      following: Token after each of them.
-      cache: Keys and values of the earlier tokens. Donated.
-      count: Number of most likely tokens whose log-probabilities are returned beside those of ``following``.
-
-    Returns:
-      Log-probabilities ``[b, t]``; those of padding are undefined. And the cache, with the same lengths.
-    """
-    model = _module(model)
-    positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
-    hidden, layers = model.hidden(tokens, positions, apply.Dense(), cache.layers)
-
-    def some_rows(rows):
-        x, following = rows
-        return token_logprobs(_logits(model, x), following, count)
-
-    # Rows are processed a few at once, because the logits of a whole piece would take gigabytes.
-    rows = hidden.array.reshape(-1, LOGPROB_ROWS, hidden.array.shape[-1]), following.reshape(-1, LOGPROB_ROWS)
-    logprobs = jax.tree.map(
-        lambda values: values.reshape(*tokens.shape, *values.shape[2:]), jax.lax.map(some_rows, rows)
-    )
-    return logprobs, cache.updated(layers, cache.lengths)
-
-
-@jax.jit(static_argnames="policy")
-def first_tokens(
-    logits: Float[Array, "b v"],
-    preview: Preview | None,
-    positions: Int[Array, "b"],
-    sampling: Sampling,
-    history: TokenHistory | None,
-    dial: Dial | None,
-    *,
-    policy: DecodePolicy,
-) -> tuple[Int[Array, "b"], TokenHistory | None, Dial | None]:
-    """Chooses the first token of each answer, after a prefill, and prepares the decoding of the others.
-
-    Args:
-      logits: float32, after each prompt.
-      preview: Preview of the end of each prompt, if there is a dial.
-      positions: Position of the first token of each answer.
-      sampling: Sampling parameters of each row.
-      history: Tokens of each prompt, if ``sampling`` has penalties.
-      dial: Dial before the preview; None for a dense model.
-      policy: Policy of the device.
-
-    Returns:
-      The tokens, the history with them, and the dial after it has observed the preview.
-    """
-    tokens = choose_tokens(logits, sampling, positions, policy, history)
-    if history is not None:
-        history = history.with_tokens(tokens, jnp.ones(len(tokens), bool))
-    if dial is not None:
-        assert preview is not None, "a graded model has previews"
-        dial = dial.observe(preview.bits, preview.counts)
-    return tokens, history, dial
 
 
 def decode_step(
@@ -310,20 +236,9 @@ def decode_chunk(
         tokens; None for no log-probabilities.
     """
     policy = policy or DecodePolicy.for_device()
-    return jitted_decode_chunk(
-        model,
-        tokens,
-        done,
-        cache,
-        thresholds,
-        sampling,
-        stop_tokens,
-        limits,
-        steps=steps,
-        policy=policy,
-        history=history,
-        top_logprobs=top_logprobs,
-    )
+    options = {"steps": steps, "policy": policy, "history": history, "top_logprobs": top_logprobs}
+    rows = tokens, done, cache, thresholds, sampling, stop_tokens, limits
+    return jitted_decode_chunk(model, *rows, **options)
 
 
 @jax.jit(static_argnames=("steps", "policy", "top_logprobs"), donate_argnames="cache")
@@ -343,7 +258,7 @@ def jitted_decode_chunk(
     top_logprobs: int | None = None,
 ) -> tuple[Chunk, KVCache]:
     """The program behind ``decode_chunk``, for callers that lower or compile it themselves."""
-    model = _module(model)
+    model = decoder_of(model)
     dial = thresholds if isinstance(thresholds, Dial) else None
     # These two are computed once, outside the loop.
     fixed = thresholds.by_name() if isinstance(thresholds, StackedThresholds) else thresholds
@@ -421,6 +336,6 @@ def _thresholds_by_name(dial: Dial, active: Bool[Array, "b"]) -> dict[str, Float
     return jax.lax.optimization_barrier(dict(zip(dial.names, each, strict=True)))
 
 
-def _module(model: Decoder | FlatModel) -> Decoder:
+def decoder_of(model: Decoder | FlatModel) -> Decoder:
     """Returns the decoder of a flat model, or the decoder itself."""
     return model.module if isinstance(model, FlatModel) else model

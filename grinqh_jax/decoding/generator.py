@@ -7,40 +7,40 @@ for text in generation:
 print(generation.statistics().realised_bits_per_layer)
 """
 
-import contextlib
 import os
-import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from grinqh_jax import checkpoint, hf
-from grinqh_jax.decoding.answer_text import AnswerText
-from grinqh_jax.decoding.batch import Decoding, stop_array
 from grinqh_jax.decoding.bits import Bits, wanted_bits
+from grinqh_jax.decoding.device import Device
 from grinqh_jax.decoding.dial import Dial
+from grinqh_jax.decoding.generation import Generation
 from grinqh_jax.decoding.generation_config import GenerationConfig
-from grinqh_jax.decoding.model_files import ModelFiles, check_context
+from grinqh_jax.decoding.model_files import ModelFiles, check_context, prompt_too_long
 from grinqh_jax.decoding.penalties import NEUTRAL
 from grinqh_jax.decoding.policy import DecodePolicy
-from grinqh_jax.decoding.prefill_buckets import CONVERSATION_WIDTHS
-from grinqh_jax.decoding.programs import Programs, Signature
+from grinqh_jax.decoding.prefill_buckets import CONVERSATION_WIDTHS, first_previewed
+from grinqh_jax.decoding.programs import Programs
 from grinqh_jax.decoding.prompt_cache import PromptCache, conversation_capacity
 from grinqh_jax.decoding.request import Request
 from grinqh_jax.decoding.sampling import Sampling
-from grinqh_jax.decoding.statistics import Statistics, grading_fields, joined
+from grinqh_jax.decoding.settings import Settings
+from grinqh_jax.decoding.texts import Texts, contiguous_shape
 from grinqh_jax.errors import GrinqhWarning, UsageError
-from grinqh_jax.memory import peak_memory
 from grinqh_jax.model.decoder import Decoder
-from grinqh_jax.model.flat_model import FlatModel
 from grinqh_jax.text.tokenizer import Tokenizer
-from pallas_kernels import GradingStats
+from pallas_kernels.layout import round_up
 from pallas_kernels.x64 import without_x64
+
+CAPACITY_STEP = 256
+"""Cache capacities are multiples of this, or the whole context, so that few programs are compiled."""
 
 
 class Generator:
@@ -52,6 +52,7 @@ class Generator:
       defaults: The model's special tokens and sampling defaults.
       targets: Ascending mean bits of the threshold tables; None for an unquantized model.
       directory: Directory of the checkpoint.
+      programs: Programs of the model that are compiled.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class Generator:
         self.defaults = defaults
         self.targets = targets
         self.directory = directory
-        self._programs = Programs()
+        self.programs = Programs()
 
     @classmethod
     @without_x64
@@ -138,19 +139,21 @@ class Generator:
             context is larger than the model's, or the prompt cache belongs to another model.
         """
         request = request or Request()
-        tokens = self.prompt_tokens(prompt)
-        decoding = Decoding(
-            self.model,
-            [tokens],
-            max_tokens=request.max_tokens,
-            max_context=check_context(max_context, self.model.config),
-            dial=self.dial(request.bits),
-            sampling=Sampling.create(seed=request.seed, **self.sampling(request)),
-            stop_tokens=self.stop_tokens(request),
-            programs=self._programs,
-            prompt_cache=prompt_cache,
-        )
-        return Generation(self, decoding, request, prompt_tokens=len(tokens), prompt_cache=prompt_cache)
+        tokens, context = self.prompt_tokens(prompt), check_context(max_context, self.model.config)
+        if len(tokens) >= context:
+            raise prompt_too_long(len(tokens), context)
+        limit = min(request.max_tokens, context - len(tokens))
+        settings, dial = self.settings(request, limit), self.dial(request.bits)
+        cache, needed = prompt_cache or PromptCache(), len(tokens) + limit
+        capacity = conversation_capacity(needed) if cache.few_sizes else round_up(needed, CAPACITY_STEP)
+        capacity = min(capacity, context)
+        read_from = len(tokens) - 1 if dial is None else first_previewed(len(tokens))
+        pages = cache.acquire(self.model, tokens, capacity, read_from)
+        if pages is not None:
+            capacity = pages.page_size
+        texts = Texts(self.model, dial, settings, capacity=capacity, storage=cache, cache=pages)
+        cache.give(texts.device)
+        return Generation(self, texts, cache, tokens, settings, request)
 
     @without_x64
     def compile_conversation(
@@ -166,20 +169,30 @@ class Generator:
         """
         request = request or Request()
         capacity = min(conversation_capacity(context), check_context(max_context, self.model.config))
-        dial, sharding = self.dial(request.bits), self.model.norm.scale[...].sharding
-        signature = Signature(
+        settings = self.settings(request, 1)
+        device = Device(
             self.model,
-            FlatModel(self.model),
-            batch=1,
-            dial=jax.device_put(dial, sharding),
-            sampling=Sampling.create(seed=request.seed, **self.sampling(request)),
-            stop_tokens=stop_array(self.stop_tokens(request)),
-            policy=DecodePolicy.for_device(),
+            self.dial(request.bits),
+            contiguous_shape(capacity),
+            DecodePolicy.for_device(),
+            settings,
+            abstract=True,
         )
         small, large = CONVERSATION_WIDTHS
-        self._programs.compile(signature.prefill([small], capacity) | signature.decode(capacity))
+        self.programs.compile(device.lowerings([small], settings, decodes=True))
         if capacity > small:
-            self._programs.compile(signature.prefill([large], capacity))
+            self.programs.compile(device.lowerings([large], settings, decodes=False))
+
+    def settings(self, request: Request, limit: int) -> Settings:
+        """Returns the settings of a request that decodes at most ``limit`` tokens.
+
+        They select the programs without penalties or biases, if the request has none.
+
+        Raises:
+          UsageError: See ``generate``.
+        """
+        sampling = Sampling.on_host(1, seed=request.seed, **self.sampling(request))
+        return Settings.of_request(sampling, self.bits(request.bits), self.stop_tokens(request), limit)
 
     def bits(self, wanted: Bits | None) -> float | None:
         """Returns the mean bits that a setting asks for; None for an unquantized model.
@@ -246,124 +259,3 @@ class Generator:
         if self.defaults.eos_tokens:
             return self.defaults.eos_tokens[0]
         raise UsageError("the prompt is empty and the model has no BOS or EOS token; give a prompt")
-
-
-class Generation:
-    """One text that is generated: iterate over its pieces once, then read its figures.
-
-    Attributes:
-      text: Text generated so far.
-      tokens: Tokens generated so far, a stop token included.
-      bits: Mean bits asked for; None for an unquantized model.
-      finish_reason: ``"stop"`` (stop token or stop string), ``"length"``, or None while unfinished.
-    """
-
-    def __init__(
-        self,
-        generator: Generator,
-        decoding: Decoding,
-        request: Request,
-        prompt_tokens: int,
-        prompt_cache: PromptCache | None = None,
-    ):
-        self.text = ""
-        self.tokens: list[int] = []
-        self.finish_reason: Literal["stop", "length"] | None = None
-        self.bits = generator.bits(request.bits)
-        self._model = generator.model
-        self._decoding = decoding
-        self._text = AnswerText(generator.tokenizer.stream(), request.stop, generator.stop_tokens(request))
-        self._started = False
-        self._stats: list[GradingStats] = []
-        self._prompt_tokens = prompt_tokens
-        self._prompt_cache = prompt_cache
-        self._compile_seconds = self._prompt_seconds = self._generation_seconds = 0.0
-
-    @without_x64
-    def prepare(self) -> None:
-        """Compiles the programs of the text, which takes seconds for new shapes.
-
-        Iteration does this if the caller has not.
-        """
-        with self._invalidating_cache():
-            self._compile()
-
-    @without_x64
-    def __iter__(self) -> Iterator[str]:
-        """Yields the text in pieces of whole characters, as soon as later tokens cannot change them.
-
-        Raises:
-          UsageError: The generation has been iterated over before, or a later one uses its prompt cache.
-        """
-        if self._started:
-            raise UsageError(
-                "a generation is iterated over once: read its text, keep its iterator to go on later, "
-                "or call generate again"
-            )
-        self._started = True
-        with self._invalidating_cache():
-            for piece in self._pieces():
-                self.text += piece
-                yield piece
-
-    @property
-    def grading_stats(self) -> GradingStats | None:
-        """Statistics of every decode step so far, numpy ``[steps, linears]``; None for an unquantized model.
-
-        Layers are in the order of ``decoder.linear_names``.
-        """
-        return joined(self._stats)
-
-    @without_x64
-    def statistics(self) -> Statistics:
-        """Returns the figures so far, also of an unfinished generation."""
-        return Statistics(
-            prompt_tokens=self._prompt_tokens,
-            reused_prompt_tokens=self._decoding.reused_tokens,
-            generated_tokens=len(self.tokens),
-            prompt_seconds=self._prompt_seconds,
-            generation_seconds=self._generation_seconds,
-            compile_seconds=self._compile_seconds,
-            peak_memory_bytes=peak_memory(),
-            **grading_fields(self._model, self.grading_stats),
-        )
-
-    def _pieces(self) -> Iterator[str]:
-        for tokens in self._new_tokens():
-            self.tokens += tokens
-            piece, _ = self._text.push(tokens)
-            if piece:
-                yield piece
-            if self._text.stopped:
-                break
-        rest = self._text.flush()
-        if rest:
-            yield rest
-        self.finish_reason = "stop" if self._text.stopped else "length"
-
-    def _new_tokens(self) -> Iterator[list[int]]:
-        """Yields the tokens of each chunk. Only the model's time is measured, not the consumer's."""
-        self._compile()
-        first = self._decoding.prefill()
-        self._prompt_seconds = first.seconds
-        yield first.tokens[0]
-        for chunk in self._decoding.chunks():
-            self._generation_seconds += chunk.seconds
-            if chunk.grading_stats is not None:
-                self._stats.append(jax.tree.map(lambda steps: steps[:, 0], chunk.grading_stats))
-            yield chunk.tokens[0]
-
-    def _compile(self) -> None:
-        started = time.perf_counter()
-        self._decoding.compile()
-        self._compile_seconds += time.perf_counter() - started
-
-    @contextlib.contextmanager
-    def _invalidating_cache(self) -> Iterator[None]:
-        """Invalidates the prompt cache on an error. An interrupt leaves it usable."""
-        try:
-            yield
-        except Exception:
-            if self._prompt_cache is not None:
-                self._prompt_cache.invalidate(self._decoding)
-            raise

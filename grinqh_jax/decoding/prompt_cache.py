@@ -6,15 +6,18 @@ the text. It can change the last bits of logits, because the order of additions 
 on the number of tokens that are read in one call.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from grinqh_jax.decoding.device import Device
+from grinqh_jax.decoding.job import Job
+from grinqh_jax.decoding.paged_cache import PagedCache
+from grinqh_jax.decoding.prefill_buckets import PrefillBucket, cut, cut_conversation
 from grinqh_jax.errors import UsageError
-from grinqh_jax.model.cache import KeyValues, KVCache
 from grinqh_jax.model.decoder import Decoder
 
 SMALLEST_CONVERSATION = 1024
@@ -40,31 +43,34 @@ class PromptCache:
     def __init__(self, *, few_sizes: bool = False):
         self.few_sizes = few_sizes
         self.tokens: tuple[int, ...] = ()
-        self._cache: KVCache | None = None
+        self._device: Device | None = None
         self._model: Decoder | None = None
-        self._user: object | None = None
 
     def clear(self) -> None:
         """Forgets all tokens and frees the memory of their keys and values."""
-        if self._cache is not None:
-            _delete(self._cache)
-        self.tokens, self._cache, self._model, self._user = (), None, None, None
+        if self._device is not None:
+            _delete(self._device.cache)
+        self.tokens, self._device, self._model = (), None, None
+
+    @property
+    def capacity(self) -> int:
+        """Number of tokens that the cache has room for, 0 if it is empty."""
+        return 0 if self._device is None else self._device.cache.page_size
 
     def acquire(
-        self, user: object, model: Decoder, prompt: Sequence[int], capacity: int, read_from: int
-    ) -> tuple[KVCache, int]:
-        """Gives the cache to a generation, and takes it from an earlier one.
+        self, model: Decoder, prompt: Sequence[int], capacity: int, read_from: int
+    ) -> PagedCache | None:
+        """Takes the cache from the generation that has it, for another one, which then calls ``give``.
 
         Args:
-          user: Generation that uses the cache from now on; ``store`` and ``check`` recognize it.
           model: Model of the generation.
           prompt: Tokens of its prompt.
-          capacity: Number of cache slots that it needs.
+          capacity: Number of tokens that it needs room for.
           read_from: First position of the prompt that it reads in any case.
 
         Returns:
-          ``(cache, reused)``: a cache with at least ``capacity`` slots, and the number of leading prompt
-          tokens whose keys and values are in it.
+          A cache of one page with at least ``capacity`` positions, in which the keys and values of ``tokens``
+          are those of the prompt; None if nothing is reused.
 
         Raises:
           UsageError: The cache holds keys and values of another model.
@@ -76,56 +82,58 @@ class PromptCache:
         reused = min(_common_prefix(self.tokens, prompt), read_from) if self._is_whole() else 0
         if not reused:
             self.clear()
-        cache = self._cache
-        self.tokens, self._cache, self._model, self._user = (), None, model, user
-        if cache is None:
-            cache = KVCache.create(model.config, 1, capacity, model.compute_dtype)
-        elif cache.capacity < capacity:
-            cache = _grown(cache, capacity)
-        cache = cache.updated(cache.layers, jnp.full(1, reused, jnp.int32))
-        self._cache = jax.device_put(cache, model.norm.scale[...].sharding)
-        self.tokens = tuple(prompt[:reused])
-        return self._cache, reused
+        self.tokens, self._model = tuple(prompt[:reused]), model
+        cache = None if self._device is None else self._device.cache
+        self._device = None
+        return cache if cache is None or cache.page_size >= capacity else _grown(cache, capacity)
 
-    def store(self, user: object, cache: KVCache, prefilled: Sequence[int] | None = None) -> None:
-        """Keeps the cache that a call of the engine returned.
+    def give(self, device: Device) -> None:
+        """Gives the cache to the generation that runs on a device."""
+        self._device = device
 
-        Args:
-          user: The generation that made the call.
-          cache: Returned cache, in which the keys and values of ``tokens`` are unchanged.
-          prefilled: All tokens that full-precision prefills have written; None if the call was no prefill.
-
-        Raises:
-          UsageError: As ``check``.
-        """
-        self.check(user)
-        self._cache = cache
-        if prefilled is not None:
-            self.tokens = tuple(prefilled)
-
-    def check(self, user: object) -> None:
+    def check(self, device: Device) -> None:
         """Raises UsageError if a later generation has acquired the cache, or ``clear`` was called."""
-        if self._user is not user:
+        if self._device is not device:
             raise UsageError(
                 "the prompt cache of this generation was passed to a later one or cleared; finish a "
                 "generation before the next, or give each its own prompt cache"
             )
 
-    def invalidate(self, user: object) -> None:
-        """Clears the cache after an error of ``user``, unless a later generation has acquired it.
+    def invalidate(self, device: Device) -> None:
+        """Clears the cache after an error, unless a later generation has acquired it.
 
         A failed computation leaves arrays that raise its error again wherever they are used.
         """
-        if self._user is user:
+        if self._device is device:
             self.clear()
 
+    # The methods of ``Storage``.
+
+    def reserve(self, job: Job) -> int:
+        """Gives the only page to a job; returns the number of reused tokens."""
+        job.pages = [0]
+        return len(self.tokens)
+
+    def cut(self, job: Job, start: int) -> Iterator[PrefillBucket]:
+        """Yields the pieces of a prompt, of few widths if the cache has few sizes."""
+        return cut_conversation(job.prompt, start) if self.few_sizes else cut([job.prompt], start)
+
+    def keep(self, job: Job, end: int) -> None:
+        """Remembers the tokens that prefills have read."""
+        self.tokens = tuple(job.prompt[:end])
+
+    def release(self, job: Job) -> None:
+        """Does nothing: the page stays, for the next generation."""
+
     def _is_whole(self) -> bool:
-        """Whether the arrays exist. An interrupt between their donation and ``store`` leaves them deleted."""
-        return self._cache is not None and not any(a.is_deleted() for a in jax.tree.leaves(self._cache))
+        """Whether the arrays exist. An interrupt between a donation and the result leaves them deleted."""
+        return self._device is not None and not any(
+            array.is_deleted() for array in jax.tree.leaves(self._device.cache)
+        )
 
 
 def conversation_capacity(needed: int) -> int:
-    """Returns the number of slots of a cache with ``few_sizes`` that holds ``needed`` tokens."""
+    """Returns the number of positions of a cache with ``few_sizes`` that holds ``needed`` tokens."""
     capacity = SMALLEST_CONVERSATION
     while capacity < needed:
         capacity *= 2
@@ -139,20 +147,23 @@ def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return int(np.argmax(differs)) if differs.any() else length
 
 
-def _grown(cache: KVCache, capacity: int) -> KVCache:
-    """Copies a cache into one with more slots, and deletes the old one layer by layer to save memory."""
-    layers, extra = [], capacity - cache.capacity
-    for layer in cache.layers:
-        layers.append(KeyValues(_with_slots(layer.keys, extra), _with_slots(layer.values, extra)))
-        _delete(layer)
-    return cache.updated(layers, cache.lengths)
+def _grown(cache: PagedCache, capacity: int) -> PagedCache:
+    """Copies a cache into one with a larger page, and deletes the old one array by array to save memory."""
+    extra = capacity - cache.page_size
+
+    def grown(arrays):
+        for array in arrays:
+            yield _with_positions(array, extra)
+            array.delete()
+
+    return PagedCache(tuple(grown(cache.keys)), tuple(grown(cache.values)))
 
 
-def _delete(tree: KVCache | KeyValues) -> None:
-    for array in jax.tree.leaves(tree):
+def _delete(cache: PagedCache) -> None:
+    for array in jax.tree.leaves(cache):
         array.delete()
 
 
 @jax.jit(static_argnums=1)
-def _with_slots(array: Float[Array, "b s heads d"], extra: int) -> Float[Array, "b more_slots heads d"]:
+def _with_positions(array: Float[Array, "page s heads d"], extra: int) -> Float[Array, "page more heads d"]:
     return jnp.pad(array, ((0, 0), (0, extra), (0, 0), (0, 0)))

@@ -1,18 +1,25 @@
-"""Completes many prompts in batches: prefill at full precision, then graded decoding, as in ``generate``."""
+"""Completes many prompts, several at once: prefill at full precision, then graded decoding."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from grinqh_jax.decoding.batch import Decoding, NewTokens
 from grinqh_jax.decoding.bits import Bits
-from grinqh_jax.decoding.generator import Generator
+from grinqh_jax.decoding.generator import CAPACITY_STEP, Generator
+from grinqh_jax.decoding.job import Job
+from grinqh_jax.decoding.model_files import prompt_too_long
 from grinqh_jax.decoding.sampling import Sampling
+from grinqh_jax.decoding.settings import Settings
 from grinqh_jax.decoding.statistics import weighted_mean
+from grinqh_jax.decoding.texts import Received, Texts
+from grinqh_jax.errors import UsageError
 from grinqh_jax.model.apply import in_head
 from grinqh_jax.model.decoder import Decoder, linear_names
+from pallas_kernels import GradingStats
+from pallas_kernels.layout import round_up
 from pallas_kernels.x64 import without_x64
 
 
@@ -23,15 +30,10 @@ class DecodedBits:
         self._sums: Any = 0.0  # float64 [linears] once something is added
         self._tokens = 0
 
-    def add(self, new: NewTokens, rows: int) -> None:
-        """Adds the bits that the first ``rows`` rows of a decode chunk read."""
-        if new.grading_stats is None:
-            return
-        bits = new.grading_stats.bits[:, :rows]
-        counts = np.array([len(tokens) for tokens in new.tokens[:rows]])
-        valid = np.arange(len(bits))[:, None] < counts
-        self._sums = self._sums + np.sum(bits, axis=(0, 1), where=valid[..., None])
-        self._tokens += int(counts.sum())
+    def add(self, stats: GradingStats) -> None:
+        """Adds the bits of decode steps ``[steps, linears]``."""
+        self._sums = self._sums + np.sum(stats.bits, axis=0, dtype=np.float64)
+        self._tokens += len(stats.bits)
 
     def mean(self, model: Decoder, *, head: bool = True) -> float | None:
         """Returns the mean bits read per weight; None if nothing was graded.
@@ -76,62 +78,65 @@ def complete(
       prompts: Tokens of each prompt. There is at least one prompt.
       bits: Setting of the dial.
       max_tokens: Largest number of tokens per completion.
-      batch: Largest number of prompts decoded together. All batches have the same size.
+      batch: Largest number of prompts decoded together. When a completion ends, the next prompt takes its
+        place.
       ended: Predicate on the text generated so far, called after every decode chunk. True ends the
         completion.
       sampling: Parameters of ``Sampling.create``; greedy by default.
-      on_progress: Called with the number of prompts in a batch after each batch.
+      on_progress: Called with the number of completions that have ended since the last call.
 
     Raises:
       UsageError: ``bits`` are out of the dial's range; a prompt is empty, longer than the model's context, or
         has a token outside the vocabulary.
     """
+    model = generator.model
+    context = model.config.max_position_embeddings
     for prompt in prompts:
-        generator.model.config.check_tokens(prompt)
+        model.config.check_tokens(prompt)
+        if not prompt:
+            raise UsageError("a prompt has no tokens; give at least one")
+        if len(prompt) >= context:
+            raise prompt_too_long(len(prompt), context)
     batches = -(-len(prompts) // batch)
     batch = -(-len(prompts) // batches)
-    # Sorted by length, so that the prompts of a batch, and mostly their completions, have similar lengths.
+    # Sorted by length, so that the longest completions do not start last.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     texts, counter = [""] * len(prompts), DecodedBits()
-    for start in range(0, len(order), batch):
-        rows = order[start : start + batch]
-        decoding = Decoding(
-            generator.model,
-            [prompts[i] for i in rows] + [prompts[rows[0]]] * (batch - len(rows)),
-            max_tokens=max_tokens,
-            max_context=generator.model.config.max_position_embeddings,
-            dial=generator.dial(bits, batch),
-            sampling=Sampling.create(batch, **(sampling or {})),
-            stop_tokens=generator.defaults.eos_tokens,
-        )
-        for i, text in zip(rows, _texts(generator, decoding, len(rows), batch, ended, counter), strict=True):
-            texts[i] = text
-        on_progress(len(rows))
+    received: list[Received] = []
+
+    def receiver(i: int) -> Received:
+        def has_ended(_: list[int]) -> bool:
+            texts[i] = generator.tokenizer.decode(one.tokens)
+            return ended(texts[i])
+
+        one = Received(has_ended)
+        received.append(one)
+        return one
+
+    def settings(row: int, prompt: int) -> Settings:
+        parameters = dict(sampling or {})
+        parameters["seed"] = parameters.get("seed", 0) + row
+        one = Sampling.on_host(1, **parameters)
+        limit = min(max_tokens, context - prompt)
+        return Settings.of_request(one, generator.bits(bits), generator.defaults.eos_tokens, limit)
+
+    jobs = [Job(prompts[i], settings(n % batch, len(prompts[i])), receiver(i)) for n, i in enumerate(order)]
+    needed = max(len(job.prompt) + job.limit for job in jobs)
+    capacity = min(round_up(needed, CAPACITY_STEP), context)
+    loop = Texts(model, generator.dial(bits), jobs[0].settings, capacity=capacity, slots=batch)
+    with contextlib.closing(loop):
+        for job in jobs:
+            loop.add(job)
+        ended_before = 0
+        while not loop.idle:
+            loop.advance()
+            ended_now = sum(one.reason is not None for one in received)
+            if ended_now > ended_before:
+                on_progress(ended_now - ended_before)
+                ended_before = ended_now
+            for one in received:
+                one.raise_error()
+    for one in received:
+        for stats in one.stats:
+            counter.add(stats)
     return Completions(texts, counter)
-
-
-def _texts(
-    generator: Generator,
-    decoding: Decoding,
-    rows: int,
-    batch: int,
-    ended: Callable[[str], bool],
-    counter: DecodedBits,
-) -> list[str]:
-    """Returns the texts of the first ``rows`` rows; the other rows only fill the batch."""
-    tokens: list[list[int]] = [[] for _ in range(rows)]
-    texts = [""] * rows
-
-    def append(new: NewTokens) -> None:
-        stopped = np.ones(batch, bool)
-        for row in range(rows):
-            tokens[row] += new.tokens[row]
-            texts[row] = generator.tokenizer.decode(tokens[row])
-            stopped[row] = ended(texts[row])
-        counter.add(new, rows)
-        decoding.stop(stopped)
-
-    append(decoding.prefill())
-    for new in decoding.chunks():
-        append(new)
-    return texts

@@ -43,11 +43,11 @@ class Service:
         self.generator = generator
         self.engine = engine
         self.limits = limits
-        self.prompt_logprobs = engine.scheduler.shape.prompt_logprobs
+        self.prompt_logprobs = engine.shape.prompt_logprobs
         self.metrics = Metrics(engine)
-        self.context = engine.scheduler.shape.max_context
+        self.context = engine.shape.max_context
         self._weights = layer_shares(generator.model.config)
-        self.admission = Admission(engine.scheduler.shape.slots, limits.queue)
+        self.admission = Admission(engine.shape.slots, limits.queue)
 
     def bits(self, model: str | None, field: Bits | None = None) -> Bits | None:
         """Returns the bits of a request: its field, or a suffix ``@BITS`` of the model's name.

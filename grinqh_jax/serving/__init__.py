@@ -1,7 +1,6 @@
-"""Serving: many requests at once on one model, with a paged KV cache and shared prefixes.
+"""Serving: many requests at once on one model, with shared prefixes.
 
-From the outside in: ``engine`` takes requests from any thread, ``answer`` is the text that they become,
-``scheduler`` decides what the device does next for a ``job``, ``device`` dispatches it, ``decode_state`` is
-the device's part, pure functions on arrays, among them the ``settings`` of requests, ``paged_cache`` stores
-keys and values in pages, and ``pages`` assigns the pages on the host.
+``engine`` takes requests from any thread and runs the decode loop of ``decoding``. ``answer`` is the text
+that a request becomes. ``shared_pages`` stores texts with the same leading tokens in the same pages, and
+``pages`` is its bookkeeping on the host.
 """

@@ -8,11 +8,12 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from grinqh_jax.decoding.answer_text import AnswerText
+from grinqh_jax.decoding.job import FinishReason
 from grinqh_jax.decoding.logprobs import TokenLogprobs
 from grinqh_jax.decoding.statistics import Statistics, grading_fields, joined
 from grinqh_jax.memory import peak_memory
 from grinqh_jax.model.decoder import Decoder
-from grinqh_jax.serving.job import EngineError, FinishReason
+from grinqh_jax.serving.job import EngineError
 from pallas_kernels import GradingStats
 
 
@@ -197,7 +198,13 @@ class Answer:
         """Takes the log-probabilities of all prompt tokens but the first, before the first piece."""
         self.prompt_logprobs = self._token_logprobs(self._prompt[1:], logprobs)
 
-    def receive(self, tokens: list[int], stats: GradingStats | None, logprobs: TokenLogprobs | None) -> bool:
+    def receive(
+        self,
+        tokens: list[int],
+        stats: GradingStats | None,
+        logprobs: TokenLogprobs | None,
+        seconds: float,
+    ) -> bool:
         """Adds tokens up to the first that ends the text; returns whether there is one."""
         text, count = self._text.push(tokens)
         tokens = tokens[:count]
@@ -216,10 +223,13 @@ class Answer:
             Piece(rest, [], None if self._top_logprobs is None else []) if rest else None, ended=True
         )
 
-    def fail(self, error: EngineError, cause: BaseException | None) -> None:
+    def fail(self, error: Exception) -> None:
         """Ends the answer with an error, which every consumer gets."""
-        error.__cause__ = cause
-        self._error = error
+        if isinstance(error, EngineError):
+            self._error = error
+        else:
+            self._error = EngineError(f"the answer failed: {error!r}")
+            self._error.__cause__ = error
         self._publish(None, ended=True)
 
     def _token_logprobs(

@@ -12,23 +12,23 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from grinqh_jax.decoding.answer_text import AnswerText
 from grinqh_jax.decoding.bits import Bits
+from grinqh_jax.decoding.device import Device
 from grinqh_jax.decoding.generator import Generator
+from grinqh_jax.decoding.job import Job, Shape
 from grinqh_jax.decoding.logprobs import MOST_LOGPROBS
 from grinqh_jax.decoding.model_files import check_context
+from grinqh_jax.decoding.paged_cache import count_pages
 from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.request import Request
+from grinqh_jax.decoding.scheduler import Scheduler
+from grinqh_jax.decoding.settings import Settings, sampling_rows
 from grinqh_jax.errors import UsageError
 from grinqh_jax.memory import free_memory
 from grinqh_jax.serving.answer import Answer
-from grinqh_jax.serving.device import Device
-from grinqh_jax.serving.job import EngineError, EngineStats, Job, Shape
-from grinqh_jax.serving.paged_cache import count_pages
-from grinqh_jax.serving.scheduler import Scheduler
-from grinqh_jax.serving.settings import NO_TOKEN, Settings, sampling_rows
+from grinqh_jax.serving.job import EngineError, EngineStats
+from grinqh_jax.serving.shared_pages import SharedPages
 from pallas_kernels.x64 import without_x64
 
 MOST_SLOTS = 16
@@ -51,7 +51,8 @@ class Engine:
     out, ends all answers with an ``EngineError``; the engine then takes no further request.
 
     Attributes:
-      scheduler: Scheduler of the engine. Only the engine's thread may call its methods.
+      shape: Sizes of the engine.
+      scheduler, storage: Scheduler and pages of the engine. Only the engine's thread may call their methods.
     """
 
     @without_x64
@@ -101,7 +102,7 @@ class Engine:
             free=free_memory(),
         )
         self._generator = generator
-        shape = Shape(
+        self.shape = Shape(
             slots=slots,
             max_context=context,
             page_size=page_size,
@@ -111,9 +112,10 @@ class Engine:
             prompt_logprobs=prompt_logprobs,
         )
         policy = policy or DecodePolicy.for_device()
-        device = Device(model, generator.dial(None), shape, policy)
+        device = Device(model, generator.dial(None), self.shape, policy, self._settings(Request(), 1))
         device.compile()
-        self.scheduler = Scheduler(device, shape, policy)
+        self.storage = SharedPages(self.shape, device.graded)
+        self.scheduler = Scheduler(device, self.storage, policy)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._jobs: dict[Answer, Job] = {}  # unfinished ones
         self._lock = threading.Lock()
@@ -128,7 +130,19 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Returns how much of the engine is in use. May be called from any thread."""
-        return self.scheduler.stats()
+        scheduler, pages = self.scheduler, self.storage.allocator
+        return EngineStats(
+            waiting=len(scheduler.waiting),
+            reading=len(scheduler.reading),
+            decoding=len(scheduler.decoding),
+            slots=self.shape.slots,
+            pages=pages.num_pages,
+            pages_in_use=pages.in_use,
+            pages_kept=pages.kept,
+            pages_evicted=pages.evicted,
+            prompt_tokens=scheduler.prompt_tokens,
+            reused_tokens=scheduler.reused_tokens,
+        )
 
     def submit(
         self,
@@ -156,34 +170,19 @@ class Engine:
         """
         request = request or Request()
         tokens = self._generator.prompt_tokens(prompt)
-        limit = max(min(request.max_tokens, self.scheduler.shape.max_context - len(tokens)), 0)
-        self.scheduler.check(len(tokens), limit)
+        limit = max(min(request.max_tokens, self.shape.max_context - len(tokens)), 0)
+        self.storage.check(len(tokens), limit)
         if top_logprobs is not None and not 0 <= top_logprobs <= MOST_LOGPROBS:
             raise UsageError(f"top_logprobs is {top_logprobs}, expected 0 to {MOST_LOGPROBS}")
-        if prompt_logprobs and (top_logprobs is None or not self.scheduler.shape.prompt_logprobs):
+        if prompt_logprobs and (top_logprobs is None or not self.shape.prompt_logprobs):
             raise UsageError(
                 "prompt_logprobs needs an engine created with prompt_logprobs=True, and top_logprobs of the "
                 "request; give both"
             )
-        stop_tokens, most = self._generator.stop_tokens(request), self.scheduler.shape.stop_tokens
-        if len(stop_tokens) > most:
-            raise UsageError(f"the request has {len(stop_tokens)} stop tokens; at most {most} are supported")
-        bits = self._generator.bits(request.bits)
-        model = self._generator.model
-
-        def row(value, dtype):
-            return np.array([value], dtype)
-
-        settings = Settings(
-            sampling=sampling_rows(
-                1, model.config.vocab_size, seed=request.seed, **self._generator.sampling(request)
-            ),
-            bits=row(bits or 0, np.float32),
-            stop_tokens=row([*stop_tokens, *[NO_TOKEN] * (most - len(stop_tokens))], np.int32),
-            limits=row(limit, np.int32),
-        )
+        settings = self._settings(request, limit)
+        stop_tokens = self._generator.stop_tokens(request)
         text = AnswerText(self._generator.tokenizer.stream(), request.stop, stop_tokens)
-        answer = Answer(model, tokens, text, top_logprobs)
+        answer = Answer(self._generator.model, tokens, text, top_logprobs)
         job = Job(tokens, settings, answer, top_logprobs is not None, prompt_logprobs, priority)
         with self._lock:
             self._check_open()
@@ -268,11 +267,28 @@ class Engine:
         except Exception as error:
             with self._lock:
                 self._closed = error
+        self.scheduler.close()
         with self._lock:
             unfinished, self._jobs = self._jobs, {}
         for answer, job in unfinished.items():
             if not job.ended:
-                answer.fail(EngineError(f"the engine ended before the answer: {self._closed}"), self._closed)
+                failure = EngineError(f"the engine ended before the answer: {self._closed}")
+                failure.__cause__ = self._closed
+                answer.fail(failure)
+
+    def _settings(self, request: Request, limit: int) -> Settings:
+        """Returns the settings of a request, with the structure and the shapes that all requests share."""
+        stop_tokens, most = self._generator.stop_tokens(request), self.shape.stop_tokens
+        if len(stop_tokens) > most:
+            raise UsageError(f"the request has {len(stop_tokens)} stop tokens; at most {most} are supported")
+        sampling = sampling_rows(
+            1,
+            self._generator.model.config.vocab_size,
+            seed=request.seed,
+            **self._generator.sampling(request),
+        )
+        bits = self._generator.bits(request.bits)
+        return Settings.of_request(sampling, bits, stop_tokens, limit, most)
 
     def _forget_ended(self) -> None:
         with self._lock:

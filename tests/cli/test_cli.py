@@ -359,16 +359,17 @@ def test_a_bug_keeps_its_traceback(capsys):
 def test_ctrl_c_ends_the_text_and_prints_the_statistics(graded_directory):
     model = ["--model", str(graded_directory), "--bits", "full", "-m", "120", "--stop", "never"]
     code = (
-        "import signal, sys, time, grinqh_jax.decoding.batch as d, grinqh_jax.cli.generate as g\n"
+        "import signal, sys, time, grinqh_jax.decoding.texts as t, grinqh_jax.cli.generate as g\n"
         # A shell ignores interrupts in background processes, and children inherit that.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "chunks = d.Decoding.chunks\n"
+        "advance, calls = t.Texts.advance, []\n"
         "def slow(self):\n"
-        "    for chunk in chunks(self):\n"
-        "        yield chunk\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 3:\n"  # after the first token and a chunk
         "        print('CHUNK', file=sys.stderr, flush=True)\n"
         "        time.sleep(30)\n"
-        "d.Decoding.chunks = slow\n"
+        "    advance(self)\n"
+        "t.Texts.advance = slow\n"
         f"sys.exit(g.main({['-p', 'x', *model]!r}))\n"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}

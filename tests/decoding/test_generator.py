@@ -5,13 +5,13 @@ import json
 
 import numpy as np
 import pytest
+from batch import Batch
 from bits_by_hand import bits_to_read
 
-from grinqh_jax.decoding.batch import Decoding
 from grinqh_jax.decoding.dial import PRIOR_TOKENS, layer_shares
 from grinqh_jax.decoding.generation_config import GenerationConfig
-from grinqh_jax.decoding.generator import Generator, Request
-from grinqh_jax.decoding.sampling import Sampling
+from grinqh_jax.decoding.generator import Generator
+from grinqh_jax.decoding.request import Request
 from grinqh_jax.decoding.statistics import Statistics
 from grinqh_jax.errors import CheckpointError, UsageError
 from grinqh_jax.evaluation.completion import complete
@@ -213,39 +213,26 @@ def test_new_settings_compile_nothing(generator, compilations):
 
 
 def test_preparing_compiles_everything(generator, compilations):
-    decoding = Decoding(
-        generator.model,
-        [range(2, 50), range(2, 9), range(40, 43)],  # a batch size that no other test has
-        max_tokens=20,
-        max_context=128,
-        dial=generator.dial(3.0, batch=3),
-        sampling=Sampling.create(3, temperature=1.0),
-    )
-    decoding.compile_prefill()
-    after_prefill = len(compilations)
-    assert after_prefill >= 2
-    decoding.prefill()
-    assert len(compilations) == after_prefill
-    decoding.compile_decode()
+    prompts = [range(2, 50), range(2, 9), range(40, 43)]  # a batch size that no other test has
+    batch = Batch(generator, prompts, bits=3.0, max_tokens=20, max_context=128, temperature=1.0)
+    batch.compile([32, 64])
     prepared = len(compilations)
-    assert prepared > after_prefill
-    assert sum(len(chunk.tokens[0]) for chunk in decoding.chunks()) == 19
+    assert prepared >= 5
+    assert [len(tokens) for tokens in batch.run()] == [20] * 3
     assert len(compilations) == prepared
 
 
 def test_the_dial_observes_the_preview_of_the_prompt(generator):
-    dial = generator.dial(3.0, batch=2)
     prompts = [list(range(2, 62)), [5, 6, 7]]
-    decoding = Decoding(
-        generator.model, prompts, max_tokens=4, max_context=128, dial=dial, sampling=Sampling.create(2)
-    )
-    decoding.prefill()
+    batch = Batch(generator, prompts, bits=3.0, max_tokens=1, max_context=128)
+    batch.prefill()
     read = bits_to_read(generator.model, np.array(prompts[:1]), generator.dial(3.0).thresholds)[0, 4:]
     excess = (read @ layer_shares(generator.model.config)).mean() - 3
     assert abs(excess) > 0.01
     expected = 3 - excess * 56 / (56 + PRIOR_TOKENS)
     # All three tokens of the second prompt are in skipped positions.
-    np.testing.assert_allclose(decoding._device.dial.setting, [expected, 3], atol=0.01)
+    dial = generator.dial(3.0).with_state(batch.dial_state)
+    np.testing.assert_allclose(dial.setting, [expected, 3], atol=0.01)
 
 
 def test_a_batch_generates_what_its_rows_generate_alone(generator, monkeypatch):
@@ -255,19 +242,8 @@ def test_a_batch_generates_what_its_rows_generate_alone(generator, monkeypatch):
     prompts = [list(range(2, 90)), [5, 6, 7], list(range(100, 140))]
 
     def run(rows: list[int]) -> list[list[int]]:
-        decoding = Decoding(
-            generator.model,
-            [prompts[row] for row in rows],
-            max_tokens=12,
-            max_context=128,
-            dial=generator.dial(6.0, batch=len(rows)),
-            sampling=Sampling.create(len(rows)),
-        )
-        tokens = decoding.prefill().tokens
-        for chunk in decoding.chunks():
-            assert chunk.grading_stats.bits.shape[1] == len(rows)
-            tokens = [old + new for old, new in zip(tokens, chunk.tokens, strict=True)]
-        return tokens
+        some = [prompts[row] for row in rows]
+        return Batch(generator, some, bits=6.0, max_tokens=12, max_context=128).run()
 
     together = run([0, 1, 2])
     assert together == [run([row])[0] for row in range(3)]

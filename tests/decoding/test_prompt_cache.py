@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from grinqh_jax.decoding import engine, prefill_buckets
+from grinqh_jax.decoding import decode_state, prefill_buckets
+from grinqh_jax.decoding.device import Device
 from grinqh_jax.decoding.engine import PREVIEW_TOKENS
+from grinqh_jax.decoding.generation import Generation
 from grinqh_jax.decoding.generation_config import GenerationConfig
-from grinqh_jax.decoding.generator import Generation, Generator, Request
+from grinqh_jax.decoding.generator import Generator
 from grinqh_jax.decoding.prompt_cache import PromptCache
+from grinqh_jax.decoding.request import Request
 from grinqh_jax.errors import UsageError
 
 ANSWER = 20
@@ -27,15 +30,14 @@ def talker(generator) -> Generator:
 
 @pytest.fixture
 def tokens_read(monkeypatch) -> list[int]:
-    """Number of prompt tokens of each call of the engine, without the calls that only compile."""
-    counts, original = [], engine.prefill_with_preview
+    """Number of prompt tokens of each prefill."""
+    counts, original = [], Device.prefill
 
-    def counting(model, tokens, lengths, *rest):
-        if int(lengths[0]):
-            counts.append(int(lengths[0]))
-        return original(model, tokens, lengths, *rest)
+    def counting(device, prefix, piece, settings):
+        counts.append(int(piece.lengths[0]))
+        return original(device, prefix, piece, settings)
 
-    monkeypatch.setattr(engine, "prefill_with_preview", counting)
+    monkeypatch.setattr(Device, "prefill", counting)
     return counts
 
 
@@ -117,7 +119,7 @@ def test_a_conversation_with_few_sizes_has_the_same_text_and_compiles_nothing_ne
     assert len(compilations) == before
     assert texts(with_cache) == texts(without)
     assert texts(first) == texts(without[:1])
-    assert cache._cache.capacity == 1024
+    assert cache.capacity == 1024
     read = [6, 64, 64, 64, 36, 64, 286, 64, 64]
     assert tokens_read == read
     assert [g.statistics().compile_seconds < 0.2 for g in with_cache] == [True] * len(lengths)
@@ -131,7 +133,7 @@ def test_the_cache_grows(talker):
         prompt = prompt + user_turn(length)
         with_cache.append(generated(talker, prompt, cache))
         prompt = prompt + with_cache[-1].tokens
-        capacities.append(cache._cache.capacity)
+        capacities.append(cache.capacity)
     assert capacities == [256, 512]
     assert texts(with_cache) == texts(conversation(talker, lengths))
     assert [g.statistics().reused_prompt_tokens for g in with_cache] == [0, 150]
@@ -192,23 +194,26 @@ def test_the_cache_is_usable_after_an_interrupted_answer(talker):
     assert again.statistics().reused_prompt_tokens == len(prompt) - PREVIEW_TOKENS
 
 
-@pytest.mark.parametrize("program", ["prefill_with_preview", "decode_chunk"])
+@pytest.mark.parametrize("program", ["prefill", "insert", "generate"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_an_exception_midway_leaves_a_usable_cache(talker, monkeypatch, program, error):
     """The exception comes at the worst moment: the old cache is donated, and the new one is lost."""
     cache, prompt = PromptCache(), user_turn(120)
     prompt = prompt + generated(talker, prompt, cache).tokens + user_turn(30)
     expected = generated(talker, prompt).tokens
-    original = getattr(engine, program)
+    original = getattr(decode_state, program)
 
-    def failing(*args, **options):
-        original(*args, **options)
-        raise error
+    class Failing:
+        lower = original.lower
 
-    monkeypatch.setattr(engine, program, failing)
+        def __call__(self, *args, **options):
+            original(*args, **options)
+            raise error
+
+    monkeypatch.setattr(decode_state, program, Failing())
     with pytest.raises(error):
         generated(talker, prompt, cache)
-    monkeypatch.setattr(engine, program, original)
+    monkeypatch.setattr(decode_state, program, original)
     generation = generated(talker, prompt, cache)
     assert generation.tokens == expected
     assert generation.statistics().reused_prompt_tokens == 0
@@ -218,19 +223,18 @@ def test_an_exception_midway_leaves_a_usable_cache(talker, monkeypatch, program,
 def test_an_interrupt_between_buckets_keeps_what_was_read(talker, monkeypatch):
     monkeypatch.setattr(prefill_buckets, "LARGEST_BUCKET", 128)
     cache, prompt = PromptCache(), user_turn(240)
-    original, calls = engine.prefill_with_preview, []
+    original = Device.prefill
 
-    def interrupted(model, tokens, lengths, *rest):
-        calls.append(int(lengths[0]))
-        if calls[-1] == 112:
+    def interrupted(device, prefix, piece, settings):
+        if piece.lengths[0] == 112:
             raise KeyboardInterrupt
-        return original(model, tokens, lengths, *rest)
+        return original(device, prefix, piece, settings)
 
-    monkeypatch.setattr(engine, "prefill_with_preview", interrupted)
+    monkeypatch.setattr(Device, "prefill", interrupted)
     with pytest.raises(KeyboardInterrupt):
         generated(talker, prompt, cache)
     assert cache.tokens == tuple(prompt[:128])
-    monkeypatch.setattr(engine, "prefill_with_preview", original)
+    monkeypatch.setattr(Device, "prefill", original)
     generation = generated(talker, prompt, cache)
     assert generation.statistics().reused_prompt_tokens == 128
     assert generation.tokens == generated(talker, prompt).tokens

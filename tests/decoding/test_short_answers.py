@@ -2,12 +2,11 @@
 
 import numpy as np
 import pytest
+from batch import Batch
 
 from grinqh_jax import BUNDLED_MODEL
-from grinqh_jax.decoding.batch import Decoding
 from grinqh_jax.decoding.dial import layer_shares
 from grinqh_jax.decoding.generator import Generator
-from grinqh_jax.decoding.sampling import Sampling
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimized_programs")]
 
@@ -32,18 +31,9 @@ def bundled() -> Generator:
 @pytest.mark.parametrize("bits", [1.5, 2.0, 3.0, 4.0])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_twenty_tokens_read_the_wanted_bits(bundled, bits, temperature):
-    prompts, read = [bundled.tokenizer.encode(prompt) for prompt in PROMPTS], []
-    decoding = Decoding(
-        bundled.model,
-        prompts,
-        max_tokens=ANSWER,
-        max_context=128,
-        dial=bundled.dial(bits, len(prompts)),
-        sampling=Sampling.create(len(prompts), temperature=temperature),
-    )
-    decoding.prefill()
-    for chunk in decoding.chunks():
-        read.append(chunk.grading_stats.bits @ layer_shares(bundled.model.config))
-    realised = np.concatenate(read).mean(axis=0)
+    prompts = [bundled.tokenizer.encode(prompt) for prompt in PROMPTS]
+    batch = Batch(bundled, prompts, bits=bits, max_tokens=ANSWER, max_context=128, temperature=temperature)
+    batch.run()
+    realised = np.array([(read @ layer_shares(bundled.model.config)).mean() for read in batch.bits])
     assert abs(realised.mean() - bits) < 0.1
     assert np.abs(realised - bits).max() < 0.2

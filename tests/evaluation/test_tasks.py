@@ -7,7 +7,7 @@ import pytest
 
 from grinqh_jax import BUNDLED_MODEL
 from grinqh_jax.cli import evaluate as evaluate_command
-from grinqh_jax.decoding.batch import Decoding
+from grinqh_jax.decoding.device import Device
 from grinqh_jax.decoding.generator import Generator
 from grinqh_jax.errors import UsageError
 from grinqh_jax.evaluation.tasks import evaluate, final_number, read_problems
@@ -72,8 +72,8 @@ def test_problems_are_read_and_bad_records_named(problem_file):
 def test_answers_do_not_depend_on_the_batch(bundled, problem_file, monkeypatch):
     problems = read_problems(problem_file)
     steps = []
-    decode = Decoding._decode
-    monkeypatch.setattr(Decoding, "_decode", lambda self, limits: steps.append(1) or decode(self, limits))
+    generate = Device.generate
+    monkeypatch.setattr(Device, "generate", lambda *args: steps.append(1) or generate(*args))
     alone = evaluate(bundled, problems, 4.0, batch=1, max_tokens=64)
     steps.clear()
     together = evaluate(bundled, problems, 4.0, batch=3, max_tokens=64)

@@ -14,6 +14,7 @@ from grinqh_jax.bundled import BUNDLED_MODEL
 from grinqh_jax.decoding import policy
 from grinqh_jax.decoding.answer_text import AnswerText
 from grinqh_jax.decoding.generator import Generator
+from grinqh_jax.decoding.paged_cache import count_pages, page_bytes
 from grinqh_jax.decoding.request import Request
 from grinqh_jax.errors import UsageError
 from grinqh_jax.evaluation.scoring import _next_tokens
@@ -21,8 +22,7 @@ from grinqh_jax.memory import memory_in_use
 from grinqh_jax.serving import engine as engine_module
 from grinqh_jax.serving.engine import Engine
 from grinqh_jax.serving.job import EngineError
-from grinqh_jax.serving.paged_cache import count_pages, page_bytes
-from grinqh_jax.serving.scheduler import Scheduler
+from grinqh_jax.serving.shared_pages import SharedPages
 
 SIZES = {"slots": 4, "max_context": 128, "page_size": 16, "piece": 32}
 SHORT = dataclasses.replace(policy.CPU, chunk_steps=2)
@@ -67,7 +67,7 @@ def test_random_requests_compile_nothing_and_equal_the_generator(engine, generat
     for answer in answers:
         answer.result(60)
     assert not compilations
-    assert engine.scheduler.allocator.in_use == 0
+    assert engine.storage.allocator.in_use == 0
     assert sum(answer.reused_tokens > 0 for answer in answers) > count / 10
     for (_, request), answer in zip(cases, answers, strict=True):
         assert answer.finish_reason == ("stop" if answer.tokens[-1] in (0, 1) else "length")
@@ -93,7 +93,7 @@ def test_an_answer_is_the_same_alone_in_company_and_from_shared_pages(engine):
     cases = [random_case(rng) for _ in range(16)]
     together = engine.generate_many([prompt for prompt, _ in cases], [request for _, request in cases])
     for (prompt, request), answer in zip(cases, together, strict=True):
-        engine.scheduler.allocator.forget()
+        engine.storage.allocator.forget()
         miss, hit = (engine.generate_many([prompt], request)[0] for _ in range(2))
         assert miss.reused_tokens == 0
         assert miss.tokens == hit.tokens == answer.tokens
@@ -106,7 +106,7 @@ def test_an_answer_is_the_same_alone_in_company_and_from_shared_pages(engine):
 def test_eviction_changes_no_answer(engine):
     request = Request(max_tokens=17, bits=3.0, temperature=1.0, stop_tokens=())
     prompts = [[*SYSTEM, *[200] * 20], [*reversed(SYSTEM), *[201] * 20], [*SYSTEM, *[200] * 20]]
-    allocator = engine.scheduler.allocator
+    allocator = engine.storage.allocator
     allocator.forget()
     expected = [engine.generate_many([prompt], request)[0] for prompt in prompts]
     allocator.forget()
@@ -123,8 +123,7 @@ def test_eviction_changes_no_answer(engine):
 def test_a_request_that_can_never_fit_is_refused_with_the_numbers(generator, engine):
     with pytest.raises(UsageError, match="the prompt has 128 tokens and the context holds 128"):
         engine.submit([5] * 128)
-    shape = dataclasses.replace(engine.scheduler.shape, num_pages=7)
-    small = Scheduler(engine.scheduler._device, shape, SHORT)
+    small = SharedPages(dataclasses.replace(engine.shape, num_pages=7), graded=True)
     small.check(100, 12)
     with pytest.raises(
         UsageError, match="answer of 28 take 8 cache pages of 16 tokens, and the cache has 7;"
@@ -180,7 +179,7 @@ def test_a_cancelled_answer_ends_and_frees_its_slot_and_pages(engine):
     assert all(answer.finish_reason != "cancelled" for answer in answers[6:9])
     assert all(len(answer.tokens) < 100 for answer in answers[:6])
     engine.generate_many([[5, 6]])
-    assert engine.scheduler.allocator.in_use == 0
+    assert engine.storage.allocator.in_use == 0
     assert len(engine.scheduler._free_slots) == SIZES["slots"]
 
 

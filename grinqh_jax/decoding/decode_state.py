@@ -4,6 +4,9 @@ A slot decodes one request. ``prefill`` reads a prompt piece by piece into pages
 in a slot, ``generate`` decodes a chunk for all slots, and ``free`` ends a slot. All settings of a request are
 arrays, and all shapes depend on the engine alone, so requests come and go without a compilation. States and
 caches are donated: use the returned ones.
+
+Texts that share nothing have one page each, with the number of their slot. The cache of all slots is then
+contiguous, and needs no page table.
 """
 
 import dataclasses
@@ -16,14 +19,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grinqh_jax.decoding import engine
 from grinqh_jax.decoding.dial import Dial, DialState
-from grinqh_jax.decoding.logprobs import MOST_LOGPROBS, TokenLogprobs, token_logprobs
+from grinqh_jax.decoding.first_tokens import first_tokens
+from grinqh_jax.decoding.logprobs import TokenLogprobs, token_logprobs
+from grinqh_jax.decoding.paged_cache import PagedCache
 from grinqh_jax.decoding.penalties import TokenHistory
 from grinqh_jax.decoding.policy import DecodePolicy
+from grinqh_jax.decoding.prefix import Prefix
+from grinqh_jax.decoding.prompt_logprobs import prompt_logprobs as logprobs_of_prompt
+from grinqh_jax.decoding.settings import Settings
+from grinqh_jax.decoding.thresholds import StackedThresholds
 from grinqh_jax.model.config import ModelConfig
-from grinqh_jax.model.decoder import linear_names
 from grinqh_jax.model.flat_model import FlatModel
-from grinqh_jax.serving.paged_cache import PagedCache
-from grinqh_jax.serving.settings import NO_TOKEN, Settings, sampling_rows
 
 
 @jax.tree_util.register_dataclass
@@ -33,20 +39,21 @@ class Slots:
 
     Attributes:
       settings: Settings of the requests.
-      pages: int32 ``[B, pages_per_slot]``, pages of each text (see ``PagedCache``).
+      pages: int32 ``[B, pages_per_slot]``, pages of each text (see ``PagedCache``); None if slot b has page b
+        and no other.
       lengths: int32 ``[B]``, number of tokens in the cache: all but the last.
       last: int32 ``[B]``, last token of each text, not yet in the cache.
       done: bool ``[B]``, slots that generate nothing: empty ones, and answers that have ended.
-      history: Tokens that each text has.
+      history: Tokens that each text has; None if the settings have no penalties.
       dial: State of the dial of each slot; None for a dense model.
     """
 
     settings: Settings
-    pages: Int[Array, "b pages_per_slot"]
+    pages: Int[Array, "b pages_per_slot"] | None
     lengths: Int[Array, "b"]
     last: Int[Array, "b"]
     done: Bool[Array, "b"]
-    history: TokenHistory
+    history: TokenHistory | None
     dial: DialState | None
 
 
@@ -65,64 +72,57 @@ class DecodeState:
 
     @classmethod
     def create(
-        cls, cache: PagedCache, config: ModelConfig, slots: int, pages_per_slot: int, stop: int, graded: bool
+        cls,
+        cache: PagedCache,
+        config: ModelConfig,
+        settings: Settings,
+        slots: int,
+        pages_per_slot: int | None,
+        graded: bool,
     ) -> "DecodeState":
-        """Returns a state of empty slots with room for ``stop`` stop tokens each."""
-        settings = Settings(
-            sampling=sampling_rows(slots, config.vocab_size),
-            bits=jnp.zeros(slots, jnp.float32),
-            stop_tokens=jnp.full((slots, stop), NO_TOKEN, jnp.int32),
-            limits=jnp.zeros(slots, jnp.int32),
-        )
+        """Returns a state of empty slots, whose rows are numpy arrays.
+
+        Args:
+          cache: Pages of all texts.
+          config: Configuration of the model.
+          settings: Settings of one request. Those of all requests have the same structure and shapes.
+          slots: Number of slots.
+          pages_per_slot: Largest number of pages of a text; None if slot b has page b and no other.
+          graded: Whether the model is graded.
+        """
+        shared = pages_per_slot is not None
+
+        # numpy arrays, because each jax array would be a separate dispatch.
+        def full(value: Any, *shape: int, dtype: Any = np.int32) -> Any:
+            return np.full((slots, *shape), value, dtype)
+
+        history = None
+        if settings.sampling.penalties is not None:
+            history = TokenHistory(full(False, config.vocab_size, dtype=bool), full(0, config.vocab_size))
         rows = Slots(
-            settings=settings,
-            pages=jnp.full((slots, pages_per_slot), cache.num_pages, jnp.int32),
-            lengths=jnp.zeros(slots, jnp.int32),
-            last=jnp.zeros(slots, jnp.int32),
-            done=jnp.ones(slots, bool),
-            history=TokenHistory(
-                jnp.zeros((slots, config.vocab_size), bool), jnp.zeros((slots, config.vocab_size), jnp.int32)
-            ),
-            dial=DialState.create(jnp.zeros(slots, jnp.float32)) if graded else None,
+            settings=jax.tree.map(lambda row: full(0, *row.shape[1:], dtype=row.dtype), settings),
+            pages=full(cache.num_pages, pages_per_slot) if pages_per_slot is not None else None,
+            lengths=full(0 if shared else cache.page_size),
+            last=full(0),
+            done=full(True, dtype=bool),
+            history=history,
+            dial=DialState(full(0, dtype=np.float32), full(0, 4, dtype=np.float32)) if graded else None,
         )
         return cls(cache, rows)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Prefix:
-    """A prompt of which prefill has read the leading tokens.
+@jax.jit
+def preview_thresholds(dial: Dial, bits: Float[Array, "1"]) -> StackedThresholds:
+    """Returns the thresholds of a text before its first token.
 
-    Attributes:
-      pages: int32 ``[1, pages_per_slot]``, pages of the whole text, the answer included.
-      length: int32 ``[1]``, number of tokens read.
-      logits: float32 ``[1, V]`` after the last token read.
-      preview: Preview of the end of what was read; None for a dense model.
+    This is not part of ``prefill``, where XLA (jax 0.10.2, on a CPU) interpolates the thresholds again for
+    every channel of every layer: 25 ms instead of 16 for a prompt of 9 tokens and the bundled model.
+
+    Args:
+      dial: Dial of the model; its state is ignored.
+      bits: Wanted mean bits.
     """
-
-    pages: Int[Array, "1 pages_per_slot"]
-    length: Int[Array, "1"]
-    logits: Float[Array, "1 v"]
-    preview: engine.Preview | None
-
-    @classmethod
-    def create(cls, config: ModelConfig, pages: Any, length: int, graded: bool) -> "Prefix":
-        """Returns a prefix as numpy arrays.
-
-        Args:
-          config: Configuration of the model.
-          pages: int32 ``[pages_per_slot]``, numpy.
-          length: Number of tokens in shared pages.
-          graded: Whether the model is graded.
-        """
-
-        def zeros(*shape, dtype=np.float32):
-            return np.zeros(shape, dtype)
-
-        previewed = zeros(1, engine.PREVIEW_TOKENS, len(linear_names(config)))
-        preview = engine.Preview(previewed, zeros(1, dtype=np.int32)) if graded else None
-        read: Any = np.array([length], np.int32)
-        return cls(pages[None], read, zeros(1, config.vocab_size), preview)
+    return dial.with_state(DialState.create(bits)).thresholds
 
 
 @jax.jit(donate_argnames="cache")
@@ -132,42 +132,41 @@ def prefill(
     prefix: Prefix,
     tokens: Int[Array, "1 t"],
     true_length: Int[Array, "1"],
-    dial: Dial | None,
-    bits: Float[Array, "1"],
+    thresholds: StackedThresholds | None,
 ) -> tuple[PagedCache, Prefix]:
     """Reads the next piece of a prompt at full precision.
 
     Args:
-      model: Graded model; or a dense one, with ``dial=None``.
+      model: Graded model; or a dense one, with ``thresholds=None``.
       cache: Pages of all texts. Donated.
       prefix: What has been read of the prompt.
       tokens: Next tokens, right-padded with any valid token.
       true_length: Number of tokens without padding.
-      dial: Dial of the model; its state is ignored.
-      bits: Wanted mean bits, for the preview.
+      thresholds: Thresholds for the preview (see ``preview_thresholds``).
 
     Returns:
       The pages, with the keys and values of the new tokens, and the longer prefix.
     """
     text = cache.texts(prefix.pages, prefix.length)
-    if dial is None:
+    if thresholds is None:
         logits, text = engine.prefill(model, tokens, true_length, text)
         preview = None
     else:
-        thresholds = dial.with_state(DialState.create(bits)).thresholds
         logits, text, preview = engine.prefill_with_preview(model, tokens, true_length, text, thresholds)
         assert prefix.preview is not None, "a graded model has previews"
         preview = engine.merge_previews(prefix.preview, preview)
     return PagedCache.of(text), Prefix(prefix.pages, text.lengths, logits, preview)
 
 
-@jax.jit(donate_argnames="cache")
+@jax.jit(static_argnames="top_logprobs", donate_argnames="cache")
 def prompt_logprobs(
     model: FlatModel,
     cache: PagedCache,
     prefix: Prefix,
     tokens: Int[Array, "1 t"],
     following: Int[Array, "1 t"],
+    *,
+    top_logprobs: int,
 ) -> tuple[PagedCache, TokenLogprobs]:
     """Returns the log-probabilities of the prompt tokens after those of a piece, before ``prefill`` reads it.
 
@@ -177,23 +176,24 @@ def prompt_logprobs(
       prefix: What has been read of the prompt.
       tokens: Tokens of the piece, right-padded with any valid token.
       following: Token after each of them.
+      top_logprobs: As in ``generate``.
     """
     text = cache.texts(prefix.pages, prefix.length)
-    count = most_logprobs(prefix.logits.shape[-1])
-    logprobs, text = engine.prompt_logprobs(model, tokens, following, text, count)
+    logprobs, text = logprobs_of_prompt(model, tokens, following, text, top_logprobs)
     return PagedCache.of(text), logprobs
 
 
-@jax.jit(static_argnames="policy", donate_argnames="state")
+@jax.jit(static_argnames=("policy", "top_logprobs"), donate_argnames="state")
 def insert(
     state: DecodeState,
     slot: Int[Array, ""],
     prefix: Prefix,
     settings: Settings,
-    in_prompt: Bool[Array, "1 v"],
+    in_prompt: Bool[Array, "1 v"] | None,
     dial: Dial | None,
     *,
     policy: DecodePolicy,
+    top_logprobs: int | None,
 ) -> tuple[DecodeState, engine.Chunk]:
     """Chooses the first token after a prompt and starts the answer in a slot.
 
@@ -202,31 +202,39 @@ def insert(
       slot: Index of an empty slot.
       prefix: The whole prompt.
       settings: Settings of the request.
-      in_prompt: Whether the prompt has each token.
+      in_prompt: Whether the prompt has each token; None if the settings have no penalties.
       dial: Dial of the model; its state is ignored.
       policy: Policy of the device.
+      top_logprobs: As in ``generate``.
 
     Returns:
-      The state, and the first token as a chunk of one row and one step, with log-probabilities.
+      The state, and the first token as a chunk of one row and one step.
     """
-    history = TokenHistory(in_prompt, jnp.zeros(in_prompt.shape, jnp.int32))
+    history = None
+    if in_prompt is not None:
+        history = TokenHistory(in_prompt, jnp.zeros(in_prompt.shape, jnp.int32))
     if dial is not None:
         dial = dial.with_state(DialState.create(settings.bits))
-    first, history, dial = engine.first_tokens(
+    first, history, dial = first_tokens(
         prefix.logits, prefix.preview, prefix.length, settings.sampling, history, dial, policy=policy
     )
     limits = settings.limits - 1
     row = Slots(
         settings=dataclasses.replace(settings, limits=limits),
-        pages=prefix.pages,
+        pages=None if state.slots.pages is None else prefix.pages,
         lengths=prefix.length,
         last=first,
         done=(limits <= 0) | jnp.any(first[:, None] == settings.stop_tokens, axis=-1),
         history=history,
         dial=None if dial is None else dial.state,
     )
-    slots = jax.tree.map(lambda rows, new: rows.at[slot].set(new[0]), state.slots, row)
-    logprobs = token_logprobs(prefix.logits, first, most_logprobs(prefix.logits.shape[-1]))
+    if len(state.slots.last) == 1:
+        slots = row
+    else:
+        slots = jax.tree.map(lambda rows, new: rows.at[slot].set(new[0]), state.slots, row)
+    logprobs = None
+    if top_logprobs is not None:
+        logprobs = token_logprobs(prefix.logits, first, top_logprobs)
     chunk = engine.Chunk(
         tokens=first[:, None],
         counts=jnp.ones(1, jnp.int32),
@@ -238,7 +246,7 @@ def insert(
     return DecodeState(state.cache, slots), chunk
 
 
-@jax.jit(static_argnames=("policy", "greedy", "logprobs"), donate_argnames="state")
+@jax.jit(static_argnames=("policy", "greedy", "top_logprobs"), donate_argnames="state")
 def generate(
     model: FlatModel,
     state: DecodeState,
@@ -246,7 +254,7 @@ def generate(
     *,
     policy: DecodePolicy,
     greedy: bool,
-    logprobs: bool,
+    top_logprobs: int | None,
 ) -> tuple[DecodeState, engine.Chunk]:
     """Decodes up to ``policy.chunk_steps`` tokens for every slot that is not done.
 
@@ -257,7 +265,8 @@ def generate(
       policy: How the loop is compiled.
       greedy: Whether all slots that are not done decode greedily, without penalties and biases. The program
         then neither sorts nor penalizes. It chooses the same tokens as the other one.
-      logprobs: Whether to return log-probabilities.
+      top_logprobs: Number of most likely tokens whose log-probabilities are returned beside those of the new
+        tokens; None for no log-probabilities.
 
     Returns:
       The state, and the new tokens with their grading statistics.
@@ -281,7 +290,7 @@ def generate(
         steps=policy.chunk_steps,
         policy=policy,
         history=None if greedy else history,
-        top_logprobs=most_logprobs(history.generated.shape[1]) if logprobs else None,
+        top_logprobs=top_logprobs,
     )
     slots = dataclasses.replace(
         slots,
@@ -295,22 +304,21 @@ def generate(
     return DecodeState(PagedCache.of(texts), slots), dataclasses.replace(chunk, history=None, dial=None)
 
 
-def most_logprobs(vocabulary: int) -> int:
-    """Returns the number of most likely tokens whose log-probabilities are computed."""
-    return min(MOST_LOGPROBS, vocabulary)
-
-
 @jax.jit(donate_argnames="state")
 def free(state: DecodeState, slot: Int[Array, ""]) -> DecodeState:
     """Ends the answer in a slot. Its pages may then be given to other texts."""
-    slots = state.slots
+    slots, cache = state.slots, state.cache
+    # Decode chunks write a key and a value for every slot. A slot without pages, or with a full page, drops
+    # them, because another text may use the page.
+    pages = None if slots.pages is None else slots.pages.at[slot].set(cache.num_pages)
+    length = cache.page_size if slots.pages is None else 0
     slots = dataclasses.replace(
         slots,
-        pages=slots.pages.at[slot].set(state.cache.num_pages),
-        lengths=slots.lengths.at[slot].set(0),
+        pages=pages,
+        lengths=slots.lengths.at[slot].set(length),
         done=slots.done.at[slot].set(True),
     )
-    return DecodeState(state.cache, slots)
+    return DecodeState(cache, slots)
 
 
 @jax.jit(donate_argnames="state")

@@ -48,13 +48,15 @@ class PagedCache:
         """Number of positions of a page."""
         return self.keys[0].shape[1]
 
-    def texts(self, pages: Int[Array, "b pages_per_row"], lengths: Int[Array, "b"]) -> KVCache:
+    def texts(self, pages: Int[Array, "b pages_per_row"] | None, lengths: Int[Array, "b"]) -> KVCache:
         """Returns the cache of some texts. It has the arrays of all pages.
 
         Args:
-          pages: Pages of each text.
+          pages: Pages of each text; None if text b has page b and no other.
           lengths: Number of tokens of each text.
         """
+        if pages is not None and pages.shape == (1, 1) and self.num_pages == 1:
+            pages = None  # The only text has the only page.
         return KVCache(self.keys, self.values, lengths, pages)
 
     @classmethod

@@ -1,0 +1,222 @@
+"""The model and its state on the device: compiles and dispatches the functions of ``decode_state``."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from grinqh_jax.decoding import decode_state, engine
+from grinqh_jax.decoding.decode_state import DecodeState
+from grinqh_jax.decoding.dial import Dial
+from grinqh_jax.decoding.job import Shape
+from grinqh_jax.decoding.logprobs import MOST_LOGPROBS, TokenLogprobs
+from grinqh_jax.decoding.paged_cache import PagedCache
+from grinqh_jax.decoding.policy import DecodePolicy
+from grinqh_jax.decoding.prefill_buckets import PrefillBucket, bucket_widths
+from grinqh_jax.decoding.prefix import Prefix
+from grinqh_jax.decoding.programs import Lowering
+from grinqh_jax.decoding.settings import Settings
+from grinqh_jax.model.decoder import Decoder
+from grinqh_jax.model.flat_model import FlatModel
+
+
+class Device:
+    """A model, and the state of all slots. Methods dispatch work and do not wait for it.
+
+    Attributes:
+      shape: Sizes of state and programs.
+      graded: Whether the model is graded.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        dial: Dial | None,
+        shape: Shape,
+        policy: DecodePolicy,
+        settings: Settings,
+        cache: PagedCache | None = None,
+        *,
+        abstract: bool = False,
+    ):
+        """Makes a state of empty slots.
+
+        Args:
+          model: Graded model; or a dense one, with ``dial=None``.
+          dial: Dial of the model; its state is ignored.
+          shape: Sizes of the engine.
+          policy: How programs are compiled.
+          settings: Settings of one request; those of all requests have the same structure.
+          cache: Pages of all texts, of the same shape; by default empty ones.
+          abstract: Whether to allocate nothing; only ``lowerings`` may be called then.
+        """
+        self.shape = shape
+        self.graded = dial is not None
+        self._config, self._policy = model.config, policy
+        self._top_logprobs = min(MOST_LOGPROBS, model.config.vocab_size)
+        # The sharding of all arguments is the same from the first call on, because jit compiles again for
+        # another one.
+        self._sharding = model.norm.scale[...].sharding
+        self._abstract = abstract
+        self._model, self._dial = FlatModel(model), jax.device_put(dial, self._sharding)
+
+        def state() -> DecodeState:
+            pages = cache or PagedCache.create(
+                model.config, shape.num_pages, shape.page_size, model.compute_dtype
+            )
+            per_slot = None if shape.contiguous else shape.pages_per_slot
+            return DecodeState.create(pages, model.config, settings, shape.slots, per_slot, self.graded)
+
+        self._state = self._put(jax.eval_shape(state) if abstract else state())
+
+    @property
+    def cache(self) -> PagedCache:
+        """Pages of all texts, after the work dispatched so far. The next call of a method donates them."""
+        return self._state.cache
+
+    def compile(self) -> None:
+        """Compiles all programs by running them on no tokens. No slot may be in use."""
+        settings = jax.tree.map(lambda rows: np.asarray(rows[:1]), self._state.slots.settings)
+        for _ in range(2):  # The second time all inputs are outputs of the programs.
+            for width in bucket_widths(max(self.shape.piece, engine.PREVIEW_TOKENS)):
+                prefix = self.prefix([], 0)
+                bucket = PrefillBucket(np.zeros((1, width), np.int32), np.zeros(1, np.int32), 0)
+                for _ in range(2):  # A prefix without tokens, and one that a prefill returned.
+                    if self.shape.prompt_logprobs:
+                        self.prompt_logprobs(prefix, bucket, bucket.tokens)
+                    prefix = self.prefill(prefix, bucket, settings)
+            for logprobs in (False, True):
+                self.insert(0, prefix, [], settings, logprobs)
+            for greedy, logprobs in ((False, False), (True, False), (False, True)):
+                self.generate(greedy, logprobs)
+            if self.graded:
+                self.turn(0, 0.0)
+            self.free(0)
+        jax.block_until_ready(self._state)
+
+    def lowerings(
+        self, widths: Iterable[int], settings: Settings, *, decodes: bool
+    ) -> dict[Hashable, Lowering]:
+        """Returns the lowerings of the programs that jobs without log-probabilities run.
+
+        Args:
+          widths: Widths of the pieces of their prompts.
+          settings: Settings of one of them.
+          decodes: Whether any has more than one token.
+        """
+        wanted: dict[Hashable, Lowering] = {}
+
+        def add(name: str, lower: Callable[..., jax.stages.Lowered], *arguments: Any, **static: Any) -> None:
+            arguments = jax.tree.map(self._struct, arguments)
+            leaves, structure = jax.tree.flatten(arguments)
+            sizes = tuple((leaf.shape, leaf.dtype.name) for leaf in leaves)
+            wanted[name, structure, sizes, *static.items()] = functools.partial(lower, *arguments, **static)
+
+        state, dial, one, slot = self._state, self._dial, np.zeros(1, np.int32), np.int32(0)
+        prefix = Prefix.create(self._config, self._row([]), 0, self.graded)
+        static = {"policy": self._policy, "top_logprobs": None}
+        thresholds = None
+        if dial is not None:
+            add("thresholds", decode_state.preview_thresholds.lower, dial, settings.bits)
+            thresholds = jax.eval_shape(decode_state.preview_thresholds, dial, settings.bits)
+        lower = functools.partial(decode_state.prefill.lower, self._model)
+        for width in widths:
+            tokens = np.zeros((1, width), np.int32)
+            add("prefill", lower, state.cache, prefix, tokens, one, thresholds)
+        insert = decode_state.insert.lower
+        add("insert", insert, state, slot, prefix, settings, self._in_prompt([]), dial, **static)
+        if decodes:
+            lower = functools.partial(decode_state.generate.lower, self._model)
+            add("generate", lower, state, dial, greedy=settings.greedy, **static)
+        if self.shape.slots > 1:
+            add("free", decode_state.free.lower, state, slot)
+        return wanted
+
+    def prefix(self, pages: Sequence[int], length: int) -> Prefix:
+        """Returns the prefix of a text whose first ``length`` tokens are in its pages already."""
+        return self._put(Prefix.create(self._config, self._row(pages), length, self.graded))
+
+    def prefill(self, prefix: Prefix, piece: PrefillBucket, settings: Settings) -> Prefix:
+        """Reads the next piece of a prompt (see ``decode_state.prefill``)."""
+        tokens, lengths, bits = self._put((piece.tokens, piece.lengths, settings.bits))
+        thresholds = None if self._dial is None else decode_state.preview_thresholds(self._dial, bits)
+        cache, prefix = decode_state.prefill(
+            self._model, self._state.cache, prefix, tokens, lengths, thresholds
+        )
+        self._state = dataclasses.replace(self._state, cache=cache)
+        return prefix
+
+    def prompt_logprobs(
+        self, prefix: Prefix, piece: PrefillBucket, following: Int[np.ndarray, "1 t"]
+    ) -> TokenLogprobs:
+        """Returns log-probabilities of a piece, before it is read (see ``decode_state.prompt_logprobs``)."""
+        tokens, following = self._put((piece.tokens, following))
+        cache, logprobs = decode_state.prompt_logprobs(
+            self._model, self._state.cache, prefix, tokens, following, top_logprobs=self._top_logprobs
+        )
+        self._state = dataclasses.replace(self._state, cache=cache)
+        return logprobs
+
+    def insert(
+        self, slot: int, prefix: Prefix, prompt: Sequence[int], settings: Settings, logprobs: bool
+    ) -> engine.Chunk:
+        """Starts the answer to a prompt in a slot; returns its first token (see ``decode_state.insert``)."""
+        row, settings, in_prompt = self._put((np.int32(slot), settings, self._in_prompt(prompt)))
+        self._state, first = decode_state.insert(
+            self._state,
+            row,
+            prefix,
+            settings,
+            in_prompt,
+            self._dial,
+            policy=self._policy,
+            top_logprobs=self._top_logprobs if logprobs else None,
+        )
+        return first
+
+    def generate(self, greedy: bool, logprobs: bool) -> engine.Chunk:
+        """Decodes a chunk for all slots (see ``decode_state.generate``)."""
+        self._state, chunk = decode_state.generate(
+            self._model,
+            self._state,
+            self._dial,
+            policy=self._policy,
+            greedy=greedy,
+            top_logprobs=self._top_logprobs if logprobs else None,
+        )
+        return chunk
+
+    def turn(self, slot: int, bits: float) -> None:
+        """Changes the wanted mean bits of an answer."""
+        self._state = decode_state.turn(self._state, *self._put((np.int32(slot), np.float32(bits))))
+
+    def free(self, slot: int) -> None:
+        """Ends the answer in a slot. A single slot then decodes nothing, so its state may stay."""
+        if self.shape.slots > 1:
+            self._state = decode_state.free(self._state, self._put(np.int32(slot)))
+
+    def _row(self, pages: Sequence[int]) -> Int[np.ndarray, "pages_per_slot"]:
+        row = np.full(self.shape.pages_per_slot, self.shape.num_pages, np.int32)
+        row[: len(pages)] = pages
+        return row
+
+    def _in_prompt(self, prompt: Sequence[int]) -> Any:
+        """Returns which tokens a prompt has, if the settings have penalties."""
+        if self._state.slots.history is None:
+            return None
+        in_prompt = np.zeros((1, self._config.vocab_size), bool)
+        in_prompt[0, np.asarray(prompt, np.int32)] = True
+        return in_prompt
+
+    def _put(self, arrays: Any) -> Any:
+        """Puts arrays on the device with the sharding of the loop."""
+        if self._abstract:
+            return jax.tree.map(self._struct, arrays)
+        return jax.device_put(arrays, self._sharding)
+
+    def _struct(self, leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._sharding)

@@ -1,0 +1,260 @@
+"""The decode loop on the host: decides which prompt is read and which answers are decoded next.
+
+Continuous batching: requests enter and leave slots between decode chunks. A round reads at most one piece of
+one prompt and decodes one chunk of all answers, so an answer never waits for more than one piece. In an
+engine for many requests, pieces end at positions that depend on the prompt alone, so a hit and a miss of the
+shared prefixes read the same pieces. An answer therefore does not depend on load or on what is in the cache.
+A single text runs in the same loop, with one slot.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+import heapq
+import itertools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from grinqh_jax.decoding import engine
+from grinqh_jax.decoding.device import Device
+from grinqh_jax.decoding.job import FinishReason, Job, Storage
+from grinqh_jax.decoding.logprobs import TokenLogprobs
+from grinqh_jax.decoding.policy import DecodePolicy
+
+
+@dataclasses.dataclass(frozen=True)
+class _InFlight:
+    """Results that the device may still be computing.
+
+    Attributes:
+      jobs: Jobs by row of the chunk, as they were when the work was dispatched.
+      result: Function that waits for a decode chunk, or for the first token of the only job; returns it as
+        numpy arrays, and the time at which it arrived.
+      asked: Time at which the work was dispatched.
+      is_first: Whether the result is a first token.
+    """
+
+    jobs: dict[int, Job]
+    result: Callable[[], tuple[engine.Chunk, float]]
+    asked: float
+    is_first: bool
+
+
+class Scheduler:
+    """Runs jobs on one model. Not thread-safe: one thread calls all methods.
+
+    Attributes:
+      waiting, reading, decoding: Jobs by their stage.
+      prompt_tokens: Number of prompt tokens of all jobs that left the queue so far.
+      reused_tokens: Number of these that were in the cache already.
+    """
+
+    def __init__(
+        self, device: Device, storage: Storage, policy: DecodePolicy, *, prompts_first: bool = False
+    ):
+        """Makes a scheduler without jobs.
+
+        Args:
+          device: Model and state on the device.
+          storage: Places of keys and values, of the same shape.
+          policy: How chunks are scheduled.
+          prompts_first: Whether a round reads all prompts that have slots, and not one piece. Texts that
+            nobody waits for take fewer chunks then.
+        """
+        self.waiting: list[tuple[int, int, Job]] = []
+        self.reading: list[tuple[int, int, Job]] = []
+        self.decoding: dict[int, Job] = {}
+        self.prompt_tokens = self.reused_tokens = 0
+        self._device = device
+        self._storage = storage
+        self._policy = policy
+        self._prompts_first = prompts_first
+        self._free_slots = list(range(device.shape.slots - 1, -1, -1))
+        self._in_flight: collections.deque[_InFlight] = collections.deque()
+        self._numbers = itertools.count()
+        self._reader = concurrent.futures.ThreadPoolExecutor(1)
+        self._arrived = 0.0
+        self._launched = False
+
+    def close(self) -> None:
+        """Ends the thread that waits for results."""
+        self._reader.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no job waits or runs, and nothing is in flight."""
+        return not (self.waiting or self.reading or self.decoding or self._in_flight)
+
+    def add(self, job: Job) -> None:
+        """Queues a job that can fit."""
+        heapq.heappush(self.waiting, (job.priority, next(self._numbers), job))
+
+    def cancel(self, job: Job) -> None:
+        """Ends a job. The decode chunk in flight is the last to compute it, and its tokens are dropped."""
+        if not job.ended:
+            self._end(job, "cancelled")
+
+    def turn(self, job: Job, bits: float) -> None:
+        """Changes the wanted mean bits of a job, from the next decode chunk on."""
+        row: Any = np.array([bits], np.float32)
+        job.settings = dataclasses.replace(job.settings, bits=row)
+        if job.slot in self.decoding:
+            self._device.turn(job.slot, bits)
+
+    def step(self) -> None:
+        """Runs one round: dispatches work, and delivers the results that are due."""
+        self.dispatch()
+        while self.deliver():
+            pass
+
+    def dispatch(self) -> None:
+        """Begins a round: admits jobs, reads a piece and launches a decode chunk."""
+        self._admit()
+        while self.reading:
+            job = self.reading[0][-1]
+            self._read(job)
+            if not job.pieces:
+                heapq.heappop(self.reading)
+                self._start(job)
+            if not self._prompts_first:
+                break
+        # Where the host is the device, a chunk would delay the first token of a text that is alone.
+        waits = self._policy.chunks_ahead == 0 and len(self.decoding) == 1 and bool(self._in_flight)
+        self._launched = not waits and self._launch()
+
+    def deliver(self) -> bool:
+        """Delivers the next result of the round, if one is due; returns whether another one is."""
+        if self._is_due():
+            self._deliver(self._in_flight.popleft())
+        # A delivered job may have made room, so a round without a chunk ends here.
+        return self._launched and self._is_due()
+
+    def _is_due(self) -> bool:
+        ahead = self._policy.chunks_ahead if self._launched else 0
+        chunks = sum(not work.is_first for work in self._in_flight)
+        return bool(self._in_flight) and (chunks > ahead or self._in_flight[0].is_first)
+
+    def _admit(self) -> None:
+        """Gives slots and pages to waiting jobs, in order. The first one that does not fit waits for both."""
+        while self.waiting and self._free_slots:
+            priority, number, job = self.waiting[0]
+            job.slot = self._free_slots[-1]
+            reused = self._storage.reserve(job)
+            if reused is None:
+                job.slot = None
+                return
+            heapq.heappop(self.waiting)
+            self._free_slots.pop()
+            job.prefix = self._device.prefix(job.pages, reused)
+            job.pieces.extend(self._storage.cut(job, reused))
+            self.prompt_tokens += len(job.prompt)
+            self.reused_tokens += reused
+            job.admitted = time.perf_counter()
+            job.answer.begin(reused)
+            heapq.heappush(self.reading, (priority, number, job))
+
+    def _read(self, job: Job) -> None:
+        """Dispatches the next piece of a prompt."""
+        piece = job.pieces.popleft()
+        assert job.prefix is not None, "an admitted job has a prefix"
+        if job.prompt_logprobs:
+            start = piece.end - int(piece.lengths[0])
+            rest = job.prompt[start + 1 : piece.end + 1]
+            following = np.zeros_like(piece.tokens)
+            following[0, : len(rest)] = rest
+            logprobs = self._device.prompt_logprobs(job.prefix, piece, following)
+            job.prompt_results.append((logprobs, len(rest)))
+        job.prefix = self._device.prefill(job.prefix, piece, job.settings)
+        self._storage.keep(job, piece.end)
+
+    def _start(self, job: Job) -> None:
+        """Moves a job whose prompt is read to the answers."""
+        assert job.slot is not None, "an admitted job has a slot"
+        assert job.prefix is not None, "an admitted job has a prefix"
+        first = self._device.insert(job.slot, job.prefix, job.prompt, job.settings, job.logprobs)
+        job.prefix, job.dispatched = None, 1
+        self.decoding[job.slot] = job
+        self._track({0: job}, first, job.admitted, is_first=True)
+
+    def _launch(self) -> bool:
+        """Dispatches a decode chunk, if an answer may go on; returns whether it has."""
+        if all(job.dispatched >= job.limit for job in self.decoding.values()):
+            return False
+        asked = time.perf_counter()
+        logprobs = any(job.logprobs for job in self.decoding.values())
+        greedy = not logprobs and all(job.greedy for job in self.decoding.values())
+        chunk = self._device.generate(greedy, logprobs)
+        for job in self.decoding.values():
+            job.dispatched += self._policy.chunk_steps
+        self._track(dict(self.decoding), chunk, asked)
+        return True
+
+    def _track(self, jobs: dict[int, Job], chunk: engine.Chunk, asked: float, is_first: bool = False) -> None:
+        """Remembers to deliver results. With chunks ahead, a thread waits for them and takes the time."""
+        if self._policy.chunks_ahead:
+            result = self._reader.submit(_to_host, chunk).result
+        else:
+            result = functools.partial(_to_host, chunk)
+        self._in_flight.append(_InFlight(jobs, result, asked, is_first))
+
+    def _deliver(self, work: _InFlight) -> None:
+        """Waits for results and gives them to their jobs."""
+        chunk: Any
+        chunk, arrived = work.result()
+        seconds = arrived - (work.asked if work.is_first else max(work.asked, self._arrived))
+        self._arrived = arrived
+        for row, job in work.jobs.items():
+            if job.ended:
+                continue
+            tokens = chunk.tokens[row, : chunk.counts[row]].tolist()
+            # Copies, because the arrays have the rows of all jobs.
+            stats, logprobs = jax.tree.map(
+                lambda steps: steps[: len(tokens), row].copy(),  # noqa: B023
+                (chunk.grading_stats, chunk.logprobs if job.logprobs else None),
+            )
+            try:
+                if work.is_first and job.prompt_results:
+                    job.answer.receive_prompt(_concatenated(jax.device_get(job.prompt_results)))
+                    job.prompt_results.clear()
+                stopped = job.answer.receive(tokens, stats, logprobs, seconds)
+            except Exception as error:  # Other answers go on.
+                self._end(job, error)
+                continue
+            if stopped or chunk.done[row]:
+                self._end(job, "stop" if stopped else "length")
+
+    def _end(self, job: Job, reason: FinishReason | Exception) -> None:
+        """Frees a job's slot and pages, wherever the job is, and reports its end or its failure."""
+        job.ended = True
+        for queue in (self.waiting, self.reading):
+            queue[:] = [entry for entry in queue if entry[-1] is not job]
+            heapq.heapify(queue)
+        if job.slot is not None:
+            if self.decoding.pop(job.slot, None) is not None:
+                self._device.free(job.slot)
+            # Work in flight may still write these pages. Whoever gets them writes later.
+            self._storage.release(job)
+            self._free_slots.append(job.slot)
+            job.pages, job.prefix = [], None
+        try:
+            if isinstance(reason, Exception):
+                raise reason
+            job.answer.end(reason)
+        except Exception as error:
+            job.answer.fail(error)
+
+
+def _to_host(chunk: engine.Chunk) -> tuple[engine.Chunk, float]:
+    """Fetches a chunk as numpy arrays, all in one transfer; returns it and the time of its arrival."""
+    return jax.device_get(chunk), time.perf_counter()
+
+
+def _concatenated(results: list[tuple[TokenLogprobs, int]]) -> TokenLogprobs:
+    """Joins the log-probabilities of pieces ``[1, t]``, without those of padding."""
+    pieces = [jax.tree.map(lambda rows: rows[0, :length], logprobs) for logprobs, length in results]  # noqa: B023
+    return jax.tree.map(lambda *rows: np.concatenate(rows), *pieces)
