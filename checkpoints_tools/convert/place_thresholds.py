@@ -12,9 +12,9 @@ from checkpoints_tools.convert.options import SENSITIVITY
 from checkpoints_tools.convert.plan import Plan
 from checkpoints_tools.convert.survey import Survey
 from grinqh_jax.checkpoint import Writer
-from grinqh_jax.model.decoder import weights_read
 from grinqh_jax.model.layer_spec import HEAD
 from grinqh_jax.model.parameters import stored_dtype
+from grinqh_jax.model.weight_counts import weights_read
 
 
 def place_thresholds(plan: Plan, measurements: Measurements) -> dict[str, Float[np.ndarray, "targets p"]]:

@@ -9,7 +9,8 @@ from flax.traverse_util import flatten_dict
 from grinqh_jax.checkpoint.quantization import VERSION
 from grinqh_jax.checkpoint.version_1 import stored_tree
 from grinqh_jax.model.config import ModelConfig
-from grinqh_jax.model.decoder import abstract_tree, weights_stored
+from grinqh_jax.model.decoder import abstract_tree
+from grinqh_jax.model.weight_counts import weights_stored
 
 WEIGHT_LEAVES = ("planes", "scales", "gains")
 

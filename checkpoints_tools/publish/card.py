@@ -16,7 +16,7 @@ from grinqh_jax.checkpoint.quantization import QuantizationConfig
 from grinqh_jax.errors import CheckpointError, UsageError
 from grinqh_jax.json_files import read_object
 from grinqh_jax.model.config import ModelConfig
-from grinqh_jax.model.decoder import weights_stored
+from grinqh_jax.model.weight_counts import weights_stored
 from grinqh_jax.text.documents import read_records
 
 PROJECT = "GRINQH-JAX"

@@ -109,7 +109,7 @@ def _parameters(config) -> int:
 
 def _read_per_token(config) -> int:
     """Returns the number of weights that a token reads: those of chosen experts, and no embedding."""
-    from grinqh_jax.model.decoder import weights_read
+    from grinqh_jax.model.weight_counts import weights_read
 
     return sum(weights_read(config).values())
 

@@ -22,7 +22,8 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from grinqh_jax.decoding.bits import check_bits
 from grinqh_jax.decoding.thresholds import StackedThresholds, interpolate, stacked_tables
 from grinqh_jax.model.config import ModelConfig
-from grinqh_jax.model.decoder import Decoder, linear_names, weights_read
+from grinqh_jax.model.decoder import Decoder, linear_names
+from grinqh_jax.model.weight_counts import weights_read
 
 PRIOR_TOKENS = 16
 """Number of tokens without excess that the mean excess includes, because a few observed tokens say little."""

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from grinqh_jax.model.decoder import Decoder, linear_names, weights_read
+from grinqh_jax.model.decoder import Decoder, linear_names
 from grinqh_jax.model.parameters import axis_sizes, norms, projections, routers, stored_dtype
+from grinqh_jax.model.weight_counts import weights_read
 from pallas_kernels import GradingStats
 from pallas_kernels.layout import GROUP
 

@@ -330,28 +330,6 @@ def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     return shapes | block_shapes(config.hidden_size, config.vocab_size)
 
 
-def weights_stored(config: ModelConfig) -> dict[str, int]:
-    """Returns the number of weights of all linear layers by name, those of all experts."""
-    counts = _expert_counts(config)
-    return {name: k * n * counts.get(name, (1, 1))[0] for name, (k, n) in linear_shapes(config).items()}
-
-
-def weights_read(config: ModelConfig) -> dict[str, int]:
-    """Returns the number of weights that all linear layers apply to a token, by name: of chosen experts."""
-    counts = _expert_counts(config)
-    return {name: k * n * counts.get(name, (1, 1))[1] for name, (k, n) in linear_shapes(config).items()}
-
-
-def _expert_counts(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Returns, for each linear layer of experts, the number of experts and that of the chosen ones."""
-    return {
-        f"layers.{i}.{projection.name}": (config.num_experts, spec.experts.chosen)
-        for i, spec in enumerate(config.layers)
-        for projection in spec.projections
-        if projection.of_experts and spec.experts is not None
-    }
-
-
 def abstract_tree(config: ModelConfig, max_bits: int, num_targets: int) -> dict[str, Any]:
     """Returns the state tree of a graded model as nested dicts of ``jax.ShapeDtypeStruct``.
 
@@ -382,9 +360,9 @@ def abstract_tree(config: ModelConfig, max_bits: int, num_targets: int) -> dict[
     for name, norm in norms(config).items():
         scale = f"{name}.scale"
         leaves[scale] = jax.ShapeDtypeStruct((sizes[norm.axis],), stored_dtype(config, scale))
-    counts = _expert_counts(config)
+    experts = {name for name, projection in projections(config).items() if projection.of_experts}
     for name, shape in linear_shapes(config).items():
-        leaves |= {f"{name}.{leaf}": value for leaf, value in graded(shape, name in counts).items()}
+        leaves |= {f"{name}.{leaf}": value for leaf, value in graded(shape, name in experts).items()}
     for name in routers(config):
         kernel = f"{name}.kernel"
         shape = sizes["hidden"], sizes["experts"]

@@ -14,10 +14,13 @@ from grinqh_jax import BUNDLED_MODEL
 from grinqh_jax.benchmarking import measure, random_model
 from grinqh_jax.cli import benchmark
 from grinqh_jax.decoding import policy
+from grinqh_jax.decoding.statistics import weighted_mean
 from grinqh_jax.decoding.thresholds import model_thresholds
 from grinqh_jax.errors import CheckpointError, UsageError
+from grinqh_jax.model.apply import Graded
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import linear_shapes
+from grinqh_jax.model.weight_counts import weights_stored
 
 TINY_HF = random_model.hf_configs()["Qwen3-0.6B"] | {
     "vocab_size": 300,
@@ -42,6 +45,7 @@ def tiny_model():
         ("Qwen3-0.6B", 0.60),
         ("Qwen3-8B", 8.19),
         ("Qwen3-14B", 14.77),
+        ("Qwen3-30B-A3B", 30.52),
         ("Llama-3.2-1B", 1.24),
         ("Llama-3.1-8B", 8.03),
     ],
@@ -49,10 +53,24 @@ def tiny_model():
 def test_shapes_have_the_published_parameter_counts(name, billions):
     config = random_model.shape(name)
     embedding = config.vocab_size * config.hidden_size
-    total = embedding + sum(k * n for k, n in linear_shapes(config).values())
+    total = embedding + sum(weights_stored(config).values())
     if config.tie_word_embeddings:
         total -= embedding
     assert total / 1e9 == pytest.approx(billions, abs=0.01)
+
+
+def test_random_mixtures_read_the_requested_bits():
+    mixture = {"moe_intermediate_size": 96, "num_experts": 4, "num_experts_per_tok": 2}
+    config = ModelConfig.from_hf(TINY_HF | {"model_type": "qwen3_moe", "norm_topk_prob": True} | mixture)
+    model = random_model.graded(config, compute_dtype=jnp.float32)
+    thresholds = model_thresholds(model, jnp.asarray(random_model.TARGETS), jnp.float32(3))
+    graded = Graded(thresholds)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, 64))
+    assert np.isfinite(model(tokens, graded)).all()
+    bits = {name: float(bits.mean()) for name, bits in graded.bits.items()}
+    assert weighted_mean(model, bits) == pytest.approx(3, abs=0.2)
+    dense = random_model.dense(config, compute_dtype=jnp.float32)
+    assert np.isfinite(dense(tokens)).all()
 
 
 def test_an_unknown_shape_is_refused_by_name():

@@ -33,8 +33,9 @@ from grinqh_jax.decoding.thresholds import model_thresholds
 from grinqh_jax.hf import load_decoder, open_checkpoint
 from grinqh_jax.model.apply import Dense, Graded
 from grinqh_jax.model.cache import KVCache
-from grinqh_jax.model.decoder import linear_names, weights_read, weights_stored
+from grinqh_jax.model.decoder import linear_names
 from grinqh_jax.model.experts import GradedExperts, Router, grading_factor
+from grinqh_jax.model.weight_counts import weights_read, weights_stored
 from pallas_kernels import Activations, GradingStats, NestedWeight, quantize
 
 TOKENS = np.random.default_rng(5).integers(0, 256, (2, 60))
