@@ -2,8 +2,6 @@
 
 from pallas_kernels.activations import Activations
 from pallas_kernels.codes import dequantize, from_codes, quantize
-from pallas_kernels.expert_weights import NestedExperts
-from pallas_kernels.experts import experts_matvec
 from pallas_kernels.grading import GradingStats, levels, realised_bits
 from pallas_kernels.matvec import graded_matvec, graded_partial_sums
 from pallas_kernels.weight import NestedWeight
@@ -11,10 +9,8 @@ from pallas_kernels.weight import NestedWeight
 __all__ = [
     "Activations",
     "GradingStats",
-    "NestedExperts",
     "NestedWeight",
     "dequantize",
-    "experts_matvec",
     "from_codes",
     "graded_matvec",
     "graded_partial_sums",

@@ -26,7 +26,8 @@ from grinqh_jax.model.linear import CHECKPOINT_ATTRIBUTES, GradedLinear, Linear,
 from grinqh_jax.model.norm import add_norm, rms_norm
 from grinqh_jax.model.output_projection import OutputProjection, block_shapes
 from grinqh_jax.model.parameters import EMBEDDING, axis_sizes, norms, projections, routers, stored_dtype
-from pallas_kernels import Activations, NestedExperts, NestedWeight
+from pallas_kernels import Activations, NestedWeight
+from pallas_kernels.expert_weights import NestedExperts
 
 Tree = Mapping[str, Any]
 """A nested dict of arrays with string keys: the state of a module."""

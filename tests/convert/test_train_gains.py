@@ -24,7 +24,8 @@ from grinqh_jax.model.apply import HEAD, Graded
 from grinqh_jax.model.decoder import linear_names
 from grinqh_jax.model.experts import ChosenGraded
 from grinqh_jax.model.linear import GradedLinear
-from pallas_kernels import codes, dequantize, experts_matvec, layout
+from pallas_kernels import codes, dequantize, layout
+from pallas_kernels.experts import experts_matvec
 
 BITS = (1.5, 2.0, 3.0)
 SCORED = slice(4, None)

@@ -9,8 +9,9 @@ import matvec_oracle
 import numpy as np
 import pytest
 
-from pallas_kernels import Activations, NestedExperts, experts_matvec, quantize
-from pallas_kernels.experts import IMPLEMENTATIONS, choose
+from pallas_kernels import Activations, quantize
+from pallas_kernels.expert_weights import NestedExperts
+from pallas_kernels.experts import IMPLEMENTATIONS, choose, experts_matvec
 from pallas_kernels.experts.blocks import block_rows, map_blocks
 
 NUM_EXPERTS, IN, OUT = 5, 200, 70
