@@ -13,14 +13,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Float16, Int, UInt32
 
 from grinqh_jax.model.layer_spec import GatedExperts
-from pallas_kernels import (
-    Activations,
-    GradingStats,
-    NestedExperts,
-    dequantization,
-    dequantize,
-    experts_matvec,
-)
+from pallas_kernels import Activations, GradingStats, dequantization, dequantize
+from pallas_kernels.expert_weights import NestedExperts
+from pallas_kernels.experts import experts_matvec
 from pallas_kernels.experts.blocks import map_blocks
 
 
