@@ -27,12 +27,19 @@ def supports(weight: NestedWeight, dtype) -> str | None:
     return device.unsupported_reason()
 
 
-def dequantize_to_bfloat16(weight: NestedWeight) -> BFloat16[Array, "k n"]:
-    """Dequantizes a weight at its highest level, ``[in_features, out_features]``.
+def dequantize_to_bfloat16(weight: NestedWeight, level: int | None = None) -> BFloat16[Array, "k n"]:
+    """Dequantizes a weight at one level without the gain of the level, ``[in_features, out_features]``.
 
-    Equals ``codes.dequantize(weight, dtype=jnp.bfloat16)`` bit for bit, except for the sign of zeros.
+    Reads the planes of the level only. Equals ``codes.dequantize(weight, level, jnp.bfloat16)`` of a weight
+    whose level gains are 1 bit for bit, except for the sign of zeros.
+
+    Args:
+      weight: The nested weight.
+      level: Level of all input channels, 1 to ``weight.num_planes``. The default is the highest, whose gain
+        is 1.
     """
-    shape = Shape(weight.in_features, weight.out_features, weight.scales.shape[1], weight.num_planes)
+    planes = weight.num_planes if level is None else level
+    shape = Shape(weight.in_features, weight.out_features, weight.scales.shape[1], planes)
     (dense,) = _dequantization_kernel(shape)(weight.planes, weight.scales)
     return dense
 

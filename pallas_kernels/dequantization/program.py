@@ -52,7 +52,7 @@ class Shape:
       in_features: Logical number of input channels.
       out_features: Logical number of outputs, a multiple of ``RUN_OUTPUTS``.
       stored_n: Number of outputs, padded to whole pieces.
-      planes: Number of stored planes.
+      planes: Number of planes that are read, the first of those stored.
     """
 
     in_features: int
