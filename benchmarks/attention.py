@@ -2,12 +2,14 @@
 
     python benchmarks/attention.py --output benchmarks/results/attention.json
     python benchmarks/attention.py --shapes Qwen3-8B --lengths 1056
+    python benchmarks/attention.py --batch 1 2 4 8 16 --page-size 64     the cache in pages at random places
 
 Kernel times are medians from the profiler, over the layers of a model whose caches together exceed the L2.
 """
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import pathlib
@@ -32,19 +34,28 @@ PARTS = 8
 KERNELS = {"attention": "decode_attention_kernel", "merge": "merge_attention_kernel"}
 
 
-def measure(config: ModelConfig, capacity: int, lengths: list[int]) -> Iterator[dict[str, timing.Times]]:
+def measure(
+    config: ModelConfig, batch: int, capacity: int, page_size: int | None, lengths: list[int]
+) -> Iterator[dict[str, timing.Times]]:
     """Yields, for each cache length, the times of the attention kernel and of the merge kernel."""
     dim, keys = config.head_dim, jax.random.split(jax.random.key(0), 2 * LAYERS + 1)
-    size = (1, capacity, config.num_kv_heads, dim)
-    caches = [KeyValues(_normal(keys[2 * i], size), _normal(keys[2 * i + 1], size)) for i in range(LAYERS)]
+    size, pages = (batch, capacity), None
+    if page_size is not None:
+        size = (batch * capacity // page_size, page_size)
+        pages = jax.random.permutation(keys[-1], size[0]).reshape(batch, -1)
+    size = (*size, config.num_kv_heads, dim)
+    caches = [(_normal(keys[2 * i], size), _normal(keys[2 * i + 1], size)) for i in range(LAYERS)]
     columns = (config.num_heads + 2 * config.num_kv_heads) * dim
-    qkv = Activations.sums(jax.random.normal(keys[-1], (PARTS, 1, 1, columns)), columns)
+    qkv = Activations.sums(jax.random.normal(keys[-1], (PARTS, batch, 1, columns)), columns)
     spec = config.layers[0].attention
     norms = (jnp.ones(dim, jnp.bfloat16),) * 2 if spec.head_norms else None
 
     def all_layers(caches, positions):
-        results = [attention.attend_heads(config, spec, qkv, norms, positions, cache) for cache in caches]
-        return [outputs for outputs, _ in results], [cache for _, cache in results]
+        results = [
+            attention.attend_heads(config, spec, qkv, norms, positions, KeyValues(*cache, pages))
+            for cache in caches
+        ]
+        return [outputs for outputs, _ in results], [cache[:2] for _, cache in results]
 
     step = jax.jit(all_layers, donate_argnums=0)
 
@@ -54,7 +65,7 @@ def measure(config: ModelConfig, capacity: int, lengths: list[int]) -> Iterator[
         return outputs
 
     for length in lengths:
-        positions = jnp.full((1, 1), length, jnp.int32)
+        positions = jnp.full((batch, 1), length, jnp.int32)
         durations = timing.profile(run)
         yield {
             label: timing.Times.of([t for name, times in durations.items() if kernel in name for t in times])
@@ -84,19 +95,25 @@ def main() -> None:
         metavar="N",
         help="tokens in the cache (default: 8 160 500 1056 2048 4160)",
     )
+    add("--batch", nargs="+", type=int, default=[1], metavar="N", help="sequences (default: 1)")
+    add("--page-size", type=int, metavar="N", help="positions of a page (default: a contiguous cache)")
     add("--capacity", type=int, default=4224, metavar="N", help="cache slots (default: 4224)")
     add("--output", type=pathlib.Path, metavar="FILE", help="JSON file to write")
     args = parser.parse_args()
     rows = []
-    for name in args.shapes:
+    for name, batch in itertools.product(args.shapes, args.batch):
         config, name = random_model.shape(name), random_model.label(name)
-        for length, by_kernel in zip(args.lengths, measure(config, args.capacity, args.lengths), strict=True):
-            read = 4 * length * config.num_kv_heads * config.head_dim
-            row = {"shape": name, "length": length, "capacity": args.capacity, "bytes_read": read}
+        measured = measure(config, batch, args.capacity, args.page_size, args.lengths)
+        for length, by_kernel in zip(args.lengths, measured, strict=True):
+            read = 4 * batch * length * config.num_kv_heads * config.head_dim
+            row = {"shape": name, "batch": batch, "length": length, "capacity": args.capacity}
+            row |= {"page_size": args.page_size, "bytes_read": read}
             for label, times in by_kernel.items():
                 row |= {f"{label}_us": round(times.median, 3), f"{label}_quartiles_us": times.quartiles}
             rows.append(row)
-            print(f"{name} {length}: {row['attention_us']} us, merge {row['merge_us']} us", flush=True)
+            print(
+                f"{name} {batch} x {length}: {row['attention_us']} us, merge {row['merge_us']} us", flush=True
+            )
     report = {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,

@@ -41,7 +41,7 @@ def stream(model, steps: int, temperature: float, args: argparse.Namespace) -> d
         policy=dataclasses.replace(DecodePolicy.for_device(), chunk_steps=steps),
     )
     text, counts, ends = Received(), [], []
-    Programs().compile(texts.device.lowerings([PROMPT_TOKENS], settings, decodes=True))
+    Programs().compile(texts.device.lowerings([PROMPT_TOKENS], settings, [(settings.greedy, False)]))
     texts.add(Job([1] * PROMPT_TOKENS, settings, text))
     while text.reason is None:
         before = len(text.tokens)

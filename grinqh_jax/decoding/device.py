@@ -18,7 +18,7 @@ from grinqh_jax.decoding.paged_cache import PagedCache
 from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.prefill_buckets import PrefillBucket, bucket_widths
 from grinqh_jax.decoding.prefix import Prefix
-from grinqh_jax.decoding.programs import Lowering
+from grinqh_jax.decoding.programs import Lowering, Programs
 from grinqh_jax.decoding.settings import Settings
 from grinqh_jax.model.decoder import Decoder
 from grinqh_jax.model.flat_model import FlatModel
@@ -78,11 +78,14 @@ class Device:
         """Pages of all texts, after the work dispatched so far. The next call of a method donates them."""
         return self._state.cache
 
-    def compile(self) -> None:
-        """Compiles all programs by running them on no tokens. No slot may be in use."""
-        settings = jax.tree.map(lambda rows: np.asarray(rows[:1]), self._state.slots.settings)
+    def compile(self, programs: Programs) -> None:
+        """Compiles all programs, several at once, and runs them on no tokens. No slot may be in use."""
+        settings = jax.tree.map(lambda rows: np.asarray(rows)[:1], self._state.slots.settings)
+        widths = bucket_widths(max(self.shape.piece, engine.PREVIEW_TOKENS))
+        chunks = (False, False), (True, False), (False, True)
+        programs.compile(self.lowerings(widths, settings, chunks, logprobs=(False, True)))
         for _ in range(2):  # The second time all inputs are outputs of the programs.
-            for width in bucket_widths(max(self.shape.piece, engine.PREVIEW_TOKENS)):
+            for width in widths:
                 prefix = self.prefix([], 0)
                 bucket = PrefillBucket(np.zeros((1, width), np.int32), np.zeros(1, np.int32), 0)
                 for _ in range(2):  # A prefix without tokens, and one that a prefill returned.
@@ -91,7 +94,7 @@ class Device:
                     prefix = self.prefill(prefix, bucket, settings)
             for logprobs in (False, True):
                 self.insert(0, prefix, [], settings, logprobs)
-            for greedy, logprobs in ((False, False), (True, False), (False, True)):
+            for greedy, logprobs in chunks:
                 self.generate(greedy, logprobs)
             if self.graded:
                 self.turn(0, 0.0)
@@ -99,14 +102,19 @@ class Device:
         jax.block_until_ready(self._state)
 
     def lowerings(
-        self, widths: Iterable[int], settings: Settings, *, decodes: bool
+        self,
+        widths: Iterable[int],
+        settings: Settings,
+        chunks: Iterable[tuple[bool, bool]],
+        logprobs: Iterable[bool] = (False,),
     ) -> dict[Hashable, Lowering]:
-        """Returns the lowerings of the programs that jobs without log-probabilities run.
+        """Returns the lowerings of the programs that jobs run.
 
         Args:
           widths: Widths of the pieces of their prompts.
           settings: Settings of one of them.
-          decodes: Whether any has more than one token.
+          chunks: Arguments of ``generate``.
+          logprobs: Arguments of ``insert``.
         """
         wanted: dict[Hashable, Lowering] = {}
 
@@ -116,24 +124,33 @@ class Device:
             sizes = tuple((leaf.shape, leaf.dtype.name) for leaf in leaves)
             wanted[name, structure, sizes, *static.items()] = functools.partial(lower, *arguments, **static)
 
+        def of_model(function: Any) -> Callable[..., jax.stages.Lowered]:
+            return functools.partial(function.lower, self._model)
+
         state, dial, one, slot = self._state, self._dial, np.zeros(1, np.int32), np.int32(0)
-        prefix = Prefix.create(self._config, self._row([]), 0, self.graded)
-        static = {"policy": self._policy, "top_logprobs": None}
+        prefix, policy = Prefix.create(self._config, self._row([]), 0, self.graded), self._policy
         thresholds = None
         if dial is not None:
             add("thresholds", decode_state.preview_thresholds.lower, dial, settings.bits)
             thresholds = jax.eval_shape(decode_state.preview_thresholds, dial, settings.bits)
-        lower = functools.partial(decode_state.prefill.lower, self._model)
         for width in widths:
             tokens = np.zeros((1, width), np.int32)
-            add("prefill", lower, state.cache, prefix, tokens, one, thresholds)
-        insert = decode_state.insert.lower
-        add("insert", insert, state, slot, prefix, settings, self._in_prompt([]), dial, **static)
-        if decodes:
-            lower = functools.partial(decode_state.generate.lower, self._model)
-            add("generate", lower, state, dial, greedy=settings.greedy, **static)
+            prefill = of_model(decode_state.prefill)
+            add("prefill", prefill, state.cache, prefix, tokens, one, thresholds)
+            if self.shape.prompt_logprobs:
+                lower, count = of_model(decode_state.prompt_logprobs), self._top_logprobs
+                add("prompt_logprobs", lower, state.cache, prefix, tokens, tokens, top_logprobs=count)
+        for wants in logprobs:
+            arguments = state, slot, prefix, settings, self._in_prompt([]), dial
+            insert = decode_state.insert.lower
+            add("insert", insert, *arguments, policy=policy, top_logprobs=self._count(wants))
+        for greedy, wants in chunks:
+            static = {"policy": policy, "greedy": greedy, "top_logprobs": self._count(wants)}
+            add("generate", of_model(decode_state.generate), state, dial, **static)
         if self.shape.slots > 1:
             add("free", decode_state.free.lower, state, slot)
+        if self.graded and not self.shape.contiguous:
+            add("turn", decode_state.turn.lower, state, slot, np.float32(0))
         return wanted
 
     def prefix(self, pages: Sequence[int], length: int) -> Prefix:
@@ -174,7 +191,7 @@ class Device:
             in_prompt,
             self._dial,
             policy=self._policy,
-            top_logprobs=self._top_logprobs if logprobs else None,
+            top_logprobs=self._count(logprobs),
         )
         return first
 
@@ -186,7 +203,7 @@ class Device:
             self._dial,
             policy=self._policy,
             greedy=greedy,
-            top_logprobs=self._top_logprobs if logprobs else None,
+            top_logprobs=self._count(logprobs),
         )
         return chunk
 
@@ -198,6 +215,10 @@ class Device:
         """Ends the answer in a slot. A single slot then decodes nothing, so its state may stay."""
         if self.shape.slots > 1:
             self._state = decode_state.free(self._state, self._put(np.int32(slot)))
+
+    def _count(self, logprobs: bool) -> int | None:
+        """Returns the number of most likely tokens whose log-probabilities a program computes."""
+        return self._top_logprobs if logprobs else None
 
     def _row(self, pages: Sequence[int]) -> Int[np.ndarray, "pages_per_slot"]:
         row = np.full(self.shape.pages_per_slot, self.shape.num_pages, np.int32)

@@ -135,7 +135,8 @@ class Generation:
         started = time.perf_counter()
         pieces = self._prompt_cache.cut(self._job, self._reused_tokens)
         widths = sorted({piece.tokens.shape[1] for piece in pieces})
-        lowerings = self._texts.device.lowerings(widths, self._settings, decodes=self._job.limit > 1)
+        chunks = [(self._settings.greedy, False)] if self._job.limit > 1 else []
+        lowerings = self._texts.device.lowerings(widths, self._settings, chunks)
         self._generator.programs.compile(lowerings)
         self._compile_seconds += time.perf_counter() - started
         self._prepared = True

@@ -179,9 +179,9 @@ class Generator:
             abstract=True,
         )
         small, large = CONVERSATION_WIDTHS
-        self.programs.compile(device.lowerings([small], settings, decodes=True))
+        self.programs.compile(device.lowerings([small], settings, [(settings.greedy, False)]))
         if capacity > small:
-            self.programs.compile(device.lowerings([large], settings, decodes=False))
+            self.programs.compile(device.lowerings([large], settings, []))
 
     def settings(self, request: Request, limit: int) -> Settings:
         """Returns the settings of a request that decodes at most ``limit`` tokens.

@@ -68,7 +68,7 @@ class Engine:
         prompt_logprobs: bool = False,
         policy: DecodePolicy | None = None,
     ):
-        """Allocates the cache and compiles all programs, which takes from seconds to minutes.
+        """Allocates the cache and compiles all programs, several at once, which takes seconds to minutes.
 
         Args:
           generator: Model, tokenizer and defaults.
@@ -113,7 +113,7 @@ class Engine:
         )
         policy = policy or DecodePolicy.for_device()
         device = Device(model, generator.dial(None), self.shape, policy, self._settings(Request(), 1))
-        device.compile()
+        device.compile(generator.programs)
         self.storage = SharedPages(self.shape, device.graded)
         self.scheduler = Scheduler(device, self.storage, policy)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()

@@ -63,7 +63,8 @@ class Batch:
 
     def compile(self, widths: Sequence[int]) -> None:
         """Compiles the programs for prompts of these bucket widths."""
-        Programs().compile(self.texts.device.lowerings(widths, self.jobs[0].settings, decodes=True))
+        settings = self.jobs[0].settings
+        Programs().compile(self.texts.device.lowerings(widths, settings, [(settings.greedy, False)]))
 
     def prefill(self) -> None:
         """Reads all prompts, until the first token of each row has arrived."""

@@ -13,8 +13,11 @@ import pytest
 from grinqh_jax.bundled import BUNDLED_MODEL
 from grinqh_jax.decoding import policy
 from grinqh_jax.decoding.answer_text import AnswerText
+from grinqh_jax.decoding.device import Device
 from grinqh_jax.decoding.generator import Generator
+from grinqh_jax.decoding.job import Shape
 from grinqh_jax.decoding.paged_cache import count_pages, page_bytes
+from grinqh_jax.decoding.programs import Programs
 from grinqh_jax.decoding.request import Request
 from grinqh_jax.errors import UsageError
 from grinqh_jax.evaluation.scoring import _next_tokens
@@ -152,6 +155,19 @@ def test_pages_fit_into_free_memory(generator, monkeypatch):
     monkeypatch.setattr(engine_module, "free_memory", lambda: 1000)
     with pytest.raises(UsageError, match="and 1000 B are free; choose less cache memory"):
         Engine(generator, **SIZES)
+
+
+def test_all_programs_of_an_engine_are_lowered_in_advance(generator, compilations):
+    """They are compiled several at once, and running them afterwards compiles nothing."""
+    settings = generator.settings(Request(temperature=1.0, presence_penalty=1.0), 1)
+    shape = Shape(slots=2, max_context=64, page_size=8, piece=32, num_pages=20, stop_tokens=1)
+    device = Device(generator.model, generator.dial(None), shape, SHORT, settings)
+    programs, chunks = Programs(), [(False, False), (True, False), (False, True)]
+    programs.compile(device.lowerings([32, 64], settings, chunks, logprobs=(False, True)))
+    assert len(compilations) >= 10
+    before = len(compilations)
+    device.compile(programs)
+    assert len(compilations) == before
 
 
 def test_a_cancelled_answer_ends_and_frees_its_slot_and_pages(engine):
