@@ -1,12 +1,13 @@
 """Tensors of the families: fused kernels, biases, norm scales with an offset, the text of a vision model."""
 
 import hf_directories
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from family_cases import CASES
+from family_cases import CASES, TOKENS
 
 from grinqh_jax.errors import CheckpointError, UnsupportedModelError
-from grinqh_jax.hf import open_checkpoint, params
+from grinqh_jax.hf import load_decoder, open_checkpoint, params
 
 VISION = {
     "model_type": "gemma3",
@@ -28,6 +29,19 @@ def test_parameters_and_tensors_are_made_of_each_other(name, tmp_path):
     assert tensors.keys() == state.keys()
     for tensor, value in state.items():
         np.testing.assert_allclose(tensors[tensor].astype(np.float32), value.astype(np.float32), atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3-moe", "mixtral", "olmoe"])
+def test_mixtures_are_read_as_transformers_saves_them(name, tmp_path):
+    """transformers 5 fuses experts in memory and writes each to a tensor of its own."""
+    pytest.importorskip("torch")
+    from record_logits import logits, torch_model
+
+    model = torch_model(CASES[name])
+    model.save_pretrained(tmp_path)
+    ours, theirs = load_decoder(open_checkpoint(tmp_path), jnp.float32)(TOKENS), logits(model, TOKENS)
+    np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
 
 
 def test_a_missing_bias_is_named(tmp_path):
