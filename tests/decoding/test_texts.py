@@ -99,7 +99,7 @@ def test_a_stopped_row_yields_nothing_further(generator, device_policy, dispatch
 
 
 def test_the_next_prompt_takes_the_slot_of_a_text_that_has_ended(generator, device_policy, dispatched):
-    """With two slots, the texts are those of the same prompts alone."""
+    """With three slots for four prompts, the texts are those of the same prompts alone."""
     prompts, lengths = [*PROMPTS, PROMPTS[0]], [9, 41, 25, 17]
     alone = [
         prepared(generator, [prompt], max_tokens=length, policy=device_policy).run()[0]
@@ -109,12 +109,12 @@ def test_the_next_prompt_takes_the_slot_of_a_text_that_has_ended(generator, devi
         generator,
         prompts,
         policy=device_policy,
-        slots=2,
+        slots=3,
         ended=lambda row, tokens: len(tokens) >= lengths[row],
     )
     rows = [row[:length] for row, length in zip(batch.run(), lengths, strict=True)]
     assert rows == alone
-    assert {chunk.tokens.shape[0] for chunk in dispatched[-3:]} == {2}
+    assert {chunk.tokens.shape[0] for chunk in dispatched[-3:]} == {3}
 
 
 def test_only_the_time_of_the_model_counts(generator, device_policy):
