@@ -204,9 +204,21 @@ def _grouped_matmul(
     """Returns ``x[r] @ kernel[experts[r]]``, float32, differentiable in x."""
 
     def block(expert, rows):
-        return jnp.matmul(rows, kernel[expert].astype(x.dtype), preferred_element_type=jnp.float32)
+        return jnp.matmul(rows, _kernel_of(kernel, expert, x.dtype), preferred_element_type=jnp.float32)
 
     return map_blocks(block, x, experts, num_experts=len(kernel), outputs=kernel.shape[2])
+
+
+def _kernel_of(kernel: Float[Array, "e k n"], expert: Int[Array, ""], dtype) -> Float[Array, "k n"]:
+    """Returns the kernel of one expert in ``dtype``.
+
+    XLA (jax 0.10.2) slices bfloat16 on a CPU in float32, and would convert the kernels of all experts ahead
+    of the loop. Slicing their bits as integers copies them there instead, which takes half the memory.
+    """
+    if kernel.dtype != jnp.bfloat16:
+        return kernel[expert].astype(dtype)
+    bits = jax.lax.bitcast_convert_type(kernel, jnp.uint16)[expert]
+    return jax.lax.bitcast_convert_type(bits, jnp.bfloat16).astype(dtype)
 
 
 def _grouped_matmul_forward(x, kernel, experts):
@@ -218,7 +230,7 @@ def _grouped_matmul_backward(residuals, gradient):
     kernel, experts, like = residuals
 
     def block(expert, rows):
-        return jnp.matmul(rows, kernel[expert].astype(rows.dtype).T, preferred_element_type=jnp.float32)
+        return jnp.matmul(rows, _kernel_of(kernel, expert, rows.dtype).T, preferred_element_type=jnp.float32)
 
     back = map_blocks(
         block, gradient.astype(like.dtype), experts, num_experts=len(kernel), outputs=kernel.shape[1]
