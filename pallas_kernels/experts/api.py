@@ -10,16 +10,20 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.activations import Activations
 from pallas_kernels.expert_weights import NestedExperts
-from pallas_kernels.experts import reference, xla
+from pallas_kernels.experts import mosaic_gpu, reference, xla
 from pallas_kernels.grading import GradingStats
 from pallas_kernels.x64 import without_x64
 
-ExpertsImplementation = Literal["reference", "xla"]
+ExpertsImplementation = Literal["reference", "xla", "mosaic_gpu"]
 
-IMPLEMENTATIONS: dict[ExpertsImplementation, ModuleType] = {"xla": xla, "reference": reference}
+IMPLEMENTATIONS: dict[ExpertsImplementation, ModuleType] = {
+    "mosaic_gpu": mosaic_gpu,
+    "xla": xla,
+    "reference": reference,
+}
 """Implementations by name, in order of preference. Each module has two functions: ``supports(x [rows, K],
 weight)`` returns None, or the reason why it cannot run; ``partial_sums(x [rows, K], weight, experts [rows],
-thresholds [rows, P])`` computes ``experts_matvec``. A GPU kernel is one more such module."""
+thresholds [rows, P])`` computes ``experts_matvec``."""
 
 
 @without_x64

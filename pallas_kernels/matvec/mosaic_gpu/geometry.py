@@ -238,6 +238,11 @@ class Geometry:
         """Bytes of one plane."""
         return self.stored_k * self.stored_row_bytes
 
+    @property
+    def weight_scales_bytes(self) -> int:
+        """Bytes of the scales of a weight."""
+        return self.groups * self.stored_n * 2
+
     # --- shared memory: the lists of all warps, then their records, scales and rings ------------
     @property
     def entry_words(self) -> int:

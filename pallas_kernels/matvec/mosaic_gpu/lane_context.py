@@ -25,6 +25,8 @@ class Refs:
       partials: Output, float32 ``[splits, rows, N]``: partial sums of y.
       stats: Output, float32 ``[rows, 2]``: mean bits read, and largest ``|x|``.
       shared: The shared memory.
+      experts: int32 ``[rows]``, the expert of each row, if planes and scales have a leading axis of experts;
+        else None.
     """
 
     x: Any
@@ -36,6 +38,7 @@ class Refs:
     partials: Any
     stats: Any
     shared: Any
+    experts: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +68,8 @@ class LaneContext:
     """Address of the warp's scales."""
     ring: Value
     """Address of the warp's ring."""
+    expert: Value | None = None
+    """Expert of the CTA's activation row; None if the weight has no axis of experts."""
 
 
 def stored_group(isa: Instructions, g: Geometry, context: LaneContext) -> Value:
@@ -72,6 +77,33 @@ def stored_group(isa: Instructions, g: Geometry, context: LaneContext) -> Value:
     if not g.has_padding:
         return context.group
     return isa.select(context.group < g.groups, context.group, isa.constant(0))
+
+
+def weight_address(isa: Instructions, ref: Any, context: LaneContext, expert_bytes: int) -> Value:
+    """Returns the global address of planes or scales: of the whole array, or of the part of the CTA's expert.
+
+    Offsets inside one weight have 32 bits. The offset of an expert has 64, so its array may have any size.
+
+    Args:
+      isa: The instructions.
+      ref: ``Refs.planes`` or ``Refs.scales``.
+      context: Context of the lane.
+      expert_bytes: Bytes of the array that belong to one expert.
+    """
+    address = isa.global_address(ref)
+    return address if context.expert is None else address + isa.widen(context.expert) * expert_bytes
+
+
+def load_expert(isa: Instructions, refs: Refs, row: Value | None) -> Value:
+    """Loads the expert of an activation row, by default row 0.
+
+    The load is ordered, because the compiler would move it behind the grading, to its use, and the lane would
+    wait for memory twice.
+    """
+    address = isa.global_address(refs.experts)
+    if row is not None:
+        address = address + isa.widen(row << 2)
+    return isa.load_global(address, ordered=True)[0]
 
 
 def lane_context(isa: Instructions, g: Geometry, refs: Refs) -> LaneContext:
@@ -85,6 +117,7 @@ def lane_context(isa: Instructions, g: Geometry, refs: Refs) -> LaneContext:
     lane, warp = thread & (LANES - 1), thread >> 5
     group_of_cta, warp_of_group = warp // config.warps_per_group, warp % config.warps_per_group
     group = split * config.groups_per_cta + group_of_cta
+    expert = None if refs.experts is None else load_expert(isa, refs, row_batch)
     shared = isa.shared_address(refs.shared)
     return LaneContext(
         thread=thread,
@@ -100,4 +133,5 @@ def lane_context(isa: Instructions, g: Geometry, refs: Refs) -> LaneContext:
         record=shared + g.record_base + warp * g.record_bytes,
         scales=shared + g.scales_base + warp * SCALES_BYTES,
         ring=shared + g.ring_base + warp * g.ring_bytes,
+        expert=expert,
     )

@@ -5,7 +5,13 @@ import dataclasses
 from pallas_kernels import layout
 from pallas_kernels.lanes.instructions import LANES, Instructions, Value
 from pallas_kernels.matvec.mosaic_gpu.geometry import SCALES_BYTES, Geometry
-from pallas_kernels.matvec.mosaic_gpu.lane_context import COPY_BYTES, LaneContext, Refs, stored_group
+from pallas_kernels.matvec.mosaic_gpu.lane_context import (
+    COPY_BYTES,
+    LaneContext,
+    Refs,
+    stored_group,
+    weight_address,
+)
 from pallas_kernels.matvec.mosaic_gpu.listing import PEAK_CODE
 from pallas_kernels.matvec.mosaic_gpu.streaming import accumulator
 from pallas_kernels.matvec.mosaic_gpu.tile import stored_output
@@ -78,7 +84,8 @@ def copy_scales(isa: Instructions, g: Geometry, refs: Refs, context: LaneContext
     for five CTAs instead of six.
     """
     first = (stored_group(isa, g, context) * g.stored_n + context.tile * layout.TILE) << 1
-    source = isa.global_address(refs.scales) + isa.widen(first + (context.lane << 4))
+    scales = weight_address(isa, refs.scales, context, g.weight_scales_bytes)
+    source = scales + isa.widen(first + (context.lane << 4))
     for offset in range(0, SCALES_BYTES, LANES * COPY_BYTES):
         target = context.scales + offset + (context.lane << 4)
         if context.pieces is None:

@@ -4,7 +4,7 @@ import dataclasses
 
 from pallas_kernels.lanes.instructions import Instructions, Value
 from pallas_kernels.matvec.mosaic_gpu.geometry import ROW_BYTES, STEP_BYTES, Geometry
-from pallas_kernels.matvec.mosaic_gpu.lane_context import COPY_BYTES, LaneContext, Refs
+from pallas_kernels.matvec.mosaic_gpu.lane_context import COPY_BYTES, LaneContext, Refs, weight_address
 from pallas_kernels.matvec.mosaic_gpu.tile import stored_piece
 
 COPY_LANES = ROW_BYTES // COPY_BYTES
@@ -46,7 +46,8 @@ class Copies:
             isa,
             g,
             target=in_first_slot(context.ring, pair, piece),
-            source=isa.global_address(refs.planes) + isa.widen(source_piece << 4),
+            source=weight_address(isa, refs.planes, context, g.planes * g.plane_bytes)
+            + isa.widen(source_piece << 4),
             entries=context.list + pair * (2 * g.entry_bytes),
         )
 
