@@ -115,6 +115,17 @@ class Activations:
         """Returns the activations times a number."""
         return dataclasses.replace(self, partials=self.partials * factor)
 
+    def summed(self) -> "Activations":
+        """Returns the sum over the last leading axis; the activations must not lack a factor.
+
+        float32 partial sums become partial sums of the total, which the next kernel adds up.
+        """
+        assert self.square_partials is None, "the rows have different factors"
+        if self.partials.dtype != jnp.float32:
+            return Activations.of(jnp.sum(self.array, axis=-2, dtype=jnp.float32).astype(self.dtype))
+        partials = jnp.moveaxis(self.partials, -2, 1)
+        return dataclasses.replace(self, partials=partials.reshape(-1, *partials.shape[2:]))
+
     def reshape(self, leading: Sequence[int]) -> "Activations":
         """Returns the same rows with another leading shape."""
         partials, squares = self.partials, self.square_partials

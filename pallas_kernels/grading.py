@@ -33,6 +33,14 @@ class GradingStats:
         """Largest ``|x|``, float32; NaN if an activation is NaN."""
         return self.packed[..., 1]
 
+    def of_tokens(self) -> "GradingStats":
+        """Returns the statistics of tokens from those of their experts, the last axis of rows.
+
+        They are the mean of the bits and the largest activation.
+        """
+        packed = [jnp.mean(self.bits, axis=-1), jnp.max(self.max_abs, axis=-1)]
+        return GradingStats(jnp.stack(packed, axis=-1))
+
 
 @without_x64
 def levels(x: Float[Array, "*rows k"], thresholds: Float[Array, "*#rows p"]) -> Int[Array, "*rows k"]:

@@ -6,7 +6,6 @@ of penalties are static, so a changed request compiles nothing. Caches are donat
 """
 
 import dataclasses
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -189,14 +188,26 @@ def _step(model, tokens, cache, thresholds, active):
     outputs = model.lm_head.outputs(x, strategy)[:, 0]
     advance = jnp.ones_like(cache.lengths) if active is None else active.astype(jnp.int32)
     cache = cache.updated(layers, cache.lengths + advance)
-    return outputs, cache, None if graded is None else _stacked_stats(model, graded.stats)
+    return outputs, cache, None if graded is None else _stacked_stats(model, graded)
 
 
 @jax.named_scope("grading_stats")
-def _stacked_stats(model: Decoder, stats: Mapping[str, GradingStats]) -> GradingStats:
-    """Stacks the statistics of one position of every row to ``[B, linears]``."""
-    packed = [stats[name].packed.reshape(-1, 2) for name in linear_names(model.config)]
-    return GradingStats(jnp.stack(packed, axis=1))
+def _stacked_stats(model: Decoder, graded: apply.Graded) -> GradingStats:
+    """Stacks the statistics of one position of every row to ``[B, linears]``.
+
+    Statistics of experts are reduced to those of tokens after they are stacked: XLA makes a kernel for every
+    reduction.
+    """
+    names, stats = linear_names(model.config), graded.stats
+    of_experts = [name for name in names if name in graded.of_experts]
+    others = [name for name in names if name not in graded.of_experts]
+    packed = jnp.stack([stats[name].packed.reshape(-1, 2) for name in others], axis=1)
+    if not of_experts:
+        return GradingStats(packed)
+    stacked = GradingStats(jnp.stack([stats[name].packed[:, 0] for name in of_experts], axis=1))
+    packed = jnp.concatenate([packed, stacked.of_tokens().packed], axis=1)
+    place = {name: i for i, name in enumerate(others + of_experts)}
+    return GradingStats(packed[:, jnp.asarray([place[name] for name in names])])
 
 
 def decode_chunk(

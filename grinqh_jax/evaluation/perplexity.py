@@ -201,7 +201,8 @@ def _graded_logits(model: Decoder, windows: Int[Array, "b t"], thresholds: Thres
     """Returns graded logits ``[b, t, v]`` and the bits that each linear layer read, ``[b, t, linears]``."""
     graded = Graded(thresholds)
     logits = model(windows, graded)
-    return logits, jnp.stack([graded.bits[name] for name in linear_names(model.config)], axis=-1)
+    bits = graded.bits
+    return logits, jnp.stack([bits[name] for name in linear_names(model.config)], axis=-1)
 
 
 def _realised(model: Decoder, by_linear: Float[Array, "b t linears"]) -> _Realised:

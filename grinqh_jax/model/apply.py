@@ -112,18 +112,23 @@ class Graded:
     Attributes:
       thresholds: Thresholds by layer name, float32 ``[P]``, or ``[B, P]`` with one set for each row of the
         batch.
-      stats: Realised mean bits and largest ``|x|`` of every row of ``x.leading``, by layer name; of every
-        token, in a mixture of experts.
+      stats: Realised mean bits and largest ``|x|`` of every row of ``x.leading``, by layer name. In a mixture
+        of experts the last axis of rows is that of a token's experts.
+      of_experts: Names of the layers of experts in ``stats``.
     """
 
     def __init__(self, thresholds: Mapping[str, Float[Array, "*b p"]]):
         self.thresholds = thresholds
         self.stats: dict[str, GradingStats] = {}
+        self.of_experts: set[str] = set()
 
     @property
     def bits(self) -> dict[str, Float[Array, "*rows"]]:
-        """Realised mean bits of every row, by layer name."""
-        return {name: stats.bits for name, stats in self.stats.items()}
+        """Realised mean bits of every row, by layer name; of every token, in a mixture of experts."""
+        return {
+            name: (stats.of_tokens() if name in self.of_experts else stats).bits
+            for name, stats in self.stats.items()
+        }
 
     def __call__(self, name: str, linear: AnyLinear, x: Activations) -> Activations:
         if not isinstance(linear, GradedLinear | ChosenGraded):
@@ -132,5 +137,7 @@ class Graded:
         if thresholds.ndim == 2:  # [B, P]: all positions of a batch row share its thresholds
             thresholds = thresholds.reshape(-1, *(1,) * (len(x.leading) - 1), thresholds.shape[-1])
         thresholds = jnp.broadcast_to(thresholds, (*x.leading, thresholds.shape[-1]))
+        if isinstance(linear, ChosenGraded):
+            self.of_experts.add(name)
         y, self.stats[name] = linear.graded(x, thresholds)
         return y if in_head(name) else y.astype(x.dtype)

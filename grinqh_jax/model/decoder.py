@@ -177,8 +177,8 @@ class DecoderLayer(nnx.Module):
         outputs = apply(f"{name}.{block.reads.name}", reads, Activations.of(x[..., None, :] * factor))
         mixed = gated(Activations.of(outputs.array / factor), mixture.activation).array
         mixed = (mixed * probabilities[..., None]).astype(x.dtype)
-        written = apply(f"{name}.{block.writes.name}", writes, Activations.of(mixed)).array
-        return Activations.of(jnp.sum(written, axis=-2, dtype=jnp.float32).astype(x.dtype))
+        # The probabilities are factors of the inputs, so the experts' outputs are terms of one sum.
+        return apply(f"{name}.{block.writes.name}", writes, Activations.of(mixed)).summed()
 
     def mix(
         self,

@@ -156,15 +156,8 @@ class ChosenGraded(NamedTuple):
         return y.reshape(*x.shape[:-1], -1).astype(dtype or x.dtype)
 
     def graded(self, x: Activations, thresholds: Float[Array, "*any p"]) -> tuple[Activations, GradingStats]:
-        """Reads each channel at its level (see ``experts_matvec``).
-
-        Returns:
-          ``(y, stats)``: the outputs of each row, and the statistics of each token, the last axis of rows
-          being its experts: the mean of their bits, and the largest of their activations.
-        """
-        y, stats = experts_matvec(x, self.weight, self.experts, thresholds)
-        packed = [jnp.mean(stats.bits, axis=-1), jnp.max(stats.max_abs, axis=-1)]
-        return y, GradingStats(jnp.stack(packed, axis=-1))
+        """Reads each channel at its level, and returns outputs and statistics (see ``experts_matvec``)."""
+        return experts_matvec(x, self.weight, self.experts, thresholds)
 
 
 def build_experts(tree: Mapping[str, Any], shape: tuple[int, int]) -> DenseExperts | GradedExperts:

@@ -78,6 +78,23 @@ def test_kernels_of_a_step(name, batch, tmp_path):
     }
 
 
+def test_kernels_of_a_step_of_a_mixture():
+    """Two launches compute the products of all chosen experts; no program gathers or copies their planes."""
+    text = lowered(engine.decode_step, "Qwen3-30B-A3B", 1)
+    calls = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
+    kernels = collections.Counter(re.search(r"00(\w+)_kernel_mosaic_gpu", call).group(1) for call in calls)
+    layers = 2
+    assert kernels == {
+        "graded_matvec": 2 * layers + len(block_sizes(random_model.shape("Qwen3-30B-A3B").vocab_size)),
+        "graded_experts": 2 * layers,
+        "decode_attention": layers,
+        "merge_attention": layers,
+        "add_norm": 2 * layers,
+    }
+    of_planes = [line for line in text.splitlines() if "tensor<128x4x" in line and "stablehlo." in line]
+    assert all("custom_call @mosaic_gpu" in line for line in of_planes), of_planes
+
+
 def test_a_preview_adds_no_kernels_to_prefill():
     """The preview counts graded bits from the inputs; each weight is still dequantized once."""
 
