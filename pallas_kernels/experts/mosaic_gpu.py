@@ -110,7 +110,7 @@ def geometry_of(x: Activations, weight: NestedExperts, config: Config | None = N
 def run_program(isa: Instructions, geometry: ExpertsGeometry, refs: list) -> None:
     """Runs the lane program. The refs are ``Refs.experts``, then the other fields of ``Refs`` in order."""
     experts, *others = refs
-    graded_matvec_program(isa, geometry, Refs(*others, experts=experts))
+    graded_matvec_program(isa, geometry, dataclasses.replace(Refs(*others), experts=experts))
 
 
 @functools.cache
