@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Int
 
 from pallas_kernels.activations import Activations
-from pallas_kernels.decode_attention.lane_context import THREADS, WARPS, Refs, Shape
+from pallas_kernels.decode_attention.lane_context import THREADS, Refs, Shape
 from pallas_kernels.decode_attention.merging import MergeRefs, merge_program
 from pallas_kernels.decode_attention.program import attention_program
 from pallas_kernels.lanes import device
@@ -18,9 +18,8 @@ from pallas_kernels.lanes.launch import lane_kernel
 from pallas_kernels.lanes.rows import Rows
 
 HEAD_DIMS = (64, 128)
-MAX_QUERIES_PER_KV = WARPS - 2
-"""Largest number of query heads that share a kv head, because each warp prepares one query head, the new key
-or the new value."""
+MAX_QUERIES_PER_KV = 8
+"""Largest number of query heads that share a kv head: 4 of the 32 lanes of a warp hold the scores of one."""
 
 BLOCKS = 128
 """Largest number of CTAs, unless there are more kv heads in the batch: about one for each multiprocessor."""

@@ -60,6 +60,11 @@ class Shape:
         return self.batch * self.kv_heads * (self.splits // self.splits_per_block)
 
     @property
+    def vectors(self) -> int:
+        """Number of heads that a CTA prepares: its query heads, the new key and the new value."""
+        return self.queries_per_kv + 2
+
+    @property
     def vector_bytes(self) -> int:
         """Bytes of one head in bfloat16."""
         return 2 * self.head_dim
@@ -72,7 +77,7 @@ class Shape:
     # --- shared memory: new vectors in bfloat16, softmax sums of each warp, accumulators of each warp ---
     @property
     def softmax_base(self) -> int:
-        return (self.queries_per_kv + 2) * self.vector_bytes
+        return self.vectors * self.vector_bytes
 
     @property
     def accumulator_base(self) -> int:

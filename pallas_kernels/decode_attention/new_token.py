@@ -12,6 +12,8 @@ from pallas_kernels.lanes.rows import load_pair, sum_pairs, unpack_bfloat16
 class Fetched:
     """The values of a head that the lane prepares, before norm and rotation: a pair in each half."""
 
+    vector: Value
+    """Index of the head among the CTA's: query heads, then the new key and the new value."""
     word: Value
     """Index of the pair in its half."""
     halves: list[list[Value]]
@@ -24,21 +26,29 @@ class Fetched:
     """``[norm][half]``: the pair's scales in the query norm and the key norm, packed bfloat16."""
 
 
-def fetch(isa: Instructions, shape: Shape, refs: Refs, context: LaneContext, has_new_token: Value) -> Fetched:
+def fetch(
+    isa: Instructions,
+    shape: Shape,
+    refs: Refs,
+    context: LaneContext,
+    has_new_token: Value,
+    vector: Value,
+) -> Fetched:
     """Loads the lane's values of one head, and the operands of its norm and rotation.
 
-    Warp ``h < queries_per_kv`` loads query head ``h``. If the CTA has the new token, the next two warps load
-    its key and its value. All other warps load a query head and do not use it, which costs nothing.
+    The warp with ``vector < queries_per_kv`` loads that query head. If the CTA has the new token, the warps
+    with the next two vectors load its key and its value. All other warps load a query head and do not use it,
+    which costs nothing.
     """
     dim, half_words = shape.head_dim, shape.head_dim // 4
     word = context.lane & (half_words - 1)
-    is_query, is_key, is_value = roles(shape, context)
+    is_query, is_key, is_value = roles(shape, vector)
     first_query = context.kv_head * shape.queries_per_kv
     key_head = context.kv_head + shape.queries_per_kv * shape.kv_heads
     other = isa.select(is_key, key_head, key_head + shape.kv_heads)
     head = isa.select(
         is_query,
-        first_query + context.warp,
+        first_query + vector,
         isa.select(has_new_token & (is_key | is_value), other, first_query),
     )
     first = context.batch * shape.stored_features + head * dim + word * 2
@@ -59,7 +69,7 @@ def fetch(isa: Instructions, shape: Shape, refs: Refs, context: LaneContext, has
         sum_pairs(isa, refs.qkv, first + offset, stride, shape.num_partials, ordered=True)
         for offset in (0, dim // 2)
     ]
-    return Fetched(word, halves, cos, sin, scales)
+    return Fetched(vector, word, halves, cos, sin, scales)
 
 
 def prepare(
@@ -74,7 +84,8 @@ def prepare(
 ) -> None:
     """Normalizes, rotates and stores the fetched head: in shared memory, and key and value in the cache."""
     dim, half_words, word = shape.head_dim, shape.head_dim // 4, fetched.word
-    is_query, is_key, is_value = roles(shape, context)
+    vector = fetched.vector
+    is_query, is_key, is_value = roles(shape, vector)
     cos, sin = fetched.cos, fetched.sin
     raw = [isa.pack_bfloat16(*half) for half in fetched.halves]
     numbers = [unpack_bfloat16(isa, w) for w in raw]
@@ -98,9 +109,9 @@ def prepare(
     rotated = [isa.pack_bfloat16(*low), isa.pack_bfloat16(*high)]
     words = [isa.select(is_value, w, r) for w, r in zip(raw, rotated, strict=True)]
 
-    stores = (context.warp < shape.queries_per_kv + 2) & (context.lane < half_words)
+    stores = (vector < shape.queries_per_kv + 2) & (context.lane < half_words)
     for half, w in enumerate(words):
-        isa.store_shared(shared + context.warp * shape.vector_bytes + word * 4 + half * dim, [w], stores)
+        isa.store_shared(shared + vector * shape.vector_bytes + word * 4 + half * dim, [w], stores)
     page = load_page(isa, shape, refs, context, length)
     slot = new_slot(shape, context, length, page)
     offset = isa.widen(slot * shape.kv_heads + context.kv_head) * (2 * dim) + isa.widen(word * 4)
@@ -112,10 +123,10 @@ def prepare(
             isa.store_global(target + dim, [words[1]])
 
 
-def roles(shape: Shape, context: LaneContext) -> tuple[Value, Value, Value]:
-    """Returns whether the warp has a query, the new key or the new value."""
+def roles(shape: Shape, vector: Value) -> tuple[Value, Value, Value]:
+    """Returns whether a vector is a query, the new key or the new value."""
     return (
-        context.warp < shape.queries_per_kv,
-        context.warp.equals(shape.queries_per_kv),
-        context.warp.equals(shape.queries_per_kv + 1),
+        vector < shape.queries_per_kv,
+        vector.equals(shape.queries_per_kv),
+        vector.equals(shape.queries_per_kv + 1),
     )

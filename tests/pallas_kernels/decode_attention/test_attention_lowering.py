@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("kind", "multiprocessors"), [("NVIDIA H200", 132), ("NVIDIA GeForce RTX 4090", 128)]
 )
-@pytest.mark.parametrize("name", [name for name in random_model.shapes() if name != "Qwen3-30B-A3B"])
+@pytest.mark.parametrize("name", random_model.shapes())
 @pytest.mark.parametrize("paged", [False, True])
 def test_lowers_for(kind, multiprocessors, name, paged):
     config = random_model.shape(name)

@@ -76,7 +76,7 @@ CASES = {  # sizes, lengths
         },
         [390, 300],
     ),
-    "most heads per kv head": (
+    "a head for each warp": (
         {
             "batch": 1,
             "kv_heads": 1,
@@ -87,6 +87,30 @@ CASES = {  # sizes, lengths
             "eps": None,
         },
         [270],
+    ),
+    "two heads for one warp": (
+        {
+            "batch": 1,
+            "kv_heads": 2,
+            "queries_per_kv": 7,
+            "head_dim": 64,
+            "capacity": 40,
+            "splits": 1,
+            "eps": None,
+        },
+        [21],
+    ),
+    "most heads per kv head": (
+        {
+            "batch": 2,
+            "kv_heads": 1,
+            "queries_per_kv": 8,
+            "head_dim": 128,
+            "capacity": 150,
+            "splits": 2,
+            "eps": 1e-6,
+        },
+        [140, 3],
     ),
     "one head per kv head": (
         {
@@ -311,7 +335,7 @@ def emulated_merge(shape: Shape, softmaxes):
         ({"tokens": 2}, "one new token"),
         ({"dtype": jnp.float32}, "bfloat16"),
         ({"head_dim": 80}, "heads of 64 or 128"),
-        ({"heads": 16}, "query heads for each kv head"),
+        ({"heads": 18}, "at most 8 query heads for each kv head"),
         ({}, "needs"),  # The device is a CPU, or jax is too old.
     ],
 )

@@ -12,7 +12,7 @@ from pallas_kernels import Activations, decode_attention
 
 pytestmark = pytest.mark.gpu
 
-SHAPES = ("Qwen3-0.6B", "Qwen3-8B", "Qwen3-14B", "Llama-3.2-1B")
+SHAPES = ("Qwen3-0.6B", "Qwen3-8B", "Qwen3-14B", "Llama-3.2-1B", "Qwen3-30B-A3B")
 PAGE_SIZE = 64
 CAPACITY = 2048
 

@@ -86,7 +86,9 @@ def test_kernels_of_a_step_of_a_mixture():
     layers = 2
     assert kernels == {
         "graded_matvec": 2 * layers + len(block_sizes(random_model.shape("Qwen3-30B-A3B").vocab_size)),
-        "graded_experts": 2 * layers,  # and no attention, whose kernel takes at most 6 queries for a key
+        "graded_experts": 2 * layers,
+        "decode_attention": layers,
+        "merge_attention": layers,
         "add_norm": 2 * layers,
     }
     of_planes = [line for line in text.splitlines() if "tensor<128x4x" in line and "stablehlo." in line]
