@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pallas_kernels import Activations, NestedExperts, NestedWeight
+from pallas_kernels import Activations, NestedWeight
+from pallas_kernels.expert_weights import NestedExperts
 from pallas_kernels.experts import mosaic_gpu as experts_kernel
 from pallas_kernels.lanes.emulator import NumpyInstructions
 from pallas_kernels.matvec.mosaic_gpu import Config

@@ -5,7 +5,7 @@ import dataclasses
 import matvec_cases
 import numpy as np
 
-from pallas_kernels import NestedExperts
+from pallas_kernels.expert_weights import NestedExperts
 from pallas_kernels.matvec.mosaic_gpu import Config
 
 

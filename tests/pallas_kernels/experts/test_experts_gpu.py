@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from experts_cases import ExpertsCase, assert_agrees_with_oracle
 
-from pallas_kernels import Activations, experts_matvec, graded_partial_sums
-from pallas_kernels.experts import mosaic_gpu
+from pallas_kernels import Activations, graded_partial_sums
+from pallas_kernels.experts import experts_matvec, mosaic_gpu
 from pallas_kernels.matvec.mosaic_gpu import Config
 from pallas_kernels.matvec.mosaic_gpu import kernel as matvec_kernel
 

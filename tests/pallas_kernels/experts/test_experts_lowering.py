@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType
 
-from pallas_kernels import Activations, NestedExperts, experts_matvec
-from pallas_kernels.experts import choose, mosaic_gpu
+from pallas_kernels import Activations
+from pallas_kernels.expert_weights import NestedExperts
+from pallas_kernels.experts import choose, experts_matvec, mosaic_gpu
 from pallas_kernels.lanes import device
 from pallas_kernels.matvec.mosaic_gpu.geometry import SHARED_BYTES_LIMIT
 
