@@ -277,6 +277,25 @@ def test_the_profile_accounts_for_the_whole_span(step_profile):
     assert sum(time for time, _ in table.categories.values()) == pytest.approx(table.span)
 
 
+def test_the_profile_separates_routers_from_graded_products(step_profile):
+    kernel = step_profile.Kernel
+    kernels = [
+        kernel("gemvNSP_kernel", 0.0, 3.0),
+        kernel("wrapped_exponential", 3.0, 2.0),
+        kernel("loop_divide_fusion", 5.0, 1.0),
+        kernel("graded_experts_kernel", 6.0, 5.0),
+        kernel("graded_matvec_kernel", 11.0, 20.0),
+    ]
+    hlo = (
+        '  %wrapped_exponential = f32[8] fusion(), metadata={op_name="jit(f)/experts/router/exp"}\n'
+        '  %loop_divide_fusion = f32[8] fusion(), metadata={op_name="jit(f)/experts/div"}\n'
+    )
+    linears = ["layers.0.experts_down", "lm_head.blocks.0"]
+    table = step_profile.tabulate(kernels, steps=1, hlo=hlo, linears=linears, span=31.0)
+    times = {name: time for name, (time, _) in table.categories.items() if time}
+    assert times == {"router": 5.0, "experts": 1.0, "matvec": 5.0, "head": 20.0}
+
+
 def test_kernels_of_a_compiled_step_have_their_scopes(step_profile, run):
     decode(run, 3.0)
     scopes = set(step_profile.scopes_by_kernel(run.compiled.as_text()).values())
