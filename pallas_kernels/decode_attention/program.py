@@ -61,15 +61,15 @@ def attention_program(isa: Instructions, shape: Shape, refs: Refs) -> None:
     has_new_token = context.split.equals(shape.splits - shape.splits_per_block)
     # The barriers keep the compiler from delaying or reordering these loads. They cost nothing.
     # Each warp prepares one head, or, with more than 6 query heads for a key, some warps prepare two.
-    heads = [context.warp] + [context.warp + WARPS * i for i in range(1, -(-shape.vectors // WARPS))]
-    fetched = [fetch(isa, shape, refs, context, has_new_token, head) for head in heads]
+    vectors = [context.warp] + [context.warp + WARPS * i for i in range(1, -(-shape.vectors // WARPS))]
+    fetched = [fetch(isa, shape, refs, context, has_new_token, vector) for vector in vectors]
     isa.warp_barrier()
     cache, step = CachedPositions.create(isa, shape, refs, context, length), isa.constant(0)
     words = cache.load(context, step, cache.load_pages(context, step))
     following = cache.load_pages(context, step, ahead=1)
     isa.warp_barrier()
-    for head in fetched:
-        prepare(isa, shape, refs, context, head, shared, length, has_new_token)
+    for values in fetched:
+        prepare(isa, shape, refs, context, values, shared, length, has_new_token)
     isa.block_barrier()
     head = isa.select(context.row < shape.queries_per_kv, context.row, isa.constant(shape.queries_per_kv - 1))
     queries = shared_key_words(isa, shape, context, shared + head * shape.vector_bytes)
