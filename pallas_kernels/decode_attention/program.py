@@ -59,9 +59,9 @@ def attention_program(isa: Instructions, shape: Shape, refs: Refs) -> None:
     (length,) = isa.load_global(isa.global_address(refs.lengths) + isa.widen(context.batch * 4), ordered=True)
     # The last split has the fewest cached positions, so it attends to the new token.
     has_new_token = context.split.equals(shape.splits - shape.splits_per_block)
-    # The barriers keep the compiler from delaying or reordering these loads. They cost nothing.
     # Each warp prepares one head, or, with more than 6 query heads for a key, some warps prepare two.
     vectors = [context.warp] + [context.warp + WARPS * i for i in range(1, -(-shape.vectors // WARPS))]
+    # The barriers keep the compiler from delaying or reordering these loads. They cost nothing.
     fetched = [fetch(isa, shape, refs, context, has_new_token, vector) for vector in vectors]
     isa.warp_barrier()
     cache, step = CachedPositions.create(isa, shape, refs, context, length), isa.constant(0)
