@@ -37,7 +37,7 @@ def missing_kernels(description: Description) -> list[str]:
     if any(isinstance(block.mixer, GatedMLP) and block.mixer.activation != "silu" for block in blocks):
         lines.append("the activation function of the MLP, because it is not SiLU")
     if any(isinstance(block.mixer, GatedExperts) for block in blocks):
-        lines.append("the products of the experts")
+        lines.append("routers, and SwiGLU of experts")
     return lines
 
 
