@@ -72,7 +72,8 @@ def read_calibration(source: HFCheckpoint, texts: Sequence[Path | str], tokens: 
       tokens: Maximum number of tokens.
 
     Raises:
-      GrinqhError: The tokenizer is missing or does not fit the model, or a text is too short.
+      GrinqhError: The tokenizer is missing or does not fit the model, a text is too short, or ``tokens`` are
+        too few for this number of texts.
     """
     tokenizer = Tokenizer.load(source.directory)
     shares = collections.Counter(texts or default_texts(tokenizer))
@@ -83,6 +84,10 @@ def read_calibration(source: HFCheckpoint, texts: Sequence[Path | str], tokens: 
             f" as with {BUNDLED}; name another text beside it, such as {BUNDLED} or {MIXED}",
             GrinqhWarning,
             stacklevel=2,
+        )
+    if tokens < (least := _LEAST_TOKENS * shares.total()):
+        raise UsageError(
+            f"--tokens {tokens}: {' and '.join(names)} need at least {least}, {_LEAST_TOKENS} for each share"
         )
     share = tokens // shares.total()
     length = min(MAX_WINDOW, source.config.max_position_embeddings)

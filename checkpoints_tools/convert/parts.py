@@ -6,8 +6,8 @@ part                   leaves                                                   
 ``embed``              the embedding                                               ``write_embedding``
 ``layers.{i}``         codes of the projections that are not refitted              ``measure_layers``
 ``lm_head``            codes of the output projection, unless it is refitted       ``measure_layers``
-``grading``            norms, biases, thresholds, range of activations, order of   ``write_grading``
-                       tokens
+``grading``            norms, biases, routers, thresholds, range of activations,   ``write_grading``
+                       order of tokens
 ``layers.{i}.refit``   codes of the refitted projections                           ``refit_layers``
 ``lm_head.refit``      codes of the refitted output projection                     ``refit_layers``
 ``gains``              trained level gains                                         ``train_gains``

@@ -11,6 +11,7 @@ from checkpoints_tools.publish.origin import CARD
 from grinqh_jax.checkpoint import QuantizationConfig, Writer, load
 from grinqh_jax.checkpoint.checksums import file_checksum
 from grinqh_jax.checkpoint.manifest import MANIFEST
+from grinqh_jax.checkpoint.quantization import VERSION
 from grinqh_jax.checkpoint.reader import read_description
 from grinqh_jax.companions import find_companions
 from grinqh_jax.model.config import ModelConfig
@@ -47,7 +48,8 @@ def migrate(model: Path, out: Path, *, overwrite: bool = False) -> Path:
             hf_config, _measured_again(quantization, loaded.config), find_companions(model)
         )
     if card is not None:
-        (written / CARD).write_bytes(card)
+        text = card.decode().replace("checkpoint version 1", f"checkpoint version {VERSION}")
+        (written / CARD).write_text(text)
     return written
 
 

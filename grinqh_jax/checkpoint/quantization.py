@@ -13,6 +13,7 @@ VERSION = 2
 """Version that is written."""
 
 READABLE_VERSIONS = (1, VERSION)
+"""Versions of the format that this library reads."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -41,6 +41,7 @@ class PagedCache:
 
     @property
     def num_pages(self) -> int:
+        """Number of pages of all texts."""
         return self.keys[0].shape[0]
 
     @property

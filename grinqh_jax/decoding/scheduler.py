@@ -103,7 +103,7 @@ class Scheduler:
         """Changes the wanted mean bits of a job, from the next decode chunk on."""
         row: Any = np.array([bits], np.float32)
         job.settings = dataclasses.replace(job.settings, bits=row)
-        if job.slot in self.decoding:
+        if job.slot is not None and self.decoding.get(job.slot) is job:
             self._device.turn(job.slot, bits)
 
     def step(self) -> None:

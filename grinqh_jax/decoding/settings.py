@@ -21,7 +21,8 @@ class Settings:
     """Settings of the requests in B slots, or of one request (B = 1).
 
     Attributes:
-      sampling: Sampling parameters, with penalties, biases and ``greedy=False``, so that any request fits.
+      sampling: Sampling parameters. Those of an engine have penalties, biases and ``greedy=False``, so that
+        any request fits (``sampling_rows``).
       bits: float32 ``[B]``, wanted mean bits; ignored for a dense model.
       stop_tokens: int32 ``[B, E]``, tokens that end an answer, padded with ``NO_TOKEN``.
       limits: int32 ``[B]``, number of tokens that the request may still generate.

@@ -160,7 +160,9 @@ def grading_fields(model: Decoder, stats: GradingStats | None) -> dict[str, Any]
         "bytes_per_token_bf16": _bytes_per_token(model, dict.fromkeys(names, 8 * BF16_BYTES)),
     }
     if not model.graded:
-        fields["bytes_per_token"] = _bytes_per_token(model, dict.fromkeys(names, model.full_bits))
+        # The kernels of experts keep the dtype of the checkpoint, the others have the compute dtype.
+        bits = {name: 8 * model.linear(name).kernel[...].dtype.itemsize for name in names}
+        fields["bytes_per_token"] = _bytes_per_token(model, bits)
     elif stats is not None and len(stats.bits):
         means = np.asarray(stats.bits, np.float64).mean(axis=0)
         bits = dict(zip(names, means.tolist(), strict=True))

@@ -136,7 +136,7 @@ def complete(
                 ended_before = ended_now
             for one in received:
                 one.raise_error()
-    for one in received:
-        for stats in one.stats:
-            counter.add(stats)
+                for stats in one.stats:
+                    counter.add(stats)
+                one.stats.clear()  # Those of a whole evaluation would fill the memory.
     return Completions(texts, counter)

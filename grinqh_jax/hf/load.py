@@ -12,7 +12,8 @@ def load_decoder(checkpoint: HFCheckpoint, compute_dtype) -> Decoder:
 
     Args:
       checkpoint: Result of ``open_checkpoint``.
-      compute_dtype: Dtype of hidden states and matrix products, float32 or bfloat16. Kernels are cast to it.
+      compute_dtype: Dtype of hidden states and matrix products, float32 or bfloat16. Kernels, except those of
+        experts, are cast to it.
 
     Raises:
       CheckpointError: A file vanished or changed since the checkpoint was opened.

@@ -50,7 +50,8 @@ class KeyValues(NamedTuple):
         valid = (jnp.arange(slots) < lengths[:, None])[..., None, None]
 
         def rows(paged):
-            gathered = paged.at[self.pages].get(mode="clip")
+            # Zeros for the pages that a row does not have.
+            gathered = paged.at[self.pages].get(mode="fill", fill_value=0)
             return jnp.where(valid, gathered.reshape(len(lengths), slots, *paged.shape[2:]), 0)
 
         return KeyValues(rows(self.keys), rows(self.values))

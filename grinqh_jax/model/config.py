@@ -56,8 +56,8 @@ class ModelConfig(Description):
 
         Raises:
           UnsupportedModelError: Something is missing, malformed or not implemented: another architecture,
-            activation function or rotary embedding, mixture of experts, weights quantized by another method.
-            One message names all problems.
+            activation function or rotary embedding, kind of mixture of experts, weights quantized by another
+            method. One message names all problems.
         """
         reader, config = cls.read(hf)
         if reader.problems:

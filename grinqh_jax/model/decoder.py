@@ -230,7 +230,7 @@ class Decoder(nnx.Module):
         Args:
           config: Configuration of the model.
           tree: State tree as in ``abstract_tree``. A linear layer is dense if it has a ``kernel``, graded if
-            it has ``planes``. Dense kernels are cast to the compute dtype.
+            it has ``planes``. Dense kernels, except those of experts, are cast to the compute dtype.
           compute_dtype: Dtype of hidden states and matrix products, float32 or bfloat16.
         """
         return cls(config, tree, compute_dtype)

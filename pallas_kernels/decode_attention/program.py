@@ -216,13 +216,13 @@ def attend(
 
 
 def shared_key_words(isa: Instructions, shape: Shape, context: LaneContext, vector: Value) -> list[Value]:
-    """Loads the words of ``key_words`` from a vector in shared memory."""
+    """Loads the words of a key from a vector in shared memory, in the order of ``CachedPositions``."""
     base = vector + context.column * 16
     return [word for t in range(shape.head_dim // 32) for word in isa.load_shared(base + t * 64, 4)]
 
 
 def shared_value_words(isa: Instructions, shape: Shape, context: LaneContext, vector: Value) -> list[Value]:
-    """Loads the words of ``value_words`` from a vector in shared memory."""
+    """Loads the words of a value from a vector in shared memory, in the order of ``CachedPositions``."""
     base = vector + context.row * 16
     return [
         word

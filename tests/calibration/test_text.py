@@ -141,6 +141,10 @@ def test_the_default_of_a_model_with_a_chat_template_has_chats(dense_directory, 
     byte_model.write_companions(directory, chat=True)
     plain, chat = (read_calibration(open_checkpoint(path), [], 4096) for path in (dense_directory, directory))
     assert (plain.name, chat.name) == ("bundled", "bundled+mixed")
+    with pytest.raises(
+        UsageError, match="--tokens 300: bundled and mixed need at least 512, 256 for each share"
+    ):
+        read_calibration(open_checkpoint(directory), [], 300)
     turn = Tokenizer.load(directory).encode("<|turn|>")
     assert not np.isin(plain.windows, turn).any()
     assert np.isin(chat.windows, turn).any()

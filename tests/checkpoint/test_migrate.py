@@ -16,7 +16,7 @@ from pallas_kernels import dequantize
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_migrated_checkpoint_has_the_same_weights_and_files(tmp_path, capsys, in_place):
     old = unpack_version_1(tmp_path)
-    (old / "README.md").write_text("A card.")
+    (old / "README.md").write_text("A card: checkpoint version 1.")
     before, reader = load(old), FormatReader(old)
     expected = {
         (name, level): reader.weight(name, level) for name in reader.linear_shapes() for level in (1, 2)
@@ -36,7 +36,7 @@ def test_a_migrated_checkpoint_has_the_same_weights_and_files(tmp_path, capsys, 
         read = dequantize(after.model.linear(name).weight, level, dtype=jnp.float32)
         np.testing.assert_allclose(read, weight, rtol=2e-6)
     assert json.loads((out / "generation_config.json").read_text()) == {"eos_token_id": [1, 2]}
-    assert (out / "README.md").read_text() == "A card."
+    assert (out / "README.md").read_text() == "A card: checkpoint version 2."
 
 
 def test_a_finished_checkpoint_is_replaced_only_when_asked(tmp_path, capsys):

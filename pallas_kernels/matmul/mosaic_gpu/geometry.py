@@ -150,4 +150,5 @@ class Geometry:
 
     @property
     def shared_bytes(self) -> int:
+        """Bytes of shared memory of a CTA."""
         return SLOTS * self.slot_bytes

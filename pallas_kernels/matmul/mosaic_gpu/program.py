@@ -47,8 +47,13 @@ from pallas_kernels.matmul.mosaic_gpu.geometry import (
 )
 
 COPY_BYTES = 16
+"""Bytes of an asynchronous copy."""
+
 ROW_BYTES = layout.TILE_WORDS * 4
+"""Bytes of a row of a plane in a whole tile."""
+
 PIECES = layout.TILE_PIECES
+"""Pieces of a whole tile."""
 
 BFLOAT16_128 = 0x43004300
 """Bits of two bfloat16 128."""

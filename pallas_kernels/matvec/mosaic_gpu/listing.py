@@ -86,7 +86,7 @@ class FinishedList:
     """The warp's finished list.
 
     Attributes:
-      steps: Number of steps of 8 entries.
+      steps: Number of steps of the program, of 8 entries each (``byte_pairs``: 16).
       sums: i32 ``[row]``, sums of all codes in the list.
       peaks: f32 ``[row]``, peaks of ``Scaled`` times the factor of the norm. They multiply the row's outputs.
     """
