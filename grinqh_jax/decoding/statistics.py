@@ -10,6 +10,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from grinqh_jax.model.decoder import Decoder, linear_names
+from grinqh_jax.model.experts import DenseExperts
+from grinqh_jax.model.linear import DenseLinear
 from grinqh_jax.model.parameters import axis_sizes, norms, projections, routers, stored_dtype
 from grinqh_jax.model.weight_counts import weights_read
 from pallas_kernels import GradingStats
@@ -160,9 +162,7 @@ def grading_fields(model: Decoder, stats: GradingStats | None) -> dict[str, Any]
         "bytes_per_token_bf16": _bytes_per_token(model, dict.fromkeys(names, 8 * BF16_BYTES)),
     }
     if not model.graded:
-        # The kernels of experts keep the dtype of the checkpoint, the others have the compute dtype.
-        bits = {name: 8 * model.linear(name).kernel[...].dtype.itemsize for name in names}
-        fields["bytes_per_token"] = _bytes_per_token(model, bits)
+        fields["bytes_per_token"] = _bytes_per_token(model, {n: _kernel_bits(model, n) for n in names})
     elif stats is not None and len(stats.bits):
         means = np.asarray(stats.bits, np.float64).mean(axis=0)
         bits = dict(zip(names, means.tolist(), strict=True))
@@ -175,6 +175,13 @@ def grading_fields(model: Decoder, stats: GradingStats | None) -> dict[str, Any]
             "bytes_per_token": _bytes_per_token(model, {n: b + SCALE_BITS for n, b in bits.items()}),
         }
     return fields
+
+
+def _kernel_bits(model: Decoder, name: str) -> int:
+    """Returns the bits of a weight of a dense layer. Kernels of experts keep the dtype of the checkpoint."""
+    linear = model.linear(name)
+    assert isinstance(linear, DenseLinear | DenseExperts), "an unquantized model has dense layers"
+    return 8 * linear.kernel[...].dtype.itemsize
 
 
 def activation_range_ratio(model: Decoder, stats: GradingStats) -> Float[np.ndarray, "*steps linears"]:

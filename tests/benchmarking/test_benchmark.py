@@ -59,6 +59,7 @@ def test_shapes_have_the_published_parameter_counts(name, billions):
     assert total / 1e9 == pytest.approx(billions, abs=0.01)
 
 
+@pytest.mark.slow
 def test_random_mixtures_read_the_requested_bits():
     mixture = {"moe_intermediate_size": 96, "num_experts": 4, "num_experts_per_tok": 2}
     config = ModelConfig.from_hf(TINY_HF | {"model_type": "qwen3_moe", "norm_topk_prob": True} | mixture)

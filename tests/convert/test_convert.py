@@ -222,8 +222,8 @@ def test_a_killed_conversion_resumes_and_ends_the_same(qwen3, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("basis", "refit"),
     [
-        ("original", False),
         ("principal", True),
+        pytest.param("original", False, marks=pytest.mark.slow),
         pytest.param("original", True, marks=pytest.mark.slow),
         pytest.param("principal", False, marks=pytest.mark.slow),
     ],

@@ -197,6 +197,7 @@ def test_the_converter_says_what_it_leaves_out(original):
     assert plan.not_done == ("weights of experts were not refitted: each gets few of the calibration tokens",)
 
 
+@pytest.mark.slow
 def test_refit_states_pass_through_a_mixture(original, loaded):
     """With thresholds of 0 the graded model reads all 8 bits, and its states are the exact ones."""
     source = open_checkpoint(original)
@@ -226,6 +227,7 @@ def _quantized(experts) -> CodedExperts:
     return CodedExperts.of_planes(GradedExperts(planes, scales, table, jnp.ones(4), jnp.zeros(()), **sizes))
 
 
+@pytest.mark.slow
 def test_coded_experts_are_coded_linear_layers_of_each_row(loaded):
     """Products, and gradients with respect to inputs and level gains."""
     experts = loaded.model.layers[0].experts_gate_up
