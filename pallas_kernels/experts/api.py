@@ -1,6 +1,5 @@
 """The public graded product of rows with their experts, with several implementations."""
 
-from collections.abc import Iterable
 from types import ModuleType
 from typing import Literal
 
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.activations import Activations
+from pallas_kernels.dispatch import first_supporting
 from pallas_kernels.expert_weights import NestedExperts
 from pallas_kernels.experts import mosaic_gpu, reference, xla
 from pallas_kernels.grading import GradingStats
@@ -81,18 +81,7 @@ def choose(
     Raises:
       ValueError, NotImplementedError: As ``experts_matvec``.
     """
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"unknown implementation {implementation!r}: choose from {', '.join(IMPLEMENTATIONS)}"
-        )
-    reasons = []
-    names: Iterable[ExpertsImplementation] = IMPLEMENTATIONS if implementation is None else (implementation,)
-    for name in names:
-        reason = IMPLEMENTATIONS[name].supports(x, weight)
-        if reason is None:
-            return name
-        reasons.append(f"{name}: {reason}")
-    raise NotImplementedError("no implementation of experts_matvec fits: " + "; ".join(reasons))
+    return first_supporting("experts_matvec", IMPLEMENTATIONS, implementation, x, weight)
 
 
 def _check(x: Activations, weight: NestedExperts, experts, thresholds) -> None:

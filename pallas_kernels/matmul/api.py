@@ -1,6 +1,5 @@
 """The public product at one level: one function with several implementations, chosen by name or by device."""
 
-from collections.abc import Iterable
 from types import ModuleType
 from typing import Literal
 
@@ -8,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+from pallas_kernels.dispatch import first_supporting
 from pallas_kernels.matmul import mosaic_gpu, reference, xla
 from pallas_kernels.weight import NestedWeight
 from pallas_kernels.x64 import without_x64
@@ -72,18 +72,7 @@ def choose(
     Raises:
       ValueError, NotImplementedError: As ``level_matmul``.
     """
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"unknown implementation {implementation!r}: choose from {', '.join(IMPLEMENTATIONS)}"
-        )
-    reasons = []
-    names: Iterable[LevelImplementation] = IMPLEMENTATIONS if implementation is None else (implementation,)
-    for name in names:
-        reason = IMPLEMENTATIONS[name].supports(x, weight, level)
-        if reason is None:
-            return name
-        reasons.append(f"{name}: {reason}")
-    raise NotImplementedError("no implementation of level_matmul fits: " + "; ".join(reasons))
+    return first_supporting("level_matmul", IMPLEMENTATIONS, implementation, x, weight, level)
 
 
 def _check(x, weight: NestedWeight, level: int) -> None:

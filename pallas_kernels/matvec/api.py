@@ -1,6 +1,5 @@
 """The public graded matvec: one function with several implementations, chosen by name or by device."""
 
-from collections.abc import Iterable
 from types import ModuleType
 from typing import Literal
 
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.activations import Activations
+from pallas_kernels.dispatch import first_supporting
 from pallas_kernels.grading import GradingStats
 from pallas_kernels.matvec import mosaic_gpu, reference, xla
 from pallas_kernels.weight import NestedWeight
@@ -102,18 +102,7 @@ def choose(
     Raises:
       ValueError, NotImplementedError: As ``graded_matvec``.
     """
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"unknown implementation {implementation!r}: choose from {', '.join(IMPLEMENTATIONS)}"
-        )
-    reasons = []
-    names: Iterable[Implementation] = IMPLEMENTATIONS if implementation is None else (implementation,)
-    for name in names:
-        reason = IMPLEMENTATIONS[name].supports(x, weight)
-        if reason is None:
-            return name
-        reasons.append(f"{name}: {reason}")
-    raise NotImplementedError("no implementation of graded_matvec fits: " + "; ".join(reasons))
+    return first_supporting("graded_matvec", IMPLEMENTATIONS, implementation, x, weight)
 
 
 def _check(x, weight: NestedWeight, thresholds) -> None:
