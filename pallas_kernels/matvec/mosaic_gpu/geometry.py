@@ -289,9 +289,14 @@ class Geometry:
         return self.scales_base + self.config.warps * SCALES_BYTES
 
     @property
+    def slots(self) -> int:
+        """Number of slots in the ring of a warp."""
+        return self.config.ring_slots
+
+    @property
     def ring_bytes(self) -> int:
         """Bytes of one warp's ring. At the end the ring holds the warp's outputs of one tile."""
-        return max(self.config.ring_slots * STEP_BYTES, TILE_OUTPUT_BYTES)
+        return max(self.slots * STEP_BYTES, TILE_OUTPUT_BYTES)
 
     @property
     def shared_bytes(self) -> int:

@@ -25,11 +25,51 @@ def in_first_slot(ring: Value, pair: Value, piece: Value) -> Value:
 
 
 @dataclasses.dataclass(frozen=True)
-class Copies:
-    """Copies of listed rows into the warp's ring. Lanes ``8 i .. 8 i + 7`` copy rows ``2 i, 2 i + 1``."""
+class RingCopies:
+    """Copies of the steps of a list into the warp's ring, up to ``slots - 1`` steps ahead."""
 
     isa: Instructions
     g: Geometry
+
+    def copy(self, step: Value) -> None:
+        """Starts copying one step into its slot."""
+        raise NotImplementedError
+
+    def start(self, steps: Value) -> Value:
+        """Starts copying the first of ``steps`` steps, at most ``slots - 1``; returns their number.
+
+        Each step is one copy group, here and in ``fill_ring`` and ``stream``.
+        """
+        ahead = self.g.slots - 1
+        started = self.isa.select(steps < ahead, steps, self.isa.constant(ahead))
+
+        def body(step: Value, carry: list[Value]) -> list[Value]:
+            self.copy(step)
+            self.isa.commit_copies()
+            return carry
+
+        self.isa.loop(started, [], body)
+        return started
+
+    def fill_ring(self, started: Value, steps: Value) -> None:
+        """Starts copying further steps, until ``slots - 1`` copy groups are in flight.
+
+        If there are fewer steps, the last groups are empty, so that ``stream`` can count groups.
+        """
+
+        def body(i: Value, carry: list[Value]) -> list[Value]:
+            with self.isa.when(started + i < steps):
+                self.copy(started + i)
+            self.isa.commit_copies()
+            return carry
+
+        self.isa.loop(self.isa.constant(self.g.slots - 1) - started, [], body)
+
+
+@dataclasses.dataclass(frozen=True)
+class Copies(RingCopies):
+    """Copies of listed rows into the warp's ring. Lanes ``8 i .. 8 i + 7`` copy rows ``2 i, 2 i + 1``."""
+
     target: Value
     """Shared-memory address that the lane copies 16 bytes of an even row to, in slot 0."""
     source: Value
@@ -55,40 +95,10 @@ class Copies:
         """Starts copying one step into its slot."""
         isa, g = self.isa, self.g
         entries = self.entries + step * g.step_entries_bytes
-        slot = self.target + (step & (g.config.ring_slots - 1)) * STEP_BYTES
+        slot = self.target + (step & (g.slots - 1)) * STEP_BYTES
         even, odd = [isa.load_shared(entries + i * g.entry_bytes)[0] for i in range(2)]
         isa.copy_async(slot, self.source + isa.widen(even), evict_first=True)
         isa.copy_async(slot + STEP_BYTES // 2, self.source + isa.widen(odd), evict_first=True)
-
-    def start(self, steps: Value) -> Value:
-        """Starts copying the first of ``steps`` steps, at most ``ring_slots - 1``; returns their number.
-
-        Each step is one copy group, here and in ``fill_ring`` and ``stream``.
-        """
-        ahead = self.g.config.ring_slots - 1
-        started = self.isa.select(steps < ahead, steps, self.isa.constant(ahead))
-
-        def body(step: Value, carry: list[Value]) -> list[Value]:
-            self.copy(step)
-            self.isa.commit_copies()
-            return carry
-
-        self.isa.loop(started, [], body)
-        return started
-
-    def fill_ring(self, started: Value, steps: Value) -> None:
-        """Starts copying further steps, until ``ring_slots - 1`` copy groups are in flight.
-
-        If there are fewer steps, the last groups are empty, so that ``stream`` can count groups.
-        """
-
-        def body(i: Value, carry: list[Value]) -> list[Value]:
-            with self.isa.when(started + i < steps):
-                self.copy(started + i)
-            self.isa.commit_copies()
-            return carry
-
-        self.isa.loop(self.isa.constant(self.g.config.ring_slots - 1) - started, [], body)
 
 
 def stream(isa: Instructions, g: Geometry, context: LaneContext, copies: Copies, steps: Value) -> list[Value]:
@@ -97,7 +107,7 @@ def stream(isa: Instructions, g: Geometry, context: LaneContext, copies: Copies,
     Returns:
       int32 accumulators ``[half][position][4]``, as a flat list.
     """
-    slots = g.config.ring_slots
+    slots = g.slots
     # Lane 4 row + column loads 16-byte piece `row` of the listed rows 2 column and 2 column + 1.
     row, column = context.lane >> 2, context.lane & 3
     first_slot = in_first_slot(context.ring, column, row)

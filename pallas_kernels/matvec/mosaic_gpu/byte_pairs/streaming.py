@@ -6,7 +6,7 @@ from pallas_kernels.lanes.instructions import Instructions, Value
 from pallas_kernels.matvec.mosaic_gpu.byte_pairs.geometry import PIECE_PAIRS, STEP_BYTES, BytePairGeometry
 from pallas_kernels.matvec.mosaic_gpu.geometry import ROW_BYTES
 from pallas_kernels.matvec.mosaic_gpu.lane_context import LaneContext, Refs
-from pallas_kernels.matvec.mosaic_gpu.streaming import COPY_LANES, POSITION_MASKS
+from pallas_kernels.matvec.mosaic_gpu.streaming import COPY_LANES, POSITION_MASKS, RingCopies
 from pallas_kernels.matvec.mosaic_gpu.tile import stored_piece
 
 COPIED_ROWS = 4
@@ -25,15 +25,13 @@ def in_first_slot(ring: Value, row: Value, piece: Value) -> Value:
 
 
 @dataclasses.dataclass(frozen=True)
-class Copies:
+class Copies(RingCopies):
     """Copies of listed rows into the warp's ring. Lanes ``8 i .. 8 i + 7`` copy entries ``4 i .. 4 i + 3``.
 
     Entry ``4 i + 2 m + o`` of a step is row ``8 m + 2 i + o`` of the slot. The transposing load gives lane
     ``4 row + column`` the rows ``8 m + 2 column + o``, so its codes are four consecutive entries.
     """
 
-    isa: Instructions
-    g: BytePairGeometry
     targets: list[Value]
     """Shared-memory addresses that the lane copies 16 bytes of its first two rows to, in slot 0."""
     source: Value
@@ -67,36 +65,6 @@ class Copies:
             target = self.targets[o] + slot + 8 * ROW_BYTES * m
             # The sum is an offset in the planes, so it fits 32 bits.
             isa.copy_async(target, self.source + isa.widen(offset + self.piece), evict_first=True)
-
-    def start(self, steps: Value) -> Value:
-        """Starts copying the first of ``steps`` steps, at most ``slots - 1``; returns their number.
-
-        Each step is one copy group, here and in ``fill_ring`` and ``stream``.
-        """
-        ahead = self.g.slots - 1
-        started = self.isa.select(steps < ahead, steps, self.isa.constant(ahead))
-
-        def body(step: Value, carry: list[Value]) -> list[Value]:
-            self.copy(step)
-            self.isa.commit_copies()
-            return carry
-
-        self.isa.loop(started, [], body)
-        return started
-
-    def fill_ring(self, started: Value, steps: Value) -> None:
-        """Starts copying further steps, until ``slots - 1`` copy groups are in flight.
-
-        If there are fewer steps, the last groups are empty, so that ``stream`` can count groups.
-        """
-
-        def body(i: Value, carry: list[Value]) -> list[Value]:
-            with self.isa.when(started + i < steps):
-                self.copy(started + i)
-            self.isa.commit_copies()
-            return carry
-
-        self.isa.loop(self.isa.constant(self.g.slots - 1) - started, [], body)
 
 
 def stream(
