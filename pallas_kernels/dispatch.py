@@ -8,7 +8,7 @@ Name = TypeVar("Name", bound=str)
 
 
 def first_supporting(
-    function: str,
+    refusal: str,
     implementations: Mapping[Name, ModuleType],
     implementation: Name | None,
     *arguments: object,
@@ -16,7 +16,7 @@ def first_supporting(
     """Returns the name of the first implementation that supports the arguments.
 
     Args:
-      function: Name of the function, for the error.
+      refusal: Beginning of the error if no implementation fits.
       implementations: Modules by name, in order of preference. ``supports(*arguments)`` of a module returns
         None, or the reason why it cannot run.
       implementation: Name of the only implementation to consider; None for all.
@@ -37,4 +37,4 @@ def first_supporting(
         if reason is None:
             return name
         reasons.append(f"{name}: {reason}")
-    raise NotImplementedError(f"no implementation of {function} fits: " + "; ".join(reasons))
+    raise NotImplementedError(f"{refusal}: " + "; ".join(reasons))

@@ -81,7 +81,9 @@ def choose(
     Raises:
       ValueError, NotImplementedError: As ``experts_matvec``.
     """
-    return first_supporting("experts_matvec", IMPLEMENTATIONS, implementation, x, weight)
+    return first_supporting(
+        "no implementation of experts_matvec fits", IMPLEMENTATIONS, implementation, x, weight
+    )
 
 
 def _check(x: Activations, weight: NestedExperts, experts, thresholds) -> None:

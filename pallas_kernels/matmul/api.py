@@ -72,7 +72,9 @@ def choose(
     Raises:
       ValueError, NotImplementedError: As ``level_matmul``.
     """
-    return first_supporting("level_matmul", IMPLEMENTATIONS, implementation, x, weight, level)
+    return first_supporting(
+        "no implementation of level_matmul fits", IMPLEMENTATIONS, implementation, x, weight, level
+    )
 
 
 def _check(x, weight: NestedWeight, level: int) -> None:

@@ -102,7 +102,9 @@ def choose(
     Raises:
       ValueError, NotImplementedError: As ``graded_matvec``.
     """
-    return first_supporting("graded_matvec", IMPLEMENTATIONS, implementation, x, weight)
+    return first_supporting(
+        "no implementation of graded_matvec fits", IMPLEMENTATIONS, implementation, x, weight
+    )
 
 
 def _check(x, weight: NestedWeight, thresholds) -> None:
