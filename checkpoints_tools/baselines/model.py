@@ -21,7 +21,7 @@ from grinqh_jax.companions import companion_path
 from grinqh_jax.errors import UnsupportedModelError
 from grinqh_jax.hf import HFCheckpoint, params
 from grinqh_jax.model.apply import HEAD, Dense, in_head
-from grinqh_jax.model.decoder import DecoderLayer
+from grinqh_jax.model.decoder_layer import DecoderLayer
 from grinqh_jax.model.parameters import EMBEDDING
 from grinqh_jax.model.weight_counts import weights_read
 

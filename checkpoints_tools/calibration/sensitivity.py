@@ -37,7 +37,7 @@ from checkpoints_tools.source.head import (
 from checkpoints_tools.source.layer import dense_layer, embed, read_layer, run_layer
 from grinqh_jax.hf import HFCheckpoint
 from grinqh_jax.model.apply import Dense
-from grinqh_jax.model.decoder import DecoderLayer, RMSNorm
+from grinqh_jax.model.decoder_layer import DecoderLayer, RMSNorm
 from grinqh_jax.model.layer_spec import HEAD, LogitTransform, Projection
 
 TOKENS = 4096

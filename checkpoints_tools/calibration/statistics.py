@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from checkpoints_tools.calibration import histogram
 from grinqh_jax.decoding.dial import SKIPPED_POSITIONS
 from grinqh_jax.model.apply import AnyLinear, Dense
-from grinqh_jax.model.decoder import DecoderLayer, RMSNorm
+from grinqh_jax.model.decoder_layer import DecoderLayer, RMSNorm
 
 
 def first_scored_position(length: int) -> int:

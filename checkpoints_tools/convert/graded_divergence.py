@@ -27,7 +27,7 @@ from checkpoints_tools.source.array_cache import free_bytes
 from checkpoints_tools.source.head import back_through_norm, logits, normed, with_logits
 from checkpoints_tools.source.layer import VALUES_IN_MEMORY
 from grinqh_jax.decoding.thresholds import interpolate
-from grinqh_jax.model.decoder import DecoderLayer
+from grinqh_jax.model.decoder_layer import DecoderLayer
 from grinqh_jax.model.layer_spec import LogitTransform
 from pallas_kernels import Activations, layout
 

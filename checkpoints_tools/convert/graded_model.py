@@ -14,7 +14,7 @@ from checkpoints_tools.source.array_cache import ArrayCache
 from checkpoints_tools.source.head import logits, normed, vocabulary, with_logits
 from checkpoints_tools.source.layer import dense_layer, embed, read_layer, run_layer
 from grinqh_jax.hf import HFCheckpoint
-from grinqh_jax.model.decoder import DecoderLayer, RMSNorm
+from grinqh_jax.model.decoder_layer import DecoderLayer, RMSNorm
 from grinqh_jax.model.experts import GradedExperts
 from grinqh_jax.model.layer_spec import HEAD
 from grinqh_jax.model.linear import GradedLinear, build_linear

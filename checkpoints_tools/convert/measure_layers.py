@@ -31,7 +31,7 @@ from checkpoints_tools.source.layer import dense_layer, embed, read_layer
 from grinqh_jax.checkpoint import Writer
 from grinqh_jax.model.apply import in_head
 from grinqh_jax.model.config import ModelConfig
-from grinqh_jax.model.decoder import RMSNorm
+from grinqh_jax.model.decoder_layer import RMSNorm
 from grinqh_jax.model.layer_spec import HEAD, Attention
 
 

@@ -39,7 +39,7 @@ from grinqh_jax.hf.params import is_of_experts
 from grinqh_jax.hf.reader import Rows
 from grinqh_jax.model.apply import Dense
 from grinqh_jax.model.config import ModelConfig
-from grinqh_jax.model.decoder import DecoderLayer
+from grinqh_jax.model.decoder_layer import DecoderLayer
 from grinqh_jax.model.layer_spec import HEAD
 from grinqh_jax.model.parameters import EMBEDDING, routers, stream_readers, stream_writers
 from pallas_kernels import codes

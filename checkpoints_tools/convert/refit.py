@@ -20,7 +20,7 @@ from checkpoints_tools.convert.least_squares import FitWindow, Moments, moments,
 from checkpoints_tools.source.head import normed
 from grinqh_jax.decoding.thresholds import interpolate
 from grinqh_jax.model.apply import Dense, in_head
-from grinqh_jax.model.decoder import DecoderLayer, RMSNorm
+from grinqh_jax.model.decoder_layer import DecoderLayer, RMSNorm
 from grinqh_jax.model.layer_spec import GatedExperts, LayerSpec, ResidualBlock
 from grinqh_jax.model.linear import DenseLinear
 from pallas_kernels import Activations

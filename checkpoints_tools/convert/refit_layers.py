@@ -24,7 +24,7 @@ from checkpoints_tools.convert.survey import Survey
 from checkpoints_tools.quantizers import RoundedWeight
 from checkpoints_tools.source.layer import dense_layer, embed, read_layer
 from grinqh_jax.checkpoint import Writer
-from grinqh_jax.model.decoder import RMSNorm
+from grinqh_jax.model.decoder_layer import RMSNorm
 from grinqh_jax.model.experts import GradedExperts, build_experts
 from grinqh_jax.model.layer_spec import HEAD, GatedExperts
 from grinqh_jax.model.linear import GradedLinear, build_linear

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from checkpoints_tools.source.layer import VALUES_IN_MEMORY
 from grinqh_jax.hf import HFCheckpoint
-from grinqh_jax.model.decoder import RMSNorm
+from grinqh_jax.model.decoder_layer import RMSNorm
 from grinqh_jax.model.layer_spec import HEAD, IDENTITY, LogitTransform
 
 

@@ -7,7 +7,7 @@ from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Float, Int32
 
 from grinqh_jax.model.apply import Dense
-from grinqh_jax.model.decoder import DecoderLayer
+from grinqh_jax.model.decoder_layer import DecoderLayer
 
 VALUES_IN_MEMORY = 1 << 24
 """Number of values of an embedding or output projection in memory at once: 64 MiB as float32."""

@@ -7,7 +7,8 @@ from random_models import CONFIGS, state_tree
 
 from grinqh_jax.model.apply import Dense
 from grinqh_jax.model.config import ModelConfig
-from grinqh_jax.model.decoder import DecoderLayer, linear_shapes
+from grinqh_jax.model.decoder import linear_shapes
+from grinqh_jax.model.decoder_layer import DecoderLayer
 from grinqh_jax.model.layer_spec import HEAD
 from grinqh_jax.model.parameters import parameter_shapes, stream_readers, stream_writers
 

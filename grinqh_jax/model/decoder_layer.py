@@ -1,0 +1,202 @@
+"""The modules of a decoder: embedding, RMS norm, and a layer, which follows its ``layer_spec.LayerSpec``.
+
+Modules hold arrays and static shapes only. The caller chooses how linear layers are computed, by a strategy
+of ``apply``.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from grinqh_jax.model.apply import Apply
+from grinqh_jax.model.attention import attend_heads
+from grinqh_jax.model.cache import KeyValues
+from grinqh_jax.model.config import ModelConfig
+from grinqh_jax.model.experts import Router, build_experts, grading_factor
+from grinqh_jax.model.gated_mlp import gated
+from grinqh_jax.model.layer_spec import Attention, GatedExperts, GatedMLP, LayerSpec, ResidualBlock
+from grinqh_jax.model.linear import build_linear
+from grinqh_jax.model.norm import add_norm, rms_norm
+from grinqh_jax.model.parameters import axis_sizes
+from pallas_kernels import Activations
+
+Tree = Mapping[str, Any]
+"""A nested dict of arrays with string keys: the state of a module."""
+
+
+class Embedding(nnx.Module):
+    """Token embeddings ``[vocab, hidden]``, and their factor."""
+
+    def __init__(self, embedding: Float[Array, "v d"], multiplier: float = 1.0):
+        self.embedding = nnx.Param(embedding)
+        self.multiplier = multiplier
+
+    @jax.named_scope("embed")
+    def __call__(self, tokens: Int[Array, "b t"], dtype) -> Float[Array, "b t d"]:
+        """Returns the embeddings of tokens, times the multiplier, in ``dtype``."""
+        embedded = self.embedding[...][tokens].astype(dtype)
+        return embedded if self.multiplier == 1 else embedded * self.multiplier
+
+
+class RMSNorm(nnx.Module):
+    """An RMS norm with a learned scale (see ``norm.rms_norm``)."""
+
+    def __init__(self, scale: Float[Array, "d"], eps: float):
+        self.scale = nnx.Param(scale)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
+        return rms_norm(x, self.scale[...], self.eps)
+
+    def add(
+        self, x: Float[Array, "b t d"], update: Activations | None
+    ) -> tuple[Float[Array, "b t d"], Activations]:
+        """Returns ``(x + update, norm of x + update)`` (see ``norm.add_norm``)."""
+        return add_norm(x, update, self.scale[...], self.eps)
+
+
+class DecoderLayer(nnx.Module):
+    """One decoder layer; its attributes are the norms and projections that ``spec`` names.
+
+    Args:
+      config: Configuration of the model.
+      spec: Structure of the layer, one of ``config.layers``.
+      tree: State tree of the layer.
+      compute_dtype: Dtype that dense kernels are cast to.
+    """
+
+    def __init__(self, config: ModelConfig, spec: LayerSpec, tree: Tree, compute_dtype):
+        self.config, self.spec = config, spec
+        sizes = axis_sizes(config)
+        for norm in self.spec.norms:
+            setattr(self, norm.name, RMSNorm(tree[norm.name]["scale"], config.rms_norm_eps))
+        for projection in self.spec.projections:
+            shape, leaves = projection.shape(sizes), tree[projection.name]
+            build = (
+                build_experts if projection.of_experts else partial(build_linear, compute_dtype=compute_dtype)
+            )
+            setattr(self, projection.name, build(leaves, shape))
+        if (experts := self.spec.experts) is not None:
+            setattr(self, experts.router, Router(jnp.asarray(tree[experts.router]["kernel"])))
+
+    def __call__(
+        self,
+        name: str,
+        x: Float[Array, "b t d"],
+        positions: Int[Array, "b t"],
+        apply: Apply,
+        kv: KeyValues | None = None,
+    ) -> tuple[Float[Array, "b t d"], KeyValues]:
+        """Runs the layer.
+
+        Args:
+          name: Prefix of the names that ``apply`` is called with, ``layers.{i}``.
+          x: Residual stream.
+          positions: Positions of the tokens in their sequence.
+          apply: Strategy that computes the linear layers.
+          kv: Cached keys and values of this layer; None if the tokens are the whole sequence.
+
+        Returns:
+          ``(x, kv)``: the residual stream after the layer, and keys and values as ``attention.attend``
+          returns them.
+        """
+        x, update, kv = self.advance(name, x, None, positions, apply, kv)
+        return x + update.array, kv
+
+    def advance(
+        self,
+        name: str,
+        x: Float[Array, "b t d"],
+        update: Activations | None,
+        positions: Int[Array, "b t"],
+        apply: Apply,
+        kv: KeyValues | None = None,
+    ) -> tuple[Float[Array, "b t d"], Activations, KeyValues]:
+        """Runs the layer on ``x + update``, and leaves the addition of its last block to the caller.
+
+        On a GPU one kernel adds and computes the norm that follows (see ``norm.add_norm``), which for the
+        last block belongs to the next layer.
+
+        Returns:
+          ``(x, update, kv)``: the residual stream after the layer is ``x + update``.
+        """
+        for block in self.spec.blocks:
+            x, inputs = self.inputs(block, x, update)
+            if isinstance(block.mixer, GatedExperts):
+                written = self.mixture(name, block, block.mixer, inputs, apply)
+            else:
+                outputs = apply(f"{name}.{block.reads.name}", getattr(self, block.reads.name), inputs)
+                mixed, kv = self.mix(block, outputs, positions, kv)
+                written = apply(f"{name}.{block.writes.name}", getattr(self, block.writes.name), mixed)
+            update = self.update(block, written)
+        assert update is not None, "a layer has a residual block"
+        assert kv is not None, "a layer has an attention block"
+        return x, update, kv
+
+    def inputs(
+        self, block: ResidualBlock, x: Float[Array, "b t d"], update: Activations | None
+    ) -> tuple[Float[Array, "b t d"], Activations]:
+        """Returns the residual stream ``x + update`` and the inputs of ``block.reads``."""
+        if block.norm is not None:
+            return getattr(self, block.norm.name).add(x, update)
+        x = x if update is None else x + update.array
+        return x, Activations.of(x)
+
+    def update(self, block: ResidualBlock, written: Activations) -> Activations:
+        """Returns what a block adds to the residual stream, from the outputs of ``block.writes``."""
+        if block.norm_after is not None:
+            written = Activations.of(getattr(self, block.norm_after.name)(written.array))
+        return written if block.multiplier == 1 else written.scaled(block.multiplier)
+
+    @jax.named_scope("experts")
+    def mixture(
+        self, name: str, block: ResidualBlock, mixture: GatedExperts, inputs: Activations, apply: Apply
+    ) -> Activations:
+        """Returns what a mixture of experts adds to the residual stream.
+
+        Args:
+          name: See ``__call__``.
+          block: Block of ``spec``.
+          mixture: Its mixer.
+          inputs: Inputs of the router and of the experts, ``[b, t, d]``.
+          apply: Strategy. It is called with a row for each chosen expert of each token, ``[b, t, c, k]``.
+        """
+        x = inputs.array
+        experts, probabilities = getattr(self, mixture.router)(x, mixture)
+        reads, writes = (getattr(self, p.name).choose(experts) for p in (block.reads, block.writes))
+        factor = grading_factor(probabilities)[..., None].astype(x.dtype)
+        outputs = apply(f"{name}.{block.reads.name}", reads, Activations.of(x[..., None, :] * factor))
+        mixed = gated(Activations.of(outputs.array / factor), mixture.activation).array
+        mixed = (mixed * probabilities[..., None]).astype(x.dtype)
+        # The probabilities are factors of the inputs, so the experts' outputs are terms of one sum.
+        return apply(f"{name}.{block.writes.name}", writes, Activations.of(mixed)).summed()
+
+    def mix(
+        self,
+        block: ResidualBlock,
+        outputs: Activations,
+        positions: Int[Array, "b t"],
+        kv: KeyValues | None = None,
+    ) -> tuple[Activations, KeyValues | None]:
+        """Turns the outputs of a block's first projection into the inputs of its second.
+
+        Args:
+          block: Block of ``spec`` that is no mixture of experts.
+          outputs: Outputs of ``block.reads``, ``[b, t, n]``.
+          positions, kv: See ``__call__``.
+
+        Returns:
+          ``(inputs of block.writes, kv)``: a block without attention returns kv as it is.
+        """
+        match block.mixer:
+            case Attention(head_norms=head_norms) as attention:
+                scales = head_norms and tuple(getattr(self, norm.name).scale[...] for norm in head_norms)
+                return attend_heads(self.config, attention, outputs, scales, positions, kv)
+            case GatedMLP(activation):
+                return gated(outputs, activation), kv
+        raise ValueError(f"{block.reads.name} belongs to a mixture of experts, which runs as a whole")
