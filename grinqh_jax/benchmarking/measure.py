@@ -18,7 +18,7 @@ from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.sampling import Sampling
 from grinqh_jax.decoding.statistics import grading_fields
 from grinqh_jax.decoding.thresholds import StackedThresholds, Thresholds
-from grinqh_jax.model.cache import KVCache
+from grinqh_jax.model.cache import KVCache, attention_layers, recurrent_bytes
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import Decoder, linear_names
 from pallas_kernels.layout import round_up
@@ -114,7 +114,8 @@ def filled_cache(config: ModelConfig, context: int, room: int, dtype, batch: int
     fill = jax.jit(lambda key, a: jax.random.normal(key, a.shape, a.dtype))
     arrays, structure = jax.tree.flatten((cache.keys, cache.values))
     keys, values = jax.tree.unflatten(structure, [fill(jax.random.key(i), a) for i, a in enumerate(arrays)])
-    return KVCache(keys, values, jnp.full(batch, context, jnp.int32))
+    lengths = jnp.full(batch, context, jnp.int32)
+    return dataclasses.replace(cache, keys=keys, values=values, lengths=lengths)
 
 
 class DecodeRun:
@@ -195,10 +196,11 @@ class DecodeRun:
         return {name: fields[name] for name in ("realised_bits", "bytes_per_token", "bytes_per_token_bf16")}
 
     def cache_bytes(self) -> int:
-        """Returns the bytes of keys and values that a row reads in a step, at the mean context of the run."""
+        """Returns the bytes that a row reads of its cache in a step, at the mean context of the run."""
         config = self.model.config
         width = 2 * config.num_kv_heads * config.head_dim * self.model.compute_dtype.itemsize
-        return round(config.num_layers * width * (self.context + self.tokens / 2))
+        attention = attention_layers(config) * width * (self.context + self.tokens / 2)
+        return round(attention) + recurrent_bytes(config)
 
 
 class PrefillRun:

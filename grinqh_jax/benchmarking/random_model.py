@@ -116,7 +116,7 @@ def _leaf(key: jax.Array, name: str, size: tuple[int, ...], dtype: str) -> jax.A
         return (deviation * jax.random.uniform(key, size, minval=0.5, maxval=1.5)).astype(dtype)
     if name == "kernel":
         return jax.random.normal(key, size, dtype) * jnp.asarray(size[-2] ** -0.5, dtype)
-    if name == "embedding":
+    if name in ("embedding", "convolution"):
         return jax.random.normal(key, size, dtype)
     if name == "columns":
         return jax.random.permutation(key, size[0]).astype(dtype)

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def report_of(survey) -> dict[str, Any]:
     basis = "principal" if obstacle is None else f"original: {obstacle}"
     return report | {
         "family": config.family,
-        "options": options(config) + (["the vision tower is left out"] if config.has_vision else []),
+        "options": options(config) + [f"{part} is left out" for part in _left_out(survey)],
         "sizes": {
             "layers": config.num_layers,
             "hidden": config.hidden_size,
@@ -94,6 +95,17 @@ def report_of(survey) -> dict[str, Any]:
         "computed_by_xla": missing_kernels(config),
         "basis": stored.get("provenance", {}).get("basis", basis),
     }
+
+
+def _left_out(survey) -> list[str]:
+    """Returns the parts of a checkpoint that are not read."""
+    from grinqh_jax.model.families import FAMILIES
+
+    parts = ["the vision tower"] if survey.config.has_vision else []
+    for part, pattern in FAMILIES[survey.config.family].left_out.items():
+        if any(re.fullmatch(pattern, name) for name in survey.tensors):
+            parts.append(part)
+    return list(dict.fromkeys(parts))
 
 
 def _parameters(config) -> int:

@@ -28,6 +28,7 @@ from grinqh_jax.decoding.prefix import Prefix
 from grinqh_jax.decoding.prompt_logprobs import prompt_logprobs as logprobs_of_prompt
 from grinqh_jax.decoding.settings import Settings
 from grinqh_jax.decoding.thresholds import StackedThresholds
+from grinqh_jax.model.cache import RecurrentStates, no_tokens
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.flat_model import FlatModel
 
@@ -46,6 +47,7 @@ class Slots:
       done: bool ``[B]``, slots that generate nothing: empty ones, and answers that have ended.
       history: Tokens that each text has; None if the settings have no penalties.
       dial: State of the dial of each slot; None for a dense model.
+      recurrent: Recurrent states of each text.
     """
 
     settings: Settings
@@ -55,6 +57,7 @@ class Slots:
     done: Bool[Array, "b"]
     history: TokenHistory | None
     dial: DialState | None
+    recurrent: RecurrentStates
 
 
 @jax.tree_util.register_dataclass
@@ -80,7 +83,7 @@ class DecodeState:
         pages_per_slot: int | None,
         graded: bool,
     ) -> "DecodeState":
-        """Returns a state of empty slots, whose rows are numpy arrays.
+        """Returns a state of empty slots, whose rows are numpy arrays; recurrent states are on the device.
 
         Args:
           cache: Pages of all texts.
@@ -107,6 +110,7 @@ class DecodeState:
             done=full(True, dtype=bool),
             history=history,
             dial=DialState(full(0, dtype=np.float32), full(0, 4, dtype=np.float32)) if graded else None,
+            recurrent=no_tokens(config, slots),
         )
         return cls(cache, rows)
 
@@ -147,7 +151,7 @@ def prefill(
     Returns:
       The pages, with the keys and values of the new tokens, and the longer prefix.
     """
-    text = cache.texts(prefix.pages, prefix.length)
+    text = cache.texts(prefix.pages, prefix.length, prefix.recurrent)
     if thresholds is None:
         logits, text = engine.prefill(model, tokens, true_length, text)
         preview = None
@@ -155,7 +159,7 @@ def prefill(
         logits, text, preview = engine.prefill_with_preview(model, tokens, true_length, text, thresholds)
         assert prefix.preview is not None, "a graded model has previews"
         preview = engine.merge_previews(prefix.preview, preview)
-    return PagedCache.of(text), Prefix(prefix.pages, text.lengths, logits, preview)
+    return PagedCache.of(text), Prefix(prefix.pages, text.lengths, logits, preview, text.recurrent)
 
 
 @jax.jit(static_argnames="top_logprobs", donate_argnames="cache")
@@ -178,7 +182,7 @@ def prompt_logprobs(
       following: Token after each of them.
       top_logprobs: As in ``generate``.
     """
-    text = cache.texts(prefix.pages, prefix.length)
+    text = cache.texts(prefix.pages, prefix.length, prefix.recurrent)
     logprobs, text = logprobs_of_prompt(model, tokens, following, text, top_logprobs)
     return PagedCache.of(text), logprobs
 
@@ -227,6 +231,7 @@ def insert(
         done=(limits <= 0) | jnp.any(first[:, None] == settings.stop_tokens, axis=-1),
         history=history,
         dial=None if dial is None else dial.state,
+        recurrent=prefix.recurrent,
     )
     if len(state.slots.last) == 1:
         slots = row
@@ -282,7 +287,7 @@ def generate(
         model,
         slots.last,
         slots.done,
-        state.cache.texts(slots.pages, slots.lengths),
+        state.cache.texts(slots.pages, slots.lengths, slots.recurrent),
         dial,
         sampling,
         settings.stop_tokens,
@@ -300,6 +305,7 @@ def generate(
         done=chunk.done,
         history=history if chunk.history is None else chunk.history,
         dial=chunk.dial,
+        recurrent=texts.recurrent,
     )
     return DecodeState(PagedCache.of(texts), slots), dataclasses.replace(chunk, history=None, dial=None)
 

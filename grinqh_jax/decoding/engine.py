@@ -139,7 +139,7 @@ def _prefill(
 ) -> tuple[Float[Array, "b v"], Float[Array, "b t d"], KVCache]:
     """Returns the logits of ``prefill``, the hidden states of all tokens, and the cache."""
     positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
-    hidden, layers = model.hidden(tokens, positions, strategy, cache.layers)
+    hidden, layers = model.hidden(tokens, positions, strategy, cache.layers_for(lengths))
     x = hidden.array
     last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
     return full_logits(model, last), x, cache.updated(layers, cache.lengths + lengths)
@@ -184,9 +184,9 @@ def _step(model, tokens, cache, thresholds, active):
     """Runs ``decode_step``; returns the logits in the order of the output projection's outputs."""
     graded = None if thresholds is None else apply.Graded(thresholds)
     strategy = graded or apply.Dense()
-    x, layers = model.hidden(tokens[:, None], cache.lengths[:, None], strategy, cache.layers)
-    outputs = model.lm_head.outputs(x, strategy)[:, 0]
     advance = jnp.ones_like(cache.lengths) if active is None else active.astype(jnp.int32)
+    x, layers = model.hidden(tokens[:, None], cache.lengths[:, None], strategy, cache.layers_for(advance))
+    outputs = model.lm_head.outputs(x, strategy)[:, 0]
     cache = cache.updated(layers, cache.lengths + advance)
     return outputs, cache, None if graded is None else _stacked_stats(model, graded)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from grinqh_jax.errors import UsageError
-from grinqh_jax.model.cache import KVCache
+from grinqh_jax.model.cache import KVCache, RecurrentStates, attention_layers, recurrent_bytes
 from grinqh_jax.model.config import ModelConfig
 
 FREE_MEMORY_SHARE = 0.8
@@ -23,7 +23,8 @@ class PagedCache:
     ``num_pages``, which is no page.
 
     Attributes:
-      keys, values: One array ``[pages, page_size, kv_heads, head_dim]`` for each layer, in the compute dtype.
+      keys, values: One array ``[pages, page_size, kv_heads, head_dim]`` for each layer with attention, in the
+        compute dtype.
     """
 
     keys: tuple[Float[Array, "pages page_size kv_heads head_dim"], ...]
@@ -35,7 +36,7 @@ class PagedCache:
         shape = (num_pages, page_size, config.num_kv_heads, config.head_dim)
 
         def empty_layers():
-            return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
+            return tuple(jnp.zeros(shape, dtype) for _ in range(attention_layers(config)))
 
         return cls(empty_layers(), empty_layers())
 
@@ -49,16 +50,22 @@ class PagedCache:
         """Number of positions of a page."""
         return self.keys[0].shape[1]
 
-    def texts(self, pages: Int[Array, "b pages_per_row"] | None, lengths: Int[Array, "b"]) -> KVCache:
+    def texts(
+        self,
+        pages: Int[Array, "b pages_per_row"] | None,
+        lengths: Int[Array, "b"],
+        recurrent: RecurrentStates,
+    ) -> KVCache:
         """Returns the cache of some texts. It has the arrays of all pages.
 
         Args:
           pages: Pages of each text; None if text b has page b and no other.
           lengths: Number of tokens of each text.
+          recurrent: Recurrent states of these texts. They are not in pages.
         """
         if pages is not None and pages.shape == (1, 1) and self.num_pages == 1:
             pages = None  # The only text has the only page.
-        return KVCache(self.keys, self.values, lengths, pages)
+        return KVCache(self.keys, self.values, lengths, pages, recurrent)
 
     @classmethod
     def of(cls, cache: KVCache) -> "PagedCache":
@@ -67,9 +74,9 @@ class PagedCache:
 
 
 def page_bytes(config: ModelConfig, page_size: int, dtype) -> int:
-    """Returns the size of a page: keys and values of ``page_size`` positions of all layers."""
+    """Returns the size of a page: keys and values of ``page_size`` positions of all layers with attention."""
     heads = config.num_kv_heads * config.head_dim
-    return 2 * config.num_layers * page_size * heads * jnp.dtype(dtype).itemsize
+    return 2 * attention_layers(config) * page_size * heads * jnp.dtype(dtype).itemsize
 
 
 def count_pages(
@@ -106,6 +113,8 @@ def count_pages(
             )
     if free is None:
         return pages
+    # Each slot has recurrent states, and so has the prompt that is read.
+    free = max(free - (slots + 1) * recurrent_bytes(config), 0)
     room = int(FREE_MEMORY_SHARE * free) // page
     if cache_memory is None:
         pages = max(min(pages, room), 1)

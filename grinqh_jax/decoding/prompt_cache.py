@@ -3,7 +3,7 @@
 Only keys and values that a full-precision prefill wrote are reused. Graded decoding writes less exact ones,
 so the answer is read again, at full precision, as part of the next prompt. Reuse therefore does not change
 the text. It can change the last bits of logits, because the order of additions in a matrix product may depend
-on the number of tokens that are read in one call.
+on the number of tokens that are read in one call. Models with recurrent states read each prompt as a whole.
 """
 
 from collections.abc import Iterator, Sequence
@@ -79,7 +79,10 @@ class PromptCache:
             raise UsageError(
                 "the prompt cache belongs to another model; make one for each model, or clear it"
             )
-        reused = min(_common_prefix(self.tokens, prompt), read_from) if self._is_whole() else 0
+        reused = 0
+        # A recurrent state is that of all tokens; it has none for a prefix of them.
+        if self._is_whole() and not model.config.is_recurrent:
+            reused = min(_common_prefix(self.tokens, prompt), read_from)
         if not reused:
             self.clear()
         self.tokens, self._model = tuple(prompt[:reused]), model

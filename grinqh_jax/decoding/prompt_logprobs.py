@@ -1,5 +1,7 @@
 """Log-probabilities that a model gives to the tokens of a prompt."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
@@ -48,4 +50,6 @@ def prompt_logprobs(
     logprobs = jax.tree.map(
         lambda values: values.reshape(*tokens.shape, *values.shape[2:]), jax.lax.map(some_rows, rows)
     )
-    return logprobs, cache.updated(layers, cache.lengths)
+    # ``prefill`` reads the same tokens again, from the same recurrent states.
+    updated = cache.updated(layers, cache.lengths)
+    return logprobs, dataclasses.replace(updated, recurrent=cache.recurrent)

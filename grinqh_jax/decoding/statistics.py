@@ -1,6 +1,7 @@
 """The figures of a generation: speed, bits and bytes that were read, memory."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,14 @@ from jaxtyping import Array, Float
 from grinqh_jax.model.decoder import Decoder, linear_names
 from grinqh_jax.model.experts import DenseExperts
 from grinqh_jax.model.linear import DenseLinear
-from grinqh_jax.model.parameters import axis_sizes, norms, projections, routers, stored_dtype
+from grinqh_jax.model.parameters import (
+    axis_sizes,
+    delta_parameters,
+    norms,
+    projections,
+    routers,
+    stored_dtype,
+)
 from grinqh_jax.model.weight_counts import weights_read
 from pallas_kernels import GradingStats
 from pallas_kernels.layout import GROUP
@@ -219,6 +227,7 @@ def _bytes_per_token(model: Decoder, bits: Mapping[str, float]) -> float:
     linears += BF16_BYTES * len(routers(config)) * sizes["hidden"] * sizes["experts"]
     vectors = {f"{name}.scale": sizes[norm.axis] for name, norm in norms(config).items()}
     vectors |= {f"{name}.bias": p.shape(sizes)[1] for name, p in projections(config).items() if p.bias}
+    vectors |= {name: math.prod(shape) for name, shape in delta_parameters(config).items()}
     vector_bytes = sum(size * stored_dtype(config, name).itemsize for name, size in vectors.items())
     return linears + vector_bytes + BF16_BYTES * config.hidden_size  # and one row of the embedding
 

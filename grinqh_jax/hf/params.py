@@ -19,7 +19,7 @@ BASE = "model."
 TEXT_PREFIXES = {"model.language_model.": BASE, "language_model.model.": BASE, "language_model.": ""}
 """Prefixes of the text part of a model with a vision tower, and those of a model without one."""
 
-VISION_TENSORS = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*")
+VISION_TENSORS = re.compile(r"(model\.)?(vision_tower|multi_modal_projector|visual)\..*")
 """Tensors of a vision tower, which are not read."""
 
 IGNORED_TENSORS = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
@@ -134,6 +134,8 @@ def mismatches(
     elif config.tie_word_embeddings:
         missing -= {LM_HEAD}
     extra = sorted(name for name in shapes.keys() - expected.keys() if not IGNORED_TENSORS.fullmatch(name))
+    for pattern in FAMILIES[config.family].left_out.values():
+        extra = [name for name in extra if not re.fullmatch(pattern, name)]
     if config.has_vision:
         extra = [name for name in extra if not VISION_TENSORS.fullmatch(name)]
     for name in sorted(missing):

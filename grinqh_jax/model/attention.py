@@ -69,6 +69,20 @@ def attend_heads(
     return Activations.of(outputs.reshape(batch, tokens, -1)), updated
 
 
+def without_gates(
+    config: ModelConfig, outputs: Activations
+) -> tuple[Activations, Float[Array, "b t heads_d"]]:
+    """Splits the outputs of ``qkv`` in a layer with gates, whose query heads are followed by their gates.
+
+    Returns:
+      ``(query heads, key heads and value heads side by side, gates)``.
+    """
+    x, queries = outputs.array, config.num_heads * config.head_dim
+    pairs = x[..., : 2 * queries].reshape(*x.shape[:-1], config.num_heads, 2, config.head_dim)
+    heads, gates = (pairs[..., i, :].reshape(*x.shape[:-1], queries) for i in range(2))
+    return Activations.of(jnp.concatenate([heads, x[..., 2 * queries :]], axis=-1)), gates
+
+
 def kernel_lacks(attention: Attention) -> str | None:
     """Returns the option of a layer that the kernel of a decode step does not implement, or None."""
     if attention.window is not None:

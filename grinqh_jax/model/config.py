@@ -13,8 +13,13 @@ from grinqh_jax.model.layer_spec import Description
 BIASES = ("attention_bias", "mlp_bias")
 """Keys of biases, which a family that does not implement them refuses."""
 
-VISION_MODELS = {"gemma3": "gemma3_text", "mistral3": "mistral"}
-"""``model_type`` of models with a vision tower whose text part is supported, and that part's default type."""
+VISION_MODELS = {
+    "gemma3": ("gemma3_text", True),
+    "mistral3": ("mistral", True),
+    "qwen3_5": ("qwen3_5_text", False),
+}
+"""``model_type`` of models with a vision tower whose text part is supported, that part's default type, and
+whether the output projection is the transposed embedding by default."""
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """Keys of a mixture of experts."""
@@ -119,10 +124,11 @@ class ModelConfig(Description):
 
 def _text_part(hf: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
     """Returns the configuration of the text part of a model, and whether the model has a vision tower."""
-    default_type, text = VISION_MODELS.get(str(hf.get("model_type"))), hf.get("text_config")
-    if default_type is None or not isinstance(text, Mapping):
+    defaults, text = VISION_MODELS.get(str(hf.get("model_type"))), hf.get("text_config")
+    if defaults is None or not isinstance(text, Mapping):
         return hf, False
-    around = {"tie_word_embeddings": hf.get("tie_word_embeddings", True)}
+    default_type, tied = defaults
+    around = {"tie_word_embeddings": hf.get("tie_word_embeddings", tied)}
     if "quantization_config" in hf:
         around["quantization_config"] = hf["quantization_config"]
     return {"model_type": default_type, **text, **around, "architectures": None}, True
@@ -130,7 +136,7 @@ def _text_part(hf: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
 
 def _context(reader: ConfigReader, family: Family, description: Description) -> int:
     """Returns the maximum context: that of the configuration, or the original one of LongRoPE."""
-    ropes = [layer.attention.rope for layer in description.layers]
+    ropes = [layer.attention.rope for layer in description.layers if layer.attention is not None]
     limits = [rope.original_max_position_embeddings for rope in ropes if rope and rope.type == "longrope"]
     key = "max_position_embeddings"
     return min([reader.integer(key, family.defaults[key]), *limits])

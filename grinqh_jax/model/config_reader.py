@@ -11,7 +11,7 @@ ACTIVATIONS = {
 }
 """Hugging Face's names of the supported activation functions, and ours (``layer_spec.GatedMLP``)."""
 
-GLOBAL, SLIDING = "full_attention", "sliding_attention"
+GLOBAL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 """Hugging Face's names of the kinds of layers, in ``layer_types``."""
 
 
@@ -119,15 +119,16 @@ class ConfigReader:
             return "silu"
         return ACTIVATIONS[name]
 
-    def layer_types(self, default: list[str]) -> list[str]:
-        """Reads the kind of each layer, ``GLOBAL`` or ``SLIDING``.
+    def layer_types(self, default: list[str], supported: tuple[str, ...] = (GLOBAL, SLIDING)) -> list[str]:
+        """Reads the kind of each layer.
 
         Args:
           default: Kinds if the key is absent or null.
+          supported: Kinds that the family has.
         """
         kinds = self.names("layer_types") or default
-        if others := sorted(set(kinds) - {GLOBAL, SLIDING}):
-            self.problem(f"layer_types {', '.join(others)} (supported: {GLOBAL}, {SLIDING})")
+        if others := sorted(set(kinds) - set(supported)):
+            self.problem(f"layer_types {', '.join(others)} (supported: {', '.join(supported)})")
         if len(kinds) != len(default):
             self.problem(f"layer_types has {len(kinds)} entries for {len(default)} layers")
             return default

@@ -15,14 +15,22 @@ from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Float, Int
 
 from grinqh_jax.model.apply import Apply, Dense, in_head
-from grinqh_jax.model.cache import KeyValues
+from grinqh_jax.model.cache import LayerState
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder_layer import DecoderLayer, Embedding, RMSNorm, Tree
 from grinqh_jax.model.experts import DenseExperts, GradedExperts
 from grinqh_jax.model.layer_spec import HEAD
 from grinqh_jax.model.linear import CHECKPOINT_ATTRIBUTES, GradedLinear, Linear
 from grinqh_jax.model.output_projection import OutputProjection, block_shapes
-from grinqh_jax.model.parameters import EMBEDDING, axis_sizes, norms, projections, routers, stored_dtype
+from grinqh_jax.model.parameters import (
+    EMBEDDING,
+    axis_sizes,
+    delta_parameters,
+    norms,
+    projections,
+    routers,
+    stored_dtype,
+)
 from pallas_kernels import Activations, NestedWeight
 from pallas_kernels.expert_weights import NestedExperts
 
@@ -61,26 +69,26 @@ class Decoder(nnx.Module):
         tokens: Int[Array, "b t"],
         positions: Int[Array, "b t"],
         apply: Apply,
-        cache: Sequence[KeyValues] | None = None,
-    ) -> tuple[Activations, list[KeyValues]]:
+        cache: Sequence[LayerState] | None = None,
+    ) -> tuple[Activations, list[LayerState]]:
         """Runs embedding, layers and final norm.
 
         Args:
           tokens: int32 tokens.
           positions: Positions of the tokens in their sequence.
           apply: Strategy that computes the linear layers.
-          cache: Cached keys and values of each layer; None if the tokens are the whole sequence.
+          cache: State of each layer after the earlier tokens (``KVCache.layers``); None if the tokens are the
+            whole sequence.
 
         Returns:
-          Hidden states ``[b, t, d]`` after the final norm, and keys and values of each layer as
-          ``attention.attend`` returns them.
+          Hidden states ``[b, t, d]`` after the final norm, and the state of each layer after the tokens.
         """
         x, update = self.embed(tokens, self.compute_dtype), None
-        earlier: Sequence[KeyValues | None] = [None] * len(self.layers) if cache is None else cache
+        earlier: Sequence[LayerState | None] = [None] * len(self.layers) if cache is None else cache
         updated = []
-        for i, (layer, kv) in enumerate(zip(self.layers, earlier, strict=True)):
-            x, update, updated_kv = layer.advance(f"layers.{i}", x, update, positions, apply, kv)
-            updated.append(updated_kv)
+        for i, (layer, state) in enumerate(zip(self.layers, earlier, strict=True)):
+            x, update, state = layer.advance(f"layers.{i}", x, update, positions, apply, state)
+            updated.append(state)
         return self.norm.add(x, update)[1], updated
 
     def logits(self, x: Activations, apply: Apply) -> Float[Array, "*rows v"]:
@@ -193,5 +201,7 @@ def abstract_tree(config: ModelConfig, max_bits: int, num_targets: int) -> dict[
         if projection.bias:
             bias = f"{name}.bias"
             leaves[bias] = jax.ShapeDtypeStruct(projection.shape(sizes)[1:], stored_dtype(config, bias))
+    for name, size in delta_parameters(config).items():
+        leaves[name] = jax.ShapeDtypeStruct(size, stored_dtype(config, name))
     leaves[f"{HEAD}.columns"] = jax.ShapeDtypeStruct((sizes["vocab"],), jnp.int32)
     return unflatten_dict(leaves, sep=".")

@@ -14,12 +14,20 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from grinqh_jax.model.apply import Apply
-from grinqh_jax.model.attention import attend_heads
-from grinqh_jax.model.cache import KeyValues
+from grinqh_jax.model.attention import attend_heads, without_gates
+from grinqh_jax.model.cache import KeyValues, LayerState, RecurrentState
 from grinqh_jax.model.config import ModelConfig
+from grinqh_jax.model.delta_net import DeltaNet
 from grinqh_jax.model.experts import Router, build_experts, grading_factor
 from grinqh_jax.model.gated_mlp import gated
-from grinqh_jax.model.layer_spec import Attention, GatedExperts, GatedMLP, LayerSpec, ResidualBlock
+from grinqh_jax.model.layer_spec import (
+    Attention,
+    GatedDeltaNet,
+    GatedExperts,
+    GatedMLP,
+    LayerSpec,
+    ResidualBlock,
+)
 from grinqh_jax.model.linear import build_linear
 from grinqh_jax.model.norm import add_norm, rms_norm
 from grinqh_jax.model.parameters import axis_sizes
@@ -83,6 +91,8 @@ class DecoderLayer(nnx.Module):
             setattr(self, projection.name, build(leaves, shape))
         if (experts := self.spec.experts) is not None:
             setattr(self, experts.router, Router(jnp.asarray(tree[experts.router]["kernel"])))
+        if (delta := self.spec.delta_net) is not None:
+            setattr(self, delta.name, DeltaNet(**jax.tree.map(jnp.asarray, dict(tree[delta.name]))))
 
     def __call__(
         self,
@@ -90,8 +100,8 @@ class DecoderLayer(nnx.Module):
         x: Float[Array, "b t d"],
         positions: Int[Array, "b t"],
         apply: Apply,
-        kv: KeyValues | None = None,
-    ) -> tuple[Float[Array, "b t d"], KeyValues]:
+        state: LayerState | None = None,
+    ) -> tuple[Float[Array, "b t d"], LayerState]:
         """Runs the layer.
 
         Args:
@@ -99,14 +109,14 @@ class DecoderLayer(nnx.Module):
           x: Residual stream.
           positions: Positions of the tokens in their sequence.
           apply: Strategy that computes the linear layers.
-          kv: Cached keys and values of this layer; None if the tokens are the whole sequence.
+          state: State of this layer after the earlier tokens; None if the tokens are the whole sequence.
 
         Returns:
-          ``(x, kv)``: the residual stream after the layer, and keys and values as ``attention.attend``
-          returns them.
+          ``(x, state)``: the residual stream after the layer, and the state after the tokens, as
+          ``attention.attend`` or ``DeltaNet`` returns it.
         """
-        x, update, kv = self.advance(name, x, None, positions, apply, kv)
-        return x + update.array, kv
+        x, update, state = self.advance(name, x, None, positions, apply, state)
+        return x + update.array, state
 
     def advance(
         self,
@@ -115,15 +125,15 @@ class DecoderLayer(nnx.Module):
         update: Activations | None,
         positions: Int[Array, "b t"],
         apply: Apply,
-        kv: KeyValues | None = None,
-    ) -> tuple[Float[Array, "b t d"], Activations, KeyValues]:
+        state: LayerState | None = None,
+    ) -> tuple[Float[Array, "b t d"], Activations, LayerState]:
         """Runs the layer on ``x + update``, and leaves the addition of its last block to the caller.
 
         On a GPU one kernel adds and computes the norm that follows (see ``norm.add_norm``), which for the
         last block belongs to the next layer.
 
         Returns:
-          ``(x, update, kv)``: the residual stream after the layer is ``x + update``.
+          ``(x, update, state)``: the residual stream after the layer is ``x + update``.
         """
         for block in self.spec.blocks:
             x, inputs = self.inputs(block, x, update)
@@ -131,12 +141,12 @@ class DecoderLayer(nnx.Module):
                 written = self.mixture(name, block, block.mixer, inputs, apply)
             else:
                 outputs = apply(f"{name}.{block.reads.name}", getattr(self, block.reads.name), inputs)
-                mixed, kv = self.mix(block, outputs, positions, kv)
+                mixed, state = self.mix(block, outputs, positions, state)
                 written = apply(f"{name}.{block.writes.name}", getattr(self, block.writes.name), mixed)
             update = self.update(block, written)
         assert update is not None, "a layer has a residual block"
-        assert kv is not None, "a layer has an attention block"
-        return x, update, kv
+        assert state is not None, "a layer has attention or a gated delta net"
+        return x, update, state
 
     def inputs(
         self, block: ResidualBlock, x: Float[Array, "b t d"], update: Activations | None
@@ -181,22 +191,43 @@ class DecoderLayer(nnx.Module):
         block: ResidualBlock,
         outputs: Activations,
         positions: Int[Array, "b t"],
-        kv: KeyValues | None = None,
-    ) -> tuple[Activations, KeyValues | None]:
+        state: LayerState | None = None,
+    ) -> tuple[Activations, LayerState | None]:
         """Turns the outputs of a block's first projection into the inputs of its second.
 
         Args:
           block: Block of ``spec`` that is no mixture of experts.
           outputs: Outputs of ``block.reads``, ``[b, t, n]``.
-          positions, kv: See ``__call__``.
+          positions, state: See ``__call__``.
 
         Returns:
-          ``(inputs of block.writes, kv)``: a block without attention returns kv as it is.
+          ``(inputs of block.writes, state)``: an MLP returns the state as it is.
         """
         match block.mixer:
-            case Attention(head_norms=head_norms) as attention:
-                scales = head_norms and tuple(getattr(self, norm.name).scale[...] for norm in head_norms)
-                return attend_heads(self.config, attention, outputs, scales, positions, kv)
+            case Attention() as attention:
+                assert not isinstance(state, RecurrentState), "attention has keys and values"
+                return self._attend(attention, outputs, positions, state)
+            case GatedDeltaNet(head_norm, delta):
+                assert not isinstance(state, KeyValues), "a gated delta net has a recurrent state"
+                heads, scale = self.config.delta_heads, getattr(self, head_norm.name).scale[...]
+                return getattr(self, delta)(heads, outputs, scale, self.config.rms_norm_eps, state)
             case GatedMLP(activation):
-                return gated(outputs, activation), kv
+                return gated(outputs, activation), state
         raise ValueError(f"{block.reads.name} belongs to a mixture of experts, which runs as a whole")
+
+    def _attend(
+        self,
+        attention: Attention,
+        outputs: Activations,
+        positions: Int[Array, "b t"],
+        state: KeyValues | None,
+    ) -> tuple[Activations, KeyValues]:
+        """Computes attention and, where the description has them, the gates of its results."""
+        norms, gates = attention.head_norms, None
+        scales = norms and tuple(getattr(self, norm.name).scale[...] for norm in norms)
+        if attention.output_gate:
+            outputs, gates = without_gates(self.config, outputs)
+        mixed, state = attend_heads(self.config, attention, outputs, scales, positions, state)
+        if gates is not None:
+            mixed = Activations.of(mixed.array * jax.nn.sigmoid(gates))
+        return mixed, state

@@ -84,6 +84,8 @@ class Attention:
       score_scale: Factor of the scores; None for ``head_dim ** -0.5``.
       score_soft_cap: Limit c of the scores s, which become ``c * tanh(s / c)``; None for no limit.
       query_growth: Factor of the queries, or None.
+      output_gate: Whether each head is multiplied by the sigmoid of a gate of its width. Each query head is
+        followed by its gate in the outputs of ``reads`` (axis ``gated_query``).
     """
 
     rope: RopeConfig | None
@@ -92,6 +94,43 @@ class Attention:
     score_scale: float | None = None
     score_soft_cap: float | None = None
     query_growth: QueryGrowth | None = None
+    output_gate: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedDeltaNet:
+    """A gated delta net (``delta_net``), which mixes tokens with a state of fixed size.
+
+    Attributes:
+      head_norm: Norm of each value head of the results.
+      name: Name of the module that holds the other parameters.
+    """
+
+    head_norm: Norm
+    name: str = "delta"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeltaHeads:
+    """Sizes of the gated delta nets of a model.
+
+    Attributes:
+      key_heads: Number of key heads, and of query heads.
+      value_heads: Number of value heads; ``value_heads / key_heads`` consecutive ones share a key head.
+      key_dim, value_dim: Width of a key head and of a value head.
+      convolution_width: Number of tokens that a causal convolution sees, its own included.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    convolution_width: int
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of queries, keys and values together, which a convolution filters."""
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +179,7 @@ class ResidualBlock:
 
     norm: Norm | None
     reads: Projection
-    mixer: Attention | GatedMLP | GatedExperts
+    mixer: Attention | GatedDeltaNet | GatedMLP | GatedExperts
     writes: Projection
     norm_after: Norm | None = None
     multiplier: float = 1.0
@@ -173,12 +212,19 @@ class LayerSpec:
         for block in self.blocks:
             if isinstance(block.mixer, Attention) and block.mixer.head_norms is not None:
                 norms += block.mixer.head_norms
+            if isinstance(block.mixer, GatedDeltaNet):
+                norms.append(block.mixer.head_norm)
         return tuple(norms)
 
     @property
-    def attention(self) -> Attention:
-        """Attention of the layer."""
-        return next(block.mixer for block in self.blocks if isinstance(block.mixer, Attention))
+    def attention(self) -> Attention | None:
+        """Attention of the layer, if it has one."""
+        return next((block.mixer for block in self.blocks if isinstance(block.mixer, Attention)), None)
+
+    @property
+    def delta_net(self) -> GatedDeltaNet | None:
+        """Gated delta net of the layer, if it has one. Its state is recurrent (``cache.RecurrentState``)."""
+        return next((block.mixer for block in self.blocks if isinstance(block.mixer, GatedDeltaNet)), None)
 
     @property
     def experts(self) -> GatedExperts | None:
@@ -251,6 +297,7 @@ class Description:
       logit_transform: Function from the outputs of the output projection to logits.
       num_experts: Number of experts of each mixture; 0 if the model has none.
       expert_size: Width of an expert: outputs of its gate projection, and of its up projection.
+      delta_heads: Sizes of the gated delta nets; None if the model has none.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -259,3 +306,9 @@ class Description:
     logit_transform: LogitTransform = IDENTITY
     num_experts: int = 0
     expert_size: int = 0
+    delta_heads: DeltaHeads | None = None
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether a layer has a recurrent state, which earlier tokens cannot be taken out of."""
+        return any(layer.delta_net is not None for layer in self.layers)

@@ -4,7 +4,14 @@ import collections
 from collections.abc import Iterator
 
 from grinqh_jax.model.attention import kernel_lacks
-from grinqh_jax.model.layer_spec import Attention, Description, GatedExperts, GatedMLP, LayerSpec
+from grinqh_jax.model.layer_spec import (
+    Attention,
+    Description,
+    GatedDeltaNet,
+    GatedExperts,
+    GatedMLP,
+    LayerSpec,
+)
 
 
 def options(description: Description) -> list[str]:
@@ -29,8 +36,13 @@ def options(description: Description) -> list[str]:
 def missing_kernels(description: Description) -> list[str]:
     """Returns, for options that the kernels of a decode step lack, what XLA computes instead on a GPU."""
     lines = []
-    if gaps := dict.fromkeys(kernel_lacks(spec.attention) for spec in description.layers):
-        lines += [f"attention with {gap}" for gap in gaps if gap is not None]
+    attentions = [spec.attention for spec in description.layers if spec.attention is not None]
+    gaps = dict.fromkeys(kernel_lacks(attention) for attention in attentions)
+    lines += [f"attention with {gap}" for gap in gaps if gap is not None]
+    if any(attention.output_gate for attention in attentions):
+        lines.append("gates of attention")
+    if description.is_recurrent:
+        lines.append("gated delta nets")
     blocks = [block for spec in description.layers for block in spec.blocks]
     if any(block.norm is None or block.norm_after is not None for block in blocks):
         lines.append("residual addition and norm, because blocks normalize what they add")
@@ -62,6 +74,9 @@ def _layer_options(spec: LayerSpec) -> Iterator[str]:
         if isinstance(block.mixer, Attention):
             yield from _attention_options(block.mixer)
             continue
+        if isinstance(block.mixer, GatedDeltaNet):
+            yield "a gated delta net"
+            continue
         if isinstance(block.mixer, GatedExperts):
             probabilities = "normalized" if block.mixer.normalized else "not normalized"
             yield (
@@ -91,6 +106,8 @@ def _attention_options(attention: Attention) -> Iterator[str]:
         yield f"scores times {attention.score_scale:g}"
     if attention.score_soft_cap is not None:
         yield f"scores capped at {attention.score_soft_cap:g}"
+    if attention.output_gate:
+        yield "gates of the heads"
     if attention.query_growth is not None:
         yield "queries that grow with their position"
     if attention.rope is None:

@@ -10,16 +10,25 @@ EMBEDDING = "embed.embedding"
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:
     """Returns the sizes of the axes of parameters, by name."""
-    return {
+    sizes = {
         "vocab": config.vocab_size,
         "hidden": config.hidden_size,
         "intermediate": config.intermediate_size,
         "query": config.num_heads * config.head_dim,
+        "gated_query": 2 * config.num_heads * config.head_dim,
         "key_value": config.num_kv_heads * config.head_dim,
         "head": config.head_dim,
         "experts": config.num_experts,
         "expert": config.expert_size,
     }
+    if (heads := config.delta_heads) is not None:
+        sizes |= {
+            "delta_qkv": heads.channels,
+            "delta_value": heads.value_heads * heads.value_dim,
+            "delta_heads": heads.value_heads,
+            "delta_head": heads.value_dim,
+        }
+    return sizes
 
 
 def norms(config: ModelConfig) -> dict[str, Norm]:
@@ -46,6 +55,26 @@ def routers(config: ModelConfig) -> dict[str, str]:
         for i, spec in enumerate(config.layers)
         for block in spec.blocks
         if isinstance(block.mixer, GatedExperts)
+    }
+
+
+def delta_parameters(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the parameters of gated delta nets beside norms and projections, by dotted name.
+
+    They are float32 in a checkpoint.
+    """
+    if (heads := config.delta_heads) is None:
+        return {}
+    shapes: dict[str, tuple[int, ...]] = {
+        "convolution": (heads.channels, 1, heads.convolution_width),
+        "log_decay": (heads.value_heads,),
+        "step_bias": (heads.value_heads,),
+    }
+    return {
+        f"layers.{i}.{spec.delta_net.name}.{leaf}": shape
+        for i, spec in enumerate(config.layers)
+        if spec.delta_net is not None
+        for leaf, shape in shapes.items()
     }
 
 
@@ -80,6 +109,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, list[tuple[int, ...]]]:
     shapes |= {f"{name}.scale": [(sizes[norm.axis],)] for name, norm in norms(config).items()}
     kernels = projections(config) | {HEAD: Projection(HEAD, "hidden", ("vocab",))}
     kernels |= {name: Projection(name, "hidden", ("experts",)) for name in routers(config)}
+    shapes |= {name: [shape] for name, shape in delta_parameters(config).items()}
     for name, projection in kernels.items():
         arrays: list[tuple[int, ...]] = [
             (sizes[axis], sizes[projection.inputs]) for axis in projection.outputs
@@ -91,7 +121,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, list[tuple[int, ...]]]:
 
 
 def stored_dtype(config: ModelConfig, name: str) -> jnp.dtype:
-    """Returns the dtype of a norm scale, a bias or a router in a checkpoint.
+    """Returns the dtype of a norm scale, a bias, a router or a ``delta_parameters`` in a checkpoint.
 
     Args:
       config: Configuration of the model.
@@ -99,5 +129,6 @@ def stored_dtype(config: ModelConfig, name: str) -> jnp.dtype:
     """
     module, _, leaf = name.rpartition(".")
     # bfloat16 does not hold 1 plus a small number.
-    wide = leaf == "bias" or (leaf == "scale" and norms(config)[module].offset != 0)
+    wide = leaf == "bias" or name in delta_parameters(config)
+    wide |= leaf == "scale" and norms(config)[module].offset != 0
     return jnp.dtype(jnp.float32 if wide else jnp.bfloat16)

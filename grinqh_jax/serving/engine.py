@@ -114,7 +114,7 @@ class Engine:
         policy = policy or DecodePolicy.for_device()
         device = Device(model, generator.dial(None), self.shape, policy, self._settings(Request(), 1))
         device.compile(generator.programs)
-        self.storage = SharedPages(self.shape, device.graded)
+        self.storage = SharedPages(self.shape, device.graded, model.config.is_recurrent)
         self.scheduler = Scheduler(device, self.storage, policy)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._jobs: dict[Answer, Job] = {}  # unfinished ones

@@ -24,7 +24,7 @@ _SIZES = {
 }
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 500.0}
 _LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}
-_GLOBAL, _SLIDING = "full_attention", "sliding_attention"
+_GLOBAL, _SLIDING, _DELTA = "full_attention", "sliding_attention", "linear_attention"
 
 
 def _config(model_type: str, architecture: str, **options) -> dict:
@@ -171,6 +171,38 @@ CASES = {
         attention_bias=True,
         rope_parameters={_GLOBAL: _LINEAR, _SLIDING: {"rope_type": "default", "rope_theta": 50.0}},
     ),
+    "qwen3_5": _config(
+        "qwen3_5_text",
+        "Qwen3_5ForCausalLM",
+        head_dim=32,
+        attention_bias=True,
+        linear_num_key_heads=2,
+        linear_num_value_heads=6,
+        linear_key_head_dim=16,
+        linear_value_head_dim=24,
+        linear_conv_kernel_dim=4,
+        layer_types=[_DELTA, _GLOBAL, _DELTA],
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 1000.0,
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [3, 3, 2],
+            "mrope_interleaved": True,
+        },
+    ),
+    "qwen3_5-tied-yarn": _config(
+        "qwen3_5_text",
+        "Qwen3_5ForCausalLM",
+        head_dim=64,
+        full_attention_interval=2,
+        linear_num_key_heads=3,
+        linear_num_value_heads=3,
+        linear_key_head_dim=24,
+        linear_value_head_dim=16,
+        linear_conv_kernel_dim=3,
+        rope_parameters=_YARN | {"partial_rotary_factor": 0.25},
+        tie_word_embeddings=True,
+    ),
     "gemma3-old-spelling": _config(
         "gemma3_text",
         "Gemma3ForCausalLM",
@@ -208,23 +240,69 @@ def with_one_option_off(config: ModelConfig, tree: dict) -> Iterator[tuple[str, 
     for bias in {key.split(".", 2)[2] for key in flat if key.endswith(".bias")}:
         without = {key: 0 * value if key.endswith(bias) else value for key, value in flat.items()}
         yield bias, config, unflatten_dict(without, sep=".")
+    yield from _without_gates(config, tree)
+    for name, off in _DELTA_OFF.items():
+        if any(key.endswith(name) for key in flat):
+            changed = {key: off(value) if key.endswith(name) else value for key, value in flat.items()}
+            yield name, config, unflatten_dict(changed, sep=".")
     offsets = {f"{name}.scale": norm.offset for name, norm in norms(config).items()}
     if any(offsets.values()):
         stored = {key: value - offsets.get(key, 0) for key, value in flat.items()}
         yield "offset of norm scales", config, unflatten_dict(stored, sep=".")
 
 
+_DELTA_OFF = {
+    ".delta.convolution": lambda filters: (
+        0 * filters + (np.arange(filters.shape[-1]) == filters.shape[-1] - 1)
+    ),
+    ".delta.log_decay": lambda rates: rates - 100,
+    ".delta.step_bias": lambda biases: 0 * biases,
+    ".delta_norm.scale": lambda scales: 0 * scales + 1,
+}
+"""Functions that switch parameters of a gated delta net off: no filter, no decay, no bias, no scale."""
+
+
+def _without_gates(config: ModelConfig, tree: dict) -> Iterator[tuple[str, ModelConfig, dict]]:
+    """Yields a model without the gates of attention, if it has any."""
+    if not any(spec.attention is not None and spec.attention.output_gate for spec in config.layers):
+        return
+
+    def without(outputs: np.ndarray) -> np.ndarray:
+        width = 2 * config.num_heads * config.head_dim
+        pairs = outputs[..., :width].reshape(*outputs.shape[:-1], config.num_heads, 2, config.head_dim)
+        queries = pairs[..., 0, :].reshape(*outputs.shape[:-1], -1)
+        return np.concatenate([queries, outputs[..., width:]], axis=-1)
+
+    flat = flatten_dict(tree, sep=".")
+    flat = {key: without(value) if ".qkv." in key else value for key, value in flat.items()}
+    layers = tuple(_with_attention(layer, output_gate=False) for layer in config.layers)
+    layers = tuple(
+        LayerSpec(
+            tuple(
+                dataclasses.replace(
+                    block, reads=dataclasses.replace(block.reads, outputs=("query", "key_value", "key_value"))
+                )
+                if isinstance(block.mixer, Attention)
+                else block
+                for block in layer.blocks
+            )
+        )
+        for layer in layers
+    )
+    yield "gates of attention", dataclasses.replace(config, layers=layers), unflatten_dict(flat, sep=".")
+
+
 def _changes(spec: LayerSpec, config: ModelConfig) -> Iterator[tuple[str, object]]:
     """Yields ``(option, function)`` of the options of a layer; the function switches it off in any layer."""
     attention = spec.attention
     for field in ("window", "head_norms", "score_scale", "score_soft_cap", "query_growth"):
-        if getattr(attention, field) is not None:
+        if attention is not None and getattr(attention, field) is not None:
             yield field, lambda layer, field=field: _with_attention(layer, **{field: None})
-    ropes = [layer.attention.rope for layer in config.layers]
+    ropes = [layer.attention.rope for layer in config.layers if layer.attention is not None]
     if len(set(ropes)) > 1:
         first = next(rope for rope in ropes if rope is not None)
         yield "a rope of each layer", lambda layer: _with_attention(layer, rope=first)
-    if attention.rope is not None:
+    if attention is not None and attention.rope is not None:
         plain = RopeConfig(theta=attention.rope.theta)
         for field in ("type", "rotary_dim", "attention_factor", "channel_factors"):
             if getattr(attention.rope, field) != getattr(plain, field):
@@ -267,7 +345,7 @@ def _with_mixture(layer: LayerSpec, field: str) -> LayerSpec:
 
 
 def _with_rope(layer: LayerSpec, field: str) -> LayerSpec:
-    rope = layer.attention.rope
+    rope = None if layer.attention is None else layer.attention.rope
     if rope is None:
         return layer
     off = {"type": "default", "rotary_dim": None, "attention_factor": 1.0}

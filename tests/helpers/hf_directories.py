@@ -58,7 +58,7 @@ def random_state(hf_config: dict) -> dict[str, np.ndarray]:
             values = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, np.float32)
             if key.endswith(".scale"):
                 values = 1 - norms(config)[key.removesuffix(".scale")].offset + 0.2 * values
-            elif not key.endswith(".bias"):
+            elif not key.endswith((".bias", ".log_decay", ".step_bias")):
                 values *= shape[1] ** -0.5
             state[name] = values.astype(ml_dtypes.bfloat16)
     return state

@@ -109,6 +109,8 @@ jaxtyping.install_import_hook(
         "grinqh_jax.model.attention",
         "grinqh_jax.model.cache",
         "grinqh_jax.model.decoder",
+        "grinqh_jax.model.decoder_layer",
+        "grinqh_jax.model.delta_net",
         "grinqh_jax.model.experts",
         "grinqh_jax.model.flat_model",
         "grinqh_jax.model.layer_spec",

@@ -78,7 +78,7 @@ def random_state(hf_config: dict, seed: int = 0) -> dict[str, np.ndarray]:
             values = rng.standard_normal(source.shape, dtype=np.float32)
             if key.endswith(".scale"):
                 values = 1 - norms(config)[key.removesuffix(".scale")].offset + 0.3 * values
-            elif not key.endswith(".bias"):
+            elif not key.endswith((".bias", ".log_decay", ".step_bias")):
                 values *= source.shape[1] ** -0.5 * 1.5
             state[source.name] = values
     return state

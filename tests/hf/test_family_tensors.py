@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from family_cases import CASES, TOKENS
 
+from grinqh_jax.cli.inspect import report_of
 from grinqh_jax.errors import CheckpointError, UnsupportedModelError
 from grinqh_jax.hf import load_decoder, open_checkpoint, params
+from grinqh_jax.hf.reader import survey_checkpoint
 
 VISION = {
     "model_type": "gemma3",
@@ -64,6 +66,36 @@ def test_the_text_part_of_a_vision_model_is_read(prefix, tmp_path):
     assert whole.parameters == text.parameters
     for key in text.parameters:
         np.testing.assert_array_equal(whole.read(key), text.read(key))
+
+
+def test_vision_and_multi_token_prediction_of_qwen3_5_are_left_out(tmp_path):
+    state = hf_directories.random_state(CASES["qwen3_5"])
+    whole = {name.replace("model.", "model.language_model.", 1): value for name, value in state.items()}
+    whole["model.visual.patch_embed.proj.weight"] = np.ones(8, np.float32)
+    whole["mtp.layers.0.mlp.down_proj.weight"] = np.ones((8, 8), np.float32)
+    text = open_checkpoint(hf_directories.write(tmp_path / "text", CASES["qwen3_5"], state))
+    config = {k: v for k, v in CASES["qwen3_5"].items() if k != "architectures"}
+    config = {
+        "model_type": "qwen3_5",
+        "architectures": ["Qwen3_5ForConditionalGeneration"],
+        "text_config": config,
+        "vision_config": {"hidden_size": 8},
+    }
+    checkpoint = open_checkpoint(hf_directories.write(tmp_path / "whole", config, whole))
+    assert checkpoint.config.has_vision
+    assert checkpoint.config.layers == text.config.layers
+    assert not checkpoint.config.tie_word_embeddings
+    for key in text.parameters:
+        np.testing.assert_array_equal(checkpoint.read(key), text.read(key))
+    assert report_of(survey_checkpoint(tmp_path / "whole"))["options"][-2:] == [
+        "the vision tower is left out",
+        "the multi-token prediction head is left out",
+    ]
+    alone = dict(state) | {"mtp.norm.weight": np.ones(8, np.float32)}
+    open_checkpoint(hf_directories.write(tmp_path / "text_and_heads", CASES["qwen3_5"], alone))
+    other = hf_directories.random_state(CASES["olmo2"]) | {"mtp.norm.weight": np.ones(8, np.float32)}
+    with pytest.raises(CheckpointError, match=r"mtp.norm.weight is not part of a olmo2 model"):
+        open_checkpoint(hf_directories.write(tmp_path / "other", CASES["olmo2"], other))
 
 
 def test_a_quantized_vision_model_is_refused(tmp_path):

@@ -106,6 +106,20 @@ REFUSED = {
         ({"rope_parameters": {"rope_type": "default"}}, "rope_parameters without full_attention"),
         ({"layer_types": ["linear_attention"] * 3}, "layer_types linear_attention"),
     ],
+    "qwen3_5": [
+        (
+            {"hidden_act": "gelu_pytorch_tanh"},
+            "hidden_act 'gelu_pytorch_tanh' (supported in this family: silu)",
+        ),
+        (
+            {"linear_num_value_heads": 5},
+            "linear_num_value_heads 5 is not a multiple of linear_num_key_heads 2",
+        ),
+        ({"layer_types": ["linear_attention"] * 3}, "layer_types without full_attention"),
+        ({"layer_types": ["sliding_attention"] * 3}, "layer_types sliding_attention (supported"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope type 'longrope'"),
+        ({"mlp_bias": True}, "mlp_bias True"),
+    ],
     "gemma3": [
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
         ({"attn_logit_softcapping": 30.0}, "attn_logit_softcapping 30.0"),
@@ -170,7 +184,7 @@ def prefill_and_decode(model, tokens):
     return jnp.concatenate([prompt[None], logits]).swapaxes(0, 1)
 
 
-@pytest.mark.parametrize("name", cases("ministral3", "smollm3", "olmo3-window-yarn", "gemma3"))
+@pytest.mark.parametrize("name", cases("ministral3", "smollm3", "olmo3-window-yarn", "gemma3", "qwen3_5"))
 def test_prefill_and_decoding_with_a_cache_equal_one_pass(name):
     model = model_of(CASES[name])
     whole = np.asarray(model(TOKENS))[:, PROMPT - 1 :]

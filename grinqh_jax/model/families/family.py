@@ -9,6 +9,7 @@ from grinqh_jax.model.layer_spec import (
     Activation,
     Attention,
     Description,
+    GatedDeltaNet,
     GatedExperts,
     GatedMLP,
     LayerSpec,
@@ -72,6 +73,7 @@ class Family:
       tensors: Names of the tensors of each parameter (``TENSORS``).
       biases: Configuration keys of biases that the family implements; the others are refused.
       mixtures: Whether the family implements mixtures of experts; the others refuse them.
+      left_out: Parts of a checkpoint that are not read, in words, each with a pattern of its tensors' names.
     """
 
     model_type: str
@@ -81,10 +83,11 @@ class Family:
     tensors: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: TENSORS)
     biases: tuple[str, ...] = ()
     mixtures: bool = False
+    left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def layer(
-    attention: Attention,
+    attention: Attention | GatedDeltaNet,
     activation: Activation | str,
     *,
     before: bool = True,
@@ -96,10 +99,10 @@ def layer(
     norm_offset: float = 0.0,
     experts: GatedExperts | None = None,
 ) -> LayerSpec:
-    """Returns a layer of attention and a gated MLP, or a mixture of experts.
+    """Returns a layer of attention or a gated delta net, and a gated MLP or a mixture of experts.
 
     Args:
-      attention: Attention of the layer.
+      attention: Attention or gated delta net of the layer. A gated delta net has no biases.
       activation: Activation function of the MLP.
       before: Whether both blocks read the residual stream through norms.
       after: Whether both blocks normalize what they add to the stream.
@@ -118,13 +121,22 @@ def layer(
     else:
         reads = Projection("experts_gate_up", "hidden", ("expert", "expert"), of_experts=True)
         writes = Projection("experts_down", "expert", ("hidden",), of_experts=True)
+    if isinstance(attention, GatedDeltaNet):
+        outputs = "delta_qkv", "delta_value", "delta_heads", "delta_heads"
+        first = Projection("delta_in", "hidden", outputs), Projection("delta_out", "delta_value", ("hidden",))
+    else:
+        query = "gated_query" if attention.output_gate else "query"
+        first = (
+            Projection("qkv", "hidden", (query, "key_value", "key_value"), qkv_bias),
+            Projection("o", "query", ("hidden",), o_bias),
+        )
     return LayerSpec(
         (
             ResidualBlock(
                 norm=norm(INPUT_NORM, before),
-                reads=Projection("qkv", "hidden", ("query", "key_value", "key_value"), qkv_bias),
+                reads=first[0],
                 mixer=attention,
-                writes=Projection("o", "query", ("hidden",), o_bias),
+                writes=first[1],
                 norm_after=norm(ATTENTION_OUTPUT_NORM, after),
                 multiplier=multiplier,
             ),

@@ -1,0 +1,52 @@
+"""Models with recurrent states in a conversation and in the engine: padding, slots, pages, whole prompts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_models
+from family_cases import CASES
+
+from grinqh_jax.decoding.generator import Generator
+from grinqh_jax.decoding.prompt_cache import PromptCache
+from grinqh_jax.decoding.request import Request
+from grinqh_jax.model.decoder import Decoder
+from grinqh_jax.serving.engine import Engine
+
+HF_CONFIG = CASES["qwen3_5-tied-yarn"] | {"vocab_size": 300, "num_hidden_layers": 2}
+STEPS = 6
+PROMPTS = [np.random.default_rng(n).integers(0, 256, n).tolist() for n in (3, 41, 90)]
+REQUEST = Request(temperature=0, max_tokens=STEPS, stop_tokens=())
+
+
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory) -> Generator:
+    return Generator.load(tiny_models.write(tmp_path_factory.mktemp("qwen3_5"), HF_CONFIG), jnp.float32)
+
+
+def greedy(model: Decoder, prompt: list[int]) -> list[int]:
+    """Returns the most likely tokens, each from a forward pass without a cache; the padding comes later."""
+    forward, tokens = jax.jit(lambda model, tokens: model(tokens)), list(prompt)
+    for _ in range(STEPS):
+        padded = jnp.asarray([tokens + [0] * (100 - len(tokens))])
+        tokens.append(int(jnp.argmax(forward(model, padded)[0, len(tokens) - 1])))
+    return tokens[len(prompt) :]
+
+
+def test_a_conversation_reads_every_prompt_as_a_whole(generator):
+    cache, prompt = PromptCache(), PROMPTS[1]
+    for _ in range(2):
+        generation = generator.generate(prompt, REQUEST, prompt_cache=cache)
+        for _ in generation:
+            pass
+        assert list(generation.tokens) == greedy(generator.model, prompt)
+        prompt = prompt + list(generation.tokens) + [7, 8, 9]
+
+
+def test_the_engine_decodes_texts_of_several_lengths_in_slots_and_pages(generator):
+    with Engine(generator, slots=2, max_context=128, page_size=16, piece=32) as engine:
+        for _ in range(2):  # A slot and its pages had another text before.
+            answers = engine.generate_many(PROMPTS, REQUEST)
+            for prompt, answer in zip(PROMPTS, answers, strict=True):
+                assert list(answer.tokens) == greedy(generator.model, prompt)
+        assert engine.stats().reused_tokens == 0
