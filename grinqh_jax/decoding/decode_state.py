@@ -101,7 +101,7 @@ class DecodeState:
 
         history = None
         if settings.sampling.penalties is not None:
-            history = TokenHistory(full(False, config.vocab_size, dtype=bool), full(0, config.vocab_size))
+            history = TokenHistory(full(0, config.vocab_size))
         rows = Slots(
             settings=jax.tree.map(lambda row: full(0, *row.shape[1:], dtype=row.dtype), settings),
             pages=full(cache.num_pages, pages_per_slot) if pages_per_slot is not None else None,
@@ -216,7 +216,7 @@ def insert(
     """
     history = None
     if in_prompt is not None:
-        history = TokenHistory(in_prompt, jnp.zeros(in_prompt.shape, jnp.int32))
+        history = TokenHistory.before_text(in_prompt)
     if dial is not None:
         dial = dial.with_state(DialState.create(settings.bits))
     first, history, dial = first_tokens(

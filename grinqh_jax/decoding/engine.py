@@ -15,7 +15,7 @@ from grinqh_jax.decoding.dial import SKIPPED_POSITIONS, Dial, DialState
 from grinqh_jax.decoding.logprobs import TokenLogprobs, token_logprobs
 from grinqh_jax.decoding.penalties import TokenHistory
 from grinqh_jax.decoding.policy import DecodePolicy
-from grinqh_jax.decoding.sampling import Sampling, choose_tokens, greedy, sample
+from grinqh_jax.decoding.sampling import Sampling, choose_tokens
 from grinqh_jax.decoding.thresholds import StackedThresholds, Thresholds, interpolate_each
 from grinqh_jax.model import apply
 from grinqh_jax.model.cache import KVCache
@@ -289,11 +289,8 @@ def jitted_decode_chunk(
     )
 
     def choose(outputs, positions, history):
-        if sampling.penalties is not None or sampling.logit_bias is not None:
-            return choose_tokens(model.lm_head.in_order(outputs), sampling, positions, policy, history)
-        if sampling.greedy:
-            return greedy(outputs, token_ids)
-        return sample(model.lm_head.in_order(outputs), sampling, positions, policy)
+        order = {"token_ids": token_ids, "in_order": model.lm_head.in_order}
+        return choose_tokens(outputs, sampling, positions, policy, history, **order)
 
     def unfinished(state):
         step, chunk, _ = state

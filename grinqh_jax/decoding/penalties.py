@@ -47,12 +47,11 @@ class TokenHistory:
     """The tokens in each row's prompt and generated text.
 
     Attributes:
-      in_prompt: bool ``[B, V]``, whether the prompt has the token.
-      generated: int32 ``[B, V]``, number of occurrences of the token in the generated text.
+      packed: int32 ``[B, V]``: twice the number of occurrences of the token in the generated text, plus 1 if
+        the prompt has the token. One array, because the kernel that samples gathers it by token.
     """
 
-    in_prompt: Bool[Array, "b v"]
-    generated: Int[Array, "b v"]
+    packed: Int[Array, "b v"]
 
     @classmethod
     def of(cls, prompts: Sequence[Sequence[int]], vocabulary: int) -> "TokenHistory":
@@ -60,13 +59,27 @@ class TokenHistory:
         in_prompt = np.zeros((len(prompts), vocabulary), bool)
         for row, prompt in zip(in_prompt, prompts, strict=True):
             row[np.asarray(prompt)] = True
-        return cls(jnp.asarray(in_prompt), jnp.zeros(in_prompt.shape, jnp.int32))
+        return cls.before_text(jnp.asarray(in_prompt))
+
+    @classmethod
+    def before_text(cls, in_prompt: Bool[Array, "b v"]) -> "TokenHistory":
+        """Returns the history before the first generated token, from whether the prompt has each token."""
+        return cls(in_prompt.astype(jnp.int32))
+
+    @property
+    def in_prompt(self) -> Bool[Array, "b v"]:
+        """bool ``[B, V]``, whether the prompt has the token."""
+        return (self.packed & 1) == 1
+
+    @property
+    def generated(self) -> Int[Array, "b v"]:
+        """int32 ``[B, V]``, number of occurrences of the token in the generated text."""
+        return self.packed >> 1
 
     def with_tokens(self, tokens: Int[Array, "b"], active: Bool[Array, "b"]) -> "TokenHistory":
         """Returns the history after one more token in each active row."""
         rows = jnp.arange(len(tokens))
-        generated = self.generated.at[rows, tokens].add(active.astype(jnp.int32))
-        return dataclasses.replace(self, generated=generated)
+        return TokenHistory(self.packed.at[rows, tokens].add(2 * active.astype(jnp.int32)))
 
 
 @jax.named_scope("penalties")
@@ -75,7 +88,8 @@ def penalize(logits: Float[Array, "b v"], penalties: Penalties, history: TokenHi
     repetition, presence, frequency = (
         values[:, None] for values in (penalties.repetition, penalties.presence, penalties.frequency)
     )
-    occurs = history.generated > 0
+    generated = history.generated
+    occurs = generated > 0
     repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
     logits = jnp.where(occurs | history.in_prompt, repeated, logits)
-    return logits - jnp.where(occurs, presence, 0) - frequency * history.generated
+    return logits - jnp.where(occurs, presence, 0) - frequency * generated

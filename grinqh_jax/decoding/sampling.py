@@ -1,12 +1,19 @@
 """Choosing the next token from logits: greedy, or sampled with temperature, top-k, top-p and min-p.
 
-Every parameter is an array with one entry for each row of the batch, so changing one compiles nothing. Two
-choices select another program: whether all rows are greedy, and whether there are penalties. The filters and
-their order are those of Hugging Face transformers: temperature, top-k, top-p (over the tokens that top-k
-kept), min-p.
+Every parameter is an array with one entry for each row of the batch, so changing one compiles nothing. These
+choices select another program: whether all rows are greedy, and whether there are biases, penalties, masks.
+The filters and their order are those of Hugging Face transformers: temperature, top-k, top-p (over the tokens
+that top-k kept), min-p.
+
+``adjust``, ``filtered`` and ``probabilities`` give the distribution of the next token, and ``choose_tokens``
+samples from it: on an NVIDIA GPU with the kernel of ``pallas_kernels.sampling``, elsewhere with XLA. Both add
+the same noise to the same scaled logits. They choose the same token unless two scores, or a sum of
+probabilities and ``top_p``, differ by about 1e-6 or less, relative to the larger one: then rounding decides.
+A row's token depends on the row alone.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,6 +23,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from grinqh_jax.decoding.penalties import NEUTRAL, Penalties, TokenHistory, penalize
 from grinqh_jax.decoding.policy import DecodePolicy
+from pallas_kernels import sampling as kernel
 
 
 @jax.tree_util.register_dataclass
@@ -36,6 +44,9 @@ class Sampling:
       penalties: Penalties on repeated tokens; None for none, which selects a program without them.
       logit_bias: float32 ``[B, V]``, added to the logits of the tokens before the penalties; None for none,
         which selects a program without it.
+      allowed: uint32 ``[B, ceil(V / 32)]``, the tokens that may be chosen: bit ``t % 32`` of word ``t // 32``
+        is set if token t is allowed. Each row needs an allowed token. None allows all, in a program without
+        masks.
     """
 
     temperature: Float[Array, "b"]
@@ -46,6 +57,17 @@ class Sampling:
     greedy: bool = dataclasses.field(default=False, metadata={"static": True})
     penalties: Penalties | None = None
     logit_bias: Float[Array, "b v"] | None = None
+    allowed: UInt32[Array, "b words"] | None = None
+
+    @property
+    def inverse_temperature(self) -> Float[Array, "b"]:
+        """float32 ``[B]``, the factor of the logits. A row of temperature 0 has 1."""
+        return 1 / jnp.where(self.temperature > 0, self.temperature, 1)
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether biases, penalties or masks change the logits."""
+        return not (self.logit_bias is None and self.penalties is None and self.allowed is None)
 
     @classmethod
     def create(cls, batch: int = 1, **parameters: Any) -> "Sampling":
@@ -86,32 +108,82 @@ class Sampling:
         )
 
 
-@jax.named_scope("sampling")
 def choose_tokens(
     logits: Float[Array, "b v"],
     sampling: Sampling,
     positions: Int[Array, "b"],
     policy: DecodePolicy,
     history: TokenHistory | None = None,
+    *,
+    token_ids: Int[Array, "v"] | None = None,
+    in_order: Callable[[Float[Array, "b v"]], Float[Array, "b v"]] | None = None,
 ) -> Int[Array, "b"]:
     """Chooses the next token of every row, greedily or by sampling.
 
     Args:
-      logits: float32, in the order of the tokens.
+      logits: float32.
       sampling: Sampling parameters of each row.
       positions: int32, position of the chosen token in its sequence.
       policy: Policy of the device (see ``DecodePolicy.skip_unused_sort``).
       history: Tokens that each row has; required if there are penalties.
+      token_ids: int32, the token of each logit; None if the logits are in the order of the tokens.
+      in_order: Function that returns the logits in the order of the tokens; required with ``token_ids``. It
+        is not called where the order does not matter, because reordering takes longer than choosing.
 
     Returns:
       int32 ``[B]``.
+    """
+    if sampling.greedy and not sampling.adjusts:
+        return greedy(logits, token_ids)
+    if kernel.supports(logits) is None:
+        parameters = _kernel_parameters(sampling, positions, history)
+        with jax.named_scope("sampling"):
+            return kernel.sample_tokens(logits, parameters, token_ids)
+    if token_ids is not None:
+        assert in_order is not None, "logits in another order need a function that reorders them"
+        logits = in_order(logits)
+    logits = adjust(logits, sampling, history)
+    return greedy(logits) if sampling.greedy else sample(logits, sampling, positions, policy)
+
+
+def adjust(
+    logits: Float[Array, "b v"], sampling: Sampling, history: TokenHistory | None = None
+) -> Float[Array, "b v"]:
+    """Returns logits, in the order of the tokens, after biases, penalties and masks.
+
+    Args:
+      logits: float32, in the order of the tokens.
+      sampling: Sampling parameters of each row.
+      history: Tokens that each row has; required if there are penalties.
     """
     if sampling.logit_bias is not None:
         logits = logits + sampling.logit_bias
     if sampling.penalties is not None:
         assert history is not None, "penalties need the tokens that the text has"
         logits = penalize(logits, sampling.penalties, history)
-    return greedy(logits) if sampling.greedy else sample(logits, sampling, positions, policy)
+    if sampling.allowed is not None:
+        tokens = jnp.arange(logits.shape[-1], dtype=jnp.uint32)
+        allowed = (sampling.allowed[:, tokens // 32] >> (tokens % 32)) & 1
+        logits = jnp.where(allowed == 1, logits, -jnp.inf)
+    return logits
+
+
+@jax.named_scope("sampling")
+def probabilities(
+    logits: Float[Array, "b v"], sampling: Sampling, policy: DecodePolicy
+) -> Float[Array, "b v"]:
+    """Returns the distribution that ``choose_tokens`` samples from, float32; greedy rows have a single 1.
+
+    Args:
+      logits: float32, in the order of the tokens, after ``adjust``.
+      sampling: Sampling parameters of each row.
+      policy: Policy of the device.
+    """
+    certain = jax.nn.one_hot(greedy(logits), logits.shape[-1], dtype=jnp.float32)
+    if sampling.greedy:
+        return certain
+    sampled = jax.nn.softmax(filtered(logits, sampling, policy), axis=-1)
+    return jnp.where(sampling.temperature[:, None] > 0, sampled, certain)
 
 
 @jax.named_scope("sampling")
@@ -155,12 +227,11 @@ def sample(
 
 
 def filtered(logits: Float[Array, "b v"], sampling: Sampling, policy: DecodePolicy) -> Float[Array, "b v"]:
-    """Divides logits by the temperature and sets those of filtered tokens to ``-inf``.
+    """Divides logits, after ``adjust``, by the temperature and sets those of filtered tokens to ``-inf``.
 
     A row of temperature 0 is filtered at temperature 1.
     """
-    temperature = jnp.where(sampling.temperature > 0, sampling.temperature, 1)
-    scaled = logits / temperature[:, None]
+    scaled = logits * sampling.inverse_temperature[:, None]
     if policy.skip_unused_sort:
         needed = jnp.any((sampling.top_k > 0) | (sampling.top_p < 1))
         cutoff = jax.lax.cond(
@@ -185,3 +256,25 @@ def _cutoff(scaled: Float[Array, "b v"], sampling: Sampling) -> Float[Array, "b"
     kept &= (preceding < top_p) | (top_p >= 1)
     kept |= jnp.arange(vocabulary) == 0
     return jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1)
+
+
+def _kernel_parameters(
+    sampling: Sampling, positions: Int[Array, "b"], history: TokenHistory | None
+) -> kernel.SamplingParameters:
+    """Returns the arguments of the kernel."""
+    penalties: dict[str, Any] = {}
+    if sampling.penalties is not None:
+        assert history is not None, "penalties need the tokens that the text has"
+        penalties = {**vars(sampling.penalties), "history": history.packed}
+    return kernel.SamplingParameters(
+        temperature=jnp.zeros_like(sampling.temperature) if sampling.greedy else sampling.temperature,
+        inverse_temperature=sampling.inverse_temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        seed=sampling.seed,
+        position=positions,
+        bias=sampling.logit_bias,
+        allowed=sampling.allowed,
+        **penalties,
+    )

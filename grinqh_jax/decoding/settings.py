@@ -66,8 +66,10 @@ class Settings:
 
     @property
     def greedy(self) -> bool:
-        """Whether one request, numpy, is decoded greedily, without penalties and biases."""
+        """Whether one request, numpy, is decoded greedily, without penalties, biases and masks."""
         sampling, penalties = self.sampling, self.sampling.penalties
+        if sampling.allowed is not None:
+            return False
         if penalties is not None and (
             penalties.presence[0] or penalties.frequency[0] or penalties.repetition[0] != 1
         ):

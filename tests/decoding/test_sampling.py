@@ -1,12 +1,14 @@
 """Sampling against a float64 oracle that follows the logits processors of transformers step by step."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from grinqh_jax.decoding import policy
-from grinqh_jax.decoding.sampling import Sampling, choose_tokens, filtered, greedy
+from grinqh_jax.decoding.sampling import Sampling, adjust, choose_tokens, filtered, greedy, probabilities
 
 jit_choose_tokens = jax.jit(choose_tokens, static_argnames="policy")
 jit_filtered = jax.jit(filtered, static_argnames="policy")
@@ -122,3 +124,45 @@ def test_a_sampled_token_depends_on_seed_and_position_only():
     assert len(set(first)) == 3
     assert sampled([6, 5, 5], [9, 10, 9]) == [first[1], first[2], first[0]]
     assert Sampling.create(2, seed=-1).seed.tolist() == [2**32 - 1, 0]
+
+
+def test_a_mask_allows_tokens_of_its_row_only():
+    allowed = np.random.default_rng(0).random((3, 70)) < 0.3
+    words = np.packbits(np.pad(allowed, ((0, 0), (0, 26))), axis=1, bitorder="little").view(np.uint32)
+    sampling = dataclasses.replace(Sampling.create(3, temperature=2.0), allowed=jnp.asarray(words))
+    logits = jnp.zeros((3, 70))
+    np.testing.assert_array_equal(np.isfinite(adjust(logits, sampling)), allowed)
+    tokens = np.array([choose(logits, sampling, jnp.full(3, position)) for position in range(40)])
+    for row in range(3):
+        assert allowed[row, tokens[:, row]].all()
+        assert len(set(tokens[:, row])) > 8
+    greedy = dataclasses.replace(sampling, greedy=True)
+    assert choose(logits, greedy, jnp.zeros(3, jnp.int32)).tolist() == allowed.argmax(1).tolist()
+
+
+def test_logits_in_another_order_give_the_same_tokens():
+    rng = np.random.default_rng(1)
+    logits, order = rng.standard_normal((8, 300)).astype(np.float32), rng.permutation(300).astype(np.int32)
+    back = np.argsort(order)
+    expected = choose(logits, rows(SETTINGS), jnp.arange(8)).tolist()
+    for sampling in (rows(SETTINGS), Sampling.create(8)):
+        tokens = choose_tokens(
+            jnp.asarray(logits[:, order]),
+            sampling,
+            jnp.arange(8),
+            policy.CPU,
+            token_ids=jnp.asarray(order),
+            in_order=lambda outputs: outputs[:, back],
+        )
+        assert tokens.tolist() == (expected if not sampling.greedy else logits.argmax(1).tolist())
+
+
+def test_probabilities_are_those_of_the_oracle():
+    settings = [*SETTINGS, (0.0, 3, 0.9, 0.1)]
+    logits = np.random.default_rng(2).standard_normal((len(settings), 300)).astype(np.float32) * 3
+    ours = np.asarray(probabilities(jnp.asarray(logits), rows(settings), policy.CPU))
+    for row, setting in enumerate(SETTINGS):
+        np.testing.assert_allclose(ours[row], softmax(oracle(logits[row], *setting)), rtol=1e-4, atol=1e-7)
+    assert ours[-1].sum() == ours[-1, logits[-1].argmax()] == 1
+    greedy = probabilities(jnp.asarray(logits), Sampling.create(len(settings)), policy.CPU)
+    assert np.argwhere(np.asarray(greedy))[:, 1].tolist() == logits.argmax(1).tolist()

@@ -1,0 +1,166 @@
+"""Sizes and arrays that both launches of sampling share, and the order of logits and of candidates."""
+
+import dataclasses
+from typing import Any
+
+from pallas_kernels.lanes.instructions import LANES, Instructions, Value
+
+CHUNK_LOADS = 4
+"""Number of tokens of a chunk that a lane loads."""
+
+CHUNK = CHUNK_LOADS * LANES
+"""Number of tokens in a chunk, which one warp handles."""
+
+SCORING_THREADS = 256
+SCORING_WARPS = SCORING_THREADS // LANES
+"""Number of warps in a CTA of the first launch, each with one chunk."""
+
+SIGN = 0x80000000
+
+LARGEST = 3.4028234663852886e38
+"""Largest finite float32."""
+
+NO_KEY = -(2**31)
+"""Key below those of all logits, of places after the end of the vocabulary."""
+
+NO_TOKEN = 2**31 - 1
+"""Token of a candidate that does not exist. It loses against every token with the same score."""
+
+STATISTICS = 5
+"""Words for each chunk: largest key; sum of ``exp(logit - largest logit)``; score, token and key of the
+candidate with the highest score, if the first launch scored the chunk."""
+
+Candidate = tuple[Value, Value, Value]
+"""Score (``f32``), token, and key of a token that may be chosen."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Static sizes of a launch.
+
+    Attributes:
+      rows: Number of rows.
+      vocabulary: Number of tokens.
+      reordered: Whether logits have another order than tokens.
+      biased: Whether there are biases.
+      masked: Whether there is a mask of allowed tokens.
+      penalized: Whether there are penalties.
+    """
+
+    rows: int
+    vocabulary: int
+    reordered: bool = False
+    biased: bool = False
+    masked: bool = False
+    penalized: bool = False
+
+    @property
+    def blocks_per_row(self) -> int:
+        """Number of CTAs of the first launch that share a row."""
+        return -(-self.vocabulary // (CHUNK * SCORING_WARPS))
+
+    @property
+    def chunks(self) -> int:
+        """Number of chunks of a row, padded to whole CTAs of the first launch."""
+        return self.blocks_per_row * SCORING_WARPS
+
+    @property
+    def mask_words(self) -> int:
+        """Number of words of a row of the mask."""
+        return -(-self.vocabulary // 32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Arrays in global memory that both launches read; None for those that ``Shape`` excludes.
+
+    Attributes:
+      logits: float32 ``[rows, vocabulary]``.
+      temperature: float32 ``[rows]``; 0 for greedy choice.
+      inverse_temperature: float32 ``[rows]``; 1 where the temperature is 0.
+      top_k: int32 ``[rows]``.
+      top_p, min_p: float32 ``[rows]``.
+      seed, position: int32 ``[rows]``, bits of the uint32 numbers that determine the noise.
+      tokens: int32 ``[vocabulary]``, token of each logit.
+      bias: float32 ``[rows, vocabulary]``, by token.
+      allowed: int32 ``[rows, mask_words]``; bit ``t % 32`` of word ``t // 32`` is set if token t is allowed.
+      repetition, presence, frequency: float32 ``[rows]``, penalties.
+      history: int32 ``[rows, vocabulary]``, by token: twice the number of occurrences in the generated text,
+        plus 1 if the prompt has the token.
+    """
+
+    logits: Any
+    temperature: Any
+    inverse_temperature: Any
+    top_k: Any
+    top_p: Any
+    min_p: Any
+    seed: Any
+    position: Any
+    tokens: Any = None
+    bias: Any = None
+    allowed: Any = None
+    repetition: Any = None
+    presence: Any = None
+    frequency: Any = None
+    history: Any = None
+
+    @classmethod
+    def of(cls, shape: Shape, arrays: list[Any]) -> "Inputs":
+        """Names the arrays of a launch, which come in the order of the attributes without those excluded."""
+        return cls(**dict(zip(cls.names(shape), arrays, strict=True)))
+
+    @staticmethod
+    def names(shape: Shape) -> list[str]:
+        """Returns the names of the arrays that a launch has."""
+        excluded = set() if shape.reordered else {"tokens"}
+        excluded |= set() if shape.biased else {"bias"}
+        excluded |= set() if shape.masked else {"allowed"}
+        excluded |= set() if shape.penalized else {"repetition", "presence", "frequency", "history"}
+        return [field.name for field in dataclasses.fields(Inputs) if field.name not in excluded]
+
+
+def load(isa: Instructions, ref: Any, index: Value, kind: Any = "i32") -> Value:
+    """Loads a word of an array."""
+    return isa.load_global(isa.global_address(ref) + isa.widen(index << 2), 1, kind)[0]
+
+
+def token_of(isa: Instructions, shape: Shape, inputs: Inputs, index: Value) -> Value:
+    """Returns the token of a logit."""
+    return load(isa, inputs.tokens, index) if shape.reordered else index
+
+
+def key_of(isa: Instructions, number: Value) -> Value:
+    """Returns an integer that orders as the number does. There is no NaN, and no negative zero."""
+    bits = isa.float_to_bits(number)
+    return isa.select(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+def number_of(isa: Instructions, key: Value) -> Value:
+    """Returns the number of a key."""
+    return isa.bits_to_float(isa.select(key < 0, key ^ 0x7FFFFFFF, key))
+
+
+def warp_max_key(isa: Instructions, key: Value) -> Value:
+    """Returns the largest key of the warp."""
+    return isa.reduce_max(key ^ SIGN) ^ SIGN
+
+
+def no_candidate(isa: Instructions) -> Candidate:
+    """Returns a candidate that loses against every other one."""
+    return isa.constant(-float("inf"), "f32"), isa.constant(NO_TOKEN), isa.constant(NO_KEY)
+
+
+def better(isa: Instructions, one: Candidate, other: Candidate) -> Candidate:
+    """Returns the candidate with the higher score, or the lower token if the scores are equal."""
+    wins = (other[0] < one[0]) | (~(one[0] < other[0]) & (one[1] < other[1]))
+    score, token, key = (isa.select(wins, a, b) for a, b in zip(one, other, strict=True))
+    return score, token, key
+
+
+def best_of_warp(isa: Instructions, candidate: Candidate) -> Candidate:
+    """Returns the best candidate of the warp, in every lane."""
+    for distance in (1, 2, 4, 8, 16):
+        score, token, key = (isa.shuffle_xor(part, distance) for part in candidate)
+        candidate = better(isa, (score, token, key), candidate)
+    return candidate
