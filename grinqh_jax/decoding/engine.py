@@ -289,8 +289,15 @@ def jitted_decode_chunk(
     )
 
     def choose(outputs, positions, history):
-        order = {"token_ids": token_ids, "in_order": model.lm_head.in_order}
-        return choose_tokens(outputs, sampling, positions, policy, history, **order)
+        return choose_tokens(
+            outputs,
+            sampling,
+            positions,
+            policy,
+            history,
+            token_ids=token_ids,
+            in_order=model.lm_head.in_order,
+        )
 
     def unfinished(state):
         step, chunk, _ = state

@@ -151,11 +151,19 @@ def no_candidate(isa: Instructions) -> Candidate:
     return isa.constant(-float("inf"), "f32"), isa.constant(NO_TOKEN), isa.constant(NO_KEY)
 
 
+def select_candidate(isa: Instructions, condition: Value, yes: Candidate, no: Candidate) -> Candidate:
+    """Returns ``yes`` if ``condition`` holds, else ``no``."""
+    return (
+        isa.select(condition, yes[0], no[0]),
+        isa.select(condition, yes[1], no[1]),
+        isa.select(condition, yes[2], no[2]),
+    )
+
+
 def better(isa: Instructions, one: Candidate, other: Candidate) -> Candidate:
     """Returns the candidate with the higher score, or the lower token if the scores are equal."""
     wins = (other[0] < one[0]) | (~(one[0] < other[0]) & (one[1] < other[1]))
-    score, token, key = (isa.select(wins, a, b) for a, b in zip(one, other, strict=True))
-    return score, token, key
+    return select_candidate(isa, wins, one, other)
 
 
 def best_of_warp(isa: Instructions, candidate: Candidate) -> Candidate:

@@ -15,7 +15,7 @@ from pallas_kernels.lanes.launch import lane_kernel
 from pallas_kernels.sampling import scoring, selection
 from pallas_kernels.sampling.candidates import CHUNK, SCORING_THREADS, STATISTICS, Inputs, Shape
 
-MAX_ELEMENTS = 2**30
+MAX_ELEMENTS = 2**29
 """Largest number of logits, because their byte offsets have 32 bits."""
 
 
@@ -63,7 +63,7 @@ def supports(logits: jax.Array | jax.ShapeDtypeStruct) -> str | None:
         return f"takes float32 logits, not {jnp.dtype(logits.dtype).name}"
     if logits.size > MAX_ELEMENTS:
         return f"addresses at most {MAX_ELEMENTS} logits, not {logits.size}"
-    if not jax.config.jax_threefry_partitionable:
+    if not jax.config.jax_threefry_partitionable:  # type: ignore[attr-defined]  # set when jax is imported
         return "makes the random numbers of jax_threefry_partitionable=True, which is switched off"
     return device.unsupported_reason()
 

@@ -35,6 +35,7 @@ from pallas_kernels.sampling.candidates import (
     load,
     no_candidate,
     number_of,
+    select_candidate,
     token_of,
     warp_max_key,
 )
@@ -216,32 +217,32 @@ class Selection:
             score, token, key = (self._statistic(i, r) for i in (2, 3, 4))
             valid = self._exists[r] & (key >= cutoff)
             candidate = isa.bits_to_float(score), token, key
-            chosen = better(isa, candidate, best)
-            best = tuple(isa.select(valid, a, b) for a, b in zip(chosen, best, strict=True))
+            best = select_candidate(isa, valid, better(isa, candidate, best), best)
             unknown.append((largest >= cutoff) & ~valid)
         count = self._listed(unknown)
         sampled = isa.constant(0.0, "f32") < load(isa, inputs.temperature, self.row, "f32")
         key_words = noise.row_key(isa, load(isa, inputs.seed, self.row), load(isa, inputs.position, self.row))
 
-        def score(i, carry):
+        def visit(i: Value, carry: list[Value]) -> list[Value]:
             (chunk,) = isa.load_shared(self._list + ((i >> 2) << 2))
             place = (i & 3) * LANES + self._lane
             key = load(isa, self.refs.keys, (self.row * self.shape.chunks + chunk) * CHUNK + place)
             kept = key >= cutoff
             some = isa.select(isa.ballot(kept).equals(0), isa.constant(0), isa.constant(1))
 
-            def add_noise(_, carry):
+            def add_noise(_: Value, carry: list[Value]) -> list[Value]:
                 index = isa.select(kept, chunk * CHUNK + place, isa.constant(0))
                 token = token_of(isa, self.shape, inputs, index)
                 added = noise.gumbel(isa, key_words, token)
                 number = number_of(isa, key) + isa.select(sampled, added, isa.constant(0.0, "f32"))
-                chosen = better(isa, (number, token, key), tuple(carry))
-                return [isa.select(kept, a, b) for a, b in zip(chosen, carry, strict=True)]
+                former = carry[0], carry[1], carry[2]
+                new = better(isa, (number, token, key), former)
+                return list(select_candidate(isa, kept, new, former))
 
             return isa.loop(some, carry, add_noise)
 
-        best = tuple(isa.loop(count * CHUNK_LOADS, list(best), score))
-        return self._best_of_block(best_of_warp(isa, best))
+        number, token, key = isa.loop(count * CHUNK_LOADS, list(best), visit)
+        return self._best_of_block(best_of_warp(isa, (number, token, key)))
 
     def _best_of_block(self, candidate: Candidate) -> Value:
         """Returns the token of the best of the warps' candidates."""
