@@ -126,6 +126,15 @@ class Activations:
         partials = jnp.moveaxis(self.partials, -2, 1)
         return dataclasses.replace(self, partials=partials.reshape(-1, *partials.shape[2:]))
 
+    def summed_across(self, axis: str) -> "Activations":
+        """Returns the sum over the devices of a mesh axis, as one float32 partial sum, inside ``shard_map``.
+
+        Each device adds up its partial sums, and one exchange adds up those of all devices.
+        """
+        assert self.square_partials is None, "the factor of a norm belongs to the whole sum"
+        total = jnp.sum(self.partials, axis=0, dtype=jnp.float32)
+        return dataclasses.replace(self, partials=jax.lax.psum(total, axis)[None])
+
     def reshape(self, leading: Sequence[int]) -> "Activations":
         """Returns the same rows with another leading shape."""
         partials, squares = self.partials, self.square_partials

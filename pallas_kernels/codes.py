@@ -137,12 +137,20 @@ def _pack_padded(
 @jax.jit(static_argnums=1)
 def pack(codes: UInt8[Array, "k n"], planes: int) -> UInt32[Array, "p k w"]:
     """Splits padded codes into digits and packs each plane in the order of ``layout``."""
-    k, n = codes.shape
-    stored = codes[:, layout.row_positions(n).argsort()]
-    stored = stored.reshape(k, n // layout.WORD_DIGITS, layout.WORD_DIGITS).astype(jnp.uint32)
+    stored = codes[:, layout.row_positions(codes.shape[1]).argsort()]
+    return jnp.stack([_packed((stored >> (6 - layout.DIGIT_BITS * f)) & 3) for f in range(planes)])
+
+
+def pack_digits(digits: UInt8[Array, "k n"]) -> UInt32[Array, "k w"]:
+    """Packs the digits (0 to 3) of one plane, whose padded outputs are in logical order."""
+    return _packed(digits[:, layout.row_positions(digits.shape[1]).argsort()])
+
+
+def _packed(stored: UInt8[Array, "k n"]) -> UInt32[Array, "k w"]:
+    """Packs digits in the order in which they are stored."""
+    words = stored.reshape(len(stored), -1, layout.WORD_DIGITS).astype(jnp.uint32)
     shifts = jnp.arange(layout.WORD_DIGITS, dtype=jnp.uint32) * layout.DIGIT_BITS
-    digits = [(stored >> (6 - layout.DIGIT_BITS * f)) & 3 for f in range(planes)]
-    return jnp.stack([jnp.sum(d << shifts, axis=-1, dtype=jnp.uint32) for d in digits])
+    return jnp.sum(words << shifts, axis=-1, dtype=jnp.uint32)
 
 
 def unpack_digit_major(words: UInt32[Array, "*any w"]) -> Int[Array, "*any 16 w"]:

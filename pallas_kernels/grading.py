@@ -75,6 +75,11 @@ def realised_bits(level: Int[Array, "*rows k"]) -> Float[Array, "*rows"]:
     return layout.DIGIT_BITS * jnp.mean(level.astype(jnp.float32), axis=-1)
 
 
+def zero_bits(thresholds: Float[Array, "*rows p"]) -> Float[Array, "*rows"]:
+    """Returns the bits read of a channel whose activation is 0: all of them if the thresholds are 0."""
+    return layout.DIGIT_BITS * jnp.sum(~(thresholds > 0), axis=-1, dtype=jnp.float32)
+
+
 def stats(x: Activations, level: Int[Array, "rows k"]) -> GradingStats:
     """Returns the statistics of activations read at these levels."""
     max_abs = jnp.max(jnp.abs(x.values).astype(jnp.float32), axis=-1, keepdims=True) * x.factor()

@@ -31,6 +31,7 @@ from grinqh_jax.decoding.thresholds import StackedThresholds
 from grinqh_jax.model.cache import RecurrentStates, no_tokens
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.flat_model import FlatModel
+from grinqh_jax.sharding.program import on_mesh
 
 
 @jax.tree_util.register_dataclass
@@ -130,6 +131,7 @@ def preview_thresholds(dial: Dial, bits: Float[Array, "1"]) -> StackedThresholds
 
 
 @jax.jit(donate_argnames="cache")
+@on_mesh
 def prefill(
     model: FlatModel,
     cache: PagedCache,
@@ -163,6 +165,7 @@ def prefill(
 
 
 @jax.jit(static_argnames="top_logprobs", donate_argnames="cache")
+@on_mesh
 def prompt_logprobs(
     model: FlatModel,
     cache: PagedCache,
@@ -252,6 +255,7 @@ def insert(
 
 
 @jax.jit(static_argnames=("policy", "greedy", "top_logprobs"), donate_argnames="state")
+@on_mesh
 def generate(
     model: FlatModel,
     state: DecodeState,

@@ -21,6 +21,7 @@ from grinqh_jax.model import apply
 from grinqh_jax.model.cache import KVCache
 from grinqh_jax.model.decoder import Decoder, linear_names
 from grinqh_jax.model.flat_model import FlatModel
+from grinqh_jax.sharding.program import on_mesh
 from pallas_kernels import Activations, GradingStats
 from pallas_kernels.layout import DIGIT_BITS
 
@@ -72,6 +73,7 @@ class Preview:
 
 
 @jax.jit(donate_argnames="cache")
+@on_mesh
 def prefill(
     model: Decoder | FlatModel, tokens: Int[Array, "b t"], lengths: Int[Array, "b"], cache: KVCache
 ) -> tuple[Float[Array, "b v"], KVCache]:
@@ -92,6 +94,7 @@ def prefill(
 
 
 @jax.jit(donate_argnames="cache")
+@on_mesh
 def prefill_with_preview(
     model: Decoder | FlatModel,
     tokens: Int[Array, "b t"],
@@ -253,6 +256,7 @@ def decode_chunk(
 
 
 @jax.jit(static_argnames=("steps", "policy", "top_logprobs"), donate_argnames="cache")
+@on_mesh
 def jitted_decode_chunk(
     model: Decoder | FlatModel,
     tokens: Int[Array, "b"],

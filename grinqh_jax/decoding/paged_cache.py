@@ -4,11 +4,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from grinqh_jax.errors import UsageError
 from grinqh_jax.model.cache import KVCache, RecurrentStates, attention_layers, recurrent_bytes
 from grinqh_jax.model.config import ModelConfig
+from grinqh_jax.model.partition import AXIS
 
 FREE_MEMORY_SHARE = 0.8
 """Share of the free memory that pages may take; activations and logits need the rest."""
@@ -39,6 +41,11 @@ class PagedCache:
             return tuple(jnp.zeros(shape, dtype) for _ in range(attention_layers(config)))
 
         return cls(empty_layers(), empty_layers())
+
+    def partition_specs(self) -> "PagedCache":
+        """Returns the cut of each array on a mesh, as ``KVCache.partition_specs`` does."""
+        heads = tuple(PartitionSpec(None, None, AXIS) for _ in self.keys)
+        return PagedCache(heads, heads)  # type: ignore[arg-type]
 
     @property
     def num_pages(self) -> int:

@@ -12,12 +12,14 @@ from grinqh_jax.model import apply
 from grinqh_jax.model.cache import KVCache
 from grinqh_jax.model.decoder import Decoder
 from grinqh_jax.model.flat_model import FlatModel
+from grinqh_jax.sharding.program import on_mesh
 
 LOGPROB_ROWS = 16
 """Number of tokens of a prompt whose log-probabilities are computed together."""
 
 
 @jax.jit(static_argnames="count", donate_argnames="cache")
+@on_mesh
 def prompt_logprobs(
     model: Decoder | FlatModel,
     tokens: Int[Array, "b t"],

@@ -19,6 +19,8 @@ from grinqh_jax.evaluation.result import Perplexity, TokenBits, WindowSums
 from grinqh_jax.model.apply import Graded, in_head
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import Decoder, linear_names
+from grinqh_jax.model.flat_model import FlatModel
+from grinqh_jax.sharding.program import on_mesh
 from grinqh_jax.text.documents import read_documents
 from pallas_kernels.x64 import without_x64
 
@@ -102,15 +104,17 @@ def measure(
         for setting in bits
     ]
     collectors = [_Collector() for _ in bits]
+    flat = FlatModel(model)
+    flat_reference = flat if reference is None else FlatModel(reference)
     for windows, lengths in _windows(tokens, sequence_length):
-        full_logits = _dense_logits(model, windows) if reference is None or FULL in bits else None
-        reference_logits = full_logits if reference is None else _dense_logits(reference, windows)
+        full_logits = _dense_logits(flat, windows) if reference is None or FULL in bits else None
+        reference_logits = full_logits if reference is None else _dense_logits(flat_reference, windows)
         predicted = np.arange(1, windows.shape[1]) < lengths[:, None]
         for i, (collector, dial) in enumerate(zip(collectors, dials, strict=True)):
             if dial is None:
                 logits, realised = full_logits, _full_bits(model, windows.shape)
             else:
-                logits, by_linear = _graded_logits(model, windows, dial.thresholds)
+                logits, by_linear = _graded_logits(flat, windows, dial.thresholds)
                 dials[i] = dial.observe(by_linear, lengths)
                 realised = _realised(model, by_linear)
             collector.add(_compare(logits, reference_logits, windows), realised, predicted)
@@ -192,17 +196,19 @@ def _windows(
 
 
 @jax.jit
-def _dense_logits(model: Decoder, windows: Int[Array, "b t"]) -> Float[Array, "b t v"]:
-    return model(windows)
+@on_mesh
+def _dense_logits(model: FlatModel, windows: Int[Array, "b t"]) -> Float[Array, "b t v"]:
+    return model.module(windows)
 
 
 @jax.jit
-def _graded_logits(model: Decoder, windows: Int[Array, "b t"], thresholds: Thresholds):
+@on_mesh
+def _graded_logits(model: FlatModel, windows: Int[Array, "b t"], thresholds: Thresholds):
     """Returns graded logits ``[b, t, v]`` and the bits that each linear layer read, ``[b, t, linears]``."""
-    graded = Graded(thresholds)
-    logits = model(windows, graded)
+    graded, decoder = Graded(thresholds), model.module
+    logits = decoder(windows, graded)
     bits = graded.bits
-    return logits, jnp.stack([bits[name] for name in linear_names(model.config)], axis=-1)
+    return logits, jnp.stack([bits[name] for name in linear_names(decoder.config)], axis=-1)
 
 
 def _realised(model: Decoder, by_linear: Float[Array, "b t linears"]) -> _Realised:

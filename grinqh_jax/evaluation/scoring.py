@@ -14,7 +14,8 @@ from grinqh_jax.decoding.generator import Generator
 from grinqh_jax.decoding.statistics import weighted_mean
 from grinqh_jax.errors import UsageError
 from grinqh_jax.model.apply import Graded
-from grinqh_jax.model.decoder import Decoder
+from grinqh_jax.model.flat_model import FlatModel
+from grinqh_jax.sharding.program import on_mesh
 from pallas_kernels.x64 import without_x64
 
 _LOGIT_BYTES = 1 << 28
@@ -83,8 +84,9 @@ def score(
                 f"token of the context must fit with the continuation into {max_length} tokens"
             )
     scores: dict[int, Score] = {}
+    model = FlatModel(generator.model)
     for indices, tokens in _batches(rows, batch, generator.model.config.vocab_size):
-        log_p, greedy, read = _next_tokens(generator.model, tokens, thresholds)
+        log_p, greedy, read = _next_tokens(model, tokens, thresholds)
         log_p, greedy = np.asarray(log_p, np.float64), np.asarray(greedy)
         read = None if read is None else np.asarray(read, np.float64)
         for row, i in enumerate(indices):
@@ -123,18 +125,21 @@ def _batches(
 
 
 @jax.jit
-def _next_tokens(model: Decoder, tokens: Int[Array, "b t"], thresholds: dict[str, Float[Array, "p"]] | None):
+@on_mesh
+def _next_tokens(
+    model: FlatModel, tokens: Int[Array, "b t"], thresholds: dict[str, Float[Array, "p"]] | None
+):
     """Scores the prediction of every token but the first.
 
     Returns:
       ``[b, t - 1]`` each: log-probability of the token; whether it is the most probable one; mean bits read
       per weight of the token before it, None at full precision.
     """
-    graded = None if thresholds is None else Graded(thresholds)
-    log_p = jax.nn.log_softmax(model(tokens[:, :-1], graded))
+    graded, decoder = None if thresholds is None else Graded(thresholds), model.module
+    log_p = jax.nn.log_softmax(decoder(tokens[:, :-1], graded))
     following = tokens[:, 1:]
     chosen = jnp.take_along_axis(log_p, following[..., None], axis=-1)[..., 0]
-    read = None if graded is None else weighted_mean(model, graded.bits)
+    read = None if graded is None else weighted_mean(decoder, graded.bits)
     return chosen, jnp.argmax(log_p, axis=-1) == following, read
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from grinqh_jax.model.experts import ChosenDense, ChosenGraded
 from grinqh_jax.model.layer_spec import HEAD
 from grinqh_jax.model.linear import GradedLinear, Linear
+from grinqh_jax.model.partition import InputCut, whole_bits, whole_stats
 from pallas_kernels import Activations, GradingStats, grading
 
 AnyLinear = Linear | ChosenDense | ChosenGraded
@@ -49,11 +50,13 @@ class Dense:
     """
 
     def __call__(self, name: str, linear: AnyLinear, x: Activations) -> Activations:
-        return Activations.of(self.product(name, linear, x.array))
+        y = Activations.of(self.product(name, linear, x.array))
+        return y if in_head(name) else y.astype(x.dtype)
 
     def product(self, name: str, linear: AnyLinear, x: Float[Array, "*rows k"]) -> Float[Array, "*rows n"]:
-        """Returns ``x @ W`` in the dtype of x, or in float32 for the output projection."""
-        return linear.dense(x, jnp.float32 if in_head(name) else None)
+        """Returns ``x @ W`` in the dtype of x, or in float32 for the output projection and partial sums."""
+        wide = in_head(name) or linear.input_cut is not None
+        return linear.dense(x, jnp.float32 if wide else None)
 
 
 class Previewing(Dense):
@@ -69,11 +72,14 @@ class Previewing(Dense):
         self.positions = positions
         self._pending: dict[int, dict[str, Float[Array, "b s k"]]] = {}  # inputs by width, then by layer name
         self._bits: dict[str, Float[Array, "b s"]] = {}
+        self._cuts: dict[str, InputCut] = {}  # of layers whose bits are those of one part
 
     def product(
         self, name: str, linear: AnyLinear, x: Float[Array, "b t *experts k"]
     ) -> Float[Array, "b t *experts n"]:
         """Returns the product of ``Dense``, after it has counted the bits of ``x``."""
+        if linear.input_cut is not None:
+            self._cuts[name] = linear.input_cut
         return super().product(name, linear, self.observe(name, x))
 
     def observe(self, name: str, x: Float[Array, "b t *experts k"]) -> Float[Array, "b t *experts k"]:
@@ -96,6 +102,11 @@ class Previewing(Dense):
         """Mean bits at ``positions``, float32 ``[B, s]`` by layer name."""
         while self._pending:
             self._count(self._pending.popitem()[1])
+        if cuts := self._cuts:
+            self._cuts = {}
+            parts = {name: self._bits[name] for name in cuts}
+            at_zero = {name: grading.zero_bits(self.thresholds[name])[:, None] for name in cuts}
+            self._bits |= whole_bits(parts, at_zero, cuts)
         return self._bits
 
     def _count(self, inputs: Mapping[str, Float[Array, "b s k"]]) -> None:
@@ -112,15 +123,28 @@ class Graded:
     Attributes:
       thresholds: Thresholds by layer name, float32 ``[P]``, or ``[B, P]`` with one set for each row of the
         batch.
-      stats: Realised mean bits and largest ``|x|`` of every row of ``x.leading``, by layer name. In a mixture
-        of experts the last axis of rows is that of a token's experts.
       of_experts: Names of the layers of experts in ``stats``.
     """
 
     def __init__(self, thresholds: Mapping[str, Float[Array, "*b p"]]):
         self.thresholds = thresholds
-        self.stats: dict[str, GradingStats] = {}
         self.of_experts: set[str] = set()
+        self._stats: dict[str, GradingStats] = {}
+        self._cuts: dict[str, InputCut] = {}  # of layers whose statistics are those of one part
+        self._at_zero: dict[str, Float[Array, "*rows"]] = {}
+
+    @property
+    def stats(self) -> dict[str, GradingStats]:
+        """Realised mean bits and largest ``|x|`` of every row of ``x.leading``, by layer name.
+
+        In a mixture of experts the last axis of rows is that of a token's experts. On a mesh, one exchange
+        completes the statistics of all layers that ran since the last one.
+        """
+        if cuts := self._cuts:
+            parts = {name: self._stats[name] for name in cuts}
+            self._stats |= whole_stats(parts, self._at_zero, cuts)
+            self._cuts, self._at_zero = {}, {}
+        return self._stats
 
     @property
     def bits(self) -> dict[str, Float[Array, "*rows"]]:
@@ -139,5 +163,7 @@ class Graded:
         thresholds = jnp.broadcast_to(thresholds, (*x.leading, thresholds.shape[-1]))
         if isinstance(linear, ChosenGraded):
             self.of_experts.add(name)
-        y, self.stats[name] = linear.graded(x, thresholds)
+        y, self._stats[name] = linear.graded(x, thresholds)
+        if linear.input_cut is not None:
+            self._cuts[name], self._at_zero[name] = linear.input_cut, grading.zero_bits(thresholds)
         return y if in_head(name) else y.astype(x.dtype)

@@ -21,6 +21,7 @@ def attend_heads(
     norm_scales: tuple[Float[Array, "d_q"], Float[Array, "d_k"]] | None,
     positions: Int[Array, "b t"],
     cache: KeyValues | None = None,
+    across: str | None = None,
 ) -> tuple[Activations, KeyValues]:
     """Computes head norms, rotation and attention, in two kernels for a decode step on a GPU.
 
@@ -30,6 +31,7 @@ def attend_heads(
       qkv: Query heads, key heads and value heads of the new tokens, side by side, ``[b, t, all_heads_d]``.
       norm_scales: Scales of the query norm and the key norm, or None for models without these norms.
       positions, cache: See ``attend``.
+      across: Mesh axis among whose devices the heads of one norm are cut; None if this device has them all.
 
     Returns:
       ``(outputs [b, t, heads_d], cache)``: the heads side by side; the cache as in ``attend``.
@@ -56,7 +58,7 @@ def attend_heads(
     queries, keys, values = jnp.split(all_heads, (heads, heads + kv_heads), axis=2)
     if norm_scales is not None:
         queries, keys = (
-            _normed(x, scale, config.rms_norm_eps)
+            _normed(x, scale, config.rms_norm_eps, across)
             for x, scale in zip((queries, keys), norm_scales, strict=True)
         )
     cos, sin = _cos_sin(attention, positions, head_dim)
@@ -119,10 +121,11 @@ def _cos_sin(
 
 
 def _normed(
-    x: Float[Array, "b t heads d"], norm_scale: Float[Array, "n"], eps: float
+    x: Float[Array, "b t heads d"], norm_scale: Float[Array, "n"], eps: float, across: str | None
 ) -> Float[Array, "b t heads d"]:
     """Normalizes each head, or all heads together if the scale has the width of all heads."""
-    return rms_norm(x.reshape(*x.shape[:2], -1, len(norm_scale)), norm_scale, eps).reshape(x.shape)
+    rows = x.reshape(*x.shape[:2], -1, len(norm_scale))
+    return rms_norm(rows, norm_scale, eps, across).reshape(x.shape)
 
 
 def _growth(growth: QueryGrowth, positions: Int[Array, "b t"]) -> Float[Array, "b t"]:

@@ -10,10 +10,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.layer_spec import DeltaHeads
+from grinqh_jax.model.partition import AXIS
 
 
 class KeyValues(NamedTuple):
@@ -166,6 +168,13 @@ class KVCache:
             else KeyValues(*next(attention), self.pages)
             for i in range(len(self.keys) + len(self.recurrent))
         ]
+
+    def partition_specs(self) -> "KVCache":
+        """Returns the cut of each array on a mesh (``sharding.program``): each device has its kv heads."""
+        heads, whole = PartitionSpec(None, None, AXIS), PartitionSpec()
+        keys, pages = tuple(heads for _ in self.keys), None if self.pages is None else whole
+        recurrent = jax.tree.map(lambda state: whole, self.recurrent)
+        return KVCache(keys, keys, whole, pages, recurrent)  # type: ignore[arg-type]
 
     def updated(self, layers: Sequence[LayerState], lengths: Int[Array, "b"]) -> "KVCache":
         """Returns a cache with new contents and lengths."""

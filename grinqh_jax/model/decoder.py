@@ -5,6 +5,7 @@ function. The caller chooses how linear layers are computed, by a strategy of ``
 the modules of a layer, ``layer_spec`` describes its structure.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,29 +32,39 @@ from grinqh_jax.model.parameters import (
     routers,
     stored_dtype,
 )
+from grinqh_jax.model.partition import Partition
 from pallas_kernels import Activations, NestedWeight
 from pallas_kernels.expert_weights import NestedExperts
 
 
 class Decoder(nnx.Module):
-    """A whole model: embedding, layers, final norm, output projection."""
+    """A whole model: embedding, layers, final norm, output projection.
 
-    def __init__(self, config: ModelConfig, tree: Tree, compute_dtype):
-        self.config = config
+    Attributes:
+      config: Configuration of the whole model, also on a mesh.
+      compute_dtype: Dtype of hidden states and matrix products.
+      partition: How a mesh cuts the model; None for one device. A model on a mesh has the arrays of all parts
+        (``sharding.cutting``) and the sizes of one, so it runs only inside ``sharding.program.on_mesh``.
+    """
+
+    def __init__(self, config: ModelConfig, tree: Tree, compute_dtype, partition: Partition | None = None):
+        self.config, self.partition = config, partition
         self.compute_dtype = jnp.dtype(compute_dtype)
         self.embed = Embedding(tree["embed"]["embedding"], config.embedding_multiplier)
         self.layers = nnx.List(
             [
-                DecoderLayer(config, spec, tree["layers"][str(i)], compute_dtype)
+                DecoderLayer(config, spec, tree["layers"][str(i)], compute_dtype, partition)
                 for i, spec in enumerate(config.layers)
             ]
         )
         self.norm = RMSNorm(tree[config.final_norm.name]["scale"], config.rms_norm_eps)
         shape = config.hidden_size, config.vocab_size
-        self.lm_head = OutputProjection(tree[HEAD], shape, compute_dtype, config.logit_transform)
+        self.lm_head = OutputProjection(tree[HEAD], shape, compute_dtype, config.logit_transform, partition)
 
     @classmethod
-    def from_tree(cls, config: ModelConfig, tree: Tree, compute_dtype) -> "Decoder":
+    def from_tree(
+        cls, config: ModelConfig, tree: Tree, compute_dtype, partition: Partition | None = None
+    ) -> "Decoder":
         """Builds the model around the arrays of a state tree.
 
         Args:
@@ -61,8 +72,9 @@ class Decoder(nnx.Module):
           tree: State tree as in ``abstract_tree``. A linear layer is dense if it has a ``kernel``, graded if
             it has ``planes``. Dense kernels, except those of experts, are cast to the compute dtype.
           compute_dtype: Dtype of hidden states and matrix products, float32 or bfloat16.
+          partition: How a mesh cuts the model, if ``tree`` has cut arrays.
         """
-        return cls(config, tree, compute_dtype)
+        return cls(config, tree, compute_dtype, partition)
 
     def hidden(
         self,
@@ -121,6 +133,14 @@ class Decoder(nnx.Module):
         if not isinstance(linear, GradedLinear | GradedExperts):
             raise ValueError(f"{name} is dense; load a GRINQH checkpoint")
         return linear
+
+    @property
+    def cache_config(self) -> ModelConfig:
+        """Configuration for which a KV cache has the kv heads of all devices, shared ones several times."""
+        if self.partition is None:
+            return self.config
+        heads = self.partition.local.num_kv_heads * self.partition.devices
+        return dataclasses.replace(self.config, num_kv_heads=heads)
 
     @property
     def graded(self) -> bool:

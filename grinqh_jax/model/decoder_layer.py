@@ -31,6 +31,7 @@ from grinqh_jax.model.layer_spec import (
 from grinqh_jax.model.linear import build_linear
 from grinqh_jax.model.norm import add_norm, rms_norm
 from grinqh_jax.model.parameters import axis_sizes
+from grinqh_jax.model.partition import AXIS, Partition
 from pallas_kernels import Activations
 
 Tree = Mapping[str, Any]
@@ -76,19 +77,34 @@ class DecoderLayer(nnx.Module):
       spec: Structure of the layer, one of ``config.layers``.
       tree: State tree of the layer.
       compute_dtype: Dtype that dense kernels are cast to.
+      partition: How a mesh cuts the model; None for one device. The layer then has the sizes of one part, and
+        runs inside ``shard_map``.
     """
 
-    def __init__(self, config: ModelConfig, spec: LayerSpec, tree: Tree, compute_dtype):
-        self.config, self.spec = config, spec
-        sizes = axis_sizes(config)
+    def __init__(
+        self,
+        config: ModelConfig,
+        spec: LayerSpec,
+        tree: Tree,
+        compute_dtype,
+        partition: Partition | None = None,
+    ):
+        self.config = config if partition is None else partition.local
+        self.spec, self.partition = spec, partition
+        sizes = axis_sizes(self.config)
         for norm in self.spec.norms:
             setattr(self, norm.name, RMSNorm(tree[norm.name]["scale"], config.rms_norm_eps))
         for projection in self.spec.projections:
             shape, leaves = projection.shape(sizes), tree[projection.name]
+            cut = None if partition is None else partition.input_cut(projection.inputs)
+            if cut is not None:
+                shape = cut.width, shape[1]
             build = (
                 build_experts if projection.of_experts else partial(build_linear, compute_dtype=compute_dtype)
             )
-            setattr(self, projection.name, build(leaves, shape))
+            linear = build(leaves, shape)
+            linear.input_cut = cut
+            setattr(self, projection.name, linear)
         if (experts := self.spec.experts) is not None:
             setattr(self, experts.router, Router(jnp.asarray(tree[experts.router]["kernel"])))
         if (delta := self.spec.delta_net) is not None:
@@ -142,6 +158,7 @@ class DecoderLayer(nnx.Module):
             else:
                 outputs = apply(f"{name}.{block.reads.name}", getattr(self, block.reads.name), inputs)
                 mixed, state = self.mix(block, outputs, positions, state)
+                mixed = self.aligned(block, mixed)
                 written = apply(f"{name}.{block.writes.name}", getattr(self, block.writes.name), mixed)
             update = self.update(block, written)
         assert update is not None, "a layer has a residual block"
@@ -157,8 +174,19 @@ class DecoderLayer(nnx.Module):
         x = x if update is None else x + update.array
         return x, Activations.of(x)
 
+    def aligned(self, block: ResidualBlock, inputs: Activations) -> Activations:
+        """Returns the inputs of ``block.writes`` with the padding that keeps channels in their groups."""
+        cut = getattr(self, block.writes.name).input_cut
+        if cut is None or not cut.shifts:
+            return inputs
+        x = inputs.array
+        padded = jnp.zeros((*x.shape[:-1], cut.width), x.dtype)
+        return Activations.of(jax.lax.dynamic_update_slice_in_dim(padded, x, cut.offset(), axis=-1))
+
     def update(self, block: ResidualBlock, written: Activations) -> Activations:
         """Returns what a block adds to the residual stream, from the outputs of ``block.writes``."""
+        if self.partition is not None:
+            written = written.summed_across(AXIS)
         if block.norm_after is not None:
             written = Activations.of(getattr(self, block.norm_after.name)(written.array))
         return written if block.multiplier == 1 else written.scaled(block.multiplier)
@@ -227,7 +255,9 @@ class DecoderLayer(nnx.Module):
         scales = norms and tuple(getattr(self, norm.name).scale[...] for norm in norms)
         if attention.output_gate:
             outputs, gates = without_gates(self.config, outputs)
-        mixed, state = attend_heads(self.config, attention, outputs, scales, positions, state)
+        together = norms is not None and norms[0].axis != "head"
+        across = AXIS if self.partition is not None and together else None
+        mixed, state = attend_heads(self.config, attention, outputs, scales, positions, state, across)
         if gates is not None:
             mixed = Activations.of(mixed.array * jax.nn.sigmoid(gates))
         return mixed, state

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float16, Int, UInt32
 
 from grinqh_jax.model.layer_spec import GatedExperts
+from grinqh_jax.model.partition import InputCut
 from pallas_kernels import Activations, GradingStats, dequantization, dequantize
 from pallas_kernels.expert_weights import NestedExperts
 from pallas_kernels.experts import experts_matvec
@@ -54,7 +55,10 @@ class DenseExperts(nnx.Module):
     Attributes:
       kernel: float32 or bfloat16 ``[experts, in_features, out_features]``, in the dtype of the checkpoint: a
         cast would take as much memory again.
+      input_cut: See ``linear.DenseLinear``.
     """
+
+    input_cut: InputCut | None = None
 
     def __init__(self, kernel: Float[Array, "e k n"]):
         self.kernel = nnx.Param(kernel)
@@ -62,7 +66,7 @@ class DenseExperts(nnx.Module):
 
     def choose(self, experts: Int[Array, "*rows"]) -> "ChosenDense":
         """Returns the linear layers of the experts of each row."""
-        return ChosenDense(self.kernel[...], experts)
+        return ChosenDense(self.kernel[...], experts, self.input_cut)
 
 
 class GradedExperts(nnx.Module):
@@ -73,8 +77,10 @@ class GradedExperts(nnx.Module):
 
     Attributes:
       planes, scales, level_gains: See ``pallas_kernels.NestedExperts``.
-      thresholds, max_activation: See ``GradedLinear``.
+      thresholds, max_activation, input_cut: See ``GradedLinear``.
     """
+
+    input_cut: InputCut | None = None
 
     def __init__(
         self,
@@ -102,7 +108,7 @@ class GradedExperts(nnx.Module):
 
     def choose(self, experts: Int[Array, "*rows"]) -> "ChosenGraded":
         """Returns the linear layers of the experts of each row."""
-        return ChosenGraded(self.weight, experts)
+        return ChosenGraded(self.weight, experts, self.input_cut)
 
 
 class ChosenDense(NamedTuple):
@@ -111,10 +117,12 @@ class ChosenDense(NamedTuple):
     Attributes:
       kernel: Kernels of all experts.
       experts: Expert of each row.
+      input_cut: See ``linear.DenseLinear``.
     """
 
     kernel: Float[Array, "e k n"]
     experts: Int[Array, "*rows"]
+    input_cut: InputCut | None = None
 
     def dense(self, x: Float[Array, "*rows k"], dtype=None) -> Float[Array, "*rows n"]:
         """Returns ``x @ W`` of the expert of each row, summed in float32, in ``dtype`` (default: x's)."""
@@ -128,10 +136,12 @@ class ChosenGraded(NamedTuple):
     Attributes:
       weight: Weights of all experts.
       experts: Expert of each row.
+      input_cut: See ``linear.DenseLinear``.
     """
 
     weight: NestedExperts
     experts: Int[Array, "*rows"]
+    input_cut: InputCut | None = None
 
     def dense(self, x: Float[Array, "*rows k"], dtype=None) -> Float[Array, "*rows n"]:
         """Returns ``x @ W`` as ``ChosenDense.dense`` does; dequantizes one expert after another."""

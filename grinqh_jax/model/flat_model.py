@@ -1,12 +1,15 @@
 """A decoder packed into fewer arrays, so that jitted calls start sooner."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
 from grinqh_jax.model.decoder import Decoder
+from grinqh_jax.model.partition import Partition
 from grinqh_jax.model.stacks import unstacked
 
 SMALL_BYTES = 1 << 15
@@ -36,13 +39,19 @@ class FlatModel:
         stacks = tuple(tuple(members) for members in kinds.values() if len(members) > 1)
         stacked = {i for members in stacks for i in members}
         self.arrays = tuple(leaf for i, leaf in enumerate(leaves) if i not in stacked)
-        self.arrays += tuple(_stack([leaves[i] for i in members]) for members in stacks)
-        self._form: tuple[Any, tuple[tuple[int, ...], ...]] = structure, stacks
+        self.arrays += tuple(_stacked([leaves[i] for i in members]) for members in stacks)
+        specs = tuple(_spec(array) for array in self.arrays)
+        self._form: tuple[Any, ...] = structure, stacks, specs, model.partition
+
+    @property
+    def partition(self) -> Partition | None:
+        """How a mesh cuts the model; None for one device."""
+        return self._form[-1]
 
     @property
     def module(self) -> Decoder:
         """The decoder, made of slices of the stacks, for use in a traced function."""
-        structure, stacks = self._form
+        structure, stacks, _, _ = self._form
         small = self.arrays[len(self.arrays) - len(stacks) :]
         members = [i for members in stacks for i in members]
         # Without the barrier XLA (jax 0.11.2) fuses each slice into its users, so that the kernels of every
@@ -63,7 +72,27 @@ class FlatModel:
         flat.arrays, flat._form = tuple(arrays), form
         return flat
 
+    def partition_specs(self) -> "FlatModel":
+        """Returns the model with the cut of each array on a mesh in its place (``sharding.program``)."""
+        _, _, specs, _ = self._form
+        return FlatModel.tree_unflatten(self._form, specs)
 
-@jax.jit
-def _stack(arrays: list[Shaped[Array, "*shape"]]) -> Shaped[Array, "members *shape"]:
-    return jnp.stack(arrays)
+
+def _spec(leaf: jax.Array) -> PartitionSpec:
+    """Returns how an array is cut among the devices of its mesh."""
+    sharding = getattr(leaf, "sharding", None)
+    return sharding.spec if isinstance(sharding, NamedSharding) else PartitionSpec()
+
+
+def _stacked(arrays: list[Shaped[Array, "*shape"]]) -> Shaped[Array, "members *shape"]:
+    """Stacks arrays; those on a mesh keep their cut."""
+    sharding = getattr(arrays[0], "sharding", None)
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+        return _stacking(sharding)(arrays)
+    return _stacking(None)(arrays)
+
+
+@functools.cache
+def _stacking(sharding: NamedSharding | None) -> Any:
+    return jax.jit(jnp.stack, out_shardings=sharding)

@@ -9,6 +9,7 @@ from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Float16, UInt32
 
+from grinqh_jax.model.partition import InputCut
 from pallas_kernels import (
     Activations,
     GradingStats,
@@ -28,7 +29,10 @@ class DenseLinear(nnx.Module):
     Attributes:
       kernel: float32 or bfloat16 ``[in_features, out_features]``; Hugging Face stores the transpose.
       bias: Vector ``[out_features]`` that is added to the outputs, or None.
+      input_cut: How a mesh cuts the input channels, so that outputs are partial sums; None if it does not.
     """
+
+    input_cut: InputCut | None = None
 
     def __init__(self, kernel: Float[Array, "k n"], bias: Float[Array, "n"] | None = None):
         self.kernel = nnx.Param(kernel)
@@ -49,7 +53,10 @@ class GradedLinear(nnx.Module):
         read of the calibration text are those of target t.
       max_activation: float32 scalar, largest ``|x|`` in calibration.
       bias: float32 ``[out_features]`` that is added to the outputs, or None.
+      input_cut: See ``DenseLinear``.
     """
+
+    input_cut: InputCut | None = None
 
     def __init__(
         self,

@@ -9,14 +9,26 @@ from pallas_kernels import Activations, decode_rows
 
 @jax.named_scope("norm")
 def rms_norm(
-    x: Float[Array, "*rows d"], norm_scale: Float[Array, "*heads d"], eps: float
+    x: Float[Array, "*rows d"],
+    norm_scale: Float[Array, "*heads d"],
+    eps: float,
+    across: str | None = None,
 ) -> Float[Array, "*rows d"]:
     """Returns ``x / sqrt(mean(x**2) + eps) * norm_scale`` over the last axis, computed in float32.
 
     Source: arXiv 1910.07467.
+
+    Args:
+      x: Values to normalize.
+      norm_scale: Learned scale of the norm.
+      eps: Epsilon of the norm.
+      across: Mesh axis among whose devices the last axis is cut evenly; None if it is whole.
     """
     wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + eps)
+    mean_square = jnp.mean(wide**2, axis=-1, keepdims=True)
+    if across is not None:
+        mean_square = jax.lax.pmean(mean_square, across)
+    wide = wide * jax.lax.rsqrt(mean_square + eps)
     return (wide * norm_scale.astype(jnp.float32)).astype(x.dtype)
 
 

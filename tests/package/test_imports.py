@@ -15,6 +15,7 @@ LAYERS = {
         {"errors"},
         {"memory", "json_files", "bundled", "companions", "ranges"},
         {"model"},
+        {"sharding"},
         {"checkpoint", "hf", "text"},
         {"decoding"},
         {"serving"},

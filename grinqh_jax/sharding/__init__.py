@@ -1,0 +1,1 @@
+"""Tensor parallelism: one model on several devices, with JAX's mesh and ``shard_map``."""

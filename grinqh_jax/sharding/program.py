@@ -1,0 +1,105 @@
+"""Runs a function of a model on all devices of its mesh, each with its part of the arrays."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from grinqh_jax.model.partition import AXIS, Partition
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+WHOLE = PartitionSpec()
+"""Spec of an array that every device has."""
+
+MOST_AXES = 8
+"""Largest number of axes of a cut array."""
+
+
+def on_mesh(function: Function) -> Function:
+    """Decorates a function whose first argument is a model; goes below ``jax.jit``.
+
+    If the model is on a mesh, the function runs inside ``jax.shard_map``: every device runs it on its parts
+    of the arrays. A node of the arguments or of the result that has a method ``partition_specs`` says how its
+    arrays are cut (``KVCache``). Every device has all other arrays, and computes equal ones. Arguments that
+    are no arrays are passed as they are. On one device, and inside another decorated function, the function
+    is called directly.
+    """
+
+    @functools.wraps(function)
+    def run(model, *args, **kwargs):
+        partition = model.partition
+        if partition is None or AXIS in jax.sharding.get_abstract_mesh().manual_axes:
+            return function(model, *args, **kwargs)
+        leaves, structure = jax.tree.flatten((model, args, kwargs))
+        specs = jax.tree.leaves(partition_specs((model, args, kwargs)), is_leaf=_is_spec)
+        traced = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | np.ndarray)]
+        result: list[Any] = []  # the structure of the result, and the cut axis of each leaf
+
+        def body(arrays):
+            given = list(leaves)
+            for i, array in zip(traced, arrays, strict=True):
+                given[i] = array
+            inner_model, inner_args, inner_kwargs = jax.tree.unflatten(structure, given)
+            returned = function(inner_model, *inner_args, **inner_kwargs)
+            returned_leaves, returned_structure = jax.tree.flatten(returned)
+            axes = [_cut_axis(spec) for spec in jax.tree.leaves(partition_specs(returned), is_leaf=_is_spec)]
+            result[:] = [returned_structure, axes]
+            # The leaves are grouped by axis, because ``shard_map`` must know the specs before it runs this.
+            return [
+                [leaf for leaf, cut in zip(returned_leaves, axes, strict=True) if cut == axis]
+                for axis in _AXES
+            ]
+
+        groups = jax.shard_map(
+            body,
+            mesh=partition.mesh,
+            in_specs=([specs[i] for i in traced],),
+            out_specs=[WHOLE if axis is None else PartitionSpec(*[None] * axis, AXIS) for axis in _AXES],
+            check_vma=False,
+        )([leaves[i] for i in traced])
+        returned_structure, axes = result
+        grouped = {axis: iter(group) for axis, group in zip(_AXES, groups, strict=True)}
+        return jax.tree.unflatten(returned_structure, [next(grouped[axis]) for axis in axes])
+
+    return run  # type: ignore[return-value]  # wraps keeps the signature
+
+
+_AXES = [None, *range(MOST_AXES)]
+
+
+def partition_specs(tree: Any) -> Any:
+    """Returns the tree with the spec of each leaf in its place (see ``on_mesh``)."""
+
+    def has_specs(node: Any) -> bool:
+        return hasattr(node, "partition_specs")
+
+    return jax.tree.map(
+        lambda node: node.partition_specs() if has_specs(node) else WHOLE, tree, is_leaf=has_specs
+    )
+
+
+def shardings(tree: Any, partition: Partition) -> Any:
+    """Returns the tree with the sharding of each leaf on the mesh in its place."""
+    return jax.tree.map(
+        lambda spec: NamedSharding(partition.mesh, spec), partition_specs(tree), is_leaf=_is_spec
+    )
+
+
+def made_on_mesh(make: Callable[[], Any], partition: Partition | None) -> Any:
+    """Returns ``make()``, a tree of arrays, of which each device of the mesh makes its parts only."""
+    if partition is None:
+        return make()
+    return jax.jit(make, out_shardings=shardings(jax.eval_shape(make), partition))()
+
+
+def _is_spec(node: Any) -> bool:
+    return isinstance(node, PartitionSpec)
+
+
+def _cut_axis(spec: PartitionSpec) -> int | None:
+    """Returns the axis that a spec cuts, or None."""
+    return next((axis for axis, name in enumerate(spec) if name == AXIS), None)
