@@ -23,6 +23,8 @@ from grinqh_jax.errors import CheckpointError, UsageError
 from grinqh_jax.json_files import read_object
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import Decoder, abstract_tree
+from grinqh_jax.sharding.cutting import cut_leaves, even_sharding
+from grinqh_jax.sharding.rules import partition
 from pallas_kernels.x64 import without_x64
 
 CONFIG = "config.json"
@@ -52,6 +54,7 @@ def load(
     path: str | Path,
     compute_dtype: Any = None,
     shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Loaded:
     """Loads a GRINQH checkpoint.
 
@@ -67,8 +70,12 @@ def load(
         bfloat16 is emulated, and bfloat16 on other devices.
       shardings: Shardings of leaves by dotted name (``layers.0.qkv.planes``). All other leaves go to the
         first device. Of leaves of which this process holds only some shards, only the files are verified.
+      mesh: Mesh to cut the model among (``sharding.rules``), without ``shardings``. Each device reads an even
+        share of every large array. The devices then exchange what their parts need, one array after another,
+        so that a device never holds more than its part of the model and one whole array.
 
     Raises:
+      UsageError: The mesh does not fit the model.
       CheckpointError: The directory is not a GRINQH checkpoint, was written by another version, or
         contradicts its manifest. The message names all differences and says what to do.
       UnsupportedModelError: This version cannot run the model.
@@ -83,12 +90,15 @@ def load(
     problems = [f"{name} {problem}" for name, problem in file_problems.items()]
     if CONFIG not in file_problems:
         config = ModelConfig.from_hf(hf_config)
+        cut = None if mesh is None else partition(config, mesh)
         tree = abstract_tree(config, quantization.max_bits, len(quantization.targets))
         stored = version_1.stored_tree(tree, hf_config["quantization_config"]["version"])
         problems += manifest.tree_problems(stored)
     if problems:
         raise _damaged(directory, problems)
     leaves, stored_leaves = (traverse_util.flatten_dict(each, sep=".") for each in (tree, stored))
+    if mesh is not None:
+        shardings = {name: even_sharding(leaf.shape, mesh) for name, leaf in leaves.items()}
     shardings = _all_shardings(leaves, shardings or {})
     outdated = [name for name, leaf in leaves.items() if stored_leaves[name].shape != leaf.shape]
     current = {name: leaf for name, leaf in leaves.items() if name not in outdated}
@@ -105,7 +115,9 @@ def load(
         raise _damaged(directory, problems)
     if compute_dtype is None:
         compute_dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    model = Decoder.from_tree(config, traverse_util.unflatten_dict(arrays, sep="."), compute_dtype)
+    if cut is not None:
+        arrays = cut_leaves(config, arrays, cut)
+    model = Decoder.from_tree(config, traverse_util.unflatten_dict(arrays, sep="."), compute_dtype, cut)
     return Loaded(config, quantization, model, directory)
 
 

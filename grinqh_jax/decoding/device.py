@@ -22,6 +22,7 @@ from grinqh_jax.decoding.programs import Lowering, Programs
 from grinqh_jax.decoding.settings import Settings
 from grinqh_jax.model.decoder import Decoder
 from grinqh_jax.model.flat_model import FlatModel
+from grinqh_jax.sharding.program import made_on_mesh, shardings
 
 
 class Device:
@@ -56,7 +57,7 @@ class Device:
         """
         self.shape = shape
         self.graded = dial is not None
-        self._config, self._policy = model.config, policy
+        self._config, self._policy, self._partition = model.config, policy, model.partition
         self._top_logprobs = min(MOST_LOGPROBS, model.config.vocab_size)
         # The sharding of all arguments is the same from the first call on, because jit compiles again for
         # another one.
@@ -65,8 +66,11 @@ class Device:
         self._model, self._dial = FlatModel(model), jax.device_put(dial, self._sharding)
 
         def state() -> DecodeState:
-            pages = cache or PagedCache.create(
-                model.config, shape.num_pages, shape.page_size, model.compute_dtype
+            pages = cache or made_on_mesh(
+                lambda: PagedCache.create(
+                    model.cache_config, shape.num_pages, shape.page_size, model.compute_dtype
+                ),
+                model.partition,
             )
             per_slot = None if shape.contiguous else shape.pages_per_slot
             return DecodeState.create(pages, model.config, settings, shape.slots, per_slot, self.graded)
@@ -119,7 +123,7 @@ class Device:
         wanted: dict[Hashable, Lowering] = {}
 
         def add(name: str, lower: Callable[..., jax.stages.Lowered], *arguments: Any, **static: Any) -> None:
-            arguments = jax.tree.map(self._struct, arguments)
+            arguments = self._structs(arguments)
             leaves, structure = jax.tree.flatten(arguments)
             sizes = tuple((leaf.shape, leaf.dtype.name) for leaf in leaves)
             wanted[name, structure, sizes, *static.items()] = functools.partial(lower, *arguments, **static)
@@ -234,10 +238,20 @@ class Device:
         return in_prompt
 
     def _put(self, arrays: Any) -> Any:
-        """Puts arrays on the device with the sharding of the loop."""
+        """Puts arrays on the device, or on those of the mesh, with the sharding of the loop."""
         if self._abstract:
-            return jax.tree.map(self._struct, arrays)
-        return jax.device_put(arrays, self._sharding)
+            return self._structs(arrays)
+        return jax.device_put(arrays, self._shardings(arrays))
 
-    def _struct(self, leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._sharding)
+    def _structs(self, arrays: Any) -> Any:
+        """Returns shapes and dtypes with the shardings that ``_put`` gives to the arrays."""
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            arrays,
+            self._shardings(arrays),
+        )
+
+    def _shardings(self, arrays: Any) -> Any:
+        if self._partition is not None:
+            return shardings(arrays, self._partition)
+        return jax.tree.map(lambda leaf: self._sharding, arrays)

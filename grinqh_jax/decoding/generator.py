@@ -72,28 +72,34 @@ class Generator:
 
     @classmethod
     @without_x64
-    def load(cls, model: str | os.PathLike[str], compute_dtype=None) -> "Generator":
+    def load(
+        cls, model: str | os.PathLike[str], compute_dtype=None, mesh: jax.sharding.Mesh | None = None
+    ) -> "Generator":
         """Loads a GRINQH checkpoint, or an unquantized Hugging Face one (at full precision only).
 
         Args:
           model: A directory or a hub id.
           compute_dtype: Dtype of hidden states and matrix products, by default float32 on a CPU and bfloat16
             elsewhere.
+          mesh: Mesh to cut the model among (``sharding.mesh``); None for one device.
 
         Raises:
+          UsageError: The mesh does not fit the model.
           CheckpointError: There is no such checkpoint, or it is damaged.
           UnsupportedModelError: The architecture or one of its options is not implemented.
         """
-        return cls.from_files(ModelFiles.open(model), compute_dtype)
+        return cls.from_files(ModelFiles.open(model), compute_dtype, mesh)
 
     @classmethod
     @without_x64
-    def from_files(cls, files: ModelFiles, compute_dtype=None) -> "Generator":
+    def from_files(
+        cls, files: ModelFiles, compute_dtype=None, mesh: jax.sharding.Mesh | None = None
+    ) -> "Generator":
         """Loads the weights of a model whose other files have been read.
 
         Args:
           files: The files of the model without its weights.
-          compute_dtype: As for ``load``.
+          compute_dtype, mesh: As for ``load``.
 
         Raises:
           GrinqhError: As for ``load``.
@@ -101,9 +107,9 @@ class Generator:
         if files.quantization is None:
             if compute_dtype is None:
                 compute_dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-            decoder = hf.load_decoder(hf.open_checkpoint(files.directory), compute_dtype)
+            decoder = hf.load_decoder(hf.open_checkpoint(files.directory), compute_dtype, mesh)
         else:
-            decoder = checkpoint.load(files.directory, compute_dtype).model
+            decoder = checkpoint.load(files.directory, compute_dtype, mesh=mesh).model
         if files.defaults.ignored:
             warnings.warn(
                 f"{files.directory}: not implemented and ignored in generation_config.json: "

@@ -135,6 +135,11 @@ class Decoder(nnx.Module):
         return linear
 
     @property
+    def part_config(self) -> ModelConfig:
+        """Configuration of the part of one device: that of the whole model, if there is no mesh."""
+        return self.config if self.partition is None else self.partition.local
+
+    @property
     def cache_config(self) -> ModelConfig:
         """Configuration for which a KV cache has the kv heads of all devices, shared ones several times."""
         if self.partition is None:

@@ -78,14 +78,14 @@ class FlatModel:
         return FlatModel.tree_unflatten(self._form, specs)
 
 
-def _spec(leaf: jax.Array) -> PartitionSpec:
+def _spec(leaf: Any) -> PartitionSpec:
     """Returns how an array is cut among the devices of its mesh."""
     sharding = getattr(leaf, "sharding", None)
     return sharding.spec if isinstance(sharding, NamedSharding) else PartitionSpec()
 
 
-def _stacked(arrays: list[Shaped[Array, "*shape"]]) -> Shaped[Array, "members *shape"]:
-    """Stacks arrays; those on a mesh keep their cut."""
+def _stacked(arrays: list[Any]) -> Shaped[Array, "members *shape"]:
+    """Stacks arrays of one shape ``[*shape]``; those on a mesh keep their cut."""
     sharding = getattr(arrays[0], "sharding", None)
     if isinstance(sharding, NamedSharding):
         sharding = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))

@@ -74,8 +74,8 @@ class Engine:
           generator: Model, tokenizer and defaults.
           slots: Number of requests that are decoded at once, 1 to ``MOST_SLOTS``.
           max_context: Most tokens of prompt and answer together, by default all positions of the model.
-          cache_memory: Bytes of keys and values, by default those of ``slots`` texts of ``max_context``
-            tokens, or fewer if the device has less free memory.
+          cache_memory: Bytes of keys and values on each device, by default those of ``slots`` texts of
+            ``max_context`` tokens, or fewer if the device has less free memory.
           page_size: Number of positions of a page of the cache.
           piece: Number of prompt tokens read in one call, a multiple of ``page_size``. Running answers pause
             for at most one piece, and prefixes are shared in whole pieces.
@@ -93,7 +93,7 @@ class Engine:
         model = generator.model
         context = check_context(max_context, model.config)
         num_pages = count_pages(
-            model.config,
+            model.part_config,
             model.compute_dtype,
             slots=slots,
             max_context=context,

@@ -42,7 +42,10 @@ def cut_decoder(model: Decoder, mesh: jax.sharding.Mesh) -> Decoder:
       UsageError: The model cannot be cut among so many devices.
     """
     cut = partition(model.config, mesh)
-    leaves = cut_leaves(model.config, checkpoint_leaves(model), cut)
+    leaves = checkpoint_leaves(model)
+    if not model.graded:  # Its output projection is one block, and has another name in a tree.
+        leaves[f"{HEAD}.kernel"] = leaves.pop(f"{HEAD}.blocks.0.kernel")
+    leaves = cut_leaves(model.config, leaves, cut)
     tree = traverse_util.unflatten_dict(leaves, sep=".")
     return Decoder.from_tree(model.config, tree, model.compute_dtype, cut)
 

@@ -1,0 +1,229 @@
+"""Models on 2, 4 and 8 devices give the answers of one device. ``test_mesh`` runs this file in a process.
+
+The process has eight CPU devices. Tiny models run in the default tests, those of all families and the long
+text in the slow ones.
+"""
+
+import family_cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from random_models import CONFIGS, TARGETS, graded_model_tree, graded_tree, state_tree
+
+from grinqh_jax.decoding import engine
+from grinqh_jax.decoding.dial import Dial
+from grinqh_jax.decoding.generator import Generator
+from grinqh_jax.decoding.request import Request
+from grinqh_jax.decoding.sampling import Sampling
+from grinqh_jax.decoding.thresholds import model_thresholds
+from grinqh_jax.errors import UsageError
+from grinqh_jax.evaluation.perplexity import measure
+from grinqh_jax.evaluation.scoring import score
+from grinqh_jax.model.apply import Graded
+from grinqh_jax.model.cache import KVCache
+from grinqh_jax.model.config import ModelConfig
+from grinqh_jax.model.decoder import Decoder
+from grinqh_jax.model.flat_model import FlatModel
+from grinqh_jax.serving.engine import Engine
+from grinqh_jax.sharding.cutting import cut_decoder
+from grinqh_jax.sharding.mesh import make_mesh
+from grinqh_jax.sharding.program import made_on_mesh, on_mesh
+
+WIDE = CONFIGS["qwen3-untied"] | {
+    "num_hidden_layers": 1,
+    "vocab_size": 1300,
+    "intermediate_size": 700,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 24,
+}
+"""Several vocabulary blocks, six groups of channels in the MLP, and heads that end inside a group. On eight
+devices, two share a key head."""
+
+TOKENS = np.random.default_rng(5).integers(0, 96, (2, 24))
+SLOW = pytest.mark.slow
+
+
+@jax.jit
+@on_mesh
+def forward(model, tokens, thresholds):
+    """Returns dense logits, graded logits, and the statistics of grading; dense logits alone without it."""
+    decoder = model.module
+    if thresholds is None:
+        return decoder(tokens)
+    graded = Graded(thresholds)
+    logits = decoder(tokens, graded)
+    return decoder(tokens), logits, graded.stats
+
+
+def model_of(hf_config, *, graded=True):
+    config, tree = state_tree(hf_config)
+    if not graded:
+        return Decoder.from_tree(config, tree, jnp.float32)
+    apart = {}
+    for i, spec in enumerate(config.layers):
+        layer = tree["layers"][str(i)]
+        if spec.experts is not None:
+            names = [projection.name for projection in spec.projections if projection.of_experts]
+            kept = {spec.experts.router: layer.pop(spec.experts.router)}
+            apart[str(i)] = kept | {name: graded_experts(layer.pop(name)["kernel"]) for name in names}
+    tree = graded_model_tree(tree)
+    for i, leaves in apart.items():
+        tree["layers"][i] |= leaves
+    return Decoder.from_tree(config, tree, jnp.float32)
+
+
+def graded_experts(kernels):
+    """Returns the leaves of experts; they share thresholds and level gains."""
+    experts = [graded_tree({"kernel": kernel}) for kernel in kernels]
+    stacked = {name: jnp.stack([expert[name] for expert in experts]) for name in ("planes", "scales")}
+    return experts[0] | stacked
+
+
+def mesh_of(devices, config):
+    mesh = make_mesh(f"tp={devices}", config)
+    assert mesh is not None
+    assert mesh.size == devices
+    return mesh
+
+
+def assert_close(actual, expected):
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    np.testing.assert_allclose(actual, expected, atol=1e-4 * np.abs(expected).max(), rtol=0)
+
+
+def assert_same_answers(model, devices, bits=(2.5, 8.0)):
+    cut = FlatModel(cut_decoder(model, mesh_of(devices, model.config)))
+    thresholds = model_thresholds(model, jnp.asarray(TARGETS), jnp.asarray(bits))
+    expected, actual = (forward(each, TOKENS, thresholds) for each in (FlatModel(model), cut))
+    assert_close(actual[0], expected[0])
+    assert_close(actual[1], expected[1])
+    assert actual[2].keys() == expected[2].keys()
+    for name, stats in expected[2].items():
+        # An equal mean of the levels of up to 1,400 channels: no level differs.
+        np.testing.assert_allclose(actual[2][name].bits, stats.bits, atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(actual[2][name].max_abs, stats.max_abs, rtol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("devices", [pytest.param(2, marks=SLOW), pytest.param(4, marks=SLOW), 8])
+def test_a_cut_model_gives_the_same_logits_and_statistics(devices):
+    assert_same_answers(model_of(WIDE), devices)
+
+
+@SLOW
+@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize("name", family_cases.CASES)
+def test_every_family_gives_the_same_logits_and_statistics(name, devices):
+    assert_same_answers(model_of(family_cases.CASES[name]), devices)
+
+
+@SLOW
+def test_a_mixture_gives_the_same_logits_and_statistics():
+    mixture = family_cases.CASES["qwen3-moe"] | {"moe_intermediate_size": 200, "num_hidden_layers": 1}
+    assert_same_answers(model_of(mixture), 2)
+
+
+@SLOW
+@pytest.mark.parametrize("name", ["qwen2-tied-yarn", "qwen3-moe"])
+def test_a_dense_model_gives_the_same_logits(name):
+    model = model_of(family_cases.CASES[name], graded=False)
+    cut = FlatModel(cut_decoder(model, mesh_of(2, model.config)))
+    assert_close(forward(cut, TOKENS, None), forward(FlatModel(model), TOKENS, None))
+
+
+def test_each_device_has_its_part_of_planes_and_cache():
+    model = model_of(WIDE)
+    cut = cut_decoder(model, mesh_of(8, model.config))
+    layer = cut.layers[0]
+    shapes = [
+        {shard.data.shape for shard in array.addressable_shards}
+        for array in (layer.gate_up.planes[...], layer.down.planes[...], layer.o.scales[...])
+    ]
+    # Six groups among eight devices: one each, and padding alone for two. A head of 24 may lie in two groups.
+    assert shapes == [{(4, 128, 256 // 16)}, {(4, 128, 64 // 16)}, {(2, 64)}]
+    cache = made_on_mesh(lambda: KVCache.create(cut.cache_config, 2, 16, jnp.float32), cut.partition)
+    assert {shard.data.shape for shard in cache.keys[0].addressable_shards} == {(2, 16, 1, 24)}
+
+
+def decoded(model, steps):
+    """Returns what ``decode_chunk`` generates after a prompt of two rows, greedily, with a dial."""
+    flat, batch = FlatModel(model), 2
+    cache = made_on_mesh(lambda: KVCache.create(model.cache_config, batch, 64, jnp.float32), model.partition)
+    dial = Dial.create(model, TARGETS, [2.5, 5.0])
+    logits, cache, preview = engine.prefill_with_preview(
+        flat, TOKENS, np.array([24, 17]), cache, dial.thresholds
+    )
+    dial = dial.observe(preview.bits, preview.counts)
+    start = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    rest = Sampling.create(batch), np.full(1, -1, np.int32), np.full(batch, steps, np.int32)
+    chunk, cache = engine.decode_chunk(flat, start, np.zeros(batch, bool), cache, dial, *rest, steps=steps)
+    return chunk, preview, cache
+
+
+@SLOW
+def test_a_decode_loop_generates_the_same_tokens_with_the_same_bits():
+    model = model_of(WIDE)
+    expected, expected_preview, _ = decoded(model, 12)
+    actual, preview, cache = decoded(cut_decoder(model, mesh_of(4, model.config)), 12)
+    np.testing.assert_array_equal(actual.tokens, expected.tokens)
+    np.testing.assert_allclose(preview.bits, expected_preview.bits, atol=1e-4)
+    np.testing.assert_allclose(actual.grading_stats.bits, expected.grading_stats.bits, atol=1e-4)
+    np.testing.assert_allclose(actual.dial.excess, expected.dial.excess, atol=1e-3)
+    assert "tp" in str(cache.keys[0].sharding.spec)
+
+
+def test_a_checkpoint_is_loaded_in_parts_and_generates_the_same_text(graded_directory):
+    config = Generator.load(graded_directory).model.config
+    one, two = (Generator.load(graded_directory, mesh=make_mesh(text, config)) for text in (None, "tp=2"))
+    request = Request(bits=3.0, max_tokens=24, temperature=0.0)
+    texts = ["".join(generator.generate("a prompt", request)) for generator in (one, two)]
+    assert texts[0] == texts[1]
+    planes = two.model.layers[0].qkv.planes[...]
+    assert {shard.data.nbytes for shard in planes.addressable_shards} == {planes.nbytes // 2}
+
+
+@SLOW
+def test_an_unquantized_checkpoint_generates_the_same_text(dense_directory):
+    config = Generator.load(dense_directory).model.config
+    one, two = (Generator.load(dense_directory, mesh=make_mesh(text, config)) for text in (None, "tp=4"))
+    request = Request(max_tokens=24, temperature=0.0)
+    texts = ["".join(generator.generate("a prompt", request)) for generator in (one, two)]
+    assert texts[0] == texts[1]
+
+
+@SLOW
+def test_perplexity_and_scores_are_the_same(graded_directory):
+    config = Generator.load(graded_directory).model.config
+    results, scores = [], []
+    for text in (None, "tp=2"):
+        generator = Generator.load(graded_directory, mesh=make_mesh(text, config))
+        tokens = np.random.default_rng(1).integers(0, config.vocab_size, 100)
+        results.append(measure(generator.model, generator.targets, tokens, [3.0, "full"], sequence_length=40))
+        scores.append(score(generator, [([5, 6, 7], [8, 9])], 3.0, max_length=32))
+    for one, two in zip(*results, strict=True):
+        assert two.perplexity == pytest.approx(one.perplexity, rel=1e-4)
+        assert two.realised_bits == pytest.approx(one.realised_bits, abs=1e-4)
+    assert scores[1][0].log_likelihood == pytest.approx(scores[0][0].log_likelihood, rel=1e-4)
+
+
+@SLOW
+def test_an_engine_serves_the_same_answers(graded_directory):
+    config = Generator.load(graded_directory).model.config
+    prompts, texts = ["one prompt", "another, longer prompt", "a third"], []
+    for mesh in (None, "tp=2"):
+        generator = Generator.load(graded_directory, mesh=make_mesh(mesh, config))
+        with Engine(generator, slots=2, max_context=128, piece=64) as served:
+            answers = served.generate_many(prompts, Request(bits=3.0, max_tokens=16, temperature=0.0))
+            texts.append([answer.text for answer in answers])
+    assert texts[0] == texts[1]
+
+
+def test_a_mesh_that_does_not_fit_is_refused_with_the_numbers_that_do():
+    config = ModelConfig.from_hf(WIDE)
+    with pytest.raises(UsageError, match=r"8 query heads and 4 key heads .* 3 devices; choose 2 or 4 or 8"):
+        make_mesh("tp=3", config)
+    with pytest.raises(UsageError, match="tp=16: there are 8 devices"):
+        make_mesh("tp=16", config)
+    assert make_mesh("auto", config).size == 8
+    assert make_mesh("tp=1", config) is None
