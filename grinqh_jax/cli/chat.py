@@ -14,6 +14,7 @@ from grinqh_jax.cli import command, flags
 from grinqh_jax.cli.conversation import Conversation, run_command
 from grinqh_jax.cli.generation import load_generator, open_model
 from grinqh_jax.cli.line_reader import LineReader
+from grinqh_jax.cli.mesh import add_mesh, make_mesh
 from grinqh_jax.errors import GrinqhError, UsageError
 
 
@@ -25,6 +26,7 @@ def parser() -> command.Parser:
         "turn, or a command: /help lists them. Ctrl-C ends an answer, Ctrl-D the conversation.",
     )
     flags.add_model(result)
+    add_mesh(result, processes=False)
     result.add_argument("--stats", action="store_true", help="print the statistics of every answer")
     flags.add_request(result)
     return result
@@ -50,8 +52,9 @@ def _chat(args: argparse.Namespace) -> int:
             "model, or continue a text with grinqh-jax generate"
         )
     files.check([request.bits], args.max_context)
+    generator = load_generator(files, make_mesh(args, files))
     conversation = Conversation(
-        load_generator(files), request, system, max_context=args.max_context, with_statistics=args.stats
+        generator, request, system, max_context=args.max_context, with_statistics=args.stats
     )
     with LineReader() as reader:
         if reader.is_terminal:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from grinqh_jax.cli import command, flags
 from grinqh_jax.cli.generation import load_generator, open_model
+from grinqh_jax.cli.mesh import add_mesh, make_mesh, on_processes
 from grinqh_jax.cli.results import Result, show
 from grinqh_jax.decoding.bits import Bits
 
@@ -19,6 +20,7 @@ def parser() -> command.Parser:
         "problem greedily with a chain of thought: prefill at full precision, graded decoding.",
     )
     flags.add_model(result)
+    add_mesh(result)
     add = result.add_argument
     add(
         "--tasks",
@@ -54,13 +56,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    with on_processes(args):
+        return _measure(args)
+
+
+def _measure(args: argparse.Namespace) -> int:
     files = open_model(args.model)
     settings = flags.dial_settings(args.bits, files.targets)
     files.check(settings)
     from grinqh_jax.evaluation.tasks import read_problems
 
     problems = read_problems(args.tasks, args.limit)
-    show(_results(load_generator(files), problems, settings, args), args.json)
+    generator = load_generator(files, make_mesh(args, files))
+    show(_results(generator, problems, settings, args), args.json)
     return 0
 
 

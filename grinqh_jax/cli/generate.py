@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 from grinqh_jax.cli import command, flags, text_input
 from grinqh_jax.cli.generation import compiling, load_generator, open_model, print_statistics
+from grinqh_jax.cli.mesh import add_mesh, make_mesh, on_processes
+from grinqh_jax.decoding.request import Request
 from grinqh_jax.errors import UsageError
 from grinqh_jax.json_files import json_line
 
@@ -21,6 +23,7 @@ def parser() -> command.Parser:
         "If the model has a chat template, the prompt becomes the user's message.",
     )
     flags.add_model(result)
+    add_mesh(result)
     add = result.add_argument
     add("text", nargs="?", metavar="PROMPT", help="prompt (default: standard input, unless a terminal)")
     add("-p", "--prompt", metavar="TEXT", help="the prompt as a flag; - reads it from standard input")
@@ -42,10 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _generate(args: argparse.Namespace) -> int:
     request, system = flags.request(args), flags.system_message(args)
     prompt = text_input.read_prompt(args.prompt, args.text)
+    with on_processes(args):
+        return _write(args, prompt, request, system)
+
+
+def _write(args: argparse.Namespace, prompt: str, request: Request, system: list[dict[str, str]]) -> int:
     files = open_model(args.model)
     prompt_tokens = _prompt_tokens(files, prompt, system, args)
     files.check([request.bits], args.max_context, len(prompt_tokens))  # before the weights are loaded
-    generator = load_generator(files)
+    generator = load_generator(files, make_mesh(args, files))
     with compiling():
         generation = generator.generate(prompt_tokens, request, max_context=args.max_context)
     interrupted = False

@@ -16,12 +16,17 @@ def open_model(model: str):
         return ModelFiles.open(model)
 
 
-def load_generator(files):
-    """Loads the weights of ``ModelFiles`` under a status line; returns the ``Generator``."""
+def load_generator(files, mesh=None):
+    """Loads the weights of ``ModelFiles`` under a status line; returns the ``Generator``.
+
+    Args:
+      files: Files of the model.
+      mesh: Mesh to cut the model among (``mesh.make_mesh``); None for one device.
+    """
     with command.status(f"loading {files.directory.name}"):
         from grinqh_jax.decoding.generator import Generator
 
-        return Generator.from_files(files)
+        return Generator.from_files(files, mesh=mesh)
 
 
 def compiling() -> contextlib.AbstractContextManager[None]:

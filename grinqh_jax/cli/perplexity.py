@@ -6,6 +6,7 @@ from pathlib import Path
 
 from grinqh_jax.cli import command, flags
 from grinqh_jax.cli.generation import load_generator, open_model
+from grinqh_jax.cli.mesh import add_mesh, make_mesh, on_processes
 from grinqh_jax.cli.reference import find_reference
 from grinqh_jax.cli.results import show
 
@@ -19,6 +20,7 @@ def parser() -> command.Parser:
         "independent. The standard error of the ratio to the reference is paired.",
     )
     flags.add_model(result)
+    add_mesh(result)
     add = result.add_argument
     add(
         "--data",
@@ -51,6 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _perplexity(args: argparse.Namespace) -> int:
+    with on_processes(args):
+        return _measure(args)
+
+
+def _measure(args: argparse.Namespace) -> int:
     files = open_model(args.model)
     settings = flags.dial_settings(args.bits, files.targets)
     files.check(settings)
@@ -63,7 +70,8 @@ def _perplexity(args: argparse.Namespace) -> int:
     check(files.config, tokens, args.sequence_length, reference_config)
     if not args.json:
         print(f"compared with {reference.description}", flush=True)
-    generator = load_generator(files)
+    mesh = make_mesh(args, files)
+    generator = load_generator(files, mesh)
     with Progress("perplexity", len(tokens), "token") as progress:
         results = measure(
             generator.model,
@@ -71,7 +79,7 @@ def _perplexity(args: argparse.Namespace) -> int:
             tokens,
             settings,
             sequence_length=args.sequence_length,
-            reference=None if reference.files is None else load_generator(reference.files).model,
+            reference=None if reference.files is None else load_generator(reference.files, mesh).model,
             on_progress=progress,
         )
     show(results, args.json, {"reference": reference.name})

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from grinqh_jax.cli import command, flags
 from grinqh_jax.cli.generation import load_generator, open_model
+from grinqh_jax.cli.mesh import add_mesh, make_mesh
 from grinqh_jax.errors import UsageError
 
 API_KEY = "GRINQH_API_KEY"
@@ -25,6 +26,7 @@ def parser() -> command.Parser:
         f"end. An API key is required if {API_KEY} or --api-key-file has one.",
     )
     flags.add_model(result)
+    add_mesh(result, processes=False)
     add = result.add_argument
     add("--host", default="127.0.0.1", metavar="HOST", help="address to listen on (default: 127.0.0.1)")
     add("--port", type=_port, default=8000, metavar="N", help="port; 0 chooses a free one (default: 8000)")
@@ -149,7 +151,7 @@ def _serve(args: argparse.Namespace) -> int:
         files = open_model(args.model)
         context = args.max_context or min(files.config.max_position_embeddings, DEFAULT_CONTEXT)
         files.check([None], context)
-        generator = load_generator(files)
+        generator = load_generator(files, make_mesh(args, files))
         with command.status("compiling"):
             engine = Engine(
                 generator,

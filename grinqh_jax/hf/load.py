@@ -25,7 +25,8 @@ def load_decoder(checkpoint: HFCheckpoint, compute_dtype, mesh: jax.sharding.Mes
       CheckpointError: A file vanished or changed since the checkpoint was opened.
     """
     if mesh is not None:
-        cut, leaves = partition(checkpoint.config, mesh), {}
+        leaves: dict[str, jax.Array] = {}
+        cut = partition(checkpoint.config, mesh)
         for key in checkpoint.parameters:
             array = checkpoint.read(key)
             on_mesh = jax.device_put(array, even_sharding(array.shape, mesh))

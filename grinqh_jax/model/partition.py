@@ -88,7 +88,7 @@ def whole_stats(
       at_zero: Bits that each row reads of a channel whose activation is 0, such as padding.
       cuts: Cut of the layers' inputs.
     """
-    whole = {}
+    whole: dict[str, GradingStats] = {}
     for names in _of_equal_shape({name: stats.packed for name, stats in parts.items()}):
         packed = jax.lax.all_gather(jnp.stack([parts[name].packed for name in names]), AXIS)
         zero = jnp.stack([jnp.broadcast_to(at_zero[name], packed.shape[2:-1]) for name in names])
@@ -104,7 +104,7 @@ def whole_bits(
     cuts: Mapping[str, InputCut],
 ) -> dict[str, Float[Array, "*rows"]]:
     """Returns the mean bits of linear layers from those of their parts, as ``whole_stats`` does."""
-    whole = {}
+    whole: dict[str, Float[Array, "*rows"]] = {}
     for names in _of_equal_shape(parts):
         gathered = jax.lax.all_gather(jnp.stack([parts[name] for name in names]), AXIS)
         zero = jnp.stack([jnp.broadcast_to(at_zero[name], gathered.shape[2:]) for name in names])

@@ -145,7 +145,9 @@ def _program(mesh: jax.sharding.Mesh, axis: int, count: int) -> Any:
             first = jax.lax.axis_index(AXIS) == 0
             return [jnp.where(first, array, jnp.zeros_like(array)) for array in arrays]
         if count == 2:
-            return list((select_outputs if axis == -1 else select_channels)(*arrays, own))
+            planes, scales = arrays
+            select = select_outputs if axis == -1 else select_channels
+            return list(select(planes, scales, own))
         shape = (-1,) if axis == -1 else (-1, 1)
         return [jnp.where(own.reshape(shape) == PADDING, 0, jnp.take(array, own, axis)) for array in arrays]
 
