@@ -10,6 +10,7 @@ from grinqh_jax.model.causal_attention import blockwise
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.layer_spec import Attention, QueryGrowth
 from grinqh_jax.model.norm import rms_norm
+from grinqh_jax.model.step_attention import attend_by_blocks
 from pallas_kernels import Activations, decode_attention
 
 
@@ -149,8 +150,9 @@ def attend(
         head.
       positions: Positions of the new tokens in their sequence; ascending without a cache.
       cache: Keys and values of the earlier tokens. The new tokens are written at their positions; those
-        beyond the last slot are dropped. No query sees the slots beyond its position, so these may hold any
-        finite values. None if the new tokens are the whole sequence.
+        beyond the last slot are dropped. No query sees the slots beyond its position. Several new tokens
+        clear them (see ``KeyValues.cleared``); for one, they may hold any finite values. None if the new
+        tokens are the whole sequence.
       window: Number of last positions that a query sees, its own included; None for all.
       soft_cap: Limit of the scores; None for none (see ``layer_spec.Attention``).
 
@@ -164,6 +166,10 @@ def attend(
         updated = KeyValues(keys, values)
     else:
         updated = cache.write(positions, keys, values)
+        if queries.shape[1] > 1:
+            updated = updated.cleared(positions[:, -1] + 1)
+        elif jax.default_backend() == "cpu":
+            return attend_by_blocks(queries, updated, positions, window, soft_cap), updated
         keys, values, _ = updated.contiguous(positions[:, -1] + 1)
         slots = jnp.arange(keys.shape[1])[None]
     distance = positions[:, None, :, None] - slots[:, None, None, :]

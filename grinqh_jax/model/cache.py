@@ -45,6 +45,22 @@ class KeyValues(NamedTuple):
 
         return KeyValues(written(self.keys, keys), written(self.values, values), self.pages)
 
+    def cleared(self, lengths: Int[Array, "b"]) -> "KeyValues":
+        """Returns the cache with values of zero from ``lengths`` on, if no two rows share a page.
+
+        An earlier text of the row may have left values there that are not finite, which a weight of 0 does
+        not remove. With more pages for each row the cache stays as it is, because ``contiguous`` clears its
+        copy.
+        """
+        if self.pages is not None and self.pages.shape[1] > 1:
+            return self
+        valid = (jnp.arange(self.values.shape[1]) < lengths[:, None])[..., None, None]
+        if self.pages is None:
+            return self._replace(values=jnp.where(valid, self.values, 0))
+        page = self.pages[:, 0]
+        values = jnp.where(valid, self.values.at[page].get(mode="fill", fill_value=0), 0)
+        return self._replace(values=self.values.at[page].set(values, mode="drop"))
+
     def contiguous(self, lengths: Int[Array, "b"]) -> "KeyValues":
         """Returns a contiguous cache of the same rows, a copy if there are pages.
 

@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from batch import Batch
@@ -208,3 +210,15 @@ def test_rows_that_have_ended_read_no_weights(generator, dispatched):
     bits = dispatched[1].grading_stats.bits
     assert (bits[:, 0] == 0).all()
     assert (bits[:, 1:] > 0).all()
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_numbers_that_are_not_finite_do_not_reach_the_next_text_of_a_slot(generator, slots):
+    """The cache is full of NaN, as texts leave it whose activations overflow."""
+    prompts = PROMPTS[:slots]
+    expected = prepared(generator, prompts, max_tokens=20).run()
+    batch = prepared(generator, prompts, max_tokens=20)
+    device = batch.texts.device
+    cache = jax.tree.map(lambda array: jnp.full_like(array, jnp.nan), device.cache)
+    device._state = dataclasses.replace(device._state, cache=cache)
+    assert batch.run() == expected

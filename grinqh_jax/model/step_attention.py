@@ -1,0 +1,101 @@
+"""Attention of a decode step to a KV cache, row by row and block by block as suits a CPU."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from grinqh_jax.model.cache import KeyValues
+
+BLOCK = 128
+"""Least number of positions that are handled together."""
+
+
+def attend_by_blocks(
+    queries: Float[Array, "b 1 heads head_dim"],
+    cache: KeyValues,
+    positions: Int[Array, "b 1"],
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> Float[Array, "b 1 heads head_dim"]:
+    """Attends from one query of each row to the positions up to its own, with a softmax in float32.
+
+    Works on one row, one kv head and one block at a time, and reads the blocks of a row up to its position
+    only. A step thus takes no longer because the cache has room for longer texts, and no page is copied
+    before it is used. The number of blocks is known to the device alone; a GPU would have to send it to the
+    host.
+
+    Args:
+      queries: Query heads; ``heads / kv_heads`` consecutive ones share a kv head.
+      cache: Keys and values, those at ``positions`` included. Later positions may hold any values, NaN too.
+      positions: Positions of the queries. A row whose position is beyond the last slot reads nothing, and its
+        output is zero.
+      window: Number of last positions that a query sees, its own included; None for all.
+      soft_cap: Limit of the scores; None for none (see ``layer_spec.Attention``).
+    """
+    batch, _, heads, head_dim = queries.shape
+    page_size, kv_heads = cache.keys.shape[1:3]
+    shared = heads // kv_heads
+    if cache.pages is None:
+        block, capacity = min(BLOCK, page_size), page_size
+    else:
+        block, capacity = page_size * max(1, BLOCK // page_size), page_size * cache.pages.shape[1]
+
+    def one_head(inputs):
+        head, queries, position = inputs  # [], [shared, head_dim], []
+
+        def attend_block(index, state):
+            largest, total, mixed = state
+            start = index * block
+            keys, values, first = _load(cache, head // kv_heads, head % kv_heads, start, block)
+            slots = first + jnp.arange(block)
+            visible = (slots >= start) & (slots <= position)
+            if window is not None:
+                visible &= position - slots < window
+            keys, values = keys.astype(queries.dtype), values.astype(queries.dtype)
+            scores = jnp.matmul(queries, keys.T, preferred_element_type=jnp.float32) * head_dim**-0.5
+            if soft_cap is not None:
+                scores = soft_cap * jnp.tanh(scores / soft_cap)
+            scores = jnp.where(visible, scores, -jnp.inf)
+            larger = jnp.maximum(largest, jnp.max(scores, axis=-1))
+            weights = jnp.exp(scores - larger[:, None])
+            factor = jnp.exp(largest - larger)
+            values = jnp.where(visible[:, None], values, 0)  # A weight of 0 does not remove NaN.
+            more = jnp.matmul(weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+            return larger, total * factor + jnp.sum(weights, axis=-1), mixed * factor[:, None] + more
+
+        least = jnp.full(shared, jnp.finfo(jnp.float32).min)
+        empty = least, jnp.zeros(shared, jnp.float32), jnp.zeros((shared, head_dim), jnp.float32)
+        begin = 0 if window is None else jnp.maximum(position - window + 1, 0) // block
+        end = jnp.where(position < capacity, position // block + 1, 0)
+        _, total, mixed = jax.lax.fori_loop(begin, end, attend_block, empty)
+        return (mixed / jnp.where(total > 0, total, 1)[:, None]).astype(queries.dtype)
+
+    each = queries.reshape(batch * kv_heads, shared, head_dim)
+    inputs = jnp.arange(batch * kv_heads), each, jnp.repeat(positions[:, 0], kv_heads)
+    return jax.lax.map(one_head, inputs).reshape(queries.shape)
+
+
+def _load(
+    cache: KeyValues, row: Int[Array, ""], head: Int[Array, ""], start: Int[Array, ""], block: int
+) -> tuple[Float[Array, "block d"], Float[Array, "block d"], Int[Array, ""]]:
+    """Returns keys and values of a block of one head, and their first position.
+
+    That is ``start``, or less if a contiguous cache ends within the block.
+    """
+    page_size, _, head_dim = cache.keys.shape[1:]
+    if cache.pages is None:
+        first = jnp.minimum(start, page_size - block)
+
+        def load(array):
+            return jax.lax.dynamic_slice(array, (row, first, head, 0), (1, block, 1, head_dim))
+
+        return load(cache.keys).reshape(block, -1), load(cache.values).reshape(block, -1), first
+    entries = start // page_size + jnp.arange(block // page_size)
+    pages = cache.pages.at[row, entries].get(mode="clip")
+
+    def gather(array):
+        size = (1, page_size, 1, head_dim)
+        parts = [jax.lax.dynamic_slice(array, (page, 0, head, 0), size) for page in pages]
+        return jnp.concatenate(parts, axis=1).reshape(block, -1)
+
+    return gather(cache.keys), gather(cache.values), start
