@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from pallas_kernels.weight import NestedWeight
@@ -39,21 +38,6 @@ class NestedExperts:
         """Number of stored planes ``P``, which is also the highest level."""
         return self.planes.shape[1]
 
-    @property
-    def max_bits(self) -> int:
-        """Bits of the highest level, ``2 * P``."""
-        return self.expert_shape.max_bits
-
-    @property
-    def expert_shape(self) -> NestedWeight:
-        """The weight of one expert with abstract arrays, ``jax.ShapeDtypeStruct``."""
-
-        def abstract(array) -> Any:  # Any: it takes the place of an array.
-            return jax.ShapeDtypeStruct(array.shape[1:], array.dtype)
-
-        shape = self.in_features, self.out_features
-        return NestedWeight(abstract(self.planes), abstract(self.scales), *shape, self.level_gains)
-
     @classmethod
     def abstract(
         cls, num_experts: int, in_features: int, out_features: int, max_bits: int = 8
@@ -74,17 +58,3 @@ class NestedExperts:
         """Returns the weight of one expert. Under ``jit`` the index may be traced; XLA then copies it."""
         arrays = self.planes[index], self.scales[index]
         return NestedWeight(*arrays, self.in_features, self.out_features, self.level_gains)
-
-    def check(self, name: str = "weight") -> None:
-        """Checks every expert as ``NestedWeight.check`` does.
-
-        Raises:
-          ValueError: Invariants are broken; the message names all of them of the first broken expert.
-        """
-        if jnp.ndim(self.planes) != 4 or jnp.ndim(self.scales) != 3 or len(self.scales) != len(self.planes):
-            raise ValueError(
-                f"{name}: planes has shape {tuple(self.planes.shape)} and scales {tuple(self.scales.shape)}, "
-                "expected [E, P, K, N / 16] and [E, K / 128, N]"
-            )
-        for index in range(self.num_experts):
-            self.expert(index).check(f"{name}[{index}]")

@@ -107,6 +107,7 @@ class Job:
       ended: Whether the answer has ended.
       prefix: What has been read of the prompt; None before and after.
       pieces: Pieces of the prompt that are not read yet.
+      turned: Mean bits that a client wanted while the prompt was being read; None for those of the settings.
       prompt_results: Log-probabilities of the pieces read so far, on the device, and their numbers of tokens.
       admitted: Time at which the job got its slot.
       dispatched: Number of tokens that the dispatched work generates, unless a stop token comes first.
@@ -123,6 +124,7 @@ class Job:
     ended: bool = False
     prefix: Prefix | None = None
     pieces: collections.deque[PrefillBucket] = dataclasses.field(default_factory=collections.deque)
+    turned: float | None = None
     prompt_results: list[tuple[TokenLogprobs, int]] = dataclasses.field(default_factory=list)
     admitted: float = 0.0
     dispatched: int = 0

@@ -82,8 +82,8 @@ class Scheduler:
         self._launched = False
 
     def close(self) -> None:
-        """Ends the thread that waits for results."""
-        self._reader.shutdown(wait=False, cancel_futures=True)
+        """Ends the thread that waits for results, after the one that it waits for."""
+        self._reader.shutdown(cancel_futures=True)
 
     @property
     def idle(self) -> bool:
@@ -100,11 +100,18 @@ class Scheduler:
             self._end(job, "cancelled")
 
     def turn(self, job: Job, bits: float) -> None:
-        """Changes the wanted mean bits of a job, from the next decode chunk on."""
-        row: Any = np.array([bits], np.float32)
-        job.settings = dataclasses.replace(job.settings, bits=row)
-        if job.slot is not None and self.decoding.get(job.slot) is job:
+        """Changes the wanted mean bits of a job, from the next decode chunk on.
+
+        A prompt that is being read is previewed to its end at the bits of its beginning, because the dial
+        compares the preview of a piece with the bits that the answer starts with.
+        """
+        if job.slot is None:
+            row: Any = np.array([bits], np.float32)
+            job.settings = dataclasses.replace(job.settings, bits=row)
+        elif self.decoding.get(job.slot) is job:
             self._device.turn(job.slot, bits)
+        else:
+            job.turned = bits
 
     def step(self) -> None:
         """Runs one round: dispatches work, and delivers the results that are due."""
@@ -177,6 +184,8 @@ class Scheduler:
         assert job.slot is not None, "an admitted job has a slot"
         assert job.prefix is not None, "an admitted job has a prefix"
         first = self._device.insert(job.slot, job.prefix, job.prompt, job.settings, job.logprobs)
+        if job.turned is not None:
+            self._device.turn(job.slot, job.turned)
         job.prefix, job.dispatched = None, 1
         self.decoding[job.slot] = job
         self._track({0: job}, first, job.admitted, is_first=True)

@@ -1,7 +1,6 @@
 """Texts that are decoded in the caller's thread, several at once, and share nothing."""
 
-import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal
 
 from grinqh_jax.decoding.device import Device
@@ -115,21 +114,6 @@ class Texts:
     def add(self, job: Job) -> None:
         """Queues a text."""
         self._scheduler.add(job)
-
-    def run(self, jobs: Sequence[Job]) -> None:
-        """Decodes texts to their ends.
-
-        Raises:
-          Exception: An exception of ``Received.ended``.
-        """
-        for job in jobs:
-            self.add(job)
-        with contextlib.closing(self):
-            while not self.idle:
-                self.advance()
-        for job in jobs:
-            if isinstance(job.answer, Received):
-                job.answer.raise_error()
 
     @property
     def idle(self) -> bool:

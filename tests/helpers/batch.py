@@ -1,5 +1,6 @@
 """Decodes a batch of prompts with the decode loop, chunk by chunk."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -85,7 +86,13 @@ class Batch:
 
     def run(self) -> list[list[int]]:
         """Returns all tokens of every row."""
-        self.texts.run(self.jobs)
+        for job in self.jobs:
+            self.texts.add(job)
+        with contextlib.closing(self.texts):
+            while not self.texts.idle:
+                self.texts.advance()
+        for row in self.rows:
+            row.raise_error()
         return self.tokens
 
     @property

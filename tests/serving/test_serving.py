@@ -6,12 +6,13 @@ import functools
 import gc
 import random
 import threading
+import time
 
 import numpy as np
 import pytest
 
 from grinqh_jax.bundled import BUNDLED_MODEL
-from grinqh_jax.decoding import policy
+from grinqh_jax.decoding import policy, prefill_buckets
 from grinqh_jax.decoding.answer_text import AnswerText
 from grinqh_jax.decoding.device import Device
 from grinqh_jax.decoding.generator import Generator
@@ -19,6 +20,7 @@ from grinqh_jax.decoding.job import Shape
 from grinqh_jax.decoding.paged_cache import count_pages, page_bytes
 from grinqh_jax.decoding.programs import Programs
 from grinqh_jax.decoding.request import Request
+from grinqh_jax.decoding.scheduler import Scheduler
 from grinqh_jax.errors import UsageError
 from grinqh_jax.evaluation.scoring import _next_tokens
 from grinqh_jax.memory import memory_in_use
@@ -243,6 +245,30 @@ def test_the_dial_is_turned_while_an_answer_runs(engine):
         engine.turn(answer, 99.0)
 
 
+def test_a_dial_turned_while_a_prompt_is_read_starts_like_the_one_of_the_request(engine, monkeypatch):
+    """The last bucket has fewer tokens than a preview, so the preview is that of a piece before the turn."""
+    monkeypatch.setattr(prefill_buckets, "LARGEST_BUCKET", 64)
+    request = Request(max_tokens=40, bits=1.5, temperature=1.0, seed=4, stop_tokens=())
+    dispatch, answers = engine.scheduler.dispatch, []
+    for unread in (0, 1):
+        turned: list[int] = []
+
+        def dispatch_and_turn(unread=unread, turned=turned):
+            dispatch()
+            (job,) = engine._jobs.values()
+            if len(job.pieces) == unread and not turned:
+                turned.append(unread)
+                engine.scheduler.turn(job, 6.0)
+
+        monkeypatch.setattr(engine.scheduler, "dispatch", dispatch_and_turn)
+        answers += engine.generate_many([SYSTEM[:70]], request)
+        assert turned
+    after, during = answers
+    assert during.tokens == after.tokens
+    assert (during.grading_stats.packed == after.grading_stats.packed).all()
+    assert during.grading_stats.bits[-10:].mean() > 5
+
+
 def test_a_stop_string_ends_an_answer(engine, generator):
     request = Request(max_tokens=60, bits=3.0, temperature=1.0, seed=11)
     free = engine.generate_many([[50, 51]], request)[0].text
@@ -406,6 +432,17 @@ def test_a_failure_ends_all_answers_and_close_ends_the_engine(generator, monkeyp
     closed.close()
     with pytest.raises(EngineError, match="it was closed"):
         answer.result(60)
+
+
+def test_close_ends_the_thread_that_waits_for_results(engine):
+    ahead = dataclasses.replace(SHORT, chunks_ahead=1)
+    before = set(threading.enumerate())
+    scheduler = Scheduler(engine.scheduler._device, engine.storage, ahead)
+    slow = scheduler._reader.submit(time.sleep, 0.3)
+    assert set(threading.enumerate()) - before
+    scheduler.close()
+    assert slow.done()
+    assert set(threading.enumerate()) == before
 
 
 @pytest.mark.slow

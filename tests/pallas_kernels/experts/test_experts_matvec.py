@@ -105,11 +105,3 @@ def test_arguments_that_do_not_fit_are_named():
     ):
         # Users have no run-time check of annotations, so it is removed from the function.
         inspect.unwrap(choose)(jnp.zeros((2, IN)), weight, "cuda")
-
-
-def test_broken_weights_of_an_expert_are_named():
-    weight = random_experts()
-    weight.check()
-    broken = dataclasses.replace(weight, scales=weight.scales.at[2].set(-1))
-    with pytest.raises(ValueError, match=r"gate\[2\]: scales holds negative"):
-        broken.check("gate")
