@@ -5,6 +5,7 @@ does not compute them.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -51,6 +52,14 @@ class TokenHistory:
     """
 
     packed: Int[Array, "b v"]
+
+    @classmethod
+    def of(cls, prompts: Sequence[Sequence[int]], vocabulary: int) -> "TokenHistory":
+        """Returns the history before the first generated token."""
+        in_prompt = np.zeros((len(prompts), vocabulary), bool)
+        for row, prompt in zip(in_prompt, prompts, strict=True):
+            row[np.asarray(prompt)] = True
+        return cls.before_text(jnp.asarray(in_prompt))
 
     @classmethod
     def before_text(cls, in_prompt: Bool[Array, "b v"]) -> "TokenHistory":

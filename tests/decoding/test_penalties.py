@@ -19,16 +19,8 @@ PROMPTS = [[3, 3, 7], [1], [39, 0, 5, 5]]
 TEXTS = [[7, 8, 8, 8], [2, 2, 9, 10], [0, 1, 0, 1]]
 
 
-def before(prompts, vocabulary: int) -> TokenHistory:
-    """The history before the first generated token."""
-    in_prompt = np.zeros((len(prompts), vocabulary), bool)
-    for row, prompt in zip(in_prompt, prompts, strict=True):
-        row[prompt] = True
-    return TokenHistory.before_text(jnp.asarray(in_prompt))
-
-
 def history() -> TokenHistory:
-    result = before(PROMPTS, VOCABULARY)
+    result = TokenHistory.of(PROMPTS, VOCABULARY)
     for tokens in zip(*TEXTS, strict=True):
         result = result.with_tokens(jnp.array(tokens), jnp.ones(3, bool))
     return result
@@ -129,7 +121,7 @@ def test_the_program_without_penalties_has_no_trace_of_them():
         return lowered.as_text(debug_info=True)
 
     vocabulary = CONFIGS["qwen3-tied-gqa"]["vocab_size"]
-    penalised = program(Sampling.create(repetition_penalty=1.1), before([[1]], vocabulary))
+    penalised = program(Sampling.create(repetition_penalty=1.1), TokenHistory.of([[1]], vocabulary))
     assert "penalties/" in penalised
     assert "penalties/" not in program(Sampling.create(), None)
 
