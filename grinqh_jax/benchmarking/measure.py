@@ -18,9 +18,10 @@ from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.sampling import Sampling
 from grinqh_jax.decoding.statistics import grading_fields
 from grinqh_jax.decoding.thresholds import StackedThresholds, Thresholds
-from grinqh_jax.model.cache import KVCache, attention_layers, recurrent_bytes
+from grinqh_jax.model.cache import KVCache
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import Decoder, linear_names
+from grinqh_jax.model.fixed_states import fixed_bytes, whole_layers
 from pallas_kernels.layout import round_up
 
 SETTLING_RUNS = 8
@@ -112,10 +113,11 @@ def filled_cache(config: ModelConfig, context: int, room: int, dtype, batch: int
     """Returns a cache of ``batch`` rows with ``context`` random positions and space for ``room`` more."""
     cache = KVCache.create(config, batch, round_up(context + room, CAPACITY_STEP), dtype)
     fill = jax.jit(lambda key, a: jax.random.normal(key, a.shape, a.dtype))
-    arrays, structure = jax.tree.flatten((cache.keys, cache.values))
-    keys, values = jax.tree.unflatten(structure, [fill(jax.random.key(i), a) for i, a in enumerate(arrays)])
+    arrays, structure = jax.tree.flatten((cache.keys, cache.values, cache.fixed))
+    filled = [fill(jax.random.key(i), a) for i, a in enumerate(arrays)]
+    keys, values, fixed = jax.tree.unflatten(structure, filled)
     lengths = jnp.full(batch, context, jnp.int32)
-    return dataclasses.replace(cache, keys=keys, values=values, lengths=lengths)
+    return dataclasses.replace(cache, keys=keys, values=values, lengths=lengths, fixed=fixed)
 
 
 class DecodeRun:
@@ -199,8 +201,9 @@ class DecodeRun:
         """Returns the bytes that a row reads of its cache in a step, at the mean context of the run."""
         config = self.model.config
         width = 2 * config.num_kv_heads * config.head_dim * self.model.compute_dtype.itemsize
-        attention = attention_layers(config) * width * (self.context + self.tokens / 2)
-        return round(attention) + recurrent_bytes(config)
+        dtype, capacity = self.model.compute_dtype, self._cache.capacity
+        whole = whole_layers(config, capacity) * width * (self.context + self.tokens / 2)
+        return round(whole) + fixed_bytes(config, dtype, capacity)
 
 
 class PrefillRun:

@@ -52,6 +52,12 @@ def parser() -> command.Parser:
         help="memory of the KV cache, such as 8G (default: room for --slots texts of --max-context tokens)",
     )
     add(
+        "--no-shared-prefixes",
+        action="store_true",
+        help="read every prompt as a whole; layers with windows then keep their window in place of the whole "
+        "context, which takes less memory",
+    )
+    add(
         "--prefill-piece",
         type=flags.positive,
         default=512,
@@ -160,6 +166,7 @@ def _serve(args: argparse.Namespace) -> int:
                 cache_memory=args.cache_memory,
                 piece=args.prefill_piece,
                 prompt_logprobs=args.prompt_logprobs,
+                share_prefixes=not args.no_shared_prefixes,
             )
         limits = Limits(
             body_bytes=args.max_body,

@@ -28,8 +28,8 @@ from grinqh_jax.decoding.prefix import Prefix
 from grinqh_jax.decoding.prompt_logprobs import prompt_logprobs as logprobs_of_prompt
 from grinqh_jax.decoding.settings import Settings
 from grinqh_jax.decoding.thresholds import StackedThresholds
-from grinqh_jax.model.cache import RecurrentStates, no_tokens
 from grinqh_jax.model.config import ModelConfig
+from grinqh_jax.model.fixed_states import FixedStates
 from grinqh_jax.model.flat_model import FlatModel
 from grinqh_jax.sharding.program import on_mesh
 
@@ -48,7 +48,7 @@ class Slots:
       done: bool ``[B]``, slots that generate nothing: empty ones, and answers that have ended.
       history: Tokens that each text has; None if the settings have no penalties.
       dial: State of the dial of each slot; None for a dense model.
-      recurrent: Recurrent states of each text.
+      fixed: States of a fixed size of each text.
     """
 
     settings: Settings
@@ -58,7 +58,7 @@ class Slots:
     done: Bool[Array, "b"]
     history: TokenHistory | None
     dial: DialState | None
-    recurrent: RecurrentStates
+    fixed: FixedStates
 
 
 @jax.tree_util.register_dataclass
@@ -83,8 +83,9 @@ class DecodeState:
         slots: int,
         pages_per_slot: int | None,
         graded: bool,
+        fixed: FixedStates,
     ) -> "DecodeState":
-        """Returns a state of empty slots, whose rows are numpy arrays; recurrent states are on the device.
+        """Returns a state of empty slots, whose rows are numpy arrays.
 
         Args:
           cache: Pages of all texts.
@@ -93,6 +94,7 @@ class DecodeState:
           slots: Number of slots.
           pages_per_slot: Largest number of pages of a text; None if slot b has page b and no other.
           graded: Whether the model is graded.
+          fixed: States of a fixed size of empty texts, one for each slot.
         """
         shared = pages_per_slot is not None
 
@@ -111,7 +113,7 @@ class DecodeState:
             done=full(True, dtype=bool),
             history=history,
             dial=DialState(full(0, dtype=np.float32), full(0, 4, dtype=np.float32)) if graded else None,
-            recurrent=no_tokens(config, slots),
+            fixed=fixed,
         )
         return cls(cache, rows)
 
@@ -153,7 +155,7 @@ def prefill(
     Returns:
       The pages, with the keys and values of the new tokens, and the longer prefix.
     """
-    text = cache.texts(prefix.pages, prefix.length, prefix.recurrent)
+    text = cache.texts(prefix.pages, prefix.length, prefix.fixed)
     if thresholds is None:
         logits, text = engine.prefill(model, tokens, true_length, text)
         preview = None
@@ -161,7 +163,7 @@ def prefill(
         logits, text, preview = engine.prefill_with_preview(model, tokens, true_length, text, thresholds)
         assert prefix.preview is not None, "a graded model has previews"
         preview = engine.merge_previews(prefix.preview, preview)
-    return PagedCache.of(text), Prefix(prefix.pages, text.lengths, logits, preview, text.recurrent)
+    return PagedCache.of(text), Prefix(prefix.pages, text.lengths, logits, preview, text.fixed)
 
 
 @jax.jit(static_argnames="top_logprobs", donate_argnames="cache")
@@ -185,7 +187,7 @@ def prompt_logprobs(
       following: Token after each of them.
       top_logprobs: As in ``generate``.
     """
-    text = cache.texts(prefix.pages, prefix.length, prefix.recurrent)
+    text = cache.texts(prefix.pages, prefix.length, prefix.fixed)
     logprobs, text = logprobs_of_prompt(model, tokens, following, text, top_logprobs)
     return PagedCache.of(text), logprobs
 
@@ -234,7 +236,7 @@ def insert(
         done=(limits <= 0) | jnp.any(first[:, None] == settings.stop_tokens, axis=-1),
         history=history,
         dial=None if dial is None else dial.state,
-        recurrent=prefix.recurrent,
+        fixed=prefix.fixed,
     )
     if len(state.slots.last) == 1:
         slots = row
@@ -291,7 +293,7 @@ def generate(
         model,
         slots.last,
         slots.done,
-        state.cache.texts(slots.pages, slots.lengths, slots.recurrent),
+        state.cache.texts(slots.pages, slots.lengths, slots.fixed),
         dial,
         sampling,
         settings.stop_tokens,
@@ -309,7 +311,7 @@ def generate(
         done=chunk.done,
         history=history if chunk.history is None else chunk.history,
         dial=chunk.dial,
-        recurrent=texts.recurrent,
+        fixed=texts.fixed,
     )
     return DecodeState(PagedCache.of(texts), slots), dataclasses.replace(chunk, history=None, dial=None)
 

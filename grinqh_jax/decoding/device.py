@@ -21,6 +21,7 @@ from grinqh_jax.decoding.prefix import Prefix
 from grinqh_jax.decoding.programs import Lowering, Programs
 from grinqh_jax.decoding.settings import Settings
 from grinqh_jax.model.decoder import Decoder
+from grinqh_jax.model.fixed_states import FixedStates, fixed_states
 from grinqh_jax.model.flat_model import FlatModel
 from grinqh_jax.sharding.program import made_on_mesh, shardings
 
@@ -58,6 +59,7 @@ class Device:
         self.shape = shape
         self.graded = dial is not None
         self._config, self._policy, self._partition = model.config, policy, model.partition
+        self._cache_config, self._dtype = model.cache_config, model.compute_dtype
         self._top_logprobs = min(MOST_LOGPROBS, model.config.vocab_size)
         # The sharding of all arguments is the same from the first call on, because jit compiles again for
         # another one.
@@ -66,14 +68,14 @@ class Device:
         self._model, self._dial = FlatModel(model), jax.device_put(dial, self._sharding)
 
         def state() -> DecodeState:
+            sizes = shape.num_pages, shape.page_size, self._dtype, shape.ring_context
             pages = cache or made_on_mesh(
-                lambda: PagedCache.create(
-                    model.cache_config, shape.num_pages, shape.page_size, model.compute_dtype
-                ),
-                model.partition,
+                lambda: PagedCache.create(self._cache_config, *sizes), model.partition
             )
-            per_slot = None if shape.contiguous else shape.pages_per_slot
-            return DecodeState.create(pages, model.config, settings, shape.slots, per_slot, self.graded)
+            per_slot, fixed = None if shape.contiguous else shape.pages_per_slot, self._fixed(shape.slots)
+            return DecodeState.create(
+                pages, model.config, settings, shape.slots, per_slot, self.graded, fixed
+            )
 
         self._state = self._put(jax.eval_shape(state) if abstract else state())
 
@@ -132,7 +134,8 @@ class Device:
             return functools.partial(function.lower, self._model)
 
         state, dial, one, slot = self._state, self._dial, np.zeros(1, np.int32), np.int32(0)
-        prefix, policy = Prefix.create(self._config, self._row([]), 0, self.graded), self._policy
+        fixed, policy = jax.eval_shape(lambda: self._fixed(1)), self._policy
+        prefix = Prefix.create(self._config, self._row([]), 0, self.graded, fixed)
         thresholds = None
         if dial is not None:
             add("thresholds", decode_state.preview_thresholds.lower, dial, settings.bits)
@@ -159,7 +162,8 @@ class Device:
 
     def prefix(self, pages: Sequence[int], length: int) -> Prefix:
         """Returns the prefix of a text whose first ``length`` tokens are in its pages already."""
-        return self._put(Prefix.create(self._config, self._row(pages), length, self.graded))
+        prefix = Prefix.create(self._config, self._row(pages), length, self.graded, self._fixed(1))
+        return self._put(prefix)
 
     def prefill(self, prefix: Prefix, piece: PrefillBucket, settings: Settings) -> Prefix:
         """Reads the next piece of a prompt (see ``decode_state.prefill``)."""
@@ -219,6 +223,11 @@ class Device:
         """Ends the answer in a slot. A single slot then decodes nothing, so its state may stay."""
         if self.shape.slots > 1:
             self._state = decode_state.free(self._state, self._put(np.int32(slot)))
+
+    def _fixed(self, batch: int) -> FixedStates:
+        """Returns the states of a fixed size of empty texts."""
+        sizes = batch, self._dtype, self.shape.ring_context
+        return made_on_mesh(lambda: fixed_states(self._cache_config, *sizes), self._partition)
 
     def _count(self, logprobs: bool) -> int | None:
         """Returns the number of most likely tokens whose log-probabilities a program computes."""

@@ -157,7 +157,15 @@ class Generator:
         pages = cache.acquire(self.model, tokens, capacity, read_from)
         if pages is not None:
             capacity = pages.page_size
-        texts = Texts(self.model, dial, settings, capacity=capacity, storage=cache, cache=pages)
+        texts = Texts(
+            self.model,
+            dial,
+            settings,
+            capacity=capacity,
+            storage=cache,
+            cache=pages,
+            rings=prompt_cache is None,
+        )
         cache.give(texts.device)
         return Generation(self, texts, cache, tokens, settings, request)
 

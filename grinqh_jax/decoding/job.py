@@ -29,6 +29,8 @@ class Shape:
       stop_tokens: Most stop tokens of a request.
       prompt_logprobs: Whether requests may have log-probabilities of their prompts.
       contiguous: Whether slot b has page b and no other, so that texts share nothing.
+      rings: Whether layers with windows keep rings in place of the whole context (``fixed_states``). No text
+        can then start from a prefix of another one.
 
     Raises:
       UsageError: ``piece`` is not a multiple of ``page_size``.
@@ -42,6 +44,7 @@ class Shape:
     stop_tokens: int
     prompt_logprobs: bool = False
     contiguous: bool = False
+    rings: bool = False
 
     def __post_init__(self):
         if self.piece % self.page_size:
@@ -49,6 +52,11 @@ class Shape:
                 f"a piece of {self.piece} tokens is not a multiple of the page size {self.page_size}; choose "
                 "such a multiple"
             )
+
+    @property
+    def ring_context(self) -> int | None:
+        """Largest number of tokens of a text, if layers with windows keep rings (see ``fixed_states``)."""
+        return self.max_context if self.rings else None
 
     @property
     def pages_per_slot(self) -> int:

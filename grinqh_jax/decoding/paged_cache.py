@@ -8,8 +8,9 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from grinqh_jax.errors import UsageError
-from grinqh_jax.model.cache import KVCache, RecurrentStates, attention_layers, recurrent_bytes
+from grinqh_jax.model.cache import KVCache
 from grinqh_jax.model.config import ModelConfig
+from grinqh_jax.model.fixed_states import FixedStates, fixed_bytes, whole_layers
 from grinqh_jax.model.partition import AXIS
 
 FREE_MEMORY_SHARE = 0.8
@@ -25,20 +26,22 @@ class PagedCache:
     ``num_pages``, which is no page.
 
     Attributes:
-      keys, values: One array ``[pages, page_size, kv_heads, head_dim]`` for each layer with attention, in the
-        compute dtype.
+      keys, values: One array ``[pages, page_size, kv_heads, head_dim]`` for each layer that keeps the
+        whole context, in the compute dtype.
     """
 
     keys: tuple[Float[Array, "pages page_size kv_heads head_dim"], ...]
     values: tuple[Float[Array, "pages page_size kv_heads head_dim"], ...]
 
     @classmethod
-    def create(cls, config: ModelConfig, num_pages: int, page_size: int, dtype) -> "PagedCache":
-        """Creates a cache of empty pages."""
+    def create(
+        cls, config: ModelConfig, num_pages: int, page_size: int, dtype, ring_context: int | None
+    ) -> "PagedCache":
+        """Creates a cache of empty pages (``ring_context``: see ``fixed_states``)."""
         shape = (num_pages, page_size, config.num_kv_heads, config.head_dim)
 
         def empty_layers():
-            return tuple(jnp.zeros(shape, dtype) for _ in range(attention_layers(config)))
+            return tuple(jnp.zeros(shape, dtype) for _ in range(whole_layers(config, ring_context)))
 
         return cls(empty_layers(), empty_layers())
 
@@ -61,18 +64,18 @@ class PagedCache:
         self,
         pages: Int[Array, "b pages_per_row"] | None,
         lengths: Int[Array, "b"],
-        recurrent: RecurrentStates,
+        fixed: FixedStates,
     ) -> KVCache:
         """Returns the cache of some texts. It has the arrays of all pages.
 
         Args:
           pages: Pages of each text; None if text b has page b and no other.
           lengths: Number of tokens of each text.
-          recurrent: Recurrent states of these texts. They are not in pages.
+          fixed: States of a fixed size of these texts. They are not in pages.
         """
         if pages is not None and pages.shape == (1, 1) and self.num_pages == 1:
             pages = None  # The only text has the only page.
-        return KVCache(self.keys, self.values, lengths, pages, recurrent)
+        return KVCache(self.keys, self.values, lengths, pages, fixed)
 
     @classmethod
     def of(cls, cache: KVCache) -> "PagedCache":
@@ -80,10 +83,10 @@ class PagedCache:
         return cls(cache.keys, cache.values)
 
 
-def page_bytes(config: ModelConfig, page_size: int, dtype) -> int:
-    """Returns the size of a page: keys and values of ``page_size`` positions of all layers with attention."""
+def page_bytes(config: ModelConfig, page_size: int, dtype, ring_context: int | None) -> int:
+    """Returns the size of a page: ``page_size`` positions of all layers that keep the whole context."""
     heads = config.num_kv_heads * config.head_dim
-    return 2 * attention_layers(config) * page_size * heads * jnp.dtype(dtype).itemsize
+    return 2 * whole_layers(config, ring_context) * page_size * heads * jnp.dtype(dtype).itemsize
 
 
 def count_pages(
@@ -95,6 +98,7 @@ def count_pages(
     page_size: int,
     cache_memory: int | None,
     free: int | None,
+    share_prefixes: bool = True,
 ) -> int:
     """Returns the number of pages of a cache.
 
@@ -106,11 +110,13 @@ def count_pages(
       page_size: Number of positions of a page.
       cache_memory: Bytes of all pages; None for ``slots`` texts, or fewer if memory ends first.
       free: Free bytes of the device; None if unknown.
+      share_prefixes: Whether texts share prefixes. If not, layers with windows keep rings.
 
     Raises:
       UsageError: The pages do not fit.
     """
-    page = page_bytes(config, page_size, dtype)
+    ring_context = None if share_prefixes else max_context
+    page = page_bytes(config, page_size, dtype, ring_context)
     pages = slots * -(-max_context // page_size)
     if cache_memory is not None:
         pages = cache_memory // page
@@ -120,8 +126,8 @@ def count_pages(
             )
     if free is None:
         return pages
-    # Each slot has recurrent states, and so has the prompt that is read.
-    free = max(free - (slots + 1) * recurrent_bytes(config), 0)
+    # Each slot has states of a fixed size, and so has the prompt that is read.
+    free = max(free - (slots + 1) * fixed_bytes(config, dtype, ring_context), 0)
     room = int(FREE_MEMORY_SHARE * free) // page
     if cache_memory is None:
         pages = max(min(pages, room), 1)

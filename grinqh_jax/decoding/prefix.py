@@ -8,9 +8,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from grinqh_jax.decoding import engine
-from grinqh_jax.model.cache import RecurrentStates, no_tokens
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import linear_names
+from grinqh_jax.model.fixed_states import FixedStates
 
 
 @jax.tree_util.register_dataclass
@@ -23,24 +23,27 @@ class Prefix:
       length: int32 ``[1]``, number of tokens read.
       logits: float32 ``[1, V]`` after the last token read.
       preview: Preview of the end of what was read; None for a dense model.
-      recurrent: Recurrent states after the last token read.
+      fixed: States of a fixed size after the last token read.
     """
 
     pages: Int[Array, "1 pages_per_slot"]
     length: Int[Array, "1"]
     logits: Float[Array, "1 v"]
     preview: engine.Preview | None
-    recurrent: RecurrentStates
+    fixed: FixedStates
 
     @classmethod
-    def create(cls, config: ModelConfig, pages: Any, length: int, graded: bool) -> "Prefix":
-        """Returns a prefix as numpy arrays; recurrent states are on the device.
+    def create(
+        cls, config: ModelConfig, pages: Any, length: int, graded: bool, fixed: FixedStates
+    ) -> "Prefix":
+        """Returns a prefix as numpy arrays.
 
         Args:
           config: Configuration of the model.
           pages: int32 ``[pages_per_slot]``, numpy.
-          length: Number of tokens in shared pages; 0 for a model with recurrent states.
+          length: Number of tokens in shared pages; 0 if there are states of a fixed size.
           graded: Whether the model is graded.
+          fixed: States of a fixed size before the first token.
         """
 
         def zeros(*shape, dtype=np.float32):
@@ -49,4 +52,4 @@ class Prefix:
         previewed = zeros(1, engine.PREVIEW_TOKENS, len(linear_names(config)))
         preview = engine.Preview(previewed, zeros(1, dtype=np.int32)) if graded else None
         read: Any = np.array([length], np.int32)
-        return cls(pages[None], read, zeros(1, config.vocab_size), preview, no_tokens(config, 1))
+        return cls(pages[None], read, zeros(1, config.vocab_size), preview, fixed)

@@ -54,4 +54,4 @@ def prompt_logprobs(
     )
     # ``prefill`` reads the same tokens again, from the same recurrent states.
     updated = cache.updated(layers, cache.lengths)
-    return logprobs, dataclasses.replace(updated, recurrent=cache.recurrent)
+    return logprobs, dataclasses.replace(updated, fixed=cache.fixed)

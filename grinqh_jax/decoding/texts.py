@@ -93,6 +93,7 @@ class Texts:
         storage: Storage | None = None,
         cache: PagedCache | None = None,
         policy: DecodePolicy | None = None,
+        rings: bool = True,
     ):
         """Prepares the loop and reads no token yet.
 
@@ -105,9 +106,10 @@ class Texts:
           storage: Storage of the texts, by default ``Rows``.
           cache: Cache of the texts, by default an empty one.
           policy: How programs are compiled and chunks scheduled, by default ``DecodePolicy.for_device()``.
+          rings: See ``Shape``. Must be false if ``storage`` gives a text the prefix of another one.
         """
         policy = policy or DecodePolicy.for_device()
-        self.device = Device(model, dial, contiguous_shape(capacity, slots), policy, settings, cache)
+        self.device = Device(model, dial, contiguous_shape(capacity, slots, rings), policy, settings, cache)
         self._scheduler = Scheduler(self.device, storage or Rows(), policy, prompts_first=True)
         self._more_due = False
 
@@ -131,8 +133,8 @@ class Texts:
         self._scheduler.close()
 
 
-def contiguous_shape(capacity: int, slots: int = 1) -> Shape:
-    """Returns the sizes of a state whose slots have ``capacity`` positions each."""
+def contiguous_shape(capacity: int, slots: int = 1, rings: bool = False) -> Shape:
+    """Returns the sizes of a state whose slots have ``capacity`` positions (``rings``: see ``Shape``)."""
     return Shape(
         slots=slots,
         max_context=capacity,
@@ -141,4 +143,5 @@ def contiguous_shape(capacity: int, slots: int = 1) -> Shape:
         num_pages=slots,
         stop_tokens=0,
         contiguous=True,
+        rings=rings,
     )

@@ -10,6 +10,7 @@ from grinqh_jax.model.causal_attention import blockwise
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.layer_spec import Attention, QueryGrowth
 from grinqh_jax.model.norm import rms_norm
+from grinqh_jax.model.ring_cache import RingKeyValues
 from grinqh_jax.model.step_attention import attend_by_blocks
 from pallas_kernels import Activations, decode_attention
 
@@ -21,9 +22,9 @@ def attend_heads(
     qkv: Activations,
     norm_scales: tuple[Float[Array, "d_q"], Float[Array, "d_k"]] | None,
     positions: Int[Array, "b t"],
-    cache: KeyValues | None = None,
+    cache: KeyValues | RingKeyValues | None = None,
     across: str | None = None,
-) -> tuple[Activations, KeyValues]:
+) -> tuple[Activations, KeyValues | RingKeyValues]:
     """Computes head norms, rotation and attention, in two kernels for a decode step on a GPU.
 
     Args:
@@ -39,7 +40,7 @@ def attend_heads(
     """
     batch, tokens = positions.shape
     heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-    if cache is not None and kernel_lacks(attention) is None:
+    if isinstance(cache, KeyValues) and kernel_lacks(attention) is None:
         sizes = {"tokens": tokens, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
         if decode_attention.supports(**sizes, dtype=cache.keys.dtype) is None:
             cos, sin = _cos_sin(attention, positions[:, 0], head_dim)
@@ -139,20 +140,20 @@ def attend(
     keys: Float[Array, "b t kv_heads head_dim"],
     values: Float[Array, "b t kv_heads head_dim"],
     positions: Int[Array, "b t"],
-    cache: KeyValues | None = None,
+    cache: KeyValues | RingKeyValues | None = None,
     window: int | None = None,
     soft_cap: float | None = None,
-) -> tuple[Float[Array, "b t heads head_dim"], KeyValues]:
+) -> tuple[Float[Array, "b t heads head_dim"], KeyValues | RingKeyValues]:
     """Attends from every query to the positions up to its own, with a softmax in float32.
 
     Args:
       queries, keys, values: Heads of the new tokens; ``heads / kv_heads`` consecutive query heads share a kv
         head.
       positions: Positions of the new tokens in their sequence; ascending without a cache.
-      cache: Keys and values of the earlier tokens. The new tokens are written at their positions; those
-        beyond the last slot are dropped. No query sees the slots beyond its position. Several new tokens
-        clear them (see ``KeyValues.cleared``); for one, they may hold any finite values. None if the new
-        tokens are the whole sequence.
+      cache: Keys and values of the earlier tokens; a ring only if there is a window. The new tokens are
+        written at their positions; those beyond the last slot are dropped. No query sees the slots beyond its
+        position. Several new tokens clear them (see ``KeyValues.cleared``); for one, they may hold any finite
+        values. None if the new tokens are the whole sequence.
       window: Number of last positions that a query sees, its own included; None for all.
       soft_cap: Limit of the scores; None for none (see ``layer_spec.Attention``).
 
@@ -163,15 +164,17 @@ def attend(
         slots = positions
         if soft_cap is None and jax.default_backend() == "cpu":
             return blockwise(queries, keys, values, positions, window), KeyValues(keys, values)
-        updated = KeyValues(keys, values)
+        updated: KeyValues | RingKeyValues = KeyValues(keys, values)
+    elif isinstance(cache, RingKeyValues):
+        keys, values, slots, updated = cache.extended(positions, keys, values)
     else:
-        updated = cache.write(positions, keys, values)
+        written = cache.write(positions, keys, values)
         if queries.shape[1] > 1:
-            updated = updated.cleared(positions[:, -1] + 1)
+            written = written.cleared(positions[:, -1] + 1)
         elif jax.default_backend() == "cpu":
-            return attend_by_blocks(queries, updated, positions, window, soft_cap), updated
-        keys, values, _ = updated.contiguous(positions[:, -1] + 1)
-        slots = jnp.arange(keys.shape[1])[None]
+            return attend_by_blocks(queries, written, positions, window, soft_cap), written
+        keys, values, _ = written.contiguous(positions[:, -1] + 1)
+        slots, updated = jnp.arange(keys.shape[1])[None], written
     distance = positions[:, None, :, None] - slots[:, None, None, :]
     visible: Bool[Array, "b 1 t s"] = distance >= 0
     if window is not None:

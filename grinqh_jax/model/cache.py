@@ -1,11 +1,11 @@
 """The cache of a batch of sequences, donated from step to step.
 
-Attention has keys and values: preallocated, one slot per position, contiguous or in pages. A layer with a
-recurrent state has one state for each row.
+Attention has keys and values: preallocated, one slot per position, contiguous or in pages. Other layers have
+states of a fixed size (``fixed_states``).
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,8 +14,9 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from grinqh_jax.model.config import ModelConfig
-from grinqh_jax.model.layer_spec import DeltaHeads
+from grinqh_jax.model.fixed_states import FixedStates, RecurrentState, fixed_states, whole_layers
 from grinqh_jax.model.partition import AXIS
+from grinqh_jax.model.ring_cache import RingKeyValues
 
 
 class KeyValues(NamedTuple):
@@ -80,53 +81,8 @@ class KeyValues(NamedTuple):
         return KeyValues(rows(self.keys), rows(self.values))
 
 
-class RecurrentState(NamedTuple):
-    """State of one gated delta net after the earlier tokens of each row (``delta_net``).
-
-    Attributes:
-      convolution: float32, the last inputs of the convolution, oldest first.
-      memory: float32, a matrix from keys to values for each value head.
-      counts: int32 ``[B]``, number of the new tokens that change the state: the first ones of each row. The
-        others are padding. None if all do.
-    """
-
-    convolution: Float[Array, "b w1 channels"]
-    memory: Float[Array, "b heads dk dv"]
-    counts: Int[Array, "b"] | None = None
-
-    @classmethod
-    def zeros(cls, heads: DeltaHeads, batch: int) -> "RecurrentState":
-        """Returns the state before the first token."""
-        return cls(
-            jnp.zeros((batch, heads.convolution_width - 1, heads.channels), jnp.float32),
-            jnp.zeros((batch, heads.value_heads, heads.key_dim, heads.value_dim), jnp.float32),
-        )
-
-
-LayerState = KeyValues | RecurrentState
-"""The state of a layer: keys and values of attention, or that of a gated delta net."""
-
-RecurrentStates = Mapping[int, RecurrentState]
-"""The recurrent state of each layer that has one, by index of the layer, with ``counts=None``."""
-
-
-def no_tokens(config: ModelConfig, batch: int) -> dict[int, RecurrentState]:
-    """Returns the recurrent states before the first token."""
-    if (heads := config.delta_heads) is None:
-        return {}
-    recurrent = [i for i, spec in enumerate(config.layers) if spec.delta_net is not None]
-    return {i: RecurrentState.zeros(heads, batch) for i in recurrent}
-
-
-def recurrent_bytes(config: ModelConfig) -> int:
-    """Returns the size of the recurrent states of a text."""
-    states = jax.eval_shape(lambda: no_tokens(config, 1))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(states))
-
-
-def attention_layers(config: ModelConfig) -> int:
-    """Returns the number of layers that have keys and values."""
-    return sum(spec.attention is not None for spec in config.layers)
+LayerState = KeyValues | RingKeyValues | RecurrentState
+"""The state of a layer: keys and values of attention, or the state of a gated delta net."""
 
 
 @jax.tree_util.register_dataclass
@@ -135,30 +91,34 @@ class KVCache:
     """The states of all layers for a batch of sequences.
 
     Attributes:
-      keys, values: One array for each layer with attention, in the compute dtype (see ``KeyValues``). In row
-        b, slots from ``lengths[b]`` on are padding that no token attends to.
+      keys, values: One array for each layer that keeps the whole context, in the compute dtype (see
+        ``KeyValues``). In row b, slots from ``lengths[b]`` on are padding that no token attends to.
       lengths: int32 ``[B]``, number of tokens in each row.
       pages: int32 ``[B, pages_per_row]``, pages of each row, the same in all layers; None for a contiguous
         cache.
-      recurrent: States of the layers with a recurrent state.
+      fixed: States of the other layers.
     """
 
     keys: tuple[Float[Array, "rows s kv_heads head_dim"], ...]
     values: tuple[Float[Array, "rows s kv_heads head_dim"], ...]
     lengths: Int[Array, "b"]
     pages: Int[Array, "b pages_per_row"] | None = None
-    recurrent: RecurrentStates = dataclasses.field(default_factory=dict)
+    fixed: FixedStates = dataclasses.field(default_factory=dict)
 
     @classmethod
     def create(cls, config: ModelConfig, batch: int, capacity: int, dtype) -> "KVCache":
-        """Creates an empty contiguous cache with ``capacity`` slots for each of ``batch`` rows."""
+        """Creates an empty contiguous cache with ``capacity`` slots for each of ``batch`` rows.
+
+        Layers with windows keep rings, if these are smaller.
+        """
         shape = (batch, capacity, config.num_kv_heads, config.head_dim)
 
         def empty_layers():
-            return tuple(jnp.zeros(shape, dtype) for _ in range(attention_layers(config)))
+            return tuple(jnp.zeros(shape, dtype) for _ in range(whole_layers(config, capacity)))
 
         lengths = jnp.zeros(batch, jnp.int32)
-        return cls(empty_layers(), empty_layers(), lengths, recurrent=no_tokens(config, batch))
+        fixed = fixed_states(config, batch, dtype, capacity)
+        return cls(empty_layers(), empty_layers(), lengths, fixed=fixed)
 
     @property
     def capacity(self) -> int:
@@ -168,7 +128,7 @@ class KVCache:
 
     @property
     def layers(self) -> list[LayerState]:
-        """State of each layer, if all new tokens count (see ``RecurrentState.counts``)."""
+        """State of each layer, if all new tokens count (see ``layers_for``)."""
         return self.layers_for(None)
 
     def layers_for(self, counts: Int[Array, "b"] | None) -> list[LayerState]:
@@ -177,28 +137,26 @@ class KVCache:
         Args:
           counts: Number of the new tokens of each row that are not padding; None if all are not.
         """
-        attention = iter(zip(self.keys, self.values, strict=True))
+        whole = iter(zip(self.keys, self.values, strict=True))
         return [
-            self.recurrent[i]._replace(counts=counts)
-            if i in self.recurrent
-            else KeyValues(*next(attention), self.pages)
-            for i in range(len(self.keys) + len(self.recurrent))
+            self.fixed[i]._replace(counts=counts) if i in self.fixed else KeyValues(*next(whole), self.pages)
+            for i in range(len(self.keys) + len(self.fixed))
         ]
 
     def partition_specs(self) -> "KVCache":
         """Returns the cut of each array on a mesh (``sharding.program``): each device has its kv heads."""
         heads, whole = PartitionSpec(None, None, AXIS), PartitionSpec()
         keys, pages = tuple(heads for _ in self.keys), None if self.pages is None else whole
-        recurrent = jax.tree.map(lambda state: whole, self.recurrent)
-        return KVCache(keys, keys, whole, pages, recurrent)  # type: ignore[arg-type]
+        fixed = {i: state.partition_specs() for i, state in self.fixed.items()}
+        return KVCache(keys, keys, whole, pages, fixed)  # type: ignore[arg-type]
 
     def updated(self, layers: Sequence[LayerState], lengths: Int[Array, "b"]) -> "KVCache":
         """Returns a cache with new contents and lengths."""
-        attention = [layer for layer in layers if isinstance(layer, KeyValues)]
-        recurrent = {
+        whole = [layer for layer in layers if isinstance(layer, KeyValues)]
+        fixed = {
             i: layer._replace(counts=None)
             for i, layer in enumerate(layers)
-            if isinstance(layer, RecurrentState)
+            if not isinstance(layer, KeyValues)
         }
-        keys, values, _ = zip(*attention, strict=True)
-        return KVCache(keys, values, lengths, self.pages, recurrent)
+        keys, values, _ = zip(*whole, strict=True)
+        return KVCache(keys, values, lengths, self.pages, fixed)

@@ -15,10 +15,11 @@ from jaxtyping import Array, Float, Int
 
 from grinqh_jax.model.apply import Apply
 from grinqh_jax.model.attention import attend_heads, without_gates
-from grinqh_jax.model.cache import KeyValues, LayerState, RecurrentState
+from grinqh_jax.model.cache import KeyValues, LayerState
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.delta_net import DeltaNet
 from grinqh_jax.model.experts import Router, build_experts, grading_factor
+from grinqh_jax.model.fixed_states import RecurrentState
 from grinqh_jax.model.gated_mlp import gated
 from grinqh_jax.model.layer_spec import (
     Attention,
@@ -32,6 +33,7 @@ from grinqh_jax.model.linear import build_linear
 from grinqh_jax.model.norm import add_norm, rms_norm
 from grinqh_jax.model.parameters import axis_sizes
 from grinqh_jax.model.partition import AXIS, Partition
+from grinqh_jax.model.ring_cache import RingKeyValues
 from pallas_kernels import Activations
 
 Tree = Mapping[str, Any]
@@ -236,7 +238,9 @@ class DecoderLayer(nnx.Module):
                 assert not isinstance(state, RecurrentState), "attention has keys and values"
                 return self._attend(attention, outputs, positions, state)
             case GatedDeltaNet(head_norm, delta):
-                assert not isinstance(state, KeyValues), "a gated delta net has a recurrent state"
+                assert state is None or isinstance(state, RecurrentState), (
+                    "a gated delta net has a recurrent state"
+                )
                 heads, scale = self.config.delta_heads, getattr(self, head_norm.name).scale[...]
                 return getattr(self, delta)(heads, outputs, scale, self.config.rms_norm_eps, state)
             case GatedMLP(activation):
@@ -248,8 +252,8 @@ class DecoderLayer(nnx.Module):
         attention: Attention,
         outputs: Activations,
         positions: Int[Array, "b t"],
-        state: KeyValues | None,
-    ) -> tuple[Activations, KeyValues]:
+        state: KeyValues | RingKeyValues | None,
+    ) -> tuple[Activations, KeyValues | RingKeyValues]:
         """Computes attention and, where the description has them, the gates of its results."""
         norms, gates = attention.head_norms, None
         scales = norms and tuple(getattr(self, norm.name).scale[...] for norm in norms)

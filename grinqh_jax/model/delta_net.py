@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from grinqh_jax.model.cache import RecurrentState
+from grinqh_jax.model.fixed_states import RecurrentState
 from grinqh_jax.model.layer_spec import DeltaHeads
 from grinqh_jax.model.norm import rms_norm
 from pallas_kernels import Activations

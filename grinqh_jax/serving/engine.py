@@ -66,6 +66,7 @@ class Engine:
         page_size: int = PAGE_SIZE,
         piece: int = PIECE,
         prompt_logprobs: bool = False,
+        share_prefixes: bool = True,
         policy: DecodePolicy | None = None,
     ):
         """Allocates the cache and compiles all programs, several at once, which takes seconds to minutes.
@@ -81,6 +82,9 @@ class Engine:
             for at most one piece, and prefixes are shared in whole pieces.
           prompt_logprobs: Whether requests may ask for log-probabilities of their prompts, which takes more
             programs.
+          share_prefixes: Whether texts with the same leading tokens share their pages. Without, layers with
+            windows keep as many tokens as the window has, in place of the whole context, which takes less
+            memory. Models with recurrent states never share prefixes.
           policy: How programs are compiled, by default ``DecodePolicy.for_device()``.
 
         Raises:
@@ -92,6 +96,7 @@ class Engine:
             )
         model = generator.model
         context = check_context(max_context, model.config)
+        share_prefixes &= not model.config.is_recurrent
         num_pages = count_pages(
             model.part_config,
             model.compute_dtype,
@@ -100,6 +105,7 @@ class Engine:
             page_size=page_size,
             cache_memory=cache_memory,
             free=free_memory(),
+            share_prefixes=share_prefixes,
         )
         self._generator = generator
         self.shape = Shape(
@@ -110,11 +116,12 @@ class Engine:
             num_pages=num_pages,
             stop_tokens=max(len(generator.defaults.eos_tokens), MOST_STOP_TOKENS),
             prompt_logprobs=prompt_logprobs,
+            rings=not share_prefixes,
         )
         policy = policy or DecodePolicy.for_device()
         device = Device(model, generator.dial(None), self.shape, policy, self._settings(Request(), 1))
         device.compile(generator.programs)
-        self.storage = SharedPages(self.shape, device.graded, model.config.is_recurrent)
+        self.storage = SharedPages(self.shape, device.graded)
         self.scheduler = Scheduler(device, self.storage, policy)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._jobs: dict[Answer, Job] = {}  # unfinished ones

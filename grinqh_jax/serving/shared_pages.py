@@ -16,18 +16,16 @@ class SharedPages:
       allocator: Pages of the cache.
     """
 
-    def __init__(self, shape: Shape, graded: bool, is_recurrent: bool = False):
+    def __init__(self, shape: Shape, graded: bool):
         """Makes a storage of free pages.
 
         Args:
           shape: Sizes of the engine.
           graded: Whether the model is graded, so that prompts have a preview.
-          is_recurrent: Whether the model has recurrent states. Prefixes are then not shared, because pages do
-            not hold the state after them.
         """
         self.allocator = PageAllocator(shape.num_pages, shape.page_size)
         self._shape = shape
-        self._graded, self._is_recurrent = graded, is_recurrent
+        self._graded = graded
 
     def check(self, prompt: int, answer: int) -> None:
         """Raises UsageError if a prompt and an answer of these lengths can never fit."""
@@ -74,7 +72,7 @@ class SharedPages:
 
         The tokens of the preview are always read, and so is the last token, for the logits.
         """
-        if self._is_recurrent:
+        if self._shape.rings:
             return 0
         read = first_previewed(len(prompt)) if self._graded else len(prompt) - 1
         return read // self._shape.piece * self._shape.piece

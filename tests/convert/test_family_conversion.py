@@ -29,6 +29,7 @@ CONVERTED = (
     "phi3-partial-window",
     "olmo3-window-yarn",
     "gemma3",
+    "qwen3_5",
 )
 """Cases that together have every option that the converter sees."""
 
@@ -78,11 +79,14 @@ def test_full_bits_keep_the_perplexity(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen2-tied-yarn", "qwen3-moe", "granite", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen2-tied-yarn", "qwen3-moe", "granite", "gemma3", "qwen3_5"])
 def test_refit_and_trained_gains_keep_the_perplexity(name, tmp_path):
     source = source_of(tmp_path / "model", name)
     plan = plan_of(source, 128)
-    assert plan.refit == ("qkv", "o", "gate_up", "down", "lm_head")
+    projections = {"qkv", "o", "gate_up", "down", "lm_head"}
+    assert set(plan.refit) == projections | (
+        {"delta_in", "delta_out"} if source.config.is_recurrent else set()
+    )
     assert plan.gains == "trained"
     convert(plan, tmp_path / "out")
     model = checkpoint.load(tmp_path / "out").model

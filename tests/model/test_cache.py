@@ -2,8 +2,10 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from grinqh_jax.model.cache import KeyValues
+from grinqh_jax.model.ring_cache import SPARE_SLOTS, RingKeyValues, ring_slots
 
 
 def test_pages_that_a_row_does_not_have_and_positions_behind_its_end_are_zeros():
@@ -28,3 +30,45 @@ def test_values_behind_the_end_are_cleared_in_the_only_page_of_each_row():
     one_row = KeyValues(keys, values, jnp.array([[2]])).cleared(jnp.array([2]))
     np.testing.assert_array_equal(one_row.values[2], expected[2])
     np.testing.assert_array_equal(one_row.values[:2], values[:2])
+
+
+WINDOW = 5
+
+
+def ring_attention(positions: np.ndarray, state: RingKeyValues, counts=None):
+    """Returns, for each new token, the positions that it sees, from keys that hold their positions."""
+    keys = jnp.asarray(positions, jnp.float32)[..., None, None]
+    keys, _, slots, state = state._replace(counts=counts).extended(jnp.asarray(positions), keys, keys)
+    distance = positions[:, :, None] - np.asarray(slots)[:, None, :]
+    visible = (distance >= 0) & (distance < WINDOW)
+    held = np.asarray(keys)[:, :, 0, 0]
+    return [[sorted(held[b][row].tolist()) for row in visible[b]] for b in range(len(positions))], state
+
+
+def expected(positions: np.ndarray):
+    return [[[float(q) for q in range(max(p - WINDOW + 1, 0), p + 1)] for p in row] for row in positions]
+
+
+@pytest.mark.parametrize("piece", [1, 3, SPARE_SLOTS, 40])
+def test_a_ring_shows_each_token_its_window(piece):
+    """In pieces of several sizes, some larger than the ring, many rounds of which pass."""
+    state = RingKeyValues.zeros(2, ring_slots(WINDOW), 1, 1, jnp.float32)
+    for start in range(0, 120, piece):
+        positions = np.broadcast_to(start + np.arange(piece), (2, piece))
+        seen, state = ring_attention(positions, state)
+        assert seen == expected(positions)
+
+
+def test_a_ring_forgets_padding_and_tokens_that_are_taken_back():
+    state = RingKeyValues.zeros(2, ring_slots(WINDOW), 1, 1, jnp.float32)
+    lengths = np.array([0, 0])
+    rng = np.random.default_rng(2)
+    for round in range(12):
+        padded = 30 if round % 3 == 0 else SPARE_SLOTS
+        counts = rng.integers(0, padded + 1, 2)
+        positions = lengths[:, None] + np.arange(padded)
+        written = jnp.asarray(counts) if padded > SPARE_SLOTS else None  # None: written and then taken back.
+        seen, state = ring_attention(positions, state, written)
+        for row, count in enumerate(counts):
+            assert seen[row][:count] == expected(positions)[row][:count]
+        lengths = lengths + counts

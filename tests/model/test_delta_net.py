@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grinqh_jax.model.cache import RecurrentState
 from grinqh_jax.model.delta_net import DeltaNet
+from grinqh_jax.model.fixed_states import RecurrentState
 from grinqh_jax.model.layer_spec import DeltaHeads
 from pallas_kernels import Activations
 

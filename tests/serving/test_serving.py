@@ -144,7 +144,7 @@ def test_a_request_that_can_never_fit_is_refused_with_the_numbers(generator, eng
 
 def test_pages_fit_into_free_memory(generator, monkeypatch):
     config, sizes = generator.model.config, {"slots": 4, "max_context": 128, "page_size": 16}
-    page = page_bytes(config, 16, np.float32)
+    page = page_bytes(config, 16, np.float32, None)
     count = functools.partial(count_pages, config, np.float32, **sizes)
     assert count(cache_memory=None, free=None) == count(cache_memory=None, free=10**12) == 32
     assert count(cache_memory=50 * page, free=None) == 50

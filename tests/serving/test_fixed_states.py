@@ -1,4 +1,4 @@
-"""Models with recurrent states in a conversation and in the engine: padding, slots, pages, whole prompts."""
+"""States of a fixed size in a conversation and in the engine: padding, slots, pages, whole prompts."""
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,24 @@ def test_a_conversation_reads_every_prompt_as_a_whole(generator):
 def test_the_engine_decodes_texts_of_several_lengths_in_slots_and_pages(generator):
     with Engine(generator, slots=2, max_context=128, page_size=16, piece=32) as engine:
         for _ in range(2):  # A slot and its pages had another text before.
+            answers = engine.generate_many(PROMPTS, REQUEST)
+            for prompt, answer in zip(PROMPTS, answers, strict=True):
+                assert list(answer.tokens) == greedy(generator.model, prompt)
+        assert engine.stats().reused_tokens == 0
+
+
+def test_texts_with_rings_equal_texts_with_whole_contexts(tmp_path):
+    """Windows of 8 tokens: rings of 24 slots in a cache of 128, and prompts of up to 90 tokens."""
+    config = CASES["ministral"] | {"vocab_size": 300}
+    generator = Generator.load(tiny_models.write(tmp_path, config), jnp.float32)
+    for prompt in PROMPTS:
+        generation = generator.generate(prompt, REQUEST)
+        for _ in generation:
+            pass
+        assert list(generation.tokens) == greedy(generator.model, prompt)
+    sizes = {"slots": 2, "max_context": 128, "page_size": 16, "piece": 32}
+    with Engine(generator, **sizes, share_prefixes=False) as engine:
+        for _ in range(2):
             answers = engine.generate_many(PROMPTS, REQUEST)
             for prompt, answer in zip(PROMPTS, answers, strict=True):
                 assert list(answer.tokens) == greedy(generator.model, prompt)
