@@ -1,8 +1,9 @@
-"""Checks and times the product at one level for 16 to 256 rows on a GPU.
+"""Checks and times the product at one level for 16 to 512 rows on a GPU.
 
     python benchmarks/level_matmul.py --output level-matmul.json       everything
     python benchmarks/level_matmul.py --checks                         correctness only
     python benchmarks/level_matmul.py --rows 16 32 --levels 3          some products
+    python benchmarks/level_matmul.py --tune                           also update the tuning table
 
 Checks: every implementation against float64, relative to the norm of the exact row; and the same bits when it
 runs again.
@@ -11,6 +12,10 @@ Times: kernel time of the four projections of a Qwen3-8B layer, from the profile
 that exceed the L2, beside XLA's bf16 product. "layer" is the time of all kernels, also of those that prepare
 the activations and add up partial sums; "product" is that of the lane program alone, shape by shape. "xla"
 dequantizes a copy of each weight.
+
+Tuning: for each level, the table gets the largest number of rows up to which the kernel was faster than "xla"
+for every number of rows measured. For up to so many rows, decode steps of more than 16 rows, and prompts at
+the highest level, then run the kernel.
 """
 
 import argparse
@@ -32,14 +37,14 @@ import numpy as np
 import timing
 from rows import compiled
 
-from pallas_kernels import codes, level_matmul
+from pallas_kernels import codes, level_matmul, matmul
 from pallas_kernels.matmul import LevelImplementation
 
 IMPLEMENTATIONS: tuple[LevelImplementation, ...] = ("mosaic_gpu", "xla")
 CHECKED_SHAPES = ((576, 1100), (2048, 2560), (1152, 4096))
 CHECKED_ROWS = (9, 16, 32, 64, 130, 256)
 CHECKED_LEVELS = (1, 2, 3, 4)
-TIMED_ROWS = (16, 32, 64, 128, 256)
+TIMED_ROWS = (16, 32, 64, 128, 256, 512)
 TIMED_LEVELS = (2, 3, 4)
 COPIES = 4
 """Number of copies of the layer's weights that a call reads in turn: 400 MB at level 2."""
@@ -179,6 +184,34 @@ def time_layer(
     return results
 
 
+def tuning_table(times: list[dict]) -> dict[str, int]:
+    """Returns the largest number of rows, by level, up to which the kernel is faster than XLA.
+
+    Args:
+      times: Results of ``time_layer``. Numbers of rows that lack one of the implementations do not count.
+    """
+    layers = {(t["level"], t["rows"], t["implementation"]): t["layer_us"] for t in times}
+    table = {}
+    for level in sorted({t["level"] for t in times}):
+        most_rows = 0
+        for rows in sorted({t["rows"] for t in times}):
+            pair = [layers.get((level, rows, name)) for name in ("mosaic_gpu", "xla")]
+            if None in pair or pair[0] >= pair[1]:
+                break
+            most_rows = rows
+        table[str(level)] = most_rows
+    return table
+
+
+def update_table(times: list[dict], path: pathlib.Path) -> None:
+    """Writes this device's table into the file of ``matmul.tuning``; keeps levels that were not measured."""
+    tables = json.loads(path.read_text())
+    device = tables.setdefault(jax.devices()[0].device_kind, {})
+    device.update(tuning_table(times))
+    path.write_text(json.dumps(tables, indent=1) + "\n")
+    print(f"{path}: {device}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--checks", action="store_true", help="only check, do not time")
@@ -186,6 +219,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=list(TIMED_ROWS), metavar="N")
     parser.add_argument("--levels", nargs="+", type=int, default=list(TIMED_LEVELS), metavar="N")
     parser.add_argument("--seconds", type=float, default=240, help="stop timing after this many seconds")
+    parser.add_argument("--tune", action="store_true", help="write the times into the tuning table")
     parser.add_argument("--output", type=pathlib.Path, metavar="FILE", help="JSON file to write")
     args = parser.parse_args()
     start, problems = time.monotonic(), []
@@ -209,6 +243,8 @@ def main() -> None:
         report["times"] = time_layer(
             args.rows, args.levels, report["bf16_us"], start + args.seconds, problems
         )
+        if args.tune:
+            update_table(report["times"], pathlib.Path(matmul.__file__).with_name("measured.json"))
     save()
     print(f"{report['seconds']} s")
     if problems:

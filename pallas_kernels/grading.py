@@ -80,6 +80,12 @@ def zero_bits(thresholds: Float[Array, "*rows p"]) -> Float[Array, "*rows"]:
     return layout.DIGIT_BITS * jnp.sum(~(thresholds > 0), axis=-1, dtype=jnp.float32)
 
 
+def level_stats(x: Float[Array, "*rows k"], level: int) -> GradingStats:
+    """Returns the statistics of activations whose channels are all read at one level."""
+    max_abs = jnp.max(jnp.abs(x).astype(jnp.float32), axis=-1)
+    return GradingStats(jnp.stack([jnp.full_like(max_abs, layout.DIGIT_BITS * level), max_abs], axis=-1))
+
+
 def stats(x: Activations, level: Int[Array, "rows k"]) -> GradingStats:
     """Returns the statistics of activations read at these levels."""
     max_abs = jnp.max(jnp.abs(x.values).astype(jnp.float32), axis=-1, keepdims=True) * x.factor()

@@ -36,7 +36,8 @@ def parser() -> command.Parser:
         type=flags.positive,
         default=16,
         metavar="N",
-        help="number of answers that are decoded at once, 1 to 16 (default: 16)",
+        help="number of answers that are decoded at once, 1 to 64; with more than 16, all read weights at "
+        "one level, of at least the bits that each asks for (default: 16)",
     )
     add(
         "--max-context",

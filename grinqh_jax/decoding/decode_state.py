@@ -256,7 +256,7 @@ def insert(
     return DecodeState(state.cache, slots), chunk
 
 
-@jax.jit(static_argnames=("policy", "greedy", "top_logprobs"), donate_argnames="state")
+@jax.jit(static_argnames=("policy", "greedy", "top_logprobs", "level"), donate_argnames="state")
 @on_mesh
 def generate(
     model: FlatModel,
@@ -266,6 +266,7 @@ def generate(
     policy: DecodePolicy,
     greedy: bool,
     top_logprobs: int | None,
+    level: int | None = None,
 ) -> tuple[DecodeState, engine.Chunk]:
     """Decodes up to ``policy.chunk_steps`` tokens for every slot that is not done.
 
@@ -278,6 +279,7 @@ def generate(
         then neither sorts nor penalizes. It chooses the same tokens as the other one.
       top_logprobs: Number of most likely tokens whose log-probabilities are returned beside those of the new
         tokens; None for no log-probabilities.
+      level: As in ``engine.decode_chunk``.
 
     Returns:
       The state, and the new tokens with their grading statistics.
@@ -302,6 +304,7 @@ def generate(
         policy=policy,
         history=None if greedy else history,
         top_logprobs=top_logprobs,
+        level=level,
     )
     slots = dataclasses.replace(
         slots,

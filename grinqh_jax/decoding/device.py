@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from grinqh_jax.decoding import decode_state, engine
+from grinqh_jax.decoding import decode_state, engine, reading
 from grinqh_jax.decoding.decode_state import DecodeState
 from grinqh_jax.decoding.dial import Dial
 from grinqh_jax.decoding.job import Shape
@@ -24,6 +25,7 @@ from grinqh_jax.model.decoder import Decoder
 from grinqh_jax.model.fixed_states import FixedStates, fixed_states
 from grinqh_jax.model.flat_model import FlatModel
 from grinqh_jax.sharding.program import made_on_mesh, shardings
+from pallas_kernels.layout import DIGIT_BITS
 
 
 class Device:
@@ -65,6 +67,10 @@ class Device:
         # another one.
         self._sharding = model.norm.scale[...].sharding
         self._abstract = abstract
+        self._num_planes = model.full_bits // DIGIT_BITS if self.graded else 0
+        # Texts that share nothing are evaluated, each token at its own levels, whatever their number.
+        graded_rows = shape.contiguous or not self.graded
+        self._levels = [None] if graded_rows else reading.possible_levels(shape.slots, self._num_planes)
         self._model, self._dial = FlatModel(model), jax.device_put(dial, self._sharding)
 
         def state() -> DecodeState:
@@ -100,8 +106,8 @@ class Device:
                     prefix = self.prefill(prefix, bucket, settings)
             for logprobs in (False, True):
                 self.insert(0, prefix, [], settings, logprobs)
-            for greedy, logprobs in chunks:
-                self.generate(greedy, logprobs)
+            for level, (greedy, logprobs) in itertools.product(self._levels, chunks):
+                self.generate(greedy, logprobs, level)
             if self.graded:
                 self.turn(0, 0.0)
             self.free(0)
@@ -151,8 +157,9 @@ class Device:
             arguments = state, slot, prefix, settings, self._in_prompt([]), dial
             insert = decode_state.insert.lower
             add("insert", insert, *arguments, policy=policy, top_logprobs=self._count(wants))
-        for greedy, wants in chunks:
-            static = {"policy": policy, "greedy": greedy, "top_logprobs": self._count(wants)}
+        for level, (greedy, wants) in itertools.product(self._levels, chunks):
+            static = {"policy": policy, "greedy": greedy, "level": level}
+            static["top_logprobs"] = self._count(wants)
             add("generate", of_model(decode_state.generate), state, dial, **static)
         if self.shape.slots > 1:
             add("free", decode_state.free.lower, state, slot)
@@ -203,7 +210,13 @@ class Device:
         )
         return first
 
-    def generate(self, greedy: bool, logprobs: bool) -> engine.Chunk:
+    def level(self, bits: Iterable[float]) -> int | None:
+        """Returns the level at which a chunk reads weights for rows that want these bits; None to grade."""
+        if self._levels == [None]:
+            return None
+        return reading.batch_level(self.shape.slots, bits, self._num_planes)
+
+    def generate(self, greedy: bool, logprobs: bool, level: int | None = None) -> engine.Chunk:
         """Decodes a chunk for all slots (see ``decode_state.generate``)."""
         self._state, chunk = decode_state.generate(
             self._model,
@@ -212,6 +225,7 @@ class Device:
             policy=self._policy,
             greedy=greedy,
             top_logprobs=self._count(logprobs),
+            level=level,
         )
         return chunk
 

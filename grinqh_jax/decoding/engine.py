@@ -183,9 +183,16 @@ def decode_step(
     return model.lm_head.in_order(outputs), cache, stats
 
 
-def _step(model, tokens, cache, thresholds, active):
-    """Runs ``decode_step``; returns the logits in the order of the output projection's outputs."""
-    graded = None if thresholds is None else apply.Graded(thresholds)
+def _step(model, tokens, cache, thresholds, active, level=None):
+    """Runs ``decode_step``; returns the logits in the order of the output projection's outputs.
+
+    With a ``level``, all channels are read at it, and the thresholds are not used.
+    """
+    graded: apply.Graded | None = None
+    if level is not None:
+        graded = apply.AtLevel(level)
+    elif thresholds is not None:
+        graded = apply.Graded(thresholds)
     strategy = graded or apply.Dense()
     advance = jnp.ones_like(cache.lengths) if active is None else active.astype(jnp.int32)
     x, layers = model.hidden(tokens[:, None], cache.lengths[:, None], strategy, cache.layers_for(advance))
@@ -227,6 +234,7 @@ def decode_chunk(
     policy: DecodePolicy | None = None,
     history: TokenHistory | None = None,
     top_logprobs: int | None = None,
+    level: int | None = None,
 ) -> tuple[Chunk, KVCache]:
     """Generates up to ``steps`` tokens per row without leaving the device.
 
@@ -248,14 +256,22 @@ def decode_chunk(
       history: Tokens that each row has, if ``sampling`` has penalties.
       top_logprobs: Number of most likely tokens whose log-probabilities are returned beside those of the new
         tokens; None for no log-probabilities.
+      level: Level at which all rows read all input channels; the dial then stays as it is. None for grading
+        (see ``reading.batch_level``).
     """
     policy = policy or DecodePolicy.for_device()
-    options = {"steps": steps, "policy": policy, "history": history, "top_logprobs": top_logprobs}
+    options = {
+        "steps": steps,
+        "policy": policy,
+        "history": history,
+        "top_logprobs": top_logprobs,
+        "level": level,
+    }
     rows = tokens, done, cache, thresholds, sampling, stop_tokens, limits
     return jitted_decode_chunk(model, *rows, **options)
 
 
-@jax.jit(static_argnames=("steps", "policy", "top_logprobs"), donate_argnames="cache")
+@jax.jit(static_argnames=("steps", "policy", "top_logprobs", "level"), donate_argnames="cache")
 @on_mesh
 def jitted_decode_chunk(
     model: Decoder | FlatModel,
@@ -271,6 +287,7 @@ def jitted_decode_chunk(
     policy: DecodePolicy,
     history: TokenHistory | None = None,
     top_logprobs: int | None = None,
+    level: int | None = None,
 ) -> tuple[Chunk, KVCache]:
     """The program behind ``decode_chunk``, for callers that lower or compile it themselves."""
     model = decoder_of(model)
@@ -311,8 +328,10 @@ def jitted_decode_chunk(
         step, chunk, cache = state
         active, positions = ~chunk.done, cache.lengths
         current_dial = None if dial is None else dial.with_state(chunk.dial)
+        if level is not None:  # No threshold is used, and the dial stays as it is.
+            current_dial = None
         current = fixed if current_dial is None else _thresholds_by_name(current_dial, active)
-        outputs, cache, stats = _step(model, chunk.last, cache, current, active)
+        outputs, cache, stats = _step(model, chunk.last, cache, current, active, level)
         token = jnp.where(active, choose(outputs, cache.lengths, chunk.history), chunk.last)
         logprobs = None
         if top_logprobs is not None:
@@ -326,7 +345,9 @@ def jitted_decode_chunk(
             done=chunk.done | stopped | (counts >= limits) | (cache.lengths >= cache.capacity),
             grading_stats=jax.tree.map(lambda kept, new: kept.at[step].set(new), chunk.grading_stats, stats),
             history=None if chunk.history is None else chunk.history.with_tokens(token, active),
-            dial=None if current_dial is None else current_dial.follow(stats.bits, active, positions).state,
+            dial=chunk.dial
+            if current_dial is None
+            else current_dial.follow(stats.bits, active, positions).state,
             logprobs=jax.tree.map(lambda kept, new: kept.at[step].set(new), chunk.logprobs, logprobs),
         )
         return step + 1, chunk, cache

@@ -197,7 +197,8 @@ class Scheduler:
         asked = time.perf_counter()
         logprobs = any(job.logprobs for job in self.decoding.values())
         greedy = not logprobs and all(job.greedy for job in self.decoding.values())
-        chunk = self._device.generate(greedy, logprobs)
+        level = self._device.level(float(job.settings.bits[0]) for job in self.decoding.values())
+        chunk = self._device.generate(greedy, logprobs, level)
         for job in self.decoding.values():
             job.dispatched += self._policy.chunk_steps
         self._track(dict(self.decoding), chunk, asked)

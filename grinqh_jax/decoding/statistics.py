@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from grinqh_jax.decoding.reading import MAX_GRADED_ROWS, WeightReading
 from grinqh_jax.model.decoder import Decoder, linear_names
 from grinqh_jax.model.experts import DenseExperts
 from grinqh_jax.model.linear import DenseLinear
@@ -55,6 +56,8 @@ class Statistics:
         routers and one row of the embedding, without the KV cache; of a mixture, those of the chosen experts.
         An implementation that cannot skip reads more.
       bytes_per_token_bf16: The same for the unquantized model in bfloat16.
+      reading: How decode steps read weights: ``"graded"``; ``"one level"``, all channels at the same level,
+        in an engine with many slots; or ``"dense"``, in an unquantized model.
       dense_dtype: Dtype in which an unquantized model keeps its weights; None for a graded model.
       peak_memory_bytes: Peak memory of the accelerator, or of the process if there is none.
       activation_range_ratio: Largest ``|x|`` of all decode steps over the largest in calibration, by linear
@@ -72,6 +75,7 @@ class Statistics:
     realised_bits_per_step: Float[np.ndarray, "steps linears"] | None
     bytes_per_token: float | None
     bytes_per_token_bf16: float
+    reading: WeightReading
     dense_dtype: str | None
     peak_memory_bytes: int
     activation_range_ratio: Mapping[str, float]
@@ -99,7 +103,7 @@ class Statistics:
             )
         ]
         if self.realised_bits is not None:
-            lines.append(f"realised bits: {self.realised_bits:.3f} per weight")
+            lines.append(f"realised bits: {self.realised_bits:.3f} per weight{self._reason()}")
         if self.dense_dtype is not None and self.bytes_per_token is not None:
             lines.append(
                 f"weights read per token: {self.bytes_per_token / 1e6:.3f} MB, all of them, unquantized in "
@@ -115,6 +119,12 @@ class Statistics:
         if self.compile_seconds >= SHOWN_SECONDS:
             lines.append(f"compilation: {self.compile_seconds:.1f} s, not part of these speeds")
         return lines
+
+    def _reason(self) -> str:
+        """Returns why the bits read may exceed those asked for, after a comma; else nothing."""
+        if self.reading != "one level":
+            return ""
+        return f", all channels at one level, because more than {MAX_GRADED_ROWS} texts are decoded together"
 
     def to_json(self) -> dict[str, Any]:
         """Returns the figures for programs: all fields and both speeds as JSON values."""
@@ -151,13 +161,14 @@ def joined(stats: Sequence[GradingStats]) -> GradingStats | None:
     return jax.tree.map(lambda *steps: np.concatenate(steps), *stats)
 
 
-def grading_fields(model: Decoder, stats: GradingStats | None) -> dict[str, Any]:
+def grading_fields(model: Decoder, stats: GradingStats | None, *, one_level: bool = False) -> dict[str, Any]:
     """Computes the fields of ``Statistics`` that depend on the model and on what it read.
 
     Args:
       model: Dense or graded model.
       stats: Grading statistics of the decode steps of one row, ``[steps, linears]``; None for a dense model
         or if nothing was decoded.
+      one_level: Whether all channels are read at the same level, in an engine with many slots.
     """
     names = linear_names(model.config)
     fields: dict[str, Any] = {
@@ -166,6 +177,7 @@ def grading_fields(model: Decoder, stats: GradingStats | None) -> dict[str, Any]
         "realised_bits_per_step": None,
         "activation_range_ratio": {},
         "bytes_per_token": None,
+        "reading": "dense" if not model.graded else "one level" if one_level else "graded",
         "dense_dtype": None if model.graded else model.compute_dtype.name,
         "bytes_per_token_bf16": _bytes_per_token(model, dict.fromkeys(names, 8 * BF16_BYTES)),
     }

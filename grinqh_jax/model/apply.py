@@ -1,7 +1,8 @@
 """Strategies that apply a decoder's linear layers.
 
 The decoder does not multiply by its weights itself: it calls a strategy with the name of each linear layer,
-the layer and its input. One decoder thus serves prefill (``Dense``), decode steps (``Graded``) and passes
+the layer and its input. One decoder thus serves prefill (``Dense``), decode steps (``Graded``, or ``AtLevel``
+for large batches) and passes
 that observe the inputs, such as calibration. Any callable ``apply(name, linear, x) -> y`` on ``Activations``
 is a strategy. A strategy may collect values, also traced ones, which its caller reads after the forward pass.
 """
@@ -167,3 +168,28 @@ class Graded:
         if linear.input_cut is not None:
             self._cuts[name], self._at_zero[name] = linear.input_cut, grading.zero_bits(thresholds)
         return y if in_head(name) else y.astype(x.dtype)
+
+
+class AtLevel(Graded):
+    """Applies every layer with all input channels at one level, for batches that are too large to grade.
+
+    Calling it with a dense layer raises ValueError. Statistics are as in ``Graded``.
+
+    Attributes:
+      level: Level of all input channels of all layers.
+    """
+
+    def __init__(self, level: int):
+        super().__init__({})
+        self.level = level
+
+    def __call__(self, name: str, linear: AnyLinear, x: Activations) -> Activations:
+        if not isinstance(linear, GradedLinear | ChosenGraded):
+            raise ValueError(f"{name} is dense; only layers stored as nested codes can be read at a level")
+        if isinstance(linear, ChosenGraded):
+            self.of_experts.add(name)
+        array = x.array
+        self._stats[name] = grading.level_stats(array, self.level)
+        if linear.input_cut is not None:
+            self._cuts[name], self._at_zero[name] = linear.input_cut, self._stats[name].bits
+        return Activations.of(linear.at_level(array, self.level, jnp.float32 if in_head(name) else None))

@@ -4,7 +4,7 @@ A token is as many rows as it has chosen experts. The linear layers of a mixture
 the strategies of ``apply``, like any other linear layer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,14 @@ from jaxtyping import Array, Float, Float16, Int, UInt32
 
 from grinqh_jax.model.layer_spec import GatedExperts
 from grinqh_jax.model.partition import InputCut
-from pallas_kernels import Activations, GradingStats, dequantization, dequantize
+from pallas_kernels import (
+    Activations,
+    GradingStats,
+    NestedWeight,
+    dequantization,
+    dequantize,
+    level_matmul,
+)
 from pallas_kernels.expert_weights import NestedExperts
 from pallas_kernels.experts import experts_matvec
 from pallas_kernels.experts.blocks import map_blocks
@@ -145,19 +152,28 @@ class ChosenGraded(NamedTuple):
 
     def dense(self, x: Float[Array, "*rows k"], dtype=None) -> Float[Array, "*rows n"]:
         """Returns ``x @ W`` as ``ChosenDense.dense`` does; dequantizes one expert after another."""
-        # Without the barrier XLA may dequantize weights of many layers ahead (see ``GradedLinear.dense``).
-        weight, x = jax.lax.optimization_barrier((self.weight, x))
 
-        def block(expert, rows):
-            one = weight.expert(expert)
+        def block(one: NestedWeight, rows: jax.Array) -> jax.Array:
             if dequantization.supports(one, rows.dtype) is None:
                 kernel = dequantization.dequantize_to_bfloat16(one)
             else:
                 kernel = dequantize(one, dtype=rows.dtype)
             return jnp.matmul(rows, kernel, preferred_element_type=jnp.float32)
 
+        return self._mapped(block, x, dtype)
+
+    def at_level(self, x: Float[Array, "*rows k"], level: int, dtype=None) -> Float[Array, "*rows n"]:
+        """Returns ``x @ W`` as ``dense`` does, but reads every channel at ``level`` (``level_matmul``)."""
+        return self._mapped(lambda one, rows: level_matmul(rows, one, level), x, dtype)
+
+    def _mapped(
+        self, product: Callable[[NestedWeight, jax.Array], jax.Array], x: Float[Array, "*rows k"], dtype
+    ) -> Float[Array, "*rows n"]:
+        """Applies ``product``, which returns float32, to one expert after another."""
+        # Without the barrier XLA may dequantize weights of many layers ahead (see ``GradedLinear.dense``).
+        weight, x = jax.lax.optimization_barrier((self.weight, x))
         y = map_blocks(
-            block,
+            lambda expert, rows: product(weight.expert(expert), rows),
             x.reshape(-1, x.shape[-1]),
             self.experts.reshape(-1),
             num_experts=weight.num_experts,

@@ -1,5 +1,6 @@
 """The two modules for linear layers: dense, and graded (stored as nested codes)."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,9 @@ from pallas_kernels import (
     dequantization,
     dequantize,
     graded_partial_sums,
+    level_matmul,
 )
+from pallas_kernels.matmul import choose as choose_level_matmul
 
 CHECKPOINT_ATTRIBUTES = {"gains": "level_gains", "columns": "token_to_output"}
 """Attributes of modules that have another name in checkpoints, by that name."""
@@ -85,15 +88,31 @@ class GradedLinear(nnx.Module):
         return NestedWeight(*arrays, self.in_features, self.out_features, self.level_gains[...])
 
     def dense(self, x: Float[Array, "*rows k"], dtype=None) -> Float[Array, "*rows n"]:
-        """Returns ``x @ W + bias`` as ``DenseLinear.dense`` does; dequantizes all planes to x's dtype."""
+        """Returns ``x @ W + bias`` as ``DenseLinear.dense`` does, and reads all planes.
+
+        Dequantizes them to x's dtype, or, for as many rows as the tuning table of ``level_matmul`` says,
+        multiplies by the planes.
+        """
         # The weight is available before x. Without the barrier XLA (jax 0.11.2) dequantizes many layers in
         # one kernel ahead of all products, so that the whole dequantized model is in memory at once.
         weight, x = jax.lax.optimization_barrier((self.weight, x))
+        if self._kernel_reads(x, weight.num_planes):
+            return _finished(level_matmul(x, weight, weight.num_planes), self.bias, dtype or x.dtype)
         if dequantization.supports(weight, x.dtype) is None:
             kernel = dequantization.dequantize_to_bfloat16(weight)
         else:
             kernel = with_layout_constraint(dequantize(weight, dtype=x.dtype), Layout((0, 1)))
         return _matmul(x, kernel, self.bias, dtype)
+
+    def at_level(self, x: Float[Array, "*rows k"], level: int, dtype=None) -> Float[Array, "*rows n"]:
+        """Returns ``x @ W + bias`` as ``dense`` does, but reads every channel at ``level``."""
+        weight, x = jax.lax.optimization_barrier((self.weight, x))  # as in ``dense``
+        return _finished(level_matmul(x, weight, level), self.bias, dtype or x.dtype)
+
+    def _kernel_reads(self, x: Float[Array, "*rows k"], level: int) -> bool:
+        """Returns whether the kernel of ``level_matmul`` computes a product with ``x`` by default."""
+        rows = jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), x.shape[-1]), x.dtype)
+        return choose_level_matmul(rows, self.weight, level) == "mosaic_gpu"
 
     def graded(self, x: Activations, thresholds: Float[Array, "*any p"]) -> tuple[Activations, GradingStats]:
         """Reads each channel at its level and returns ``(y, stats)`` (see ``graded_partial_sums``)."""
@@ -122,5 +141,10 @@ def build_linear(tree: Mapping[str, Any], shape: tuple[int, int], compute_dtype)
 
 def _matmul(x: jax.Array, kernel: jax.Array, bias: nnx.Param | None, dtype) -> jax.Array:
     product = jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+    return _finished(product, bias, dtype or x.dtype)
+
+
+def _finished(product: jax.Array, bias: nnx.Param | None, dtype) -> jax.Array:
+    """Returns a float32 product plus the bias, in ``dtype``."""
     product = product if bias is None else product + bias[...].astype(jnp.float32)
-    return product.astype(dtype or x.dtype)
+    return product.astype(dtype)

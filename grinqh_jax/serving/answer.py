@@ -61,7 +61,15 @@ class Answer:
       reused_tokens: Number of leading prompt tokens taken from shared pages; None before the prompt is read.
     """
 
-    def __init__(self, model: Decoder, prompt: Sequence[int], text: AnswerText, top_logprobs: int | None):
+    def __init__(
+        self,
+        model: Decoder,
+        prompt: Sequence[int],
+        text: AnswerText,
+        top_logprobs: int | None,
+        *,
+        one_level: bool = False,
+    ):
         """Makes an empty answer.
 
         Args:
@@ -69,12 +77,14 @@ class Answer:
           prompt: Tokens of the prompt.
           text: Decodes the tokens.
           top_logprobs: Number of most likely tokens that pieces report; None for no log-probabilities.
+          one_level: Whether decode steps read all channels of a layer at one level (``reading``).
         """
         self.prompt_tokens = len(prompt)
         self.prompt_logprobs: list[TokenLogprob] | None = None
         self.tokens: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.reused_tokens: int | None = None
+        self._one_level = one_level
         self._model = model
         self._prompt = prompt
         self._text = text
@@ -137,7 +147,7 @@ class Answer:
             generation_seconds=times[-1] - times[min(1, len(times) - 1)],
             compile_seconds=0.0,
             peak_memory_bytes=peak_memory(),
-            **grading_fields(self._model, self.grading_stats),
+            **grading_fields(self._model, self.grading_stats, one_level=self._one_level),
         )
 
     def __iter__(self) -> Iterator[Piece]:

@@ -21,6 +21,7 @@ from grinqh_jax.decoding.logprobs import MOST_LOGPROBS
 from grinqh_jax.decoding.model_files import check_context
 from grinqh_jax.decoding.paged_cache import count_pages
 from grinqh_jax.decoding.policy import DecodePolicy
+from grinqh_jax.decoding.reading import MAX_GRADED_ROWS
 from grinqh_jax.decoding.request import Request
 from grinqh_jax.decoding.scheduler import Scheduler
 from grinqh_jax.decoding.settings import Settings, sampling_rows
@@ -31,8 +32,8 @@ from grinqh_jax.serving.job import EngineError, EngineStats
 from grinqh_jax.serving.shared_pages import SharedPages
 from pallas_kernels.x64 import without_x64
 
-MOST_SLOTS = 16
-"""Largest number of rows that the graded matvec reads together, each at its own levels."""
+MOST_SLOTS = 64
+"""Largest number of requests that are decoded together. Up to ``reading.MAX_GRADED_ROWS`` are graded."""
 
 PAGE_SIZE = 64
 """Default number of positions of a page."""
@@ -73,7 +74,9 @@ class Engine:
 
         Args:
           generator: Model, tokenizer and defaults.
-          slots: Number of requests that are decoded at once, 1 to ``MOST_SLOTS``.
+          slots: Number of requests that are decoded at once, 1 to ``MOST_SLOTS``. Up to
+            ``reading.MAX_GRADED_ROWS`` slots are graded. With more, all running requests read weights at one
+            level, of at least the bits that each of them asks for.
           max_context: Most tokens of prompt and answer together, by default all positions of the model.
           cache_memory: Bytes of keys and values on each device, by default those of ``slots`` texts of
             ``max_context`` tokens, or fewer if the device has less free memory.
@@ -189,7 +192,8 @@ class Engine:
         settings = self._settings(request, limit)
         stop_tokens = self._generator.stop_tokens(request)
         text = AnswerText(self._generator.tokenizer.stream(), request.stop, stop_tokens)
-        answer = Answer(self._generator.model, tokens, text, top_logprobs)
+        one_level = self.shape.slots > MAX_GRADED_ROWS
+        answer = Answer(self._generator.model, tokens, text, top_logprobs, one_level=one_level)
         job = Job(tokens, settings, answer, top_logprobs is not None, prompt_logprobs, priority)
         with self._lock:
             self._check_open()

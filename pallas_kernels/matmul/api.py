@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.dispatch import first_supporting
-from pallas_kernels.matmul import mosaic_gpu, reference, xla
+from pallas_kernels.matmul import mosaic_gpu, reference, tuning, xla
 from pallas_kernels.weight import NestedWeight
 from pallas_kernels.x64 import without_x64
 
@@ -21,7 +21,7 @@ IMPLEMENTATIONS: dict[LevelImplementation, ModuleType] = {
 }
 """Implementations by name, in order of preference. Each module has two functions: ``supports(x [rows, K],
 weight, level)`` returns None, or the reason why it cannot run; ``matmul(x [rows, K], weight, level)`` returns
-float32 ``[rows, N]``. XLA comes first on GPUs, too, until the kernel has been measured."""
+float32 ``[rows, N]``. The kernel comes before XLA where the tuning table says that it is faster."""
 
 
 @without_x64
@@ -42,7 +42,7 @@ def level_matmul(
       weight: The nested weight.
       level: Level of all input channels, 1 to ``weight.num_planes``; static under ``jit``.
       implementation: Name of the implementation. The default is the first that supports the arguments and
-        the device.
+        the device, or the kernel where it was measured to be faster (``tuning``).
 
     Returns:
       float32 ``[..., out_features]``. For bfloat16 x, the weight may be rounded to bfloat16. All sums are
@@ -72,8 +72,11 @@ def choose(
     Raises:
       ValueError, NotImplementedError: As ``level_matmul``.
     """
+    implementations = IMPLEMENTATIONS
+    if implementation is None and tuning.kernel_pays(x.shape[0], level):
+        implementations = {"mosaic_gpu": mosaic_gpu, **IMPLEMENTATIONS}
     return first_supporting(
-        "no implementation of level_matmul fits", IMPLEMENTATIONS, implementation, x, weight, level
+        "no implementation of level_matmul fits", implementations, implementation, x, weight, level
     )
 
 

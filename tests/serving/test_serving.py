@@ -84,6 +84,39 @@ def test_random_requests_compile_nothing_and_equal_the_generator(engine, generat
 
 
 @pytest.mark.slow
+def test_many_slots_read_one_level_of_at_least_the_bits_that_each_asks_for(generator, compilations):
+    sizes = SIZES | {"slots": 18}
+    rng = random.Random(3)
+    with Engine(generator, **sizes, policy=SHORT) as engine:
+        compilations.clear()
+        cases = [random_case(rng) for _ in range(30)]
+        answers = [engine.submit(*case) for case in cases]
+        for answer in answers:
+            answer.result(60)
+        alone = engine.submit(SYSTEM, Request(bits=2.5, max_tokens=9))
+        alone.result(60)
+        assert not compilations
+    levels = set()
+    for (_, request), answer in zip(cases, answers, strict=True):
+        figures = answer.statistics()
+        assert figures.reading == "one level"
+        if figures.realised_bits is not None:  # The first token comes from the prefill.
+            assert figures.realised_bits >= (8 if request.bits == "full" else request.bits)
+            levels |= set(np.unique(figures.realised_bits_per_step))
+    assert levels == {6, 8}
+    assert alone.statistics().realised_bits == 6
+    assert "at one level, because more than 16" in "\n".join(alone.statistics().lines())
+
+
+def test_up_to_16_slots_are_graded(engine):
+    answer = engine.submit(SYSTEM, Request(bits=2.5, max_tokens=9))
+    answer.result(60)
+    figures = answer.statistics()
+    assert figures.reading == "graded"
+    assert figures.realised_bits < 4
+    assert not any("one level" in line for line in figures.lines())
+
+
 def test_penalties_and_biases_are_those_of_the_generator(engine, generator):
     rng = random.Random(1)
     cases = [random_case(rng) for _ in range(60)]
@@ -136,8 +169,8 @@ def test_a_request_that_can_never_fit_is_refused_with_the_numbers(generator, eng
         small.check(100, 28)
     with pytest.raises(UsageError, match=r"cache memory 100 B: a page of 16 tokens takes \d+ B"):
         Engine(generator, **SIZES, cache_memory=100)
-    with pytest.raises(UsageError, match="slots 17: 1 to 16 requests"):
-        Engine(generator, slots=17)
+    with pytest.raises(UsageError, match="slots 65: 1 to 64 requests"):
+        Engine(generator, slots=65)
     with pytest.raises(UsageError, match="a piece of 40 tokens is not a multiple of the page size 16"):
         Engine(generator, **SIZES | {"piece": 40})
 

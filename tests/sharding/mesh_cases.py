@@ -208,14 +208,18 @@ def test_perplexity_and_scores_are_the_same(graded_directory):
 
 
 @SLOW
-def test_an_engine_serves_the_same_answers(graded_directory):
+@pytest.mark.parametrize("slots", [2, 17])
+def test_an_engine_serves_the_same_answers(graded_directory, slots):
+    """With 17 slots, all channels are read at one level."""
     config = Generator.load(graded_directory).model.config
     prompts, texts = ["one prompt", "another, longer prompt", "a third"], []
     for mesh in (None, "tp=2"):
         generator = Generator.load(graded_directory, mesh=make_mesh(mesh, config))
-        with Engine(generator, slots=2, max_context=128, piece=64) as served:
+        with Engine(generator, slots=slots, max_context=128, piece=64) as served:
             answers = served.generate_many(prompts, Request(bits=3.0, max_tokens=16, temperature=0.0))
             texts.append([answer.text for answer in answers])
+            bits = [answer.statistics().realised_bits for answer in answers]
+            assert slots == 2 or bits == pytest.approx([6, 6, 6])
     assert texts[0] == texts[1]
 
 

@@ -12,7 +12,7 @@ from pallas_kernels.matmul.mosaic_gpu.geometry import Geometry
 from pallas_kernels.matmul.mosaic_gpu.program import UNIT, Refs, level_matmul_program
 from pallas_kernels.weight import NestedWeight
 
-MAX_ROWS = 256
+MAX_ROWS = 512
 """Largest number of activation rows. Every 64 rows read the planes again."""
 
 OFFSET_LIMIT = 2**32

@@ -1,6 +1,7 @@
 """The product at one level: reference and XLA against the float64 oracle, and the function's contract."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,10 @@ from hypothesis_settings import examples
 from jax.sharding import AxisType
 from matvec_cases import Case
 
+from grinqh_jax.model.linear import GradedLinear
 from pallas_kernels import NestedWeight, graded_matvec, level_matmul
 from pallas_kernels.lanes import device
-from pallas_kernels.matmul import choose
+from pallas_kernels.matmul import choose, tuning
 
 TOLERANCE = {"float32": 1e-5, "float16": 1e-5, "bfloat16": 5e-3}
 """Largest error of a row in norm. With bfloat16 x, the weight is rounded to 8 significant bits."""
@@ -118,3 +120,36 @@ def test_a_gpu_dequantizes_the_planes_of_the_level_with_one_kernel():
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu") == 1
     assert "tensor<3x4096x384xui32>" not in text  # No copy of the planes that are read.
+
+
+def on_h200(function, *arguments) -> str:
+    """Returns the StableHLO of a function for an H200."""
+    h200 = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), (AxisType.Explicit,), abstract_device=h200)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.skipif(jax.__version_info__ < device.OLDEST_JAX, reason="lane programs need jax >= 0.11.2")
+@pytest.mark.parametrize("rows", [16, 128, 129])
+def test_the_tuning_table_chooses_the_kernel(monkeypatch, rows):
+    """A layer of a prompt, too, runs the kernel for as many rows as the table says."""
+    monkeypatch.setattr(tuning, "measured", lambda: {"NVIDIA H200": {"4": 128}})
+    weight = NestedWeight.abstract(512, 1024)
+    x = jax.ShapeDtypeStruct((1, rows, 512), jnp.bfloat16)
+
+    def dense(x, planes, scales):
+        sizes = {"in_features": 512, "out_features": 1024}
+        tables = jnp.zeros((3, 4)), jnp.ones(4), jnp.zeros(())
+        return GradedLinear(planes, scales, *tables, **sizes).dense(x)
+
+    names = re.findall(r"00(\w+)_kernel_mosaic_gpu", on_h200(dense, x, weight.planes, weight.scales))
+    assert names == ["level_matmul" if rows <= 128 else "dequantization"]
+    at_3 = on_h200(lambda x, weight: level_matmul(x, weight, 3), x, weight)
+    assert re.findall(r"00(\w+)_kernel_mosaic_gpu", at_3) == ["dequantization"]  # not in the table
+
+
+def test_the_table_is_readable_and_names_levels():
+    for most_rows in tuning.measured().values():
+        assert set(most_rows) <= {"1", "2", "3", "4"}
+        assert all(isinstance(rows, int) for rows in most_rows.values())

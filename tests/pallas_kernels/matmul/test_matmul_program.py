@@ -105,7 +105,7 @@ def test_planes_above_the_level_do_not_matter():
 
 @pytest.mark.parametrize("shape", [(12288, 4096), (4096, 6144), (4096, 24576), (128, 64)], ids=str)
 def test_sizes(shape):
-    for rows in (1, 9, 16, 32, 64, 65, 256):
+    for rows in (1, 9, 16, 32, 64, 65, 256, 512):
         g = Geometry(stored_k=shape[0], stored_n=shape[1], level=4, rows=rows, multiprocessors=132)
         assert g.shared_bytes <= 99 * 1024
         assert g.splits * g.groups_per_cta >= g.groups > (g.splits - 1) * g.groups_per_cta
@@ -116,7 +116,7 @@ def test_sizes(shape):
 def test_declines_with_a_reason():
     weight = NestedWeight.abstract(256, 512)
     for rows, dtype, reason in [
-        (257, jnp.bfloat16, "takes 1 to 256 rows, not 257"),
+        (513, jnp.bfloat16, "takes 1 to 512 rows, not 513"),
         (16, jnp.float32, "takes bfloat16 activations, not float32"),
     ]:
         assert supports(jax.ShapeDtypeStruct((rows, 256), dtype), weight, 3) == reason
@@ -126,7 +126,7 @@ def test_declines_with_a_reason():
 @pytest.mark.parametrize("kind", ["NVIDIA H200", "NVIDIA GeForce RTX 4090"])
 @pytest.mark.parametrize(
     ("rows", "shape", "level"),
-    [(16, (4096, 6144), 3), (32, (12288, 4096), 4), (64, (4096, 4096), 1), (256, (300, 700), 3)],
+    [(16, (4096, 6144), 3), (32, (12288, 4096), 4), (64, (4096, 4096), 1), (512, (300, 700), 3)],
     ids=str,
 )
 def test_lowers_for(kind, rows, shape, level):
