@@ -168,6 +168,7 @@ def _serve(args: argparse.Namespace) -> int:
                 piece=args.prefill_piece,
                 prompt_logprobs=args.prompt_logprobs,
                 share_prefixes=not args.no_shared_prefixes,
+                grammars=True,
             )
         limits = Limits(
             body_bytes=args.max_body,

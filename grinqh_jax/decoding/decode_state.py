@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from grinqh_jax.decoding import engine
 from grinqh_jax.decoding.dial import Dial, DialState
@@ -200,6 +200,7 @@ def insert(
     settings: Settings,
     in_prompt: Bool[Array, "1 v"] | None,
     dial: Dial | None,
+    allowed: UInt32[Array, "1 words"] | None,
     *,
     policy: DecodePolicy,
     top_logprobs: int | None,
@@ -213,6 +214,7 @@ def insert(
       settings: Settings of the request.
       in_prompt: Whether the prompt has each token; None if the settings have no penalties.
       dial: Dial of the model; its state is ignored.
+      allowed: Tokens that may come first (see ``sampling.Sampling``); None for all.
       policy: Policy of the device.
       top_logprobs: As in ``generate``.
 
@@ -225,7 +227,13 @@ def insert(
     if dial is not None:
         dial = dial.with_state(DialState.create(settings.bits))
     first, history, dial = first_tokens(
-        prefix.logits, prefix.preview, prefix.length, settings.sampling, history, dial, policy=policy
+        prefix.logits,
+        prefix.preview,
+        prefix.length,
+        dataclasses.replace(settings.sampling, allowed=allowed),
+        history,
+        dial,
+        policy=policy,
     )
     limits = settings.limits - 1
     row = Slots(
@@ -262,6 +270,7 @@ def generate(
     model: FlatModel,
     state: DecodeState,
     dial: Dial | None,
+    allowed: UInt32[Array, "b words"] | None = None,
     *,
     policy: DecodePolicy,
     greedy: bool,
@@ -274,6 +283,8 @@ def generate(
       model: Graded model; or a dense one, with ``dial=None``.
       state: State of all slots. Donated.
       dial: Dial of the model; its state is ignored.
+      allowed: Tokens that each slot may choose (see ``sampling.Sampling``), for chunks of one step; None for
+        all.
       policy: How the loop is compiled.
       greedy: Whether all slots that are not done decode greedily, without penalties and biases. The program
         then neither sorts nor penalizes. It chooses the same tokens as the other one.
@@ -285,7 +296,7 @@ def generate(
       The state, and the new tokens with their grading statistics.
     """
     slots, settings = state.slots, state.slots.settings
-    sampling, history = settings.sampling, slots.history
+    sampling, history = dataclasses.replace(settings.sampling, allowed=allowed), slots.history
     if greedy:
         sampling = dataclasses.replace(sampling, greedy=True, penalties=None, logit_bias=None)
     if dial is not None:

@@ -3,12 +3,12 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt32
 
 from grinqh_jax.decoding import decode_state, engine, reading
 from grinqh_jax.decoding.decode_state import DecodeState
@@ -62,6 +62,7 @@ class Device:
         self.graded = dial is not None
         self._config, self._policy, self._partition = model.config, policy, model.partition
         self._cache_config, self._dtype = model.cache_config, model.compute_dtype
+        self._one_step = dataclasses.replace(policy, chunk_steps=1)
         self._top_logprobs = min(MOST_LOGPROBS, model.config.vocab_size)
         # The sharding of all arguments is the same from the first call on, because jit compiles again for
         # another one.
@@ -108,6 +109,9 @@ class Device:
                 self.insert(0, prefix, [], settings, logprobs)
             for level, (greedy, logprobs) in itertools.product(self._levels, chunks):
                 self.generate(greedy, logprobs, level)
+            if self.shape.grammars:
+                for level in self._levels:
+                    self.generate_masked(self._all_allowed(self.shape.slots), level)
             if self.graded:
                 self.turn(0, 0.0)
             self.free(0)
@@ -154,13 +158,19 @@ class Device:
                 lower, count = of_model(decode_state.prompt_logprobs), self._top_logprobs
                 add("prompt_logprobs", lower, state.cache, prefix, tokens, tokens, top_logprobs=count)
         for wants in logprobs:
-            arguments = state, slot, prefix, settings, self._in_prompt([]), dial
+            arguments = state, slot, prefix, settings, self._in_prompt([]), dial, self._any_first()
             insert = decode_state.insert.lower
             add("insert", insert, *arguments, policy=policy, top_logprobs=self._count(wants))
         for level, (greedy, wants) in itertools.product(self._levels, chunks):
             static = {"policy": policy, "greedy": greedy, "level": level}
             static["top_logprobs"] = self._count(wants)
             add("generate", of_model(decode_state.generate), state, dial, **static)
+        if self.shape.grammars:
+            allowed = self._all_allowed(self.shape.slots)
+            for level in self._levels:
+                static = {"policy": self._one_step, "greedy": False, "level": level}
+                static["top_logprobs"] = self._top_logprobs
+                add("generate", of_model(decode_state.generate), state, dial, allowed, **static)
         if self.shape.slots > 1:
             add("free", decode_state.free.lower, state, slot)
         if self.graded and not self.shape.contiguous:
@@ -194,10 +204,17 @@ class Device:
         return logprobs
 
     def insert(
-        self, slot: int, prefix: Prefix, prompt: Sequence[int], settings: Settings, logprobs: bool
+        self,
+        slot: int,
+        prefix: Prefix,
+        prompt: Sequence[int],
+        settings: Settings,
+        logprobs: bool,
+        allowed: UInt32[np.ndarray, "words"] | None = None,
     ) -> engine.Chunk:
         """Starts the answer to a prompt in a slot; returns its first token (see ``decode_state.insert``)."""
-        row, settings, in_prompt = self._put((np.int32(slot), settings, self._in_prompt(prompt)))
+        mask = self._any_first() if allowed is None else allowed[None]
+        row, settings, in_prompt, mask = self._put((np.int32(slot), settings, self._in_prompt(prompt), mask))
         self._state, first = decode_state.insert(
             self._state,
             row,
@@ -205,6 +222,7 @@ class Device:
             settings,
             in_prompt,
             self._dial,
+            mask,
             policy=self._policy,
             top_logprobs=self._count(logprobs),
         )
@@ -229,6 +247,34 @@ class Device:
         )
         return chunk
 
+    def generate_masked(
+        self, allowed: UInt32[np.ndarray, "b words"], level: int | None = None
+    ) -> engine.Chunk:
+        """Decodes one token for all slots, of those that each may choose, with its log-probabilities.
+
+        Args:
+          allowed: Tokens that each slot may choose (see ``sampling.Sampling``).
+          level: As in ``generate``.
+        """
+        self._state, chunk = decode_state.generate(
+            self._model,
+            self._state,
+            self._dial,
+            self._put(allowed),
+            policy=self._one_step,
+            greedy=False,
+            level=level,
+            top_logprobs=self._top_logprobs,
+        )
+        return chunk
+
+    def masks(self, allowed: Mapping[int, UInt32[np.ndarray, "words"]]) -> UInt32[np.ndarray, "b words"]:
+        """Returns the masks of all slots; those that ``allowed`` lacks may choose every token."""
+        masks = self._all_allowed(self.shape.slots)
+        for slot, mask in allowed.items():
+            masks[slot] = mask
+        return masks
+
     def turn(self, slot: int, bits: float) -> None:
         """Changes the wanted mean bits of an answer."""
         self._state = decode_state.turn(self._state, *self._put((np.int32(slot), np.float32(bits))))
@@ -246,6 +292,13 @@ class Device:
     def _count(self, logprobs: bool) -> int | None:
         """Returns the number of most likely tokens whose log-probabilities a program computes."""
         return self._top_logprobs if logprobs else None
+
+    def _all_allowed(self, rows: int) -> UInt32[np.ndarray, "rows words"]:
+        return np.full((rows, -(-self._config.vocab_size // 32)), 0xFFFFFFFF, np.uint32)
+
+    def _any_first(self) -> UInt32[np.ndarray, "1 words"] | None:
+        """Returns the mask of a first token that may be any; None if no request has a grammar."""
+        return self._all_allowed(1) if self.shape.grammars else None
 
     def _row(self, pages: Sequence[int]) -> Int[np.ndarray, "pages_per_slot"]:
         row = np.full(self.shape.pages_per_slot, self.shape.num_pages, np.int32)

@@ -6,6 +6,9 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import Literal, Protocol, runtime_checkable
 
+import numpy as np
+from jaxtyping import UInt32
+
 from grinqh_jax.decoding.logprobs import TokenLogprobs
 from grinqh_jax.decoding.prefill_buckets import PrefillBucket
 from grinqh_jax.decoding.prefix import Prefix
@@ -28,6 +31,7 @@ class Shape:
       num_pages: Number of pages of the cache.
       stop_tokens: Most stop tokens of a request.
       prompt_logprobs: Whether requests may have log-probabilities of their prompts.
+      grammars: Whether requests may have grammars.
       contiguous: Whether slot b has page b and no other, so that texts share nothing.
       rings: Whether layers with windows keep rings in place of the whole context (``fixed_states``). No text
         can then start from a prefix of another one.
@@ -43,6 +47,7 @@ class Shape:
     num_pages: int
     stop_tokens: int
     prompt_logprobs: bool = False
+    grammars: bool = False
     contiguous: bool = False
     rings: bool = False
 
@@ -99,6 +104,17 @@ class Receiver(Protocol):
         """Is called after an exception of another method, and ends the answer."""
 
 
+@runtime_checkable
+class TokenGrammar(Protocol):
+    """Decides which token may come next. An exception ends the answer with an error."""
+
+    def allowed(self) -> UInt32[np.ndarray, "words"]:
+        """Returns the tokens that may come next (see ``sampling.Sampling.allowed``)."""
+
+    def push(self, token: int) -> bool:
+        """Adds a token; returns whether the answer ends with it."""
+
+
 @dataclasses.dataclass(eq=False)
 class Job:
     """One request on its way through the scheduler.
@@ -110,6 +126,8 @@ class Job:
       logprobs: Whether the answer has log-probabilities.
       prompt_logprobs: Whether the prompt has log-probabilities. It then shares no pages of earlier requests.
       priority: Jobs with a lower number come first; jobs with the same number in the order of their arrival.
+      grammar: Grammar of the answer; None for any text. Meanwhile decode chunks have one step, because the
+        host computes the mask of each token from the tokens before.
       pages: Pages of the text, shared ones first, once the job is admitted.
       slot: Slot of the job, once it is admitted.
       ended: Whether the answer has ended.
@@ -127,6 +145,7 @@ class Job:
     logprobs: bool = False
     prompt_logprobs: bool = False
     priority: int = 0
+    grammar: TokenGrammar | None = None
     pages: list[int] = dataclasses.field(default_factory=list)
     slot: int | None = None
     ended: bool = False

@@ -105,13 +105,14 @@ class Scheduler:
         A prompt that is being read is previewed to its end at the bits of its beginning, because the dial
         compares the preview of a piece with the bits that the answer starts with.
         """
-        if job.slot is None:
-            row: Any = np.array([bits], np.float32)
-            job.settings = dataclasses.replace(job.settings, bits=row)
-        elif self.decoding.get(job.slot) is job:
-            self._device.turn(job.slot, bits)
-        else:
+        decoding = job.slot is not None and self.decoding.get(job.slot) is job
+        if job.slot is not None and not decoding:
             job.turned = bits
+            return
+        row: Any = np.array([bits], np.float32)
+        job.settings = dataclasses.replace(job.settings, bits=row)
+        if decoding:
+            self._device.turn(job.slot, bits)
 
     def step(self) -> None:
         """Runs one round: dispatches work, and delivers the results that are due."""
@@ -131,7 +132,9 @@ class Scheduler:
             if not self._prompts_first:
                 break
         # Where the host is the device, a chunk would delay the first token of a text that is alone.
-        waits = self._policy.chunks_ahead == 0 and len(self.decoding) == 1 and bool(self._in_flight)
+        alone = self._policy.chunks_ahead == 0 and len(self.decoding) == 1
+        # The mask of a token depends on all tokens before.
+        waits = (alone or self._masked) and bool(self._in_flight)
         self._launched = not waits and self._launch()
 
     def deliver(self) -> bool:
@@ -141,8 +144,13 @@ class Scheduler:
         # A delivered job may have made room, so a round without a chunk ends here.
         return self._launched and self._is_due()
 
+    @property
+    def _masked(self) -> bool:
+        """Whether an answer has a grammar, so that decode chunks have one step."""
+        return any(job.grammar is not None for job in self.decoding.values())
+
     def _is_due(self) -> bool:
-        ahead = self._policy.chunks_ahead if self._launched else 0
+        ahead = self._policy.chunks_ahead if self._launched and not self._masked else 0
         chunks = sum(not work.is_first for work in self._in_flight)
         return bool(self._in_flight) and (chunks > ahead or self._in_flight[0].is_first)
 
@@ -183,26 +191,45 @@ class Scheduler:
         """Moves a job whose prompt is read to the answers."""
         assert job.slot is not None, "an admitted job has a slot"
         assert job.prefix is not None, "an admitted job has a prefix"
-        first = self._device.insert(job.slot, job.prefix, job.prompt, job.settings, job.logprobs)
-        if job.turned is not None:
-            self._device.turn(job.slot, job.turned)
+        allowed = None if job.grammar is None else self._allowed(job)
+        if job.ended:
+            return
+        first = self._device.insert(job.slot, job.prefix, job.prompt, job.settings, job.logprobs, allowed)
         job.prefix, job.dispatched = None, 1
         self.decoding[job.slot] = job
+        if job.turned is not None:
+            self.turn(job, job.turned)
         self._track({0: job}, first, job.admitted, is_first=True)
 
     def _launch(self) -> bool:
         """Dispatches a decode chunk, if an answer may go on; returns whether it has."""
+        masks = {
+            slot: self._allowed(job) for slot, job in list(self.decoding.items()) if job.grammar is not None
+        }
         if all(job.dispatched >= job.limit for job in self.decoding.values()):
             return False
         asked = time.perf_counter()
         logprobs = any(job.logprobs for job in self.decoding.values())
         greedy = not logprobs and all(job.greedy for job in self.decoding.values())
         level = self._device.level(float(job.settings.bits[0]) for job in self.decoding.values())
-        chunk = self._device.generate(greedy, logprobs, level)
+        if self._masked:
+            allowed = {slot: mask for slot, mask in masks.items() if mask is not None}
+            chunk, steps = self._device.generate_masked(self._device.masks(allowed), level), 1
+        else:
+            chunk, steps = self._device.generate(greedy, logprobs, level), self._policy.chunk_steps
         for job in self.decoding.values():
-            job.dispatched += self._policy.chunk_steps
+            job.dispatched += steps
         self._track(dict(self.decoding), chunk, asked)
         return True
+
+    def _allowed(self, job: Job) -> Any:
+        """Returns the tokens that may come next in an answer with a grammar; None if it fails and ends."""
+        assert job.grammar is not None, "the answer has a grammar"
+        try:
+            return job.grammar.allowed()
+        except Exception as error:  # Other answers go on.
+            self._end(job, error)
+            return None
 
     def _track(self, jobs: dict[int, Job], chunk: engine.Chunk, asked: float, is_first: bool = False) -> None:
         """Remembers to deliver results. With chunks ahead, a thread waits for them and takes the time."""
@@ -232,6 +259,8 @@ class Scheduler:
                     job.answer.receive_prompt(_concatenated(jax.device_get(job.prompt_results)))
                     job.prompt_results.clear()
                 stopped = job.answer.receive(tokens, stats, logprobs, seconds)
+                if job.grammar is not None and not chunk.done[row]:
+                    stopped |= any(job.grammar.push(token) for token in tokens)
             except Exception as error:  # Other answers go on.
                 self._end(job, error)
                 continue

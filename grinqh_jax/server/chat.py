@@ -15,10 +15,11 @@ from grinqh_jax.server.body import parse
 from grinqh_jax.server.choice import Choice, together, usage
 from grinqh_jax.server.conversation import Conversations, Prompt
 from grinqh_jax.server.logprobs import chat_logprobs
-from grinqh_jax.server.schema import ChatCompletion, StreamOptions, Tool
+from grinqh_jax.server.schema import ChatCompletion, StreamOptions, Tool, answer_schema
 from grinqh_jax.server.service import Service
 from grinqh_jax.server.streaming import Emit, EventStream, while_connected
 from grinqh_jax.serving.answer import TokenLogprob
+from grinqh_jax.serving.grammar import Grammar
 
 
 class Chat:
@@ -39,7 +40,9 @@ class Chat:
         )
         wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         limit = service.max_tokens(wanted, [prompt.tokens], default=None)
-        work = _Work(service, self._conversations, body, prompt, tools, service.requests(body, bits, limit))
+        grammar = await service.grammar(answer_schema(body.response_format))
+        requests = service.requests(body, bits, limit)
+        work = _Work(service, self._conversations, body, prompt, tools, requests, grammar)
         if body.stream:
             return EventStream(work.stream)
         return JSONResponse(await while_connected(request.receive, work.complete()))
@@ -56,12 +59,14 @@ class _Work:
         prompt: Prompt,
         tools: Sequence[Tool] | None,
         requests: Sequence[Any],
+        grammar: Grammar | None,
     ):
         self._service = service
         self._conversations = conversations
         self._body = body
         self._prompt = prompt
         self._requests = requests
+        self._grammar = grammar
         self._tools = tools
         self._head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
@@ -71,7 +76,7 @@ class _Work:
 
     def _choices(self):
         top = (self._body.top_logprobs or 0) if self._body.logprobs else None
-        return self._service.choices([self._prompt.tokens], self._requests, top)
+        return self._service.choices([self._prompt.tokens], self._requests, top, grammar=self._grammar)
 
     async def complete(self) -> dict[str, Any]:
         """Returns the whole response."""

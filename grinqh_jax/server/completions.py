@@ -14,9 +14,10 @@ from grinqh_jax.server.body import parse
 from grinqh_jax.server.choice import Choice, together, usage
 from grinqh_jax.server.errors import APIError
 from grinqh_jax.server.logprobs import Logprob, completion_logprobs
-from grinqh_jax.server.schema import Completion, StreamOptions
+from grinqh_jax.server.schema import Completion, StreamOptions, answer_schema
 from grinqh_jax.server.service import Service
 from grinqh_jax.server.streaming import Emit, EventStream, while_connected
+from grinqh_jax.serving.grammar import Grammar
 
 DEFAULT_TOKENS = 16
 """Most tokens of an answer if the request does not say, as in OpenAI's protocol."""
@@ -47,7 +48,8 @@ class Completions:
         # The engine generates at least one token.
         wanted = 1 if body.max_tokens == 0 else body.max_tokens
         limit = service.max_tokens(wanted, prompts, default=DEFAULT_TOKENS)
-        work = _Work(service, body, prompts, service.requests(body, bits, limit))
+        grammar = await service.grammar(answer_schema(body.response_format))
+        work = _Work(service, body, prompts, service.requests(body, bits, limit), grammar)
         if body.stream:
             return EventStream(work.stream)
         return JSONResponse(await while_connected(request.receive, work.complete()))
@@ -74,12 +76,18 @@ class _Work:
     """One request."""
 
     def __init__(
-        self, service: Service, body: Completion, prompts: Sequence[Sequence[int]], requests: Sequence[Any]
+        self,
+        service: Service,
+        body: Completion,
+        prompts: Sequence[Sequence[int]],
+        requests: Sequence[Any],
+        grammar: Grammar | None,
     ):
         self._service = service
         self._body = body
         self._prompts = prompts
         self._requests = requests
+        self._grammar = grammar
         self._prompt_tokens = sum(map(len, prompts))
         self._head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
@@ -95,6 +103,7 @@ class _Work:
             self._requests,
             wanted,
             prompt_logprobs=bool(self._body.echo) and wanted is not None,
+            grammar=self._grammar,
         )
 
     def _prompt(self, choice: Choice) -> list[int]:

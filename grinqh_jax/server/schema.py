@@ -63,6 +63,46 @@ class StreamOptions(Strict):
     include_obfuscation: Literal[False] | None = None
 
 
+class TextFormat(Strict):
+    """Any text."""
+
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Strict):
+    """A JSON object."""
+
+    type: Literal["json_object"]
+
+
+class JsonSchema(Strict):
+    """A JSON schema. ``strict`` changes nothing: an answer always fits the schema."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    description: str | None = None
+    json_schema: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(Strict):
+    """JSON that fits a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+
+
+def answer_schema(response_format: ResponseFormat | None) -> dict[str, Any] | None:
+    """Returns the JSON schema that answers fit; None for any text."""
+    if isinstance(response_format, JsonObjectFormat):
+        return {"type": "object"}
+    if isinstance(response_format, JsonSchemaFormat):
+        return response_format.json_schema.json_schema
+    return None
+
+
 class Generation(Strict):
     """Fields that chat and text completions share."""
 
@@ -82,6 +122,7 @@ class Generation(Strict):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: StopStrings = None
     ignore_eos: bool | None = None
+    response_format: ResponseFormat | None = None
     logit_bias: Annotated[Mapping[str, float], Field(max_length=MOST_BIASED_TOKENS)] | None = None
 
     @pydantic.model_validator(mode="after")

@@ -18,6 +18,7 @@ from grinqh_jax.server.limits import Admission, Limits
 from grinqh_jax.server.metrics import Metrics
 from grinqh_jax.server.schema import MAX_BITS, Generation
 from grinqh_jax.serving.engine import Engine
+from grinqh_jax.serving.grammar import Grammar
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -82,6 +83,19 @@ class Service:
             raise APIError(400, str(error), param="bits") from None
         return wanted
 
+    async def grammar(self, schema: dict[str, Any] | None) -> Grammar | None:
+        """Returns the grammar of a JSON schema; None for None.
+
+        Raises:
+          APIError: The schema is invalid or not supported.
+        """
+        if schema is None:
+            return None
+        try:
+            return await asyncio.to_thread(self.engine.grammar, schema)
+        except UsageError as error:
+            raise APIError(400, f"response_format: {error}", param="response_format") from None
+
     def requests(self, body: Generation, bits: Bits | None, max_tokens: int) -> list[Request]:
         """Returns a request to the engine for each of the ``n`` choices; they differ in the seed.
 
@@ -139,6 +153,7 @@ class Service:
         top_logprobs: int | None,
         *,
         prompt_logprobs: bool = False,
+        grammar: Grammar | None = None,
     ) -> AsyncIterator[list[Choice]]:
         """Starts all requests on each prompt; those that are unfinished after the block are cancelled.
 
@@ -154,7 +169,11 @@ class Service:
                     for prompt in prompts:
                         for request in requests:
                             answer = self.engine.submit(
-                                prompt, request, top_logprobs=top_logprobs, prompt_logprobs=prompt_logprobs
+                                prompt,
+                                request,
+                                top_logprobs=top_logprobs,
+                                prompt_logprobs=prompt_logprobs,
+                                grammar=grammar,
                             )
                             started.append(Choice(len(started), answer, self.metrics.clock(), self._weights))
                     yield started

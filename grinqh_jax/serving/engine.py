@@ -10,7 +10,8 @@ with Engine(generator) as engine:
 import functools
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from grinqh_jax.decoding.answer_text import AnswerText
 from grinqh_jax.decoding.bits import Bits
@@ -28,6 +29,7 @@ from grinqh_jax.decoding.settings import Settings, sampling_rows
 from grinqh_jax.errors import UsageError
 from grinqh_jax.memory import free_memory
 from grinqh_jax.serving.answer import Answer
+from grinqh_jax.serving.grammar import Grammar, Grammars
 from grinqh_jax.serving.job import EngineError, EngineStats
 from grinqh_jax.serving.shared_pages import SharedPages
 from pallas_kernels.x64 import without_x64
@@ -68,6 +70,7 @@ class Engine:
         piece: int = PIECE,
         prompt_logprobs: bool = False,
         share_prefixes: bool = True,
+        grammars: bool = False,
         policy: DecodePolicy | None = None,
     ):
         """Allocates the cache and compiles all programs, several at once, which takes seconds to minutes.
@@ -88,6 +91,7 @@ class Engine:
           share_prefixes: Whether texts with the same leading tokens share their pages. Without, layers with
             windows keep as many tokens as the window has, in place of the whole context, which takes less
             memory. Models with recurrent states never share prefixes.
+          grammars: Whether requests may have grammars, which takes one more program.
           policy: How programs are compiled, by default ``DecodePolicy.for_device()``.
 
         Raises:
@@ -120,7 +124,9 @@ class Engine:
             stop_tokens=max(len(generator.defaults.eos_tokens), MOST_STOP_TOKENS),
             prompt_logprobs=prompt_logprobs,
             rings=not share_prefixes,
+            grammars=grammars,
         )
+        self._grammars = Grammars(generator)
         policy = policy or DecodePolicy.for_device()
         device = Device(model, generator.dial(None), self.shape, policy, self._settings(Request(), 1))
         device.compile(generator.programs)
@@ -162,6 +168,7 @@ class Engine:
         priority: int = 0,
         top_logprobs: int | None = None,
         prompt_logprobs: bool = False,
+        grammar: Grammar | None = None,
     ) -> Answer:
         """Queues a request and returns its answer, which grows while the engine decodes.
 
@@ -173,6 +180,8 @@ class Engine:
             answer has beside those of its tokens; None for no log-probabilities.
           prompt_logprobs: Whether the answer also has log-probabilities of the tokens of the prompt, at full
             precision, as prompts are read. Each piece of the prompt is then read twice.
+          grammar: Grammar that the answer fits unless it ends at its limit; None for any text. Until such an
+            answer ends, decode chunks have one step.
 
         Raises:
           UsageError: The request is invalid (see ``Generator.generate``), or can never fit into the cache.
@@ -189,17 +198,35 @@ class Engine:
                 "prompt_logprobs needs an engine created with prompt_logprobs=True, and top_logprobs of the "
                 "request; give both"
             )
+        if grammar is not None:
+            self._check_grammars()
+            grammar = grammar.copy()
         settings = self._settings(request, limit)
         stop_tokens = self._generator.stop_tokens(request)
         text = AnswerText(self._generator.tokenizer.stream(), request.stop, stop_tokens)
         one_level = self.shape.slots > MAX_GRADED_ROWS
         answer = Answer(self._generator.model, tokens, text, top_logprobs, one_level=one_level)
-        job = Job(tokens, settings, answer, top_logprobs is not None, prompt_logprobs, priority)
+        job = Job(tokens, settings, answer, top_logprobs is not None, prompt_logprobs, priority, grammar)
         with self._lock:
             self._check_open()
             self._jobs[answer] = job
             self._commands.put(functools.partial(self.scheduler.add, job))
         return answer
+
+    def grammar(self, schema: Mapping[str, Any]) -> Grammar:
+        """Returns a grammar of the JSON texts that fit a schema, for any number of requests.
+
+        This takes milliseconds, up to seconds for a large schema, and a second more for the first one.
+
+        Args:
+          schema: JSON schema. References lead to the schema itself only; nothing is loaded.
+
+        Raises:
+          UsageError: The schema is invalid, too large, or not supported; the engine has no grammars;
+            llguidance is not installed, or does not support the tokenizer.
+        """
+        self._check_grammars()
+        return self._grammars.of_schema(schema)
 
     def generate_many(
         self, prompts: Sequence[str | Sequence[int]], request: Request | Sequence[Request] | None = None
@@ -305,6 +332,10 @@ class Engine:
         with self._lock:
             for answer in [answer for answer, job in self._jobs.items() if job.ended]:
                 del self._jobs[answer]
+
+    def _check_grammars(self) -> None:
+        if not self.shape.grammars:
+            raise UsageError("a grammar needs an engine created with grammars=True; leave it out")
 
     def _check_open(self) -> None:
         if self._closed is not None:

@@ -78,6 +78,10 @@ class Tokenizer:
         """Returns the text of one token, special or not. Bytes that are not UTF-8 become U+FFFD."""
         return self._backend.decode([token], skip_special_tokens=False)
 
+    def json_text(self) -> str:
+        """Returns the tokenizer in the format of ``tokenizer.json``."""
+        return self._backend.to_str()
+
     @property
     def bos_text(self) -> str | None:
         """Text of the token that ``encode`` puts before every text, or None if there is none."""

@@ -219,7 +219,6 @@ def test_wrong_fields_are_refused_by_name(client, fields, kind, param, message):
 
 
 UNSUPPORTED = {
-    "response_format": {"type": "json_object"},
     "reasoning_effort": "low",
     "audio": {"voice": "alloy", "format": "wav"},
     "store": True,
