@@ -21,7 +21,7 @@ MOST_REFERENCES = 256
 """Most different references of a schema. llguidance (1.9.1) follows a chain of references by recursion in
 native code, and about 1,000 of them overflow a stack of 8 MiB, which ends the process."""
 
-SPELLING = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+SPELLING: Any = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 """How objects are written: as Python's ``json`` does, on one line. A model that may write any white space
 can do so without end."""
 
@@ -92,9 +92,7 @@ class Grammars:
         vocabulary = self._load(llguidance)
         _check_size(schema)
         try:
-            grammar = llguidance.LLMatcher.grammar_from_json_schema(
-                json.dumps(schema), overrides=dict(SPELLING)
-            )
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=SPELLING)
         except RecursionError:
             raise UsageError("the schema is nested too deeply; make it flatter") from None
         except ValueError as error:
@@ -125,7 +123,9 @@ class Grammars:
 
 def _check_size(schema: Any) -> None:
     """Raises UsageError if a schema is too large for llguidance."""
-    objects, references, rest = 0, set(), [schema]
+    objects = 0
+    references: set[str] = set()
+    rest = [schema]
     while rest:
         value = rest.pop()
         if isinstance(value, Mapping):
