@@ -4,6 +4,7 @@
     python benchmarks/decode.py --shapes Qwen3-0.6B --contexts 128 --layers 2 --tokens 4     a quick check
     python benchmarks/decode.py --shapes path/to/model     the shape of the model in a directory
     python benchmarks/decode.py --batch 1 2 4 8 16 --contexts 1024 --prefill     several rows
+    python benchmarks/decode.py --mesh none tp=2 --batch 1 8 --bits 3 4     one GPU, and two
 
 For each shape, the script times decoding at several batch sizes, mean bits and contexts, this library's own
 bf16 decoding in the same run, and prefill against bf16 prefill. It prints a table of one step's device time
@@ -31,6 +32,7 @@ from grinqh_jax.benchmarking import measure, random_model
 from grinqh_jax.model.apply import in_head
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import linear_names
+from grinqh_jax.sharding.mesh import make_mesh
 
 START = time.monotonic()
 
@@ -56,6 +58,7 @@ def decode_rows(model, label: str, batch: int, bits_list, args, bandwidth: float
       bandwidth: Read bandwidth of the device, bytes per second.
     """
     run = measure.DecodeRun(model, max(args.contexts), args.tokens, batch)
+    devices = 1 if model.partition is None else model.partition.devices
     rows = []
     dial = None if bits_list[0] is None else run.settle(random_model.TARGETS, bits_list[0])
     warm = time.monotonic() + WARM_UP_SECONDS
@@ -75,6 +78,7 @@ def decode_rows(model, label: str, batch: int, bits_list, args, bandwidth: float
             "shape": label,
             "bits": bits or "bf16",
             "batch": batch,
+            "devices": devices,
             "context": context,
             "tokens_per_second": round(timing.mean, 2),
             "tokens_per_second_of_all_rows": round(batch * timing.mean, 2),
@@ -84,13 +88,14 @@ def decode_rows(model, label: str, batch: int, bits_list, args, bandwidth: float
             "cache_bytes_per_token": run.cache_bytes(),
         }
         if batch == 1:  # Rows share the weights that they read, and nothing counts those.
-            row["share_of_read_bandwidth"] = round(moved * timing.mean / bandwidth, 4)
+            row["share_of_read_bandwidth"] = round(moved * timing.mean / (bandwidth * devices), 4)
         if args.fixed_thresholds and dial is not None:
             row["us_per_token_fixed_thresholds"] = round(1e6 / fixed_timing.mean, 1)
         rows.append(row)
         realised = "" if bits is None else f" (realised {figures['realised_bits']:.2f})"
         say(
-            f"{label} batch {batch}, context {context}, {row['bits']} bits{realised}: "
+            f"{label} on {devices} device{'s' * (devices > 1)}, batch {batch}, context {context}, "
+            f"{row['bits']} bits{realised}: "
             f"{batch * timing.mean:.1f} tokens/s, {timing.mean:.1f} +- {timing.deviation:.1f} of a row, "
             f"{row['us_per_token']} us a step, {moved / 1e9:.2f} GB/token"
         )
@@ -143,6 +148,7 @@ def prefill_row(model, label: str, kind: str, tokens: int, chunk: int | None, re
     return {
         "shape": label,
         "weights": kind,
+        "devices": 1 if model.partition is None else model.partition.devices,
         "prompt": tokens,
         "chunk": run.bucket,
         "tokens_per_second": round(timing.mean, 1),
@@ -152,34 +158,41 @@ def prefill_row(model, label: str, kind: str, tokens: int, chunk: int | None, re
 
 
 def bench_shape(config: ModelConfig, name: str, args, bandwidth: float) -> dict:
-    """Measures one shape: first the graded model, then the dense one, so only one is in memory."""
+    """Measures one shape on each mesh: the graded model, then the dense one, so only one is in memory."""
     if args.layers:
         config = dataclasses.replace(config, layers=config.layers[: args.layers])
     report = {"decode": [], "prefill": []}
-    for kind, make, bits in (
-        ("graded", random_model.graded, args.bits),
-        ("bf16", random_model.dense, [None]),
-    ):
+    kinds = ("graded", random_model.graded, args.bits), ("bf16", random_model.dense, [None])
+    for mesh, (kind, make, bits) in itertools.product(args.mesh, kinds):
         if kind not in args.weights:
             continue
-        model = jax.block_until_ready(make(config))
-        say(f"{name}: made {kind} weights")
+        model = jax.block_until_ready(make(config, mesh=make_mesh(None if mesh == "none" else mesh, config)))
+        say(f"{name}: made {kind} weights, mesh {mesh}")
         for batch in args.batch:
             report["decode"] += decode_rows(model, name, batch, bits, args, bandwidth)
         chunks = [None, args.chunk] if args.chunk else [None]
         for tokens, chunk in itertools.product(args.prefill, chunks):
             report["prefill"].append(prefill_row(model, name, kind, tokens, chunk, args.repeats))
         del model
-    dense = {
-        (r["batch"], r["context"]): r["tokens_per_second"] for r in report["decode"] if r["bits"] == "bf16"
+
+    def case(row):
+        return row["devices"], row["batch"], row["context"]
+
+    dense = {case(row): row["tokens_per_second"] for row in report["decode"] if row["bits"] == "bf16"}
+    one = {
+        (row["bits"], *case(row)[1:]): row["tokens_per_second"]
+        for row in report["decode"]
+        if row["devices"] == 1
     }
     for row in report["decode"]:
-        if (row["batch"], row["context"]) in dense:
-            same_run = dense[row["batch"], row["context"]]
-            row["times_bf16"] = round(row["tokens_per_second"] / same_run, 3)
+        if case(row) in dense:
+            row["times_bf16"] = round(row["tokens_per_second"] / dense[case(row)], 3)
+        if row["devices"] > 1 and (same := one.get((row["bits"], *case(row)[1:]))):
+            row["times_one_device"] = round(row["tokens_per_second"] / same, 3)
     for row in report["prefill"]:
         dense = [r for r in report["prefill"] if r["weights"] == "bf16"]
-        same = [r for r in dense if (r["prompt"], r["chunk"]) == (row["prompt"], row["chunk"])]
+        keys = "prompt", "chunk", "devices"
+        same = [r for r in dense if all(r[key] == row[key] for key in keys)]
         if same:
             row["time_over_bf16"] = round(same[0]["tokens_per_second"] / row["tokens_per_second"], 3)
     return report
@@ -219,6 +232,13 @@ def main() -> None:
         default=[1],
         metavar="N",
         help="rows that decode together (default: 1)",
+    )
+    add(
+        "--mesh",
+        nargs="+",
+        default=["none"],
+        metavar="tp=N",
+        help="meshes to measure: tp=N, auto, or none for one device (default: none)",
     )
     add(
         "--weights",

@@ -21,6 +21,8 @@ from grinqh_jax.model.apply import in_head
 
 GRADED = re.compile(r"graded_(matvec|experts)_kernel")
 MATVEC = re.compile(r"graded_matvec|gemm|gemv|nvjet|cutlass|cublas|splitK|xmma|s16816gemm", re.IGNORECASE)
+EXCHANGE = re.compile(r"nccl|all.?reduce|all.?gather", re.IGNORECASE)
+"""Kernels that exchange data between the devices of a mesh. They also wait for the slowest device."""
 OWN_KERNELS = {"attention_kernel": "attention", "add_norm_kernel": "norm", "swiglu_kernel": "mlp"}
 SCOPES = ("sampling", "grading_stats", "dial", "attention", "norm", "mlp", "router", "embed", "experts")
 """Named scopes of the library's source, inner ones before those that contain them."""
@@ -71,7 +73,10 @@ class StepTable:
 
 
 def trace(function: Callable[[], object]) -> list[Kernel]:
-    """Runs ``function`` once under the profiler; returns the GPU's kernels in order of their start."""
+    """Runs ``function`` once under the profiler; returns the first GPU's kernels in order of their start.
+
+    All GPUs of a mesh run the same kernels.
+    """
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):
             jax.block_until_ready(function())
@@ -80,7 +85,7 @@ def trace(function: Callable[[], object]) -> list[Kernel]:
         kernels = [
             Kernel(event.name, event.start_ns / 1e3, event.duration_ns / 1e3)
             for plane in data.planes
-            if "/device:GPU" in plane.name
+            if plane.name.endswith("/device:GPU:0")
             for line in plane.lines
             if line.name.startswith("Stream")
             for event in line.events
@@ -119,6 +124,8 @@ def tabulate(kernels: list[Kernel], steps: int, hlo: str, linears: Sequence[str]
             seen += 1
         elif MATVEC.search(kernel.name):
             category = "router"
+        elif EXCHANGE.search(kernel.name):
+            category = "exchange"
         elif re.search(r"memcpy|memset|^copy|^wrapped_copy", kernel.name, re.IGNORECASE):
             category = "copies"
         else:

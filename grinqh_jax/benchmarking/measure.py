@@ -1,6 +1,7 @@
 """Times prefill and decoding, for the verb ``benchmark`` and the scripts in ``benchmarks``."""
 
 import dataclasses
+import functools
 import itertools
 import statistics
 import time
@@ -19,9 +20,9 @@ from grinqh_jax.decoding.sampling import Sampling
 from grinqh_jax.decoding.statistics import grading_fields
 from grinqh_jax.decoding.thresholds import StackedThresholds, Thresholds
 from grinqh_jax.model.cache import KVCache
-from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import Decoder, linear_names
 from grinqh_jax.model.fixed_states import fixed_bytes, whole_layers
+from grinqh_jax.sharding.program import made_on_mesh, put
 from pallas_kernels.layout import round_up
 
 SETTLING_RUNS = 8
@@ -109,12 +110,18 @@ def _warm_up(function: Callable[[], object]) -> None:
         jax.block_until_ready(function())
 
 
-def filled_cache(config: ModelConfig, context: int, room: int, dtype, batch: int = 1) -> KVCache:
+def empty_cache(model: Decoder, batch: int, capacity: int) -> KVCache:
+    """Returns an empty cache for a model, on the devices of its mesh if it is on one."""
+    create = functools.partial(KVCache.create, model.cache_config, batch, capacity, model.compute_dtype)
+    return made_on_mesh(create, model.partition)
+
+
+def filled_cache(model: Decoder, context: int, room: int, batch: int = 1) -> KVCache:
     """Returns a cache of ``batch`` rows with ``context`` random positions and space for ``room`` more."""
-    cache = KVCache.create(config, batch, round_up(context + room, CAPACITY_STEP), dtype)
+    cache = empty_cache(model, batch, round_up(context + room, CAPACITY_STEP))
     fill = jax.jit(lambda key, a: jax.random.normal(key, a.shape, a.dtype))
     arrays, structure = jax.tree.flatten((cache.keys, cache.values, cache.fixed))
-    filled = [fill(jax.random.key(i), a) for i, a in enumerate(arrays)]
+    filled = [jax.device_put(fill(jax.random.key(i), a), a.sharding) for i, a in enumerate(arrays)]
     keys, values, fixed = jax.tree.unflatten(structure, filled)
     lengths = jnp.full(batch, context, jnp.int32)
     return dataclasses.replace(cache, keys=keys, values=values, lengths=lengths, fixed=fixed)
@@ -136,13 +143,14 @@ class DecodeRun:
         self.model, self.context, self.tokens, self.batch = model, context, tokens, batch
         self._policy = DecodePolicy.for_device()
         self._flat = engine.FlatModel(model)
-        self._cache = filled_cache(model.config, context, tokens, model.compute_dtype, batch)
-        self._start = jnp.arange(batch, dtype=jnp.int32) % model.config.vocab_size, jnp.zeros(batch, bool)
-        self._rest = (
+        self._cache = filled_cache(model, context, tokens, batch)
+        start = jnp.arange(batch, dtype=jnp.int32) % model.config.vocab_size, jnp.zeros(batch, bool)
+        rest = (
             Sampling.create(batch),
             jnp.full(1, -1, jnp.int32),  # no stop token
             jnp.full(batch, tokens, jnp.int32),
         )
+        self._start, self._rest = put((start, rest), model.partition)
         self.compiled: jax.stages.Compiled | None = None
         self._compiled: dict[Any, jax.stages.Compiled] = {}
 
@@ -151,8 +159,9 @@ class DecodeRun:
 
         Compiles one program for dials and one for fixed thresholds. Other values of either do not recompile.
         """
-        lengths = jnp.full(self.batch, self.context, jnp.int32)
+        lengths = put(jnp.full(self.batch, self.context, jnp.int32), self.model.partition)
         cache = dataclasses.replace(self._cache, lengths=lengths)
+        thresholds = put(thresholds, self.model.partition)
         args = (self._flat, *self._start, cache, thresholds, *self._rest)
         kind = jax.tree.structure(thresholds)
         if kind not in self._compiled:
@@ -223,7 +232,7 @@ class PrefillRun:
             raise ValueError(
                 f"{tokens} tokens are no multiple of the bucket of {self.bucket}; choose a divisor"
             )
-        self._cache = KVCache.create(model.config, 1, tokens, model.compute_dtype)
+        self._cache, self._partition = empty_cache(model, 1, tokens), model.partition
         self._prompt = jax.random.randint(jax.random.key(0), (1, tokens), 0, model.config.vocab_size)
         self._program: Any = engine.prefill
         self._thresholds: tuple[StackedThresholds, ...] = ()
@@ -239,7 +248,8 @@ class PrefillRun:
         cache = dataclasses.replace(self._cache, lengths=jnp.zeros(1, jnp.int32))
         for start in range(0, self.tokens, self.bucket):
             tokens = self._prompt[:, start : start + self.bucket]
-            args = (self.model, tokens, jnp.full(1, self.bucket, jnp.int32), cache, *self._thresholds)
+            rest = tokens, jnp.full(1, self.bucket, jnp.int32), cache, *self._thresholds
+            args = (self.model, *put(rest, self._partition))
             if self.compiled is None:
                 self.compiled = self._program.lower(*args).compile()
             logits, cache, *_ = self.compiled(*args)

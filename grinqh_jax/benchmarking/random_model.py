@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 from jaxtyping import Array, Float
 
 from grinqh_jax.errors import UsageError
@@ -24,6 +25,10 @@ from grinqh_jax.model.decoder import Decoder
 from grinqh_jax.model.experts import DenseExperts, GradedExperts
 from grinqh_jax.model.linear import GradedLinear, Linear
 from grinqh_jax.model.parameters import axis_sizes
+from grinqh_jax.model.partition import AXIS
+from grinqh_jax.sharding.cutting import cut_leaves
+from grinqh_jax.sharding.program import jit_of_parts
+from grinqh_jax.sharding.rules import partition
 from pallas_kernels import Activations
 from pallas_kernels.layout import GROUP
 
@@ -70,16 +75,29 @@ def label(name: str) -> str:
     return pathlib.Path(name).resolve().name
 
 
-def graded(config: ModelConfig, seed: int = 0, compute_dtype=jnp.bfloat16) -> Decoder:
-    """Returns a graded model with random 8-bit codes and thresholds for every target in ``TARGETS``."""
+def graded(
+    config: ModelConfig,
+    seed: int = 0,
+    compute_dtype=jnp.bfloat16,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Decoder:
+    """Returns a graded model with random 8-bit codes and thresholds for every target in ``TARGETS``.
+
+    On a mesh each device makes its part of the weights, with other values than a single device.
+    """
     tree = decoder.abstract_tree(config, MAX_BITS, len(TARGETS))
-    model = Decoder.from_tree(config, _filled(tree, seed), compute_dtype)
+    model = _model(config, tree, seed, compute_dtype, mesh)
     _calibrate(model, jax.random.key(seed))
     return model
 
 
-def dense(config: ModelConfig, seed: int = 0, compute_dtype=jnp.bfloat16) -> Decoder:
-    """Returns an unquantized model with Gaussian weights."""
+def dense(
+    config: ModelConfig,
+    seed: int = 0,
+    compute_dtype=jnp.bfloat16,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Decoder:
+    """Returns an unquantized model with Gaussian weights, on a mesh as ``graded``."""
     tree = decoder.abstract_tree(config, MAX_BITS, len(TARGETS))
     sizes = axis_sizes(config)
 
@@ -93,7 +111,19 @@ def dense(config: ModelConfig, seed: int = 0, compute_dtype=jnp.bfloat16) -> Dec
             experts = (config.num_experts,) if projection.of_experts else ()
             layer[projection.name] = kernel(*experts, *projection.shape(sizes)) | bias
     tree[HEAD] = kernel(config.hidden_size, config.vocab_size)
-    return Decoder.from_tree(config, _filled(tree, seed), compute_dtype)
+    return _model(config, tree, seed, compute_dtype, mesh)
+
+
+def _model(
+    config: ModelConfig, tree: dict[str, Any], seed: int, compute_dtype, mesh: jax.sharding.Mesh | None
+) -> Decoder:
+    """Returns a model with random arrays of the shapes in ``tree``."""
+    cut = None
+    if mesh is not None:
+        cut = partition(config, mesh)
+        leaves = traverse_util.flatten_dict(tree, sep=".")
+        tree = traverse_util.unflatten_dict(cut_leaves(config, leaves, cut), sep=".")
+    return Decoder.from_tree(config, _filled(tree, seed), compute_dtype, cut)
 
 
 def _filled(tree, seed: int):
@@ -101,13 +131,17 @@ def _filled(tree, seed: int):
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     filled = [
-        _leaf(key, path[-1].key, leaf.shape, leaf.dtype.name)
+        _filler(leaf.sharding)(key, path[-1].key, leaf.shape, leaf.dtype.name)
         for key, (path, leaf) in zip(keys, leaves, strict=True)
     ]
     return jax.tree_util.tree_unflatten(structure, filled)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+@functools.cache
+def _filler(sharding: jax.sharding.Sharding | None) -> Any:
+    return jax.jit(_leaf, static_argnums=(1, 2, 3), out_shardings=sharding)
+
+
 def _leaf(key: jax.Array, name: str, size: tuple[int, ...], dtype: str) -> jax.Array:
     if name == "planes":
         return jax.random.bits(key, size, dtype)
@@ -161,6 +195,9 @@ class _Fitting(Dense):
     def product(self, name: str, linear: AnyLinear, x: jax.Array) -> jax.Array:
         sample = x.reshape(-1)[:: -(-x.size // SAMPLES)]
         peak = jnp.max(jnp.abs(x)).astype(jnp.float32)
+        if linear.input_cut is not None:  # All devices fit the same thresholds to the inputs of all.
+            sample = jax.lax.all_gather(sample, AXIS).reshape(-1)
+            peak = jax.lax.pmax(peak, AXIS)
         self.tables[name.rsplit(".", 1)[-1]] = fitted_thresholds(sample), peak
         return super().product(name, linear, x)
 
@@ -170,18 +207,17 @@ def _calibrate(model: Decoder, key: jax.Array) -> None:
     tokens = jax.random.randint(key, (1, CALIBRATION_TOKENS), 0, model.config.vocab_size)
     positions = jnp.arange(CALIBRATION_TOKENS)[None]
 
-    @jax.jit
     def layer_step(layer, x):
         fitting = _Fitting()
         x, _ = layer("layer", x, positions, fitting)
         return x, fitting.tables
 
-    @jax.jit
     def head_step(norm, head, x):
         fitting = _Fitting()
         head(Activations.of(norm(x)), fitting)
         return fitting.tables
 
+    layer_step, head_step = (jit_of_parts(step, model.partition) for step in (layer_step, head_step))
     x = model.embed(tokens, model.compute_dtype)
     for layer in model.layers:
         x, tables = layer_step(layer, x)

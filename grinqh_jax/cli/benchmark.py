@@ -17,12 +17,14 @@ import jax
 from grinqh_jax.benchmarking import measure, random_model
 from grinqh_jax.cli import command, flags
 from grinqh_jax.cli.generation import load_generator, open_model
+from grinqh_jax.cli.mesh import add_mesh, on_processes
 from grinqh_jax.decoding.bits import FULL
 from grinqh_jax.decoding.model_files import ModelFiles
 from grinqh_jax.errors import UsageError
 from grinqh_jax.json_files import json_line
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import Decoder
+from grinqh_jax.sharding.mesh import make_mesh
 from pallas_kernels.lanes import device as lanes_device
 
 BF16 = "bf16"
@@ -50,6 +52,7 @@ def parser() -> command.Parser:
     )
     source = result.add_mutually_exclusive_group()
     flags.add_model(source)
+    add_mesh(result)
     source.add_argument(
         "--shape",
         metavar="NAME_OR_DIR",
@@ -97,14 +100,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _benchmark(args: argparse.Namespace) -> int:
+    with on_processes(args):
+        return _measure(args)
+
+
+def _measure(args: argparse.Namespace) -> int:
     source = _source(args)
-    bandwidth = measure.read_bandwidth()
+    mesh = make_mesh(args.mesh, source if isinstance(source, ModelConfig) else source.config)
+    bandwidth = measure.read_bandwidth() * (1 if mesh is None else mesh.size)
     device = jax.devices()[0].device_kind
-    print(f"{device}, jax {jax.__version__}, reads {bandwidth / 1e9:.0f} GB/s", file=sys.stderr)
+    count = "" if mesh is None else f"{mesh.size} x "
+    print(f"{count}{device}, jax {jax.__version__}, reads {bandwidth / 1e9:.0f} GB/s", file=sys.stderr)
     if not args.json:
         print(_line([title for title, _, _ in COLUMNS]), flush=True)
     measured = []
-    for row in rows(args, bandwidth, source):
+    for row in rows(args, bandwidth, source, mesh):
         print(json_line(row | {"device": device, "jax": jax.__version__}) if args.json else _table_line(row))
         sys.stdout.flush()
         measured.append(row)
@@ -114,24 +124,28 @@ def _benchmark(args: argparse.Namespace) -> int:
 
 
 def rows(
-    args: argparse.Namespace, bandwidth: float, source: ModelFiles | ModelConfig
+    args: argparse.Namespace,
+    bandwidth: float,
+    source: ModelFiles | ModelConfig,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Measures all tests and settings; yields one result row each, with the fields that ``_row`` documents.
 
     Args:
       args: parsed flags.
-      bandwidth: read bandwidth of the device, bytes per second.
+      bandwidth: read bandwidth of all devices together, bytes per second.
       source: Files of the model, or its configuration for random weights.
+      mesh: Mesh to run the model on; None for one device.
     """
     graded_settings = [bits for bits in args.bits if bits != BF16]
     if isinstance(source, ModelConfig):
         label, model, targets = (
             random_model.label(args.shape),
-            random_model.graded(source),
+            random_model.graded(source, mesh=mesh),
             random_model.TARGETS,
         )
     else:
-        generator = load_generator(source)
+        generator = load_generator(source, mesh)
         label, model, targets = source.directory.name, generator.model, source.targets or ()
     if not model.graded and any(bits != FULL for bits in graded_settings):
         graded_settings = [FULL]
@@ -140,7 +154,7 @@ def rows(
     if BF16 in args.bits:
         config = model.config
         del model  # Not every device can hold two 8B models.
-        yield from _model_rows(label, random_model.dense(config), (), [BF16], args, bandwidth)
+        yield from _model_rows(label, random_model.dense(config, mesh=mesh), (), [BF16], args, bandwidth)
 
 
 def _source(args: argparse.Namespace) -> ModelFiles | ModelConfig:

@@ -96,6 +96,45 @@ def made_on_mesh(make: Callable[[], Any], partition: Partition | None) -> Any:
     return jax.jit(make, out_shardings=shardings(jax.eval_shape(make), partition))()
 
 
+def put(tree: Any, partition: Partition | None) -> Any:
+    """Returns the tree with its arrays on the devices of the mesh; on one device, as it is."""
+    return tree if partition is None else jax.device_put(tree, shardings(tree, partition))
+
+
+def jit_of_parts(function: Function, partition: Partition | None) -> Function:
+    """Compiles a function of modules that are parts of a model, such as a layer, as ``on_mesh`` does.
+
+    The arrays of the modules say how they are cut, so the function must not be called with traced ones. It
+    returns arrays that every device has.
+    """
+    if partition is None:
+        return jax.jit(function)  # type: ignore[return-value]
+    compiled: dict[Any, Any] = {}
+
+    @functools.wraps(function)
+    def run(*args):
+        leaves, structure = jax.tree.flatten(args)
+        specs = tuple(_spec_of(leaf) for leaf in leaves)
+        if (structure, specs) not in compiled:
+            compiled[structure, specs] = jax.jit(
+                jax.shard_map(
+                    lambda leaves: function(*jax.tree.unflatten(structure, leaves)),
+                    mesh=partition.mesh,
+                    in_specs=(list(specs),),
+                    out_specs=WHOLE,
+                    check_vma=False,
+                )
+            )
+        return compiled[structure, specs](leaves)
+
+    return run  # type: ignore[return-value]
+
+
+def _spec_of(array: Any) -> PartitionSpec:
+    sharding = getattr(array, "sharding", None)
+    return sharding.spec if isinstance(sharding, NamedSharding) else WHOLE
+
+
 def _is_spec(node: Any) -> bool:
     return isinstance(node, PartitionSpec)
 

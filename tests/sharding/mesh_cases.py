@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from random_models import CONFIGS, TARGETS, graded_model_tree, graded_tree, state_tree
 
+from grinqh_jax.benchmarking import measure as benchmark
+from grinqh_jax.benchmarking import random_model
 from grinqh_jax.decoding import engine
 from grinqh_jax.decoding.dial import Dial
 from grinqh_jax.decoding.generator import Generator
@@ -115,7 +117,12 @@ def test_a_cut_model_gives_the_same_logits_and_statistics(devices):
 @pytest.mark.parametrize("devices", [2, 4])
 @pytest.mark.parametrize("name", family_cases.CASES)
 def test_every_family_gives_the_same_logits_and_statistics(name, devices):
-    assert_same_answers(model_of(family_cases.CASES[name]), devices)
+    config = ModelConfig.from_hf(family_cases.CASES[name])
+    if any(spec.delta_net is not None for spec in config.layers):
+        with pytest.raises(UsageError, match="no rule cuts its axis delta_"):
+            make_mesh(f"tp={devices}", config)
+    else:
+        assert_same_answers(model_of(family_cases.CASES[name]), devices)
 
 
 @SLOW
@@ -231,3 +238,18 @@ def test_a_mesh_that_does_not_fit_is_refused_with_the_numbers_that_do():
         make_mesh("tp=16", config)
     assert make_mesh("auto", config).size == 8
     assert make_mesh("tp=1", config) is None
+
+
+@SLOW
+@pytest.mark.parametrize("make", [random_model.graded, random_model.dense])
+def test_random_models_of_benchmarks_run_on_a_mesh(make):
+    config = ModelConfig.from_hf(WIDE)
+    model = make(config, compute_dtype=jnp.float32, mesh=mesh_of(4, config))
+    decoding = benchmark.DecodeRun(model, 8, 4, batch=2)
+    dial = decoding.settle(random_model.TARGETS, 3.0) if model.graded else None
+    chunk = decoding.run(dial)
+    assert np.asarray(chunk.counts).tolist() == [4, 4]
+    if dial is not None:
+        assert decoding.figures(chunk)["realised_bits"] == pytest.approx(3.0, abs=0.5)
+    logits = benchmark.PrefillRun(model, 32).run()
+    assert np.isfinite(logits).all()
