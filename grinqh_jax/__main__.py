@@ -24,6 +24,7 @@ VERBS = {
     ),
     "bench-serve": ("grinqh_jax.cli.bench_serve", "measure a running server under load"),
     "inspect": ("grinqh_jax.cli.inspect", "say what a checkpoint is and whether it is supported"),
+    "plan": ("grinqh_jax.cli.plan", "say on how many devices a model fits"),
     "convert": (
         "checkpoints_tools.convert.command",
         "convert a Hugging Face checkpoint to a GRINQH checkpoint",

@@ -217,13 +217,14 @@ def _calibrate(model: Decoder, key: jax.Array) -> None:
         head(Activations.of(norm(x)), fitting)
         return fitting.tables
 
-    layer_step, head_step = (jit_of_parts(step, model.partition) for step in (layer_step, head_step))
+    run_layer = jit_of_parts(layer_step, model.partition)
+    run_head = jit_of_parts(head_step, model.partition)
     x = model.embed(tokens, model.compute_dtype)
     for layer in model.layers:
-        x, tables = layer_step(layer, x)
+        x, tables = run_layer(layer, x)
         for projection, (thresholds, peak) in tables.items():
             _set(getattr(layer, projection), thresholds, peak)
-    for block, (thresholds, peak) in head_step(model.norm, model.lm_head, x).items():
+    for block, (thresholds, peak) in run_head(model.norm, model.lm_head, x).items():
         _set(model.lm_head.block(block), thresholds, peak)
 
 

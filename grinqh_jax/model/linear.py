@@ -31,13 +31,14 @@ class DenseLinear(nnx.Module):
 
     Attributes:
       kernel: float32 or bfloat16 ``[in_features, out_features]``; Hugging Face stores the transpose.
-      bias: Vector ``[out_features]`` that is added to the outputs, or None.
+      bias: Vector ``[out_features]`` that is added to the outputs, or None. If outputs are partial sums, all
+        devices but the first have zeros.
       input_cut: How a mesh cuts the input channels, so that outputs are partial sums; None if it does not.
     """
 
     input_cut: InputCut | None = None
 
-    def __init__(self, kernel: Float[Array, "k n"], bias: Float[Array, "n"] | None = None):
+    def __init__(self, kernel: Float[Array, "k n"], bias: Float[Array, "n2"] | None = None):
         self.kernel = nnx.Param(kernel)
         self.bias = None if bias is None else nnx.Param(bias)
         self.in_features, self.out_features = kernel.shape

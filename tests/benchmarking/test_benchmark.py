@@ -48,6 +48,8 @@ def tiny_model():
         ("Qwen3-30B-A3B", 30.52),
         ("Llama-3.2-1B", 1.24),
         ("Llama-3.1-8B", 8.03),
+        ("Qwen3-32B", 32.76),
+        ("Llama-3.1-70B", 70.55),
     ],
 )
 def test_shapes_have_the_published_parameter_counts(name, billions):

@@ -1,0 +1,129 @@
+"""The memory that a model needs on each device of a mesh, from its configuration alone."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from grinqh_jax.model.cache import attention_layers, recurrent_bytes
+from grinqh_jax.model.config import ModelConfig
+from grinqh_jax.model.decoder import abstract_tree, linear_shapes
+from grinqh_jax.model.parameters import EMBEDDING, axis_sizes, norms, projections, routers, stored_dtype
+from grinqh_jax.model.partition import AXIS, Partition
+from grinqh_jax.sharding.cutting import cut_leaves
+from grinqh_jax.sharding.rules import partition
+
+TARGETS = 29
+"""Number of rows of the threshold tables that the converter writes."""
+
+PIECE = 512
+"""Number of prompt tokens whose activations are in memory together."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes on each device of a mesh. All devices have parts of the same size.
+
+    Attributes:
+      weights: Linear layers.
+      other: Embedding, norms, routers and threshold tables, which are not cut.
+      cache_token: Keys and values of one token.
+      slot: Recurrent states of one text.
+      work: Temporary arrays, an estimate: of a prefill, or of one linear layer while the model is loaded.
+    """
+
+    weights: int
+    other: int
+    cache_token: int
+    slot: int
+    work: int
+
+    def total(self, tokens: int, slots: int) -> int:
+        """Returns the bytes with a cache of ``tokens`` tokens in all, in ``slots`` texts."""
+        return self.weights + self.other + self.work + tokens * self.cache_token + slots * self.slot
+
+    def tokens_that_fit(self, memory: int, slots: int, share: float) -> int:
+        """Returns the number of tokens whose cache fits into a share of the memory that is left."""
+        left = int(share * (memory - self.total(0, slots)))
+        return max(left, 0) // max(self.cache_token, 1)
+
+
+def device_memory(config: ModelConfig, devices: int, max_bits: int | None) -> DeviceMemory:
+    """Returns the memory of a model on each of some devices, with bfloat16 keys, values and activations.
+
+    Args:
+      config: Configuration of the model.
+      devices: Number of devices.
+      max_bits: Bits of the stored codes; None for an unquantized model in bfloat16.
+
+    Raises:
+      UsageError: The model cannot be cut among so many devices.
+    """
+    leaves = _graded_leaves(config, max_bits) if max_bits is not None else _dense_leaves(config)
+    local, whole = config, leaves
+    if devices > 1:
+        cut: Partition = partition(config, jax.sharding.AbstractMesh((devices,), (AXIS,)))  # type: ignore[arg-type]
+        local, leaves = cut.local, cut_leaves(config, dict(leaves), cut)
+    sizes = {name: _part_bytes(leaf) for name, leaf in leaves.items()}
+    linear = {name for name in sizes if name.rpartition(".")[2] in ("planes", "scales", "kernel")}
+    linear -= {f"{name}.kernel" for name in routers(config)}
+    token = 2 * attention_layers(config) * local.num_kv_heads * config.head_dim * _BF16
+    return DeviceMemory(
+        weights=sum(sizes[name] for name in linear),
+        other=sum(size for name, size in sizes.items() if name not in linear),
+        cache_token=token,
+        slot=recurrent_bytes(config),
+        work=max(_prefill_bytes(config, local, devices), _cutting_bytes(whole) if devices > 1 else 0),
+    )
+
+
+_BF16 = 2
+
+
+def _graded_leaves(config: ModelConfig, max_bits: int) -> dict[str, Any]:
+    return traverse_util.flatten_dict(abstract_tree(config, max_bits, TARGETS), sep=".")
+
+
+def _dense_leaves(config: ModelConfig) -> dict[str, Any]:
+    """Returns the abstract leaves of an unquantized model in bfloat16."""
+    sizes, shapes = axis_sizes(config), linear_shapes(config)
+    experts = {name for name, projection in projections(config).items() if projection.of_experts}
+    kernels = {
+        f"{name}.kernel": (*((config.num_experts,) if name in experts else ()), *shapes[name])
+        for name in projections(config)
+    }
+    kernels |= {f"{name}.kernel": (config.hidden_size, config.num_experts) for name in routers(config)}
+    kernels |= {EMBEDDING: (config.vocab_size, config.hidden_size)}
+    kernels |= {"lm_head.kernel": (config.hidden_size, config.vocab_size)}
+    leaves = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in kernels.items()}
+    for name, norm in norms(config).items():
+        leaves[f"{name}.scale"] = jax.ShapeDtypeStruct(
+            (sizes[norm.axis],), stored_dtype(config, f"{name}.scale")
+        )
+    return leaves
+
+
+def _part_bytes(leaf: Any) -> int:
+    """Returns the bytes of an abstract leaf on one device."""
+    shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+    return math.prod(shape) * leaf.dtype.itemsize
+
+
+def _prefill_bytes(config: ModelConfig, local: ModelConfig, devices: int) -> int:
+    """Returns the temporary memory of a prefill: the largest dequantized weight, activations and logits."""
+    sizes = axis_sizes(local)
+    shapes = [projection.shape(sizes) for projection in projections(config).values()]
+    weight = max(k * n for k, n in shapes)
+    widths = max(k + n for k, n in shapes) + 4 * config.hidden_size
+    return _BF16 * weight + PIECE * widths * 4 + 2 * config.vocab_size * 4
+
+
+def _cutting_bytes(leaves: dict[str, Any]) -> int:
+    """Returns the temporary memory of cutting the largest leaf: all of it, and the digits of one plane."""
+    largest = max(leaves.values(), key=lambda leaf: math.prod(leaf.shape) * leaf.dtype.itemsize)
+    whole = math.prod(largest.shape) * largest.dtype.itemsize
+    digits = 16 * math.prod(largest.shape[-2:]) if largest.dtype == jnp.uint32 else 0
+    return whole + digits
