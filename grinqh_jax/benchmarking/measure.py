@@ -119,9 +119,12 @@ def empty_cache(model: Decoder, batch: int, capacity: int) -> KVCache:
 def filled_cache(model: Decoder, context: int, room: int, batch: int = 1) -> KVCache:
     """Returns a cache of ``batch`` rows with ``context`` random positions and space for ``room`` more."""
     cache = empty_cache(model, batch, round_up(context + room, CAPACITY_STEP))
-    fill = jax.jit(lambda key, a: jax.random.normal(key, a.shape, a.dtype))
     arrays, structure = jax.tree.flatten((cache.keys, cache.values, cache.fixed))
-    filled = [jax.device_put(fill(jax.random.key(i), a), a.sharding) for i, a in enumerate(arrays)]
+    fill = {
+        sharding: jax.jit(lambda key, a: jax.random.normal(key, a.shape, a.dtype), out_shardings=sharding)
+        for sharding in {a.sharding for a in arrays}
+    }
+    filled = [fill[a.sharding](jax.random.key(i), a) for i, a in enumerate(arrays)]
     keys, values, fixed = jax.tree.unflatten(structure, filled)
     lengths = jnp.full(batch, context, jnp.int32)
     return dataclasses.replace(cache, keys=keys, values=values, lengths=lengths, fixed=fixed)

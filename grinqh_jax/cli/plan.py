@@ -96,7 +96,7 @@ def row(
         "devices": devices,
     }
     try:
-        needs = device_memory(config, devices, max_bits)
+        needs = device_memory(config, devices, max_bits, context)
     except UsageError as error:
         return result | {"problem": str(error)}
     tokens = slots * context

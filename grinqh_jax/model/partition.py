@@ -19,6 +19,9 @@ from pallas_kernels import GradingStats
 AXIS = "tp"
 """Name of the mesh axis that weights are cut along."""
 
+AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
+"""A mesh; an abstract one, without devices, suffices for shapes and memory."""
+
 
 @dataclasses.dataclass(frozen=True)
 class InputCut:
@@ -57,7 +60,7 @@ class Partition:
       inputs: Cut of the inputs of a projection, by the name of their axis (``parameters.axis_sizes``).
     """
 
-    mesh: jax.sharding.Mesh
+    mesh: AnyMesh
     local: ModelConfig
     inputs: tuple[tuple[str, InputCut], ...]
 

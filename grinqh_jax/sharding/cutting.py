@@ -19,7 +19,7 @@ from grinqh_jax.model.decoder import Decoder, checkpoint_leaves
 from grinqh_jax.model.layer_spec import HEAD
 from grinqh_jax.model.output_projection import block_shapes, block_sizes
 from grinqh_jax.model.parameters import norms, projections
-from grinqh_jax.model.partition import AXIS, Partition
+from grinqh_jax.model.partition import AXIS, AnyMesh, Partition
 from grinqh_jax.sharding.rules import (
     CUTS,
     WHOLE,
@@ -99,7 +99,7 @@ def _indices(config: ModelConfig, module: str, kind: str, devices: int) -> tuple
     return inputs, 0 if kind == "bias" else -2
 
 
-def even_sharding(shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> NamedSharding:
+def even_sharding(shape: tuple[int, ...], mesh: AnyMesh) -> NamedSharding:
     """Returns a sharding with an even share of an array on each device, or the whole if none is even."""
     axes = [axis for axis, size in enumerate(shape) if size % mesh.size == 0 and size > 1]
     longest = max(axes, key=lambda axis: shape[axis], default=None)
@@ -136,7 +136,7 @@ def _specs(axis: int, ndims: list[int]) -> list[PartitionSpec]:
 
 
 @functools.cache
-def _program(mesh: jax.sharding.Mesh, axis: int, count: int) -> Any:
+def _program(mesh: AnyMesh, axis: int, count: int) -> Any:
     """Returns a jitted function from ``count`` arrays and indices ``[devices, m]`` to the cut arrays."""
 
     def part(arrays: list[jax.Array], indices: jax.Array) -> list[jax.Array]:

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from grinqh_jax.model.cache import attention_layers, recurrent_bytes
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import abstract_tree, linear_shapes
+from grinqh_jax.model.fixed_states import fixed_bytes, whole_layers
 from grinqh_jax.model.parameters import EMBEDDING, axis_sizes, norms, projections, routers, stored_dtype
-from grinqh_jax.model.partition import AXIS, Partition
+from grinqh_jax.model.partition import AXIS
 from grinqh_jax.sharding.cutting import cut_leaves
 from grinqh_jax.sharding.rules import partition
 
@@ -30,8 +30,8 @@ class DeviceMemory:
     Attributes:
       weights: Linear layers.
       other: Embedding, norms, routers and threshold tables, which are not cut.
-      cache_token: Keys and values of one token.
-      slot: Recurrent states of one text.
+      cache_token: Keys and values of one token, in the layers that keep the whole context.
+      slot: States of a fixed size of one text.
       work: Temporary arrays, an estimate: of a prefill, or of one linear layer while the model is loaded.
     """
 
@@ -51,13 +51,14 @@ class DeviceMemory:
         return max(left, 0) // max(self.cache_token, 1)
 
 
-def device_memory(config: ModelConfig, devices: int, max_bits: int | None) -> DeviceMemory:
+def device_memory(config: ModelConfig, devices: int, max_bits: int | None, context: int) -> DeviceMemory:
     """Returns the memory of a model on each of some devices, with bfloat16 keys, values and activations.
 
     Args:
       config: Configuration of the model.
       devices: Number of devices.
       max_bits: Bits of the stored codes; None for an unquantized model in bfloat16.
+      context: Largest number of tokens of a text.
 
     Raises:
       UsageError: The model cannot be cut among so many devices.
@@ -65,17 +66,17 @@ def device_memory(config: ModelConfig, devices: int, max_bits: int | None) -> De
     leaves = _graded_leaves(config, max_bits) if max_bits is not None else _dense_leaves(config)
     local, whole = config, leaves
     if devices > 1:
-        cut: Partition = partition(config, jax.sharding.AbstractMesh((devices,), (AXIS,)))  # type: ignore[arg-type]
+        cut = partition(config, jax.sharding.AbstractMesh((devices,), (AXIS,)))
         local, leaves = cut.local, cut_leaves(config, dict(leaves), cut)
     sizes = {name: _part_bytes(leaf) for name, leaf in leaves.items()}
     linear = {name for name in sizes if name.rpartition(".")[2] in ("planes", "scales", "kernel")}
     linear -= {f"{name}.kernel" for name in routers(config)}
-    token = 2 * attention_layers(config) * local.num_kv_heads * config.head_dim * _BF16
+    token = 2 * whole_layers(config, context) * local.num_kv_heads * config.head_dim * _BF16
     return DeviceMemory(
         weights=sum(sizes[name] for name in linear),
         other=sum(size for name, size in sizes.items() if name not in linear),
         cache_token=token,
-        slot=recurrent_bytes(config),
+        slot=fixed_bytes(local, jnp.bfloat16, context),
         work=max(_prefill_bytes(config, local, devices), _cutting_bytes(whole) if devices > 1 else 0),
     )
 

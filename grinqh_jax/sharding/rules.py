@@ -14,7 +14,6 @@ stream by its inputs: the sum over the devices is the only exchange of a residua
 import dataclasses
 from collections.abc import Callable
 
-import jax
 import numpy as np
 from jaxtyping import Int
 
@@ -22,7 +21,7 @@ from grinqh_jax.errors import UsageError
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.layer_spec import Projection
 from grinqh_jax.model.parameters import axis_sizes, norms, projections
-from grinqh_jax.model.partition import InputCut, Partition
+from grinqh_jax.model.partition import AnyMesh, InputCut, Partition
 from pallas_kernels.layout import GROUP
 from pallas_kernels.selection import PADDING
 
@@ -111,7 +110,7 @@ def vocabulary_indices(size: int, devices: int) -> Indices:
     return np.where(places < size, places, PADDING).astype(np.int32)
 
 
-def partition(config: ModelConfig, mesh: jax.sharding.Mesh) -> Partition:
+def partition(config: ModelConfig, mesh: AnyMesh) -> Partition:
     """Returns how a model is cut among the devices of a mesh.
 
     Raises:

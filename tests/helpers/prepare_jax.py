@@ -115,6 +115,7 @@ jaxtyping.install_import_hook(
         "grinqh_jax.model.flat_model",
         "grinqh_jax.model.layer_spec",
         "grinqh_jax.model.linear",
+        "grinqh_jax.model.partition",
         "grinqh_jax.model.norm",
         "grinqh_jax.model.output_projection",
         "grinqh_jax.model.rope",
@@ -122,6 +123,7 @@ jaxtyping.install_import_hook(
         "grinqh_jax.model.gated_mlp",
         "grinqh_jax.model.parameters",
         "grinqh_jax.serving",
+        "grinqh_jax.sharding.rules",
         "pallas_kernels.activations",
         "pallas_kernels.codes",
         "pallas_kernels.expert_weights",
@@ -134,6 +136,7 @@ jaxtyping.install_import_hook(
         "pallas_kernels.matvec.mosaic_gpu.kernel",
         "pallas_kernels.matvec.reference",
         "pallas_kernels.matvec.xla",
+        "pallas_kernels.selection",
         "pallas_kernels.weight",
     ],
     # As in PEP 484, a parameter that is annotated as float takes an int.

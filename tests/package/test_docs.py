@@ -14,7 +14,7 @@ from checkpoints_tools.migrate import __main__ as migrate
 from checkpoints_tools.pareto import flags as pareto
 from checkpoints_tools.publish import command as publish
 from grinqh_jax.__main__ import VERBS
-from grinqh_jax.cli import bench_serve, benchmark, chat, evaluate, generate, inspect, perplexity, serve
+from grinqh_jax.cli import bench_serve, benchmark, chat, evaluate, generate, inspect, perplexity, plan, serve
 
 pytestmark = pytest.mark.usefixtures("optimized_programs")
 
@@ -33,6 +33,7 @@ PARSERS = {
     "evaluate": evaluate.parser,
     "benchmark": benchmark.parser,
     "inspect": inspect.parser,
+    "plan": plan.parser,
     "serve": serve.parser,
     "bench-serve": bench_serve.parser,
     "convert": convert.parser,

@@ -29,6 +29,7 @@ from grinqh_jax.model.decoder import Decoder
 from grinqh_jax.model.flat_model import FlatModel
 from grinqh_jax.serving.engine import Engine
 from grinqh_jax.sharding.cutting import cut_decoder
+from grinqh_jax.sharding.memory import device_memory
 from grinqh_jax.sharding.mesh import make_mesh
 from grinqh_jax.sharding.program import made_on_mesh, on_mesh
 
@@ -251,5 +252,14 @@ def test_random_models_of_benchmarks_run_on_a_mesh(make):
     assert np.asarray(chunk.counts).tolist() == [4, 4]
     if dial is not None:
         assert decoding.figures(chunk)["realised_bits"] == pytest.approx(3.0, abs=0.5)
+        planned = device_memory(config, 4, 8, 64)
+        first = jax.devices()[0]
+        held = sum(
+            shard.data.nbytes
+            for leaf in jax.tree.leaves(model)
+            for shard in leaf.addressable_shards
+            if shard.device == first
+        )
+        assert held == planned.weights + planned.other
     logits = benchmark.PrefillRun(model, 32).run()
     assert np.isfinite(logits).all()
