@@ -12,12 +12,19 @@ same bound."""
 OLDEST_ARCHITECTURE = (8, 0)
 """Oldest supported CUDA compute capability."""
 
+CLUSTERS = (9, 0)
+"""Oldest compute capability with clusters of CTAs."""
+
 DEFAULT_MULTIPROCESSORS = 132
 """Number of multiprocessors of an H200, for devices that do not report theirs."""
 
 
-def unsupported_reason() -> str | None:
-    """Returns why lane programs do not run on the target device, or None if they do."""
+def unsupported_reason(oldest: tuple[int, int] = OLDEST_ARCHITECTURE) -> str | None:
+    """Returns why lane programs do not run on the target device, or None if they do.
+
+    Args:
+      oldest: Oldest compute capability that has all instructions of the program.
+    """
     if jax.__version_info__ < OLDEST_JAX:
         return f"needs jax >= {'.'.join(map(str, OLDEST_JAX))}, this is {jax.__version__}"
     if jax.__version_info__ >= FIRST_UNTESTED_JAX:
@@ -31,8 +38,9 @@ def unsupported_reason() -> str | None:
     capability = getattr(device, "compute_capability", None)
     if capability is not None:
         architecture = tuple(int(part) for part in capability.split("."))
-        if architecture < OLDEST_ARCHITECTURE:
-            return f"needs compute capability 8.0 or later, {device.device_kind} has {capability}"
+        if architecture < oldest:
+            needed = ".".join(map(str, oldest))
+            return f"needs compute capability {needed} or later, {device.device_kind} has {capability}"
     return None
 
 

@@ -24,38 +24,45 @@ class SharedMemory:
       threads: Number of threads of one CTA.
       data: uint32 ``[words]``, the contents.
       writer, reader: int ``[words]``, last thread that wrote or read the word; -1 for none.
-      write_time, read_time: int64 ``[2, words]``, CTA barriers and warp barriers passed before that access.
-      block_time, warp_time: int64 ``[CTAs]`` and ``[warps]``, barriers passed so far.
+      write_time, read_time: int64 ``[3, words]``, barriers of the cluster, the CTA and the warp that the
+        thread had passed before that access.
+      cluster_time, block_time, warp_time: int64 ``[clusters]``, ``[CTAs]`` and ``[warps]``, barriers passed
+        so far. A barrier of a cluster is also one of its CTAs, and a barrier of a CTA one of its warps.
     """
 
-    def __init__(self, blocks: int, threads: int, size: int, rng: np.random.Generator):
-        self.size, self.threads = size, threads
+    def __init__(self, blocks: int, threads: int, size: int, rng: np.random.Generator, cluster: int = 1):
+        self.size, self.threads, self.cluster = size, threads, cluster
         words = blocks * size // 4
         self.data = rng.integers(0, 2**32, words, dtype=np.uint32)
         self.writer = np.full(words, -1)
         self.reader = np.full(words, -1)
-        self.write_time = np.zeros((2, words), np.int64)
-        self.read_time = np.zeros((2, words), np.int64)
+        self.write_time = np.zeros((3, words), np.int64)
+        self.read_time = np.zeros((3, words), np.int64)
+        self.cluster_time = np.zeros(blocks // cluster, np.int64)
         self.block_time = np.zeros(blocks, np.int64)
         self.warp_time = np.zeros(blocks * threads // LANES, np.int64)
         # Last writer of each byte, in words whose writer is ``BYTES``; allocated by the first byte store.
         self.byte_writer = np.zeros((0, 4), np.int64)
-        self.byte_time = np.zeros((2, 0, 4), np.int64)
+        self.byte_time = np.zeros((3, 0, 4), np.int64)
 
-    def words(self, thread, address, count, access):
-        """Returns the word indices ``[len(thread), count]`` of each thread's access."""
+    def words(self, thread, address, count, access, block=None):
+        """Returns the word indices ``[len(thread), count]`` of each thread's access.
+
+        ``block`` is the CTA that is accessed, by default the thread's."""
         if (address % (4 * count)).any():
             raise EmulationError(f"{access} of {4 * count} bytes is not aligned")
         if (address < 0).any() or (address + 4 * count > self.size).any():
             raise EmulationError(f"{access} outside of the {self.size} bytes of shared memory")
-        base = thread // self.threads * self.size + address
+        base = (thread // self.threads if block is None else block) * self.size + address
         return base[:, None] // 4 + np.arange(count)
 
     def _check(self, thread, word, other, time, access):
         """Raises if another thread, ``other``, accessed the words at ``time`` and no barrier came since."""
         same_warp = other // LANES == thread // LANES
-        now = np.where(same_warp, self.warp_time[thread // LANES], self.block_time[thread // self.threads])
-        last = np.where(same_warp, time[1], time[0])
+        same_block = other // self.threads == thread // self.threads
+        cluster, block, warp = self.now(thread)
+        now = np.where(same_warp, warp, np.where(same_block, block, cluster))
+        last = np.where(same_warp, time[2], np.where(same_block, time[1], time[0]))
         if ((other >= 0) & (other != thread) & (last == now)).any():
             raise EmulationError(f"race in shared memory: {access} another thread's access without a barrier")
 
@@ -70,8 +77,15 @@ class SharedMemory:
                 self._check(thread, word, self.byte_writer[word, i], self.byte_time[:, word, i], access)
 
     def now(self, thread):
-        """Returns ``[2, n]``: the CTA barriers and the warp barriers that each thread has passed."""
-        return np.stack([self.block_time[thread // self.threads], self.warp_time[thread // LANES]])
+        """Returns ``[3, n]``: the barriers of its cluster, CTA and warp that each thread has passed."""
+        block = thread // self.threads
+        return np.stack(
+            [
+                self.cluster_time[block // self.cluster],
+                self.block_time[block],
+                self.warp_time[thread // LANES],
+            ]
+        )
 
     def read(self, thread, address, count):
         """Loads ``count`` words for each thread."""
@@ -96,9 +110,9 @@ class SharedMemory:
         self.writer[word] = thread
         self.write_time[:, word] = self.now(thread)
 
-    def write(self, thread, address, values):
-        """Stores ``values [n, count]``, one row for each thread."""
-        word = self.words(thread, address, values.shape[1], "store")
+    def write(self, thread, address, values, block=None):
+        """Stores ``values [n, count]``, one row for each thread; ``block`` as in ``words``."""
+        word = self.words(thread, address, values.shape[1], "store", block)
         self.touch(np.broadcast_to(thread[:, None], word.shape), word)
         self.data[word] = values
 
@@ -108,7 +122,7 @@ class SharedMemory:
             raise EmulationError(f"store outside of the {self.size} bytes of shared memory")
         if not len(self.byte_writer):
             self.byte_writer = np.full((len(self.data), 4), -1)
-            self.byte_time = np.zeros((2, len(self.data), 4), np.int64)
+            self.byte_time = np.zeros((3, len(self.data), 4), np.int64)
         word, byte = np.divmod(thread // self.threads * self.size + address, 4)
         whole = np.unique(word[self.writer[word] != BYTES])  # All four bytes have the writer of the word.
         self.byte_writer[whole] = self.writer[whole, None]

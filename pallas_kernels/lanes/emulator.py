@@ -19,53 +19,23 @@ import numpy as np
 
 from pallas_kernels.lanes.emulated_matrix_unit import multiply_fragments
 from pallas_kernels.lanes.emulated_memory import EmulationError, SharedMemory
-from pallas_kernels.lanes.instructions import LANES, Instructions, Kind, Value
+from pallas_kernels.lanes.emulated_registers import DTYPE, LaneValue
+from pallas_kernels.lanes.instructions import LANES, Instructions
 
 _ADDRESS_BITS = 40
 """A global address is ``(array number << 40) + byte``, where arrays are numbered from 1."""
-
-_DTYPE = {"i32": np.int32, "i64": np.int64, "f32": np.float32, "bool": np.bool_}
-
-
-class LaneValue(Value):
-    """One register of every thread: an array ``[threads of all CTAs]``."""
-
-    def __init__(self, data: np.ndarray, kind: Kind):
-        self.data: np.ndarray = np.ascontiguousarray(data, _DTYPE[kind])
-        self.kind = kind
-
-    def binary(self, operation, other):
-        a = self.data
-        b = other.data if isinstance(other, LaneValue) else np.asarray(other).astype(_DTYPE[self.kind])
-        with np.errstate(all="ignore"):
-            if operation in ("lt", "ge", "eq"):
-                compare = {"lt": np.less, "ge": np.greater_equal, "eq": np.equal}[operation]
-                return LaneValue(compare(a, b), "bool")
-            if operation in ("shr", "div", "rem"):
-                a, b = a.view(np.uint32), np.asarray(b).view(np.uint32)
-                unsigned = {"shr": np.right_shift, "div": np.floor_divide, "rem": np.remainder}[operation]
-                return LaneValue(unsigned(a, b).view(np.int32), "i32")
-            function = {
-                "add": np.add,
-                "sub": np.subtract,
-                "mul": np.multiply,
-                "and": np.bitwise_and,
-                "or": np.bitwise_or,
-                "xor": np.bitwise_xor,
-                "shl": np.left_shift,
-            }[operation]
-            return LaneValue(function(a, b), self.kind)
 
 
 class NumpyInstructions(Instructions):
     """Executes a lane program for all threads at once. ``array`` returns the refs to global memory."""
 
-    def __init__(self, *, blocks: int, threads: int, shared_bytes: int, seed: int = 0):
-        """Starts a grid of ``blocks`` CTAs with ``threads`` threads each. Shared memory holds noise."""
+    def __init__(self, *, blocks: int, threads: int, shared_bytes: int, cluster: int = 1, seed: int = 0):
+        """Starts a grid of CTAs (see ``launch.lane_kernel``). Shared memory holds noise."""
         self.total = blocks * threads
-        self.threads = threads
+        self.threads, self.cluster = threads, cluster
         self.rng = np.random.default_rng(seed)
-        self.shared = SharedMemory(blocks, threads, shared_bytes, self.rng)
+        self.shared = SharedMemory(blocks, threads, shared_bytes, self.rng, cluster)
+        self.unordered_stores = np.zeros(blocks // cluster, bool)
         self.masks = [np.ones(self.total, bool)]
         self.arrays: list[np.ndarray] = []
         self.open_copies: list[list] = [[] for _ in range(self.total // LANES)]
@@ -77,10 +47,14 @@ class NumpyInstructions(Instructions):
         return len(self.arrays)
 
     def finish(self) -> None:
-        """Raises EmulationError if the program has not waited for all of its asynchronous copies."""
+        """Raises EmulationError if the program has left copies or stores to other CTAs without a wait."""
         if any(self.open_copies) or any(self.copy_groups):
             raise EmulationError(
                 "the program ends with asynchronous copies that were not waited for: call wait_copies(0)"
+            )
+        if self.unordered_stores.any():
+            raise EmulationError(
+                "a store to another CTA has no cluster_barrier after it: the CTA may have ended"
             )
 
     # --- helpers ---------------------------------------------------------------------------------
@@ -214,7 +188,7 @@ class NumpyInstructions(Instructions):
 
     # --- memory ----------------------------------------------------------------------------------
     def load_global(self, address, count=1, kind="i32", *, ordered=False, evict_first=False):
-        words = self._load(address, 4 * count).view(_DTYPE[kind])
+        words = self._load(address, 4 * count).view(DTYPE[kind])
         return [LaneValue(words[:, i], kind) for i in range(count)]
 
     def load_global_16(self, address):
@@ -231,7 +205,7 @@ class NumpyInstructions(Instructions):
         active = self._active()
         if active.size:
             words[active] = self.shared.read(active, address.data[active].astype(np.int64), count)
-        return [LaneValue(words[:, i].copy().view(_DTYPE[kind]), kind) for i in range(count)]
+        return [LaneValue(words[:, i].copy().view(DTYPE[kind]), kind) for i in range(count)]
 
     def store_shared(self, address, values, where=None):
         active = np.flatnonzero(self._mask if where is None else self._mask & where.data)
@@ -244,6 +218,15 @@ class NumpyInstructions(Instructions):
         if active.size:
             bytes_ = value.data.view(np.uint8).reshape(-1, 4)[active, 0]
             self.shared.write_bytes(active, address.data[active].astype(np.int64), bytes_)
+
+    def store_cluster(self, address, rank, values):
+        active = self._active()
+        if active.size:
+            cluster = active // (self.threads * self.cluster)
+            self.unordered_stores[cluster] = True
+            words = np.stack([v.data.view(np.uint32) for v in values], 1)[active]
+            block = cluster * self.cluster + rank
+            self.shared.write(active, address.data[active].astype(np.int64), words, block)
 
     def load_matrices_transposed(self, address):
         rows = np.zeros((self.total, 4), np.uint32)
@@ -279,13 +262,26 @@ class NumpyInstructions(Instructions):
 
     # --- warp and CTA ----------------------------------------------------------------------------
     def block_barrier(self):
-        blocks = self._mask.reshape(-1, self.threads)
-        if (blocks.any(1) != blocks.all(1)).any():
+        self._pass_barrier(self._whole(self.threads, "block_barrier", "a CTA"))
+
+    def cluster_barrier(self):
+        clusters = self._whole(self.threads * self.cluster, "cluster_barrier", "a cluster")
+        self.shared.cluster_time[clusters] += 1
+        self.unordered_stores[clusters] = False
+        self._pass_barrier(np.repeat(clusters, self.cluster))
+
+    def _whole(self, threads, instruction, unit):
+        """Returns which groups of ``threads`` threads are active; raises if only a part of one is."""
+        groups = self._mask.reshape(-1, threads)
+        if (groups.any(1) != groups.all(1)).any():
             raise EmulationError(
-                "block_barrier reached by only part of a CTA: keep it out of divergent `when`s"
+                f"{instruction} reached by only part of {unit}: keep it out of divergent `when`s"
             )
-        self.shared.block_time[blocks[:, 0]] += 1
-        self.shared.warp_time[np.repeat(blocks[:, 0], self.threads // LANES)] += 1
+        return groups[:, 0]
+
+    def _pass_barrier(self, blocks):
+        self.shared.block_time[blocks] += 1
+        self.shared.warp_time[np.repeat(blocks, self.threads // LANES)] += 1
 
     def warp_barrier(self):
         self.shared.warp_time[self._warps("warp_barrier")] += 1

@@ -234,6 +234,19 @@ class Instructions(abc.ABC):
         """Stores the low 8 bits of ``value`` if ``where`` holds. Lanes may share a word."""
 
     @abc.abstractmethod
+    def store_cluster(self, address: Value, rank: int, values: Sequence[Value]) -> None:
+        """Stores 1, 2 or 4 consecutive 32-bit words in the shared memory of another CTA of the cluster.
+
+        Needs compute capability 9.0. A ``cluster_barrier`` must follow, because a CTA that has ended has no
+        shared memory.
+
+        Args:
+          address: Address that the first word has in the shared memory of that CTA.
+          rank: Index of the CTA in its cluster.
+          values: The words.
+        """
+
+    @abc.abstractmethod
     def load_matrices_transposed(self, address: Value) -> list[Value]:
         """Loads four 8 x 8 matrices of 16-bit elements, transposed (PTX ``ldmatrix.x4.trans``).
 
@@ -264,6 +277,10 @@ class Instructions(abc.ABC):
     @abc.abstractmethod
     def block_barrier(self) -> None:
         """Waits for all threads of the CTA and orders their accesses to shared memory."""
+
+    @abc.abstractmethod
+    def cluster_barrier(self) -> None:
+        """Waits for all threads of the cluster and orders their accesses to each other's shared memory."""
 
     @abc.abstractmethod
     def warp_barrier(self) -> None:

@@ -24,6 +24,7 @@ def lane_kernel(
     blocks: int,
     threads: int,
     shared_bytes: int,
+    cluster: int = 1,
 ) -> Callable[..., Sequence[jax.Array]]:
     """Returns a function that runs a lane program on the GPU and returns its outputs.
 
@@ -37,6 +38,8 @@ def lane_kernel(
       blocks: Number of CTAs.
       threads: Number of threads in a CTA, a multiple of ``WARPGROUP``.
       shared_bytes: Bytes of shared memory in a CTA.
+      cluster: Number of consecutive CTAs that form a cluster, a divisor of ``blocks``. More than one needs
+        compute capability 9.0.
     """
     from jax.experimental.mosaic import gpu as mosaic_gpu
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -56,8 +59,9 @@ def lane_kernel(
         body,
         out_type=list(outputs),
         scratch_types=[plgpu.SMEM((shared_bytes,), jnp.int8)],
-        grid=(blocks,),
+        grid=(blocks // cluster,),
         grid_names=("block",),
+        **({} if cluster == 1 else {"cluster": (cluster,), "cluster_names": ("rank",)}),
         num_threads=threads // WARPGROUP,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(

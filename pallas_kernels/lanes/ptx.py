@@ -1,7 +1,8 @@
 """The back end that emits lane instructions as MLIR and PTX inside ``plgpu.inline_mgpu`` (jax >= 0.11.2).
 
 Arithmetic and control flow use MLIR's arith and scf dialects, so that the compiler folds addresses and shares
-subexpressions. All other instructions are inline PTX (PTX ISA 8.0, sm_80 and later).
+subexpressions. All other instructions are inline PTX (PTX ISA 8.0; sm_80 and later,
+clusters sm_90).
 """
 
 import contextlib
@@ -227,6 +228,11 @@ class PtxInstructions(Instructions):
         predicate, condition = ("", []) if where is None else ("@$2 ", [where])
         _assemble(f"{predicate}st.shared.u8 [$0], $1;", [address, value, *condition], effects=True)
 
+    def store_cluster(self, address, rank, values):
+        (remote,) = _assemble(f"mapa.shared::cluster.u32 $0, $1, {rank};", [address], ("i32",))
+        template = f"st.shared::cluster{_VECTOR[len(values)]}.b32 [$0], {_operands(len(values), 1)};"
+        _assemble(template, [remote, *values], effects=True)
+
     def load_matrices_transposed(self, address):
         template = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0,$1,$2,$3}, [$4];"
         return _assemble(template, [address], ("i32",) * 4, warp=True)
@@ -249,6 +255,9 @@ class PtxInstructions(Instructions):
 
     def block_barrier(self):
         gpu.barrier()
+
+    def cluster_barrier(self):
+        _assemble("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;", [], warp=True)
 
     def warp_barrier(self):
         _assemble(f"bar.warp.sync {_ALL_LANES};", [], warp=True)

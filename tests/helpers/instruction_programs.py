@@ -115,6 +115,15 @@ def byte_stores(isa: Instructions, t: Operands) -> list[Value]:
     return isa.load_shared(t.shared, 4)
 
 
+def cluster_stores(isa: Instructions, t: Operands) -> list[Value]:
+    """The CTA is a cluster by itself, so its rank is 0."""
+    isa.store_cluster(t.shared, 0, [t.a, t.b])
+    isa.store_cluster((t.shared - t.all_shared ^ 8) + t.all_shared + 16 * THREADS, 0, [t.x])
+    isa.cluster_barrier()
+    first = isa.load_shared((t.shared - t.all_shared ^ 2032) + t.all_shared, 2)
+    return first + isa.load_shared((t.shared - t.all_shared ^ 8) + t.all_shared + 16 * THREADS)
+
+
 def transposed_loads(isa: Instructions, t: Operands) -> list[Value]:
     """Each warp loads 32 rows that other lanes stored, in another order."""
     isa.store_shared(t.shared, [t.a, t.b, t.a ^ t.b, t.a + t.b])
@@ -180,6 +189,7 @@ PROGRAMS = {
     "load_global_16": lambda isa, t: [isa.load_global_16(t.source + 22)],
     "shared memory": stores,
     "byte stores": byte_stores,
+    "cluster": cluster_stores,
     "transposed loads": transposed_loads,
     "asynchronous copies": copies,
     "shuffle_xor": lambda isa, t: [isa.shuffle_xor(t.a, 2), isa.shuffle_xor(t.x, 16)],

@@ -314,6 +314,38 @@ def test_a_warp_barrier_orders_a_warp_but_not_the_cta(isa):
         isa.load_shared((thread ^ 32) << 2)
 
 
+def test_ctas_of_a_cluster_store_to_each_other():
+    isa = NumpyInstructions(blocks=4, threads=32, shared_bytes=256, cluster=2)
+    thread, block = isa.thread_index(), isa.block_index()
+    isa.store_cluster((block & 1) * 128 + (thread << 2), 1, [thread + block * 100])
+    with pytest.raises(EmulationError, match="no cluster_barrier after it"):
+        isa.finish()
+    isa.cluster_barrier()
+    isa.finish()
+    with isa.when((block & 1).equals(1)):
+        (first,), (second,) = (isa.load_shared((thread << 2) + 128 * rank) for rank in range(2))
+    lanes = np.arange(32)
+    for cluster in range(2):
+        threads = slice(64 * cluster + 32, 64 * cluster + 64)
+        np.testing.assert_array_equal(first.data[threads], lanes + 200 * cluster)
+        np.testing.assert_array_equal(second.data[threads], lanes + 200 * cluster + 100)
+
+
+def test_a_block_barrier_does_not_order_a_cluster():
+    isa = NumpyInstructions(blocks=2, threads=32, shared_bytes=128, cluster=2)
+    thread, block = isa.thread_index(), isa.block_index()
+    with isa.when(block.equals(0)):
+        isa.store_cluster(thread << 2, 1, [thread])
+    isa.block_barrier()
+    with isa.when(block.equals(1)), pytest.raises(EmulationError, match="race"):
+        isa.load_shared(thread << 2)
+    with (
+        isa.when(block.equals(0)),
+        pytest.raises(EmulationError, match="cluster_barrier reached by only part"),
+    ):
+        isa.cluster_barrier()
+
+
 def test_a_block_barrier_orders_the_cta(isa):
     thread = isa.thread_index()
     isa.store_shared(thread << 2, [thread])
