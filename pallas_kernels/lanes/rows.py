@@ -15,6 +15,9 @@ MAX_BLOCKS_PER_ROW = 64
 """Largest number of CTAs that share a row. It is bounded because every warp of the next kernel adds up their
 partial sums."""
 
+PARTIALS_PER_LANE = 16
+"""Largest number of partial sums of a mean square that every lane adds up for itself."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
@@ -110,6 +113,33 @@ def store_rounded(
         index = pair.row * rows.features + pair.feature
         isa.store_global(isa.global_address(target) + isa.widen(index << 1), [word])
     return unpack_bfloat16(isa, isa.select(pair.exists, word, isa.constant(0)))
+
+
+def sum_partials(isa: Instructions, ref: Any, row: Value, count: int) -> Value:
+    """Sums one row of ``f32 [rows, count]`` in a fixed order.
+
+    If there are few numbers, every lane loads all of them, four in one load. If there are many, they would
+    take too many registers, so each lane loads some of them, and the warp adds them up.
+    """
+    first = isa.global_address(ref) + isa.widen(row * (4 * count))
+    if count <= PARTIALS_PER_LANE:
+        width = 4 if count % 4 == 0 else 1
+        numbers = [v for i in range(0, count, width) for v in isa.load_global(first + 4 * i, width, "f32")]
+        while len(numbers) > 1:
+            half = len(numbers) // 2
+            pairs = zip(numbers[:half], numbers[half : 2 * half], strict=True)
+            numbers = [a + b for a, b in pairs] + numbers[2 * half :]
+        return numbers[0]
+    lane = isa.thread_index() & (LANES - 1)
+    total = isa.constant(0.0, "f32")
+    for begin in range(0, count, LANES):
+        exists = lane < count - begin
+        index = isa.select(exists, lane, isa.constant(0)) + begin
+        (number,) = isa.load_global(first + isa.widen(index << 2), kind="f32")
+        total = total + isa.select(exists, number, isa.constant(0.0, "f32"))
+    for distance in (1, 2, 4, 8, 16):
+        total = total + isa.shuffle_xor(total, distance)
+    return total
 
 
 def store_partial_sum(

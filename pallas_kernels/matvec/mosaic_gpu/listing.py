@@ -5,10 +5,10 @@ channels that the lane grades.
 """
 
 import dataclasses
-from typing import Any
 
 from pallas_kernels import layout
 from pallas_kernels.lanes.instructions import LANES, Instructions, Value
+from pallas_kernels.lanes.rows import sum_partials
 from pallas_kernels.matvec.mosaic_gpu.geometry import ROW_BYTES, Geometry
 from pallas_kernels.matvec.mosaic_gpu.lane_context import LaneContext, Refs, stored_group
 
@@ -26,9 +26,6 @@ ROUNDED_ZERO = 0x4B400080
 
 LOW_SIGN = 0x80
 """``bits ^ LOW_SIGN`` holds, in its low 16 bits, the high and the low byte of the integer, both signed."""
-
-PARTIALS_PER_LANE = 16
-"""Largest number of partial sums of a mean square that every lane adds up for itself."""
 
 SMALLEST_PEAK_BITS = 0x0DA24260
 """Bits of 1e-30, which replaces smaller peaks, such as 0 if all channels are zero. With a smaller peak,
@@ -157,33 +154,6 @@ def load_by_plane(isa: Instructions, g: Geometry, address: Value) -> list[Value]
     """
     width = 1 if g.planes == 3 else g.planes
     return [v for f in range(0, g.planes, width) for v in isa.load_global(address + 4 * f, width, "f32")]
-
-
-def sum_partials(isa: Instructions, ref: Any, row: Value, count: int) -> Value:
-    """Sums one row of ``f32 [rows, count]`` in a fixed order.
-
-    If there are few numbers, every lane loads all of them, four in one load. If there are many, they would
-    take too many registers, so each lane loads some of them, and the warp adds them up.
-    """
-    first = isa.global_address(ref) + isa.widen(row * (4 * count))
-    if count <= PARTIALS_PER_LANE:
-        width = 4 if count % 4 == 0 else 1
-        numbers = [v for i in range(0, count, width) for v in isa.load_global(first + 4 * i, width, "f32")]
-        while len(numbers) > 1:
-            half = len(numbers) // 2
-            pairs = zip(numbers[:half], numbers[half : 2 * half], strict=True)
-            numbers = [a + b for a, b in pairs] + numbers[2 * half :]
-        return numbers[0]
-    lane = isa.thread_index() & (LANES - 1)
-    total = isa.constant(0.0, "f32")
-    for begin in range(0, count, LANES):
-        exists = lane < count - begin
-        index = isa.select(exists, lane, isa.constant(0)) + begin
-        (number,) = isa.load_global(first + isa.widen(index << 2), kind="f32")
-        total = total + isa.select(exists, number, isa.constant(0.0, "f32"))
-    for distance in (1, 2, 4, 8, 16):
-        total = total + isa.shuffle_xor(total, distance)
-    return total
 
 
 def load_activation(isa: Instructions, g: Geometry, address: Value) -> Value:
