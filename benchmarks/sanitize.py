@@ -24,7 +24,12 @@ import numpy as np
 from grinqh_jax.benchmarking import random_model
 from grinqh_jax.model import attention, gated_mlp, norm
 from grinqh_jax.model.cache import KeyValues
+from grinqh_jax.model.experts import Router
+from grinqh_jax.model.layer_spec import GatedExperts
 from pallas_kernels import Activations, NestedWeight, codes, decode_rows, dequantization, layout
+from pallas_kernels.expert_weights import NestedExperts
+from pallas_kernels.experts import mosaic_gpu as experts_kernel
+from pallas_kernels.experts import reference as experts_reference
 from pallas_kernels.matvec import mosaic_gpu, reference
 from pallas_kernels.matvec.mosaic_gpu import Config, SharedList
 
@@ -111,6 +116,55 @@ def rows_cases() -> Iterator[Case]:
         )
 
 
+def mixture_cases() -> Iterator[Case]:
+    """Router, products of experts and SwiGLU; the products share rows of x and thresholds or do not."""
+    for features, experts, chosen, rows, dtype in [
+        (512, 128, 8, 1, "bfloat16"),
+        (72, 60, 4, 3, "bfloat16"),
+        (256, 8, 2, 16, "float32"),
+        (512, 512, 10, 2, "bfloat16"),
+    ]:
+        rng = np.random.default_rng(experts)
+        x = jnp.asarray(rng.standard_normal((rows, 1, features)), jnp.bfloat16)
+        kernel = jnp.asarray(4 * features**-0.5 * rng.standard_normal((features, experts)), dtype)
+        inputs = Activations.of(x, rng.uniform(0.1, 0.3, (rows, 1, 4)).astype(np.float32), EPS)
+
+        def route(inputs, kernel, chosen=chosen):
+            # ``supports`` declines on the CPU, so the reference is XLA's router.
+            routed = Router(kernel)(inputs, GatedExperts(chosen=chosen, normalized=True))
+            # XLA rounds the normalised x to bfloat16, which can swap experts with close scores.
+            return jnp.sort(routed.experts, axis=-1), routed.probabilities, routed.inputs.array
+
+        yield f"router {features}x{experts}, {chosen} of {rows} rows, {dtype}", route, route, (inputs, kernel)
+
+    for rows, repeats in [(6, 1), (6, 3)]:
+        rng = np.random.default_rng(repeats)
+        each = [random_weight(300, 700, 8) for _ in range(4)]
+        weight = NestedExperts(
+            *(np.stack([getattr(w, a) for w in each]) for a in ("planes", "scales")), 300, 700
+        )
+        x = jnp.asarray(rng.standard_normal((rows // repeats, 300)), jnp.bfloat16)
+        squares = rng.uniform(0.5, 2, (rows, 1)).astype(np.float32)
+        thresholds = np.sort(rng.uniform(0, 1.5, (rows // repeats, 4)), axis=1).astype(np.float32)
+        arguments = Activations.of(x, squares, repeats=repeats), weight, rng.integers(0, 4, rows, np.int32)
+        yield (
+            f"products of {rows} rows with their experts, {repeats} for a token",
+            lambda *a: experts_kernel.partial_sums(*a)[0].array,
+            lambda *a: experts_reference.partial_sums(*a)[0].array,
+            (*arguments, thresholds),
+        )
+
+    rng = np.random.default_rng(0)
+    gate_up = Activations.sums(jnp.asarray(rng.standard_normal((3, 2, 1, 4, 1024)), jnp.float32), 600)
+    probabilities = rng.uniform(0.01, 1, (2, 1, 4)).astype(np.float32)
+    yield (
+        "SwiGLU of experts",
+        lambda *a: decode_rows.swiglu_experts(*a).array,
+        lambda gate_up, p: gated_mlp.gated_experts(gate_up.astype(jnp.float32), p).array,
+        (gate_up.astype(jnp.bfloat16), probabilities),
+    )
+
+
 def attention_cases() -> Iterator[Case]:
     for name, heads, kv_heads, lengths in [
         ("Qwen3-8B", 8, 2, (299,)),
@@ -161,7 +215,7 @@ def main() -> None:
     cpu = jax.devices("cpu")[0]
     # Inputs are made on the CPU, so the GPU runs only the kernels and the operations around them.
     with jax.default_device(cpu):
-        makers = (matvec_cases, rows_cases, attention_cases, dequantization_cases)
+        makers = (matvec_cases, rows_cases, mixture_cases, attention_cases, dequantization_cases)
         cases = [case for make in makers for case in make()]
     for name, kernel, reference_function, arguments in cases:
         arguments = jax.tree.map(np.asarray, arguments)

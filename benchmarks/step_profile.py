@@ -23,7 +23,13 @@ GRADED = re.compile(r"graded_(matvec|experts)_kernel")
 MATVEC = re.compile(r"graded_matvec|gemm|gemv|nvjet|cutlass|cublas|splitK|xmma|s16816gemm", re.IGNORECASE)
 EXCHANGE = re.compile(r"nccl|all.?reduce|all.?gather", re.IGNORECASE)
 """Kernels that exchange data between the devices of a mesh. They also wait for the slowest device."""
-OWN_KERNELS = {"attention_kernel": "attention", "add_norm_kernel": "norm", "swiglu_kernel": "mlp"}
+OWN_KERNELS = {
+    "attention_kernel": "attention",
+    "add_norm_kernel": "norm",
+    "swiglu_kernel": "mlp",
+    "swiglu_experts_kernel": "mlp",
+    "router_kernel": "router",
+}
 SCOPES = ("sampling", "grading_stats", "dial", "attention", "norm", "mlp", "router", "embed", "experts")
 """Named scopes of the library's source, inner ones before those that contain them."""
 

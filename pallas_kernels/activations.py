@@ -23,38 +23,46 @@ class Activations:
     factor can be applied after a product, because the product is linear in it, and because thresholds divided
     by it give the same levels. A plain array is one partial sum without a factor.
 
+    A token of a mixture of experts is several rows. ``repeats`` lets them share one row of values, and
+    ``terms`` leaves the sum over them to the next kernel.
+
     Attributes:
-      partials: ``[partials, *leading, stored_features]``, float32 if there are several, else float32,
-        bfloat16 or float16. Features after the first ``features`` are padding.
+      partials: ``[partials, *leading, terms stored_features]``, float32 if there are several numbers to add,
+        else float32, bfloat16 or float16. Features after the first ``features`` are padding.
       square_partials: float32 ``[*leading, sums]``; their sum is the mean square that the norm divides by.
         None if the factor is 1.
       features: Logical number of features.
       dtype: Dtype of the value.
       eps: Epsilon of the norm.
+      repeats: Number of consecutive rows of the last leading axis that share values. They are stored once, so
+        this axis of ``partials`` is shorter by this factor. Rows may differ in their factor.
+      terms: Number of rows of features that each row of a partial sum consists of, and that are added, too.
     """
 
-    partials: Float[Array, "partials *leading stored_features"]
+    partials: Float[Array, "partials *stored_leading stored_features"]
     square_partials: Float[Array, "*leading sums"] | None
     features: int = dataclasses.field(metadata={"static": True})
     dtype: jnp.dtype = dataclasses.field(metadata={"static": True})
     eps: float = dataclasses.field(default=0.0, metadata={"static": True})
+    repeats: int = dataclasses.field(default=1, metadata={"static": True})
+    terms: int = dataclasses.field(default=1, metadata={"static": True})
 
     @classmethod
     def of(
         cls,
-        array: Float[Array, "*leading features"],
+        array: Float[Array, "*stored_leading features"],
         square_partials: Float[Array, "*leading sums"] | None = None,
         eps: float = 0.0,
+        repeats: int = 1,
     ) -> "Activations":
         """Wraps an array, to which the factor of a norm may still have to be applied.
 
         Args:
           array: Activations before the factor, of any float dtype.
-          square_partials, eps: See ``Activations``.
+          square_partials, eps, repeats: See ``Activations``.
         """
-        return cls(
-            array.reshape(1, *array.shape), square_partials, array.shape[-1], jnp.dtype(array.dtype), eps
-        )
+        dtype = jnp.dtype(array.dtype)
+        return cls(array.reshape(1, *array.shape), square_partials, array.shape[-1], dtype, eps, repeats)
 
     @classmethod
     def sums(
@@ -66,22 +74,32 @@ class Activations:
     @property
     def leading(self) -> tuple[int, ...]:
         """Shape of the value without its last axis."""
-        return self.partials.shape[1:-1]
+        stored = self.partials.shape[1:-1]
+        return stored if self.repeats == 1 else (*stored[:-1], stored[-1] * self.repeats)
 
     @property
     def values(self) -> Float[Array, "*leading features"]:
-        """The sums in ``dtype``, without the factor.
+        """The sums in ``dtype``, without the factor."""
+        values = self.stored_values
+        return values if self.repeats == 1 else jnp.repeat(values, self.repeats, axis=-2)
+
+    @property
+    def stored_values(self) -> Float[Array, "*stored_leading features"]:
+        """The values of rows that share them only once.
 
         The partials are added one by one in a fixed order. XLA fuses single additions into the operation that
         uses the sum, but would compile a reduction to a separate kernel.
         """
+        stored = self.partials.shape[-1] // self.terms
         if len(self.partials) == 1:
-            total = self.partials.reshape(self.partials.shape[1:])
+            rows = [self.partials.reshape(self.partials.shape[1:])]
         else:
-            total = self.partials[0]
-            for i in range(1, len(self.partials)):
-                total = total + self.partials[i]
-        return total[..., : self.features].astype(self.dtype)
+            rows = [self.partials[i] for i in range(len(self.partials))]
+        parts = [row[..., j * stored : j * stored + self.features] for row in rows for j in range(self.terms)]
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
+        return total.astype(self.dtype)
 
     @property
     def array(self) -> Float[Array, "*leading features"]:
@@ -107,6 +125,7 @@ class Activations:
     def plus(self, vector: Float[Array, "features"]) -> "Activations":
         """Returns the activations plus a vector that all rows share; they must not lack a factor."""
         assert self.square_partials is None, "the factor of a norm would multiply the vector"
+        assert self.terms == 1, "the vector would be added to the first term alone"
         padding = self.partials.shape[-1] - self.features
         first = self.partials[0] + jnp.pad(vector, (0, padding)).astype(self.partials.dtype)
         return dataclasses.replace(self, partials=self.partials.at[0].set(first))
@@ -121,10 +140,12 @@ class Activations:
         float32 partial sums become partial sums of the total, which the next kernel adds up.
         """
         assert self.square_partials is None, "the rows have different factors"
+        assert self.repeats == 1, "the rows are stored once"
         if self.partials.dtype != jnp.float32:
             return Activations.of(jnp.sum(self.array, axis=-2, dtype=jnp.float32).astype(self.dtype))
-        partials = jnp.moveaxis(self.partials, -2, 1)
-        return dataclasses.replace(self, partials=partials.reshape(-1, *partials.shape[2:]))
+        *shape, terms, stored = self.partials.shape
+        partials = self.partials.reshape(*shape, terms * stored)
+        return dataclasses.replace(self, partials=partials, terms=terms * self.terms)
 
     def summed_across(self, axis: str) -> "Activations":
         """Returns the sum over the devices of a mesh axis, as one float32 partial sum, inside ``shard_map``.
@@ -133,11 +154,16 @@ class Activations:
         """
         assert self.square_partials is None, "the factor of a norm belongs to the whole sum"
         total = jnp.sum(self.partials, axis=0, dtype=jnp.float32)
-        return dataclasses.replace(self, partials=jax.lax.psum(total, axis)[None])
+        total = jnp.sum(total.reshape(*total.shape[:-1], self.terms, -1), axis=-2)
+        return dataclasses.replace(self, partials=jax.lax.psum(total, axis)[None], terms=1)
 
     def reshape(self, leading: Sequence[int]) -> "Activations":
         """Returns the same rows with another leading shape."""
         partials, squares = self.partials, self.square_partials
-        partials = partials.reshape(len(partials), *leading, partials.shape[-1])
+        stored = list(leading)
+        if self.repeats > 1:
+            assert stored[-1] == -1 or stored[-1] % self.repeats == 0, "rows that share values are separated"
+            stored[-1] = stored[-1] if stored[-1] == -1 else stored[-1] // self.repeats
+        partials = partials.reshape(len(partials), *stored, partials.shape[-1])
         squares = None if squares is None else squares.reshape(*leading, squares.shape[-1])
         return dataclasses.replace(self, partials=partials, square_partials=squares)

@@ -161,12 +161,15 @@ class Graded:
         thresholds = self.thresholds[name]
         if thresholds.ndim == 2:  # [B, P]: all positions of a batch row share its thresholds
             thresholds = thresholds.reshape(-1, *(1,) * (len(x.leading) - 1), thresholds.shape[-1])
-        thresholds = jnp.broadcast_to(thresholds, (*x.leading, thresholds.shape[-1]))
         if isinstance(linear, ChosenGraded):
             self.of_experts.add(name)
+        else:
+            thresholds = jnp.broadcast_to(thresholds, (*x.leading, thresholds.shape[-1]))
         y, self._stats[name] = linear.graded(x, thresholds)
         if linear.input_cut is not None:
-            self._cuts[name], self._at_zero[name] = linear.input_cut, grading.zero_bits(thresholds)
+            at_zero = grading.zero_bits(thresholds)
+            self._cuts[name] = linear.input_cut
+            self._at_zero[name] = jnp.broadcast_to(at_zero, x.leading)
         return y if in_head(name) else y.astype(x.dtype)
 
 

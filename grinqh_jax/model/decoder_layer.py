@@ -18,9 +18,9 @@ from grinqh_jax.model.attention import attend_heads, without_gates
 from grinqh_jax.model.cache import KeyValues, LayerState
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.delta_net import DeltaNet
-from grinqh_jax.model.experts import Router, build_experts, grading_factor
+from grinqh_jax.model.experts import Router, build_experts
 from grinqh_jax.model.fixed_states import RecurrentState
-from grinqh_jax.model.gated_mlp import gated
+from grinqh_jax.model.gated_mlp import gated, gated_experts
 from grinqh_jax.model.layer_spec import (
     Attention,
     GatedDeltaNet,
@@ -206,15 +206,12 @@ class DecoderLayer(nnx.Module):
           inputs: Inputs of the router and of the experts, ``[b, t, d]``.
           apply: Strategy. It is called with a row for each chosen expert of each token, ``[b, t, c, k]``.
         """
-        x = inputs.array
-        experts, probabilities = getattr(self, mixture.router)(x, mixture)
-        reads, writes = (getattr(self, p.name).choose(experts) for p in (block.reads, block.writes))
-        factor = grading_factor(probabilities)[..., None].astype(x.dtype)
-        outputs = apply(f"{name}.{block.reads.name}", reads, Activations.of(x[..., None, :] * factor))
-        mixed = gated(Activations.of(outputs.array / factor), mixture.activation).array
-        mixed = (mixed * probabilities[..., None]).astype(x.dtype)
+        chosen = getattr(self, mixture.router)(inputs, mixture)
+        reads, writes = (getattr(self, p.name).choose(chosen.experts) for p in (block.reads, block.writes))
+        outputs = apply(f"{name}.{block.reads.name}", reads, chosen.inputs)
+        mixed = gated_experts(outputs, chosen.probabilities, mixture.activation)
         # The probabilities are factors of the inputs, so the experts' outputs are terms of one sum.
-        return apply(f"{name}.{block.writes.name}", writes, Activations.of(mixed)).summed()
+        return apply(f"{name}.{block.writes.name}", writes, mixed).summed()
 
     def mix(
         self,

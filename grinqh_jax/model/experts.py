@@ -21,10 +21,12 @@ from pallas_kernels import (
     dequantization,
     dequantize,
     level_matmul,
+    router,
 )
 from pallas_kernels.expert_weights import NestedExperts
 from pallas_kernels.experts import experts_matvec
 from pallas_kernels.experts.blocks import map_blocks
+from pallas_kernels.router.grading_factor import grading_factor
 
 
 class Chosen(NamedTuple):
@@ -33,10 +35,12 @@ class Chosen(NamedTuple):
     Attributes:
       experts: int32 experts, those with the largest probabilities first.
       probabilities: float32 factors of their results.
+      inputs: Inputs of each expert, times its grading factor (see ``grading_factor``).
     """
 
     experts: Int[Array, "*rows c"]
     probabilities: Float[Array, "*rows c"]
+    inputs: Activations
 
 
 class Router(nnx.Module):
@@ -46,14 +50,23 @@ class Router(nnx.Module):
         self.kernel = nnx.Param(kernel)
 
     @jax.named_scope("router")
-    def __call__(self, x: Float[Array, "*rows d"], mixture: GatedExperts) -> Chosen:
-        """Returns the experts of each row of ``x`` (see ``layer_spec.GatedExperts``)."""
+    def __call__(self, inputs: Activations, mixture: GatedExperts) -> Chosen:
+        """Returns the experts of each row ``[*rows, d]`` (see ``layer_spec.GatedExperts``).
+
+        For the few rows of a decode step this is one kernel on a GPU.
+        """
+        if router.supports(inputs, self.kernel[...], mixture.chosen) is None:
+            return Chosen(
+                *router.route(inputs, self.kernel[...], mixture.chosen, normalized=mixture.normalized)
+            )
+        x = inputs.array
         kernel = self.kernel[...].astype(x.dtype)
         scores = jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
         probabilities, experts = jax.lax.top_k(jax.nn.softmax(scores, axis=-1), mixture.chosen)
         if mixture.normalized:
             probabilities = probabilities / jnp.sum(probabilities, axis=-1, keepdims=True)
-        return Chosen(experts, probabilities)
+        factor = grading_factor(probabilities)[..., None].astype(x.dtype)
+        return Chosen(experts, probabilities, Activations.of(x[..., None, :] * factor))
 
 
 class DenseExperts(nnx.Module):
@@ -197,23 +210,6 @@ def build_experts(tree: Mapping[str, Any], shape: tuple[int, int]) -> DenseExper
         return DenseExperts(jnp.asarray(tree["kernel"]))
     leaves = {"level_gains" if key == "gains" else key: leaf for key, leaf in tree.items()}
     return GradedExperts(**leaves, in_features=shape[0], out_features=shape[1])
-
-
-def grading_factor(probabilities: Float[Array, "*rows c"]) -> Float[Array, "*rows c"]:
-    """Returns the factor of an expert's inputs while they are graded: its probability as a power of two.
-
-    An error of an expert's outputs is multiplied by its probability. If the expert's inputs are multiplied by
-    it before the product, and the outputs divided by it, then grading reads fewer bits of experts that matter
-    less. A power of two makes both exact in every float dtype.
-    """
-    # The exponent bits of a float32 are those of the largest power of two below it.
-    pattern = jax.lax.bitcast_convert_type(
-        jnp.maximum(probabilities, _LEAST_PROBABILITY) * jnp.float32(2**0.5), jnp.uint32
-    )
-    return jax.lax.bitcast_convert_type(pattern & 0x7F800000, jnp.float32)
-
-
-_LEAST_PROBABILITY = 2.0**-16
 
 
 @jax.custom_vjp

@@ -1,10 +1,12 @@
-"""The activation function of a gated MLP."""
+"""The activation function of a gated MLP, and of the experts of a mixture."""
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from grinqh_jax.model.layer_spec import Activation
 from pallas_kernels import Activations, decode_rows
+from pallas_kernels.router.grading_factor import grading_factor
 
 
 @jax.named_scope("mlp")
@@ -22,3 +24,23 @@ def gated(gate_up: Activations, activation: Activation = "silu") -> Activations:
     gate, up = jnp.split(gate_up.array, 2, axis=-1)
     activated = jax.nn.silu(gate) if activation == "silu" else jax.nn.gelu(gate, approximate=True)
     return Activations.of(activated * up)
+
+
+@jax.named_scope("mlp")
+def gated_experts(
+    gate_up: Activations, probabilities: Float[Array, "*rows c"], activation: Activation = "silu"
+) -> Activations:
+    """Returns the inputs of the second projection of experts: ``probability * activation(gate) * up``.
+
+    With SiLU this is one kernel of a decode step on a GPU.
+
+    Args:
+      gate_up: Outputs of the experts' first projections ``[*rows, c, 2 n]``, times their grading factors.
+      probabilities: Factors of the experts' results.
+      activation: Activation function of the gate.
+    """
+    if activation == "silu" and decode_rows.supports_rows(gate_up) is None:
+        return decode_rows.swiglu_experts(gate_up, probabilities)
+    factor = grading_factor(probabilities)[..., None].astype(gate_up.dtype)
+    mixed = gated(Activations.of(gate_up.array / factor), activation).array
+    return Activations.of((mixed * probabilities[..., None]).astype(gate_up.dtype))

@@ -12,6 +12,7 @@ from grinqh_jax.model.layer_spec import (
     GatedMLP,
     LayerSpec,
 )
+from pallas_kernels import router
 
 
 def options(description: Description) -> list[str]:
@@ -46,10 +47,16 @@ def missing_kernels(description: Description) -> list[str]:
     blocks = [block for spec in description.layers for block in spec.blocks]
     if any(block.norm is None or block.norm_after is not None for block in blocks):
         lines.append("residual addition and norm, because blocks normalize what they add")
-    if any(isinstance(block.mixer, GatedMLP) and block.mixer.activation != "silu" for block in blocks):
-        lines.append("the activation function of the MLP, because it is not SiLU")
-    if any(isinstance(block.mixer, GatedExperts) for block in blocks):
-        lines.append("routers, and SwiGLU of experts")
+    mixtures = [block.mixer for block in blocks if isinstance(block.mixer, GatedExperts)]
+    for mixers, name in (
+        ([block.mixer for block in blocks if isinstance(block.mixer, GatedMLP)], "the MLP"),
+        (mixtures, "experts"),
+    ):
+        if any(mixer.activation != "silu" for mixer in mixers):
+            lines.append(f"the activation function of {name}, because it is not SiLU")
+    for mixture in dict.fromkeys(mixtures):
+        if (reason := router.lacks(description.num_experts, mixture.chosen)) is not None:
+            lines.append(f"routers, because the kernel {reason}")
     return lines
 
 

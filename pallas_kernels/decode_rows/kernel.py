@@ -1,6 +1,8 @@
 """Residual addition with RMSNorm, and SwiGLU, as one kernel each in a decode step on an NVIDIA GPU."""
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from pallas_kernels.decode_rows.program import (
     swiglu_program,
 )
 from pallas_kernels.lanes import device
+from pallas_kernels.lanes.instructions import Instructions
 from pallas_kernels.lanes.launch import lane_kernel
 from pallas_kernels.lanes.rows import Rows
 
@@ -23,6 +26,11 @@ def supports(sums: Activations) -> str | None:
     """Returns why ``add_norm`` and ``swiglu`` cannot run on these partial sums, or None if they can."""
     if len(sums.leading) != 2 or sums.leading[1] != 1:
         return f"takes one token of each sequence, not rows of shape {sums.leading}"
+    return supports_rows(sums)
+
+
+def supports_rows(sums: Activations) -> str | None:
+    """Returns why ``swiglu_experts`` cannot run on these partial sums, or None if it can."""
     if sums.partials.dtype != jnp.float32 or sums.square_partials is not None:
         return f"takes float32 partial sums, not {sums.partials.dtype.name}"
     if sums.dtype != jnp.bfloat16:
@@ -45,7 +53,7 @@ def add_norm(
     """
     rows = Rows(x.shape[0], x.shape[2])
     partials = _partials_by_row(update)
-    kernel = _add_norm_kernel(Shape(rows, partials.shape[0], partials.shape[2]))
+    kernel = _add_norm_kernel(_shape(rows, update))
     total, values, squares = kernel(x[:, 0], partials, norm_scale.astype(jnp.bfloat16))
     return total[:, None], Activations.of(values[:, None], squares[:, None], eps)
 
@@ -59,13 +67,34 @@ def swiglu(gate_up: Activations) -> Activations:
     """
     partials = _partials_by_row(gate_up)
     rows = Rows(partials.shape[1], gate_up.features // 2)
-    (values,) = _swiglu_kernel(Shape(rows, partials.shape[0], partials.shape[2]))(partials)
+    (values,) = _swiglu_kernel(_shape(rows, gate_up))(partials)
     return Activations.of(values[:, None])
+
+
+def swiglu_experts(gate_up: Activations, probabilities: Float[Array, "*leading"]) -> Activations:
+    """Returns ``probability * silu(gate) * up`` in bfloat16.
+
+    Args:
+      gate_up: float32 partial sums ``[partials, *leading, features]``, times the grading factor of the row's
+        expert. The first half of the features is the gate.
+      probabilities: Probability of each row's expert.
+    """
+    partials = gate_up.reshape((-1,)).partials
+    rows = Rows(partials.shape[1], gate_up.features // 2)
+    kernel = _swiglu_kernel(_shape(rows, gate_up), experts=True)
+    (values,) = kernel(partials, probabilities.reshape(-1))
+    return Activations.of(values).reshape(gate_up.leading)
 
 
 def _partials_by_row(sums: Activations) -> Float[Array, "partials b features"]:
     """Returns the partial sums without the axis of tokens, of which a decode step has one."""
     return sums.reshape((sums.leading[0],)).partials
+
+
+def _shape(rows: Rows, sums: Activations) -> Shape:
+    """Returns the sizes of a launch that adds up these partial sums."""
+    count, stored = sums.partials.shape[0], sums.partials.shape[-1]
+    return Shape(rows, count, stored // sums.terms, sums.terms)
 
 
 @functools.cache
@@ -87,11 +116,16 @@ def _add_norm_kernel(shape: Shape):
 
 
 @functools.cache
-def _swiglu_kernel(shape: Shape):
+def _swiglu_kernel(shape: Shape, *, experts: bool = False):
     """Builds the kernel. ``SwigluRefs`` describes its arguments and results."""
+
+    def program(isa: Instructions, refs: Sequence[Any]) -> None:
+        partials, *probabilities, values, shared = refs
+        swiglu_program(isa, shape, SwigluRefs(partials, values, shared, *probabilities))
+
     return lane_kernel(
-        "swiglu_kernel",
-        lambda isa, refs: swiglu_program(isa, shape, SwigluRefs(*refs)),
+        "swiglu_experts_kernel" if experts else "swiglu_kernel",
+        program,
         outputs=[_bfloat16_rows(shape.rows)],
         blocks=shape.rows.blocks,
         threads=shape.rows.threads,

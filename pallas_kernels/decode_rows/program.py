@@ -13,6 +13,7 @@ from pallas_kernels.lanes.rows import (
     store_rounded,
     sum_pairs,
 )
+from pallas_kernels.router.grading_factor import inverse_grading_factor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,20 +24,27 @@ class Shape:
       rows: How the rows of the output are cut into CTAs.
       num_partials: Number of partial sums of the input.
       stored_features: Number of features of the input, padding included.
+      terms: Number of rows of features that a row of a partial sum consists of (see ``Activations``).
     """
 
     rows: Rows
     num_partials: int
     stored_features: int
+    terms: int = 1
 
     def index(self, row: Value, feature: Value) -> Value:
         """Returns the index of a row's feature in the first partial sum."""
-        return row * self.stored_features + feature
+        return row * (self.terms * self.stored_features) + feature
 
     @property
     def stride(self) -> int:
         """Distance, in numbers, from a feature in one partial sum to the same feature in the next."""
-        return self.rows.rows * self.stored_features
+        return self.rows.rows * self.terms * self.stored_features
+
+    def sum(self, isa: Instructions, ref: Any, index: Value) -> list[Value]:
+        """Adds up two neighbouring features, of which ``index`` is the first, over partial sums and terms."""
+        terms = {"terms": self.terms, "term_stride": self.stored_features}
+        return sum_pairs(isa, ref, index, self.stride, self.num_partials, **terms)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +53,7 @@ class AddNormRefs:
 
     Attributes:
       x: bfloat16 ``[rows, N]``: the residual stream.
-      partials: float32 ``[partials, rows, features]``: partial sums of the update of the stream.
+      partials: float32 ``[partials, rows, terms features]``: partial sums of the update of the stream.
       norm_scale: bfloat16 ``[N]``: learned scale of the norm.
       total: Output, bfloat16 ``[rows, N]``: the updated residual stream.
       values: Output, bfloat16 ``[rows, N]``: the updated stream times the norm scale.
@@ -69,7 +77,7 @@ def add_norm_program(isa: Instructions, shape: Shape, refs: AddNormRefs) -> None
     x = load_bfloat16_pair(isa, refs.x, pair.row * rows.features + pair.feature)
     norm_scale = load_bfloat16_pair(isa, refs.norm_scale, pair.feature)
     first = shape.index(pair.row, pair.feature)
-    update = sum_pairs(isa, refs.partials, first, shape.stride, shape.num_partials)
+    update = shape.sum(isa, refs.partials, first)
     total = store_rounded(isa, rows, pair, refs.total, [a + b for a, b in zip(x, update, strict=True)])
     values = [a * b for a, b in zip(total, norm_scale, strict=True)]
     store_rounded(isa, rows, pair, refs.values, values)
@@ -85,20 +93,33 @@ class SwigluRefs:
       partials: float32 ``[partials, rows, features]``: partial sums of the gate's features, then of up's.
       values: Output, bfloat16 ``[rows, N]``.
       shared: The shared memory, not used.
+      probabilities: float32 ``[rows]``, the probabilities of experts; None without experts.
     """
 
     partials: Any
     values: Any
     shared: Any
+    probabilities: Any = None
 
 
 def swiglu_program(isa: Instructions, shape: Shape, refs: SwigluRefs) -> None:
-    """Computes ``silu(gate) * up``, where ``silu(a) = a / (1 + exp(-a))``."""
+    """Computes ``silu(gate) * up``, where ``silu(a) = a / (1 + exp(-a))``.
+
+    With probabilities, ``gate`` and ``up`` are divided by an expert's grading factor, and the result is
+    multiplied by its probability.
+    """
     rows = shape.rows
     pair = locate(isa, rows)
     first = shape.index(pair.row, pair.feature)
-    gate = sum_pairs(isa, refs.partials, first, shape.stride, shape.num_partials)
-    up = sum_pairs(isa, refs.partials, first + rows.features, shape.stride, shape.num_partials)
+    probability = None
+    if refs.probabilities is not None:
+        address = isa.global_address(refs.probabilities) + isa.widen(pair.row << 2)
+        (probability,) = isa.load_global(address, kind="f32")
+    gate = shape.sum(isa, refs.partials, first)
+    up = shape.sum(isa, refs.partials, first + rows.features)
+    if probability is not None:
+        inverse = inverse_grading_factor(isa, probability)
+        gate, up = [a * inverse for a in gate], [a * (inverse * probability) for a in up]
     activated = [
         isa.divide(a * b, isa.exp2(a * -math.log2(math.e)) + 1.0) for a, b in zip(gate, up, strict=True)
     ]

@@ -23,7 +23,8 @@ IMPLEMENTATIONS: dict[ExpertsImplementation, ModuleType] = {
 }
 """Implementations by name, in order of preference. Each module has two functions: ``supports(x [rows, K],
 weight)`` returns None, or the reason why it cannot run; ``partial_sums(x [rows, K], weight, experts [rows],
-thresholds [rows, P])`` computes ``experts_matvec``."""
+thresholds [n, P])`` computes ``experts_matvec``, where each row of thresholds serves ``rows / n`` consecutive
+rows."""
 
 
 @without_x64
@@ -45,8 +46,9 @@ def experts_matvec(
         a norm may be left to this function.
       weight: Nested weights of all experts.
       experts: int32 expert of each row, in ``0..E - 1``; not checked. Rows may share an expert.
-      thresholds: ``[P]``, or ``[*leading, P]`` for different thresholds in each row; ascending, ``>= 0``.
-        Channel j of row r is read at level ``#{ l : |x_rj| >= t_l }`` (see ``grading.levels``).
+      thresholds: ``[P]``, or ``[*leading, P]`` for different thresholds in each row, where an axis of rows
+        with equal thresholds may have length 1; ascending, ``>= 0``. Channel j of row r is read at level
+        ``#{ l : |x_rj| >= t_l }`` (see ``grading.levels``).
       implementation: Name of the implementation. The default is the first that supports the arguments and
         the device.
 
@@ -62,8 +64,7 @@ def experts_matvec(
     rows = x.reshape((-1,))
     shape = jax.ShapeDtypeStruct((*rows.leading, rows.features), rows.dtype)
     _check(x, weight, experts, thresholds)
-    thresholds = jnp.broadcast_to(thresholds, (*x.leading, weight.num_planes))
-    thresholds = thresholds.reshape(-1, weight.num_planes)
+    thresholds = _distinct(thresholds, x.leading)
     chosen = IMPLEMENTATIONS[choose(shape, weight, implementation)]
     y, stats = chosen.partial_sums(rows, weight, experts.reshape(-1), thresholds)
     return y.reshape(x.leading), GradingStats(stats.packed.reshape(*x.leading, 2))
@@ -96,7 +97,24 @@ def _check(x: Activations, weight: NestedExperts, experts, thresholds) -> None:
     if experts.shape != x.leading or not jnp.issubdtype(experts.dtype, jnp.integer):
         problems.append(f"experts is {experts.dtype} {experts.shape}, expected integers {x.leading}")
     allowed = [(weight.num_planes,), (*x.leading, weight.num_planes)]
-    if thresholds.shape not in allowed:
+    given = thresholds.shape
+    fits = len(given) == len(allowed[1]) and all(
+        length in (1, full) for length, full in zip(given[:-1], x.leading, strict=True)
+    )
+    if given[-1:] != (weight.num_planes,) or not (fits or len(given) == 1):
         problems.append(f"thresholds has shape {thresholds.shape}, expected {' or '.join(map(str, allowed))}")
     if problems:
         raise ValueError("experts_matvec: " + "; ".join(problems))
+
+
+def _distinct(thresholds: Float[Array, "*any p"], leading: tuple[int, ...]) -> Float[Array, "n p"]:
+    """Returns thresholds ``[n, P]``, each of them for as many consecutive rows.
+
+    A copy for each row would be a small XLA kernel in each layer of a decode step.
+    """
+    shape = (*(1,) * (len(leading) + 1 - thresholds.ndim), *thresholds.shape)
+    shared = len(leading)  # Axes from here on share thresholds.
+    while shared and shape[shared - 1] == 1:
+        shared -= 1
+    thresholds = thresholds.reshape(*shape[:shared], shape[-1])
+    return jnp.broadcast_to(thresholds, (*leading[:shared], shape[-1])).reshape(-1, shape[-1])

@@ -19,7 +19,7 @@ from pallas_kernels.activations import Activations
 from pallas_kernels.expert_weights import NestedExperts
 from pallas_kernels.grading import GradingStats
 from pallas_kernels.lanes import device
-from pallas_kernels.lanes.instructions import Instructions
+from pallas_kernels.lanes.instructions import Instructions, Value
 from pallas_kernels.lanes.launch import lane_kernel
 from pallas_kernels.matvec.mosaic_gpu import tuning
 from pallas_kernels.matvec.mosaic_gpu.geometry import Config, Geometry
@@ -42,7 +42,14 @@ class ExpertsGeometry(Geometry):
     """Sizes of a launch in which every row reads another weight: a row batch has one row.
 
     All other sizes are those of one expert's weight.
+
+    Attributes:
+      x_repeats: Number of consecutive rows that share a row of x: the experts of a token.
+      threshold_repeats: Number of consecutive rows that share thresholds: the experts of a sequence's tokens.
     """
+
+    x_repeats: int = 1
+    threshold_repeats: int = 1
 
     @property
     def row_batches(self) -> int:
@@ -51,6 +58,12 @@ class ExpertsGeometry(Geometry):
     @property
     def rows_per_cta(self) -> int:
         return 1
+
+    def x_row(self, row: Value) -> Value:
+        return row if self.x_repeats == 1 else row // self.x_repeats
+
+    def threshold_row(self, row: Value) -> Value:
+        return row if self.threshold_repeats == 1 else row // self.threshold_repeats
 
 
 def supports(x: jax.Array | jax.ShapeDtypeStruct, weight: NestedExperts) -> str | None:
@@ -75,20 +88,24 @@ def partial_sums(
     """Implements ``api.experts_matvec`` for x ``[rows, K]``, 1 to 128 rows.
 
     Args:
-      x, weight, experts, thresholds: See ``api.experts_matvec``.
+      x, weight, experts, thresholds: See ``api.IMPLEMENTATIONS``.
       config: Tuning of the launch. The default is the choice of ``tuning.rule``.
     """
-    geometry = geometry_of(x, weight, config)
+    geometry = geometry_of(x, weight, config, threshold_repeats=x.leading[0] // len(thresholds))
     # The kernel always has these operands. Without a norm the program does not read ``squares``.
     squares = thresholds if x.square_partials is None else x.square_partials
     gains = jnp.ones(weight.num_planes) if weight.level_gains is None else weight.level_gains
     floats = [a.astype(jnp.float32) for a in (thresholds, squares, gains)]
     kernel = _experts_kernel(geometry)
-    partials, stats = kernel(experts.astype(jnp.int32), x.values, *floats, weight.planes, weight.scales)
+    partials, stats = kernel(
+        experts.astype(jnp.int32), x.stored_values, *floats, weight.planes, weight.scales
+    )
     return Activations.sums(partials, weight.out_features), GradingStats(stats)
 
 
-def geometry_of(x: Activations, weight: NestedExperts, config: Config | None = None) -> ExpertsGeometry:
+def geometry_of(
+    x: Activations, weight: NestedExperts, config: Config | None = None, *, threshold_repeats: int = 1
+) -> ExpertsGeometry:
     """Returns the sizes of the launch that ``partial_sums`` makes for these arguments."""
     geometry = ExpertsGeometry(
         in_features=weight.in_features,
@@ -100,6 +117,8 @@ def geometry_of(x: Activations, weight: NestedExperts, config: Config | None = N
         config=config or ANY_CONFIG,
         num_square_partials=0 if x.square_partials is None else x.square_partials.shape[1],
         eps=x.eps,
+        x_repeats=x.repeats,
+        threshold_repeats=threshold_repeats,
     )
     if config is None:
         typical = dataclasses.replace(geometry, rows=TYPICAL_ROWS)

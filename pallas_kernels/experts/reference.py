@@ -24,6 +24,7 @@ def partial_sums(
         w = codes.dequantize(weight.expert(expert), level)
         return jnp.dot(x.astype(jnp.float32), w, precision=jax.lax.Precision.HIGHEST)
 
+    thresholds = jnp.repeat(thresholds, x.leading[0] // len(thresholds), axis=0)
     level = grading.levels(x.values, x.scale_thresholds(thresholds))
     y = jax.lax.map(one_row, (x.values, level, experts))
     return Activations.of(y * x.factor()), grading.stats(x, level)

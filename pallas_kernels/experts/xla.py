@@ -26,6 +26,7 @@ def partial_sums(
     x: Activations, weight: NestedExperts, experts: jax.Array, thresholds: jax.Array
 ) -> tuple[Activations, grading.GradingStats]:
     """Implements ``api.experts_matvec`` for x ``[rows, K]``; returns one partial sum."""
+    thresholds = jnp.repeat(thresholds, x.leading[0] // len(thresholds), axis=0)
     level = grading.levels(x.values, x.scale_thresholds(thresholds))
     stats = grading.stats(x, level)
     values, level = padded_terms(x, level, weight.level_gains, weight.planes.shape[2])

@@ -89,10 +89,22 @@ def load_bfloat16_pair(isa: Instructions, ref: Any, index: Value) -> list[Value]
 
 
 def sum_pairs(
-    isa: Instructions, ref: Any, first: Value, stride: int, count: int, *, ordered: bool = False
+    isa: Instructions,
+    ref: Any,
+    first: Value,
+    stride: int,
+    count: int,
+    *,
+    ordered: bool = False,
+    terms: int = 1,
+    term_stride: int = 0,
 ) -> list[Value]:
-    """Adds up ``count`` pairs of ``f32``, from the first to the last, that lie ``stride`` numbers apart."""
-    pairs = [load_pair(isa, ref, first + i * stride, ordered=ordered) for i in range(count)]
+    """Adds up ``count`` pairs of ``f32``, from the first to the last, that lie ``stride`` numbers apart.
+
+    If there are several ``terms``, each pair stands for that many, which lie ``term_stride`` numbers apart.
+    """
+    offsets = [i * stride + j * term_stride for i in range(count) for j in range(terms)]
+    pairs = [load_pair(isa, ref, first + offset, ordered=ordered) for offset in offsets]
     total = pairs[0]
     for pair in pairs[1:]:
         total = [a + b for a, b in zip(total, pair, strict=True)]

@@ -43,13 +43,20 @@ def supports(x: Activations, kernel: Array | jax.ShapeDtypeStruct, chosen: int) 
         return f"takes bfloat16 activations, not {len(x.partials)} partial sums of {x.dtype.name}"
     if features % PIECE or features > MOST_FEATURES:
         return f"takes a multiple of {PIECE} up to {MOST_FEATURES} features, not {features}"
+    if (reason := lacks(experts, chosen)) is not None:
+        return reason
+    if kernel.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"takes a kernel of bfloat16 or float32, not {kernel.dtype.name}"
+    return device.unsupported_reason(device.CLUSTERS)
+
+
+def lacks(experts: int, chosen: int) -> str | None:
+    """Returns why no launch can choose ``chosen`` of this number of experts, or None if one can."""
     if experts > MOST_EXPERTS or experts % 2:
         return f"takes an even number of up to {MOST_EXPERTS} experts, not {experts}"
     if chosen > LANES:
         return f"chooses at most {LANES} experts, not {chosen}"
-    if kernel.dtype not in (jnp.bfloat16, jnp.float32):
-        return f"takes a kernel of bfloat16 or float32, not {kernel.dtype.name}"
-    return device.unsupported_reason(device.CLUSTERS)
+    return None
 
 
 def route(x: Activations, kernel: Float[Array, "d e"], chosen: int, *, normalized: bool) -> Routed:
@@ -81,7 +88,7 @@ def route(x: Activations, kernel: Float[Array, "d e"], chosen: int, *, normalize
     squares = jnp.ones((geometry.rows, 1)) if squares is None else squares
     outputs = _router_kernel(geometry)(rows.partials[0], squares.astype(jnp.float32), kernel)
     experts, probabilities, mean_squares = (a.reshape(*x.leading, chosen) for a in outputs)
-    inputs = Activations.of(x.partials[0][..., None, :], mean_squares[..., None])
+    inputs = Activations.of(x.partials[0][..., None, :], mean_squares[..., None], repeats=chosen)
     return Routed(experts, probabilities, inputs)
 
 

@@ -34,9 +34,12 @@ from grinqh_jax.hf import load_decoder, open_checkpoint
 from grinqh_jax.model.apply import Dense, Graded
 from grinqh_jax.model.cache import KVCache
 from grinqh_jax.model.decoder import linear_names
-from grinqh_jax.model.experts import GradedExperts, Router, grading_factor
+from grinqh_jax.model.experts import GradedExperts, Router
+from grinqh_jax.model.layer_spec import LayerSpec
+from grinqh_jax.model.options import missing_kernels
 from grinqh_jax.model.weight_counts import weights_read, weights_stored
 from pallas_kernels import Activations, GradingStats, NestedWeight, quantize
+from pallas_kernels.router.grading_factor import grading_factor
 
 TOKENS = np.random.default_rng(5).integers(0, 256, (2, 60))
 
@@ -181,11 +184,13 @@ def test_a_router_chooses_the_largest_probabilities(loaded):
     x = np.random.default_rng(2).standard_normal((3, 64)).astype(np.float32)
     scores = x.astype(np.float64) @ kernel
     p = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    experts, probabilities = Router(jnp.asarray(kernel))(jnp.asarray(x), mixture)
+    experts, probabilities, inputs = Router(jnp.asarray(kernel))(Activations.of(jnp.asarray(x)), mixture)
     best = np.argsort(-p, axis=-1)[:, :2]
     np.testing.assert_array_equal(experts, best)
     chosen = np.take_along_axis(p, best, axis=-1)
     np.testing.assert_allclose(probabilities, chosen / chosen.sum(axis=-1, keepdims=True), rtol=1e-4)
+    factor = np.asarray(grading_factor(probabilities))[..., None]
+    np.testing.assert_array_equal(inputs.array, x[:, None] * factor)
 
 
 def test_the_converter_says_what_it_leaves_out(original):
@@ -268,7 +273,22 @@ def test_inspect_shows_a_mixture(original, converted, capsys):
         assert (report["sizes"]["experts"], report["sizes"]["expert_intermediate"]) == (6, 72)
         config = open_checkpoint(original).config
         assert report["parameters_read_per_token"] == sum(weights_read(config).values())
-        assert "routers, and SwiGLU of experts" in report["computed_by_xla"]
+        assert report["computed_by_xla"] == []
+
+
+def test_inspect_says_why_xla_computes_routers_and_activation_functions(original):
+    description = open_checkpoint(original).config
+    mixture = dataclasses.replace(description.layers[0].experts, chosen=33, activation="gelu_tanh")
+    block = dataclasses.replace(description.layers[0].blocks[1], mixer=mixture)
+    changed = dataclasses.replace(description, layers=(LayerSpec((description.layers[0].blocks[0], block)),))
+    assert missing_kernels(changed) == [
+        "the activation function of experts, because it is not SiLU",
+        "routers, because the kernel chooses at most 32 experts, not 33",
+    ]
+    odd = dataclasses.replace(description, num_experts=7)
+    assert missing_kernels(odd) == [
+        "routers, because the kernel takes an even number of up to 512 experts, not 7"
+    ]
 
 
 @pytest.mark.slow

@@ -29,11 +29,13 @@ def emulate(
 
 
 def emulate_experts(
-    x, weight: NestedExperts, experts, thresholds, config: Config, square_partials=None, eps=0.0
+    x, weight: NestedExperts, experts, thresholds, config: Config, square_partials=None, eps=0.0, repeats=1
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns ``(y, realised bits)`` as ``experts_matvec`` does, and checks what ``emulate`` checks."""
-    inputs = Activations.of(x, square_partials, eps=eps)
-    geometry = experts_kernel.geometry_of(inputs, weight, config)
+    inputs = Activations.of(x, square_partials, eps=eps, repeats=repeats)
+    geometry = experts_kernel.geometry_of(
+        inputs, weight, config, threshold_repeats=inputs.leading[0] // len(thresholds)
+    )
     return _emulate(
         geometry,
         lambda isa, refs: experts_kernel.run_program(isa, geometry, refs),
@@ -61,7 +63,9 @@ def _emulate(
     unwritten = np.float32(12345.678)
     partials = np.full((geometry.splits, geometry.rows, geometry.stored_n), unwritten)
     stats = np.full((geometry.rows, 2), unwritten)
-    arrays = [np.array(a) for a in (x.values, thresholds, squares, gains, weight.planes, weight.scales)]
+    arrays = [
+        np.array(a) for a in (x.stored_values, thresholds, squares, gains, weight.planes, weight.scales)
+    ]
     program(isa, [*(isa.array(a) for a in (*first, *arrays, partials, stats)), None])
     isa.finish()
     assert not (partials == unwritten).any()

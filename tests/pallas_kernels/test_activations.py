@@ -40,3 +40,28 @@ def test_the_factor_of_a_norm_is_applied_to_the_value_or_to_the_thresholds():
     scaled = x.scale_thresholds(jnp.ones((2, 3, 1)))
     np.testing.assert_array_equal(np.abs(x.values) >= scaled, np.abs(normed) >= 1)
     np.testing.assert_array_equal(x.reshape((6,)).array.reshape(values.shape), x.array)
+
+
+def test_rows_that_share_values_have_factors_of_their_own():
+    values = jnp.asarray(RNG.standard_normal((2, 1, 8)), jnp.float32)
+    squares = jnp.asarray(RNG.uniform(0.5, 2, (2, 3, 1)), jnp.float32)
+    x = Activations.of(values, squares, repeats=3)
+    assert x.leading == (2, 3)
+    np.testing.assert_allclose(x.array, values / np.sqrt(squares), rtol=1e-6)
+    flat = x.reshape((-1,))
+    assert flat.leading == (6,)
+    assert flat.stored_values.shape == (2, 8)
+    np.testing.assert_array_equal(flat.array, x.array.reshape(6, 8))
+    np.testing.assert_array_equal(flat.reshape((2, 1, 3)).array, x.array[:, None])
+
+
+def test_terms_of_a_sum_are_left_to_the_next_kernel():
+    partials = jnp.asarray(RNG.standard_normal((5, 2, 1, 3, 12)), jnp.float32)
+    rows = Activations.sums(partials, 10).astype(jnp.bfloat16)
+    total = rows.summed()
+    assert (total.leading, total.terms, total.partials.size) == ((2, 1), 3, partials.size)
+    exact = np.asarray(partials, np.float64)[..., :10].sum(axis=(0, 3))
+    np.testing.assert_allclose(total.astype(jnp.float32).array, exact, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(total.scaled(0.5).reshape((2,)).array, exact[:, 0] / 2, rtol=2**-7, atol=1e-6)
+    rounded = Activations.of(rows.array).summed()
+    np.testing.assert_allclose(rounded.array.astype(jnp.float32), exact, rtol=2**-5, atol=2**-6)

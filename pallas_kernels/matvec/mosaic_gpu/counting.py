@@ -15,7 +15,7 @@ def count_levels(isa: Instructions, g: Geometry, refs: Refs) -> None:
     """Writes the mean bits read, ``2 / in_features`` times the sum of the levels, and the largest ``|x|``."""
     thread, row = isa.thread_index(), isa.block_index() - g.matvec_blocks
     thresholds, factor = load_thresholds(isa, g, refs, row)
-    first = isa.global_address(refs.x) + isa.widen((row * g.in_features + thread) * g.x_bytes)
+    first = isa.global_address(refs.x) + isa.widen((g.x_row(row) * g.in_features + thread) * g.x_bytes)
     stride = g.threads * g.x_bytes
     zero, one = isa.constant(0), isa.constant(1)
 

@@ -3,7 +3,7 @@
 import dataclasses
 
 from pallas_kernels import layout
-from pallas_kernels.lanes.instructions import LANES
+from pallas_kernels.lanes.instructions import LANES, Value
 
 WARPS_PER_WARPGROUP = 4
 """Number of warps in a warpgroup. Mosaic GPU launches whole warpgroups."""
@@ -242,6 +242,14 @@ class Geometry:
     def weight_scales_bytes(self) -> int:
         """Bytes of the scales of a weight."""
         return self.groups * self.stored_n * 2
+
+    def x_row(self, row: Value) -> Value:
+        """Returns the stored row of x that an activation row reads."""
+        return row
+
+    def threshold_row(self, row: Value) -> Value:
+        """Returns the stored row of thresholds that an activation row is graded by."""
+        return row
 
     # --- shared memory: the lists of all warps, then their records, scales and rings ------------
     @property

@@ -108,7 +108,7 @@ def fetch(isa: Instructions, g: Geometry, refs: Refs, context: LaneContext) -> O
         if g.rows % g.rows_per_cta:  # The last batch may have rows that do not exist. They read nothing.
             exists = row < g.rows
             row = isa.select(exists, row, isa.constant(0))
-        first = row * g.in_features + context.channel
+        first = g.x_row(row) * g.in_features + context.channel
         rows_x.append([])
         for q in channels:
             address = x + isa.widen(first * g.x_bytes) + LANES * q * g.x_bytes
@@ -137,7 +137,7 @@ def load_thresholds(
     isa: Instructions, g: Geometry, refs: Refs, row: Value
 ) -> tuple[list[Value], Value | None]:
     """Loads the thresholds of one row, divided by the factor of its norm (which x lacks), and this factor."""
-    address = isa.global_address(refs.thresholds) + isa.widen(row * (4 * g.planes))
+    address = isa.global_address(refs.thresholds) + isa.widen(g.threshold_row(row) * (4 * g.planes))
     thresholds = load_by_plane(isa, g, address)
     if not g.num_square_partials:
         return thresholds, None

@@ -13,6 +13,7 @@ from pallas_kernels.decode_rows.program import (
 )
 from pallas_kernels.lanes.emulator import NumpyInstructions
 from pallas_kernels.lanes.rows import MAX_BLOCKS_PER_ROW, Rows
+from pallas_kernels.router.grading_factor import grading_factor
 
 SIZES = [(1, 256, 5), (3, 300, 1), (1, 12288, 2), (2, 64, 16)]  # rows, features, partial sums
 sizes = pytest.mark.parametrize("size", SIZES, ids=str)
@@ -55,6 +56,37 @@ def test_add_norm(size):
     np.testing.assert_allclose(total, expected, rtol=2**-8, atol=1e-6)
     np.testing.assert_array_equal(values, rounded(total * norm_scale.astype(np.float64)))
     np.testing.assert_allclose(squares.sum(1), (total**2).mean(1), rtol=1e-5)
+
+
+def test_add_norm_adds_up_the_terms_of_a_mixture():
+    rng = np.random.default_rng(2)
+    rows, terms = Rows(3, 300), 4
+    x = np.array(jnp.asarray(rng.standard_normal((3, 300)), jnp.bfloat16))
+    partials = random_partials(rng, (3 * terms, 300, 2), 300)
+    shape = Shape(rows, 2, partials.shape[2], terms)
+    total, _, _ = run(add_norm_program, AddNormRefs, shape, (x, partials, x[0]), 1, 2)
+    update = partials[:, :, :300].astype(np.float64).reshape(2, 3, terms, 300).sum(axis=(0, 2))
+    np.testing.assert_allclose(total, x.astype(np.float64) + update, rtol=2**-8, atol=1e-6)
+
+
+@sizes
+def test_swiglu_of_experts(size):
+    rng = np.random.default_rng(3)
+    rows = Rows(*size[:2])
+    probabilities = rng.uniform(0, 1, rows.rows).astype(np.float32) ** 8
+    partials = random_partials(rng, size, 2 * rows.features)
+    factor = np.asarray(grading_factor(jnp.asarray(probabilities)))[:, None]
+    shape = Shape(rows, size[2], partials.shape[2])
+
+    def refs(probabilities, partials, values, shared):
+        return SwigluRefs(partials, values, shared, probabilities)
+
+    (values,) = run(swiglu_program, refs, shape, (probabilities, partials), 0, 1)
+    exact = partials.astype(np.float64).sum(0)[:, : 2 * rows.features] / factor
+    gate, up = np.split(exact, 2, axis=1)
+    with np.errstate(over="ignore"):
+        expected = gate / (1 + np.exp(-gate)) * up * probabilities[:, None]
+    np.testing.assert_allclose(values, expected, rtol=2**-8, atol=1e-6)
 
 
 @sizes

@@ -68,6 +68,22 @@ def test_leading_axes_and_the_factor_of_a_norm_are_kept():
     np.testing.assert_allclose(y.array.reshape(6, OUT), np.concatenate([e.y for e in exact]), atol=1e-3)
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 1), (2, 4, 1), (1, 1, 3), (2, 4, 3), ()], ids=str)
+def test_rows_may_share_thresholds_and_values(shape):
+    rng = np.random.default_rng(4)
+    weight, experts = random_experts(), jnp.asarray(rng.integers(0, NUM_EXPERTS, (2, 4, 3)), jnp.int32)
+    x = jnp.asarray(rng.standard_normal((2, 4, 1, IN)), jnp.float32)
+    squares = jnp.asarray(rng.uniform(1, 4, (2, 4, 3, 1)), jnp.float32)
+    thresholds = jnp.asarray(THRESHOLDS * rng.uniform(0.5, 2, (*shape, 1) if shape else 1), jnp.float32)
+    shared = Activations.of(x, squares, repeats=3)
+    y, stats = experts_matvec(shared, weight, experts, thresholds)
+    copied = Activations.of(jnp.repeat(x, 3, axis=2), squares)
+    whole = jnp.broadcast_to(thresholds, (2, 4, 3, 4))
+    expected_y, expected_stats = experts_matvec(copied, weight, experts, whole)
+    np.testing.assert_array_equal(y.array, expected_y.array)
+    np.testing.assert_array_equal(stats.packed, expected_stats.packed)
+
+
 @pytest.mark.parametrize("rows", [4, 400])
 def test_only_chosen_experts_are_read(rows):
     """Experts that no row has may hold scales of infinity."""

@@ -93,3 +93,15 @@ def test_offsets_of_experts_have_64_bits(experts):
     offsets = (address - isa.global_address(planes)).data.reshape(geometry.blocks, -1)[:2, 0]
     assert expert_bytes == k * n
     np.testing.assert_array_equal(offsets, np.asarray(experts, np.int64) * k * n)
+
+
+def test_rows_of_a_token_share_its_activations_and_thresholds():
+    """Two sequences of one token with three experts each."""
+    case = ExpertsCase(200, 100, rows=6, num_experts=4, config=CONFIG)
+    x, weight, experts, thresholds = case.arrays()
+    squares = np.random.default_rng(1).uniform(0.5, 2, (6, 1)).astype(np.float32)
+    shared = emulate_experts(x[::3], weight, experts, thresholds[::3], CONFIG, squares, repeats=3)
+    x, thresholds = (np.repeat(a[::3], 3, axis=0) for a in (x, thresholds))
+    copied = emulate_experts(x, weight, experts, thresholds, CONFIG, squares)
+    for array, expected in zip(shared, copied, strict=True):
+        np.testing.assert_array_equal(array, expected)
