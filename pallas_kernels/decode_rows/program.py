@@ -43,8 +43,15 @@ class Shape:
 
     def sum(self, isa: Instructions, ref: Any, index: Value) -> list[Value]:
         """Adds up two neighbouring features, of which ``index`` is the first, over partial sums and terms."""
-        terms = {"terms": self.terms, "term_stride": self.stored_features}
-        return sum_pairs(isa, ref, index, self.stride, self.num_partials, **terms)
+        return sum_pairs(
+            isa,
+            ref,
+            index,
+            self.stride,
+            self.num_partials,
+            terms=self.terms,
+            term_stride=self.stored_features,
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,7 +61,8 @@ def lane_kernel(
         scratch_types=[plgpu.SMEM((shared_bytes,), jnp.int8)],
         grid=(blocks // cluster,),
         grid_names=("block",),
-        **({} if cluster == 1 else {"cluster": (cluster,), "cluster_names": ("rank",)}),
+        cluster=() if cluster == 1 else (cluster,),
+        cluster_names=() if cluster == 1 else ("rank",),
         num_threads=threads // WARPGROUP,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(

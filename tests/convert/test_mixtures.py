@@ -1,5 +1,6 @@
 """A mixture of experts, converted, read at full and at graded precision, and in text."""
 
+import dataclasses
 import json
 import subprocess
 import sys
