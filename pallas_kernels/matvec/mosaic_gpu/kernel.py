@@ -11,10 +11,9 @@ from pallas_kernels.grading import GradingStats
 from pallas_kernels.lanes import device
 from pallas_kernels.lanes.instructions import Instructions
 from pallas_kernels.lanes.launch import lane_kernel
-from pallas_kernels.matvec.mosaic_gpu import geometry as geometry_module
 from pallas_kernels.matvec.mosaic_gpu import tuning
 from pallas_kernels.matvec.mosaic_gpu.byte_pairs import BytePairGeometry, byte_pair_program
-from pallas_kernels.matvec.mosaic_gpu.geometry import Config, Geometry
+from pallas_kernels.matvec.mosaic_gpu.geometry import MAX_ROWS, Config, Geometry
 from pallas_kernels.matvec.mosaic_gpu.program import Refs, graded_matvec_program
 from pallas_kernels.matvec.mosaic_gpu.shared_list import SharedListGeometry, shared_list_program
 from pallas_kernels.weight import NestedWeight
@@ -28,9 +27,8 @@ ANY_CONFIG = Config(warpgroups=1, warps_per_group=4, ring_slots=4)
 
 def supports(x: Array | jax.ShapeDtypeStruct, weight: NestedWeight) -> str | None:
     """Returns why the kernel cannot run for these arguments on the target device, or None if it can."""
-    rows = x.shape[0]
-    if not 1 <= rows <= geometry_module.MAX_ROWS:
-        return f"takes 1 to {geometry_module.MAX_ROWS} rows, not {rows}"
+    if not x.shape[0]:
+        return "takes at least one row"
     plane_bytes = 4 * weight.planes.size
     if plane_bytes > OFFSET_LIMIT:
         return f"addresses at most {OFFSET_LIMIT} bytes of planes, the weight has {plane_bytes}"
@@ -44,7 +42,7 @@ def graded_matvec(
     *,
     config: Config | None = None,
 ) -> tuple[Float32[Array, "rows n"], Float32[Array, "rows"]]:
-    """Implements ``api.graded_matvec`` for 1 to 16 rows (see ``partial_sums``)."""
+    """Implements ``api.graded_matvec`` for x ``[rows, K]`` (see ``partial_sums``)."""
     y, stats = partial_sums(Activations.of(x), weight, thresholds, config=config)
     return y.array, stats.bits
 
@@ -56,13 +54,38 @@ def partial_sums(
     *,
     config: Config | None = None,
 ) -> tuple[Activations, GradingStats]:
-    """Implements ``api.graded_partial_sums`` for 1 to 16 rows.
+    """Implements ``api.graded_partial_sums``. More than 16 rows take several launches, and give one sum.
+
+    A row's result is bitwise independent of the number and the content of the other rows.
 
     Args:
       x: Activations ``[rows, K]``.
       weight, thresholds: See ``api.graded_partial_sums``.
-      config: Tuning of the launch. The default is the choice of ``tuning.best_config``.
+      config: Tuning of the launches. The default is the choice of ``tuning.best_config``.
     """
+    if x.leading[0] <= MAX_ROWS:
+        return _launch(x, weight, thresholds, config)
+
+    def summed(values, squares, thresholds) -> tuple[jax.Array, jax.Array]:
+        y, stats = _launch(Activations.of(values, squares, x.eps), weight, thresholds, config)
+        return y.array, stats.packed
+
+    rows = x.values, x.square_partials, thresholds
+    batches, rest = divmod(x.leading[0], MAX_ROWS)
+    end = batches * MAX_ROWS
+    by_batch = jax.tree.map(lambda array: array[:end].reshape(batches, MAX_ROWS, -1), rows)
+    results = jax.lax.map(lambda batch: summed(*batch), by_batch)
+    y, stats = jax.tree.map(lambda array: array.reshape(end, -1), results)
+    if rest:
+        last_y, last_stats = summed(*jax.tree.map(lambda array: array[end:], rows))
+        y, stats = jnp.concatenate([y, last_y]), jnp.concatenate([stats, last_stats])
+    return Activations.of(y), GradingStats(stats)
+
+
+def _launch(
+    x: Activations, weight: NestedWeight, thresholds: Float[Array, "rows p"], config: Config | None
+) -> tuple[Activations, GradingStats]:
+    """Runs ``partial_sums`` for up to 16 rows in one launch."""
     geometry = geometry_of(x, weight, config)
     # The kernel always has these operands. Without a norm the program does not read ``squares``.
     squares = thresholds if x.square_partials is None else x.square_partials

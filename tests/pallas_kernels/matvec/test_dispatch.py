@@ -7,6 +7,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AxisType
 from matvec_cases import Case
@@ -15,7 +16,7 @@ from grinqh_jax.benchmarking import random_model
 from grinqh_jax.model.decoder import linear_shapes
 from pallas_kernels import Activations, NestedWeight, graded_matvec, layout
 from pallas_kernels.lanes import device
-from pallas_kernels.matvec import choose
+from pallas_kernels.matvec import choose, xla
 from pallas_kernels.matvec.mosaic_gpu import Config, geometry, kernel, supports, tuning
 from pallas_kernels.matvec.mosaic_gpu.byte_pairs import BytePairGeometry
 from pallas_kernels.matvec.mosaic_gpu.shared_list import SharedListGeometry
@@ -74,12 +75,44 @@ def test_lowers_inside_a_while_loop():
 
 
 @needs_mosaic
+@pytest.mark.parametrize(("rows", "launches"), [(16, 1), (17, 2), (64, 1), (1024, 1), (1029, 2)])
+def test_more_rows_are_launched_in_a_loop(rows, launches):
+    """The loop has one launch, of 16 rows, and the rows that are left another."""
+    arguments = abstract_arguments(512, 1024, rows)
+    with compiling_for(*GPUS[0]):
+        assert choose(*arguments[:2]) == "mosaic_gpu"
+        text = jax.jit(graded_matvec).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == launches
+
+
+@pytest.mark.parametrize("rows", [16, 17, 32, 45])
+@pytest.mark.parametrize("norm", [False, True])
+def test_batches_of_rows_equal_all_rows_at_once(monkeypatch, rows, norm):
+    launched = []
+
+    def launch(x, weight, thresholds, config):
+        launched.append(x.leading[0])
+        return xla.partial_sums(x, weight, thresholds)
+
+    monkeypatch.setattr(kernel, "_launch", launch)
+    x, weight, thresholds = jax.tree.map(jnp.asarray, Case(300, 200, rows=rows).arrays())
+    squares = jnp.asarray(np.random.default_rng(0).uniform(0.5, 1, (rows, 3)), jnp.float32) if norm else None
+    activations = Activations.of(x, squares, eps=1e-6)
+    y, stats = kernel.partial_sums(activations, weight, thresholds)
+    expected, expected_stats = xla.partial_sums(activations, weight, thresholds)
+    assert max(launched) == 16
+    assert y.leading == (rows,)
+    np.testing.assert_allclose(y.array, expected.array, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(stats.bits, expected_stats.bits)
+    np.testing.assert_allclose(stats.max_abs, expected_stats.max_abs, rtol=1e-6)
+
+
+@needs_mosaic
 def test_declines_with_a_reason():
     x, weight, _ = abstract_arguments(256, 512)
     with compiling_for("NVIDIA H200", 132):
         assert supports(x, weight) is None
-        seventeen = jax.ShapeDtypeStruct((17, 256), jnp.float32)
-        assert supports(seventeen, weight) == "takes 1 to 16 rows, not 17"
+        assert supports(jax.ShapeDtypeStruct((0, 256), jnp.float32), weight) == "takes at least one row"
         huge = abstract_arguments(65536, 131072)
         assert "addresses at most 4294967296 bytes" in supports(*huge[:2])
     with compiling_for("AMD Instinct MI300X", 304):

@@ -152,6 +152,22 @@ def test_rows_of_other_programs_agree_with_float64_and_have_the_bits_of_the_row_
                 np.testing.assert_array_equal(a[..., row, :], c[..., 0, :])
 
 
+def test_many_rows_have_the_bits_of_the_row_alone():
+    x, weight, thresholds = jax.tree.map(jnp.asarray, Case(640, 1100, rows=45).arrays())
+    squares = jnp.asarray(np.random.default_rng(0).uniform(0.5, 1, (45, 3)), jnp.float32)
+
+    @jax.jit
+    def run(x, squares, thresholds):
+        y, stats = kernel.partial_sums(Activations.of(x, squares, eps=1e-6), weight, thresholds)
+        return y.array, stats.packed
+
+    together = run(x, squares, thresholds)
+    for row in (0, 15, 16, 31, 32, 44):
+        one = slice(row, row + 1)
+        for a, b in zip(together, run(x[one], squares[one], thresholds[one]), strict=True):
+            np.testing.assert_array_equal(np.asarray(a[one]).view(np.uint32), np.asarray(b).view(np.uint32))
+
+
 def test_applies_the_factor_of_a_norm():
     """The factors 1/2, 1 and 2 are exact, so multiplied activations have the same levels."""
     x, weight, thresholds = Case(300, 512, rows=3).arrays()
