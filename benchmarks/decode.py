@@ -3,12 +3,13 @@
     python benchmarks/decode.py --shapes Qwen3-8B Llama-3.1-8B --output benchmarks/results/decode.json
     python benchmarks/decode.py --shapes Qwen3-0.6B --contexts 128 --layers 2 --tokens 4     a quick check
     python benchmarks/decode.py --shapes path/to/model     the shape of the model in a directory
-    python benchmarks/decode.py --batch 1 2 4 8 16 --contexts 1024 --prefill     several rows
+    python benchmarks/decode.py --batch 1 2 4 8 16 32 64 --contexts 1024 --prefill     several rows
     python benchmarks/decode.py --mesh none tp=2 --batch 1 8 --bits 3 4     one GPU, and two
 
 For each shape, the script times decoding at several batch sizes, mean bits and contexts, this library's own
-bf16 decoding in the same run, and prefill against bf16 prefill. It prints a table of one step's device time
-by category (``step_profile``).
+bf16 decoding in the same run, and prefill against bf16 prefill. More than 16 rows read all channels at one
+level, as an engine with so many slots does. It prints a table of one step's device time by category
+(``step_profile``).
 """
 
 import argparse
@@ -29,10 +30,12 @@ import jax
 import step_profile
 
 from grinqh_jax.benchmarking import measure, random_model
+from grinqh_jax.decoding import reading
 from grinqh_jax.model.apply import in_head
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import linear_names
 from grinqh_jax.sharding.mesh import make_mesh
+from pallas_kernels.layout import DIGIT_BITS
 
 START = time.monotonic()
 
@@ -60,12 +63,16 @@ def decode_rows(model, label: str, batch: int, bits_list, args, bandwidth: float
     run = measure.DecodeRun(model, max(args.contexts), args.tokens, batch)
     devices = 1 if model.partition is None else model.partition.devices
     rows = []
+    if bits_list[0] is not None:
+        run.level = reading.batch_level(batch, bits_list[:1], model.full_bits // DIGIT_BITS)
     dial = None if bits_list[0] is None else run.settle(random_model.TARGETS, bits_list[0])
     warm = time.monotonic() + WARM_UP_SECONDS
     while time.monotonic() < warm:
         jax.block_until_ready(run.run(dial))
     for context, bits in itertools.product(args.contexts, bits_list):
         run.context = context
+        if bits is not None:
+            run.level = reading.batch_level(batch, [bits], model.full_bits // DIGIT_BITS)
         dial = None if bits is None else run.settle(random_model.TARGETS, bits)
         if args.fixed_thresholds and dial is not None:
             fixed = dial.thresholds
@@ -78,6 +85,7 @@ def decode_rows(model, label: str, batch: int, bits_list, args, bandwidth: float
             "shape": label,
             "bits": bits or "bf16",
             "batch": batch,
+            "level": run.level,
             "devices": devices,
             "context": context,
             "tokens_per_second": round(timing.mean, 2),

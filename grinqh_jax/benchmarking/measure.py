@@ -138,12 +138,15 @@ class DecodeRun:
     Attributes:
       batch: Number of rows.
       context: Number of tokens in the cache before the run. May be set between runs, up to its first value.
+      level: Level at which all rows read all input channels (``reading.batch_level``); None for grading. May
+        be set between runs.
       compiled: The executable of the last run; None before the first run. ``compiled.as_text()`` is the
         optimized HLO.
     """
 
     def __init__(self, model: Decoder, context: int, tokens: int, batch: int = 1):
         self.model, self.context, self.tokens, self.batch = model, context, tokens, batch
+        self.level: int | None = None
         self._policy = DecodePolicy.for_device()
         self._flat = engine.FlatModel(model)
         self._cache = filled_cache(model, context, tokens, batch)
@@ -160,16 +163,17 @@ class DecodeRun:
     def run(self, thresholds: Dial | Thresholds | None) -> engine.Chunk:
         """Decodes the tokens of all rows once.
 
-        Compiles one program for dials and one for fixed thresholds. Other values of either do not recompile.
+        Compiles one program for dials, one for fixed thresholds, and others for each level. Other values of
+        dials and thresholds do not recompile.
         """
         lengths = put(jnp.full(self.batch, self.context, jnp.int32), self.model.partition)
         cache = dataclasses.replace(self._cache, lengths=lengths)
         thresholds = put(thresholds, self.model.partition)
         args = (self._flat, *self._start, cache, thresholds, *self._rest)
-        kind = jax.tree.structure(thresholds)
+        kind = jax.tree.structure(thresholds), self.level
         if kind not in self._compiled:
-            lowered = engine.jitted_decode_chunk.lower(*args, steps=self.tokens, policy=self._policy)
-            self._compiled[kind] = lowered.compile()
+            static = {"steps": self.tokens, "policy": self._policy, "level": self.level}
+            self._compiled[kind] = engine.jitted_decode_chunk.lower(*args, **static).compile()
         self.compiled = self._compiled[kind]
         chunk, self._cache = self.compiled(*args)
         return chunk
@@ -179,13 +183,15 @@ class DecodeRun:
 
         Each run starts with the excess that the dial observed in the runs before it. Another setting
         generates another text, so the bits read do not follow the setting exactly. The returned dial is the
-        one whose run came closest to ``bits``.
+        one whose run came closest to ``bits``. At a level the dial has no effect, and is returned as it is.
 
         Args:
           targets: Mean bits of the rows of the model's threshold tables.
           bits: Mean bits to read.
         """
         dial, shares = Dial.create(self.model, targets, [bits] * self.batch), layer_shares(self.model.config)
+        if self.level is not None:
+            return dial
         runs: list[tuple[float, Dial]] = []
         for _ in range(SETTLING_RUNS):
             chunk = self.run(dial)

@@ -124,6 +124,15 @@ def test_a_settled_run_reads_the_requested_bits(long_run, bits):
     assert figures["bytes_per_token"] > weights * figures["realised_bits"] / 8
 
 
+def test_a_run_at_a_level_reads_it_whatever_the_dial(tiny_model):
+    run = measure.DecodeRun(tiny_model, context=16, tokens=4, batch=17)
+    run.level = 3
+    chunk = run.run(run.settle(random_model.TARGETS, 2.0))
+    assert chunk.grading_stats.bits.shape[:2] == (4, 17)
+    np.testing.assert_array_equal(chunk.grading_stats.bits, 6)
+    assert run.figures(chunk)["realised_bits"] == pytest.approx(6)
+
+
 class FakeClock:
     """Stands in for the module ``time``: time passes only while somebody sleeps."""
 
