@@ -11,7 +11,7 @@ import numpy as np
 
 from grinqh_jax import BUNDLED_MODEL
 from grinqh_jax.hf import params
-from grinqh_jax.hf.reader import INDEX
+from grinqh_jax.hf.survey import INDEX
 from grinqh_jax.model.config import ModelConfig
 
 SHARD_BYTES = 4e9

@@ -165,7 +165,7 @@ def _layer_gradients(
 
     def zeros_of(projection: Projection) -> Float[Array, "1 t *experts n"]:
         mixture = layer.spec.experts
-        rows = (mixture.chosen,) if projection.of_experts and mixture is not None else ()
+        rows = (mixture.rows,) if projection.of_experts and mixture is not None else ()
         return jnp.zeros((1, len(x), *rows, getattr(layer, projection.name).out_features), x.dtype)
 
     zeros = {projection.name: zeros_of(projection) for projection in layer.spec.projections}

@@ -30,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from grinqh_jax.hf.reader import resolve, survey_checkpoint
+    from grinqh_jax.hf.reader import resolve
+    from grinqh_jax.hf.survey import survey_checkpoint
     from grinqh_jax.json_files import json_line
 
     survey = survey_checkpoint(resolve(args.model))
@@ -46,7 +47,7 @@ def report_of(survey) -> dict[str, Any]:
     """Returns the report on a checkpoint as a JSON object.
 
     Args:
-      survey: Result of ``hf.reader.survey_checkpoint``.
+      survey: Result of ``hf.survey.survey_checkpoint``.
 
     Returns:
       ``model``, ``format`` (``huggingface``, ``grinqh`` or ``unknown``), ``supported`` and ``problems`` (one

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -84,6 +84,41 @@ def is_of_experts(config: ModelConfig, key: str) -> bool:
     return key in _kernels_of_experts(config)
 
 
+@dataclasses.dataclass(frozen=True)
+class Fused:
+    """A stored tensor with the tensors of all routed experts of a layer, as some checkpoints have it.
+
+    Attributes:
+      shape: Its shape: ``[experts, outputs, inputs]``.
+      parts: Index of each of its tensors, by name: an expert, and a range of its outputs.
+    """
+
+    shape: tuple[int, ...]
+    parts: Mapping[str, tuple[int, slice]]
+
+
+@functools.lru_cache(maxsize=8)
+def fused_experts(config: ModelConfig) -> dict[str, Fused]:
+    """Returns, by name, the tensors that a checkpoint may have in place of those of single experts."""
+    fused: dict[str, Fused] = {}
+    for key in sorted(_kernels_of_experts(config)):
+        tensors, names = sources(config)[key], _tensor_names(config, key)
+        # "experts.{e}.gate_proj.weight" and "experts.{e}.up_proj.weight" are "experts.gate_up_proj".
+        prefix, *_ = names[0].split(".{e}.")
+        projections = [
+            name.removesuffix(".weight").rpartition(".")[2].removesuffix("_proj") for name in names
+        ]
+        parts, start = {}, 0
+        experts = (len(tensors) - len(_shared_names(config, key))) // len(names)
+        for index, tensor in enumerate(tensors[: experts * len(names)]):
+            start = 0 if index % len(names) == 0 else start
+            parts[tensor.name] = index // len(names), slice(start, start + tensor.shape[0])
+            start += tensor.shape[0]
+        shape = experts, sum(tensor.shape[0] for tensor in tensors[: len(names)]), tensors[0].shape[1]
+        fused[f"{prefix}.{'_'.join(projections)}_proj"] = Fused(shape, parts)
+    return fused
+
+
 def tensors_of_expert(config: ModelConfig, key: str) -> int:
     """Returns the number of tensors that each expert's kernel is made of."""
     return len(sources(config)[key]) // config.num_experts
@@ -97,6 +132,7 @@ def canonical_names(config: ModelConfig, stored: Iterable[str]) -> dict[str, str
     of a model with a vision tower has one of ``TEXT_PREFIXES``.
     """
     known = {source.name for tensors in sources(_untied(config)).values() for source in tensors}
+    known |= fused_experts(config).keys()
 
     def canonical(name: str) -> str:
         text = name
@@ -172,10 +208,18 @@ def _sources(config: ModelConfig, key: str, shapes: list[tuple[int, ...]]) -> li
     """
     names = _tensor_names(config, key)
     if is_of_experts(config, key):
-        names = [name.format(e=e) for e in range(config.num_experts) for name in names]
+        shared = _shared_names(config, key)
+        routed = range(config.num_experts - bool(shared))
+        names = [name.format(e=e) for e in routed for name in names] + shared
     if len(names) == 1 < len(shapes):
         return [Source(names[0], (sum(shape[0] for shape in shapes), *shapes[0][1:]))]
     return [Source(name, shape) for name, shape in zip(names, shapes, strict=True)]
+
+
+def _shared_names(config: ModelConfig, key: str) -> list[str]:
+    """Returns the names of the tensors that a shared expert adds to a kernel of experts."""
+    _, i, parameter = key.split(".", 2)
+    return [name.replace("{i}", i) for name in FAMILIES[config.family].shared_expert.get(parameter, ())]
 
 
 def _tensor_names(config: ModelConfig, key: str) -> list[str]:

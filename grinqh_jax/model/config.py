@@ -17,6 +17,7 @@ VISION_MODELS = {
     "gemma3": ("gemma3_text", True),
     "mistral3": ("mistral", True),
     "qwen3_5": ("qwen3_5_text", False),
+    "qwen3_5_moe": ("qwen3_5_moe_text", False),
 }
 """``model_type`` of models with a vision tower whose text part is supported, that part's default type, and
 whether the output projection is the transposed embedding by default."""

@@ -33,7 +33,7 @@ class Chosen(NamedTuple):
     """The experts of each token.
 
     Attributes:
-      experts: int32 experts, those with the largest probabilities first.
+      experts: int32 experts, those with the largest probabilities first; a shared one is the last.
       probabilities: float32 factors of their results.
       inputs: Inputs of each expert, times its grading factor (see ``grading_factor``).
     """
@@ -53,18 +53,24 @@ class Router(nnx.Module):
     def __call__(self, inputs: Activations, mixture: GatedExperts) -> Chosen:
         """Returns the experts of each row ``[*rows, d]`` (see ``layer_spec.GatedExperts``).
 
-        For the few rows of a decode step this is one kernel on a GPU.
+        For the few rows of a decode step this is one kernel on a GPU, if there is no shared expert.
         """
-        if router.supports(inputs, self.kernel[...], mixture.chosen) is None:
+        if not mixture.shared and router.supports(inputs, self.kernel[...], mixture.chosen) is None:
             return Chosen(
                 *router.route(inputs, self.kernel[...], mixture.chosen, normalized=mixture.normalized)
             )
         x = inputs.array
         kernel = self.kernel[...].astype(x.dtype)
         scores = jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
-        probabilities, experts = jax.lax.top_k(jax.nn.softmax(scores, axis=-1), mixture.chosen)
+        routed = scores[..., :-1] if mixture.shared else scores
+        probabilities, experts = jax.lax.top_k(jax.nn.softmax(routed, axis=-1), mixture.chosen)
         if mixture.normalized:
             probabilities = probabilities / jnp.sum(probabilities, axis=-1, keepdims=True)
+        if mixture.shared:
+            last = jnp.full_like(experts[..., :1], scores.shape[-1] - 1)
+            experts = jnp.concatenate([experts, last], axis=-1)
+            shared = jax.nn.sigmoid(scores[..., -1:])
+            probabilities = jnp.concatenate([probabilities, shared], axis=-1)
         factor = grading_factor(probabilities)[..., None].astype(x.dtype)
         return Chosen(experts, probabilities, Activations.of(x[..., None, :] * factor))
 

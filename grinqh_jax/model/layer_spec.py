@@ -154,12 +154,20 @@ class GatedExperts:
         chosen scores alone.
       router: Name of the projection from the inputs of ``reads`` to the scores. It is not quantized.
       activation: Activation function of the experts.
+      shared: Whether the last expert is chosen for every token beside these, with the sigmoid of its score as
+        its probability. The other experts' probabilities are then those without it.
     """
 
     chosen: int
     normalized: bool
     router: str = "router"
     activation: Activation = "silu"
+    shared: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Number of experts that read a token: the chosen ones and the shared one."""
+        return self.chosen + self.shared
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -295,7 +303,7 @@ class Description:
       final_norm: Norm that the output projection reads the residual stream through.
       embedding_multiplier: Factor of the embeddings, rounded to the dtype of the residual stream.
       logit_transform: Function from the outputs of the output projection to logits.
-      num_experts: Number of experts of each mixture; 0 if the model has none.
+      num_experts: Number of experts of each mixture, a shared one included; 0 if the model has none.
       expert_size: Width of an expert: outputs of its gate projection, and of its up projection.
       delta_heads: Sizes of the gated delta nets; None if the model has none.
     """

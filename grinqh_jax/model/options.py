@@ -55,7 +55,9 @@ def missing_kernels(description: Description) -> list[str]:
         if any(mixer.activation != "silu" for mixer in mixers):
             lines.append(f"the activation function of {name}, because it is not SiLU")
     for mixture in dict.fromkeys(mixtures):
-        if (reason := router.lacks(description.num_experts, mixture.chosen)) is not None:
+        if mixture.shared:
+            lines.append("routers, because there is a shared expert")
+        elif (reason := router.lacks(description.num_experts, mixture.chosen)) is not None:
             lines.append(f"routers, because the kernel {reason}")
     return lines
 
@@ -88,7 +90,7 @@ def _layer_options(spec: LayerSpec) -> Iterator[str]:
             probabilities = "normalized" if block.mixer.normalized else "not normalized"
             yield (
                 f"a mixture of experts, {block.mixer.chosen} chosen for each token, "
-                f"their probabilities {probabilities}"
+                f"their probabilities {probabilities}" + (", and a shared one" if block.mixer.shared else "")
             )
         if block.mixer.activation == "gelu_tanh":
             yield "GELU"

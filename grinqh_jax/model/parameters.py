@@ -20,6 +20,8 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
         "head": config.head_dim,
         "experts": config.num_experts,
         "expert": config.expert_size,
+        "routed_experts": config.num_experts - 1,
+        "shared_expert": 1,
     }
     if (heads := config.delta_heads) is not None:
         sizes |= {
@@ -46,6 +48,13 @@ def projections(config: ModelConfig) -> dict[str, Projection]:
         for i, spec in enumerate(config.layers)
         for projection in spec.projections
     }
+
+
+def router_outputs(config: ModelConfig, name: str) -> tuple[str, ...]:
+    """Returns the names of the axes that make up the scores of a router."""
+    mixture = config.layers[int(name.split(".")[1])].experts
+    assert mixture is not None, "the layer of a router has experts"
+    return ("routed_experts", "shared_expert") if mixture.shared else ("experts",)
 
 
 def routers(config: ModelConfig) -> dict[str, str]:
@@ -108,7 +117,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, list[tuple[int, ...]]]:
     shapes: dict[str, list[tuple[int, ...]]] = {EMBEDDING: [(sizes["vocab"], sizes["hidden"])]}
     shapes |= {f"{name}.scale": [(sizes[norm.axis],)] for name, norm in norms(config).items()}
     kernels = projections(config) | {HEAD: Projection(HEAD, "hidden", ("vocab",))}
-    kernels |= {name: Projection(name, "hidden", ("experts",)) for name in routers(config)}
+    kernels |= {name: Projection(name, "hidden", router_outputs(config, name)) for name in routers(config)}
     shapes |= {name: [shape] for name, shape in delta_parameters(config).items()}
     for name, projection in kernels.items():
         arrays: list[tuple[int, ...]] = [

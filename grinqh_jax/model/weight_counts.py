@@ -19,7 +19,7 @@ def weights_read(config: ModelConfig) -> dict[str, int]:
 def _expert_counts(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """Returns, for each linear layer of experts, the number of experts and that of the chosen ones."""
     return {
-        f"layers.{i}.{projection.name}": (config.num_experts, spec.experts.chosen)
+        f"layers.{i}.{projection.name}": (config.num_experts, spec.experts.rows)
         for i, spec in enumerate(config.layers)
         for projection in spec.projections
         if projection.of_experts and spec.experts is not None

@@ -30,6 +30,7 @@ CONVERTED = (
     "olmo3-window-yarn",
     "gemma3",
     "qwen3_5",
+    "qwen3_5-moe",
 )
 """Cases that together have every option that the converter sees."""
 

@@ -9,7 +9,7 @@ from family_cases import CASES, TOKENS
 from grinqh_jax.cli.inspect import report_of
 from grinqh_jax.errors import CheckpointError, UnsupportedModelError
 from grinqh_jax.hf import load_decoder, open_checkpoint, params
-from grinqh_jax.hf.reader import survey_checkpoint
+from grinqh_jax.hf.survey import survey_checkpoint
 
 VISION = {
     "model_type": "gemma3",
@@ -34,7 +34,7 @@ def test_parameters_and_tensors_are_made_of_each_other(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen3-moe", "mixtral", "olmoe"])
+@pytest.mark.parametrize("name", ["qwen3-moe", "mixtral", "olmoe", "qwen3_5-moe"])
 def test_mixtures_are_read_as_transformers_saves_them(name, tmp_path):
     """transformers 5 fuses experts in memory and writes each to a tensor of its own."""
     pytest.importorskip("torch")
@@ -44,6 +44,32 @@ def test_mixtures_are_read_as_transformers_saves_them(name, tmp_path):
     model.save_pretrained(tmp_path)
     ours, theirs = load_decoder(open_checkpoint(tmp_path), jnp.float32)(TOKENS), logits(model, TOKENS)
     np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("name", ["qwen3-moe", "qwen3_5-moe"])
+def test_experts_that_are_stored_together(name, tmp_path):
+    """As checkpoints of Qwen3.5-MoE have them."""
+    state = hf_directories.random_state(CASES[name])
+    single = open_checkpoint(hf_directories.write(tmp_path / "single", CASES[name], state))
+    together = {key: value for key, value in state.items() if ".experts." not in key}
+    for layer, spec in enumerate(single.config.layers):
+        if spec.experts is None:
+            continue
+        experts, prefix = range(CASES[name]["num_experts"]), f"model.layers.{layer}.mlp.experts"
+        gate, up, down = (
+            np.stack([state[f"{prefix}.{e}.{part}_proj.weight"] for e in experts])
+            for part in ("gate", "up", "down")
+        )
+        together[f"{prefix}.gate_up_proj"] = np.concatenate([gate, up], axis=1)
+        together[f"{prefix}.down_proj"] = down
+    checkpoint = open_checkpoint(hf_directories.write(tmp_path / "together", CASES[name], together))
+    assert checkpoint.parameters == single.parameters
+    for key in single.parameters:
+        np.testing.assert_array_equal(checkpoint.read(key), single.read(key))
+    transposed = dict(together)
+    transposed[f"{prefix}.down_proj"] = np.ascontiguousarray(down.swapaxes(1, 2))
+    with pytest.raises(CheckpointError, match=rf"tensor {prefix}.down_proj is not part of a qwen3"):
+        open_checkpoint(hf_directories.write(tmp_path / "transposed", CASES[name], transposed))
 
 
 def test_a_missing_bias_is_named(tmp_path):

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from family_cases import CASES, TOKENS, with_one_option_off
+from family_cases import CASES, TOKENS
+from options_off import with_one_option_off
 from random_models import state_tree
 
 from grinqh_jax.decoding import engine
@@ -119,6 +120,13 @@ REFUSED = {
         ({"layer_types": ["sliding_attention"] * 3}, "layer_types sliding_attention (supported"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope type 'longrope'"),
         ({"mlp_bias": True}, "mlp_bias True"),
+    ],
+    "qwen3_5-moe": [
+        (
+            {"shared_expert_intermediate_size": 80},
+            "shared_expert_intermediate_size 80 differs from moe_intermediate_size 40",
+        ),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok 9 exceeds the 8 experts"),
     ],
     "gemma3": [
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention True"),

@@ -73,6 +73,7 @@ class Family:
       tensors: Names of the tensors of each parameter (``TENSORS``).
       biases: Configuration keys of biases that the family implements; the others are refused.
       mixtures: Whether the family implements mixtures of experts; the others refuse them.
+      shared_expert: Names of the tensors of a shared expert, by parameter in a layer; empty without one.
       left_out: Parts of a checkpoint that are not read, in words, each with a pattern of its tensors' names.
     """
 
@@ -83,6 +84,7 @@ class Family:
     tensors: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: TENSORS)
     biases: tuple[str, ...] = ()
     mixtures: bool = False
+    shared_expert: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -158,7 +160,7 @@ def head_norms(offset: float = 0.0) -> tuple[Norm, Norm]:
 
 
 def read_experts(
-    reader: ConfigReader, keys: tuple[str, ...], *, normalized: bool
+    reader: ConfigReader, keys: tuple[str, ...], *, normalized: bool, shared: bool = False
 ) -> tuple[int, GatedExperts]:
     """Reads the number of experts, and the mixture that chooses ``num_experts_per_tok`` of them.
 
@@ -166,6 +168,7 @@ def read_experts(
       reader: Configuration.
       keys: Spellings of the number of experts.
       normalized: See ``GatedExperts``.
+      shared: Whether there is a shared expert, which the result counts.
     """
     stated = {reader.integer(key) for key in keys if reader.values.get(key) is not None}
     if len(stated) != 1:
@@ -175,8 +178,9 @@ def read_experts(
     count, chosen = stated.pop(), reader.integer("num_experts_per_tok")
     if chosen > count:
         reader.problem(f"num_experts_per_tok {chosen} exceeds the {count} experts")
-    return count, GatedExperts(
+    return count + shared, GatedExperts(
         chosen=chosen,
         normalized=normalized,
+        shared=shared,
         activation=reader.activation(),  # type: ignore[arg-type]
     )

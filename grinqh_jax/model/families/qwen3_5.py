@@ -1,9 +1,15 @@
-"""Qwen3.5 and Qwen3.6, text only: gated delta nets between layers of attention whose heads have gates."""
+"""Qwen3.5 and Qwen3.6, text only: gated delta nets between layers of attention whose heads have gates.
+
+The mixtures of Qwen3.5-MoE have a shared expert. It is stored as one more expert (``GatedExperts.shared``),
+so it must be as wide as the others.
+"""
+
+import dataclasses
 
 from grinqh_jax.model.config_reader import GLOBAL, LINEAR, ConfigReader
-from grinqh_jax.model.families.family import TENSORS, Family, head_norms, layer
+from grinqh_jax.model.families.family import TENSORS, Family, head_norms, layer, read_experts
 from grinqh_jax.model.families.rope import ROPE_TYPES, read_rope
-from grinqh_jax.model.layer_spec import Attention, DeltaHeads, Description, GatedDeltaNet, Norm
+from grinqh_jax.model.layer_spec import Attention, DeltaHeads, Description, GatedDeltaNet, GatedExperts, Norm
 
 NORM_OFFSET = 1.0
 """Checkpoints store norm scales minus this number, except those of gated delta nets."""
@@ -25,7 +31,22 @@ def _delta_heads(reader: ConfigReader) -> DeltaHeads:
     return heads
 
 
-def _describe(reader: ConfigReader) -> Description:
+def _dense(reader: ConfigReader) -> Description:
+    return _describe(reader, None)
+
+
+def _mixtures(reader: ConfigReader) -> Description:
+    count, experts = read_experts(reader, ("num_experts", "num_local_experts"), normalized=True, shared=True)
+    size, shared = (
+        reader.integer(key) for key in ("moe_intermediate_size", "shared_expert_intermediate_size")
+    )
+    if size != shared:
+        reader.problem(f"shared_expert_intermediate_size {shared} differs from moe_intermediate_size {size}")
+    description = _describe(reader, experts)
+    return dataclasses.replace(description, num_experts=count, expert_size=size)
+
+
+def _describe(reader: ConfigReader, experts: GatedExperts | None) -> Description:
     count, interval = reader.integer("num_hidden_layers"), reader.integer("full_attention_interval")
     kinds = reader.layer_types(
         [LINEAR if (i + 1) % interval else GLOBAL for i in range(count)], (GLOBAL, LINEAR)
@@ -44,8 +65,10 @@ def _describe(reader: ConfigReader) -> Description:
     if activation != "silu":
         reader.problem(f"hidden_act {reader.values['hidden_act']!r} (supported in this family: silu)")
     layers = {
-        GLOBAL: layer(attention, activation, qkv_bias=bias, o_bias=bias, norm_offset=NORM_OFFSET),
-        LINEAR: layer(delta_net, activation, norm_offset=NORM_OFFSET),
+        GLOBAL: layer(
+            attention, activation, qkv_bias=bias, o_bias=bias, norm_offset=NORM_OFFSET, experts=experts
+        ),
+        LINEAR: layer(delta_net, activation, norm_offset=NORM_OFFSET, experts=experts),
     }
     return Description(
         layers=tuple(layers.get(kind, layers[GLOBAL]) for kind in kinds),
@@ -54,40 +77,76 @@ def _describe(reader: ConfigReader) -> Description:
     )
 
 
+_TENSORS = {
+    **TENSORS,
+    "layers.{i}.delta_in.kernel": (
+        "model.layers.{i}.linear_attn.in_proj_qkv.weight",
+        "model.layers.{i}.linear_attn.in_proj_z.weight",
+        "model.layers.{i}.linear_attn.in_proj_b.weight",
+        "model.layers.{i}.linear_attn.in_proj_a.weight",
+    ),
+    "layers.{i}.delta.convolution": ("model.layers.{i}.linear_attn.conv1d.weight",),
+    "layers.{i}.delta.log_decay": ("model.layers.{i}.linear_attn.A_log",),
+    "layers.{i}.delta.step_bias": ("model.layers.{i}.linear_attn.dt_bias",),
+    "layers.{i}.delta_norm.scale": ("model.layers.{i}.linear_attn.norm.weight",),
+    "layers.{i}.delta_out.kernel": ("model.layers.{i}.linear_attn.out_proj.weight",),
+}
+
+_DEFAULTS = {
+    "vocab_size": 248320,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 32768,
+    "partial_rotary_factor": 0.25,
+    "full_attention_interval": 4,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+}
+
+_LEFT_OUT = {"the multi-token prediction head": r"mtp\..*", "the vision tower": r"model\.visual\..*"}
+
 FAMILIES = (
     Family(
         model_type="qwen3_5_text",
         architecture="Qwen3_5ForCausalLM",
-        describe=_describe,
+        describe=_dense,
         biases=("attention_bias",),
-        tensors={
-            **TENSORS,
-            "layers.{i}.delta_in.kernel": (
-                "model.layers.{i}.linear_attn.in_proj_qkv.weight",
-                "model.layers.{i}.linear_attn.in_proj_z.weight",
-                "model.layers.{i}.linear_attn.in_proj_b.weight",
-                "model.layers.{i}.linear_attn.in_proj_a.weight",
+        tensors=_TENSORS,
+        defaults=_DEFAULTS,
+        left_out=_LEFT_OUT,
+    ),
+    Family(
+        model_type="qwen3_5_moe_text",
+        architecture="Qwen3_5MoeForCausalLM",
+        describe=_mixtures,
+        biases=("attention_bias",),
+        mixtures=True,
+        tensors=_TENSORS
+        | {
+            "layers.{i}.router.kernel": (
+                "model.layers.{i}.mlp.gate.weight",
+                "model.layers.{i}.mlp.shared_expert_gate.weight",
             ),
-            "layers.{i}.delta.convolution": ("model.layers.{i}.linear_attn.conv1d.weight",),
-            "layers.{i}.delta.log_decay": ("model.layers.{i}.linear_attn.A_log",),
-            "layers.{i}.delta.step_bias": ("model.layers.{i}.linear_attn.dt_bias",),
-            "layers.{i}.delta_norm.scale": ("model.layers.{i}.linear_attn.norm.weight",),
-            "layers.{i}.delta_out.kernel": ("model.layers.{i}.linear_attn.out_proj.weight",),
         },
-        defaults={
-            "vocab_size": 248320,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 4,
-            "head_dim": 256,
-            "max_position_embeddings": 32768,
-            "partial_rotary_factor": 0.25,
-            "full_attention_interval": 4,
-            "linear_num_key_heads": 16,
-            "linear_num_value_heads": 32,
-            "linear_key_head_dim": 128,
-            "linear_value_head_dim": 128,
-            "linear_conv_kernel_dim": 4,
+        shared_expert={
+            "experts_gate_up.kernel": (
+                "model.layers.{i}.mlp.shared_expert.gate_proj.weight",
+                "model.layers.{i}.mlp.shared_expert.up_proj.weight",
+            ),
+            "experts_down.kernel": ("model.layers.{i}.mlp.shared_expert.down_proj.weight",),
         },
-        left_out={"the multi-token prediction head": r"mtp\..*", "the vision tower": r"model\.visual\..*"},
+        defaults=_DEFAULTS
+        | {
+            "num_key_value_heads": 2,
+            "intermediate_size": 512,  # No layer has an MLP without experts.
+            "moe_intermediate_size": 512,
+            "shared_expert_intermediate_size": 512,
+            "num_experts_per_tok": 8,
+        },
+        left_out=_LEFT_OUT,
     ),
 )
