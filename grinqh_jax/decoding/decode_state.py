@@ -27,6 +27,8 @@ from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.prefix import Prefix
 from grinqh_jax.decoding.prompt_logprobs import prompt_logprobs as logprobs_of_prompt
 from grinqh_jax.decoding.settings import Settings
+from grinqh_jax.decoding.speculation.chunk import SlotTexts
+from grinqh_jax.decoding.speculation.drafter import Drafter, DrafterState
 from grinqh_jax.decoding.thresholds import StackedThresholds
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.fixed_states import FixedStates
@@ -49,6 +51,8 @@ class Slots:
       history: Tokens that each text has; None if the settings have no penalties.
       dial: State of the dial of each slot; None for a dense model.
       fixed: States of a fixed size of each text.
+      texts: Tokens of each text; None without speculation.
+      drafter: Rows of the drafter's state.
     """
 
     settings: Settings
@@ -59,6 +63,8 @@ class Slots:
     history: TokenHistory | None
     dial: DialState | None
     fixed: FixedStates
+    texts: SlotTexts | None = None
+    drafter: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -69,10 +75,12 @@ class DecodeState:
     Attributes:
       cache: Keys and values of all texts and of the kept prefixes.
       slots: One row for each slot.
+      drafter: What the drafter shares among all texts.
     """
 
     cache: PagedCache
     slots: Slots
+    drafter: Any = None
 
     @classmethod
     def create(
@@ -84,6 +92,7 @@ class DecodeState:
         pages_per_slot: int | None,
         graded: bool,
         fixed: FixedStates,
+        drafter: Drafter | None = None,
     ) -> "DecodeState":
         """Returns a state of empty slots, whose rows are numpy arrays.
 
@@ -95,6 +104,7 @@ class DecodeState:
           pages_per_slot: Largest number of pages of a text; None if slot b has page b and no other.
           graded: Whether the model is graded.
           fixed: States of a fixed size of empty texts, one for each slot.
+          drafter: Drafter of speculation; None without.
         """
         shared = pages_per_slot is not None
 
@@ -105,6 +115,11 @@ class DecodeState:
         history = None
         if settings.sampling.penalties is not None:
             history = TokenHistory(full(0, config.vocab_size))
+        drafts, texts = DrafterState(), None
+        if drafter is not None:
+            drafts = drafter.create(slots, cache.num_pages, cache.page_size)
+            capacity = (pages_per_slot or 1) * cache.page_size
+            texts = SlotTexts(full(0, capacity), full(0, 4, dtype=np.float32))
         rows = Slots(
             settings=jax.tree.map(lambda row: full(0, *row.shape[1:], dtype=row.dtype), settings),
             pages=full(cache.num_pages, pages_per_slot) if pages_per_slot is not None else None,
@@ -114,8 +129,10 @@ class DecodeState:
             history=history,
             dial=DialState(full(0, dtype=np.float32), full(0, 4, dtype=np.float32)) if graded else None,
             fixed=fixed,
+            texts=texts,
+            drafter=drafts.rows,
         )
-        return cls(cache, rows)
+        return cls(cache, rows, drafts.shared)
 
 
 @jax.jit
@@ -201,6 +218,8 @@ def insert(
     in_prompt: Bool[Array, "1 v"] | None,
     dial: Dial | None,
     allowed: UInt32[Array, "1 words"] | None,
+    drafter: Drafter | None = None,
+    prompt: Int[Array, "1 s"] | None = None,
     *,
     policy: DecodePolicy,
     top_logprobs: int | None,
@@ -215,6 +234,8 @@ def insert(
       in_prompt: Whether the prompt has each token; None if the settings have no penalties.
       dial: Dial of the model; its state is ignored.
       allowed: Tokens that may come first (see ``sampling.Sampling``); None for all.
+      drafter, prompt: Drafter of speculation, and the tokens of the prompt, padded to the capacity of a slot;
+        None without.
       policy: Policy of the device.
       top_logprobs: As in ``generate``.
 
@@ -235,6 +256,11 @@ def insert(
         dial,
         policy=policy,
     )
+    texts, drafts = None, None
+    if drafter is not None and prompt is not None:
+        tokens = jnp.where(jnp.arange(prompt.shape[1]) == prefix.length[:, None], first[:, None], prompt)
+        texts = SlotTexts(tokens, jnp.zeros((1, 4), jnp.float32))
+        drafts = drafter.begin(prefix.length)
     limits = settings.limits - 1
     row = Slots(
         settings=dataclasses.replace(settings, limits=limits),
@@ -245,6 +271,8 @@ def insert(
         history=history,
         dial=None if dial is None else dial.state,
         fixed=prefix.fixed,
+        texts=texts,
+        drafter=drafts,
     )
     if len(state.slots.last) == 1:
         slots = row
@@ -261,7 +289,7 @@ def insert(
         grading_stats=None,
         logprobs=jax.tree.map(lambda array: array[None], logprobs),
     )
-    return DecodeState(state.cache, slots), chunk
+    return dataclasses.replace(state, slots=slots), chunk
 
 
 @jax.jit(static_argnames=("policy", "greedy", "top_logprobs", "level"), donate_argnames="state")
@@ -327,7 +355,8 @@ def generate(
         dial=chunk.dial,
         fixed=texts.fixed,
     )
-    return DecodeState(PagedCache.of(texts), slots), dataclasses.replace(chunk, history=None, dial=None)
+    state = dataclasses.replace(state, cache=PagedCache.of(texts), slots=slots)
+    return state, dataclasses.replace(chunk, history=None, dial=None)
 
 
 @jax.jit(donate_argnames="state")
@@ -344,7 +373,7 @@ def free(state: DecodeState, slot: Int[Array, ""]) -> DecodeState:
         lengths=slots.lengths.at[slot].set(length),
         done=slots.done.at[slot].set(True),
     )
-    return DecodeState(cache, slots)
+    return dataclasses.replace(state, slots=slots)
 
 
 @jax.jit(donate_argnames="state")
@@ -352,4 +381,4 @@ def turn(state: DecodeState, slot: Int[Array, ""], bits: Float[Array, ""]) -> De
     """Changes the wanted mean bits of an answer, from its next decode chunk on."""
     assert state.slots.dial is not None, "a dense model has no dial"
     dial = dataclasses.replace(state.slots.dial, wanted=state.slots.dial.wanted.at[slot].set(bits))
-    return DecodeState(state.cache, dataclasses.replace(state.slots, dial=dial))
+    return dataclasses.replace(state, slots=dataclasses.replace(state.slots, dial=dial))

@@ -20,7 +20,15 @@ from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.prefill_buckets import PrefillBucket, bucket_widths
 from grinqh_jax.decoding.prefix import Prefix
 from grinqh_jax.decoding.programs import Lowering, Programs
+from grinqh_jax.decoding.reading import MAX_GRADED_ROWS
 from grinqh_jax.decoding.settings import Settings
+from grinqh_jax.decoding.speculation import block_dial
+from grinqh_jax.decoding.speculation.chunk import Counts
+from grinqh_jax.decoding.speculation.decode import speculate
+from grinqh_jax.decoding.speculation.draft_length import StepShape, step_shapes
+from grinqh_jax.decoding.speculation.speculation import Speculation
+from grinqh_jax.errors import UsageError
+from grinqh_jax.model.cache import rollback_lacks
 from grinqh_jax.model.decoder import Decoder
 from grinqh_jax.model.fixed_states import FixedStates, fixed_states
 from grinqh_jax.model.flat_model import FlatModel
@@ -34,6 +42,8 @@ class Device:
     Attributes:
       shape: Sizes of state and programs.
       graded: Whether the model is graded.
+      speculation: How the device speculates; None if it does not.
+      step_shapes: Shapes of steps with speculation; empty without.
     """
 
     def __init__(
@@ -45,6 +55,7 @@ class Device:
         settings: Settings,
         cache: PagedCache | None = None,
         *,
+        speculation: Speculation | None = None,
         abstract: bool = False,
     ):
         """Makes a state of empty slots.
@@ -56,7 +67,12 @@ class Device:
           policy: How programs are compiled.
           settings: Settings of one request; those of all requests have the same structure.
           cache: Pages of all texts, of the same shape; by default empty ones.
+          speculation: How to speculate, if at all.
           abstract: Whether to allocate nothing; only ``lowerings`` may be called then.
+
+        Raises:
+          UsageError: There is speculation, and the cache of the model cannot be rolled back, or there are too
+            many slots.
         """
         self.shape = shape
         self.graded = dial is not None
@@ -72,7 +88,24 @@ class Device:
         # Texts that share nothing are evaluated, each token at its own levels, whatever their number.
         graded_rows = shape.contiguous or not self.graded
         self._levels = [None] if graded_rows else reading.possible_levels(shape.slots, self._num_planes)
+        self.speculation, self.step_shapes = speculation, list[StepShape]()
+        drafter = None
+        if speculation is not None:
+            if shape.slots > MAX_GRADED_ROWS and not shape.contiguous:
+                raise UsageError(
+                    f"speculation reads at most {MAX_GRADED_ROWS} rows together, and there are {shape.slots} "
+                    f"slots; use at most {MAX_GRADED_ROWS}, or decode without speculation"
+                )
+            if (lacking := rollback_lacks(model.config)) is not None:
+                raise UsageError(
+                    f"speculation needs a cache that can be rolled back, and this model has {lacking}; "
+                    "decode without speculation"
+                )
+            drafter = speculation.drafter
+            self.step_shapes = step_shapes(shape.slots, speculation.most_drafts, shape.contiguous)
+            dial = None if dial is None else block_dial.in_blocks(dial)
         self._model, self._dial = FlatModel(model), jax.device_put(dial, self._sharding)
+        self._drafter = jax.device_put(drafter, self._sharding)
 
         def state() -> DecodeState:
             sizes = shape.num_pages, shape.page_size, self._dtype, shape.ring_context
@@ -81,7 +114,7 @@ class Device:
             )
             per_slot, fixed = None if shape.contiguous else shape.pages_per_slot, self._fixed(shape.slots)
             return DecodeState.create(
-                pages, model.config, settings, shape.slots, per_slot, self.graded, fixed
+                pages, model.config, settings, shape.slots, per_slot, self.graded, fixed, drafter
             )
 
         self._state = self._put(jax.eval_shape(state) if abstract else state())
@@ -107,11 +140,19 @@ class Device:
                     prefix = self.prefill(prefix, bucket, settings)
             for logprobs in (False, True):
                 self.insert(0, prefix, [], settings, logprobs)
-            for level, (greedy, logprobs) in itertools.product(self._levels, chunks):
-                self.generate(greedy, logprobs, level)
+            if self.speculation is None:
+                for level, (greedy, logprobs) in itertools.product(self._levels, chunks):
+                    self.generate(greedy, logprobs, level)
+            for shape, (greedy, logprobs) in itertools.product(self.step_shapes, chunks):
+                rows = range(shape.texts)
+                self.speculate(rows, [0] * shape.texts, shape.drafts, greedy, logprobs)
             if self.shape.grammars:
-                for level in self._levels:
-                    self.generate_masked(self._all_allowed(self.shape.slots), level)
+                allowed = self._all_allowed(self.shape.slots)
+                if self.speculation is not None:
+                    self.speculate_masked(allowed)
+                else:
+                    for level in self._levels:
+                        self.generate_masked(allowed, level)
             if self.graded:
                 self.turn(0, 0.0)
             self.free(0)
@@ -159,18 +200,35 @@ class Device:
                 add("prompt_logprobs", lower, state.cache, prefix, tokens, tokens, top_logprobs=count)
         for wants in logprobs:
             arguments = state, slot, prefix, settings, self._in_prompt([]), dial, self._any_first()
+            arguments += self._drafting([])
             insert = decode_state.insert.lower
             add("insert", insert, *arguments, policy=policy, top_logprobs=self._count(wants))
-        for level, (greedy, wants) in itertools.product(self._levels, chunks):
+        levels = self._levels if self.speculation is None else []
+        for level, (greedy, wants) in itertools.product(levels, chunks):
             static = {"policy": policy, "greedy": greedy, "level": level}
             static["top_logprobs"] = self._count(wants)
             add("generate", of_model(decode_state.generate), state, dial, **static)
+        for shape, (greedy, wants) in itertools.product(self.step_shapes, chunks):
+            rows = np.zeros(shape.texts, np.int32)
+            static = {"policy": policy, "greedy": greedy, "top_logprobs": self._count(wants)}
+            static |= {"steps": self.steps(shape.drafts), "drafts": shape.drafts}
+            add("speculate", of_model(speculate), state, dial, self._drafter, rows, rows, None, **static)
         if self.shape.grammars:
-            allowed = self._all_allowed(self.shape.slots)
-            for level in self._levels:
-                static = {"policy": self._one_step, "greedy": False, "level": level}
-                static["top_logprobs"] = self._top_logprobs
-                add("generate", of_model(decode_state.generate), state, dial, allowed, **static)
+            allowed, rows = self._all_allowed(self.shape.slots), np.zeros(self.shape.slots, np.int32)
+            static = {"policy": self._one_step, "greedy": False, "top_logprobs": self._top_logprobs}
+            for level in levels:
+                add(
+                    "generate",
+                    of_model(decode_state.generate),
+                    state,
+                    dial,
+                    allowed,
+                    level=level,
+                    **static,
+                )
+            if self.speculation is not None:
+                arguments = state, dial, self._drafter, rows, rows, allowed
+                add("speculate", of_model(speculate), *arguments, steps=1, drafts=0, **static)
         if self.shape.slots > 1:
             add("free", decode_state.free.lower, state, slot)
         if self.graded and not self.shape.contiguous:
@@ -214,7 +272,9 @@ class Device:
     ) -> engine.Chunk:
         """Starts the answer to a prompt in a slot; returns its first token (see ``decode_state.insert``)."""
         mask = self._any_first() if allowed is None else allowed[None]
-        row, settings, in_prompt, mask = self._put((np.int32(slot), settings, self._in_prompt(prompt), mask))
+        row, settings, in_prompt, mask, drafting = self._put(
+            (np.int32(slot), settings, self._in_prompt(prompt), mask, self._drafting(prompt))
+        )
         self._state, first = decode_state.insert(
             self._state,
             row,
@@ -223,6 +283,7 @@ class Device:
             in_prompt,
             self._dial,
             mask,
+            *drafting,
             policy=self._policy,
             top_logprobs=self._count(logprobs),
         )
@@ -275,6 +336,51 @@ class Device:
             masks[slot] = mask
         return masks
 
+    def speculate(
+        self, rows: Sequence[int], most_drafts: Sequence[int], drafts: int, greedy: bool, logprobs: bool
+    ) -> tuple[engine.Chunk, Counts]:
+        """Decodes a chunk for some slots (see ``decode.speculate``). Its rows are those of ``rows``."""
+        slots, most = self._put((np.asarray(rows, np.int32), np.asarray(most_drafts, np.int32)))
+        self._state, chunk, counts = speculate(
+            self._model,
+            self._state,
+            self._dial,
+            self._drafter,
+            slots,
+            most,
+            None,
+            policy=self._policy,
+            greedy=greedy,
+            top_logprobs=self._count(logprobs),
+            steps=self.steps(drafts),
+            drafts=drafts,
+        )
+        return chunk, counts
+
+    def speculate_masked(self, allowed: UInt32[np.ndarray, "b words"]) -> tuple[engine.Chunk, Counts]:
+        """Decodes one token for all slots without drafts, as ``generate_masked`` does."""
+        slots = self.shape.slots
+        rows, most, mask = self._put((np.arange(slots, dtype=np.int32), np.zeros(slots, np.int32), allowed))
+        self._state, chunk, counts = speculate(
+            self._model,
+            self._state,
+            self._dial,
+            self._drafter,
+            rows,
+            most,
+            mask,
+            policy=self._one_step,
+            greedy=False,
+            top_logprobs=self._top_logprobs,
+            steps=1,
+            drafts=0,
+        )
+        return chunk, counts
+
+    def steps(self, drafts: int) -> int:
+        """Returns the number of steps of a chunk. One with drafts has half as many, with more tokens each."""
+        return -(-self._policy.chunk_steps // 2) if drafts else self._policy.chunk_steps
+
     def turn(self, slot: int, bits: float) -> None:
         """Changes the wanted mean bits of an answer."""
         self._state = decode_state.turn(self._state, *self._put((np.int32(slot), np.float32(bits))))
@@ -312,6 +418,15 @@ class Device:
         in_prompt = np.zeros((1, self._config.vocab_size), bool)
         in_prompt[0, np.asarray(prompt, np.int32)] = True
         return in_prompt
+
+    def _drafting(self, prompt: Sequence[int]) -> tuple[Any, Any]:
+        """Returns the drafter and the tokens of a prompt, padded to the size of a slot, for ``insert``."""
+        texts = self._state.slots.texts
+        if texts is None:
+            return None, None
+        tokens = np.zeros((1, texts.tokens.shape[1]), np.int32)
+        tokens[0, : len(prompt)] = prompt
+        return self._drafter, tokens
 
     def _put(self, arrays: Any) -> Any:
         """Puts arrays on the device, or on those of the mesh, with the sharding of the loop."""

@@ -128,6 +128,8 @@ class Dial:
       shares: float32 ``[linears]`` (see ``layer_shares``).
       state: State of each row.
       names: Names of the linear layers.
+      held: Whether decoded tokens leave the setting as it is. It is then that of the end of the prompt.
+      least_repayment: Least number of tokens over which a debt is repaid.
     """
 
     tables: Float[Array, "t linears p"]
@@ -135,6 +137,8 @@ class Dial:
     shares: Float[Array, "linears"]
     state: DialState
     names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    held: bool = dataclasses.field(default=False, metadata={"static": True})
+    least_repayment: int = dataclasses.field(default=REPAYMENT_TOKENS, metadata={"static": True})
 
     @classmethod
     def create(
@@ -174,7 +178,7 @@ class Dial:
         excess, minus the share of the debt that the next token pays back.
         """
         state = self.state
-        repayment = jnp.maximum(state.decoded - FAST_TOKENS, REPAYMENT_TOKENS)
+        repayment = jnp.maximum(state.decoded - FAST_TOKENS, self.least_repayment)
         setting = state.wanted - state.excess / (state.tokens + PRIOR_TOKENS) - state.debt / repayment
         return jnp.clip(setting, self.targets[0], self.targets[-1])
 
@@ -195,7 +199,7 @@ class Dial:
             ``decoder.linear_names``.
           counts: Number of leading tokens of each row that are valid.
         """
-        excess = self._mean(bits) - self.setting[:, None]
+        excess = self.mean_bits(bits) - self.setting[:, None]
         excess = jnp.round(excess * PREVIEW_UNITS) / PREVIEW_UNITS
         excess = jnp.sum(excess, axis=1, where=jnp.arange(bits.shape[1]) < counts[:, None])
         return self.with_state(self.state.plus(excess, counts))
@@ -212,16 +216,32 @@ class Dial:
           active: Rows that decoded a token; the others stay as they are.
           positions: Position of the token in its text.
         """
-        read, observed = self._mean(bits), active & (positions >= SKIPPED_POSITIONS)
-        state = self.state.plus(
+        if self.held:
+            return self
+        return self.with_state(self.plus_tokens(self.state, bits, active, positions))
+
+    def plus_tokens(
+        self,
+        state: DialState,
+        bits: Float[Array, "b linears"],
+        active: Bool[Array, "b"],
+        positions: Int[Array, "b"],
+    ) -> DialState:
+        """Returns another state with the sums of tokens that were read at the setting of this dial.
+
+        Args:
+          state: State to add to.
+          bits, active, positions: See ``follow``.
+        """
+        read, observed = self.mean_bits(bits), active & (positions >= SKIPPED_POSITIONS)
+        return state.plus(
             excess=jnp.where(observed, read - self.setting, 0),
             tokens=observed,
             debt=jnp.where(active, read - self.state.wanted, 0),
             decoded=active,
         )
-        return self.with_state(state)
 
-    def _mean(self, bits: Float[Array, "*rows linears"]) -> Float[Array, "*rows"]:
+    def mean_bits(self, bits: Float[Array, "*rows linears"]) -> Float[Array, "*rows"]:
         """Returns the mean over the weights of all layers, independent of the order of additions."""
         units = jnp.round(bits * (self.shares * UNITS_PER_BIT)).astype(jnp.int32)
         return jnp.sum(units, axis=-1, dtype=jnp.int32) / jnp.float32(UNITS_PER_BIT)

@@ -184,9 +184,35 @@ def decode_step(
 
 
 def _step(model, tokens, cache, thresholds, active, level=None):
-    """Runs ``decode_step``; returns the logits in the order of the output projection's outputs.
+    """Runs ``decode_step``; returns the logits in the order of the output projection's outputs."""
+    counts = jnp.ones_like(cache.lengths) if active is None else active.astype(jnp.int32)
+    _, outputs, cache, stats = read_tokens(model, tokens[:, None], cache, thresholds, counts, level)
+    return outputs[:, 0], cache, jax.tree.map(lambda positions: positions[:, 0], stats)
 
-    With a ``level``, all channels are read at it, and the thresholds are not used.
+
+def read_tokens(
+    model: Decoder,
+    tokens: Int[Array, "b t"],
+    cache: KVCache,
+    thresholds: Thresholds | None,
+    counts: Int[Array, "b"],
+    level: int | None = None,
+) -> tuple[Float[Array, "b t d"], Float[Array, "b t v"], KVCache, GradingStats | None]:
+    """Reads new tokens of every row, each graded at its own levels. The cache is read once.
+
+    Args:
+      model: Graded model; or a dense one, with ``thresholds=None``.
+      tokens: New tokens of each row, causal among themselves. B * t is at most 16 on the graded path.
+      cache: Keys and values of the earlier tokens.
+      thresholds: Thresholds by layer name, ``[B, P]``, or ``[B, t, P]`` for different ones at each position.
+        A position with infinite thresholds reads no weights, and its logits are undefined.
+      counts: Number of tokens by which each row advances; later ones may be any valid tokens.
+      level: Level at which all channels are read, for many rows; the thresholds are then not used.
+
+    Returns:
+      Hidden states after the final norm; float32 logits after every token, in the order of the output
+      projection's outputs; the cache; and the grading statistics ``[B, t, linears]`` (None for a dense
+      model).
     """
     graded: apply.Graded | None = None
     if level is not None:
@@ -194,16 +220,20 @@ def _step(model, tokens, cache, thresholds, active, level=None):
     elif thresholds is not None:
         graded = apply.Graded(thresholds)
     strategy = graded or apply.Dense()
-    advance = jnp.ones_like(cache.lengths) if active is None else active.astype(jnp.int32)
-    x, layers = model.hidden(tokens[:, None], cache.lengths[:, None], strategy, cache.layers_for(advance))
-    outputs = model.lm_head.outputs(x, strategy)[:, 0]
-    cache = cache.updated(layers, cache.lengths + advance)
-    return outputs, cache, None if graded is None else _stacked_stats(model, graded)
+    positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
+    x, layers = model.hidden(tokens, positions, strategy, cache.layers_for(counts))
+    outputs = model.lm_head.outputs(x, strategy)
+    cache = cache.updated(layers, cache.lengths + counts)
+    if graded is None:
+        return x.array, outputs, cache, None
+    packed = _stacked_stats(model, graded).packed
+    stats = GradingStats(packed.reshape(*tokens.shape, *packed.shape[1:]))
+    return x.array, outputs, cache, stats
 
 
 @jax.named_scope("grading_stats")
 def _stacked_stats(model: Decoder, graded: apply.Graded) -> GradingStats:
-    """Stacks the statistics of one position of every row to ``[B, linears]``.
+    """Stacks the statistics of every position of every row to ``[rows, linears]``.
 
     Statistics of experts are reduced to those of tokens after they are stacked: XLA makes a kernel for every
     reduction.
@@ -214,7 +244,8 @@ def _stacked_stats(model: Decoder, graded: apply.Graded) -> GradingStats:
     packed = jnp.stack([stats[name].packed.reshape(-1, 2) for name in others], axis=1)
     if not of_experts:
         return GradingStats(packed)
-    stacked = GradingStats(jnp.stack([stats[name].packed[:, 0] for name in of_experts], axis=1))
+    of_rows = (stats[name].packed for name in of_experts)
+    stacked = GradingStats(jnp.stack([rows.reshape(-1, *rows.shape[-2:]) for rows in of_rows], axis=1))
     packed = jnp.concatenate([packed, stacked.of_tokens().packed], axis=1)
     place = {name: i for i, name in enumerate(others + of_experts)}
     return GradingStats(packed[:, jnp.asarray([place[name] for name in names])])

@@ -121,6 +121,7 @@ class Generation:
             generation_seconds=sum(chunk_seconds),
             compile_seconds=self._compile_seconds,
             peak_memory_bytes=peak_memory(),
+            speculation=self._received.speculation,
             **grading_fields(self._generator.model, self.grading_stats),
         )
 

@@ -7,6 +7,7 @@ for text in generation:
 print(generation.statistics().realised_bits_per_layer)
 """
 
+import dataclasses
 import os
 import warnings
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ from grinqh_jax.decoding.prompt_cache import PromptCache, conversation_capacity
 from grinqh_jax.decoding.request import Request
 from grinqh_jax.decoding.sampling import Sampling
 from grinqh_jax.decoding.settings import Settings
+from grinqh_jax.decoding.speculation.speculation import Speculation
 from grinqh_jax.decoding.texts import Texts, contiguous_shape
 from grinqh_jax.errors import GrinqhWarning, UsageError
 from grinqh_jax.model.decoder import Decoder
@@ -53,7 +55,11 @@ class Generator:
       targets: Ascending mean bits of the threshold tables; None for an unquantized model.
       directory: Directory of the checkpoint.
       programs: Programs of the model that are compiled.
+      holds_dial: Whether the dial keeps the setting that it has at the end of the prompt. With such a dial, a
+        text with speculation is the text without, token for token, at the price of less exact mean bits.
     """
+
+    holds_dial = False
 
     def __init__(
         self,
@@ -127,6 +133,7 @@ class Generator:
         *,
         max_context: int | None = None,
         prompt_cache: PromptCache | None = None,
+        speculation: Speculation | None = None,
     ) -> "Generation":
         """Prepares a text; iterate over the result to generate it.
 
@@ -138,6 +145,7 @@ class Generator:
             positions that the model has.
           prompt_cache: Cache of a conversation, so that each turn reads only what is new. The text is the
             same with and without it.
+          speculation: How to speculate, by default not at all.
 
         Raises:
           UsageError: The bits are outside the dial's range, the prompt is too long for the context, the
@@ -165,13 +173,19 @@ class Generator:
             storage=cache,
             cache=pages,
             rings=prompt_cache is None,
+            speculation=speculation,
         )
         cache.give(texts.device)
         return Generation(self, texts, cache, tokens, settings, request)
 
     @without_x64
     def compile_conversation(
-        self, request: Request | None = None, *, context: int = 1, max_context: int | None = None
+        self,
+        request: Request | None = None,
+        *,
+        context: int = 1,
+        max_context: int | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         """Compiles the programs of a conversation, so that its turns do not wait. May run in any thread.
 
@@ -179,7 +193,7 @@ class Generator:
           request: Settings of the turns.
           context: Number of tokens of the conversation, including the next answer. It determines the size of
             the cache, and each size needs other programs.
-          max_context: As for ``generate``.
+          max_context, speculation: As for ``generate``.
         """
         request = request or Request()
         capacity = min(conversation_capacity(context), check_context(max_context, self.model.config))
@@ -190,6 +204,7 @@ class Generator:
             contiguous_shape(capacity),
             DecodePolicy.for_device(),
             settings,
+            speculation=speculation,
             abstract=True,
         )
         small, large = CONVERSATION_WIDTHS
@@ -226,7 +241,8 @@ class Generator:
         wanted = self.bits(bits)
         if self.targets is None or wanted is None:
             return None
-        return Dial.create(self.model, self.targets, np.full(batch, wanted))
+        dial = Dial.create(self.model, self.targets, np.full(batch, wanted))
+        return dataclasses.replace(dial, held=self.holds_dial)
 
     def prompt_tokens(self, prompt: str | Sequence[int]) -> list[int]:
         """Returns the tokens of a prompt (see ``generate``).

@@ -13,6 +13,8 @@ from grinqh_jax.decoding.logprobs import TokenLogprobs
 from grinqh_jax.decoding.prefill_buckets import PrefillBucket
 from grinqh_jax.decoding.prefix import Prefix
 from grinqh_jax.decoding.settings import Settings
+from grinqh_jax.decoding.speculation.draft_length import Acceptance
+from grinqh_jax.decoding.speculation.figures import SpeculationFigures
 from grinqh_jax.errors import UsageError
 from pallas_kernels import GradingStats
 
@@ -79,6 +81,9 @@ class Receiver(Protocol):
     def receive_prompt(self, logprobs: TokenLogprobs) -> None:
         """Takes the log-probabilities of all prompt tokens but the first, numpy ``[tokens]``."""
 
+    def receive_speculation(self, figures: SpeculationFigures) -> None:
+        """Takes the figures of speculation, which grow with the answer, before the first token."""
+
     def receive(
         self,
         tokens: list[int],
@@ -136,7 +141,10 @@ class Job:
       turned: Mean bits that a client wanted while the prompt was being read; None for those of the settings.
       prompt_results: Log-probabilities of the pieces read so far, on the device, and their numbers of tokens.
       admitted: Time at which the job got its slot.
-      dispatched: Number of tokens that the dispatched work generates, unless a stop token comes first.
+      dispatched: Number of tokens that the dispatched work generates at least, unless a stop token comes
+        first.
+      acceptance: Estimates for the number of drafts.
+      figures: What speculation did for the answer.
     """
 
     prompt: Sequence[int]
@@ -155,6 +163,8 @@ class Job:
     prompt_results: list[tuple[TokenLogprobs, int]] = dataclasses.field(default_factory=list)
     admitted: float = 0.0
     dispatched: int = 0
+    acceptance: Acceptance = dataclasses.field(default_factory=Acceptance)
+    figures: SpeculationFigures = dataclasses.field(default_factory=SpeculationFigures)
 
     @property
     def limit(self) -> int:

@@ -25,6 +25,8 @@ from grinqh_jax.decoding.device import Device
 from grinqh_jax.decoding.job import FinishReason, Job, Storage
 from grinqh_jax.decoding.logprobs import TokenLogprobs
 from grinqh_jax.decoding.policy import DecodePolicy
+from grinqh_jax.decoding.speculation.chunk import Counts
+from grinqh_jax.decoding.speculation.draft_length import DraftLength, StepShape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,16 +35,18 @@ class _InFlight:
 
     Attributes:
       jobs: Jobs by row of the chunk, as they were when the work was dispatched.
-      result: Function that waits for a decode chunk, or for the first token of the only job; returns it as
-        numpy arrays, and the time at which it arrived.
+      result: Function that waits for a decode chunk, or for the first token of the only job; returns it and
+        what speculation did as numpy arrays, and the time at which it arrived.
       asked: Time at which the work was dispatched.
       is_first: Whether the result is a first token.
+      shape: Sizes of the steps of a chunk with speculation; None without.
     """
 
     jobs: dict[int, Job]
-    result: Callable[[], tuple[engine.Chunk, float]]
+    result: Callable[[], tuple[engine.Chunk, Counts | None, float]]
     asked: float
     is_first: bool
+    shape: StepShape | None = None
 
 
 class Scheduler:
@@ -78,6 +82,9 @@ class Scheduler:
         self._in_flight: collections.deque[_InFlight] = collections.deque()
         self._numbers = itertools.count()
         self._reader = concurrent.futures.ThreadPoolExecutor(1)
+        self._draft_length: DraftLength | None = None
+        if (speculation := device.speculation) is not None:
+            self._draft_length = DraftLength(device.step_shapes, always=speculation.always)
         self._arrived = 0.0
         self._launched = False
 
@@ -196,10 +203,12 @@ class Scheduler:
             return
         first = self._device.insert(job.slot, job.prefix, job.prompt, job.settings, job.logprobs, allowed)
         job.prefix, job.dispatched = None, 1
+        if self._draft_length is not None:
+            job.answer.receive_speculation(job.figures)
         self.decoding[job.slot] = job
         if job.turned is not None:
             self.turn(job, job.turned)
-        self._track({0: job}, first, job.admitted, is_first=True)
+        self._track({0: job}, (first, None), job.admitted, is_first=True)
 
     def _launch(self) -> bool:
         """Dispatches a decode chunk, if an answer may go on; returns whether it has."""
@@ -211,15 +220,24 @@ class Scheduler:
         asked = time.perf_counter()
         logprobs = any(job.logprobs for job in self.decoding.values())
         greedy = not logprobs and all(job.greedy for job in self.decoding.values())
+        allowed = {slot: mask for slot, mask in masks.items() if mask is not None}
+        if self._draft_length is not None:
+            if self._masked:
+                results = self._device.speculate_masked(self._device.masks(allowed))
+                for job in self.decoding.values():
+                    job.dispatched += 1
+                self._track(dict(self.decoding), results, asked, shape=self._draft_length.shapes[0])
+            else:
+                self._speculate(self._draft_length, greedy, logprobs, asked)
+            return True
         level = self._device.level(float(job.settings.bits[0]) for job in self.decoding.values())
         if self._masked:
-            allowed = {slot: mask for slot, mask in masks.items() if mask is not None}
             chunk, steps = self._device.generate_masked(self._device.masks(allowed), level), 1
         else:
             chunk, steps = self._device.generate(greedy, logprobs, level), self._policy.chunk_steps
         for job in self.decoding.values():
             job.dispatched += steps
-        self._track(dict(self.decoding), chunk, asked)
+        self._track(dict(self.decoding), (chunk, None), asked)
         return True
 
     def _allowed(self, job: Job) -> Any:
@@ -231,20 +249,47 @@ class Scheduler:
             self._end(job, error)
             return None
 
-    def _track(self, jobs: dict[int, Job], chunk: engine.Chunk, asked: float, is_first: bool = False) -> None:
+    def _speculate(self, length: DraftLength, greedy: bool, logprobs: bool, asked: float) -> None:
+        """Dispatches a decode chunk with speculation. Few answers share the rows of all slots."""
+        shape, slots = (
+            length.choose([job.acceptance for job in self.decoding.values()]),
+            self._device.shape.slots,
+        )
+        rows = list(range(slots))
+        if shape.texts < slots:
+            others = (slot for slot in rows if slot not in self.decoding)
+            rows = [*self.decoding, *others][: shape.texts]
+        drafts = shape.drafts
+        results = self._device.speculate(rows, [drafts] * len(rows), drafts, greedy, logprobs)
+        jobs = {row: self.decoding[slot] for row, slot in enumerate(rows) if slot in self.decoding}
+        for job in jobs.values():
+            job.dispatched += self._device.steps(drafts)
+        self._track(jobs, results, asked, shape=shape)
+
+    def _track(
+        self,
+        jobs: dict[int, Job],
+        results: tuple[engine.Chunk, Counts | None],
+        asked: float,
+        *,
+        is_first: bool = False,
+        shape: StepShape | None = None,
+    ) -> None:
         """Remembers to deliver results. With chunks ahead, a thread waits for them and takes the time."""
         if self._policy.chunks_ahead:
-            result = self._reader.submit(_to_host, chunk).result
+            result = self._reader.submit(_to_host, results).result
         else:
-            result = functools.partial(_to_host, chunk)
-        self._in_flight.append(_InFlight(jobs, result, asked, is_first))
+            result = functools.partial(_to_host, results)
+        self._in_flight.append(_InFlight(jobs, result, asked, is_first, shape))
 
     def _deliver(self, work: _InFlight) -> None:
         """Waits for results and gives them to their jobs."""
         chunk: Any
-        chunk, arrived = work.result()
+        chunk, counts, arrived = work.result()
         seconds = arrived - (work.asked if work.is_first else max(work.asked, self._arrived))
         self._arrived = arrived
+        if counts is not None:
+            self._learn(work, counts, seconds)
         for row, job in work.jobs.items():
             if job.ended:
                 continue
@@ -267,6 +312,27 @@ class Scheduler:
             if stopped or chunk.done[row]:
                 self._end(job, "stop" if stopped else "length")
 
+    def _learn(self, work: _InFlight, counts: Any, seconds: float) -> None:
+        """Updates what is known of the texts of a chunk with speculation, and of the time of a step."""
+        assert self._draft_length is not None, "the device speculates"
+        assert work.shape is not None, "a chunk with speculation has a shape"
+        for row, job in work.jobs.items():
+            steps, tried, drafted, accepted = (
+                int(values[row]) for values in (counts.steps, counts.tried, counts.drafted, counts.accepted)
+            )
+            if work.shape.drafts:
+                job.acceptance.update(steps, tried, drafted, accepted)
+                job.figures.seconds += seconds
+            job.figures.steps += steps
+            job.figures.drafting_steps += tried
+            job.figures.drafted += drafted
+            job.figures.accepted += accepted
+            job.figures.rejected_bits += float(counts.rejected_bits[row])
+        steps = int(np.max(counts.steps))
+        if steps > 1:  # A chunk of one step is mostly launch.
+            every = steps if self._policy.early_exit else self._device.steps(work.shape.drafts)
+            self._draft_length.measure(work.shape, every, seconds)
+
     def _end(self, job: Job, reason: FinishReason | Exception) -> None:
         """Frees a job's slot and pages, wherever the job is, and reports its end or its failure."""
         job.ended = True
@@ -288,9 +354,11 @@ class Scheduler:
             job.answer.fail(error)
 
 
-def _to_host(chunk: engine.Chunk) -> tuple[engine.Chunk, float]:
+def _to_host(
+    results: tuple[engine.Chunk, Counts | None],
+) -> tuple[engine.Chunk, Counts | None, float]:
     """Fetches a chunk as numpy arrays, all in one transfer; returns it and the time of its arrival."""
-    return jax.device_get(chunk), time.perf_counter()
+    return *jax.device_get(results), time.perf_counter()
 
 
 def _concatenated(results: list[tuple[TokenLogprobs, int]]) -> TokenLogprobs:

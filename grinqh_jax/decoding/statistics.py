@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from grinqh_jax.decoding.reading import MAX_GRADED_ROWS, WeightReading
+from grinqh_jax.decoding.speculation.figures import SpeculationFigures
 from grinqh_jax.model.decoder import Decoder, linear_names
 from grinqh_jax.model.experts import DenseExperts
 from grinqh_jax.model.linear import DenseLinear
@@ -62,6 +63,7 @@ class Statistics:
       peak_memory_bytes: Peak memory of the accelerator, or of the process if there is none.
       activation_range_ratio: Largest ``|x|`` of all decode steps over the largest in calibration, by linear
         layer.
+      speculation: Figures of speculation; None without.
     """
 
     prompt_tokens: int
@@ -79,6 +81,7 @@ class Statistics:
     dense_dtype: str | None
     peak_memory_bytes: int
     activation_range_ratio: Mapping[str, float]
+    speculation: SpeculationFigures | None = None
 
     @property
     def prompt_tokens_per_second(self) -> float | None:
@@ -115,6 +118,8 @@ class Statistics:
                 f"weights read per token: {self.bytes_per_token / 1e6:.3f} MB, {share:.1%} of "
                 f"{self.bytes_per_token_bf16 / 1e6:.3f} MB in bf16"
             )
+        if self.speculation is not None:
+            lines.append(self.speculation.line(self.realised_bits))
         lines.append(f"peak memory: {self.peak_memory_bytes / 2**20:.0f} MiB")
         if self.compile_seconds >= SHOWN_SECONDS:
             lines.append(f"compilation: {self.compile_seconds:.1f} s, not part of these speeds")
@@ -131,6 +136,8 @@ class Statistics:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         if self.realised_bits_per_step is not None:
             fields["realised_bits_per_step"] = np.round(self.realised_bits_per_step, 4).tolist()
+        if self.speculation is not None:
+            fields["speculation"] = self.speculation.to_json(self.realised_bits)
         return fields | {
             "prompt_tokens_per_second": self.prompt_tokens_per_second,
             "generation_tokens_per_second": self.generation_tokens_per_second,

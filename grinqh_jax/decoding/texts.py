@@ -12,6 +12,8 @@ from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.rows import Rows
 from grinqh_jax.decoding.scheduler import Scheduler
 from grinqh_jax.decoding.settings import Settings
+from grinqh_jax.decoding.speculation.figures import SpeculationFigures
+from grinqh_jax.decoding.speculation.speculation import Speculation
 from grinqh_jax.model.decoder import Decoder
 from pallas_kernels import GradingStats
 
@@ -24,6 +26,7 @@ class Received:
       stats: Grading statistics of each decode chunk, numpy ``[tokens, linears]``.
       seconds: Time of the prompt, then of each decode chunk (see ``job.Receiver.receive``).
       reason: Why the text has ended; None while it has not.
+      speculation: Figures of speculation; None without, and before the first token.
     """
 
     def __init__(self, ended: Callable[[list[int]], bool] = lambda tokens: False):
@@ -37,6 +40,7 @@ class Received:
         self.stats: list[GradingStats] = []
         self.seconds: list[float] = []
         self.reason: Literal["stop", "length"] | None = None
+        self.speculation: SpeculationFigures | None = None
         self._ended = ended
         self._error: Exception | None = None
 
@@ -45,6 +49,10 @@ class Received:
 
     def receive_prompt(self, logprobs: TokenLogprobs) -> None:
         """Does nothing: these texts have no log-probabilities."""
+
+    def receive_speculation(self, figures: SpeculationFigures) -> None:
+        """Remembers the figures of speculation."""
+        self.speculation = figures
 
     def receive(
         self,
@@ -94,6 +102,7 @@ class Texts:
         cache: PagedCache | None = None,
         policy: DecodePolicy | None = None,
         rings: bool = True,
+        speculation: Speculation | None = None,
     ):
         """Prepares the loop and reads no token yet.
 
@@ -107,9 +116,11 @@ class Texts:
           cache: Cache of the texts, by default an empty one.
           policy: How programs are compiled and chunks scheduled, by default ``DecodePolicy.for_device()``.
           rings: See ``Shape``. Must be false if ``storage`` gives a text the prefix of another one.
+          speculation: How to speculate, if at all. There are no rings then, as they cannot be rolled back.
         """
         policy = policy or DecodePolicy.for_device()
-        self.device = Device(model, dial, contiguous_shape(capacity, slots, rings), policy, settings, cache)
+        shape = contiguous_shape(capacity, slots, rings and speculation is None)
+        self.device = Device(model, dial, shape, policy, settings, cache, speculation=speculation)
         self._scheduler = Scheduler(self.device, storage or Rows(), policy, prompts_first=True)
         self._more_due = False
 

@@ -123,11 +123,11 @@ class Graded:
 
     Attributes:
       thresholds: Thresholds by layer name, float32 ``[P]``, or ``[B, P]`` with one set for each row of the
-        batch.
+        batch, or ``[B, t, P]`` with one for each position.
       of_experts: Names of the layers of experts in ``stats``.
     """
 
-    def __init__(self, thresholds: Mapping[str, Float[Array, "*b p"]]):
+    def __init__(self, thresholds: Mapping[str, Float[Array, "*rows p"]]):
         self.thresholds = thresholds
         self.of_experts: set[str] = set()
         self._stats: dict[str, GradingStats] = {}
@@ -159,8 +159,9 @@ class Graded:
         if not isinstance(linear, GradedLinear | ChosenGraded):
             raise ValueError(f"{name} is dense; only layers stored as nested codes can be read graded")
         thresholds = self.thresholds[name]
-        if thresholds.ndim == 2:  # [B, P]: all positions of a batch row share its thresholds
-            thresholds = thresholds.reshape(-1, *(1,) * (len(x.leading) - 1), thresholds.shape[-1])
+        *rows, planes = thresholds.shape  # Further axes of the inputs share the thresholds of their row.
+        if len(rows) > 0:
+            thresholds = thresholds.reshape(*rows, *(1,) * (len(x.leading) - len(rows)), planes)
         if isinstance(linear, ChosenGraded):
             self.of_experts.add(name)
         else:

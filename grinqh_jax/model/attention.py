@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from grinqh_jax.model import rope
+from grinqh_jax.model.by_token import MOST_DECODED, by_token
 from grinqh_jax.model.cache import KeyValues
 from grinqh_jax.model.causal_attention import blockwise
 from grinqh_jax.model.config import ModelConfig
@@ -126,8 +127,12 @@ def _normed(
     x: Float[Array, "b t heads d"], norm_scale: Float[Array, "n"], eps: float, across: str | None
 ) -> Float[Array, "b t heads d"]:
     """Normalizes each head, or all heads together if the scale has the width of all heads."""
-    rows = x.reshape(*x.shape[:2], -1, len(norm_scale))
-    return rms_norm(rows, norm_scale, eps, across).reshape(x.shape)
+
+    def normed(x):
+        rows = x.reshape(*x.shape[:2], -1, len(norm_scale))
+        return rms_norm(rows, norm_scale, eps, across).reshape(x.shape)
+
+    return by_token(normed, x)
 
 
 def _growth(growth: QueryGrowth, positions: Int[Array, "b t"]) -> Float[Array, "b t"]:
@@ -169,10 +174,11 @@ def attend(
         keys, values, slots, updated = cache.extended(positions, keys, values)
     else:
         written = cache.write(positions, keys, values)
-        if queries.shape[1] > 1:
-            written = written.cleared(positions[:, -1] + 1)
-        elif jax.default_backend() == "cpu":
+        one_each = queries.shape[1] == 1
+        if jax.default_backend() == "cpu" and (one_each or positions.size <= MOST_DECODED):
             return attend_by_blocks(queries, written, positions, window, soft_cap), written
+        if not one_each:
+            written = written.cleared(positions[:, -1] + 1)
         keys, values, _ = written.contiguous(positions[:, -1] + 1)
         slots, updated = jnp.arange(keys.shape[1])[None], written
     distance = positions[:, None, :, None] - slots[:, None, None, :]

@@ -85,6 +85,11 @@ LayerState = KeyValues | RingKeyValues | RecurrentState
 """The state of a layer: keys and values of attention, or the state of a gated delta net."""
 
 
+def rollback_lacks(config: ModelConfig) -> str | None:
+    """Returns what of a model ``KVCache.rollback`` cannot undo, or None."""
+    return None if config.delta_heads is None else "recurrent states"
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
@@ -160,3 +165,12 @@ class KVCache:
         }
         keys, values, _ = zip(*whole, strict=True)
         return KVCache(keys, values, lengths, self.pages, fixed)
+
+    def rollback(self, lengths: Int[Array, "b"]) -> "KVCache":
+        """Returns a cache as if only the first ``lengths`` tokens of each row had been read.
+
+        No token attends to the slots after them, and later tokens overwrite these slots. States of a fixed
+        size cannot be rolled back.
+        """
+        assert not self.fixed, "states of a fixed size cannot be rolled back"
+        return dataclasses.replace(self, lengths=lengths)

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from grinqh_jax.model.apply import Apply
 from grinqh_jax.model.attention import attend_heads, without_gates
+from grinqh_jax.model.by_token import by_token
 from grinqh_jax.model.cache import KeyValues, LayerState
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.delta_net import DeltaNet
@@ -61,8 +62,8 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(scale)
         self.eps = eps
 
-    def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
-        return rms_norm(x, self.scale[...], self.eps)
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        return by_token(lambda x: rms_norm(x, self.scale[...], self.eps), x)
 
     def add(
         self, x: Float[Array, "b t d"], update: Activations | None

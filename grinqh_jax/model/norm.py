@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from grinqh_jax.model.by_token import by_token
 from pallas_kernels import Activations, decode_rows
 
 
@@ -47,4 +48,4 @@ def add_norm(
     if update is not None and decode_rows.supports(update) is None:
         return decode_rows.add_norm(x, update, norm_scale, eps)
     total = x if update is None else x + update.array
-    return total, Activations.of(rms_norm(total, norm_scale, eps))
+    return total, Activations.of(by_token(lambda total: rms_norm(total, norm_scale, eps), total))

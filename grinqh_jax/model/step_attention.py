@@ -11,18 +11,18 @@ BLOCK = 128
 
 
 def attend_by_blocks(
-    queries: Float[Array, "b 1 heads head_dim"],
+    queries: Float[Array, "b t heads head_dim"],
     cache: KeyValues,
-    positions: Int[Array, "b 1"],
+    positions: Int[Array, "b t"],
     window: int | None = None,
     soft_cap: float | None = None,
-) -> Float[Array, "b 1 heads head_dim"]:
-    """Attends from one query of each row to the positions up to its own, with a softmax in float32.
+) -> Float[Array, "b t heads head_dim"]:
+    """Attends from few queries of each row to the positions up to their own, with a softmax in float32.
 
-    Works on one row, one kv head and one block at a time, and reads the blocks of a row up to its position
-    only. A step thus takes no longer because the cache has room for longer texts, and no page is copied
-    before it is used. The number of blocks is known to the device alone; a GPU would have to send it to the
-    host.
+    Works on one query, one kv head and one block at a time, so that a query's result does not depend on
+    other queries, and reads the blocks of a row up to its position only. A step thus takes no longer because
+    the cache has room for longer texts, and no page is copied before it is used. The number of blocks is
+    known to the device alone; a GPU would have to send it to the host.
 
     Args:
       queries: Query heads; ``heads / kv_heads`` consecutive ones share a kv head.
@@ -32,7 +32,7 @@ def attend_by_blocks(
       window: Number of last positions that a query sees, its own included; None for all.
       soft_cap: Limit of the scores; None for none (see ``layer_spec.Attention``).
     """
-    batch, _, heads, head_dim = queries.shape
+    batch, tokens, heads, head_dim = queries.shape
     page_size, kv_heads = cache.keys.shape[1:3]
     shared = heads // kv_heads
     if cache.pages is None:
@@ -41,12 +41,12 @@ def attend_by_blocks(
         block, capacity = page_size * max(1, BLOCK // page_size), page_size * cache.pages.shape[1]
 
     def one_head(inputs):
-        head, queries, position = inputs  # [], [shared, head_dim], []
+        row, head, queries, position = inputs  # [], [], [shared, head_dim], []
 
         def attend_block(index, state):
             largest, total, mixed = state
             start = index * block
-            keys, values, first = _load(cache, head // kv_heads, head % kv_heads, start, block)
+            keys, values, first = _load(cache, row, head, start, block)
             slots = first + jnp.arange(block)
             visible = (slots >= start) & (slots <= position)
             if window is not None:
@@ -70,8 +70,10 @@ def attend_by_blocks(
         _, total, mixed = jax.lax.fori_loop(begin, end, attend_block, empty)
         return (mixed / jnp.where(total > 0, total, 1)[:, None]).astype(queries.dtype)
 
-    each = queries.reshape(batch * kv_heads, shared, head_dim)
-    inputs = jnp.arange(batch * kv_heads), each, jnp.repeat(positions[:, 0], kv_heads)
+    each = jnp.arange(batch * tokens * kv_heads)
+    rows, kv_head = each // (tokens * kv_heads), each % kv_heads
+    by_head = queries.reshape(-1, shared, head_dim)
+    inputs = rows, kv_head, by_head, jnp.repeat(positions.reshape(-1), kv_heads)
     return jax.lax.map(one_head, inputs).reshape(queries.shape)
 
 

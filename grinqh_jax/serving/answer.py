@@ -10,6 +10,7 @@ from typing import NamedTuple
 from grinqh_jax.decoding.answer_text import AnswerText
 from grinqh_jax.decoding.job import FinishReason
 from grinqh_jax.decoding.logprobs import TokenLogprobs
+from grinqh_jax.decoding.speculation.figures import SpeculationFigures
 from grinqh_jax.decoding.statistics import Statistics, grading_fields, joined
 from grinqh_jax.memory import peak_memory
 from grinqh_jax.model.decoder import Decoder
@@ -58,6 +59,7 @@ class Answer:
       tokens: Tokens so far. A stop token is included, tokens after a stop string are not.
       finish_reason: ``"stop"`` (stop token or stop string), ``"length"``, ``"cancelled"``, or None while
         unfinished.
+      speculation: Figures of speculation; None without, and before the first token.
       reused_tokens: Number of leading prompt tokens taken from shared pages; None before the prompt is read.
     """
 
@@ -85,6 +87,7 @@ class Answer:
         self.finish_reason: FinishReason | None = None
         self.reused_tokens: int | None = None
         self._one_level = one_level
+        self.speculation: SpeculationFigures | None = None
         self._model = model
         self._prompt = prompt
         self._text = text
@@ -147,6 +150,7 @@ class Answer:
             generation_seconds=times[-1] - times[min(1, len(times) - 1)],
             compile_seconds=0.0,
             peak_memory_bytes=peak_memory(),
+            speculation=self.speculation,
             **grading_fields(self._model, self.grading_stats, one_level=self._one_level),
         )
 
@@ -207,6 +211,10 @@ class Answer:
     def receive_prompt(self, logprobs: TokenLogprobs) -> None:
         """Takes the log-probabilities of all prompt tokens but the first, before the first piece."""
         self.prompt_logprobs = self._token_logprobs(self._prompt[1:], logprobs)
+
+    def receive_speculation(self, figures: SpeculationFigures) -> None:
+        """Remembers the figures of speculation."""
+        self.speculation = figures
 
     def receive(
         self,

@@ -26,6 +26,7 @@ from grinqh_jax.decoding.reading import MAX_GRADED_ROWS
 from grinqh_jax.decoding.request import Request
 from grinqh_jax.decoding.scheduler import Scheduler
 from grinqh_jax.decoding.settings import Settings, sampling_rows
+from grinqh_jax.decoding.speculation.speculation import Speculation
 from grinqh_jax.errors import UsageError
 from grinqh_jax.memory import free_memory
 from grinqh_jax.serving.answer import Answer
@@ -72,6 +73,7 @@ class Engine:
         share_prefixes: bool = True,
         grammars: bool = False,
         policy: DecodePolicy | None = None,
+        speculation: Speculation | None = None,
     ):
         """Allocates the cache and compiles all programs, several at once, which takes seconds to minutes.
 
@@ -93,6 +95,7 @@ class Engine:
             memory. Models with recurrent states never share prefixes.
           grammars: Whether requests may have grammars, which takes one more program.
           policy: How programs are compiled, by default ``DecodePolicy.for_device()``.
+          speculation: How to speculate, by default not at all.
 
         Raises:
           UsageError: An argument is out of range, or the device has too little free memory.
@@ -128,7 +131,8 @@ class Engine:
         )
         self._grammars = Grammars(generator)
         policy = policy or DecodePolicy.for_device()
-        device = Device(model, generator.dial(None), self.shape, policy, self._settings(Request(), 1))
+        settings = self._settings(Request(), 1)
+        device = Device(model, generator.dial(None), self.shape, policy, settings, speculation=speculation)
         device.compile(generator.programs)
         self.storage = SharedPages(self.shape, device.graded)
         self.scheduler = Scheduler(device, self.storage, policy)

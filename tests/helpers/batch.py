@@ -11,6 +11,7 @@ from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.programs import Programs
 from grinqh_jax.decoding.sampling import Sampling
 from grinqh_jax.decoding.settings import Settings
+from grinqh_jax.decoding.speculation.speculation import Speculation
 from grinqh_jax.decoding.texts import Received, Texts
 
 
@@ -36,6 +37,7 @@ class Batch:
         ended: Callable[[int, list[int]], bool] = lambda row, tokens: False,
         seed: int = 0,
         slots: int | None = None,
+        speculation: Speculation | None = None,
         **sampling,
     ):
         self.rows = [Received() for _ in prompts]
@@ -60,6 +62,7 @@ class Batch:
             capacity=max_context,
             slots=slots or len(prompts),
             policy=policy,
+            speculation=speculation,
         )
 
     def compile(self, widths: Sequence[int]) -> None:

@@ -1,0 +1,94 @@
+"""The decode loop with drafts on the state of an engine (see ``decode_state``)."""
+
+import dataclasses
+
+import jax
+from jaxtyping import Array, Int, UInt32
+
+from grinqh_jax.decoding import engine
+from grinqh_jax.decoding.decode_state import DecodeState
+from grinqh_jax.decoding.dial import Dial
+from grinqh_jax.decoding.paged_cache import PagedCache
+from grinqh_jax.decoding.policy import DecodePolicy
+from grinqh_jax.decoding.speculation.chunk import Counts, speculative_chunk
+from grinqh_jax.decoding.speculation.drafter import Drafter, DrafterState
+from grinqh_jax.model.flat_model import FlatModel
+from grinqh_jax.sharding.program import on_mesh
+
+
+@jax.jit(static_argnames=("policy", "greedy", "top_logprobs", "steps", "drafts"), donate_argnames="state")
+@on_mesh
+def speculate(
+    model: FlatModel,
+    state: DecodeState,
+    dial: Dial | None,
+    drafter: Drafter,
+    rows: Int[Array, "n"],
+    most_drafts: Int[Array, "n"],
+    allowed: UInt32[Array, "n words"] | None = None,
+    *,
+    policy: DecodePolicy,
+    greedy: bool,
+    top_logprobs: int | None,
+    steps: int,
+    drafts: int,
+) -> tuple[DecodeState, engine.Chunk, Counts]:
+    """Decodes ``steps`` to ``steps * (drafts + 1)`` tokens for some slots, with speculation.
+
+    Args:
+      model, state, dial, policy, greedy, top_logprobs: As in ``generate``.
+      drafter: Proposes the tokens that are verified.
+      rows: Slots, each at most once. Slots that share the graded rows of a step: ``n * (drafts + 1)`` is at
+        most 16. All slots if their cache is contiguous.
+      most_drafts: Largest number of drafts of each of these slots.
+      allowed: Tokens that each of these slots may choose, as in ``generate``, with ``drafts=0``.
+      steps: Number of steps.
+      drafts: Largest number of drafts of a slot.
+
+    Returns:
+      The state, the new tokens with a row for each of ``rows``, and what the chunk did.
+    """
+    every = len(rows) == len(state.slots.last)
+    slots = state.slots if every else jax.tree.map(lambda slots: slots[rows], state.slots)
+    settings, history = slots.settings, slots.history
+    sampling = dataclasses.replace(settings.sampling, allowed=allowed)
+    if greedy:
+        sampling = dataclasses.replace(sampling, greedy=True, penalties=None, logit_bias=None)
+    if dial is not None:
+        assert slots.dial is not None, "a graded model has a dial"
+        dial = dial.with_state(slots.dial)
+    assert slots.texts is not None, "the state was created for speculation"
+    chunk, cache, texts, drafter_state, counts = speculative_chunk(
+        engine.decoder_of(model),
+        slots.last,
+        slots.done,
+        state.cache.texts(slots.pages, slots.lengths, slots.fixed),
+        dial,
+        sampling,
+        settings.stop_tokens,
+        settings.limits,
+        slots.texts,
+        drafter,
+        DrafterState(slots.drafter, state.drafter),
+        most_drafts,
+        steps=steps,
+        drafts=drafts,
+        policy=policy,
+        history=None if greedy else history,
+        top_logprobs=top_logprobs,
+    )
+    after = dataclasses.replace(
+        slots,
+        settings=dataclasses.replace(settings, limits=settings.limits - chunk.counts),
+        lengths=cache.lengths,
+        last=chunk.last,
+        done=chunk.done,
+        history=history if chunk.history is None else chunk.history,
+        dial=chunk.dial,
+        texts=texts,
+        drafter=drafter_state.rows,
+    )
+    if not every:
+        after = jax.tree.map(lambda slots, some: slots.at[rows].set(some), state.slots, after)
+    state = DecodeState(PagedCache.of(cache), after, drafter_state.shared)
+    return state, dataclasses.replace(chunk, history=None, dial=None), counts

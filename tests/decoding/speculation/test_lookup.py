@@ -1,0 +1,114 @@
+"""Prompt lookup against a search in Python, and its decision how much to draft."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis_settings import examples
+
+from grinqh_jax.decoding.speculation.draft_length import Acceptance, DraftLength, StepShape, step_shapes
+from grinqh_jax.decoding.speculation.lookup import look_up
+
+SLOTS, LEAST, MOST, COUNT = 24, 2, 4, 5
+look_up_jitted = jax.jit(look_up, static_argnums=(2, 3, 4))
+
+
+def searched(tokens: list[int]) -> list[int]:
+    """The draft after a text: what follows the longest and last occurrence of its end, repeated if short."""
+    best, start = 0, 0
+    for place in range(1, len(tokens)):
+        matched = 0
+        while matched < min(MOST, place) and tokens[place - 1 - matched] == tokens[-1 - matched]:
+            matched += 1
+        if matched >= max(best, LEAST):
+            best, start = matched, place
+    if not best:
+        return []
+    following = tokens[start:]
+    return [following[i % len(following)] for i in range(COUNT)]
+
+
+@examples(30)
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=SLOTS), min_size=2, max_size=2))
+def test_lookup_finds_the_longest_and_last_occurrence(texts):
+    tokens = np.full((2, SLOTS), 1, np.int32)
+    for row, text in zip(tokens, texts, strict=True):
+        row[: len(text)] = text
+    lengths = jnp.array([len(text) for text in texts])
+    draft = look_up_jitted(jnp.asarray(tokens), lengths, COUNT, LEAST, MOST)
+    for row, text in enumerate(texts):
+        assert draft.tokens[row, : draft.counts[row]].tolist() == searched(text)
+
+
+def test_steps_share_sixteen_rows():
+    assert step_shapes(1, 7, True) == [(1, 0), (1, 3), (1, 7)]
+    assert step_shapes(4, 7, True) == [(4, 0), (4, 3)]
+    assert step_shapes(16, 7, False) == [(16, 0), (2, 7), (4, 3), (8, 1)]
+    assert step_shapes(64, 7, True) == [(64, 0)]
+    for slots in range(1, 17):
+        for contiguous in (True, False):
+            assert all(s.texts * (s.drafts + 1) <= 16 for s in step_shapes(slots, 15, contiguous))
+
+
+def accepting(rate: float, drafts: int = 7) -> Acceptance:
+    """The estimates after many steps in which each draft was accepted with this probability."""
+    acceptance, rng = Acceptance(), np.random.default_rng(0)
+    for _ in range(100):
+        accepted = int(np.argmin([*(rng.random(drafts) < rate), False]))
+        acceptance.update(1, 1, drafts, accepted)
+    return acceptance
+
+
+def test_the_estimate_of_the_acceptance_is_that_of_a_draft_after_accepted_ones():
+    for rate in (0.0, 0.5, 0.9):
+        estimates = accepting(rate)
+        assert abs(estimates.accepted / estimates.tried - rate) < 0.15
+        expected = sum(rate**i for i in range(8))
+        assert abs(estimates.tokens_per_step(7) - expected) < 0.25 * expected
+
+
+def test_a_text_without_drafts_expects_one_token_a_step():
+    acceptance = Acceptance()
+    acceptance.update(100, 0, 0, 0)
+    assert acceptance.tokens_per_step(7) < 1.01
+
+
+def test_the_length_follows_acceptance_and_measured_times():
+    length = DraftLength(step_shapes(1, 7, True))
+    for shape, seconds in zip(length.shapes, (1.0, 1.4, 1.9), strict=True):
+        length.measure(shape, 10, 10 * seconds)
+    assert length.choose([accepting(0.95)]) == (1, 7)
+    assert length.choose([accepting(0.5)]) == (1, 3)
+    assert length.choose([accepting(0.0)]) == (1, 0)
+    slow = DraftLength(length.shapes)
+    for shape in slow.shapes:
+        slow.measure(shape, 1, 1.0 + shape.drafts)
+    assert slow.choose([accepting(0.9)]) == (1, 0)
+
+
+def test_drafts_are_tried_now_and_then_where_they_do_not_pay():
+    length = DraftLength(step_shapes(1, 7, True))
+    for shape in length.shapes:
+        length.measure(shape, 1, 1.0 + shape.drafts)
+    chosen = [length.choose([accepting(0.0)]) for _ in range(70)]
+    tried = [i for i, shape in enumerate(chosen) if shape.drafts]
+    assert tried == [32, 65]
+    assert {chosen[i] for i in tried} == {StepShape(1, 3)}
+
+
+def test_more_texts_have_fewer_drafts():
+    length = DraftLength(step_shapes(16, 7, False))
+    texts = [accepting(0.9)] * 16
+    assert length.choose(texts[:1]) == (2, 7)
+    assert length.choose(texts[:3]) == (4, 3)
+    assert length.choose(texts[:7]) == (8, 1)
+    assert length.choose(texts) == (16, 0)
+
+
+def test_a_pause_of_the_host_does_not_stop_drafts_for_long():
+    length = DraftLength([StepShape(1, 0), StepShape(1, 7)])
+    for shape, seconds in zip(length.shapes, (1.0, 1.9), strict=True):
+        length.measure(shape, 1, seconds)
+    length.measure(StepShape(1, 7), 1, 100.0)
+    assert length.seconds[StepShape(1, 7)] < 4
