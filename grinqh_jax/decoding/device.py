@@ -199,7 +199,7 @@ class Device:
                 lower, count = of_model(decode_state.prompt_logprobs), self._top_logprobs
                 add("prompt_logprobs", lower, state.cache, prefix, tokens, tokens, top_logprobs=count)
         for wants in logprobs:
-            arguments = state, slot, prefix, settings, self._in_prompt([]), dial, self._any_first()
+            arguments: Any = state, slot, prefix, settings, self._in_prompt([]), dial, self._any_first()
             arguments += self._drafting([])
             insert = decode_state.insert.lower
             add("insert", insert, *arguments, policy=policy, top_logprobs=self._count(wants))
