@@ -1,5 +1,6 @@
 """Errors in the shape of OpenAI's protocol."""
 
+import logging
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -7,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from grinqh_jax.errors import UsageError
-from grinqh_jax.serving.job import EngineError
+from grinqh_jax.serving.job import AnswerError, EngineError
 
 CLIENT_CLOSED = 499
 """Status, in nginx' logs and in the metrics, of a request whose client has left."""
@@ -63,14 +64,23 @@ def as_api_error(error: Exception) -> APIError:
     """Returns the error that a client sees. It does not show the message of an unexpected error."""
     if isinstance(error, APIError):
         return error
-    if isinstance(error, EngineError):
-        return APIError(503, "the engine has ended; try again later", code="engine_ended")
+    if isinstance(error, AnswerError) and isinstance(error.__cause__, UsageError):
+        return APIError(400, str(error.__cause__))  # a schema that proves too complex
+    if isinstance(error, EngineError) and not isinstance(error, AnswerError):
+        return APIError(
+            503, "the engine has ended; try again later", code="engine_ended", headers={"Retry-After": "5"}
+        )
     if isinstance(error, UsageError):
         return APIError(400, str(error))
     if isinstance(error, HTTPException):
         headers = dict(error.headers or {})
         return APIError(error.status_code, str(error.detail), headers=headers)
     return APIError(500, "the server failed on this request; its log has the reason")
+
+
+def log(error: Exception) -> None:
+    """Logs an error that the client does not see."""
+    logging.getLogger(__name__).error("a request failed", exc_info=error)
 
 
 async def respond(request: Request, error: Exception) -> Response:
@@ -82,6 +92,8 @@ async def respond(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException) and error.status_code == 405:
         message = f"{request.method} is not allowed on {request.url.path}"
         return APIError(405, message, headers=dict(error.headers or {})).response()
+    if isinstance(error, AnswerError):
+        log(error)
     return as_api_error(error).response()
 
 

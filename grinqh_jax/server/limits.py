@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from grinqh_jax.server.errors import APIError
 
@@ -30,6 +32,34 @@ class Limits:
     queue: int = 256
     connections: int = 1024
     drain_seconds: float = 60.0
+
+
+class ConnectionLimit:
+    """Refuses requests while there are too many connections, in OpenAI's shape."""
+
+    def __init__(self, app: ASGIApp, limit: int, connections: Callable[[], int]):
+        """Wraps an application.
+
+        Args:
+          app: Application.
+          limit: Most open connections.
+          connections: Function that returns the number of open connections.
+        """
+        self._app = app
+        self._limit = limit
+        self._connections = connections
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self._connections() > self._limit:
+            refusal = APIError(
+                503,
+                f"there are more than {self._limit} connections; try again later",
+                code="too_many_connections",
+                headers={"Retry-After": "1", "Connection": "close"},
+            )
+            await refusal.response()(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
 
 
 class Admission:

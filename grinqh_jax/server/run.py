@@ -11,7 +11,7 @@ import uvicorn
 
 from grinqh_jax.errors import UsageError
 from grinqh_jax.server.app import application
-from grinqh_jax.server.limits import Limits
+from grinqh_jax.server.limits import ConnectionLimit, Limits
 from grinqh_jax.server.protocol import protocol
 from grinqh_jax.server.service import Service
 
@@ -77,8 +77,9 @@ def serve(
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("uvicorn.access").setLevel(logging.INFO if access_log else logging.WARNING)
     prometheus_client.disable_created_metrics()  # a second series for each, with the time of its creation
+    app = application(service, keys=keys, hosts=hosts, origins=origins)
     config = uvicorn.Config(
-        application(service, keys=keys, hosts=hosts, origins=origins),
+        ConnectionLimit(app, limits.connections, lambda: len(server.server_state.connections)),
         loop="asyncio",
         http=protocol(limits.receive_seconds),
         ws="none",
@@ -87,7 +88,6 @@ def serve(
         access_log=access_log,
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=limits.connections,
         timeout_graceful_shutdown=int(limits.drain_seconds),
         h11_max_incomplete_event_size=limits.header_bytes,
     )

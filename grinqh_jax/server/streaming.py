@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from starlette.types import Receive, Scope, Send
 
-from grinqh_jax.server.errors import ClientDisconnected, as_api_error
+from grinqh_jax.server.errors import ClientDisconnected, as_api_error, log
 
 Result = TypeVar("Result")
 Emit = Callable[[dict[str, Any]], Awaitable[None]]
@@ -86,6 +86,6 @@ class EventStream:
                 raise
             await write(json.dumps(as_api_error(error).body()), last=True)
             if as_api_error(error).status == 500:
-                raise
+                log(error)
             return
         await write("[DONE]", last=True)

@@ -14,7 +14,7 @@ from grinqh_jax.decoding.speculation.figures import SpeculationFigures
 from grinqh_jax.decoding.statistics import Statistics, grading_fields, joined
 from grinqh_jax.memory import peak_memory
 from grinqh_jax.model.decoder import Decoder
-from grinqh_jax.serving.job import EngineError
+from grinqh_jax.serving.job import AnswerError, EngineError
 from pallas_kernels import GradingStats
 
 
@@ -127,7 +127,7 @@ class Answer:
           timeout: Most seconds to wait; None for no limit.
 
         Raises:
-          EngineError: The engine or the answer has failed, or the engine was closed.
+          EngineError: The engine has failed or was closed; an ``AnswerError`` if the answer alone has failed.
           TimeoutError: The answer has not ended in time.
         """
         with self._changed:
@@ -158,7 +158,7 @@ class Answer:
         """Yields the pieces as they arrive.
 
         Raises:
-          EngineError: The engine or the answer has failed, or the engine was closed.
+          EngineError: The engine has failed or was closed; an ``AnswerError`` if the answer alone has failed.
         """
         position = 0
         while True:
@@ -175,7 +175,7 @@ class Answer:
         """Yields the pieces as they arrive; no thread waits meanwhile.
 
         Raises:
-          EngineError: The engine or the answer has failed, or the engine was closed.
+          EngineError: The engine has failed or was closed; an ``AnswerError`` if the answer alone has failed.
         """
         loop, arrived, position = asyncio.get_running_loop(), asyncio.Event(), 0
 
@@ -246,7 +246,7 @@ class Answer:
         if isinstance(error, EngineError):
             self._error = error
         else:
-            self._error = EngineError(f"the answer failed: {error!r}")
+            self._error = AnswerError(f"the answer failed: {error!r}")
             self._error.__cause__ = error
         self._publish(None, ended=True)
 
@@ -277,4 +277,4 @@ class Answer:
 
     def _raise_error(self) -> None:
         if self._error is not None:
-            raise EngineError(str(self._error)) from self._error.__cause__
+            raise type(self._error)(str(self._error)) from self._error.__cause__

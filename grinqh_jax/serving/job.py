@@ -9,6 +9,10 @@ class EngineError(GrinqhError):
     """The engine has failed or was closed, or an answer has failed, and is incomplete."""
 
 
+class AnswerError(EngineError):
+    """One answer has failed. The engine and the other answers go on."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineStats:
     """How much of the engine is in use at the moment.

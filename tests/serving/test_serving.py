@@ -24,6 +24,7 @@ from grinqh_jax.decoding.scheduler import Scheduler
 from grinqh_jax.errors import UsageError
 from grinqh_jax.evaluation.scoring import _next_tokens
 from grinqh_jax.memory import memory_in_use
+from grinqh_jax.model.flat_model import FlatModel
 from grinqh_jax.serving import engine as engine_module
 from grinqh_jax.serving.engine import Engine
 from grinqh_jax.serving.job import EngineError
@@ -322,7 +323,7 @@ def test_log_probabilities_are_those_of_the_model(engine, generator):
     assert [token for piece in pieces for token in piece.tokens] == answer.tokens
     assert [token for piece in pieces for token in piece.logprobs] == answer.logprobs
     assert [token.token for token in answer.logprobs] == answer.tokens
-    expected, _, _ = _next_tokens(generator.model, np.array([prompt + answer.tokens]), None)
+    expected, _, _ = _next_tokens(FlatModel(generator.model), np.array([prompt + answer.tokens]), None)
     found = [token.logprob for token in answer.logprobs]
     np.testing.assert_allclose(found, expected[0, len(prompt) - 1 :], atol=0.01)
     for token in answer.logprobs:
@@ -345,7 +346,7 @@ def test_log_probabilities_of_a_prompt_are_those_of_the_model(engine, generator)
     answer = engine.submit(prompt, request, top_logprobs=1, prompt_logprobs=True)
     next(iter(answer))
     assert [token.token for token in answer.prompt_logprobs] == prompt[1:]
-    expected, greedy, _ = _next_tokens(generator.model, np.array([prompt]), None)
+    expected, greedy, _ = _next_tokens(FlatModel(generator.model), np.array([prompt]), None)
     found = [token.logprob for token in answer.prompt_logprobs]
     np.testing.assert_allclose(found, expected[0], atol=0.01)
     top = [token.top[0] for token in answer.prompt_logprobs]

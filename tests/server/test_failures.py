@@ -1,0 +1,138 @@
+"""What a client gets when an answer or the engine fails, and when there is no room."""
+
+import asyncio
+import dataclasses
+import json
+
+import pytest
+
+from grinqh_jax.decoding import policy
+from grinqh_jax.decoding.answer_text import AnswerText
+from grinqh_jax.server.app import application
+from grinqh_jax.server.limits import ConnectionLimit, Limits
+from grinqh_jax.server.service import Service
+from grinqh_jax.serving.engine import Engine
+
+GOOD = {"prompt": "The cat", "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+CRASH = GOOD | {"stop": "CRASH"}
+
+
+@pytest.fixture(scope="module")
+def service(generator):
+    sizes = {"slots": 4, "max_context": 128, "page_size": 16, "piece": 32}
+    with Engine(generator, **sizes, policy=dataclasses.replace(policy.CPU, chunk_steps=2)) as engine:
+        yield Service("tiny", generator, engine, Limits(queue=2))
+
+
+@dataclasses.dataclass
+class Response:
+    """What an application has sent."""
+
+    status: int
+    headers: dict[str, str]
+    text: str
+
+    @property
+    def json(self):
+        return json.loads(self.text)
+
+
+async def request(app, body: dict) -> Response:
+    """Sends one request to an application."""
+    parts = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+    sent = []
+
+    async def receive():
+        return parts.pop() if parts else await asyncio.Event().wait()
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers}
+    await app(scope | {"raw_path": b"", "query_string": b"", "root_path": ""}, receive, send)
+    start, *rest = sent
+    received = {name.decode().title(): value.decode() for name, value in start["headers"]}
+    return Response(start["status"], received, b"".join(each["body"] for each in rest).decode())
+
+
+def exchange(service, *bodies, limit=None) -> list[Response]:
+    """Sends requests at once; returns the responses."""
+    app = application(service)
+    if limit is not None:
+        app = ConnectionLimit(app, *limit)
+
+    async def run():
+        return await asyncio.gather(*(request(app, body) for body in bodies))
+
+    return asyncio.run(run())
+
+
+@pytest.fixture
+def crashes(monkeypatch):
+    """Answers whose stop string is CRASH fail after a few tokens."""
+    push = AnswerText.push
+
+    def failing(self, tokens):
+        if "CRASH" in self._stop_strings._strings and len(tokens) > 1:
+            raise RuntimeError("secret")
+        return push(self, tokens)
+
+    monkeypatch.setattr(AnswerText, "push", failing)
+
+
+def test_a_crash_of_one_answer_harms_no_other(service, crashes, caplog):
+    (alone,) = exchange(service, GOOD)
+    failed = service.metrics.answers.labels("failed")._value.get()
+    responses = exchange(service, GOOD, CRASH, GOOD, CRASH | {"stream": True}, GOOD)
+    for response in responses[::2]:
+        assert (response.status, response.json["choices"]) == (200, alone.json["choices"])
+    assert responses[1].status == 500
+    assert responses[1].json["error"] == {
+        "message": "the server failed on this request; its log has the reason",
+        "type": "server_error",
+        "param": None,
+        "code": None,
+    }
+    *_, last = [line for line in responses[3].text.splitlines() if line.startswith("data: ")]
+    assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error"
+    assert "secret" not in responses[1].text + responses[3].text
+    assert "secret" in caplog.text
+    assert service.metrics.answers.labels("failed")._value.get() == failed + 2
+    assert service.engine.error is None
+    assert service.engine.stats().pages_in_use == 0
+    assert service.admission.held == 0
+
+
+def test_a_full_queue_says_when_to_try_again(service):
+    responses = exchange(service, GOOD | {"n": 5, "max_tokens": 100}, GOOD | {"n": 2})
+    assert [response.status for response in responses] == [200, 429]
+    assert responses[1].headers["Retry-After"] == "1"
+    error = responses[1].json["error"]
+    assert (error["type"], error["code"]) == ("rate_limit_error", "queue_full")
+    assert error["message"] == "5 answers run or wait and the server holds 6; try again later"
+
+
+def test_too_many_connections_say_when_to_try_again(service):
+    (refused,) = exchange(service, GOOD, limit=(7, lambda: 8))
+    assert refused.status == 503
+    assert (refused.headers["Retry-After"], refused.headers["Connection"]) == ("1", "close")
+    assert refused.json["error"] == {
+        "message": "there are more than 7 connections; try again later",
+        "type": "server_error",
+        "param": None,
+        "code": "too_many_connections",
+    }
+    (answered,) = exchange(service, GOOD, limit=(7, lambda: 7))
+    assert answered.status == 200
+
+
+def test_an_engine_that_has_ended_answers_503(service, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(service.engine, "_closed", MemoryError("secret"))
+        responses = exchange(service, GOOD, GOOD | {"stream": True})
+    for response in responses:
+        assert response.status == 503
+        assert response.headers["Retry-After"] == "5"
+        assert response.json["error"]["code"] == "engine_ended"
+        assert "secret" not in response.text
