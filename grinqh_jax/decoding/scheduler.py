@@ -112,14 +112,14 @@ class Scheduler:
         A prompt that is being read is previewed to its end at the bits of its beginning, because the dial
         compares the preview of a piece with the bits that the answer starts with.
         """
-        decoding = job.slot is not None and self.decoding.get(job.slot) is job
-        if job.slot is not None and not decoding:
+        slot = job.slot
+        if slot is not None and self.decoding.get(slot) is not job:
             job.turned = bits
             return
         row: Any = np.array([bits], np.float32)
         job.settings = dataclasses.replace(job.settings, bits=row)
-        if decoding:
-            self._device.turn(job.slot, bits)
+        if slot is not None:
+            self._device.turn(slot, bits)
 
     def step(self) -> None:
         """Runs one round: dispatches work, and delivers the results that are due."""

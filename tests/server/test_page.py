@@ -1,9 +1,12 @@
 """The web page: complete in one file, and its script works against the server."""
 
+import importlib.util
 import json
 import re
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -77,3 +80,60 @@ def test_the_script_chats_with_the_server(server, tmp_path):
     assert [row[0] for row in seen["layers"]] == ["qkv", "o", "gate_up", "down", "lm_head.blocks"]
     assert re.fullmatch(r"layers\.0\.qkv: \d\.\d\d bits", seen["layers"][0][1])
     assert re.fullmatch(r"\d+ tokens( · [\d.]+ tokens/s)?( · [\d.]+ bits read)?", seen["figures"])
+
+
+BROWSE = """
+const get = (id) => document.getElementById(id);
+const until = async (done) => {
+  for (let i = 0; i < 400 && !done(); i++) await new Promise((go) => setTimeout(go, 50));
+  if (!done()) throw new Error("timeout: " + done);
+};
+await until(() => get("model").textContent === "tiny");
+get("temperature").value = "0";
+get("bits").value = "2";
+get("bits").dispatchEvent(new Event("input"));
+get("text").value = "The cat <img src=x onerror=alert(1)>";
+get("send").click();
+await until(() => get("stop").disabled && get("turns").children.length >= 2 && get("layers").rows.length);
+const turns = [...get("turns").children].map((turn) => [turn.className, turn.textContent]);
+const seen = {
+  turns, shown: get("shown").textContent, figures: get("figures").textContent,
+  layers: [...get("layers").rows].map((row) => row.cells[0].textContent),
+  colours: new Set([...get("layers").querySelectorAll("td")].map(
+    (cell) => getComputedStyle(cell).backgroundColor
+  )).size,
+  images: document.images.length, height: get("turns").getBoundingClientRect().height,
+};
+get("clear").click();
+seen.left = get("turns").children.length;
+try { await fetch("https://example.com/"); seen.elsewhere = "allowed"; } catch { seen.elsewhere = "refused"; }
+return seen;
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("PyQt6") is None or importlib.util.find_spec("PyQt6.QtWebEngineCore") is None,
+    reason="needs a browser: pip install PyQt6 PyQt6-WebEngine",
+)
+def test_the_page_chats_in_a_real_browser(server):
+    browser = Path(__file__).parents[1] / "helpers" / "browser.py"
+    run = subprocess.run(
+        [sys.executable, browser, server.url, BROWSE], capture_output=True, text=True, timeout=90, check=False
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    page = json.loads(run.stdout.splitlines()[-1])
+    seen = page["result"]
+    (kind, asked), (answered, answer), *_ = seen["turns"]
+    assert (kind, asked) == ("turn user", "The cat <img src=x onerror=alert(1)>")
+    assert answered == "turn answer"
+    assert answer
+    assert seen["images"] == seen["left"] == 0  # text is shown as text
+    assert seen["layers"] == ["qkv", "o", "gate_up", "down", "lm_head.blocks"]
+    assert seen["colours"] > 1
+    assert seen["height"] > 0
+    assert "2" in seen["shown"]
+    assert re.search(r"\d+ tokens", seen["figures"])
+    assert seen["elsewhere"] == "refused"
+    errors = [message for message in page["console"] if not message.startswith("[DOM]")]
+    assert all("example.com" in message for message in errors), errors
