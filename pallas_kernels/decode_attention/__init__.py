@@ -1,4 +1,4 @@
-"""Decode attention: one new token of each sequence attends to its key-value cache."""
+"""Decode attention: the new tokens of each sequence attend to its key-value cache."""
 
 from pallas_kernels.decode_attention.kernel import decode_attention, supports
 

@@ -1,12 +1,14 @@
 """Loading the keys and values of cached positions as operands of the matrix unit (see ``program``)."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 from pallas_kernels.decode_attention.lane_context import (
     BLOCK_POSITIONS,
     CHUNK,
+    KEY_CHUNK,
     STEP_POSITIONS,
     LaneContext,
     Refs,
@@ -28,6 +30,11 @@ def cached_position(shape: Shape, context: LaneContext, step: Value, index: Valu
     return index_in_split * shape.splits + context.split
 
 
+def positions_in_split(shape: Shape, context: LaneContext, count: Value) -> Value:
+    """Returns the number of positions of the split among the first ``count`` positions of the row."""
+    return (count + (shape.splits - 1) - context.split) // shape.splits
+
+
 @dataclasses.dataclass(frozen=True)
 class CachedPositions:
     """The cached positions of the lane's row and key-value head."""
@@ -36,18 +43,40 @@ class CachedPositions:
     shape: Shape
     refs: Refs
     length: Value
-    """Number of cached positions."""
-    first_page: list[Value]
-    """Page of position 0, as ``slots.load_page`` returns it."""
+    """Number of cached positions before the new tokens."""
+    limit: Value
+    """Position after the last one that a query attends to, its own not included."""
+    first: Value | None
+    """First position that a query attends to; None for 0."""
+    loaded: Value | None
+    """Position that is loaded instead of those that no query attends to; None for 0."""
+    loaded_page: list[Value]
+    """Page of ``loaded``, as ``slots.load_page`` returns it."""
 
     @classmethod
     def create(
         cls, isa: Instructions, shape: Shape, refs: Refs, context: LaneContext, length: Value
     ) -> "CachedPositions":
         """Returns the positions of the row of ``context``."""
-        paged = shape.page_size is not None
-        first_page = load_page(isa, shape, refs, context, isa.constant(0)) if paged else []
-        return cls(isa, shape, refs, length, first_page)
+        limit, first, loaded = length, None, None
+        if shape.tokens > 1:
+            limit = smaller(isa, length + (shape.tokens - 1), isa.constant(shape.capacity))
+        if shape.window is not None:
+            zero, last = isa.constant(0), length - 1
+            first = length - (shape.window - 1)
+            first = isa.select(first < 0, zero, first)
+            loaded = isa.select(last < 0, zero, smaller(isa, first, last))
+        loaded_page = []
+        if shape.page_size is not None:
+            position = isa.constant(0) if loaded is None else loaded
+            loaded_page = load_page(isa, shape, refs, context.batch, position)
+        return cls(isa, shape, refs, length, limit, first, loaded, loaded_page)
+
+    def first_step(self, context: LaneContext) -> Value | None:
+        """Returns the first step in which the split has a position that a query attends to; None for 0."""
+        if self.first is None:
+            return None
+        return positions_in_split(self.shape, context, self.first) // BLOCK_POSITIONS
 
     def load_pages(self, context: LaneContext, step: Value, ahead: int = 0) -> list[Value]:
         """Loads the pages of the step ``step + ahead``, for ``load``; none for a contiguous cache.
@@ -57,50 +86,73 @@ class CachedPositions:
         if self.shape.page_size is None:
             return []
         pages = []
-        for index in _lane_positions(context):
+        for index in itertools.chain(key_indices(context), value_indices(context)):
             position = cached_position(self.shape, context, step + ahead, index)
-            pages += load_page(self.isa, self.shape, self.refs, context, position)
+            pages += load_page(self.isa, self.shape, self.refs, context.batch, position)
         return pages
 
     def load(self, context: LaneContext, step: Value, pages: list[Value]) -> list[Value]:
-        """Loads the words of a step: keys, then values; position 0 replaces positions that do not exist."""
+        """Loads the words of a step: keys, then values; ``loaded`` replaces positions that no query uses."""
         words = []
-        for i, index in enumerate(_lane_positions(context)):
+        for i, index in enumerate(itertools.chain(key_indices(context), value_indices(context))):
             position = cached_position(self.shape, context, step, index)
             page = pages[i : i + 1]
-            slot = cached_slot(self.isa, self.shape, context, position, self.length, page, self.first_page)
-            words += self._key(context, slot) if i < LANE_KEYS else self._value(context, slot)
+            slot = cached_slot(
+                self.isa, self.shape, context, position, self.limit, page, self.loaded, self.loaded_page
+            )
+            row = slot * self.shape.kv_heads + context.kv_head
+            load, cache = (
+                (load_key, self.refs.keys) if i < LANE_KEYS else (load_value, self.refs.values)
+            )
+            words += load(self.isa, self.shape, context, cache, row)
         return words
 
-    def _key(self, context: LaneContext, slot: Value) -> list[Value]:
-        """Loads the lane's words of a cached key, an operand of the scores."""
-        isa = self.isa
-        base = self._vector(self.refs.keys, context, slot) + isa.widen(context.column * 16)
-        return [
-            word
-            for t in range(self.shape.head_dim // 32)
-            for word in isa.load_global(base + t * 64, 4, ordered=True, evict_first=True)
-        ]
 
-    def _value(self, context: LaneContext, slot: Value) -> list[Value]:
-        """Loads the lane's words of a cached value, an operand of the weighted values."""
-        isa = self.isa
-        base = self._vector(self.refs.values, context, slot) + isa.widen(context.row * 16)
-        return [
-            word
-            for chunk in range(self.shape.head_dim // CHUNK)
-            for word in isa.load_global(base + chunk * 2 * CHUNK, 4, ordered=True, evict_first=True)
-        ]
-
-    def _vector(self, cache: Any, context: LaneContext, slot: Value) -> Value:
-        """Returns the address of the head's vector in a slot."""
-        row = slot * self.shape.kv_heads + context.kv_head
-        return self.isa.global_address(cache) + self.isa.widen(row) * self.shape.vector_bytes
+def load_key(isa: Instructions, shape: Shape, context: LaneContext, keys: Any, vector: Value) -> list[Value]:
+    """Loads the lane's words of a key, an operand of the scores: vector number ``vector`` of ``keys``."""
+    base = _vector(isa, shape, keys, vector)
+    address = base + isa.widen(context.column * 16)
+    words = []
+    for first in range(0, shape.head_dim, KEY_CHUNK):
+        if (left := shape.head_dim - first) < KEY_CHUNK:
+            # Lanes without values repeat others. The queries are 0 there.
+            address = base + isa.widen(smaller(isa, context.column, isa.constant(left // 8 - 1)) * 16)
+        words += isa.load_global(address + 2 * first, 4, ordered=True, evict_first=True)
+    return words
 
 
-def _lane_positions(context: LaneContext) -> Iterator[Value]:
-    """Yields the lane's positions of a step: those of its keys, then those of its values."""
+def load_value(
+    isa: Instructions, shape: Shape, context: LaneContext, values: Any, vector: Value
+) -> list[Value]:
+    """Loads the lane's words of a value, an operand of the weighted values; see ``load_key``."""
+    base = _vector(isa, shape, values, vector)
+    address = base + isa.widen(context.row * 16)
+    words = []
+    for first in range(0, shape.head_dim, CHUNK):
+        if (left := shape.head_dim - first) < CHUNK:
+            # Lanes without values repeat others. Nothing reads their weighted values.
+            address = base + isa.widen(smaller(isa, context.row, isa.constant(left // 8 - 1)) * 16)
+        words += isa.load_global(address + 2 * first, 4, ordered=True, evict_first=True)
+    return words
+
+
+def _vector(isa: Instructions, shape: Shape, array: Any, vector: Value) -> Value:
+    """Returns the address of a head's vector in an array of them."""
+    return isa.global_address(array) + isa.widen(vector) * (2 * shape.head_dim)
+
+
+def key_indices(context: LaneContext) -> Iterator[Value]:
+    """Yields the positions of a step whose keys the lane holds."""
     for k in range(LANE_KEYS):
         yield context.row + 8 * k
+
+
+def value_indices(context: LaneContext) -> Iterator[Value]:
+    """Yields the positions of a step whose scores and values the lane holds."""
     for v in LANE_VALUES:
         yield context.column * 2 + v
+
+
+def smaller(isa: Instructions, a: Value, b: Value) -> Value:
+    """Returns the smaller of two signed ``i32``."""
+    return isa.select(a < b, a, b)

@@ -1,4 +1,7 @@
-"""The two launches of attention in a decode step on an NVIDIA GPU: attention, and the merge of its splits."""
+"""The launches of attention in a decode step on an NVIDIA GPU: attention, and the merge of its splits.
+
+Several new tokens of a sequence have a launch before these two, which prepares them.
+"""
 
 import functools
 from collections.abc import Sequence
@@ -11,128 +14,193 @@ from jaxtyping import Array, BFloat16, Float, Int
 from pallas_kernels.activations import Activations
 from pallas_kernels.decode_attention.lane_context import THREADS, Refs, Shape
 from pallas_kernels.decode_attention.merging import MergeRefs, merge_program
-from pallas_kernels.decode_attention.program import attention_program
+from pallas_kernels.decode_attention.new_tokens import PREPARE_THREADS, prepare_blocks, prepare_program
+from pallas_kernels.decode_attention.program import attention_program, several_tokens_program
 from pallas_kernels.lanes import device
 from pallas_kernels.lanes.instructions import Instructions
-from pallas_kernels.lanes.launch import lane_kernel
+from pallas_kernels.lanes.launch import WARPGROUP, lane_kernel
 from pallas_kernels.lanes.rows import Rows
 
-HEAD_DIMS = (64, 128)
+HEAD_DIMS = (64, 80, 96, 128, 256)
+
+MAX_TOKENS = 16
+"""Largest number of new tokens of a sequence: positions of a step."""
+
 MAX_QUERIES_PER_KV = 8
 """Largest number of query heads that share a kv head: 4 of the 32 lanes of a warp hold the scores of one."""
 
 BLOCKS = 128
 """Largest number of CTAs, unless there are more kv heads in the batch: about one for each multiprocessor."""
 
-KERNEL_INPUTS = 8
-"""Number of arguments of the first launch without a page table, which comes after them."""
-
-MIN_POSITIONS = 32
-"""Minimum number of cache slots for each split of a contiguous cache, but for rounding."""
+MAX_PARTIAL_BYTES = 1 << 32
+"""Bytes that the weighted values of all splits may take, because programs compute their offsets in 32 bits."""
 
 
-def supports(*, tokens: int, heads: int, kv_heads: int, head_dim: int, dtype) -> str | None:
+def supports(*, batch: int, tokens: int, heads: int, kv_heads: int, head_dim: int, dtype) -> str | None:
     """Returns why the kernel cannot run for these sizes on the target device, or None if it can."""
-    if tokens != 1:
-        return f"takes one new token of each sequence, not {tokens}"
+    if not 1 <= tokens <= MAX_TOKENS:
+        return f"takes 1 to {MAX_TOKENS} new tokens of each sequence, not {tokens}"
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"takes bfloat16, not {jnp.dtype(dtype).name}"
     if head_dim not in HEAD_DIMS:
-        return f"takes heads of {' or '.join(map(str, HEAD_DIMS))}, not {head_dim}"
+        return f"takes heads of {', '.join(map(str, HEAD_DIMS))}, not {head_dim}"
     if heads > MAX_QUERIES_PER_KV * kv_heads:
         return f"takes at most {MAX_QUERIES_PER_KV} query heads for each kv head, not {heads // kv_heads}"
+    partial_bytes = 4 * batch * tokens * heads * head_dim * splits(kv_heads)
+    if partial_bytes > MAX_PARTIAL_BYTES:
+        return f"takes at most {MAX_PARTIAL_BYTES} bytes of partial results, not {partial_bytes}"
     return device.unsupported_reason()
 
 
 def decode_attention(
     qkv: Activations,
-    cos: Float[Array, "b half"],
-    sin: Float[Array, "b half"],
+    cos: Float[Array, "b t half"],
+    sin: Float[Array, "b t half"],
     norm_scales: tuple[Float[Array, "d"], Float[Array, "d"]] | None,
     eps: float,
     keys: BFloat16[Array, "rows s kv_heads d"],
     values: BFloat16[Array, "rows s kv_heads d"],
     lengths: Int[Array, "b"],
     pages: Int[Array, "b pages_per_row"] | None = None,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    sinks: Float[Array, "heads"] | None = None,
 ) -> tuple[Activations, BFloat16[Array, "rows s kv_heads d"], BFloat16[Array, "rows s kv_heads d"]]:
-    """Computes head norms, rotation, cache update and attention for one new token of each sequence.
+    """Computes head norms, rotation, cache update and attention for the new tokens of each sequence.
+
+    The output of a token depends bitwise on its position and on the keys and values up to it alone: neither
+    on the number of new tokens, nor on the other sequences, nor on the capacity or the pages of the cache.
 
     Args:
-      qkv: Query heads, key heads and value heads of the new tokens, ``[B, 1, heads * D]``, before norm and
-        rotation; or their partial sums.
+      qkv: Query heads, key heads and value heads of the new tokens, ``[B, T, heads * D]``, before norm and
+        rotation; or their partial sums. T is at most ``MAX_TOKENS``.
       cos, sin: float32 cosine and sine of the ``D / 2`` rotation angles. Channel i of the first half of a
         head is rotated together with channel i of the second half.
       norm_scales: Scales of the query norm and the key norm, or None for models without these norms.
       eps: Epsilon of those norms.
       keys, values: KV cache ``[B, S, kv_heads, D]``, slot = position; or, with ``pages``, the pages of all
         sequences ``[pages, page_size, kv_heads, D]``.
-      lengths: Number of tokens in the cache, which is the position of the new token. The new key and value
-        are written there unless the cache is full or has no page there; the token always attends to itself.
+      lengths: Number of tokens in the cache, at most S. It is the position of the first new token; the others
+        follow it. New keys and values are written to the cache unless it is full or has no page there. A
+        token always attends to itself, and to earlier new tokens that were written.
       pages: Pages of each sequence, in the order of their positions; an entry from the number of pages on is
-        no page. Outputs depend bitwise on neither the pages' places, nor the number of entries, nor the other
-        sequences. None for a contiguous cache, whose splits depend on its shape.
+        no page. None for a contiguous cache.
+      window: Number of last positions that a token attends to, its own included; None for all. Positions
+        before the window of the first new token may have no page.
+      scale: Factor of the scores; None for ``D ** -0.5``.
+      soft_cap: Limit c of the scaled scores s, which become ``c * tanh(s / c)``; None for no limit.
+      sinks: Sink of each query head, a score without a value; None for none.
 
     Returns:
-      ``(outputs, keys, values)``: bfloat16 ``[B, 1, heads * D]``, and the updated cache.
+      ``(outputs, keys, values)``: bfloat16 ``[B, T, heads * D]``, and the updated cache. The splits'
+      ``[B, kv_heads, splits, T * heads / kv_heads, D]`` float32 weighted values are temporary memory.
     """
-    partials = qkv.reshape((qkv.leading[0],)).partials.astype(jnp.float32)
+    batch, tokens = qkv.leading
+    partials = qkv.reshape((batch * tokens,)).partials.astype(jnp.float32)
     kv_heads, head_dim = keys.shape[2:]
+    queries_per_kv = qkv.features // (kv_heads * head_dim) - 2
     shape = Shape(
-        batch=partials.shape[1],
+        batch=batch,
+        tokens=tokens,
         kv_heads=kv_heads,
-        queries_per_kv=qkv.features // (kv_heads * head_dim) - 2,
+        queries_per_kv=queries_per_kv,
         head_dim=head_dim,
         eps=None if norm_scales is None else eps,
         num_partials=partials.shape[0],
         stored_features=partials.shape[2],
-        **cache_sizes(keys.shape, None if pages is None else pages.shape),
+        window=window,
+        scale=scale,
+        soft_cap=soft_cap,
+        has_sinks=sinks is not None,
+        **cache_sizes(keys.shape, None if pages is None else pages.shape, tokens * queries_per_kv),
     )
     unscaled = jnp.ones(head_dim, jnp.bfloat16)
     q_scale, k_scale = (scale.astype(jnp.bfloat16) for scale in norm_scales or (unscaled, unscaled))
+    cos, sin = (x.reshape(batch * tokens, head_dim // 2) for x in (cos, sin))
     keys_ref, values_ref = jax.new_ref(keys), jax.new_ref(values)
-    lengths = lengths.astype(jnp.int32)
-    attend, merge = _attention_kernel(shape), _merge_kernel(shape)
+    cache = lengths.astype(jnp.int32), keys_ref, values_ref
     table = () if pages is None else (pages.astype(jnp.int32),)
-    results = attend(partials, cos, sin, q_scale, k_scale, lengths, keys_ref, values_ref, *table)
-    (outputs,) = merge(*results)
-    return Activations.of(outputs[:, None]), jax.freeze(keys_ref), jax.freeze(values_ref)
+    heads = (partials, cos, sin, q_scale, k_scale)
+    if tokens > 1:
+        heads = _prepare_kernel(shape)(*heads, *cache, *table)
+    results = _attention_kernel(shape)(*heads, *cache, *table)
+    (outputs,) = _merge_kernel(shape)(*results, *(() if sinks is None else (sinks.astype(jnp.float32),)))
+    outputs = outputs.reshape(batch, tokens, -1)
+    return Activations.of(outputs), jax.freeze(keys_ref), jax.freeze(values_ref)
 
 
-def cache_sizes(cache: tuple[int, ...], table: tuple[int, ...] | None) -> dict[str, Any]:
+def splits(kv_heads: int) -> int:
+    """Returns the number of splits.
+
+    It determines the order of additions, so it depends on the model alone. The number of splits of a CTA does
+    not change any result.
+    """
+    return max(1, BLOCKS // kv_heads)
+
+
+def cache_sizes(cache: tuple[int, ...], table: tuple[int, ...] | None, rows: int) -> dict[str, Any]:
     """Returns the sizes of ``Shape`` that depend on the cache, by name.
 
     Args:
       cache: Shape of the keys.
       table: Shape of the page table; None for a contiguous cache.
+      rows: Number of query rows of a kv head.
     """
     if table is None:
         batch, capacity, kv_heads, _ = cache
-        splits = max(1, min(BLOCKS // (batch * kv_heads), -(-capacity // MIN_POSITIONS)))
-        return {"capacity": capacity, "splits": splits}
-    num_pages, page_size, kv_heads, _ = cache
-    batch, pages_per_row = table
-    # The number of splits determines the order of additions, so it depends on the model alone. The number of
-    # splits of a CTA does not change any result.
-    splits = max(1, BLOCKS // kv_heads)
-    most = max(1, batch * kv_heads * splits // BLOCKS)
-    return {
-        "capacity": pages_per_row * page_size,
-        "splits": splits,
-        "splits_per_block": max(n for n in range(1, splits + 1) if splits % n == 0 and n <= most),
-        "page_size": page_size,
-        "num_pages": num_pages,
-    }
+        sizes = {"capacity": capacity}
+    else:
+        num_pages, page_size, kv_heads, _ = cache
+        batch, pages_per_row = table
+        sizes = {"capacity": pages_per_row * page_size, "page_size": page_size, "num_pages": num_pages}
+    count = splits(kv_heads)
+    most = max(1, batch * kv_heads * count // BLOCKS)
+    per_block = max(n for n in range(1, count + 1) if count % n == 0 and n <= most)
+    return sizes | {"splits": count, "splits_per_block": per_block}
+
+
+HEAD_INPUTS = ("qkv", "cos", "sin", "q_scale", "k_scale")
+PREPARED = ("queries", "new_keys", "new_values")
+PARTIAL_RESULTS = ("accumulators", "softmax")
+
+
+def _cache_inputs(shape: Shape) -> tuple[str, ...]:
+    cache = ("lengths", "keys", "values")
+    return cache if shape.page_size is None else (*cache, "pages")
+
+
+@functools.cache
+def _prepare_kernel(shape: Shape):
+    """Builds the kernel that prepares several new tokens. ``lane_context.Refs`` describes its arrays."""
+    names = (*HEAD_INPUTS, *_cache_inputs(shape), *PREPARED, "shared")
+
+    def program(isa: Instructions, refs: Sequence[Any]) -> None:
+        prepare_program(isa, shape, Refs(**dict(zip(names, refs, strict=True))))
+
+    new = jax.ShapeDtypeStruct((shape.batch, shape.tokens, shape.kv_heads, shape.head_dim), jnp.bfloat16)
+    queries = (shape.batch, shape.kv_heads, shape.rows, shape.head_dim)
+    return lane_kernel(
+        "prepare_attention_kernel",
+        program,
+        outputs=[jax.ShapeDtypeStruct(queries, jnp.bfloat16), new, new],
+        blocks=prepare_blocks(shape),
+        threads=PREPARE_THREADS,
+        shared_bytes=WARPGROUP,
+    )
 
 
 @functools.cache
 def _attention_kernel(shape: Shape):
-    """Builds the kernel. ``lane_context.Refs`` describes its arguments and results."""
-    leading = (shape.batch, shape.kv_heads, shape.splits, shape.queries_per_kv)
+    """Builds the kernel of attention. ``lane_context.Refs`` describes its arrays."""
+    heads = HEAD_INPUTS if shape.tokens == 1 else PREPARED
+    names = (*heads, *_cache_inputs(shape), *PARTIAL_RESULTS, "shared")
+    leading = (shape.batch, shape.kv_heads, shape.splits, shape.rows)
+    run = attention_program if shape.tokens == 1 else several_tokens_program
 
     def program(isa: Instructions, refs: Sequence[Any]) -> None:
-        if shape.page_size is not None:  # ``Refs`` has the pages last.
-            refs = [*refs[:KERNEL_INPUTS], *refs[KERNEL_INPUTS + 1 :], refs[KERNEL_INPUTS]]
-        attention_program(isa, shape, Refs(*refs))
+        run(isa, shape, Refs(**dict(zip(names, refs, strict=True))))
 
     return lane_kernel(
         "decode_attention_kernel",
@@ -149,11 +217,16 @@ def _attention_kernel(shape: Shape):
 
 @functools.cache
 def _merge_kernel(shape: Shape):
-    """Builds the kernel of the second launch. ``MergeRefs`` describes its arguments and results."""
+    """Builds the kernel of the last launch. ``MergeRefs`` describes its arrays."""
     rows = merged_rows(shape)
+    names = (*PARTIAL_RESULTS, *(("sinks",) if shape.has_sinks else ()), "outputs", "shared")
+
+    def program(isa: Instructions, refs: Sequence[Any]) -> None:
+        merge_program(isa, shape, rows, MergeRefs(**dict(zip(names, refs, strict=True))))
+
     return lane_kernel(
         "merge_attention_kernel",
-        lambda isa, refs: merge_program(isa, shape, rows, MergeRefs(*refs)),
+        program,
         outputs=[jax.ShapeDtypeStruct((rows.rows, rows.features), jnp.bfloat16)],
         blocks=rows.blocks,
         threads=rows.threads,
@@ -162,5 +235,5 @@ def _merge_kernel(shape: Shape):
 
 
 def merged_rows(shape: Shape) -> Rows:
-    """Returns how the second launch cuts the output of attention into CTAs."""
-    return Rows(shape.batch, shape.kv_heads * shape.queries_per_kv * shape.head_dim)
+    """Returns how the last launch cuts the output of attention into CTAs."""
+    return Rows(shape.batch * shape.tokens, shape.kv_heads * shape.queries_per_kv * shape.head_dim)

@@ -1,4 +1,4 @@
-"""The lane program of decode attention: one launch reads the cache once.
+"""The lane programs of decode attention: one launch reads the cache once.
 
     partial sums of qkv ──► sum, norm of each query and key head, rotation ──► shared memory
                                        └──► the cache, at the new token's slot          │
@@ -9,7 +9,15 @@ A CTA computes one key-value head with its query heads. A split is every ``split
 work is balanced at every length; a CTA attends to one split, or to several one after another. The first loads
 of the cache wait only for the length. Each warp attends to 16 positions in one step and has a separate online
 softmax: running max, running sum and accumulator. At the end of a split the CTA merges the softmaxes of its
-warps. A second launch, ``merging.merge_program``, merges the softmaxes of the splits.
+warps. A last launch, ``merging.merge_program``, merges the softmaxes of the splits.
+
+With several new tokens of a sequence, a launch of its own, ``new_tokens.prepare_program``, prepares them first
+and writes them to the cache. ``several_tokens_program`` then attends from all of them at once: a query row is
+one query head of one token, and a CTA has up to 64 rows of a key-value head. It attends to earlier new tokens
+as to cached positions, and to each token itself as the program of one token does.
+
+The output of a query row has the same bits in any launch: rows do not affect each other, splits and steps
+depend on positions alone, and a step in which a row attends to no position does not change its softmax.
 
 Both products run on the matrix unit, and the lanes load its operands from the cache without rearranging them.
 This works because a sum over the values of a head may run in any order, and because the weighted values may
@@ -27,33 +35,41 @@ The new token's key and value are not read back from the cache: one CTA of each 
 shared memory. No CTA therefore reads memory that another CTA writes.
 """
 
-import math
+from collections.abc import Callable
 
 from pallas_kernels.decode_attention.cached_positions import (
     LANE_KEYS,
     LANE_VALUES,
     CachedPositions,
-    cached_position,
+    key_indices,
+    load_key,
+    load_value,
+    smaller,
+    value_indices,
 )
 from pallas_kernels.decode_attention.lane_context import (
-    BLOCK_POSITIONS,
     CHUNK,
-    MASKED_SCORE,
-    STEP_POSITIONS,
+    KEY_CHUNK,
+    OCTET,
+    THREADS,
     WARPS,
     LaneContext,
-    OnlineSoftmax,
     Refs,
     Shape,
     lane_context,
 )
-from pallas_kernels.decode_attention.merging import larger, merge_in_block
-from pallas_kernels.decode_attention.new_token import fetch, prepare
+from pallas_kernels.decode_attention.merging import merge_in_block
+from pallas_kernels.decode_attention.new_tokens import fetch_new_token, prepare_new_token
+from pallas_kernels.decode_attention.online_softmax import OnlineSoftmax, Queries, attend
+from pallas_kernels.decode_attention.split import attend_split, token_of_row
 from pallas_kernels.lanes.instructions import Instructions, Value
+
+MAX_QUERY_WORDS = 160
+"""Largest number of registers for accumulators and words of a step beside which a lane holds its queries."""
 
 
 def attention_program(isa: Instructions, shape: Shape, refs: Refs) -> None:
-    """Runs the whole program of one lane."""
+    """Runs the whole program of one lane, for one new token of each sequence."""
     context = lane_context(isa, shape)
     shared = isa.shared_address(refs.shared)
     (length,) = isa.load_global(isa.global_address(refs.lengths) + isa.widen(context.batch * 4), ordered=True)
@@ -62,63 +78,22 @@ def attention_program(isa: Instructions, shape: Shape, refs: Refs) -> None:
     # Each warp prepares one head, or, with more than 6 query heads for a key, some warps prepare two.
     vectors = [context.warp] + [context.warp + WARPS * i for i in range(1, -(-shape.vectors // WARPS))]
     # The barriers keep the compiler from delaying or reordering these loads. They cost nothing.
-    fetched = [fetch(isa, shape, refs, context, has_new_token, vector) for vector in vectors]
+    fetched = [fetch_new_token(isa, shape, refs, context, has_new_token, vector) for vector in vectors]
     isa.warp_barrier()
-    cache, step = CachedPositions.create(isa, shape, refs, context, length), isa.constant(0)
-    words = cache.load(context, step, cache.load_pages(context, step))
-    following = cache.load_pages(context, step, ahead=1)
+    cache = CachedPositions.create(isa, shape, refs, context, length)
+    loaded = load_first_steps(isa, context, cache)
     isa.warp_barrier()
-    for values in fetched:
-        prepare(isa, shape, refs, context, values, shared, length, has_new_token)
+    for vector, head in zip(vectors, fetched, strict=True):
+        prepare_new_token(isa, shape, refs, context, vector, head, shared, length, has_new_token)
     isa.block_barrier()
     head = isa.select(context.row < shape.queries_per_kv, context.row, isa.constant(shape.queries_per_kv - 1))
-    queries = shared_key_words(isa, shape, context, shared + head * shape.vector_bytes)
-    if shape.splits_per_block == 1:
-        state = attend_split(isa, shape, context, cache, queries, shared, has_new_token, words + following)
-        merge_in_block(isa, shape, refs, state, context, shared)
-        return
+    query = shared + head * shape.vector_bytes
+    words = [] if queries_stay_shared(shape) else shared_key_words(isa, shape, context, query)
 
-    def attend_each(index: Value, carry: list[Value]) -> list[Value]:
-        """Attends to a split, merges its softmaxes, and loads the first step of the next split."""
-        current = context.shifted(index)
-        following = context.shifted(index + 1)
-        pages = cache.load_pages(following, step)
-        has_new_token = current.split.equals(shape.splits - 1)
-        state = attend_split(isa, shape, current, cache, queries, shared, has_new_token, carry)
-        words = cache.load(following, step, pages)
-        pages = cache.load_pages(following, step, ahead=1)
-        merge_in_block(isa, shape, refs, state, current, shared)
-        isa.block_barrier()  # The next split writes the shared memory of this merge.
-        return words + pages
+    def queries(octet: int) -> list[Value]:
+        return words or shared_key_words(isa, shape, context, query)
 
-    isa.loop(isa.constant(shape.splits_per_block), words + following, attend_each)
-
-
-def attend_split(
-    isa: Instructions,
-    shape: Shape,
-    context: LaneContext,
-    cache: CachedPositions,
-    queries: list[Value],
-    shared: Value,
-    has_new_token: Value,
-    loaded: list[Value],
-) -> OnlineSoftmax:
-    """Attends to all positions of a split; returns the softmax of the warp.
-
-    Args:
-      isa: The instructions.
-      shape: Static sizes.
-      context: Indices of the lane.
-      cache: The cached positions.
-      queries: The lane's words of its query head.
-      shared: Address of the shared memory.
-      has_new_token: Whether the split attends to the new token.
-      loaded: Words of the first step, then pages of the second one.
-    """
-    length = cache.length
-
-    def attend_new(_, carry: list[Value]) -> list[Value]:
+    def attend_own(softmaxes: list[OnlineSoftmax]) -> list[OnlineSoftmax]:
         """Attends to 16 positions of which only the first is valid: the new token."""
         vectors, empty = shared + shape.queries_per_kv * shape.vector_bytes, isa.constant(0)
         key = shared_key_words(isa, shape, context, vectors)
@@ -128,104 +103,144 @@ def attend_split(
         words += [isa.select(context.column.equals(0), word, empty) for word in value]
         words += [empty] * (len(value) * (len(LANE_VALUES) - 1))
         valid = [context.column.equals(0)] + [context.column < 0] * (len(LANE_VALUES) - 1)
-        state, _ = OnlineSoftmax.from_registers(carry, shape.head_dim)
-        return attend(isa, shape, queries, state, words, valid).registers()
+        return attend(isa, shape, queries, softmaxes, words, [valid])
 
-    def attend_next(step: Value, carry: list[Value]) -> list[Value]:
-        """Attends to the positions of a step, whose words are in ``carry``, and loads the next words."""
-        state, rest = OnlineSoftmax.from_registers(carry, shape.head_dim)
-        words, pages = rest[: shape.step_words], rest[shape.step_words :]
-        valid = [cached_position(shape, context, step, context.column * 2 + v) < length for v in LANE_VALUES]
-        state = attend(isa, shape, queries, state, words, valid)
-        words = cache.load(context, step + 1, pages)
-        return state.registers() + words + cache.load_pages(context, step, ahead=2)
-
-    zero = isa.constant(0.0, "f32")
-    state = OnlineSoftmax(isa.constant(MASKED_SCORE, "f32"), zero, [zero] * (shape.head_dim // 4))
-    # The last warp has the fewest cached positions, so it attends to the new token. It does so first, while
-    # its loads of the cache are in flight.
-    new_tokens = isa.select(has_new_token & context.warp.equals(WARPS - 1), isa.constant(1), isa.constant(0))
-    state, _ = OnlineSoftmax.from_registers(
-        isa.loop(new_tokens, state.registers(), attend_new), shape.head_dim
-    )
-    # Number of cached positions of this split, and of steps in which this warp attends to its share of them.
-    split_positions = (length + (shape.splits - 1) - context.split) // shape.splits
-    first = context.warp * STEP_POSITIONS
-    steps = isa.select(
-        first < split_positions,
-        (split_positions - first + (BLOCK_POSITIONS - 1)) // BLOCK_POSITIONS,
-        isa.constant(0),
-    )
-    state, _ = OnlineSoftmax.from_registers(
-        isa.loop(steps, state.registers() + loaded, attend_next), shape.head_dim
-    )
-    return state
+    attend_all_splits(isa, shape, refs, context, cache, shared, queries, attend_own, has_new_token, loaded)
 
 
-def attend(
+def several_tokens_program(isa: Instructions, shape: Shape, refs: Refs) -> None:
+    """Runs the whole program of one lane, for several new tokens that ``prepare_program`` has prepared."""
+    context = lane_context(isa, shape)
+    shared = isa.shared_address(refs.shared)
+    (length,) = isa.load_global(isa.global_address(refs.lengths) + isa.widen(context.batch * 4), ordered=True)
+    has_new_tokens = context.split.equals(shape.splits - shape.splits_per_block)
+    isa.warp_barrier()
+    cache = CachedPositions.create(isa, shape, refs, context, length)
+    loaded = load_first_steps(isa, context, cache)
+    isa.warp_barrier()
+    copy_queries(isa, shape, refs, context, shared)
+    isa.block_barrier()
+
+    def queries(octet: int) -> list[Value]:
+        row = context.row if octet == 0 else context.row + OCTET * octet
+        return shared_key_words(isa, shape, context, shared + row * shape.vector_bytes)
+
+    def attend_own(softmaxes: list[OnlineSoftmax]) -> list[OnlineSoftmax]:
+        """Attends to 16 positions, the new tokens. Only the row's own token is valid."""
+        words = []
+        for indices, load, array in (
+            (key_indices(context), load_key, refs.new_keys),
+            (value_indices(context), load_value, refs.new_values),
+        ):
+            for index in indices:
+                token = smaller(isa, index, isa.constant(shape.tokens - 1))
+                vector = (context.batch * shape.tokens + token) * shape.kv_heads + context.kv_head
+                words += load(isa, shape, context, array, vector)
+        own = [token_of_row(isa, shape, context, octet) for octet in range(shape.octets)]
+        valid = [[index.equals(token) for index in value_indices(context)] for token in own]
+        softmaxes = attend(isa, shape, queries, softmaxes, words, valid)
+        # The sum of the weights is 1. The program of one token has it in the lane of the first position.
+        one, zero = isa.constant(1.0, "f32"), isa.constant(0.0, "f32")
+        for softmax in softmaxes:
+            softmax.running_sum = isa.select(context.column.equals(0), one, zero)
+        return softmaxes
+
+    attend_all_splits(isa, shape, refs, context, cache, shared, queries, attend_own, has_new_tokens, loaded)
+
+
+def attend_all_splits(
     isa: Instructions,
     shape: Shape,
-    queries: list[Value],
-    state: OnlineSoftmax,
-    words: list[Value],
-    valid: list[Value],
-) -> OnlineSoftmax:
-    """Attends to 16 positions and returns the new softmax.
+    refs: Refs,
+    context: LaneContext,
+    cache: CachedPositions,
+    shared: Value,
+    queries: Queries,
+    attend_own: Callable[[list[OnlineSoftmax]], list[OnlineSoftmax]],
+    has_new_tokens: Value,
+    loaded: list[Value],
+) -> None:
+    """Attends to the splits of the CTA one after another, and writes their results.
 
-    Args:
-      isa: The instructions.
-      shape: Static sizes.
-      queries: The lane's words of its query head.
-      state: Softmax over the previous positions.
-      words: The lane's words of its ``LANE_KEYS`` keys, then of the values at its ``LANE_VALUES`` positions.
-      valid: Whether each of the ``LANE_VALUES`` positions exists.
+    The arguments are those of ``split.attend_split``, for the first split of the CTA, and the address of the
+    shared memory.
     """
-    zero, empty = isa.constant(0.0, "f32"), isa.constant(0)
-    words_per_key, words_per_value = shape.head_dim // 8, shape.head_dim // 16
-    keys = [words[k * words_per_key : (k + 1) * words_per_key] for k in range(LANE_KEYS)]
-    words = words[LANE_KEYS * words_per_key :]
-    values = [words[v * words_per_value : (v + 1) * words_per_value] for v in range(len(LANE_VALUES))]
-    scores = []
-    for key in keys:
-        sums = [zero] * 4
-        for i in range(0, words_per_key, 2):
-            heads = [queries[i], empty, queries[i + 1], empty]  # Rows from 8 on do not exist.
-            sums = isa.matrix_multiply_add_bfloat16(sums, heads, key[i : i + 2])
-        scores += sums[:2]
-    unit = math.log2(math.e) / math.sqrt(shape.head_dim)
-    masked = isa.constant(MASKED_SCORE, "f32")
-    scores = [isa.select(ok, score * unit, masked) for ok, score in zip(valid, scores, strict=True)]
-    running_max = state.running_max
-    for score in scores:
-        running_max = larger(isa, running_max, score)
-    for distance in (1, 2):
-        running_max = larger(isa, running_max, isa.shuffle_xor(running_max, distance))
-    factor = isa.exp2(state.running_max - running_max)
-    weights = [isa.select(ok, isa.exp2(s - running_max), zero) for ok, s in zip(valid, scores, strict=True)]
-    running_sum = state.running_sum * factor
-    for weight in weights:
-        running_sum = running_sum + weight
-    heads = [isa.pack_bfloat16(*weights[:2]), empty, isa.pack_bfloat16(*weights[2:]), empty]
-    accumulator = []
-    for block in range(shape.head_dim // 8):
-        word, selector = block // 2, (0x5410, 0x7632)[block % 2]
-        pairs = [isa.permute_bytes(values[v][word], values[v + 1][word], selector) for v in (0, 2)]
-        sums = [a * factor for a in state.accumulator[2 * block : 2 * block + 2]] + [zero, zero]
-        accumulator += isa.matrix_multiply_add_bfloat16(sums, heads, pairs)[:2]
-    return OnlineSoftmax(running_max, running_sum, accumulator)
+    if shape.splits_per_block == 1:
+        softmaxes = attend_split(
+            isa, shape, context, cache, queries, attend_own, has_new_tokens, loaded
+        )
+        merge_in_block(isa, shape, refs, softmaxes, context, shared)
+        return
+
+    def attend_each(index: Value, carry: list[Value]) -> list[Value]:
+        """Attends to a split, merges its softmaxes, and loads the first step of the next split."""
+        current = context.shifted(index)
+        following = context.shifted(index + 1)
+        step = first_step(isa, following, cache)
+        pages = cache.load_pages(following, step)
+        has_new_tokens = current.split.equals(shape.splits - 1)
+        softmaxes = attend_split(isa, shape, current, cache, queries, attend_own, has_new_tokens, carry)
+        words = cache.load(following, step, pages)
+        pages = cache.load_pages(following, step, ahead=1)
+        merge_in_block(isa, shape, refs, softmaxes, current, shared)
+        isa.block_barrier()  # The next split writes the shared memory of this merge.
+        return words + pages
+
+    isa.loop(isa.constant(shape.splits_per_block), loaded, attend_each)
+
+
+def first_step(isa: Instructions, context: LaneContext, cache: CachedPositions) -> Value:
+    """Returns the index of the split's first step."""
+    step = cache.first_step(context)
+    return isa.constant(0) if step is None else step
+
+
+def load_first_steps(isa: Instructions, context: LaneContext, cache: CachedPositions) -> list[Value]:
+    """Loads the words of the first step of the CTA, and the pages of the second one."""
+    step = first_step(isa, context, cache)
+    words = cache.load(context, step, cache.load_pages(context, step))
+    return words + cache.load_pages(context, step, ahead=1)
+
+
+def queries_stay_shared(shape: Shape) -> bool:
+    """Returns whether each step loads the queries again, for want of registers."""
+    return shape.octets * shape.accumulated // 4 + shape.step_words > MAX_QUERY_WORDS
+
+
+def copy_queries(isa: Instructions, shape: Shape, refs: Refs, context: LaneContext, shared: Value) -> None:
+    """Copies the query rows of the CTA to shared memory. Rows that do not exist repeat the last one."""
+    units = shape.key_values // 8  # of 16 bytes
+    for begin in range(0, OCTET * shape.octets * units, THREADS):
+        item = context.thread + begin
+        row, unit = item // units, item % units
+        source = row if context.first_row is None else row + context.first_row
+        source = smaller(isa, source, isa.constant(shape.rows - 1))
+        vector = (context.batch * shape.kv_heads + context.kv_head) * shape.rows + source
+        existing = unit
+        if padded := units - shape.head_dim // 8:
+            existing = smaller(isa, unit, isa.constant(units - padded - 1))
+        address = isa.global_address(refs.queries) + isa.widen(vector) * (2 * shape.head_dim)
+        words = isa.load_global(address + isa.widen(existing * 16), 4, ordered=True)
+        if padded:
+            words = [isa.select(unit < units - padded, word, isa.constant(0)) for word in words]
+        target = shared + row * shape.vector_bytes + unit * 16
+        isa.store_shared(target, words, item < OCTET * shape.octets * units)
 
 
 def shared_key_words(isa: Instructions, shape: Shape, context: LaneContext, vector: Value) -> list[Value]:
-    """Loads the words of a key from a vector in shared memory, in the order of ``CachedPositions``."""
+    """Loads the words of a key from a vector in shared memory, in the order of ``load_key``."""
     base = vector + context.column * 16
-    return [word for t in range(shape.head_dim // 32) for word in isa.load_shared(base + t * 64, 4)]
+    return [
+        word for t in range(shape.key_values // KEY_CHUNK) for word in isa.load_shared(base + t * 64, 4)
+    ]
 
 
 def shared_value_words(isa: Instructions, shape: Shape, context: LaneContext, vector: Value) -> list[Value]:
-    """Loads the words of a value from a vector in shared memory, in the order of ``CachedPositions``."""
+    """Loads the words of a value from a vector in shared memory, in the order of ``load_value``."""
     base = vector + context.row * 16
-    return [
-        word
-        for chunk in range(shape.head_dim // CHUNK)
-        for word in isa.load_shared(base + chunk * 2 * CHUNK, 4)
-    ]
+    words = []
+    for first in range(0, shape.head_dim, CHUNK):
+        if (left := shape.head_dim - first) < CHUNK:
+            base = vector + smaller(isa, context.row, isa.constant(left // 8 - 1)) * 16
+        words += isa.load_shared(base + 2 * first, 4)
+    return words

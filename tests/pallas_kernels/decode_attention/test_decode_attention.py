@@ -5,15 +5,13 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_cases import STORED_SIZES, check, emulated, in_pages, inputs, oracle
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis_settings import examples
 
 from pallas_kernels.decode_attention import kernel
-from pallas_kernels.decode_attention.lane_context import THREADS, Refs, Shape
-from pallas_kernels.decode_attention.merging import MergeRefs, merge_program
-from pallas_kernels.decode_attention.program import attention_program
-from pallas_kernels.lanes.emulator import NumpyInstructions
+from pallas_kernels.decode_attention.lane_context import Shape
 
 CASES = {  # sizes, lengths
     "empty cache": (
@@ -125,88 +123,6 @@ CASES = {  # sizes, lengths
         [65],
     ),
 }
-STORED_SIZES = {"num_partials": 3, "stored_features": 2048}
-
-
-def inputs(shape: Shape, lengths):
-    """Returns the arrays of ``Refs``. Cache slots from the length on hold huge numbers."""
-    rng = np.random.default_rng(shape.capacity)
-
-    def bfloat16(*size):
-        return np.array(jnp.asarray(rng.standard_normal(size), jnp.bfloat16))
-
-    angles = np.asarray(lengths)[:, None] * rng.uniform(0, 1, shape.head_dim // 2)
-    cache = (shape.batch, shape.capacity, shape.kv_heads, shape.head_dim)
-    keys, values = bfloat16(*cache), bfloat16(*cache)
-    for b, length in enumerate(lengths):
-        keys[b, length:] = values[b, length:] = 1e30
-        keys[b, 0] = keys[b, 0] if length else 0  # The kernel loads position 0 and must ignore it.
-        values[b, 0] = values[b, 0] if length else 0
-    qkv = np.full((shape.num_partials, shape.batch, shape.stored_features), np.nan, np.float32)
-    row = (shape.queries_per_kv + 2) * shape.kv_heads * shape.head_dim
-    qkv[:, :, :row] = rng.standard_normal((shape.num_partials, shape.batch, row)) / shape.num_partials**0.5
-    return {
-        "qkv": qkv,
-        "cos": np.cos(angles).astype(np.float32),
-        "sin": np.sin(angles).astype(np.float32),
-        "q_scale": bfloat16(shape.head_dim),
-        "k_scale": bfloat16(shape.head_dim),
-        "lengths": np.asarray(lengths, np.int32),
-        "keys": keys,
-        "values": values,
-    }
-
-
-def oracle(shape: Shape, qkv, cos, sin, q_scale, k_scale, lengths, keys, values):
-    """Computes outputs and cache in float64, rounded to bfloat16 where XLA's operations round."""
-
-    def rounded(x):
-        return np.asarray(jnp.asarray(x, jnp.bfloat16)).astype(np.float64)
-
-    def normed_and_rotated(head, scale, b):
-        head = head.astype(np.float64)
-        if shape.eps is not None:
-            head = rounded(head / np.sqrt(np.mean(head**2) + shape.eps) * scale.astype(np.float64))
-        low, high = np.split(head, 2)
-        return rounded(np.concatenate([low * cos[b] - high * sin[b], high * cos[b] + low * sin[b]]))
-
-    outputs = np.zeros((shape.batch, shape.kv_heads * shape.queries_per_kv, shape.head_dim))
-    keys, values = keys.copy(), values.copy()
-    for b, length in enumerate(lengths):
-        row = rounded(qkv[:, b, : (shape.queries_per_kv + 2) * shape.kv_heads * shape.head_dim].sum(0))
-        queries, rest = np.split(row.reshape(-1, shape.head_dim), [shape.queries_per_kv * shape.kv_heads])
-        for h in range(shape.kv_heads):
-            key, value = normed_and_rotated(rest[h], k_scale, b), rest[shape.kv_heads + h].astype(np.float64)
-            all_keys = np.vstack([keys[b, :length, h].astype(np.float64), key])
-            all_values = np.vstack([values[b, :length, h].astype(np.float64), value])
-            for i in range(h * shape.queries_per_kv, (h + 1) * shape.queries_per_kv):
-                scores = all_keys @ normed_and_rotated(queries[i], q_scale, b) / np.sqrt(shape.head_dim)
-                weights = np.exp(scores - scores.max())
-                outputs[b, i] = weights @ all_values / weights.sum()
-            if length < shape.capacity:
-                keys[b, length, h], values[b, length, h] = key, value
-    return outputs.reshape(shape.batch, -1), keys, values
-
-
-def emulated(shape: Shape, arrays, pages=None):
-    """Runs both launches on the emulator. Updates the cache in ``arrays``; returns outputs."""
-    isa = NumpyInstructions(blocks=shape.blocks, threads=THREADS, shared_bytes=shape.shared_bytes)
-    leading = (shape.batch, shape.kv_heads, shape.splits, shape.queries_per_kv)
-    softmaxes = [np.full((*leading, last), np.nan, np.float32) for last in (shape.head_dim, 2)]
-    refs = [isa.array(a) for a in (*arrays.values(), *softmaxes)]
-    attention_program(isa, shape, Refs(*refs, shared=None, pages=None if pages is None else isa.array(pages)))
-    isa.finish()
-    return emulated_merge(shape, softmaxes)
-
-
-def check(shape: Shape, outputs, cache, expected, expected_cache):
-    np.testing.assert_allclose(outputs, expected, atol=6e-3 * np.abs(expected).max())
-    keys, values = (a.astype(np.float32) for a in cache)
-    expected_keys, expected_values = (a.astype(np.float32) for a in expected_cache)
-    np.testing.assert_array_equal(values, expected_values)
-    np.testing.assert_allclose(keys, expected_keys, rtol=2**-7, atol=1e-6)
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_programs_match_the_oracle(case):
     sizes, lengths = CASES[case]
@@ -214,26 +130,7 @@ def test_programs_match_the_oracle(case):
     arrays = inputs(shape, lengths)
     expected, *expected_cache = oracle(shape, **arrays)
     outputs = emulated(shape, arrays)
-    check(shape, outputs, (arrays["keys"], arrays["values"]), expected, expected_cache)
-
-
-def in_pages(shape: Shape, arrays, lengths, rng):
-    """Moves the cache to random pages of a larger pool; returns the arrays and the page table.
-
-    Pages that the new token does not reach are missing from the table. The rest of the pool is NaN.
-    """
-    pages_per_row = shape.capacity // shape.page_size
-    table = rng.permutation(shape.num_pages)[: shape.batch * pages_per_row].reshape(shape.batch, -1)
-    pools = []
-    for name in ("keys", "values"):
-        pool = np.full(
-            (shape.num_pages, shape.page_size, *arrays[name].shape[2:]), np.nan, arrays[name].dtype
-        )
-        pool[table] = arrays[name].reshape(*table.shape, shape.page_size, *arrays[name].shape[2:])
-        pools.append(pool)
-    needed = np.asarray(lengths)[:, None] // shape.page_size
-    table = np.where(np.arange(pages_per_row) <= needed, table, shape.num_pages)
-    return arrays | dict(zip(("keys", "values"), pools, strict=True)), table.astype(np.int32)
+    check(outputs, (arrays["keys"], arrays["values"]), expected, expected_cache)
 
 
 @examples(8)
@@ -273,7 +170,7 @@ def test_pages_may_be_anywhere(data):
         ).reshape(contiguous[name].shape)
         for name in ("keys", "values")
     ]
-    check(shape, outputs, cached, expected, expected_cache)
+    check(outputs, cached, expected, expected_cache)
     unused = np.setdiff1d(np.arange(shape.num_pages), table)
     assert unused.size  # The pool has more pages than the texts.
     np.testing.assert_array_equal(arrays["keys"][unused].view(np.uint16), before[unused].view(np.uint16))
@@ -311,8 +208,9 @@ def test_a_row_without_pages_changes_nothing():
 @pytest.mark.parametrize("batch", [1, 2, 3, 5, 8, 16, 64])
 @pytest.mark.parametrize("kv_heads", [1, 2, 8, 12, 40, 200])
 def test_splits_of_pages_depend_on_the_model_alone(batch, kv_heads):
-    sizes = kernel.cache_sizes((100, 64, kv_heads, 128), (batch, 7))
-    alone = kernel.cache_sizes((3, 16, kv_heads, 128), (1, 2))
+    sizes = kernel.cache_sizes((100, 64, kv_heads, 128), (batch, 7), 4)
+    alone = kernel.cache_sizes((3, 16, kv_heads, 128), (1, 2), 4)
+    assert kernel.cache_sizes((batch, 40, kv_heads, 128), None, 4)["splits"] == sizes["splits"]
     assert sizes["splits"] == alone["splits"] == max(1, kernel.BLOCKS // kv_heads)
     assert sizes["splits"] % sizes["splits_per_block"] == 0
     assert alone["splits_per_block"] == 1
@@ -321,26 +219,17 @@ def test_splits_of_pages_depend_on_the_model_alone(batch, kv_heads):
     assert sizes["capacity"] == 7 * 64
 
 
-def emulated_merge(shape: Shape, softmaxes):
-    """Runs the second launch."""
-    rows = kernel.merged_rows(shape)
-    isa = NumpyInstructions(blocks=rows.blocks, threads=rows.threads, shared_bytes=rows.shared_bytes)
-    outputs = np.full((rows.rows, rows.features), np.nan, jnp.bfloat16)
-    merge_program(isa, shape, rows, MergeRefs(*(isa.array(a) for a in (*softmaxes, outputs)), shared=None))
-    isa.finish()
-    return outputs.astype(np.float32)
-
-
 @pytest.mark.parametrize(
     ("sizes", "reason"),
     [
-        ({"tokens": 2}, "one new token"),
+        ({"tokens": 17}, "takes 1 to 16 new tokens"),
         ({"dtype": jnp.float32}, "bfloat16"),
-        ({"head_dim": 80}, "heads of 64 or 128"),
+        ({"head_dim": 48}, "heads of 64, 80, 96, 128, 256, not 48"),
         ({"heads": 18}, "at most 8 query heads for each kv head"),
+        ({"batch": 2048, "tokens": 16}, "bytes of partial results, not 8589934592"),
         ({}, "needs"),  # The device is a CPU, or jax is too old.
     ],
 )
 def test_declines_with_a_reason(sizes, reason):
-    supported = {"tokens": 1, "heads": 8, "kv_heads": 2, "head_dim": 128, "dtype": jnp.bfloat16}
+    supported = {"batch": 1, "tokens": 1, "heads": 8, "kv_heads": 2, "head_dim": 128, "dtype": jnp.bfloat16}
     assert reason in kernel.supports(**supported | sizes)

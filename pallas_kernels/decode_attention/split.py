@@ -1,0 +1,110 @@
+"""Attention of the query rows of a CTA to the cached positions of one split."""
+
+from collections.abc import Callable
+
+from pallas_kernels.decode_attention.cached_positions import (
+    CachedPositions,
+    cached_position,
+    positions_in_split,
+    smaller,
+    value_indices,
+)
+from pallas_kernels.decode_attention.lane_context import (
+    BLOCK_POSITIONS,
+    STEP_POSITIONS,
+    WARPS,
+    LaneContext,
+    Shape,
+)
+from pallas_kernels.decode_attention.online_softmax import (
+    OnlineSoftmax,
+    Queries,
+    attend,
+    empty_softmaxes,
+    from_registers,
+    to_registers,
+)
+from pallas_kernels.lanes.instructions import Instructions, Value
+
+
+def attend_split(
+    isa: Instructions,
+    shape: Shape,
+    context: LaneContext,
+    cache: CachedPositions,
+    queries: Queries,
+    attend_own: Callable[[list[OnlineSoftmax]], list[OnlineSoftmax]],
+    has_new_tokens: Value,
+    loaded: list[Value],
+) -> list[OnlineSoftmax]:
+    """Attends to all positions of a split; returns the softmaxes of the warp.
+
+    Args:
+      isa: The instructions.
+      shape: Static sizes.
+      context: Indices of the lane.
+      cache: The cached positions.
+      queries: The lane's words of its query rows.
+      attend_own: Lets each new token attend to itself.
+      has_new_tokens: Whether new tokens attend to themselves in this split.
+      loaded: Words of the first step, then pages of the second one.
+    """
+    first_step = cache.first_step(context)
+
+    def attend_new(_, carry: list[Value]) -> list[Value]:
+        return to_registers(attend_own(from_registers(carry, shape)[0]))
+
+    def attend_next(index: Value, carry: list[Value]) -> list[Value]:
+        """Attends to the positions of a step, whose words are in ``carry``, and loads the next words."""
+        step = index if first_step is None else first_step + index
+        softmaxes, rest = from_registers(carry, shape)
+        words, pages = rest[: shape.step_words], rest[shape.step_words :]
+        valid = [_valid(isa, shape, context, cache, step, octet) for octet in range(shape.octets)]
+        softmaxes = attend(isa, shape, queries, softmaxes, words, valid)
+        words = cache.load(context, step + 1, pages)
+        return to_registers(softmaxes) + words + cache.load_pages(context, step, ahead=2)
+
+    # The last warp has the fewest cached positions, so it attends to the new tokens. It does so first, while
+    # its loads of the cache are in flight.
+    registers = to_registers(empty_softmaxes(isa, shape))
+    new = isa.select(has_new_tokens & context.warp.equals(WARPS - 1), isa.constant(1), isa.constant(0))
+    softmaxes, _ = from_registers(isa.loop(new, registers, attend_new), shape)
+    # Number of cached positions of this split, and of steps in which this warp attends to its share of them.
+    split_positions = positions_in_split(shape, context, cache.limit)
+    first = context.warp * STEP_POSITIONS
+    steps = isa.select(
+        first < split_positions,
+        (split_positions - first + (BLOCK_POSITIONS - 1)) // BLOCK_POSITIONS,
+        isa.constant(0),
+    )
+    if first_step is not None:
+        steps = isa.select(first_step < steps, steps - first_step, isa.constant(0))
+    softmaxes, _ = from_registers(isa.loop(steps, to_registers(softmaxes) + loaded, attend_next), shape)
+    return softmaxes
+
+
+def token_of_row(isa: Instructions, shape: Shape, context: LaneContext, octet: int) -> Value:
+    """Returns the new token of the lane's query row in an octet."""
+    row = context.query_row(octet)
+    return smaller(isa, row, isa.constant(shape.rows - 1)) // shape.queries_per_kv
+
+
+def _valid(
+    isa: Instructions, shape: Shape, context: LaneContext, cache: CachedPositions, step: Value, octet: int
+) -> list[Value]:
+    """Returns whether the lane's query row attends to each of its positions of a step.
+
+    A token attends to cached positions below its own, so to those of earlier new tokens, too.
+    """
+    own = limit = cache.limit
+    if shape.tokens > 1:
+        own = cache.length + token_of_row(isa, shape, context, octet)
+        limit = smaller(isa, own, cache.limit)
+    valid = []
+    for index in value_indices(context):
+        position = cached_position(shape, context, step, index)
+        is_valid = position < limit
+        if shape.window is not None:
+            is_valid = is_valid & (position >= own - (shape.window - 1))
+        valid.append(is_valid)
+    return valid
