@@ -98,6 +98,11 @@ def oracle(shape: Shape, qkv, cos, sin, q_scale, k_scale, lengths, keys, values,
 
 def emulated(shape: Shape, arrays: dict[str, np.ndarray], pages=None) -> np.ndarray:
     """Runs all launches on the emulator. Updates the cache in ``arrays``; returns ``[B, T, heads * D]``."""
+    return merged(shape, partial_results(shape, arrays, pages), arrays.get("sinks"))
+
+
+def partial_results(shape: Shape, arrays: dict[str, np.ndarray], pages=None) -> dict[str, np.ndarray]:
+    """Runs all launches but the last; returns accumulators and softmaxes of all splits (see ``Refs``)."""
     arrays = arrays if pages is None else arrays | {"pages": pages}
     cache = {name: arrays[name] for name in ("lengths", "keys", "values", "pages") if name in arrays}
     heads = {name: arrays[name] for name in kernel.HEAD_INPUTS}
@@ -114,16 +119,19 @@ def emulated(shape: Shape, arrays: dict[str, np.ndarray], pages=None) -> np.ndar
     results = dict(zip(kernel.PARTIAL_RESULTS, results, strict=True))
     assert shape.shared_bytes <= SHARED_BYTES_OF_ALL_GPUS
     launch(program, shape, heads | cache | results, shape.blocks, THREADS, shape.shared_bytes)
+    return results
+
+
+def merged(shape: Shape, results: dict[str, np.ndarray], sinks=None) -> np.ndarray:
+    """Runs the last launch; returns ``[B, T, heads * D]``."""
     rows = kernel.merged_rows(shape)
     isa = NumpyInstructions(blocks=rows.blocks, threads=rows.threads, shared_bytes=rows.shared_bytes)
-    merged = np.full((rows.rows, rows.features), np.nan, jnp.bfloat16)
-    refs = results | {"outputs": merged}
-    if shape.has_sinks:
-        refs["sinks"] = arrays["sinks"]
+    outputs = np.full((rows.rows, rows.features), np.nan, jnp.bfloat16)
+    refs = results | {"outputs": outputs} | ({"sinks": sinks} if shape.has_sinks else {})
     refs = {name: isa.array(array) for name, array in refs.items()}
     merge_program(isa, shape, rows, MergeRefs(**refs, shared=None))
     isa.finish()
-    return merged.astype(np.float32).reshape(shape.batch, shape.tokens, -1)
+    return outputs.astype(np.float32).reshape(shape.batch, shape.tokens, -1)
 
 
 def launch(program, shape: Shape, arrays, blocks: int, threads: int, shared_bytes: int) -> None:
@@ -142,9 +150,9 @@ def check(outputs, cache, expected, expected_cache) -> None:
     np.testing.assert_allclose(keys, expected_keys, rtol=2**-7, atol=1e-6)
 
 
-def one_by_one(shape: Shape, arrays: dict[str, np.ndarray], pages=None) -> np.ndarray:
-    """Runs the tokens of each sequence one after another; otherwise as ``emulated``."""
-    alone, outputs = dataclasses.replace(shape, tokens=1), []
+def one_by_one(shape: Shape, arrays: dict[str, np.ndarray], pages=None) -> dict[str, np.ndarray]:
+    """Runs the tokens of each sequence one after another; otherwise as ``partial_results``."""
+    alone, steps = dataclasses.replace(shape, tokens=1), []
     for t in range(shape.tokens):
         mine = np.arange(shape.batch) * shape.tokens + t
         step = arrays | {
@@ -153,8 +161,15 @@ def one_by_one(shape: Shape, arrays: dict[str, np.ndarray], pages=None) -> np.nd
             "sin": arrays["sin"][mine],
             "lengths": arrays["lengths"] + np.int32(t),
         }
-        outputs.append(emulated(alone, step, pages))
-    return np.concatenate(outputs, axis=1)
+        steps.append(partial_results(alone, step, pages))
+    # Query rows are ordered by token, then by head.
+    return {name: np.concatenate([step[name] for step in steps], axis=3) for name in kernel.PARTIAL_RESULTS}
+
+
+def assert_same_bits(results: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    """Compares partial results, which are float32: outputs, which are rounded to bfloat16, hide much."""
+    for name in kernel.PARTIAL_RESULTS:
+        np.testing.assert_array_equal(results[name], expected[name], err_msg=name)
 
 
 def in_pages(shape: Shape, arrays, lengths, rng):
