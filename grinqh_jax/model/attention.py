@@ -26,25 +26,33 @@ def attend_heads(
     cache: KeyValues | RingKeyValues | None = None,
     across: str | None = None,
 ) -> tuple[Activations, KeyValues | RingKeyValues]:
-    """Computes head norms, rotation and attention, in two kernels for a decode step on a GPU.
+    """Computes head norms, rotation and attention, in two or three kernels for a decode step on a GPU.
+
 
     Args:
       config: Configuration of the model.
       attention: Description of the layer's attention.
       qkv: Query heads, key heads and value heads of the new tokens, side by side, ``[b, t, all_heads_d]``.
       norm_scales: Scales of the query norm and the key norm, or None for models without these norms.
-      positions, cache: See ``attend``.
+      positions: Positions of the new tokens in their sequence, consecutive if there is a cache.
+      cache: See ``attend``.
       across: Mesh axis among whose devices the heads of one norm are cut; None if this device has them all.
 
     Returns:
       ``(outputs [b, t, heads_d], cache)``: the heads side by side; the cache as in ``attend``.
     """
     batch, tokens = positions.shape
-    heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-    if isinstance(cache, KeyValues) and kernel_lacks(attention) is None:
-        sizes = {"tokens": tokens, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
-        if decode_attention.supports(**sizes, dtype=cache.keys.dtype) is None:
-            cos, sin = _cos_sin(attention, positions[:, 0], head_dim)
+    sizes = {"batch": batch, "tokens": tokens, "heads": config.num_heads, "kv_heads": config.num_kv_heads}
+    options = {"window": attention.window, "soft_cap": attention.score_soft_cap}
+    if isinstance(cache, KeyValues):
+        reason = decode_attention.supports(**sizes, head_dim=config.head_dim, dtype=cache.keys.dtype)
+        if reason is None:
+            cos, sin = _cos_sin(attention, positions, config.head_dim)
+            if preparation_lacks(attention) is not None:
+                prepared = _prepared(config, attention, qkv, norm_scales, positions, across)
+                qkv = Activations.of(jnp.concatenate(prepared, axis=2).reshape(batch, tokens, -1))
+                norm_scales, cos = None, jnp.ones((batch, tokens, config.head_dim // 2), jnp.float32)
+                sin = jnp.zeros_like(cos)
             attended, keys, values = decode_attention.decode_attention(
                 qkv,
                 cos,
@@ -55,9 +63,25 @@ def attend_heads(
                 cache.values,
                 positions[:, 0],
                 cache.pages,
+                **options,
             )
             return attended, KeyValues(keys, values, cache.pages)
-    all_heads = qkv.array.reshape(batch, tokens, -1, head_dim)
+    queries, keys, values = _prepared(config, attention, qkv, norm_scales, positions, across)
+    outputs, updated = attend(queries, keys, values, positions, cache, **options)
+    return Activations.of(outputs.reshape(batch, tokens, -1)), updated
+
+
+def _prepared(
+    config: ModelConfig,
+    attention: Attention,
+    qkv: Activations,
+    norm_scales: tuple[Float[Array, "d_q"], Float[Array, "d_k"]] | None,
+    positions: Int[Array, "b t"],
+    across: str | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns queries, keys and values ``[b, t, heads, head_dim]`` after norms and rotation."""
+    heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+    all_heads = qkv.array.reshape(*positions.shape, -1, head_dim)
     queries, keys, values = jnp.split(all_heads, (heads, heads + kv_heads), axis=2)
     if norm_scales is not None:
         queries, keys = (
@@ -68,10 +92,7 @@ def attend_heads(
     queries, keys = (rope.rotate(x, cos, sin, _score_factor(attention, head_dim)) for x in (queries, keys))
     if attention.query_growth is not None:
         queries = queries * _growth(attention.query_growth, positions)[..., None, None].astype(queries.dtype)
-    outputs, updated = attend(
-        queries, keys, values, positions, cache, attention.window, attention.score_soft_cap
-    )
-    return Activations.of(outputs.reshape(batch, tokens, -1)), updated
+    return queries, keys, values
 
 
 def without_gates(
@@ -88,16 +109,15 @@ def without_gates(
     return Activations.of(jnp.concatenate([heads, x[..., 2 * queries :]], axis=-1)), gates
 
 
-def kernel_lacks(attention: Attention) -> str | None:
-    """Returns the option of a layer that the kernel of a decode step does not implement, or None."""
-    if attention.window is not None:
-        return "a window"
+def preparation_lacks(attention: Attention) -> str | None:
+    """Returns the option of a layer for which XLA computes head norms and rotation, or None.
+
+    The kernel of a decode step then gets prepared heads.
+    """
     if attention.rope is not None and attention.rope.rotary_dim is not None:
         return "partial rotation"
     if attention.head_norms is not None and attention.head_norms[0].axis != "head":
         return "norms of all heads"
-    if attention.score_soft_cap is not None:
-        return "a soft cap of the scores"
     if attention.query_growth is not None:
         return "queries that grow with their position"
     return None

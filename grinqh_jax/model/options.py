@@ -3,7 +3,7 @@
 import collections
 from collections.abc import Iterator
 
-from grinqh_jax.model.attention import kernel_lacks
+from grinqh_jax.model.attention import preparation_lacks
 from grinqh_jax.model.layer_spec import (
     Attention,
     Description,
@@ -38,8 +38,8 @@ def missing_kernels(description: Description) -> list[str]:
     """Returns, for options that the kernels of a decode step lack, what XLA computes instead on a GPU."""
     lines = []
     attentions = [spec.attention for spec in description.layers if spec.attention is not None]
-    gaps = dict.fromkeys(kernel_lacks(attention) for attention in attentions)
-    lines += [f"attention with {gap}" for gap in gaps if gap is not None]
+    gaps = dict.fromkeys(preparation_lacks(attention) for attention in attentions)
+    lines += [f"head norms and rotation, because of {gap}" for gap in gaps if gap is not None]
     if any(attention.output_gate for attention in attentions):
         lines.append("gates of attention")
     if description.is_recurrent:

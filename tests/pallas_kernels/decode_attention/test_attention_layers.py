@@ -1,0 +1,115 @@
+"""Layers of all families on the kernels of decode attention, emulated, against XLA."""
+
+import dataclasses
+
+import emulated_launch
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from family_cases import CASES
+
+from grinqh_jax.model import attention
+from grinqh_jax.model.cache import KeyValues
+from grinqh_jax.model.config import ModelConfig
+from pallas_kernels import Activations, decode_attention
+from pallas_kernels.decode_attention import kernel
+
+BATCH, CAPACITY, PAGE_SIZE = 2, 48, 8
+LENGTHS = (17, 40)
+QWEN3 = "qwen3-biases-window"
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    """Replaces the launches; returns a list that gets the keyword arguments of each call."""
+    calls, real = [], kernel.decode_attention
+    builders = (kernel._prepare_kernel, kernel._attention_kernel, kernel._merge_kernel)
+
+    def recorded(*arguments, **options):
+        calls.append(options)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(kernel, "BLOCKS", 8)  # Fewer splits are emulated faster.
+    monkeypatch.setattr(kernel, "lane_kernel", emulated_launch.lane_kernel)
+    monkeypatch.setattr(decode_attention, "supports", lambda **sizes: None)
+    monkeypatch.setattr(decode_attention, "decode_attention", recorded)
+    for build in builders:
+        build.cache_clear()
+    yield calls
+    for build in builders:
+        build.cache_clear()
+
+
+def arguments(config, spec, tokens: int, paged: bool):
+    """Returns the arguments of ``attend_heads`` after the description of the layer."""
+    rng, dim = np.random.default_rng(tokens), config.head_dim
+    kv_heads, heads = config.num_kv_heads, config.num_heads + 2 * config.num_kv_heads
+
+    def normal(*size):
+        return jnp.asarray(rng.standard_normal(size), jnp.bfloat16)
+
+    sizes, pages = (BATCH, CAPACITY), None
+    if paged:
+        count = BATCH * CAPACITY // PAGE_SIZE
+        sizes, pages = (count, PAGE_SIZE), jnp.asarray(rng.permutation(count).reshape(BATCH, -1), jnp.int32)
+    cache = KeyValues(*(normal(*sizes, kv_heads, dim) for _ in range(2)), pages)
+    norms = None
+    if spec.head_norms is not None:
+        widths = {"head": (dim, dim), "query": (config.num_heads * dim, kv_heads * dim)}
+        norms = tuple(1 + 0.2 * normal(width) for width in widths[spec.head_norms[0].axis])
+    positions = jnp.asarray(LENGTHS)[:, None] + jnp.arange(tokens)
+    return Activations.of(normal(BATCH, tokens, heads * dim)), norms, positions, cache
+
+
+def config_of(name: str) -> ModelConfig:
+    """Returns a configuration with heads of a size that the programs take, at most twice that of the case."""
+    config = ModelConfig.from_hf(CASES[name])
+    return dataclasses.replace(config, head_dim=-(-config.head_dim // 16) * 16)
+
+
+def check_layer(emulated, config, spec, tokens: int, paged: bool, sinks=None) -> None:
+    inputs = arguments(config, spec, tokens, paged)
+    outputs, cache = attention.attend_heads(config, spec, *inputs, sinks)
+    assert emulated
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode_attention, "supports", lambda **sizes: "switched off")
+        expected, expected_cache = attention.attend_heads(config, spec, *inputs, sinks)
+    got, wanted = (np.asarray(x.array, np.float32) for x in (outputs, expected))
+    assert np.linalg.norm(got - wanted) <= 1e-2 * np.linalg.norm(wanted)
+    for one, other in zip(cache[:2], expected_cache[:2], strict=True):
+        np.testing.assert_allclose(np.asarray(one, np.float32), np.asarray(other, np.float32), atol=2**-5)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["gemma3", "granite", "ministral3", "olmo3-window-yarn", "phi3-partial-window", QWEN3, "smollm3"],
+)
+@pytest.mark.parametrize("tokens", [pytest.param(1, marks=pytest.mark.slow), 3])
+def test_layers_of_every_family(emulated, name, tokens):
+    config = config_of(name)
+    for spec in {layer.attention for layer in config.layers}:
+        check_layer(emulated, config, spec, tokens, paged=tokens == 3)
+    windows = {layer.attention.window for layer in config.layers}
+    assert {options["window"] for options in emulated} == windows
+
+
+def test_a_soft_cap_and_sinks(emulated):
+    config = config_of(QWEN3)
+    spec = dataclasses.replace(config.layers[0].attention, score_soft_cap=3.0, score_scale=0.4, window=9)
+    sinks = jnp.linspace(-1.0, 2.0, config.num_heads)
+    check_layer(emulated, config, spec, 2, paged=False, sinks=sinks)
+    without = attention.attend_heads(config, spec, *arguments(config, spec, 2, False))[0].array
+    with_sinks = attention.attend_heads(config, spec, *arguments(config, spec, 2, False), sinks)[0].array
+    assert float(jnp.abs(with_sinks - without).max()) > 0.1
+
+
+def test_a_prompt_longer_than_a_step_is_left_to_xla(monkeypatch):
+    """17 tokens are read by XLA's operations."""
+    config = config_of(QWEN3)
+    spec = config.layers[0].attention
+    monkeypatch.setattr(kernel.device, "unsupported_reason", lambda: None)
+    monkeypatch.setattr(decode_attention, "decode_attention", lambda *_, **__: pytest.fail("kernel"))
+    config = dataclasses.replace(config, head_dim=64)
+    outputs, _ = attention.attend_heads(config, spec, *arguments(config, spec, 17, False))
+    assert outputs.array.shape == (BATCH, 17, config.num_heads * 64)
