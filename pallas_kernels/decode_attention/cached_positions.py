@@ -1,8 +1,7 @@
 """Loading the keys and values of cached positions as operands of the matrix unit (see ``program``)."""
 
 import dataclasses
-import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from pallas_kernels.decode_attention.lane_context import (
@@ -78,34 +77,99 @@ class CachedPositions:
             return None
         return positions_in_split(self.shape, context, self.first) // BLOCK_POSITIONS
 
-    def load_pages(self, context: LaneContext, step: Value, ahead: int = 0) -> list[Value]:
-        """Loads the pages of the step ``step + ahead``, for ``load``; none for a contiguous cache.
+    def load_keys(self, context: LaneContext, step: Value, pages: list[Value]) -> list[Value]:
+        """Loads the words of the lane's keys of a step.
+
+        ``pages`` are those of ``load_key_pages``. The position ``loaded`` replaces those that no query uses.
+        """
+        return self._load(context, step, pages, key_indices(context), load_key, self.refs.keys)
+
+    def load_values(self, context: LaneContext, step: Value, pages: list[Value]) -> list[Value]:
+        """Loads the words of the lane's values of a step; see ``load_keys``."""
+        return self._load(context, step, pages, value_indices(context), load_value, self.refs.values)
+
+    def load_key_pages(self, context: LaneContext, step: Value, ahead: int = 0) -> list[Value]:
+        """Loads the pages of the keys of the step ``step + ahead``; none for a contiguous cache.
 
         Load the pages one step before the words: then no load of words waits for a page.
         """
+        return self._load_pages(context, step, ahead, key_indices(context))
+
+    def load_value_pages(self, context: LaneContext, step: Value, ahead: int = 0) -> list[Value]:
+        """Loads the pages of the values of a step; see ``load_key_pages``."""
+        return self._load_pages(context, step, ahead, value_indices(context))
+
+    def _load_pages(
+        self, context: LaneContext, step: Value, ahead: int, indices: Iterator[Value]
+    ) -> list[Value]:
         if self.shape.page_size is None:
             return []
         pages = []
-        for index in itertools.chain(key_indices(context), value_indices(context)):
+        for index in indices:
             position = cached_position(self.shape, context, step + ahead, index)
             pages += load_page(self.isa, self.shape, self.refs, context.batch, position)
         return pages
 
-    def load(self, context: LaneContext, step: Value, pages: list[Value]) -> list[Value]:
-        """Loads the words of a step: keys, then values; ``loaded`` replaces positions that no query uses."""
+    def _load(
+        self,
+        context: LaneContext,
+        step: Value,
+        pages: list[Value],
+        indices: Iterator[Value],
+        load: Callable,
+        cache: Any,
+    ) -> list[Value]:
         words = []
-        for i, index in enumerate(itertools.chain(key_indices(context), value_indices(context))):
+        for i, index in enumerate(indices):
             position = cached_position(self.shape, context, step, index)
             page = pages[i : i + 1]
             slot = cached_slot(
                 self.isa, self.shape, context, position, self.limit, page, self.loaded, self.loaded_page
             )
             row = slot * self.shape.kv_heads + context.kv_head
-            load, cache = (
-                (load_key, self.refs.keys) if i < LANE_KEYS else (load_value, self.refs.values)
-            )
             words += load(self.isa, self.shape, context, cache, row)
         return words
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """What a lane has loaded for its next step, before the step begins."""
+
+    keys: list[Value]
+    values: list[Value]
+    """Empty if the step loads its values itself, after the scores, for want of registers."""
+    pages: list[Value]
+    """Pages of the keys of the step after the next, and of its values if the step before loads them."""
+
+    def registers(self) -> list[Value]:
+        """Returns all registers in a list, for ``Instructions.loop``."""
+        return self.keys + self.values + self.pages
+
+    @classmethod
+    def from_registers(cls, shape: Shape, registers: list[Value]) -> "Loaded":
+        """Inverts ``registers``."""
+        keys = LANE_KEYS * shape.words_per_key
+        values = keys + (0 if shape.late_values else len(LANE_VALUES) * shape.words_per_value)
+        return cls(registers[:keys], registers[keys:values], registers[values:])
+
+    @classmethod
+    def load(cls, cache: CachedPositions, context: LaneContext, step: Value, pages: list[Value]) -> "Loaded":
+        """Loads a step, whose ``pages`` are loaded, but not the pages of the step after it."""
+        keys = cache.load_keys(context, step, pages[:LANE_KEYS])
+        values = []
+        if not cache.shape.late_values:
+            values = cache.load_values(context, step, pages[LANE_KEYS:])
+        return cls(keys, values, [])
+
+    @staticmethod
+    def load_pages(cache: CachedPositions, context: LaneContext, step: Value, ahead: int = 0) -> list[Value]:
+        """Loads the pages of the step ``step + ahead`` for ``load``."""
+        pages = cache.load_key_pages(context, step, ahead)
+        return pages if cache.shape.late_values else pages + cache.load_value_pages(context, step, ahead)
+
+    def with_pages(self, pages: list[Value]) -> "Loaded":
+        """Returns the same with the pages of the step after the next."""
+        return dataclasses.replace(self, pages=pages)
 
 
 def load_key(isa: Instructions, shape: Shape, context: LaneContext, keys: Any, vector: Value) -> list[Value]:

@@ -28,6 +28,9 @@ MAX_OCTETS = 8
 REGISTERS = 192
 """Largest number of registers of a lane for accumulators and for the words of a step."""
 
+MAX_STEP_WORDS = 64
+"""Largest number of words of a step that a lane loads before the step begins."""
+
 MASKED_SCORE = -1e30
 """Score of a position that does not exist. Finite, so that differences of scores are finite."""
 
@@ -91,7 +94,8 @@ class Shape:
     def octets(self) -> int:
         """Number of octets of query rows of a CTA: as many as fit in registers, evenly distributed."""
         total = -(-self.rows // OCTET)
-        most = (REGISTERS - self.step_words) // (self.accumulated // 4)
+        words = self.step_words // 2 if self.late_values else self.step_words
+        most = (REGISTERS - words) // (self.accumulated // 4)
         return -(-total // -(-total // min(most, MAX_OCTETS)))
 
     @property
@@ -133,6 +137,11 @@ class Shape:
     def step_words(self) -> int:
         """Number of words of keys and values that a lane loads for a step: two keys and four values."""
         return 2 * self.words_per_key + 4 * self.words_per_value
+
+    @property
+    def late_values(self) -> bool:
+        """Whether a step loads its values after the scores, and its queries again, for want of registers."""
+        return self.step_words > MAX_STEP_WORDS
 
     # --- shared memory: query rows or new vectors in bfloat16, softmax sums of each warp, accumulators ---
     @property

@@ -53,7 +53,8 @@ def attend(
     shape: Shape,
     queries: Queries,
     softmaxes: list[OnlineSoftmax],
-    words: list[Value],
+    keys: list[Value],
+    load_values: Callable[[], list[Value]],
     valid: list[list[Value]],
 ) -> list[OnlineSoftmax]:
     """Attends to 16 positions and returns the new softmaxes. No row affects another.
@@ -63,23 +64,25 @@ def attend(
       shape: Static sizes.
       queries: The lane's words of its query rows.
       softmaxes: Softmax over the previous positions, for each octet of query rows.
-      words: The lane's words of its ``LANE_KEYS`` keys, then of the values at its ``LANE_VALUES`` positions.
+      keys: The lane's words of its ``LANE_KEYS`` keys.
+      load_values: Returns the lane's words of the values at its ``LANE_VALUES`` positions; called after the
+        scores.
       valid: Whether each of the ``LANE_VALUES`` positions exists for the row, for each octet.
     """
     zero, empty = isa.constant(0.0, "f32"), isa.constant(0)
     per_key, per_value = shape.words_per_key, shape.words_per_value
-    keys = [words[k * per_key : (k + 1) * per_key] for k in range(LANE_KEYS)]
-    words = words[LANE_KEYS * per_key :]
-    values = [words[v * per_value : (v + 1) * per_value] for v in range(len(LANE_VALUES))]
+    each_key = [keys[k * per_key : (k + 1) * per_key] for k in range(LANE_KEYS)]
     pairs = [range(first, min(first + 2, shape.octets)) for first in range(0, shape.octets, 2)]
     results = []
     for pair in pairs:
-        scores = _scores(isa, [queries(octet) for octet in pair], keys, zero, empty)
+        scores = _scores(isa, [queries(octet) for octet in pair], each_key, zero, empty)
         results += [
             _weights(isa, shape, softmaxes[octet], row_scores, valid[octet], zero)
             for octet, row_scores in zip(pair, scores, strict=True)
         ]
     new, factors, weights = zip(*results, strict=True)
+    words = load_values()
+    values = [words[v * per_value : (v + 1) * per_value] for v in range(len(LANE_VALUES))]
     for block in range(shape.accumulated // 8):
         word, selector = block // 2, (0x5410, 0x7632)[block % 2]
         operand = [isa.permute_bytes(values[v][word], values[v + 1][word], selector) for v in (0, 2)]

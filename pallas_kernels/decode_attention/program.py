@@ -35,12 +35,14 @@ The new token's key and value are not read back from the cache: one CTA of each 
 shared memory. No CTA therefore reads memory that another CTA writes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from pallas_kernels.decode_attention.cached_positions import (
     LANE_KEYS,
     LANE_VALUES,
     CachedPositions,
+    Loaded,
     key_indices,
     load_key,
     load_value,
@@ -64,9 +66,6 @@ from pallas_kernels.decode_attention.online_softmax import OnlineSoftmax, Querie
 from pallas_kernels.decode_attention.split import attend_split, token_of_row
 from pallas_kernels.lanes.instructions import Instructions, Value
 
-MAX_QUERY_WORDS = 160
-"""Largest number of registers for accumulators and words of a step beside which a lane holds its queries."""
-
 
 def attention_program(isa: Instructions, shape: Shape, refs: Refs) -> None:
     """Runs the whole program of one lane, for one new token of each sequence."""
@@ -81,14 +80,14 @@ def attention_program(isa: Instructions, shape: Shape, refs: Refs) -> None:
     fetched = [fetch_new_token(isa, shape, refs, context, has_new_token, vector) for vector in vectors]
     isa.warp_barrier()
     cache = CachedPositions.create(isa, shape, refs, context, length)
-    loaded = load_first_steps(isa, context, cache)
+    loaded = load_first_step(isa, context, cache)
     isa.warp_barrier()
     for vector, head in zip(vectors, fetched, strict=True):
         prepare_new_token(isa, shape, refs, context, vector, head, shared, length, has_new_token)
     isa.block_barrier()
     head = isa.select(context.row < shape.queries_per_kv, context.row, isa.constant(shape.queries_per_kv - 1))
     query = shared + head * shape.vector_bytes
-    words = [] if queries_stay_shared(shape) else shared_key_words(isa, shape, context, query)
+    words = [] if shape.late_values else shared_key_words(isa, shape, context, query)
 
     def queries(octet: int) -> list[Value]:
         return words or shared_key_words(isa, shape, context, query)
@@ -98,12 +97,12 @@ def attention_program(isa: Instructions, shape: Shape, refs: Refs) -> None:
         vectors, empty = shared + shape.queries_per_kv * shape.vector_bytes, isa.constant(0)
         key = shared_key_words(isa, shape, context, vectors)
         value = shared_value_words(isa, shape, context, vectors + shape.vector_bytes)
-        words = [isa.select(context.row.equals(0), word, empty) for word in key]
-        words += [empty] * (len(key) * (LANE_KEYS - 1))
-        words += [isa.select(context.column.equals(0), word, empty) for word in value]
-        words += [empty] * (len(value) * (len(LANE_VALUES) - 1))
+        keys = [isa.select(context.row.equals(0), word, empty) for word in key]
+        keys += [empty] * (len(key) * (LANE_KEYS - 1))
+        values = [isa.select(context.column.equals(0), word, empty) for word in value]
+        values += [empty] * (len(value) * (len(LANE_VALUES) - 1))
         valid = [context.column.equals(0)] + [context.column < 0] * (len(LANE_VALUES) - 1)
-        return attend(isa, shape, queries, softmaxes, words, [valid])
+        return attend(isa, shape, queries, softmaxes, keys, lambda: values, [valid])
 
     attend_all_splits(isa, shape, refs, context, cache, shared, queries, attend_own, has_new_token, loaded)
 
@@ -116,7 +115,7 @@ def several_tokens_program(isa: Instructions, shape: Shape, refs: Refs) -> None:
     has_new_tokens = context.split.equals(shape.splits - shape.splits_per_block)
     isa.warp_barrier()
     cache = CachedPositions.create(isa, shape, refs, context, length)
-    loaded = load_first_steps(isa, context, cache)
+    loaded = load_first_step(isa, context, cache)
     isa.warp_barrier()
     copy_queries(isa, shape, refs, context, shared)
     isa.block_barrier()
@@ -127,18 +126,27 @@ def several_tokens_program(isa: Instructions, shape: Shape, refs: Refs) -> None:
 
     def attend_own(softmaxes: list[OnlineSoftmax]) -> list[OnlineSoftmax]:
         """Attends to 16 positions, the new tokens. Only the row's own token is valid."""
-        words = []
-        for indices, load, array in (
-            (key_indices(context), load_key, refs.new_keys),
-            (value_indices(context), load_value, refs.new_values),
-        ):
+
+        def load(indices: Iterator[Value], load_vector: Callable, array: Any) -> list[Value]:
+            words = []
             for index in indices:
                 token = smaller(isa, index, isa.constant(shape.tokens - 1))
                 vector = (context.batch * shape.tokens + token) * shape.kv_heads + context.kv_head
-                words += load(isa, shape, context, array, vector)
+                words += load_vector(isa, shape, context, array, vector)
+            return words
+
+        keys = load(key_indices(context), load_key, refs.new_keys)
         own = [token_of_row(isa, shape, context, octet) for octet in range(shape.octets)]
         valid = [[index.equals(token) for index in value_indices(context)] for token in own]
-        softmaxes = attend(isa, shape, queries, softmaxes, words, valid)
+        softmaxes = attend(
+            isa,
+            shape,
+            queries,
+            softmaxes,
+            keys,
+            lambda: load(value_indices(context), load_value, refs.new_values),
+            valid,
+        )
         # The sum of the weights is 1. The program of one token has it in the lane of the first position.
         one, zero = isa.constant(1.0, "f32"), isa.constant(0.0, "f32")
         for softmax in softmaxes:
@@ -158,7 +166,7 @@ def attend_all_splits(
     queries: Queries,
     attend_own: Callable[[list[OnlineSoftmax]], list[OnlineSoftmax]],
     has_new_tokens: Value,
-    loaded: list[Value],
+    loaded: Loaded,
 ) -> None:
     """Attends to the splits of the CTA one after another, and writes their results.
 
@@ -166,9 +174,7 @@ def attend_all_splits(
     shared memory.
     """
     if shape.splits_per_block == 1:
-        softmaxes = attend_split(
-            isa, shape, context, cache, queries, attend_own, has_new_tokens, loaded
-        )
+        softmaxes = attend_split(isa, shape, context, cache, queries, attend_own, has_new_tokens, loaded)
         merge_in_block(isa, shape, refs, softmaxes, context, shared)
         return
 
@@ -177,16 +183,17 @@ def attend_all_splits(
         current = context.shifted(index)
         following = context.shifted(index + 1)
         step = first_step(isa, following, cache)
-        pages = cache.load_pages(following, step)
+        pages = Loaded.load_pages(cache, following, step)
         has_new_tokens = current.split.equals(shape.splits - 1)
-        softmaxes = attend_split(isa, shape, current, cache, queries, attend_own, has_new_tokens, carry)
-        words = cache.load(following, step, pages)
-        pages = cache.load_pages(following, step, ahead=1)
+        loaded = Loaded.from_registers(shape, carry)
+        softmaxes = attend_split(isa, shape, current, cache, queries, attend_own, has_new_tokens, loaded)
+        loaded = Loaded.load(cache, following, step, pages)
+        loaded = loaded.with_pages(Loaded.load_pages(cache, following, step, ahead=1))
         merge_in_block(isa, shape, refs, softmaxes, current, shared)
         isa.block_barrier()  # The next split writes the shared memory of this merge.
-        return words + pages
+        return loaded.registers()
 
-    isa.loop(isa.constant(shape.splits_per_block), loaded, attend_each)
+    isa.loop(isa.constant(shape.splits_per_block), loaded.registers(), attend_each)
 
 
 def first_step(isa: Instructions, context: LaneContext, cache: CachedPositions) -> Value:
@@ -195,16 +202,11 @@ def first_step(isa: Instructions, context: LaneContext, cache: CachedPositions) 
     return isa.constant(0) if step is None else step
 
 
-def load_first_steps(isa: Instructions, context: LaneContext, cache: CachedPositions) -> list[Value]:
-    """Loads the words of the first step of the CTA, and the pages of the second one."""
+def load_first_step(isa: Instructions, context: LaneContext, cache: CachedPositions) -> Loaded:
+    """Loads the first step of the CTA, and the pages of the second one."""
     step = first_step(isa, context, cache)
-    words = cache.load(context, step, cache.load_pages(context, step))
-    return words + cache.load_pages(context, step, ahead=1)
-
-
-def queries_stay_shared(shape: Shape) -> bool:
-    """Returns whether each step loads the queries again, for want of registers."""
-    return shape.octets * shape.accumulated // 4 + shape.step_words > MAX_QUERY_WORDS
+    loaded = Loaded.load(cache, context, step, Loaded.load_pages(cache, context, step))
+    return loaded.with_pages(Loaded.load_pages(cache, context, step, ahead=1))
 
 
 def copy_queries(isa: Instructions, shape: Shape, refs: Refs, context: LaneContext, shared: Value) -> None:
@@ -230,9 +232,7 @@ def copy_queries(isa: Instructions, shape: Shape, refs: Refs, context: LaneConte
 def shared_key_words(isa: Instructions, shape: Shape, context: LaneContext, vector: Value) -> list[Value]:
     """Loads the words of a key from a vector in shared memory, in the order of ``load_key``."""
     base = vector + context.column * 16
-    return [
-        word for t in range(shape.key_values // KEY_CHUNK) for word in isa.load_shared(base + t * 64, 4)
-    ]
+    return [word for t in range(shape.key_values // KEY_CHUNK) for word in isa.load_shared(base + t * 64, 4)]
 
 
 def shared_value_words(isa: Instructions, shape: Shape, context: LaneContext, vector: Value) -> list[Value]:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from pallas_kernels.decode_attention.cached_positions import (
     CachedPositions,
+    Loaded,
     cached_position,
     positions_in_split,
     smaller,
@@ -35,7 +36,7 @@ def attend_split(
     queries: Queries,
     attend_own: Callable[[list[OnlineSoftmax]], list[OnlineSoftmax]],
     has_new_tokens: Value,
-    loaded: list[Value],
+    loaded: Loaded,
 ) -> list[OnlineSoftmax]:
     """Attends to all positions of a split; returns the softmaxes of the warp.
 
@@ -47,7 +48,7 @@ def attend_split(
       queries: The lane's words of its query rows.
       attend_own: Lets each new token attend to itself.
       has_new_tokens: Whether new tokens attend to themselves in this split.
-      loaded: Words of the first step, then pages of the second one.
+      loaded: The first step.
     """
     first_step = cache.first_step(context)
 
@@ -58,11 +59,17 @@ def attend_split(
         """Attends to the positions of a step, whose words are in ``carry``, and loads the next words."""
         step = index if first_step is None else first_step + index
         softmaxes, rest = from_registers(carry, shape)
-        words, pages = rest[: shape.step_words], rest[shape.step_words :]
+        words = Loaded.from_registers(shape, rest)
+        value_pages = cache.load_value_pages(context, step) if shape.late_values else []
+
+        def load_values() -> list[Value]:
+            return cache.load_values(context, step, value_pages) if shape.late_values else words.values
+
         valid = [_valid(isa, shape, context, cache, step, octet) for octet in range(shape.octets)]
-        softmaxes = attend(isa, shape, queries, softmaxes, words, valid)
-        words = cache.load(context, step + 1, pages)
-        return to_registers(softmaxes) + words + cache.load_pages(context, step, ahead=2)
+        softmaxes = attend(isa, shape, queries, softmaxes, words.keys, load_values, valid)
+        following = Loaded.load(cache, context, step + 1, words.pages)
+        following = following.with_pages(Loaded.load_pages(cache, context, step, ahead=2))
+        return to_registers(softmaxes) + following.registers()
 
     # The last warp has the fewest cached positions, so it attends to the new tokens. It does so first, while
     # its loads of the cache are in flight.
@@ -79,7 +86,9 @@ def attend_split(
     )
     if first_step is not None:
         steps = isa.select(first_step < steps, steps - first_step, isa.constant(0))
-    softmaxes, _ = from_registers(isa.loop(steps, to_registers(softmaxes) + loaded, attend_next), shape)
+    softmaxes, _ = from_registers(
+        isa.loop(steps, to_registers(softmaxes) + loaded.registers(), attend_next), shape
+    )
     return softmaxes
 
 

@@ -123,6 +123,8 @@ CASES = {  # sizes, lengths
         [65],
     ),
 }
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_programs_match_the_oracle(case):
     sizes, lengths = CASES[case]

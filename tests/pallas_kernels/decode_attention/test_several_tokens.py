@@ -59,8 +59,8 @@ def test_head_sizes(head_dim):
 
 @pytest.mark.parametrize("head_dim", kernel.HEAD_DIMS)
 def test_tokens_of_every_head_size(head_dim):
-    """5 tokens of 3 heads: 15 query rows, in two octets, or, for the largest heads, in two CTAs."""
-    shape = shape_of(head_dim=head_dim, capacity=176, tokens=5, queries_per_kv=3, splits=3)
+    """6 tokens of 3 heads: 18 query rows, in three octets, or, for the largest heads, in two CTAs."""
+    shape = shape_of(head_dim=head_dim, capacity=176, tokens=6, queries_per_kv=3, splits=3)
     assert shape.row_groups == (2 if head_dim == 256 else 1)
     check_both_ways(shape, [130])
 
@@ -192,7 +192,11 @@ def test_offsets_of_the_longest_contexts_fit():
     """64 sequences of 131,072 positions, 16 new tokens each: offsets that are computed in 32 bits."""
     cache, rows = (64, 131_072, 8, 128), 16 * 4
     shape = shape_of(
-        batch=64, tokens=16, kv_heads=8, queries_per_kv=4, **kernel.cache_sizes(cache, None, rows) | {"head_dim": 128}
+        batch=64,
+        tokens=16,
+        kv_heads=8,
+        queries_per_kv=4,
+        **kernel.cache_sizes(cache, None, rows) | {"head_dim": 128},
     )
     assert shape.batch * shape.capacity * shape.kv_heads < 2**31
     partial_bytes = 4 * shape.batch * shape.kv_heads * shape.splits * shape.rows * shape.head_dim
