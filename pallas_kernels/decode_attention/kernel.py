@@ -33,7 +33,7 @@ BLOCKS = 128
 """Largest number of CTAs, unless there are more kv heads in the batch: about one for each multiprocessor."""
 
 MAX_PARTIAL_BYTES = 1 << 32
-"""Bytes that the weighted values of all splits may take, because programs compute their offsets in 32 bits."""
+"""Most bytes of the weighted values of all splits: programs compute their offsets in 32 bits."""
 
 
 def supports(*, batch: int, tokens: int, heads: int, kv_heads: int, head_dim: int, dtype) -> str | None:

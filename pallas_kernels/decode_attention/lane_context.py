@@ -115,7 +115,7 @@ class Shape:
 
     @property
     def key_values(self) -> int:
-        """Number of values of a key that the lanes hold: ``head_dim``, padded to whole loads of four lanes."""
+        """Number of values of a key that the lanes hold: ``head_dim``, padded to whole chunks."""
         return -(-self.head_dim // KEY_CHUNK) * KEY_CHUNK
 
     @property
@@ -179,7 +179,8 @@ class Refs:
     ``T`` is the number of new tokens of each sequence.
 
     Attributes:
-      qkv: float32 ``[partials, B * T, features]``: the new tokens' query, key and value heads, not yet summed.
+      qkv: float32 ``[partials, B * T, features]``: query, key and value heads of the new tokens, not yet
+        summed.
       cos, sin: float32 ``[B * T, D / 2]``, of the rotation angles.
       q_scale, k_scale: bfloat16 ``[D]``: the norm scales of queries and keys.
       lengths: int32 ``[B]``: number of positions in the cache.

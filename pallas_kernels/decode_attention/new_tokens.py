@@ -119,11 +119,11 @@ def prepared_words(
     dim = shape.head_dim
     raw = [[isa.pack_bfloat16(*half) for half in halves] for halves in head.halves]
     numbers = [[unpack_bfloat16(isa, w) for w in halves] for halves in raw]
-    if head.scales is not None:
-        total = None
-        for halves in numbers:
-            for x in (*halves[0], *halves[1]):
-                total = x * x if total is None else isa.multiply_add(x, x, total)
+    if shape.eps is not None and head.scales is not None:
+        first, *others = [x for halves in numbers for half in halves for x in half]
+        total = first * first
+        for x in others:
+            total = isa.multiply_add(x, x, total)
         lanes = min(LANES, half_words(shape))
         if LANES % lanes:  # Lanes beyond the half repeat word 0.
             lanes = LANES

@@ -93,7 +93,7 @@ def attend(
                 for a in softmaxes[octet].accumulator[2 * block : 2 * block + 2]
             ]
             heads = _interleaved([weights[octet] for octet in pair], empty)
-            sums = isa.matrix_multiply_add_bfloat16((sums + [zero, zero])[:4], heads, operand)
+            sums = isa.matrix_multiply_add_bfloat16([*sums, zero, zero][:4], heads, operand)
             for i, octet in enumerate(pair):
                 new[octet].accumulator += sums[2 * i : 2 * i + 2]
     return list(new)
@@ -130,8 +130,10 @@ def _weights(
     zero: Value,
 ) -> tuple[OnlineSoftmax, Value, list[Value]]:
     """Returns the new softmax without weighted values, their factor, and the packed weights of the step."""
-    scores = [_scaled(isa, shape, score) for score in scores] if shape.soft_cap is not None else scores
-    unit = math.log2(math.e) * (shape.score_scale if shape.soft_cap is None else shape.soft_cap)
+    unit = math.log2(math.e) * shape.score_scale
+    if shape.soft_cap is not None:
+        unit = math.log2(math.e) * shape.soft_cap
+        scores = [_tanh(isa, score * (shape.score_scale / shape.soft_cap)) for score in scores]
     masked = isa.constant(MASKED_SCORE, "f32")
     scores = [isa.select(ok, score * unit, masked) for ok, score in zip(valid, scores, strict=True)]
     running_max = softmax.running_max
@@ -148,9 +150,9 @@ def _weights(
     return OnlineSoftmax(running_max, running_sum, []), factor, packed
 
 
-def _scaled(isa: Instructions, shape: Shape, score: Value) -> Value:
-    """Returns ``tanh(scale * score / cap)``, with an absolute error of about 1e-7."""
-    power = isa.exp2(score * (2 * math.log2(math.e) * shape.score_scale / shape.soft_cap))
+def _tanh(isa: Instructions, x: Value) -> Value:
+    """Returns ``tanh(x)`` with an absolute error of about 1e-7; ``tanh.approx`` of PTX has 5e-4."""
+    power = isa.exp2(x * (2 * math.log2(math.e)))
     return isa.constant(1.0, "f32") - isa.reciprocal(power + 1.0) * 2.0
 
 

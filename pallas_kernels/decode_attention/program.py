@@ -11,10 +11,10 @@ of the cache wait only for the length. Each warp attends to 16 positions in one 
 softmax: running max, running sum and accumulator. At the end of a split the CTA merges the softmaxes of its
 warps. A last launch, ``merging.merge_program``, merges the softmaxes of the splits.
 
-With several new tokens of a sequence, a launch of its own, ``new_tokens.prepare_program``, prepares them first
-and writes them to the cache. ``several_tokens_program`` then attends from all of them at once: a query row is
-one query head of one token, and a CTA has up to 64 rows of a key-value head. It attends to earlier new tokens
-as to cached positions, and to each token itself as the program of one token does.
+With several new tokens of a sequence, another launch, ``new_tokens.prepare_program``, prepares them first and
+writes them to the cache. ``several_tokens_program`` then attends from all of them at once: a query row is one
+query head of one token, and a CTA has up to 64 rows of a key-value head. Earlier new tokens are cached
+positions. Each token attends to itself as in the program of one token.
 
 The output of a query row has the same bits in any launch: rows do not affect each other, splits and steps
 depend on positions alone, and a step in which a row attends to no position does not change its softmax.
@@ -85,8 +85,8 @@ def attention_program(isa: Instructions, shape: Shape, refs: Refs) -> None:
     for vector, head in zip(vectors, fetched, strict=True):
         prepare_new_token(isa, shape, refs, context, vector, head, shared, length, has_new_token)
     isa.block_barrier()
-    head = isa.select(context.row < shape.queries_per_kv, context.row, isa.constant(shape.queries_per_kv - 1))
-    query = shared + head * shape.vector_bytes
+    last = shape.queries_per_kv - 1
+    query = shared + isa.select(context.row < last + 1, context.row, isa.constant(last)) * shape.vector_bytes
     words = [] if shape.late_values else shared_key_words(isa, shape, context, query)
 
     def queries(octet: int) -> list[Value]:

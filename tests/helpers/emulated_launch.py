@@ -1,4 +1,4 @@
-"""Stands in for ``pallas_kernels.lanes.launch.lane_kernel``: kernels run on the emulator, outside of ``jit``."""
+"""Replaces ``pallas_kernels.lanes.launch.lane_kernel``: kernels run on the emulator, outside of ``jit``."""
 
 import jax
 import jax.numpy as jnp

@@ -83,7 +83,7 @@ def test_options(options, tokens):
 
 
 def test_sixteen_tokens_of_eight_heads_and_two_sequences():
-    """128 query rows: two CTAs for each split; one sequence is short, and one reaches the end of its cache."""
+    """128 query rows: two CTAs for each split. One sequence is short, another fills its cache."""
     shape = shape_of(batch=2, capacity=48, tokens=16, queries_per_kv=8)
     assert (shape.octets, shape.row_groups) == (8, 2)
     check_both_ways(shape, [3, 32])
