@@ -1,5 +1,7 @@
 """Causal grouped-query attention, within a sequence or against a KV cache."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -43,7 +45,7 @@ def attend_heads(
     """
     batch, tokens = positions.shape
     sizes = {"batch": batch, "tokens": tokens, "heads": config.num_heads, "kv_heads": config.num_kv_heads}
-    options = {"window": attention.window, "soft_cap": attention.score_soft_cap}
+    options: dict[str, Any] = {"window": attention.window, "soft_cap": attention.score_soft_cap}
     if isinstance(cache, KeyValues):
         reason = decode_attention.supports(**sizes, head_dim=config.head_dim, dtype=cache.keys.dtype)
         if reason is None:

@@ -67,17 +67,21 @@ def config_of(name: str) -> ModelConfig:
     return dataclasses.replace(config, head_dim=-(-config.head_dim // 16) * 16)
 
 
-def check_layer(emulated, config, spec, tokens: int, paged: bool, sinks=None) -> None:
+def check_layer(emulated, config, spec, tokens: int, paged: bool) -> None:
     inputs = arguments(config, spec, tokens, paged)
-    outputs, cache = attention.attend_heads(config, spec, *inputs, sinks)
+    outputs, cache = attention.attend_heads(config, spec, *inputs)
     assert emulated
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decode_attention, "supports", lambda **sizes: "switched off")
-        expected, expected_cache = attention.attend_heads(config, spec, *inputs, sinks)
+        expected, expected_cache = attention.attend_heads(config, spec, *inputs)
     got, wanted = (np.asarray(x.array, np.float32) for x in (outputs, expected))
     assert np.linalg.norm(got - wanted) <= 1e-2 * np.linalg.norm(wanted)
-    for one, other in zip(cache[:2], expected_cache[:2], strict=True):
-        np.testing.assert_allclose(np.asarray(one, np.float32), np.asarray(other, np.float32), atol=2**-5)
+    for row, length in enumerate(LENGTHS):  # XLA clears the slots after the new tokens.
+        used, end = [], length + tokens
+        for both in (cache, expected_cache):
+            rows = both.contiguous(jnp.full(BATCH, CAPACITY))
+            used.append(np.asarray(jnp.stack(rows[:2])[:, row, :end], np.float32))
+        np.testing.assert_allclose(*used, rtol=2**-7, atol=2**-5)
 
 
 @pytest.mark.parametrize(
@@ -93,14 +97,10 @@ def test_layers_of_every_family(emulated, name, tokens):
     assert {options["window"] for options in emulated} == windows
 
 
-def test_a_soft_cap_and_sinks(emulated):
+def test_a_soft_cap_and_a_scale(emulated):
     config = config_of(QWEN3)
     spec = dataclasses.replace(config.layers[0].attention, score_soft_cap=3.0, score_scale=0.4, window=9)
-    sinks = jnp.linspace(-1.0, 2.0, config.num_heads)
-    check_layer(emulated, config, spec, 2, paged=False, sinks=sinks)
-    without = attention.attend_heads(config, spec, *arguments(config, spec, 2, False))[0].array
-    with_sinks = attention.attend_heads(config, spec, *arguments(config, spec, 2, False), sinks)[0].array
-    assert float(jnp.abs(with_sinks - without).max()) > 0.1
+    check_layer(emulated, config, spec, 2, paged=False)
 
 
 def test_a_prompt_longer_than_a_step_is_left_to_xla(monkeypatch):

@@ -27,7 +27,7 @@ GPUS = [
 BATCH = 2
 
 
-def kernel_calls(gpu, config, spec, tokens: int, paged: bool, sinks: bool = False) -> list[str]:
+def kernel_calls(gpu, config, spec, tokens: int, paged: bool) -> list[str]:
     """Lowers attention of a layer for a GPU; returns the calls of kernels."""
     kind, multiprocessors = gpu
     all_heads = config.num_heads + 2 * config.num_kv_heads
@@ -41,14 +41,13 @@ def kernel_calls(gpu, config, spec, tokens: int, paged: bool, sinks: bool = Fals
         jax.ShapeDtypeStruct((BATCH, tokens), jnp.int32),
         (cache, cache),
         table,
-        jax.ShapeDtypeStruct((config.num_heads,), jnp.bfloat16) if sinks else None,
     )
     gpu = jax.sharding.AbstractDevice(device_kind=kind, num_cores=multiprocessors, platform="gpu")
     mesh = jax.sharding.AbstractMesh((1,), ("x",), (AxisType.Explicit,), abstract_device=gpu)
     with jax.sharding.use_abstract_mesh(mesh):
         step = jax.jit(
-            lambda qkv, norms, positions, cache, table, sinks: attention.attend_heads(
-                config, spec, Activations.of(qkv), norms, positions, KeyValues(*cache, table), sinks
+            lambda qkv, norms, positions, cache, table: attention.attend_heads(
+                config, spec, Activations.of(qkv), norms, positions, KeyValues(*cache, table)
             ),
             donate_argnums=3,
         )
@@ -73,7 +72,7 @@ def test_every_option(gpu, head_dim, tokens):
     config = dataclasses.replace(random_model.shape("Qwen3-0.6B"), head_dim=head_dim)
     options = {"window": 128, "score_scale": 0.1, "score_soft_cap": 30.0}
     spec = dataclasses.replace(config.layers[0].attention, **options)
-    calls = kernel_calls(gpu, config, spec, tokens, paged=tokens == 4, sinks=True)
+    calls = kernel_calls(gpu, config, spec, tokens, paged=tokens == 4)
     names = ["prepare_attention", "decode_attention", "merge_attention"][-2 if tokens == 1 else -3 :]
     assert len(calls) == len(names)
     for call, name in zip(calls, names, strict=True):
