@@ -235,9 +235,15 @@ class Device:
             add("turn", decode_state.turn.lower, state, slot, np.float32(0))
         return wanted
 
-    def prefix(self, pages: Sequence[int], length: int) -> Prefix:
-        """Returns the prefix of a text whose first ``length`` tokens are in its pages already."""
-        prefix = Prefix.create(self._config, self._row(pages), length, self.graded, self._fixed(1))
+    def prefix(self, pages: Sequence[int], length: int, fixed: FixedStates | None = None) -> Prefix:
+        """Returns the prefix of a text whose first ``length`` tokens are in its pages already.
+
+        Args:
+          pages: Pages of the text.
+          length: Number of tokens that are reused.
+          fixed: States of a fixed size after them; by default those before the first token.
+        """
+        prefix = Prefix.create(self._config, self._row(pages), length, self.graded, fixed or self._fixed(1))
         return self._put(prefix)
 
     def prefill(self, prefix: Prefix, piece: PrefillBucket, settings: Settings) -> Prefix:

@@ -16,6 +16,7 @@ from grinqh_jax.decoding.settings import Settings
 from grinqh_jax.decoding.speculation.draft_length import Acceptance
 from grinqh_jax.decoding.speculation.figures import SpeculationFigures
 from grinqh_jax.errors import UsageError
+from grinqh_jax.model.fixed_states import FixedStates
 from pallas_kernels import GradingStats
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -134,6 +135,7 @@ class Job:
       grammar: Grammar of the answer; None for any text. Meanwhile decode chunks have one step, because the
         host computes the mask of each token from the tokens before.
       pages: Pages of the text, shared ones first, once the job is admitted.
+      fixed: States of a fixed size after the tokens that are reused; None if there are none.
       slot: Slot of the job, once it is admitted.
       ended: Whether the answer has ended.
       prefix: What has been read of the prompt; None before and after.
@@ -155,6 +157,7 @@ class Job:
     priority: int = 0
     grammar: TokenGrammar | None = None
     pages: list[int] = dataclasses.field(default_factory=list)
+    fixed: FixedStates | None = None
     slot: int | None = None
     ended: bool = False
     prefix: Prefix | None = None

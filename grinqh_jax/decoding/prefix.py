@@ -41,9 +41,9 @@ class Prefix:
         Args:
           config: Configuration of the model.
           pages: int32 ``[pages_per_slot]``, numpy.
-          length: Number of tokens in shared pages; 0 if there are states of a fixed size.
+          length: Number of tokens in shared pages.
           graded: Whether the model is graded.
-          fixed: States of a fixed size before the first token.
+          fixed: States of a fixed size after these tokens.
         """
 
         def zeros(*shape, dtype=np.float32):

@@ -3,7 +3,10 @@
 Only keys and values that a full-precision prefill wrote are reused. Graded decoding writes less exact ones,
 so the answer is read again, at full precision, as part of the next prompt. Reuse therefore does not change
 the text. It can change the last bits of logits, because the order of additions in a matrix product may depend
-on the number of tokens that are read in one call. Models with recurrent states read each prompt as a whole.
+on the number of tokens that are read in one call.
+
+A recurrent state tells nothing about fewer tokens than it has read. So the cache remembers the states after
+the last pieces of a prompt, and the next prompt reuses a prefix that ends there.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,6 +22,11 @@ from grinqh_jax.decoding.paged_cache import PagedCache
 from grinqh_jax.decoding.prefill_buckets import PrefillBucket, cut, cut_conversation
 from grinqh_jax.errors import UsageError
 from grinqh_jax.model.decoder import Decoder
+from grinqh_jax.model.fixed_states import FixedStates
+
+SNAPSHOTS = 2
+"""Number of pieces of a prompt after which recurrent states are remembered: the one before the preview, which
+the next turn can always reuse, and the last one."""
 
 SMALLEST_CONVERSATION = 1024
 """Number of slots of the smallest cache with ``few_sizes``."""
@@ -45,12 +53,13 @@ class PromptCache:
         self.tokens: tuple[int, ...] = ()
         self._device: Device | None = None
         self._model: Decoder | None = None
+        self._snapshots: dict[int, FixedStates] = {}  # by number of tokens read
 
     def clear(self) -> None:
         """Forgets all tokens and frees the memory of their keys and values."""
         if self._device is not None:
             _delete(self._device.cache)
-        self.tokens, self._device, self._model = (), None, None
+        self.tokens, self._device, self._model, self._snapshots = (), None, None, {}
 
     @property
     def capacity(self) -> int:
@@ -79,13 +88,13 @@ class PromptCache:
             raise UsageError(
                 "the prompt cache belongs to another model; make one for each model, or clear it"
             )
-        reused = 0
-        # A recurrent state is that of all tokens; it has none for a prefix of them.
-        if self._is_whole() and not model.config.is_recurrent:
-            reused = min(_common_prefix(self.tokens, prompt), read_from)
+        reused = min(_common_prefix(self.tokens, prompt), read_from) if self._is_whole() else 0
+        if model.config.is_recurrent:
+            reused = max((end for end in self._snapshots if end <= reused), default=0)
         if not reused:
             self.clear()
         self.tokens, self._model = tuple(prompt[:reused]), model
+        self._snapshots = {end: states for end, states in self._snapshots.items() if end <= reused}
         cache = None if self._device is None else self._device.cache
         self._device = None
         return cache if cache is None or cache.page_size >= capacity else _grown(cache, capacity)
@@ -114,7 +123,7 @@ class PromptCache:
 
     def reserve(self, job: Job) -> int:
         """Gives the only page to a job; returns the number of reused tokens."""
-        job.pages = [0]
+        job.pages, job.fixed = [0], self._snapshots.get(len(self.tokens))
         return len(self.tokens)
 
     def cut(self, job: Job, start: int) -> Iterator[PrefillBucket]:
@@ -122,8 +131,12 @@ class PromptCache:
         return cut_conversation(job.prompt, start) if self.few_sizes else cut([job.prompt], start)
 
     def keep(self, job: Job, end: int) -> None:
-        """Remembers the tokens that prefills have read."""
+        """Remembers the tokens that prefills have read, and the states after them."""
         self.tokens = tuple(job.prompt[:end])
+        if job.prefix is not None and job.prefix.fixed:
+            self._snapshots[end] = job.prefix.fixed
+            for oldest in sorted(self._snapshots)[:-SNAPSHOTS]:
+                del self._snapshots[oldest]
 
     def release(self, job: Job) -> None:
         """Does nothing: the page stays, for the next generation."""

@@ -172,7 +172,7 @@ class Scheduler:
                 return
             heapq.heappop(self.waiting)
             self._free_slots.pop()
-            job.prefix = self._device.prefix(job.pages, reused)
+            job.prefix = self._device.prefix(job.pages, reused, job.fixed)
             job.pieces.extend(self._storage.cut(job, reused))
             self.prompt_tokens += len(job.prompt)
             self.reused_tokens += reused
@@ -345,7 +345,7 @@ class Scheduler:
             # Work in flight may still write these pages. Whoever gets them writes later.
             self._storage.release(job)
             self._free_slots.append(job.slot)
-            job.pages, job.prefix = [], None
+            job.pages, job.prefix, job.fixed = [], None, None
         try:
             if isinstance(reason, Exception):
                 raise reason

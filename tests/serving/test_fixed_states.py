@@ -28,19 +28,22 @@ def greedy(model: Decoder, prompt: list[int]) -> list[int]:
     """Returns the most likely tokens, each from a forward pass without a cache; the padding comes later."""
     forward, tokens = jax.jit(lambda model, tokens: model(tokens)), list(prompt)
     for _ in range(STEPS):
-        padded = jnp.asarray([tokens + [0] * (100 - len(tokens))])
+        padded = jnp.asarray([tokens + [0] * (128 - len(tokens))])
         tokens.append(int(jnp.argmax(forward(model, padded)[0, len(tokens) - 1])))
     return tokens[len(prompt) :]
 
 
-def test_a_conversation_reads_every_prompt_as_a_whole(generator):
-    cache, prompt = PromptCache(), PROMPTS[1]
-    for _ in range(2):
+@pytest.mark.parametrize("few_sizes", [False, True])
+def test_a_conversation_reuses_the_state_after_a_piece_of_the_last_prompt(generator, few_sizes):
+    cache, prompt, reused = PromptCache(few_sizes=few_sizes), PROMPTS[2], []
+    for turn in range(3):
         generation = generator.generate(prompt, REQUEST, prompt_cache=cache)
-        for _ in generation:
-            pass
+        list(generation)
         assert list(generation.tokens) == greedy(generator.model, prompt)
-        prompt = prompt + list(generation.tokens) + [7, 8, 9]
+        reused.append(generation.statistics().reused_prompt_tokens)
+        # The second prompt repeats 85 of 90 tokens, the third the whole second one.
+        prompt = [*prompt[:-5], 11, 12] if turn == 0 else [*prompt, *generation.tokens, 7, 8, 9]
+    assert reused == [0, 26 if few_sizes else 0, 87]  # 26: the first token of the preview.
 
 
 def test_the_engine_decodes_texts_of_several_lengths_in_slots_and_pages(generator):
