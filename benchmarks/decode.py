@@ -174,7 +174,8 @@ def bench_shape(config: ModelConfig, name: str, args, bandwidth: float) -> dict:
     for mesh, (kind, make, bits) in itertools.product(args.mesh, kinds):
         if kind not in args.weights:
             continue
-        model = jax.block_until_ready(make(config, mesh=make_mesh(None if mesh == "none" else mesh, config)))
+        devices = make_mesh(None if mesh == "none" else mesh, config)
+        model = jax.block_until_ready(make(config, mesh=devices, exchange=args.exchange))
         say(f"{name}: made {kind} weights, mesh {mesh}")
         for batch in args.batch:
             report["decode"] += decode_rows(model, name, batch, bits, args, bandwidth)
@@ -247,6 +248,13 @@ def main() -> None:
         default=["none"],
         metavar="tp=N",
         help="meshes to measure: tp=N, auto, or none for one device (default: none)",
+    )
+    add(
+        "--exchange",
+        choices=("sum", "gather"),
+        default="sum",
+        help="how devices add up results: with an all-reduce, or with an all-gather of partial sums whose "
+        "additions are left to the next kernel (default: sum)",
     )
     add(
         "--weights",

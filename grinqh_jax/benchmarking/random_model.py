@@ -25,7 +25,7 @@ from grinqh_jax.model.decoder import Decoder
 from grinqh_jax.model.experts import DenseExperts, GradedExperts
 from grinqh_jax.model.linear import GradedLinear, Linear
 from grinqh_jax.model.parameters import axis_sizes
-from grinqh_jax.model.partition import AXIS
+from grinqh_jax.model.partition import AXIS, Exchange
 from grinqh_jax.sharding.cutting import cut_leaves
 from grinqh_jax.sharding.program import jit_of_parts
 from grinqh_jax.sharding.rules import partition
@@ -80,13 +80,14 @@ def graded(
     seed: int = 0,
     compute_dtype=jnp.bfloat16,
     mesh: jax.sharding.Mesh | None = None,
+    exchange: Exchange = "sum",
 ) -> Decoder:
     """Returns a graded model with random 8-bit codes and thresholds for every target in ``TARGETS``.
 
     On a mesh each device makes its part of the weights, with other values than a single device.
     """
     tree = decoder.abstract_tree(config, MAX_BITS, len(TARGETS))
-    model = _model(config, tree, seed, compute_dtype, mesh)
+    model = _model(config, tree, seed, compute_dtype, mesh, exchange)
     _calibrate(model, jax.random.key(seed))
     return model
 
@@ -96,6 +97,7 @@ def dense(
     seed: int = 0,
     compute_dtype=jnp.bfloat16,
     mesh: jax.sharding.Mesh | None = None,
+    exchange: Exchange = "sum",
 ) -> Decoder:
     """Returns an unquantized model with Gaussian weights, on a mesh as ``graded``."""
     tree = decoder.abstract_tree(config, MAX_BITS, len(TARGETS))
@@ -111,16 +113,21 @@ def dense(
             experts = (config.num_experts,) if projection.of_experts else ()
             layer[projection.name] = kernel(*experts, *projection.shape(sizes)) | bias
     tree[HEAD] = kernel(config.hidden_size, config.vocab_size)
-    return _model(config, tree, seed, compute_dtype, mesh)
+    return _model(config, tree, seed, compute_dtype, mesh, exchange)
 
 
 def _model(
-    config: ModelConfig, tree: dict[str, Any], seed: int, compute_dtype, mesh: jax.sharding.Mesh | None
+    config: ModelConfig,
+    tree: dict[str, Any],
+    seed: int,
+    compute_dtype,
+    mesh: jax.sharding.Mesh | None,
+    exchange: Exchange,
 ) -> Decoder:
     """Returns a model with random arrays of the shapes in ``tree``."""
     cut = None
     if mesh is not None:
-        cut = partition(config, mesh)
+        cut = partition(config, mesh, exchange)
         leaves = traverse_util.flatten_dict(tree, sep=".")
         tree = traverse_util.unflatten_dict(cut_leaves(config, leaves, cut), sep=".")
     return Decoder.from_tree(config, _filled(tree, seed), compute_dtype, cut)

@@ -189,7 +189,7 @@ class DecoderLayer(nnx.Module):
     def update(self, block: ResidualBlock, written: Activations) -> Activations:
         """Returns what a block adds to the residual stream, from the outputs of ``block.writes``."""
         if self.partition is not None:
-            written = written.summed_across(AXIS)
+            written = self.partition.exchanged(written)
         if block.norm_after is not None:
             written = Activations.of(getattr(self, block.norm_after.name)(written.array))
         return written if block.multiplier == 1 else written.scaled(block.multiplier)

@@ -6,7 +6,9 @@ which. The modules compute with the sizes of one part, inside ``jax.shard_map``,
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +16,19 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from grinqh_jax.model.config import ModelConfig
-from pallas_kernels import GradingStats
+from pallas_kernels import Activations, GradingStats
 
 AXIS = "tp"
 """Name of the mesh axis that weights are cut along."""
 
 AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 """A mesh; an abstract one, without devices, suffices for shapes and memory."""
+
+
+Exchange = Literal["sum", "gather"]
+
+MOST_ROWS_GATHERED = 16
+"""Largest number of rows whose partial sums are gathered; those of a prefill are large."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +66,14 @@ class Partition:
       mesh: The mesh; its only axis is ``AXIS``.
       local: Configuration of the model with the heads and widths of one part.
       inputs: Cut of the inputs of a projection, by the name of their axis (``parameters.axis_sizes``).
+      exchange: How a decode step adds up the results of the devices: ``sum`` adds on each device before and
+        during the exchange, ``gather`` exchanges all partial sums (see ``Activations.gathered_across``).
     """
 
     mesh: AnyMesh
     local: ModelConfig
     inputs: tuple[tuple[str, InputCut], ...]
+    exchange: Exchange = "sum"
 
     @property
     def devices(self) -> int:
@@ -73,6 +84,12 @@ class Partition:
     def whole(self) -> jax.sharding.NamedSharding:
         """Sharding of an array that every device has."""
         return jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+
+    def exchanged(self, parts: Activations) -> Activations:
+        """Returns the sum of the results of all devices, inside ``shard_map``."""
+        if self.exchange == "gather" and math.prod(parts.leading) <= MOST_ROWS_GATHERED:
+            return parts.gathered_across(AXIS)
+        return parts.summed_across(AXIS)
 
     def input_cut(self, axis: str) -> InputCut | None:
         """Returns the cut of inputs along an axis; None if every device has all of them."""

@@ -19,7 +19,7 @@ from grinqh_jax.model.decoder import Decoder, checkpoint_leaves
 from grinqh_jax.model.layer_spec import HEAD
 from grinqh_jax.model.output_projection import block_shapes, block_sizes
 from grinqh_jax.model.parameters import norms, projections
-from grinqh_jax.model.partition import AXIS, AnyMesh, Partition
+from grinqh_jax.model.partition import AXIS, AnyMesh, Exchange, Partition
 from grinqh_jax.sharding.rules import (
     CUTS,
     WHOLE,
@@ -35,13 +35,13 @@ Leaf = Any
 """A jax array, a numpy array or a ``jax.ShapeDtypeStruct``."""
 
 
-def cut_decoder(model: Decoder, mesh: jax.sharding.Mesh) -> Decoder:
+def cut_decoder(model: Decoder, mesh: jax.sharding.Mesh, exchange: Exchange = "sum") -> Decoder:
     """Returns a model on a mesh, made of the arrays of a model on one device, which stays as it is.
 
     Raises:
       UsageError: The model cannot be cut among so many devices.
     """
-    cut = partition(model.config, mesh)
+    cut = partition(model.config, mesh, exchange)
     leaves = checkpoint_leaves(model)
     if not model.graded:  # Its output projection is one block, and has another name in a tree.
         leaves[f"{HEAD}.kernel"] = leaves.pop(f"{HEAD}.blocks.0.kernel")

@@ -21,7 +21,7 @@ from grinqh_jax.errors import UsageError
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.layer_spec import Projection
 from grinqh_jax.model.parameters import axis_sizes, norms, projections
-from grinqh_jax.model.partition import AnyMesh, InputCut, Partition
+from grinqh_jax.model.partition import AnyMesh, Exchange, InputCut, Partition
 from pallas_kernels.layout import GROUP
 from pallas_kernels.selection import PADDING
 
@@ -110,8 +110,8 @@ def vocabulary_indices(size: int, devices: int) -> Indices:
     return np.where(places < size, places, PADDING).astype(np.int32)
 
 
-def partition(config: ModelConfig, mesh: AnyMesh) -> Partition:
-    """Returns how a model is cut among the devices of a mesh.
+def partition(config: ModelConfig, mesh: AnyMesh, exchange: Exchange = "sum") -> Partition:
+    """Returns how a model is cut among the devices of a mesh, and how they exchange results.
 
     Raises:
       UsageError: The model cannot be cut among so many devices. The message names all reasons.
@@ -128,9 +128,8 @@ def partition(config: ModelConfig, mesh: AnyMesh) -> Partition:
         expert_size=widths["expert"] if config.expert_size else 0,
     )
     axes = dict.fromkeys(projection.inputs for projection in projections(config).values())
-    return Partition(
-        mesh, local, tuple((axis, _input_cut(config, axis, devices)) for axis in axes if axis not in WHOLE)
-    )
+    inputs = tuple((axis, _input_cut(config, axis, devices)) for axis in axes if axis not in WHOLE)
+    return Partition(mesh, local, inputs, exchange)
 
 
 def _input_cut(config: ModelConfig, axis: str, devices: int) -> InputCut:
