@@ -196,4 +196,6 @@ class AtLevel(Graded):
         self._stats[name] = grading.level_stats(array, self.level)
         if linear.input_cut is not None:
             self._cuts[name], self._at_zero[name] = linear.input_cut, self._stats[name].bits
-        return Activations.of(linear.at_level(array, self.level, jnp.float32 if in_head(name) else None))
+        wide = in_head(name) or linear.input_cut is not None  # as in ``Dense``
+        y = Activations.of(linear.at_level(array, self.level, jnp.float32 if wide else None))
+        return y if in_head(name) else y.astype(x.dtype)
