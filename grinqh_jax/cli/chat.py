@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from grinqh_jax.bundled import BUNDLED_MODEL
 from grinqh_jax.cli import command, flags
 from grinqh_jax.cli.conversation import Conversation, run_command
-from grinqh_jax.cli.generation import load_generator, open_model
+from grinqh_jax.cli.generation import load_generator, load_speculation, open_model
 from grinqh_jax.cli.line_reader import LineReader
 from grinqh_jax.cli.mesh import add_mesh, make_mesh
 from grinqh_jax.errors import GrinqhError, UsageError
@@ -29,6 +29,7 @@ def parser() -> command.Parser:
     add_mesh(result, processes=False)
     result.add_argument("--stats", action="store_true", help="print the statistics of every answer")
     flags.add_request(result)
+    flags.add_speculate(result)
     return result
 
 
@@ -54,7 +55,12 @@ def _chat(args: argparse.Namespace) -> int:
     files.check([request.bits], args.max_context)
     generator = load_generator(files, make_mesh(args, files))
     conversation = Conversation(
-        generator, request, system, max_context=args.max_context, with_statistics=args.stats
+        generator,
+        request,
+        system,
+        max_context=args.max_context,
+        with_statistics=args.stats,
+        speculation=load_speculation(args.speculate, generator),
     )
     with LineReader() as reader:
         if reader.is_terminal:

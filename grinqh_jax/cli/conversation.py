@@ -14,6 +14,7 @@ from grinqh_jax.decoding.request import Request
 from grinqh_jax.errors import UsageError
 
 if TYPE_CHECKING:
+    from grinqh_jax.decoding.speculation.speculation import Speculation
     from grinqh_jax.decoding.statistics import Statistics
 
 MESSAGE_TOKENS = 256
@@ -35,6 +36,7 @@ class Conversation:
         *,
         max_context: int | None,
         with_statistics: bool,
+        speculation: "Speculation | None" = None,
     ):
         """Starts a conversation without turns.
 
@@ -44,6 +46,7 @@ class Conversation:
           system: System message, or an empty list.
           max_context: Most tokens of the conversation; None for the model's limit.
           with_statistics: Whether to print the statistics of every answer.
+          speculation: How to speculate, if at all.
         """
         from grinqh_jax.decoding.prompt_cache import PromptCache
 
@@ -53,6 +56,7 @@ class Conversation:
         self._system = system
         self._max_context = max_context
         self._with_statistics = with_statistics
+        self._speculation = speculation
         self._turns: list[dict[str, str]] = []
         self._prompt_cache = PromptCache(few_sizes=True)
         self._capacity = 0
@@ -75,6 +79,7 @@ class Conversation:
                     self._request,
                     max_context=self._max_context,
                     prompt_cache=self._prompt_cache,
+                    speculation=self._speculation,
                 )
                 generation.prepare()
         except KeyboardInterrupt:
@@ -119,6 +124,7 @@ class Conversation:
                     self._request,
                     context=capacity,
                     max_context=self._max_context,
+                    speculation=self._speculation,
                 )
             )
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from grinqh_jax.cli import command, flags
-from grinqh_jax.cli.generation import load_generator, open_model
+from grinqh_jax.cli.generation import load_generator, load_speculation, open_model
 from grinqh_jax.cli.mesh import add_mesh, make_mesh, on_processes
 from grinqh_jax.cli.results import Result, show
 from grinqh_jax.decoding.bits import Bits
@@ -30,6 +30,7 @@ def parser() -> command.Parser:
         help="problems; each line has a question, and an answer that ends in #### N",
     )
     flags.add_bits_list(result)
+    flags.add_speculate(result)
     add("--limit", type=flags.positive, metavar="N", help="use the first N problems (default: all)")
     add(
         "-n",
@@ -68,11 +69,14 @@ def _measure(args: argparse.Namespace) -> int:
 
     problems = read_problems(args.tasks, args.limit)
     generator = load_generator(files, make_mesh(args, files))
-    show(_results(generator, problems, settings, args), args.json)
+    speculation = load_speculation(args.speculate, generator)
+    show(_results(generator, problems, settings, args, speculation), args.json)
     return 0
 
 
-def _results(generator, problems, settings: Sequence[Bits], args: argparse.Namespace) -> Iterator[Result]:
+def _results(
+    generator, problems, settings: Sequence[Bits], args: argparse.Namespace, speculation
+) -> Iterator[Result]:
     from grinqh_jax.cli.progress import Progress
     from grinqh_jax.evaluation.tasks import evaluate
 
@@ -84,5 +88,6 @@ def _results(generator, problems, settings: Sequence[Bits], args: argparse.Names
                 bits,
                 max_tokens=args.max_tokens,
                 batch=args.batch,
+                speculation=speculation,
                 on_progress=functools.partial(progress, note=f"{bits} bits"),
             )

@@ -9,6 +9,7 @@ from grinqh_jax.bundled import BUNDLED_MODEL
 from grinqh_jax.cli import text_input
 from grinqh_jax.decoding.bits import FULL, Bits
 from grinqh_jax.decoding.request import RANGES, Request, out_of_range
+from grinqh_jax.decoding.speculation.setting import SpeculationSetting
 from grinqh_jax.errors import UsageError
 
 MAX_BITS = 8
@@ -171,6 +172,27 @@ def add_request(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="largest number of tokens in prompt and generated text together (default: the model's limit)",
     )
+
+
+def add_speculate(parser: argparse._ActionsContainer) -> None:
+    """Adds ``--speculate``, a ``SpeculationSetting`` or None."""
+    parser.add_argument(
+        "--speculate",
+        type=speculation,
+        default=None,
+        metavar="DRAFTER",
+        help="guess tokens and verify several in one step: off, lookup (earlier parts of the text), "
+        "self[@BITS] (the model at fewer bits), or MODEL[@BITS] (another model of the same vocabulary) "
+        "(default: off)",
+    )
+
+
+def speculation(text: str) -> SpeculationSetting | None:
+    """Parses a setting of speculation."""
+    try:
+        return SpeculationSetting.parse(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def request(args: argparse.Namespace) -> Request:

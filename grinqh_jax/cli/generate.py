@@ -8,7 +8,13 @@ import argparse
 from collections.abc import Sequence
 
 from grinqh_jax.cli import command, flags, text_input
-from grinqh_jax.cli.generation import compiling, load_generator, open_model, print_statistics
+from grinqh_jax.cli.generation import (
+    compiling,
+    load_generator,
+    load_speculation,
+    open_model,
+    print_statistics,
+)
 from grinqh_jax.cli.mesh import add_mesh, make_mesh, on_processes
 from grinqh_jax.decoding.request import Request
 from grinqh_jax.errors import UsageError
@@ -29,6 +35,7 @@ def parser() -> command.Parser:
     add("-p", "--prompt", metavar="TEXT", help="the prompt as a flag; - reads it from standard input")
     add("--json", action="store_true", help="print one JSON object with the text and all statistics")
     flags.add_request(result)
+    flags.add_speculate(result)
     add(
         "--ignore-chat-template",
         action="store_true",
@@ -54,8 +61,11 @@ def _write(args: argparse.Namespace, prompt: str, request: Request, system: list
     prompt_tokens = _prompt_tokens(files, prompt, system, args)
     files.check([request.bits], args.max_context, len(prompt_tokens))  # before the weights are loaded
     generator = load_generator(files, make_mesh(args, files))
+    speculation = load_speculation(args.speculate, generator)
     with compiling():
-        generation = generator.generate(prompt_tokens, request, max_context=args.max_context)
+        generation = generator.generate(
+            prompt_tokens, request, max_context=args.max_context, speculation=speculation
+        )
     interrupted = False
     try:
         with compiling():

@@ -29,6 +29,16 @@ def load_generator(files, mesh=None):
         return Generator.from_files(files, mesh=mesh)
 
 
+def load_speculation(setting, generator):
+    """Returns the ``Speculation`` of ``--speculate``, and loads its draft model; None without."""
+    if setting is None:
+        return None
+    with command.status("loading the drafter"):
+        from grinqh_jax.decoding.speculation.make import speculation_of
+
+        return speculation_of(setting, generator)
+
+
 def compiling() -> contextlib.AbstractContextManager[None]:
     """Returns a status line for the time in which a text is prepared, most of which is compilation."""
     kept = os.environ.get("JAX_COMPILATION_CACHE_DIR")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grinqh_jax.cli import command, flags
-from grinqh_jax.cli.generation import load_generator, open_model
+from grinqh_jax.cli.generation import load_generator, load_speculation, open_model
 from grinqh_jax.cli.mesh import add_mesh, make_mesh
 from grinqh_jax.errors import UsageError
 
@@ -77,6 +77,7 @@ def parser() -> command.Parser:
         help="let text completions ask for log-probabilities of their prompts (echo with logprobs); compiles "
         "more programs",
     )
+    flags.add_speculate(result)
     add(
         "--queue",
         type=flags.non_negative,
@@ -159,6 +160,7 @@ def _serve(args: argparse.Namespace) -> int:
         context = args.max_context or min(files.config.max_position_embeddings, DEFAULT_CONTEXT)
         files.check([None], context)
         generator = load_generator(files, make_mesh(args, files))
+        speculation = load_speculation(args.speculate, generator)
         with command.status("compiling"):
             engine = Engine(
                 generator,
@@ -169,6 +171,7 @@ def _serve(args: argparse.Namespace) -> int:
                 prompt_logprobs=args.prompt_logprobs,
                 share_prefixes=not args.no_shared_prefixes,
                 grammars=True,
+                speculation=speculation,
             )
         limits = Limits(
             body_bytes=args.max_body,

@@ -24,7 +24,7 @@ from grinqh_jax.decoding.reading import MAX_GRADED_ROWS
 from grinqh_jax.decoding.settings import Settings
 from grinqh_jax.decoding.speculation import block_dial
 from grinqh_jax.decoding.speculation.chunk import Counts
-from grinqh_jax.decoding.speculation.decode import speculate
+from grinqh_jax.decoding.speculation.decode import read_prompt, speculate
 from grinqh_jax.decoding.speculation.draft_length import StepShape, step_shapes
 from grinqh_jax.decoding.speculation.speculation import Speculation
 from grinqh_jax.errors import UsageError
@@ -195,6 +195,9 @@ class Device:
             tokens = np.zeros((1, width), np.int32)
             prefill = of_model(decode_state.prefill)
             add("prefill", prefill, state.cache, prefix, tokens, one, thresholds)
+            if state.drafter is not None:
+                read = self._drafter, state.drafter, prefix.pages, prefix.length, tokens, one
+                add("read_prompt", read_prompt.lower, *read)
             if self.shape.prompt_logprobs:
                 lower, count = of_model(decode_state.prompt_logprobs), self._top_logprobs
                 add("prompt_logprobs", lower, state.cache, prefix, tokens, tokens, top_logprobs=count)
@@ -250,10 +253,14 @@ class Device:
         """Reads the next piece of a prompt (see ``decode_state.prefill``)."""
         tokens, lengths, bits = self._put((piece.tokens, piece.lengths, settings.bits))
         thresholds = None if self._dial is None else decode_state.preview_thresholds(self._dial, bits)
+        drafter = self._state.drafter
+        if drafter is not None:
+            arguments = prefix.pages, prefix.length, tokens, lengths
+            drafter = read_prompt(self._drafter, drafter, *arguments)
         cache, prefix = decode_state.prefill(
             self._model, self._state.cache, prefix, tokens, lengths, thresholds
         )
-        self._state = dataclasses.replace(self._state, cache=cache)
+        self._state = dataclasses.replace(self._state, cache=cache, drafter=drafter)
         return prefix
 
     def prompt_logprobs(

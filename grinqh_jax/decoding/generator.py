@@ -145,7 +145,8 @@ class Generator:
             positions that the model has.
           prompt_cache: Cache of a conversation, so that each turn reads only what is new. The text is the
             same with and without it.
-          speculation: How to speculate, by default not at all.
+          speculation: How to speculate, by default not at all. With a draft model, which reads prompts, too,
+            the prompt cache is not used.
 
         Raises:
           UsageError: The bits are outside the dial's range, the prompt is too long for the context, the
@@ -162,6 +163,8 @@ class Generator:
         capacity = conversation_capacity(needed) if cache.few_sizes else round_up(needed, CAPACITY_STEP)
         capacity = min(capacity, context)
         read_from = len(tokens) - 1 if dial is None else first_previewed(len(tokens))
+        if speculation is not None and speculation.reads_prompts:
+            read_from = 0
         pages = cache.acquire(self.model, tokens, capacity, read_from)
         if pages is not None:
             capacity = pages.page_size

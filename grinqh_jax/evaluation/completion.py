@@ -13,6 +13,7 @@ from grinqh_jax.decoding.job import Job
 from grinqh_jax.decoding.model_files import prompt_too_long
 from grinqh_jax.decoding.sampling import Sampling
 from grinqh_jax.decoding.settings import Settings
+from grinqh_jax.decoding.speculation.speculation import Speculation
 from grinqh_jax.decoding.statistics import weighted_mean
 from grinqh_jax.decoding.texts import Received, Texts
 from grinqh_jax.errors import UsageError
@@ -21,6 +22,9 @@ from grinqh_jax.model.decoder import Decoder, linear_names
 from pallas_kernels import GradingStats
 from pallas_kernels.layout import round_up
 from pallas_kernels.x64 import without_x64
+
+MOST_SPECULATING = 4
+"""Largest number of prompts that are decoded together with speculation: each has four rows of a step."""
 
 
 class DecodedBits:
@@ -66,6 +70,7 @@ def complete(
     batch: int,
     ended: Callable[[str], bool],
     sampling: Mapping[str, Any] | None = None,
+    speculation: Speculation | None = None,
     on_progress: Callable[[int], Any] = lambda prompts: None,
 ) -> Completions:
     """Completes every prompt.
@@ -82,6 +87,8 @@ def complete(
         place.
       ended: Predicate on the text generated so far, called after every decode chunk. True ends the
         completion.
+      speculation: How to speculate, by default not at all. At most ``MOST_SPECULATING`` prompts are then
+        decoded together, so that rows are left for drafts.
       sampling: Parameters of ``Sampling.create``; greedy by default.
       on_progress: Called with the number of completions that have ended since the last call.
 
@@ -97,6 +104,8 @@ def complete(
             raise UsageError("a prompt has no tokens; give at least one")
         if len(prompt) >= context:
             raise prompt_too_long(len(prompt), context)
+    if speculation is not None:
+        batch = min(batch, MOST_SPECULATING)
     batches = -(-len(prompts) // batch)
     batch = -(-len(prompts) // batches)
     # Sorted by length, so that the longest completions do not start last.
@@ -123,7 +132,9 @@ def complete(
     jobs = [Job(prompts[i], settings(n % batch, len(prompts[i])), receiver(i)) for n, i in enumerate(order)]
     needed = max(len(job.prompt) + job.limit for job in jobs)
     capacity = min(round_up(needed, CAPACITY_STEP), context)
-    loop = Texts(model, generator.dial(bits), jobs[0].settings, capacity=capacity, slots=batch)
+    loop = Texts(
+        model, generator.dial(bits), jobs[0].settings, capacity=capacity, slots=batch, speculation=speculation
+    )
     with contextlib.closing(loop):
         for job in jobs:
             loop.add(job)

@@ -10,6 +10,7 @@ from typing import Any
 
 from grinqh_jax.decoding.bits import Bits
 from grinqh_jax.decoding.generator import Generator
+from grinqh_jax.decoding.speculation.speculation import Speculation
 from grinqh_jax.errors import UsageError
 from grinqh_jax.evaluation.completion import complete
 from grinqh_jax.evaluation.result import with_error
@@ -108,6 +109,7 @@ def evaluate(
     *,
     max_tokens: int = 256,
     batch: int = 64,
+    speculation: Speculation | None = None,
     on_progress: Callable[[int], Any] = lambda problems: None,
 ) -> Accuracy:
     """Answers every problem greedily and counts the right answers.
@@ -121,6 +123,7 @@ def evaluate(
       bits: Setting of the dial.
       max_tokens: Largest number of tokens per answer.
       batch: Largest number of problems decoded together.
+      speculation: See ``completion.complete``.
       on_progress: Called with the number of problems in a batch after each batch.
 
     Raises:
@@ -132,6 +135,7 @@ def evaluate(
         bits,
         max_tokens=max_tokens,
         batch=batch,
+        speculation=speculation,
         ended=lambda text: _NEXT_QUESTION in text or _COMPLETE.search(text) is not None,
         on_progress=on_progress,
     )

@@ -43,6 +43,12 @@ class Metrics:
             "Bytes of weights that decode steps read, as if each answer were alone",
             registry=registry,
         )
+        self._drafted = Counter(
+            "grinqh_drafted_tokens", "Drafts that speculation verified", registry=registry
+        )
+        self._accepted = Counter(
+            "grinqh_accepted_tokens", "Drafts that speculation accepted", registry=registry
+        )
         self._first = Histogram(
             "grinqh_time_to_first_event_seconds",
             "Time from a request to the first event of an answer",
@@ -96,6 +102,9 @@ class Metrics:
         self._prompt_tokens.inc(answer.prompt_tokens)
         self._reused_tokens.inc(answer.reused_tokens or 0)
         self._tokens.inc(len(answer.tokens))
+        if answer.speculation is not None:
+            self._drafted.inc(answer.speculation.drafted)
+            self._accepted.inc(answer.speculation.accepted)
         if statistics is not None:
             if statistics.realised_bits is not None:
                 self._bits.observe(statistics.realised_bits)

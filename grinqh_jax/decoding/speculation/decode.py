@@ -1,6 +1,7 @@
 """The decode loop with drafts on the state of an engine (see ``decode_state``)."""
 
 import dataclasses
+from typing import Any
 
 import jax
 from jaxtyping import Array, Int, UInt32
@@ -14,6 +15,19 @@ from grinqh_jax.decoding.speculation.chunk import Counts, speculative_chunk
 from grinqh_jax.decoding.speculation.drafter import Drafter, DrafterState
 from grinqh_jax.model.flat_model import FlatModel
 from grinqh_jax.sharding.program import on_mesh
+
+
+@jax.jit(donate_argnames="shared")
+def read_prompt(
+    drafter: Drafter,
+    shared: Any,
+    pages: Int[Array, "1 pages_per_slot"] | None,
+    length: Int[Array, "1"],
+    tokens: Int[Array, "1 t"],
+    true_length: Int[Array, "1"],
+) -> Any:
+    """Reads a piece of a prompt with the drafter (see ``Drafter.prefill``). Donates ``shared``."""
+    return drafter.prefill(shared, pages, length, tokens, true_length)
 
 
 @jax.jit(static_argnames=("policy", "greedy", "top_logprobs", "steps", "drafts"), donate_argnames="state")

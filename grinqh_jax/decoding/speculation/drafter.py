@@ -92,6 +92,8 @@ class DrafterState:
 class Stateless:
     """Methods of drafters that remember nothing."""
 
+    reads_prompts = False
+
     def create(self, texts: int, num_pages: int, page_size: int) -> DrafterState:
         """Returns an empty state."""
         del texts, num_pages, page_size
@@ -117,7 +119,12 @@ class Drafter(Protocol):
     """Proposes tokens. A pytree of what does not change while texts are decoded, such as a draft model.
 
     What changes is the state. All methods but ``create`` are called in traced functions.
+
+    Attributes:
+      reads_prompts: Whether ``prefill`` does anything, because the drafter has a cache.
     """
+
+    reads_prompts: bool
 
     def create(self, texts: int, num_pages: int, page_size: int) -> DrafterState:
         """Returns the state before the first text, numpy or jax arrays.

@@ -21,3 +21,8 @@ class Speculation:
     drafter: Drafter
     most_drafts: int = MOST_DRAFTS
     always: bool = False
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether the drafter has a cache, in which it reads the prompts."""
+        return self.drafter.reads_prompts
