@@ -62,8 +62,11 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(scale)
         self.eps = eps
 
-    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        return by_token(lambda x: rms_norm(x, self.scale[...], self.eps), x)
+    def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
+        def normed(x):
+            return rms_norm(x, self.scale[...], self.eps)
+
+        return by_token(normed, x) if x.ndim == 3 else normed(x)  # Two axes: a text of a conversion.
 
     def add(
         self, x: Float[Array, "b t d"], update: Activations | None
