@@ -13,9 +13,12 @@ from grinqh_jax.model.causal_attention import blockwise
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.layer_spec import Attention, QueryGrowth
 from grinqh_jax.model.norm import rms_norm
-from grinqh_jax.model.ring_cache import RingKeyValues
+from grinqh_jax.model.ring_cache import SPARE_SLOTS, RingKeyValues
 from grinqh_jax.model.step_attention import attend_by_blocks
 from pallas_kernels import Activations, decode_attention
+
+MOST_POSITIONS = 1 << 20
+"""Number of positions, more than any model has, that a ring is mapped to as a paged cache."""
 
 
 @jax.named_scope("attention")
@@ -29,7 +32,6 @@ def attend_heads(
     across: str | None = None,
 ) -> tuple[Activations, KeyValues | RingKeyValues]:
     """Computes head norms, rotation and attention, in two or three kernels for a decode step on a GPU.
-
 
     Args:
       config: Configuration of the model.
@@ -46,8 +48,8 @@ def attend_heads(
     batch, tokens = positions.shape
     sizes = {"batch": batch, "tokens": tokens, "heads": config.num_heads, "kv_heads": config.num_kv_heads}
     options: dict[str, Any] = {"window": attention.window, "soft_cap": attention.score_soft_cap}
-    if isinstance(cache, KeyValues):
-        reason = decode_attention.supports(**sizes, head_dim=config.head_dim, dtype=cache.keys.dtype)
+    if cache is not None and (paged := _in_pages(cache, tokens)) is not None:
+        reason = decode_attention.supports(**sizes, head_dim=config.head_dim, dtype=paged.keys.dtype)
         if reason is None:
             cos, sin = _cos_sin(attention, positions, config.head_dim)
             if preparation_lacks(attention) is not None:
@@ -61,16 +63,31 @@ def attend_heads(
                 sin,
                 norm_scales,
                 config.rms_norm_eps,
-                cache.keys,
-                cache.values,
+                paged.keys,
+                paged.values,
                 positions[:, 0],
-                cache.pages,
+                paged.pages,
                 **options,
             )
-            return attended, KeyValues(keys, values, cache.pages)
+            return attended, cache._replace(keys=keys, values=values)
     queries, keys, values = _prepared(config, attention, qkv, norm_scales, positions, across)
     outputs, updated = attend(queries, keys, values, positions, cache, **options)
     return Activations.of(outputs.reshape(batch, tokens, -1)), updated
+
+
+def _in_pages(cache: KeyValues | RingKeyValues, tokens: int) -> KeyValues | None:
+    """Returns a cache as keys and values by position; None for a ring with too many new tokens.
+
+    A ring is a page that holds the positions of every entry of its row's page table. Of those that it no
+    longer holds, none is in a window.
+    """
+    if isinstance(cache, KeyValues):
+        return cache
+    if tokens > SPARE_SLOTS:
+        return None
+    rows, slots = cache.keys.shape[:2]
+    pages = jnp.broadcast_to(jnp.arange(rows)[:, None], (rows, -(-MOST_POSITIONS // slots)))
+    return KeyValues(cache.keys, cache.values, pages)
 
 
 def _prepared(
@@ -192,13 +209,17 @@ def attend(
         if soft_cap is None and jax.default_backend() == "cpu":
             return blockwise(queries, keys, values, positions, window), KeyValues(keys, values)
         updated: KeyValues | RingKeyValues = KeyValues(keys, values)
-    elif isinstance(cache, RingKeyValues):
-        keys, values, slots, updated = cache.extended(positions, keys, values)
     else:
+        one_each, paged = queries.shape[1] == 1, _in_pages(cache, queries.shape[1])
+        few = one_each or positions.size <= MOST_DECODED
+        if paged is not None and few and jax.default_backend() == "cpu":
+            written = paged.write(positions, keys, values)
+            updated = cache._replace(keys=written.keys, values=written.values)
+            return attend_by_blocks(queries, written, positions, window, soft_cap), updated
+    if isinstance(cache, RingKeyValues):
+        keys, values, slots, updated = cache.extended(positions, keys, values)
+    elif cache is not None:
         written = cache.write(positions, keys, values)
-        one_each = queries.shape[1] == 1
-        if jax.default_backend() == "cpu" and (one_each or positions.size <= MOST_DECODED):
-            return attend_by_blocks(queries, written, positions, window, soft_cap), written
         if not one_each:
             written = written.cleared(positions[:, -1] + 1)
         keys, values, _ = written.contiguous(positions[:, -1] + 1)
