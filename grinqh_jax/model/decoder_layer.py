@@ -182,6 +182,8 @@ class DecoderLayer(nnx.Module):
 
     def aligned(self, block: ResidualBlock, inputs: Activations) -> Activations:
         """Returns the inputs of ``block.writes`` with the padding that keeps channels in their groups."""
+        if self.partition is None:
+            return inputs
         cut = getattr(self, block.writes.name).input_cut
         if cut is None or not cut.shifts:
             return inputs
