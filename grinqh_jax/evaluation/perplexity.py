@@ -117,7 +117,7 @@ def measure(
                 logits, by_linear = _graded_logits(flat, windows, dial.thresholds)
                 dials[i] = dial.observe(by_linear, lengths)
                 realised = _realised(model, by_linear)
-            collector.add(_compare(logits, reference_logits, windows), realised, predicted)
+            collector.add(compare(logits, reference_logits, windows), realised, predicted)
         on_progress(int(lengths.sum()))
     return [
         collector.summary(setting, graded=dial is not None)
@@ -219,7 +219,7 @@ def _realised(model: Decoder, by_linear: Float[Array, "b t linears"]) -> _Realis
 
 
 @jax.jit
-def _compare(
+def compare(
     logits: Float[Array, "b t v"], reference_logits: Float[Array, "b t v"], windows: Int[Array, "b t"]
 ) -> _Comparison:
     """Scores the prediction of the next token at all positions but the last."""
