@@ -1,5 +1,7 @@
 """States of a fixed size in a conversation and in the engine: padding, slots, pages, whole prompts."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,9 @@ from family_cases import CASES
 from grinqh_jax.decoding.generator import Generator
 from grinqh_jax.decoding.prompt_cache import PromptCache
 from grinqh_jax.decoding.request import Request
+from grinqh_jax.decoding.speculation.make import speculation_of
+from grinqh_jax.decoding.speculation.setting import SpeculationSetting
+from grinqh_jax.errors import UsageError
 from grinqh_jax.model.decoder import Decoder
 from grinqh_jax.serving.engine import Engine
 
@@ -55,6 +60,11 @@ def test_the_engine_decodes_texts_of_several_lengths_in_slots_and_pages(generato
         assert engine.stats().reused_tokens == 0
 
 
+def test_speculation_names_the_states_that_it_cannot_take_back(generator):
+    with pytest.raises(UsageError, match="has recurrent states; use --speculate off"):
+        speculation_of(SpeculationSetting("lookup"), generator)
+
+
 def test_texts_with_rings_equal_texts_with_whole_contexts(tmp_path):
     """Windows of 8 tokens: rings of 24 slots in a cache of 128, and prompts of up to 90 tokens."""
     config = CASES["ministral"] | {"vocab_size": 300}
@@ -64,6 +74,13 @@ def test_texts_with_rings_equal_texts_with_whole_contexts(tmp_path):
         for _ in generation:
             pass
         assert list(generation.tokens) == greedy(generator.model, prompt)
+    # Drafts of a repeated prompt, of which the ring forgets those that are not accepted.
+    repeated, lookup = [3, 4, 5, 6, 7, 8] * 8, speculation_of(SpeculationSetting("lookup"), generator)
+    speculation = dataclasses.replace(lookup, always=True)
+    generation = generator.generate(repeated, REQUEST, speculation=speculation)
+    list(generation)
+    assert list(generation.tokens) == greedy(generator.model, repeated)
+    assert generation.statistics().speculation.drafted > 0
     sizes = {"slots": 2, "max_context": 128, "page_size": 16, "piece": 32}
     with Engine(generator, **sizes, share_prefixes=False) as engine:
         for _ in range(2):
