@@ -202,7 +202,8 @@ def read_tokens(
 
     Args:
       model: Graded model; or a dense one, with ``thresholds=None``.
-      tokens: New tokens of each row, causal among themselves. B * t is at most 16 on the graded path.
+      tokens: New tokens of each row, causal among themselves. On a GPU, more than 16
+        graded rows B * t take several launches for each product.
       cache: Keys and values of the earlier tokens.
       thresholds: Thresholds by layer name, ``[B, P]``, or ``[B, t, P]`` for different ones at each position.
         A position with infinite thresholds reads no weights, and its logits are undefined.
@@ -359,9 +360,9 @@ def jitted_decode_chunk(
         step, chunk, cache = state
         active, positions = ~chunk.done, cache.lengths
         current_dial = None if dial is None else dial.with_state(chunk.dial)
-        if level is not None:  # No threshold is used, and the dial stays as it is.
-            current_dial = None
         current = fixed if current_dial is None else _thresholds_by_name(current_dial, active)
+        if level is not None:  # No threshold is used, and the dial stays as it is.
+            current_dial = current = None
         outputs, cache, stats = _step(model, chunk.last, cache, current, active, level)
         token = jnp.where(active, choose(outputs, cache.lengths, chunk.history), chunk.last)
         logprobs = None
