@@ -3,11 +3,14 @@
     python benchmarks/attention.py --output benchmarks/results/attention.json
     python benchmarks/attention.py --shapes Qwen3-8B --lengths 1056
     python benchmarks/attention.py --batch 1 2 4 8 16 --page-size 64     the cache in pages at random places
+    python benchmarks/attention.py --positions 1 2 4 8 16                several new tokens of each sequence
+    python benchmarks/attention.py --lengths 32000 131000 --capacity 131072 --layers 4
 
 Kernel times are medians from the profiler, over the layers of a model whose caches together exceed the L2.
 """
 
 import argparse
+import dataclasses
 import datetime
 import itertools
 import json
@@ -27,26 +30,36 @@ from grinqh_jax.model.cache import KeyValues
 from grinqh_jax.model.config import ModelConfig
 from pallas_kernels import Activations
 
-LAYERS = 16
 PARTS = 8
 """Number of partial sums that the qkv projection returns on an H200."""
 
-KERNELS = {"attention": "decode_attention_kernel", "merge": "merge_attention_kernel"}
+KERNELS = {
+    "attention": "decode_attention_kernel",
+    "merge": "merge_attention_kernel",
+    "prepare": "prepare_attention_kernel",
+}
+"""Name in the profile of each launch. Only several new tokens are prepared by a launch."""
 
 
 def measure(
-    config: ModelConfig, batch: int, capacity: int, page_size: int | None, lengths: list[int]
+    config: ModelConfig,
+    batch: int,
+    tokens: int,
+    capacity: int,
+    page_size: int | None,
+    layers: int,
+    lengths: list[int],
 ) -> Iterator[dict[str, timing.Times]]:
-    """Yields, for each cache length, the times of the attention kernel and of the merge kernel."""
-    dim, keys = config.head_dim, jax.random.split(jax.random.key(0), 2 * LAYERS + 1)
+    """Yields, for each cache length, the times of the launches, by the names in ``KERNELS``."""
+    dim, keys = config.head_dim, jax.random.split(jax.random.key(0), 2 * layers + 1)
     size, pages = (batch, capacity), None
     if page_size is not None:
         size = (batch * capacity // page_size, page_size)
         pages = jax.random.permutation(keys[-1], size[0]).reshape(batch, -1)
     size = (*size, config.num_kv_heads, dim)
-    caches = [(_normal(keys[2 * i], size), _normal(keys[2 * i + 1], size)) for i in range(LAYERS)]
+    caches = [(_normal(keys[2 * i], size), _normal(keys[2 * i + 1], size)) for i in range(layers)]
     columns = (config.num_heads + 2 * config.num_kv_heads) * dim
-    qkv = Activations.sums(jax.random.normal(keys[-1], (PARTS, batch, 1, columns)), columns)
+    qkv = Activations.sums(jax.random.normal(keys[-1], (PARTS, batch, tokens, columns)), columns)
     spec = config.layers[0].attention
     norms = (jnp.ones(dim, jnp.bfloat16),) * 2 if spec.head_norms else None
 
@@ -65,12 +78,21 @@ def measure(
         return outputs
 
     for length in lengths:
-        positions = jnp.full((batch, 1), length, jnp.int32)
+        positions = jnp.full((batch, 1), length, jnp.int32) + jnp.arange(tokens)
         durations = timing.profile(run)
-        yield {
-            label: timing.Times.of([t for name, times in durations.items() if kernel in name for t in times])
+        by_kernel = {
+            label: [t for name, times in durations.items() if kernel in name for t in times]
             for label, kernel in KERNELS.items()
         }
+        yield {label: timing.Times.of(times) for label, times in by_kernel.items() if times}
+
+
+def with_options(config: ModelConfig, head_dim: int | None, window: int | None) -> ModelConfig:
+    """Returns a shape whose first layer has a window, and with other heads."""
+    attention = dataclasses.replace(config.layers[0].attention, window=window)
+    block = dataclasses.replace(config.layers[0].blocks[0], mixer=attention)
+    layers = (dataclasses.replace(config.layers[0], blocks=(block, *config.layers[0].blocks[1:])),)
+    return dataclasses.replace(config, layers=layers, head_dim=head_dim or config.head_dim)
 
 
 def _normal(key: jax.Array, size: tuple[int, ...]) -> jax.Array:
@@ -98,22 +120,28 @@ def main() -> None:
     add("--batch", nargs="+", type=int, default=[1], metavar="N", help="sequences (default: 1)")
     add("--page-size", type=int, metavar="N", help="positions of a page (default: a contiguous cache)")
     add("--capacity", type=int, default=4224, metavar="N", help="cache slots (default: 4224)")
+    add("--positions", nargs="+", type=int, default=[1], metavar="N", help="new tokens (default: 1)")
+    add("--window", type=int, metavar="N", help="last positions that a token attends to (default: all)")
+    add("--head-dim", type=int, metavar="N", help="channels of a head (default: those of the shape)")
+    add("--layers", type=int, default=16, metavar="N", help="caches that are read in turn (default: 16)")
     add("--output", type=pathlib.Path, metavar="FILE", help="JSON file to write")
     args = parser.parse_args()
     rows = []
-    for name, batch in itertools.product(args.shapes, args.batch):
+    for name, batch, tokens in itertools.product(args.shapes, args.batch, args.positions):
         config, name = random_model.shape(name), random_model.label(name)
-        measured = measure(config, batch, args.capacity, args.page_size, args.lengths)
+        config = with_options(config, args.head_dim, args.window)
+        measured = measure(config, batch, tokens, args.capacity, args.page_size, args.layers, args.lengths)
         for length, by_kernel in zip(args.lengths, measured, strict=True):
-            read = 4 * batch * length * config.num_kv_heads * config.head_dim
-            row = {"shape": name, "batch": batch, "length": length, "capacity": args.capacity}
-            row |= {"page_size": args.page_size, "bytes_read": read}
+            used = length if args.window is None else min(length, args.window + tokens - 2)
+            read = 4 * batch * used * config.num_kv_heads * config.head_dim
+            row = {"shape": name, "batch": batch, "positions": tokens, "length": length}
+            row |= {"capacity": args.capacity, "page_size": args.page_size, "bytes_read": read}
+            row |= {"head_dim": config.head_dim, "window": args.window}
             for label, times in by_kernel.items():
                 row |= {f"{label}_us": round(times.median, 3), f"{label}_quartiles_us": times.quartiles}
             rows.append(row)
-            print(
-                f"{name} {batch} x {length}: {row['attention_us']} us, merge {row['merge_us']} us", flush=True
-            )
+            times = ", ".join(f"{label} {row[f'{label}_us']} us" for label in by_kernel)
+            print(f"{name} {batch} x {length}, {tokens} new: {times}", flush=True)
     report = {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,

@@ -166,32 +166,48 @@ def mixture_cases() -> Iterator[Case]:
 
 
 def attention_cases() -> Iterator[Case]:
-    for name, heads, kv_heads, lengths in [
-        ("Qwen3-8B", 8, 2, (299,)),
-        ("Qwen3-8B", 4, 2, (0, 130, 303)),
-        ("Llama-3.2-1B", 8, 2, (37, 1)),
-        ("Llama-3.1-8B", 5, 1, (260,)),
+    """One and several new tokens, all head sizes, and all options of a layer."""
+    everything = {"window": 100, "score_soft_cap": 20.0, "score_scale": 0.1}
+    for name, heads, kv_heads, dim, tokens, options, lengths in [
+        ("Qwen3-8B", 8, 2, 128, 1, {}, (299,)),
+        ("Qwen3-8B", 4, 2, 128, 1, {}, (0, 130, 303)),
+        ("Llama-3.2-1B", 8, 2, 64, 1, {}, (37, 1)),
+        ("Llama-3.1-8B", 5, 1, 128, 1, {}, (260,)),
+        ("Qwen3-8B", 8, 1, 256, 1, everything, (250, 3)),
+        ("Llama-3.1-8B", 3, 1, 80, 1, {"window": 50}, (130,)),
+        ("Qwen3-8B", 8, 2, 128, 4, {}, (0, 130, 300)),
+        ("Qwen3-8B", 6, 2, 96, 6, everything, (240, 1)),
+        ("Llama-3.1-8B", 8, 1, 64, 16, {}, (0, 288)),
+        ("Llama-3.1-8B", 2, 2, 80, 3, {"window": 20}, (290,)),
+        ("Qwen3-8B", 4, 1, 256, 9, {}, (200, 14)),
     ]:
-        config = dataclasses.replace(random_model.shape(name), num_heads=heads, num_kv_heads=kv_heads)
-        rng, dim = np.random.default_rng(heads), config.head_dim
-        qkv, norms = rng.standard_normal((len(lengths), 1, (heads + 2 * kv_heads) * dim)), None
+        config = dataclasses.replace(
+            random_model.shape(name), num_heads=heads, num_kv_heads=kv_heads, head_dim=dim
+        )
+        spec, rng = dataclasses.replace(config.layers[0].attention, **options), np.random.default_rng(heads)
+        qkv, norms = rng.standard_normal((len(lengths), tokens, (heads + 2 * kv_heads) * dim)), None
         cache = [rng.standard_normal((len(lengths), CAPACITY, kv_heads, dim)) for _ in range(2)]
         if config.layers[0].attention.head_norms:
             norms = tuple(jnp.asarray(rng.uniform(0.5, 1.5, dim), jnp.bfloat16) for _ in range(2))
-        positions = np.asarray(lengths, np.int32)[:, None]
+        positions = np.asarray(lengths, np.int32)[:, None] + np.arange(tokens, dtype=np.int32)
         qkv, cache = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), (qkv, KeyValues(*cache)))
 
-        def attend(*arguments, config=config):
-            return attention.attend_heads(config, config.layers[0].attention, *arguments)
+        def attend(*arguments, config=config, spec=spec, ends=positions[:, -1] + 1):
+            outputs, cache = attention.attend_heads(config, spec, *arguments)
+            # XLA clears the slots after several new tokens.
+            used = (jnp.arange(CAPACITY) < ends[:, None])[..., None, None]
+            rows = cache.contiguous(jnp.full(len(ends), CAPACITY))[:2]
+            return outputs.array, *(jnp.where(used, array, 0) for array in rows)
 
+        case = f"attention {tokens} x {heads}/{kv_heads} heads of {dim}, {options}, lengths {lengths}"
         arguments = Activations.of(qkv), norms, positions, cache
-        yield f"attention {heads}/{kv_heads} heads of {dim}, lengths {lengths}", attend, attend, arguments
+        yield case, attend, attend, arguments
         pages = KeyValues(
             *(array.reshape(-1, PAGE_SIZE, kv_heads, dim) for array in cache[:2]),
             jnp.asarray(rng.permutation(len(lengths) * CAPACITY // PAGE_SIZE).reshape(len(lengths), -1)),
         )
         arguments = Activations.of(qkv), norms, positions, pages
-        yield f"attention {heads}/{kv_heads} heads of {dim}, {lengths} in pages", attend, attend, arguments
+        yield f"{case} in pages", attend, attend, arguments
 
 
 def dequantization_cases() -> Iterator[Case]:

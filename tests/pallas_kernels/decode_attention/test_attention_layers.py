@@ -11,6 +11,7 @@ from family_cases import CASES
 from grinqh_jax.model import attention
 from grinqh_jax.model.cache import KeyValues
 from grinqh_jax.model.config import ModelConfig
+from grinqh_jax.model.ring_cache import RingKeyValues, ring_slots
 from pallas_kernels import Activations, decode_attention
 from pallas_kernels.decode_attention import kernel
 
@@ -101,6 +102,28 @@ def test_a_soft_cap_and_a_scale(emulated):
     config = config_of(QWEN3)
     spec = dataclasses.replace(config.layers[0].attention, score_soft_cap=3.0, score_scale=0.4, window=9)
     check_layer(emulated, config, spec, 2, paged=False)
+
+
+def test_a_ring(emulated):
+    """A layer with a window keeps its last positions only."""
+    config = config_of("gemma3")
+    spec = next(layer.attention for layer in config.layers if layer.attention.window)
+    qkv, norms, positions, cache = arguments(config, spec, 3, paged=False)
+    slots = ring_slots(spec.window)
+    last = jnp.asarray(LENGTHS)[:, None] - 1
+    kept = last - (last - jnp.arange(slots)) % slots  # the position of each slot
+    of_slots = (jnp.take_along_axis(a, jnp.maximum(kept, 0)[..., None, None], axis=1) for a in cache[:2])
+    ring = RingKeyValues(*of_slots)
+    outputs, updated = attention.attend_heads(config, spec, qkv, norms, positions, ring)
+    expected, _ = attention.attend_heads(config, spec, qkv, norms, positions, cache)
+    np.testing.assert_array_equal(outputs.array, expected.array)
+    assert len(emulated) == 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode_attention, "supports", lambda **sizes: "switched off")
+        _, by_xla = attention.attend_heads(config, spec, qkv, norms, positions, ring)
+    for got, wanted in zip(updated[:2], by_xla[:2], strict=True):
+        both = (np.asarray(array, np.float32) for array in (got, wanted))
+        np.testing.assert_allclose(*both, rtol=2**-7, atol=2**-5)
 
 
 def test_a_prompt_longer_than_a_step_is_left_to_xla(monkeypatch):

@@ -1,5 +1,7 @@
 """The attention kernel on a GPU against XLA's operations."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from grinqh_jax.benchmarking import random_model
 from grinqh_jax.model import attention
 from grinqh_jax.model.cache import KeyValues
 from pallas_kernels import Activations, decode_attention
+from pallas_kernels.decode_attention import kernel
 
 pytestmark = pytest.mark.gpu
 
@@ -17,7 +20,7 @@ PAGE_SIZE = 64
 CAPACITY = 2048
 
 
-def inputs(config, batch: int, seed: int = 0):
+def inputs(config, batch: int, seed: int = 0, tokens: int = 1):
     """Random heads of new tokens, norm scales, and a contiguous cache."""
     all_heads = config.num_heads + 2 * config.num_kv_heads
     keys = [jax.random.fold_in(jax.random.key(i), seed) for i in range(5)]
@@ -27,7 +30,7 @@ def inputs(config, batch: int, seed: int = 0):
             for k in keys[:2]
         )
     )
-    qkv = jax.random.normal(keys[2], (batch, 1, all_heads * config.head_dim), jnp.bfloat16)
+    qkv = jax.random.normal(keys[2], (batch, tokens, all_heads * config.head_dim), jnp.bfloat16)
     norms = tuple(1 + 0.2 * jax.random.normal(k, (config.head_dim,), jnp.bfloat16) for k in keys[3:])
     return qkv, norms, cache
 
@@ -47,9 +50,9 @@ def in_pages(cache: KeyValues, rng, extra: int = 3) -> KeyValues:
     return KeyValues(pool(cache.keys), pool(cache.values), table)
 
 
-def step(config, qkv, norms, positions, cache):
+def step(config, qkv, norms, positions, cache, **options):
     """Attention of one decode step: outputs, and the cache as contiguous rows."""
-    spec = config.layers[0].attention
+    spec = dataclasses.replace(config.layers[0].attention, **options)
     norms = norms if spec.head_norms else None
 
     # A new function is traced again, and calls the `supports` that a test has patched.
@@ -58,7 +61,8 @@ def step(config, qkv, norms, positions, cache):
         outputs, cache = attention.attend_heads(config, spec, Activations.of(qkv), norms, positions, cache)
         return outputs.array, cache.contiguous(jnp.full(len(positions), CAPACITY))[:2]
 
-    results = run(qkv, norms, jnp.asarray(positions, jnp.int32)[:, None], cache)
+    tokens = qkv.shape[1]
+    results = run(qkv, norms, jnp.asarray(positions, jnp.int32)[:, None] + jnp.arange(tokens), cache)
     return jax.tree.map(lambda a: np.asarray(a, np.float32), results)
 
 
@@ -98,3 +102,70 @@ def test_paged_outputs_depend_bitwise_on_the_row_alone(name, batch):
         alone = in_pages(KeyValues(cache.keys[one], cache.values[one]), rng)
         outputs, _ = step(config, qkv[one], norms, lengths[one], alone)
         np.testing.assert_array_equal(outputs[0], together[row])
+
+
+OPTIONS = [{}, {"window": 300}, {"score_soft_cap": 20.0}, {"window": 1000, "score_scale": 0.05}]
+
+
+@pytest.mark.parametrize("head_dim", kernel.HEAD_DIMS)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("tokens", [1, 2, 5, 16])
+@pytest.mark.parametrize("heads", [8, 32])
+def test_several_tokens_agree_with_xla(monkeypatch, head_dim, options, tokens, heads):
+    """Outputs agree with XLA, and have the bits of the same tokens one after another, in pages too."""
+    config = dataclasses.replace(
+        random_model.shape("Qwen3-0.6B"), head_dim=head_dim, num_heads=heads, num_kv_heads=4
+    )
+    lengths, rng = (0, 37, 1500, CAPACITY - tokens), np.random.default_rng(tokens)
+    qkv, norms, cache = inputs(config, len(lengths), tokens=tokens)
+    outputs, cached = step(config, qkv, norms, lengths, cache, **options)
+    pages = in_pages(cache, rng)
+    np.testing.assert_array_equal(step(config, qkv, norms, lengths, pages, **options)[0], outputs)
+    one_cache = cache
+    for t in range(tokens):
+        now = [length + t for length in lengths]
+        one, rows = step(config, qkv[:, t : t + 1], norms, now, one_cache, **options)
+        np.testing.assert_array_equal(one[:, 0], outputs[:, t])
+        one_cache = KeyValues(*(jnp.asarray(a, jnp.bfloat16) for a in rows))
+    for row in (0, 2):
+        alone = slice(row, row + 1)
+        mine = KeyValues(cache.keys[alone], cache.values[alone])
+        one, _ = step(config, qkv[alone], norms, lengths[alone], mine, **options)
+        np.testing.assert_array_equal(one[0], outputs[row])
+    monkeypatch.setattr(decode_attention, "supports", lambda **sizes: "switched off")
+    expected, expected_cached = step(config, qkv, norms, lengths, cache, **options)
+    assert np.linalg.norm(outputs - expected) < 1e-2 * np.linalg.norm(expected)
+    for row, length in enumerate(lengths):  # XLA clears the slots after the new tokens.
+        used = [np.stack(both)[:, row, : length + tokens] for both in (cached, expected_cached)]
+        np.testing.assert_allclose(*used, rtol=2**-7, atol=2**-7 * 5)
+
+
+def test_sinks_and_a_long_context():
+    """A sink equals one more position with that score and a value of zero."""
+    config, length, tokens = random_model.shape("Qwen3-0.6B"), 131_000, 4
+    heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+    keys = jax.random.split(jax.random.key(0), 3)
+    cache = [jax.random.normal(k, (1, 131_072, kv_heads, dim), jnp.bfloat16) for k in keys[:2]]
+    qkv = jax.random.normal(keys[2], (1, tokens, (heads + 2 * kv_heads) * dim), jnp.bfloat16)
+    angles = jnp.ones((1, tokens, dim // 2)), jnp.zeros((1, tokens, dim // 2))
+    sinks = jnp.linspace(0.0, 12.0, heads)
+    attend = jax.jit(
+        lambda qkv, keys, values, sinks: (
+            decode_attention.decode_attention(
+                Activations.of(qkv), *angles, None, 1e-6, keys, values, jnp.full(1, length), sinks=sinks
+            )[0].array
+        )
+    )
+    plain, with_sinks = (np.asarray(attend(qkv, *cache, s), np.float64) for s in (None, sinks))
+    queries, new_keys, _ = np.split(
+        np.asarray(qkv, np.float64).reshape(tokens, -1, dim), [heads, heads + kv_heads], axis=1
+    )
+    all_keys = np.asarray(cache[0][0], np.float64)
+    all_keys[length : length + tokens] = new_keys
+    for t, h in [(0, 0), (1, 5), (3, heads - 1)]:
+        scores = all_keys[: length + t + 1, h * kv_heads // heads] @ queries[t, h] / dim**0.5
+        share = 1 / (1 + np.exp(float(sinks[h]) - scores.max()) / np.exp(scores - scores.max()).sum())
+        one = slice(h * dim, (h + 1) * dim)
+        np.testing.assert_allclose(
+            with_sinks[0, t, one], plain[0, t, one] * share, atol=2e-2 * np.abs(plain).max()
+        )
