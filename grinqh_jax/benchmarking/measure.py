@@ -22,7 +22,7 @@ from grinqh_jax.decoding.thresholds import StackedThresholds, Thresholds
 from grinqh_jax.model.cache import KVCache
 from grinqh_jax.model.decoder import Decoder, linear_names
 from grinqh_jax.model.fixed_states import fixed_bytes, whole_layers
-from grinqh_jax.sharding.program import made_on_mesh, put
+from grinqh_jax.sharding.program import put, zeros_on_mesh
 from pallas_kernels.layout import round_up
 
 SETTLING_RUNS = 8
@@ -113,7 +113,7 @@ def _warm_up(function: Callable[[], object]) -> None:
 def empty_cache(model: Decoder, batch: int, capacity: int) -> KVCache:
     """Returns an empty cache for a model, on the devices of its mesh if it is on one."""
     create = functools.partial(KVCache.create, model.cache_config, batch, capacity, model.compute_dtype)
-    return made_on_mesh(create, model.partition)
+    return zeros_on_mesh(create, model.partition)
 
 
 def filled_cache(model: Decoder, context: int, room: int, batch: int = 1) -> KVCache:

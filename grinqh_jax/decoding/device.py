@@ -32,7 +32,7 @@ from grinqh_jax.model.cache import rollback_lacks
 from grinqh_jax.model.decoder import Decoder
 from grinqh_jax.model.fixed_states import FixedStates, fixed_states
 from grinqh_jax.model.flat_model import FlatModel
-from grinqh_jax.sharding.program import made_on_mesh, shardings
+from grinqh_jax.sharding.program import shardings, zeros_on_mesh
 from pallas_kernels.layout import DIGIT_BITS
 
 
@@ -109,7 +109,7 @@ class Device:
 
         def state() -> DecodeState:
             sizes = shape.num_pages, shape.page_size, self._dtype, shape.ring_context
-            pages = cache or made_on_mesh(
+            pages = cache or zeros_on_mesh(
                 lambda: PagedCache.create(self._cache_config, *sizes), model.partition
             )
             per_slot, fixed = None if shape.contiguous else shape.pages_per_slot, self._fixed(shape.slots)
@@ -406,7 +406,7 @@ class Device:
     def _fixed(self, batch: int) -> FixedStates:
         """Returns the states of a fixed size of empty texts."""
         sizes = batch, self._dtype, self.shape.ring_context
-        return made_on_mesh(lambda: fixed_states(self._cache_config, *sizes), self._partition)
+        return zeros_on_mesh(lambda: fixed_states(self._cache_config, *sizes), self._partition)
 
     def _count(self, logprobs: bool) -> int | None:
         """Returns the number of most likely tokens whose log-probabilities a program computes."""

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -89,11 +90,24 @@ def shardings(tree: Any, partition: Partition) -> Any:
     )
 
 
-def made_on_mesh(make: Callable[[], Any], partition: Partition | None) -> Any:
-    """Returns ``make()``, a tree of arrays, of which each device of the mesh makes its parts only."""
+def zeros_on_mesh(make: Callable[[], Any], partition: Partition | None) -> Any:
+    """Returns ``make()``, a tree of zeros such as an empty cache, each device with its parts only.
+
+    A program is compiled for each shape, and not for each call.
+    """
     if partition is None:
         return make()
-    return jax.jit(make, out_shardings=shardings(jax.eval_shape(make), partition))()
+    shapes = jax.eval_shape(make)
+    return jax.tree.map(
+        lambda leaf, sharding: _zeros(leaf.shape, leaf.dtype, sharding)(),
+        shapes,
+        shardings(shapes, partition),
+    )
+
+
+@functools.cache
+def _zeros(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Callable[[], jax.Array]:
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
 
 
 def put(tree: Any, partition: Partition | None) -> Any:

@@ -22,6 +22,7 @@ from grinqh_jax.decoding import engine
 from grinqh_jax.decoding.dial import Dial
 from grinqh_jax.decoding.generator import Generator
 from grinqh_jax.decoding.model_files import ModelFiles
+from grinqh_jax.decoding.prompt_cache import PromptCache
 from grinqh_jax.decoding.request import Request
 from grinqh_jax.decoding.sampling import Sampling
 from grinqh_jax.decoding.thresholds import model_thresholds
@@ -38,7 +39,7 @@ from grinqh_jax.serving.engine import Engine
 from grinqh_jax.sharding.cutting import cut_decoder
 from grinqh_jax.sharding.memory import device_memory
 from grinqh_jax.sharding.mesh import make_mesh
-from grinqh_jax.sharding.program import made_on_mesh, on_mesh
+from grinqh_jax.sharding.program import on_mesh, zeros_on_mesh
 from pallas_kernels import grading
 
 WIDE = CONFIGS["qwen3-untied"] | {
@@ -159,14 +160,14 @@ def test_each_device_has_its_part_of_planes_and_cache():
     ]
     # Six groups among eight devices: one each, and padding alone for two. A head of 24 may lie in two groups.
     assert shapes == [{(4, 128, 256 // 16)}, {(4, 128, 64 // 16)}, {(2, 64)}]
-    cache = made_on_mesh(lambda: KVCache.create(cut.cache_config, 2, 16, jnp.float32), cut.partition)
+    cache = zeros_on_mesh(lambda: KVCache.create(cut.cache_config, 2, 16, jnp.float32), cut.partition)
     assert {shard.data.shape for shard in cache.keys[0].addressable_shards} == {(2, 16, 1, 24)}
 
 
 def decoded(model, steps):
     """Returns what ``decode_chunk`` generates after a prompt of two rows, greedily, with a dial."""
     flat, batch = FlatModel(model), 2
-    cache = made_on_mesh(lambda: KVCache.create(model.cache_config, batch, 64, jnp.float32), model.partition)
+    cache = zeros_on_mesh(lambda: KVCache.create(model.cache_config, batch, 64, jnp.float32), model.partition)
     dial = Dial.create(model, TARGETS, [2.5, 5.0])
     logits, cache, preview = engine.prefill_with_preview(
         flat, TOKENS, np.array([24, 17]), cache, dial.thresholds
@@ -201,6 +202,18 @@ def test_a_checkpoint_is_loaded_in_parts_and_generates_the_same_text(graded_dire
     assert texts[0] == texts[1]
     planes = two.model.layers[0].qkv.planes[...]
     assert {shard.data.nbytes for shard in planes.addressable_shards} == {planes.nbytes // 2}
+
+
+@SLOW
+def test_a_second_text_of_a_conversation_compiles_nothing(graded_directory, compilations):
+    config = Generator.load(graded_directory).model.config
+    generator, cache = Generator.load(graded_directory, mesh=make_mesh("tp=2", config)), PromptCache()
+    request, texts = Request(bits=3.0, max_tokens=12, temperature=0.0), []
+    for prompt in ("a first prompt", "a first prompt", "a first prompt"):
+        compilations.clear()
+        texts.append("".join(generator.generate(prompt, request, prompt_cache=cache)))
+    assert compilations == []
+    assert len(set(texts)) == 1
 
 
 @SLOW
@@ -311,15 +324,17 @@ def test_perplexity_and_scores_are_the_same(graded_directory):
 
 @SLOW
 @pytest.mark.parametrize("slots", [2, 17])
-def test_an_engine_serves_the_same_answers(graded_directory, slots):
+def test_an_engine_serves_the_same_answers(graded_directory, slots, compilations):
     """With 17 slots, all channels are read at one level."""
     config = Generator.load(graded_directory).model.config
     prompts, texts = ["one prompt", "another, longer prompt", "a third"], []
     for mesh in (None, "tp=2"):
         generator = Generator.load(graded_directory, mesh=make_mesh(mesh, config))
         with Engine(generator, slots=slots, max_context=128, piece=64) as served:
+            compilations.clear()
             answers = served.generate_many(prompts, Request(bits=3.0, max_tokens=16, temperature=0.0))
             texts.append([answer.text for answer in answers])
+            assert compilations == []
             bits = [answer.statistics().realised_bits for answer in answers]
             assert slots == 2 or bits == pytest.approx([6, 6, 6])
     assert texts[0] == texts[1]
