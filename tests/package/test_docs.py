@@ -10,6 +10,7 @@ import pytest
 
 from checkpoints_tools.baselines import __main__ as baselines
 from checkpoints_tools.convert import command as convert
+from checkpoints_tools.export import __main__ as export
 from checkpoints_tools.migrate import __main__ as migrate
 from checkpoints_tools.pareto import flags as pareto
 from checkpoints_tools.publish import command as publish
@@ -41,6 +42,7 @@ PARSERS = {
     "pareto": pareto.parser,
     "publish": publish.parser,
     "migrate": migrate.parser,
+    "export": export.parser,
 }
 """Sections of docs/command-line.md and the parser that each describes."""
 

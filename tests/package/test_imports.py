@@ -28,7 +28,7 @@ LAYERS = {
         {"calibration"},
         {"quantizers", "publish"},
         {"convert"},
-        {"baselines", "migrate"},
+        {"baselines", "export", "migrate"},
         {"pareto"},
     ],
 }
