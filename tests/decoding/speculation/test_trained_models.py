@@ -18,7 +18,7 @@ PROMPTS, PROMPT_TOKENS, ANSWER_TOKENS = 50, 48, 40
 
 
 def prompts(generator: Generator) -> list[list[int]]:
-    """Pieces of the texts that come with the package. Each begins again at its end, so that lookup has drafts."""
+    """Pieces of the bundled text. Each begins again at its end, so that lookup has drafts."""
     from checkpoints_tools.calibration.text import BUNDLED_TEXT
 
     tokens = generator.tokenizer.encode(BUNDLED_TEXT.read_text(encoding="utf-8")[:60_000])
