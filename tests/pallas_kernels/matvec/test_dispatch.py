@@ -62,6 +62,18 @@ def test_lowers_for(gpu, shape, rows, max_bits, dtype):
 
 
 @needs_mosaic
+@pytest.mark.parametrize("gpu", [("NVIDIA B200", 148), ("NVIDIA GeForce RTX 5090", 170)], ids=str)
+@pytest.mark.parametrize("rows", [1, 4, 8, 16])
+def test_lowers_for_blackwell(gpu, rows):
+    """Nobody has run the kernels on compute capability 10.0 and 12.0."""
+    arguments = abstract_arguments(4096, 6144, rows)
+    with compiling_for(*gpu):
+        assert choose(*arguments[:2]) == "mosaic_gpu"
+        text = jax.jit(graded_matvec).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 1
+
+
+@needs_mosaic
 def test_lowers_inside_a_while_loop():
     def three_times(x, weight, thresholds):
         def step(carry):
@@ -133,6 +145,19 @@ def test_declines_a_jax_newer_than_the_tested_versions(monkeypatch):
     reason = supports(x, weight)
     assert reason.startswith("is tested with jax < 0.13, this is ")
     assert reason.endswith("pip install 'grinqh-jax[gpu]'")
+
+
+@pytest.mark.parametrize("capability", ["8.9", "9.0", "10.0", "12.0"])
+def test_takes_newer_gpus(monkeypatch, capability):
+    @dataclasses.dataclass
+    class Gpu:
+        platform: str = "gpu"
+        device_kind: str = "NVIDIA of some kind"
+        compute_capability: str = capability
+
+    monkeypatch.setattr(jax, "__version_info__", device.OLDEST_JAX)
+    monkeypatch.setattr(device, "target_device", Gpu)
+    assert supports(*abstract_arguments(256, 512)[:2]) is None
 
 
 @dataclasses.dataclass

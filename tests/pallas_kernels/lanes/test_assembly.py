@@ -1,0 +1,113 @@
+"""Lane programs assemble for the architectures that nobody has run, with few spills."""
+
+import dataclasses
+import re
+
+import cuda_source
+import instruction_programs
+import jax
+import pytest
+from jax.sharding import AxisType
+
+from pallas_kernels import Activations, NestedWeight
+from pallas_kernels.decode_attention import kernel as attention
+from pallas_kernels.decode_attention.lane_context import THREADS, Refs, Shape
+from pallas_kernels.decode_attention.new_tokens import PREPARE_THREADS, prepare_program
+from pallas_kernels.decode_attention.program import attention_program, several_tokens_program
+from pallas_kernels.lanes import device
+from pallas_kernels.matvec.mosaic_gpu import kernel as matvec
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(cuda_source.NVCC is None, reason="needs nvcc"),
+    pytest.mark.skipif(jax.__version_info__ < device.OLDEST_JAX, reason="needs jax >= 0.11.2"),
+]
+
+every_architecture = pytest.mark.parametrize("architecture", ["sm_89", "sm_90a", "sm_100a", "sm_120a"])
+"""RTX 4090, H200, B200 and RTX 5090."""
+
+MOST_SPILLED_BYTES = 512
+
+
+def spilled(report: str) -> int:
+    return sum(int(count) for count in re.findall(r"(\d+) bytes spill stores", report))
+
+
+@every_architecture
+@pytest.mark.parametrize("rows", [1, 4, 8, 16])
+def test_matvec(monkeypatch, tmp_path, architecture, rows):
+    """The programs of one row, of pairs of bytes and of a shared list."""
+    weight = NestedWeight.abstract(4096, 4096)
+    x = jax.eval_shape(Activations.of, jax.ShapeDtypeStruct((rows, 4096), "bfloat16"))
+    gpu = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), (AxisType.Explicit,), abstract_device=gpu)
+    with jax.sharding.use_abstract_mesh(mesh):
+        geometry = matvec.geometry_of(x, weight)
+    names = [field.name for field in dataclasses.fields(matvec.Refs) if field.name != "shared"]
+
+    def program(isa, refs):
+        fields = dict(zip((*names, "shared"), refs, strict=True))
+        matvec.run_program(isa, geometry, matvec.Refs(**fields))
+
+    report = cuda_source.assemble(
+        monkeypatch, tmp_path, program, [*names, None], geometry.threads, architecture
+    )
+    assert spilled(report) <= MOST_SPILLED_BYTES
+
+
+@every_architecture
+@pytest.mark.parametrize(
+    ("head_dim", "tokens", "queries_per_kv", "options"),
+    [
+        (64, 16, 8, {}),
+        (80, 4, 4, {"window": 100, "soft_cap": 20.0}),
+        (128, 1, 4, {}),
+        (128, 8, 4, {}),
+        (256, 1, 8, {"window": 100}),
+        (256, 8, 2, {}),
+    ],
+)
+@pytest.mark.parametrize("paged", [False, True])
+def test_attention(monkeypatch, tmp_path, architecture, head_dim, tokens, queries_per_kv, options, paged):
+    kv_heads = 8
+    sizes = ((64, 64, kv_heads, head_dim), (2, 32)) if paged else ((2, 2048, kv_heads, head_dim), None)
+    shape = Shape(
+        batch=2,
+        kv_heads=kv_heads,
+        queries_per_kv=queries_per_kv,
+        head_dim=head_dim,
+        tokens=tokens,
+        eps=1e-6,
+        num_partials=8,
+        stored_features=(queries_per_kv + 2) * kv_heads * head_dim,
+        **options,
+        **attention.cache_sizes(*sizes, tokens * queries_per_kv),
+    )
+    cache = ("lengths", "keys", "values", *(("pages",) if paged else ()))
+    launches = [(attention_program, attention.HEAD_INPUTS, attention.PARTIAL_RESULTS, THREADS)]
+    if tokens > 1:
+        launches = [
+            (prepare_program, attention.HEAD_INPUTS, attention.PREPARED, PREPARE_THREADS),
+            (several_tokens_program, attention.PREPARED, attention.PARTIAL_RESULTS, THREADS),
+        ]
+    for program, inputs, outputs, threads in launches:
+        names = (*inputs, *cache, *outputs)
+
+        def run(isa, refs, program=program, names=names):
+            program(isa, shape, Refs(**dict(zip((*names, "shared"), refs, strict=True))))
+
+        report = cuda_source.assemble(monkeypatch, tmp_path, run, [*names, None], threads, architecture)
+        assert spilled(report) <= MOST_SPILLED_BYTES
+
+
+@every_architecture
+@pytest.mark.parametrize("name", instruction_programs.PROGRAMS)
+def test_instructions(monkeypatch, tmp_path, architecture, name):
+    if "cluster" in name and architecture == "sm_89":
+        pytest.skip("clusters of CTAs need compute capability 9.0")
+
+    def program(isa, refs):
+        instruction_programs.run(isa, instruction_programs.PROGRAMS[name], *refs)
+
+    threads = instruction_programs.THREADS
+    cuda_source.assemble(monkeypatch, tmp_path, program, ["source", "target", None], threads, architecture)
