@@ -108,7 +108,7 @@ def _tensors(exported: Path) -> dict[str, np.ndarray]:
     weight_map = read_object(exported / INDEX).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{exported / INDEX} has no weight_map; export the checkpoint again")
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for name in sorted({str(name) for name in weight_map.values()}):
         if Path(name).name != name:
             raise CheckpointError(f"{exported / INDEX} names {name!r}, which is no file of its directory")
