@@ -71,7 +71,8 @@ def to_tensors(config: ModelConfig, key: str, value: np.ndarray) -> dict[str, np
         value = np.concatenate(value, axis=1)  # [in, experts * out]
     rows = value.T if is_kernel(key) else value - np.asarray(_norm_offset(config, key), value.dtype)
     pieces = np.split(rows, np.cumsum([tensor.shape[0] for tensor in tensors])[:-1])
-    return {tensor.name: np.ascontiguousarray(piece) for tensor, piece in zip(tensors, pieces, strict=True)}
+    named = {tensor.name: np.ascontiguousarray(piece) for tensor, piece in zip(tensors, pieces, strict=True)}
+    return with_whole_shared_experts(config, named)
 
 
 def is_kernel(key: str) -> bool:
@@ -86,15 +87,23 @@ def is_of_experts(config: ModelConfig, key: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Fused:
-    """A stored tensor with the tensors of all routed experts of a layer, as some checkpoints have it.
+    """A stored tensor with the tensors of several experts of a layer.
+
+    Some checkpoints have one of all routed experts. A shared expert that is wider than the others is several
+    experts, whose tensors get names like ``shared_expert.down_proj.weight[0]``.
 
     Attributes:
-      shape: Its shape: ``[experts, outputs, inputs]``.
-      parts: Index of each of its tensors, by name: an expert, and a range of its outputs.
+      shape: Its shape: ``[experts, outputs, inputs]``, or ``[outputs, inputs]`` of a shared expert.
+      parts: Index of each of its tensors, by name: a range of each axis.
     """
 
     shape: tuple[int, ...]
-    parts: Mapping[str, tuple[int, slice]]
+    parts: Mapping[str, tuple[slice, ...]]
+
+    def shape_of(self, part: str) -> tuple[int, int]:
+        """Returns the shape ``[outputs, inputs]`` of a tensor."""
+        outputs, inputs = self.parts[part][-2:]
+        return outputs.stop - outputs.start, inputs.stop - inputs.start
 
 
 @functools.lru_cache(maxsize=8)
@@ -108,15 +117,57 @@ def fused_experts(config: ModelConfig) -> dict[str, Fused]:
         projections = [
             name.removesuffix(".weight").rpartition(".")[2].removesuffix("_proj") for name in names
         ]
-        parts, start = {}, 0
+        parts: dict[str, tuple[slice, ...]] = {}
+        start = 0
         experts = (len(tensors) - len(_shared_names(config, key))) // len(names)
         for index, tensor in enumerate(tensors[: experts * len(names)]):
             start = 0 if index % len(names) == 0 else start
-            parts[tensor.name] = index // len(names), slice(start, start + tensor.shape[0])
-            start += tensor.shape[0]
+            expert, (outputs, inputs) = index // len(names), tensor.shape
+            parts[tensor.name] = slice(expert, expert + 1), slice(start, start + outputs), slice(0, inputs)
+            start += outputs
         shape = experts, sum(tensor.shape[0] for tensor in tensors[: len(names)]), tensors[0].shape[1]
         fused[f"{prefix}.{'_'.join(projections)}_proj"] = Fused(shape, parts)
+        fused |= _wide_shared_expert(config, key)
     return fused
+
+
+def _wide_shared_expert(config: ModelConfig, key: str) -> dict[str, Fused]:
+    """Returns the stored tensors of a shared expert that is several experts; none if it is one."""
+    count = _shared_experts(config)
+    if count < 2:
+        return {}
+    names = _stored_shared_names(config, key)
+    shapes = {source.name: source.shape for source in sources(config)[key]}
+    fused = {}
+    for name in names:
+        shape = shapes[f"{name}[0]"]
+        # The channels inside the expert are outputs of the first projection, and inputs of the second.
+        cut = 0 if len(names) > 1 else 1
+        parts = {
+            f"{name}[{j}]": tuple(
+                slice(j * size, (j + 1) * size) if axis == cut else slice(0, size)
+                for axis, size in enumerate(shape)
+            )
+            for j in range(count)
+        }
+        whole = tuple(size * (count if axis == cut else 1) for axis, size in enumerate(shape))
+        fused[name] = Fused(whole, parts)
+    return fused
+
+
+def with_whole_shared_experts(
+    config: ModelConfig, tensors: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Returns tensors by the names of a checkpoint, with wide shared experts as one tensor each."""
+    stored = dict(tensors)
+    for key in _kernels_of_experts(config):
+        for name, fused in _wide_shared_expert(config, key).items():
+            if fused.parts.keys() <= stored.keys():
+                whole = np.empty(fused.shape, stored[f"{name}[0]"].dtype)
+                for part, index in fused.parts.items():
+                    whole[index] = stored.pop(part)
+                stored[name] = whole
+    return stored
 
 
 def tensors_of_expert(config: ModelConfig, key: str) -> int:
@@ -209,7 +260,7 @@ def _sources(config: ModelConfig, key: str, shapes: list[tuple[int, ...]]) -> li
     names = _tensor_names(config, key)
     if is_of_experts(config, key):
         shared = _shared_names(config, key)
-        routed = range(config.num_experts - bool(shared))
+        routed = range(config.num_experts - _shared_experts(config))
         names = [name.format(e=e) for e in routed for name in names] + shared
     if len(names) == 1 < len(shapes):
         return [Source(names[0], (sum(shape[0] for shape in shapes), *shapes[0][1:]))]
@@ -218,8 +269,18 @@ def _sources(config: ModelConfig, key: str, shapes: list[tuple[int, ...]]) -> li
 
 def _shared_names(config: ModelConfig, key: str) -> list[str]:
     """Returns the names of the tensors that a shared expert adds to a kernel of experts."""
+    names, count = _stored_shared_names(config, key), _shared_experts(config)
+    return names if count == 1 else [f"{name}[{j}]" for j in range(count) for name in names]
+
+
+def _stored_shared_names(config: ModelConfig, key: str) -> list[str]:
     _, i, parameter = key.split(".", 2)
     return [name.replace("{i}", i) for name in FAMILIES[config.family].shared_expert.get(parameter, ())]
+
+
+def _shared_experts(config: ModelConfig) -> int:
+    """Returns the number of experts that a shared expert is; 0 without one."""
+    return 0 if config.mixture is None else config.mixture.shared
 
 
 def _tensor_names(config: ModelConfig, key: str) -> list[str]:

@@ -51,7 +51,7 @@ class HFCheckpoint:
     config: ModelConfig
     files: dict[str, Path]
     stored_names: dict[str, str]
-    parts: dict[str, tuple[int, slice]] = dataclasses.field(default_factory=dict, kw_only=True)
+    parts: dict[str, tuple[slice, ...]] = dataclasses.field(default_factory=dict, kw_only=True)
 
     @property
     def companions(self) -> list[Path]:
@@ -115,8 +115,8 @@ class HFCheckpoint:
             with safe_open(path, "numpy") as file:
                 stored = file.get_slice(self.stored_names[name])
                 if name in self.parts:
-                    expert, outputs = self.parts[name]
-                    return stored[expert : expert + 1, outputs][0]
+                    part = stored[self.parts[name]]
+                    return part.reshape(part.shape[-2:])
                 if isinstance(rows, slice):
                     return stored[rows]
                 runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)

@@ -40,7 +40,7 @@ class Survey:
     files: dict[str, Path]
     tensors: dict[str, tuple[str, tuple[int, ...]]]
     stored_names: dict[str, str]
-    parts: dict[str, tuple[int, slice]]
+    parts: dict[str, tuple[slice, ...]]
     problems: list[str]
 
 
@@ -64,7 +64,7 @@ def survey_checkpoint(directory: Path) -> Survey:
     # file would be reported as missing.
     all_names_known = bool(files_of_index) or (index is None and not broken)
     stored_names: dict[str, str] = {}
-    parts: dict[str, tuple[int, slice]] = {}
+    parts: dict[str, tuple[slice, ...]] = {}
     if config is not None and files and all_names_known:
         in_broken_files = [name for name, file in files_of_index.items() if directory / file in broken]
         unreadable = frozenset(params.canonical_names(config, in_broken_files).values())
@@ -79,22 +79,19 @@ def survey_checkpoint(directory: Path) -> Survey:
 
 def _parts(
     config: ModelConfig, stored_names: dict[str, str], shapes: dict[str, tuple[int, ...]]
-) -> dict[str, tuple[int, slice]]:
-    """Replaces tensors that hold those of all experts of a layer by these; returns the index of each.
+) -> dict[str, tuple[slice, ...]]:
+    """Replaces tensors that hold those of several experts of a layer by these; returns the index of each.
 
     A tensor of another shape stays, and so it is reported as one that is not part of the model.
     """
-    parts: dict[str, tuple[int, slice]] = {}
+    parts: dict[str, tuple[slice, ...]] = {}
     for name, fused in params.fused_experts(config).items():
         if shapes.get(name) == fused.shape:
             stored = stored_names.pop(name)
             del shapes[name]
             parts |= fused.parts
             stored_names |= dict.fromkeys(fused.parts, stored)
-            shapes |= {
-                part: (outputs.stop - outputs.start, fused.shape[2])
-                for part, (_, outputs) in fused.parts.items()
-            }
+            shapes |= {part: fused.shape_of(part) for part in fused.parts}
     return parts
 
 

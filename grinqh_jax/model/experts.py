@@ -33,7 +33,7 @@ class Chosen(NamedTuple):
     """The experts of each token.
 
     Attributes:
-      experts: int32 experts, those with the largest probabilities first; a shared one is the last.
+      experts: int32 experts, those with the largest probabilities first; shared ones are the last.
       probabilities: float32 factors of their results.
       inputs: Inputs of each expert, times its grading factor (see ``grading_factor``).
     """
@@ -67,9 +67,10 @@ class Router(nnx.Module):
         if mixture.normalized:
             probabilities = probabilities / jnp.sum(probabilities, axis=-1, keepdims=True)
         if mixture.shared:
-            last = jnp.full_like(experts[..., :1], scores.shape[-1] - 1)
-            experts = jnp.concatenate([experts, last], axis=-1)
-            shared = jax.nn.sigmoid(scores[..., -1:])
+            shape = (*experts.shape[:-1], mixture.shared)
+            last = routed.shape[-1] + jnp.arange(mixture.shared, dtype=experts.dtype)
+            experts = jnp.concatenate([experts, jnp.broadcast_to(last, shape)], axis=-1)
+            shared = jnp.broadcast_to(jax.nn.sigmoid(scores[..., -1:]), shape)
             probabilities = jnp.concatenate([probabilities, shared], axis=-1)
         factor = grading_factor(probabilities)[..., None].astype(x.dtype)
         return Chosen(experts, probabilities, Activations.of(x[..., None, :] * factor))

@@ -154,19 +154,20 @@ class GatedExperts:
         chosen scores alone.
       router: Name of the projection from the inputs of ``reads`` to the scores. It is not quantized.
       activation: Activation function of the experts.
-      shared: Whether the last expert is chosen for every token beside these, with the sigmoid of its score as
-        its probability. The other experts' probabilities are then those without it.
+      shared: Number of last experts that are chosen for every token beside these. A shared expert is cut into
+        experts of the usual width. Their probability is the sigmoid of the router's last score, the other
+        experts' probabilities are those without it.
     """
 
     chosen: int
     normalized: bool
     router: str = "router"
     activation: Activation = "silu"
-    shared: bool = False
+    shared: int = 0
 
     @property
     def rows(self) -> int:
-        """Number of experts that read a token: the chosen ones and the shared one."""
+        """Number of experts that read a token: the chosen ones and the shared ones."""
         return self.chosen + self.shared
 
 
@@ -303,7 +304,7 @@ class Description:
       final_norm: Norm that the output projection reads the residual stream through.
       embedding_multiplier: Factor of the embeddings, rounded to the dtype of the residual stream.
       logit_transform: Function from the outputs of the output projection to logits.
-      num_experts: Number of experts of each mixture, a shared one included; 0 if the model has none.
+      num_experts: Number of experts of each mixture, shared ones included; 0 if the model has none.
       expert_size: Width of an expert: outputs of its gate projection, and of its up projection.
       delta_heads: Sizes of the gated delta nets; None if the model has none.
     """
@@ -320,3 +321,8 @@ class Description:
     def is_recurrent(self) -> bool:
         """Whether a layer has a recurrent state, which earlier tokens cannot be taken out of."""
         return any(layer.delta_net is not None for layer in self.layers)
+
+    @property
+    def mixture(self) -> GatedExperts | None:
+        """Mixture of experts of the first layer that has one; all have the same experts."""
+        return next((layer.experts for layer in self.layers if layer.experts is not None), None)

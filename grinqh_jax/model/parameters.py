@@ -20,8 +20,8 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
         "head": config.head_dim,
         "experts": config.num_experts,
         "expert": config.expert_size,
-        "routed_experts": config.num_experts - 1,
-        "shared_expert": 1,
+        "routed_experts": config.num_experts - (config.mixture.shared if config.mixture else 0),
+        "shared_gate": 1,
     }
     if (heads := config.delta_heads) is not None:
         sizes |= {
@@ -54,7 +54,7 @@ def router_outputs(config: ModelConfig, name: str) -> tuple[str, ...]:
     """Returns the names of the axes that make up the scores of a router."""
     mixture = config.layers[int(name.split(".")[1])].experts
     assert mixture is not None, "the layer of a router has experts"
-    return ("routed_experts", "shared_expert") if mixture.shared else ("experts",)
+    return ("routed_experts", "shared_gate") if mixture.shared else ("experts",)
 
 
 def routers(config: ModelConfig) -> dict[str, str]:

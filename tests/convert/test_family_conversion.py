@@ -21,6 +21,7 @@ OBSTACLES = {name: rotation_obstacle(ModelConfig.from_hf(config)) for name, conf
 
 CONVERTED = (
     "qwen2-tied-yarn",
+    "qwen2-moe",
     "qwen3-moe-window",
     "mixtral",
     "olmoe",

@@ -54,6 +54,17 @@ CASES = {
         mlp_only_layers=[1],
         rope_theta=1000.0,
     ),
+    "qwen2-moe": _config(
+        "qwen2_moe",
+        "Qwen2MoeForCausalLM",
+        num_experts=6,
+        num_experts_per_tok=2,
+        moe_intermediate_size=40,
+        shared_expert_intermediate_size=120,
+        norm_topk_prob=False,
+        mlp_only_layers=[1],
+        rope_theta=1000.0,
+    ),
     "qwen3-moe-window": _config(
         "qwen3_moe",
         "Qwen3MoeForCausalLM",

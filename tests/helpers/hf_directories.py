@@ -61,7 +61,7 @@ def random_state(hf_config: dict) -> dict[str, np.ndarray]:
             elif not key.endswith((".bias", ".log_decay", ".step_bias")):
                 values *= shape[1] ** -0.5
             state[name] = values.astype(ml_dtypes.bfloat16)
-    return state
+    return params.with_whole_shared_experts(config, state)
 
 
 def write(directory: Path, hf_config: dict = QWEN3, state: dict | None = None, shards: int = 0) -> Path:

@@ -71,7 +71,12 @@ TOKENS = np.random.default_rng(7).integers(0, _SMALL["vocab_size"], (2, 40))
 
 def random_state(hf_config: dict, seed: int = 0) -> dict[str, np.ndarray]:
     """Returns float32 weights by Hugging Face name, so large that attention, norms and biases matter."""
-    state, config = {}, ModelConfig.from_hf(hf_config)
+    config = ModelConfig.from_hf(hf_config)
+    return params.with_whole_shared_experts(config, _random_sources(config, seed))
+
+
+def _random_sources(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
+    state = {}
     for key, parts in params.sources(config).items():
         for source in parts:
             rng = np.random.default_rng([seed, zlib.crc32(source.name.encode())])
@@ -87,7 +92,7 @@ def random_state(hf_config: dict, seed: int = 0) -> dict[str, np.ndarray]:
 def state_tree(hf_config: dict, seed: int = 0) -> tuple[ModelConfig, dict]:
     """Returns the same weights as a state tree of dense layers."""
     config = ModelConfig.from_hf(hf_config)
-    state = random_state(hf_config, seed)
+    state = _random_sources(config, seed)
     flat = {}
     for key, parts in params.sources(config).items():
         flat[key] = params.from_tensors(config, key, [state[part.name] for part in parts])

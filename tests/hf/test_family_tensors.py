@@ -34,7 +34,7 @@ def test_parameters_and_tensors_are_made_of_each_other(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen3-moe", "mixtral", "olmoe", "qwen3_5-moe"])
+@pytest.mark.parametrize("name", ["qwen2-moe", "qwen3-moe", "mixtral", "olmoe", "qwen3_5-moe"])
 def test_mixtures_are_read_as_transformers_saves_them(name, tmp_path):
     """transformers 5 fuses experts in memory and writes each to a tensor of its own."""
     pytest.importorskip("torch")
@@ -46,7 +46,7 @@ def test_mixtures_are_read_as_transformers_saves_them(name, tmp_path):
     np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
 
 
-@pytest.mark.parametrize("name", ["qwen3-moe", "qwen3_5-moe"])
+@pytest.mark.parametrize("name", ["qwen2-moe", "qwen3-moe", "qwen3_5-moe"])
 def test_experts_that_are_stored_together(name, tmp_path):
     """As checkpoints of Qwen3.5-MoE have them."""
     state = hf_directories.random_state(CASES[name])
@@ -68,7 +68,7 @@ def test_experts_that_are_stored_together(name, tmp_path):
         np.testing.assert_array_equal(checkpoint.read(key), single.read(key))
     transposed = dict(together)
     transposed[f"{prefix}.down_proj"] = np.ascontiguousarray(down.swapaxes(1, 2))
-    with pytest.raises(CheckpointError, match=rf"tensor {prefix}.down_proj is not part of a qwen3"):
+    with pytest.raises(CheckpointError, match=rf"tensor {prefix}.down_proj is not part of a qwen"):
         open_checkpoint(hf_directories.write(tmp_path / "transposed", CASES[name], transposed))
 
 

@@ -66,6 +66,15 @@ REFUSED = {
         ({"num_experts_per_tok": 9}, "num_experts_per_tok 9 exceeds the 8 experts"),
         ({"moe_intermediate_size": 0}, "moe_intermediate_size is 0"),
     ],
+    "qwen2-moe": [
+        ({"use_sliding_window": True}, "use_sliding_window True"),
+        (
+            {"shared_expert_intermediate_size": 100},
+            "shared_expert_intermediate_size 100 is not a multiple of moe_intermediate_size 40",
+        ),
+        ({"shared_expert_intermediate_size": None}, "shared_expert_intermediate_size is None"),
+        ({"layer_types": ["sliding_attention"] * 3}, "layer_types sliding_attention (supported"),
+    ],
     "mixtral": [
         ({"num_experts_per_tok": 6}, "num_experts_per_tok 6 exceeds the 5 experts"),
         ({"attention_bias": True}, "attention_bias True"),
@@ -123,8 +132,8 @@ REFUSED = {
     ],
     "qwen3_5-moe": [
         (
-            {"shared_expert_intermediate_size": 80},
-            "shared_expert_intermediate_size 80 differs from moe_intermediate_size 40",
+            {"shared_expert_intermediate_size": 100},
+            "shared_expert_intermediate_size 100 is not a multiple of moe_intermediate_size 40",
         ),
         ({"num_experts_per_tok": 9}, "num_experts_per_tok 9 exceeds the 8 experts"),
     ],

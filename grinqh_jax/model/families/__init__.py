@@ -9,6 +9,7 @@ from grinqh_jax.model.families import (
     olmo,
     phi3,
     qwen,
+    qwen2_moe,
     qwen3_5,
     qwen3_moe,
     smollm3,
@@ -17,7 +18,7 @@ from grinqh_jax.model.families.family import Family
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
-    for module in (llama, qwen, qwen3_5, qwen3_moe, mistral, smollm3, granite, phi3, olmo, gemma)
+    for module in (llama, qwen, qwen2_moe, qwen3_5, qwen3_moe, mistral, smollm3, granite, phi3, olmo, gemma)
     for family in module.FAMILIES
 }
 """The supported families by ``model_type``."""

@@ -57,6 +57,21 @@ fused. ``i`` is the index of a layer, ``e`` that of an expert. Hugging Face stor
 inputs]``. The tensors of a bias have the names of the kernel's tensors, with ``bias`` instead of
 ``weight``."""
 
+SHARED_EXPERT: Mapping[str, tuple[str, ...]] = {
+    "experts_gate_up.kernel": (
+        "model.layers.{i}.mlp.shared_expert.gate_proj.weight",
+        "model.layers.{i}.mlp.shared_expert.up_proj.weight",
+    ),
+    "experts_down.kernel": ("model.layers.{i}.mlp.shared_expert.down_proj.weight",),
+}
+"""Names of the tensors of a shared expert, by parameter in a layer."""
+
+ROUTER_WITH_GATE = (
+    *TENSORS["layers.{i}.router.kernel"],
+    "model.layers.{i}.mlp.shared_expert_gate.weight",
+)
+"""Names of the tensors of a router that has a gate of the shared expert."""
+
 EMBEDDING, LM_HEAD = TENSORS["embed.embedding"][0], TENSORS["lm_head.kernel"][0]
 
 
@@ -168,7 +183,7 @@ def read_experts(
       reader: Configuration.
       keys: Spellings of the number of experts.
       normalized: See ``GatedExperts``.
-      shared: Whether there is a shared expert, which the result counts.
+      shared: Whether there is a shared expert, which the result counts as experts of the usual width.
     """
     stated = {reader.integer(key) for key in keys if reader.values.get(key) is not None}
     if len(stated) != 1:
@@ -178,9 +193,19 @@ def read_experts(
     count, chosen = stated.pop(), reader.integer("num_experts_per_tok")
     if chosen > count:
         reader.problem(f"num_experts_per_tok {chosen} exceeds the {count} experts")
-    return count + shared, GatedExperts(
+    parts = 0
+    if shared:
+        width, each = (
+            reader.integer(key) for key in ("shared_expert_intermediate_size", "moe_intermediate_size")
+        )
+        parts = width // each
+        if parts * each != width:
+            reader.problem(
+                f"shared_expert_intermediate_size {width} is not a multiple of moe_intermediate_size {each}"
+            )
+    return count + parts, GatedExperts(
         chosen=chosen,
         normalized=normalized,
-        shared=shared,
+        shared=parts,
         activation=reader.activation(),  # type: ignore[arg-type]
     )

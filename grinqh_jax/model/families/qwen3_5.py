@@ -7,7 +7,15 @@ so it must be as wide as the others.
 import dataclasses
 
 from grinqh_jax.model.config_reader import GLOBAL, LINEAR, ConfigReader
-from grinqh_jax.model.families.family import TENSORS, Family, head_norms, layer, read_experts
+from grinqh_jax.model.families.family import (
+    ROUTER_WITH_GATE,
+    SHARED_EXPERT,
+    TENSORS,
+    Family,
+    head_norms,
+    layer,
+    read_experts,
+)
 from grinqh_jax.model.families.rope import ROPE_TYPES, read_rope
 from grinqh_jax.model.layer_spec import Attention, DeltaHeads, Description, GatedDeltaNet, GatedExperts, Norm
 
@@ -37,12 +45,7 @@ def _dense(reader: ConfigReader) -> Description:
 
 def _mixtures(reader: ConfigReader) -> Description:
     count, experts = read_experts(reader, ("num_experts", "num_local_experts"), normalized=True, shared=True)
-    size, shared = (
-        reader.integer(key) for key in ("moe_intermediate_size", "shared_expert_intermediate_size")
-    )
-    if size != shared:
-        reader.problem(f"shared_expert_intermediate_size {shared} differs from moe_intermediate_size {size}")
-    description = _describe(reader, experts)
+    description, size = _describe(reader, experts), reader.integer("moe_intermediate_size")
     return dataclasses.replace(description, num_experts=count, expert_size=size)
 
 
@@ -125,20 +128,8 @@ FAMILIES = (
         describe=_mixtures,
         biases=("attention_bias",),
         mixtures=True,
-        tensors=_TENSORS
-        | {
-            "layers.{i}.router.kernel": (
-                "model.layers.{i}.mlp.gate.weight",
-                "model.layers.{i}.mlp.shared_expert_gate.weight",
-            ),
-        },
-        shared_expert={
-            "experts_gate_up.kernel": (
-                "model.layers.{i}.mlp.shared_expert.gate_proj.weight",
-                "model.layers.{i}.mlp.shared_expert.up_proj.weight",
-            ),
-            "experts_down.kernel": ("model.layers.{i}.mlp.shared_expert.down_proj.weight",),
-        },
+        tensors=_TENSORS | {"layers.{i}.router.kernel": ROUTER_WITH_GATE},
+        shared_expert=SHARED_EXPERT,
         defaults=_DEFAULTS
         | {
             "num_key_value_heads": 2,

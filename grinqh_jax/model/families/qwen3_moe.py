@@ -6,7 +6,7 @@ from grinqh_jax.model.families.rope import read_rope
 from grinqh_jax.model.layer_spec import Attention, Description
 
 
-def _has_experts(reader: ConfigReader) -> list[bool]:
+def has_experts(reader: ConfigReader) -> list[bool]:
     """Returns whether each layer is a mixture: every ``decoder_sparse_step``-th one not in a list."""
     count, step = reader.integer("num_hidden_layers"), reader.integer("decoder_sparse_step", 1)
     dense = reader.values.get("mlp_only_layers") or []
@@ -20,8 +20,8 @@ def _describe(reader: ConfigReader) -> Description:
     bias, activation, rope = reader.switch("attention_bias"), reader.activation(), read_rope(reader)
     # transformers gives all layers the same window and ignores layer_types.
     window = reader.optional_integer("sliding_window") if reader.switch("use_sliding_window") else None
-    has_experts = _has_experts(reader)
-    kinds = [GLOBAL if window is None else SLIDING] * len(has_experts)
+    mixtures = has_experts(reader)
+    kinds = [GLOBAL if window is None else SLIDING] * len(mixtures)
     if reader.layer_types(kinds) != kinds:
         reader.problem("layer_types of another kind than sliding_window says")
     count, experts = read_experts(
@@ -36,7 +36,7 @@ def _describe(reader: ConfigReader) -> Description:
                 o_bias=bias,
                 experts=experts if mixture else None,
             )
-            for mixture in has_experts
+            for mixture in mixtures
         ),
         num_experts=count,
         expert_size=reader.integer("moe_intermediate_size"),
