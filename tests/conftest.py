@@ -52,7 +52,7 @@ if not ON_GPU:
         _flags.append("--xla_cpu_use_fusion_emitters=false")
     os.environ.setdefault("XLA_FLAGS", " ".join(_flags))
 
-pytest_plugins = ["byte_model", "character_model"]  # Fixtures with tiny checkpoints.
+pytest_plugins = ["byte_model", "character_model", "trained_models"]  # Fixtures with checkpoints.
 
 MOST_WORKERS = 4
 """Each takes 2 to 3 GB of memory."""

@@ -116,7 +116,8 @@ class Texts:
           cache: Cache of the texts, by default an empty one.
           policy: How programs are compiled and chunks scheduled, by default ``DecodePolicy.for_device()``.
           rings: See ``Shape``. Must be false if ``storage`` gives a text the prefix of another one.
-          speculation: How to speculate, if at all. There are no rings then, as they cannot be rolled back.
+          speculation: How to speculate, if at all. There are no rings then, because the rounding of their
+            attention on a CPU follows the number of new tokens.
         """
         policy = policy or DecodePolicy.for_device()
         shape = contiguous_shape(capacity, slots, rings and speculation is None)

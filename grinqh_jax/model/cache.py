@@ -169,8 +169,9 @@ class KVCache:
     def rollback(self, lengths: Int[Array, "b"]) -> "KVCache":
         """Returns a cache as if only the first ``lengths`` tokens of each row had been read.
 
-        No token attends to the slots after them, and later tokens overwrite these slots. States of a fixed
-        size cannot be rolled back.
+        No token attends to the slots after them, and later tokens overwrite these slots. Rings can take back
+        ``ring_cache.SPARE_SLOTS`` tokens; recurrent states cannot be rolled back.
         """
-        assert not self.fixed, "states of a fixed size cannot be rolled back"
+        recurrent = [state for state in self.fixed.values() if isinstance(state, RecurrentState)]
+        assert not recurrent, "recurrent states cannot be rolled back"
         return dataclasses.replace(self, lengths=lengths)

@@ -69,7 +69,9 @@ def test_rows_are_independent_in_a_small_model():
 @pytest.mark.slow
 @pytest.mark.usefixtures("optimized_programs")
 @pytest.mark.parametrize("name", ["bundled", "qwen3-32m"])
-def test_rows_are_independent_in_a_trained_model(name, shared):
-    generator = Generator.load(BUNDLED_MODEL if name == "bundled" else shared / "models" / name)
+def test_rows_are_independent_in_a_trained_model(name, request):
+    generator = Generator.load(
+        BUNDLED_MODEL if name == "bundled" else request.getfixturevalue("converted_32m")
+    )
     shapes = [(1, 2), (1, 4), (1, 8), (1, 16), (2, 8), (3, 5), (4, 4), (8, 2), (16, 1)]
     assert_invariant(generator.model, generator.targets, shapes, [2.0, 3.0, 4.0, 8.0])

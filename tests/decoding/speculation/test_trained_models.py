@@ -35,8 +35,10 @@ def loops(tokens: list[int]) -> bool:
 
 @pytest.mark.parametrize("bits", [2.0, 3.0, 4.0, 8.0])
 @pytest.mark.parametrize("name", ["bundled", "qwen3-32m"])
-def test_greedy_texts_are_the_same_with_drafts(name, bits, shared):
-    generator = Generator.load(BUNDLED_MODEL if name == "bundled" else shared / "models" / name)
+def test_greedy_texts_are_the_same_with_drafts(name, bits, request):
+    generator = Generator.load(
+        BUNDLED_MODEL if name == "bundled" else request.getfixturevalue("converted_32m")
+    )
     generator.holds_dial = True
 
     def decoded(speculation=None):
