@@ -88,17 +88,3 @@ def test_texts_with_rings_equal_texts_with_whole_contexts(tmp_path):
             for prompt, answer in zip(PROMPTS, answers, strict=True):
                 assert list(answer.tokens) == greedy(generator.model, prompt)
         assert engine.stats().reused_tokens == 0
-
-
-@pytest.mark.slow
-def test_an_engine_with_rings_takes_back_drafts(tmp_path):
-    generator = Generator.load(
-        tiny_models.write(tmp_path, CASES["ministral"] | {"vocab_size": 300}), jnp.float32
-    )
-    lookup = speculation_of(SpeculationSetting("lookup"), generator)
-    prompts = [[3, 4, 5, 6, 7, 8] * 8, [9, 10, 11] * 9]
-    sizes = {"slots": 2, "max_context": 128, "page_size": 16, "piece": 32, "share_prefixes": False}
-    with Engine(generator, **sizes, speculation=dataclasses.replace(lookup, always=True)) as engine:
-        for prompt, answer in zip(prompts, engine.generate_many(prompts, REQUEST), strict=True):
-            assert list(answer.tokens) == greedy(generator.model, prompt)
-            assert answer.speculation.drafted > answer.speculation.accepted
