@@ -76,7 +76,7 @@ WRONG = {
     "--request-seconds 0": "expected a positive number of seconds",
     "--api-key-file nowhere": "--api-key-file nowhere: No such file",
     "--port 0 --max-context 1": "a context of 1 tokens",
-    "--port 0 --slots 17": "slots 17: 1 to 16 requests",
+    "--port 0 --slots 65": "slots 65: 1 to 64 requests",
     "--port 0 --prefill-piece 100": "a piece of 100 tokens is not a multiple of the page size 64",
 }
 
