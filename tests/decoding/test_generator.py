@@ -193,7 +193,7 @@ def test_warning_when_activations_leave_the_calibrated_range():
     def warning(**activation_range_ratio):
         fields = dict.fromkeys((f.name for f in dataclasses.fields(Statistics)), 0)
         fields |= {"realised_bits_per_layer": {}, "realised_bits_per_step": None, "dense_dtype": None}
-        fields["speculation"] = None
+        fields |= {"speculation": None, "reading": "graded"}
         return Statistics(**fields | {"activation_range_ratio": activation_range_ratio}).warning()
 
     assert warning(a=0.9, b=1.5) is None
