@@ -164,6 +164,7 @@ def test_awq_scales_are_powers_of_the_magnitude():
     np.testing.assert_allclose(channel_scales(magnitude, 0.5), [0.5, 1, 2, 0.5], rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", model.METHODS)
 def test_a_whole_model(method, tmp_path):
     state = {k: v.astype(np.float32) for k, v in hf_directories.random_state(hf_directories.LLAMA3).items()}

@@ -51,6 +51,7 @@ def levels(bundled, generator, bits):
     return observe_levels(bundled.model, np.array([bundled.tokenizer.encode(TEXT)[:64]]), thresholds)
 
 
+@pytest.mark.slow
 def test_truncation_reads_every_channel_at_one_level(bundled):
     truncated = reading.truncation(bundled)
     for bits in (2, 4, 6, 8):
@@ -64,6 +65,7 @@ def test_truncation_reads_every_channel_at_one_level(bundled):
     assert results[2].kl == pytest.approx(results[3].kl, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_skip_int4_uses_two_levels_and_keeps_the_mean(bundled, windows):
     skipping = reading.skip_int4(bundled, windows)
     for name, read_levels in levels(bundled, skipping, 2.0).items():

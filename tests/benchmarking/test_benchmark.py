@@ -188,6 +188,7 @@ def test_prefill_in_buckets_gives_the_same_logits(tiny_model):
         measure.PrefillRun(tiny_model, 30, bucket=8)
 
 
+@pytest.mark.slow
 def test_the_verb_prints_a_row_per_test_and_setting(monkeypatch, capsys):
     monkeypatch.setattr(random_model, "shapes", lambda: {"tiny": TINY})
     monkeypatch.setattr(measure, "read_bandwidth", lambda: 1e9)

@@ -150,6 +150,7 @@ def test_the_default_of_a_model_with_a_chat_template_has_chats(dense_directory, 
     assert np.isin(chat.windows, turn).any()
 
 
+@pytest.mark.slow
 def test_text_of_the_model_itself_is_reproducible_and_likely(source):
     with pytest.warns(GrinqhWarning, match="name another text beside it"):
         sampled = read_calibration(source, [SELF], 1024)

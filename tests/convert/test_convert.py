@@ -80,6 +80,7 @@ def assert_same_predictions(model, original):
     assert np.mean(logits.argmax(-1) == expected.argmax(-1)) > 0.9
 
 
+@pytest.mark.slow
 def test_an_8_bit_llama_keeps_its_weights_and_its_predictions(llama, calib, tmp_path, capsys):
     out = tmp_path / "out"
     assert convert.main(arguments(llama, out, calib, "--basis", "original", "--no-refit")) == 0
@@ -219,15 +220,9 @@ def test_a_killed_conversion_resumes_and_ends_the_same(qwen3, tmp_path, capsys):
         assert gains[-1] == 1
 
 
-@pytest.mark.parametrize(
-    ("basis", "refit"),
-    [
-        ("principal", True),
-        pytest.param("original", False, marks=pytest.mark.slow),
-        pytest.param("original", True, marks=pytest.mark.slow),
-        pytest.param("principal", False, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("basis", ["principal", "original"])
+@pytest.mark.parametrize("refit", [True, False])
 def test_progress_is_reported_as_often_as_planned(qwen3, calib, tmp_path, monkeypatch, basis, refit):
     monkeypatch.setattr(train_gains, "STEPS", 2)
     monkeypatch.setattr(train_gains, "LEAST_TOKENS", 256)

@@ -202,6 +202,7 @@ def test_a_row_decodes_the_same_alone_and_beside_finished_rows(graded):
     np.testing.assert_allclose(both.grading_stats.bits[:, 1], alone.grading_stats.bits[:, 0], atol=0.05)
 
 
+@pytest.mark.slow
 def test_turning_any_dial_compiles_nothing(graded):
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(

@@ -213,6 +213,7 @@ def test_new_settings_compile_nothing(generator, compilations):
     assert len(compilations) == before
 
 
+@pytest.mark.slow
 def test_preparing_compiles_everything(generator, compilations):
     prompts = [range(2, 50), range(2, 9), range(40, 43)]  # a batch size that no other test has
     batch = Batch(generator, prompts, bits=3.0, max_tokens=20, max_context=128, temperature=1.0)

@@ -103,6 +103,7 @@ def test_a_conversation_of_several_buckets_has_the_same_text(talker, tokens_read
     np.testing.assert_allclose(new.grading_stats.bits[0], old.grading_stats.bits[0], atol=0.05)
 
 
+@pytest.mark.slow
 def test_a_conversation_with_few_sizes_has_the_same_text_and_compiles_nothing_new(
     talker, tokens_read, compilations
 ):

@@ -53,6 +53,7 @@ def prefilled(generator, *args, **options) -> Batch:
     return batch
 
 
+@pytest.mark.slow
 def test_chunks_have_the_length_of_the_policy(generator, device_policy, dispatched):
     usual = prepared(generator, policy=device_policy)
     usual.run()
@@ -212,7 +213,7 @@ def test_rows_that_have_ended_read_no_weights(generator, dispatched):
     assert (bits[:, 1:] > 0).all()
 
 
-@pytest.mark.parametrize("slots", [1, 2])
+@pytest.mark.parametrize("slots", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_numbers_that_are_not_finite_do_not_reach_the_next_text_of_a_slot(generator, slots):
     """The cache is full of NaN, as texts leave it whose activations overflow."""
     prompts = PROMPTS[:slots]

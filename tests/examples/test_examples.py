@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from checkpoints_tools.export.exchange import write_safetensors
 from grinqh_jax import Generator, Request
@@ -82,6 +83,7 @@ def test_kernel_in_jax(monkeypatch, capsys):
     assert bits[0] > bits[-1]
 
 
+@pytest.mark.slow
 def test_serving_loop(graded_directory):
     """Two clients at once; one of them leaves, and one sends a wrong request."""
     script = [sys.executable, EXAMPLES / "serving_loop.py", "--model", graded_directory]

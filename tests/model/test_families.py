@@ -159,7 +159,7 @@ def test_the_cases_cover_all_families():
     assert {config["model_type"] for config in CASES.values()} == FAMILIES.keys()
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", cases("llama-biases-linear", "gemma3", "qwen3-moe", "qwen3_5"))
 def test_logits_equal_recorded_logits_and_every_option_matters(name):
     config, tree = state_tree(CASES[name])
     tree = jax.tree.map(jnp.asarray, tree)
@@ -201,7 +201,7 @@ def prefill_and_decode(model, tokens):
     return jnp.concatenate([prompt[None], logits]).swapaxes(0, 1)
 
 
-@pytest.mark.parametrize("name", cases("ministral3", "smollm3", "olmo3-window-yarn", "gemma3", "qwen3_5"))
+@pytest.mark.parametrize("name", cases("gemma3", "qwen3_5"))
 def test_prefill_and_decoding_with_a_cache_equal_one_pass(name):
     model = model_of(CASES[name])
     whole = np.asarray(model(TOKENS))[:, PROMPT - 1 :]

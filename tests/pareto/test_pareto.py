@@ -294,6 +294,7 @@ def test_flags_of_the_converter_become_its_options():
     assert flags.options(args.convert) == Options(split="uniform")
 
 
+@pytest.mark.slow
 def test_half_the_planes_give_half_the_settings(files, capsys):
     plain = ["--max-bits", "4", "--basis", "original", "--split", "uniform"]
     results = files / "half.json"

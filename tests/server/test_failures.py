@@ -81,6 +81,7 @@ def crashes(monkeypatch):
     monkeypatch.setattr(AnswerText, "push", failing)
 
 
+@pytest.mark.slow
 def test_a_crash_of_one_answer_harms_no_other(service, crashes, caplog):
     (alone,) = exchange(service, GOOD)
     failed = service.metrics.answers.labels("failed")._value.get()

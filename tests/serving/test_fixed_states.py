@@ -51,6 +51,7 @@ def test_a_conversation_reuses_the_state_after_a_piece_of_the_last_prompt(genera
     assert reused == [0, 26 if few_sizes else 0, 87]  # 26: the first token of the preview.
 
 
+@pytest.mark.slow
 def test_the_engine_decodes_texts_of_several_lengths_in_slots_and_pages(generator):
     with Engine(generator, slots=2, max_context=128, page_size=16, piece=32) as engine:
         for _ in range(2):  # A slot and its pages had another text before.
@@ -65,6 +66,7 @@ def test_speculation_names_the_states_that_it_cannot_take_back(generator):
         speculation_of(SpeculationSetting("lookup"), generator)
 
 
+@pytest.mark.slow
 def test_texts_with_rings_equal_texts_with_whole_contexts(tmp_path):
     """Windows of 8 tokens: rings of 24 slots in a cache of 128, and prompts of up to 90 tokens."""
     config = CASES["ministral"] | {"vocab_size": 300}

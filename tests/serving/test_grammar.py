@@ -45,6 +45,7 @@ def assert_person(text: str) -> None:
     assert person["kind"] in ("cat", "dog")
 
 
+@pytest.mark.slow
 def test_answers_fit_the_schema_and_change_no_other_answer(engine, compilations):
     alone = [engine.generate_many([prompt], request)[0] for prompt, request in PLAIN]
     compilations.clear()

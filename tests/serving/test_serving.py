@@ -118,6 +118,7 @@ def test_up_to_16_slots_are_graded(engine):
     assert not any("one level" in line for line in figures.lines())
 
 
+@pytest.mark.slow
 def test_penalties_and_biases_are_those_of_the_generator(engine, generator):
     rng = random.Random(1)
     cases = [random_case(rng) for _ in range(60)]
@@ -193,6 +194,7 @@ def test_pages_fit_into_free_memory(generator, monkeypatch):
         Engine(generator, **SIZES)
 
 
+@pytest.mark.slow
 def test_all_programs_of_an_engine_are_lowered_in_advance(generator, compilations):
     """They are compiled several at once, and running them afterwards compiles nothing."""
     settings = generator.settings(Request(temperature=1.0, presence_penalty=1.0), 1)
