@@ -20,7 +20,7 @@ from grinqh_jax.model.parameters import (
     delta_parameters,
     norms,
     projections,
-    routers,
+    router_projections,
     stored_dtype,
 )
 from grinqh_jax.model.weight_counts import weights_read
@@ -243,7 +243,8 @@ def weighted_mean(
 def _bytes_per_token(model: Decoder, bits: Mapping[str, float]) -> float:
     config, sizes = model.config, axis_sizes(model.config)
     linears = sum(weights * bits[name] / 8 for name, weights in weights_read(config).items())
-    linears += BF16_BYTES * len(routers(config)) * sizes["hidden"] * sizes["experts"]
+    routers = router_projections(config).values()
+    linears += BF16_BYTES * sum(math.prod(router.shape(sizes)) for router in routers)
     vectors = {f"{name}.scale": sizes[norm.axis] for name, norm in norms(config).items()}
     vectors |= {f"{name}.bias": p.shape(sizes)[1] for name, p in projections(config).items() if p.bias}
     vectors |= {name: math.prod(shape) for name, shape in delta_parameters(config).items()}

@@ -29,7 +29,7 @@ from grinqh_jax.model.parameters import (
     delta_parameters,
     norms,
     projections,
-    routers,
+    router_projections,
     stored_dtype,
 )
 from grinqh_jax.model.partition import Partition
@@ -218,10 +218,9 @@ def abstract_tree(config: ModelConfig, max_bits: int, num_targets: int) -> dict[
     experts = {name for name, projection in projections(config).items() if projection.of_experts}
     for name, shape in linear_shapes(config).items():
         leaves |= {f"{name}.{leaf}": value for leaf, value in graded(shape, name in experts).items()}
-    for name in routers(config):
+    for name, router in router_projections(config).items():
         kernel = f"{name}.kernel"
-        shape = sizes["hidden"], sizes["experts"]
-        leaves[kernel] = jax.ShapeDtypeStruct(shape, stored_dtype(config, kernel))
+        leaves[kernel] = jax.ShapeDtypeStruct(router.shape(sizes), stored_dtype(config, kernel))
     for name, projection in projections(config).items():
         if projection.bias:
             bias = f"{name}.bias"

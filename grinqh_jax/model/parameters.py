@@ -50,11 +50,10 @@ def projections(config: ModelConfig) -> dict[str, Projection]:
     }
 
 
-def router_outputs(config: ModelConfig, name: str) -> tuple[str, ...]:
-    """Returns the names of the axes that make up the scores of a router."""
-    mixture = config.layers[int(name.split(".")[1])].experts
-    assert mixture is not None, "the layer of a router has experts"
-    return ("routed_experts", "shared_gate") if mixture.shared else ("experts",)
+def router_projections(config: ModelConfig) -> dict[str, Projection]:
+    """Returns the kernels of all routers by dotted name. The score of a shared expert is that of its gate."""
+    routed = ("routed_experts", "shared_gate") if config.mixture and config.mixture.shared else ("experts",)
+    return {name: Projection(name, "hidden", routed) for name in routers(config)}
 
 
 def routers(config: ModelConfig) -> dict[str, str]:
@@ -117,7 +116,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, list[tuple[int, ...]]]:
     shapes: dict[str, list[tuple[int, ...]]] = {EMBEDDING: [(sizes["vocab"], sizes["hidden"])]}
     shapes |= {f"{name}.scale": [(sizes[norm.axis],)] for name, norm in norms(config).items()}
     kernels = projections(config) | {HEAD: Projection(HEAD, "hidden", ("vocab",))}
-    kernels |= {name: Projection(name, "hidden", router_outputs(config, name)) for name in routers(config)}
+    kernels |= router_projections(config)
     shapes |= {name: [shape] for name, shape in delta_parameters(config).items()}
     for name, projection in kernels.items():
         arrays: list[tuple[int, ...]] = [

@@ -67,14 +67,15 @@ def test_random_requests_compile_nothing_and_equal_the_generator(engine, generat
 
 
 def test_an_answer_with_logprobs_has_those_of_its_tokens(engine, generator):
-    prompt, request = list(b"the cat sat the cat sat"), Request(bits=3.0, max_tokens=20, temperature=0.0)
-    answer = engine.submit(prompt, request, top_logprobs=2)
-    answer.result()
-    assert answer.speculation.accepted > 0
-    assert [one.token for one in answer.logprobs] == answer.tokens
-    for one in answer.logprobs:
-        assert one.logprob == pytest.approx(one.top[0][1])
-        assert one.token == one.top[0][0]
+    request = Request(bits=3.0, max_tokens=40, temperature=0.0, stop_tokens=())
+    answers = [engine.submit(list(phrase * 9)[:60], request, top_logprobs=2) for phrase in PHRASES]
+    for answer in answers:
+        answer.result()
+        assert [one.token for one in answer.logprobs] == answer.tokens
+        for one in answer.logprobs:
+            assert one.logprob == pytest.approx(one.top[0][1])
+            assert one.token == one.top[0][0]
+    assert sum(answer.speculation.accepted for answer in answers) > 0
 
 
 def test_cancelled_answers_free_their_slots_and_harm_no_other(engine, generator):
