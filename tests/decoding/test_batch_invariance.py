@@ -73,6 +73,7 @@ def test_rows_are_independent_in_a_small_model():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.usefixtures("optimized_programs")
 @pytest.mark.parametrize("name", ["bundled", "qwen3-32m"])
 def test_rows_are_independent_in_a_trained_model(name, request):

@@ -11,18 +11,20 @@ from grinqh_jax.decoding.speculation.make import speculation_of
 from grinqh_jax.decoding.speculation.setting import SpeculationSetting
 from grinqh_jax.decoding.speculation.speculation import Speculation
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimized_programs")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimized_programs"), pytest.mark.timeout(900)]
 
-PROMPTS, PROMPT_TOKENS, ANSWER_TOKENS = 50, 48, 40
-"""50 prompts at each of four settings are 200 for each model."""
+PROMPTS = {"bundled": 50, "qwen3-32m": 8}
+"""Number of prompts at each of four settings. The larger model takes five times as long for each."""
+
+PROMPT_TOKENS, ANSWER_TOKENS = 48, 40
 
 
-def prompts(generator: Generator) -> list[list[int]]:
+def prompts(generator: Generator, count: int) -> list[list[int]]:
     """Pieces of the bundled text. Each begins again at its end, so that lookup has drafts."""
     from checkpoints_tools.calibration.text import BUNDLED_TEXT
 
     tokens = generator.tokenizer.encode(BUNDLED_TEXT.read_text(encoding="utf-8")[:60_000])
-    starts = np.linspace(0, len(tokens) - PROMPT_TOKENS, PROMPTS).astype(int)
+    starts = np.linspace(0, len(tokens) - PROMPT_TOKENS, count).astype(int)
     pieces = [tokens[start : start + PROMPT_TOKENS - 8] for start in starts]
     return [piece + piece[:8] for piece in pieces]
 
@@ -43,7 +45,9 @@ def test_greedy_texts_are_the_same_with_drafts(name, bits, request):
 
     def decoded(speculation=None):
         sizes = {"max_tokens": ANSWER_TOKENS, "max_context": 128, "slots": 2}
-        batch = Batch(generator, prompts(generator), bits=bits, speculation=speculation, **sizes)
+        batch = Batch(
+            generator, prompts(generator, PROMPTS[name]), bits=bits, speculation=speculation, **sizes
+        )
         batch.run()
         return batch
 
@@ -59,5 +63,5 @@ def test_greedy_texts_are_the_same_with_drafts(name, bits, request):
         ]
         assert different == []
         accepted += sum(row.speculation.accepted for row in drafted.rows)
-    assert accepted > 100
-    assert sum(not loops(tokens) for tokens in plain.tokens) > PROMPTS // 2
+    assert accepted > 2 * PROMPTS[name]
+    assert sum(not loops(tokens) for tokens in plain.tokens) > PROMPTS[name] // 2
