@@ -33,7 +33,7 @@ def run_cases(markers):
     )
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize("markers", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_models_on_a_mesh_answer_as_on_one_device(markers):
     process = run_cases(markers)
