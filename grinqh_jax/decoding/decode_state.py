@@ -26,10 +26,12 @@ from grinqh_jax.decoding.penalties import TokenHistory
 from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.prefix import Prefix
 from grinqh_jax.decoding.prompt_logprobs import prompt_logprobs as logprobs_of_prompt
+from grinqh_jax.decoding.sampling import Sampling
 from grinqh_jax.decoding.settings import Settings
 from grinqh_jax.decoding.speculation.chunk import SlotTexts
 from grinqh_jax.decoding.speculation.drafter import Drafter, DrafterState
 from grinqh_jax.decoding.thresholds import StackedThresholds
+from grinqh_jax.model.cache import KVCache
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.fixed_states import FixedStates
 from grinqh_jax.model.flat_model import FlatModel
@@ -65,6 +67,33 @@ class Slots:
     fixed: FixedStates
     texts: SlotTexts | None = None
     drafter: Any = None
+
+    def sampling(self, greedy: bool, allowed: UInt32[Array, "b words"] | None) -> Sampling:
+        """Returns how tokens are chosen; ``greedy`` and ``allowed`` as in ``generate``."""
+        sampling = dataclasses.replace(self.settings.sampling, allowed=allowed)
+        if greedy:
+            sampling = dataclasses.replace(sampling, greedy=True, penalties=None, logit_bias=None)
+        return sampling
+
+    def dial_of(self, dial: Dial | None) -> Dial | None:
+        """Returns the model's dial with the state of each slot; None for a dense model."""
+        if dial is None:
+            return None
+        assert self.dial is not None, "a graded model has a dial"
+        return dial.with_state(self.dial)
+
+    def after(self, chunk: engine.Chunk, cache: KVCache) -> "Slots":
+        """Returns the rows after a chunk that left the texts in ``cache``."""
+        return dataclasses.replace(
+            self,
+            settings=dataclasses.replace(self.settings, limits=self.settings.limits - chunk.counts),
+            lengths=cache.lengths,
+            last=chunk.last,
+            done=chunk.done,
+            history=self.history if chunk.history is None else chunk.history,
+            dial=chunk.dial,
+            fixed=cache.fixed,
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -324,38 +353,22 @@ def generate(
       The state, and the new tokens with their grading statistics.
     """
     slots, settings = state.slots, state.slots.settings
-    sampling, history = dataclasses.replace(settings.sampling, allowed=allowed), slots.history
-    if greedy:
-        sampling = dataclasses.replace(sampling, greedy=True, penalties=None, logit_bias=None)
-    if dial is not None:
-        assert slots.dial is not None, "a graded model has a dial"
-        dial = dial.with_state(slots.dial)
     chunk, texts = engine.jitted_decode_chunk(
         model,
         slots.last,
         slots.done,
         state.cache.texts(slots.pages, slots.lengths, slots.fixed),
-        dial,
-        sampling,
+        slots.dial_of(dial),
+        slots.sampling(greedy, allowed),
         settings.stop_tokens,
         settings.limits,
         steps=policy.chunk_steps,
         policy=policy,
-        history=None if greedy else history,
+        history=None if greedy else slots.history,
         top_logprobs=top_logprobs,
         level=level,
     )
-    slots = dataclasses.replace(
-        slots,
-        settings=dataclasses.replace(settings, limits=settings.limits - chunk.counts),
-        lengths=texts.lengths,
-        last=chunk.last,
-        done=chunk.done,
-        history=history if chunk.history is None else chunk.history,
-        dial=chunk.dial,
-        fixed=texts.fixed,
-    )
-    state = dataclasses.replace(state, cache=PagedCache.of(texts), slots=slots)
+    state = dataclasses.replace(state, cache=PagedCache.of(texts), slots=slots.after(chunk, texts))
     return state, dataclasses.replace(chunk, history=None, dial=None)
 
 

@@ -29,10 +29,10 @@ def generator(tmp_path_factory) -> Generator:
     return Generator.load(tiny_models.write(tmp_path_factory.mktemp("qwen3_5"), HF_CONFIG), jnp.float32)
 
 
-def greedy(model: Decoder, prompt: list[int]) -> list[int]:
+def greedy(model: Decoder, prompt: list[int], steps: int = STEPS) -> list[int]:
     """Returns the most likely tokens, each from a forward pass without a cache; the padding comes later."""
     forward, tokens = jax.jit(lambda model, tokens: model(tokens)), list(prompt)
-    for _ in range(STEPS):
+    for _ in range(steps):
         padded = jnp.asarray([tokens + [0] * (128 - len(tokens))])
         tokens.append(int(jnp.argmax(forward(model, padded)[0, len(tokens) - 1])))
     return tokens[len(prompt) :]
@@ -90,3 +90,17 @@ def test_texts_with_rings_equal_texts_with_whole_contexts(tmp_path):
             for prompt, answer in zip(PROMPTS, answers, strict=True):
                 assert list(answer.tokens) == greedy(generator.model, prompt)
         assert engine.stats().reused_tokens == 0
+
+
+@pytest.mark.slow
+def test_rings_pass_from_chunk_to_chunk_with_drafts(tmp_path):
+    config = CASES["ministral"] | {"vocab_size": 300}
+    generator = Generator.load(tiny_models.write(tmp_path, config), jnp.float32)
+    lookup = speculation_of(SpeculationSetting("lookup"), generator)
+    prompts, steps = [[3, 4, 5, 6, 7, 8] * 8, [9, 10, 11] * 9], 40
+    sizes = {"slots": 2, "max_context": 128, "page_size": 16, "piece": 32, "share_prefixes": False}
+    with Engine(generator, **sizes, speculation=dataclasses.replace(lookup, always=True)) as engine:
+        answers = engine.generate_many(prompts, dataclasses.replace(REQUEST, max_tokens=steps))
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert list(answer.tokens) == greedy(generator.model, prompt, steps)
+        assert answer.speculation.drafted > answer.speculation.accepted

@@ -64,23 +64,16 @@ def speculate(
     """
     every = len(rows) == len(state.slots.last)
     slots = state.slots if every else jax.tree.map(lambda slots: slots[rows], state.slots)
-    settings, history = slots.settings, slots.history
-    sampling = dataclasses.replace(settings.sampling, allowed=allowed)
-    if greedy:
-        sampling = dataclasses.replace(sampling, greedy=True, penalties=None, logit_bias=None)
-    if dial is not None:
-        assert slots.dial is not None, "a graded model has a dial"
-        dial = dial.with_state(slots.dial)
     assert slots.texts is not None, "the state was created for speculation"
     chunk, cache, texts, drafter_state, counts = speculative_chunk(
         engine.decoder_of(model),
         slots.last,
         slots.done,
         state.cache.texts(slots.pages, slots.lengths, slots.fixed),
-        dial,
-        sampling,
-        settings.stop_tokens,
-        settings.limits,
+        slots.dial_of(dial),
+        slots.sampling(greedy, allowed),
+        slots.settings.stop_tokens,
+        slots.settings.limits,
         slots.texts,
         drafter,
         DrafterState(slots.drafter, state.drafter),
@@ -88,20 +81,10 @@ def speculate(
         steps=steps,
         drafts=drafts,
         policy=policy,
-        history=None if greedy else history,
+        history=None if greedy else slots.history,
         top_logprobs=top_logprobs,
     )
-    after = dataclasses.replace(
-        slots,
-        settings=dataclasses.replace(settings, limits=settings.limits - chunk.counts),
-        lengths=cache.lengths,
-        last=chunk.last,
-        done=chunk.done,
-        history=history if chunk.history is None else chunk.history,
-        dial=chunk.dial,
-        texts=texts,
-        drafter=drafter_state.rows,
-    )
+    after = dataclasses.replace(slots.after(chunk, cache), texts=texts, drafter=drafter_state.rows)
     if not every:
         after = jax.tree.map(lambda slots, some: slots.at[rows].set(some), state.slots, after)
     state = DecodeState(PagedCache.of(cache), after, drafter_state.shared)
