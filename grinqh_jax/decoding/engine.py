@@ -56,6 +56,38 @@ class Chunk:
     dial: DialState | None = None
     logprobs: TokenLogprobs | None = None
 
+    @classmethod
+    def empty(
+        cls,
+        last: Int[Array, "b"],
+        done: Bool[Array, "b"],
+        room: int,
+        linears: int | None,
+        history: TokenHistory | None,
+        dial: Dial | None,
+        top_logprobs: int | None,
+    ) -> "Chunk":
+        """Returns a chunk without tokens.
+
+        Args:
+          last, done, history, dial, top_logprobs: As in ``decode_chunk``.
+          room: Largest number of tokens of a row.
+          linears: Number of graded linear layers; None for a dense model.
+        """
+        batch = len(last)
+        return cls(
+            tokens=jnp.zeros((batch, room), jnp.int32),
+            counts=jnp.zeros(batch, jnp.int32),
+            last=last,
+            done=done,
+            grading_stats=None
+            if linears is None
+            else GradingStats(jnp.zeros((room, batch, linears, 2), jnp.float32)),
+            history=history,
+            dial=None if dial is None else dial.state,
+            logprobs=None if top_logprobs is None else TokenLogprobs.zeros(room, batch, top_logprobs),
+        )
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -327,19 +359,9 @@ def jitted_decode_chunk(
     # These two are computed once, outside the loop.
     fixed = thresholds.by_name() if isinstance(thresholds, StackedThresholds) else thresholds
     token_ids = model.lm_head.tokens()
-    batch, linears = len(tokens), len(linear_names(model.config))
+    linears = None if thresholds is None else len(linear_names(model.config))
     done |= (limits <= 0) | (cache.lengths >= cache.capacity)
-    stats = None if thresholds is None else GradingStats(jnp.zeros((steps, batch, linears, 2), jnp.float32))
-    empty = Chunk(
-        tokens=jnp.zeros((batch, steps), jnp.int32),
-        counts=jnp.zeros(batch, jnp.int32),
-        last=tokens,
-        done=done,
-        grading_stats=stats,
-        history=history,
-        dial=None if dial is None else dial.state,
-        logprobs=None if top_logprobs is None else TokenLogprobs.zeros(steps, batch, top_logprobs),
-    )
+    empty = Chunk.empty(tokens, done, steps, linears, history, dial, top_logprobs)
 
     def choose(outputs, positions, history):
         return choose_tokens(

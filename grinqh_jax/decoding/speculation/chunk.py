@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grinqh_jax.decoding import engine
 from grinqh_jax.decoding.dial import Dial
-from grinqh_jax.decoding.logprobs import TokenLogprobs, token_logprobs
+from grinqh_jax.decoding.logprobs import token_logprobs
 from grinqh_jax.decoding.penalties import TokenHistory
 from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.sampling import Sampling, adjust, choose_tokens, probabilities
@@ -108,19 +108,9 @@ def speculative_chunk(
     """
     dial = thresholds if isinstance(thresholds, Dial) else None
     batch, width = len(tokens), drafts + 1
-    room, linears = steps * width, len(linear_names(model.config))
+    linears = None if thresholds is None else len(linear_names(model.config))
     done |= (limits <= 0) | (cache.lengths >= cache.capacity)
-    stats = None if thresholds is None else GradingStats(jnp.zeros((room, batch, linears, 2), jnp.float32))
-    empty = engine.Chunk(
-        tokens=jnp.zeros((batch, room), jnp.int32),
-        counts=jnp.zeros(batch, jnp.int32),
-        last=tokens,
-        done=done,
-        grading_stats=stats,
-        history=history,
-        dial=None if dial is None else dial.state,
-        logprobs=None if top_logprobs is None else TokenLogprobs.zeros(room, batch, top_logprobs),
-    )
+    empty = engine.Chunk.empty(tokens, done, steps * width, linears, history, dial, top_logprobs)
     zeros = jnp.zeros(batch, jnp.int32)
     loop = Loop(
         0,
