@@ -66,7 +66,9 @@ def device_memory(config: ModelConfig, devices: int, max_bits: int | None, conte
     leaves = _graded_leaves(config, max_bits) if max_bits is not None else _dense_leaves(config)
     local, whole = config, leaves
     if devices > 1:
-        cut = partition(config, jax.sharding.AbstractMesh((devices,), (AXIS,)))
+        # The type is said because jax 0.12 makes axes explicit by default.
+        automatic = (jax.sharding.AxisType.Auto,)
+        cut = partition(config, jax.sharding.AbstractMesh((devices,), (AXIS,), automatic))
         local, leaves = cut.local, cut_leaves(config, dict(leaves), cut)
     sizes = {name: _part_bytes(leaf) for name, leaf in leaves.items()}
     linear = {name for name in sizes if name.rpartition(".")[2] in ("planes", "scales", "kernel")}
