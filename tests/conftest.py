@@ -59,13 +59,13 @@ MOST_WORKERS = 4
 
 LONGEST_FILES = (
     "decoding/test_texts.py",
-    "convert/test_convert.py",
+    "convert/test_converted_models.py",
     "convert/test_train_gains.py",
     "server/test_openai.py",
     "decoding/test_engine.py",
     "decoding/test_generator.py",
     "package/test_docs.py",
-    "serving/test_serving.py",
+    "serving/test_engine_answers.py",
     "model/test_families.py",
     "decoding/test_prompt_cache.py",
     "baselines/test_reading.py",
@@ -76,8 +76,8 @@ LONGEST_FILES = (
 )
 """Files that run first, longest first, so that all workers finish at about the same time."""
 
-SERVER_TESTS = "tests/server/"
-"""Beginning of the names of tests that send requests to a server process."""
+TOGETHER = ("tests/server/", "tests/serving/test_engine_")
+"""Beginnings of the names of tests that share a server process or an engine. One worker runs them."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -100,15 +100,13 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log):
-    """Returns the scheduler of ``--dist loadfile``, but with all files of ``SERVER_TESTS`` as one.
-
-    They share a server process, and another worker would start another.
-    """
+    """Returns the scheduler of ``--dist loadfile``, but with files of ``TOGETHER`` as one."""
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return SERVER_TESTS if nodeid.startswith(SERVER_TESTS) else super()._split_scope(nodeid)
+            shared = (beginning for beginning in TOGETHER if nodeid.startswith(beginning))
+            return next(shared, None) or super()._split_scope(nodeid)
 
     return Scheduling(config, log)
 

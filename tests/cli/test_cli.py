@@ -1,46 +1,19 @@
 """The command line: streams, exit codes, one-line errors."""
 
-import dataclasses
-import io
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+from command_lines import assert_refused, run, stdin
 
 from grinqh_jax import __main__
-from grinqh_jax.cli import chat, command, conversation, generate, perplexity, reference
-from grinqh_jax.decoding.engine import PREVIEW_TOKENS
-from grinqh_jax.decoding.model_files import ModelFiles
+from grinqh_jax.cli import command, generate
 from grinqh_jax.errors import GrinqhWarning
-
-
-def run(capsys, main, *argv) -> SimpleNamespace:
-    """Exit code, stdout and stderr of a verb that runs in this process."""
-    try:
-        code = main([str(a) for a in argv])
-    except SystemExit as exit:  # raised by argparse
-        code = exit.code
-    out, err = capsys.readouterr()
-    return SimpleNamespace(code=code, out=out, err=err)
-
-
-def stdin(monkeypatch, data: bytes) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="ascii"))
-
-
-def assert_refused(result, *texts: str) -> None:
-    assert result.code == 2
-    assert result.out == ""
-    assert result.err.startswith("error: ")
-    assert result.err.count("\n") == 1
-    assert [text for text in texts if text not in result.err] == []
 
 
 def test_text_goes_to_stdout_and_statistics_to_stderr(capsys, graded_directory):
@@ -111,11 +84,6 @@ def test_standard_input_must_be_utf8(capsys, monkeypatch, graded_directory):
     assert_refused(result, "standard input is not UTF-8: byte 0xe9 at offset 3")
 
 
-def test_a_system_prompt_must_be_utf8(capsys, chat_directory):
-    flags = ("--model", chat_directory, "-p", "x", "--system-prompt", "ab\udce9")
-    assert_refused(run(capsys, generate.main, *flags), "--system-prompt is not UTF-8: byte 0xe9 at offset 2")
-
-
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full device")
 @pytest.mark.parametrize(
     "arguments",
@@ -171,62 +139,6 @@ def test_a_gguf_file_is_named_with_its_remedy(capsys, tmp_path):
         assert_refused(result, f"{file} is a GGUF file", f"grinqh-jax convert --model {file} --out DIR")
 
 
-def test_settings_that_a_model_lacks_are_named_once(capsys, tmp_path, dense_directory):
-    data = tmp_path / "data.txt"
-    data.write_text("some text")
-    flags = ("--model", dense_directory, "--data", data, "--bits", "2,3")
-    result = run(capsys, perplexity.main, *flags)
-    assert_refused(result, "bits 2, 3: ", "not quantized")
-    assert result.err.count("not quantized") == 1
-
-
-def test_perplexity_says_what_it_compares_with(capsys, tmp_path, graded_directory, dense_directory):
-    data = tmp_path / "data.txt"
-    data.write_text("some text to read")
-    flags = ("--model", graded_directory, "--data", data, "--bits", "2,full", "--sequence-length", 16)
-    result = run(capsys, perplexity.main, *flags)
-    assert result.code == 0
-    first, titles, *rows = result.out.splitlines()
-    assert first.startswith(
-        "compared with this checkpoint's own 8 bits, so errors of those bits do not show: "
-    )
-    assert first.endswith("name it with --reference DIR_OR_HUB_ID")
-    assert titles.split()[0] == "bits"
-    assert rows[1].split()[3:5] == ["1.0000", "0.00000"]  # ratio and KL of one window with itself
-    result = run(capsys, perplexity.main, *flags, "--reference", dense_directory, "--json")
-    results = [json.loads(line) for line in result.out.splitlines()]
-    assert [fields["reference"] for fields in results] == [str(dense_directory)] * 2
-    assert results[1]["kl"] > 0
-
-
-def test_the_original_is_the_reference_while_it_exists(tmp_path, graded_directory, dense_directory):
-    files = ModelFiles.open(graded_directory)
-
-    def found(source, named=None):
-        quantization = dataclasses.replace(files.quantization, provenance={"source": source})
-        return reference.find_reference(dataclasses.replace(files, quantization=quantization), named)
-
-    original = found(str(dense_directory))
-    assert original.files.directory == dense_directory
-    assert original.description.startswith(f"the original, {dense_directory}")
-    assert found(str(dense_directory), named="self").files is None
-    other = tmp_path / "other"
-    shutil.copytree(dense_directory, other)
-    config = json.loads((other / "config.json").read_text())
-    one_layer = {"num_hidden_layers": 1, "layer_types": config["layer_types"][:1]}
-    (other / "config.json").write_text(json.dumps(config | one_layer))
-    for source, reason in (
-        (str(tmp_path / "gone"), "the original is no longer at"),
-        (str(other), "holds another model now"),
-        (str(tmp_path), "the original cannot be read"),
-        (None, "config.json does not say where the original is"),
-    ):
-        fallback = found(source)
-        assert (fallback.files, fallback.name) == (None, "self")
-        assert reason in fallback.description
-    assert found(None, named=str(dense_directory)).files.directory == dense_directory
-
-
 def test_an_unquantized_model_needs_full_bits(capsys, dense_directory):
     flags = ("--model", dense_directory, "-p", "ab", "-m", 3)
     assert_refused(run(capsys, generate.main, *flags, "--bits", 3), "not quantized", "full", "convert")
@@ -234,94 +146,6 @@ def test_an_unquantized_model_needs_full_bits(capsys, dense_directory):
     assert result.code == 0
     assert "MB, all of them, unquantized in float32" in result.err
     assert "bf16" not in result.err  # float32 weights are no 200 % of bf16
-
-
-def test_chat_keeps_the_conversation(capsys, monkeypatch, chat_directory):
-    seen = []
-    monkeypatch.setattr(
-        "grinqh_jax.text.tokenizer.Tokenizer.chat", lambda self, messages: seen.append([*messages]) or [5, 6]
-    )
-    stdin(monkeypatch, "first\n\nzwölf\n".encode())
-    result = run(
-        capsys, chat.main, "--stats", "--model", chat_directory, "-m", 4, "--system-prompt", "Be brief."
-    )
-    assert result.code == 0
-    answers = [m["content"] for m in seen[1] if m["role"] == "assistant"]
-    assert [m["content"] for m in seen[1] if m["role"] != "assistant"] == ["Be brief.", "first", "zwölf"]
-    assert seen[0] == seen[1][:2]
-    assert result.out.startswith(answers[0] + "\n")
-    assert result.err.count("generation: ") == 2
-
-
-def test_chat_does_not_read_earlier_turns_again(capsys, monkeypatch, chat_directory):
-    stdin(monkeypatch, f"{'first ' * 10}\nsecond\n".encode())
-    result = run(capsys, chat.main, "--stats", "--model", chat_directory, "-m", 4)
-    prompts = [line for line in result.err.splitlines() if line.startswith("prompt: ")]
-    first, second = (int(line.split()[1]) for line in prompts)
-    assert "reused" not in prompts[0]
-    assert f"({min(first, second - PREVIEW_TOKENS)} reused)" in prompts[1]
-
-
-def test_the_chat_template_is_applied_unless_ignored(capsys, chat_directory):
-    flags = ("--model", chat_directory, "-p", "ab", "-m", 2, "--json")
-    templated = json.loads(run(capsys, generate.main, *flags).out)
-    plain = json.loads(run(capsys, generate.main, *flags, "--ignore-chat-template").out)
-    assert templated["prompt_tokens"] == len("?user: ab\n?assistant:")
-    assert plain["prompt_tokens"] == 2
-
-
-def test_chat_needs_a_template(capsys, graded_directory):
-    assert_refused(run(capsys, chat.main, "--model", graded_directory), "no chat template")
-    assert_refused(run(capsys, chat.main), "bundled qwen3-7m has no chat template", "grinqh-jax generate")
-    assert_refused(run(capsys, chat.main, "--ignore-chat-template"), "unknown flag --ignore-chat-template")
-
-
-def test_chat_goes_on_after_a_line_that_is_refused(capsys, monkeypatch, chat_directory):
-    lines = [
-        b"ab",
-        b"\xff\xe9",
-        b"/dance",
-        b"/bits 9",
-        b"/bits 2.5",
-        b"x" * 200,
-        b"cd",
-        b"/stats",
-        b"/exit",
-        b"e",
-    ]
-    stdin(monkeypatch, b"\n".join(lines))
-    result = run(capsys, chat.main, "--model", chat_directory, "-n", 3)
-    assert result.code == 0
-    assert len(result.out.splitlines()) == 2  # answers to ab and cd
-    errors = [line for line in result.err.splitlines() if line.startswith("error: ")]
-    assert [error.split(";")[0] for error in errors[:2]] == [
-        "error: standard input is not UTF-8: byte 0xff at offset 0, line 2",
-        "error: unknown command /dance",
-    ]
-    assert errors[2] == "error: /bits: 9 bits per weight: expected 1 to 8, or full"
-    assert "the prompt has" in errors[3]
-    assert len(errors) == 4
-    assert "the next answer reads 2.5 bits per weight" in result.err
-    assert result.err.count("the answer ended after 3 tokens, the limit of --max-tokens") == 2
-    assert result.err.count("realised bits: ") == 1
-
-
-def test_chat_commands_change_the_conversation(capsys, monkeypatch, chat_directory):
-    seen = []
-    monkeypatch.setattr(
-        "grinqh_jax.text.tokenizer.Tokenizer.chat", lambda self, messages: seen.append([*messages]) or [5, 6]
-    )
-    stdin(monkeypatch, b"/help\n/stats\nfirst\n/system Be brief.\nsecond\n/reset\nthird\n/quit\n")
-    result = run(capsys, chat.main, "--model", chat_directory, "-n", 2)
-    assert result.code == 0
-    assert [[m["content"] for m in messages if m["role"] != "assistant"] for messages in seen] == [
-        ["first"],
-        ["Be brief.", "first", "second"],
-        ["Be brief.", "third"],
-    ]
-    for name in conversation.COMMANDS:
-        assert f"  {name}" in result.err
-    assert "no answer yet" in result.err
 
 
 def test_every_verb_is_listed_and_has_help(capsys, graded_directory):

@@ -1,122 +1,36 @@
 """Models on 2, 4 and 8 devices give the answers of one device. ``test_mesh`` runs this file in a process.
 
-The process has eight CPU devices. Tiny models run in the default tests, those of all families and the long
-text in the slow ones.
+The process has eight CPU devices. Tiny models run in the default tests, those of all families in the slow
+ones.
 """
-
-import functools
-from pathlib import Path
 
 import family_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_models import CONFIGS, TARGETS, graded_model_tree, graded_tree, state_tree
+from mesh_models import SLOW, TOKENS, WIDE, assert_close, assert_same_answers, forward, mesh_of, model_of
+from random_models import TARGETS
 
-import checkpoints_tools
 from grinqh_jax.benchmarking import measure as benchmark
 from grinqh_jax.benchmarking import random_model
-from grinqh_jax.bundled import BUNDLED_MODEL
 from grinqh_jax.decoding import engine
 from grinqh_jax.decoding.dial import Dial
 from grinqh_jax.decoding.generator import Generator
-from grinqh_jax.decoding.model_files import ModelFiles
 from grinqh_jax.decoding.prompt_cache import PromptCache
 from grinqh_jax.decoding.request import Request
 from grinqh_jax.decoding.sampling import Sampling
-from grinqh_jax.decoding.thresholds import model_thresholds
 from grinqh_jax.errors import UsageError
 from grinqh_jax.evaluation.perplexity import measure
 from grinqh_jax.evaluation.scoring import score
-from grinqh_jax.model.apply import Graded
 from grinqh_jax.model.cache import KVCache
 from grinqh_jax.model.config import ModelConfig
-from grinqh_jax.model.decoder import Decoder, linear_names
 from grinqh_jax.model.flat_model import FlatModel
-from grinqh_jax.model.partition import AXIS
 from grinqh_jax.serving.engine import Engine
 from grinqh_jax.sharding.cutting import cut_decoder
 from grinqh_jax.sharding.memory import device_memory
 from grinqh_jax.sharding.mesh import make_mesh
-from grinqh_jax.sharding.program import on_mesh, zeros_on_mesh
-from pallas_kernels import grading
-
-WIDE = CONFIGS["qwen3-untied"] | {
-    "num_hidden_layers": 1,
-    "vocab_size": 1300,
-    "intermediate_size": 700,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 24,
-}
-"""Several vocabulary blocks, six groups of channels in the MLP, and heads that end inside a group. On eight
-devices, two share a key head."""
-
-TOKENS = np.random.default_rng(5).integers(0, 96, (2, 24))
-SLOW = pytest.mark.slow
-TEXT = Path(checkpoints_tools.__file__).parent / "data" / "calibration.txt"
-
-
-@jax.jit
-@on_mesh
-def forward(model, tokens, thresholds):
-    """Returns dense logits, graded logits, and the statistics of grading; dense logits alone without it."""
-    decoder = model.module
-    if thresholds is None:
-        return decoder(tokens)
-    graded = Graded(thresholds)
-    logits = decoder(tokens, graded)
-    return decoder(tokens), logits, graded.stats
-
-
-def model_of(hf_config, *, graded=True):
-    config, tree = state_tree(hf_config)
-    if not graded:
-        return Decoder.from_tree(config, tree, jnp.float32)
-    apart = {}
-    for i, spec in enumerate(config.layers):
-        layer = tree["layers"][str(i)]
-        if spec.experts is not None:
-            names = [projection.name for projection in spec.projections if projection.of_experts]
-            kept = {spec.experts.router: layer.pop(spec.experts.router)}
-            apart[str(i)] = kept | {name: graded_experts(layer.pop(name)["kernel"]) for name in names}
-    tree = graded_model_tree(tree)
-    for i, leaves in apart.items():
-        tree["layers"][i] |= leaves
-    return Decoder.from_tree(config, tree, jnp.float32)
-
-
-def graded_experts(kernels):
-    """Returns the leaves of experts; they share thresholds and level gains."""
-    experts = [graded_tree({"kernel": kernel}) for kernel in kernels]
-    stacked = {name: jnp.stack([expert[name] for expert in experts]) for name in ("planes", "scales")}
-    return experts[0] | stacked
-
-
-def mesh_of(devices, config):
-    mesh = make_mesh(f"tp={devices}", config)
-    assert mesh is not None
-    assert mesh.size == devices
-    return mesh
-
-
-def assert_close(actual, expected):
-    actual, expected = np.asarray(actual), np.asarray(expected)
-    np.testing.assert_allclose(actual, expected, atol=1e-4 * np.abs(expected).max(), rtol=0)
-
-
-def assert_same_answers(model, devices, bits=(2.5, 8.0)):
-    cut = FlatModel(cut_decoder(model, mesh_of(devices, model.config)))
-    thresholds = model_thresholds(model, jnp.asarray(TARGETS), jnp.asarray(bits))
-    expected, actual = (forward(each, TOKENS, thresholds) for each in (FlatModel(model), cut))
-    assert_close(actual[0], expected[0])
-    assert_close(actual[1], expected[1])
-    assert actual[2].keys() == expected[2].keys()
-    for name, stats in expected[2].items():
-        # An equal mean of the levels of up to 1,400 channels: no level differs.
-        np.testing.assert_allclose(actual[2][name].bits, stats.bits, atol=1e-4, err_msg=name)
-        np.testing.assert_allclose(actual[2][name].max_abs, stats.max_abs, rtol=1e-4, err_msg=name)
+from grinqh_jax.sharding.program import zeros_on_mesh
 
 
 @pytest.mark.parametrize("devices", [pytest.param(2, marks=SLOW), pytest.param(4, marks=SLOW), 8])
@@ -223,88 +137,6 @@ def test_an_unquantized_checkpoint_generates_the_same_text(dense_directory):
     request = Request(max_tokens=24, temperature=0.0)
     texts = ["".join(generator.generate("a prompt", request)) for generator in (one, two)]
     assert texts[0] == texts[1]
-
-
-@pytest.fixture(scope="module")
-def bundled():
-    """Returns the bundled model on one device, and a function that returns it on several."""
-    files = ModelFiles.open(BUNDLED_MODEL)
-
-    def on(devices):
-        return Generator.from_files(files, mesh=make_mesh(f"tp={devices}", files.config))
-
-    return Generator.from_files(files), functools.cache(on)
-
-
-def text_of(generator, tokens):
-    return np.array(generator.tokenizer.encode(TEXT.read_text(encoding="utf-8"))[:tokens])
-
-
-@SLOW
-@pytest.mark.parametrize("devices", [2, 4])
-def test_a_long_text_has_the_same_logits_and_levels(devices, bundled, optimized_programs):
-    """512 tokens, teacher-forced: at full precision as one text, at 3 bits as windows of 16 tokens.
-
-    Where an activation is within rounding of a threshold, a device may read another level. Every later level
-    then depends on it, so windows are compared up to the first one.
-    """
-    one, cut = bundled[0], bundled[1](devices)
-    models, tokens = [FlatModel(each.model) for each in (one, cut)], text_of(one, 512)
-    full = {name: np.asarray(rows) for name, rows in one.dial("full").thresholds.by_name().items()}
-    expected, actual = (recorded(model, tokens[None], full)[0] for model in models)
-    assert_close(actual, expected)
-
-    graded = {name: np.asarray(rows) for name, rows in one.dial(3.0).thresholds.by_name().items()}
-    windows = tokens.reshape(32, 16)
-    (expected, inputs), (actual, other_inputs) = (recorded(model, windows, graded) for model in models)
-    equal_so_far = np.ones(windows.shape, bool)  # no level of an earlier layer differs up to this token
-    for name in linear_names(one.model.config):
-        x, other, limits = np.asarray(inputs[name]), np.asarray(other_inputs[name]), graded[name][0]
-        levels, other_levels = (np.asarray(grading.levels(each, limits)) for each in (x, other))
-        differing = levels != other_levels
-        distance = np.abs(np.abs(x)[..., None] - limits).min(axis=-1)
-        first = differing & equal_so_far[..., None]
-        assert (distance[first] <= 1e-5 * np.abs(x).max()).all(), name
-        equal_so_far &= ~np.maximum.accumulate(differing.any(axis=-1), axis=1)
-    assert equal_so_far.mean() > 0.5
-    assert_close(np.asarray(actual)[equal_so_far], np.asarray(expected)[equal_so_far])
-
-
-@SLOW
-@pytest.mark.parametrize(("devices", "bits", "most"), [(2, "full", 0), (4, "full", 0), (2, 3.0, 5)])
-def test_twenty_prompts_get_the_same_greedy_texts(devices, bits, most, bundled, optimized_programs):
-    """At 3 bits, a level that differs by rounding changes some texts (see above)."""
-    one, cut = bundled[0], bundled[1](devices)
-    request, different = Request(bits=bits, max_tokens=24, temperature=0.0), []
-    for prompt in text_of(one, 400).reshape(20, 20).tolist():
-        texts = ["".join(each.generate(prompt, request)) for each in (cut, one)]
-        different += [texts] if texts[0] != texts[1] else []
-    print(f"{len(different)} of 20 texts differ on {devices} devices at {bits} bits")
-    assert len(different) <= most, different
-
-
-class Recording(Graded):
-    """Grades, and keeps the inputs of all layers, those of all devices together."""
-
-    def __init__(self, thresholds):
-        super().__init__(thresholds)
-        self.inputs = {}
-
-    def __call__(self, name, linear, x):
-        whole, cut = x.array, linear.input_cut
-        if cut is not None:
-            parts = jax.lax.all_gather(whole, AXIS)
-            spans = zip(parts, cut.offsets, cut.channels, strict=True)
-            whole = jnp.concatenate([part[..., first : first + n] for part, first, n in spans], axis=-1)
-        self.inputs[name] = whole
-        return super().__call__(name, linear, x)
-
-
-@jax.jit
-@on_mesh
-def recorded(model, tokens, thresholds):
-    recording = Recording(thresholds)
-    return model.module(tokens, recording), recording.inputs
 
 
 @SLOW

@@ -1,4 +1,4 @@
-"""Runs ``mesh_cases`` in a process with eight CPU devices, which the other tests do not need."""
+"""Runs ``mesh_cases`` and ``mesh_texts`` in a process with eight CPU devices; no other test needs them."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-CASES = Path(__file__).with_name("mesh_cases.py")
+FILES = [Path(__file__).with_name(name) for name in ("mesh_cases.py", "mesh_texts.py")]
 
 
 def run_cases(markers):
@@ -24,10 +24,10 @@ def run_cases(markers):
             "no:cacheprovider",
             "-m",
             markers,
-            str(CASES),
+            *map(str, FILES),
         ],
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        cwd=CASES.parents[2],
+        cwd=FILES[0].parents[2],
         capture_output=True,
         text=True,
     )
