@@ -9,7 +9,9 @@ from pallas_kernels import layout
 from pallas_kernels.lanes import device
 from pallas_kernels.lanes.launch import lane_kernel
 from pallas_kernels.matmul.mosaic_gpu.geometry import Geometry
-from pallas_kernels.matmul.mosaic_gpu.program import UNIT, Refs, level_matmul_program
+from pallas_kernels.matmul.mosaic_gpu.lane_context import Refs
+from pallas_kernels.matmul.mosaic_gpu.multiplication import UNIT
+from pallas_kernels.matmul.mosaic_gpu.program import level_matmul_program
 from pallas_kernels.weight import NestedWeight
 
 MAX_ROWS = 512
@@ -55,7 +57,7 @@ def geometry_of(rows: int, weight: NestedWeight, level: int, multiprocessors: in
 
 
 def activation_operands(x: jax.Array, g: Geometry) -> tuple[jax.Array, jax.Array]:
-    """Returns ``program.Refs.x`` and ``program.Refs.sums`` for bfloat16 x ``[rows, K]``."""
+    """Returns ``lane_context.Refs.x`` and ``lane_context.Refs.sums`` for bfloat16 x ``[rows, K]``."""
     x = jnp.pad(x, ((0, g.padded_rows - len(x)), (0, g.stored_k - x.shape[1])))
     sums = x.astype(jnp.float32).reshape(g.padded_rows, g.groups, layout.GROUP).sum(-1).T
     terms = [x, x * jnp.bfloat16(1 / 128)][: g.terms]
@@ -64,7 +66,7 @@ def activation_operands(x: jax.Array, g: Geometry) -> tuple[jax.Array, jax.Array
 
 @functools.cache
 def _level_matmul_kernel(geometry: Geometry):
-    """Builds the kernel. ``program.Refs`` describes its arguments and results."""
+    """Builds the kernel. ``lane_context.Refs`` describes its arguments and results."""
     shape = (geometry.splits, geometry.rows, geometry.stored_n)
     return lane_kernel(
         "level_matmul_kernel",

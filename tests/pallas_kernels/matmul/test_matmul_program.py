@@ -18,7 +18,9 @@ from pallas_kernels.lanes import device
 from pallas_kernels.lanes.emulator import NumpyInstructions
 from pallas_kernels.matmul.mosaic_gpu import kernel, supports
 from pallas_kernels.matmul.mosaic_gpu.geometry import Geometry
-from pallas_kernels.matmul.mosaic_gpu.program import UNIT, Refs, level_matmul_program
+from pallas_kernels.matmul.mosaic_gpu.lane_context import Refs
+from pallas_kernels.matmul.mosaic_gpu.multiplication import UNIT
+from pallas_kernels.matmul.mosaic_gpu.program import level_matmul_program
 
 TOLERANCE = 1e-4
 """Largest error of a row in norm. Products are exact; sums of 128 channels with their offset are float32."""
