@@ -1,22 +1,16 @@
 """Writes a checkpoint part by part, in bounded memory. Interrupted writes resume and never look complete."""
 
-import contextlib
-import errno
 import fcntl
-import logging
-import os
-import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-import orbax.checkpoint.experimental.v1 as ocp
 from flax import traverse_util
 
-from grinqh_jax.checkpoint.manifest import MANIFEST, Leaf, Manifest
+from grinqh_jax.checkpoint.manifest import MANIFEST, Manifest
+from grinqh_jax.checkpoint.parts import Parts, remove
 from grinqh_jax.checkpoint.quantization import VERSION, QuantizationConfig
 from grinqh_jax.checkpoint.values import value_problems
 from grinqh_jax.companions import companion_path
@@ -26,20 +20,9 @@ from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import abstract_tree
 from pallas_kernels.x64 import without_x64
 
-# Each `ocp.partial.save("parts", ...)` adds a directory under "parts.partial_save". The directory appears by
-# one rename and stores the call's `custom_metadata` in _CHECKPOINT_METADATA. An unfinished part has a longer
-# name, beside "parts.partial_save".
-_PARTS = "parts"
-_PARTIAL_SAVE = ".partial_save"
-_ORBAX_METADATA = "_CHECKPOINT_METADATA"
-# Orbax 0.12 writes the path of the partial directory into this file, and reads it only on cloud storage.
-_ORBAX_COMMIT_FILE = "commit_success.txt"
-_SEALED = "sealed"
 CONVERSION = "conversion.json"
 _LOCK = "lock"
 _RESUME_STATE = "resume_state-"
-_METADATA_BYTES = 1 << 16
-"""Upper estimate of the bytes of metadata that Orbax writes with a part."""
 
 
 class Writer:
@@ -75,8 +58,7 @@ class Writer:
         self._lock = _lock(self._partial)
         try:
             self._start_or_resume({"fingerprint": fingerprint, "version": VERSION}, overwrite)
-            self._leaves = self._completed_parts()
-            self._sealed_leaves: frozenset[str] = frozenset()
+            self._parts = Parts(self._partial)
         except BaseException:
             self.close()
             raise
@@ -84,7 +66,7 @@ class Writer:
     @property
     def parts(self) -> frozenset[str]:
         """Names of the complete parts, including those of an interrupted run."""
-        return frozenset(self._leaves)
+        return frozenset(self._parts.leaves)
 
     def resume_state(self, name: str) -> dict[str, np.ndarray] | None:
         """Returns the arrays that ``save_part`` saved with a part to resume after it.
@@ -92,7 +74,7 @@ class Writer:
         None if there were none, or if a later part with a resume state has replaced them.
         """
         file = self._resume_state_file(name)
-        if name not in self._leaves or not file.exists():
+        if name not in self._parts.leaves or not file.exists():
             return None
         with np.load(file) as arrays:
             return dict(arrays)
@@ -119,8 +101,8 @@ class Writer:
         arrays = {
             leaf: np.asarray(array) for leaf, array in traverse_util.flatten_dict(tree, sep=".").items()
         }
-        written = {leaf for part in self._leaves.values() for leaf in part}
-        problems = [f"part {name} has been written already"] if name in self._leaves else []
+        problems = [f"part {name} has been written already"] if name in self._parts.leaves else []
+        written = self._parts.all_leaves
         problems += [f"{leaf} has been written already" for leaf in arrays if leaf in written]
         problems += [
             f"{leaf} holds NaN or Inf" for leaf, array in arrays.items() if not np.isfinite(array).all()
@@ -128,24 +110,17 @@ class Writer:
         problems += value_problems(arrays)
         if problems:
             raise CheckpointError("; ".join(problems))
-        leaves = {leaf: Leaf.of(array) for leaf, array in arrays.items()}
-        record = {leaf: spec.to_json() for leaf, spec in leaves.items()}
-        self._require_space(sum(array.nbytes for array in [*arrays.values(), *(resume_state or {}).values()]))
+        self._parts.require_space(
+            sum(array.nbytes for array in [*arrays.values(), *(resume_state or {}).values()])
+        )
         if resume_state is not None:
             unfinished = self._partial / "resume_state.npz"
             np.savez(unfinished, allow_pickle=False, **resume_state)
             unfinished.rename(self._resume_state_file(name))
-        with _orbax_context(self._partial):
-            ocp.partial.save(
-                self._partial / _PARTS,
-                traverse_util.unflatten_dict(arrays, sep="."),
-                # Orbax commits this record together with the arrays, so they cannot disagree.
-                custom_metadata={"part": name, "leaves": record},
-            )
-        self._leaves[name] = leaves
+        self._parts.save(name, arrays)
         if resume_state is not None:
             earlier = self._partial.glob(_RESUME_STATE + "*")
-            _remove(file for file in earlier if file != self._resume_state_file(name))
+            remove(file for file in earlier if file != self._resume_state_file(name))
 
     @without_x64
     def read(self, name: str) -> dict[str, Any]:
@@ -160,21 +135,7 @@ class Writer:
         Raises:
           CheckpointError: No leaf below that name has been written.
         """
-        leaves = {leaf: spec for part in self._leaves.values() for leaf, spec in part.items()}
-        wanted = {leaf: spec for leaf, spec in leaves.items() if leaf.startswith(f"{name}.")}
-        if not wanted:
-            raise CheckpointError(f"{name} has not been written")
-        if not self._sealed_leaves.issuperset(wanted):  # Orbax reads from finished checkpoints only.
-            self._seal()
-        first_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        abstract = {
-            leaf: jax.ShapeDtypeStruct(spec.shape, jax.numpy.dtype(spec.dtype), sharding=first_device)
-            for leaf, spec in wanted.items()
-        }
-        context = ocp.Context()
-        context.pytree.loading.partial_load = True
-        with context:
-            tree = ocp.load(self._partial / _SEALED, traverse_util.unflatten_dict(abstract, sep="."))
+        tree = self._parts.read(name)
         for key in name.split("."):
             tree = tree[key]
         return tree
@@ -198,14 +159,13 @@ class Writer:
             ``decoder.abstract_tree``. The message names all of them.
           OSError: One of ``files`` does not exist, or the disk is full.
         """
-        leaves = {leaf: spec for part in self._leaves.values() for leaf, spec in part.items()}
+        leaves = self._parts.all_leaves
         abstract = abstract_tree(
             ModelConfig.from_hf(config), quantization.max_bits, len(quantization.targets)
         )
         if problems := Manifest(leaves, {}).tree_problems(abstract):
             raise CheckpointError(f"{self.path} cannot be completed: " + "; ".join(problems))
-        sealed = self._seal()
-        (sealed / _ORBAX_COMMIT_FILE).unlink(missing_ok=True)
+        sealed = self._parts.seal()
         # A key that this library ignores may be infinite, because transformers accepts that.
         config = {**config, "quantization_config": quantization.to_json()}
         write_json(sealed / "config.json", config, allow_nan=True)
@@ -234,14 +194,6 @@ class Writer:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
-
-    def _require_space(self, data_bytes: int) -> None:
-        """Raises OSError if the disk has no space for that much data and the metadata of Orbax.
-
-        TensorStore would raise, too, but only after its threads have printed tracebacks.
-        """
-        if shutil.disk_usage(self._partial).free < data_bytes + data_bytes // 50 + _METADATA_BYTES:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._partial))
 
     def _resume_state_file(self, name: str) -> Path:
         return self._partial / f"{_RESUME_STATE}{name}.npz"
@@ -276,35 +228,8 @@ class Writer:
                     f"{self._partial} holds an unfinished conversion of another model or with other options; "
                     "finish that one, choose another path, or --force to start over"
                 )
-        _remove(entry for entry in self._partial.iterdir() if entry.name != _LOCK)
+        remove(entry for entry in self._partial.iterdir() if entry.name != _LOCK)
         write_json(record, conversion)
-
-    def _completed_parts(self) -> dict[str, dict[str, Leaf]]:
-        """Returns the leaves of the complete parts, and deletes unfinished parts."""
-        parts = self._partial / (_PARTS + _PARTIAL_SAVE)
-        _remove(p for p in self._partial.glob(parts.name + "*") if p != parts)
-        leaves = {}
-        for metadata in sorted(parts.glob("*/" + _ORBAX_METADATA)):
-            part = read_json(metadata)["custom_metadata"]
-            leaves[part["part"]] = {leaf: Leaf.from_json(spec) for leaf, spec in part["leaves"].items()}
-        return leaves
-
-    def _seal(self) -> Path:
-        """Merges the parts into one Orbax checkpoint and returns its directory.
-
-        Orbax merges in place and cannot resume an interrupted merge. This function therefore merges hard
-        links to the files of the parts, and the parts stay unchanged: if the process dies, a later run can
-        seal them.
-        """
-        self._require_space(0)
-        sealed = self._partial / _SEALED
-        merging = sealed.with_name(sealed.name + _PARTIAL_SAVE)
-        _remove(p for p in (sealed, merging) if p.exists())
-        shutil.copytree(self._partial / (_PARTS + _PARTIAL_SAVE), merging, copy_function=_link_data)
-        with _orbax_context(self._partial):
-            ocp.partial.finalize(sealed)
-        self._sealed_leaves = frozenset(leaf for part in self._leaves.values() for leaf in part)
-        return sealed
 
 
 def _lock(partial: Path):
@@ -316,45 +241,3 @@ def _lock(partial: Path):
         file.close()
         raise CheckpointError(f"{partial} is being written by another process; wait for it to end") from None
     return file
-
-
-@contextlib.contextmanager
-def _orbax_context(path: Path) -> Iterator[None]:
-    """Sets the storage format for Orbax, and turns system errors of TensorStore into OSError on ``path``."""
-    context = ocp.Context()
-    context.array.saving.use_zarr3 = True
-    # Digits of rounded weights are nearly random: compression takes time and saves almost nothing.
-    context.array.saving.use_compression = False
-    # Orbax logs the traceback of each of its threads that fails, and raises the same error.
-    log = logging.getLogger("absl")
-    log.addFilter(_is_no_thread_traceback)
-    try:
-        with context:
-            yield
-    except ValueError as error:
-        code = re.search(r"os_error_code='(\d+)'", str(error))
-        if code is None:
-            raise
-        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
-    finally:
-        log.removeFilter(_is_no_thread_traceback)
-
-
-def _is_no_thread_traceback(record: logging.LogRecord) -> bool:
-    return "raised an exception" not in record.getMessage()
-
-
-def _link_data(source: str, target: str) -> None:
-    """Links data files (under ``d/``), which a merge only moves, and copies metadata, which it rewrites."""
-    if Path(source).parent.name == "d":
-        try:
-            os.link(source, target)
-            return
-        except OSError:
-            pass  # the file system has no hard links
-    shutil.copyfile(source, target)
-
-
-def _remove(paths: Iterable[Path]) -> None:
-    for path in list(paths):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -1,4 +1,4 @@
-"""The functions and options of Orbax's experimental interface that the checkpoint reader and writer use.
+"""The functions and options of the experimental interface of Orbax that ``grinqh_jax.checkpoint`` uses.
 
 Orbax may change ``orbax.checkpoint.experimental.v1`` in any release. These tests then fail with a message
 that says what to do.
@@ -13,7 +13,7 @@ import pytest
 
 REMEDY = (
     "orbax-checkpoint {version}: {what}. The experimental interface has moved: install the series that "
-    "pyproject.toml allows (pip install 'orbax-checkpoint>=0.12.4,<0.13'), or adapt reader.py and writer.py "
+    "pyproject.toml allows (pip install 'orbax-checkpoint>=0.12.4,<0.13'), or adapt reader.py and parts.py "
     "in grinqh_jax/checkpoint to the new interface, run tests/checkpoint, raise the bound in pyproject.toml"
 )
 
@@ -68,7 +68,7 @@ def test_a_context_has_the_options_that_we_set(ocp, option):
         found = getattr(found, name)
 
 
-def test_partial_saves_leave_the_files_that_the_writer_looks_for(ocp, tmp_path):
+def test_partial_saves_leave_the_files_that_we_look_for(ocp, tmp_path):
     ocp.partial.save(tmp_path / "parts", {"a": {"b": np.arange(3)}}, custom_metadata={"part": "one"})
     files = list((tmp_path / "parts.partial_save").glob("*/_CHECKPOINT_METADATA"))
     assert len(files) == 1, moved("partial.save writes no parts.partial_save/*/_CHECKPOINT_METADATA")

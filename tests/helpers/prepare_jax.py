@@ -80,6 +80,7 @@ jaxtyping.install_import_hook(
         "grinqh_jax.benchmarking.random_model",
         "grinqh_jax.checkpoint.checksums",
         "grinqh_jax.checkpoint.manifest",
+        "grinqh_jax.checkpoint.parts",
         "grinqh_jax.checkpoint.reader",
         "grinqh_jax.checkpoint.writer",
         "grinqh_jax.decoding.decode_state",
