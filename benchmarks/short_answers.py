@@ -29,11 +29,11 @@ import numpy as np
 
 from grinqh_jax import BUNDLED_MODEL
 from grinqh_jax.decoding import engine
+from grinqh_jax.decoding.batching.job import Job
 from grinqh_jax.decoding.dial import Dial, layer_shares
 from grinqh_jax.decoding.generator import Generator
-from grinqh_jax.decoding.job import Job
 from grinqh_jax.decoding.sampling import Sampling
-from grinqh_jax.decoding.settings import Settings
+from grinqh_jax.decoding.slots.settings import Settings
 from grinqh_jax.decoding.texts import Received, Texts
 from grinqh_jax.evaluation.tasks import read_problems
 from grinqh_jax.model.cache import KVCache

@@ -27,7 +27,6 @@ import numpy as np
 
 from grinqh_jax import BUNDLED_MODEL
 from grinqh_jax.benchmarking import measure, random_model
-from grinqh_jax.decoding import engine
 from grinqh_jax.decoding.dial import Dial
 from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.sampling import Sampling
@@ -35,6 +34,7 @@ from grinqh_jax.decoding.speculation import block_dial
 from grinqh_jax.decoding.speculation.chunk import SlotTexts, speculative_chunk
 from grinqh_jax.decoding.speculation.drafter import DrafterState
 from grinqh_jax.decoding.speculation.lookup import LEAST_MATCHED, MOST_MATCHED, PromptLookup, look_up
+from grinqh_jax.model.flat_model import FlatModel, decoder_of
 from grinqh_jax.text.tokenizer import Tokenizer
 
 DATA = pathlib.Path(__file__).parents[1] / "checkpoints_tools" / "data" / "mixed"
@@ -146,13 +146,13 @@ class AlwaysDrafts(PromptLookup):
 def timed_steps(config, label: str, args) -> list[dict]:
     """Returns the times of steps by bits, number of texts, drafts and context."""
     model, policy, rows = random_model.graded(config), DecodePolicy.for_device(), []
-    flat = engine.FlatModel(model)
+    flat = FlatModel(model)
 
     @jax.jit(static_argnames=("drafts",), donate_argnames="cache")
     def run(flat, cache, dial, last, texts, limits, drafts):
         batch = len(last)
         return speculative_chunk(
-            engine.decoder_of(flat),
+            decoder_of(flat),
             last,
             jnp.zeros(batch, bool),
             cache,

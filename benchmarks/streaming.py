@@ -18,12 +18,12 @@ import time
 import jax
 
 from grinqh_jax.benchmarking import random_model
+from grinqh_jax.decoding.batching.job import Job
 from grinqh_jax.decoding.dial import Dial
-from grinqh_jax.decoding.job import Job
 from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.programs import Programs
 from grinqh_jax.decoding.sampling import Sampling
-from grinqh_jax.decoding.settings import Settings
+from grinqh_jax.decoding.slots.settings import Settings
 from grinqh_jax.decoding.texts import Received, Texts
 
 PROMPT_TOKENS = 64

@@ -14,6 +14,7 @@ import numpy as np
 
 from grinqh_jax.decoding import engine
 from grinqh_jax.decoding.dial import Dial, layer_shares
+from grinqh_jax.decoding.engine.chunk import jitted_decode_chunk
 from grinqh_jax.decoding.generator import CAPACITY_STEP
 from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.sampling import Sampling
@@ -22,6 +23,7 @@ from grinqh_jax.decoding.thresholds import StackedThresholds, Thresholds
 from grinqh_jax.model.cache import KVCache
 from grinqh_jax.model.decoder import Decoder, linear_names
 from grinqh_jax.model.fixed_states import fixed_bytes, whole_layers
+from grinqh_jax.model.flat_model import FlatModel
 from grinqh_jax.sharding.program import put, zeros_on_mesh
 from pallas_kernels.layout import round_up
 
@@ -148,7 +150,7 @@ class DecodeRun:
         self.model, self.context, self.tokens, self.batch = model, context, tokens, batch
         self.level: int | None = None
         self._policy = DecodePolicy.for_device()
-        self._flat = engine.FlatModel(model)
+        self._flat = FlatModel(model)
         self._cache = filled_cache(model, context, tokens, batch)
         start = jnp.arange(batch, dtype=jnp.int32) % model.config.vocab_size, jnp.zeros(batch, bool)
         rest = (
@@ -173,7 +175,7 @@ class DecodeRun:
         kind = jax.tree.structure(thresholds), self.level
         if kind not in self._compiled:
             static = {"steps": self.tokens, "policy": self._policy, "level": self.level}
-            self._compiled[kind] = engine.jitted_decode_chunk.lower(*args, **static).compile()
+            self._compiled[kind] = jitted_decode_chunk.lower(*args, **static).compile()
         self.compiled = self._compiled[kind]
         chunk, self._cache = self.compiled(*args)
         return chunk
@@ -236,7 +238,7 @@ class PrefillRun:
     """
 
     def __init__(self, model: Decoder, tokens: int, bucket: int | None = None):
-        self.model, self.tokens, self.bucket = engine.FlatModel(model), tokens, min(bucket or tokens, tokens)
+        self.model, self.tokens, self.bucket = FlatModel(model), tokens, min(bucket or tokens, tokens)
         if tokens % self.bucket:
             raise ValueError(
                 f"{tokens} tokens are no multiple of the bucket of {self.bucket}; choose a divisor"

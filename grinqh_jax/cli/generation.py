@@ -34,7 +34,7 @@ def load_speculation(setting, generator):
     if setting is None:
         return None
     with command.status("loading the drafter"):
-        from grinqh_jax.decoding.speculation.make import speculation_of
+        from grinqh_jax.decoding.load_speculation import speculation_of
 
         return speculation_of(setting, generator)
 

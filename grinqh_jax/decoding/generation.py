@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from grinqh_jax.decoding.answer_text import AnswerText
-from grinqh_jax.decoding.job import Job
+from grinqh_jax.decoding.batching.job import Job
 from grinqh_jax.decoding.prompt_cache import PromptCache
 from grinqh_jax.decoding.request import Request
-from grinqh_jax.decoding.settings import Settings
+from grinqh_jax.decoding.slots.settings import Settings
 from grinqh_jax.decoding.statistics import Statistics, grading_fields, joined
 from grinqh_jax.decoding.texts import Received, Texts
 from grinqh_jax.errors import UsageError

@@ -20,7 +20,6 @@ import numpy as np
 
 from grinqh_jax import checkpoint, hf
 from grinqh_jax.decoding.bits import Bits, wanted_bits
-from grinqh_jax.decoding.device import Device
 from grinqh_jax.decoding.dial import Dial
 from grinqh_jax.decoding.generation import Generation
 from grinqh_jax.decoding.generation_config import GenerationConfig
@@ -32,9 +31,11 @@ from grinqh_jax.decoding.programs import Programs
 from grinqh_jax.decoding.prompt_cache import PromptCache, conversation_capacity
 from grinqh_jax.decoding.request import Request
 from grinqh_jax.decoding.sampling import Sampling
-from grinqh_jax.decoding.settings import Settings
+from grinqh_jax.decoding.slots.device import Device
+from grinqh_jax.decoding.slots.settings import Settings
+from grinqh_jax.decoding.slots.shape import contiguous_shape
 from grinqh_jax.decoding.speculation.speculation import Speculation
-from grinqh_jax.decoding.texts import Texts, contiguous_shape
+from grinqh_jax.decoding.texts import Texts
 from grinqh_jax.errors import GrinqhWarning, UsageError
 from grinqh_jax.model.decoder import Decoder
 from grinqh_jax.text.tokenizer import Tokenizer

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Int
 
-from grinqh_jax.decoding.engine import PREVIEW_TOKENS
+from grinqh_jax.decoding.engine.prompt import PREVIEW_TOKENS
 
 SMALLEST_BUCKET, LARGEST_BUCKET = 32, 2048
 """Widths of the smallest and the largest bucket. Buckets have 32, 64, ... 2048 positions."""

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from grinqh_jax.decoding.device import Device
-from grinqh_jax.decoding.job import Job
+from grinqh_jax.decoding.batching.job import Job
 from grinqh_jax.decoding.paged_cache import PagedCache
 from grinqh_jax.decoding.prefill_buckets import PrefillBucket, cut, cut_conversation
+from grinqh_jax.decoding.slots.device import Device
 from grinqh_jax.errors import UsageError
 from grinqh_jax.model.decoder import Decoder
 from grinqh_jax.model.fixed_states import FixedStates

@@ -3,15 +3,16 @@
 from collections.abc import Callable
 from typing import Literal
 
-from grinqh_jax.decoding.device import Device
+from grinqh_jax.decoding.batching.job import FinishReason, Job, Storage
+from grinqh_jax.decoding.batching.rows import Rows
+from grinqh_jax.decoding.batching.scheduler import Scheduler
 from grinqh_jax.decoding.dial import Dial
-from grinqh_jax.decoding.job import FinishReason, Job, Shape, Storage
 from grinqh_jax.decoding.logprobs import TokenLogprobs
 from grinqh_jax.decoding.paged_cache import PagedCache
 from grinqh_jax.decoding.policy import DecodePolicy
-from grinqh_jax.decoding.rows import Rows
-from grinqh_jax.decoding.scheduler import Scheduler
-from grinqh_jax.decoding.settings import Settings
+from grinqh_jax.decoding.slots.device import Device
+from grinqh_jax.decoding.slots.settings import Settings
+from grinqh_jax.decoding.slots.shape import contiguous_shape
 from grinqh_jax.decoding.speculation.figures import SpeculationFigures
 from grinqh_jax.decoding.speculation.speculation import Speculation
 from grinqh_jax.model.decoder import Decoder
@@ -143,17 +144,3 @@ class Texts:
     def close(self) -> None:
         """Ends the thread that waits for results."""
         self._scheduler.close()
-
-
-def contiguous_shape(capacity: int, slots: int = 1, rings: bool = False) -> Shape:
-    """Returns the sizes of a state whose slots have ``capacity`` positions (``rings``: see ``Shape``)."""
-    return Shape(
-        slots=slots,
-        max_context=capacity,
-        page_size=capacity,
-        piece=capacity,
-        num_pages=slots,
-        stop_tokens=0,
-        contiguous=True,
-        rings=rings,
-    )

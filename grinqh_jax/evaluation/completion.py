@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from grinqh_jax.decoding.batching.job import Job
 from grinqh_jax.decoding.bits import Bits
 from grinqh_jax.decoding.generator import CAPACITY_STEP, Generator
-from grinqh_jax.decoding.job import Job
 from grinqh_jax.decoding.model_files import prompt_too_long
 from grinqh_jax.decoding.sampling import Sampling
-from grinqh_jax.decoding.settings import Settings
+from grinqh_jax.decoding.slots.settings import Settings
 from grinqh_jax.decoding.speculation.speculation import Speculation
 from grinqh_jax.decoding.statistics import weighted_mean
 from grinqh_jax.decoding.texts import Received, Texts

@@ -78,6 +78,11 @@ class FlatModel:
         return FlatModel.tree_unflatten(self._form, specs)
 
 
+def decoder_of(model: Decoder | FlatModel) -> Decoder:
+    """Returns the decoder of a flat model, or the decoder itself."""
+    return model.module if isinstance(model, FlatModel) else model
+
+
 def _spec(leaf: Any) -> PartitionSpec:
     """Returns how an array is cut among the devices of its mesh."""
     sharding = getattr(leaf, "sharding", None)

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from grinqh_jax.decoding.answer_text import AnswerText
-from grinqh_jax.decoding.job import FinishReason
+from grinqh_jax.decoding.batching.job import FinishReason
 from grinqh_jax.decoding.logprobs import TokenLogprobs
 from grinqh_jax.decoding.speculation.figures import SpeculationFigures
 from grinqh_jax.decoding.statistics import Statistics, grading_fields, joined

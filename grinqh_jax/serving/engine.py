@@ -14,18 +14,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from grinqh_jax.decoding.answer_text import AnswerText
+from grinqh_jax.decoding.batching.job import Job
+from grinqh_jax.decoding.batching.scheduler import Scheduler
 from grinqh_jax.decoding.bits import Bits
-from grinqh_jax.decoding.device import Device
 from grinqh_jax.decoding.generator import Generator
-from grinqh_jax.decoding.job import Job, Shape
 from grinqh_jax.decoding.logprobs import MOST_LOGPROBS
 from grinqh_jax.decoding.model_files import check_context
 from grinqh_jax.decoding.paged_cache import count_pages
 from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.reading import MAX_GRADED_ROWS
 from grinqh_jax.decoding.request import Request
-from grinqh_jax.decoding.scheduler import Scheduler
-from grinqh_jax.decoding.settings import Settings, sampling_rows
+from grinqh_jax.decoding.slots.device import Device
+from grinqh_jax.decoding.slots.settings import Settings, sampling_rows
+from grinqh_jax.decoding.slots.shape import Shape
 from grinqh_jax.decoding.speculation.speculation import Speculation
 from grinqh_jax.errors import UsageError
 from grinqh_jax.memory import free_memory

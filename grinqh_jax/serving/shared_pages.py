@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 
-from grinqh_jax.decoding.job import Job, Shape
+from grinqh_jax.decoding.batching.job import Job
 from grinqh_jax.decoding.model_files import prompt_too_long
 from grinqh_jax.decoding.prefill_buckets import PrefillBucket, cut_pieces, first_previewed
+from grinqh_jax.decoding.slots.shape import Shape
 from grinqh_jax.errors import UsageError
 from grinqh_jax.serving.pages import PageAllocator
 

@@ -5,7 +5,7 @@ import json
 from command_lines import assert_refused, run, stdin
 
 from grinqh_jax.cli import chat, conversation, generate
-from grinqh_jax.decoding.engine import PREVIEW_TOKENS
+from grinqh_jax.decoding.engine.prompt import PREVIEW_TOKENS
 
 
 def test_a_system_prompt_must_be_utf8(capsys, chat_directory):

@@ -10,9 +10,11 @@ from random_models import TARGETS, graded_model
 
 from grinqh_jax import BUNDLED_MODEL
 from grinqh_jax.decoding import engine
+from grinqh_jax.decoding.engine import step
 from grinqh_jax.decoding.generator import Generator
 from grinqh_jax.decoding.thresholds import model_thresholds
 from grinqh_jax.model.cache import KVCache
+from grinqh_jax.model.flat_model import decoder_of
 
 PROMPT = 9
 
@@ -20,7 +22,7 @@ PROMPT = 9
 @jax.jit
 def read_tokens(model, tokens, cache, thresholds, counts):
     thresholds = {name: thresholds[name] for name in thresholds}
-    return engine.read_tokens(engine.decoder_of(model), tokens, cache, thresholds, counts)[1:]
+    return step.read_tokens(decoder_of(model), tokens, cache, thresholds, counts)[1:]
 
 
 def assert_invariant(model, targets, shapes, bits):

@@ -13,6 +13,7 @@ from grinqh_jax.decoding.thresholds import Thresholds, model_thresholds
 from grinqh_jax.model import apply, decoder
 from grinqh_jax.model.cache import KVCache
 from grinqh_jax.model.decoder import Decoder
+from grinqh_jax.model.flat_model import FlatModel
 
 NO_STOP = jnp.array([-1])
 forward = jax.jit(lambda model, tokens: model(tokens))
@@ -250,7 +251,7 @@ def test_the_policies_generate_the_same(graded, temperature):
         _, cache = engine.prefill(graded, TOKENS[:, :16], jnp.array([16, 7]), empty_cache(graded))
         sampling = Sampling.create(2, temperature=temperature, top_k=50, seed=3)
         return decode(
-            engine.FlatModel(graded),
+            FlatModel(graded),
             cache,
             [1, 2],
             at(graded, [3.0, 5.0]),

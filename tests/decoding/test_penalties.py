@@ -8,8 +8,9 @@ import pytest
 from random_models import CONFIGS, graded_model
 
 from grinqh_jax import Generator, Request
-from grinqh_jax.decoding import engine
+from grinqh_jax.decoding.engine.chunk import jitted_decode_chunk
 from grinqh_jax.decoding.penalties import Penalties, TokenHistory, penalize
+from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.sampling import Sampling
 from grinqh_jax.errors import GrinqhWarning, UsageError
 from grinqh_jax.model.cache import KVCache
@@ -111,11 +112,11 @@ def test_the_program_without_penalties_has_no_trace_of_them():
 
     def program(sampling, history):
         cache = KVCache.create(model.config, 1, 64, jnp.float32)
-        lowered = engine.jitted_decode_chunk.lower(
+        lowered = jitted_decode_chunk.lower(
             *(model, jnp.zeros(1, jnp.int32), jnp.zeros(1, bool), cache, None, sampling),
             *(jnp.array([-1]), jnp.ones(1, jnp.int32)),
             steps=2,
-            policy=engine.DecodePolicy.for_device(),
+            policy=DecodePolicy.for_device(),
             history=history,
         )
         return lowered.as_text(debug_info=True)

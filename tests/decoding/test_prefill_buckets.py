@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from grinqh_jax.decoding import prefill_buckets
-from grinqh_jax.decoding.engine import PREVIEW_TOKENS, SKIPPED_POSITIONS
+from grinqh_jax.decoding.dial import SKIPPED_POSITIONS
+from grinqh_jax.decoding.engine.prompt import PREVIEW_TOKENS
 from grinqh_jax.decoding.prefill_buckets import (
     CONVERSATION_WIDTHS,
     LARGEST_BUCKET,

@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from grinqh_jax.decoding import decode_state, prefill_buckets
-from grinqh_jax.decoding.device import Device
-from grinqh_jax.decoding.engine import PREVIEW_TOKENS
+from grinqh_jax.decoding import prefill_buckets
+from grinqh_jax.decoding.engine.prompt import PREVIEW_TOKENS
 from grinqh_jax.decoding.generation import Generation
 from grinqh_jax.decoding.generation_config import GenerationConfig
 from grinqh_jax.decoding.generator import Generator
 from grinqh_jax.decoding.prompt_cache import PromptCache
 from grinqh_jax.decoding.request import Request
+from grinqh_jax.decoding.slots import answers, prompts
+from grinqh_jax.decoding.slots.device import Device
 from grinqh_jax.errors import UsageError
 
 ANSWER = 20
@@ -195,14 +196,16 @@ def test_the_cache_is_usable_after_an_interrupted_answer(talker):
     assert again.statistics().reused_prompt_tokens == len(prompt) - PREVIEW_TOKENS
 
 
-@pytest.mark.parametrize("program", ["prefill", "insert", "generate"])
+@pytest.mark.parametrize(
+    ("module", "program"), [(prompts, "prefill"), (answers, "insert"), (answers, "generate")]
+)
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_exception_midway_leaves_a_usable_cache(talker, monkeypatch, program, error):
+def test_an_exception_midway_leaves_a_usable_cache(talker, monkeypatch, module, program, error):
     """The exception comes at the worst moment: the old cache is donated, and the new one is lost."""
     cache, prompt = PromptCache(), user_turn(120)
     prompt = prompt + generated(talker, prompt, cache).tokens + user_turn(30)
     expected = generated(talker, prompt).tokens
-    original = getattr(decode_state, program)
+    original = getattr(module, program)
 
     class Failing:
         lower = original.lower
@@ -211,10 +214,10 @@ def test_an_exception_midway_leaves_a_usable_cache(talker, monkeypatch, program,
             original(*args, **options)
             raise error
 
-    monkeypatch.setattr(decode_state, program, Failing())
+    monkeypatch.setattr(module, program, Failing())
     with pytest.raises(error):
         generated(talker, prompt, cache)
-    monkeypatch.setattr(decode_state, program, original)
+    monkeypatch.setattr(module, program, original)
     generation = generated(talker, prompt, cache)
     assert generation.tokens == expected
     assert generation.statistics().reused_prompt_tokens == 0

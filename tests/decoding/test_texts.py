@@ -11,8 +11,8 @@ import pytest
 from batch import Batch
 
 from grinqh_jax.decoding import policy
-from grinqh_jax.decoding.device import Device
 from grinqh_jax.decoding.policy import DecodePolicy
+from grinqh_jax.decoding.slots.device import Device
 
 pytestmark = pytest.mark.usefixtures("optimized_programs")
 

@@ -7,8 +7,8 @@ import pytest
 
 from grinqh_jax import BUNDLED_MODEL
 from grinqh_jax.cli import evaluate as evaluate_command
-from grinqh_jax.decoding.device import Device
 from grinqh_jax.decoding.generator import Generator
+from grinqh_jax.decoding.slots.device import Device
 from grinqh_jax.errors import UsageError
 from grinqh_jax.evaluation.tasks import evaluate, final_number, read_problems
 

@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from grinqh_jax.decoding.batching.job import Job
 from grinqh_jax.decoding.generator import Generator
-from grinqh_jax.decoding.job import Job
 from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.programs import Programs
 from grinqh_jax.decoding.sampling import Sampling
-from grinqh_jax.decoding.settings import Settings
+from grinqh_jax.decoding.slots.settings import Settings
 from grinqh_jax.decoding.speculation.speculation import Speculation
 from grinqh_jax.decoding.texts import Received, Texts
 

@@ -12,12 +12,12 @@ import pytest
 from engine_cases import SHORT, SIZES, random_case
 
 from grinqh_jax.decoding.answer_text import AnswerText
-from grinqh_jax.decoding.device import Device
-from grinqh_jax.decoding.job import Shape
+from grinqh_jax.decoding.batching.scheduler import Scheduler
 from grinqh_jax.decoding.paged_cache import count_pages, page_bytes
 from grinqh_jax.decoding.programs import Programs
 from grinqh_jax.decoding.request import Request
-from grinqh_jax.decoding.scheduler import Scheduler
+from grinqh_jax.decoding.slots.device import Device
+from grinqh_jax.decoding.slots.shape import Shape
 from grinqh_jax.errors import UsageError
 from grinqh_jax.memory import memory_in_use
 from grinqh_jax.serving import engine as engine_module

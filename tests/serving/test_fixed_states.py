@@ -10,9 +10,9 @@ import tiny_models
 from family_cases import CASES
 
 from grinqh_jax.decoding.generator import Generator
+from grinqh_jax.decoding.load_speculation import speculation_of
 from grinqh_jax.decoding.prompt_cache import PromptCache
 from grinqh_jax.decoding.request import Request
-from grinqh_jax.decoding.speculation.make import speculation_of
 from grinqh_jax.decoding.speculation.setting import SpeculationSetting
 from grinqh_jax.errors import UsageError
 from grinqh_jax.model.decoder import Decoder

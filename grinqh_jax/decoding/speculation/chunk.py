@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from grinqh_jax.decoding import engine
 from grinqh_jax.decoding.dial import Dial
+from grinqh_jax.decoding.engine.chunk import Chunk
+from grinqh_jax.decoding.engine.step import read_tokens
 from grinqh_jax.decoding.logprobs import token_logprobs
 from grinqh_jax.decoding.penalties import TokenHistory
 from grinqh_jax.decoding.policy import DecodePolicy
@@ -59,7 +60,7 @@ class Loop(NamedTuple):
     """What changes from step to step."""
 
     step: Any
-    chunk: engine.Chunk
+    chunk: Chunk
     cache: KVCache
     texts: SlotTexts
     drafter: Any
@@ -85,7 +86,7 @@ def speculative_chunk(
     policy: DecodePolicy,
     history: TokenHistory | None = None,
     top_logprobs: int | None = None,
-) -> tuple[engine.Chunk, KVCache, SlotTexts, Any, Counts]:
+) -> tuple[Chunk, KVCache, SlotTexts, Any, Counts]:
     """Generates 1 to ``drafts + 1`` tokens per text and step, as ``engine.decode_chunk`` does with drafts.
 
     With fixed thresholds or a dial that is held, the texts are those of ``decode_chunk``. With a dial that
@@ -110,7 +111,7 @@ def speculative_chunk(
     batch, width = len(tokens), drafts + 1
     linears = None if thresholds is None else len(linear_names(model.config))
     done |= (limits <= 0) | (cache.lengths >= cache.capacity)
-    empty = engine.Chunk.empty(tokens, done, steps * width, linears, history, dial, top_logprobs)
+    empty = Chunk.empty(tokens, done, steps * width, linears, history, dial, top_logprobs)
     zeros = jnp.zeros(batch, jnp.int32)
     loop = Loop(
         0,
@@ -178,7 +179,7 @@ def speculative_chunk(
         if current_dial is not None and stats is not None:
             bits = jnp.sum(current_dial.mean_bits(stats.bits), axis=1, where=rejected)
         counted = Counts(active, counts, jnp.maximum(produced - 1, 0), counts > 0, bits)
-        chunk = engine.Chunk(
+        chunk = Chunk(
             tokens=_scatter(chunk.tokens.T, place_in_chunk, is_new, tokens).T,
             counts=total,
             last=last,
@@ -227,7 +228,7 @@ def verify(
       float32 logits at each position, in the order of the output projection's outputs; hidden states after
       the final norm; the cache, all positions longer; and the grading statistics ``[B, t, linears]``.
     """
-    hidden, outputs, cache, stats = engine.read_tokens(
+    hidden, outputs, cache, stats = read_tokens(
         model, tokens, cache, thresholds, jnp.full(len(tokens), tokens.shape[1])
     )
     return outputs, hidden, cache, stats
@@ -278,7 +279,7 @@ def _thresholds(thresholds: Dial | Thresholds | None, read: Bool[Array, "b t"]) 
     by_position = {
         name: jnp.where(read[..., None], thresholds[name][..., None, :], jnp.inf) for name in thresholds
     }
-    # As in ``engine._thresholds_by_name``.
+    # As in ``engine.chunk``.
     return jax.lax.optimization_barrier(by_position)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from grinqh_jax.decoding import engine
+from grinqh_jax.decoding.engine.step import read_tokens
 from grinqh_jax.decoding.paged_cache import PagedCache
 from grinqh_jax.decoding.reading import MAX_GRADED_ROWS
 from grinqh_jax.decoding.sampling import Sampling, choose_tokens
@@ -28,7 +29,7 @@ from grinqh_jax.decoding.thresholds import StackedThresholds, Thresholds
 from grinqh_jax.model.cache import KVCache
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import Decoder
-from grinqh_jax.model.flat_model import FlatModel
+from grinqh_jax.model.flat_model import FlatModel, decoder_of
 
 MOST_READ = 8
 """Largest number of tokens of a text that a draft model reads before it drafts."""
@@ -105,7 +106,7 @@ class ModelDrafter:
         self, state: DrafterState, target: Target, texts: Texts, count: int
     ) -> tuple[Draft, DrafterState, KVCache]:
         """Drafts up to ``count`` tokens for each text."""
-        model = engine.decoder_of(self.model)
+        model = decoder_of(self.model)
         thresholds = None if self.thresholds is None else self.thresholds.by_name()
         batch, slots = texts.tokens.shape
         width = min(MOST_READ, max(MAX_GRADED_ROWS // batch, 1))
@@ -115,7 +116,7 @@ class ModelDrafter:
         unread = jnp.take_along_axis(texts.tokens, jnp.minimum(places, slots - 1), axis=1)
         counts = jnp.minimum(texts.lengths - start, width)
         cache = state.shared.texts(texts.pages, start, {})
-        _, outputs, cache, _ = engine.read_tokens(model, unread, cache, thresholds, counts)
+        _, outputs, cache, _ = read_tokens(model, unread, cache, thresholds, counts)
         last = jnp.take_along_axis(outputs, (counts - 1)[:, None, None], axis=1)[:, 0]
         first = _choose(model, last, target, texts.lengths)
         ready = start + counts == texts.lengths
@@ -146,7 +147,7 @@ def _decode(
 
     def one(i: Any, loop: Any) -> Any:
         token, tokens, cache = loop
-        _, outputs, cache, _ = engine.read_tokens(model, token[:, None], cache, thresholds, ones)
+        _, outputs, cache, _ = read_tokens(model, token[:, None], cache, thresholds, ones)
         token = _choose(model, outputs[:, 0], target, cache.lengths)
         return token, tokens.at[:, i].set(token), cache
 

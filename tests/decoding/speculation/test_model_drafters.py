@@ -6,8 +6,8 @@ import pytest
 from test_speculation import CONTEXT, PROMPTS, SHORT, assert_same, run
 
 from grinqh_jax.decoding.generator import Generator
+from grinqh_jax.decoding.load_speculation import model_drafter, speculation_of
 from grinqh_jax.decoding.request import Request
-from grinqh_jax.decoding.speculation.make import model_drafter, speculation_of
 from grinqh_jax.decoding.speculation.setting import SpeculationSetting
 from grinqh_jax.decoding.speculation.speculation import Speculation
 from grinqh_jax.errors import UsageError

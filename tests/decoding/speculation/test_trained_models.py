@@ -6,8 +6,8 @@ from batch import Batch
 
 from grinqh_jax import BUNDLED_MODEL
 from grinqh_jax.decoding.generator import Generator
+from grinqh_jax.decoding.load_speculation import speculation_of
 from grinqh_jax.decoding.speculation.lookup import PromptLookup
-from grinqh_jax.decoding.speculation.make import speculation_of
 from grinqh_jax.decoding.speculation.setting import SpeculationSetting
 from grinqh_jax.decoding.speculation.speculation import Speculation
 

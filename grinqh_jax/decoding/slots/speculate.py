@@ -1,4 +1,4 @@
-"""The decode loop with drafts on the state of an engine (see ``decode_state``)."""
+"""The programs of speculation on the state of all slots."""
 
 import dataclasses
 from typing import Any
@@ -6,14 +6,14 @@ from typing import Any
 import jax
 from jaxtyping import Array, Int, UInt32
 
-from grinqh_jax.decoding import engine
-from grinqh_jax.decoding.decode_state import DecodeState
 from grinqh_jax.decoding.dial import Dial
+from grinqh_jax.decoding.engine.chunk import Chunk
 from grinqh_jax.decoding.paged_cache import PagedCache
 from grinqh_jax.decoding.policy import DecodePolicy
+from grinqh_jax.decoding.slots.state import DecodeState
 from grinqh_jax.decoding.speculation.chunk import Counts, speculative_chunk
 from grinqh_jax.decoding.speculation.drafter import Drafter, DrafterState
-from grinqh_jax.model.flat_model import FlatModel
+from grinqh_jax.model.flat_model import FlatModel, decoder_of
 from grinqh_jax.sharding.program import on_mesh
 
 
@@ -46,16 +46,16 @@ def speculate(
     top_logprobs: int | None,
     steps: int,
     drafts: int,
-) -> tuple[DecodeState, engine.Chunk, Counts]:
+) -> tuple[DecodeState, Chunk, Counts]:
     """Decodes ``steps`` to ``steps * (drafts + 1)`` tokens for some slots, with speculation.
 
     Args:
-      model, state, dial, policy, greedy, top_logprobs: As in ``generate``.
+      model, state, dial, policy, greedy, top_logprobs: As in ``answers.generate``.
       drafter: Proposes the tokens that are verified.
       rows: Slots, each at most once. Slots that share the graded rows of a step: ``n * (drafts + 1)`` is at
         most 16. All slots if their cache is contiguous.
       most_drafts: Largest number of drafts of each of these slots.
-      allowed: Tokens that each of these slots may choose, as in ``generate``, with ``drafts=0``.
+      allowed: Tokens that each of these slots may choose, as in ``answers.generate``, with ``drafts=0``.
       steps: Number of steps.
       drafts: Largest number of drafts of a slot.
 
@@ -66,7 +66,7 @@ def speculate(
     slots = state.slots if every else jax.tree.map(lambda slots: slots[rows], state.slots)
     assert slots.texts is not None, "the state was created for speculation"
     chunk, cache, texts, drafter_state, counts = speculative_chunk(
-        engine.decoder_of(model),
+        decoder_of(model),
         slots.last,
         slots.done,
         state.cache.texts(slots.pages, slots.lengths, slots.fixed),

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from grinqh_jax.decoding.engine import decoder_of, full_logits
+from grinqh_jax.decoding.engine.prompt import full_logits
 from grinqh_jax.decoding.logprobs import TokenLogprobs, token_logprobs
 from grinqh_jax.model import apply
 from grinqh_jax.model.cache import KVCache
 from grinqh_jax.model.decoder import Decoder
-from grinqh_jax.model.flat_model import FlatModel
+from grinqh_jax.model.flat_model import FlatModel, decoder_of
 from grinqh_jax.sharding.program import on_mesh
 
 LOGPROB_ROWS = 16

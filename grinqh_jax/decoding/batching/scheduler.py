@@ -20,11 +20,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from grinqh_jax.decoding import engine
-from grinqh_jax.decoding.device import Device
-from grinqh_jax.decoding.job import FinishReason, Job, Storage
+from grinqh_jax.decoding.batching.job import FinishReason, Job, Storage
+from grinqh_jax.decoding.engine.chunk import Chunk
 from grinqh_jax.decoding.logprobs import TokenLogprobs
 from grinqh_jax.decoding.policy import DecodePolicy
+from grinqh_jax.decoding.slots.device import Device
 from grinqh_jax.decoding.speculation.chunk import Counts
 from grinqh_jax.decoding.speculation.draft_length import DraftLength, StepShape
 
@@ -43,7 +43,7 @@ class _InFlight:
     """
 
     jobs: dict[int, Job]
-    result: Callable[[], tuple[engine.Chunk, Counts | None, float]]
+    result: Callable[[], tuple[Chunk, Counts | None, float]]
     asked: float
     is_first: bool
     shape: StepShape | None = None
@@ -269,7 +269,7 @@ class Scheduler:
     def _track(
         self,
         jobs: dict[int, Job],
-        results: tuple[engine.Chunk, Counts | None],
+        results: tuple[Chunk, Counts | None],
         asked: float,
         *,
         is_first: bool = False,
@@ -355,8 +355,8 @@ class Scheduler:
 
 
 def _to_host(
-    results: tuple[engine.Chunk, Counts | None],
-) -> tuple[engine.Chunk, Counts | None, float]:
+    results: tuple[Chunk, Counts | None],
+) -> tuple[Chunk, Counts | None, float]:
     """Fetches a chunk as numpy arrays, all in one transfer; returns it and the time of its arrival."""
     return *jax.device_get(results), time.perf_counter()
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from grinqh_jax.decoding import engine
+from grinqh_jax.decoding.engine.prompt import PREVIEW_TOKENS, Preview
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import linear_names
 from grinqh_jax.model.fixed_states import FixedStates
@@ -29,7 +29,7 @@ class Prefix:
     pages: Int[Array, "1 pages_per_slot"]
     length: Int[Array, "1"]
     logits: Float[Array, "1 v"]
-    preview: engine.Preview | None
+    preview: Preview | None
     fixed: FixedStates
 
     @classmethod
@@ -49,7 +49,7 @@ class Prefix:
         def zeros(*shape, dtype=np.float32):
             return np.zeros(shape, dtype)
 
-        previewed = zeros(1, engine.PREVIEW_TOKENS, len(linear_names(config)))
-        preview = engine.Preview(previewed, zeros(1, dtype=np.int32)) if graded else None
+        previewed = zeros(1, PREVIEW_TOKENS, len(linear_names(config)))
+        preview = Preview(previewed, zeros(1, dtype=np.int32)) if graded else None
         read: Any = np.array([length], np.int32)
         return cls(pages[None], read, zeros(1, config.vocab_size), preview, fixed)

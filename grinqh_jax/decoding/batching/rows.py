@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from grinqh_jax.decoding.job import Job
+from grinqh_jax.decoding.batching.job import Job
 from grinqh_jax.decoding.prefill_buckets import PrefillBucket, cut
 
 

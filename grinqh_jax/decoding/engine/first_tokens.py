@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from grinqh_jax.decoding.dial import Dial
-from grinqh_jax.decoding.engine import Preview
+from grinqh_jax.decoding.engine.prompt import Preview
 from grinqh_jax.decoding.penalties import TokenHistory
 from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.sampling import Sampling, choose_tokens

@@ -1,4 +1,4 @@
-"""A request on its way through the scheduler, and the sizes of the engine that runs it."""
+"""A request on its way through the scheduler, and the protocols of what the scheduler works with."""
 
 import collections
 import dataclasses
@@ -11,65 +11,14 @@ from jaxtyping import UInt32
 
 from grinqh_jax.decoding.logprobs import TokenLogprobs
 from grinqh_jax.decoding.prefill_buckets import PrefillBucket
-from grinqh_jax.decoding.prefix import Prefix
-from grinqh_jax.decoding.settings import Settings
+from grinqh_jax.decoding.slots.prefix import Prefix
+from grinqh_jax.decoding.slots.settings import Settings
 from grinqh_jax.decoding.speculation.draft_length import Acceptance
 from grinqh_jax.decoding.speculation.figures import SpeculationFigures
-from grinqh_jax.errors import UsageError
 from grinqh_jax.model.fixed_states import FixedStates
 from pallas_kernels import GradingStats
 
 FinishReason = Literal["stop", "length", "cancelled"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Shape:
-    """Sizes of the engine's programs and of its cache.
-
-    Attributes:
-      slots: Number of requests that are decoded at once.
-      max_context: Most tokens of a prompt and its answer together.
-      page_size: Number of positions of a page.
-      piece: Number of prompt tokens read in one call, a multiple of ``page_size``.
-      num_pages: Number of pages of the cache.
-      stop_tokens: Most stop tokens of a request.
-      prompt_logprobs: Whether requests may have log-probabilities of their prompts.
-      grammars: Whether requests may have grammars.
-      contiguous: Whether slot b has page b and no other, so that texts share nothing.
-      rings: Whether layers with windows keep rings in place of the whole context (``fixed_states``). No text
-        can then start from a prefix of another one.
-
-    Raises:
-      UsageError: ``piece`` is not a multiple of ``page_size``.
-    """
-
-    slots: int
-    max_context: int
-    page_size: int
-    piece: int
-    num_pages: int
-    stop_tokens: int
-    prompt_logprobs: bool = False
-    grammars: bool = False
-    contiguous: bool = False
-    rings: bool = False
-
-    def __post_init__(self):
-        if self.piece % self.page_size:
-            raise UsageError(
-                f"a piece of {self.piece} tokens is not a multiple of the page size {self.page_size}; choose "
-                "such a multiple"
-            )
-
-    @property
-    def ring_context(self) -> int | None:
-        """Largest number of tokens of a text, if layers with windows keep rings (see ``fixed_states``)."""
-        return self.max_context if self.rings else None
-
-    @property
-    def pages_per_slot(self) -> int:
-        """Number of pages of a text of ``max_context`` tokens."""
-        return -(-self.max_context // self.page_size)
 
 
 @runtime_checkable

@@ -1,4 +1,4 @@
-"""The model and its state on the device: compiles and dispatches the functions of ``decode_state``."""
+"""The model and its state on the device: compiles and dispatches the programs of all slots."""
 
 import dataclasses
 import functools
@@ -10,21 +10,24 @@ import jax
 import numpy as np
 from jaxtyping import Int, UInt32
 
-from grinqh_jax.decoding import decode_state, engine, reading
-from grinqh_jax.decoding.decode_state import DecodeState
+from grinqh_jax.decoding import reading
 from grinqh_jax.decoding.dial import Dial
-from grinqh_jax.decoding.job import Shape
+from grinqh_jax.decoding.engine.chunk import Chunk
+from grinqh_jax.decoding.engine.prompt import PREVIEW_TOKENS
 from grinqh_jax.decoding.logprobs import MOST_LOGPROBS, TokenLogprobs
 from grinqh_jax.decoding.paged_cache import PagedCache
 from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.prefill_buckets import PrefillBucket, bucket_widths
-from grinqh_jax.decoding.prefix import Prefix
 from grinqh_jax.decoding.programs import Lowering, Programs
 from grinqh_jax.decoding.reading import MAX_GRADED_ROWS
-from grinqh_jax.decoding.settings import Settings
+from grinqh_jax.decoding.slots import answers, prompts
+from grinqh_jax.decoding.slots.prefix import Prefix
+from grinqh_jax.decoding.slots.settings import Settings
+from grinqh_jax.decoding.slots.shape import Shape
+from grinqh_jax.decoding.slots.speculate import read_prompt, speculate
+from grinqh_jax.decoding.slots.state import DecodeState
 from grinqh_jax.decoding.speculation import block_dial
 from grinqh_jax.decoding.speculation.chunk import Counts
-from grinqh_jax.decoding.speculation.decode import read_prompt, speculate
 from grinqh_jax.decoding.speculation.draft_length import StepShape, step_shapes
 from grinqh_jax.decoding.speculation.speculation import Speculation
 from grinqh_jax.errors import UsageError
@@ -127,7 +130,7 @@ class Device:
     def compile(self, programs: Programs) -> None:
         """Compiles all programs, several at once, and runs them on no tokens. No slot may be in use."""
         settings = jax.tree.map(lambda rows: np.asarray(rows)[:1], self._state.slots.settings)
-        widths = bucket_widths(max(self.shape.piece, engine.PREVIEW_TOKENS))
+        widths = bucket_widths(max(self.shape.piece, PREVIEW_TOKENS))
         chunks = (False, False), (True, False), (False, True)
         programs.compile(self.lowerings(widths, settings, chunks, logprobs=(False, True)))
         for _ in range(2):  # The second time all inputs are outputs of the programs.
@@ -189,28 +192,28 @@ class Device:
         prefix = Prefix.create(self._config, self._row([]), 0, self.graded, fixed)
         thresholds = None
         if dial is not None:
-            add("thresholds", decode_state.preview_thresholds.lower, dial, settings.bits)
-            thresholds = jax.eval_shape(decode_state.preview_thresholds, dial, settings.bits)
+            add("thresholds", prompts.preview_thresholds.lower, dial, settings.bits)
+            thresholds = jax.eval_shape(prompts.preview_thresholds, dial, settings.bits)
         for width in widths:
             tokens = np.zeros((1, width), np.int32)
-            prefill = of_model(decode_state.prefill)
+            prefill = of_model(prompts.prefill)
             add("prefill", prefill, state.cache, prefix, tokens, one, thresholds)
             if state.drafter is not None:
                 read = self._drafter, state.drafter, prefix.pages, prefix.length, tokens, one
                 add("read_prompt", read_prompt.lower, *read)
             if self.shape.prompt_logprobs:
-                lower, count = of_model(decode_state.prompt_logprobs), self._top_logprobs
+                lower, count = of_model(prompts.prompt_logprobs), self._top_logprobs
                 add("prompt_logprobs", lower, state.cache, prefix, tokens, tokens, top_logprobs=count)
         for wants in logprobs:
             arguments: Any = state, slot, prefix, settings, self._in_prompt([]), dial, self._any_first()
             arguments += self._drafting([])
-            insert = decode_state.insert.lower
+            insert = answers.insert.lower
             add("insert", insert, *arguments, policy=policy, top_logprobs=self._count(wants))
         levels = self._levels if self.speculation is None else []
         for level, (greedy, wants) in itertools.product(levels, chunks):
             static = {"policy": policy, "greedy": greedy, "level": level}
             static["top_logprobs"] = self._count(wants)
-            add("generate", of_model(decode_state.generate), state, dial, **static)
+            add("generate", of_model(answers.generate), state, dial, **static)
         for shape, (greedy, wants) in itertools.product(self.step_shapes, chunks):
             rows = np.zeros(shape.texts, np.int32)
             static = {"policy": policy, "greedy": greedy, "top_logprobs": self._count(wants)}
@@ -222,7 +225,7 @@ class Device:
             for level in levels:
                 add(
                     "generate",
-                    of_model(decode_state.generate),
+                    of_model(answers.generate),
                     state,
                     dial,
                     allowed,
@@ -233,9 +236,9 @@ class Device:
                 arguments = state, dial, self._drafter, rows, rows, allowed
                 add("speculate", of_model(speculate), *arguments, steps=1, drafts=0, **static)
         if self.shape.slots > 1:
-            add("free", decode_state.free.lower, state, slot)
+            add("free", answers.free.lower, state, slot)
         if self.graded and not self.shape.contiguous:
-            add("turn", decode_state.turn.lower, state, slot, np.float32(0))
+            add("turn", answers.turn.lower, state, slot, np.float32(0))
         return wanted
 
     def prefix(self, pages: Sequence[int], length: int, fixed: FixedStates | None = None) -> Prefix:
@@ -250,25 +253,23 @@ class Device:
         return self._put(prefix)
 
     def prefill(self, prefix: Prefix, piece: PrefillBucket, settings: Settings) -> Prefix:
-        """Reads the next piece of a prompt (see ``decode_state.prefill``)."""
+        """Reads the next piece of a prompt (see ``prompts.prefill``)."""
         tokens, lengths, bits = self._put((piece.tokens, piece.lengths, settings.bits))
-        thresholds = None if self._dial is None else decode_state.preview_thresholds(self._dial, bits)
+        thresholds = None if self._dial is None else prompts.preview_thresholds(self._dial, bits)
         drafter = self._state.drafter
         if drafter is not None:
             arguments = prefix.pages, prefix.length, tokens, lengths
             drafter = read_prompt(self._drafter, drafter, *arguments)
-        cache, prefix = decode_state.prefill(
-            self._model, self._state.cache, prefix, tokens, lengths, thresholds
-        )
+        cache, prefix = prompts.prefill(self._model, self._state.cache, prefix, tokens, lengths, thresholds)
         self._state = dataclasses.replace(self._state, cache=cache, drafter=drafter)
         return prefix
 
     def prompt_logprobs(
         self, prefix: Prefix, piece: PrefillBucket, following: Int[np.ndarray, "1 t"]
     ) -> TokenLogprobs:
-        """Returns log-probabilities of a piece, before it is read (see ``decode_state.prompt_logprobs``)."""
+        """Returns log-probabilities of a piece, before it is read (see ``prompts.prompt_logprobs``)."""
         tokens, following = self._put((piece.tokens, following))
-        cache, logprobs = decode_state.prompt_logprobs(
+        cache, logprobs = prompts.prompt_logprobs(
             self._model, self._state.cache, prefix, tokens, following, top_logprobs=self._top_logprobs
         )
         self._state = dataclasses.replace(self._state, cache=cache)
@@ -282,13 +283,13 @@ class Device:
         settings: Settings,
         logprobs: bool,
         allowed: UInt32[np.ndarray, "words"] | None = None,
-    ) -> engine.Chunk:
-        """Starts the answer to a prompt in a slot; returns its first token (see ``decode_state.insert``)."""
+    ) -> Chunk:
+        """Starts the answer to a prompt in a slot; returns its first token (see ``answers.insert``)."""
         mask = self._any_first() if allowed is None else allowed[None]
         row, settings, in_prompt, mask, drafting = self._put(
             (np.int32(slot), settings, self._in_prompt(prompt), mask, self._drafting(prompt))
         )
-        self._state, first = decode_state.insert(
+        self._state, first = answers.insert(
             self._state,
             row,
             prefix,
@@ -308,9 +309,9 @@ class Device:
             return None
         return reading.batch_level(self.shape.slots, bits, self._num_planes)
 
-    def generate(self, greedy: bool, logprobs: bool, level: int | None = None) -> engine.Chunk:
-        """Decodes a chunk for all slots (see ``decode_state.generate``)."""
-        self._state, chunk = decode_state.generate(
+    def generate(self, greedy: bool, logprobs: bool, level: int | None = None) -> Chunk:
+        """Decodes a chunk for all slots (see ``answers.generate``)."""
+        self._state, chunk = answers.generate(
             self._model,
             self._state,
             self._dial,
@@ -321,16 +322,14 @@ class Device:
         )
         return chunk
 
-    def generate_masked(
-        self, allowed: UInt32[np.ndarray, "b words"], level: int | None = None
-    ) -> engine.Chunk:
+    def generate_masked(self, allowed: UInt32[np.ndarray, "b words"], level: int | None = None) -> Chunk:
         """Decodes one token for all slots, of those that each may choose, with its log-probabilities.
 
         Args:
           allowed: Tokens that each slot may choose (see ``sampling.Sampling``).
           level: As in ``generate``.
         """
-        self._state, chunk = decode_state.generate(
+        self._state, chunk = answers.generate(
             self._model,
             self._state,
             self._dial,
@@ -351,7 +350,7 @@ class Device:
 
     def speculate(
         self, rows: Sequence[int], most_drafts: Sequence[int], drafts: int, greedy: bool, logprobs: bool
-    ) -> tuple[engine.Chunk, Counts]:
+    ) -> tuple[Chunk, Counts]:
         """Decodes a chunk for some slots (see ``decode.speculate``). Its rows are those of ``rows``."""
         slots, most = self._put((np.asarray(rows, np.int32), np.asarray(most_drafts, np.int32)))
         self._state, chunk, counts = speculate(
@@ -370,7 +369,7 @@ class Device:
         )
         return chunk, counts
 
-    def speculate_masked(self, allowed: UInt32[np.ndarray, "b words"]) -> tuple[engine.Chunk, Counts]:
+    def speculate_masked(self, allowed: UInt32[np.ndarray, "b words"]) -> tuple[Chunk, Counts]:
         """Decodes one token for all slots without drafts, as ``generate_masked`` does."""
         slots = self.shape.slots
         rows, most, mask = self._put((np.arange(slots, dtype=np.int32), np.zeros(slots, np.int32), allowed))
@@ -396,12 +395,12 @@ class Device:
 
     def turn(self, slot: int, bits: float) -> None:
         """Changes the wanted mean bits of an answer."""
-        self._state = decode_state.turn(self._state, *self._put((np.int32(slot), np.float32(bits))))
+        self._state = answers.turn(self._state, *self._put((np.int32(slot), np.float32(bits))))
 
     def free(self, slot: int) -> None:
         """Ends the answer in a slot. A single slot then decodes nothing, so its state may stay."""
         if self.shape.slots > 1:
-            self._state = decode_state.free(self._state, self._put(np.int32(slot)))
+            self._state = answers.free(self._state, self._put(np.int32(slot)))
 
     def _fixed(self, batch: int) -> FixedStates:
         """Returns the states of a fixed size of empty texts."""

@@ -1,0 +1,146 @@
+"""What the device remembers of all texts: their pages, and a row for each slot."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Int, UInt32
+
+from grinqh_jax.decoding.dial import Dial, DialState
+from grinqh_jax.decoding.engine.chunk import Chunk
+from grinqh_jax.decoding.paged_cache import PagedCache
+from grinqh_jax.decoding.penalties import TokenHistory
+from grinqh_jax.decoding.sampling import Sampling
+from grinqh_jax.decoding.slots.settings import Settings
+from grinqh_jax.decoding.speculation.chunk import SlotTexts
+from grinqh_jax.decoding.speculation.drafter import Drafter, DrafterState
+from grinqh_jax.model.cache import KVCache
+from grinqh_jax.model.config import ModelConfig
+from grinqh_jax.model.fixed_states import FixedStates
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """One row for each slot.
+
+    Attributes:
+      settings: Settings of the requests.
+      pages: int32 ``[B, pages_per_slot]``, pages of each text (see ``PagedCache``); None if slot b has page b
+        and no other.
+      lengths: int32 ``[B]``, number of tokens in the cache: all but the last.
+      last: int32 ``[B]``, last token of each text, not yet in the cache.
+      done: bool ``[B]``, slots that generate nothing: empty ones, and answers that have ended.
+      history: Tokens that each text has; None if the settings have no penalties.
+      dial: State of the dial of each slot; None for a dense model.
+      fixed: States of a fixed size of each text.
+      texts: Tokens of each text; None without speculation.
+      drafter: Rows of the drafter's state.
+    """
+
+    settings: Settings
+    pages: Int[Array, "b pages_per_slot"] | None
+    lengths: Int[Array, "b"]
+    last: Int[Array, "b"]
+    done: Bool[Array, "b"]
+    history: TokenHistory | None
+    dial: DialState | None
+    fixed: FixedStates
+    texts: SlotTexts | None = None
+    drafter: Any = None
+
+    def sampling(self, greedy: bool, allowed: UInt32[Array, "b words"] | None) -> Sampling:
+        """Returns how tokens are chosen; ``greedy`` and ``allowed`` as in ``generate``."""
+        sampling = dataclasses.replace(self.settings.sampling, allowed=allowed)
+        if greedy:
+            sampling = dataclasses.replace(sampling, greedy=True, penalties=None, logit_bias=None)
+        return sampling
+
+    def dial_of(self, dial: Dial | None) -> Dial | None:
+        """Returns the model's dial with the state of each slot; None for a dense model."""
+        if dial is None:
+            return None
+        assert self.dial is not None, "a graded model has a dial"
+        return dial.with_state(self.dial)
+
+    def after(self, chunk: Chunk, cache: KVCache) -> "Slots":
+        """Returns the rows after a chunk that left the texts in ``cache``."""
+        return dataclasses.replace(
+            self,
+            settings=dataclasses.replace(self.settings, limits=self.settings.limits - chunk.counts),
+            lengths=cache.lengths,
+            last=chunk.last,
+            done=chunk.done,
+            history=self.history if chunk.history is None else chunk.history,
+            dial=chunk.dial,
+            fixed=cache.fixed,
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """Everything that changes while the engine runs.
+
+    Attributes:
+      cache: Keys and values of all texts and of the kept prefixes.
+      slots: One row for each slot.
+      drafter: What the drafter shares among all texts.
+    """
+
+    cache: PagedCache
+    slots: Slots
+    drafter: Any = None
+
+    @classmethod
+    def create(
+        cls,
+        cache: PagedCache,
+        config: ModelConfig,
+        settings: Settings,
+        slots: int,
+        pages_per_slot: int | None,
+        graded: bool,
+        fixed: FixedStates,
+        drafter: Drafter | None = None,
+    ) -> "DecodeState":
+        """Returns a state of empty slots, whose rows are numpy arrays.
+
+        Args:
+          cache: Pages of all texts.
+          config: Configuration of the model.
+          settings: Settings of one request. Those of all requests have the same structure and shapes.
+          slots: Number of slots.
+          pages_per_slot: Largest number of pages of a text; None if slot b has page b and no other.
+          graded: Whether the model is graded.
+          fixed: States of a fixed size of empty texts, one for each slot.
+          drafter: Drafter of speculation; None without.
+        """
+        shared = pages_per_slot is not None
+
+        # numpy arrays, because each jax array would be a separate dispatch.
+        def full(value: Any, *shape: int, dtype: Any = np.int32) -> Any:
+            return np.full((slots, *shape), value, dtype)
+
+        history = None
+        if settings.sampling.penalties is not None:
+            history = TokenHistory(full(0, config.vocab_size))
+        drafts, texts = DrafterState(), None
+        if drafter is not None:
+            drafts = drafter.create(slots, cache.num_pages, cache.page_size)
+            capacity = (pages_per_slot or 1) * cache.page_size
+            texts = SlotTexts(full(0, capacity), full(0, 4, dtype=np.float32))
+        rows = Slots(
+            settings=jax.tree.map(lambda row: full(0, *row.shape[1:], dtype=row.dtype), settings),
+            pages=full(cache.num_pages, pages_per_slot) if pages_per_slot is not None else None,
+            lengths=full(0 if shared else cache.page_size),
+            last=full(0),
+            done=full(True, dtype=bool),
+            history=history,
+            dial=DialState(full(0, dtype=np.float32), full(0, 4, dtype=np.float32)) if graded else None,
+            fixed=fixed,
+            texts=texts,
+            drafter=drafts.rows,
+        )
+        return cls(cache, rows, drafts.shared)
