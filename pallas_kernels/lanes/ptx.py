@@ -233,6 +233,11 @@ class PtxInstructions(Instructions):
         template = f"st.shared::cluster{_VECTOR[len(values)]}.b32 [$0], {_operands(len(values), 1)};"
         _assemble(template, [remote, *values], effects=True)
 
+    def load_cluster(self, address, rank, count=1, kind="i32"):
+        (remote,) = _assemble(f"mapa.shared::cluster.u32 $0, $1, {rank};", [address], ("i32",))
+        template = f"ld.shared::cluster{_VECTOR[count]}.b32 {_operands(count, 0)}, [${count}];"
+        return _assemble(template, [remote], (kind,) * count, effects=True)
+
     def load_matrices_transposed(self, address):
         template = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0,$1,$2,$3}, [$4];"
         return _assemble(template, [address], ("i32",) * 4, warp=True)
