@@ -58,7 +58,10 @@ def _emulate(
     squares = thresholds if x.square_partials is None else x.square_partials
     gains = np.ones(weight.num_planes, np.float32) if weight.level_gains is None else weight.level_gains
     isa = NumpyInstructions(
-        blocks=geometry.blocks, threads=geometry.threads, shared_bytes=geometry.shared_bytes
+        blocks=geometry.blocks,
+        threads=geometry.threads,
+        shared_bytes=geometry.shared_bytes,
+        cluster=geometry.cluster,
     )
     unwritten = np.float32(12345.678)
     partials = np.full((geometry.splits, geometry.rows, geometry.stored_n), unwritten)

@@ -11,7 +11,7 @@ phases of the program follow in ``listing``, ``streaming`` and ``reduction``, an
 of a configuration, ``kernel`` the launch.
 """
 
-from pallas_kernels.matvec.mosaic_gpu.geometry import BytePairs, Config, SharedList
+from pallas_kernels.matvec.mosaic_gpu.geometry import BytePairs, ClusterList, Config, SharedList
 from pallas_kernels.matvec.mosaic_gpu.kernel import graded_matvec, partial_sums, supports
 
-__all__ = ["BytePairs", "Config", "SharedList", "graded_matvec", "partial_sums", "supports"]
+__all__ = ["BytePairs", "ClusterList", "Config", "SharedList", "graded_matvec", "partial_sums", "supports"]

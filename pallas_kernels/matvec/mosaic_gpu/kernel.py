@@ -13,6 +13,7 @@ from pallas_kernels.lanes.instructions import Instructions
 from pallas_kernels.lanes.launch import lane_kernel
 from pallas_kernels.matvec.mosaic_gpu import tuning
 from pallas_kernels.matvec.mosaic_gpu.byte_pairs import BytePairGeometry, byte_pair_program
+from pallas_kernels.matvec.mosaic_gpu.cluster_list import ClusterListGeometry, cluster_list_program
 from pallas_kernels.matvec.mosaic_gpu.geometry import MAX_ROWS, Config, Geometry
 from pallas_kernels.matvec.mosaic_gpu.program import Refs, graded_matvec_program
 from pallas_kernels.matvec.mosaic_gpu.shared_list import SharedListGeometry, shared_list_program
@@ -114,7 +115,9 @@ def geometry_of(x: Activations, weight: NestedWeight, config: Config | None = No
             geometry, device_kind=target.device_kind, multiprocessors=device.multiprocessors(target)
         )
     program = Geometry
-    if config.shared_list is not None:
+    if config.cluster_list is not None:
+        program = ClusterListGeometry
+    elif config.shared_list is not None:
         program = SharedListGeometry
     elif config.byte_pairs is not None:
         program = BytePairGeometry
@@ -123,7 +126,9 @@ def geometry_of(x: Activations, weight: NestedWeight, config: Config | None = No
 
 def run_program(isa: Instructions, geometry: Geometry, refs: Refs) -> None:
     """Runs the lane program that these sizes belong to."""
-    if isinstance(geometry, SharedListGeometry):
+    if isinstance(geometry, ClusterListGeometry):
+        cluster_list_program(isa, geometry, refs)
+    elif isinstance(geometry, SharedListGeometry):
         shared_list_program(isa, geometry, refs)
     elif isinstance(geometry, BytePairGeometry):
         byte_pair_program(isa, geometry, refs)
@@ -144,4 +149,5 @@ def _matvec_kernel(geometry: Geometry):
         blocks=geometry.blocks,
         threads=geometry.threads,
         shared_bytes=geometry.shared_bytes,
+        cluster=geometry.cluster,
     )

@@ -1,0 +1,141 @@
+"""Static sizes of a launch whose clusters divide the channels, and the shared-memory map of a CTA."""
+
+import dataclasses
+
+from pallas_kernels import layout
+from pallas_kernels.lanes.instructions import LANES
+from pallas_kernels.matvec.mosaic_gpu.geometry import SCALES_BYTES, ClusterList
+from pallas_kernels.matvec.mosaic_gpu.shared_list.geometry import (
+    MATRIX_ENTRIES,
+    PIECES,
+    TABLE_BYTES,
+    SharedListGeometry,
+)
+
+OUTPUT_BYTES = 16
+"""Bytes of the outputs that a thread stores at once: four consecutive outputs of one activation row."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClusterListGeometry(SharedListGeometry):
+    """Sizes of a launch of ``cluster_list.program``.
+
+    A cluster has the outputs and the channels of one CTA of the program for one row, and its CTAs divide the
+    sections. ``tiles * splits`` clusters multiply. All ``*_channels``, ``sections`` and bases are those of
+    one CTA.
+    """
+
+    @property
+    def cluster_list(self) -> ClusterList:
+        """Tuning of the program."""
+        assert self.config.cluster_list is not None
+        return self.config.cluster_list
+
+    @property
+    def cluster(self) -> int:
+        return self.cluster_list.ctas
+
+    @property
+    def warps(self) -> int:
+        return PIECES
+
+    @property
+    def matvec_blocks(self) -> int:
+        return self.tiles * self.splits * self.cluster
+
+    @property
+    def blocks(self) -> int:
+        """Number of CTAs: those that multiply, one for each activation row, and idle ones in the last cluster."""
+        return self.matvec_blocks + layout.round_up(self.rows, self.cluster)
+
+    @property
+    def sections(self) -> int:
+        """Number of sections of a CTA, 1 to 8."""
+        return self.config.warps // self.cluster
+
+    @property
+    def segment_parts(self) -> int:
+        """Number of warps that divide the activation rows of a segment."""
+        return self.warps // self.segments
+
+    @property
+    def slots(self) -> int:
+        return self.cluster_list.ring_slots
+
+    @property
+    def step_matrices(self) -> int:
+        return self.cluster_list.step_entries // MATRIX_ENTRIES
+
+    # --- outputs of a section -------------------------------------------------------------------------
+    @property
+    def output_vectors(self) -> int:
+        """Number of vectors of four outputs that a thread has: two for each row tile."""
+        return 2 * self.row_tiles
+
+    @property
+    def vector_bytes(self) -> int:
+        """Bytes of one vector of every thread."""
+        return OUTPUT_BYTES * self.threads
+
+    @property
+    def section_bytes(self) -> int:
+        """Bytes of the outputs of a section."""
+        return self.output_vectors * self.vector_bytes
+
+    # --- shared memory: the list, then tables, scales, codes, outputs and the ring --------------------------
+    @property
+    def thresholds_base(self) -> int:
+        return self.list_bytes
+
+    @property
+    def records_base(self) -> int:
+        """The records ``[section][row]``: a sum of codes for each segment of the section, and the peak."""
+        return self.thresholds_base + TABLE_BYTES * self.rows
+
+    @property
+    def counts_base(self) -> int:
+        """The number of entries of each segment."""
+        return self.records_base + TABLE_BYTES * self.rows * self.sections
+
+    @property
+    def peaks_base(self) -> int:
+        """The bits of the largest ``|x|``, ``[row][segment]``."""
+        return self.counts_base + 4 * PIECES
+
+    @property
+    def sections_base(self) -> int:
+        """The number of entries of each section, without and with padding."""
+        return self.peaks_base + 4 * PIECES * self.rows
+
+    @property
+    def scales_base(self) -> int:
+        """The scales of the tile, for all groups of the cluster."""
+        return layout.round_up(self.sections_base + 8 * self.sections, 128)
+
+    @property
+    def codes_base(self) -> int:
+        return self.scales_base + SCALES_BYTES * self.config.groups_per_cta
+
+    @property
+    def codes_stride(self) -> int:
+        """Bytes between the high and the low bytes of the codes of a row: 32 modulo 128, see ``SharedList``."""
+        capacity = self.sections * self.section_capacity
+        return capacity + (32 - capacity) % 128
+
+    @property
+    def outputs_base(self) -> int:
+        """The outputs of the CTA's sections. Those of the last section take the place of the ring."""
+        return layout.round_up(self.codes_base + 2 * self.rows * self.codes_stride, 128)
+
+    @property
+    def ring_base(self) -> int:
+        return self.outputs_base + (self.sections - 1) * self.section_bytes
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.ring_base + max(self.slots * self.slot_bytes, self.section_bytes)
+
+
+def chunks_of_segment(g: ClusterListGeometry) -> range:
+    """Returns the offsets of the lane's channels in a segment."""
+    return range(0, LANES * g.segment_chunks, LANES)
