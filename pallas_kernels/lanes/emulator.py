@@ -274,10 +274,12 @@ class NumpyInstructions(Instructions):
     def block_barrier(self):
         self._pass_barrier(self._whole(self.threads, "block_barrier", "a CTA"))
 
-    def cluster_barrier(self):
+    def cluster_barrier(self, *, ordered=True):
         clusters = self._whole(self.threads * self.cluster, "cluster_barrier", "a cluster")
-        self.shared.cluster_time[clusters] += 1
         self.unordered_accesses[clusters] = False
+        if not ordered:
+            return
+        self.shared.cluster_time[clusters] += 1
         self._pass_barrier(np.repeat(clusters, self.cluster))
 
     def _whole(self, threads, instruction, unit):

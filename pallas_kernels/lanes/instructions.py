@@ -293,8 +293,13 @@ class Instructions(abc.ABC):
         """Waits for all threads of the CTA and orders their accesses to shared memory."""
 
     @abc.abstractmethod
-    def cluster_barrier(self) -> None:
-        """Waits for all threads of the cluster and orders their accesses to each other's shared memory."""
+    def cluster_barrier(self, *, ordered: bool = True) -> None:
+        """Waits for all threads of the cluster.
+
+        Args:
+          ordered: Whether the barrier orders accesses to each other's shared memory. Otherwise it costs less,
+            and only keeps the CTAs from ending before others have loaded from them.
+        """
 
     @abc.abstractmethod
     def warp_barrier(self) -> None:

@@ -261,8 +261,10 @@ class PtxInstructions(Instructions):
     def block_barrier(self):
         gpu.barrier()
 
-    def cluster_barrier(self):
-        _assemble("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;", [], warp=True)
+    def cluster_barrier(self, *, ordered=True):
+        relaxed = "" if ordered else ".relaxed"
+        template = f"barrier.cluster.arrive{relaxed}.aligned; barrier.cluster.wait.aligned;"
+        _assemble(template, [], warp=True)
 
     def warp_barrier(self):
         _assemble(f"bar.warp.sync {_ALL_LANES};", [], warp=True)

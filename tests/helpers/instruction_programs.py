@@ -130,7 +130,7 @@ def cluster_loads(isa: Instructions, t: Operands) -> list[Value]:
     isa.cluster_barrier()
     words = isa.load_cluster((t.shared - t.all_shared ^ 2032) + t.all_shared, 0, 4)
     (number,) = isa.load_cluster(t.shared + 8, 0, 1, "f32")
-    isa.cluster_barrier()
+    isa.cluster_barrier(ordered=False)
     return [words[0], words[1], words[3], number]
 
 

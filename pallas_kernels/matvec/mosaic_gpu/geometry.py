@@ -77,17 +77,22 @@ class ClusterList:
       ctas: Number of CTAs in a cluster, 1, 2, 4 or 8. They divide the channels of one CTA of the program for
         one row. More than one needs compute capability 9.0. With more, the grid is finer, and a CTA needs
         less shared memory.
+      warps: Number of warps in a CTA, 4 or 8, and at least as many as it has sections. Each multiplies two or
+        one 16-byte pieces of every listed plane row. With fewer warps there are fewer instructions, but more
+        accumulators in each lane.
       ring_slots: Number of steps that the ring of a CTA holds: 4, 8 or 16. All but one are in flight.
       step_entries: Number of plane rows in a step, 32 or 64, as in ``SharedList``.
     """
 
     ctas: int = 4
+    warps: int = 8
     ring_slots: int = 8
     step_entries: int = 32
 
     def __post_init__(self):
         for name, allowed in (
             ("ctas", (1, 2, 4, 8)),
+            ("warps", (4, 8)),
             ("ring_slots", (4, 8, 16)),
             ("step_entries", (32, 64)),
         ):
@@ -145,6 +150,12 @@ class Config:
             raise ValueError(
                 f"Config.cluster_list.ctas must be at most {self.warps} with warpgroups={self.warpgroups},"
                 f" not {self.cluster_list.ctas}"
+            )
+        if self.cluster_list is not None and self.warps > self.cluster_list.ctas * self.cluster_list.warps:
+            raise ValueError(
+                f"Config.cluster_list must have at least {self.warps} warps in a cluster with"
+                f" warpgroups={self.warpgroups}, not {self.cluster_list.ctas} CTAs of"
+                f" {self.cluster_list.warps} warps"
             )
 
     @property

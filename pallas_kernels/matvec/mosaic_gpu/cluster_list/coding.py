@@ -100,9 +100,7 @@ def load_peak(
     return isa.bits_to_float(peak)
 
 
-def store_code(
-    isa: Instructions, g: ClusterListGeometry, address: Value, bits: Value, where: Value
-) -> None:
+def store_code(isa: Instructions, g: ClusterListGeometry, address: Value, bits: Value, where: Value) -> None:
     """Stores the high and the low byte of the code ``bits ^ LOW_SIGN``."""
     isa.store_shared_byte(address, bits >> 8, where)
     isa.store_shared_byte(address + g.codes_stride, bits ^ LOW_SIGN, where)

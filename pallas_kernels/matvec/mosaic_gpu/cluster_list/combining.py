@@ -5,11 +5,14 @@ import contextlib
 from pallas_kernels import layout
 from pallas_kernels.lanes.instructions import Instructions, Value
 from pallas_kernels.matvec.mosaic_gpu.cluster_list.coding import record_address
-from pallas_kernels.matvec.mosaic_gpu.cluster_list.geometry import OUTPUT_BYTES, ClusterListGeometry
+from pallas_kernels.matvec.mosaic_gpu.cluster_list.geometry import (
+    CHUNK_SCALES_BYTES,
+    OUTPUT_BYTES,
+    ClusterListGeometry,
+)
 from pallas_kernels.matvec.mosaic_gpu.cluster_list.lane_context import LaneContext
-from pallas_kernels.matvec.mosaic_gpu.geometry import SCALES_BYTES
 from pallas_kernels.matvec.mosaic_gpu.lane_context import COPY_BYTES, Refs
-from pallas_kernels.matvec.mosaic_gpu.reduction import PIECE_SCALES_BYTES, Conversion
+from pallas_kernels.matvec.mosaic_gpu.reduction import Conversion
 from pallas_kernels.matvec.mosaic_gpu.shared_list.combining import exist_all, first_output, has_piece, row_of
 from pallas_kernels.matvec.mosaic_gpu.shared_list.geometry import PEAK_OFFSET
 from pallas_kernels.matvec.mosaic_gpu.shared_list.lane_context import stored_group
@@ -18,23 +21,29 @@ from pallas_kernels.matvec.mosaic_gpu.tile import chunk_outputs
 
 
 def copy_scales(isa: Instructions, g: ClusterListGeometry, refs: Refs, context: LaneContext) -> None:
-    """Starts copying the tile's scales of all groups of the cluster; they join the copy group of the first step.
+    """Starts copying the scales that ``reduce`` needs; they join the copy group of the first step.
 
-    The end of the program would wait for loads from global memory.
+    The end of the program would wait for loads from global memory. With several CTAs in a cluster, a CTA adds
+    vectors of one parity (``reduce``), so it needs two of the four chunks of the tile, in all groups of the
+    cluster.
     """
-    groups = g.config.groups_per_cta
-    copies = groups * (SCALES_BYTES // COPY_BYTES)
+    groups, each = g.config.groups_per_cta, CHUNK_SCALES_BYTES // COPY_BYTES
+    copies = groups * g.group_chunks * each
+    size = chunk_outputs(context.pieces) * 2
     for first in range(0, copies, g.threads):
         index = context.thread + first
-        group, offset = index // (SCALES_BYTES // COPY_BYTES), (index % (SCALES_BYTES // COPY_BYTES)) << 4
+        slot, offset = index // each, (index % each) << 4
+        chunk, group = slot % g.group_chunks, slot // g.group_chunks
+        if g.cluster > 1:
+            chunk = (chunk << 1) + (context.rank & 1)
         stored = stored_group(isa, g, context.partial * groups + group)
-        source = isa.widen((stored * g.stored_n + context.tile * layout.TILE << 1) + offset)
+        source = ((stored * g.stored_n + context.tile * layout.TILE) << 1) + chunk * size + offset
         copying = isa.constant(True, "bool") if first + g.threads <= copies else index < copies
         if context.pieces is not None:
-            copying = copying & (offset < context.pieces * PIECE_SCALES_BYTES)
+            copying = copying & (offset < size)
         with isa.when(copying):
             target = context.shared + g.scales_base + (index << 4)
-            isa.copy_async(target, isa.global_address(refs.scales) + source, evict_first=True)
+            isa.copy_async(target, isa.global_address(refs.scales) + isa.widen(source), evict_first=True)
 
 
 def combine(
@@ -59,14 +68,16 @@ def combine(
             sum_of_codes = sum_of_codes + other
         (peak,) = isa.load_shared(record + PEAK_OFFSET, 1, "f32")
         conversion = Conversion.create(isa, sum_of_codes, peak)
-        first = accumulator(g, 0, t, 0)
-        even, odd = [
-            conversion.outputs(isa, [accumulators[first + 4 * p + 2 * i :][:2] for p in range(4)])
-            for i in range(2)
-        ]
-        for half in range(2):
-            vector = [even[2 * half], odd[2 * half], even[2 * half + 1], odd[2 * half + 1]]
-            isa.store_shared(outputs + (2 * t + half) * g.vector_bytes, vector)
+        for piece in range(g.pieces):
+            first = accumulator(g, piece, t, 0)
+            even, odd = [
+                conversion.outputs(isa, [accumulators[first + 4 * p + 2 * i :][:2] for p in range(4)])
+                for i in range(2)
+            ]
+            for half in range(2):
+                index = 2 * (g.pieces * t + piece) + half
+                vector = [even[2 * half], odd[2 * half], even[2 * half + 1], odd[2 * half + 1]]
+                isa.store_shared(outputs + index * g.vector_bytes, vector)
 
 
 def reduce(isa: Instructions, g: ClusterListGeometry, refs: Refs, context: LaneContext) -> None:
@@ -77,14 +88,18 @@ def reduce(isa: Instructions, g: ClusterListGeometry, refs: Refs, context: LaneC
     """
     if g.cluster > 1:
         isa.cluster_barrier()
-    stores = has_piece(g, context, 0)
     for first in range(0, g.output_vectors, g.cluster):
         vector = context.rank + first if g.cluster > 1 else isa.constant(first)
         exists = vector < g.output_vectors if first + g.cluster > g.output_vectors else None
-        with when_all(isa, stores, exists):
+        with when_all(isa, has_piece(g, context, piece_of(g, vector)), exists):
             add_sections(isa, g, refs, context, vector)
     if g.cluster > 1:
-        isa.cluster_barrier()  # A CTA must not end while others read its shared memory.
+        isa.cluster_barrier(ordered=False)  # A CTA must not end while others read its shared memory.
+
+
+def piece_of(g: ClusterListGeometry, vector: Value) -> Value | int:
+    """Returns the piece of the warp that a vector of outputs belongs to."""
+    return (vector >> 1) % g.pieces if g.pieces > 1 else 0
 
 
 def when_all(isa: Instructions, *conditions: Value | None):
@@ -103,10 +118,15 @@ def add_sections(
 
     The operations are those of ``reduction.reduce``, in the same order.
     """
-    row_tile, half = vector >> 1, vector & 1
-    output = first_output(isa, g, context, 0) + half * chunk_outputs(context.pieces)
+    row_tile, piece, half = vector // (2 * g.pieces), piece_of(g, vector), vector & 1
+    output = first_output(isa, g, context, piece) + half * chunk_outputs(context.pieces)
     outputs = context.shared + g.outputs_base + (context.thread << 4) + vector * g.vector_bytes
-    scales_address = context.shared + g.scales_base + (output << 1)
+    lane_row = context.lane >> 2
+    slot, in_chunk = lane_row >> 2, ((context.warp * g.pieces + piece) << 4) + ((lane_row & 3) << 2)
+    if g.cluster == 1:
+        slot = (slot << 1) + half
+    scales_address = context.shared + g.scales_base + slot * CHUNK_SCALES_BYTES + (in_chunk << 1)
+    group_bytes = g.group_chunks * CHUNK_SCALES_BYTES
     totals: list[Value] = []
     scales: list[Value] = []
     for u in range(g.config.warps):
@@ -119,7 +139,7 @@ def add_sections(
         )
         group, part = divmod(u, g.config.warps_per_group)
         if part == 0:
-            words = isa.load_shared(scales_address + group * SCALES_BYTES, 2)
+            words = isa.load_shared(scales_address + group * group_bytes, 2)
             scales = [isa.half_to_float(word, end) for word in words for end in ("low", "high")]
         if not totals:
             totals = [v * s for v, s in zip(values, scales, strict=True)]

@@ -4,16 +4,18 @@ import dataclasses
 
 from pallas_kernels import layout
 from pallas_kernels.lanes.instructions import LANES
-from pallas_kernels.matvec.mosaic_gpu.geometry import SCALES_BYTES, ClusterList
+from pallas_kernels.matvec.mosaic_gpu.geometry import ClusterList
 from pallas_kernels.matvec.mosaic_gpu.shared_list.geometry import (
     MATRIX_ENTRIES,
-    PIECES,
     TABLE_BYTES,
     SharedListGeometry,
 )
 
 OUTPUT_BYTES = 16
 """Bytes of the outputs that a thread stores at once: four consecutive outputs of one activation row."""
+
+CHUNK_SCALES_BYTES = layout.TILE // 4 * 2
+"""Bytes of the scales of a chunk, 128 outputs of a whole tile, in one group."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +39,7 @@ class ClusterListGeometry(SharedListGeometry):
 
     @property
     def warps(self) -> int:
-        return PIECES
+        return self.cluster_list.warps
 
     @property
     def matvec_blocks(self) -> int:
@@ -45,7 +47,7 @@ class ClusterListGeometry(SharedListGeometry):
 
     @property
     def blocks(self) -> int:
-        """Number of CTAs: those that multiply, one for each activation row, and idle ones in the last cluster."""
+        """Number of CTAs: those that multiply, one for each activation row, and the rest of its cluster."""
         return self.matvec_blocks + layout.round_up(self.rows, self.cluster)
 
     @property
@@ -69,8 +71,8 @@ class ClusterListGeometry(SharedListGeometry):
     # --- outputs of a section -------------------------------------------------------------------------
     @property
     def output_vectors(self) -> int:
-        """Number of vectors of four outputs that a thread has: two for each row tile."""
-        return 2 * self.row_tiles
+        """Number of vectors of four outputs that a thread has: two for each piece and row tile."""
+        return 2 * self.pieces * self.row_tiles
 
     @property
     def vector_bytes(self) -> int:
@@ -81,6 +83,11 @@ class ClusterListGeometry(SharedListGeometry):
     def section_bytes(self) -> int:
         """Bytes of the outputs of a section."""
         return self.output_vectors * self.vector_bytes
+
+    @property
+    def group_chunks(self) -> int:
+        """Number of chunks of a tile's outputs that a CTA adds: 2 with several CTAs in a cluster, else 4."""
+        return 2 if self.cluster > 1 else 4
 
     # --- shared memory: the list, then tables, scales, codes, outputs and the ring --------------------------
     @property
@@ -100,25 +107,25 @@ class ClusterListGeometry(SharedListGeometry):
     @property
     def peaks_base(self) -> int:
         """The bits of the largest ``|x|``, ``[row][segment]``."""
-        return self.counts_base + 4 * PIECES
+        return self.counts_base + 4 * self.warps
 
     @property
     def sections_base(self) -> int:
         """The number of entries of each section, without and with padding."""
-        return self.peaks_base + 4 * PIECES * self.rows
+        return self.peaks_base + 4 * self.warps * self.rows
 
     @property
     def scales_base(self) -> int:
-        """The scales of the tile, for all groups of the cluster."""
+        """The scales of the CTA's outputs, in chunks, for all groups of the cluster."""
         return layout.round_up(self.sections_base + 8 * self.sections, 128)
 
     @property
     def codes_base(self) -> int:
-        return self.scales_base + SCALES_BYTES * self.config.groups_per_cta
+        return self.scales_base + self.group_chunks * CHUNK_SCALES_BYTES * self.config.groups_per_cta
 
     @property
     def codes_stride(self) -> int:
-        """Bytes between the high and the low bytes of the codes of a row: 32 modulo 128, see ``SharedList``."""
+        """Bytes between the high and the low bytes of a row's codes, 32 modulo 128 as in ``shared_list``."""
         capacity = self.sections * self.section_capacity
         return capacity + (32 - capacity) % 128
 

@@ -1,9 +1,9 @@
 """The lane program of the graded matvec whose clusters divide the channels, for several activation rows.
 
-``shared_list.program`` has the multiplication: all warps of a CTA share one list, and each multiplies one
-16-byte piece of every listed plane row, as bytes, with both bytes of the codes of all activation rows. In that
-program a CTA has as many channels as in the program for one row. A launch then has as few CTAs as there are
-partial sums, one on a multiprocessor, and two warps on a scheduler, which waits for them. Here
+``shared_list.program`` has the multiplication: all warps of a CTA share one list, and each multiplies one or
+two 16-byte pieces of every listed plane row with both bytes of the codes of all activation rows. In that
+program a CTA has as many channels as in the program for one row, so a launch may have fewer CTAs than the
+device has multiprocessors, and two warps for each scheduler, which often has none that is ready. Here
 
     cluster    one tile of outputs, ``groups_per_cta`` groups of channels, all activation rows
     CTA        1, 2, 4 or 8 of them in a cluster: an equal number of the cluster's sections
