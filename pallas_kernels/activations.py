@@ -122,12 +122,14 @@ class Activations:
         """Returns the same partial sums with another ``dtype`` of the value."""
         return dataclasses.replace(self, dtype=jnp.dtype(dtype))
 
-    def plus(self, vector: Float[Array, "features"]) -> "Activations":
-        """Returns the activations plus a vector that all rows share; they must not lack a factor."""
+    def plus(self, vector: Float[Array, "*#leading features"]) -> "Activations":
+        """Returns the activations plus a vector, shared or of each row; they must not lack a factor."""
         assert self.square_partials is None, "the factor of a norm would multiply the vector"
+        assert self.repeats == 1, "rows that share values may have different vectors"
         assert self.terms == 1, "the vector would be added to the first term alone"
         padding = self.partials.shape[-1] - self.features
-        first = self.partials[0] + jnp.pad(vector, (0, padding)).astype(self.partials.dtype)
+        widths = [(0, 0)] * (vector.ndim - 1) + [(0, padding)]
+        first = self.partials[0] + jnp.pad(vector, widths).astype(self.partials.dtype)
         return dataclasses.replace(self, partials=self.partials.at[0].set(first))
 
     def scaled(self, factor: float) -> "Activations":

@@ -14,7 +14,7 @@ from checkpoints_tools.convert.coded_linear import (
     logical_codes,
     product,
 )
-from grinqh_jax.model.experts import GradedExperts
+from grinqh_jax.model.experts import GradedExperts, RowBias, bias_of
 from pallas_kernels.experts.blocks import map_blocks
 
 
@@ -25,6 +25,7 @@ class CodedExperts(nnx.Module):
       codes: uint8 ``[experts, in_features, out_features]``; the digits that are not stored are 0.
       scales: float16 ``[experts, ceil(in_features / 128), out_features]``.
       thresholds: float32 ``[T, P]``, see ``GradedExperts``.
+      bias: float32 ``[experts, out_features]`` that is added to the outputs, or None.
     """
 
     def __init__(
@@ -32,8 +33,10 @@ class CodedExperts(nnx.Module):
         codes: UInt8[Array, "e k n"],
         scales: Float16[Array, "e g n"],
         thresholds: Float[Array, "t p"],
+        bias: Float[Array, "e n"] | None = None,
     ):
         self.codes, self.scales, self.thresholds = map(nnx.Param, (codes, scales, thresholds))
+        self.bias = None if bias is None else nnx.Param(bias)
         _, self.in_features, self.out_features = codes.shape
 
     @classmethod
@@ -42,11 +45,17 @@ class CodedExperts(nnx.Module):
         weight = experts.weight
         stored = [logical_codes(weight.expert(index)) for index in range(weight.num_experts)]
         codes, scales = zip(*stored, strict=True)
-        return cls(jnp.stack(codes), jnp.stack(scales), experts.thresholds[...])
+        bias = None if experts.bias is None else experts.bias[...]
+        return cls(jnp.stack(codes), jnp.stack(scales), experts.thresholds[...], bias)
 
-    def choose(self, experts: Int[Array, "*rows"]) -> "ChosenCoded":
-        """Returns the linear layers of the experts of each row."""
-        return ChosenCoded(self.codes[...], self.scales[...], self.thresholds[...], experts)
+    def choose(self, experts: Int[Array, "*rows"], factors: Float[Array, "*rows"]) -> "ChosenCoded":
+        """Returns the linear layers of the experts of each row, whose inputs are times ``factors``."""
+        return self.of_rows(experts, bias_of(self, experts, factors))
+
+    def of_rows(self, experts: Int[Array, "*rows"], bias: RowBias) -> "ChosenCoded":
+        """Returns the linear layers of the experts of each row, with the bias of each row."""
+        arrays = self.codes[...], self.scales[...], self.thresholds[...]
+        return ChosenCoded(*arrays, experts, bias)
 
 
 class ChosenCoded(NamedTuple):
@@ -55,12 +64,14 @@ class ChosenCoded(NamedTuple):
     Attributes:
       codes, scales, thresholds: See ``CodedExperts``.
       experts: Expert of each row.
+      bias: See ``grinqh_jax.model.experts.bias_of``.
     """
 
     codes: UInt8[Array, "e k n"]
     scales: Float16[Array, "e g n"]
     thresholds: Float[Array, "t p"]
     experts: Int[Array, "s t c"]
+    bias: RowBias = None
 
     def graded(
         self,
@@ -77,7 +88,8 @@ class ChosenCoded(NamedTuple):
         computed = None if outputs is None else outputs.reshape(-1, outputs.shape[-1])
         arguments = self.codes, self.scales, self.experts.reshape(-1), *rows, computed
         y = _product(self.thresholds.shape[1], *arguments)
-        return y.reshape(*x.shape[:-1], -1)
+        y = y.reshape(*x.shape[:-1], -1)
+        return y if self.bias is None or outputs is not None else y + self.bias
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

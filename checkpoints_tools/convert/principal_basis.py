@@ -242,7 +242,7 @@ class RotatedCheckpoint:
         if leaf == "kernel" and name in routers(self.config):
             reader = routers(self.config)[name]
             return self._divided(*self._rotated(name, readers[reader]), reader)
-        if is_of_experts(self.config, key):
+        if leaf == "kernel" and is_of_experts(self.config, key):
             assert isinstance(rows, slice), "experts are read in ranges"
             return self._read_experts(name, range(*rows.indices(self.config.num_experts)))
         if leaf == "kernel" and name in readers:

@@ -229,7 +229,7 @@ class _CodedMixture:
 
     def __call__(self, name: str, linear: Any, x: Activations) -> Activations:
         projection = name.rpartition(".")[2]
-        coded = self.experts[projection].choose(linear.experts)
+        coded = self.experts[projection].of_rows(linear.experts, linear.bias)
         reading = self.readings[projection]
         y = coded.graded(x.array, reading.thresholds, reading.level_gains)
         return Activations.of(y.astype(x.dtype))

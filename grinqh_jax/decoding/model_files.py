@@ -12,6 +12,7 @@ from grinqh_jax.checkpoint.reader import read_description
 from grinqh_jax.decoding.bits import Bits, wanted_bits
 from grinqh_jax.decoding.generation_config import GenerationConfig
 from grinqh_jax.errors import CheckpointError, UsageError
+from grinqh_jax.hf.mxfp4 import METHOD
 from grinqh_jax.json_files import read_json
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.text.tokenizer import Tokenizer
@@ -46,7 +47,10 @@ class ModelFiles:
         """
         directory = hf.resolve(_checked_format(model))
         config = read_json(directory / "config.json") if (directory / "config.json").exists() else {}
-        quantized = isinstance(config, dict) and config.get("quantization_config") is not None
+        quantization_config = config.get("quantization_config") if isinstance(config, dict) else None
+        # The experts of a source in MXFP4 are read dequantized.
+        source = isinstance(quantization_config, dict) and quantization_config.get("quant_method") == METHOD
+        quantized = quantization_config is not None and not source
         quantization = None
         if quantized or not list(directory.glob("*.safetensors")):
             config, quantization = read_description(directory)

@@ -15,15 +15,8 @@ from grinqh_jax.decoding.speculation.figures import SpeculationFigures
 from grinqh_jax.model.decoder import Decoder, linear_names
 from grinqh_jax.model.experts import DenseExperts
 from grinqh_jax.model.linear import DenseLinear
-from grinqh_jax.model.parameters import (
-    axis_sizes,
-    delta_parameters,
-    norms,
-    projections,
-    router_projections,
-    stored_dtype,
-)
-from grinqh_jax.model.weight_counts import weights_read
+from grinqh_jax.model.parameters import axis_sizes, router_projections
+from grinqh_jax.model.weight_counts import vector_bytes_read, weights_read
 from pallas_kernels import GradingStats
 from pallas_kernels.layout import GROUP
 
@@ -245,11 +238,9 @@ def _bytes_per_token(model: Decoder, bits: Mapping[str, float]) -> float:
     linears = sum(weights * bits[name] / 8 for name, weights in weights_read(config).items())
     routers = router_projections(config).values()
     linears += BF16_BYTES * sum(math.prod(router.shape(sizes)) for router in routers)
-    vectors = {f"{name}.scale": sizes[norm.axis] for name, norm in norms(config).items()}
-    vectors |= {f"{name}.bias": p.shape(sizes)[1] for name, p in projections(config).items() if p.bias}
-    vectors |= {name: math.prod(shape) for name, shape in delta_parameters(config).items()}
-    vector_bytes = sum(size * stored_dtype(config, name).itemsize for name, size in vectors.items())
-    return linears + vector_bytes + BF16_BYTES * config.hidden_size  # and one row of the embedding
+    return (
+        linears + vector_bytes_read(config) + BF16_BYTES * config.hidden_size
+    )  # and one row of the embedding
 
 
 @jax.jit  # one transfer to the host and not one per layer

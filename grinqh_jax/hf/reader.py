@@ -1,5 +1,6 @@
 """Reads Hugging Face checkpoints tensor by tensor or by blocks of rows, in bounded memory."""
 
+import contextlib
 import dataclasses
 import os
 import warnings
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from grinqh_jax.companions import find_companions
 from grinqh_jax.errors import CheckpointError, GrinqhWarning, UnsupportedModelError
 from grinqh_jax.hf import params
+from grinqh_jax.hf.stored_experts import Part
 from grinqh_jax.hf.survey import survey_checkpoint
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.families.family import EMBEDDING, LM_HEAD
@@ -38,12 +40,13 @@ class HFCheckpoint:
 
     Attributes:
       directory: Directory of the checkpoint.
-      hf_config: Parsed ``config.json``; ``tie_word_embeddings`` is false if embedding and head differ.
+      hf_config: Parsed ``config.json`` without ``quantization_config``, because weights are read dequantized;
+        ``tie_word_embeddings`` is false if embedding and head differ.
       config: Configuration of the model.
       files: File of each tensor, by canonical name (the name in transformers).
       stored_names: Name of each tensor in its file, by canonical name.
-      parts: Index of each tensor in the stored one, by canonical name; only of experts that are stored
-        together.
+      parts: Place of each tensor in the stored one, by canonical name; only of experts that are stored
+        together. The names of their scales are in ``files`` and ``stored_names``, too.
     """
 
     directory: Path
@@ -51,7 +54,7 @@ class HFCheckpoint:
     config: ModelConfig
     files: dict[str, Path]
     stored_names: dict[str, str]
-    parts: dict[str, tuple[slice, ...]] = dataclasses.field(default_factory=dict, kw_only=True)
+    parts: dict[str, Part] = dataclasses.field(default_factory=dict, kw_only=True)
 
     @property
     def companions(self) -> list[Path]:
@@ -62,17 +65,16 @@ class HFCheckpoint:
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Shape of every parameter by our dotted name.
 
-        Kernels are ``[in, out]``, those of experts ``[experts, in, out]``.
+        Kernels are ``[in, out]``. Parameters of experts have an axis of experts in front.
         """
         shapes: dict[str, tuple[int, ...]] = {}
         for key, tensors in params.sources(self.config).items():
             if params.is_of_experts(self.config, key):
                 tensors = tensors[: params.tensors_of_expert(self.config, key)]
-                rows = sum(tensor.shape[0] for tensor in tensors)
-                shapes[key] = (self.config.num_experts, tensors[0].shape[1], rows)
-                continue
             rows, trailing = sum(tensor.shape[0] for tensor in tensors), tensors[0].shape[1:]
-            shapes[key] = (*trailing, rows) if params.is_kernel(key) else (rows, *trailing)
+            experts = (self.config.num_experts,) if params.is_of_experts(self.config, key) else ()
+            one = (*trailing, rows) if params.is_kernel(key) else (rows, *trailing)
+            shapes[key] = *experts, *one
         return shapes
 
     def read(self, key: str, rows: Rows = slice(None)) -> np.ndarray:
@@ -81,8 +83,8 @@ class HFCheckpoint:
         Args:
           key: Our dotted name of the parameter, such as ``layers.0.qkv.kernel``.
           rows: Stored rows to read: outputs of a kernel, or tokens of the embedding. Only for parameters made
-            of one tensor, such as the embedding and the head, which are read in blocks; and for kernels of
-            experts, where it is a range of experts.
+            of one tensor, such as the embedding and the head, which are read in blocks; and for kernels and
+            biases of experts, where it is a range of experts.
 
         Raises:
           CheckpointError: The file vanished or changed since the checkpoint was opened.
@@ -94,7 +96,7 @@ class HFCheckpoint:
         return params.from_tensors(self.config, key, tensors)
 
     def _read_experts(self, key: str, experts: range) -> np.ndarray:
-        """Reads the kernels ``[experts, in, out]`` of some experts, one after another."""
+        """Reads the kernels ``[experts, in, out]`` or biases of some experts, one after another."""
         sources, parts = params.sources(self.config)[key], params.tensors_of_expert(self.config, key)
         kernels = None
         for i, expert in enumerate(experts):
@@ -110,13 +112,17 @@ class HFCheckpoint:
         """Reads a tensor by its canonical name. Raises CheckpointError as ``read`` does."""
         # The file is opened for each read, because the pages of a file that stays mapped count as memory of
         # the process.
-        path = self.files[name]
+        path, part = self.files[name], self.parts.get(name)
         try:
-            with safe_open(path, "numpy") as file:
+            with contextlib.ExitStack() as files:
+                file = files.enter_context(safe_open(path, "numpy"))
                 stored = file.get_slice(self.stored_names[name])
-                if name in self.parts:
-                    part = stored[self.parts[name]]
-                    return part.reshape(part.shape[-2:])
+                if part is not None and part.scales is not None:
+                    path = self.files[part.scales]
+                    other = files.enter_context(safe_open(path, "numpy"))
+                    return part.take(stored, other.get_slice(self.stored_names[part.scales]))
+                if part is not None:
+                    return part.take(stored)
                 if isinstance(rows, slice):
                     return stored[rows]
                 runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
@@ -169,6 +175,7 @@ def open_checkpoint(model: str | os.PathLike[str]) -> HFCheckpoint:
         raise UnsupportedModelError("unsupported model configuration: " + "; ".join(survey.config_problems))
     if config is None or hf_config is None or survey.problems:
         raise CheckpointError(f"{directory}: " + "; ".join(survey.problems))
+    hf_config = {key: value for key, value in hf_config.items() if key != "quantization_config"}
     files = {name: survey.files[stored] for name, stored in survey.stored_names.items()}
     checkpoint = HFCheckpoint(directory, hf_config, config, files, survey.stored_names, parts=survey.parts)
     return _resolve_tie(checkpoint)

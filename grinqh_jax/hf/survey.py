@@ -7,7 +7,8 @@ from safetensors import SafetensorError, safe_open
 
 from grinqh_jax.companions import COMPANIONS
 from grinqh_jax.errors import CheckpointError
-from grinqh_jax.hf import params
+from grinqh_jax.hf.matching import canonical_names, mismatches
+from grinqh_jax.hf.stored_experts import Part, stored_forms
 from grinqh_jax.json_files import read_object
 from grinqh_jax.model.config import ModelConfig
 
@@ -15,6 +16,9 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = ("BF16", "F16", "F32", "F64")
 """Dtypes of weights that are read, in the spelling of safetensors."""
+
+BYTES = "U8"
+"""Dtype of the blocks and scales of ``mxfp4``, whose names end with ``_blocks`` and ``_scales``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Survey:
     files: dict[str, Path]
     tensors: dict[str, tuple[str, tuple[int, ...]]]
     stored_names: dict[str, str]
-    parts: dict[str, tuple[slice, ...]]
+    parts: dict[str, Part]
     problems: list[str]
 
 
@@ -64,41 +68,52 @@ def survey_checkpoint(directory: Path) -> Survey:
     # file would be reported as missing.
     all_names_known = bool(files_of_index) or (index is None and not broken)
     stored_names: dict[str, str] = {}
-    parts: dict[str, tuple[slice, ...]] = {}
+    parts: dict[str, Part] = {}
     if config is not None and files and all_names_known:
         in_broken_files = [name for name, file in files_of_index.items() if directory / file in broken]
-        unreadable = frozenset(params.canonical_names(config, in_broken_files).values())
+        unreadable = frozenset(canonical_names(config, in_broken_files).values())
         stored_names = _stored_names(config, files, problems)
         shapes = {name: tensors[stored][1] for name, stored in stored_names.items()}
-        parts = _parts(config, stored_names, shapes)
-        problems += params.mismatches(config, shapes, unreadable)
+        parts = _parts(config, stored_names, shapes, problems)
+        problems += mismatches(config, shapes, unreadable)
     return Survey(
         directory, hf_config, config, config_problems, files, tensors, stored_names, parts, problems
     )
 
 
 def _parts(
-    config: ModelConfig, stored_names: dict[str, str], shapes: dict[str, tuple[int, ...]]
-) -> dict[str, tuple[slice, ...]]:
-    """Replaces tensors that hold those of several experts of a layer by these; returns the index of each.
+    config: ModelConfig,
+    stored_names: dict[str, str],
+    shapes: dict[str, tuple[int, ...]],
+    problems: list[str],
+) -> dict[str, Part]:
+    """Replaces tensors that hold those of several experts of a layer by these; returns the place of each.
 
     A tensor of another shape stays, and so it is reported as one that is not part of the model.
     """
-    parts: dict[str, tuple[slice, ...]] = {}
-    for name, fused in params.fused_experts(config).items():
-        if shapes.get(name) == fused.shape:
-            stored = stored_names.pop(name)
-            del shapes[name]
-            parts |= fused.parts
-            stored_names |= dict.fromkeys(fused.parts, stored)
-            shapes |= {part: fused.shape_of(part) for part in fused.parts}
+    parts: dict[str, Part] = {}
+    for name, form in stored_forms(config).items():
+        if shapes.get(name) != form.shape:
+            continue
+        stored = stored_names.pop(name)
+        del shapes[name]
+        if form.scales is not None:
+            shape = shapes.pop(form.scales, None)
+            if shape != form.shape[:-1]:
+                found = "is missing" if shape is None else f"has shape {list(shape)}"
+                problems.append(f"tensor {form.scales} {found}, {name} asks for {list(form.shape[:-1])}")
+        if repeated := next((part for part in form.parts if part in stored_names), None):
+            problems.append(f"tensors {stored_names[repeated]} and {stored} are the same parameter")
+        parts |= form.parts
+        stored_names |= dict.fromkeys(form.parts, stored)
+        shapes |= {tensor: part.shape for tensor, part in form.parts.items()}
     return parts
 
 
 def _stored_names(config: ModelConfig, files: dict[str, Path], problems: list[str]) -> dict[str, str]:
     """Returns the stored name of each tensor, by canonical name."""
     stored_names: dict[str, str] = {}
-    for stored, name in params.canonical_names(config, files).items():
+    for stored, name in canonical_names(config, files).items():
         if name in stored_names:
             problems.append(f"tensors {stored_names[name]} and {stored} are the same parameter")
         stored_names[name] = stored
@@ -167,7 +182,8 @@ def _scan(
                     if name in files:
                         problems.append(f"tensor {name} is in both {files[name].name} and {path.name}")
                     dtype = header.get_dtype()
-                    if dtype not in DTYPES:
+                    packed = name.endswith(("_blocks", "_scales")) and dtype == BYTES
+                    if dtype not in DTYPES and not packed:
                         problems.append(
                             f"tensor {name} has dtype {dtype}, expected one of {', '.join(DTYPES)}"
                         )

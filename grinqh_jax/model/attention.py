@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from grinqh_jax.model import rope
 from grinqh_jax.model.by_token import MOST_DECODED, by_token
 from grinqh_jax.model.cache import KeyValues
-from grinqh_jax.model.causal_attention import blockwise
+from grinqh_jax.model.causal_attention import blockwise, softmax_with_sinks
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.layer_spec import Attention, QueryGrowth
 from grinqh_jax.model.norm import rms_norm
@@ -30,6 +30,7 @@ def attend_heads(
     positions: Int[Array, "b t"],
     cache: KeyValues | RingKeyValues | None = None,
     across: str | None = None,
+    sinks: Float[Array, "heads"] | None = None,
 ) -> tuple[Activations, KeyValues | RingKeyValues]:
     """Computes head norms, rotation and attention, in two or three kernels for a decode step on a GPU.
 
@@ -41,13 +42,18 @@ def attend_heads(
       positions: Positions of the new tokens in their sequence, consecutive if there is a cache.
       cache: See ``attend``.
       across: Mesh axis among whose devices the heads of one norm are cut; None if this device has them all.
+      sinks: Sink of each query head, or None (see ``layer_spec.Attention``).
 
     Returns:
       ``(outputs [b, t, heads_d], cache)``: the heads side by side; the cache as in ``attend``.
     """
     batch, tokens = positions.shape
     sizes = {"batch": batch, "tokens": tokens, "heads": config.num_heads, "kv_heads": config.num_kv_heads}
-    options: dict[str, Any] = {"window": attention.window, "soft_cap": attention.score_soft_cap}
+    options: dict[str, Any] = {
+        "window": attention.window,
+        "soft_cap": attention.score_soft_cap,
+        "sinks": sinks,
+    }
     if cache is not None and (paged := _in_pages(cache, tokens)) is not None:
         reason = decode_attention.supports(**sizes, head_dim=config.head_dim, dtype=paged.keys.dtype)
         if reason is None:
@@ -187,6 +193,7 @@ def attend(
     cache: KeyValues | RingKeyValues | None = None,
     window: int | None = None,
     soft_cap: float | None = None,
+    sinks: Float[Array, "heads"] | None = None,
 ) -> tuple[Float[Array, "b t heads head_dim"], KeyValues | RingKeyValues]:
     """Attends from every query to the positions up to its own, with a softmax in float32.
 
@@ -200,6 +207,7 @@ def attend(
         values. None if the new tokens are the whole sequence.
       window: Number of last positions that a query sees, its own included; None for all.
       soft_cap: Limit of the scores; None for none (see ``layer_spec.Attention``).
+      sinks: Sink of each query head; None for none.
 
     Returns:
       ``(outputs, cache)``: the updated cache, or keys and values of the new tokens.
@@ -207,7 +215,7 @@ def attend(
     if cache is None:
         slots = positions
         if soft_cap is None and jax.default_backend() == "cpu":
-            return blockwise(queries, keys, values, positions, window), KeyValues(keys, values)
+            return blockwise(queries, keys, values, positions, window, sinks), KeyValues(keys, values)
         updated: KeyValues | RingKeyValues = KeyValues(keys, values)
     else:
         one_each, paged = queries.shape[1] == 1, _in_pages(cache, queries.shape[1])
@@ -215,7 +223,7 @@ def attend(
         if paged is not None and few and jax.default_backend() == "cpu":
             written = paged.write(positions, keys, values)
             updated = cache._replace(keys=written.keys, values=written.values)
-            return attend_by_blocks(queries, written, positions, window, soft_cap), updated
+            return attend_by_blocks(queries, written, positions, window, soft_cap, sinks), updated
     if isinstance(cache, RingKeyValues):
         keys, values, slots, updated = cache.extended(positions, keys, values)
     elif cache is not None:
@@ -229,23 +237,27 @@ def attend(
     if window is not None:
         visible &= distance < window
     heads = queries, keys.astype(queries.dtype), values.astype(queries.dtype)
-    if soft_cap is None:
+    if soft_cap is None and sinks is None:
         return jax.nn.dot_product_attention(*heads, mask=visible), updated
-    return _attend_capped(*heads, visible, soft_cap), updated
+    return _attend_masked(*heads, visible, soft_cap, sinks), updated
 
 
-def _attend_capped(
+def _attend_masked(
     queries: Float[Array, "b t heads d"],
     keys: Float[Array, "b s kv_heads d"],
     values: Float[Array, "b s kv_heads d"],
     visible: Bool[Array, "b 1 t s"],
-    soft_cap: float,
+    soft_cap: float | None,
+    sinks: Float[Array, "heads"] | None,
 ) -> Float[Array, "b t heads d"]:
-    """Returns what ``jax.nn.dot_product_attention`` does, with a soft cap of the scores."""
+    """Returns what ``jax.nn.dot_product_attention`` does, with a soft cap of the scores and sinks."""
     batch, tokens, _, head_dim = queries.shape
     grouped = queries.reshape(batch, tokens, keys.shape[2], -1, head_dim)
     scores = jnp.einsum("btkgd,bskd->bkgts", grouped, keys, preferred_element_type=jnp.float32)
-    scores = soft_cap * jnp.tanh(scores * head_dim**-0.5 / soft_cap)
+    scores = scores * head_dim**-0.5
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
     scores = jnp.where(visible[:, :, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(queries.dtype)
+    by_head = None if sinks is None else sinks.reshape(keys.shape[2], -1, 1, 1)
+    weights = softmax_with_sinks(scores, by_head).astype(queries.dtype)
     return jnp.einsum("bkgts,bskd->btkgd", weights, values).reshape(queries.shape)

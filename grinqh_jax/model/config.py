@@ -150,7 +150,7 @@ def _refuse_options(reader: ConfigReader, family: Family) -> None:
         if reader.values.get(experts) and not family.mixtures:
             reader.problem(f"mixture of experts ({experts} {reader.values[experts]})")
     quantization = reader.section("quantization_config").values
-    if quantization and quantization.get("quant_method") != "grinqh":
+    if quantization and quantization.get("quant_method") not in ("grinqh", family.quant_method):
         reader.problem(
             f"weights already quantized by {quantization.get('quant_method', 'an unnamed method')} "
             "(use the unquantized checkpoint)"

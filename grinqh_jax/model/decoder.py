@@ -26,11 +26,10 @@ from grinqh_jax.model.output_projection import OutputProjection, block_shapes
 from grinqh_jax.model.parameters import (
     EMBEDDING,
     axis_sizes,
-    delta_parameters,
-    norms,
     projections,
     router_projections,
     stored_dtype,
+    vectors,
 )
 from grinqh_jax.model.partition import Partition
 from pallas_kernels import Activations, NestedWeight
@@ -212,20 +211,13 @@ def abstract_tree(config: ModelConfig, max_bits: int, num_targets: int) -> dict[
     leaves: dict[str, Any] = {
         EMBEDDING: jax.ShapeDtypeStruct((sizes["vocab"], sizes["hidden"]), jnp.bfloat16)
     }
-    for name, norm in norms(config).items():
-        scale = f"{name}.scale"
-        leaves[scale] = jax.ShapeDtypeStruct((sizes[norm.axis],), stored_dtype(config, scale))
     experts = {name for name, projection in projections(config).items() if projection.of_experts}
     for name, shape in linear_shapes(config).items():
         leaves |= {f"{name}.{leaf}": value for leaf, value in graded(shape, name in experts).items()}
     for name, router in router_projections(config).items():
         kernel = f"{name}.kernel"
         leaves[kernel] = jax.ShapeDtypeStruct(router.shape(sizes), stored_dtype(config, kernel))
-    for name, projection in projections(config).items():
-        if projection.bias:
-            bias = f"{name}.bias"
-            leaves[bias] = jax.ShapeDtypeStruct(projection.shape(sizes)[1:], stored_dtype(config, bias))
-    for name, size in delta_parameters(config).items():
+    for name, size in vectors(config).items():
         leaves[name] = jax.ShapeDtypeStruct(size, stored_dtype(config, name))
     leaves[f"{HEAD}.columns"] = jax.ShapeDtypeStruct((sizes["vocab"],), jnp.int32)
     return unflatten_dict(leaves, sep=".")

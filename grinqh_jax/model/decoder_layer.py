@@ -23,6 +23,7 @@ from grinqh_jax.model.experts import Router, build_experts
 from grinqh_jax.model.fixed_states import RecurrentState
 from grinqh_jax.model.gated_mlp import gated, gated_experts
 from grinqh_jax.model.layer_spec import (
+    SINKS,
     Attention,
     GatedDeltaNet,
     GatedExperts,
@@ -36,6 +37,7 @@ from grinqh_jax.model.parameters import axis_sizes
 from grinqh_jax.model.partition import AXIS, Partition
 from grinqh_jax.model.ring_cache import RingKeyValues
 from pallas_kernels import Activations
+from pallas_kernels.router.grading_factor import grading_factor
 
 Tree = Mapping[str, Any]
 """A nested dict of arrays with string keys: the state of a module."""
@@ -112,7 +114,9 @@ class DecoderLayer(nnx.Module):
             linear.input_cut = cut
             setattr(self, projection.name, linear)
         if (experts := self.spec.experts) is not None:
-            setattr(self, experts.router, Router(jnp.asarray(tree[experts.router]["kernel"])))
+            setattr(self, experts.router, Router(**jax.tree.map(jnp.asarray, dict(tree[experts.router]))))
+        if self.spec.attention is not None and self.spec.attention.sinks:
+            setattr(self, SINKS, nnx.Param(jnp.asarray(tree[SINKS])))
         if (delta := self.spec.delta_net) is not None:
             setattr(self, delta.name, DeltaNet(**jax.tree.map(jnp.asarray, dict(tree[delta.name]))))
 
@@ -213,7 +217,8 @@ class DecoderLayer(nnx.Module):
           apply: Strategy. It is called with a row for each chosen expert of each token, ``[b, t, c, k]``.
         """
         chosen = getattr(self, mixture.router)(inputs, mixture)
-        reads, writes = (getattr(self, p.name).choose(chosen.experts) for p in (block.reads, block.writes))
+        reads = getattr(self, block.reads.name).choose(chosen.experts, grading_factor(chosen.probabilities))
+        writes = getattr(self, block.writes.name).choose(chosen.experts, chosen.probabilities)
         outputs = apply(f"{name}.{block.reads.name}", reads, chosen.inputs)
         mixed = gated_experts(outputs, chosen.probabilities, mixture.activation)
         # The probabilities are factors of the inputs, so the experts' outputs are terms of one sum.
@@ -264,7 +269,8 @@ class DecoderLayer(nnx.Module):
             outputs, gates = without_gates(self.config, outputs)
         together = norms is not None and norms[0].axis != "head"
         across = AXIS if self.partition is not None and together else None
-        mixed, state = attend_heads(self.config, attention, outputs, scales, positions, state, across)
+        sinks = getattr(self, SINKS)[...] if attention.sinks else None
+        mixed, state = attend_heads(self.config, attention, outputs, scales, positions, state, across, sinks)
         if gates is not None:
             mixed = Activations.of(mixed.array * jax.nn.sigmoid(gates))
         return mixed, state

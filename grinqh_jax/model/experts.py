@@ -44,10 +44,16 @@ class Chosen(NamedTuple):
 
 
 class Router(nnx.Module):
-    """The router of a mixture: kernel ``[hidden, experts]``, bfloat16 or float32."""
+    """The router of a mixture.
 
-    def __init__(self, kernel: Float[Array, "d e"]):
+    Attributes:
+      kernel: bfloat16 or float32 ``[hidden, experts]``.
+      bias: float32 ``[experts]`` that is added to the scores, or None.
+    """
+
+    def __init__(self, kernel: Float[Array, "d e"], bias: Float[Array, "e"] | None = None):
         self.kernel = nnx.Param(kernel)
+        self.bias = None if bias is None else nnx.Param(bias)
 
     @jax.named_scope("router")
     def __call__(self, inputs: Activations, mixture: GatedExperts) -> Chosen:
@@ -55,13 +61,14 @@ class Router(nnx.Module):
 
         For the few rows of a decode step this is one kernel on a GPU, if there is no shared expert.
         """
+        bias = None if self.bias is None else self.bias[...]
         if not mixture.shared and router.supports(inputs, self.kernel[...], mixture.chosen) is None:
-            return Chosen(
-                *router.route(inputs, self.kernel[...], mixture.chosen, normalized=mixture.normalized)
-            )
+            arguments = inputs, self.kernel[...], mixture.chosen
+            return Chosen(*router.route(*arguments, normalized=mixture.normalized, bias=bias))
         x = inputs.array
         kernel = self.kernel[...].astype(x.dtype)
         scores = jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+        scores = scores if bias is None else scores + bias.astype(jnp.float32)
         routed = scores[..., :-1] if mixture.shared else scores
         probabilities, experts = jax.lax.top_k(jax.nn.softmax(routed, axis=-1), mixture.chosen)
         if mixture.normalized:
@@ -76,24 +83,30 @@ class Router(nnx.Module):
         return Chosen(experts, probabilities, Activations.of(x[..., None, :] * factor))
 
 
+RowBias = Float[Array, "*rows n"] | None
+"""A float32 vector that is added to the product of each row, or None."""
+
+
 class DenseExperts(nnx.Module):
     """The unquantized linear layers of experts.
 
     Attributes:
       kernel: float32 or bfloat16 ``[experts, in_features, out_features]``, in the dtype of the checkpoint: a
         cast would take as much memory again.
+      bias: Vector ``[experts, out_features]``, added to the outputs of each expert, or None.
       input_cut: See ``linear.DenseLinear``.
     """
 
     input_cut: InputCut | None = None
 
-    def __init__(self, kernel: Float[Array, "e k n"]):
+    def __init__(self, kernel: Float[Array, "e k n"], bias: Float[Array, "e n"] | None = None):
         self.kernel = nnx.Param(kernel)
+        self.bias = None if bias is None else nnx.Param(bias)
         _, self.in_features, self.out_features = kernel.shape
 
-    def choose(self, experts: Int[Array, "*rows"]) -> "ChosenDense":
-        """Returns the linear layers of the experts of each row."""
-        return ChosenDense(self.kernel[...], experts, self.input_cut)
+    def choose(self, experts: Int[Array, "*rows"], factors: Float[Array, "*rows"]) -> "ChosenDense":
+        """Returns the linear layers of the experts of each row, whose inputs are times ``factors``."""
+        return ChosenDense(self.kernel[...], experts, bias_of(self, experts, factors), self.input_cut)
 
 
 class GradedExperts(nnx.Module):
@@ -105,6 +118,7 @@ class GradedExperts(nnx.Module):
     Attributes:
       planes, scales, level_gains: See ``pallas_kernels.NestedExperts``.
       thresholds, max_activation, input_cut: See ``GradedLinear``.
+      bias: See ``DenseExperts``; float32.
     """
 
     input_cut: InputCut | None = None
@@ -116,6 +130,7 @@ class GradedExperts(nnx.Module):
         thresholds: Float[Array, "t p"],
         level_gains: Float[Array, "p"],
         max_activation: Float[Array, ""],
+        bias: Float[Array, "e n2"] | None = None,
         *,
         in_features: int,
         out_features: int,
@@ -125,6 +140,7 @@ class GradedExperts(nnx.Module):
         self.thresholds = nnx.Param(thresholds)
         self.level_gains = nnx.Param(level_gains)
         self.max_activation = nnx.Param(max_activation)
+        self.bias = None if bias is None else nnx.Param(bias)
         self.in_features, self.out_features = in_features, out_features
 
     @property
@@ -133,9 +149,22 @@ class GradedExperts(nnx.Module):
         arrays = self.planes[...], self.scales[...]
         return NestedExperts(*arrays, self.in_features, self.out_features, self.level_gains[...])
 
-    def choose(self, experts: Int[Array, "*rows"]) -> "ChosenGraded":
-        """Returns the linear layers of the experts of each row."""
-        return ChosenGraded(self.weight, experts, self.input_cut)
+    def choose(self, experts: Int[Array, "*rows"], factors: Float[Array, "*rows"]) -> "ChosenGraded":
+        """Returns the linear layers of the experts of each row, whose inputs are times ``factors``."""
+        return ChosenGraded(self.weight, experts, bias_of(self, experts, factors), self.input_cut)
+
+
+def bias_of(module: Any, experts: Int[Array, "*rows"], factors: Float[Array, "*rows"]) -> RowBias:
+    """Returns the bias of the expert of each row; None if the linear layers of experts have none.
+
+    Args:
+      module: Linear layers of experts, with an attribute ``bias``.
+      experts: Expert of each row.
+      factors: Factors of the rows' inputs, which the products and thus the biases have, too.
+    """
+    if module.bias is None:
+        return None
+    return module.bias[...][experts].astype(jnp.float32) * factors[..., None]
 
 
 class ChosenDense(NamedTuple):
@@ -144,17 +173,19 @@ class ChosenDense(NamedTuple):
     Attributes:
       kernel: Kernels of all experts.
       experts: Expert of each row.
+      bias: See ``bias_of``.
       input_cut: See ``linear.DenseLinear``.
     """
 
     kernel: Float[Array, "e k n"]
     experts: Int[Array, "*rows"]
+    bias: RowBias = None
     input_cut: InputCut | None = None
 
     def dense(self, x: Float[Array, "*rows k"], dtype=None) -> Float[Array, "*rows n"]:
-        """Returns ``x @ W`` of the expert of each row, summed in float32, in ``dtype`` (default: x's)."""
+        """Returns ``x @ W + bias`` of each row's expert, summed in float32, in ``dtype`` (default: x's)."""
         y = _jitted_matmul(x.reshape(-1, x.shape[-1]), self.kernel, self.experts.reshape(-1))
-        return y.reshape(*x.shape[:-1], -1).astype(dtype or x.dtype)
+        return _finished(y, self.bias, x, dtype)
 
 
 class ChosenGraded(NamedTuple):
@@ -163,15 +194,17 @@ class ChosenGraded(NamedTuple):
     Attributes:
       weight: Weights of all experts.
       experts: Expert of each row.
+      bias: See ``bias_of``.
       input_cut: See ``linear.DenseLinear``.
     """
 
     weight: NestedExperts
     experts: Int[Array, "*rows"]
+    bias: RowBias = None
     input_cut: InputCut | None = None
 
     def dense(self, x: Float[Array, "*rows k"], dtype=None) -> Float[Array, "*rows n"]:
-        """Returns ``x @ W`` as ``ChosenDense.dense`` does; dequantizes one expert after another."""
+        """Returns ``x @ W + bias`` as ``ChosenDense.dense`` does; dequantizes one expert after another."""
 
         def block(one: NestedWeight, rows: jax.Array) -> jax.Array:
             if dequantization.supports(one, rows.dtype) is None:
@@ -183,7 +216,7 @@ class ChosenGraded(NamedTuple):
         return self._mapped(block, x, dtype)
 
     def at_level(self, x: Float[Array, "*rows k"], level: int, dtype=None) -> Float[Array, "*rows n"]:
-        """Returns ``x @ W`` as ``dense`` does, but reads every channel at ``level`` (``level_matmul``)."""
+        """Returns what ``dense`` does, but reads every channel at ``level`` (``level_matmul``)."""
         return self._mapped(lambda one, rows: level_matmul(rows, one, level), x, dtype)
 
     def _mapped(
@@ -199,11 +232,20 @@ class ChosenGraded(NamedTuple):
             num_experts=weight.num_experts,
             outputs=weight.out_features,
         )
-        return y.reshape(*x.shape[:-1], -1).astype(dtype or x.dtype)
+        return _finished(y, self.bias, x, dtype)
 
     def graded(self, x: Activations, thresholds: Float[Array, "*any p"]) -> tuple[Activations, GradingStats]:
         """Reads each channel at its level, and returns outputs and statistics (see ``experts_matvec``)."""
-        return experts_matvec(x, self.weight, self.experts, thresholds)
+        y, stats = experts_matvec(x, self.weight, self.experts, thresholds)
+        return y if self.bias is None else y.plus(self.bias), stats
+
+
+def _finished(
+    product: Float[Array, "flat n"], bias: RowBias, x: Float[Array, "*rows k"], dtype
+) -> Float[Array, "*rows n"]:
+    """Returns float32 products plus the bias, for each row of x, in ``dtype`` or that of x."""
+    y = product.reshape(*x.shape[:-1], -1)
+    return (y if bias is None else y + bias).astype(dtype or x.dtype)
 
 
 def build_experts(tree: Mapping[str, Any], shape: tuple[int, int]) -> DenseExperts | GradedExperts:
@@ -214,7 +256,8 @@ def build_experts(tree: Mapping[str, Any], shape: tuple[int, int]) -> DenseExper
       shape: ``(in_features, out_features)`` of each expert.
     """
     if "kernel" in tree:
-        return DenseExperts(jnp.asarray(tree["kernel"]))
+        bias = None if "bias" not in tree else jnp.asarray(tree["bias"])
+        return DenseExperts(jnp.asarray(tree["kernel"]), bias)
     leaves = {"level_gains" if key == "gains" else key: leaf for key, leaf in tree.items()}
     return GradedExperts(**leaves, in_features=shape[0], out_features=shape[1])
 

@@ -1,27 +1,33 @@
 """The activation function of a gated MLP, and of the experts of a mixture."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from grinqh_jax.model.layer_spec import Activation
+from grinqh_jax.model.layer_spec import Activation, ClampedSwiGLU
 from pallas_kernels import Activations, decode_rows
 from pallas_kernels.router.grading_factor import grading_factor
 
 
 @jax.named_scope("mlp")
 def gated(gate_up: Activations, activation: Activation = "silu") -> Activations:
-    """Returns ``activation(gate) * up`` (arXiv 2002.05202).
+    """Returns ``activation(gate) * up`` (arXiv 2002.05202, and ``layer_spec.ClampedSwiGLU``).
 
     With SiLU this is one kernel of a decode step on a GPU.
 
     Args:
       gate_up: Outputs of the gate projection, then those of the up projection, ``[..., 2 n]``.
-      activation: Activation function of the gate.
+      activation: Activation of the MLP.
     """
     if activation == "silu" and decode_rows.supports(gate_up) is None:
         return decode_rows.swiglu(gate_up)
     gate, up = jnp.split(gate_up.array, 2, axis=-1)
+    if isinstance(activation, ClampedSwiGLU):
+        gate = jnp.minimum(gate, activation.limit)
+        up = jnp.clip(up, -activation.limit, activation.limit)
+        return Activations.of((up + 1) * gate * jax.nn.sigmoid(activation.alpha * gate))
     activated = jax.nn.silu(gate) if activation == "silu" else jax.nn.gelu(gate, approximate=True)
     return Activations.of(activated * up)
 
@@ -32,15 +38,16 @@ def gated_experts(
 ) -> Activations:
     """Returns the inputs of the second projection of experts: ``probability * activation(gate) * up``.
 
-    With SiLU this is one kernel of a decode step on a GPU.
+    With all activations but GELU this is one kernel of a decode step on a GPU.
 
     Args:
       gate_up: Outputs of the experts' first projections ``[*rows, c, 2 n]``, times their grading factors.
       probabilities: Factors of the experts' results.
-      activation: Activation function of the gate.
+      activation: Activation of the experts.
     """
-    if activation == "silu" and decode_rows.supports_rows(gate_up) is None:
-        return decode_rows.swiglu_experts(gate_up, probabilities)
+    if activation != "gelu_tanh" and decode_rows.supports_rows(gate_up) is None:
+        clamp = dataclasses.astuple(activation) if isinstance(activation, ClampedSwiGLU) else None
+        return decode_rows.swiglu_experts(gate_up, probabilities, clamp and decode_rows.Clamp(*clamp))
     factor = grading_factor(probabilities)[..., None].astype(gate_up.dtype)
     mixed = gated(Activations.of(gate_up.array / factor), activation).array
     return Activations.of((mixed * probabilities[..., None]).astype(gate_up.dtype))

@@ -19,8 +19,26 @@ from grinqh_jax.model.rope import RopeConfig
 HEAD = "lm_head"
 """Name of the output projection, and prefix of the names of its vocabulary blocks."""
 
-Activation = Literal["silu", "gelu_tanh"]
-"""Activation functions of a gated MLP: SiLU, and the tanh approximation of GELU (arXiv 1606.08415)."""
+SINKS = "sinks"
+"""Name in the layer of the sinks of attention."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ClampedSwiGLU:
+    """The gated activation of gpt-oss: ``(up + 1) * gate * sigmoid(alpha * gate)``, clamped.
+
+    Attributes:
+      alpha: Factor of the gate in the sigmoid.
+      limit: Largest gate, and largest absolute value of ``up``, before everything else.
+    """
+
+    alpha: float = 1.702
+    limit: float = 7.0
+
+
+Activation = Literal["silu", "gelu_tanh"] | ClampedSwiGLU
+"""Activation of a gated MLP. Of ``gate`` alone, then multiplied by ``up``: SiLU, and the tanh approximation
+of GELU (arXiv 1606.08415)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +64,7 @@ class Projection:
       name: Name in the layer.
       inputs: Name of the axis of the input channels, a key of ``parameters.axis_sizes``.
       outputs: Names of the axes that make up the outputs, side by side.
-      bias: Whether a learned vector is added to the outputs.
+      bias: Whether a learned vector is added to the outputs, another one for each expert.
       of_experts: Whether each expert of the layer has a matrix: ``[experts, inputs, outputs]``.
     """
 
@@ -86,6 +104,8 @@ class Attention:
       query_growth: Factor of the queries, or None.
       output_gate: Whether each head is multiplied by the sigmoid of a gate of its width. Each query head is
         followed by its gate in the outputs of ``reads`` (axis ``gated_query``).
+      sinks: Whether each query head has a sink (parameter ``SINKS``), a score without a value: it takes part
+        in the softmax only.
     """
 
     rope: RopeConfig | None
@@ -95,6 +115,7 @@ class Attention:
     score_soft_cap: float | None = None
     query_growth: QueryGrowth | None = None
     output_gate: bool = False
+    sinks: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +156,10 @@ class DeltaHeads:
 
 @dataclasses.dataclass(frozen=True)
 class GatedMLP:
-    """``activation(gate) * up``, where the outputs of ``reads`` are ``gate`` and then ``up``."""
+    """``activation(gate) * up``, where the outputs of ``reads`` are ``gate`` and then ``up``.
+
+    ``ClampedSwiGLU`` is a function of both.
+    """
 
     activation: Activation = "silu"
 
@@ -146,14 +170,15 @@ class GatedExperts:
 
     A router gives every expert a score. The softmax of the scores is the experts' probabilities ``p``, and
     the experts with the largest ones are chosen. The block's result is ``sum_e p_e
-    writes_e(activation(gate_e) * up_e)`` over the chosen experts.
+    writes_e(activation(gate_e) * up_e)`` over the chosen experts (see ``GatedMLP``).
 
     Attributes:
       chosen: Number of experts that are chosen for each token.
       normalized: Whether the chosen probabilities are divided by their sum. They are then the softmax of the
         chosen scores alone.
       router: Name of the projection from the inputs of ``reads`` to the scores. It is not quantized.
-      activation: Activation function of the experts.
+      router_bias: Whether a learned vector is added to the scores.
+      activation: Activation of the experts.
       shared: Number of last experts that are chosen for every token beside these. A shared expert is cut into
         experts of the usual width. Their probability is the sigmoid of the router's last score, the other
         experts' probabilities are those without it.
@@ -162,6 +187,7 @@ class GatedExperts:
     chosen: int
     normalized: bool
     router: str = "router"
+    router_bias: bool = False
     activation: Activation = "silu"
     shared: int = 0
 

@@ -1,11 +1,13 @@
 """Says in words which options a model has, and what they rule out."""
 
 import collections
+import dataclasses
 from collections.abc import Iterator
 
 from grinqh_jax.model.attention import preparation_lacks
 from grinqh_jax.model.layer_spec import (
     Attention,
+    ClampedSwiGLU,
     Description,
     GatedDeltaNet,
     GatedExperts,
@@ -48,12 +50,11 @@ def missing_kernels(description: Description) -> list[str]:
     if any(block.norm is None or block.norm_after is not None for block in blocks):
         lines.append("residual addition and norm, because blocks normalize what they add")
     mixtures = [block.mixer for block in blocks if isinstance(block.mixer, GatedExperts)]
-    for mixers, name in (
-        ([block.mixer for block in blocks if isinstance(block.mixer, GatedMLP)], "the MLP"),
-        (mixtures, "experts"),
-    ):
-        if any(mixer.activation != "silu" for mixer in mixers):
-            lines.append(f"the activation function of {name}, because it is not SiLU")
+    mlps = [block.mixer for block in blocks if isinstance(block.mixer, GatedMLP)]
+    if any(mlp.activation != "silu" for mlp in mlps):
+        lines.append("the activation function of the MLP, because it is not SiLU")
+    if any(mixture.activation == "gelu_tanh" for mixture in mixtures):
+        lines.append("the activation function of experts, because it is GELU")
     for mixture in dict.fromkeys(mixtures):
         if mixture.shared:
             lines.append("routers, because there is a shared expert")
@@ -92,8 +93,13 @@ def _layer_options(spec: LayerSpec) -> Iterator[str]:
                 f"a mixture of experts, {block.mixer.chosen} chosen for each token, "
                 f"their probabilities {probabilities}" + (", and a shared one" if block.mixer.shared else "")
             )
+            if block.mixer.router_bias:
+                yield "biases of routers"
         if block.mixer.activation == "gelu_tanh":
             yield "GELU"
+        if isinstance(block.mixer.activation, ClampedSwiGLU):
+            alpha, limit = dataclasses.astuple(block.mixer.activation)
+            yield f"SwiGLU clamped at {limit:g}, with alpha {alpha:g}"
     for block in spec.blocks:
         if block.norm is None:
             yield "no norms before the blocks"
@@ -115,6 +121,8 @@ def _attention_options(attention: Attention) -> Iterator[str]:
         yield f"scores times {attention.score_scale:g}"
     if attention.score_soft_cap is not None:
         yield f"scores capped at {attention.score_soft_cap:g}"
+    if attention.sinks:
+        yield "sinks of attention"
     if attention.output_gate:
         yield "gates of the heads"
     if attention.query_growth is not None:

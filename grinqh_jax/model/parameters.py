@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from grinqh_jax.model.config import ModelConfig
-from grinqh_jax.model.layer_spec import HEAD, GatedExperts, Norm, Projection
+from grinqh_jax.model.layer_spec import HEAD, SINKS, GatedExperts, Norm, Projection
 
 EMBEDDING = "embed.embedding"
 
@@ -51,9 +51,10 @@ def projections(config: ModelConfig) -> dict[str, Projection]:
 
 
 def router_projections(config: ModelConfig) -> dict[str, Projection]:
-    """Returns the kernels of all routers by dotted name. The score of a shared expert is that of its gate."""
+    """Returns all routers by dotted name. The score of a shared expert is that of its gate."""
     routed = ("routed_experts", "shared_gate") if config.mixture and config.mixture.shared else ("experts",)
-    return {name: Projection(name, "hidden", routed) for name in routers(config)}
+    bias = config.mixture is not None and config.mixture.router_bias
+    return {name: Projection(name, "hidden", routed, bias) for name in routers(config)}
 
 
 def routers(config: ModelConfig) -> dict[str, str]:
@@ -64,6 +65,31 @@ def routers(config: ModelConfig) -> dict[str, str]:
         for block in spec.blocks
         if isinstance(block.mixer, GatedExperts)
     }
+
+
+def sinks(config: ModelConfig) -> dict[str, tuple[int]]:
+    """Returns the shapes of the sinks of all layers that have them, by dotted name."""
+    return {
+        f"layers.{i}.{SINKS}": (config.num_heads,)
+        for i, spec in enumerate(config.layers)
+        if spec.attention is not None and spec.attention.sinks
+    }
+
+
+def vectors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of all parameters of a checkpoint that are neither matrices nor nested codes.
+
+    These are norm scales, biases, sinks, and ``delta_parameters``, by dotted name.
+    """
+    sizes = axis_sizes(config)
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{name}.scale": (sizes[norm.axis],) for name, norm in norms(config).items()
+    }
+    for name, projection in (projections(config) | router_projections(config)).items():
+        if projection.bias:
+            experts = (sizes["experts"],) if projection.of_experts else ()
+            shapes[f"{name}.bias"] = *experts, projection.shape(sizes)[1]
+    return shapes | sinks(config) | delta_parameters(config)
 
 
 def delta_parameters(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -109,27 +135,28 @@ def parameter_shapes(config: ModelConfig) -> dict[str, list[tuple[int, ...]]]:
     """Returns, for each parameter of a dense model by dotted name, the shapes of the arrays it is made of.
 
     For each axis in ``Projection.outputs``, in that order, a kernel has one array ``[outputs, inputs]`` and a
-    bias one array ``[outputs]``. A kernel of experts has such arrays for one expert after another. Every
-    other parameter is one array.
+    bias one array ``[outputs]``. A kernel or bias of experts has such arrays for one expert after another.
+    Every other parameter is one array.
     """
     sizes = axis_sizes(config)
     shapes: dict[str, list[tuple[int, ...]]] = {EMBEDDING: [(sizes["vocab"], sizes["hidden"])]}
     shapes |= {f"{name}.scale": [(sizes[norm.axis],)] for name, norm in norms(config).items()}
     kernels = projections(config) | {HEAD: Projection(HEAD, "hidden", ("vocab",))}
     kernels |= router_projections(config)
-    shapes |= {name: [shape] for name, shape in delta_parameters(config).items()}
+    shapes |= {name: [shape] for name, shape in (sinks(config) | delta_parameters(config)).items()}
     for name, projection in kernels.items():
         arrays: list[tuple[int, ...]] = [
             (sizes[axis], sizes[projection.inputs]) for axis in projection.outputs
         ]
-        shapes[f"{name}.kernel"] = arrays * (sizes["experts"] if projection.of_experts else 1)
+        count = sizes["experts"] if projection.of_experts else 1
+        shapes[f"{name}.kernel"] = arrays * count
         if projection.bias:
-            shapes[f"{name}.bias"] = [(sizes[axis],) for axis in projection.outputs]
+            shapes[f"{name}.bias"] = [(sizes[axis],) for axis in projection.outputs] * count
     return shapes
 
 
 def stored_dtype(config: ModelConfig, name: str) -> jnp.dtype:
-    """Returns the dtype of a norm scale, a bias, a router or a ``delta_parameters`` in a checkpoint.
+    """Returns the dtype of one of ``vectors`` or of a router's kernel in a checkpoint.
 
     Args:
       config: Configuration of the model.
@@ -137,6 +164,6 @@ def stored_dtype(config: ModelConfig, name: str) -> jnp.dtype:
     """
     module, _, leaf = name.rpartition(".")
     # bfloat16 does not hold 1 plus a small number.
-    wide = leaf == "bias" or name in delta_parameters(config)
+    wide = leaf in ("bias", SINKS) or name in delta_parameters(config)
     wide |= leaf == "scale" and norms(config)[module].offset != 0
     return jnp.dtype(jnp.float32 if wide else jnp.bfloat16)

@@ -16,6 +16,7 @@ def attend_by_blocks(
     positions: Int[Array, "b t"],
     window: int | None = None,
     soft_cap: float | None = None,
+    sinks: Float[Array, "heads"] | None = None,
 ) -> Float[Array, "b t heads head_dim"]:
     """Attends from few queries of each row to the positions up to their own, with a softmax in float32.
 
@@ -31,6 +32,7 @@ def attend_by_blocks(
         output is zero.
       window: Number of last positions that a query sees, its own included; None for all.
       soft_cap: Limit of the scores; None for none (see ``layer_spec.Attention``).
+      sinks: Sink of each query head, a score without a value; None for none.
     """
     batch, tokens, heads, head_dim = queries.shape
     page_size, kv_heads = cache.keys.shape[1:3]
@@ -41,7 +43,7 @@ def attend_by_blocks(
         block, capacity = page_size * max(1, BLOCK // page_size), page_size * cache.pages.shape[1]
 
     def one_head(inputs):
-        row, head, queries, position = inputs  # [], [], [shared, head_dim], []
+        row, head, queries, position, *sinks_of_head = inputs  # [], [], [shared, head_dim], [], [shared]
 
         def attend_block(index, state):
             largest, total, mixed = state
@@ -63,8 +65,12 @@ def attend_by_blocks(
             more = jnp.matmul(weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
             return larger, total * factor + jnp.sum(weights, axis=-1), mixed * factor[:, None] + more
 
-        least = jnp.full(shared, jnp.finfo(jnp.float32).min)
-        empty = least, jnp.zeros(shared, jnp.float32), jnp.zeros((shared, head_dim), jnp.float32)
+        if sinks_of_head:  # Scores before all others.
+            largest, total = sinks_of_head[0].astype(jnp.float32), jnp.ones(shared, jnp.float32)
+        else:
+            largest = jnp.full(shared, jnp.finfo(jnp.float32).min)
+            total = jnp.zeros(shared, jnp.float32)
+        empty = largest, total, jnp.zeros((shared, head_dim), jnp.float32)
         begin = 0 if window is None else jnp.maximum(position - window + 1, 0) // block
         end = jnp.where(position < capacity, position // block + 1, 0)
         _, total, mixed = jax.lax.fori_loop(begin, end, attend_block, empty)
@@ -73,7 +79,9 @@ def attend_by_blocks(
     each = jnp.arange(batch * tokens * kv_heads)
     rows, kv_head = each // (tokens * kv_heads), each % kv_heads
     by_head = queries.reshape(-1, shared, head_dim)
-    inputs = rows, kv_head, by_head, jnp.repeat(positions.reshape(-1), kv_heads)
+    inputs: tuple[jax.Array, ...] = rows, kv_head, by_head, jnp.repeat(positions.reshape(-1), kv_heads)
+    if sinks is not None:
+        inputs += (sinks.reshape(kv_heads, shared)[kv_head],)
     return jax.lax.map(one_head, inputs).reshape(queries.shape)
 
 

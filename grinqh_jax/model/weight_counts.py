@@ -1,7 +1,10 @@
 """Numbers of weights of the linear layers: of all that are stored, and of those that a token reads."""
 
+import math
+
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import linear_shapes
+from grinqh_jax.model.parameters import stored_dtype, vectors
 
 
 def weights_stored(config: ModelConfig) -> dict[str, int]:
@@ -14,6 +17,15 @@ def weights_read(config: ModelConfig) -> dict[str, int]:
     """Returns the number of weights that all linear layers apply to a token, by name: of chosen experts."""
     counts = _expert_counts(config)
     return {name: k * n * counts.get(name, (1, 1))[1] for name, (k, n) in linear_shapes(config).items()}
+
+
+def vector_bytes_read(config: ModelConfig) -> int:
+    """Returns the bytes of norm scales, biases and other ``vectors`` that a token reads."""
+    counts, total = _expert_counts(config), 0
+    for name, shape in vectors(config).items():
+        stored, read = counts.get(name.removesuffix(".bias"), (1, 1))
+        total += math.prod(shape) // stored * read * stored_dtype(config, name).itemsize
+    return total
 
 
 def _expert_counts(config: ModelConfig) -> dict[str, tuple[int, int]]:

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import Decoder, checkpoint_leaves
-from grinqh_jax.model.layer_spec import HEAD
+from grinqh_jax.model.layer_spec import HEAD, SINKS
 from grinqh_jax.model.output_projection import block_shapes, block_sizes
 from grinqh_jax.model.parameters import norms, projections
 from grinqh_jax.model.partition import AXIS, AnyMesh, Exchange, Partition
@@ -24,6 +24,7 @@ from grinqh_jax.sharding.rules import (
     CUTS,
     WHOLE,
     Indices,
+    head_indices,
     input_indices,
     output_indices,
     partition,
@@ -79,6 +80,8 @@ def _indices(config: ModelConfig, module: str, kind: str, devices: int) -> tuple
 
     Axis 0 is that of a bias of partial sums, which the first device alone has.
     """
+    if kind == SINKS:
+        return head_indices(config, devices), -1
     if kind not in ("planes", "scales", "kernel", "bias", "scale"):
         return None, -1
     if kind == "scale":

@@ -11,7 +11,7 @@ from flax import traverse_util
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import abstract_tree, linear_shapes
 from grinqh_jax.model.fixed_states import fixed_bytes, whole_layers
-from grinqh_jax.model.parameters import EMBEDDING, axis_sizes, norms, projections, routers, stored_dtype
+from grinqh_jax.model.parameters import EMBEDDING, axis_sizes, projections, routers, stored_dtype, vectors
 from grinqh_jax.model.partition import AXIS
 from grinqh_jax.sharding.cutting import cut_leaves
 from grinqh_jax.sharding.rules import partition
@@ -92,7 +92,7 @@ def _graded_leaves(config: ModelConfig, max_bits: int) -> dict[str, Any]:
 
 def _dense_leaves(config: ModelConfig) -> dict[str, Any]:
     """Returns the abstract leaves of an unquantized model in bfloat16."""
-    sizes, shapes = axis_sizes(config), linear_shapes(config)
+    shapes = linear_shapes(config)
     experts = {name for name, projection in projections(config).items() if projection.of_experts}
     kernels = {
         f"{name}.kernel": (*((config.num_experts,) if name in experts else ()), *shapes[name])
@@ -102,10 +102,8 @@ def _dense_leaves(config: ModelConfig) -> dict[str, Any]:
     kernels |= {EMBEDDING: (config.vocab_size, config.hidden_size)}
     kernels |= {"lm_head.kernel": (config.hidden_size, config.vocab_size)}
     leaves = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in kernels.items()}
-    for name, norm in norms(config).items():
-        leaves[f"{name}.scale"] = jax.ShapeDtypeStruct(
-            (sizes[norm.axis],), stored_dtype(config, f"{name}.scale")
-        )
+    for name, shape in vectors(config).items():
+        leaves[name] = jax.ShapeDtypeStruct(shape, stored_dtype(config, name))
     return leaves
 
 

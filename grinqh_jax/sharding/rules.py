@@ -62,6 +62,11 @@ def _groups(size: int, devices: int) -> Indices:
     return np.where(places < ends[:, None], places, PADDING).astype(np.int32)
 
 
+def head_indices(config: ModelConfig, devices: int) -> Indices:
+    """Returns the query heads that each device has."""
+    return _heads(config.num_heads // devices, config.num_heads, 1, devices)
+
+
 CUTS: dict[str, Callable[[ModelConfig, int], Indices]] = {
     "query": _query,
     "key_value": _key_value,

@@ -11,6 +11,7 @@ from jaxtyping import Array, BFloat16, Float
 from pallas_kernels.activations import Activations
 from pallas_kernels.decode_rows.program import (
     AddNormRefs,
+    Clamp,
     Shape,
     SwigluRefs,
     add_norm_program,
@@ -71,17 +72,20 @@ def swiglu(gate_up: Activations) -> Activations:
     return Activations.of(values[:, None])
 
 
-def swiglu_experts(gate_up: Activations, probabilities: Float[Array, "*leading"]) -> Activations:
-    """Returns ``probability * silu(gate) * up`` in bfloat16.
+def swiglu_experts(
+    gate_up: Activations, probabilities: Float[Array, "*leading"], clamp: Clamp | None = None
+) -> Activations:
+    """Returns ``probability * silu(gate) * up``, or probability times the clamped SwiGLU, in bfloat16.
 
     Args:
       gate_up: float32 partial sums ``[partials, *leading, features]``, times the grading factor of the row's
         expert. The first half of the features is the gate.
       probabilities: Probability of each row's expert.
+      clamp: Options of the clamped SwiGLU; None for SiLU.
     """
     partials = gate_up.reshape((-1,)).partials
     rows = Rows(partials.shape[1], gate_up.features // 2)
-    kernel = _swiglu_kernel(_shape(rows, gate_up), experts=True)
+    kernel = _swiglu_kernel(_shape(rows, gate_up), experts=True, clamp=clamp)
     (values,) = kernel(partials, probabilities.reshape(-1))
     return Activations.of(values).reshape(gate_up.leading)
 
@@ -116,12 +120,12 @@ def _add_norm_kernel(shape: Shape):
 
 
 @functools.cache
-def _swiglu_kernel(shape: Shape, *, experts: bool = False):
+def _swiglu_kernel(shape: Shape, *, experts: bool = False, clamp: Clamp | None = None):
     """Builds the kernel. ``SwigluRefs`` describes its arguments and results."""
 
     def program(isa: Instructions, refs: Sequence[Any]) -> None:
         partials, *probabilities, values, shared = refs
-        swiglu_program(isa, shape, SwigluRefs(partials, values, shared, *probabilities))
+        swiglu_program(isa, shape, SwigluRefs(partials, values, shared, *probabilities), clamp)
 
     return lane_kernel(
         "swiglu_experts_kernel" if experts else "swiglu_kernel",

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from pallas_kernels.lanes.instructions import Instructions, Value
 from pallas_kernels.lanes.rows import (
@@ -109,8 +109,20 @@ class SwigluRefs:
     probabilities: Any = None
 
 
-def swiglu_program(isa: Instructions, shape: Shape, refs: SwigluRefs) -> None:
-    """Computes ``silu(gate) * up``, where ``silu(a) = a / (1 + exp(-a))``.
+class Clamp(NamedTuple):
+    """Options of the clamped SwiGLU: ``(up + 1) * gate * sigmoid(alpha * gate)``.
+
+    Attributes:
+      alpha: Factor of the gate in the sigmoid.
+      limit: Largest gate, and largest absolute value of ``up``, before everything else.
+    """
+
+    alpha: float
+    limit: float
+
+
+def swiglu_program(isa: Instructions, shape: Shape, refs: SwigluRefs, clamp: Clamp | None = None) -> None:
+    """Computes ``silu(gate) * up``, where ``silu(a) = a / (1 + exp(-a))``; or the clamped SwiGLU.
 
     With probabilities, ``gate`` and ``up`` are divided by an expert's grading factor, and the result is
     multiplied by its probability.
@@ -126,8 +138,24 @@ def swiglu_program(isa: Instructions, shape: Shape, refs: SwigluRefs) -> None:
     up = shape.sum(isa, refs.partials, first + rows.features)
     if probability is not None:
         inverse = inverse_grading_factor(isa, probability)
-        gate, up = [a * inverse for a in gate], [a * (inverse * probability) for a in up]
-    activated = [
-        isa.divide(a * b, isa.exp2(a * -math.log2(math.e)) + 1.0) for a, b in zip(gate, up, strict=True)
-    ]
+        gate, up = [a * inverse for a in gate], [a * inverse for a in up]
+    if clamp is not None:
+        gate = [_at_most(isa, a, clamp.limit) for a in gate]
+        up = [_at_least(isa, _at_most(isa, a, clamp.limit), -clamp.limit) + 1.0 for a in up]
+    if probability is not None:
+        up = [a * probability for a in up]
+    to_log2 = -math.log2(math.e) * (1.0 if clamp is None else clamp.alpha)
+    activated = [isa.divide(a * b, isa.exp2(a * to_log2) + 1.0) for a, b in zip(gate, up, strict=True)]
     store_rounded(isa, rows, pair, refs.values, activated)
+
+
+def _at_most(isa: Instructions, value: Value, limit: float) -> Value:
+    """Returns the lesser of an ``f32`` and a limit; NaN for NaN."""
+    bound = isa.constant(limit, "f32")
+    return isa.select(bound < value, bound, value)
+
+
+def _at_least(isa: Instructions, value: Value, limit: float) -> Value:
+    """Returns the greater of an ``f32`` and a limit; NaN for NaN."""
+    bound = isa.constant(limit, "f32")
+    return isa.select(value < bound, bound, value)

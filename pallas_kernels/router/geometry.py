@@ -37,6 +37,7 @@ class RouterGeometry:
       kernel_bytes: Bytes of a number of the kernel: 2 for bfloat16, 4 for float32.
       num_square_partials: Number of partial sums of the mean square of a row; 0 without a norm.
       eps: Epsilon of the norm.
+      biased: Whether a bias is added to the scores.
     """
 
     rows: int
@@ -47,6 +48,7 @@ class RouterGeometry:
     kernel_bytes: int = 2
     num_square_partials: int = 0
     eps: float = 0.0
+    biased: bool = False
 
     @property
     def row_bytes(self) -> int:

@@ -2,7 +2,8 @@
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.activations import Activations
 from pallas_kernels.lanes import device
-from pallas_kernels.lanes.instructions import LANES
+from pallas_kernels.lanes.instructions import LANES, Instructions
 from pallas_kernels.lanes.launch import lane_kernel
 from pallas_kernels.router.geometry import CLUSTER, MOST_EXPERTS, MOST_FEATURES, PIECE, RouterGeometry
 from pallas_kernels.router.program import RouterRefs, router_program
@@ -59,8 +60,15 @@ def lacks(experts: int, chosen: int) -> str | None:
     return None
 
 
-def route(x: Activations, kernel: Float[Array, "d e"], chosen: int, *, normalized: bool) -> Routed:
-    """Chooses the experts of each row of x: those with the largest ``softmax(x @ kernel)``.
+def route(
+    x: Activations,
+    kernel: Float[Array, "d e"],
+    chosen: int,
+    *,
+    normalized: bool,
+    bias: Float[Array, "e"] | None = None,
+) -> Routed:
+    """Chooses the experts of each row of x: those with the largest ``softmax(x @ kernel + bias)``.
 
     Args:
       x: Activations ``[*leading, d]``, bfloat16, 1 to 16 rows; the factor of a norm may be left to this
@@ -68,6 +76,7 @@ def route(x: Activations, kernel: Float[Array, "d e"], chosen: int, *, normalize
       kernel: Kernel of the router, bfloat16, or float32, which is rounded to bfloat16.
       chosen: Number of experts that are chosen for each row.
       normalized: Whether the chosen probabilities are divided by their sum.
+      bias: Bias of the scores; None for none.
 
     Returns:
       Experts, probabilities and inputs ``[*leading, chosen]``. The inputs share the values of x.
@@ -83,10 +92,12 @@ def route(x: Activations, kernel: Float[Array, "d e"], chosen: int, *, normalize
         kernel_bytes=kernel.dtype.itemsize,
         num_square_partials=0 if squares is None else squares.shape[1],
         eps=x.eps,
+        biased=bias is not None,
     )
     # The kernel always has this operand. Without a norm the program does not read it.
     squares = jnp.ones((geometry.rows, 1)) if squares is None else squares
-    outputs = _router_kernel(geometry)(rows.partials[0], squares.astype(jnp.float32), kernel)
+    biases = () if bias is None else (bias.astype(jnp.float32),)
+    outputs = _router_kernel(geometry)(rows.partials[0], squares.astype(jnp.float32), kernel, *biases)
     experts, probabilities, mean_squares = (a.reshape(*x.leading, chosen) for a in outputs)
     inputs = Activations.of(x.partials[0][..., None, :], mean_squares[..., None], repeats=chosen)
     return Routed(experts, probabilities, inputs)
@@ -96,9 +107,15 @@ def route(x: Activations, kernel: Float[Array, "d e"], chosen: int, *, normalize
 def _router_kernel(geometry: RouterGeometry):
     """Builds the kernel. ``RouterRefs`` describes its arguments and results."""
     shape = geometry.rows, geometry.chosen
+
+    def program(isa: Instructions, refs: Sequence[Any]) -> None:
+        x, squares, kernel, *bias, experts, probabilities, mean_squares, shared = refs
+        arrays = x, squares, kernel, experts, probabilities, mean_squares, shared
+        router_program(isa, geometry, RouterRefs(*arrays, *bias))
+
     return lane_kernel(
         "router_kernel",
-        lambda isa, refs: router_program(isa, geometry, RouterRefs(*refs)),
+        program,
         outputs=[jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32)],
         blocks=geometry.blocks,
         threads=geometry.threads,

@@ -37,6 +37,7 @@ class RouterRefs:
       mean_squares: Output, float32 ``[rows, chosen]``: the mean square plus epsilon of each row (1 without a
         norm), divided by the square of each expert's grading factor.
       shared: The shared memory.
+      bias: float32 ``[experts]`` that is added to the scores; None for none.
     """
 
     x: Any
@@ -46,6 +47,7 @@ class RouterRefs:
     probabilities: Any
     mean_squares: Any
     shared: Any
+    bias: Any = None
 
 
 def router_program(isa: Instructions, g: RouterGeometry, refs: RouterRefs) -> None:
@@ -181,12 +183,24 @@ def score_keys(
     if g.num_square_partials:
         factor = isa.rsqrt(mean_square)
         scores = [score * factor for score in scores]
+    if g.biased:
+        scores = [score + bias for score, bias in zip(scores, load_bias(isa, g, refs, lane), strict=True)]
     keys = []
     for i, score in enumerate(scores):
         bits = isa.float_to_bits(score + 0.0)  # -0 becomes 0, which has another key.
         key = isa.maximum(isa.select(bits < 0, bits ^ 0xFFFFFFFF, bits ^ SIGN), isa.constant(1))
         keys.append(isa.select(lane * each + i < g.experts, key, isa.constant(0)))
     return keys
+
+
+def load_bias(isa: Instructions, g: RouterGeometry, refs: RouterRefs, lane: Value) -> list[Value]:
+    """Loads the biases of the lane's experts, f32 ``[experts_per_lane]``; that of expert 0 in padding."""
+    base, biases = isa.global_address(refs.bias), []
+    for i in range(g.experts_per_lane):
+        expert = lane * g.experts_per_lane + i
+        index = isa.select(expert < g.experts, expert, isa.constant(0))
+        biases += isa.load_global(base + isa.widen(index << 2), kind="f32")
+    return biases
 
 
 def score_of(isa: Instructions, key: Value) -> Value:

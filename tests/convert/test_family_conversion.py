@@ -25,6 +25,7 @@ CONVERTED = (
     "qwen3-moe-window",
     "mixtral",
     "olmoe",
+    "gpt_oss",
     "smollm3",
     "granite",
     "phi3-partial-window",

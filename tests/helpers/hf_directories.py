@@ -9,6 +9,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from grinqh_jax.hf import params
+from grinqh_jax.hf.stored_experts import as_stored
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.parameters import norms
 
@@ -58,10 +59,10 @@ def random_state(hf_config: dict) -> dict[str, np.ndarray]:
             values = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, np.float32)
             if key.endswith(".scale"):
                 values = 1 - norms(config)[key.removesuffix(".scale")].offset + 0.2 * values
-            elif not key.endswith((".bias", ".log_decay", ".step_bias")):
+            elif not key.endswith((".bias", ".sinks", ".log_decay", ".step_bias")):
                 values *= shape[1] ** -0.5
             state[name] = values.astype(ml_dtypes.bfloat16)
-    return params.with_whole_shared_experts(config, state)
+    return as_stored(config, state)
 
 
 def write(directory: Path, hf_config: dict = QWEN3, state: dict | None = None, shards: int = 0) -> Path:

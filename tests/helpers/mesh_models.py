@@ -52,18 +52,18 @@ def model_of(hf_config, *, graded=True):
         if spec.experts is not None:
             names = [projection.name for projection in spec.projections if projection.of_experts]
             kept = {spec.experts.router: layer.pop(spec.experts.router)}
-            apart[str(i)] = kept | {name: graded_experts(layer.pop(name)["kernel"]) for name in names}
+            apart[str(i)] = kept | {name: graded_experts(**layer.pop(name)) for name in names}
     tree = graded_model_tree(tree)
     for i, leaves in apart.items():
         tree["layers"][i] |= leaves
     return Decoder.from_tree(config, tree, jnp.float32)
 
 
-def graded_experts(kernels):
+def graded_experts(kernel, **bias):
     """Returns the leaves of experts; they share thresholds and level gains."""
-    experts = [graded_tree({"kernel": kernel}) for kernel in kernels]
+    experts = [graded_tree({"kernel": one}) for one in kernel]
     stacked = {name: jnp.stack([expert[name] for expert in experts]) for name in ("planes", "scales")}
-    return experts[0] | stacked
+    return experts[0] | stacked | bias
 
 
 def mesh_of(devices, config):

@@ -7,7 +7,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from grinqh_jax.model.config import ModelConfig
-from grinqh_jax.model.layer_spec import Attention, GatedMLP, LayerSpec
+from grinqh_jax.model.layer_spec import Attention, ClampedSwiGLU, GatedMLP, LayerSpec
 from grinqh_jax.model.parameters import norms
 from grinqh_jax.model.rope import RopeConfig
 
@@ -89,13 +89,15 @@ def _changes(spec: LayerSpec, config: ModelConfig) -> Iterator[tuple[str, object
     for field in ("window", "head_norms", "score_scale", "score_soft_cap", "query_growth"):
         if attention is not None and getattr(attention, field) is not None:
             yield field, lambda layer, field=field: _with_attention(layer, **{field: None})
+    if attention is not None and attention.sinks:
+        yield "sinks", lambda layer: _with_attention(layer, sinks=False)
     ropes = [layer.attention.rope for layer in config.layers if layer.attention is not None]
     if len(set(ropes)) > 1:
         first = next(rope for rope in ropes if rope is not None)
         yield "a rope of each layer", lambda layer: _with_attention(layer, rope=first)
     if attention is not None and attention.rope is not None:
         plain = RopeConfig(theta=attention.rope.theta)
-        for field in ("type", "rotary_dim", "attention_factor", "channel_factors"):
+        for field in ("type", "rotary_dim", "attention_factor", "channel_factors", "truncate"):
             if getattr(attention.rope, field) != getattr(plain, field):
                 yield f"rope {field}", lambda layer, field=field: _with_rope(layer, field)
     for field, off in {"norm_after": None, "multiplier": 1.0}.items():
@@ -110,6 +112,9 @@ def _changes(spec: LayerSpec, config: ModelConfig) -> Iterator[tuple[str, object
             yield "shared expert", lambda layer: _with_mixture(layer, "shared")
         if spec.experts.activation != "silu":
             yield "activation of experts", lambda layer: _with_mixture(layer, "activation")
+        if isinstance(spec.experts.activation, ClampedSwiGLU):
+            yield "alpha", lambda layer: _with_mixture(layer, "alpha")
+            yield "clamp", lambda layer: _with_mixture(layer, "limit")
 
 
 def _with_blocks(layer: LayerSpec, **fields) -> LayerSpec:
@@ -137,16 +142,24 @@ def _with_mixture(layer: LayerSpec, field: str) -> LayerSpec:
         "activation": "silu",
         "shared": False,
     }
-    changed = dataclasses.replace(mixture, **{field: off[field]})
+    if field in _CLAMP_OFF:
+        activation = dataclasses.replace(mixture.activation, **{field: _CLAMP_OFF[field]})
+        changed = dataclasses.replace(mixture, activation=activation)
+    else:
+        changed = dataclasses.replace(mixture, **{field: off[field]})
     blocks = [dataclasses.replace(b, mixer=changed) if b.mixer == mixture else b for b in layer.blocks]
     return LayerSpec(tuple(blocks))
+
+
+_CLAMP_OFF = {"alpha": 1.0, "limit": 1e9}
+"""Options of the clamped SwiGLU that switch one of them off."""
 
 
 def _with_rope(layer: LayerSpec, field: str) -> LayerSpec:
     rope = None if layer.attention is None else layer.attention.rope
     if rope is None:
         return layer
-    off = {"type": "default", "rotary_dim": None, "attention_factor": 1.0}
+    off = {"type": "default", "rotary_dim": None, "attention_factor": 1.0, "truncate": True}
     if field == "channel_factors":
         off = {field: (1.0,) * len(rope.channel_factors)}
     elif field == "rotary_dim" and rope.channel_factors:

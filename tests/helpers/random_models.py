@@ -7,6 +7,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from grinqh_jax.hf import params
+from grinqh_jax.hf.stored_experts import as_stored
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import Decoder
 from grinqh_jax.model.output_projection import block_sizes
@@ -72,7 +73,7 @@ TOKENS = np.random.default_rng(7).integers(0, _SMALL["vocab_size"], (2, 40))
 def random_state(hf_config: dict, seed: int = 0) -> dict[str, np.ndarray]:
     """Returns float32 weights by Hugging Face name, so large that attention, norms and biases matter."""
     config = ModelConfig.from_hf(hf_config)
-    return params.with_whole_shared_experts(config, _random_sources(config, seed))
+    return as_stored(config, _random_sources(config, seed))
 
 
 def _random_sources(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
@@ -83,7 +84,7 @@ def _random_sources(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
             values = rng.standard_normal(source.shape, dtype=np.float32)
             if key.endswith(".scale"):
                 values = 1 - norms(config)[key.removesuffix(".scale")].offset + 0.3 * values
-            elif not key.endswith((".bias", ".log_decay", ".step_bias")):
+            elif not key.endswith((".bias", ".sinks", ".log_decay", ".step_bias")):
                 values *= source.shape[1] ** -0.5 * 1.5
             state[source.name] = values
     return state
@@ -133,4 +134,5 @@ def graded_tree(tree: dict, max_bits: int = 8) -> dict:
         "thresholds": jnp.asarray(scale * np.array([0.7, 1.4, 2.4, 3.5])[: max_bits // 2], jnp.float32),
         "gains": jnp.asarray([*np.array([0.8, 0.9, 1.05])[: max_bits // 2 - 1], 1.0], jnp.float32),
         "max_activation": jnp.float32(2.0),
+        **({"bias": tree["bias"]} if "bias" in tree else {}),
     }

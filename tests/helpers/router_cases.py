@@ -15,7 +15,7 @@ class RouterCase:
     """Sizes of one launch.
 
     Attributes:
-      rows, features, experts, chosen, normalized, num_square_partials: See ``RouterGeometry``.
+      rows, features, experts, chosen, normalized, num_square_partials, biased: See ``RouterGeometry``.
       dtype: Dtype of the router's kernel.
       seed: Seed of the arrays.
     """
@@ -26,6 +26,7 @@ class RouterCase:
     chosen: int
     normalized: bool = True
     num_square_partials: int = 4
+    biased: bool = False
     dtype: str = "bfloat16"
     seed: int = 0
 
@@ -34,6 +35,12 @@ class RouterCase:
         """The sizes as the kernel has them."""
         fields = {k: v for k, v in vars(self).items() if k not in ("dtype", "seed")}
         return RouterGeometry(**fields, kernel_bytes=4 if self.dtype == "float32" else 2, eps=EPS)
+
+    @property
+    def bias(self) -> np.ndarray | None:
+        """Bias of the scores, or None."""
+        rng = np.random.default_rng(self.seed + 1)
+        return rng.standard_normal(self.experts, np.float32) if self.biased else None
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
         """Returns x, square partials or None, and the kernel, of NumPy arrays."""
@@ -63,6 +70,8 @@ def oracle(case: RouterCase, x: np.ndarray, squares: np.ndarray | None, kernel: 
     scores = x.astype(np.float64) @ kernel
     if squares is not None:
         scores = scores / np.sqrt(mean)[:, None]
+    if case.bias is not None:
+        scores = scores + case.bias
     exponentials = np.exp(scores - scores.max(1, keepdims=True))
     experts = np.argsort(-scores, axis=1, kind="stable")[:, : case.chosen]
     probabilities = np.take_along_axis(exponentials, experts, 1)

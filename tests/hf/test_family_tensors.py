@@ -9,6 +9,7 @@ from family_cases import CASES, TOKENS
 from grinqh_jax.cli.inspect import report_of
 from grinqh_jax.errors import CheckpointError, UnsupportedModelError
 from grinqh_jax.hf import load_decoder, open_checkpoint, params
+from grinqh_jax.hf.stored_experts import as_stored
 from grinqh_jax.hf.survey import survey_checkpoint
 
 VISION = {
@@ -27,14 +28,14 @@ def test_parameters_and_tensors_are_made_of_each_other(name, tmp_path):
     for key, shape in checkpoint.parameters.items():
         value = checkpoint.read(key)
         assert value.shape == shape, key
-        tensors |= params.to_tensors(checkpoint.config, key, value)
+        tensors |= as_stored(checkpoint.config, params.to_tensors(checkpoint.config, key, value))
     assert tensors.keys() == state.keys()
     for tensor, value in state.items():
         np.testing.assert_allclose(tensors[tensor].astype(np.float32), value.astype(np.float32), atol=1e-6)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen2-moe", "qwen3-moe", "mixtral", "olmoe", "qwen3_5-moe"])
+@pytest.mark.parametrize("name", ["qwen2-moe", "qwen3-moe", "mixtral", "olmoe", "qwen3_5-moe", "gpt_oss"])
 def test_mixtures_are_read_as_transformers_saves_them(name, tmp_path):
     """transformers 5 fuses experts in memory and writes each to a tensor of its own."""
     pytest.importorskip("torch")

@@ -83,6 +83,16 @@ REFUSED = {
         ({"clip_qkv": 8.0}, "clip_qkv 8.0"),
         ({"layer_types": ["sliding_attention"] * 3}, "layer_types sliding_attention without"),
     ],
+    "gpt_oss": [
+        ({"hidden_act": "gelu_new"}, "hidden_act 'gelu_new' (supported in this family: silu)"),
+        ({"swiglu_limit": None}, "swiglu_limit is None, expected a positive number"),
+        ({"mlp_bias": True}, "mlp_bias True"),
+        ({"sliding_window": None}, "layer_types sliding_attention without a sliding_window"),
+        ({"num_experts": 5}, "num_local_experts 6, num_experts 5: expected one number of experts"),
+        ({"num_experts_per_tok": 7}, "num_experts_per_tok 7 exceeds the 6 experts"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "already quantized by gptq"),
+    ],
     "mistral": [
         ({"layer_types": ["full_attention"] * 3}, "layer_types of another kind"),
         ({"attention_bias": True}, "attention_bias True"),
@@ -159,7 +169,7 @@ def test_the_cases_cover_all_families():
     assert {config["model_type"] for config in CASES.values()} == FAMILIES.keys()
 
 
-@pytest.mark.parametrize("name", cases("llama-biases-linear", "gemma3", "qwen3-moe", "qwen3_5"))
+@pytest.mark.parametrize("name", cases("llama-biases-linear", "gemma3", "qwen3-moe", "qwen3_5", "gpt_oss"))
 def test_logits_equal_recorded_logits_and_every_option_matters(name):
     config, tree = state_tree(CASES[name])
     tree = jax.tree.map(jnp.asarray, tree)

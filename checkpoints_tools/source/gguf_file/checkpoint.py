@@ -17,7 +17,8 @@ from checkpoints_tools.source.gguf_file.config import HEAD, ROPE_DIVISORS, hf_co
 from checkpoints_tools.source.gguf_file.contents import GGUFFile, Tensor, read_header
 from checkpoints_tools.source.gguf_file.tokenizer import write_tokenizer
 from grinqh_jax.errors import CheckpointError, GrinqhWarning
-from grinqh_jax.hf import HFCheckpoint, params
+from grinqh_jax.hf import HFCheckpoint
+from grinqh_jax.hf.matching import mismatches
 from grinqh_jax.hf.reader import Rows
 from grinqh_jax.model.config import ModelConfig
 
@@ -118,7 +119,7 @@ def open_gguf(path: Path) -> GGUFCheckpoint:
     model = ModelConfig.from_hf(config)
     stored_names = {_hf_name(name): name for name in file.tensors if name != ROPE_DIVISORS}
     shapes = {name: file.tensors[stored].shape for name, stored in stored_names.items()}
-    if problems := params.mismatches(model, shapes):
+    if problems := mismatches(model, shapes):
         raise CheckpointError(f"{path}: " + "; ".join(problems))
     if (end := max(_end(tensor) for tensor in file.tensors.values())) > path.stat().st_size:
         raise CheckpointError(

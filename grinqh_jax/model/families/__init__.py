@@ -3,6 +3,7 @@
 from grinqh_jax.model.config_reader import ConfigReader
 from grinqh_jax.model.families import (
     gemma,
+    gpt_oss,
     granite,
     llama,
     mistral,
@@ -18,7 +19,9 @@ from grinqh_jax.model.families.family import Family
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
-    for module in (llama, qwen, qwen2_moe, qwen3_5, qwen3_moe, mistral, smollm3, granite, phi3, olmo, gemma)
+    for module in (
+        *(llama, qwen, qwen2_moe, qwen3_5, qwen3_moe, gpt_oss, mistral, smollm3, granite, phi3, olmo, gemma),
+    )
     for family in module.FAMILIES
 }
 """The supported families by ``model_type``."""

@@ -34,6 +34,7 @@ TENSORS: Mapping[str, tuple[str, ...]] = {
     ),
     "layers.{i}.q_norm.scale": ("model.layers.{i}.self_attn.q_norm.weight",),
     "layers.{i}.k_norm.scale": ("model.layers.{i}.self_attn.k_norm.weight",),
+    "layers.{i}.sinks": ("model.layers.{i}.self_attn.sinks",),
     "layers.{i}.o.kernel": ("model.layers.{i}.self_attn.o_proj.weight",),
     "layers.{i}.post_norm.scale": ("model.layers.{i}.post_attention_layernorm.weight",),
     "layers.{i}.gate_up.kernel": (
@@ -72,6 +73,20 @@ ROUTER_WITH_GATE = (
 )
 """Names of the tensors of a router that has a gate of the shared expert."""
 
+
+@dataclasses.dataclass(frozen=True)
+class ExpertLayout:
+    """How one tensor holds the same projections of all experts of a layer.
+
+    Attributes:
+      transposed: Whether it is ``[experts, inputs, outputs]`` and not ``[experts, outputs, inputs]``.
+      interleaved: Whether the outputs of gate and up alternate; otherwise those of up follow those of gate.
+    """
+
+    transposed: bool = False
+    interleaved: bool = False
+
+
 EMBEDDING, LM_HEAD = TENSORS["embed.embedding"][0], TENSORS["lm_head.kernel"][0]
 
 
@@ -89,6 +104,9 @@ class Family:
       biases: Configuration keys of biases that the family implements; the others are refused.
       mixtures: Whether the family implements mixtures of experts; the others refuse them.
       shared_expert: Names of the tensors of a shared expert, by parameter in a layer; empty without one.
+      experts_together: Layout of the tensors that hold all experts of a layer. None if checkpoints usually
+        have tensors for each expert; one for all is then read in the default layout.
+      quant_method: ``quant_method`` of quantized checkpoints that are read (``hf.mxfp4``), or None.
       left_out: Parts of a checkpoint that are not read, in words, each with a pattern of its tensors' names.
     """
 
@@ -100,6 +118,8 @@ class Family:
     biases: tuple[str, ...] = ()
     mixtures: bool = False
     shared_expert: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    experts_together: ExpertLayout | None = None
+    quant_method: str | None = None
     left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -123,7 +143,7 @@ def layer(
       activation: Activation function of the MLP.
       before: Whether both blocks read the residual stream through norms.
       after: Whether both blocks normalize what they add to the stream.
-      qkv_bias, o_bias, mlp_bias: Whether ``qkv``, ``o``, and both projections of the MLP have biases.
+      qkv_bias, o_bias, mlp_bias: Whether ``qkv``, ``o``, and both projections of MLP or experts have biases.
       multiplier: Factor of what both blocks add to the stream.
       norm_offset: See ``Norm``.
       experts: Mixture of experts in place of the MLP.
@@ -136,8 +156,8 @@ def layer(
         reads = Projection("gate_up", "hidden", ("intermediate", "intermediate"), mlp_bias)
         writes = Projection("down", "intermediate", ("hidden",), mlp_bias)
     else:
-        reads = Projection("experts_gate_up", "hidden", ("expert", "expert"), of_experts=True)
-        writes = Projection("experts_down", "expert", ("hidden",), of_experts=True)
+        reads = Projection("experts_gate_up", "hidden", ("expert", "expert"), mlp_bias, of_experts=True)
+        writes = Projection("experts_down", "expert", ("hidden",), mlp_bias, of_experts=True)
     if isinstance(attention, GatedDeltaNet):
         outputs = "delta_qkv", "delta_value", "delta_heads", "delta_heads"
         first = Projection("delta_in", "hidden", outputs), Projection("delta_out", "delta_value", ("hidden",))

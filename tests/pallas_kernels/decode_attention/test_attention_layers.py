@@ -70,6 +70,8 @@ def config_of(name: str) -> ModelConfig:
 
 def check_layer(emulated, config, spec, tokens: int, paged: bool) -> None:
     inputs = arguments(config, spec, tokens, paged)
+    if spec.sinks:
+        inputs += None, jnp.asarray(np.random.default_rng(3).standard_normal(config.num_heads), jnp.float32)
     outputs, cache = attention.attend_heads(config, spec, *inputs)
     assert emulated
     with pytest.MonkeyPatch.context() as patch:
@@ -87,7 +89,16 @@ def check_layer(emulated, config, spec, tokens: int, paged: bool) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["gemma3", "granite", "ministral3", "olmo3-window-yarn", "phi3-partial-window", QWEN3, "smollm3"],
+    [
+        "gemma3",
+        "gpt_oss",
+        "granite",
+        "ministral3",
+        "olmo3-window-yarn",
+        "phi3-partial-window",
+        QWEN3,
+        "smollm3",
+    ],
 )
 @pytest.mark.parametrize("tokens", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_layers_of_every_family(emulated, name, tokens):

@@ -1,11 +1,14 @@
 """The lane programs of residual and norm, and of SwiGLU, on the emulator against float64."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels.decode_rows.program import (
     AddNormRefs,
+    Clamp,
     Shape,
     SwigluRefs,
     add_norm_program,
@@ -70,7 +73,8 @@ def test_add_norm_adds_up_the_terms_of_a_mixture():
 
 
 @sizes
-def test_swiglu_of_experts(size):
+@pytest.mark.parametrize("clamp", [None, Clamp(1.702, 0.75)], ids=["silu", "clamped"])
+def test_swiglu_of_experts(size, clamp):
     rng = np.random.default_rng(3)
     rows = Rows(*size[:2])
     probabilities = rng.uniform(0, 1, rows.rows).astype(np.float32) ** 8
@@ -81,11 +85,16 @@ def test_swiglu_of_experts(size):
     def refs(probabilities, partials, values, shared):
         return SwigluRefs(partials, values, shared, probabilities)
 
-    (values,) = run(swiglu_program, refs, shape, (probabilities, partials), 0, 1)
+    program = functools.partial(swiglu_program, clamp=clamp)
+    (values,) = run(program, refs, shape, (probabilities, partials), 0, 1)
     exact = partials.astype(np.float64).sum(0)[:, : 2 * rows.features] / factor
     gate, up = np.split(exact, 2, axis=1)
+    alpha = 1.0
+    if clamp is not None:
+        alpha = clamp.alpha
+        gate, up = np.minimum(gate, clamp.limit), np.clip(up, -clamp.limit, clamp.limit) + 1
     with np.errstate(over="ignore"):
-        expected = gate / (1 + np.exp(-gate)) * up * probabilities[:, None]
+        expected = gate / (1 + np.exp(-alpha * gate)) * up * probabilities[:, None]
     np.testing.assert_allclose(values, expected, rtol=2**-8, atol=1e-6)
 
 
@@ -101,6 +110,15 @@ def test_swiglu(size):
     with np.errstate(over="ignore"):
         expected = gate / (1 + np.exp(-gate)) * up
     np.testing.assert_allclose(values, expected, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("place", [3, 67], ids=["gate", "up"])
+def test_a_clamp_keeps_nan(place):
+    partials = np.ones((1, 1, 128), np.float32)
+    partials[0, 0, place] = np.nan
+    program = functools.partial(swiglu_program, clamp=Clamp(1.702, 7.0))
+    (values,) = run(program, SwigluRefs, Shape(Rows(1, 64), 1, 128), (partials,), 0, 1)
+    np.testing.assert_array_equal(np.isnan(values[0]), np.arange(64) == 3)
 
 
 def test_nan_reaches_every_output():

@@ -78,15 +78,16 @@ def test_kernels_of_a_step(name, batch, tmp_path):
     }
 
 
+@pytest.mark.parametrize("name", ["Qwen3-30B-A3B", "gpt-oss-120b"])
 @pytest.mark.parametrize("batch", [1, 4])
-def test_kernels_of_a_step_of_a_mixture(batch):
+def test_kernels_of_a_step_of_a_mixture(name, batch):
     """Two launches compute the products of all chosen experts; no program gathers or copies their planes."""
-    text = lowered(engine.decode_step, "Qwen3-30B-A3B", batch)
+    text = lowered(engine.decode_step, name, batch)
     calls = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
     kernels = collections.Counter(re.search(r"00(\w+)_kernel_mosaic_gpu", call).group(1) for call in calls)
     layers = 2
     assert kernels == {
-        "graded_matvec": 2 * layers + len(block_sizes(random_model.shape("Qwen3-30B-A3B").vocab_size)),
+        "graded_matvec": 2 * layers + len(block_sizes(random_model.shape(name).vocab_size)),
         "graded_experts": 2 * layers,
         "decode_attention": layers,
         "merge_attention": layers,

@@ -17,8 +17,11 @@ needs_mosaic = pytest.mark.skipif(
     jax.__version_info__ < device.OLDEST_JAX, reason="the kernel needs jax >= 0.11.2"
 )
 
-SHAPES = [(128, 2048, 1536), (128, 768, 2048), (8, 4096, 28672), (3, 300, 700)]
-"""Experts of Qwen3-30B-A3B (gate and up, down) and of Mixtral-8x7B, and narrow ones."""
+SHAPES = [
+    *[(128, 2048, 1536), (128, 768, 2048), (8, 4096, 28672)],
+    *[(32, 2880, 5760), (32, 2880, 2880), (3, 300, 700)],
+]
+"""Experts of Qwen3-30B-A3B (gate and up, down), of Mixtral-8x7B and of gpt-oss-20b, and narrow ones."""
 
 
 def compiling_for_an_h200():

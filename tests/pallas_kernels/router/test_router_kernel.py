@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType
 
@@ -13,9 +14,12 @@ needs_mosaic = pytest.mark.skipif(
     jax.__version_info__ < device.OLDEST_JAX, reason="the kernel needs jax >= 0.11.2"
 )
 
-SHAPES = [(2048, 128, 8), (4096, 128, 8), (4096, 8, 2), (2048, 60, 4), (2048, 64, 8), (2048, 512, 10)]
+SHAPES = [
+    *[(2048, 128, 8), (4096, 128, 8), (4096, 8, 2), (2048, 60, 4), (2048, 64, 8), (2048, 512, 10)],
+    *[(2880, 32, 4), (2880, 128, 4)],
+]
 """Features, experts and chosen experts of Qwen3-30B-A3B, Qwen3-235B-A22B, Mixtral-8x7B, Qwen1.5-MoE-A2.7B,
-OLMoE-1B-7B and Qwen3-Next-80B-A3B."""
+OLMoE-1B-7B, Qwen3-Next-80B-A3B, gpt-oss-20b and gpt-oss-120b."""
 
 
 def compiling_for(kind: str):
@@ -32,9 +36,11 @@ def abstract(rows: int, features: int, experts: int, dtype="bfloat16", kernel_dt
 @needs_mosaic
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("rows", "kernel_dtype"), [(1, "bfloat16"), (16, "float32")])
-def test_lowers_to_one_kernel(shape, rows, kernel_dtype):
+@pytest.mark.parametrize("biased", [False, True])
+def test_lowers_to_one_kernel(shape, rows, kernel_dtype, biased):
     features, experts, chosen = shape
-    route = functools.partial(router.route, chosen=chosen, normalized=True)
+    bias = jnp.ones(experts, kernel_dtype) if biased else None
+    route = functools.partial(router.route, chosen=chosen, normalized=True, bias=bias)
     x, kernel = abstract(rows, features, experts, kernel_dtype=kernel_dtype)
     with compiling_for("NVIDIA H200"):
         assert router.supports(x, kernel, chosen) is None

@@ -22,6 +22,7 @@ cases = st.builds(
     chosen=st.sampled_from([1, 2, 8]),
     normalized=st.booleans(),
     num_square_partials=st.sampled_from([0, 1, 4, 37]),
+    biased=st.booleans(),
     dtype=st.sampled_from(["bfloat16", "float32"]),
     seed=st.integers(0, 2**32 - 1),
 ).filter(lambda case: case.chosen <= case.experts)
@@ -36,7 +37,8 @@ def emulate(case: RouterCase, x, squares, kernel) -> tuple[np.ndarray, np.ndarra
     probabilities, means = (np.full(shape, unwritten, np.float32) for _ in range(2))
     squares = np.zeros((g.rows, 1), np.float32) if squares is None else squares
     arrays = x, squares, kernel, experts, probabilities, means
-    router_program(isa, g, RouterRefs(*(isa.array(a) for a in arrays), shared=None))
+    bias = None if case.bias is None else isa.array(case.bias)
+    router_program(isa, g, RouterRefs(*(isa.array(a) for a in arrays), shared=None, bias=bias))
     isa.finish()
     assert ((experts >= 0) & (experts < g.experts)).all()
     assert not (probabilities == np.float32(unwritten)).any()
@@ -53,8 +55,14 @@ def test_agrees_with_float64(case):
 
 @pytest.mark.parametrize(
     "case",
-    [RouterCase(2, 2048, 128, 8), RouterCase(1, 2048, 60, 4, normalized=False), RouterCase(1, 4096, 8, 2)],
-    ids=["Qwen3-30B-A3B", "Qwen1.5-MoE-A2.7B", "Mixtral-8x7B"],
+    [
+        RouterCase(2, 2048, 128, 8),
+        RouterCase(1, 2048, 60, 4, normalized=False),
+        RouterCase(1, 4096, 8, 2),
+        RouterCase(1, 2880, 32, 4, biased=True),
+        RouterCase(1, 2880, 128, 4, biased=True),
+    ],
+    ids=["Qwen3-30B-A3B", "Qwen1.5-MoE-A2.7B", "Mixtral-8x7B", "gpt-oss-20b", "gpt-oss-120b"],
 )
 def test_published_shapes(case):
     arrays = case.arrays()

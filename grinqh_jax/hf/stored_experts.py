@@ -1,0 +1,168 @@
+"""Tensors of experts that a checkpoint stores together, and where each of them is.
+
+Some checkpoints have one tensor for all experts of a layer. A shared expert that is wider than the others is
+several experts, whose tensors get names like ``shared_expert.down_proj.weight[0]``.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from grinqh_jax.hf import mxfp4
+from grinqh_jax.hf.params import (
+    is_kernel,
+    is_of_experts,
+    shared_experts,
+    shared_names,
+    sources,
+    stored_shared_names,
+    tensor_names,
+)
+from grinqh_jax.model.config import ModelConfig
+from grinqh_jax.model.families import FAMILIES
+from grinqh_jax.model.families.family import ExpertLayout
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The place of an expert's tensor in a stored one.
+
+    Attributes:
+      shape: Shape of the tensor.
+      index: Range of each axis of the stored tensor.
+      transposed: Whether the range is the transposed tensor.
+      scales: Stored name of the scales, if the stored tensor has the blocks of ``mxfp4``; None otherwise.
+    """
+
+    shape: tuple[int, ...]
+    index: tuple[slice, ...]
+    transposed: bool = False
+    scales: str | None = None
+
+    def take(self, stored: Any, scales: Any = None) -> np.ndarray:
+        """Returns the tensor.
+
+        Args:
+          stored: The stored tensor: an array, or a slice of safetensors, which is read in whole ranges.
+          scales: The same for the scales.
+        """
+        value = self._range(stored)
+        if scales is not None:
+            value = mxfp4.dequantize(value, self._range(scales))
+        return value.reshape(self.shape[::-1]).T if self.transposed else value.reshape(self.shape)
+
+    def _range(self, stored: Any) -> np.ndarray:
+        whole = stored[tuple(slice(axis.start, axis.stop) for axis in self.index)]
+        return whole[tuple(slice(None, None, axis.step) for axis in self.index)]
+
+    def put(self, stored: np.ndarray, value: np.ndarray) -> None:
+        """Writes the tensor into a stored one."""
+        place = stored[self.index]
+        place[...] = (value.T if self.transposed else value).reshape(place.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredForm:
+    """A stored tensor with the tensors of several experts.
+
+    Attributes:
+      shape: Its shape.
+      parts: Its tensors, by name.
+      scales: Name of the tensor of scales, in which the last axis of ``shape`` is missing; None for none.
+      usual: Whether the family's checkpoints have it, unless they are quantized.
+    """
+
+    shape: tuple[int, ...]
+    parts: Mapping[str, Part]
+    scales: str | None = None
+    usual: bool = True
+
+
+@functools.lru_cache(maxsize=8)
+def stored_forms(config: ModelConfig) -> dict[str, StoredForm]:
+    """Returns, by name, the tensors that a checkpoint may have in place of those of single experts."""
+    forms: dict[str, StoredForm] = {}
+    for key in sorted(sources(config)):
+        if is_of_experts(config, key):
+            forms |= _together(config, key) | _wide_shared_expert(config, key)
+    return forms
+
+
+def as_stored(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns tensors by the names of a checkpoint that is not quantized."""
+    stored = dict(tensors)
+    for name, form in stored_forms(config).items():
+        if form.usual and form.parts.keys() <= stored.keys():
+            whole = np.empty(form.shape, stored[next(iter(form.parts))].dtype)
+            for tensor, part in form.parts.items():
+                part.put(whole, stored.pop(tensor))
+            stored[name] = whole
+    return stored
+
+
+def _together(config: ModelConfig, key: str) -> dict[str, StoredForm]:
+    """Returns the stored tensors with a kernel or bias of all routed experts of a layer."""
+    family, names, tensors = FAMILIES[config.family], tensor_names(config, key), sources(config)[key]
+    layout = family.experts_together or ExpertLayout()
+    tensors = tensors[: len(tensors) - len(shared_names(config, key))]
+    # "experts.{e}.gate_proj.weight" and "experts.{e}.up_proj.weight" are "experts.gate_up_proj".
+    prefix, *_ = names[0].split(".{e}.")
+    projections = [name.rpartition(".")[0].rpartition(".")[2].removesuffix("_proj") for name in names]
+    stored = f"{prefix}.{'_'.join(projections)}_proj" + ("" if is_kernel(key) else "_bias")
+    experts, (width, *inputs) = len(tensors) // len(names), tensors[0].shape
+    outputs = width * len(names)
+    rows = [
+        slice(j, outputs, len(names)) if layout.interleaved else slice(j * width, (j + 1) * width)
+        for j in range(len(names))
+    ]
+    transposed = layout.transposed and is_kernel(key)
+    others = [slice(0, size) for size in inputs]
+
+    def parts(*more: slice, scales: str | None = None) -> dict[str, Part]:
+        result = {}
+        for index, tensor in enumerate(tensors):
+            expert, j = divmod(index, len(names))
+            axes = [rows[j], *more] if scales else [*others, rows[j]] if transposed else [rows[j], *others]
+            place = slice(expert, expert + 1), *axes
+            result[tensor.name] = Part(tensor.shape, place, transposed and not scales, scales)
+        return result
+
+    shape = (*inputs, outputs) if transposed else (outputs, *inputs)
+    forms = {stored: StoredForm((experts, *shape), parts(), usual=family.experts_together is not None)}
+    if family.quant_method == mxfp4.METHOD and is_kernel(key) and inputs[0] % mxfp4.BLOCK == 0:
+        blocks, scales = f"{stored}_blocks", f"{stored}_scales"
+        count = inputs[0] // mxfp4.BLOCK
+        packed = parts(slice(0, count), scales=scales)
+        shape = experts, outputs, count, mxfp4.BLOCK // 2
+        forms[blocks] = StoredForm(shape, packed, scales, usual=False)
+    return forms
+
+
+def _wide_shared_expert(config: ModelConfig, key: str) -> dict[str, StoredForm]:
+    """Returns the stored tensors of a shared expert that is several experts; none if it is one."""
+    count = shared_experts(config)
+    if count < 2:
+        return {}
+    names = stored_shared_names(config, key)
+    shapes = {source.name: source.shape for source in sources(config)[key]}
+    forms = {}
+    for name in names:
+        shape = shapes[f"{name}[0]"]
+        # The channels inside the expert are outputs of the first projection, and inputs of the second.
+        cut = 0 if len(names) > 1 else 1
+        parts = {
+            f"{name}[{j}]": Part(
+                shape,
+                tuple(
+                    slice(j * size, (j + 1) * size) if axis == cut else slice(0, size)
+                    for axis, size in enumerate(shape)
+                ),
+            )
+            for j in range(count)
+        }
+        whole = tuple(size * (count if axis == cut else 1) for axis, size in enumerate(shape))
+        forms[name] = StoredForm(whole, parts)
+    return forms
