@@ -1,7 +1,5 @@
 """The activation function of a gated MLP, and of the experts of a mixture."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -46,8 +44,10 @@ def gated_experts(
       activation: Activation of the experts.
     """
     if activation != "gelu_tanh" and decode_rows.supports_rows(gate_up) is None:
-        clamp = dataclasses.astuple(activation) if isinstance(activation, ClampedSwiGLU) else None
-        return decode_rows.swiglu_experts(gate_up, probabilities, clamp and decode_rows.Clamp(*clamp))
+        clamp = None
+        if isinstance(activation, ClampedSwiGLU):
+            clamp = decode_rows.Clamp(activation.alpha, activation.limit)
+        return decode_rows.swiglu_experts(gate_up, probabilities, clamp)
     factor = grading_factor(probabilities)[..., None].astype(gate_up.dtype)
     mixed = gated(Activations.of(gate_up.array / factor), activation).array
     return Activations.of((mixed * probabilities[..., None]).astype(gate_up.dtype))

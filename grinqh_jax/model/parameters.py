@@ -67,7 +67,7 @@ def routers(config: ModelConfig) -> dict[str, str]:
     }
 
 
-def sinks(config: ModelConfig) -> dict[str, tuple[int]]:
+def sinks(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of the sinks of all layers that have them, by dotted name."""
     return {
         f"layers.{i}.{SINKS}": (config.num_heads,)
