@@ -99,7 +99,7 @@ class DenseExperts(nnx.Module):
 
     input_cut: InputCut | None = None
 
-    def __init__(self, kernel: Float[Array, "e k n"], bias: Float[Array, "e n"] | None = None):
+    def __init__(self, kernel: Float[Array, "e k n"], bias: Float[Array, "e2 n2"] | None = None):
         self.kernel = nnx.Param(kernel)
         self.bias = None if bias is None else nnx.Param(bias)
         _, self.in_features, self.out_features = kernel.shape
@@ -130,7 +130,7 @@ class GradedExperts(nnx.Module):
         thresholds: Float[Array, "t p"],
         level_gains: Float[Array, "p"],
         max_activation: Float[Array, ""],
-        bias: Float[Array, "e n2"] | None = None,
+        bias: Float[Array, "e2 n2"] | None = None,
         *,
         in_features: int,
         out_features: int,
