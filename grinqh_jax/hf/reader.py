@@ -27,6 +27,9 @@ HUB_PATTERNS = (
 )
 """Files to download for a hub id. ``.bin`` files are pickles and are left out."""
 
+HUB_IGNORED = ("original/*", "metal/*")
+"""Folders with copies of the weights in other formats, which would be downloaded in vain. gpt-oss has both."""
+
 Rows = slice | Int[np.ndarray, "rows"]
 """Rows of a tensor to read: a range, or indices. Each run of consecutive indices is one read."""
 
@@ -146,7 +149,8 @@ def resolve(model: str | os.PathLike[str]) -> Path:
             f"{name}: not a directory; give a checkpoint's directory or a hub id such as Qwen/Qwen3-0.6B"
         )
     try:
-        return Path(snapshot_download(name, allow_patterns=list(HUB_PATTERNS)))
+        patterns, ignored = list(HUB_PATTERNS), list(HUB_IGNORED)
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=ignored))
     except LocalEntryNotFoundError:
         reason = "the hub cannot be reached and the local cache does not hold it; download it first"
     except HFValidationError:

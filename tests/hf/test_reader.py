@@ -13,7 +13,7 @@ from huggingface_hub.utils import filter_repo_objects
 from grinqh_jax import BUNDLED_MODEL
 from grinqh_jax.errors import CheckpointError, GrinqhWarning, UnsupportedModelError
 from grinqh_jax.hf import load_decoder, open_checkpoint, resolve
-from grinqh_jax.hf.reader import HUB_PATTERNS
+from grinqh_jax.hf.reader import HUB_IGNORED, HUB_PATTERNS
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -249,6 +249,7 @@ def test_hub_ids_work_offline_from_the_cache_or_say_why(tmp_path, monkeypatch):
 
 def test_a_hub_id_downloads_every_file_of_a_grinqh_checkpoint_and_no_pickles():
     files = {str(file.relative_to(BUNDLED_MODEL)) for file in BUNDLED_MODEL.rglob("*") if file.is_file()}
-    published = sorted(files | {"pytorch_model.bin"})
-    wanted = set(filter_repo_objects(published, allow_patterns=list(HUB_PATTERNS)))
+    published = sorted(files | {"pytorch_model.bin", "original/model.safetensors", "original/config.json"})
+    patterns, ignored = list(HUB_PATTERNS), list(HUB_IGNORED)
+    wanted = set(filter_repo_objects(published, allow_patterns=patterns, ignore_patterns=ignored))
     assert wanted == files
