@@ -28,7 +28,7 @@ HUB_PATTERNS = (
 """Files to download for a hub id. ``.bin`` files are pickles and are left out."""
 
 HUB_IGNORED = ("original/*", "metal/*")
-"""Folders with copies of the weights in other formats, which would be downloaded in vain. gpt-oss has both."""
+"""Folders of gpt-oss with copies of the weights in other formats."""
 
 Rows = slice | Int[np.ndarray, "rows"]
 """Rows of a tensor to read: a range, or indices. Each run of consecutive indices is one read."""

@@ -1,6 +1,7 @@
 """GGUF files with the weights and the tokenizer of a Hugging Face directory, as llama.cpp converts them."""
 
 import json
+import re
 from pathlib import Path
 
 import gguf
@@ -24,7 +25,10 @@ NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
 }
+
+EXPERTS = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
 
 
 def gguf_name(name: str) -> str:
@@ -34,6 +38,17 @@ def gguf_name(name: str) -> str:
         _, _, layer, rest = stem.split(".", 3)
         return f"blk.{layer}.{NAMES[rest]}.weight"
     return f"{NAMES[stem]}.weight"
+
+
+def with_stacked_experts(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns weights by GGUF name; each tensor of experts has all experts of a layer."""
+    named, experts = {}, {}
+    for name, value in state.items():
+        if match := EXPERTS.fullmatch(name):
+            experts.setdefault(f"blk.{match[1]}.ffn_{match[3]}_exps.weight", {})[int(match[2])] = value
+        else:
+            named[gguf_name(name)] = value
+    return named | {name: np.stack([values[e] for e in sorted(values)]) for name, values in experts.items()}
 
 
 def permuted(w: np.ndarray, heads: int) -> np.ndarray:
@@ -88,7 +103,7 @@ def write(
         removes one.
     """
     config = ModelConfig.from_hf(hf_config)
-    name = config.family
+    name = {"qwen3_moe": "qwen3moe"}.get(config.family, config.family)
     values = {
         f"{name}.vocab_size": config.vocab_size,
         f"{name}.context_length": config.max_position_embeddings,
@@ -104,6 +119,12 @@ def write(
         f"{name}.rope.freq_base": config.layers[0].attention.rope.theta,
         "general.license": "apache-2.0",
     }
+    if config.mixture is not None:
+        values |= {
+            f"{name}.expert_count": config.num_experts,
+            f"{name}.expert_used_count": config.mixture.chosen,
+            f"{name}.expert_feed_forward_length": config.expert_size,
+        }
     writer = gguf.GGUFWriter(path, name)
     for key, value in (values | (metadata or {})).items():
         match value:
@@ -121,12 +142,12 @@ def write(
         add_tokenizer(writer, tokenizer, config.vocab_size, pre)
     if chat_template is not None:
         writer.add_chat_template(chat_template)
-    for tensor, value in state.items():
-        if name == "llama" and ("q_proj" in tensor or "k_proj" in tensor):
-            value = permuted(value, config.num_heads if "q_proj" in tensor else config.num_kv_heads)
+    for tensor, value in with_stacked_experts(state).items():
+        if name == "llama" and ("attn_q." in tensor or "attn_k." in tensor):
+            value = permuted(value, config.num_heads if "attn_q." in tensor else config.num_kv_heads)
         kind = gguf.GGMLQuantizationType[matrix_type if value.ndim > 1 else "F32"]
         stored = gguf.quantize(np.ascontiguousarray(value, np.float32), kind)
-        writer.add_tensor(gguf_name(tensor), stored, raw_dtype=kind)
+        writer.add_tensor(tensor, stored, raw_dtype=kind)
     if config.layers[0].attention.rope.type == "llama3":
         writer.add_tensor("rope_freqs.weight", divisors(config))
     writer.write_header_to_file()

@@ -9,6 +9,7 @@ import gguf
 import gguf_files
 import hf_directories
 import jax.numpy as jnp
+import mixtures
 import ml_dtypes
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from grinqh_jax.text.tokenizer import Tokenizer
 MODELS = {"llama3": hf_directories.LLAMA3, "qwen3": hf_directories.QWEN3} | {
     name: config | {"vocab_size": 300} for name, config in CONFIGS.items()
 }
+MODELS["qwen3-moe"] = mixtures.HF_CONFIG | {"mlp_only_layers": [], "moe_intermediate_size": 96}
 
 
 TURN = {"role": "user", "content": "hi"}
@@ -204,6 +206,20 @@ def test_files_that_cannot_be_read_are_refused_by_name(metadata, options, reason
     path = write(tmp_path / "model.gguf", hf_directories.QWEN3, metadata=metadata, **options)
     with pytest.raises(GrinqhError, match=reason):
         open_source(path)
+
+
+def test_an_expert_is_read_alone_and_a_mixture_without_its_sizes_is_refused(tmp_path):
+    state = hf_directories.random_state(MODELS["qwen3-moe"])
+    source = open_source(write(tmp_path / "model.gguf", MODELS["qwen3-moe"], state, matrix_type="Q8_0"))
+    kernel = source.read("layers.1.experts_gate_up.kernel", slice(3, 5))
+    q8 = gguf.GGMLQuantizationType.Q8_0
+    for expert, read in zip((3, 4), kernel, strict=True):
+        stored = [state[f"model.layers.1.mlp.experts.{expert}.{part}_proj.weight"] for part in ("gate", "up")]
+        both = np.concatenate(stored).astype(np.float32)
+        np.testing.assert_array_equal(read.T, gguf.dequantize(gguf.quantize(both, q8), q8))
+    lacking = {"qwen3moe.expert_used_count": None}
+    with pytest.raises(CheckpointError, match=r"lacks qwen3moe\.expert_used_count;"):
+        open_source(write(tmp_path / "lacking.gguf", MODELS["qwen3-moe"], state, metadata=lacking))
 
 
 def test_other_architectures_are_refused(tmp_path):

@@ -8,6 +8,7 @@ import tempfile
 import warnings
 import weakref
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,12 @@ _IN_LAYER = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
 }
 """The same for the tensors of a layer, without their prefixes and ``.weight``."""
+
+_OF_EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
+"""The same for the tensors that hold all experts of a layer, without the number of the expert."""
 
 _LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 _PERMUTED = re.compile(r".*self_attn\.([qk])_proj\.weight")
@@ -72,10 +77,12 @@ class GGUFCheckpoint(HFCheckpoint):
     object. ``files`` and ``stored_names`` refer to the GGUF file.
 
     Attributes:
+      experts: Expert of each tensor that is stored with those of other experts, by canonical name.
       gguf: Header of the file.
       temporary: Owner of the temporary directory.
     """
 
+    experts: Mapping[str, int]
     gguf: GGUFFile
     temporary: TemporaryDirectory
 
@@ -85,6 +92,10 @@ class GGUFCheckpoint(HFCheckpoint):
         Tensors of types F32, F16 and BF16 keep their dtype, others are float32.
         """
         stored = self.stored_names[name]
+        if name in self.experts:
+            outputs = self.gguf.tensors[stored].shape[1]
+            first = self.experts[name] * outputs
+            return self.gguf.read(stored, slice(first, first + outputs))[rows]
         permuted = _PERMUTED.fullmatch(name) if self.config.family == "llama" else None
         if permuted is None:
             return self.gguf.read(stored, rows)
@@ -117,8 +128,18 @@ def open_gguf(path: Path) -> GGUFCheckpoint:
     file = read_header(path)
     config = hf_config(file)
     model = ModelConfig.from_hf(config)
-    stored_names = {_hf_name(name): name for name in file.tensors if name != ROPE_DIVISORS}
-    shapes = {name: file.tensors[stored].shape for name, stored in stored_names.items()}
+    stored_names: dict[str, str] = {}
+    experts: dict[str, int] = {}
+    for stored, tensor in file.tensors.items():
+        if names := _expert_names(stored, tensor):
+            experts |= {name: expert for expert, name in enumerate(names)}
+        elif stored != ROPE_DIVISORS:
+            names = [_hf_name(stored)]
+        stored_names |= dict.fromkeys(names, stored)
+    shapes = {
+        name: file.tensors[stored].shape[1 if name in experts else 0 :]
+        for name, stored in stored_names.items()
+    }
     if problems := mismatches(model, shapes):
         raise CheckpointError(f"{path}: " + "; ".join(problems))
     if (end := max(_end(tensor) for tensor in file.tensors.values())) > path.stat().st_size:
@@ -143,6 +164,7 @@ def open_gguf(path: Path) -> GGUFCheckpoint:
         config=model,
         files=dict.fromkeys(stored_names, path),
         stored_names=stored_names,
+        experts=experts,
         gguf=file,
         temporary=temporary,
     )
@@ -168,9 +190,17 @@ def _hf_name(name: str) -> str:
     return _GLOBAL.get(name, name)
 
 
+def _expert_names(stored: str, tensor: Tensor) -> list[str]:
+    """Returns the names in transformers of the experts' tensors in a stored one; none in other tensors."""
+    match = _LAYER_TENSOR.fullmatch(stored)
+    if match is None or match[2] not in _OF_EXPERTS or len(tensor.shape) != 3:
+        return []
+    prefix = f"model.layers.{match[1]}.mlp.experts"
+    return [f"{prefix}.{expert}.{_OF_EXPERTS[match[2]]}.weight" for expert in range(tensor.shape[0])]
+
+
 def _end(tensor: Tensor) -> int:
-    rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
-    return tensor.offset + rows * tensor.row_bytes
+    return tensor.offset + tensor.rows * tensor.row_bytes
 
 
 def metadata_of(source: HFCheckpoint) -> dict[str, Any]:

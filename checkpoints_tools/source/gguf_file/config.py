@@ -7,9 +7,14 @@ import numpy as np
 from checkpoints_tools.source.gguf_file.contents import GGUFFile
 from checkpoints_tools.source.gguf_file.rope import llama3_scaling
 from grinqh_jax.errors import CheckpointError, UnsupportedModelError
+from grinqh_jax.model.families import FAMILIES
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-"""Supported values of ``general.architecture``, and the architecture in ``config.json``."""
+ARCHITECTURES = {
+    "llama": ("llama", "LlamaForCausalLM"),
+    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
+    "qwen3moe": ("qwen3_moe", "Qwen3MoeForCausalLM"),
+}
+"""Supported values of ``general.architecture``, and model type and architecture in ``config.json``."""
 
 EMBEDDING, HEAD, ROPE_DIVISORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
 
@@ -19,6 +24,11 @@ _SIZES = {
     "num_hidden_layers": "block_count",
     "num_attention_heads": "attention.head_count",
     "max_position_embeddings": "context_length",
+}
+_MIXTURE_SIZES = {
+    "num_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
 }
 _EPSILON = "attention.layer_norm_rms_epsilon"
 
@@ -40,7 +50,9 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
         raise UnsupportedModelError(
             f"{file.path}: architecture {architecture!r} (supported in GGUF: {', '.join(ARCHITECTURES)})"
         )
-    missing = [key for key in (*_SIZES.values(), _EPSILON) if f"{architecture}.{key}" not in metadata]
+    model_type, name = ARCHITECTURES[architecture]
+    sizes = _SIZES | (_MIXTURE_SIZES if FAMILIES[model_type].mixtures else {})
+    missing = [key for key in (*sizes.values(), _EPSILON) if f"{architecture}.{key}" not in metadata]
     if missing or EMBEDDING not in file.tensors:
         names = [f"{architecture}.{key}" for key in missing]
         names += [EMBEDDING] if EMBEDDING not in file.tensors else []
@@ -50,10 +62,10 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
         return metadata.get(f"{architecture}.{key}", default)
 
     config: dict[str, Any] = {
-        "architectures": [ARCHITECTURES[architecture]],
-        "model_type": architecture,
+        "architectures": [name],
+        "model_type": model_type,
         "vocab_size": file.tensors[EMBEDDING].shape[0],
-        **{name: value(key) for name, key in _SIZES.items()},
+        **{size: value(key) for size, key in sizes.items()},
         "num_key_value_heads": value("attention.head_count_kv", value("attention.head_count")),
         "rms_norm_eps": _shortest(value(_EPSILON)),
         "rope_theta": _shortest(value("rope.freq_base", 10000.0)),
@@ -71,7 +83,9 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
             config["partial_rotary_factor"] = rotated / head_dim
     if (window := value("attention.sliding_window")) is not None:
         raise UnsupportedModelError(f"{file.path}: sliding_window {window} is not supported in GGUF")
-    if value("expert_count"):
+    if FAMILIES[model_type].mixtures:
+        config["norm_topk_prob"] = True  # llama.cpp normalizes, and GGUF has no key for it.
+    elif value("expert_count"):
         config["num_experts"] = value("expert_count")
     config |= _scaling(file, architecture, config["rope_theta"])
     for role in ("bos", "eos"):

@@ -5,6 +5,7 @@ of a file that stays mapped count as memory of the process.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ class Tensor:
 
     Attributes:
       type: Name of its type, such as ``F16`` or ``Q4_1``.
-      shape: Shape in NumPy's order: a matrix is ``[outputs, inputs]``.
+      shape: Shape in NumPy's order: a matrix is ``[outputs, inputs]``, one of experts ``[experts, outputs,
+        inputs]``.
       offset: Position of its first byte in the file.
       row_bytes: Bytes of a row, or of the whole vector.
       bits: Bits per value, the scales of its blocks included.
@@ -40,6 +42,11 @@ class Tensor:
     offset: int
     row_bytes: int
     bits: float
+
+    @property
+    def rows(self) -> int:
+        """Number of rows: outputs of all experts, or 1 for a vector."""
+        return math.prod(self.shape[:-1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,14 +68,13 @@ class GGUFFile:
 
         Args:
           name: Name of the tensor in the file.
-          rows: Range of rows, or their indices.
+          rows: Range of rows, or their indices. The rows of experts follow one another.
 
         Raises:
           CheckpointError: The file vanished or is shorter than it was.
         """
         tensor = self.tensors[name]
-        count = tensor.shape[0] if len(tensor.shape) > 1 else 1
-        indices = np.arange(count)[rows]
+        indices = np.arange(tensor.rows)[rows]
         runs = np.split(indices, np.flatnonzero(np.diff(indices) != 1) + 1)
         pieces = [self._read_bytes(name, tensor, run) for run in runs]
         stored = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
