@@ -251,10 +251,11 @@ def main() -> None:
     )
     add(
         "--exchange",
-        choices=("sum", "gather"),
+        choices=("sum", "gather", "kernel"),
         default="sum",
-        help="how devices add up results: with an all-reduce, or with an all-gather of partial sums whose "
-        "additions are left to the next kernel (default: sum)",
+        help="how devices add up results: with an all-reduce, with an all-gather of partial sums whose "
+        "additions are left to the next kernel, or with a kernel that writes to the memory of all devices "
+        "(default: sum)",
     )
     add(
         "--weights",

@@ -38,6 +38,7 @@ from grinqh_jax.decoding.speculation.speculation import Speculation
 from grinqh_jax.decoding.texts import Texts
 from grinqh_jax.errors import GrinqhWarning, UsageError
 from grinqh_jax.model.decoder import Decoder
+from grinqh_jax.model.partition import Exchange
 from grinqh_jax.text.tokenizer import Tokenizer
 from pallas_kernels.layout import round_up
 from pallas_kernels.x64 import without_x64
@@ -80,7 +81,11 @@ class Generator:
     @classmethod
     @without_x64
     def load(
-        cls, model: str | os.PathLike[str], compute_dtype=None, mesh: jax.sharding.Mesh | None = None
+        cls,
+        model: str | os.PathLike[str],
+        compute_dtype=None,
+        mesh: jax.sharding.Mesh | None = None,
+        exchange: Exchange = "sum",
     ) -> "Generator":
         """Loads a GRINQH checkpoint, or an unquantized Hugging Face one (at full precision only).
 
@@ -89,24 +94,29 @@ class Generator:
           compute_dtype: Dtype of hidden states and matrix products, by default float32 on a CPU and bfloat16
             elsewhere.
           mesh: Mesh to cut the model among (``sharding.mesh``); None for one device.
+          exchange: How a decode step adds up the results of the devices (``partition.Partition``).
 
         Raises:
           UsageError: The mesh does not fit the model.
           CheckpointError: There is no such checkpoint, or it is damaged.
           UnsupportedModelError: The architecture or one of its options is not implemented.
         """
-        return cls.from_files(ModelFiles.open(model), compute_dtype, mesh)
+        return cls.from_files(ModelFiles.open(model), compute_dtype, mesh, exchange)
 
     @classmethod
     @without_x64
     def from_files(
-        cls, files: ModelFiles, compute_dtype=None, mesh: jax.sharding.Mesh | None = None
+        cls,
+        files: ModelFiles,
+        compute_dtype=None,
+        mesh: jax.sharding.Mesh | None = None,
+        exchange: Exchange = "sum",
     ) -> "Generator":
         """Loads the weights of a model whose other files have been read.
 
         Args:
           files: The files of the model without its weights.
-          compute_dtype, mesh: As for ``load``.
+          compute_dtype, mesh, exchange: As for ``load``.
 
         Raises:
           GrinqhError: As for ``load``.
@@ -114,9 +124,9 @@ class Generator:
         if files.quantization is None:
             if compute_dtype is None:
                 compute_dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-            decoder = hf.load_decoder(hf.open_checkpoint(files.directory), compute_dtype, mesh)
+            decoder = hf.load_decoder(hf.open_checkpoint(files.directory), compute_dtype, mesh, exchange)
         else:
-            decoder = checkpoint.load(files.directory, compute_dtype, mesh=mesh).model
+            decoder = checkpoint.load(files.directory, compute_dtype, mesh=mesh, exchange=exchange).model
         if files.defaults.ignored:
             warnings.warn(
                 f"{files.directory}: not implemented and ignored in generation_config.json: "

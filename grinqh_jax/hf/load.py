@@ -6,11 +6,17 @@ from flax.traverse_util import unflatten_dict
 
 from grinqh_jax.hf.reader import HFCheckpoint
 from grinqh_jax.model.decoder import Decoder
+from grinqh_jax.model.partition import Exchange
 from grinqh_jax.sharding.cutting import cut_leaves, even_sharding
 from grinqh_jax.sharding.rules import partition
 
 
-def load_decoder(checkpoint: HFCheckpoint, compute_dtype, mesh: jax.sharding.Mesh | None = None) -> Decoder:
+def load_decoder(
+    checkpoint: HFCheckpoint,
+    compute_dtype,
+    mesh: jax.sharding.Mesh | None = None,
+    exchange: Exchange = "sum",
+) -> Decoder:
     """Loads the whole model into memory with unquantized weights.
 
     Args:
@@ -19,6 +25,7 @@ def load_decoder(checkpoint: HFCheckpoint, compute_dtype, mesh: jax.sharding.Mes
         experts, are cast to it.
       mesh: Mesh to cut the model among; None for one device. The host holds one array of the model, and each
         device an even share of it until the array is cut.
+      exchange: How a decode step adds up the results of the devices (``partition.Partition``).
 
     Raises:
       UsageError: The mesh does not fit the model.
@@ -26,7 +33,7 @@ def load_decoder(checkpoint: HFCheckpoint, compute_dtype, mesh: jax.sharding.Mes
     """
     if mesh is not None:
         leaves: dict[str, jax.Array] = {}
-        cut = partition(checkpoint.config, mesh)
+        cut = partition(checkpoint.config, mesh, exchange)
         for key in checkpoint.parameters:
             array = checkpoint.read(key)
             on_mesh = jax.device_put(array, even_sharding(array.shape, mesh))

@@ -17,6 +17,7 @@ from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.fixed_states import FixedStates, RecurrentState, fixed_states, whole_layers
 from grinqh_jax.model.partition import AXIS
 from grinqh_jax.model.ring_cache import RingKeyValues
+from pallas_kernels.exchange import Mailbox
 
 
 class KeyValues(NamedTuple):
@@ -102,6 +103,7 @@ class KVCache:
       pages: int32 ``[B, pages_per_row]``, pages of each row, the same in all layers; None for a contiguous
         cache.
       fixed: States of the other layers.
+      mailbox: Memory for the exchanges of a decode step on a mesh, inside a program (``Partition.opened``).
     """
 
     keys: tuple[Float[Array, "rows s kv_heads head_dim"], ...]
@@ -109,6 +111,7 @@ class KVCache:
     lengths: Int[Array, "b"]
     pages: Int[Array, "b pages_per_row"] | None = None
     fixed: FixedStates = dataclasses.field(default_factory=dict)
+    mailbox: Mailbox | None = None
 
     @classmethod
     def create(cls, config: ModelConfig, batch: int, capacity: int, dtype) -> "KVCache":
@@ -164,7 +167,7 @@ class KVCache:
             if not isinstance(layer, KeyValues)
         }
         keys, values, _ = zip(*whole, strict=True)
-        return KVCache(keys, values, lengths, self.pages, fixed)
+        return KVCache(keys, values, lengths, self.pages, fixed, self.mailbox)
 
     def rollback(self, lengths: Int[Array, "b"]) -> "KVCache":
         """Returns a cache as if only the first ``lengths`` tokens of each row had been read.

@@ -33,6 +33,7 @@ from grinqh_jax.model.parameters import (
 )
 from grinqh_jax.model.partition import Partition
 from pallas_kernels import Activations, NestedWeight
+from pallas_kernels.exchange import MailboxRef
 from pallas_kernels.expert_weights import NestedExperts
 
 
@@ -81,6 +82,7 @@ class Decoder(nnx.Module):
         positions: Int[Array, "b t"],
         apply: Apply,
         cache: Sequence[LayerState] | None = None,
+        mailbox: MailboxRef | None = None,
     ) -> tuple[Activations, list[LayerState]]:
         """Runs embedding, layers and final norm.
 
@@ -90,6 +92,7 @@ class Decoder(nnx.Module):
           apply: Strategy that computes the linear layers.
           cache: State of each layer after the earlier tokens (``KVCache.layers``); None if the tokens are the
             whole sequence.
+          mailbox: Memory for the exchanges of a mesh; None to exchange by XLA's collectives.
 
         Returns:
           Hidden states ``[b, t, d]`` after the final norm, and the state of each layer after the tokens.
@@ -98,7 +101,7 @@ class Decoder(nnx.Module):
         earlier: Sequence[LayerState | None] = [None] * len(self.layers) if cache is None else cache
         updated = []
         for i, (layer, state) in enumerate(zip(self.layers, earlier, strict=True)):
-            x, update, state = layer.advance(f"layers.{i}", x, update, positions, apply, state)
+            x, update, state = layer.advance(f"layers.{i}", x, update, positions, apply, state, mailbox)
             updated.append(state)
         return self.norm.add(x, update)[1], updated
 

@@ -37,6 +37,7 @@ from grinqh_jax.model.parameters import axis_sizes
 from grinqh_jax.model.partition import AXIS, Partition
 from grinqh_jax.model.ring_cache import RingKeyValues
 from pallas_kernels import Activations
+from pallas_kernels.exchange import MailboxRef
 from pallas_kernels.router.grading_factor import grading_factor
 
 Tree = Mapping[str, Any]
@@ -152,6 +153,7 @@ class DecoderLayer(nnx.Module):
         positions: Int[Array, "b t"],
         apply: Apply,
         state: LayerState | None = None,
+        mailbox: MailboxRef | None = None,
     ) -> tuple[Float[Array, "b t d"], Activations, LayerState]:
         """Runs the layer on ``x + update``, and leaves the addition of its last block to the caller.
 
@@ -170,7 +172,7 @@ class DecoderLayer(nnx.Module):
                 mixed, state = self.mix(block, outputs, positions, state)
                 mixed = self.aligned(block, mixed)
                 written = apply(f"{name}.{block.writes.name}", getattr(self, block.writes.name), mixed)
-            update = self.update(block, written)
+            update = self.update(block, written, mailbox)
         assert update is not None, "a layer has a residual block"
         assert state is not None, "a layer has attention or a gated delta net"
         return x, update, state
@@ -195,10 +197,12 @@ class DecoderLayer(nnx.Module):
         padded = jnp.zeros((*x.shape[:-1], cut.width), x.dtype)
         return Activations.of(jax.lax.dynamic_update_slice_in_dim(padded, x, cut.offset(), axis=-1))
 
-    def update(self, block: ResidualBlock, written: Activations) -> Activations:
+    def update(
+        self, block: ResidualBlock, written: Activations, mailbox: MailboxRef | None = None
+    ) -> Activations:
         """Returns what a block adds to the residual stream, from the outputs of ``block.writes``."""
         if self.partition is not None:
-            written = self.partition.exchanged(written)
+            written = self.partition.exchanged(written, mailbox)
         if block.norm_after is not None:
             written = Activations.of(getattr(self, block.norm_after.name)(written.array))
         return written if block.multiplier == 1 else written.scaled(block.multiplier)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from grinqh_jax.model.config import ModelConfig
 from pallas_kernels import Activations, GradingStats
+from pallas_kernels.exchange import Mailbox, MailboxRef
 
 AXIS = "tp"
 """Name of the mesh axis that weights are cut along."""
@@ -25,10 +26,11 @@ AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 """A mesh; an abstract one, without devices, suffices for shapes and memory."""
 
 
-Exchange = Literal["sum", "gather"]
+Exchange = Literal["sum", "gather", "kernel"]
+"""How a decode step adds up the results of the devices (``Partition``)."""
 
-MOST_ROWS_GATHERED = 16
-"""Largest number of rows whose partial sums are gathered; those of a prefill are large."""
+MOST_ROWS = 16
+"""Largest number of rows that ``gather`` and ``kernel`` exchange; those of a prefill are large."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +69,8 @@ class Partition:
       local: Configuration of the model with the heads and widths of one part.
       inputs: Cut of the inputs of a projection, by the name of their axis (``parameters.axis_sizes``).
       exchange: How a decode step adds up the results of the devices: ``sum`` adds on each device before and
-        during the exchange, ``gather`` exchanges all partial sums (see ``Activations.gathered_across``).
+        during the exchange, ``gather`` exchanges all partial sums (see ``Activations.gathered_across``), and
+        ``kernel`` adds in a kernel that writes to the memory of all devices (``pallas_kernels.exchange``).
     """
 
     mesh: AnyMesh
@@ -85,9 +88,20 @@ class Partition:
         """Sharding of an array that every device has."""
         return jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
 
-    def exchanged(self, parts: Activations) -> Activations:
+    def opened(self, rows: int) -> Mailbox | None:
+        """Returns the memory for the exchanges of a program that decodes ``rows`` tokens in each step.
+
+        None if XLA's collectives exchange them. The program calls this once, inside ``shard_map``.
+        """
+        if self.exchange != "kernel" or rows > MOST_ROWS:
+            return None
+        return Mailbox.open(self.devices, rows, self.local.hidden_size)
+
+    def exchanged(self, parts: Activations, mailbox: MailboxRef | None = None) -> Activations:
         """Returns the sum of the results of all devices, inside ``shard_map``."""
-        if self.exchange == "gather" and math.prod(parts.leading) <= MOST_ROWS_GATHERED:
+        if mailbox is not None and mailbox.holds(parts):
+            return mailbox.summed(parts)
+        if self.exchange == "gather" and math.prod(parts.leading) <= MOST_ROWS:
             return parts.gathered_across(AXIS)
         return parts.summed_across(AXIS)
 

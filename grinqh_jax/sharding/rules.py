@@ -22,6 +22,7 @@ from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.layer_spec import Projection
 from grinqh_jax.model.parameters import axis_sizes, norms, projections
 from grinqh_jax.model.partition import AnyMesh, Exchange, InputCut, Partition
+from pallas_kernels import exchange as exchange_kernel
 from pallas_kernels.layout import GROUP
 from pallas_kernels.selection import PADDING
 
@@ -119,10 +120,14 @@ def partition(config: ModelConfig, mesh: AnyMesh, exchange: Exchange = "sum") ->
     """Returns how a model is cut among the devices of a mesh, and how they exchange results.
 
     Raises:
-      UsageError: The model cannot be cut among so many devices. The message names all reasons.
+      UsageError: The model cannot be cut among so many devices, or they cannot exchange in this way. The
+        message names all reasons.
     """
     devices = mesh.size
-    if problems := obstacles(config, devices):
+    problems = obstacles(config, devices)
+    if exchange == "kernel" and (reason := exchange_kernel.unsupported_reason(devices)) is not None:
+        problems.append(f'the exchange "kernel" {reason}; choose "sum"')
+    if problems:
         raise UsageError(f"--mesh tp={devices}: " + "; ".join(problems))
     widths = {axis: CUTS[axis](config, devices).shape[1] for axis in CUTS}
     local = dataclasses.replace(

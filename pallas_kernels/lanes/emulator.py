@@ -13,6 +13,7 @@ It does not model memory ordering between CTAs (no kernel depends on it), timing
 """
 
 import contextlib
+import time
 
 import ml_dtypes
 import numpy as np
@@ -24,6 +25,9 @@ from pallas_kernels.lanes.instructions import LANES, Instructions
 
 _ADDRESS_BITS = 40
 """A global address is ``(array number << 40) + byte``, where arrays are numbered from 1."""
+
+WAIT_SECONDS = 20
+"""Time after which ``wait_flagged`` gives up."""
 
 
 class NumpyInstructions(Instructions):
@@ -199,6 +203,24 @@ class NumpyInstructions(Instructions):
         if active.size:
             array, index = self._global_bytes(address.data[active], 4 * len(values), "global store")
             array[index] = np.stack([v.data for v in values], 1)[active].view(np.uint8)
+
+    def store_flagged(self, address, numbers, flag):
+        words = [self.float_to_bits(number) for number in numbers]
+        self.store_global(address, [words[0], flag, words[1], flag])
+
+    def wait_flagged(self, address, flag):
+        deadline = time.monotonic() + WAIT_SECONDS
+        while True:
+            words = self._load(address, 16).view(np.int32)
+            if (words[self._mask][:, 1::2] == flag.data[self._mask, None]).all():
+                return [LaneValue(words[:, i].view(np.float32), "f32") for i in (0, 2)]
+            if time.monotonic() > deadline:
+                raise EmulationError(f"no lane has stored the flag in {WAIT_SECONDS} s")
+            time.sleep(1e-4)  # Another device runs in another thread.
+
+    def trap_unless(self, condition):
+        if not condition.data[self._mask].all():
+            raise EmulationError("the condition of a trap_unless does not hold")
 
     def load_shared(self, address, count=1, kind="i32"):
         words = self.rng.integers(0, 2**32, (self.total, count), dtype=np.uint32)

@@ -287,6 +287,24 @@ class Instructions(abc.ABC):
         Other lanes see the data after a barrier.
         """
 
+    @abc.abstractmethod
+    def store_flagged(self, address: Value, numbers: Sequence[Value], flag: Value) -> None:
+        """Stores two ``f32`` in global memory, each in one access with ``flag``, an ``i32``, after it.
+
+        The four words start at a multiple of 16 bytes. The memory may be that of another device.
+        """
+
+    @abc.abstractmethod
+    def wait_flagged(self, address: Value, flag: Value) -> list[Value]:
+        """Waits until a lane, of any device, has stored with ``flag`` at an address; returns the two ``f32``.
+
+        No barrier is necessary (see ``store_flagged``).
+        """
+
+    @abc.abstractmethod
+    def trap_unless(self, condition: Value) -> None:
+        """Ends the program with an error unless ``condition`` holds."""
+
     # --- warp and CTA ----------------------------------------------------------------------------
     @abc.abstractmethod
     def block_barrier(self) -> None:
@@ -359,3 +377,18 @@ class Instructions(abc.ABC):
         self, count: Value, carry: Sequence[Value], body: Callable[[Value, list[Value]], list[Value]]
     ) -> list[Value]:
         """Runs ``for i in range(count): carry = body(i, carry)``; all lanes of a warp have the same count."""
+
+
+class PeerInstructions(Instructions):
+    """The instructions of a program that runs on all devices of a mesh and addresses their memory."""
+
+    @abc.abstractmethod
+    def device_index(self) -> Value:
+        """Returns the ``i32`` index of the device in the mesh."""
+
+    @abc.abstractmethod
+    def peer_address(self, ref: Any, device: int) -> list[Value]:
+        """Returns the low and the high 32 bits of the address at which a device of the mesh has its array.
+
+        All devices can use the address while they run the same program.
+        """

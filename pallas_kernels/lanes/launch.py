@@ -25,6 +25,7 @@ def lane_kernel(
     threads: int,
     shared_bytes: int,
     cluster: int = 1,
+    peers: bool = False,
 ) -> Callable[..., Sequence[jax.Array]]:
     """Returns a function that runs a lane program on the GPU and returns its outputs.
 
@@ -40,17 +41,18 @@ def lane_kernel(
       shared_bytes: Bytes of shared memory in a CTA.
       cluster: Number of consecutive CTAs that form a cluster, a divisor of ``blocks``. More than one needs
         compute capability 9.0.
+      peers: Whether the program addresses the memory of all devices of the mesh; its instructions are then
+        ``PeerInstructions``. It starts on a device when it has all its inputs on all devices.
     """
     from jax.experimental.mosaic import gpu as mosaic_gpu
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    from pallas_kernels.lanes.ptx import PtxInstructions
+    from pallas_kernels.lanes.ptx import PeerPtxInstructions, PtxInstructions
 
     def body(*refs):
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
         def lanes(context, *refs):
-            del context
-            program(PtxInstructions(), refs)
+            program(PeerPtxInstructions(context) if peers else PtxInstructions(), refs)
 
         lanes(*refs)
 

@@ -11,7 +11,7 @@ from jax.experimental.mosaic.gpu import utils as mosaic
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, scf
 
-from pallas_kernels.lanes.instructions import Instructions, Kind, Value
+from pallas_kernels.lanes.instructions import Instructions, Kind, PeerInstructions, Value
 
 _INTEGER = {
     "add": arith.addi,
@@ -258,6 +258,29 @@ class PtxInstructions(Instructions):
     def wait_copies(self, pending):
         _assemble(f"cp.async.wait_group {pending};", [], effects=True)
 
+    # The memory model makes no promise about a vector of words, but an access of 64 bits is one. The loop
+    # keeps its registers apart from the outputs, which the compiler may place in those of the inputs.
+    def store_flagged(self, address, numbers, flag):
+        template = (
+            "{ .reg .b64 a, b; mov.b64 a, {$1, $3}; mov.b64 b, {$2, $3}; "
+            "st.relaxed.sys.global.v2.b64 [$0], {a, b}; }"
+        )
+        words = [self.float_to_bits(number) for number in numbers]
+        _assemble(template, [address, *words, flag], effects=True)
+
+    def wait_flagged(self, address, flag):
+        template = (
+            "{ .reg .b64 a, b; .reg .b32 x, y, f, g; .reg .pred p; "
+            "WAIT: ld.relaxed.sys.global.v2.b64 {a, b}, [$2]; mov.b64 {x, f}, a; mov.b64 {y, g}, b; "
+            "setp.ne.u32 p, f, $3; setp.ne.or.u32 p, g, $3, p; @p bra WAIT; "
+            "mov.b32 $0, x; mov.b32 $1, y; }"
+        )
+        words = _assemble(template, [address, flag], ("i32", "i32"), effects=True)
+        return [self.bits_to_float(word) for word in words]
+
+    def trap_unless(self, condition):
+        _assemble("@!$0 trap;", [condition], effects=True)
+
     def block_barrier(self):
         gpu.barrier()
 
@@ -314,3 +337,20 @@ class PtxInstructions(Instructions):
             out = body(PtxValue(loop.induction_variable, "i32"), inner)
             scf.yield_([v.ssa for v in out])
         return [PtxValue(r, v.kind) for r, v in zip(loop.results, carry, strict=True)]
+
+
+class PeerPtxInstructions(PtxInstructions, PeerInstructions):
+    """The instructions of a program on all devices, from the context of its Mosaic GPU kernel."""
+
+    def __init__(self, context):
+        self.context = context
+
+    def device_index(self):
+        return PtxValue(self.context.device_id(), "i32")
+
+    def peer_address(self, ref, device):
+        remote = self.context.to_remote(ref, _constant(device, "i32").ssa)
+        address = PtxValue(llvm.ptrtoint(_mlir_type("i64"), mosaic.memref_ptr(remote)), "i64")
+        return [
+            PtxValue(arith.trunci(_mlir_type("i32"), word.ssa), "i32") for word in (address, address >> 32)
+        ]

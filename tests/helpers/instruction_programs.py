@@ -33,6 +33,8 @@ class Operands:
     """Shared address of the thread's 16 bytes."""
     all_shared: Value
     """Shared address of the first thread's 16 bytes."""
+    target: Value
+    """Global address of the thread's 4 output words."""
 
 
 def inputs() -> np.ndarray:
@@ -67,10 +69,11 @@ def run(isa: Instructions, program, source: Any, target: Any, shared: Any) -> No
     x, y = isa.load_global(address + 8, 2, "f32")
     (z,) = isa.load_global(address + 16, 1, "f32")
     base = isa.shared_address(shared)
-    operands = Operands(thread, a, b, x, y, z, address, base + (thread << 4), base)
+    results = isa.global_address(target) + isa.widen(thread << 4)
+    operands = Operands(thread, a, b, x, y, z, address, base + (thread << 4), base, results)
     words = [as_word(isa, v) for v in program(isa, operands)]
     words += [isa.constant(0)] * (OUTPUT_WORDS - len(words))
-    isa.store_global(isa.global_address(target) + isa.widen(thread << 4), words)
+    isa.store_global(results, words)
 
 
 def emulated(program) -> np.ndarray:
@@ -102,6 +105,12 @@ def stores(isa: Instructions, t: Operands) -> list[Value]:
         isa.store_shared(t.shared + 8, [t.z, t.z])
     isa.block_barrier()
     return isa.load_shared((t.shared - t.all_shared ^ 2032) + t.all_shared, 4)
+
+
+def flagged_stores(isa: Instructions, t: Operands) -> list[Value]:
+    isa.store_flagged(t.target, [t.x, t.y], t.a)
+    isa.trap_unless((t.a & 1) < 2)
+    return isa.wait_flagged(t.target, t.a)
 
 
 def byte_stores(isa: Instructions, t: Operands) -> list[Value]:
@@ -199,6 +208,7 @@ PROGRAMS = {
     "load_global_16": lambda isa, t: [isa.load_global_16(t.source + 22)],
     "shared memory": stores,
     "byte stores": byte_stores,
+    "flagged stores": flagged_stores,
     "cluster": cluster_stores,
     "cluster loads": cluster_loads,
     "transposed loads": transposed_loads,

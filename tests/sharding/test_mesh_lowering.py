@@ -27,13 +27,14 @@ pytestmark = pytest.mark.skipif(
 LAYERS = 2
 
 
-def lowered(function, name, devices, batch):
+def lowered(function, name, devices, batch, exchange="sum"):
     """Returns the StableHLO of ``function(model, tokens, cache, thresholds)`` for a cut model."""
     shape = random_model.shape(name)
     config = dataclasses.replace(shape, layers=shape.layers[:LAYERS])
     h200 = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
     mesh = jax.sharding.AbstractMesh((devices,), (AXIS,), (AxisType.Auto,), abstract_device=h200)
-    cut = partition(config, mesh)
+    with jax.sharding.use_abstract_mesh(mesh):
+        cut = partition(config, mesh, exchange)
     leaves = cut_leaves(config, traverse_util.flatten_dict(decoder.abstract_tree(config, 8, 3), sep="."), cut)
     heads = dataclasses.replace(config, num_kv_heads=cut.local.num_kv_heads * devices)
     cache = jax.eval_shape(lambda: KVCache.create(heads, batch, 256, jnp.bfloat16))
@@ -74,6 +75,21 @@ def test_every_device_runs_the_kernels_of_a_step(name, devices, batch):
         "swiglu": LAYERS,
     }
     assert len(re.findall(r"stablehlo\.all_reduce", text)) == 2 * LAYERS
+    assert len(re.findall(r"stablehlo\.all_gather", text)) == 2
+
+
+def test_the_exchange_kernel_replaces_the_sums_of_a_step():
+    """The collectives that remain exchange statistics and logits."""
+
+    def step(model, tokens, cache, thresholds):
+        cache = dataclasses.replace(cache, mailbox=model.partition.opened(len(tokens)))
+        logits, cache, stats = engine.decode_step(model, tokens, cache, thresholds)
+        return logits, dataclasses.replace(cache, mailbox=None), stats
+
+    text = lowered(step, "Qwen3-8B", 2, 8, "kernel")
+    kernels = collections.Counter(re.findall(r"00(\w+)_kernel_mosaic_gpu", text))
+    assert (kernels["exchange"], kernels["open_mailbox"]) == (2 * LAYERS, 1)
+    assert not re.findall(r"stablehlo\.all_reduce", text)
     assert len(re.findall(r"stablehlo\.all_gather", text)) == 2
 
 

@@ -1,11 +1,14 @@
 """The rules cut every axis into parts that hold each element, in an order that the devices share."""
 
+import jax
 import numpy as np
 import pytest
 from random_models import CONFIGS
 
+from grinqh_jax.errors import UsageError
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.layer_spec import Projection
+from grinqh_jax.model.partition import AXIS
 from grinqh_jax.sharding import rules
 from pallas_kernels.layout import GROUP
 from pallas_kernels.selection import PADDING
@@ -78,3 +81,9 @@ def test_an_axis_without_a_rule_is_refused_by_name(monkeypatch):
     monkeypatch.delitem(rules.CUTS, "intermediate")
     problems = rules.obstacles(config_of(), 2)
     assert problems[0] == "layers.0.gate_up: no rule cuts its axis intermediate; run this model on one device"
+
+
+def test_an_exchange_that_the_devices_lack_is_refused():
+    mesh = jax.sharding.AbstractMesh((2,), (AXIS,), (jax.sharding.AxisType.Auto,))
+    with pytest.raises(UsageError, match=r'the exchange "kernel" needs .*; choose "sum"'):
+        rules.partition(config_of(), mesh, "kernel")

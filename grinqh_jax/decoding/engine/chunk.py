@@ -158,6 +158,8 @@ def jitted_decode_chunk(
     token_ids = model.lm_head.tokens()
     linears = None if thresholds is None else len(linear_names(model.config))
     done |= (limits <= 0) | (cache.lengths >= cache.capacity)
+    if model.partition is not None:
+        cache = dataclasses.replace(cache, mailbox=model.partition.opened(len(tokens)))
     empty = Chunk.empty(tokens, done, steps, linears, history, dial, top_logprobs)
 
     def choose(outputs, positions, history):
@@ -211,7 +213,7 @@ def jitted_decode_chunk(
     else:
         state = jax.lax.fori_loop(0, steps, lambda _, state: generate_one(state), state)
     _, chunk, cache = state
-    return chunk, cache
+    return chunk, dataclasses.replace(cache, mailbox=None)
 
 
 @jax.named_scope("dial")

@@ -1,5 +1,7 @@
 """A decode step: reads one or a few new tokens of every row, graded, and counts the bits read."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -87,9 +89,12 @@ def read_tokens(
         graded = apply.Graded(thresholds)
     strategy = graded or apply.Dense()
     positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
-    x, layers = model.hidden(tokens, positions, strategy, cache.layers_for(counts))
+    mailbox = None if cache.mailbox is None else cache.mailbox.referenced()
+    x, layers = model.hidden(tokens, positions, strategy, cache.layers_for(counts), mailbox)
     outputs = model.lm_head.outputs(x, strategy)
     cache = cache.updated(layers, cache.lengths + counts)
+    if mailbox is not None:
+        cache = dataclasses.replace(cache, mailbox=mailbox.frozen())
     if graded is None:
         return x.array, outputs, cache, None
     packed = _stacked_stats(model, graded).packed
