@@ -143,11 +143,16 @@ class Decoder(nnx.Module):
 
     @property
     def cache_config(self) -> ModelConfig:
-        """Configuration for which a KV cache has the kv heads of all devices, shared ones several times."""
+        """Configuration for which a KV cache has the heads of all devices, shared ones several times."""
         if self.partition is None:
             return self.config
-        heads = self.partition.local.num_kv_heads * self.partition.devices
-        return dataclasses.replace(self.config, num_kv_heads=heads)
+        local, devices = self.partition.local, self.partition.devices
+        delta = local.delta_heads
+        if delta is not None:
+            delta = dataclasses.replace(
+                delta, key_heads=delta.key_heads * devices, value_heads=delta.value_heads * devices
+            )
+        return dataclasses.replace(self.config, num_kv_heads=local.num_kv_heads * devices, delta_heads=delta)
 
     @property
     def graded(self) -> bool:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.layer_spec import DeltaHeads
+from grinqh_jax.model.partition import AXIS
 from grinqh_jax.model.ring_cache import RingKeyValues, ring_slots
 
 
@@ -41,8 +42,9 @@ class RecurrentState(NamedTuple):
         )
 
     def partition_specs(self) -> "RecurrentState":
-        """Returns the cut of each array on a mesh: none, because gated delta nets are not cut."""
-        return jax.tree.map(lambda array: PartitionSpec(), self)
+        """Returns the cut of each array on a mesh (``sharding.program``): each device has its heads."""
+        counts = None if self.counts is None else PartitionSpec()
+        return RecurrentState(PartitionSpec(None, None, AXIS), PartitionSpec(None, AXIS), counts)  # type: ignore[arg-type]
 
 
 FixedStates = Mapping[int, RecurrentState | RingKeyValues]

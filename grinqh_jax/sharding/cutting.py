@@ -36,6 +36,14 @@ Leaf = Any
 """A jax array, a numpy array or a ``jax.ShapeDtypeStruct``."""
 
 
+DELTA_PARAMETERS = {
+    "convolution": ("delta_qkv", -3),
+    "log_decay": ("delta_heads", -1),
+    "step_bias": ("delta_heads", -1),
+}
+"""Name and position of the cut axis of the parameters of a gated delta net beside its projections."""
+
+
 def cut_decoder(model: Decoder, mesh: jax.sharding.Mesh, exchange: Exchange = "sum") -> Decoder:
     """Returns a model on a mesh, made of the arrays of a model on one device, which stays as it is.
 
@@ -76,12 +84,15 @@ def cut_leaves(config: ModelConfig, leaves: Mapping[str, Leaf], cut: Partition) 
 
 
 def _indices(config: ModelConfig, module: str, kind: str, devices: int) -> tuple[Indices | None, int]:
-    """Returns how a leaf is cut: the elements of each device along an axis, and the axis, -1 or -2.
+    """Returns how a leaf is cut: the elements of each device along an axis, and the axis.
 
-    Axis 0 is that of a bias of partial sums, which the first device alone has.
+    The axis counts from the end. Axis 0 is that of a bias of partial sums, which the first device alone has.
     """
     if kind == SINKS:
         return head_indices(config, devices), -1
+    if (axis := DELTA_PARAMETERS.get(kind)) is not None:
+        name, position = axis
+        return CUTS[name](config, devices), position
     if kind not in ("planes", "scales", "kernel", "bias", "scale"):
         return None, -1
     if kind == "scale":
@@ -151,7 +162,7 @@ def _program(mesh: AnyMesh, axis: int, count: int) -> Any:
             planes, scales = arrays
             select = select_outputs if axis == -1 else select_channels
             return list(select(planes, scales, own))
-        shape = (-1,) if axis == -1 else (-1, 1)
+        shape = (-1, *(1,) * (-axis - 1))
         return [jnp.where(own.reshape(shape) == PADDING, 0, jnp.take(array, own, axis)) for array in arrays]
 
     def cut(arrays: list[jax.Array], indices: jax.Array) -> list[jax.Array]:

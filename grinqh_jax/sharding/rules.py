@@ -5,7 +5,9 @@ belongs to. A projection that reads the residual stream is cut by its outputs, a
 stream by its inputs: the sum over the devices is the only exchange of a residual block.
 
 * Query heads are cut evenly, and key and value heads with them. If there are more devices than key heads,
-  several devices have the same one.
+  several devices have the same one. The gate of a query head goes with it.
+* The value heads of a gated delta net are cut evenly, and its key heads with them, in the same way. The
+  convolution is cut by the channels of these heads.
 * The channels of an MLP, or of an expert, are cut in whole groups of 128, because a group shares its scales.
   Some devices may have a group less than others; padding fills up their parts.
 * The tokens of the output projection are cut evenly within each vocabulary block, up to padding.
@@ -19,7 +21,7 @@ from jaxtyping import Int
 
 from grinqh_jax.errors import UsageError
 from grinqh_jax.model.config import ModelConfig
-from grinqh_jax.model.layer_spec import Projection
+from grinqh_jax.model.layer_spec import DeltaHeads, Projection
 from grinqh_jax.model.parameters import axis_sizes, norms, projections
 from grinqh_jax.model.partition import AnyMesh, Exchange, InputCut, Partition
 from pallas_kernels import exchange as exchange_kernel
@@ -53,6 +55,33 @@ def _key_value(config: ModelConfig, devices: int) -> Indices:
     return _heads(max(heads // devices, 1), heads, config.head_dim, devices)
 
 
+def _gated_query(config: ModelConfig, devices: int) -> Indices:
+    return _heads(config.num_heads // devices, config.num_heads, 2 * config.head_dim, devices)
+
+
+def _delta_keys(config: ModelConfig, devices: int) -> Indices:
+    heads = _delta(config)
+    return _heads(max(heads.key_heads // devices, 1), heads.key_heads, heads.key_dim, devices)
+
+
+def _delta_values(config: ModelConfig, devices: int, width: int) -> Indices:
+    """Returns the channels of the value heads of each device, ``width`` for each head."""
+    heads = _delta(config).value_heads
+    return _heads(heads // devices, heads, width, devices)
+
+
+def _delta_qkv(config: ModelConfig, devices: int) -> Indices:
+    heads, keys = _delta(config), _delta_keys(config, devices)
+    all_keys = heads.key_heads * heads.key_dim
+    values = _delta_values(config, devices, heads.value_dim)
+    return np.concatenate([keys, keys + all_keys, values + 2 * all_keys], axis=1).astype(np.int32)
+
+
+def _delta(config: ModelConfig) -> DeltaHeads:
+    assert config.delta_heads is not None, "gated delta nets have heads"
+    return config.delta_heads
+
+
 def _groups(size: int, devices: int) -> Indices:
     """Returns the channels of each device in whole groups, as evenly as possible."""
     groups = -(-size // GROUP)
@@ -70,13 +99,17 @@ def head_indices(config: ModelConfig, devices: int) -> Indices:
 
 CUTS: dict[str, Callable[[ModelConfig, int], Indices]] = {
     "query": _query,
+    "gated_query": _gated_query,
     "key_value": _key_value,
+    "delta_qkv": _delta_qkv,
+    "delta_value": lambda config, devices: _delta_values(config, devices, _delta(config).value_dim),
+    "delta_heads": lambda config, devices: _delta_values(config, devices, 1),
     "intermediate": lambda config, devices: _groups(config.intermediate_size, devices),
     "expert": lambda config, devices: _groups(config.expert_size, devices),
 }
 """The cut of each axis that can be cut (``parameters.axis_sizes``)."""
 
-WHOLE = ("hidden", "head", "experts")
+WHOLE = ("hidden", "head", "delta_head", "experts")
 """Axes that every device has as a whole."""
 
 
@@ -129,13 +162,21 @@ def partition(config: ModelConfig, mesh: AnyMesh, exchange: Exchange = "sum") ->
         problems.append(f'the exchange "kernel" {reason}; choose "sum"')
     if problems:
         raise UsageError(f"--mesh tp={devices}: " + "; ".join(problems))
-    widths = {axis: CUTS[axis](config, devices).shape[1] for axis in CUTS}
+
+    def width(axis: str) -> int:
+        return CUTS[axis](config, devices).shape[1]
+
+    delta = config.delta_heads
+    if delta is not None:
+        key_heads, value_heads = max(delta.key_heads // devices, 1), width("delta_heads")
+        delta = dataclasses.replace(delta, key_heads=key_heads, value_heads=value_heads)
     local = dataclasses.replace(
         config,
-        num_heads=widths["query"] // config.head_dim,
-        num_kv_heads=widths["key_value"] // config.head_dim,
-        intermediate_size=widths["intermediate"],
-        expert_size=widths["expert"] if config.expert_size else 0,
+        num_heads=width("query") // config.head_dim,
+        num_kv_heads=width("key_value") // config.head_dim,
+        intermediate_size=width("intermediate"),
+        expert_size=width("expert") if config.expert_size else 0,
+        delta_heads=delta,
     )
     axes = dict.fromkeys(projection.inputs for projection in projections(config).values())
     inputs = tuple((axis, _input_cut(config, axis, devices)) for axis in axes if axis not in WHOLE)
@@ -152,13 +193,17 @@ def _input_cut(config: ModelConfig, axis: str, devices: int) -> InputCut:
 
 def obstacles(config: ModelConfig, devices: int) -> list[str]:
     """Returns why a model cannot be cut among ``devices`` devices, one reason each."""
-    problems = []
-    if not _divides_heads(config, devices):
-        fitting = [str(n) for n in range(2, config.num_heads + 1) if _divides_heads(config, n)]
-        problems.append(
-            f"{config.num_heads} query heads and {config.num_kv_heads} key heads cannot be divided among "
-            f"{devices} devices; choose {' or '.join(fitting) or 'one device'}"
-        )
+    heads = {"query heads": (config.num_heads, config.num_kv_heads)}
+    if (delta := config.delta_heads) is not None:
+        heads["value heads of gated delta nets"] = delta.value_heads, delta.key_heads
+    numbers = range(2, config.num_heads + 1)
+    fitting = [str(n) for n in numbers if all(_divides(*pair, n) for pair in heads.values())]
+    problems = [
+        f"{pair[0]} {kind} and {pair[1]} key heads cannot be divided among {devices} devices; choose "
+        f"{' or '.join(fitting) or 'one device'}"
+        for kind, pair in heads.items()
+        if not _divides(*pair, devices)
+    ]
     known = {*CUTS, *WHOLE}
     for name, projection in projections(config).items():
         unknown = [axis for axis in (projection.inputs, *projection.outputs) if axis not in known]
@@ -170,6 +215,6 @@ def obstacles(config: ModelConfig, devices: int) -> list[str]:
     return problems
 
 
-def _divides_heads(config: ModelConfig, devices: int) -> bool:
-    heads, kv_heads = config.num_heads, config.num_kv_heads
-    return heads % devices == 0 and (kv_heads % devices == 0 or devices % kv_heads == 0)
+def _divides(heads: int, shared: int, devices: int) -> bool:
+    """Whether devices divide heads evenly, so that each has whole groups of heads that share one."""
+    return heads % devices == 0 and (shared % devices == 0 or devices % shared == 0)

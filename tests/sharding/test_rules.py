@@ -1,5 +1,6 @@
 """The rules cut every axis into parts that hold each element, in an order that the devices share."""
 
+import family_cases
 import jax
 import numpy as np
 import pytest
@@ -87,3 +88,19 @@ def test_an_exchange_that_the_devices_lack_is_refused():
     mesh = jax.sharding.AbstractMesh((2,), (AXIS,), (jax.sharding.AxisType.Auto,))
     with pytest.raises(UsageError, match=r'the exchange "kernel" needs .*; choose "sum"'):
         rules.partition(config_of(), mesh, "kernel")
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_value_heads_of_gated_delta_nets_meet_their_key_heads(devices):
+    config = ModelConfig.from_hf(family_cases.CASES["qwen3_5"] | {"linear_num_value_heads": 8})
+    heads = config.delta_heads
+    indices = rules.CUTS["delta_qkv"](config, devices)
+    keys = heads.key_heads * heads.key_dim
+    queries, own_keys, values = np.split(
+        indices, [16 * max(2 // devices, 1), 32 * max(2 // devices, 1)], axis=1
+    )
+    np.testing.assert_array_equal(own_keys, queries + keys)
+    np.testing.assert_array_equal(elements(values), np.arange(2 * keys, heads.channels))
+    for own, value in zip(queries // heads.key_dim, (values - 2 * keys) // heads.value_dim, strict=True):
+        # Consecutive value heads share a key head, as in the whole model.
+        np.testing.assert_array_equal(np.unique(value * heads.key_heads // heads.value_heads), np.unique(own))
