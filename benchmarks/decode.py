@@ -47,7 +47,9 @@ def say(text: str) -> None:
     print(f"[{time.monotonic() - START:5.0f}s] {text}", flush=True)
 
 
-def decode_rows(model, label: str, batch: int, bits_list, args, bandwidth: float) -> list[dict]:
+def decode_rows(
+    model, label: str, batch: int, bits_list, args, bandwidth: float, run: measure.DecodeRun | None = None
+) -> list[dict]:
     """Times decoding at each context and setting of the dial, and profiles those that ``args`` select.
 
     One program, with a cache for the longest context, serves all of them.
@@ -59,8 +61,9 @@ def decode_rows(model, label: str, batch: int, bits_list, args, bandwidth: float
       bits_list: Settings of the dial; ``[None]`` for a dense model.
       args: Parsed flags.
       bandwidth: Read bandwidth of the device, bytes per second.
+      run: The run, if it is compiled already.
     """
-    run = measure.DecodeRun(model, max(args.contexts), args.tokens, batch)
+    run = run or measure.DecodeRun(model, max(args.contexts), args.tokens, batch)
     devices = 1 if model.partition is None else model.partition.devices
     rows = []
     if bits_list[0] is not None:

@@ -168,6 +168,13 @@ class DecodeRun:
         Compiles one program for dials, one for fixed thresholds, and others for each level. Other values of
         dials and thresholds do not recompile.
         """
+        args = self.compile(thresholds)
+        assert self.compiled is not None, "the program is compiled"
+        chunk, self._cache = self.compiled(*args)
+        return chunk
+
+    def compile(self, thresholds: Dial | Thresholds | None) -> tuple[Any, ...]:
+        """Compiles the program of a run, unless it is compiled, and returns its arguments."""
         lengths = put(jnp.full(self.batch, self.context, jnp.int32), self.model.partition)
         cache = dataclasses.replace(self._cache, lengths=lengths)
         thresholds = put(thresholds, self.model.partition)
@@ -177,8 +184,7 @@ class DecodeRun:
             static = {"steps": self.tokens, "policy": self._policy, "level": self.level}
             self._compiled[kind] = jitted_decode_chunk.lower(*args, **static).compile()
         self.compiled = self._compiled[kind]
-        chunk, self._cache = self.compiled(*args)
-        return chunk
+        return args
 
     def settle(self, targets: Sequence[float], bits: float) -> Dial:
         """Returns a dial with which the run reads a mean of ``bits``, as it does over a long text.
