@@ -5,8 +5,9 @@
 Every part runs in a process of its own, so that an exchange that hangs costs its part only, and writes each
 result at once as a line of JSON. The parts, in this order:
 
-1. ``probe``: one exchange by NCCL, by XLA's one-shot kernel (a compiler option) and by the kernel of
-   ``pallas_kernels.exchange``: microseconds for the sizes of a decode step, and whether the sums are right.
+1. ``probe``: one exchange by XLA's all-reduce, which is a kernel over peer memory by default (jax 0.11.2), by
+   NCCL, and by the kernel of ``pallas_kernels.exchange``: microseconds for the sizes of a decode step, and
+   whether the sums are right.
 2. ``answers``: logits of the bundled model on two GPUs against one, and greedy texts.
 3. One part for each shape: tokens/s on one GPU, and on two with each exchange, with the table of a step.
 """
@@ -24,8 +25,8 @@ import time
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-ONE_SHOT = "--xla_gpu_experimental_use_collective_kernels=ALL_REDUCE"
-"""XLA adds up over devices by its own kernel: up to 256 KB in one step (jax 0.11.2 and 0.12)."""
+NCCL = "--xla_gpu_experimental_use_collective_kernels=-ALL_REDUCE"
+"""Option by which XLA adds up over devices by NCCL, not by its own kernel (jax 0.11.2)."""
 
 SHAPES = ("Qwen3-8B", "Llama-3.1-70B", "Qwen3-32B")
 SIZES = ((1, 4096), (8, 4096), (1, 8192), (8, 8192))
@@ -59,7 +60,7 @@ def main() -> None:
         kind, _, name = args.part.partition(":")
         {"probe": probe, "answers": answers, "shape": shape}[kind](args, name)
         return
-    parts = ["probe:sum", "probe:one-shot", "probe:kernel", "answers:"]
+    parts = ["probe:sum", "probe:nccl", "probe:kernel", "answers:"]
     limits = dict.fromkeys(parts, 60.0)
     end = time.monotonic() + args.seconds
     exchanges, results = list(args.exchanges), {}
@@ -80,7 +81,7 @@ def run_part(args, part: str, exchanges: list[str], limit: float) -> str:
     own = ["--part", part, "--output", args.output, "--tokens", args.tokens, "--repeats", args.repeats]
     own += ["--batch", *args.batch, "--bits", *args.bits, "--exchanges", *exchanges]
     own += [] if args.layers is None else ["--layers", args.layers]
-    flags = os.environ.get("XLA_FLAGS", "") + (f" {ONE_SHOT}" if part == "probe:one-shot" else "")
+    flags = os.environ.get("XLA_FLAGS", "") + (f" {NCCL}" if part == "probe:nccl" else "")
     command = [sys.executable, __file__, *map(str, own)]
     try:
         code = subprocess.run(command, env=os.environ | {"XLA_FLAGS": flags}, timeout=limit).returncode
