@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.lanes.instructions import Instructions
 
 WARPGROUP = 128
 """Number of threads in a warpgroup. Mosaic GPU launches whole warpgroups."""
@@ -18,7 +17,7 @@ WARPGROUP = 128
 
 def lane_kernel(
     name: str,
-    program: Callable[[Instructions, Sequence[Any]], None],
+    program: Callable[[Any, Sequence[Any]], None],
     *,
     outputs: Sequence[jax.ShapeDtypeStruct],
     blocks: int,
