@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-
 WARPGROUP = 128
 """Number of threads in a warpgroup. Mosaic GPU launches whole warpgroups."""
 
