@@ -80,12 +80,16 @@ class ClusterList:
       warps: Number of warps in a CTA, 4 or 8, and at least as many as it has sections. Each multiplies two or
         one 16-byte pieces of every listed plane row. With fewer warps there are fewer instructions, but more
         accumulators in each lane.
+      tiles: Number of tiles, 1, 2 or 4, that a cluster multiplies one after the other, with one list and one
+        set of codes. With more, there are fewer instructions, and the grid is coarser. 1 is used instead if
+        the last tile has fewer pieces, or the number of tiles is not a multiple.
       ring_slots: Number of steps that the ring of a CTA holds: 4, 8 or 16. All but one are in flight.
       step_entries: Number of plane rows in a step, 32 or 64, as in ``SharedList``.
     """
 
     ctas: int = 4
     warps: int = 8
+    tiles: int = 1
     ring_slots: int = 8
     step_entries: int = 32
 
@@ -93,6 +97,7 @@ class ClusterList:
         for name, allowed in (
             ("ctas", (1, 2, 4, 8)),
             ("warps", (4, 8)),
+            ("tiles", (1, 2, 4)),
             ("ring_slots", (4, 8, 16)),
             ("step_entries", (32, 64)),
         ):

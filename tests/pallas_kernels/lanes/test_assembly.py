@@ -15,6 +15,7 @@ from pallas_kernels.decode_attention.lane_context import THREADS, Refs, Shape
 from pallas_kernels.decode_attention.new_tokens import PREPARE_THREADS, prepare_program
 from pallas_kernels.decode_attention.program import attention_program, several_tokens_program
 from pallas_kernels.lanes import device
+from pallas_kernels.matvec.mosaic_gpu import ClusterList, Config
 from pallas_kernels.matvec.mosaic_gpu import kernel as matvec
 
 pytestmark = [
@@ -33,26 +34,45 @@ def spilled(report: str) -> int:
     return sum(int(count) for count in re.findall(r"(\d+) bytes spill stores", report))
 
 
-@every_architecture
-@pytest.mark.parametrize("rows", [1, 4, 8, 16])
-def test_matvec(monkeypatch, tmp_path, architecture, rows):
-    """The programs of one row, of pairs of bytes and of a shared list."""
+def assemble_matvec(monkeypatch, tmp_path, architecture, rows, config=None) -> str:
+    """Assembles the matvec of 4096x4096; the default configuration is the one of an H200."""
     weight = NestedWeight.abstract(4096, 4096)
     x = jax.eval_shape(Activations.of, jax.ShapeDtypeStruct((rows, 4096), "bfloat16"))
     gpu = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
     mesh = jax.sharding.AbstractMesh((1,), ("x",), (AxisType.Explicit,), abstract_device=gpu)
     with jax.sharding.use_abstract_mesh(mesh):
-        geometry = matvec.geometry_of(x, weight)
+        geometry = matvec.geometry_of(x, weight, config)
     names = [field.name for field in dataclasses.fields(matvec.Refs) if field.name != "shared"]
 
     def program(isa, refs):
         fields = dict(zip((*names, "shared"), refs, strict=True))
         matvec.run_program(isa, geometry, matvec.Refs(**fields))
 
-    report = cuda_source.assemble(
+    return cuda_source.assemble(
         monkeypatch, tmp_path, program, [*names, None], geometry.threads, architecture
     )
+
+
+@every_architecture
+@pytest.mark.parametrize("rows", [1, 4, 8, 16])
+def test_matvec(monkeypatch, tmp_path, architecture, rows):
+    """The programs of one row, of pairs of bytes and of a shared list."""
+    report = assemble_matvec(monkeypatch, tmp_path, architecture, rows)
     assert spilled(report) <= MOST_SPILLED_BYTES
+
+
+@pytest.mark.parametrize("architecture", ["sm_90a", "sm_100a", "sm_120a"])
+@pytest.mark.parametrize(
+    ("rows", "warps", "registers"), [(8, 8, 80), (8, 4, 128), (16, 8, 128), (16, 4, 168)]
+)
+def test_matvec_of_clusters(monkeypatch, tmp_path, architecture, rows, warps, registers):
+    """No more registers than let 3 CTAs (8 rows) or 2 CTAs (16 rows) of 8 warps fit a multiprocessor."""
+    config = Config(
+        warpgroups=2, warps_per_group=1, ring_slots=8, cluster_list=ClusterList(ctas=4, warps=warps)
+    )
+    report = assemble_matvec(monkeypatch, tmp_path, architecture, rows, config)
+    assert not spilled(report)
+    assert int(re.findall(r"Used (\d+) registers", report)[0]) <= registers
 
 
 @every_architecture

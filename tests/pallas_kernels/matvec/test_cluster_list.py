@@ -30,6 +30,7 @@ def configs(draw):
             st.sampled_from([n for n in (1, 2, 4, 8) if 4 * warpgroups // warps <= n <= 4 * warpgroups])
         ),
         warps=warps,
+        tiles=draw(st.sampled_from([1, 2, 4])),
         ring_slots=draw(st.sampled_from([4, 8])),
         step_entries=draw(st.sampled_from([32, 64])),
     )
@@ -83,6 +84,19 @@ def test_a_last_tile_of_any_number_of_pieces(case, whole_tiles, pieces, data):
     row = data.draw(st.integers(0, case.rows - 1))
     y_alone, _ = alone(case, x, weight, thresholds, row)
     np.testing.assert_array_equal(y[row].view(np.int64), y_alone.view(np.int64))
+
+
+@pytest.mark.parametrize(("tiles", "rows", "ctas", "warps"), [(2, 3, 8, 8), (2, 9, 1, 8), (4, 6, 2, 4)])
+def test_several_tiles_share_a_list(tiles, rows, ctas, warps):
+    """The bits are those of the row alone, also where the last cluster has the last tiles."""
+    clusters = ClusterList(ctas=ctas, warps=warps, tiles=tiles, ring_slots=4)
+    config = Config(warpgroups=2, warps_per_group=2, ring_slots=4, cluster_list=clusters)
+    case = Case(600, 2048, rows=rows, max_bits=6, config=config, seed=tiles)
+    x, weight, thresholds = case.arrays()
+    y, bits = emulate(x, weight, thresholds, config)
+    assert_agrees_with_oracle(x, weight, thresholds, y, bits)
+    y_alone, _ = alone(case, x, weight, thresholds, rows - 1)
+    np.testing.assert_array_equal(y[-1].view(np.int64), y_alone.view(np.int64))
 
 
 @given(case=cases, rows=st.integers(1, 16), kind=st.sampled_from(["gaussian", "heavy", "all-zero"]))

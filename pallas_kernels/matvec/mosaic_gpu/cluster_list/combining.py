@@ -28,16 +28,18 @@ def copy_scales(isa: Instructions, g: ClusterListGeometry, refs: Refs, context: 
     cluster.
     """
     groups, each = g.config.groups_per_cta, CHUNK_SCALES_BYTES // COPY_BYTES
-    copies = groups * g.group_chunks * each
+    copies = groups * g.tiles_per_cta * g.group_chunks * each
     size = chunk_outputs(context.pieces) * 2
     for first in range(0, copies, g.threads):
         index = context.thread + first
         slot, offset = index // each, (index % each) << 4
-        chunk, group = slot % g.group_chunks, slot // g.group_chunks
+        chunk, tile, group = slot % g.group_chunks, context.tile, slot // (g.group_chunks * g.tiles_per_cta)
+        if g.tiles_per_cta > 1:
+            tile = tile + slot // g.group_chunks % g.tiles_per_cta
         if g.cluster > 1:
             chunk = (chunk << 1) + (context.rank & 1)
         stored = stored_group(isa, g, context.partial * groups + group)
-        source = ((stored * g.stored_n + context.tile * layout.TILE) << 1) + chunk * size + offset
+        source = ((stored * g.stored_n + tile * layout.TILE) << 1) + chunk * size + offset
         copying = isa.constant(True, "bool") if first + g.threads <= copies else index < copies
         if context.pieces is not None:
             copying = copying & (offset < size)
@@ -51,13 +53,14 @@ def combine(
     g: ClusterListGeometry,
     context: LaneContext,
     section: Value,
+    pass_index: Value,
     accumulators: list[Value],
 ) -> None:
-    """Converts the sums of a section to float32 and stores them in the shared memory of the CTA.
+    """Converts the sums of a pass to float32 and stores them in the shared memory of the CTA.
 
     The lane has the activation rows ``4 t + column``. The operations are those of ``reduction.combine``.
     """
-    outputs = context.shared + g.outputs_base + section * g.section_bytes + (context.thread << 4)
+    outputs = context.shared + g.outputs_base + pass_index * g.section_bytes + (context.thread << 4)
     for t in range(g.row_tiles):
         row = row_of(context, t)
         if not exist_all(g, t):
@@ -83,16 +86,20 @@ def combine(
 def reduce(isa: Instructions, g: ClusterListGeometry, refs: Refs, context: LaneContext) -> None:
     """Scales the outputs of all sections of the cluster, adds them in their order, and stores the sums.
 
-    The CTA of rank ``i`` has the vectors ``i, i + ctas, ..`` of every thread, see ``combine``. Each thread
-    reads what the thread of the same index in each CTA has stored.
+    The CTA of rank ``i`` has the vectors ``i, i + ctas, ..`` of every thread over all tiles, see ``combine``.
+    Each thread reads what the thread of the same index in each CTA has stored.
     """
     if g.cluster > 1:
         isa.cluster_barrier()
-    for first in range(0, g.output_vectors, g.cluster):
-        vector = context.rank + first if g.cluster > 1 else isa.constant(first)
-        exists = vector < g.output_vectors if first + g.cluster > g.output_vectors else None
+    vectors = g.tiles_per_cta * g.output_vectors
+    for first in range(0, vectors, g.cluster):
+        index = context.rank + first if g.cluster > 1 else isa.constant(first)
+        exists = index < vectors if first + g.cluster > vectors else None
+        tile, vector = isa.constant(0), index
+        if g.tiles_per_cta > 1:
+            tile, vector = index // g.output_vectors, index % g.output_vectors
         with when_all(isa, has_piece(g, context, piece_of(g, vector)), exists):
-            add_sections(isa, g, refs, context, vector)
+            add_sections(isa, g, refs, context, tile, vector)
     if g.cluster > 1:
         isa.cluster_barrier(ordered=False)  # A CTA must not end while others read its shared memory.
 
@@ -112,21 +119,25 @@ def when_all(isa: Instructions, *conditions: Value | None):
 
 
 def add_sections(
-    isa: Instructions, g: ClusterListGeometry, refs: Refs, context: LaneContext, vector: Value
+    isa: Instructions, g: ClusterListGeometry, refs: Refs, context: LaneContext, tile: Value, vector: Value
 ) -> None:
     """Adds one vector of four outputs over the sections of the cluster, and stores the sums.
+
+    ``tile`` is the index of the tile in the CTA, ``vector`` that of the vector in the tile.
 
     The operations are those of ``reduction.reduce``, in the same order.
     """
     row_tile, piece, half = vector // (2 * g.pieces), piece_of(g, vector), vector & 1
     output = first_output(isa, g, context, piece) + half * chunk_outputs(context.pieces)
     outputs = context.shared + g.outputs_base + (context.thread << 4) + vector * g.vector_bytes
+    outputs = outputs + tile * (g.sections * g.section_bytes)
     lane_row = context.lane >> 2
     slot, in_chunk = lane_row >> 2, ((context.warp * g.pieces + piece) << 4) + ((lane_row & 3) << 2)
     if g.cluster == 1:
         slot = (slot << 1) + half
-    scales_address = context.shared + g.scales_base + slot * CHUNK_SCALES_BYTES + (in_chunk << 1)
-    group_bytes = g.group_chunks * CHUNK_SCALES_BYTES
+    chunk = tile * g.group_chunks + slot
+    scales_address = context.shared + g.scales_base + chunk * CHUNK_SCALES_BYTES + (in_chunk << 1)
+    group_bytes = g.tiles_per_cta * g.group_chunks * CHUNK_SCALES_BYTES
     totals: list[Value] = []
     scales: list[Value] = []
     for u in range(g.config.warps):
@@ -149,5 +160,5 @@ def add_sections(
     row = row_of(context, 0) + (row_tile << 2)
     exists = isa.constant(True, "bool") if g.rows % 4 == 0 else row < g.rows
     with isa.when(exists):
-        first = (context.partial * g.rows + row) * g.stored_n + context.tile * layout.TILE + output
+        first = (context.partial * g.rows + row) * g.stored_n + (context.tile + tile) * layout.TILE + output
         isa.store_global(isa.global_address(refs.partials) + (isa.widen(first) << 2), totals)

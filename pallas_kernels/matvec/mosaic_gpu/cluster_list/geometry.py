@@ -7,6 +7,7 @@ from pallas_kernels.lanes.instructions import LANES
 from pallas_kernels.matvec.mosaic_gpu.geometry import ClusterList
 from pallas_kernels.matvec.mosaic_gpu.shared_list.geometry import (
     MATRIX_ENTRIES,
+    PIECES,
     TABLE_BYTES,
     SharedListGeometry,
 )
@@ -22,9 +23,8 @@ CHUNK_SCALES_BYTES = layout.TILE // 4 * 2
 class ClusterListGeometry(SharedListGeometry):
     """Sizes of a launch of ``cluster_list.program``.
 
-    A cluster has the outputs and the channels of one CTA of the program for one row, and its CTAs divide the
-    sections. ``tiles * splits`` clusters multiply. All ``*_channels``, ``sections`` and bases are those of
-    one CTA.
+    A cluster has the channels of one CTA of the program for one row, and its CTAs divide the sections. All
+    ``*_channels``, ``sections`` and bases are those of one CTA.
     """
 
     @property
@@ -43,7 +43,13 @@ class ClusterListGeometry(SharedListGeometry):
 
     @property
     def matvec_blocks(self) -> int:
-        return self.tiles * self.splits * self.cluster
+        return self.tiles // self.tiles_per_cta * self.splits * self.cluster
+
+    @property
+    def tiles_per_cta(self) -> int:
+        """Number of tiles that a CTA multiplies one after the other."""
+        tiles = self.cluster_list.tiles
+        return tiles if self.last_tile_pieces == PIECES and self.tiles % tiles == 0 else 1
 
     @property
     def blocks(self) -> int:
@@ -54,6 +60,11 @@ class ClusterListGeometry(SharedListGeometry):
     def sections(self) -> int:
         """Number of sections of a CTA, 1 to 8."""
         return self.config.warps // self.cluster
+
+    @property
+    def passes(self) -> int:
+        """Number of pairs of a tile and a section of a CTA."""
+        return self.tiles_per_cta * self.sections
 
     @property
     def segment_parts(self) -> int:
@@ -81,7 +92,7 @@ class ClusterListGeometry(SharedListGeometry):
 
     @property
     def section_bytes(self) -> int:
-        """Bytes of the outputs of a section."""
+        """Bytes of the outputs of a section in one tile."""
         return self.output_vectors * self.vector_bytes
 
     @property
@@ -90,6 +101,11 @@ class ClusterListGeometry(SharedListGeometry):
         return 2 if self.cluster > 1 else 4
 
     # --- shared memory: the list, then tables, scales, codes, outputs and the ring --------------------------
+    @property
+    def list_bytes(self) -> int:
+        """Bytes of the lists of all tiles: the offset of each plane row."""
+        return 4 * self.passes * self.section_capacity
+
     @property
     def thresholds_base(self) -> int:
         return self.list_bytes
@@ -116,12 +132,13 @@ class ClusterListGeometry(SharedListGeometry):
 
     @property
     def scales_base(self) -> int:
-        """The scales of the CTA's outputs, in chunks, for all groups of the cluster."""
+        """The scales of the CTA's outputs, ``[group of the cluster][tile][chunk]``."""
         return layout.round_up(self.sections_base + 8 * self.sections, 128)
 
     @property
     def codes_base(self) -> int:
-        return self.scales_base + self.group_chunks * CHUNK_SCALES_BYTES * self.config.groups_per_cta
+        chunks = self.config.groups_per_cta * self.tiles_per_cta * self.group_chunks
+        return self.scales_base + chunks * CHUNK_SCALES_BYTES
 
     @property
     def codes_stride(self) -> int:
@@ -131,12 +148,12 @@ class ClusterListGeometry(SharedListGeometry):
 
     @property
     def outputs_base(self) -> int:
-        """The outputs of the CTA's sections. Those of the last section take the place of the ring."""
+        """The outputs of the CTA's passes. Those of the last pass take the place of the ring."""
         return layout.round_up(self.codes_base + 2 * self.rows * self.codes_stride, 128)
 
     @property
     def ring_base(self) -> int:
-        return self.outputs_base + (self.sections - 1) * self.section_bytes
+        return self.outputs_base + (self.passes - 1) * self.section_bytes
 
     @property
     def shared_bytes(self) -> int:

@@ -11,7 +11,7 @@ from pallas_kernels.matvec.mosaic_gpu.tile import pieces_of_tile
 
 @dataclasses.dataclass(frozen=True)
 class LaneContext(shared_list.LaneContext):
-    """Indices of the lane. ``split`` is the index of the CTA's share of the input channels."""
+    """Indices of the lane. ``tile`` is the first tile of the CTA, ``split`` the index of its channels."""
 
     rank: Value
     """Index of the CTA in its cluster."""
@@ -23,7 +23,8 @@ def lane_context(isa: Instructions, g: ClusterListGeometry, refs: Refs) -> LaneC
     """Computes the context. Over the grid the rank varies fastest, then the tile, then the partial sum."""
     block, thread = isa.block_index(), isa.thread_index()
     rank, unit = block % g.cluster, block // g.cluster
-    tile, partial = unit % g.tiles, unit // g.tiles
+    tile_groups = g.tiles // g.tiles_per_cta
+    tile, partial = unit % tile_groups * g.tiles_per_cta, unit // tile_groups
     return LaneContext(
         thread=thread,
         lane=thread & (LANES - 1),

@@ -37,11 +37,11 @@ class Listed:
     listed: list[list[Value]]
     """bool ``[plane][q]``: whether some activation row reads the plane row."""
     positions: list[list[Value]]
-    """i32 ``[plane][q]``: position of the entry in the list of the CTA."""
+    """i32 ``[plane][q]``: position of the entry in the list of a tile."""
     placed: Placed
     """Place of the segment in the list."""
-    steps: Value
-    """Number of steps of all sections; all lanes of the CTA have the same."""
+    list_steps: Value
+    """Number of steps of all sections in one tile; all lanes of the CTA have the same."""
 
 
 def segment_of(g: ClusterListGeometry, context: LaneContext) -> Segment:
@@ -116,9 +116,10 @@ def list_rows(
     context: LaneContext,
     segment: Segment,
 ) -> tuple[Share, Listed]:
-    """Writes the list, the sizes of the sections, and the peaks of the segments.
+    """Writes the list of each tile, the sizes of the sections, and the peaks of the segments.
 
-    Every section has at least one step, and is padded to whole steps.
+    Lists of tiles follow each other, so the steps of all tiles have one numbering. Every section has at least
+    one step, and is padded to whole steps.
     """
     x = load_row_x(isa, g, refs, segment)
     share = share_of(isa, g, refs, context, segment, x)
@@ -136,11 +137,14 @@ def list_rows(
     isa.block_barrier()
     placed = place(isa, g, context, segment)
     positions = store_entries(isa, g, context, segment, listed, ballots, placed, first_part)
-    padding = dataclasses.replace(placed, is_last=placed.is_last & first_part)
-    store_padding(isa, g, context, segment, padding)
+    for t in range(g.tiles_per_cta):
+        padding = dataclasses.replace(
+            placed, is_last=placed.is_last & first_part, base=placed.base + placed.end * t
+        )
+        store_padding(isa, g, dataclasses.replace(context, tile=context.tile + t), segment, padding)
     isa.block_barrier()
-    steps = isa.reduce_max(placed.end // g.step_entries)
-    return share, Listed(listed, positions, placed, steps)
+    list_steps = isa.reduce_max(placed.end // g.step_entries)
+    return share, Listed(listed, positions, placed, list_steps)
 
 
 def store_peaks(
@@ -193,7 +197,7 @@ def store_entries(
     placed: Placed,
     stores: Value,
 ) -> list[list[Value]]:
-    """Stores the offsets of the segment's plane rows, and returns their positions in the list of the CTA."""
+    """Stores the offsets of the segment's plane rows, and returns their positions in the list of a tile."""
     lower = isa.lower_lanes()
     plane_row = segment.channel * g.stored_row_bytes + context.tile * ROW_BYTES
     first = placed.base + placed.first
@@ -204,6 +208,8 @@ def store_entries(
             position = first + isa.count_bits(ballot & lower)
             first = first + isa.count_bits(ballot)
             offset = plane_row + (f * g.plane_bytes + q * LANES * g.stored_row_bytes)
-            isa.store_shared(context.shared + (position << 2), [offset], listed[f][q] & stores)
+            for t in range(g.tiles_per_cta):
+                address = context.shared + ((position + placed.end * t) << 2)
+                isa.store_shared(address, [offset + t * ROW_BYTES], listed[f][q] & stores)
             positions[-1].append(position)
     return positions

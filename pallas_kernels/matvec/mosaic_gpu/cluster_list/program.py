@@ -5,8 +5,10 @@ two 16-byte pieces of every listed plane row with both bytes of the codes of all
 program a CTA has as many channels as in the program for one row, so a launch may have fewer CTAs than the
 device has multiprocessors, and two warps for each scheduler, which often has none that is ready. Here
 
-    cluster    one tile of outputs, ``groups_per_cta`` groups of channels, all activation rows
+    cluster    1, 2 or 4 tiles of outputs, ``groups_per_cta`` groups of channels, all activation rows
     CTA        1, 2, 4 or 8 of them in a cluster: an equal number of the cluster's sections
+    pass       one tile and one section of the CTA. All tiles have the same list, except for the offset of the
+               tile, and share the codes
 
 A CTA has fewer codes, so several CTAs fit a multiprocessor, and the grid fills the device.
 
@@ -17,9 +19,9 @@ list      Every warp loads the activations of a segment of the channels, lists t
 code      Every warp stores the codes of its segment, for all sections before the first multiplication. It
           needs no load from global memory. ``segment_parts`` warps divide the rows if segments are few.
 stream    Copies the listed rows to the ring, ``ring_slots - 1`` steps ahead of the multiplication, also over
-          the ends of sections and during the phase code.
-multiply  Multiplies the steps of a section on the matrix unit, exactly, in int32.
-combine   Converts the sums of a section to float32 and stores them in shared memory.
+          the ends of passes and during the phase code.
+multiply  Multiplies the steps of a pass on the matrix unit, exactly, in int32.
+combine   Converts the sums of a pass to float32 and stores them in shared memory.
 reduce    Every CTA of the cluster takes some of the outputs, scales them, and adds them over the sections of
           all CTAs in the order of the sections. It reads the shared memory of the other CTAs.
 
@@ -59,18 +61,22 @@ def matvec(isa: Instructions, g: ClusterListGeometry, refs: Refs) -> None:
     share, listed = list_rows(isa, g, refs, context, segment)
     copy_scales(isa, g, refs, context)
     copies = Copies.create(isa, g, refs, context)
-    copies.fill_ring(listed.steps)
+    steps = listed.list_steps * g.tiles_per_cta
+    copies.fill_ring(steps)
     store_codes(isa, g, refs, context, segment, share, listed)
 
-    def body(section: Value, carry: list[Value]) -> list[Value]:
-        (first,) = carry
+    def body(i: Value, carry: list[Value]) -> list[Value]:
+        first, list_first = carry
+        section = i % g.sections
         _, size = isa.load_shared(context.shared + g.sections_base + (section << 3), 2)
         section_steps = isa.reduce_max(size) // g.step_entries
-        accumulators = stream(isa, g, context, copies, first, section_steps, listed.steps, first)
-        isa.block_barrier()  # Now the ring is free, for the outputs of the last section.
-        combine(isa, g, context, section, accumulators)
-        return [first + section_steps]
+        accumulators = stream(isa, g, context, copies, first, section_steps, steps, list_first)
+        isa.block_barrier()  # Now the ring is free, for the outputs of the last pass.
+        combine(isa, g, context, section, i, accumulators)
+        is_last = section.equals(g.sections - 1)
+        next_first = isa.select(is_last, isa.constant(0), list_first + section_steps)
+        return [first + section_steps, next_first]
 
-    isa.loop(isa.constant(g.sections), [isa.constant(0)], body)
+    isa.loop(isa.constant(g.passes), [isa.constant(0)] * 2, body)
     isa.wait_copies(0)
     reduce(isa, g, refs, context)
