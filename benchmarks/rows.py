@@ -36,7 +36,7 @@ import timing
 
 from pallas_kernels import Activations, NestedWeight, codes, grading
 from pallas_kernels.matvec.mosaic_gpu import Config, kernel
-from pallas_kernels.matvec.mosaic_gpu.geometry import BytePairs, SharedList
+from pallas_kernels.matvec.mosaic_gpu.geometry import BytePairs, ClusterList, SharedList
 
 CHECKED_SHAPES = ((576, 1100), (2048, 2560), (1152, 4096))
 CHECKED_ROWS = (1, 2, 4, 8, 16)
@@ -50,20 +50,31 @@ CORRELATION = 0.5
 
 RELATIVE_ERROR = 1e-3
 
-VARIANTS: dict[str, SharedList | BytePairs | None] = {
+Program = SharedList | BytePairs | ClusterList
+
+VARIANTS: dict[str, Program | None] = {
     "8 warps, 8 slots": SharedList(warps=8, ring_slots=8, step_entries=32),
     "8 warps, 16 slots": SharedList(warps=8, ring_slots=16, step_entries=32),
     "8 warps, steps of 64": SharedList(warps=8, ring_slots=8, step_entries=64),
     "4 warps, 8 slots": SharedList(warps=4, ring_slots=8, step_entries=32),
     "pairs, 4 slots": BytePairs(ring_slots=4),
     "pairs, 8 slots": BytePairs(ring_slots=8),
+    "8 CTAs, 2 tiles": ClusterList(ctas=8, tiles=2),
+    "8 CTAs, 2 tiles, steps of 64": ClusterList(ctas=8, tiles=2, ring_slots=4, step_entries=64),
+    "8 CTAs, 2 tiles, 4 warps": ClusterList(ctas=8, tiles=2, warps=4),
+    "4 CTAs, 2 tiles": ClusterList(ctas=4, tiles=2),
+    "4 CTAs, steps of 64": ClusterList(ctas=4, ring_slots=4, step_entries=64),
     "default": None,
 }
-"""Programs to compare. 4 warps where the configuration of a shape allows it, else 8."""
+"""Programs to compare. 4 warps in a shared list where the configuration of a shape allows it, else 8; no more
+CTAs in a cluster than the configuration allows."""
 
 
-def config_of(base: Config, program: SharedList | BytePairs) -> Config:
+def config_of(base: Config, program: Program) -> Config:
     """Returns the configuration of one row with a program for several rows."""
+    if isinstance(program, ClusterList):
+        ctas = min(program.ctas, base.warps)
+        return dataclasses.replace(base, cluster_list=dataclasses.replace(program, ctas=ctas))
     if isinstance(program, BytePairs):
         return dataclasses.replace(base, byte_pairs=program)
     if program.warps < base.warps:
@@ -71,9 +82,9 @@ def config_of(base: Config, program: SharedList | BytePairs) -> Config:
     return dataclasses.replace(base, shared_list=program)
 
 
-def takes(program: SharedList | BytePairs | None, rows: int) -> bool:
+def takes(program: Program | None, rows: int) -> bool:
     """Returns whether the program is for this number of rows."""
-    if isinstance(program, SharedList):
+    if isinstance(program, SharedList | ClusterList):
         return rows > 1
     return program is None or rows <= 8
 
@@ -101,7 +112,9 @@ def checked_variants(i: int, rows: int, names: list[str]) -> list[str]:
     """Returns the named variants to check on shape ``i``: a few of each program, because they compile."""
     shared = list(VARIANTS)[i : i + 1] + ["4 warps, 8 slots"] * (rows in (4, 16))
     pairs = ["pairs, 4 slots", "pairs, 8 slots"]
-    return [name for name in shared + pairs if name in names and takes(VARIANTS[name], rows)]
+    clusters = [name for name, program in VARIANTS.items() if isinstance(program, ClusterList)]
+    clusters = clusters[i::3] if rows in (4, 16) else clusters[i : i + 1]
+    return [name for name in shared + pairs + clusters if name in names and takes(VARIANTS[name], rows)]
 
 
 def exact_rows(x: np.ndarray, weight: NestedWeight, thresholds: np.ndarray) -> np.ndarray:
@@ -258,7 +271,7 @@ def time_layer(names: list[str], deadline: float, problems: list[str]) -> list[d
     return results
 
 
-def layer_function(shapes, weights, program: SharedList | BytePairs | None):
+def layer_function(shapes, weights, program: Program | None):
     """Returns a function that multiplies with all copies of the layer's weights."""
     configs = []
     for k, n in shapes:
