@@ -33,13 +33,36 @@ def test_blocks_match_float64(monkeypatch, tokens, window):
     )
 
 
+def total_gradients(attend, arrays):
+    return jax.grad(lambda arrays: jnp.sum(jnp.sin(attend(*arrays))))(arrays)
+
+
 def test_gradients_match_those_of_jax(monkeypatch):
     monkeypatch.setattr(causal_attention, "QUERY_BLOCK", 8)
     *arrays, positions = heads(20)
+    expected = total_gradients(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True), arrays)
+    gradients = total_gradients(lambda *a: blockwise(*a, positions), arrays)
+    for actual, wanted in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(actual, wanted, rtol=1e-4, atol=1e-5)
 
-    def total(attend):
-        return jax.grad(lambda arrays: jnp.sum(jnp.sin(attend(*arrays))))(arrays)
 
-    expected = total(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True))
-    for actual, wanted in zip(total(lambda *a: blockwise(*a, positions)), expected, strict=True):
+def test_a_sink_is_a_key_without_a_value(monkeypatch):
+    """A first key, which every query sees, has the sink as its score and zeros as its value."""
+    monkeypatch.setattr(causal_attention, "QUERY_BLOCK", 8)
+    *arrays, positions = heads(20, query_heads=2)
+    sinks = jnp.asarray([-1.0, 2.0])
+
+    def with_first_key(queries, keys, values):
+        scores = jnp.einsum("bthd,bshd->bhts", queries, keys) * 8**-0.5
+        scores = jnp.where(jnp.tri(20, dtype=bool), scores, -jnp.inf)
+        first = jnp.broadcast_to(sinks[:, None, None], (*scores.shape[:3], 1))
+        weights = jax.nn.softmax(jnp.concatenate([first, scores], axis=-1), axis=-1)
+        return jnp.einsum("bhts,bshd->bthd", weights[..., 1:], values)
+
+    def ours(*arrays):
+        return blockwise(*arrays, positions, sinks=sinks)
+
+    np.testing.assert_allclose(ours(*arrays), with_first_key(*arrays), rtol=1e-5, atol=1e-6)
+    expected = total_gradients(with_first_key, arrays)
+    for actual, wanted in zip(total_gradients(ours, arrays), expected, strict=True):
         np.testing.assert_allclose(actual, wanted, rtol=1e-4, atol=1e-5)
