@@ -151,7 +151,8 @@ def parameter_shapes(config: ModelConfig) -> dict[str, list[tuple[int, ...]]]:
         count = sizes["experts"] if projection.of_experts else 1
         shapes[f"{name}.kernel"] = arrays * count
         if projection.bias:
-            shapes[f"{name}.bias"] = [(sizes[axis],) for axis in projection.outputs] * count
+            vector: list[tuple[int, ...]] = [(sizes[axis],) for axis in projection.outputs]
+            shapes[f"{name}.bias"] = vector * count
     return shapes
 
 

@@ -6,12 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hf_directories
 import jax
 import jax.numpy as jnp
 import matvec_oracle
 import numpy as np
 import pytest
 import tiny_models
+from family_cases import CASES
 from forward_passes import forward
 from mixtures import HF_CONFIG
 from random_models import random_state
@@ -204,9 +206,10 @@ def test_the_converter_says_what_it_leaves_out(original):
 
 
 @pytest.mark.slow
-def test_refit_states_pass_through_a_mixture(original, loaded):
+@pytest.mark.parametrize("biased", [False, True])
+def test_refit_states_pass_through_a_mixture(original, biased, tmp_path):
     """With thresholds of 0 the graded model reads all 8 bits, and its states are the exact ones."""
-    source = open_checkpoint(original)
+    source = open_checkpoint(hf_directories.write(tmp_path, CASES["gpt_oss"]) if biased else original)
     hidden = np.random.default_rng(8).standard_normal((2, 30, 64)).astype(np.float32)
     layer = dense_layer(source, 0, *read_layer(source, 0), jnp.float32)
     block = layer.spec.blocks[1]
@@ -241,10 +244,14 @@ def test_coded_experts_are_coded_linear_layers_of_each_row(loaded):
     chosen, x = rng.integers(0, 6, (2, 5, 2)), rng.standard_normal((2, 5, 2, 64)).astype(np.float32)
     thresholds, gains = jnp.array([[[0.2, 0.5, 1, 1.5]], [[0.5, 1, 1.5, 2]]]), jnp.array([0.8, 0.9, 1.1, 1])
     weights = jnp.asarray(rng.standard_normal((2, 5, 2, 144)), jnp.float32)
-    coded = CodedExperts.of_planes(experts).choose(jnp.asarray(chosen))
+    of_planes = CodedExperts.of_planes(experts)
+    bias = jnp.asarray(rng.standard_normal((6, 144)), jnp.float32)
+    factors = jnp.asarray(rng.uniform(0.5, 2, (2, 5, 2)), jnp.float32)
+    with_bias = CodedExperts(of_planes.codes[...], of_planes.scales[...], of_planes.thresholds[...], bias)
+    coded = with_bias.choose(jnp.asarray(chosen), factors)
 
-    def linear(expert: int) -> CodedLinear:
-        return CodedLinear(coded.codes[expert], coded.scales[expert], coded.thresholds)
+    def linear(expert: int, factor) -> CodedLinear:
+        return CodedLinear(coded.codes[expert], coded.scales[expert], coded.thresholds, bias[expert] * factor)
 
     def of_experts(x, gains):
         y = coded.graded(x, thresholds, gains)
@@ -252,7 +259,7 @@ def test_coded_experts_are_coded_linear_layers_of_each_row(loaded):
 
     def of_each_row(x, gains):
         rows = [
-            linear(chosen[s, t, c]).graded(x[s, t, c], thresholds[s, 0], gains)
+            linear(chosen[s, t, c], factors[s, t, c]).graded(x[s, t, c], thresholds[s, 0], gains)
             for s, t, c in np.ndindex(2, 5, 2)
         ]
         y = jnp.stack(rows).reshape(2, 5, 2, 144)

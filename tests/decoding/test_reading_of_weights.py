@@ -90,11 +90,14 @@ def test_experts_at_a_level_equal_grading_that_reads_all_channels_at_it(level):
     weights = [quantize(jnp.asarray(rng.standard_normal((70, 90)), jnp.float32)) for _ in range(3)]
     planes, scales = (jnp.stack([getattr(w, name) for w in weights]) for name in ("planes", "scales"))
     gains = jnp.array([1.25, 1.125, 1.0625, 1.0])
-    experts = GradedExperts(
-        planes, scales, jnp.zeros((2, 4)), gains, jnp.ones(()), in_features=70, out_features=90
-    )
-    chosen = experts.choose(jnp.array([[2, 0], [1, 2]]))
+    bias = jnp.asarray(rng.standard_normal((3, 90)), jnp.float32)
+    table = jnp.zeros((2, 4))
+    experts = GradedExperts(planes, scales, table, gains, jnp.ones(()), bias, in_features=70, out_features=90)
+    chosen = experts.choose(jnp.array([[2, 0], [1, 2]]), jnp.array([[1.0, 0.5], [0.25, 2.0]]))
     x = jnp.asarray(rng.standard_normal((2, 2, 70)), jnp.float32)
     thresholds = jnp.broadcast_to(jnp.where(jnp.arange(4) < level, 0, jnp.inf), (2, 2, 4))
     expected = chosen.graded(Activations.of(x), thresholds)[0].array
     np.testing.assert_allclose(chosen.at_level(x, level), expected, rtol=1e-4, atol=1e-4)
+    without = chosen._replace(bias=None).at_level(x, level)
+    added = jnp.array([[bias[2], bias[0] / 2], [bias[1] / 4, bias[2] * 2]])
+    np.testing.assert_allclose(expected - without, added, rtol=1e-4, atol=1e-4)
