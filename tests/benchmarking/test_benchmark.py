@@ -178,10 +178,12 @@ def test_runs_in_a_row_hide_the_time_of_the_host(clock):
     assert measure.timed_in_a_row(Result, 10, 3, policy.GPU).seconds == pytest.approx([0.1] * 3)
 
 
+@pytest.mark.slow
 def test_a_run_is_deterministic(run):
     np.testing.assert_array_equal(decode(run, 3.0).tokens, decode(run, 3.0).tokens)
 
 
+@pytest.mark.slow
 def test_prefill_in_buckets_gives_the_same_logits(tiny_model):
     whole = measure.PrefillRun(tiny_model, 32).run()
     pieces = measure.PrefillRun(tiny_model, 32, bucket=8).run()

@@ -131,11 +131,12 @@ def test_progress_is_reported_as_often_as_planned(qwen3, calib, tmp_path, monkey
     assert checkpoint.load(tmp_path / "out").quantization.provenance["gains"] == "trained"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "refit",
     [
-        pytest.param((), marks=pytest.mark.slow),
-        pytest.param(("qkv", "o", "gate_up"), marks=pytest.mark.slow),
+        (),
+        ("qkv", "o", "gate_up"),
         ("qkv", "o", "gate_up", "down", "lm_head"),
     ],
 )

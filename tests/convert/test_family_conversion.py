@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from family_cases import CASES, TOKENS
+from forward_passes import forward
 from random_models import random_state
 
 from checkpoints_tools.calibration.text import Calibration
@@ -60,8 +61,8 @@ def test_any_rotation_keeps_the_function(name, tmp_path):
     source = source_of(tmp_path, name)
     gaussian = np.random.default_rng(2).standard_normal((source.config.hidden_size,) * 2)
     axes = np.ascontiguousarray(np.linalg.qr(gaussian)[0], np.float32)
-    expected = np.asarray(load_decoder(source, jnp.float32)(TOKENS))
-    logits = np.asarray(load_decoder(RotatedCheckpoint(source, axes), jnp.float32)(TOKENS))
+    expected = np.asarray(forward(load_decoder(source, jnp.float32), TOKENS))
+    logits = np.asarray(forward(load_decoder(RotatedCheckpoint(source, axes), jnp.float32), TOKENS))
     assert np.abs(logits - expected).max() / np.abs(expected).max() < 1e-4
 
 

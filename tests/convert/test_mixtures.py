@@ -121,6 +121,7 @@ class _Oracle(Graded):
         return Activations.of(jnp.asarray(np.reshape(y, (*x.leading, -1)), jnp.float32))
 
 
+@pytest.mark.slow
 def test_graded_decode_steps_equal_the_oracle(loaded):
     model, names = loaded.model, linear_names(loaded.config)
     cache, thresholds = prefilled(loaded, bits=3.0)
@@ -150,6 +151,7 @@ def test_only_the_weights_of_chosen_experts_count_as_read(loaded):
     assert fields["bytes_per_token"] == sum(read.values()) * (4 + 0.125) / 8 + norms + router
 
 
+@pytest.mark.slow
 def test_rarely_chosen_experts_are_graded_like_the_others(original, tmp_path):
     """A router that never chooses an expert leaves it the thresholds of its layer and finite weights."""
     state = random_state(HF_CONFIG)

@@ -86,6 +86,7 @@ def test_noise_is_not_fitted():
     assert moved[1] < 0.01
 
 
+@pytest.mark.slow
 def test_states_pass_through_the_layer_and_exact_inputs_keep_the_weights(tmp_path):
     source = open_checkpoint(tiny_models.write(tmp_path / "m"))
     windows = np.asarray(tiny_models.encode(tiny_models.TEXT[:192]), np.int32).reshape(2, 96)

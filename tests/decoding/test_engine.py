@@ -160,6 +160,7 @@ def test_greedy_chunks_equal_greedy_forward_passes(dense):
     assert np.concatenate(generated, 1).tolist() == expected[:, 10:19].tolist()
 
 
+@pytest.mark.slow
 def test_a_graded_chunk_chooses_the_token_with_the_largest_logit(graded):
     """A chunk chooses among the outputs of the vocabulary blocks, which are in another order than tokens."""
     thresholds = at(graded, [3.0, 6.0])
@@ -190,6 +191,7 @@ def test_rows_stop_at_stop_tokens_limits_and_the_end_of_the_cache(dense):
     assert after.lengths.tolist() == [6 + count, 6 + count, 6, 6 + count]
 
 
+@pytest.mark.slow
 def test_a_row_decodes_the_same_alone_and_beside_finished_rows(graded):
     thresholds = at(graded, [2.0, 5.0])
     logits, cache = engine.prefill(graded, TOKENS[:, :9], jnp.array([9, 4]), empty_cache(graded))
@@ -243,7 +245,8 @@ def test_chunks_do_not_change_what_a_seed_generates(dense):
     assert run(12, 1) == run(4, 1) != run(12, 2)
 
 
-@pytest.mark.parametrize("temperature", [0.0, pytest.param(0.9, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_the_policies_generate_the_same(graded, temperature):
     """Without an early exit: the same tokens, counts, grading statistics and cache."""
 

@@ -237,6 +237,7 @@ def test_the_dial_observes_the_preview_of_the_prompt(generator):
     np.testing.assert_allclose(dial.setting, [expected, 3], atol=0.01)
 
 
+@pytest.mark.slow
 def test_a_batch_generates_what_its_rows_generate_alone(generator, monkeypatch):
     monkeypatch.setattr(
         "grinqh_jax.decoding.prefill_buckets.LARGEST_BUCKET", 32

@@ -61,7 +61,15 @@ def test_rows_that_are_done_add_no_token():
     assert added.tolist() == [[0, 11], [2, 13]]
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1.15, 1.5, 3.0])
+@pytest.mark.parametrize(
+    "penalty",
+    [
+        pytest.param(1.0, marks=pytest.mark.slow),
+        1.15,
+        pytest.param(1.5, marks=pytest.mark.slow),
+        pytest.param(3.0, marks=pytest.mark.slow),
+    ],
+)
 def test_greedy_texts_equal_those_of_transformers(dense_directory, penalty):
     torch = pytest.importorskip("torch")
     import transformers
@@ -82,6 +90,7 @@ def run(generator, **options) -> list[int]:
     return generation.tokens
 
 
+@pytest.mark.slow
 def test_large_penalties_forbid_repetition_at_any_chunk_boundary(generator):
     assert len(set(run(generator))) < 40  # the random model repeats itself
     tokens = run(generator, presence_penalty=100.0)

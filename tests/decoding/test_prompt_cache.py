@@ -127,6 +127,7 @@ def test_a_conversation_with_few_sizes_has_the_same_text_and_compiles_nothing_ne
     assert [g.statistics().compile_seconds < 0.2 for g in with_cache] == [True] * len(lengths)
 
 
+@pytest.mark.slow
 def test_the_cache_grows(talker):
     lengths = (150, 150)
     cache = PromptCache()
@@ -155,6 +156,7 @@ def test_only_the_common_prefix_of_prompts_is_reused(talker):
     assert reused == [0, 100, 0, 0, 100 - PREVIEW_TOKENS]
 
 
+@pytest.mark.slow
 def test_turns_with_other_settings_reuse_the_cache(talker):
     """A prefill writes the same keys and values at every setting of the dial."""
     cache, prompt = PromptCache(), user_turn(90)

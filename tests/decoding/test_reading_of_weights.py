@@ -58,7 +58,7 @@ def chunk(model, thresholds, level=None):
     )[0]
 
 
-@pytest.mark.parametrize("name", ["qwen3-tied-gqa", "llama-tied-mha"])
+@pytest.mark.parametrize("name", ["qwen3-tied-gqa", pytest.param("llama-tied-mha", marks=pytest.mark.slow)])
 def test_a_step_at_a_level_equals_grading_that_reads_all_channels_at_it(name):
     model = graded_model(name)
     for level in (1, 3, 4):
@@ -73,6 +73,7 @@ def test_a_step_at_a_level_equals_grading_that_reads_all_channels_at_it(name):
         )
 
 
+@pytest.mark.slow
 def test_the_dial_stays_as_it_is():
     model = graded_model("qwen3-tied-gqa")
     names, state = tuple(linear_names(model.config)), DialState.create(jnp.array([2.0, 3.0]))

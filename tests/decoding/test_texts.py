@@ -21,7 +21,10 @@ NEVER = (-1, -1)
 """Stop tokens that no row generates; as many as in the tests of stop tokens, for the same programs."""
 
 
-@pytest.fixture(params=[policy.CPU, policy.GPU], ids=["cpu", "gpu"])
+@pytest.fixture(
+    params=[pytest.param(policy.CPU, marks=pytest.mark.slow), policy.GPU],
+    ids=["cpu", "gpu"],
+)
 def device_policy(request) -> DecodePolicy:
     return request.param
 
@@ -101,6 +104,7 @@ def test_a_stopped_row_yields_nothing_further(generator, device_policy, dispatch
     assert len(dispatched) == 4 + device_policy.chunks_ahead
 
 
+@pytest.mark.slow
 def test_the_next_prompt_takes_the_slot_of_a_text_that_has_ended(generator, device_policy, dispatched):
     """With three slots for four prompts, the texts are those of the same prompts alone."""
     prompts, lengths = [*PROMPTS, PROMPTS[0]], [9, 41, 25, 17]
@@ -153,8 +157,8 @@ USUAL_CHUNKS = [(policy.CPU, 16), (policy.GPU, 32)]
 @pytest.mark.parametrize(
     ("temperature", "chunks"),
     [
-        # Programs of other tests.
-        pytest.param(0.0, [*USUAL_CHUNKS, (policy.CPU, 8), (policy.GPU, 8)], id="greedy"),
+        pytest.param(0.0, [(policy.GPU, 32), (policy.GPU, 8), (policy.CPU, 8)], id="greedy"),
+        pytest.param(0.0, USUAL_CHUNKS, id="greedy-usual", marks=pytest.mark.slow),
         pytest.param(1.0, USUAL_CHUNKS, id="sampled", marks=pytest.mark.slow),
         pytest.param(0.0, EVERY_CHUNK, id="greedy-every-chunk", marks=pytest.mark.slow),
         pytest.param(1.0, EVERY_CHUNK, id="sampled-every-chunk", marks=pytest.mark.slow),

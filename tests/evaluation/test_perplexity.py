@@ -92,6 +92,7 @@ def test_tokens_are_graded_as_in_decoding(tiny):
     assert (full.kl, full.same_top1, full.ratio, full.realised_bits) == (pytest.approx(0, abs=1e-6), 1, 1, 4)
 
 
+@pytest.mark.slow
 def test_bits_without_the_head_exclude_all_vocabulary_blocks():
     hf_config = HF_CONFIG | {"vocab_size": 1100}
     model = Decoder.from_tree(ModelConfig.from_hf(hf_config), random_tree(hf_config), jnp.float32)
@@ -256,6 +257,7 @@ def test_command_refuses_bad_input_in_one_line(tiny_directory, tmp_path, capsys)
         assert re.search(message, error), error
 
 
+@pytest.mark.slow
 def test_perplexity_of_an_unquantized_model(shared, capsys):
     """The expected figure was computed without this library, with NumPy and PyTorch."""
     model = str(shared / "models" / "qwen3-32m")

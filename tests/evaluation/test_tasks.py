@@ -87,6 +87,7 @@ def test_answers_do_not_depend_on_the_batch(bundled, problem_file, monkeypatch):
     assert 0.01 < abs(together.realised_bits_without_head - together.realised_bits) < 0.5
 
 
+@pytest.mark.slow
 def test_command_on_problems_that_the_model_solves(shared, capsys):
     flags = ["--tasks", str(shared / "data" / "arithmetic_test.jsonl"), "--limit", "6", "--batch", "3"]
     assert evaluate_command.main([*flags, "--max-tokens", "64", "--bits", "4,full", "--json"]) == 0

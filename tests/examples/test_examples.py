@@ -42,6 +42,7 @@ def test_turn_the_dial(monkeypatch, capsys, graded_directory):
         assert 0 <= float(low) < float(high) == 8
 
 
+@pytest.mark.slow
 def test_quality_against_bits(monkeypatch, capsys, graded_directory, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("some text to read, and a little more of it")

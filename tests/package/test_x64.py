@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 TESTS = Path(__file__).parents[1]
 
 PROGRAM = """
@@ -62,7 +64,6 @@ def run(command: list[str], x64: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.slow
 def test_a_program_with_64_bit_types_gets_the_same_results(graded_directory, dense_directory, tmp_path):
     results = []
     for x64 in ("0", "1"):
@@ -75,13 +76,7 @@ def test_a_program_with_64_bit_types_gets_the_same_results(graded_directory, den
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize(
-    "verb",
-    [
-        ["generate", "-p", "abc", "-m", "8"],
-        pytest.param(["benchmark", "--json"], marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("verb", [["generate", "-p", "abc", "-m", "8"], ["benchmark", "--json"]])
 def test_the_command_line_works_with_64_bit_types(graded_directory, verb):
     done = run(["-m", "grinqh_jax", *verb, "--model", str(graded_directory)], "1")
     assert done.returncode == 0, done.stderr

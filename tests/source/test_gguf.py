@@ -46,7 +46,9 @@ def write(path, hf_config, state=None, **options):
     return gguf_files.write(path, hf_config, state, **options)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "model", ["llama3", "qwen3", *(pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS)]
+)
 def test_configuration_and_weights_are_those_of_the_safetensors(model, tmp_path):
     hf_config = MODELS[model]
     original = open_checkpoint(hf_directories.write(tmp_path / "hf", hf_config))
