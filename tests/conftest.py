@@ -52,7 +52,12 @@ if not ON_GPU:
         _flags.append("--xla_cpu_use_fusion_emitters=false")
     os.environ.setdefault("XLA_FLAGS", " ".join(_flags))
 
-pytest_plugins = ["byte_model", "character_model", "trained_models"]  # Fixtures with checkpoints.
+pytest_plugins = [
+    "byte_model",
+    "character_model",
+    "serving_engine",
+    "trained_models",
+]  # Fixtures with checkpoints.
 
 MOST_WORKERS = 4
 """Each takes 2 to 3 GB of memory."""
@@ -76,8 +81,13 @@ LONGEST_FILES = (
 )
 """Files that run first, longest first, so that all workers finish at about the same time."""
 
-TOGETHER = ("tests/server/", "tests/serving/test_engine_")
-"""Beginnings of the names of tests that share a server process or an engine. One worker runs them."""
+TOGETHER = {
+    "tests/server/test_failures.py": "engine",
+    "tests/server/": "server process",
+    "tests/serving/test_engine_": "engine",
+}
+"""Shared fixtures that take long to make, by the beginning of the names of tests. One worker runs all tests
+of a fixture."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -105,7 +115,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            shared = (beginning for beginning in TOGETHER if nodeid.startswith(beginning))
+            shared = (fixture for beginning, fixture in TOGETHER.items() if nodeid.startswith(beginning))
             return next(shared, None) or super()._split_scope(nodeid)
 
     return Scheduling(config, log)

@@ -148,7 +148,7 @@ def test_greedy_chunks_equal_greedy_forward_passes(dense):
     expected = TOKENS.copy()
     for position in range(10, 19):  # Later columns hold other tokens, which causal attention ignores.
         expected[:, position] = np.argmax(forward(dense, expected)[:, position - 1], -1)
-    logits, cache = engine.prefill(dense, TOKENS[:, :10], jnp.array([10, 10]), empty_cache(dense))
+    logits, cache = engine.prefill(dense, TOKENS[:, :16], jnp.array([10, 10]), empty_cache(dense))
     last = np.argmax(logits, -1)
     generated = [last[:, None]]
     for _ in range(2):
@@ -178,7 +178,8 @@ def test_rows_stop_at_stop_tokens_limits_and_the_end_of_the_cache(dense):
     prompt = TOKENS[:1, :6].repeat(4, 0)
     logits, cache = engine.prefill(dense, prompt, jnp.full(4, 6), empty_cache(dense, 4, 13))
     first = np.argmax(logits, -1)
-    free, _ = decode(dense, jax.tree.map(jnp.copy, cache), first, limits=[7, 3, 0, 100])
+    never = jnp.array([-1, -1])
+    free, _ = decode(dense, jax.tree.map(jnp.copy, cache), first, stop=never, limits=[7, 3, 0, 100])
     assert free.counts.tolist() == [7, 3, 0, 7]  # the last row ends with the cache: 13 slots, 6 of them used
     assert free.done.all()
     sequence = free.tokens[0, :7].tolist()

@@ -66,9 +66,11 @@ def test_a_request_has_its_own_stop_tokens_and_biases(generator):
     ended = finished(generator, max_tokens=6, logit_bias={0: 100.0})
     assert ended.tokens == [0]
     assert ended.finish_reason == "stop"
-    assert finished(generator, max_tokens=6, logit_bias={0: 100.0}, stop_tokens=()).tokens == [0] * 6
+    # Two stop tokens, as usual, for the same programs.
+    endless = finished(generator, max_tokens=6, logit_bias={0: 100.0}, stop_tokens=(1, 257))
+    assert endless.tokens == [0] * 6
     free = finished(generator, max_tokens=6).tokens
-    stopped = finished(generator, max_tokens=6, stop_tokens=[free[3]])
+    stopped = finished(generator, max_tokens=6, stop_tokens=[free[3], 257])
     assert stopped.tokens == free[: free.index(free[3]) + 1]
     assert free[0] not in finished(generator, max_tokens=6, logit_bias={free[0]: -100.0}).tokens
     with pytest.raises(UsageError, match="token 258 is outside"):
@@ -117,7 +119,7 @@ def test_the_context_ends_the_text_and_refuses_a_long_prompt(generator):
 
 
 def test_an_empty_prompt_is_replaced_by_a_special_token(generator):
-    with_bos = with_defaults(generator, bos_token=65, eos_tokens=(0,))
+    with_bos = with_defaults(generator, bos_token=65, eos_tokens=(0, 1))
     assert finished(with_bos, "", max_tokens=5).tokens == finished(with_bos, [65], max_tokens=5).tokens
     assert finished(generator, "", max_tokens=5).tokens == finished(generator, [0], max_tokens=5).tokens
     with pytest.raises(UsageError, match="prompt is empty"):

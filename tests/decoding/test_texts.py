@@ -208,8 +208,8 @@ def test_the_dial_follows_every_token(generator, device_policy):
     np.testing.assert_allclose(final.setting, dial.setting, atol=1e-4)
 
 
-def test_rows_that_have_ended_read_no_weights(generator, dispatched):
-    batch = prepared(generator, ended=lambda row, tokens: row == 0)
+def test_rows_that_have_ended_read_no_weights(generator, device_policy, dispatched):
+    batch = prepared(generator, policy=device_policy, ended=lambda row, tokens: row == 0)
     batch.run()
     assert len(batch.tokens[0]) == 1
     bits = dispatched[1].grading_stats.bits
@@ -218,11 +218,11 @@ def test_rows_that_have_ended_read_no_weights(generator, dispatched):
 
 
 @pytest.mark.parametrize("slots", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_numbers_that_are_not_finite_do_not_reach_the_next_text_of_a_slot(generator, slots):
+def test_numbers_that_are_not_finite_do_not_reach_the_next_text_of_a_slot(generator, device_policy, slots):
     """The cache is full of NaN, as texts leave it whose activations overflow."""
     prompts = PROMPTS[:slots]
-    expected = prepared(generator, prompts, max_tokens=20).run()
-    batch = prepared(generator, prompts, max_tokens=20)
+    expected = prepared(generator, prompts, policy=device_policy, max_tokens=20).run()
+    batch = prepared(generator, prompts, policy=device_policy, max_tokens=20)
     device = batch.texts.device
     cache = jax.tree.map(lambda array: jnp.full_like(array, jnp.nan), device.cache)
     device._state = dataclasses.replace(device._state, cache=cache)

@@ -6,22 +6,18 @@ import json
 
 import pytest
 
-from grinqh_jax.decoding import policy
 from grinqh_jax.decoding.answer_text import AnswerText
 from grinqh_jax.server.app import application
 from grinqh_jax.server.limits import ConnectionLimit, Limits
 from grinqh_jax.server.service import Service
-from grinqh_jax.serving.engine import Engine
 
 GOOD = {"prompt": "The cat", "max_tokens": 12, "temperature": 0, "ignore_eos": True}
 CRASH = GOOD | {"stop": "CRASH"}
 
 
 @pytest.fixture(scope="module")
-def service(generator):
-    sizes = {"slots": 4, "max_context": 128, "page_size": 16, "piece": 32}
-    with Engine(generator, **sizes, policy=dataclasses.replace(policy.CPU, chunk_steps=2)) as engine:
-        yield Service("tiny", generator, engine, Limits(queue=2))
+def service(generator, engine):
+    return Service("tiny", generator, engine, Limits(queue=2))
 
 
 @dataclasses.dataclass

@@ -25,7 +25,7 @@ def held(generator, monkeypatch):
 
 
 def run(generator, prompts=PROMPTS, **options) -> Batch:
-    defaults = {"bits": 3.0, "max_tokens": 40, "max_context": CONTEXT, "policy": SHORT}
+    defaults = {"bits": 3.0, "max_tokens": 40, "max_context": CONTEXT, "policy": SHORT, "stop_tokens": (-1,)}
     batch = Batch(generator, prompts, **defaults | options)
     batch.run()
     return batch

@@ -1,4 +1,4 @@
-"""The engine that the tests of serving share."""
+"""Fixture: the engine that the tests of serving share."""
 
 import pytest
 
