@@ -85,6 +85,7 @@ TOGETHER = {
     "tests/server/test_failures.py": "engine",
     "tests/server/": "server process",
     "tests/serving/test_engine_": "engine",
+    "tests/serving/test_grammar.py": "engine",
 }
 """Shared fixtures that take long to make, by the beginning of the names of tests. One worker runs all tests
 of a fixture."""

@@ -88,6 +88,7 @@ def test_skip_int4_uses_two_levels_and_keeps_the_mean(bundled, windows):
     assert again == own
 
 
+@pytest.mark.slow
 def test_the_whole_head_is_read_and_the_layers_keep_their_mean(bundled):
     whole = reading.whole_head(bundled)
     config = bundled.model.config

@@ -9,5 +9,5 @@ def engine(generator):
 
     from grinqh_jax.serving.engine import Engine
 
-    with Engine(generator, **SIZES, prompt_logprobs=True, policy=SHORT) as engine:
+    with Engine(generator, **SIZES, prompt_logprobs=True, grammars=True, policy=SHORT) as engine:
         yield engine

@@ -2,12 +2,12 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_models
 from family_cases import CASES
+from forward_passes import forward
 
 from grinqh_jax.decoding.generator import Generator
 from grinqh_jax.decoding.load_speculation import speculation_of
@@ -31,7 +31,7 @@ def generator(tmp_path_factory) -> Generator:
 
 def greedy(model: Decoder, prompt: list[int], steps: int = STEPS) -> list[int]:
     """Returns the most likely tokens, each from a forward pass without a cache; the padding comes later."""
-    forward, tokens = jax.jit(lambda model, tokens: model(tokens)), list(prompt)
+    tokens = list(prompt)
     for _ in range(steps):
         padded = jnp.asarray([tokens + [0] * (128 - len(tokens))])
         tokens.append(int(jnp.argmax(forward(model, padded)[0, len(tokens) - 1])))

@@ -4,16 +4,14 @@ import dataclasses
 import json
 
 import pytest
+from engine_cases import SHORT, SIZES
 
-from grinqh_jax.decoding import policy
 from grinqh_jax.decoding.request import Request
 from grinqh_jax.errors import UsageError
 from grinqh_jax.serving.engine import Engine
 from grinqh_jax.serving.grammar import MOST_REFERENCES, Grammar
 from grinqh_jax.serving.job import EngineError
 
-SIZES = {"slots": 4, "max_context": 128, "page_size": 16, "piece": 32}
-SHORT = dataclasses.replace(policy.CPU, chunk_steps=4)
 PERSON = {
     "type": "object",
     "properties": {
@@ -29,12 +27,6 @@ PLAIN = [
     ([7, 8, 9], Request(max_tokens=60, bits=2.0, temperature=0.0, stop_tokens=())),
     ([40, 41], Request(max_tokens=50, bits=5.0, temperature=1.0, seed=3, stop_tokens=())),
 ]
-
-
-@pytest.fixture(scope="module")
-def engine(generator):
-    with Engine(generator, **SIZES, grammars=True, policy=SHORT) as engine:
-        yield engine
 
 
 def assert_person(text: str) -> None:
