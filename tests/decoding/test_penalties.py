@@ -5,6 +5,7 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import slow
 from random_models import CONFIGS, graded_model
 
 from grinqh_jax import Generator, Request
@@ -61,15 +62,7 @@ def test_rows_that_are_done_add_no_token():
     assert added.tolist() == [[0, 11], [2, 13]]
 
 
-@pytest.mark.parametrize(
-    "penalty",
-    [
-        pytest.param(1.0, marks=pytest.mark.slow),
-        1.15,
-        pytest.param(1.5, marks=pytest.mark.slow),
-        pytest.param(3.0, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("penalty", [1.15, *slow(1.0, 1.5, 3.0)])
 def test_greedy_texts_equal_those_of_transformers(dense_directory, penalty):
     torch = pytest.importorskip("torch")
     import transformers

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis_settings import examples
+from marks import slow
 from random_models import TARGETS, TOKENS, graded_model
 
 from grinqh_jax.decoding import engine, policy, reading
@@ -58,7 +59,7 @@ def chunk(model, thresholds, level=None):
     )[0]
 
 
-@pytest.mark.parametrize("name", ["qwen3-tied-gqa", pytest.param("llama-tied-mha", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["qwen3-tied-gqa", *slow("llama-tied-mha")])
 def test_a_step_at_a_level_equals_grading_that_reads_all_channels_at_it(name):
     model = graded_model(name)
     for level in (1, 3, 4):

@@ -17,6 +17,7 @@ import tiny_models
 from byte_model import TEMPLATE
 from forward_passes import forward
 from huggingface_hub import ModelCard
+from marks import slow
 from random_models import CONFIGS
 
 from checkpoints_tools.convert import command
@@ -46,9 +47,7 @@ def write(path, hf_config, state=None, **options):
     return gguf_files.write(path, hf_config, state, **options)
 
 
-@pytest.mark.parametrize(
-    "model", ["llama3", "qwen3", *(pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS)]
-)
+@pytest.mark.parametrize("model", ["llama3", "qwen3", *slow(*CONFIGS)])
 def test_configuration_and_weights_are_those_of_the_safetensors(model, tmp_path):
     hf_config = MODELS[model]
     original = open_checkpoint(hf_directories.write(tmp_path / "hf", hf_config))

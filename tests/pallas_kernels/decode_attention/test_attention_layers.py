@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from family_cases import CASES
+from marks import slow
 
 from grinqh_jax.model import attention
 from grinqh_jax.model.cache import KeyValues
@@ -92,12 +93,8 @@ def check_layer(emulated, config, spec, tokens: int, paged: bool) -> None:
     [
         "gemma3",
         "gpt_oss",
-        "granite",
-        "ministral3",
-        "olmo3-window-yarn",
-        "phi3-partial-window",
         QWEN3,
-        "smollm3",
+        *slow("granite", "ministral3", "olmo3-window-yarn", "phi3-partial-window", "smollm3"),
     ],
 )
 @pytest.mark.parametrize("tokens", [pytest.param(1, marks=pytest.mark.slow), 3])

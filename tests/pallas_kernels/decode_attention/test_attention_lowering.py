@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType
+from marks import slow
 
 from grinqh_jax.benchmarking import random_model
 from grinqh_jax.model import attention
@@ -55,7 +56,7 @@ def kernel_calls(gpu, config, spec, tokens: int, paged: bool) -> list[str]:
     return [line for line in text.splitlines() if "mosaic_gpu" in line and "custom_call" in line]
 
 
-@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu[0])
+@pytest.mark.parametrize("gpu", [GPUS[0], *slow(*GPUS[1:])], ids=lambda gpu: gpu[0])
 @pytest.mark.parametrize("name", random_model.shapes())
 @pytest.mark.parametrize("paged", [False, True])
 def test_one_token(gpu, name, paged):
@@ -67,7 +68,7 @@ def test_one_token(gpu, name, paged):
 
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu[0])
 @pytest.mark.parametrize("head_dim", kernel.HEAD_DIMS)
-@pytest.mark.parametrize("tokens", [1, 4, pytest.param(16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tokens", [4, *slow(1, 16)])
 def test_every_option(gpu, head_dim, tokens):
     config = dataclasses.replace(random_model.shape("Qwen3-0.6B"), head_dim=head_dim)
     options = {"window": 128, "score_scale": 0.1, "score_soft_cap": 30.0}

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType
+from marks import slow
 
 from grinqh_jax.benchmarking import random_model
 from grinqh_jax.decoding import engine, policy
@@ -60,7 +61,7 @@ NARROW = {
 
 
 @pytest.mark.parametrize("name", ["Qwen3-8B", "Llama-3.1-8B", "Qwen3-14B", "narrow"])
-@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("batch", [4, *slow(1)])
 def test_kernels_of_a_step(name, batch, tmp_path):
     if name == "narrow":
         (tmp_path / "config.json").write_text(json.dumps(NARROW))
@@ -125,7 +126,7 @@ def dial_of_zeros(config, batch: int) -> Dial:
     return Dial(jnp.zeros((29, len(names), 4)), jnp.linspace(1.0, 8.0, 29), shares, state, names)
 
 
-@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("batch", [4, *slow(1)])
 def test_the_dial_adds_one_reduction_and_no_branch_to_decoding(batch):
     """A branch would force a host sync at every step, and XLA makes a kernel for every reduction."""
 

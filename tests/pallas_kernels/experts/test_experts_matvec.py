@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import matvec_oracle
 import numpy as np
 import pytest
+from marks import slow
 
 from pallas_kernels import Activations, quantize
 from pallas_kernels.expert_weights import NestedExperts
@@ -36,7 +37,7 @@ def expected(x, weight: NestedExperts, experts, thresholds) -> list[matvec_oracl
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
-@pytest.mark.parametrize("rows", [1, 7, 60])
+@pytest.mark.parametrize("rows", [7, *slow(1, 60)])
 def test_each_row_is_read_at_its_levels_from_its_expert(implementation, rows):
     rng = np.random.default_rng(rows)
     weight, experts = random_experts(), rng.integers(0, NUM_EXPERTS - 1, rows)  # one expert is not chosen

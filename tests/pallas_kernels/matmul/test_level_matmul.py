@@ -35,7 +35,7 @@ cases = st.builds(
 implementations = pytest.mark.parametrize("implementation", ["reference", "xla"])
 
 
-@examples(20)
+@examples(8, in_ci=100)
 @given(case=cases, data=st.data())
 def test_equals_dequantization_and_multiplication(case, data):
     x, weight, _ = case.arrays()

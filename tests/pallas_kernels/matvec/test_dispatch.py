@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
+from marks import slow
 from matvec_cases import Case
 
 from grinqh_jax.benchmarking import random_model
@@ -97,7 +98,7 @@ def test_more_rows_are_launched_in_a_loop(rows, launches):
     assert text.count("custom_call @mosaic_gpu") == launches
 
 
-@pytest.mark.parametrize("rows", [16, 17, 32, 45])
+@pytest.mark.parametrize("rows", [17, *slow(16, 32, 45)])
 @pytest.mark.parametrize("norm", [False, True])
 def test_batches_of_rows_equal_all_rows_at_once(monkeypatch, rows, norm):
     launched = []

@@ -62,7 +62,7 @@ def assert_close(y, expected, tolerance=TOLERANCE):
     assert (error <= tolerance * np.abs(expected).max(axis=-1)).all()
 
 
-@examples(20)
+@examples(8, in_ci=100)
 @given(
     size=st.sampled_from(list(WEIGHTS)),
     rows=st.sampled_from([1, 8, MANY]),
@@ -100,7 +100,7 @@ def test_each_row_of_a_small_batch_equals_the_row_alone(rows):
 
 
 @implementations
-@examples(25)
+@examples(10, in_ci=125)
 @given(
     start=st.lists(st.floats(0, 4, width=32), min_size=4, max_size=4),
     rise=st.lists(st.floats(0, 2, width=32), min_size=4, max_size=4),
