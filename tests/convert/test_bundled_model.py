@@ -22,7 +22,8 @@ def bundled():
     return checkpoint.load(BUNDLED_MODEL)
 
 
-@pytest.mark.parametrize("text", ["law", pytest.param("code", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("text", UNSEEN)
 def test_realised_bits_are_those_asked_for_on_unseen_text(bundled, text):
     tokens = Tokenizer.load(BUNDLED_MODEL).encode(UNSEEN[text].read_text(encoding="utf-8"))[:TOKENS]
     targets = bundled.quantization.targets

@@ -282,6 +282,7 @@ def test_layers_are_read_once_if_the_cache_holds_them(pair, monkeypatch, limit, 
     assert {name: read.count(name) for name in layers} == dict.fromkeys(layers, reads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", ["qwen3-tied"], indirect=True)
 def test_later_steps_compile_nothing(pair, monkeypatch):
     monkeypatch.setattr(train_gains, "STEPS", 3)
