@@ -1,6 +1,5 @@
 """The tokenizer equals transformers' over a grid of the files that transformers reads."""
 
-import itertools
 import json
 
 import pytest
@@ -213,13 +212,11 @@ def ours(directory):
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("variant", FILES)
-@pytest.mark.parametrize("model_types", [["qwen3"], *slow(["llama"])], ids=str)
-def test_every_file_that_transformers_reads_counts(tmp_path, base, variant, model_types):
-    for model_type, tokenizer_class in itertools.product(model_types, CLASSES):
-        directory = write(
-            tmp_path / f"{model_type}-{tokenizer_class}", base, variant, model_type, tokenizer_class
-        )
-        assert ours(directory) == theirs(directory), (model_type, tokenizer_class)
+@pytest.mark.parametrize("model_type", ["qwen3", *slow("llama")])
+def test_every_file_that_transformers_reads_counts(tmp_path, base, variant, model_type):
+    for tokenizer_class in CLASSES:
+        directory = write(tmp_path / f"{tokenizer_class}", base, variant, model_type, tokenizer_class)
+        assert ours(directory) == theirs(directory), tokenizer_class
 
 
 FAST = [
