@@ -9,24 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from batch import Batch
+from marks import slow
 
 from grinqh_jax.decoding import policy
 from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.slots.device import Device
-
-pytestmark = pytest.mark.usefixtures("optimized_programs")
 
 PROMPTS = [[5, 6, 7], list(range(100, 140)), [40, 41]]
 NEVER = (-1, -1)
 """Stop tokens that no row generates; as many as in the tests of stop tokens, for the same programs."""
 
 
-@pytest.fixture(
-    params=[pytest.param(policy.CPU, marks=pytest.mark.slow), policy.GPU],
-    ids=["cpu", "gpu"],
-)
+@pytest.fixture(params=["gpu", *slow("cpu")])
 def device_policy(request) -> DecodePolicy:
-    return request.param
+    """The policy of a device, with short chunks."""
+    usual = policy.GPU if request.param == "gpu" else policy.CPU
+    return dataclasses.replace(usual, chunk_steps=8)
 
 
 @pytest.fixture
@@ -57,6 +55,7 @@ def prefilled(generator, *args, **options) -> Batch:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("device_policy", [policy.CPU, policy.GPU])
 def test_chunks_have_the_length_of_the_policy(generator, device_policy, dispatched):
     usual = prepared(generator, policy=device_policy)
     usual.run()
@@ -79,27 +78,24 @@ def test_the_next_chunk_is_launched_ahead_on_a_gpu(generator, device_policy, dis
 
 
 def test_rows_end_where_they_should(generator, device_policy):
-    short = dataclasses.replace(device_policy, chunk_steps=8)
-    free = prepared(generator, policy=short).run()
+    free = prepared(generator, policy=device_policy).run()
     assert [len(row) for row in free] == [101] * 3
     ends = free[0][20], free[1][50]
     until = [next((i + 1 for i, token in enumerate(row) if token in ends), 101) for row in free]
     assert until[0] <= 21
-    ended = prepared(generator, policy=short, stop_tokens=ends).run()
+    ended = prepared(generator, policy=device_policy, stop_tokens=ends).run()
     assert ended == [row[:n] for row, n in zip(free, until, strict=True)]
-    full = prepared(
-        generator, policy=short, max_tokens=150
-    ).run()  # the longest prompt has 40, and the context 160
+    # The longest prompt has 40 tokens, and the context 160.
+    full = prepared(generator, policy=device_policy, max_tokens=150).run()
     assert [len(row) for row in full] == [150, 120, 150]
     assert [row[:101] for row in full] == free
 
 
 def test_a_stopped_row_yields_nothing_further(generator, device_policy, dispatched):
-    short = dataclasses.replace(device_policy, chunk_steps=8)
-    free = prepared(generator, policy=short).run()
+    free = prepared(generator, policy=device_policy).run()
     ends = [17, 33, 33]
     dispatched.clear()
-    rows = prepared(generator, policy=short, ended=lambda row, tokens: len(tokens) == ends[row]).run()
+    rows = prepared(generator, policy=device_policy, ended=lambda row, tokens: len(tokens) == ends[row]).run()
     assert rows == [row[:end] for row, end in zip(free, ends, strict=True)]
     assert len(dispatched) == 4 + device_policy.chunks_ahead
 
@@ -126,7 +122,7 @@ def test_the_next_prompt_takes_the_slot_of_a_text_that_has_ended(generator, devi
 
 def test_only_the_time_of_the_model_counts(generator, device_policy):
     """The consumer takes longer for a chunk than the model does."""
-    batch = prepared(generator, PROMPTS[:1], policy=device_policy)
+    batch = prepared(generator, PROMPTS[:1], policy=device_policy, max_tokens=41)
     batch.compile([32])
     batch.prefill()
     assert len(batch.rows[0].seconds) == 1
@@ -157,7 +153,7 @@ USUAL_CHUNKS = [(policy.CPU, 16), (policy.GPU, 32)]
 @pytest.mark.parametrize(
     ("temperature", "chunks"),
     [
-        pytest.param(0.0, [(policy.GPU, 32), (policy.GPU, 8), (policy.CPU, 8)], id="greedy"),
+        pytest.param(0.0, [(policy.GPU, 8), (policy.CPU, 16)], id="greedy"),
         pytest.param(0.0, USUAL_CHUNKS, id="greedy-usual", marks=pytest.mark.slow),
         pytest.param(1.0, USUAL_CHUNKS, id="sampled", marks=pytest.mark.slow),
         pytest.param(0.0, EVERY_CHUNK, id="greedy-every-chunk", marks=pytest.mark.slow),
