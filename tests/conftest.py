@@ -63,21 +63,21 @@ MOST_WORKERS = 4
 """Each takes 2 to 3 GB of memory."""
 
 LONGEST_FILES = (
-    "decoding/test_texts.py",
-    "convert/test_converted_models.py",
-    "convert/test_train_gains.py",
     "server/test_openai.py",
-    "decoding/test_engine.py",
-    "decoding/test_generator.py",
-    "package/test_docs.py",
     "serving/test_engine_answers.py",
-    "model/test_families.py",
-    "decoding/test_prompt_cache.py",
-    "baselines/test_reading.py",
+    "package/test_docs.py",
+    "decoding/test_generator.py",
     "benchmarking/test_benchmark.py",
-    "evaluation/test_tasks.py",
+    "cli/test_cli.py",
+    "decoding/test_texts.py",
+    "sharding/test_mesh.py",
     "evaluation/test_perplexity.py",
-    "convert/test_bundled_model.py",
+    "decoding/test_engine.py",
+    "model/test_families.py",
+    "convert/test_converted_models.py",
+    "source/test_gguf.py",
+    "pallas_kernels/matvec/test_graded_matvec.py",
+    "convert/test_mixtures.py",
 )
 """Files that run first, longest first, so that all workers finish at about the same time."""
 
