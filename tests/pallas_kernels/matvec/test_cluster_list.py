@@ -190,13 +190,13 @@ def test_lowers_for(gpu, rows, shape, max_bits, ctas, warps):
 
 @pytest.mark.parametrize("warps", [4, 8])
 @pytest.mark.parametrize(("rows", "ctas_of_multiprocessor"), [(8, 3), (16, 2)])
-@pytest.mark.parametrize("sums", [(1, 1, 2), (2, 1, 4), (2, 2, 4)], ids=str)
+@pytest.mark.parametrize("sums", [(1, 1, 4), (2, 1, 8), (2, 2, 8), (2, 4, 8)], ids=str)
 def test_several_ctas_fit_a_multiprocessor(warps, rows, ctas_of_multiprocessor, sums):
     """An H200's multiprocessor has 228 KiB, of which the driver takes 1 KiB for each CTA."""
-    clusters = ClusterList(ctas=sums[2], warps=warps)
+    clusters = ClusterList(ctas=sums[2], warps=warps, tiles=2)
     config = Config(warpgroups=sums[0], warps_per_group=sums[1], ring_slots=8, cluster_list=clusters)
     x = Activations.of(jnp.zeros((rows, 1024), jnp.bfloat16))
-    geometry = kernel.geometry_of(x, NestedWeight.abstract(1024, 512), config)
+    geometry = kernel.geometry_of(x, NestedWeight.abstract(1024, 1024), config)
     assert ctas_of_multiprocessor * (geometry.shared_bytes + 1024) <= 228 * 1024
 
 

@@ -15,6 +15,9 @@ from pallas_kernels.matvec.mosaic_gpu.shared_list.geometry import (
 OUTPUT_BYTES = 16
 """Bytes of the outputs that a thread stores at once: four consecutive outputs of one activation row."""
 
+UNITS_BYTES = 16
+"""Bytes of the factors from the activations of a row to its codes, one for each plane."""
+
 CHUNK_SCALES_BYTES = layout.TILE // 4 * 2
 """Bytes of the scales of a chunk, 128 outputs of a whole tile, in one group."""
 
@@ -126,9 +129,14 @@ class ClusterListGeometry(SharedListGeometry):
         return self.counts_base + 4 * self.warps
 
     @property
+    def units_base(self) -> int:
+        """The factors from activations to codes, ``[warp][row][plane]``."""
+        return layout.round_up(self.peaks_base + 4 * self.warps * self.rows, UNITS_BYTES)
+
+    @property
     def sections_base(self) -> int:
         """The number of entries of each section, without and with padding."""
-        return self.peaks_base + 4 * self.warps * self.rows
+        return self.units_base + UNITS_BYTES * self.warps * self.rows
 
     @property
     def scales_base(self) -> int:
@@ -142,9 +150,12 @@ class ClusterListGeometry(SharedListGeometry):
 
     @property
     def codes_stride(self) -> int:
-        """Bytes between the high and the low bytes of a row's codes, 32 modulo 128 as in ``shared_list``."""
-        capacity = self.sections * self.section_capacity
-        return capacity + (32 - capacity) % 128
+        """Bytes between the high and the low bytes of a row's codes, 32 modulo 128 as in ``shared_list``.
+
+        A byte for each lane of each segment follows the codes of the list.
+        """
+        size = self.sections * self.section_capacity + LANES * self.segments
+        return size + (32 - size) % 128
 
     @property
     def outputs_base(self) -> int:

@@ -32,7 +32,7 @@ A row of y has the same bits as in the program for one row with the same ``warpg
 """
 
 from pallas_kernels.lanes.instructions import Instructions, Value
-from pallas_kernels.matvec.mosaic_gpu.cluster_list.coding import store_codes
+from pallas_kernels.matvec.mosaic_gpu.cluster_list.coding import load_gains, store_codes
 from pallas_kernels.matvec.mosaic_gpu.cluster_list.combining import combine, copy_scales, reduce
 from pallas_kernels.matvec.mosaic_gpu.cluster_list.geometry import ClusterListGeometry
 from pallas_kernels.matvec.mosaic_gpu.cluster_list.lane_context import lane_context
@@ -58,12 +58,13 @@ def matvec(isa: Instructions, g: ClusterListGeometry, refs: Refs) -> None:
     """Runs the phases in a CTA that multiplies."""
     context = lane_context(isa, g, refs)
     segment = segment_of(g, context)
+    gains = load_gains(isa, g, refs)
     share, listed = list_rows(isa, g, refs, context, segment)
     copy_scales(isa, g, refs, context)
     copies = Copies.create(isa, g, refs, context)
     steps = listed.list_steps * g.tiles_per_cta
     copies.fill_ring(steps)
-    store_codes(isa, g, refs, context, segment, share, listed)
+    store_codes(isa, g, context, segment, share, listed, gains)
 
     def body(i: Value, carry: list[Value]) -> list[Value]:
         first, list_first = carry
