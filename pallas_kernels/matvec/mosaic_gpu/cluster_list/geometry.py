@@ -15,6 +15,9 @@ from pallas_kernels.matvec.mosaic_gpu.shared_list.geometry import (
 OUTPUT_BYTES = 16
 """Bytes of the outputs that a thread stores at once: four consecutive outputs of one activation row."""
 
+BALLOTS_BYTES = 16
+"""Bytes of the ballots of a warp, one for each plane."""
+
 UNITS_BYTES = 16
 """Bytes of the factors from the activations of a row to its codes, one for each plane."""
 
@@ -124,9 +127,14 @@ class ClusterListGeometry(SharedListGeometry):
         return self.records_base + TABLE_BYTES * self.rows * self.sections
 
     @property
+    def ballots_base(self) -> int:
+        """The plane rows that the activation rows of a warp read, ``[segment][part][plane]``."""
+        return layout.round_up(self.counts_base + 4 * self.warps, BALLOTS_BYTES)
+
+    @property
     def peaks_base(self) -> int:
         """The bits of the largest ``|x|``, ``[row][segment]``."""
-        return self.counts_base + 4 * self.warps
+        return self.ballots_base + BALLOTS_BYTES * self.warps
 
     @property
     def units_base(self) -> int:

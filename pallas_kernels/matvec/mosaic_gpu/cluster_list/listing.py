@@ -3,7 +3,11 @@
 import dataclasses
 
 from pallas_kernels.lanes.instructions import LANES, Instructions, Value
-from pallas_kernels.matvec.mosaic_gpu.cluster_list.geometry import ClusterListGeometry, chunks_of_segment
+from pallas_kernels.matvec.mosaic_gpu.cluster_list.geometry import (
+    BALLOTS_BYTES,
+    ClusterListGeometry,
+    chunks_of_segment,
+)
 from pallas_kernels.matvec.mosaic_gpu.cluster_list.lane_context import LaneContext
 from pallas_kernels.matvec.mosaic_gpu.geometry import ROW_BYTES
 from pallas_kernels.matvec.mosaic_gpu.lane_context import Refs
@@ -12,7 +16,6 @@ from pallas_kernels.matvec.mosaic_gpu.shared_list.lane_context import first_chan
 from pallas_kernels.matvec.mosaic_gpu.shared_list.listing import (
     Placed,
     Segment,
-    load_row_x,
     store_padding,
     store_thresholds,
 )
@@ -20,12 +23,14 @@ from pallas_kernels.matvec.mosaic_gpu.shared_list.listing import (
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """The activation rows of a segment whose codes the warp computes."""
+    """The activation rows of a segment that the warp grades, and whose codes it computes."""
 
     part: Value
     """Index of the warp among those of the segment. Its rows are ``part, part + segment_parts, ..``."""
     rows: list[Value]
-    """Indices of the rows. One of the last may not exist."""
+    """Indices of the rows. The last may not exist."""
+    sources: list[Value]
+    """Indices of the rows, 0 instead of one that does not exist."""
     x: list[list[Value]]
     """f32 ``[row][q]``: their activations in the lane's channels."""
 
@@ -52,25 +57,22 @@ def segment_of(g: ClusterListGeometry, context: LaneContext) -> Segment:
 
 
 def share_of(
-    isa: Instructions,
-    g: ClusterListGeometry,
-    refs: Refs,
-    context: LaneContext,
-    segment: Segment,
-    x: list[list[Value]],
+    isa: Instructions, g: ClusterListGeometry, refs: Refs, context: LaneContext, segment: Segment
 ) -> Share:
-    """Returns the warp's share of a segment, whose activations of all rows are ``x``."""
+    """Loads the warp's share of a segment."""
     part = context.warp // g.segments
-    if g.segment_parts == 1:
-        return Share(part, [isa.constant(row) for row in range(g.rows)], x)
-    rows = [part + first for first in range(0, g.rows, g.segment_parts)]
-    loaded = []
-    for row, first in zip(rows, range(0, g.rows, g.segment_parts), strict=True):
-        source = row
-        if first + g.segment_parts > g.rows:
-            source = isa.select(row < g.rows, row, isa.constant(0))
-        loaded.append([load_x(isa, g, refs, source, segment.channel + q) for q in chunks_of_segment(g)])
-    return Share(part, rows, loaded)
+    firsts = range(0, g.rows, g.segment_parts)
+    rows = [part + first if g.segment_parts > 1 else isa.constant(first) for first in firsts]
+    # A row that does not exist has the activations of row 0.
+    sources = [
+        isa.select(row < g.rows, row, isa.constant(0)) if first + g.segment_parts > g.rows else row
+        for row, first in zip(rows, firsts, strict=True)
+    ]
+    x = [
+        [load_x(isa, g, refs, source, segment.channel + q) for q in chunks_of_segment(g)]
+        for source in sources
+    ]
+    return Share(part, rows, sources, x)
 
 
 def load_thresholds(
@@ -91,22 +93,47 @@ def reach(
     isa: Instructions,
     g: ClusterListGeometry,
     context: LaneContext,
-    x: list[list[Value]],
+    share: Share,
     exists: list[Value] | None,
 ) -> list[list[Value]]:
-    """Returns bool ``[plane][q]``: whether some activation row reads the plane row of the channel."""
+    """Returns bool ``[plane][q]``: whether some row of the share reads the plane row of the channel.
+
+    A row that does not exist reads what row 0 reads.
+    """
     reached: list[list[Value]] = []
-    for row in range(g.rows):
-        thresholds = load_thresholds(isa, g, context, isa.constant(row))
+    for row, x in zip(share.sources, share.x, strict=True):
+        thresholds = load_thresholds(isa, g, context, row)
         # Not |x| >= t, because a NaN must reach every level.
-        magnitudes = [isa.absolute(v) for v in x[row]]
+        magnitudes = [isa.absolute(v) for v in x]
         mine = [[~(v < t) for v in magnitudes] for t in thresholds]
-        if row:
+        if reached:
             mine = [[a | b for a, b in zip(*both, strict=True)] for both in zip(reached, mine, strict=True)]
         reached = mine
     if exists is not None:
         reached = [[r & e for r, e in zip(plane, exists, strict=True)] for plane in reached]
     return reached
+
+
+def join_ballots(
+    isa: Instructions,
+    g: ClusterListGeometry,
+    context: LaneContext,
+    segment: Segment,
+    part: Value,
+    ballots: list[list[Value]],
+) -> list[list[Value]]:
+    """Returns the ballots ``[plane][0]`` over the rows of all warps of the segment."""
+    own = [plane[0] for plane in ballots]
+    width = 4 if g.planes == 3 else g.planes  # A vector of three words does not exist.
+    words = own + [isa.constant(0)] * (width - g.planes)
+    first = context.shared + g.ballots_base + segment.index * (BALLOTS_BYTES * g.segment_parts)
+    isa.store_shared(first + part * BALLOTS_BYTES, words, context.lane.equals(0))
+    isa.block_barrier()
+    joined: list[Value] = []
+    for i in range(g.segment_parts):
+        loaded = isa.load_shared(first + i * BALLOTS_BYTES, width)
+        joined = [a | b for a, b in zip(joined, loaded, strict=True)] if joined else loaded
+    return [[ballot] for ballot in joined[: g.planes]]
 
 
 def list_rows(
@@ -121,12 +148,15 @@ def list_rows(
     Lists of tiles follow each other, so the steps of all tiles have one numbering. Every section has at least
     one step, and is padded to whole steps.
     """
-    x = load_row_x(isa, g, refs, segment)
-    share = share_of(isa, g, refs, context, segment, x)
+    share = share_of(isa, g, refs, context, segment)
     store_thresholds(isa, g, refs, context)
     isa.block_barrier()
-    listed = reach(isa, g, context, x, exists_of(isa, g, segment))
+    listed = reach(isa, g, context, share, exists_of(isa, g, segment))
     ballots = [[isa.ballot(condition) for condition in plane] for plane in listed]
+    if g.segment_parts > 1:  # Then a segment has one chunk.
+        ballots = join_ballots(isa, g, context, segment, share.part, ballots)
+        one = isa.constant(1)
+        listed = [[((ballot >> context.lane) & one).equals(1) for ballot in plane] for plane in ballots]
     count = isa.constant(0)
     for ballot in (ballot for plane in ballots for ballot in plane):
         count = count + isa.count_bits(ballot)

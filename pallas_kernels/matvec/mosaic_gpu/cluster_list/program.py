@@ -14,10 +14,11 @@ A CTA has fewer codes, so several CTAs fit a multiprocessor, and the grid fills 
 
 Phases
 ======
-list      Every warp loads the activations of a segment of the channels, lists the plane rows that some
-          activation row reads, and finds the peaks. Sections are padded to whole steps.
-code      Every warp stores the codes of its segment, for all sections before the first multiplication. It
-          needs no load from global memory. ``segment_parts`` warps divide the rows if segments are few.
+list      Every warp loads and grades activations of a segment of the channels, lists the plane rows that some
+          activation row reads, and finds the peaks. Sections are padded to whole steps. ``segment_parts``
+          warps divide the activation rows if segments are few.
+code      Every warp stores the codes of its segment and rows, for all sections before the first
+          multiplication. It needs no load from global memory.
 stream    Copies the listed rows to the ring, ``ring_slots - 1`` steps ahead of the multiplication, also over
           the ends of passes and during the phase code.
 multiply  Multiplies the steps of a pass on the matrix unit, exactly, in int32.
