@@ -23,6 +23,7 @@ from grinqh_jax.decoding.dial import Dial
 from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.programs import Programs
 from grinqh_jax.decoding.sampling import Sampling
+from grinqh_jax.decoding.slots.rehearsal import lowerings
 from grinqh_jax.decoding.slots.settings import Settings
 from grinqh_jax.decoding.texts import Received, Texts
 
@@ -41,7 +42,7 @@ def stream(model, steps: int, temperature: float, args: argparse.Namespace) -> d
         policy=dataclasses.replace(DecodePolicy.for_device(), chunk_steps=steps),
     )
     text, counts, ends = Received(), [], []
-    Programs().compile(texts.device.lowerings([PROMPT_TOKENS], settings, [(settings.greedy, False)]))
+    Programs().compile(lowerings(texts.device, [PROMPT_TOKENS], settings, [(settings.greedy, False)]))
     texts.add(Job([1] * PROMPT_TOKENS, settings, text))
     while text.reason is None:
         before = len(text.tokens)

@@ -9,6 +9,7 @@ from grinqh_jax.decoding.answer_text import AnswerText
 from grinqh_jax.decoding.batching.job import Job
 from grinqh_jax.decoding.prompt_cache import PromptCache
 from grinqh_jax.decoding.request import Request
+from grinqh_jax.decoding.slots.rehearsal import lowerings
 from grinqh_jax.decoding.slots.settings import Settings
 from grinqh_jax.decoding.statistics import Statistics, grading_fields, joined
 from grinqh_jax.decoding.texts import Received, Texts
@@ -137,8 +138,7 @@ class Generation:
         pieces = self._prompt_cache.cut(self._job, self._reused_tokens)
         widths = sorted({piece.tokens.shape[1] for piece in pieces})
         chunks = [(self._settings.greedy, False)] if self._job.limit > 1 else []
-        lowerings = self._texts.device.lowerings(widths, self._settings, chunks)
-        self._generator.programs.compile(lowerings)
+        self._generator.programs.compile(lowerings(self._texts.device, widths, self._settings, chunks))
         self._compile_seconds += time.perf_counter() - started
         self._prepared = True
 

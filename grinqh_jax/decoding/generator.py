@@ -32,6 +32,7 @@ from grinqh_jax.decoding.prompt_cache import PromptCache, conversation_capacity
 from grinqh_jax.decoding.request import Request
 from grinqh_jax.decoding.sampling import Sampling
 from grinqh_jax.decoding.slots.device import Device
+from grinqh_jax.decoding.slots.rehearsal import lowerings
 from grinqh_jax.decoding.slots.settings import Settings
 from grinqh_jax.decoding.slots.shape import contiguous_shape
 from grinqh_jax.decoding.speculation.speculation import Speculation
@@ -222,9 +223,9 @@ class Generator:
             abstract=True,
         )
         small, large = CONVERSATION_WIDTHS
-        self.programs.compile(device.lowerings([small], settings, [(settings.greedy, False)]))
+        self.programs.compile(lowerings(device, [small], settings, [(settings.greedy, False)]))
         if capacity > small:
-            self.programs.compile(device.lowerings([large], settings, []))
+            self.programs.compile(lowerings(device, [large], settings, []))
 
     def settings(self, request: Request, limit: int) -> Settings:
         """Returns the settings of a request that decodes at most ``limit`` tokens.

@@ -25,6 +25,7 @@ from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.reading import MAX_GRADED_ROWS
 from grinqh_jax.decoding.request import Request
 from grinqh_jax.decoding.slots.device import Device
+from grinqh_jax.decoding.slots.rehearsal import compile_all
 from grinqh_jax.decoding.slots.settings import Settings, sampling_rows
 from grinqh_jax.decoding.slots.shape import Shape
 from grinqh_jax.decoding.speculation.speculation import Speculation
@@ -134,7 +135,7 @@ class Engine:
         policy = policy or DecodePolicy.for_device()
         settings = self._settings(Request(), 1)
         device = Device(model, generator.dial(None), self.shape, policy, settings, speculation=speculation)
-        device.compile(generator.programs)
+        compile_all(device, generator.programs, settings)
         self.storage = SharedPages(self.shape, device.graded)
         self.scheduler = Scheduler(device, self.storage, policy)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()

@@ -10,6 +10,7 @@ from grinqh_jax.decoding.generator import Generator
 from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.programs import Programs
 from grinqh_jax.decoding.sampling import Sampling
+from grinqh_jax.decoding.slots.rehearsal import lowerings
 from grinqh_jax.decoding.slots.settings import Settings
 from grinqh_jax.decoding.speculation.speculation import Speculation
 from grinqh_jax.decoding.texts import Received, Texts
@@ -68,7 +69,7 @@ class Batch:
     def compile(self, widths: Sequence[int]) -> None:
         """Compiles the programs for prompts of these bucket widths."""
         settings = self.jobs[0].settings
-        Programs().compile(self.texts.device.lowerings(widths, settings, [(settings.greedy, False)]))
+        Programs().compile(lowerings(self.texts.device, widths, settings, [(settings.greedy, False)]))
 
     def prefill(self) -> None:
         """Reads all prompts, until the first token of each row has arrived."""

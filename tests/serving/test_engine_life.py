@@ -17,6 +17,7 @@ from grinqh_jax.decoding.paged_cache import count_pages, page_bytes
 from grinqh_jax.decoding.programs import Programs
 from grinqh_jax.decoding.request import Request
 from grinqh_jax.decoding.slots.device import Device
+from grinqh_jax.decoding.slots.rehearsal import compile_all, lowerings
 from grinqh_jax.decoding.slots.shape import Shape
 from grinqh_jax.errors import UsageError
 from grinqh_jax.memory import memory_in_use
@@ -67,10 +68,10 @@ def test_all_programs_of_an_engine_are_lowered_in_advance(generator, compilation
     shape = Shape(slots=2, max_context=64, page_size=8, piece=32, num_pages=20, stop_tokens=1)
     device = Device(generator.model, generator.dial(None), shape, SHORT, settings)
     programs, chunks = Programs(), [(False, False), (True, False), (False, True)]
-    programs.compile(device.lowerings([32, 64], settings, chunks, logprobs=(False, True)))
+    programs.compile(lowerings(device, [32, 64], settings, chunks, logprobs=(False, True)))
     assert len(compilations) >= 10
     before = len(compilations)
-    device.compile(programs)
+    compile_all(device, programs, settings)
     assert len(compilations) == before
 
 
@@ -129,7 +130,7 @@ def test_close_ends_the_thread_that_waits_for_results(engine):
     ahead = dataclasses.replace(SHORT, chunks_ahead=1)
     before = set(threading.enumerate())
     scheduler = Scheduler(engine.scheduler._device, engine.storage, ahead)
-    slow = scheduler._reader.submit(time.sleep, 0.3)
+    slow = scheduler._in_flight._reader.submit(time.sleep, 0.3)
     assert set(threading.enumerate()) - before
     scheduler.close()
     assert slow.done()

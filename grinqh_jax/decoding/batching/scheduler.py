@@ -7,46 +7,21 @@ shared prefixes read the same pieces. An answer therefore does not depend on loa
 A single text runs in the same loop, with one slot.
 """
 
-import collections
-import concurrent.futures
 import dataclasses
-import functools
 import heapq
 import itertools
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
+from grinqh_jax.decoding.batching.in_flight import Arrival, InFlight, Work
 from grinqh_jax.decoding.batching.job import FinishReason, Job, Storage
-from grinqh_jax.decoding.engine.chunk import Chunk
 from grinqh_jax.decoding.logprobs import TokenLogprobs
 from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.slots.device import Device
-from grinqh_jax.decoding.speculation.chunk import Counts
-from grinqh_jax.decoding.speculation.draft_length import DraftLength, StepShape
-
-
-@dataclasses.dataclass(frozen=True)
-class _InFlight:
-    """Results that the device may still be computing.
-
-    Attributes:
-      jobs: Jobs by row of the chunk, as they were when the work was dispatched.
-      result: Function that waits for a decode chunk, or for the first token of the only job; returns it and
-        what speculation did as numpy arrays, and the time at which it arrived.
-      asked: Time at which the work was dispatched.
-      is_first: Whether the result is a first token.
-      shape: Sizes of the steps of a chunk with speculation; None without.
-    """
-
-    jobs: dict[int, Job]
-    result: Callable[[], tuple[Chunk, Counts | None, float]]
-    asked: float
-    is_first: bool
-    shape: StepShape | None = None
+from grinqh_jax.decoding.speculation.draft_length import DraftLength
 
 
 class Scheduler:
@@ -79,18 +54,16 @@ class Scheduler:
         self._policy = policy
         self._prompts_first = prompts_first
         self._free_slots = list(range(device.shape.slots - 1, -1, -1))
-        self._in_flight: collections.deque[_InFlight] = collections.deque()
+        self._in_flight = InFlight(in_thread=policy.chunks_ahead > 0)
         self._numbers = itertools.count()
-        self._reader = concurrent.futures.ThreadPoolExecutor(1)
         self._draft_length: DraftLength | None = None
         if (speculation := device.speculation) is not None:
             self._draft_length = DraftLength(device.step_shapes, always=speculation.always)
-        self._arrived = 0.0
         self._launched = False
 
     def close(self) -> None:
         """Ends the thread that waits for results, after the one that it waits for."""
-        self._reader.shutdown(cancel_futures=True)
+        self._in_flight.close()
 
     @property
     def idle(self) -> bool:
@@ -147,7 +120,7 @@ class Scheduler:
     def deliver(self) -> bool:
         """Delivers the next result of the round, if one is due; returns whether another one is."""
         if self._is_due():
-            self._deliver(self._in_flight.popleft())
+            self._deliver(self._in_flight.next())
         # A delivered job may have made room, so a round without a chunk ends here.
         return self._launched and self._is_due()
 
@@ -158,8 +131,7 @@ class Scheduler:
 
     def _is_due(self) -> bool:
         ahead = self._policy.chunks_ahead if self._launched and not self._masked else 0
-        chunks = sum(not work.is_first for work in self._in_flight)
-        return bool(self._in_flight) and (chunks > ahead or self._in_flight[0].is_first)
+        return self._in_flight.chunks > ahead or self._in_flight.next_is_first
 
     def _admit(self) -> None:
         """Gives slots and pages to waiting jobs, in order. The first one that does not fit waits for both."""
@@ -208,37 +180,34 @@ class Scheduler:
         self.decoding[job.slot] = job
         if job.turned is not None:
             self.turn(job, job.turned)
-        self._track({0: job}, (first, None), job.admitted, is_first=True)
+        self._in_flight.add(Work({0: job}, job.admitted, is_first=True), first)
 
     def _launch(self) -> bool:
         """Dispatches a decode chunk, if an answer may go on; returns whether it has."""
-        masks = {
-            slot: self._allowed(job) for slot, job in list(self.decoding.items()) if job.grammar is not None
-        }
-        if all(job.dispatched >= job.limit for job in self.decoding.values()):
+        masks = self._masks()
+        jobs = self.decoding.values()
+        if all(job.dispatched >= job.limit for job in jobs):
             return False
         asked = time.perf_counter()
-        logprobs = any(job.logprobs for job in self.decoding.values())
-        greedy = not logprobs and all(job.greedy for job in self.decoding.values())
-        allowed = {slot: mask for slot, mask in masks.items() if mask is not None}
+        logprobs = any(job.logprobs for job in jobs)
+        greedy = not logprobs and all(job.greedy for job in jobs)
         if self._draft_length is not None:
-            if self._masked:
-                results = self._device.speculate_masked(self._device.masks(allowed))
-                for job in self.decoding.values():
-                    job.dispatched += 1
-                self._track(dict(self.decoding), results, asked, shape=self._draft_length.shapes[0])
-            else:
-                self._speculate(self._draft_length, greedy, logprobs, asked)
+            self._speculate(self._draft_length, greedy, logprobs, masks, asked)
             return True
-        level = self._device.level(float(job.settings.bits[0]) for job in self.decoding.values())
-        if self._masked:
-            chunk, steps = self._device.generate_masked(self._device.masks(allowed), level), 1
-        else:
-            chunk, steps = self._device.generate(greedy, logprobs, level), self._policy.chunk_steps
-        for job in self.decoding.values():
-            job.dispatched += steps
-        self._track(dict(self.decoding), (chunk, None), asked)
+        level = self._device.level(float(job.settings.bits[0]) for job in jobs)
+        chunk = self._device.generate(greedy, logprobs, level, masks)
+        for job in jobs:
+            job.dispatched += self._policy.chunk_steps if masks is None else 1
+        self._in_flight.add(Work(dict(self.decoding), asked), chunk)
         return True
+
+    def _masks(self) -> Any:
+        """Returns the tokens that each slot may choose next; None if no answer has a grammar."""
+        allowed = {}
+        for slot, job in list(self.decoding.items()):
+            if job.grammar is not None and (mask := self._allowed(job)) is not None:
+                allowed[slot] = mask
+        return self._device.masks(allowed) if self._masked else None
 
     def _allowed(self, job: Job) -> Any:
         """Returns the tokens that may come next in an answer with a grammar; None if it fails and ends."""
@@ -249,47 +218,27 @@ class Scheduler:
             self._end(job, error)
             return None
 
-    def _speculate(self, length: DraftLength, greedy: bool, logprobs: bool, asked: float) -> None:
+    def _speculate(self, length: DraftLength, greedy: bool, logprobs: bool, masks: Any, asked: float) -> None:
         """Dispatches a decode chunk with speculation. Few answers share the rows of all slots."""
-        shape, slots = (
-            length.choose([job.acceptance for job in self.decoding.values()]),
-            self._device.shape.slots,
-        )
+        shape, slots = length.shapes[0], self._device.shape.slots
+        if masks is None:
+            shape = length.choose([job.acceptance for job in self.decoding.values()])
         rows = list(range(slots))
         if shape.texts < slots:
             others = (slot for slot in rows if slot not in self.decoding)
             rows = [*self.decoding, *others][: shape.texts]
-        drafts = shape.drafts
-        results = self._device.speculate(rows, [drafts] * len(rows), drafts, greedy, logprobs)
+        most = [shape.drafts] * len(rows)
+        chunk, counts = self._device.speculate(rows, most, shape.drafts, greedy, logprobs, masks)
         jobs = {row: self.decoding[slot] for row, slot in enumerate(rows) if slot in self.decoding}
         for job in jobs.values():
-            job.dispatched += self._device.steps(drafts)
-        self._track(jobs, results, asked, shape=shape)
+            job.dispatched += self._device.steps(shape.drafts) if masks is None else 1
+        self._in_flight.add(Work(jobs, asked, shape=shape), chunk, counts)
 
-    def _track(
-        self,
-        jobs: dict[int, Job],
-        results: tuple[Chunk, Counts | None],
-        asked: float,
-        *,
-        is_first: bool = False,
-        shape: StepShape | None = None,
-    ) -> None:
-        """Remembers to deliver results. With chunks ahead, a thread waits for them and takes the time."""
-        if self._policy.chunks_ahead:
-            result = self._reader.submit(_to_host, results).result
-        else:
-            result = functools.partial(_to_host, results)
-        self._in_flight.append(_InFlight(jobs, result, asked, is_first, shape))
-
-    def _deliver(self, work: _InFlight) -> None:
-        """Waits for results and gives them to their jobs."""
-        chunk: Any
-        chunk, counts, arrived = work.result()
-        seconds = arrived - (work.asked if work.is_first else max(work.asked, self._arrived))
-        self._arrived = arrived
-        if counts is not None:
-            self._learn(work, counts, seconds)
+    def _deliver(self, arrival: Arrival) -> None:
+        """Gives results to their jobs."""
+        work, chunk = arrival.work, arrival.chunk
+        if arrival.counts is not None:
+            self._learn(arrival)
         for row, job in work.jobs.items():
             if job.ended:
                 continue
@@ -303,7 +252,7 @@ class Scheduler:
                 if work.is_first and job.prompt_results:
                     job.answer.receive_prompt(_concatenated(jax.device_get(job.prompt_results)))
                     job.prompt_results.clear()
-                stopped = job.answer.receive(tokens, stats, logprobs, seconds)
+                stopped = job.answer.receive(tokens, stats, logprobs, arrival.seconds)
                 if job.grammar is not None and not chunk.done[row]:
                     stopped |= any(job.grammar.push(token) for token in tokens)
             except Exception as error:  # Other answers go on.
@@ -312,26 +261,21 @@ class Scheduler:
             if stopped or chunk.done[row]:
                 self._end(job, "stop" if stopped else "length")
 
-    def _learn(self, work: _InFlight, counts: Any, seconds: float) -> None:
+    def _learn(self, arrival: Arrival) -> None:
         """Updates what is known of the texts of a chunk with speculation, and of the time of a step."""
+        shape, seconds = arrival.work.shape, arrival.seconds
         assert self._draft_length is not None, "the device speculates"
-        assert work.shape is not None, "a chunk with speculation has a shape"
-        for row, job in work.jobs.items():
-            steps, tried, drafted, accepted = (
-                int(values[row]) for values in (counts.steps, counts.tried, counts.drafted, counts.accepted)
-            )
-            if work.shape.drafts:
-                job.acceptance.update(steps, tried, drafted, accepted)
-                job.figures.seconds += seconds
-            job.figures.steps += steps
-            job.figures.drafting_steps += tried
-            job.figures.drafted += drafted
-            job.figures.accepted += accepted
-            job.figures.rejected_bits += float(counts.rejected_bits[row])
-        steps = int(np.max(counts.steps))
+        assert shape is not None, "a chunk with speculation has a shape"
+        for row, job in arrival.work.jobs.items():
+            counts = jax.tree.map(lambda values: values[row].item(), arrival.counts)  # noqa: B023
+            drafting = counts.steps, counts.tried, counts.drafted, counts.accepted
+            job.figures.add(*drafting, counts.rejected_bits, seconds if shape.drafts else 0.0)
+            if shape.drafts:
+                job.acceptance.update(*drafting)
+        steps = int(np.max(arrival.counts.steps))
         if steps > 1:  # A chunk of one step is mostly launch.
-            every = steps if self._policy.early_exit else self._device.steps(work.shape.drafts)
-            self._draft_length.measure(work.shape, every, seconds)
+            every = steps if self._policy.early_exit else self._device.steps(shape.drafts)
+            self._draft_length.measure(shape, every, seconds)
 
     def _end(self, job: Job, reason: FinishReason | Exception) -> None:
         """Frees a job's slot and pages, wherever the job is, and reports its end or its failure."""
@@ -352,13 +296,6 @@ class Scheduler:
             job.answer.end(reason)
         except Exception as error:
             job.answer.fail(error)
-
-
-def _to_host(
-    results: tuple[Chunk, Counts | None],
-) -> tuple[Chunk, Counts | None, float]:
-    """Fetches a chunk as numpy arrays, all in one transfer; returns it and the time of its arrival."""
-    return *jax.device_get(results), time.perf_counter()
 
 
 def _concatenated(results: list[tuple[TokenLogprobs, int]]) -> TokenLogprobs:

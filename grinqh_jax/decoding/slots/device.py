@@ -1,9 +1,8 @@
-"""The model and its state on the device: compiles and dispatches the programs of all slots."""
+"""The model and its state on the device: dispatches the programs of all slots."""
 
 import dataclasses
 import functools
-import itertools
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,29 +12,24 @@ from jaxtyping import Int, UInt32
 from grinqh_jax.decoding import reading
 from grinqh_jax.decoding.dial import Dial
 from grinqh_jax.decoding.engine.chunk import Chunk
-from grinqh_jax.decoding.engine.prompt import PREVIEW_TOKENS
 from grinqh_jax.decoding.logprobs import MOST_LOGPROBS, TokenLogprobs
 from grinqh_jax.decoding.paged_cache import PagedCache
 from grinqh_jax.decoding.policy import DecodePolicy
-from grinqh_jax.decoding.prefill_buckets import PrefillBucket, bucket_widths
-from grinqh_jax.decoding.programs import Lowering, Programs
-from grinqh_jax.decoding.reading import MAX_GRADED_ROWS
-from grinqh_jax.decoding.slots import answers, prompts
+from grinqh_jax.decoding.prefill_buckets import PrefillBucket
+from grinqh_jax.decoding.slots import answers, prompts, speculate
+from grinqh_jax.decoding.slots.placement import Placement
 from grinqh_jax.decoding.slots.prefix import Prefix
 from grinqh_jax.decoding.slots.settings import Settings
 from grinqh_jax.decoding.slots.shape import Shape
-from grinqh_jax.decoding.slots.speculate import read_prompt, speculate
 from grinqh_jax.decoding.slots.state import DecodeState
 from grinqh_jax.decoding.speculation import block_dial
 from grinqh_jax.decoding.speculation.chunk import Counts
 from grinqh_jax.decoding.speculation.draft_length import StepShape, step_shapes
-from grinqh_jax.decoding.speculation.speculation import Speculation
-from grinqh_jax.errors import UsageError
-from grinqh_jax.model.cache import rollback_lacks
+from grinqh_jax.decoding.speculation.speculation import Speculation, check_speculation
 from grinqh_jax.model.decoder import Decoder
 from grinqh_jax.model.fixed_states import FixedStates, fixed_states
 from grinqh_jax.model.flat_model import FlatModel
-from grinqh_jax.sharding.program import shardings, zeros_on_mesh
+from grinqh_jax.sharding.program import zeros_on_mesh
 from pallas_kernels.layout import DIGIT_BITS
 
 
@@ -45,6 +39,7 @@ class Device:
     Attributes:
       shape: Sizes of state and programs.
       graded: Whether the model is graded.
+      levels: Values of the argument ``level`` of ``generate``.
       speculation: How the device speculates; None if it does not.
       step_shapes: Shapes of steps with speculation; empty without.
     """
@@ -71,7 +66,7 @@ class Device:
           settings: Settings of one request; those of all requests have the same structure.
           cache: Pages of all texts, of the same shape; by default empty ones.
           speculation: How to speculate, if at all.
-          abstract: Whether to allocate nothing; only ``lowerings`` may be called then.
+          abstract: Whether to allocate nothing, and run nothing (see ``rehearsal.lowerings``).
 
         Raises:
           UsageError: There is speculation, and the cache of the model cannot be rolled back, or there are too
@@ -79,43 +74,32 @@ class Device:
         """
         self.shape = shape
         self.graded = dial is not None
-        self._config, self._policy, self._partition = model.config, policy, model.partition
+        self.speculation = speculation
+        self.step_shapes: list[StepShape] = []
+        if speculation is not None:
+            check_speculation(model.config, shape.slots, shape.contiguous)
+            self.step_shapes = step_shapes(shape.slots, speculation.most_drafts, shape.contiguous)
+            dial = None if dial is None else block_dial.in_blocks(dial)
+        self._config, self._policy = model.config, policy
         self._cache_config, self._dtype = model.cache_config, model.compute_dtype
-        self._one_step = dataclasses.replace(policy, chunk_steps=1)
         self._top_logprobs = min(MOST_LOGPROBS, model.config.vocab_size)
-        # The sharding of all arguments is the same from the first call on, because jit compiles again for
-        # another one.
-        self._sharding = model.norm.scale[...].sharding
-        self._abstract = abstract
         self._num_planes = model.full_bits // DIGIT_BITS if self.graded else 0
         # Texts that share nothing are evaluated, each token at its own levels, whatever their number.
         graded_rows = shape.contiguous or not self.graded
-        self._levels = [None] if graded_rows else reading.possible_levels(shape.slots, self._num_planes)
-        self.speculation, self.step_shapes = speculation, list[StepShape]()
-        drafter = None
-        if speculation is not None:
-            if shape.slots > MAX_GRADED_ROWS and not shape.contiguous:
-                raise UsageError(
-                    f"speculation reads at most {MAX_GRADED_ROWS} rows together, and there are {shape.slots} "
-                    f"slots; use at most {MAX_GRADED_ROWS}, or decode without speculation"
-                )
-            if (lacking := rollback_lacks(model.config)) is not None:
-                raise UsageError(
-                    f"speculation needs a cache that can be rolled back, and this model has {lacking}; "
-                    "decode without speculation"
-                )
-            drafter = speculation.drafter
-            self.step_shapes = step_shapes(shape.slots, speculation.most_drafts, shape.contiguous)
-            dial = None if dial is None else block_dial.in_blocks(dial)
-        self._model, self._dial = FlatModel(model), jax.device_put(dial, self._sharding)
-        self._drafter = jax.device_put(drafter, self._sharding)
+        self.levels = [None] if graded_rows else reading.possible_levels(shape.slots, self._num_planes)
+        self._placement = Placement.of_model(model, abstract)
+        sharding = self._placement.sharding
+        self._model, self._dial = FlatModel(model), jax.device_put(dial, sharding)
+        self._drafter = jax.device_put(None if speculation is None else speculation.drafter, sharding)
 
         def state() -> DecodeState:
             sizes = shape.num_pages, shape.page_size, self._dtype, shape.ring_context
             pages = cache or zeros_on_mesh(
                 lambda: PagedCache.create(self._cache_config, *sizes), model.partition
             )
-            per_slot, fixed = None if shape.contiguous else shape.pages_per_slot, self._fixed(shape.slots)
+            fixed = zeros_on_mesh(self._empty_fixed(shape.slots), model.partition)
+            per_slot = None if shape.contiguous else shape.pages_per_slot
+            drafter = None if speculation is None else speculation.drafter
             return DecodeState.create(
                 pages, model.config, settings, shape.slots, per_slot, self.graded, fixed, drafter
             )
@@ -127,119 +111,9 @@ class Device:
         """Pages of all texts, after the work dispatched so far. The next call of a method donates them."""
         return self._state.cache
 
-    def compile(self, programs: Programs) -> None:
-        """Compiles all programs, several at once, and runs them on no tokens. No slot may be in use."""
-        settings = jax.tree.map(lambda rows: np.asarray(rows)[:1], self._state.slots.settings)
-        widths = bucket_widths(max(self.shape.piece, PREVIEW_TOKENS))
-        chunks = (False, False), (True, False), (False, True)
-        programs.compile(self.lowerings(widths, settings, chunks, logprobs=(False, True)))
-        for _ in range(2):  # The second time all inputs are outputs of the programs.
-            for width in widths:
-                prefix = self.prefix([], 0)
-                bucket = PrefillBucket(np.zeros((1, width), np.int32), np.zeros(1, np.int32), 0)
-                for _ in range(2):  # A prefix without tokens, and one that a prefill returned.
-                    if self.shape.prompt_logprobs:
-                        self.prompt_logprobs(prefix, bucket, bucket.tokens)
-                    prefix = self.prefill(prefix, bucket, settings)
-            for logprobs in (False, True):
-                self.insert(0, prefix, [], settings, logprobs)
-            if self.speculation is None:
-                for level, (greedy, logprobs) in itertools.product(self._levels, chunks):
-                    self.generate(greedy, logprobs, level)
-            for shape, (greedy, logprobs) in itertools.product(self.step_shapes, chunks):
-                rows = range(shape.texts)
-                self.speculate(rows, [0] * shape.texts, shape.drafts, greedy, logprobs)
-            if self.shape.grammars:
-                allowed = self._all_allowed(self.shape.slots)
-                if self.speculation is not None:
-                    self.speculate_masked(allowed)
-                else:
-                    for level in self._levels:
-                        self.generate_masked(allowed, level)
-            if self.graded:
-                self.turn(0, 0.0)
-            self.free(0)
+    def wait(self) -> None:
+        """Waits for all work that was dispatched."""
         jax.block_until_ready(self._state)
-
-    def lowerings(
-        self,
-        widths: Iterable[int],
-        settings: Settings,
-        chunks: Iterable[tuple[bool, bool]],
-        logprobs: Iterable[bool] = (False,),
-    ) -> dict[Hashable, Lowering]:
-        """Returns the lowerings of the programs that jobs run.
-
-        Args:
-          widths: Widths of the pieces of their prompts.
-          settings: Settings of one of them.
-          chunks: Arguments of ``generate``.
-          logprobs: Arguments of ``insert``.
-        """
-        wanted: dict[Hashable, Lowering] = {}
-
-        def add(name: str, lower: Callable[..., jax.stages.Lowered], *arguments: Any, **static: Any) -> None:
-            arguments = self._structs(arguments)
-            leaves, structure = jax.tree.flatten(arguments)
-            sizes = tuple((leaf.shape, leaf.dtype.name) for leaf in leaves)
-            wanted[name, structure, sizes, *static.items()] = functools.partial(lower, *arguments, **static)
-
-        def of_model(function: Any) -> Callable[..., jax.stages.Lowered]:
-            return functools.partial(function.lower, self._model)
-
-        state, dial, one, slot = self._state, self._dial, np.zeros(1, np.int32), np.int32(0)
-        fixed, policy = jax.eval_shape(lambda: self._fixed(1)), self._policy
-        prefix = Prefix.create(self._config, self._row([]), 0, self.graded, fixed)
-        thresholds = None
-        if dial is not None:
-            add("thresholds", prompts.preview_thresholds.lower, dial, settings.bits)
-            thresholds = jax.eval_shape(prompts.preview_thresholds, dial, settings.bits)
-        for width in widths:
-            tokens = np.zeros((1, width), np.int32)
-            prefill = of_model(prompts.prefill)
-            add("prefill", prefill, state.cache, prefix, tokens, one, thresholds)
-            if state.drafter is not None:
-                read = self._drafter, state.drafter, prefix.pages, prefix.length, tokens, one
-                add("read_prompt", read_prompt.lower, *read)
-            if self.shape.prompt_logprobs:
-                lower, count = of_model(prompts.prompt_logprobs), self._top_logprobs
-                add("prompt_logprobs", lower, state.cache, prefix, tokens, tokens, top_logprobs=count)
-        for wants in logprobs:
-            arguments: Any = state, slot, prefix, settings, self._in_prompt([]), dial, self._any_first()
-            arguments += self._drafting([])
-            insert = answers.insert.lower
-            add("insert", insert, *arguments, policy=policy, top_logprobs=self._count(wants))
-        levels = self._levels if self.speculation is None else []
-        for level, (greedy, wants) in itertools.product(levels, chunks):
-            static = {"policy": policy, "greedy": greedy, "level": level}
-            static["top_logprobs"] = self._count(wants)
-            add("generate", of_model(answers.generate), state, dial, **static)
-        for shape, (greedy, wants) in itertools.product(self.step_shapes, chunks):
-            rows = np.zeros(shape.texts, np.int32)
-            static = {"policy": policy, "greedy": greedy, "top_logprobs": self._count(wants)}
-            static |= {"steps": self.steps(shape.drafts), "drafts": shape.drafts}
-            add("speculate", of_model(speculate), state, dial, self._drafter, rows, rows, None, **static)
-        if self.shape.grammars:
-            allowed, rows = self._all_allowed(self.shape.slots), np.zeros(self.shape.slots, np.int32)
-            static = {"policy": self._one_step, "greedy": False, "top_logprobs": self._top_logprobs}
-            for level in levels:
-                add(
-                    "generate",
-                    of_model(answers.generate),
-                    state,
-                    dial,
-                    allowed,
-                    level=level,
-                    **static,
-                )
-            if self.speculation is not None:
-                arguments = state, dial, self._drafter, rows, rows, allowed
-                add("speculate", of_model(speculate), *arguments, steps=1, drafts=0, **static)
-        if self.shape.slots > 1:
-            add("free", answers.free.lower, state, slot)
-        if self.graded and not self.shape.contiguous:
-            add("turn", answers.turn.lower, state, slot, np.float32(0))
-        return wanted
 
     def prefix(self, pages: Sequence[int], length: int, fixed: FixedStates | None = None) -> Prefix:
         """Returns the prefix of a text whose first ``length`` tokens are in its pages already.
@@ -249,18 +123,35 @@ class Device:
           length: Number of tokens that are reused.
           fixed: States of a fixed size after them; by default those before the first token.
         """
-        prefix = Prefix.create(self._config, self._row(pages), length, self.graded, fixed or self._fixed(1))
-        return self._put(prefix)
+        row = np.full(self.shape.pages_per_slot, self.shape.num_pages, np.int32)
+        row[: len(pages)] = pages
+        if not fixed:
+            make, placement = self._empty_fixed(1), self._placement
+            fixed = jax.eval_shape(make) if placement.abstract else zeros_on_mesh(make, placement.partition)
+        return self._put(Prefix.create(self._config, row, length, self.graded, fixed))
 
     def prefill(self, prefix: Prefix, piece: PrefillBucket, settings: Settings) -> Prefix:
         """Reads the next piece of a prompt (see ``prompts.prefill``)."""
         tokens, lengths, bits = self._put((piece.tokens, piece.lengths, settings.bits))
-        thresholds = None if self._dial is None else prompts.preview_thresholds(self._dial, bits)
-        drafter = self._state.drafter
+        thresholds, drafter = None, self._state.drafter
+        if (dial := self._dial) is not None:
+            program = prompts.preview_thresholds
+            thresholds = self._run(
+                "thresholds", program, dial, bits, result=lambda: jax.eval_shape(program, dial, bits)
+            )
         if drafter is not None:
-            arguments = prefix.pages, prefix.length, tokens, lengths
-            drafter = read_prompt(self._drafter, drafter, *arguments)
-        cache, prefix = prompts.prefill(self._model, self._state.cache, prefix, tokens, lengths, thresholds)
+            arguments = self._drafter, drafter, prefix.pages, prefix.length, tokens, lengths
+            drafter = self._run("read_prompt", speculate.read_prompt, *arguments, result=lambda: drafter)
+        cache, prefix = self._run_model(
+            "prefill",
+            prompts.prefill,
+            self._state.cache,
+            prefix,
+            tokens,
+            lengths,
+            thresholds,
+            result=lambda: (self._state.cache, prefix),
+        )
         self._state = dataclasses.replace(self._state, cache=cache, drafter=drafter)
         return prefix
 
@@ -269,8 +160,15 @@ class Device:
     ) -> TokenLogprobs:
         """Returns log-probabilities of a piece, before it is read (see ``prompts.prompt_logprobs``)."""
         tokens, following = self._put((piece.tokens, following))
-        cache, logprobs = prompts.prompt_logprobs(
-            self._model, self._state.cache, prefix, tokens, following, top_logprobs=self._top_logprobs
+        cache, logprobs = self._run_model(
+            "prompt_logprobs",
+            prompts.prompt_logprobs,
+            self._state.cache,
+            prefix,
+            tokens,
+            following,
+            top_logprobs=self._top_logprobs,
+            result=lambda: (self._state.cache, None),
         )
         self._state = dataclasses.replace(self._state, cache=cache)
         return logprobs
@@ -285,11 +183,15 @@ class Device:
         allowed: UInt32[np.ndarray, "words"] | None = None,
     ) -> Chunk:
         """Starts the answer to a prompt in a slot; returns its first token (see ``answers.insert``)."""
-        mask = self._any_first() if allowed is None else allowed[None]
-        row, settings, in_prompt, mask, drafting = self._put(
-            (np.int32(slot), settings, self._in_prompt(prompt), mask, self._drafting(prompt))
+        mask: Any = None
+        if self.shape.grammars:
+            mask = self._all_allowed(1) if allowed is None else allowed[None]
+        row, settings, in_prompt, mask, padded = self._put(
+            (np.int32(slot), settings, self._in_prompt(prompt), mask, self._padded(prompt))
         )
-        self._state, first = answers.insert(
+        self._state, first = self._run(
+            "insert",
+            answers.insert,
             self._state,
             row,
             prefix,
@@ -297,49 +199,19 @@ class Device:
             in_prompt,
             self._dial,
             mask,
-            *drafting,
+            self._drafter,
+            padded,
             policy=self._policy,
             top_logprobs=self._count(logprobs),
+            result=lambda: (self._state, None),
         )
         return first
 
     def level(self, bits: Iterable[float]) -> int | None:
         """Returns the level at which a chunk reads weights for rows that want these bits; None to grade."""
-        if self._levels == [None]:
+        if self.levels == [None]:
             return None
         return reading.batch_level(self.shape.slots, bits, self._num_planes)
-
-    def generate(self, greedy: bool, logprobs: bool, level: int | None = None) -> Chunk:
-        """Decodes a chunk for all slots (see ``answers.generate``)."""
-        self._state, chunk = answers.generate(
-            self._model,
-            self._state,
-            self._dial,
-            policy=self._policy,
-            greedy=greedy,
-            top_logprobs=self._count(logprobs),
-            level=level,
-        )
-        return chunk
-
-    def generate_masked(self, allowed: UInt32[np.ndarray, "b words"], level: int | None = None) -> Chunk:
-        """Decodes one token for all slots, of those that each may choose, with its log-probabilities.
-
-        Args:
-          allowed: Tokens that each slot may choose (see ``sampling.Sampling``).
-          level: As in ``generate``.
-        """
-        self._state, chunk = answers.generate(
-            self._model,
-            self._state,
-            self._dial,
-            self._put(allowed),
-            policy=self._one_step,
-            greedy=False,
-            level=level,
-            top_logprobs=self._top_logprobs,
-        )
-        return chunk
 
     def masks(self, allowed: Mapping[int, UInt32[np.ndarray, "words"]]) -> UInt32[np.ndarray, "b words"]:
         """Returns the masks of all slots; those that ``allowed`` lacks may choose every token."""
@@ -348,44 +220,61 @@ class Device:
             masks[slot] = mask
         return masks
 
-    def speculate(
-        self, rows: Sequence[int], most_drafts: Sequence[int], drafts: int, greedy: bool, logprobs: bool
-    ) -> tuple[Chunk, Counts]:
-        """Decodes a chunk for some slots (see ``decode.speculate``). Its rows are those of ``rows``."""
-        slots, most = self._put((np.asarray(rows, np.int32), np.asarray(most_drafts, np.int32)))
-        self._state, chunk, counts = speculate(
-            self._model,
-            self._state,
-            self._dial,
-            self._drafter,
-            slots,
-            most,
-            None,
-            policy=self._policy,
-            greedy=greedy,
-            top_logprobs=self._count(logprobs),
-            steps=self.steps(drafts),
-            drafts=drafts,
-        )
-        return chunk, counts
+    def generate(
+        self,
+        greedy: bool,
+        logprobs: bool,
+        level: int | None = None,
+        allowed: UInt32[np.ndarray, "b words"] | None = None,
+    ) -> Chunk:
+        """Decodes a chunk for all slots (see ``answers.generate``).
 
-    def speculate_masked(self, allowed: UInt32[np.ndarray, "b words"]) -> tuple[Chunk, Counts]:
-        """Decodes one token for all slots without drafts, as ``generate_masked`` does."""
-        slots = self.shape.slots
-        rows, most, mask = self._put((np.arange(slots, dtype=np.int32), np.zeros(slots, np.int32), allowed))
-        self._state, chunk, counts = speculate(
-            self._model,
+        Args:
+          greedy: Whether all answers are decoded greedily.
+          logprobs: Whether the chunk has log-probabilities.
+          level: Level at which all weights are read, one of ``levels``.
+          allowed: Tokens that each slot may choose (see ``masks``). The chunk then has one step, and
+            log-probabilities.
+        """
+        self._state, chunk = self._run_model(
+            "generate",
+            answers.generate,
+            self._state,
+            self._dial,
+            self._put(allowed),
+            level=level,
+            **self._chunk_options(greedy, logprobs, allowed is not None),
+            result=lambda: (self._state, None),
+        )
+        return chunk
+
+    def speculate(
+        self,
+        rows: Sequence[int],
+        most_drafts: Sequence[int],
+        drafts: int,
+        greedy: bool,
+        logprobs: bool,
+        allowed: UInt32[np.ndarray, "b words"] | None = None,
+    ) -> tuple[Chunk, Counts]:
+        """Decodes a chunk for some slots (see ``speculate.speculate``). Its rows are those of ``rows``.
+
+        Args:
+          rows, most_drafts, drafts: Slots, and the largest numbers of drafts of each and of all.
+          greedy, logprobs, allowed: As in ``generate``.
+        """
+        slots, most = np.asarray(rows, np.int32), np.asarray(most_drafts, np.int32)
+        self._state, chunk, counts = self._run_model(
+            "speculate",
+            speculate.speculate,
             self._state,
             self._dial,
             self._drafter,
-            rows,
-            most,
-            mask,
-            policy=self._one_step,
-            greedy=False,
-            top_logprobs=self._top_logprobs,
-            steps=1,
-            drafts=0,
+            *self._put((slots, most, allowed)),
+            steps=1 if allowed is not None else self.steps(drafts),
+            drafts=drafts,
+            **self._chunk_options(greedy, logprobs, allowed is not None),
+            result=lambda: (self._state, None, None),
         )
         return chunk, counts
 
@@ -395,33 +284,47 @@ class Device:
 
     def turn(self, slot: int, bits: float) -> None:
         """Changes the wanted mean bits of an answer."""
-        self._state = answers.turn(self._state, *self._put((np.int32(slot), np.float32(bits))))
+        arguments = self._put((np.int32(slot), np.float32(bits)))
+        self._state = self._run("turn", answers.turn, self._state, *arguments, result=lambda: self._state)
 
     def free(self, slot: int) -> None:
         """Ends the answer in a slot. A single slot then decodes nothing, so its state may stay."""
         if self.shape.slots > 1:
-            self._state = answers.free(self._state, self._put(np.int32(slot)))
+            row = self._put(np.int32(slot))
+            self._state = self._run("free", answers.free, self._state, row, result=lambda: self._state)
 
-    def _fixed(self, batch: int) -> FixedStates:
-        """Returns the states of a fixed size of empty texts."""
-        sizes = batch, self._dtype, self.shape.ring_context
-        return zeros_on_mesh(lambda: fixed_states(self._cache_config, *sizes), self._partition)
+    def _run(self, name: str, program: Any, *arguments: Any, result: Callable[[], Any], **static: Any) -> Any:
+        """Dispatches a program.
+
+        Args:
+          name: Name of the program, for devices that run nothing.
+          program, arguments, static: Jitted function, and its arguments.
+          result: Function that returns the shapes of the results, as far as other programs take them.
+        """
+        del name, result
+        return program(*arguments, **static)
+
+    def _run_model(self, name: str, program: Any, *arguments: Any, **options: Any) -> Any:
+        """Dispatches a program whose first argument is the model (see ``_run``)."""
+        return self._run(name, functools.partial(program, self._model), *arguments, **options)
+
+    def _chunk_options(self, greedy: bool, logprobs: bool, masked: bool) -> dict[str, Any]:
+        """Returns static arguments of a decode chunk. All chunks with masks run one program, of one step."""
+        if masked:
+            one_step = dataclasses.replace(self._policy, chunk_steps=1)
+            return {"policy": one_step, "greedy": False, "top_logprobs": self._top_logprobs}
+        return {"policy": self._policy, "greedy": greedy, "top_logprobs": self._count(logprobs)}
 
     def _count(self, logprobs: bool) -> int | None:
         """Returns the number of most likely tokens whose log-probabilities a program computes."""
         return self._top_logprobs if logprobs else None
 
+    def _empty_fixed(self, texts: int) -> Callable[[], FixedStates]:
+        """Returns a function that makes the states of a fixed size of empty texts."""
+        return lambda: fixed_states(self._cache_config, texts, self._dtype, self.shape.ring_context)
+
     def _all_allowed(self, rows: int) -> UInt32[np.ndarray, "rows words"]:
         return np.full((rows, -(-self._config.vocab_size // 32)), 0xFFFFFFFF, np.uint32)
-
-    def _any_first(self) -> UInt32[np.ndarray, "1 words"] | None:
-        """Returns the mask of a first token that may be any; None if no request has a grammar."""
-        return self._all_allowed(1) if self.shape.grammars else None
-
-    def _row(self, pages: Sequence[int]) -> Int[np.ndarray, "pages_per_slot"]:
-        row = np.full(self.shape.pages_per_slot, self.shape.num_pages, np.int32)
-        row[: len(pages)] = pages
-        return row
 
     def _in_prompt(self, prompt: Sequence[int]) -> Any:
         """Returns which tokens a prompt has, if the settings have penalties."""
@@ -431,30 +334,14 @@ class Device:
         in_prompt[0, np.asarray(prompt, np.int32)] = True
         return in_prompt
 
-    def _drafting(self, prompt: Sequence[int]) -> tuple[Any, Any]:
-        """Returns the drafter and the tokens of a prompt, padded to the size of a slot, for ``insert``."""
+    def _padded(self, prompt: Sequence[int]) -> Any:
+        """Returns the tokens of a prompt, padded to the size of a slot, if there is speculation."""
         texts = self._state.slots.texts
         if texts is None:
-            return None, None
+            return None
         tokens = np.zeros((1, texts.tokens.shape[1]), np.int32)
         tokens[0, : len(prompt)] = prompt
-        return self._drafter, tokens
+        return tokens
 
     def _put(self, arrays: Any) -> Any:
-        """Puts arrays on the device, or on those of the mesh, with the sharding of the loop."""
-        if self._abstract:
-            return self._structs(arrays)
-        return jax.device_put(arrays, self._shardings(arrays))
-
-    def _structs(self, arrays: Any) -> Any:
-        """Returns shapes and dtypes with the shardings that ``_put`` gives to the arrays."""
-        return jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            arrays,
-            self._shardings(arrays),
-        )
-
-    def _shardings(self, arrays: Any) -> Any:
-        if self._partition is not None:
-            return shardings(arrays, self._partition)
-        return jax.tree.map(lambda leaf: self._sharding, arrays)
+        return self._placement.put(arrays)

@@ -23,6 +23,23 @@ class SpeculationFigures:
     seconds: float = 0.0
     rejected_bits: float = 0.0
 
+    def add(
+        self,
+        steps: int,
+        drafting_steps: int,
+        drafted: int,
+        accepted: int,
+        rejected_bits: float,
+        seconds: float,
+    ) -> None:
+        """Adds the figures of a decode chunk."""
+        self.steps += steps
+        self.drafting_steps += drafting_steps
+        self.drafted += drafted
+        self.accepted += accepted
+        self.rejected_bits += rejected_bits
+        self.seconds += seconds
+
     @property
     def tokens_per_step(self) -> float | None:
         """Tokens of a decode step, the accepted drafts included."""
