@@ -3,18 +3,19 @@
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from grinqh_jax.decoding.answer_text import AnswerText
 from grinqh_jax.decoding.batching.job import Job
+from grinqh_jax.decoding.programs import Programs
 from grinqh_jax.decoding.prompt_cache import PromptCache
-from grinqh_jax.decoding.request import Request
 from grinqh_jax.decoding.slots.rehearsal import lowerings
 from grinqh_jax.decoding.slots.settings import Settings
 from grinqh_jax.decoding.statistics import Statistics, grading_fields, joined
 from grinqh_jax.decoding.texts import Received, Texts
 from grinqh_jax.errors import UsageError
 from grinqh_jax.memory import peak_memory
+from grinqh_jax.model.decoder import Decoder
 from pallas_kernels import GradingStats
 from pallas_kernels.x64 import without_x64
 
@@ -31,32 +32,37 @@ class Generation:
 
     def __init__(
         self,
-        generator: Any,
+        model: Decoder,
+        programs: Programs,
         texts: Texts,
         prompt_cache: PromptCache,
         prompt: Sequence[int],
         settings: Settings,
-        request: Request,
+        text: AnswerText,
+        bits: float | None,
     ):
         """Prepares the text and reads no token yet.
 
         Args:
-          generator: The ``Generator``.
+          model: Model that generates.
+          programs: Programs of the model that are compiled.
           texts: Decode loop with one slot.
           prompt_cache: Storage of ``texts``.
           prompt: Tokens of the prompt.
           settings: Settings of the request.
-          request: The request.
+          text: Decodes the tokens.
+          bits: Mean bits asked for; None for an unquantized model.
         """
         self.text = ""
         self.tokens: list[int] = []
         self.finish_reason: Literal["stop", "length"] | None = None
-        self.bits = generator.bits(request.bits)
-        self._generator = generator
+        self.bits = bits
+        self._model = model
+        self._programs = programs
         self._texts = texts
         self._prompt_cache = prompt_cache
         self._settings = settings
-        self._text = AnswerText(generator.tokenizer.stream(), request.stop, generator.stop_tokens(request))
+        self._text = text
         self._pending = ""
         self._received = Received(self._ends)
         self._job = Job(prompt, settings, self._received)
@@ -123,7 +129,7 @@ class Generation:
             compile_seconds=self._compile_seconds,
             peak_memory_bytes=peak_memory(),
             speculation=self._received.speculation,
-            **grading_fields(self._generator.model, self.grading_stats),
+            **grading_fields(self._model, self.grading_stats),
         )
 
     def _ends(self, tokens: list[int]) -> bool:
@@ -138,7 +144,7 @@ class Generation:
         pieces = self._prompt_cache.cut(self._job, self._reused_tokens)
         widths = sorted({piece.tokens.shape[1] for piece in pieces})
         chunks = [(self._settings.greedy, False)] if self._job.limit > 1 else []
-        self._generator.programs.compile(lowerings(self._texts.device, widths, self._settings, chunks))
+        self._programs.compile(lowerings(self._texts.device, widths, self._settings, chunks))
         self._compile_seconds += time.perf_counter() - started
         self._prepared = True
 

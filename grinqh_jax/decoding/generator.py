@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grinqh_jax import checkpoint, hf
+from grinqh_jax.decoding.answer_text import AnswerText
 from grinqh_jax.decoding.bits import Bits, wanted_bits
 from grinqh_jax.decoding.dial import Dial
 from grinqh_jax.decoding.generation import Generation
@@ -191,7 +192,9 @@ class Generator:
             speculation=speculation,
         )
         cache.give(texts.device)
-        return Generation(self, texts, cache, tokens, settings, request)
+        text = AnswerText(self.tokenizer.stream(), request.stop, self.stop_tokens(request))
+        bits = self.bits(request.bits)
+        return Generation(self.model, self.programs, texts, cache, tokens, settings, text, bits)
 
     @without_x64
     def compile_conversation(

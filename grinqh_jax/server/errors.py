@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from grinqh_jax.errors import UsageError
-from grinqh_jax.serving.job import AnswerError, EngineError
+from grinqh_jax.serving.errors import AnswerError, EngineError
 
 CLIENT_CLOSED = 499
 """Status, in nginx' logs and in the metrics, of a request whose client has left."""

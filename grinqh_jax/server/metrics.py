@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from grinqh_jax.decoding.statistics import Statistics
 from grinqh_jax.serving.answer import Answer
 from grinqh_jax.serving.engine import Engine
-from grinqh_jax.serving.job import EngineStats
+from grinqh_jax.serving.stats import EngineStats
 
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 

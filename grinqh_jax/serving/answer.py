@@ -14,7 +14,7 @@ from grinqh_jax.decoding.speculation.figures import SpeculationFigures
 from grinqh_jax.decoding.statistics import Statistics, grading_fields, joined
 from grinqh_jax.memory import peak_memory
 from grinqh_jax.model.decoder import Decoder
-from grinqh_jax.serving.job import AnswerError, EngineError
+from grinqh_jax.serving.errors import AnswerError, EngineError
 from pallas_kernels import GradingStats
 
 
@@ -235,8 +235,8 @@ class Answer:
 
     def end(self, reason: FinishReason) -> None:
         """Ends the answer."""
-        self.finish_reason = reason
         rest = self._text.flush()
+        self.finish_reason = reason
         self._publish(
             Piece(rest, [], None if self._top_logprobs is None else []) if rest else None, ended=True
         )

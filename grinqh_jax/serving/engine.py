@@ -19,35 +19,21 @@ from grinqh_jax.decoding.batching.scheduler import Scheduler
 from grinqh_jax.decoding.bits import Bits
 from grinqh_jax.decoding.generator import Generator
 from grinqh_jax.decoding.logprobs import MOST_LOGPROBS
-from grinqh_jax.decoding.model_files import check_context
-from grinqh_jax.decoding.paged_cache import count_pages
 from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.reading import MAX_GRADED_ROWS
 from grinqh_jax.decoding.request import Request
 from grinqh_jax.decoding.slots.device import Device
 from grinqh_jax.decoding.slots.rehearsal import compile_all
 from grinqh_jax.decoding.slots.settings import Settings, sampling_rows
-from grinqh_jax.decoding.slots.shape import Shape
 from grinqh_jax.decoding.speculation.speculation import Speculation
 from grinqh_jax.errors import UsageError
-from grinqh_jax.memory import free_memory
 from grinqh_jax.serving.answer import Answer
+from grinqh_jax.serving.errors import EngineError
 from grinqh_jax.serving.grammar import Grammar, Grammars
-from grinqh_jax.serving.job import EngineError, EngineStats
 from grinqh_jax.serving.shared_pages import SharedPages
+from grinqh_jax.serving.sizes import PAGE_SIZE, PIECE, engine_shape
+from grinqh_jax.serving.stats import EngineStats
 from pallas_kernels.x64 import without_x64
-
-MOST_SLOTS = 64
-"""Largest number of requests that are decoded together. Up to ``reading.MAX_GRADED_ROWS`` are graded."""
-
-PAGE_SIZE = 64
-"""Default number of positions of a page."""
-
-MOST_STOP_TOKENS = 16
-"""Least number of stop tokens that a request may have; more if the model has more."""
-
-PIECE = 512
-"""Default number of prompt tokens read between two decode chunks."""
 
 
 class Engine:
@@ -81,7 +67,7 @@ class Engine:
 
         Args:
           generator: Model, tokenizer and defaults.
-          slots: Number of requests that are decoded at once, 1 to ``MOST_SLOTS``. Up to
+          slots: Number of requests that are decoded at once, 1 to ``sizes.MOST_SLOTS``. Up to
             ``reading.MAX_GRADED_ROWS`` slots are graded. With more, all running requests read weights at one
             level, of at least the bits that each of them asks for.
           max_context: Most tokens of prompt and answer together, by default all positions of the model.
@@ -102,39 +88,23 @@ class Engine:
         Raises:
           UsageError: An argument is out of range, or the device has too little free memory.
         """
-        if not 1 <= slots <= MOST_SLOTS:
-            raise UsageError(
-                f"slots {slots}: 1 to {MOST_SLOTS} requests are decoded together; choose such a number"
-            )
-        model = generator.model
-        context = check_context(max_context, model.config)
-        share_prefixes &= not model.config.is_recurrent
-        num_pages = count_pages(
-            model.part_config,
-            model.compute_dtype,
-            slots=slots,
-            max_context=context,
-            page_size=page_size,
-            cache_memory=cache_memory,
-            free=free_memory(),
-            share_prefixes=share_prefixes,
-        )
         self._generator = generator
-        self.shape = Shape(
+        self.shape = engine_shape(
+            generator,
             slots=slots,
-            max_context=context,
+            max_context=max_context,
+            cache_memory=cache_memory,
             page_size=page_size,
             piece=piece,
-            num_pages=num_pages,
-            stop_tokens=max(len(generator.defaults.eos_tokens), MOST_STOP_TOKENS),
             prompt_logprobs=prompt_logprobs,
-            rings=not share_prefixes,
+            share_prefixes=share_prefixes,
             grammars=grammars,
         )
         self._grammars = Grammars(generator)
         policy = policy or DecodePolicy.for_device()
         settings = self._settings(Request(), 1)
-        device = Device(model, generator.dial(None), self.shape, policy, settings, speculation=speculation)
+        dial = generator.dial(None)
+        device = Device(generator.model, dial, self.shape, policy, settings, speculation=speculation)
         compile_all(device, generator.programs, settings)
         self.storage = SharedPages(self.shape, device.graded)
         self.scheduler = Scheduler(device, self.storage, policy)
@@ -247,10 +217,15 @@ class Engine:
           Finished answers in the order of the prompts.
 
         Raises:
-          UsageError: A request is invalid or can never fit; no answer is then generated.
+          UsageError: A request is invalid or can never fit, or their number differs from that of the prompts.
+            No answer is then generated.
           EngineError: The engine or an answer has failed, or the engine was closed.
         """
         requests = request if isinstance(request, Sequence) else [request] * len(prompts)
+        if len(requests) != len(prompts):
+            raise UsageError(
+                f"{len(prompts)} prompts and {len(requests)} requests; give one for each, or one for all"
+            )
         answers: list[Answer] = []
         try:
             for prompt, each in zip(prompts, requests, strict=True):

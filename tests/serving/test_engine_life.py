@@ -22,8 +22,9 @@ from grinqh_jax.decoding.slots.shape import Shape
 from grinqh_jax.errors import UsageError
 from grinqh_jax.memory import memory_in_use
 from grinqh_jax.serving import engine as engine_module
+from grinqh_jax.serving import sizes
 from grinqh_jax.serving.engine import Engine
-from grinqh_jax.serving.job import EngineError
+from grinqh_jax.serving.errors import EngineError
 from grinqh_jax.serving.shared_pages import SharedPages
 
 
@@ -42,12 +43,14 @@ def test_a_request_that_can_never_fit_is_refused_with_the_numbers(generator, eng
         Engine(generator, slots=65)
     with pytest.raises(UsageError, match="a piece of 40 tokens is not a multiple of the page size 16"):
         Engine(generator, **SIZES | {"piece": 40})
+    with pytest.raises(UsageError, match="pages of 0 tokens and pieces of 32: choose at least 1 for both"):
+        Engine(generator, **SIZES | {"page_size": 0})
 
 
 def test_pages_fit_into_free_memory(generator, monkeypatch):
-    config, sizes = generator.model.config, {"slots": 4, "max_context": 128, "page_size": 16}
+    config, pages = generator.model.config, {"slots": 4, "max_context": 128, "page_size": 16}
     page = page_bytes(config, 16, np.float32, None)
-    count = functools.partial(count_pages, config, np.float32, **sizes)
+    count = functools.partial(count_pages, config, np.float32, **pages)
     assert count(cache_memory=None, free=None) == count(cache_memory=None, free=10**12) == 32
     assert count(cache_memory=50 * page, free=None) == 50
     assert count(cache_memory=None, free=10 * page) == 8
@@ -56,7 +59,7 @@ def test_pages_fit_into_free_memory(generator, monkeypatch):
         UsageError, match=f"9 cache pages of 16 tokens take {9 * page} B, and {10 * page} B are free"
     ):
         count(cache_memory=9 * page, free=10 * page)
-    monkeypatch.setattr(engine_module, "free_memory", lambda: 1000)
+    monkeypatch.setattr(sizes, "free_memory", lambda: 1000)
     with pytest.raises(UsageError, match="and 1000 B are free; choose less cache memory"):
         Engine(generator, **SIZES)
 
@@ -75,11 +78,12 @@ def test_all_programs_of_an_engine_are_lowered_in_advance(generator, compilation
     assert len(compilations) == before
 
 
-def test_a_failure_of_one_answer_leaves_the_others(engine, monkeypatch):
-    class Broken(AnswerText):
-        def push(self, tokens):
-            raise ValueError("no such text")
+@pytest.mark.parametrize("method", ["push", "flush"])
+def test_a_failure_of_one_answer_leaves_the_others(engine, monkeypatch, method):
+    def fail(self, *arguments):
+        raise ValueError("no such text")
 
+    Broken = type("Broken", (AnswerText,), {method: fail})
     request = Request(max_tokens=20, bits=3.0)
     expected = engine.generate_many([[7, 8]], request)[0].text
     with monkeypatch.context() as patch:
@@ -88,6 +92,7 @@ def test_a_failure_of_one_answer_leaves_the_others(engine, monkeypatch):
     other = engine.submit([7, 8], request)
     with pytest.raises(EngineError, match="the answer failed: ValueError"):
         broken.result(60)
+    assert broken.finish_reason is None
     assert other.result(60) == expected
     assert engine.error is None
     assert engine.stats().pages_in_use == 0

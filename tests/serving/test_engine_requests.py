@@ -212,3 +212,8 @@ def test_statistics_count_requests_pages_and_tokens(engine, generator):
     alone = generation.statistics()
     assert figures.realised_bits == pytest.approx(alone.realised_bits)
     assert figures.bytes_per_token == pytest.approx(alone.bytes_per_token)
+
+
+def test_a_request_for_each_prompt_or_one_for_all(engine):
+    with pytest.raises(UsageError, match="2 prompts and 1 requests; give one for each, or one for all"):
+        engine.generate_many([[5], [6]], [Request()])

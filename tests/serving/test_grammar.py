@@ -9,8 +9,8 @@ from engine_cases import SHORT, SIZES
 from grinqh_jax.decoding.request import Request
 from grinqh_jax.errors import UsageError
 from grinqh_jax.serving.engine import Engine
+from grinqh_jax.serving.errors import EngineError
 from grinqh_jax.serving.grammar import MOST_REFERENCES, Grammar
-from grinqh_jax.serving.job import EngineError
 
 PERSON = {
     "type": "object",

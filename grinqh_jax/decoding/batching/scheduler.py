@@ -40,7 +40,7 @@ class Scheduler:
 
         Args:
           device: Model and state on the device.
-          storage: Places of keys and values, of the same shape.
+          storage: Storage of keys and values, of the same shape.
           policy: How chunks are scheduled.
           prompts_first: Whether a round reads all prompts that have slots, and not one piece. Texts that
             nobody waits for take fewer chunks then.

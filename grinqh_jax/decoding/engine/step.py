@@ -118,5 +118,5 @@ def _stacked_stats(model: Decoder, graded: apply.Graded) -> GradingStats:
     of_rows = (stats[name].packed for name in of_experts)
     stacked = GradingStats(jnp.stack([rows.reshape(-1, *rows.shape[-2:]) for rows in of_rows], axis=1))
     packed = jnp.concatenate([packed, stacked.of_tokens().packed], axis=1)
-    place = {name: i for i, name in enumerate(others + of_experts)}
-    return GradingStats(packed[:, jnp.asarray([place[name] for name in names])])
+    index = {name: i for i, name in enumerate(others + of_experts)}
+    return GradingStats(packed[:, jnp.asarray([index[name] for name in names])])

@@ -84,7 +84,7 @@ class Device:
         self._cache_config, self._dtype = model.cache_config, model.compute_dtype
         self._top_logprobs = min(MOST_LOGPROBS, model.config.vocab_size)
         self._num_planes = model.full_bits // DIGIT_BITS if self.graded else 0
-        # Texts that share nothing are evaluated, each token at its own levels, whatever their number.
+        # Evaluation grades every token of texts that share nothing, for any number of texts.
         graded_rows = shape.contiguous or not self.graded
         self.levels = [None] if graded_rows else reading.possible_levels(shape.slots, self._num_planes)
         self._placement = Placement.of_model(model, abstract)

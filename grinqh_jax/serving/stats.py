@@ -1,16 +1,6 @@
-"""The error of an engine, and how much of it is in use."""
+"""How much of an engine is in use."""
 
 import dataclasses
-
-from grinqh_jax.errors import GrinqhError
-
-
-class EngineError(GrinqhError):
-    """The engine has failed or was closed, or an answer has failed, and is incomplete."""
-
-
-class AnswerError(EngineError):
-    """One answer has failed. The engine and the other answers go on."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,220 @@
+"""The decode loop on the host, with a device whose next token depends on all tokens in a text's pages."""
+
+import dataclasses
+import random
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grinqh_jax.decoding import policy
+from grinqh_jax.decoding.batching.job import Job
+from grinqh_jax.decoding.batching.scheduler import Scheduler
+from grinqh_jax.decoding.engine import Chunk
+from grinqh_jax.decoding.slots.device import Device
+from grinqh_jax.decoding.slots.settings import Settings, sampling_rows
+from grinqh_jax.decoding.slots.shape import Shape
+from grinqh_jax.serving.shared_pages import SharedPages
+
+SHAPE = Shape(slots=3, max_context=48, page_size=4, piece=8, num_pages=16, stop_tokens=1, grammars=True)
+VOCABULARY = 64
+STOP = 9
+
+
+def next_token(text: list[int]) -> int:
+    return hash(tuple(text)) % VOCABULARY
+
+
+def answer_to(prompt: list[int], limit: int) -> list[int]:
+    answer: list[int] = []
+    while len(answer) < limit and STOP not in answer:
+        answer.append(next_token(prompt + answer))
+    return answer
+
+
+@dataclasses.dataclass
+class Prefix:
+    pages: list[int]
+    length: int
+
+
+@dataclasses.dataclass
+class Slot:
+    pages: list[int]
+    length: int  # tokens in the pages: all but the last
+    last: int
+    left: int
+
+    @property
+    def done(self) -> bool:
+        return self.left <= 0 or self.last == STOP
+
+
+class PagedDevice(Device):
+    """Does what a ``Device`` does, at once, with tokens in place of keys and values."""
+
+    def __init__(self, steps: int):
+        self.shape, self.speculation, self.chunk_steps = SHAPE, None, steps
+        self.pages = [[-1] * SHAPE.page_size for _ in range(SHAPE.num_pages)]
+        self.slots: dict[int, Slot] = {}
+
+    def read(self, pages: list[int], length: int) -> list[int]:
+        size = SHAPE.page_size
+        return [self.pages[pages[i // size]][i % size] for i in range(length)]
+
+    def write(self, pages: list[int], position: int, token: int) -> None:
+        self.pages[pages[position // SHAPE.page_size]][position % SHAPE.page_size] = token
+
+    def prefix(self, pages, length, fixed=None) -> Prefix:
+        return Prefix(list(pages), length)
+
+    def prefill(self, prefix, piece, settings) -> Prefix:
+        for token in piece.tokens[0, : piece.lengths[0]].tolist():
+            self.write(prefix.pages, prefix.length, token)
+            prefix = Prefix(prefix.pages, prefix.length + 1)
+        return prefix
+
+    def insert(self, slot, prefix, prompt, settings, logprobs, allowed=None) -> Chunk:
+        assert slot not in self.slots, "the slot has another text"
+        first = next_token(self.read(prefix.pages, prefix.length))
+        self.slots[slot] = Slot(prefix.pages, prefix.length, first, int(settings.limits[0]) - 1)
+        return self.chunk([[first]], [self.slots[slot].done])
+
+    def generate(self, greedy, logprobs, level=None, allowed=None) -> Chunk:
+        rows: list[list[int]] = []
+        for slot in range(SHAPE.slots):
+            row, text = [], self.slots.get(slot)
+            while (
+                text is not None and not text.done and len(row) < (self.chunk_steps if allowed is None else 1)
+            ):
+                self.write(text.pages, text.length, text.last)
+                text.length, text.left = text.length + 1, text.left - 1
+                text.last = next_token(self.read(text.pages, text.length))
+                row.append(text.last)
+            rows.append(row)
+        return self.chunk(rows, [s not in self.slots or self.slots[s].done for s in range(SHAPE.slots)])
+
+    def chunk(self, rows: list[list[int]], done: list[bool]) -> Chunk:
+        tokens = np.zeros((len(rows), max(map(len, rows), default=0)), np.int32)
+        for row, new in zip(tokens, rows, strict=True):
+            row[: len(new)] = new
+        counts = jnp.array([len(row) for row in rows], jnp.int32)
+        return Chunk(jnp.asarray(tokens), counts, counts, jnp.array(done), None)
+
+    def level(self, bits) -> None:
+        assert all(each > 0 for each in bits)
+
+    def masks(self, allowed) -> Any:
+        return allowed
+
+    def turn(self, slot, bits) -> None:
+        assert slot in self.slots
+
+    def free(self, slot) -> None:
+        del self.slots[slot]
+
+
+class Grammar:
+    def __init__(self, rng: random.Random):
+        self.rng, self.tokens = rng, list[int]()
+
+    def allowed(self):
+        if self.rng.random() < 0.05:
+            raise ValueError("no token fits")
+        return np.zeros(2, np.uint32)
+
+    def push(self, token: int) -> bool:
+        self.tokens.append(token)
+        return self.rng.random() < 0.05
+
+
+class Receiver:
+    """Notes the tokens and the end, which comes once. Now and then a method raises."""
+
+    def __init__(self, rng: random.Random, fails: float):
+        self.rng, self.fails = rng, fails
+        self.tokens: list[int] = []
+        self.ends: list[Any] = []
+        self.begun = False
+
+    def begin(self, reused_tokens):
+        assert not self.begun
+        self.begun = True
+
+    def receive_prompt(self, logprobs): ...
+
+    def receive_speculation(self, figures): ...
+
+    def receive(self, tokens, stats, logprobs, seconds) -> bool:
+        assert self.begun
+        assert not self.ends
+        self.tokens += tokens
+        if self.rng.random() < self.fails:
+            raise ValueError("the text cannot be decoded")
+        return STOP in tokens
+
+    def end(self, reason):
+        assert not self.ends
+        if self.rng.random() < self.fails:
+            raise ValueError("the text cannot be decoded")
+        self.ends.append(reason)
+
+    def fail(self, error):
+        assert not self.ends
+        self.ends.append(error)
+
+
+def random_job(rng: random.Random) -> Job:
+    prompt = [1] * rng.choice([0, 0, 8, 17, 24]) + [
+        rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 12))
+    ]
+    sampling: Any = sampling_rows(1, VOCABULARY)
+    settings = Settings.of_request(sampling, 3.0, [STOP], rng.randint(1, 12), 1)
+    grammar = Grammar(rng) if rng.random() < 0.15 else None
+    answer = Receiver(rng, rng.choice([0.0, 0.0, 0.1]))
+    return Job(prompt, settings, answer, priority=rng.choice([0, 0, 1]), grammar=grammar)
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("seed", range(8))
+def test_no_slot_or_page_is_lost_and_no_text_changes_another(ahead, seed):
+    """Requests come, are cancelled and turned between any two actions of the loop."""
+    rng = random.Random(seed)
+    steps = rng.choice([1, 3])
+    device: Any = PagedDevice(steps)
+    storage = SharedPages(SHAPE, graded=rng.random() < 0.5)
+    loop = Scheduler(device, storage, dataclasses.replace(policy.CPU, chunks_ahead=ahead, chunk_steps=steps))
+    jobs: list[Job] = []
+
+    def disturb() -> None:
+        while rng.random() < 0.4 and len(jobs) < 60:
+            jobs.append(random_job(rng))
+            loop.add(jobs[-1])
+        if jobs and rng.random() < 0.15:
+            loop.cancel(rng.choice(jobs[-6:]))
+        if jobs and rng.random() < 0.1:
+            loop.turn(rng.choice(jobs[-6:]), rng.choice([2.0, 4.0]))
+
+    rounds = 0
+    while len(jobs) < 60 or not loop.idle:
+        assert (rounds := rounds + 1) < 5000, "a request never ends"
+        disturb()
+        loop.dispatch()
+        disturb()
+        while loop.deliver():
+            disturb()
+    loop.close()
+    assert storage.allocator.in_use == 0
+    assert sorted(loop._free_slots) == list(range(SHAPE.slots))
+    assert device.slots == {}
+    for job in jobs:
+        answer: Any = job.answer
+        (end,) = answer.ends
+        expected = answer_to(list(job.prompt), job.limit)
+        assert answer.tokens == expected[: len(answer.tokens)]
+        if end == "length" or (end == "stop" and job.grammar is None):
+            assert answer.tokens == expected
+            assert end == ("stop" if STOP in expected else "length")
+        if job.grammar is not None:
+            assert job.grammar.tokens == answer.tokens[: len(job.grammar.tokens)]
