@@ -185,5 +185,5 @@ def _cut_columns(config: ModelConfig, columns: Leaf, cut: Partition) -> Leaf:
         parts.append(np.where(indices == PADDING, PADDING, indices + start))
         start += size
     gathered = np.concatenate(parts, axis=1).reshape(-1)
-    place = np.argsort(gathered[gathered != PADDING]).astype(np.int32)
-    return jax.device_put(place[np.asarray(columns)], cut.whole)
+    index = np.argsort(gathered[gathered != PADDING]).astype(np.int32)
+    return jax.device_put(index[np.asarray(columns)], cut.whole)

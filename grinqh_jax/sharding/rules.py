@@ -88,8 +88,8 @@ def _groups(size: int, devices: int) -> Indices:
     counts = [groups // devices + (device < groups % devices) for device in range(devices)]
     ends = np.minimum(np.cumsum(counts) * GROUP, size)
     starts = np.concatenate([[0], ends[:-1]])
-    places = starts[:, None] + np.arange(np.max(ends - starts))
-    return np.where(places < ends[:, None], places, PADDING).astype(np.int32)
+    indices = starts[:, None] + np.arange(np.max(ends - starts))
+    return np.where(indices < ends[:, None], indices, PADDING).astype(np.int32)
 
 
 def head_indices(config: ModelConfig, devices: int) -> Indices:
@@ -145,8 +145,8 @@ def input_indices(config: ModelConfig, axis: str, devices: int) -> Indices | Non
 def vocabulary_indices(size: int, devices: int) -> Indices:
     """Returns the outputs of a vocabulary block of ``size`` tokens that each device has."""
     width = -(-size // devices)
-    places = np.arange(devices * width).reshape(devices, width)
-    return np.where(places < size, places, PADDING).astype(np.int32)
+    indices = np.arange(devices * width).reshape(devices, width)
+    return np.where(indices < size, indices, PADDING).astype(np.int32)
 
 
 def partition(config: ModelConfig, mesh: AnyMesh, exchange: Exchange = "sum") -> Partition:

@@ -72,10 +72,10 @@ def by_rejection(
     keys = random_keys(sampling, positions[:, :-1], REPLACING)
     noise = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, residual.shape[2:])))(keys)
     replaced = jnp.argmax(residual + noise, axis=-1).astype(jnp.int32)
-    place = jnp.arange(k)
-    rejected = (place == by_chance[:, None]) & (place < counts[:, None])
+    offset = jnp.arange(k)
+    rejected = (offset == by_chance[:, None]) & (offset < counts[:, None])
     tokens = jnp.where(
-        place < by_chance[:, None], draft.tokens, jnp.where(rejected, replaced, chosen[:, :-1])
+        offset < by_chance[:, None], draft.tokens, jnp.where(rejected, replaced, chosen[:, :-1])
     )
     tokens = jnp.concatenate([tokens, chosen[:, -1:]], axis=1)
     sampled = sampling.temperature > 0

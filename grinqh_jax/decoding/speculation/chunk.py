@@ -121,7 +121,7 @@ def speculative_chunk(
         drafter_state,
         Counts(zeros, zeros, zeros, zeros, jnp.zeros(batch, jnp.float32)),
     )
-    token_ids, places = model.lm_head.tokens(), jnp.arange(width)
+    token_ids, offsets = model.lm_head.tokens(), jnp.arange(width)
 
     def one_step(loop: Loop) -> Loop:
         chunk, cache, texts = loop.chunk, loop.cache, loop.texts
@@ -138,11 +138,11 @@ def speculative_chunk(
             draft, drafter_state, cache = drafter.propose(drafter_state, target, so_far, drafts)
         counts = jnp.minimum(jnp.minimum(draft.counts, most_drafts), limit - 1)
         counts = jnp.where(active, jnp.maximum(counts, 0), 0)
-        read = active[:, None] & (places <= counts[:, None])
+        read = active[:, None] & (offsets <= counts[:, None])
         inputs = jnp.concatenate([chunk.last[:, None], draft.tokens], axis=1)
         current = _thresholds(current_dial or thresholds, read)
         outputs, hidden, cache, stats = verify(model, inputs, cache, current)
-        positions = lengths[:, None] + 1 + places
+        positions = lengths[:, None] + 1 + offsets
         tokens, accepted = _accept(
             model, outputs, token_ids, draft, counts, sampling, positions, policy, chunk.history
         )
@@ -150,7 +150,7 @@ def speculative_chunk(
         stops = jnp.any(tokens[..., None] == _per_text(stop_tokens), axis=-1)
         first_stop = jnp.argmax(jnp.pad(stops, ((0, 0), (0, 1)), constant_values=True), axis=1)
         produced = jnp.where(active, jnp.minimum(accepted, first_stop) + 1, 0)
-        is_new = places < produced[:, None]
+        is_new = offsets < produced[:, None]
         last = jnp.take_along_axis(tokens, jnp.maximum(produced - 1, 0)[:, None], axis=1)[:, 0]
         last = jnp.where(active, last, chunk.last)
         cache = cache.rollback(lengths + produced)
@@ -169,10 +169,10 @@ def speculative_chunk(
             logits = model.lm_head.in_order(outputs)
             flat = token_logprobs(_flat(logits), tokens.reshape(-1), top_logprobs)
             logprobs = jax.tree.map(lambda rows: rows.reshape(batch, width, *rows.shape[1:]), flat)
-        place_in_chunk = chunk.counts[:, None] + places
+        indices = chunk.counts[:, None] + offsets
 
         def written(kept, new):
-            return _scatter(kept, place_in_chunk, is_new, new)
+            return _scatter(kept, indices, is_new, new)
 
         rejected = read & ~is_new
         bits = jnp.zeros(batch, jnp.float32)
@@ -180,7 +180,7 @@ def speculative_chunk(
             bits = jnp.sum(current_dial.mean_bits(stats.bits), axis=1, where=rejected)
         counted = Counts(active, counts, jnp.maximum(produced - 1, 0), counts > 0, bits)
         chunk = Chunk(
-            tokens=_scatter(chunk.tokens.T, place_in_chunk, is_new, tokens).T,
+            tokens=_scatter(chunk.tokens.T, indices, is_new, tokens).T,
             counts=total,
             last=last,
             done=chunk.done
@@ -291,7 +291,7 @@ def _flat(rows: jax.Array) -> jax.Array:
     return rows.reshape(-1, *rows.shape[2:])
 
 
-def _scatter(kept: jax.Array, places: Int[Array, "b t"], is_new: Bool[Array, "b t"], new: jax.Array):
-    """Returns ``kept [places, B, ...]`` with ``new [B, t, ...]`` where ``is_new``."""
-    texts = jnp.arange(len(places))[:, None]
-    return kept.at[jnp.where(is_new, places, len(kept)), texts].set(new, mode="drop")
+def _scatter(kept: jax.Array, indices: Int[Array, "b t"], is_new: Bool[Array, "b t"], new: jax.Array):
+    """Returns ``kept [indices, B, ...]`` with ``new [B, t, ...]`` where ``is_new``."""
+    texts = jnp.arange(len(indices))[:, None]
+    return kept.at[jnp.where(is_new, indices, len(kept)), texts].set(new, mode="drop")

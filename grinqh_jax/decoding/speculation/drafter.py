@@ -61,7 +61,7 @@ class Target(NamedTuple):
 
 
 class Verified(NamedTuple):
-    """What a verification has found.
+    """The result of a verification.
 
     Attributes:
       hidden: Hidden states ``[B, k + 1, d]`` of the target after its final norm, at the last token and the

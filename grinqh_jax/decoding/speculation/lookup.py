@@ -56,17 +56,17 @@ def look_up(tokens: Int[Array, "b s"], lengths: Int[Array, "b"], count: int, lea
       least, most: See ``PromptLookup``.
     """
     slots = tokens.shape[1]
-    places = jnp.arange(slots)
+    positions = jnp.arange(slots)
     # matched[b, j] is the number of tokens up to position j that equal the last tokens of the text.
     matched = jnp.zeros(tokens.shape, jnp.int32)
-    equal = places < lengths[:, None] - 1
+    equal = positions < lengths[:, None] - 1
     for i in range(most):
         last = jnp.take_along_axis(tokens, jnp.maximum(lengths - 1 - i, 0)[:, None], axis=1)
         earlier = jnp.pad(tokens, ((0, 0), (i, 0)), constant_values=-1)[:, :slots]
         equal &= (earlier == last) & (lengths > i)[:, None]
         matched += equal
     # One maximum finds the longest match, and among these the last.
-    best = jnp.max(jnp.where(matched >= least, matched * slots + places, -1), axis=1)
+    best = jnp.max(jnp.where(matched >= least, matched * slots + positions, -1), axis=1)
     start = best % slots + 1
     period = jnp.maximum(lengths - start, 1)
     offsets = start[:, None] + jnp.arange(count) % period[:, None]

@@ -112,8 +112,8 @@ class ModelDrafter:
         width = min(MOST_READ, max(MAX_GRADED_ROWS // batch, 1))
         # The last token is always read, for the logits after it.
         start = jnp.minimum(state.rows, texts.lengths - 1)
-        places = start[:, None] + jnp.arange(width)
-        unread = jnp.take_along_axis(texts.tokens, jnp.minimum(places, slots - 1), axis=1)
+        positions = start[:, None] + jnp.arange(width)
+        unread = jnp.take_along_axis(texts.tokens, jnp.minimum(positions, slots - 1), axis=1)
         counts = jnp.minimum(texts.lengths - start, width)
         cache = state.shared.texts(texts.pages, start, {})
         _, outputs, cache, _ = read_tokens(model, unread, cache, thresholds, counts)
