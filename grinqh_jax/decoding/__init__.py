@@ -11,5 +11,5 @@ From the outside in:
 
 A storage decides where keys and values are and what is reused: ``prompt_cache`` for a conversation,
 ``batching.rows`` for texts that share nothing, ``serving.shared_pages`` for an engine of many requests.
-``programs`` compiles, and ``statistics`` reports the bits that were read.
+``programs`` compiles several programs at once, and ``statistics`` reports the bits that were read.
 """

@@ -20,7 +20,7 @@ from pallas_kernels import GradingStats
 
 
 class Received:
-    """What the decode loop has delivered of a text: a ``job.Receiver``.
+    """Collects the tokens and figures of a text: a ``job.Receiver``.
 
     Attributes:
       tokens: Tokens so far.

@@ -1,11 +1,11 @@
-"""How much of an engine is in use."""
+"""Numbers of requests, pages and tokens of an engine."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineStats:
-    """How much of the engine is in use at the moment.
+    """Load of an engine at the moment.
 
     Attributes:
       waiting: Number of requests that wait for a slot or for pages.

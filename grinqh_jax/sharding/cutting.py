@@ -145,7 +145,7 @@ def _placed(array: Leaf, sharding: NamedSharding) -> Leaf:
 
 
 def _specs(axis: int, ndims: list[int]) -> list[PartitionSpec]:
-    """Returns the specs of arrays with so many axes that are cut along ``axis``."""
+    """Returns the specs of arrays that are cut along ``axis``, given their numbers of axes."""
     return [PartitionSpec(*[None] * (axis % ndim), AXIS) for ndim in ndims]
 
 

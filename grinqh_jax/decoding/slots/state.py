@@ -1,4 +1,4 @@
-"""What the device remembers of all texts: their pages, and a row for each slot."""
+"""The state of all texts on the device: their pages, and a row for each slot."""
 
 import dataclasses
 from typing import Any

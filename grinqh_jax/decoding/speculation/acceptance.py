@@ -3,9 +3,8 @@
 *By match*: the target chooses a token at every position, greedily or with the random numbers of this
 position. Drafts are accepted up to the first that differs from the choice, and the choice follows them. So
 the text is that of decoding without drafts, token for token, also if it is sampled. For a draft that is not
-sampled this is
-the rejection rule, too: the target samples the draft with its probability, and otherwise another token with
-the probabilities of the others.
+sampled this is the rejection rule, too: the target samples the draft with its probability, and otherwise
+another token with the probabilities of the others.
 
 *By rejection* (Leviathan et al., arXiv 2211.17192): a draft that was sampled from ``q`` is accepted with
 probability ``min(1, p / q)``, where ``p`` is the distribution of the target. A token sampled from the

@@ -25,7 +25,7 @@ from pallas_kernels import GradingStats
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SlotTexts:
-    """What speculation remembers of the text in each slot.
+    """Tokens and dial block of the text in each slot.
 
     Attributes:
       tokens: int32 ``[B, S]``, prompt and answer; entries after the last token are padding.
@@ -39,7 +39,7 @@ class SlotTexts:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """What a chunk did for each text, int32 ``[B]``, and float32 for the bits.
+    """Counts of a chunk for each text: int32 ``[B]``, and float32 for the bits.
 
     Attributes:
       steps: Number of steps.
@@ -57,7 +57,7 @@ class Counts:
 
 
 class Loop(NamedTuple):
-    """What changes from step to step."""
+    """State of the loop, which changes from step to step."""
 
     step: Any
     chunk: Chunk
@@ -279,7 +279,7 @@ def _thresholds(thresholds: Dial | Thresholds | None, read: Bool[Array, "b t"]) 
     by_position = {
         name: jnp.where(read[..., None], thresholds[name][..., None, :], jnp.inf) for name in thresholds
     }
-    # As in ``engine.chunk``.
+    # The barrier keeps the kernels of all layers equal (see ``engine.chunk``).
     return jax.lax.optimization_barrier(by_position)
 
 

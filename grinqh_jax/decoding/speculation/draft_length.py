@@ -1,4 +1,4 @@
-"""How many tokens are drafted: the host decides it before every decode chunk.
+"""The number of drafts, which the host chooses before every decode chunk.
 
 A step with k drafts yields ``1 + c (a + a^2 + ... + a^k)`` tokens of a text, where ``c`` is the share of
 steps in which the drafter has a draft, and ``a`` the probability that a draft is accepted if those before it

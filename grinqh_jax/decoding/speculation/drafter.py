@@ -78,7 +78,7 @@ class Verified(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DrafterState:
-    """What a drafter remembers, pytrees that only the drafter knows; None if it remembers nothing.
+    """Memory of a drafter: pytrees that only the drafter knows, None if it remembers nothing.
 
     Attributes:
       rows: Arrays ``[B, ...]`` with a row for each text.

@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclasses.dataclass
 class SpeculationFigures:
-    """What speculation did for one text.
+    """Counts and times of speculation for one text.
 
     Attributes:
       steps: Number of decode steps.

@@ -12,7 +12,7 @@ DEFAULT_SELF_BITS = 2.0
 
 @dataclasses.dataclass(frozen=True)
 class SpeculationSetting:
-    """What drafts.
+    """The drafter that a user asks for.
 
     Attributes:
       drafter: ``"lookup"`` for prompt lookup, ``"self"`` for the model at fewer bits, ``"model"`` for another

@@ -1,4 +1,4 @@
-"""How an engine speculates."""
+"""The choice of a drafter and of the number of drafts."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ MOST_DRAFTS = 7
 
 @dataclasses.dataclass(frozen=True)
 class Speculation:
-    """How an engine speculates.
+    """A drafter, and the limits of its drafts.
 
     Attributes:
       drafter: Proposes the tokens.
