@@ -181,8 +181,10 @@ class Writer:
             self.path.rename(replaced)
         sealed.rename(self.path)
         shutil.rmtree(replaced, ignore_errors=True)
+        # Under another name, because the next writer enters the partial directory when the lock is released.
+        self._partial.rename(replaced)
         self.close()
-        shutil.rmtree(self._partial)
+        shutil.rmtree(replaced)
         return self.path
 
     def close(self) -> None:

@@ -1,5 +1,6 @@
 """The writer: a checkpoint is complete or absent, a killed conversion resumes, two conversions never mix."""
 
+import contextlib
 import errno
 import json
 import os
@@ -156,6 +157,23 @@ def test_only_one_process_writes(tmp_path):
     ):
         Writer(tmp_path / "out", fingerprint="tiny")
     Writer(tmp_path / "out", fingerprint="tiny").close()
+
+
+def test_the_end_of_a_writer_leaves_the_next_one_alone(tmp_path, monkeypatch):
+    """The next one starts as soon as the lock is free."""
+    entered, rmtree = [], shutil.rmtree
+
+    def remove(path, *arguments, **options):
+        if not entered:
+            with contextlib.suppress(CheckpointError):
+                entered.append(Writer(tmp_path / "out", fingerprint="another", overwrite=True))
+        rmtree(path, *arguments, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    write(tmp_path / "out")
+    (following,) = entered
+    with following:
+        following.save_part("norm", {"norm": random_tree()["norm"]})
 
 
 def test_a_finished_checkpoint_is_replaced_only_when_asked(tmp_path):
