@@ -11,8 +11,7 @@ from jaxtyping import Int, UInt32
 
 from grinqh_jax.decoding import reading
 from grinqh_jax.decoding.dial import Dial
-from grinqh_jax.decoding.engine.chunk import Chunk
-from grinqh_jax.decoding.logprobs import MOST_LOGPROBS, TokenLogprobs
+from grinqh_jax.decoding.logprobs import MOST_LOGPROBS
 from grinqh_jax.decoding.paged_cache import PagedCache
 from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.prefill_buckets import PrefillBucket
@@ -23,7 +22,6 @@ from grinqh_jax.decoding.slots.settings import Settings
 from grinqh_jax.decoding.slots.shape import Shape
 from grinqh_jax.decoding.slots.state import DecodeState
 from grinqh_jax.decoding.speculation import block_dial
-from grinqh_jax.decoding.speculation.chunk import Counts
 from grinqh_jax.decoding.speculation.draft_length import StepShape, step_shapes
 from grinqh_jax.decoding.speculation.speculation import Speculation, check_speculation
 from grinqh_jax.model.decoder import Decoder
@@ -35,6 +33,8 @@ from pallas_kernels.layout import DIGIT_BITS
 
 class Device:
     """A model, and the state of all slots. Methods dispatch work and do not wait for it.
+
+    A device that only records its programs returns None in place of chunks (see ``rehearsal``).
 
     Attributes:
       shape: Sizes of state and programs.
@@ -155,10 +155,8 @@ class Device:
         self._state = dataclasses.replace(self._state, cache=cache, drafter=drafter)
         return prefix
 
-    def prompt_logprobs(
-        self, prefix: Prefix, piece: PrefillBucket, following: Int[np.ndarray, "1 t"]
-    ) -> TokenLogprobs:
-        """Returns log-probabilities of a piece, before it is read (see ``prompts.prompt_logprobs``)."""
+    def prompt_logprobs(self, prefix: Prefix, piece: PrefillBucket, following: Int[np.ndarray, "1 t"]) -> Any:
+        """Returns the ``TokenLogprobs`` of a piece, before it is read (see ``prompts.prompt_logprobs``)."""
         tokens, following = self._put((piece.tokens, following))
         cache, logprobs = self._run_model(
             "prompt_logprobs",
@@ -181,8 +179,8 @@ class Device:
         settings: Settings,
         logprobs: bool,
         allowed: UInt32[np.ndarray, "words"] | None = None,
-    ) -> Chunk:
-        """Starts the answer to a prompt in a slot; returns its first token (see ``answers.insert``)."""
+    ) -> Any:
+        """Starts an answer in a slot; returns its first token, a ``Chunk`` (see ``answers.insert``)."""
         mask: Any = None
         if self.shape.grammars:
             mask = self._all_allowed(1) if allowed is None else allowed[None]
@@ -226,8 +224,8 @@ class Device:
         logprobs: bool,
         level: int | None = None,
         allowed: UInt32[np.ndarray, "b words"] | None = None,
-    ) -> Chunk:
-        """Decodes a chunk for all slots (see ``answers.generate``).
+    ) -> Any:
+        """Decodes a ``Chunk`` for all slots (see ``answers.generate``).
 
         Args:
           greedy: Whether all answers are decoded greedily.
@@ -256,8 +254,10 @@ class Device:
         greedy: bool,
         logprobs: bool,
         allowed: UInt32[np.ndarray, "b words"] | None = None,
-    ) -> tuple[Chunk, Counts]:
+    ) -> tuple[Any, Any]:
         """Decodes a chunk for some slots (see ``speculate.speculate``). Its rows are those of ``rows``.
+
+        Returns a ``Chunk`` and its ``Counts``.
 
         Args:
           rows, most_drafts, drafts: Slots, and the largest numbers of drafts of each and of all.
