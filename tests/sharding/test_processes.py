@@ -37,11 +37,16 @@ def port():
 
 
 @pytest.mark.slow
-def test_two_processes_write_the_text_of_one(graded_directory, generator, port):
+@pytest.mark.parametrize("drafter", ["off", "lookup"])
+def test_two_processes_write_the_text_of_one(graded_directory, generator, port, drafter):
+    from grinqh_jax.decoding.load_speculation import speculation_of
     from grinqh_jax.decoding.request import Request
+    from grinqh_jax.decoding.speculation.setting import SpeculationSetting
 
-    expected = "".join(generator.generate("a prompt", Request(bits=3.0, max_tokens=20, temperature=0.0)))
-    flags = "--bits", "3", "--max-tokens", "20"
+    request = Request(bits=3.0, max_tokens=20, temperature=0.0)
+    speculation = speculation_of(SpeculationSetting.parse(drafter), generator)
+    expected = "".join(generator.generate("a prompt", request, speculation=speculation))
+    flags = "--bits", "3", "--max-tokens", "20", "--speculate", drafter
     with (
         start(graded_directory, 0, port, *flags) as first,
         start(graded_directory, 1, port, *flags) as second,

@@ -58,7 +58,8 @@ class Scheduler:
         self._numbers = itertools.count()
         self._draft_length: DraftLength | None = None
         if (speculation := device.speculation) is not None:
-            self._draft_length = DraftLength(device.step_shapes, always=speculation.always)
+            alone = jax.process_count() == 1
+            self._draft_length = DraftLength(device.step_shapes, always=speculation.always, measures=alone)
         self._launched = False
 
     def close(self) -> None:

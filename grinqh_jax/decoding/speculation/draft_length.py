@@ -116,16 +116,19 @@ class DraftLength:
       seconds: Time of a step of each shape that was measured.
     """
 
-    def __init__(self, shapes: Sequence[StepShape], *, always: bool = False):
+    def __init__(self, shapes: Sequence[StepShape], *, always: bool = False, measures: bool = True):
         """Starts without measurements.
 
         Args:
           shapes: See ``step_shapes``.
           always: Whether to draft as much as possible, also where it does not pay.
+          measures: Whether measured times count. If not, the choice depends on the texts alone, so several
+            processes that run one model together choose the same.
         """
         self.shapes = tuple(shapes)
         self.seconds: dict[StepShape, float] = {}
         self._always = always
+        self._measures = measures
         self._without = 0
 
     def choose(self, texts: Sequence[Acceptance]) -> StepShape:
@@ -149,7 +152,7 @@ class DraftLength:
 
     def measure(self, shape: StepShape, steps: int, seconds: float) -> None:
         """Adds the time of a chunk of ``steps`` steps."""
-        if steps == 0:
+        if steps == 0 or not self._measures:
             return
         each = seconds / steps
         old = self.seconds.get(shape, each)

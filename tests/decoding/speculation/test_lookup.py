@@ -87,6 +87,16 @@ def test_the_length_follows_acceptance_and_measured_times():
     assert slow.choose([accepting(0.9)]) == (1, 0)
 
 
+def test_several_processes_choose_the_same_whatever_times_they_measure():
+    lengths = [DraftLength(step_shapes(1, 7, True), measures=False) for _ in range(2)]
+    for process, length in enumerate(lengths):
+        for shape in length.shapes:
+            length.measure(shape, 1, 1.0 + process * shape.drafts)
+    for rate in (0.0, 0.5, 0.95):
+        first, second = (length.choose([accepting(rate)]) for length in lengths)
+        assert first == second
+
+
 def test_drafts_are_tried_now_and_then_where_they_do_not_pay():
     length = DraftLength(step_shapes(1, 7, True))
     for shape in length.shapes:
