@@ -87,7 +87,7 @@ def test_the_length_follows_acceptance_and_measured_times():
     assert slow.choose([accepting(0.9)]) == (1, 0)
 
 
-def test_several_processes_choose_the_same_whatever_times_they_measure():
+def test_several_processes_that_measure_other_times_choose_the_same():
     lengths = [DraftLength(step_shapes(1, 7, True), measures=False) for _ in range(2)]
     for process, length in enumerate(lengths):
         for shape in length.shapes:
