@@ -37,14 +37,16 @@ class Delta:
     """A part of an answer: text or a call.
 
     Attributes:
-      kind: What the text is.
+      kind: What the text is: ``"arguments"`` is more text of the arguments of a call.
       text: New text; empty for a call.
-      call: The call.
+      call: The call, with the arguments that are known.
+      index: Index of the call among those of the answer.
     """
 
-    kind: Literal["content", "reasoning", "call"]
+    kind: Literal["content", "reasoning", "call", "arguments"]
     text: str = ""
     call: ToolCall | None = None
+    index: int = 0
 
 
 class AnswerParser:
@@ -56,7 +58,7 @@ class AnswerParser:
 
     def __init__(
         self, *, reasons: bool = False, reasoning: bool = False, tools: ToolFormat | None = None,
-        names: Collection[str] = (),
+        names: Collection[str] = (), exact: bool = False,
     ):  # fmt: skip
         """Starts at the beginning of an answer.
 
@@ -65,12 +67,16 @@ class AnswerParser:
           reasoning: The prompt ends with the opening tag, so the answer begins with reasoning.
           tools: Format of calls; None if the model may not call.
           names: Names of the functions. Calls of others are content.
+          exact: Calls have the form of ``answer_rules``. Their arguments are then passed on as they arrive.
         """
         self.calls = 0
+        self._exact = exact
+        self._end = _ObjectEnd()
         self._reasons = reasons or reasoning
         self._tools = tools
         self._names = frozenset(names)
-        self._state: Literal["start", "reasoning", "content", "call"] = "reasoning" if reasoning else "start"
+        self._state: Literal["start", "reasoning", "content", "call", "arguments", "close"]
+        self._state = "reasoning" if reasoning else "start"
         self._held = ""
         self._strip = reasoning  # blank lines after a tag are not part of what follows
 
@@ -86,7 +92,9 @@ class AnswerParser:
         """Returns the rest, at the end of the answer."""
         deltas: list[Delta] = []
         rest, self._held = self._held, ""
-        if self._state == "call" and self._tools == "tags":
+        if self._state in ("arguments", "close"):
+            pass  # the arguments so far were passed on
+        elif self._state == "call" and self._tools == "tags":
             self._text(deltas, "content", CALL[0] + rest)  # the answer ended within a call
         elif self._state == "call":
             calls = self._json_calls(rest)
@@ -109,6 +117,12 @@ class AnswerParser:
             passed, self._held = self._held, ""
             self._text(deltas, "content", passed)
             return False
+        if self._state == "arguments":
+            return self._arguments(deltas)
+        if self._state == "close":
+            return self._close_call()
+        if self._exact:
+            return self._begin_call(deltas)
         return self._tools == "tags" and self._end_call(deltas)
 
     def _begin(self) -> bool:
@@ -142,6 +156,45 @@ class AnswerParser:
         self._text(deltas, kind, passed)
         return False
 
+    def _begin_call(self, deltas: list[Delta]) -> bool:
+        """Recognizes the beginning of a call of a known form, up to its arguments."""
+        assert self._tools is not None, "an answer without tools has no calls"
+        begun = self._held.lstrip()
+        heads = {call_head(name, self._tools): name for name in self._names}
+        for head, name in heads.items():
+            if begun.startswith(head):
+                deltas.append(self._call(name, ""))
+                self._held, self._state, self._end = begun[len(head) :], "arguments", _ObjectEnd()
+                return True
+        if any(head.startswith(begun) for head in heads):
+            return False
+        if self._tools == "tags":
+            self._text(deltas, "content", CALL[0])
+        self._state = "content"  # another JSON text
+        return True
+
+    def _arguments(self, deltas: list[Delta]) -> bool:
+        """Passes the arguments of a call on."""
+        end = self._end.find(self._held)
+        text, self._held = self._held[:end], "" if end is None else self._held[end:]
+        if text:
+            deltas.append(Delta("arguments", text, index=self.calls - 1))
+        if end is not None:
+            self._state = "close"
+        return end is not None
+
+    def _close_call(self) -> bool:
+        """Removes the end of a call."""
+        if self._tools == "tags":
+            _, found, after = self._held.partition(CALL[1])
+            if found:
+                self._held, self._state, self._strip = after, "content", True
+            return bool(found)
+        self._held = self._held.lstrip("}; \n")
+        if self._held:
+            self._state = "call"
+        return bool(self._held)
+
     def _end_call(self, deltas: list[Delta]) -> bool:
         inside, found, after = self._held.partition(CALL[1])
         if not found:
@@ -163,7 +216,8 @@ class AnswerParser:
 
     def _call(self, name: str, arguments: str) -> Delta:
         self.calls += 1
-        return Delta("call", call=ToolCall(name, arguments, f"call_{secrets.token_hex(12)}"))
+        call = ToolCall(name, arguments, f"call_{secrets.token_hex(12)}")
+        return Delta("call", call=call, index=self.calls - 1)
 
     def _json_calls(self, text: str) -> list[tuple[str, str]]:
         """Returns the calls that a text consists of, separated by ``;``; none if it has anything else."""
@@ -190,6 +244,38 @@ class AnswerParser:
         if not isinstance(name, str) or name not in self._names or not isinstance(arguments, dict):
             return None
         return name, json.dumps(arguments, ensure_ascii=False)
+
+
+class _ObjectEnd:
+    """Finds the end of a JSON object that arrives in pieces."""
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._in_string = self._escaped = False
+
+    def find(self, text: str) -> int | None:
+        """Reads the next piece; returns how much of it belongs to the object, or None for all and more."""
+        for position, character in enumerate(text):
+            if self._escaped:
+                self._escaped = False
+            elif self._in_string:
+                self._escaped = character == "\\"
+                self._in_string = character != '"'
+            elif character == '"':
+                self._in_string = True
+            elif character in "{[":
+                self._depth += 1
+            elif character in "}]":
+                self._depth -= 1
+                if self._depth == 0:
+                    return position + 1
+        return None
+
+
+def call_head(name: str, form: ToolFormat) -> str:
+    """Returns the text of a call up to its arguments, within the tags of ``tags``, as models write it."""
+    key = "arguments" if form == "tags" else "parameters"
+    return f'{{"name": {json.dumps(name)}, "{key}": '
 
 
 def _object(text: str) -> Any:

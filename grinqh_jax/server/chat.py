@@ -15,9 +15,10 @@ from grinqh_jax.server.body import parse
 from grinqh_jax.server.choice import Choice, together, usage
 from grinqh_jax.server.conversation import Conversations, Prompt
 from grinqh_jax.server.logprobs import chat_logprobs
-from grinqh_jax.server.schema import ChatCompletion, StreamOptions, Tool, answer_schema
+from grinqh_jax.server.schema import ChatCompletion, StreamOptions, answer_schema
 from grinqh_jax.server.service import Service
 from grinqh_jax.server.streaming import Emit, EventStream, while_connected
+from grinqh_jax.server.tool_choice import Calls
 from grinqh_jax.serving.answer import TokenLogprob
 from grinqh_jax.serving.grammar import Grammar
 
@@ -34,15 +35,17 @@ class Chat:
         service = self._service
         body = await parse(request, ChatCompletion, service.limits)
         bits = service.bits(body.model, body.bits)
-        tools = None if body.tool_choice == "none" else body.tools
+        calls = Calls.of(body)
         prompt = await asyncio.to_thread(
-            self._conversations.prompt, body.messages, tools, body.chat_template_kwargs
+            self._conversations.prompt, body.messages, calls.tools, body.chat_template_kwargs
         )
         wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         limit = service.max_tokens(wanted, [prompt.tokens], default=None)
-        grammar = await service.grammar(answer_schema(body.response_format))
+        schema = answer_schema(body.response_format)
+        rules = calls.rules(self._conversations.tools, schema, prompt.reasoning)
+        grammar = await service.grammar(rules)
         requests = service.requests(body, bits, limit)
-        work = _Work(service, self._conversations, body, prompt, tools, requests, grammar)
+        work = _Work(service, self._conversations, body, prompt, calls, requests, grammar)
         if body.stream:
             return EventStream(work.stream)
         return JSONResponse(await while_connected(request.receive, work.complete()))
@@ -57,7 +60,7 @@ class _Work:
         conversations: Conversations,
         body: ChatCompletion,
         prompt: Prompt,
-        tools: Sequence[Tool] | None,
+        calls: Calls,
         requests: Sequence[Any],
         grammar: Grammar | None,
     ):
@@ -67,7 +70,7 @@ class _Work:
         self._prompt = prompt
         self._requests = requests
         self._grammar = grammar
-        self._tools = tools
+        self._calls = calls
         self._head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -83,7 +86,7 @@ class _Work:
         messages: dict[int, dict[str, Any]] = {}
 
         async def consume(choice: Choice) -> None:
-            parser = self._conversations.parser(self._prompt, self._tools)
+            parser = self._conversations.parser(self._prompt, self._calls)
             deltas: list[Delta] = []
             logprobs: list[TokenLogprob] = []
             async for piece in choice.pieces():
@@ -126,7 +129,7 @@ class _Work:
         async with self._choices() as choices:
 
             async def consume(choice: Choice) -> None:
-                parser = self._conversations.parser(self._prompt, self._tools)
+                parser = self._conversations.parser(self._prompt, self._calls)
                 started = False
 
                 async def say(
@@ -147,12 +150,12 @@ class _Work:
 
                 async for piece in choice.pieces():
                     logprobs = piece.logprobs
-                    for delta in _deltas(parser.push(piece.text), parser.calls):
+                    for delta in _deltas(parser.push(piece.text)):
                         await say(delta, logprobs)
                         logprobs = None  # the first event of a piece carries those of all its tokens
                     if logprobs or not started:
                         await say({}, logprobs)
-                for delta in _deltas(parser.flush(), parser.calls):
+                for delta in _deltas(parser.flush()):
                     await say(delta, None)
                 await say({}, None, _finish_reason(choice, parser.calls))
 
@@ -172,28 +175,31 @@ def _message(deltas: Sequence[Delta]) -> dict[str, Any]:
         kind: "".join(delta.text for delta in deltas if delta.kind == kind)
         for kind in ("content", "reasoning")
     }
-    calls = [delta.call for delta in deltas if delta.call is not None]
+    calls = [_call(delta.call) for delta in deltas if delta.call is not None]
+    for delta in deltas:
+        if delta.kind == "arguments":
+            calls[delta.index]["function"]["arguments"] += delta.text
     message: dict[str, Any] = {"role": "assistant", "content": text["content"]}
     if text["reasoning"]:
         message["reasoning_content"] = text["reasoning"]
     if calls:
         message["content"] = text["content"].strip() or None
-        message["tool_calls"] = [_call(call) for call in calls]
+        message["tool_calls"] = calls
     return message
 
 
-def _deltas(deltas: Sequence[Delta], calls: int) -> list[dict[str, Any]]:
-    """Returns the field ``delta`` of an event for each delta; ``calls`` is the number of calls so far."""
-    fields = {"content": "content", "reasoning": "reasoning_content"}
-    number = calls - sum(delta.call is not None for delta in deltas)
-    result: list[dict[str, Any]] = []
-    for delta in deltas:
-        if delta.call is None:
-            result.append({fields[delta.kind]: delta.text})
-        else:
-            result.append({"tool_calls": [{"index": number} | _call(delta.call)]})
-            number += 1
-    return result
+def _deltas(deltas: Sequence[Delta]) -> list[dict[str, Any]]:
+    """Returns the field ``delta`` of an event for each delta."""
+    return [_delta(each) for each in deltas]
+
+
+def _delta(delta: Delta) -> dict[str, Any]:
+    if delta.kind == "content":
+        return {"content": delta.text}
+    if delta.kind == "reasoning":
+        return {"reasoning_content": delta.text}
+    call = {"function": {"arguments": delta.text}} if delta.call is None else _call(delta.call)
+    return {"tool_calls": [{"index": delta.index} | call]}
 
 
 def _call(call: ToolCall) -> dict[str, Any]:

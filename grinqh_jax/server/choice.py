@@ -80,7 +80,12 @@ async def together(choices: Sequence[Choice], consume: Callable[[Choice], Awaita
 
 
 def usage(
-    choices: Sequence[Choice], prompt_tokens: int, *, answers: bool = True, layers: bool = False
+    choices: Sequence[Choice],
+    prompt_tokens: int,
+    *,
+    prompts: int = 1,
+    answers: bool = True,
+    layers: bool = False,
 ) -> dict[str, Any]:
     """Returns the usage of a request so far.
 
@@ -90,16 +95,18 @@ def usage(
     Args:
       choices: All choices.
       prompt_tokens: Number of tokens of the prompts, each counted once.
+      prompts: Number of prompts, which have equally many choices.
       answers: Whether the client gets the answers.
       layers: Whether to add ``realised_bits_per_layer``, means over the ended answers.
     """
     generated = sum(len(choice.answer.tokens) for choice in choices) if answers else 0
+    first = choices[:: len(choices) // prompts]  # of each prompt
     ended = [choice.statistics for choice in choices if choice.statistics is not None]
     figures: dict[str, Any] = {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": generated,
         "total_tokens": prompt_tokens + generated,
-        "prompt_tokens_details": {"cached_tokens": choices[0].answer.reused_tokens or 0},
+        "prompt_tokens_details": {"cached_tokens": sum(each.answer.reused_tokens or 0 for each in first)},
         "realised_bits": _mean([choice.realised_bits for choice in choices]),
         "weight_bytes_per_token": _mean([each.bytes_per_token for each in ended]),
     }

@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from grinqh_jax.errors import UsageError
+from grinqh_jax.server.answer_rules import json_rules
 from grinqh_jax.server.body import parse
 from grinqh_jax.server.choice import Choice, together, usage
 from grinqh_jax.server.errors import APIError
@@ -48,7 +49,8 @@ class Completions:
         # The engine generates at least one token.
         wanted = 1 if body.max_tokens == 0 else body.max_tokens
         limit = service.max_tokens(wanted, prompts, default=DEFAULT_TOKENS)
-        grammar = await service.grammar(answer_schema(body.response_format))
+        schema = answer_schema(body.response_format)
+        grammar = await service.grammar(None if schema is None else json_rules(schema))
         work = _Work(service, body, prompts, service.requests(body, bits, limit), grammar)
         if body.stream:
             return EventStream(work.stream)
@@ -188,7 +190,7 @@ class _Work:
 
     def _usage(self, choices: Sequence[Choice], layers: bool = False) -> dict[str, Any]:
         answers = self._body.max_tokens != 0
-        return usage(choices, self._prompt_tokens, answers=answers, layers=layers)
+        return usage(choices, self._prompt_tokens, prompts=len(self._prompts), answers=answers, layers=layers)
 
     def _choice(self, choice: Choice, text: str, logprobs: Sequence[Logprob], offset: int) -> dict[str, Any]:
         wanted = self._body.logprobs

@@ -8,8 +8,10 @@ from typing import Any
 
 from grinqh_jax.errors import UsageError
 from grinqh_jax.server.answer_parser import CALL, THINK, AnswerParser, ToolFormat
+from grinqh_jax.server.answer_rules import Reasoning
 from grinqh_jax.server.errors import APIError
 from grinqh_jax.server.schema import AssistantMessage, Content, Message, TemplateArguments, Tool, ToolMessage
+from grinqh_jax.server.tool_choice import Calls
 from grinqh_jax.text.tokenizer import Tokenizer
 
 
@@ -19,11 +21,11 @@ class Prompt:
 
     Attributes:
       tokens: Tokens up to the beginning of the answer.
-      reasoning: Whether the answer begins within reasoning, because the prompt ends with the opening tag.
+      reasoning: Whether the answer may begin with reasoning.
     """
 
     tokens: list[int]
-    reasoning: bool
+    reasoning: Reasoning
 
 
 class Conversations:
@@ -92,22 +94,28 @@ class Conversations:
         except UsageError as error:
             reason = str(error).rpartition("the chat template fails: ")[2]  # without the model's directory
             raise APIError(400, f"messages: {reason}", param="messages") from None
-        return Prompt(tokens, self.reasons and text.rstrip().endswith(THINK[0]))
+        return Prompt(tokens, self._reasoning(text.rstrip()))
 
-    def parser(self, prompt: Prompt, tools: Sequence[Tool] | None) -> AnswerParser:
+    def parser(self, prompt: Prompt, calls: Calls) -> AnswerParser:
         """Returns a parser for an answer.
 
         Args:
           prompt: Prompt of the answer.
-          tools: Functions that the answer may call.
+          calls: Calls that the answer may have.
         """
-        names = [tool.function.name for tool in tools or ()]
         return AnswerParser(
             reasons=self.reasons,
-            reasoning=prompt.reasoning,
-            tools=self.tools if names else None,
-            names=names,
+            reasoning=prompt.reasoning == "begun",
+            tools=self.tools if calls.names else None,
+            names=calls.names,
+            exact=calls.exact,
         )
+
+    def _reasoning(self, prompt: str) -> Reasoning:
+        """Returns whether the answer to a prompt may reason, which the end of the prompt decides."""
+        if not self.reasons or prompt.endswith(THINK[1]):
+            return "none"
+        return "begun" if prompt.endswith(THINK[0]) else "possible"
 
 
 def _message(message: Message) -> dict[str, Any]:
@@ -128,11 +136,13 @@ def _message(message: Message) -> dict[str, Any]:
                 }
                 for call in message.tool_calls
             ]
-        return fields
-    role = "system" if message.role == "developer" else message.role
-    fields = {"role": role, "content": _text(message.content)}
-    if isinstance(message, ToolMessage):
-        fields["tool_call_id"] = message.tool_call_id
+    else:
+        role = "system" if message.role == "developer" else message.role
+        fields = {"role": role, "content": _text(message.content)}
+        if isinstance(message, ToolMessage):
+            fields["tool_call_id"] = message.tool_call_id
+    if message.name is not None:
+        fields["name"] = message.name
     return fields
 
 

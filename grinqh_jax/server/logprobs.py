@@ -6,8 +6,6 @@ from typing import Any
 from grinqh_jax.serving.answer import TokenLogprob
 from grinqh_jax.text.tokenizer import Tokenizer
 
-_REPLACEMENT = "\ufffd"
-
 Logprob = TokenLogprob | tuple[int, None, None]
 """Token, log-probability and alternatives. The first token of a prompt has neither."""
 
@@ -16,9 +14,12 @@ def chat_logprobs(tokens: Sequence[TokenLogprob], tokenizer: Tokenizer) -> dict[
     """Returns the field ``logprobs`` of a choice of a chat."""
 
     def entry(token: int, logprob: float) -> dict[str, Any]:
-        text = tokenizer.token_text(token)
-        known = None if _REPLACEMENT in text else list(text.encode())  # part of a character
-        return {"token": text, "logprob": logprob, "bytes": known}
+        known = tokenizer.token_bytes(token)
+        return {
+            "token": tokenizer.token_text(token),
+            "logprob": logprob,
+            "bytes": None if known is None else list(known),
+        }
 
     content = [
         entry(each.token, each.logprob) | {"top_logprobs": [entry(*other) for other in each.top]}

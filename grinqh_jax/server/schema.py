@@ -23,6 +23,7 @@ MOST_TOP_LOGPROBS = 20
 """Most alternatives for which log probabilities are returned, as in OpenAI's protocol."""
 
 MOST_STOP_STRINGS = 16
+MOST_TOOLS = 128
 MOST_BIASED_TOKENS = 300
 
 
@@ -155,6 +156,7 @@ class TextPart(Strict):
 
 
 Content = str | list[TextPart]
+Name = Annotated[str, Field(max_length=64)] | None
 
 
 class SystemMessage(Strict):
@@ -162,7 +164,7 @@ class SystemMessage(Strict):
 
     role: Literal["system", "developer"]
     content: Content
-    name: None = None
+    name: Name = None
 
 
 class UserMessage(Strict):
@@ -170,7 +172,7 @@ class UserMessage(Strict):
 
     role: Literal["user"]
     content: Content
-    name: None = None
+    name: Name = None
 
 
 class FunctionCall(Strict):
@@ -200,7 +202,7 @@ class AssistantMessage(Strict):
     audio: None = None
     function_call: None = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
-    name: None = None
+    name: Name = None
 
 
 class ToolMessage(Strict):
@@ -209,18 +211,19 @@ class ToolMessage(Strict):
     role: Literal["tool"]
     content: Content
     tool_call_id: str
+    name: Name = None
 
 
 Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
 
 
 class Function(Strict):
-    """A function that the model may call."""
+    """A function that the model may call. With ``strict``, all calls fit the schema."""
 
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: Literal[False] | None = None
+    strict: bool | None = None
 
 
 class Tool(Strict):
@@ -228,6 +231,40 @@ class Tool(Strict):
 
     type: Literal["function"]
     function: Function
+
+
+class FunctionName(Strict):
+    """Name of a function."""
+
+    name: str
+
+
+class NamedTool(Strict):
+    """A function by name."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+class AllowedTools(Strict):
+    """Some of the tools; ``required`` if the answer must call one."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MOST_TOOLS)]
+
+
+class AllowedToolChoice(Strict):
+    """A choice among some of the tools."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+ToolChoice = (
+    Literal["auto", "none", "required"]
+    | Annotated[NamedTool | AllowedToolChoice, Field(discriminator="type")]
+    | None
+)
 
 
 class TemplateArguments(Strict):
@@ -244,8 +281,9 @@ class ChatCompletion(Generation):
     max_completion_tokens: _ranged(int, "max_tokens") = None  # type: ignore[valid-type]
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
-    tool_choice: Literal["auto", "none"] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
+    tool_choice: ToolChoice = None
+    parallel_tool_calls: bool | None = None
     chat_template_kwargs: TemplateArguments | None = None
 
     @pydantic.model_validator(mode="after")
@@ -263,7 +301,7 @@ class Tokenize(Strict):
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
     chat_template_kwargs: TemplateArguments | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True

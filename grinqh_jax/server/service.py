@@ -12,6 +12,7 @@ from grinqh_jax.decoding.dial import layer_shares
 from grinqh_jax.decoding.generator import Generator
 from grinqh_jax.decoding.request import Request
 from grinqh_jax.errors import UsageError
+from grinqh_jax.server.answer_rules import Rules
 from grinqh_jax.server.choice import Choice
 from grinqh_jax.server.errors import APIError
 from grinqh_jax.server.limits import Admission, Limits
@@ -83,18 +84,27 @@ class Service:
             raise APIError(400, str(error), param="bits") from None
         return wanted
 
-    async def grammar(self, schema: dict[str, Any] | None) -> Grammar | None:
-        """Returns the grammar of a JSON schema; None for None.
+    async def grammar(self, rules: Rules | None) -> Grammar | None:
+        """Returns the grammar of rules; None for None.
 
         Raises:
-          APIError: The schema is invalid or not supported.
+          APIError: A schema is invalid or not supported.
         """
-        if schema is None:
-            return None
+        return None if rules is None else await asyncio.to_thread(self._grammar, rules)
+
+    def _grammar(self, rules: Rules) -> Grammar:
         try:
-            return await asyncio.to_thread(self.engine.grammar, schema)
+            return self.engine.grammar_of_rules(rules.text, rules.schemas)
         except UsageError as error:
-            raise APIError(400, f"response_format: {error}", param="response_format") from None
+            reason, (field, *others) = error, rules.fields.values()
+            for name in rules.schemas if others else ():
+                try:
+                    self.engine.grammar(rules.schemas[name])
+                except UsageError as alone:
+                    reason, field = alone, rules.fields[name]
+                    break
+            code = None if field == "response_format" else "invalid_function_parameters"
+            raise APIError(400, f"{field}: {reason}", param=field, code=code) from None
 
     def requests(self, body: Generation, bits: Bits | None, max_tokens: int) -> list[Request]:
         """Returns a request to the engine for each of the ``n`` choices; they differ in the seed.

@@ -12,24 +12,22 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (None, 1),
     "function_call": (None,),
     "functions": (None, []),
-    "metadata": (None, {}),
     "modalities": (None, ["text"]),
     "moderation": (None,),
-    "parallel_tool_calls": (None, True),
     "prediction": (None,),
     "prompt_cache_options": (None,),
-    "prompt_cache_retention": (None,),
     "reasoning_effort": (None,),
     "service_tier": (None, "auto", "default"),
     "store": (None, False),
     "suffix": (None, ""),
-    "verbosity": (None,),
+    "verbosity": (None, "medium"),
     "web_search_options": (None,),
 }
 """Fields and their values that change nothing."""
 
-LABELS = ("user", "safety_identifier", "prompt_cache_key")
-"""Fields that name the client or the request, and change no answer."""
+LABELS = ("user", "safety_identifier", "metadata", "prompt_cache_key", "prompt_cache_retention")
+"""Fields about the client, the request or storage, which change no answer. Each is a string, except for
+``metadata``, an object of strings."""
 
 
 def without_neutral_fields(fields: dict[str, Any]) -> dict[str, Any]:
@@ -47,8 +45,14 @@ def without_neutral_fields(fields: dict[str, Any]) -> dict[str, Any]:
             param=refused[0],
             code="unsupported_parameter",
         )
-    labels = [name for name in LABELS if isinstance(fields.get(name), str)]
+    labels = [name for name in LABELS if name in fields and _is_label(name, fields[name])]
     return {name: value for name, value in fields.items() if name not in NEUTRAL and name not in labels}
+
+
+def _is_label(name: str, value: Any) -> bool:
+    if name != "metadata":
+        return value is None or isinstance(value, str)
+    return value is None or (isinstance(value, dict) and all(isinstance(v, str) for v in value.values()))
 
 
 def _neutral(name: str, value: Any) -> bool:

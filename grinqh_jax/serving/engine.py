@@ -204,6 +204,19 @@ class Engine:
         self._check_grammars()
         return self._grammars.of_schema(schema)
 
+    def grammar_of_rules(self, rules: str, schemas: Mapping[str, Mapping[str, Any]]) -> Grammar:
+        """Returns a grammar of texts that contain JSON, for any number of requests.
+
+        Args:
+          rules: Rules in llguidance's dialect of Lark. The rule ``start`` is the whole text.
+          schemas: JSON schema of each rule that ``rules`` uses and does not define.
+
+        Raises:
+          UsageError: As in ``grammar``.
+        """
+        self._check_grammars()
+        return self._grammars.of_rules(rules, schemas)
+
     def generate_many(
         self, prompts: Sequence[str | Sequence[int]], request: Request | Sequence[Request] | None = None
     ) -> list[Answer]:

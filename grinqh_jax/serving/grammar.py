@@ -85,20 +85,33 @@ class Grammars:
           UsageError: The schema is invalid, too large, or uses what llguidance does not support; llguidance
             is not installed or does not support the tokenizer.
         """
+        return self.of_rules("start: json", {"json": schema})
+
+    def of_rules(self, rules: str, schemas: Mapping[str, Mapping[str, Any]]) -> Grammar:
+        """Returns a grammar of texts that contain JSON.
+
+        Args:
+          rules: Rules in llguidance's dialect of Lark. The rule ``start`` is the whole text.
+          schemas: JSON schema of each rule that ``rules`` uses and does not define.
+
+        Raises:
+          UsageError: As in ``of_schema``.
+        """
         try:
             import llguidance
         except ImportError:
             raise UsageError("schemas need llguidance; install it: pip install 'grinqh-jax[serve]'") from None
         vocabulary = self._load(llguidance)
-        _check_size(schema)
+        _check_size(list(schemas.values()))
         try:
-            grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=SPELLING)
+            lines = [f"{name}: %json {_spelled(schema)}" for name, schema in schemas.items()]
         except RecursionError:
             raise UsageError("the schema is nested too deeply; make it flatter") from None
-        except ValueError as error:
-            raise UsageError(f"the schema is not supported: {_line(str(error))}") from None
-        matcher = llguidance.LLMatcher(vocabulary, grammar, log_level=0)
-        result = Grammar(matcher, -(-self._generator.model.config.vocab_size // 32))
+        lark = "\n".join([rules, *lines])
+        result = Grammar(
+            llguidance.LLMatcher(vocabulary, lark, log_level=0),
+            -(-self._generator.model.config.vocab_size // 32),
+        )
         result._check()
         result.allowed()  # Some schemas fail only here.
         return result
@@ -121,11 +134,16 @@ class Grammars:
             return self._vocabulary
 
 
-def _check_size(schema: Any) -> None:
-    """Raises UsageError if a schema is too large for llguidance."""
+def _spelled(schema: Mapping[str, Any]) -> str:
+    """Returns a schema as JSON, with the spelling of its texts."""
+    return json.dumps({**schema, "x-guidance": SPELLING})
+
+
+def _check_size(schemas: list[Any]) -> None:
+    """Raises UsageError if schemas are together too large for llguidance."""
     objects = 0
     references: set[str] = set()
-    rest = [schema]
+    rest = schemas
     while rest:
         value = rest.pop()
         if isinstance(value, Mapping):
@@ -142,5 +160,6 @@ def _check_size(schema: Any) -> None:
 
 
 def _line(message: str) -> str:
-    """Returns the beginning of a message on one line."""
-    return " ".join(message.partition("<state>")[0].split())[:SHOWN_CHARACTERS]
+    """Returns the beginning of a message of llguidance on one line, without the rules that it quotes."""
+    reason = message.partition("failed to compile JSON schema: ")[2] or message
+    return " ".join(reason.partition("<state>")[0].partition("\n   1 | ")[0].split())[:SHOWN_CHARACTERS]

@@ -5,7 +5,9 @@ The tokens are those of transformers 5 on the same directory. The ``tokenizers``
 imported only for chat templates and where ``tokenizer.json`` does not say everything (``tokenizer_files``).
 """
 
+import functools
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,19 @@ class Tokenizer:
     def token_text(self, token: int) -> str:
         """Returns the text of one token, special or not. Bytes that are not UTF-8 become U+FFFD."""
         return self._backend.decode([token], skip_special_tokens=False)
+
+    def token_bytes(self, token: int) -> bytes | None:
+        """Returns the bytes of one token, which may be part of a character; None if they are unknown."""
+        text = self.token_text(token)
+        if "\ufffd" not in text:
+            return text.encode()
+        piece = self._backend.id_to_token(token) or ""
+        if re.fullmatch("<0x[0-9A-F]{2}>", piece):
+            return bytes([int(piece[3:5], 16)])
+        byte_of = _bytes_of_characters()
+        if piece and all(character in byte_of for character in piece):
+            return bytes(byte_of[character] for character in piece)
+        return None
 
     def json_text(self) -> str:
         """Returns the tokenizer in the format of ``tokenizer.json``."""
@@ -173,6 +188,17 @@ class Tokenizer:
     def stream(self) -> "TextStream":
         """Returns a decoder for tokens that arrive one by one."""
         return TextStream(self._backend)
+
+
+@functools.cache
+def _bytes_of_characters() -> dict[str, int]:
+    """Returns the byte that each character of a byte-level vocabulary means.
+
+    Bytes that Latin-1 prints are themselves; the others follow from U+0100 on (GPT-2's ``bytes_to_unicode``).
+    """
+    printed = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printed]
+    return {chr(byte): byte for byte in printed} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def _load_transformers(directory: Path) -> Any:

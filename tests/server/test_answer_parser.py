@@ -12,6 +12,9 @@ CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool
 WEATHER = ("weather", {"city": "Köln"})
 ADD = ("add", {"a": 1})
 QWEN, LLAMA = {"tools": "tags"} | NAMES, {"tools": "json"} | NAMES
+EXACT = {"exact": True}
+BRACES = 'x}]"\\ {'
+TRICKY = f'{{"name": "add", "arguments": {json.dumps({"a": [BRACES, {"b": BRACES}]})}}}'
 
 CASES = {
     "content": ({}, "Hello <think> world", "", "Hello <think> world", []),
@@ -69,6 +72,38 @@ CASES = {
     ),
     "Llama 3, other JSON": (LLAMA, '{"answer": 3}', "", '{"answer": 3}', []),
     "Llama 3, text behind": (LLAMA, '{"name": "add"} now', "", '{"name": "add"} now', []),
+    "an exact call": (QWEN | EXACT, CALL, "", "", [WEATHER]),
+    "text and two exact calls, one with brackets in texts": (
+        QWEN | EXACT,
+        f"I look. <tool_call>\n{TRICKY}\n</tool_call>\n{CALL}",
+        "",
+        "I look. ",
+        [("add", {"a": [BRACES, {"b": BRACES}]}), WEATHER],
+    ),
+    "reasoning and an exact call": (
+        QWEN | EXACT | {"reasoning": True},
+        f"Hm.\n</think>\n\n{CALL}",
+        "Hm.",
+        "",
+        [WEATHER],
+    ),
+    "Llama 3, two exact calls": (
+        LLAMA | EXACT,
+        f'{TRICKY}; {{"name": "weather", "arguments": {{"city": "Köln"}}}}'.replace(
+            "arguments", "parameters"
+        ),
+        "",
+        "",
+        [("add", {"a": [BRACES, {"b": BRACES}]}), WEATHER],
+    ),
+    "Llama 3, other exact JSON": (LLAMA | EXACT, '{"name": "x"}', "", '{"name": "x"}', []),
+    "an exact call that ends in its name": (
+        QWEN | EXACT,
+        '<tool_call>\n{"name": "wea',
+        "",
+        '<tool_call>\n{"name": "wea',
+        [],
+    ),
     "Llama 3, text": (LLAMA, "It is {warm}", "", "It is {warm}", []),
 }
 
@@ -85,7 +120,14 @@ def test_an_answer_is_parsed_the_same_in_any_pieces(case):
             for kind in ("reasoning", "content")
         }
         assert parts == {"reasoning": reasoning, "content": content}
-        found = [(each.call.name, json.loads(each.call.arguments)) for each in deltas if each.call]
+        arguments = [each.call.arguments for each in deltas if each.call]
+        for each in deltas:
+            if each.kind == "arguments":
+                arguments[each.index] += each.text
+        found = [
+            (each.call.name, json.loads(text))
+            for each, text in zip([each for each in deltas if each.call], arguments, strict=True)
+        ]
         assert found == calls
         assert parser.calls == len(calls)
         ids = [each.call.id for each in deltas if each.call]
@@ -103,3 +145,13 @@ def test_text_that_cannot_begin_a_tag_is_passed_on_at_once():
     assert [delta.text for delta in parser.push("Hello, wor")] == ["Hello, wor"]
     assert [delta.text for delta in parser.push("ld <tool")] == ["ld "]
     assert [delta.text for delta in parser.push("s>")] == ["<tools>"]
+
+
+def test_arguments_of_exact_calls_are_passed_on_as_they_arrive():
+    parser, seen = AnswerParser(**QWEN, exact=True), ""
+    for character in CALL:
+        for delta in parser.push(character):
+            seen += {"call": f"{delta.call and delta.call.name}:"}.get(delta.kind, delta.text)
+        if character == "K":
+            assert seen == 'weather:{"city": "K'
+    assert seen == 'weather:{"city": "Köln"}'

@@ -37,7 +37,7 @@ def test_a_message_of_calls_alone_has_no_content():
 def test_events_number_the_calls():
     one, content, reasoning, calls = parser(), "", "", {}
     for character in TEXT:
-        for fields in _deltas(one.push(character), one.calls):
+        for fields in _deltas(one.push(character)):
             delta = ChoiceDelta.model_validate(fields)
             content += delta.content or ""
             reasoning += fields.get("reasoning_content", "")

@@ -8,6 +8,7 @@ from byte_model import write_companions
 from grinqh_jax.server.conversation import Conversations
 from grinqh_jax.server.errors import APIError
 from grinqh_jax.server.schema import ChatCompletion
+from grinqh_jax.server.tool_choice import Calls
 from grinqh_jax.text.tokenizer import Tokenizer
 
 QWEN = """{%- if tools %}[tools: {{ tools | tojson }} between <tool_call> and </tool_call>]{% endif %}
@@ -61,7 +62,7 @@ def test_a_conversation_with_tools_reaches_the_template(conversations):
         "<|turn|>system: Be brief.<|turn|>user: Hot\nin Ulm?"
         "<|turn|>assistant: <think>Hm.</think><tool_call>weather Ulm<|turn|>tool: 30<|turn|>assistant:"
     )
-    assert (qwen.tools, qwen.reasons, prompt.reasoning) == ("tags", True, False)
+    assert (qwen.tools, qwen.reasons, prompt.reasoning) == ("tags", True, "possible")
 
 
 def test_enable_thinking_reaches_the_template(conversations):
@@ -70,9 +71,9 @@ def test_enable_thinking_reaches_the_template(conversations):
         conversations(QWEN), messages=hello, chat_template_kwargs={"enable_thinking": False}
     )
     assert rendered.endswith("<think>\n\n</think>")
-    assert not prompt.reasoning
+    assert prompt.reasoning == "none"
     _, prompt = text(conversations(R1), messages=hello)
-    assert prompt.reasoning
+    assert prompt.reasoning == "begun"
     with pytest.raises(APIError, match="does not read enable_thinking"):
         text(conversations(LLAMA), messages=hello, chat_template_kwargs={"enable_thinking": False})
 
@@ -84,7 +85,8 @@ def test_formats_of_calls(conversations):
     body = {"messages": [{"role": "user", "content": "Hi"}], "tools": [TOOL]}
     with pytest.raises(APIError, match="tools are not supported"):
         text(conversations("{{ messages }} {{ tools }}"), **body)
-    parser = conversations(LLAMA).parser(text(conversations(LLAMA), **body)[1], None)
+    nothing = Calls.of(ChatCompletion.model_validate(body | {"tool_choice": "none"}))
+    parser = conversations(LLAMA).parser(text(conversations(LLAMA), **body)[1], nothing)
     assert [delta.text for delta in parser.push('{"name": "weather"}')] == ['{"name": "weather"}']
 
 

@@ -2,15 +2,20 @@
 
 import json
 import time
+import typing
 
 import jax
 import numpy as np
 import openai
 import pytest
 from forward_passes import forward
+from openai.types import completion_create_params as text_create_params
+from openai.types.chat import completion_create_params
 
 from grinqh_jax.decoding.generator import Generator
 from grinqh_jax.decoding.request import Request
+from grinqh_jax.server.schema import ChatCompletion, Completion
+from grinqh_jax.server.unsupported import LABELS, NEUTRAL
 
 MODEL = "tiny"
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
@@ -128,6 +133,9 @@ def test_log_probabilities(client):
     ).choices[0]
     content = chat.logprobs.content
     assert "".join(each.token for each in content) == chat.message.content or "\ufffd" in chat.message.content
+    assert bytes(byte for each in content for byte in each.bytes).decode(errors="replace") == (
+        chat.message.content
+    )
     for each in content:
         assert each.top_logprobs[0].logprob == pytest.approx(each.logprob)  # greedy: the most likely token
         assert len(each.top_logprobs) == 3
@@ -223,7 +231,8 @@ UNSUPPORTED = {
     "audio": {"voice": "alloy", "format": "wav"},
     "store": True,
     "service_tier": "flex",
-    "parallel_tool_calls": False,
+    "verbosity": "low",
+    "functions": [{"name": "f"}],
 }
 
 
@@ -234,13 +243,48 @@ def test_unsupported_fields_of_a_chat_are_refused_by_name_and_neutral_values_pas
         assert raised.value.body["param"] == name
         assert raised.value.code == "unsupported_parameter"
     neutral = {"response_format": {"type": "text"}, "store": False, "service_tier": "auto", "user": "me"}
-    assert client.chat.completions.create(**GREEDY, messages=MESSAGES, **neutral).choices
+    neutral |= {"metadata": {"a": "b"}, "prompt_cache_retention": "24h", "parallel_tool_calls": False}
+    named = [{**message, "name": "me"} for message in MESSAGES]
+    assert client.chat.completions.create(**GREEDY, messages=named, **neutral).choices
+    with pytest.raises(openai.BadRequestError, match="'metadata' is not a field"):
+        client.chat.completions.create(**GREEDY, messages=MESSAGES, metadata={"a": 1})
     image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}]
     with pytest.raises(openai.BadRequestError, match=r"messages\.0\.user\.content"):
         client.chat.completions.create(**GREEDY, messages=image)
     tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
     with pytest.raises(openai.BadRequestError, match="tools are not supported: the model's chat template"):
         client.chat.completions.create(**GREEDY, messages=MESSAGES, tools=tools)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "body"),
+    [
+        (completion_create_params.CompletionCreateParamsBase, ChatCompletion),
+        (text_create_params.CompletionCreateParamsBase, Completion),
+    ],
+)
+def test_each_field_of_the_client_is_supported_or_refused_by_name(parameters, body):
+    fields = {*typing.get_type_hints(parameters), "stream"}
+    assert len(fields) > 15
+    assert fields - {*body.model_fields, *NEUTRAL, *LABELS} == set()
+
+
+def test_other_methods(server):
+    def request(method: str, path: str) -> tuple[int, bytes]:
+        head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+        with server.connect() as sock:
+            sock.sendall(head.encode())
+            received = b"".join(iter(lambda: sock.recv(1 << 16), b""))
+        head, _, body = received.partition(b"\r\n\r\n")
+        assert b"content-length: " in head
+        return int(head.split()[1]), head if method != "HEAD" else body
+
+    for path in ("/v1/models", "/v1/models/tiny@2", "/health", "/"):
+        assert request("HEAD", path) == (200, b"")
+    status, head = request("OPTIONS", "/v1/models")  # without --cors-origin
+    assert (status, b"allow: GET, HEAD" in head or b"allow: HEAD, GET" in head) == (405, True)
+    assert request("PUT", "/v1/completions")[0] == 405
+    assert request("HEAD", "/v1/models/other")[0] == 404
 
 
 def test_a_prompt_that_does_not_fit_is_refused_with_the_numbers(client):
