@@ -160,14 +160,14 @@ def generate(
 def free(state: DecodeState, slot: Int[Array, ""]) -> DecodeState:
     """Ends the answer in a slot. Its pages may then be given to other texts."""
     slots, cache = state.slots, state.cache
-    # Decode chunks write a key and a value for every slot. A slot without pages, or with a full page, drops
-    # them, because another text may use the page.
+    # Decode chunks read and write the cache of every slot. An empty one has no length, so its attention costs
+    # nothing. Its write is dropped if it has no page; in a contiguous cache the next prompt overwrites it,
+    # because a prompt is read as a whole between two chunks (``texts``).
     pages = None if slots.pages is None else slots.pages.at[slot].set(cache.num_pages)
-    length = cache.page_size if slots.pages is None else 0
     slots = dataclasses.replace(
         slots,
         pages=pages,
-        lengths=slots.lengths.at[slot].set(length),
+        lengths=slots.lengths.at[slot].set(0),
         done=slots.done.at[slot].set(True),
     )
     return dataclasses.replace(state, slots=slots)

@@ -117,7 +117,6 @@ class DecodeState:
           fixed: States of a fixed size of empty texts, one for each slot.
           drafter: Drafter of speculation; None without.
         """
-        shared = pages_per_slot is not None
 
         # numpy arrays, because each jax array would be a separate dispatch.
         def full(value: Any, *shape: int, dtype: Any = np.int32) -> Any:
@@ -134,7 +133,7 @@ class DecodeState:
         rows = Slots(
             settings=jax.tree.map(lambda row: full(0, *row.shape[1:], dtype=row.dtype), settings),
             pages=full(cache.num_pages, pages_per_slot) if pages_per_slot is not None else None,
-            lengths=full(0 if shared else cache.page_size),
+            lengths=full(0),
             last=full(0),
             done=full(True, dtype=bool),
             history=history,
