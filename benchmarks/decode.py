@@ -30,6 +30,7 @@ import jax
 import step_profile
 
 from grinqh_jax.benchmarking import measure, random_model
+from grinqh_jax.benchmarking.decode_run import DecodeRun
 from grinqh_jax.decoding import reading
 from grinqh_jax.model.apply import in_head
 from grinqh_jax.model.config import ModelConfig
@@ -48,7 +49,7 @@ def say(text: str) -> None:
 
 
 def decode_rows(
-    model, label: str, batch: int, bits_list, args, bandwidth: float, run: measure.DecodeRun | None = None
+    model, label: str, batch: int, bits_list, args, bandwidth: float, run: DecodeRun | None = None
 ) -> list[dict]:
     """Times decoding at each context and setting of the dial, and profiles those that ``args`` select.
 
@@ -63,7 +64,7 @@ def decode_rows(
       bandwidth: Read bandwidth of the device, bytes per second.
       run: The run, if it is compiled already.
     """
-    run = run or measure.DecodeRun(model, max(args.contexts), args.tokens, batch)
+    run = run or DecodeRun(model, max(args.contexts), args.tokens, batch)
     devices = 1 if model.partition is None else model.partition.devices
     rows = []
     if bits_list[0] is not None:
@@ -79,8 +80,8 @@ def decode_rows(
         dial = None if bits is None else run.settle(random_model.TARGETS, bits)
         if args.fixed_thresholds and dial is not None:
             fixed = dial.thresholds
-            fixed_timing = measure.timed_in_a_row(lambda t=fixed: run.run(t), args.tokens, args.repeats)
-        timing = measure.timed_in_a_row(lambda d=dial: run.run(d), args.tokens, args.repeats)
+            fixed_timing = measure.timed_in_a_row(lambda t=fixed: run.run(t), run.tokens, args.repeats)
+        timing = measure.timed_in_a_row(lambda d=dial: run.run(d), run.tokens, args.repeats)
         chunk = run.run(dial)
         figures = run.figures(chunk)
         moved = figures["bytes_per_token"] + run.cache_bytes()
@@ -132,7 +133,7 @@ def copies(hlo: str) -> list[str]:
     return large
 
 
-def profile(run: measure.DecodeRun, dial, args, row: dict) -> dict | None:
+def profile(run: DecodeRun, dial, args, row: dict) -> dict | None:
     """Returns the table of one step, or None on a CPU, for which the profiler lists no kernels."""
     kernels = step_profile.trace(lambda: run.run(dial))
     if not kernels:
@@ -140,7 +141,7 @@ def profile(run: measure.DecodeRun, dial, args, row: dict) -> dict | None:
     layers = [name for name in linear_names(run.model.config) if not in_head(name)]
     linears = [*layers, *run.model.lm_head.names]  # a dense model has one
     hlo = run.compiled.as_text()
-    table = step_profile.tabulate(kernels, args.tokens, hlo, linears, row["us_per_token"])
+    table = step_profile.tabulate(kernels, run.tokens, hlo, linears, row["us_per_token"])
     say(f"one step of {row['shape']}, {row['bits']} bits, context {row['context']}:")
     print("\n".join(table.lines()), flush=True)
     return table.to_json()

@@ -197,6 +197,7 @@ def shape(args, name: str) -> None:
     from flax import traverse_util
 
     from grinqh_jax.benchmarking import measure, random_model
+    from grinqh_jax.benchmarking.decode_run import DecodeRun
     from grinqh_jax.decoding.dial import Dial
     from grinqh_jax.model.decoder import Decoder, checkpoint_leaves
     from grinqh_jax.sharding.mesh import make_mesh
@@ -227,10 +228,10 @@ def shape(args, name: str) -> None:
         started = time.monotonic()
         # All but the gather, which is of interest for one row only.
         chosen = {key: model for key, model in models.items() if batch == 1 or key != "gather"}
-        runs = {key: measure.DecodeRun(model, CONTEXT, args.tokens, batch) for key, model in chosen.items()}
+        runs = {key: DecodeRun(model, CONTEXT, args.tokens, batch) for key, model in chosen.items()}
         dials = [Dial.create(model, random_model.TARGETS, args.bits[:1] * batch) for model in chosen.values()]
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            list(pool.map(measure.DecodeRun.compile, runs.values(), dials))
+            list(pool.map(DecodeRun.compile, runs.values(), dials))
         say(args, shape=name, batch=batch, compile_seconds=round(time.monotonic() - started, 1))
         for key, run in runs.items():
             for row in decode.decode_rows(models[key], name, batch, args.bits, options, bandwidth, run):

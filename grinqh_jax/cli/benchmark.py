@@ -1,9 +1,9 @@
 """The verb ``benchmark``: prompt and generation speed, in rows like those of llama-bench.
 
-``pp512`` reads a prompt of 512 tokens; ``tg128`` decodes 128 tokens one by one. Each test runs a few times
-to compile and to warm up, and is then timed ``--repeats`` times. On a GPU, each run of ``tg`` is dispatched
-while the previous one is in progress, as the decode chunks of a text are. The model comes from a directory,
-or has random weights in a published shape or in the shape of the model in a directory.
+``pp512`` reads a prompt of 512 tokens; ``tg128`` decodes 128 tokens one by one, in the decode chunks of the
+engine. Each test runs a few times to compile and to warm up, and is then timed ``--repeats`` times. On a GPU,
+each run of ``tg`` begins while the last chunk of the previous one is in progress. The model comes from a
+directory, or has random weights in a published shape or in the shape of the model in a directory.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from grinqh_jax.benchmarking import measure, random_model
+from grinqh_jax.benchmarking.decode_run import DecodeRun
 from grinqh_jax.cli import command, flags
 from grinqh_jax.cli.generation import load_generator, open_model
 from grinqh_jax.cli.mesh import add_mesh, on_processes
@@ -80,7 +81,7 @@ def parser() -> command.Parser:
         type=flags.non_negative,
         default=128,
         metavar="N",
-        help="tokens decoded by the test tg; 0 skips it (default: 128)",
+        help="tokens decoded by the test tg, raised to whole decode chunks; 0 skips it (default: 128)",
     )
     add(
         "--context",
@@ -209,17 +210,17 @@ def _model_rows(label, model: Decoder, targets, settings, args, bandwidth) -> It
         yield _row(label, f"pp{args.prompt_tokens}", bits, timing, {}, None)
     if not args.generate_tokens or not settings:
         return
-    decoding = measure.DecodeRun(model, args.context, args.generate_tokens)
+    decoding = DecodeRun(model, args.context, args.generate_tokens)
     for bits in settings:
         dial = None
         if model.graded:
             dial = decoding.settle(targets, targets[-1] if bits == FULL else float(bits))
         run_once = functools.partial(decoding.run, dial)
-        timing = measure.timed_in_a_row(run_once, args.generate_tokens, args.repeats)
+        timing = measure.timed_in_a_row(run_once, decoding.tokens, args.repeats)
         figures = decoding.figures(run_once())
         bytes_read = figures["bytes_per_token"] + decoding.cache_bytes()
         share = bytes_read * timing.mean / bandwidth
-        yield _row(label, f"tg{args.generate_tokens}", bits, timing, figures, share)
+        yield _row(label, f"tg{decoding.tokens}", bits, timing, figures, share)
 
 
 def _row(label, test, bits, timing: measure.Timing, figures, share) -> dict[str, Any]:

@@ -13,8 +13,12 @@ import pytest
 
 from grinqh_jax import BUNDLED_MODEL
 from grinqh_jax.benchmarking import measure, random_model
+from grinqh_jax.benchmarking.decode_run import DecodeRun
 from grinqh_jax.cli import benchmark
 from grinqh_jax.decoding import policy
+from grinqh_jax.decoding.dial import Dial
+from grinqh_jax.decoding.engine.chunk import jitted_decode_chunk
+from grinqh_jax.decoding.sampling import Sampling
 from grinqh_jax.decoding.statistics import weighted_mean
 from grinqh_jax.decoding.thresholds import model_thresholds
 from grinqh_jax.errors import CheckpointError, UsageError
@@ -105,7 +109,7 @@ def test_fitted_thresholds_give_every_target_on_their_sample():
 
 @pytest.fixture(scope="module")
 def run(tiny_model):
-    return measure.DecodeRun(tiny_model, context=16, tokens=8)
+    return DecodeRun(tiny_model, context=16, tokens=8)
 
 
 def decode(run, bits):
@@ -115,7 +119,7 @@ def decode(run, bits):
 
 @pytest.fixture(scope="module")
 def long_run(tiny_model):
-    return measure.DecodeRun(tiny_model, context=16, tokens=64)
+    return DecodeRun(tiny_model, context=16, tokens=64)
 
 
 @pytest.mark.parametrize("bits", [2.0, 3.0, pytest.param(8.0, marks=pytest.mark.slow)])
@@ -127,12 +131,45 @@ def test_a_settled_run_reads_the_requested_bits(long_run, bits):
 
 
 def test_a_run_at_a_level_reads_it_whatever_the_dial(tiny_model):
-    run = measure.DecodeRun(tiny_model, context=16, tokens=4, batch=17)
+    run = DecodeRun(tiny_model, context=16, tokens=4, batch=17)
     run.level = 3
     chunk = run.run(run.settle(random_model.TARGETS, 2.0))
     assert chunk.grading_stats.bits.shape[:2] == (4, 17)
     np.testing.assert_array_equal(chunk.grading_stats.bits, 6)
     assert run.figures(chunk)["realised_bits"] == pytest.approx(6)
+
+
+@pytest.mark.parametrize("device_policy", [policy.CPU, policy.GPU], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("with_dial", [False, True], ids=["fixed", "dial"])
+def test_a_run_of_chunks_decodes_what_one_call_of_all_steps_does(
+    tiny_model, monkeypatch, device_policy, with_dial
+):
+    monkeypatch.setattr(policy.DecodePolicy, "for_device", lambda: device_policy)
+    run = DecodeRun(tiny_model, context=16, tokens=60, batch=2)
+    assert run.tokens == 64  # whole chunks
+    dial = Dial.create(tiny_model, random_model.TARGETS, [2.5, 4.0])
+    cache = jax.tree.map(jnp.copy, run._cache)  # A run donates it.
+    decoded = run.run(dial if with_dial else dial.thresholds)
+    chunk, _ = jitted_decode_chunk(
+        tiny_model,
+        jnp.arange(2, dtype=jnp.int32),
+        jnp.zeros(2, bool),
+        cache,
+        dial if with_dial else dial.thresholds,
+        Sampling.create(2),
+        jnp.full(1, -1, jnp.int32),
+        jnp.full(2, 64, jnp.int32),
+        steps=64,
+        policy=device_policy,
+    )
+    np.testing.assert_array_equal(decoded.tokens, chunk.tokens)
+    np.testing.assert_array_equal(decoded.grading_stats.bits, chunk.grading_stats.bits)
+    if with_dial:
+        np.testing.assert_array_equal(decoded.dial.sums, chunk.dial.sums)
+    again = run.run(
+        dial if with_dial else dial.thresholds
+    )  # with the keys and values that the first run left
+    assert again.tokens.shape == (2, 64)
 
 
 class FakeClock:
