@@ -5,5 +5,6 @@ handlers, ``access`` checks hosts and API keys, ``body`` reads requests. ``chat`
 and ``tokens`` are the handlers, ``schema`` and ``unsupported`` the fields that they accept, ``errors`` the
 shape of their errors. ``service`` runs answers on the engine within the ``limits``, ``streaming`` sends
 them while the client stays connected, ``answer_parser`` finds reasoning and tool calls in them, and
-``metrics`` counts.
+``metrics`` counts. ``tool_choice`` says which functions an answer may call, and ``answer_rules`` writes the
+grammar of answers that must fit a schema.
 """
