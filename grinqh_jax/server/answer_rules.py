@@ -19,7 +19,7 @@ _REASONING: dict[Reasoning, str] = {"none": "", "possible": "reasoned? ", "begun
 _COMMON = rf"""
 ANY: /(.|\n)*/
 TEXT: ANY & ~/{THINK[0]}(.|\n)*/
-NO_OBJECT: /(\s*[^{{\s](.|\n)*)?/
+NO_OBJECT: /([^{{\s](.|\n)*)?/
 text: TEXT
 reasoned: thought "\n"? "\n"?
 """

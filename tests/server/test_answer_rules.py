@@ -1,7 +1,5 @@
 """Rules of answers, with llguidance on texts that fit and texts that do not."""
 
-import itertools
-
 import pytest
 
 from grinqh_jax.errors import UsageError
@@ -33,7 +31,8 @@ def fits(generator):
 
     def fits(rules, text: str) -> str:
         grammar = grammars.of_rules(rules.text, rules.schemas)
-        for token in generator.tokenizer.encode(text):
+        tokens = generator.tokenizer.encode(text)
+        for i, token in enumerate(tokens):
             try:
                 mask = grammar.allowed()
             except UsageError:  # nothing may follow
@@ -41,7 +40,7 @@ def fits(generator):
             if not mask[token // 32] >> (token % 32) & 1:
                 return "no"
             if grammar.push(token):
-                return "wholly" if text.endswith(("}", ">")) else "no"
+                return "wholly" if i == len(tokens) - 1 else "no"
         end = next(iter(generator.defaults.eos_tokens))
         return "wholly" if grammar.allowed()[end // 32] >> (end % 32) & 1 else "so far"
 
@@ -75,12 +74,13 @@ def test_an_answer_may_be_text_but_its_calls_fit(fits, form, parallel):
     expected = {"Hello {you}": "wholly", "": "wholly", call(form): "wholly"}
     expected |= {several(form): "wholly" if parallel else "no", call(form, "other"): "no"}
     if form == "tags":
-        expected |= {f"I look. {call(form)}": "wholly", "I look. <tool_call>x": "no", "a <tool_calls>": "no"}
+        expected |= {f"I look. {call(form)}": "wholly", "I look. <tool_call>x": "no"}
         expected |= {f"{call(form)} bye": "wholly" if parallel else "no", "a <tool": "wholly"}
     assert {text: fits(rules, text) for text in expected} == expected
 
 
-@pytest.mark.parametrize(("form", "forced"), itertools.product(["tags", "json"], [False, True]))
+@pytest.mark.parametrize("form", ["tags", "json"])
+@pytest.mark.parametrize("forced", [False, True])
 def test_a_call_may_follow_reasoning(fits, form, forced):
     options = OPTIONS | {"forced": forced}
     begun = call_rules(FUNCTIONS, form, **options | {"reasoning": "begun"})
