@@ -139,8 +139,14 @@ def test_a_run_at_a_level_reads_it_whatever_the_dial(tiny_model):
     assert run.figures(chunk)["realised_bits"] == pytest.approx(6)
 
 
-@pytest.mark.parametrize("device_policy", [policy.CPU, policy.GPU], ids=["cpu", "gpu"])
-@pytest.mark.parametrize("with_dial", [False, True], ids=["fixed", "dial"])
+@pytest.mark.parametrize(
+    ("device_policy", "with_dial"),
+    [
+        pytest.param(policy.GPU, True, id="gpu"),
+        pytest.param(policy.CPU, True, id="cpu", marks=pytest.mark.slow),
+        pytest.param(policy.GPU, False, id="gpu, fixed thresholds", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_of_chunks_decodes_what_one_call_of_all_steps_does(
     tiny_model, monkeypatch, device_policy, with_dial
 ):

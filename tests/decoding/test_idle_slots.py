@@ -12,20 +12,16 @@ PROMPTS = [list(range(100, 140)), [5, 6, 7]]
 OPTIONS = {"max_context": 128, "bits": 3.0, "temperature": 0.0, "max_tokens": 64, "stop_tokens": (-1, -1)}
 
 
-@pytest.mark.parametrize("device_policy", [policy.CPU, policy.GPU], ids=["cpu", "gpu"])
+@pytest.mark.parametrize(
+    "device_policy", [policy.CPU, pytest.param(policy.GPU, marks=pytest.mark.slow)], ids=["cpu", "gpu"]
+)
 def test_an_idle_slot_has_no_length_and_its_next_text_is_unchanged(generator, device_policy):
     def lengths() -> list[int]:
         return np.asarray(batch.texts.device._state.slots.lengths).tolist()
 
-    alone = [Batch(generator, [prompt], policy=device_policy, **OPTIONS).run()[0] for prompt in PROMPTS]
-    batch = Batch(
-        generator,
-        PROMPTS,
-        policy=device_policy,
-        slots=3,
-        ended=lambda row, tokens: row == 0 and len(tokens) > 16,
-        **OPTIONS,
-    )
+    options = OPTIONS | {"policy": device_policy, "slots": 3}
+    alone = [Batch(generator, [prompt], **options).run()[0] for prompt in PROMPTS]
+    batch = Batch(generator, PROMPTS, ended=lambda row, tokens: row == 0 and len(tokens) > 16, **options)
     batch.prefill()
     assert lengths()[2] == 0  # unused
     slot = batch.jobs[0].slot
