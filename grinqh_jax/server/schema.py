@@ -176,10 +176,14 @@ class UserMessage(Strict):
 
 
 class FunctionCall(Strict):
-    """Name and arguments, a JSON object as text."""
+    """Name and arguments, a JSON object as text.
+
+    OpenAI's client may also send the arguments back as it parsed them. These are not read.
+    """
 
     name: str
     arguments: str
+    parsed_arguments: Any = None
 
 
 class ToolCall(Strict):
@@ -192,13 +196,17 @@ class ToolCall(Strict):
 
 
 class AssistantMessage(Strict):
-    """An earlier answer, as the server returned it."""
+    """An earlier answer, as the server returned it.
+
+    OpenAI's client may add what it made of the content, ``parsed``, which is not read.
+    """
 
     role: Literal["assistant"]
     content: Content | None = None
     reasoning_content: str | None = None
     tool_calls: list[ToolCall] | None = None
     refusal: None = None
+    parsed: Any = None
     audio: None = None
     function_call: None = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None

@@ -162,8 +162,8 @@ def token(character: str) -> int:
 def test_without_a_choice_an_answer_is_text_or_a_strict_call(clients, form):
     strict = {"type": "function", "function": WEATHER["function"] | {"strict": True}}
     fields = FIELDS | {"tools": [strict], "seed": 3, "max_tokens": 20}
-    text = clients[form].chat.completions.create(**fields)
-    assert text.choices[0].message.content
+    texts = clients[form].chat.completions.create(**fields, n=4)
+    assert any(choice.message.content for choice in texts.choices)  # The random model may end at once.
     if form == "llama":  # A call begins with a brace, so a bias makes the model call.
         fields |= {"logit_bias": {str(token("{")): 100}, "max_tokens": 100, "parallel_tool_calls": False}
         (choice,) = clients[form].chat.completions.create(**fields).choices
