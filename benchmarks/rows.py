@@ -36,7 +36,7 @@ import timing
 
 from pallas_kernels import Activations, NestedWeight, codes, grading
 from pallas_kernels.matvec.mosaic_gpu import Config, kernel
-from pallas_kernels.matvec.mosaic_gpu.geometry import BytePairs, ClusterList, SharedList
+from pallas_kernels.matvec.mosaic_gpu.config import BytePairs, ClusterList, SharedList
 
 CHECKED_SHAPES = ((576, 1100), (2048, 2560), (1152, 4096))
 CHECKED_ROWS = (1, 2, 4, 8, 16)

@@ -22,7 +22,8 @@ from pallas_kernels.lanes import device
 from pallas_kernels.lanes.instructions import Instructions, Value
 from pallas_kernels.lanes.launch import lane_kernel
 from pallas_kernels.matvec.mosaic_gpu import tuning
-from pallas_kernels.matvec.mosaic_gpu.geometry import Config, Geometry
+from pallas_kernels.matvec.mosaic_gpu.config import Config
+from pallas_kernels.matvec.mosaic_gpu.geometry import Geometry
 from pallas_kernels.matvec.mosaic_gpu.kernel import ANY_CONFIG, OFFSET_LIMIT
 from pallas_kernels.matvec.mosaic_gpu.lane_context import Refs
 from pallas_kernels.matvec.mosaic_gpu.program import graded_matvec_program

@@ -9,11 +9,11 @@ runs only if ``Config.cluster_list`` says so.
 
 Read ``program`` first (the algorithm and the data layout) and ``lanes.instructions`` (its language). The
 phases of the program follow in ``listing``, ``streaming`` and ``reduction``, and the statistics in
-``counting``. ``geometry`` has the sizes, ``lane_context`` the operands and addresses, ``tuning`` the choice
-of a configuration, ``kernel`` the launch.
+``counting``. ``config`` has the tuning, ``geometry`` the sizes, ``lane_context`` the operands and addresses,
+``tuning`` the choice of a configuration, ``kernel`` the launch.
 """
 
-from pallas_kernels.matvec.mosaic_gpu.geometry import BytePairs, ClusterList, Config, SharedList
+from pallas_kernels.matvec.mosaic_gpu.config import BytePairs, ClusterList, Config, SharedList
 from pallas_kernels.matvec.mosaic_gpu.kernel import graded_matvec, partial_sums, supports
 
 __all__ = ["BytePairs", "ClusterList", "Config", "SharedList", "graded_matvec", "partial_sums", "supports"]

@@ -14,7 +14,8 @@ from pallas_kernels.lanes.launch import lane_kernel
 from pallas_kernels.matvec.mosaic_gpu import tuning
 from pallas_kernels.matvec.mosaic_gpu.byte_pairs import BytePairGeometry, byte_pair_program
 from pallas_kernels.matvec.mosaic_gpu.cluster_list import ClusterListGeometry, cluster_list_program
-from pallas_kernels.matvec.mosaic_gpu.geometry import MAX_ROWS, Config, Geometry
+from pallas_kernels.matvec.mosaic_gpu.config import Config
+from pallas_kernels.matvec.mosaic_gpu.geometry import MAX_ROWS, Geometry
 from pallas_kernels.matvec.mosaic_gpu.program import Refs, graded_matvec_program
 from pallas_kernels.matvec.mosaic_gpu.shared_list import SharedListGeometry, shared_list_program
 from pallas_kernels.weight import NestedWeight

@@ -7,14 +7,8 @@ import json
 import math
 
 from pallas_kernels.matvec.mosaic_gpu.byte_pairs.geometry import BytePairGeometry
-from pallas_kernels.matvec.mosaic_gpu.geometry import (
-    SHARED_BYTES_LIMIT,
-    STEP_BYTES,
-    BytePairs,
-    Config,
-    Geometry,
-    SharedList,
-)
+from pallas_kernels.matvec.mosaic_gpu.config import BytePairs, Config, SharedList
+from pallas_kernels.matvec.mosaic_gpu.geometry import SHARED_BYTES_LIMIT, STEP_BYTES, Geometry
 from pallas_kernels.matvec.mosaic_gpu.shared_list.geometry import SharedListGeometry
 
 # Constants of the rule's model of a launch, fitted to 48 measurements (12 configurations of 4 shapes) on an

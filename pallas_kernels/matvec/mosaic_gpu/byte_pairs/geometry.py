@@ -3,7 +3,8 @@
 import dataclasses
 
 from pallas_kernels.lanes.instructions import LANES
-from pallas_kernels.matvec.mosaic_gpu.geometry import ROW_BYTES, TILE_OUTPUT_BYTES, BytePairs, Geometry
+from pallas_kernels.matvec.mosaic_gpu.config import BytePairs
+from pallas_kernels.matvec.mosaic_gpu.geometry import ROW_BYTES, TILE_OUTPUT_BYTES, Geometry
 
 STEP_ROWS = 16
 """Number of plane rows that a warp multiplies in one step: K = 32 of the matrix instruction, divided by the 2

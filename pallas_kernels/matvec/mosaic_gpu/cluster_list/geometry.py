@@ -4,7 +4,7 @@ import dataclasses
 
 from pallas_kernels import layout
 from pallas_kernels.lanes.instructions import LANES
-from pallas_kernels.matvec.mosaic_gpu.geometry import ClusterList
+from pallas_kernels.matvec.mosaic_gpu.config import ClusterList
 from pallas_kernels.matvec.mosaic_gpu.shared_list.geometry import (
     MATRIX_ENTRIES,
     PIECES,

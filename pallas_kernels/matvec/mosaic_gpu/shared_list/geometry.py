@@ -4,7 +4,8 @@ import dataclasses
 
 from pallas_kernels import layout
 from pallas_kernels.lanes.instructions import LANES
-from pallas_kernels.matvec.mosaic_gpu.geometry import ROW_BYTES, Geometry, SharedList
+from pallas_kernels.matvec.mosaic_gpu.config import SharedList
+from pallas_kernels.matvec.mosaic_gpu.geometry import ROW_BYTES, Geometry
 
 PIECES = 8
 """Number of 16-byte pieces of a plane row in a tile. A piece has 64 outputs."""

@@ -1,0 +1,149 @@
+"""Tuning of a launch of the graded matvec: the program, and how it divides the work."""
+
+import dataclasses
+
+WARPS_PER_WARPGROUP = 4
+"""Number of warps in a warpgroup. Mosaic GPU launches whole warpgroups."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SharedList:
+    """Tuning of ``shared_list.program``. It does not change the result.
+
+    Attributes:
+      warps: Number of warps in a CTA, 8, or 4 if ``Config.warpgroups`` is 1. Each multiplies one or two
+        16-byte pieces of every listed plane row. With fewer warps there are fewer instructions, but more
+        accumulators in each lane.
+      ring_slots: Number of steps that the ring of a CTA holds: 4, 8 or 16. All but one are in flight.
+      step_entries: Number of plane rows in a step, 32 or 64. With more, there are fewer barriers of the CTA,
+        one for each step, and more padding, because every section of channels is padded to whole steps.
+    """
+
+    warps: int = 8
+    ring_slots: int = 8
+    step_entries: int = 32
+
+    def __post_init__(self):
+        for name, allowed in (("warps", (4, 8)), ("ring_slots", (4, 8, 16)), ("step_entries", (32, 64))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"SharedList.{name} must be one of {allowed}, not {getattr(self, name)!r}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BytePairs:
+    """Tuning of ``byte_pairs.program``. It does not change the result.
+
+    Attributes:
+      ring_slots: Number of 2-KiB slots in the ring of a warp: 2, 4 or 8. All but one are in flight.
+    """
+
+    ring_slots: int = 4
+
+    def __post_init__(self):
+        if self.ring_slots not in (2, 4, 8):
+            raise ValueError(f"BytePairs.ring_slots must be one of (2, 4, 8), not {self.ring_slots!r}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClusterList:
+    """Tuning of ``cluster_list.program``. It does not change the result.
+
+    Attributes:
+      ctas: Number of CTAs in a cluster, 1, 2, 4 or 8. They divide the channels of one CTA of the program for
+        one row. More than one needs compute capability 9.0. With more, the grid is finer, and a CTA needs
+        less shared memory.
+      warps: Number of warps in a CTA, 4 or 8, and at least as many as it has sections. Each multiplies two or
+        one 16-byte pieces of every listed plane row. With fewer warps there are fewer instructions, but more
+        accumulators in each lane.
+      tiles: Number of tiles, 1, 2 or 4, that a cluster multiplies one after the other, with one list and one
+        set of codes. With more, there are fewer instructions, and the grid is coarser. 1 is used instead if
+        the last tile has fewer pieces, or the number of tiles is not a multiple.
+      ring_slots: Number of steps that the ring of a CTA holds: 4, 8 or 16. All but one are in flight.
+      step_entries: Number of plane rows in a step, 32 or 64, as in ``SharedList``.
+    """
+
+    ctas: int = 4
+    warps: int = 8
+    tiles: int = 1
+    ring_slots: int = 8
+    step_entries: int = 32
+
+    def __post_init__(self):
+        for name, allowed in (
+            ("ctas", (1, 2, 4, 8)),
+            ("warps", (4, 8)),
+            ("tiles", (1, 2, 4)),
+            ("ring_slots", (4, 8, 16)),
+            ("step_entries", (32, 64)),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"ClusterList.{name} must be one of {allowed}, not {getattr(self, name)!r}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Tuning of a launch. It affects the result only through the order of float32 sums.
+
+    In launches with equal ``warpgroups`` and ``warps_per_group`` a row of the result has the same bits, for
+    any number of other rows, in every program.
+
+    Attributes:
+      warpgroups: Number of warpgroups (4 warps) in a CTA, 1 or 2. With more, a CTA sums over more groups of
+        channels, so there are fewer partial sums; with fewer, the grid is finer.
+      warps_per_group: Number of warps, 1, 2 or 4, that share the channels of one group. With more, the grid
+        is finer, which helps small weights; with fewer, the lists are longer and contain less padding, and
+        there are fewer partial sums.
+      ring_slots: Number of 1-KiB slots in the ring of a warp: 2, 4, 8 or 16. A warp keeps ``ring_slots - 1``
+        KiB of copies in flight.
+      shared_list: Tuning of the program whose CTAs share one list, for 2 to 16 activation rows.
+      byte_pairs: Tuning of the program that multiplies pairs of bytes, for several activation rows.
+      cluster_list: Tuning of the program that divides a list among the CTAs of a cluster, for several
+        activation rows. Without any of the three, the program for one row runs, which reads the weights once
+        for each row.
+    """
+
+    warpgroups: int
+    warps_per_group: int
+    ring_slots: int
+    shared_list: SharedList | None = None
+    byte_pairs: BytePairs | None = None
+    cluster_list: ClusterList | None = None
+
+    def __post_init__(self):
+        for name, allowed in (
+            ("warpgroups", (1, 2)),
+            ("warps_per_group", (1, 2, 4)),
+            ("ring_slots", (2, 4, 8, 16)),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"Config.{name} must be one of {allowed}, not {getattr(self, name)!r}")
+        if self.shared_list is not None and self.shared_list.warps < self.warps:
+            raise ValueError(
+                f"Config.shared_list.warps must be {self.warps} with warpgroups={self.warpgroups},"
+                f" not {self.shared_list.warps}"
+            )
+        programs = ("shared_list", "byte_pairs", "cluster_list")
+        chosen = [f"Config.{name}" for name in programs if getattr(self, name) is not None]
+        if len(chosen) > 1:
+            raise ValueError(f"{' and '.join(chosen)} name different programs: set one of them")
+        if self.cluster_list is not None and self.cluster_list.ctas > self.warps:
+            raise ValueError(
+                f"Config.cluster_list.ctas must be at most {self.warps} with warpgroups={self.warpgroups},"
+                f" not {self.cluster_list.ctas}"
+            )
+        if self.cluster_list is not None and self.warps > self.cluster_list.ctas * self.cluster_list.warps:
+            raise ValueError(
+                f"Config.cluster_list must have at least {self.warps} warps in a cluster with"
+                f" warpgroups={self.warpgroups}, not {self.cluster_list.ctas} CTAs of"
+                f" {self.cluster_list.warps} warps"
+            )
+
+    @property
+    def warps(self) -> int:
+        """Number of warps in a CTA."""
+        return WARPS_PER_WARPGROUP * self.warpgroups
+
+    @property
+    def groups_per_cta(self) -> int:
+        """Number of groups of input channels that a CTA sums over."""
+        return self.warps // self.warps_per_group
