@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny_models
 from conversions import arguments, content
+from marks import slow
 
 from checkpoints_tools.calibration.text import read_calibration
 from checkpoints_tools.convert import command as convert
@@ -57,7 +58,7 @@ def test_a_projection_with_more_inputs_than_tokens_keeps_its_weights_and_is_name
     assert {name for name in (*names, "down") if any(name in leaf.split(".") for leaf in changed)} == names
 
 
-@pytest.mark.parametrize("gains", ["fitted", "none"])
+@pytest.mark.parametrize("gains", ["fitted", *slow("none")])
 def test_jsonl_calibration_and_fewer_planes(qwen3, tmp_path, gains):
     records = tmp_path / "calib.jsonl"
     records.write_text("\n".join([json.dumps({"question": "1 + 2?", "answer": "3\n#### 3"})] * 60))

@@ -90,6 +90,7 @@ def prefilled(loaded, bits: float):
     return cache, model_thresholds(loaded.model, targets, jnp.array([bits, bits]))
 
 
+@pytest.mark.slow
 def test_decode_steps_at_full_bits_equal_prefill(loaded):
     model = loaded.model
     whole = np.asarray(forward(model, TOKENS))

@@ -10,6 +10,7 @@ from forward_passes import forward, linear_inputs
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis_settings import examples
+from marks import slow
 
 from checkpoints_tools.calibration import histogram, statistics
 from checkpoints_tools.calibration.allocation import GradedCosts, threshold_tables
@@ -91,7 +92,7 @@ def test_ranges_of_the_head_add_up_to_the_head(rotated):
 
 
 @given(st.lists(st.floats(0, 1e12), min_size=1, max_size=40))
-@examples(200)
+@examples(50, in_ci=1000)
 def test_row_scales_are_positive_bounded_and_stored_exactly(squares):
     scales = row_scales(np.array(squares))
     assert scales.dtype == np.float32
@@ -128,7 +129,7 @@ def graded_error(checkpoint, bits):
     return error / energy
 
 
-@pytest.mark.parametrize("bits", [1.5, 2.0, 3.0])
+@pytest.mark.parametrize("bits", [1.5, *slow(2.0, 3.0)])
 def test_a_stream_with_few_directions_is_read_with_less_error(tmp_path, bits):
     directory = hf_directories.write(tmp_path / "m", state=float32_state(hf_directories.QWEN3, low_rank=True))
     source = open_checkpoint(directory)

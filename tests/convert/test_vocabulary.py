@@ -29,7 +29,7 @@ def test_the_first_blocks_are_small(size, expected):
 
 
 @given(st.integers(1, 300_000))
-@examples(200)
+@examples(50, in_ci=1000)
 def test_blocks_cover_the_vocabulary_in_whole_tiles(size):
     sizes = block_sizes(size)
     assert sum(sizes) == size

@@ -25,7 +25,7 @@ from pallas_kernels import Activations, quantize
     bits=st.lists(st.floats(1, 8), max_size=20),
     num_planes=st.integers(1, 4),
 )
-@examples(200)
+@examples(50, in_ci=1000)
 def test_no_row_gets_fewer_bits_than_it_asks_for(rows, bits, num_planes):
     bits = [min(wanted, 2 * num_planes) for wanted in bits]
     level = reading.batch_level(rows, bits, num_planes)

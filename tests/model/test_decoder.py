@@ -41,6 +41,7 @@ def test_logits_equal_recorded_logits(name):
     assert relative_difference(run(model, TOKENS)[0, ::8], recorded) <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_equal_transformers(name):
     pytest.importorskip("torch")

@@ -20,7 +20,7 @@ operations = st.lists(
 
 
 @given(operations, st.integers(1, 12))
-@examples(200)
+@examples(60, in_ci=1000)
 def test_no_page_is_lost_or_given_to_two_texts_that_differ(operations, num_pages):
     allocator = PageAllocator(num_pages, SIZE)
     texts: list[tuple[list[int], list[int]]] = []

@@ -51,7 +51,7 @@ TOKENIZERS = {build.__name__: build() for build in (byte_level, byte_fallback, m
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@examples(400)
+@examples(100, in_ci=2000)
 @given(data=st.data())
 def test_the_pieces_are_the_text_of_decode(name, data):
     tokenizer = TOKENIZERS[name]
