@@ -1,7 +1,10 @@
 """The converter keeps the function of a model of every family."""
 
+import json
+
 import hf_directories
 import jax.numpy as jnp
+import mxfp4_models
 import numpy as np
 import pytest
 from family_cases import CASES, TOKENS
@@ -99,3 +102,19 @@ def test_refit_and_trained_gains_keep_the_perplexity(name, tmp_path):
     convert(plan, tmp_path / "out")
     model = checkpoint.load(tmp_path / "out").model
     assert perplexity(model) == pytest.approx(perplexity(load_decoder(source, jnp.float32)), rel=0.02)
+
+
+@pytest.mark.slow
+def test_gpt_oss_in_mxfp4_converts_with_all_stages(tmp_path):
+    """The refit and the training of level gains read the biases of experts, and sinks."""
+    packed, _ = mxfp4_models.packed_state()
+    hf_directories.write(tmp_path / "model", mxfp4_models.QUANTIZED, packed)
+    source = open_checkpoint(tmp_path / "model")
+    plan = plan_of(source, 64)
+    assert plan.options.gains == "trained"
+    convert(plan, tmp_path / "out")
+    loaded = checkpoint.load(tmp_path / "out")
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert stored["quantization_config"]["quant_method"] == "grinqh"
+    expected = perplexity(load_decoder(source, jnp.float32))
+    assert perplexity(loaded.model) == pytest.approx(expected, rel=0.01)
