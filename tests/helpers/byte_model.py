@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 SPECIAL = ("<|end|>", "<|turn|>")
 TEMPLATE = (
+    "{# tools: <tool_call> #}"  # It says the form of calls and is not part of prompts.
     "{% for m in messages %}<|turn|>{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|turn|>assistant:{% endif %}"
 )

@@ -53,6 +53,10 @@ FIELDS = {
     "tools": TOOLS,
     "temperature": 1.0,
 }
+
+FORMS = ["server", pytest.param("llama", marks=pytest.mark.slow)]
+"""The session's server, which has the form of Qwen3, and a server with that of Llama 3."""
+
 NAMED = {"type": "function", "function": {"name": "w"}}
 
 
@@ -94,6 +98,14 @@ def clients(chat_directory, tmp_path_factory):
         yield {name: client(name) for name in TEMPLATES}
 
 
+@pytest.fixture
+def form_client(request, form: str) -> openai.OpenAI:
+    """The client of a server."""
+    if form == "server":
+        return request.getfixturevalue("client")
+    return request.getfixturevalue("clients")[form]
+
+
 def arguments_fit(call) -> bool:
     values = json.loads(call.function.arguments)
     if call.function.name == "s":
@@ -108,10 +120,10 @@ def streamed(client, **fields):
         return stream.get_final_completion().choices, events
 
 
-@pytest.mark.parametrize("form", ["qwen", "llama"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("choice", ["required", NAMED], ids=["required", "named"])
-def test_a_forced_call_fits_its_schema_and_streams_as_it_is(clients, form, choice):
-    client = clients[form]
+def test_a_forced_call_fits_its_schema_and_streams_as_it_is(form_client, choice):
+    client = form_client
     fields = FIELDS | {"tool_choice": choice, "parallel_tool_calls": False, "n": 2, "seed": 5}
     answer = client.chat.completions.create(**fields)
     for one in answer.choices:
@@ -132,6 +144,7 @@ def test_a_forced_call_fits_its_schema_and_streams_as_it_is(clients, form, choic
     assert len(pieces) > 10  # one event for each decode step, and not one for the whole call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["qwen", "llama"])
 def test_several_calls_in_one_answer(clients, form):
     fields = FIELDS | {"tools": [STOP], "tool_choice": "required", "n": 4, "seed": 1}
@@ -158,19 +171,20 @@ def token(character: str) -> int:
     return 2 + sorted(pre_tokenizers.ByteLevel.alphabet()).index(character)
 
 
-@pytest.mark.parametrize("form", ["qwen", "llama"])
-def test_without_a_choice_an_answer_is_text_or_a_strict_call(clients, form):
+@pytest.mark.parametrize("form", FORMS)
+def test_without_a_choice_an_answer_is_text_or_a_strict_call(form_client, form):
     strict = {"type": "function", "function": WEATHER["function"] | {"strict": True}}
     fields = FIELDS | {"tools": [strict], "seed": 3, "max_tokens": 20}
-    texts = clients[form].chat.completions.create(**fields, n=4)
+    texts = form_client.chat.completions.create(**fields, n=4)
     assert any(choice.message.content for choice in texts.choices)  # The random model may end at once.
     if form == "llama":  # A call begins with a brace, so a bias makes the model call.
         fields |= {"logit_bias": {str(token("{")): 100}, "max_tokens": 100, "parallel_tool_calls": False}
-        (choice,) = clients[form].chat.completions.create(**fields).choices
+        (choice,) = form_client.chat.completions.create(**fields).choices
         assert [arguments_fit(call) for call in choice.message.tool_calls] == [True]
         assert choice.finish_reason == "tool_calls"
 
 
+@pytest.mark.slow
 def test_reasoning_comes_before_a_forced_call(clients):
     fields = FIELDS | {"tool_choice": NAMED, "max_tokens": 20, "seed": 0}
     (choice,) = clients["r1"].chat.completions.create(**fields).choices
@@ -179,14 +193,15 @@ def test_reasoning_comes_before_a_forced_call(clients):
     assert choice.message.tool_calls is None
 
 
-def test_a_call_that_does_not_fit_the_limit_is_cut(clients):
+def test_a_call_that_does_not_fit_the_limit_is_cut(client):
     fields = FIELDS | {"tool_choice": NAMED, "max_tokens": 48, "seed": 5}
-    (choice,) = clients["qwen"].chat.completions.create(**fields).choices
+    (choice,) = client.chat.completions.create(**fields).choices
     assert choice.finish_reason == "length"
     (call,) = choice.message.tool_calls
     assert call.function.arguments.startswith('{"c": "')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["qwen", "llama"])
 def test_a_conversation_with_calls_and_their_results(clients, form):
     client, messages = clients[form], [{"role": "user", "content": "a"}]
@@ -242,35 +257,36 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_tools_are_refused_by_name(clients, name):
+def test_wrong_tools_are_refused_by_name(client, name):
     fields, param, message = WRONG[name]
     for stream in (False, True):
         with pytest.raises(openai.BadRequestError) as raised:
-            clients["qwen"].chat.completions.create(**FIELDS | fields, stream=stream)
+            client.chat.completions.create(**FIELDS | fields, stream=stream)
         assert message in raised.value.body["message"]
         assert raised.value.body["type"] == "invalid_request_error"
         assert param in (None, raised.value.body["param"])
 
 
-def test_allowed_tools_and_a_response_format_beside_tools(clients):
+@pytest.mark.parametrize("form", FORMS)
+def test_a_choice_among_some_of_the_tools(form_client):
     allowed = {
         "type": "allowed_tools",
         "allowed_tools": {"mode": "required", "tools": [{"type": "function", "function": {"name": "s"}}]},
     }
-    answer = clients["llama"].chat.completions.create(**FIELDS | {"tool_choice": allowed, "n": 3, "seed": 1})
-    assert {call.function.name for one in answer.choices for call in one.message.tool_calls} == {"s"}
+    fields = FIELDS | {"tool_choice": allowed, "parallel_tool_calls": False, "n": 2, "seed": 1}
+    answer = form_client.chat.completions.create(**fields)
+    assert [call.function.name for one in answer.choices for call in one.message.tool_calls] == ["s", "s"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["qwen", "llama"])
+def test_a_response_format_beside_tools(clients, form):
     schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
     schema["additionalProperties"] = False
     answer_format = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
-    for form in ("qwen", "llama"):
-        answer = clients[form].chat.completions.create(**FIELDS, n=4, seed=1, response_format=answer_format)
-        for one in answer.choices:
-            if one.finish_reason == "stop":
-                assert json.loads(one.message.content)["a"] in (1, 2)
-            elif one.finish_reason == "tool_calls":
-                assert all(isinstance(json.loads(call.function.arguments), dict) for call in calls_of(one))
-
-
-def calls_of(choice) -> list:
-    assert choice.message.tool_calls
-    return choice.message.tool_calls
+    answer = clients[form].chat.completions.create(**FIELDS, n=4, seed=1, response_format=answer_format)
+    for one in answer.choices:
+        if one.finish_reason == "stop":
+            assert json.loads(one.message.content)["a"] in (1, 2)
+        else:
+            assert one.message.tool_calls or one.finish_reason == "length"
