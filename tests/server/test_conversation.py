@@ -98,3 +98,19 @@ def test_what_a_template_rejects_is_an_error_of_the_request(conversations):
     broken = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "["}}
     with pytest.raises(APIError, match="arguments of a tool call are not a JSON object"):
         text(conversations(QWEN), messages=[{"role": "assistant", "tool_calls": [broken]}])
+
+
+def test_names_reach_the_template_and_parsed_fields_of_the_client_do_not(conversations):
+    named = conversations("{% for m in messages %}<|turn|>{{ m.name }}: {{ m | length }}{% endfor %}")
+    function = {"name": "f", "arguments": "{}", "parsed_arguments": {}}
+    messages = [
+        {"role": "user", "content": "Hi", "name": "Ann"},
+        {
+            "role": "assistant",
+            "content": "",
+            "parsed": None,
+            "tool_calls": [{"id": "1", "function": function}],
+        },
+        {"role": "tool", "tool_call_id": "1", "content": "3", "name": "f"},
+    ]
+    assert text(named, messages=messages)[0] == "<|turn|>Ann: 3<|turn|>: 3<|turn|>f: 4"
