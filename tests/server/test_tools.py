@@ -141,7 +141,7 @@ def test_a_forced_call_fits_its_schema_and_streams_as_it_is(form_client, choice)
             call.function.arguments for call in other.message.tool_calls
         ]
     pieces = [event for event in events if event.type == "tool_calls.function.arguments.delta"]
-    assert len(pieces) > 10  # one event for each decode step, and not one for the whole call
+    assert len(pieces) >= 3 * len(choices)  # one event for each decode step, and not one for the whole call
 
 
 @pytest.mark.slow
