@@ -8,7 +8,7 @@ from pathlib import Path
 
 from grinqh_jax.cli import command, flags
 from grinqh_jax.cli.generation import load_generator, load_speculation, open_model
-from grinqh_jax.cli.mesh import add_mesh, make_mesh
+from grinqh_jax.cli.mesh import add_mesh, make_mesh, on_processes
 from grinqh_jax.errors import UsageError
 
 API_KEY = "GRINQH_API_KEY"
@@ -26,7 +26,7 @@ def parser() -> command.Parser:
         f"end. An API key is required if {API_KEY} or --api-key-file has one.",
     )
     flags.add_model(result)
-    add_mesh(result, processes=False)
+    add_mesh(result)
     add = result.add_argument
     add("--host", default="127.0.0.1", metavar="HOST", help="address to listen on (default: 127.0.0.1)")
     add("--port", type=_port, default=8000, metavar="N", help="port; 0 chooses a free one (default: 8000)")
@@ -149,30 +149,29 @@ def _serve(args: argparse.Namespace) -> int:
         raise UsageError(
             f"serve needs the extra serve, and {error.name} is not installed: pip install 'grinqh-jax[serve]'"
         ) from None
+    with on_processes(args):
+        import jax
+
+        if jax.process_index() > 0:
+            return _follow(args)
+        return _listen(args, server)
+
+
+def _listen(args: argparse.Namespace, server) -> int:
+    """Serves as the only process, or as the first one."""
     from grinqh_jax.server.access import is_loopback
     from grinqh_jax.server.limits import Limits
     from grinqh_jax.server.service import Service
     from grinqh_jax.serving.engine import Engine
+    from grinqh_jax.serving.processes import Leader, meet
 
     keys = _keys(args.api_key_file)
     with server.bind(args.host, args.port) as bound:
-        files = open_model(args.model)
-        context = args.max_context or min(files.config.max_position_embeddings, DEFAULT_CONTEXT)
-        files.check([None], context)
-        generator = load_generator(files, make_mesh(args, files))
-        speculation = load_speculation(args.speculate, generator)
+        leader = None if args.coordinator is None else meet(args.coordinator)
+        assert leader is None or isinstance(leader, Leader), "process 0 leads"
+        generator, options = _model(args)
         with command.status("compiling"):
-            engine = Engine(
-                generator,
-                slots=args.slots,
-                max_context=context,
-                cache_memory=args.cache_memory,
-                piece=args.prefill_piece,
-                prompt_logprobs=args.prompt_logprobs,
-                share_prefixes=not args.no_shared_prefixes,
-                grammars=True,
-                speculation=speculation,
-            )
+            engine = Engine(generator, **options, leader=leader)
         limits = Limits(
             body_bytes=args.max_body,
             receive_seconds=args.receive_seconds,
@@ -205,6 +204,42 @@ def _serve(args: argparse.Namespace) -> int:
         print(f"error: the engine has ended: {engine.error}", file=sys.stderr)
         return command.FAILURE
     return 0
+
+
+def _follow(args: argparse.Namespace) -> int:
+    """Repeats the calls of process 0 until it ends. It alone reacts to SIGTERM and Ctrl-C."""
+    import signal
+
+    from grinqh_jax.decoding.policy import DecodePolicy
+    from grinqh_jax.serving.engine import PAGE_SIZE
+    from grinqh_jax.serving.engine_device import engine_device
+    from grinqh_jax.serving.processes import Follower, meet
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    follower = meet(args.coordinator)
+    assert isinstance(follower, Follower), "only process 0 leads"
+    generator, options = _model(args)
+    follower.follow(engine_device(generator, DecodePolicy.for_device(), page_size=PAGE_SIZE, **options))
+    return 0
+
+
+def _model(args: argparse.Namespace):
+    """Returns the ``Generator``, and the options of the engine."""
+    files = open_model(args.model)
+    context = args.max_context or min(files.config.max_position_embeddings, DEFAULT_CONTEXT)
+    files.check([None], context)
+    generator = load_generator(files, make_mesh(args, files))
+    return generator, {
+        "slots": args.slots,
+        "max_context": context,
+        "cache_memory": args.cache_memory,
+        "piece": args.prefill_piece,
+        "prompt_logprobs": args.prompt_logprobs,
+        "share_prefixes": not args.no_shared_prefixes,
+        "grammars": True,
+        "speculation": load_speculation(args.speculate, generator),
+    }
 
 
 def _name(model: str) -> str:

@@ -22,16 +22,15 @@ from grinqh_jax.decoding.logprobs import MOST_LOGPROBS
 from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.reading import MAX_GRADED_ROWS
 from grinqh_jax.decoding.request import Request
-from grinqh_jax.decoding.slots.device import Device
-from grinqh_jax.decoding.slots.rehearsal import compile_all
-from grinqh_jax.decoding.slots.settings import Settings, sampling_rows
 from grinqh_jax.decoding.speculation.speculation import Speculation
 from grinqh_jax.errors import UsageError
 from grinqh_jax.serving.answer import Answer
+from grinqh_jax.serving.engine_device import engine_device, request_settings
 from grinqh_jax.serving.errors import EngineError
 from grinqh_jax.serving.grammar import Grammar, Grammars
+from grinqh_jax.serving.processes import Leader
 from grinqh_jax.serving.shared_pages import SharedPages
-from grinqh_jax.serving.sizes import PAGE_SIZE, PIECE, engine_shape
+from grinqh_jax.serving.sizes import PAGE_SIZE, PIECE
 from grinqh_jax.serving.stats import EngineStats
 from pallas_kernels.x64 import without_x64
 
@@ -62,6 +61,7 @@ class Engine:
         grammars: bool = False,
         policy: DecodePolicy | None = None,
         speculation: Speculation | None = None,
+        leader: Leader | None = None,
     ):
         """Allocates the cache and compiles all programs, several at once, which takes seconds to minutes.
 
@@ -84,13 +84,16 @@ class Engine:
           grammars: Whether requests may have grammars, which takes one more program.
           policy: How programs are compiled, by default ``DecodePolicy.for_device()``.
           speculation: How to speculate, by default not at all.
+          leader: Connections to the other processes of the mesh, which follow; None for one process.
 
         Raises:
           UsageError: An argument is out of range, or the device has too little free memory.
         """
-        self._generator = generator
-        self.shape = engine_shape(
+        policy = policy or DecodePolicy.for_device()
+        device = engine_device(
             generator,
+            policy,
+            speculation,
             slots=slots,
             max_context=max_context,
             cache_memory=cache_memory,
@@ -100,12 +103,10 @@ class Engine:
             share_prefixes=share_prefixes,
             grammars=grammars,
         )
+        if leader is not None:
+            leader.lead(device)
+        self.shape, self._generator, self._leader = device.shape, generator, leader
         self._grammars = Grammars(generator)
-        policy = policy or DecodePolicy.for_device()
-        settings = self._settings(Request(), 1)
-        dial = generator.dial(None)
-        device = Device(generator.model, dial, self.shape, policy, settings, speculation=speculation)
-        compile_all(device, generator.programs, settings)
         self.storage = SharedPages(self.shape, device.graded)
         self.scheduler = Scheduler(device, self.storage, policy)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -177,7 +178,7 @@ class Engine:
         if grammar is not None:
             self._check_grammars()
             grammar = grammar.copy()
-        settings = self._settings(request, limit)
+        settings = request_settings(self._generator, self.shape, request, limit)
         stop_tokens = self._generator.stop_tokens(request)
         text = AnswerText(self._generator.tokenizer.stream(), request.stop, stop_tokens)
         one_level = self.shape.slots > MAX_GRADED_ROWS
@@ -300,6 +301,8 @@ class Engine:
             with self._lock:
                 self._closed = error
         self.scheduler.close()
+        if self._leader is not None:
+            self._leader.close()
         with self._lock:
             unfinished, self._jobs = self._jobs, {}
         for answer, job in unfinished.items():
@@ -307,20 +310,6 @@ class Engine:
                 failure = EngineError(f"the engine ended before the answer: {self._closed}")
                 failure.__cause__ = self._closed
                 answer.fail(failure)
-
-    def _settings(self, request: Request, limit: int) -> Settings:
-        """Returns the settings of a request, with the structure and the shapes that all requests share."""
-        stop_tokens, most = self._generator.stop_tokens(request), self.shape.stop_tokens
-        if len(stop_tokens) > most:
-            raise UsageError(f"the request has {len(stop_tokens)} stop tokens; at most {most} are supported")
-        sampling = sampling_rows(
-            1,
-            self._generator.model.config.vocab_size,
-            seed=request.seed,
-            **self._generator.sampling(request),
-        )
-        bits = self._generator.bits(request.bits)
-        return Settings.of_request(sampling, bits, stop_tokens, limit, most)
 
     def _forget_ended(self) -> None:
         with self._lock:

@@ -1,11 +1,14 @@
 """Two processes on one machine decode a text together, and none of them outlives another."""
 
+import concurrent.futures
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
 
 import pytest
 
@@ -15,12 +18,13 @@ from grinqh_jax.sharding import processes
 SECONDS = 120
 
 
-def start(directory, number, port, *flags):
+def start(directory, number, port, *flags, verb="generate"):
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     mesh = f"--mesh tp=2 --coordinator 127.0.0.1:{port} --processes 2 --process-id {number}".split()
-    command = "-m", "grinqh_jax", "generate", "--model", str(directory), "--temp", "0"
+    command = ["-m", "grinqh_jax", verb, "--model", str(directory)]
+    command += ["--temp", "0", "a prompt"] if verb == "generate" else []
     return subprocess.Popen(
-        [sys.executable, *command, *mesh, *flags, "a prompt"],
+        [sys.executable, *command, *mesh, *flags],
         env=environment | {"JAX_PLATFORMS": "cpu"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -74,6 +78,64 @@ def test_if_a_process_dies_the_other_ends_with_an_error(graded_directory, port):
     assert first.returncode != 0
     # JAX says the latter if it notices before this library.
     assert "all processes end" in errors or "another task died" in errors, errors
+
+
+def served(first):
+    """Returns the address of a server, when it listens."""
+    for line in first.stderr:
+        if "listens on" in line:
+            return line.split()[-1]
+    raise AssertionError("the server ended")
+
+
+def completion(url, prompt):
+    body = json.dumps({"model": "m", "prompt": prompt, "max_tokens": 12, "temperature": 0, "bits": 3})
+    request = urllib.request.Request(
+        f"{url}/v1/completions", body.encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=SECONDS) as response:
+        return json.load(response)["choices"][0]["text"]
+
+
+SERVE = "--port", "0", "--served-model-name", "m", "--slots", "2", "--max-context", "128"
+
+
+@pytest.mark.slow
+def test_two_processes_serve_the_texts_of_one(graded_directory, generator, port):
+    """Requests share prefixes, and run together. Both processes end when the first is told to."""
+    from grinqh_jax.decoding.request import Request
+
+    prompts = ["a prompt " * 9, "a prompt " * 9 + "and more", "another"]
+    request = Request(bits=3.0, max_tokens=12, temperature=0.0)
+    expected = ["".join(generator.generate(prompt, request)) for prompt in prompts]
+    with (
+        start(graded_directory, 0, port, *SERVE, "--prefill-piece", "64", verb="serve") as first,
+        start(graded_directory, 1, port, *SERVE, "--prefill-piece", "64", verb="serve") as second,
+    ):
+        url = served(first)
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            texts = list(pool.map(lambda prompt: completion(url, prompt), prompts * 2))
+        first.send_signal(signal.SIGTERM)
+        _, errors = first.communicate(timeout=SECONDS)
+        second.communicate(timeout=SECONDS)
+    assert texts == expected * 2
+    assert [first.returncode, second.returncode] == [0, 0], errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_if_a_process_of_a_server_dies_the_other_ends(killed, graded_directory, port):
+    with (
+        start(graded_directory, 0, port, *SERVE, verb="serve") as first,
+        start(graded_directory, 1, port, *SERVE, verb="serve") as second,
+    ):
+        served(first)
+        processes = [first, second]
+        processes[killed].send_signal(signal.SIGKILL)
+        started = time.monotonic()
+        processes[1 - killed].communicate(timeout=SECONDS)
+    assert time.monotonic() - started < 60
+    assert processes[1 - killed].returncode != 0
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -30,6 +30,23 @@ from grinqh_jax.model.flat_model import FlatModel
 from grinqh_jax.sharding.program import zeros_on_mesh
 from pallas_kernels.layout import DIGIT_BITS
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _announced(method: Method) -> Method:
+    """Decorates a method that starts programs on all devices (``Device.on_call``)."""
+
+    @functools.wraps(method)
+    def call(self: "Device", *arguments: Any) -> Any:
+        if self.on_call is not None:
+            self.on_call(method.__name__, arguments)
+        result = method(self, *arguments)
+        if self.on_prefix is not None and isinstance(result, Prefix):
+            self.on_prefix(result)
+        return result
+
+    return call  # type: ignore[return-value]  # wraps keeps the signature
+
 
 class Device:
     """A model, and the state of all slots. Methods dispatch work and do not wait for it.
@@ -42,7 +59,12 @@ class Device:
       levels: Values of the argument ``level`` of ``generate``.
       speculation: How the device speculates; None if it does not.
       step_shapes: Shapes of steps with speculation; empty without.
+      on_call: Callback before each call that starts programs, with its name and arguments; None for none.
+      on_prefix: Callback for each prefix that a call returns; None for none.
     """
+
+    on_call: Callable[[str, tuple[Any, ...]], None] | None = None
+    on_prefix: Callable[[Prefix], None] | None = None
 
     def __init__(
         self,
@@ -115,6 +137,7 @@ class Device:
         """Waits for all work that was dispatched."""
         jax.block_until_ready(self._state)
 
+    @_announced
     def prefix(self, pages: Sequence[int], length: int, fixed: FixedStates | None = None) -> Prefix:
         """Returns the prefix of a text whose first ``length`` tokens are in its pages already.
 
@@ -130,6 +153,7 @@ class Device:
             fixed = jax.eval_shape(make) if placement.abstract else zeros_on_mesh(make, placement.partition)
         return self._put(Prefix.create(self._config, row, length, self.graded, fixed))
 
+    @_announced
     def prefill(self, prefix: Prefix, piece: PrefillBucket, settings: Settings) -> Prefix:
         """Reads the next piece of a prompt (see ``prompts.prefill``)."""
         tokens, lengths, bits = self._put((piece.tokens, piece.lengths, settings.bits))
@@ -155,6 +179,7 @@ class Device:
         self._state = dataclasses.replace(self._state, cache=cache, drafter=drafter)
         return prefix
 
+    @_announced
     def prompt_logprobs(self, prefix: Prefix, piece: PrefillBucket, following: Int[np.ndarray, "1 t"]) -> Any:
         """Returns the ``TokenLogprobs`` of a piece, before it is read (see ``prompts.prompt_logprobs``)."""
         tokens, following = self._put((piece.tokens, following))
@@ -171,6 +196,7 @@ class Device:
         self._state = dataclasses.replace(self._state, cache=cache)
         return logprobs
 
+    @_announced
     def insert(
         self,
         slot: int,
@@ -218,6 +244,7 @@ class Device:
             masks[slot] = mask
         return masks
 
+    @_announced
     def generate(
         self,
         greedy: bool,
@@ -246,6 +273,7 @@ class Device:
         )
         return chunk
 
+    @_announced
     def speculate(
         self,
         rows: Sequence[int],
@@ -282,11 +310,13 @@ class Device:
         """Returns the number of steps of a chunk. One with drafts has half as many, with more tokens each."""
         return -(-self._policy.chunk_steps // 2) if drafts else self._policy.chunk_steps
 
+    @_announced
     def turn(self, slot: int, bits: float) -> None:
         """Changes the wanted mean bits of an answer."""
         arguments = self._put((np.int32(slot), np.float32(bits)))
         self._state = self._run("turn", answers.turn, self._state, *arguments, result=lambda: self._state)
 
+    @_announced
     def free(self, slot: int) -> None:
         """Ends the answer in a slot. A single slot then decodes nothing, so its state may stay."""
         if self.shape.slots > 1:
