@@ -89,7 +89,7 @@ def served(first):
 
 
 def completion(url, prompt):
-    body = json.dumps({"model": "m", "prompt": prompt, "max_tokens": 12, "temperature": 0, "bits": 3})
+    body = json.dumps({"model": "m", "prompt": prompt, "max_tokens": 12, "temperature": 0, "bits": 8})
     request = urllib.request.Request(
         f"{url}/v1/completions", body.encode(), {"Content-Type": "application/json"}
     )
@@ -106,7 +106,7 @@ def test_two_processes_serve_the_texts_of_one(graded_directory, generator, port)
     from grinqh_jax.decoding.request import Request
 
     prompts = ["a prompt " * 9, "a prompt " * 9 + "and more", "another"]
-    request = Request(bits=3.0, max_tokens=12, temperature=0.0)
+    request = Request(bits=8.0, max_tokens=12, temperature=0.0)
     expected = ["".join(generator.generate(prompt, request)) for prompt in prompts]
     with (
         start(graded_directory, 0, port, *SERVE, "--prefill-piece", "64", verb="serve") as first,
