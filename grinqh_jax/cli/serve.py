@@ -211,16 +211,17 @@ def _follow(args: argparse.Namespace) -> int:
     import signal
 
     from grinqh_jax.decoding.policy import DecodePolicy
-    from grinqh_jax.serving.engine import PAGE_SIZE
     from grinqh_jax.serving.engine_device import engine_device
     from grinqh_jax.serving.processes import Follower, meet
+    from grinqh_jax.serving.sizes import PAGE_SIZE
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     follower = meet(args.coordinator)
     assert isinstance(follower, Follower), "only process 0 leads"
     generator, options = _model(args)
-    follower.follow(engine_device(generator, DecodePolicy.for_device(), page_size=PAGE_SIZE, **options))
+    speculation, policy = options.pop("speculation"), DecodePolicy.for_device()
+    follower.follow(engine_device(generator, policy, speculation, page_size=PAGE_SIZE, **options))
     return 0
 
 

@@ -19,7 +19,6 @@ OPTIONS = {
     "prompt_logprobs": True,
     "share_prefixes": True,
     "grammars": False,
-    "speculation": None,
 }
 
 
@@ -27,7 +26,7 @@ OPTIONS = {
 def follower(generator):
     """Returns a device, its follower, and the other end of the connection."""
     here, there = multiprocessing.Pipe()
-    device = engine_device(generator, SHORT, **(OPTIONS | SIZES))
+    device = engine_device(generator, SHORT, None, **OPTIONS, **SIZES)
     yield device, Follower(there), here
     here.close()
     there.close()
