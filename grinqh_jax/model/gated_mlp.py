@@ -6,11 +6,14 @@ from jaxtyping import Array, Float
 
 from grinqh_jax.model.layer_spec import Activation, ClampedSwiGLU
 from pallas_kernels import Activations, decode_rows
+from pallas_kernels.prologues import Deferred
 from pallas_kernels.router.grading_factor import grading_factor
 
 
 @jax.named_scope("mlp")
-def gated(gate_up: Activations, activation: Activation = "silu") -> Activations:
+def gated(
+    gate_up: Activations, activation: Activation = "silu", *, defer: bool = False
+) -> Activations | Deferred:
     """Returns ``activation(gate) * up`` (arXiv 2002.05202, and ``layer_spec.ClampedSwiGLU``).
 
     With SiLU this is one kernel of a decode step on a GPU.
@@ -18,16 +21,21 @@ def gated(gate_up: Activations, activation: Activation = "silu") -> Activations:
     Args:
       gate_up: Outputs of the gate projection, then those of the up projection, ``[..., 2 n]``.
       activation: Activation of the MLP.
+      defer: Whether to leave this kernel to the product that reads the result; only for one row.
     """
     if activation == "silu" and decode_rows.supports(gate_up) is None:
-        return decode_rows.swiglu(gate_up)
-    gate, up = jnp.split(gate_up.array, 2, axis=-1)
+        return decode_rows.defer_swiglu(gate_up) if defer else decode_rows.swiglu(gate_up)
+    return Activations.of(_gated(gate_up.array, activation))
+
+
+def _gated(gate_up: Float[Array, "*rows n2"], activation: Activation) -> Float[Array, "*rows n"]:
+    gate, up = jnp.split(gate_up, 2, axis=-1)
     if isinstance(activation, ClampedSwiGLU):
         gate = jnp.minimum(gate, activation.limit)
         up = jnp.clip(up, -activation.limit, activation.limit)
-        return Activations.of((up + 1) * gate * jax.nn.sigmoid(activation.alpha * gate))
+        return (up + 1) * gate * jax.nn.sigmoid(activation.alpha * gate)
     activated = jax.nn.silu(gate) if activation == "silu" else jax.nn.gelu(gate, approximate=True)
-    return Activations.of(activated * up)
+    return activated * up
 
 
 @jax.named_scope("mlp")
@@ -49,5 +57,5 @@ def gated_experts(
             clamp = decode_rows.Clamp(activation.alpha, activation.limit)
         return decode_rows.swiglu_experts(gate_up, probabilities, clamp)
     factor = grading_factor(probabilities)[..., None].astype(gate_up.dtype)
-    mixed = gated(Activations.of(gate_up.array / factor), activation).array
+    mixed = _gated(gate_up.array / factor, activation)
     return Activations.of((mixed * probabilities[..., None]).astype(gate_up.dtype))
