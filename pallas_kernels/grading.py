@@ -67,7 +67,7 @@ def added_up(parts: Mapping[str, GradingParts]) -> dict[str, GradingStats]:
     """
     stacked = jnp.stack([product.parts for product in parts.values()])
     shape = len(parts), *(1,) * (stacked.ndim - 3)
-    factors = np.float32([layout.DIGIT_BITS / product.channels for product in parts.values()])
+    factors = np.array([layout.DIGIT_BITS / product.channels for product in parts.values()], np.float32)
     bits = jnp.sum(stacked[..., 0], axis=-1) * factors.reshape(shape)
     packed = jnp.stack([bits, jnp.max(stacked[..., 1], axis=-1)], axis=-1)
     return {name: GradingStats(packed[i]) for i, name in enumerate(parts)}

@@ -46,7 +46,8 @@ class AttentionSource:
     def _load_head(self, isa: Instructions, refs: Sequence[Any], channels: list[Value]) -> LoadedHead:
         """Loads the results for channels of one query head."""
         shape, dim = self.shape, self.shape.head_dim
-        arrays = MergeRefs(*refs[:2], None, None, *refs[2:])
+        results, sinks = refs[:2], refs[2] if shape.has_sinks else None
+        arrays = MergeRefs(*results, outputs=None, shared=None, sinks=sinks)
         head = channels[0] // dim
         kv_head, query = head // shape.queries_per_kv, head % shape.queries_per_kv
         first = kv_head * (shape.splits * shape.rows) + query

@@ -16,7 +16,7 @@ from typing import Any
 from pallas_kernels.lanes.instructions import LANES, Instructions, Value
 from pallas_kernels.matvec.mosaic_gpu.geometry import Geometry
 from pallas_kernels.matvec.mosaic_gpu.lane_context import LaneContext, Refs
-from pallas_kernels.matvec.mosaic_gpu.listing import Operands, load_by_plane, load_thresholds
+from pallas_kernels.matvec.mosaic_gpu.listing import Operands, load_by_plane
 from pallas_kernels.matvec.mosaic_gpu.program import matvec
 from pallas_kernels.prologues.deferred import Source
 
@@ -68,8 +68,9 @@ def prologue_program(
             valid = [channel < g.in_features for channel in channels]
             channels = [isa.select(v, c, isa.constant(0)) for v, c in zip(valid, channels, strict=True)]
         span = 0 if g.has_padding else LANES * g.channels_per_lane
-        thresholds, _ = load_thresholds(isa, g, refs, isa.constant(0))
-        gains = load_by_plane(isa, g, isa.global_address(refs.level_gains))[:-1]
+        # Ordered, because the compiler would delay these loads until the first results have come.
+        thresholds = load_by_plane(isa, g, isa.global_address(refs.thresholds), ordered=True)
+        gains = load_by_plane(isa, g, isa.global_address(refs.level_gains), ordered=True)[:-1]
         x = source.combine(isa, source.load(isa, sources, channels, span))
         if valid is not None:
             zero = isa.constant(0.0, "f32")
@@ -85,7 +86,7 @@ def prologue_program(
 def count_part(isa: Instructions, g: PrologueGeometry, refs: Refs, sources: Sequence[Any]) -> None:
     """Writes the sum of the levels, which is exact, and the largest ``|x|`` of one part of the channels."""
     thread, part = isa.thread_index(), isa.block_index() - g.matvec_blocks
-    thresholds, _ = load_thresholds(isa, g, refs, isa.constant(0))
+    thresholds = load_by_plane(isa, g, isa.global_address(refs.thresholds), ordered=True)
     zero, one = isa.constant(0), isa.constant(1)
     channels, counted = [], []
     for first in range(0, g.part_channels, g.threads):
