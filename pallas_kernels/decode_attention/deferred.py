@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from pallas_kernels.decode_attention.lane_context import Shape
-from pallas_kernels.decode_attention.merging import MergeRefs, load_sink, merge_splits
+from pallas_kernels.decode_attention.merging import load_sink, merge_splits
 from pallas_kernels.lanes.instructions import Instructions, Value
 from pallas_kernels.prologues.deferred import rounded
 
@@ -46,18 +46,18 @@ class AttentionSource:
     def _load_head(self, isa: Instructions, refs: Sequence[Any], channels: list[Value]) -> LoadedHead:
         """Loads the results for channels of one query head."""
         shape, dim = self.shape, self.shape.head_dim
-        results, sinks = refs[:2], refs[2] if shape.has_sinks else None
-        arrays = MergeRefs(*results, outputs=None, shared=None, sinks=sinks)
+        accumulators_ref, softmax_ref, *sinks = refs
+        sinks_ref = sinks[0] if sinks else None
         head = channels[0] // dim
         kv_head, query = head // shape.queries_per_kv, head % shape.queries_per_kv
         first = kv_head * (shape.splits * shape.rows) + query
-        softmax = isa.global_address(arrays.softmax) + isa.widen(first << 3)
+        softmax = isa.global_address(softmax_ref) + isa.widen(first << 3)
         pairs = [
             isa.load_global(softmax + 8 * shape.rows * split, 2, "f32", ordered=True)
             for split in range(shape.splits)
         ]
         # The first accumulator of each channel; those of the next splits follow at a constant distance.
-        base = isa.global_address(arrays.accumulators)
+        base = isa.global_address(accumulators_ref)
         addresses = [base + isa.widen((first * dim + channel % dim) << 2) for channel in channels]
         accumulators = [
             [
@@ -66,7 +66,7 @@ class AttentionSource:
             ]
             for split in range(shape.splits)
         ]
-        return LoadedHead(pairs, accumulators, load_sink(isa, shape, arrays, head, ordered=True))
+        return LoadedHead(pairs, accumulators, load_sink(isa, sinks_ref, head, ordered=True))
 
     def combine(self, isa: Instructions, loaded: list[LoadedHead]) -> list[Value]:
         """Merges the splits of each channel."""

@@ -124,19 +124,16 @@ def merge_program(isa: Instructions, shape: Shape, rows: Rows, refs: MergeRefs) 
     indices = [first + split * shape.rows for split in range(shape.splits)]
     softmax = [load_pair(isa, refs.softmax, index * 2) for index in indices]
     accumulators = [load_pair(isa, refs.accumulators, index * shape.head_dim + value) for index in indices]
-    sink = load_sink(isa, shape, refs, head)
+    sink = load_sink(isa, refs.sinks, head)
     merged = merge_splits(isa, softmax, accumulators, sink)
     store_rounded(isa, rows, pair, refs.outputs, merged)
 
 
-def load_sink(
-    isa: Instructions, shape: Shape, refs: Any, head: Value, *, ordered: bool = False
-) -> list[Value]:
-    """Loads the sink of a query head, one register; none without sinks."""
-    if not shape.has_sinks:
+def load_sink(isa: Instructions, sinks: Any, head: Value, *, ordered: bool = False) -> list[Value]:
+    """Loads the sink of a query head, one register; none without sinks, if ``sinks`` is None."""
+    if sinks is None:
         return []
-    address = isa.global_address(refs.sinks) + isa.widen(head << 2)
-    return isa.load_global(address, kind="f32", ordered=ordered)
+    return isa.load_global(isa.global_address(sinks) + isa.widen(head << 2), kind="f32", ordered=ordered)
 
 
 def merge_splits(

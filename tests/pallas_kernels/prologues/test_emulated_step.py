@@ -1,0 +1,114 @@
+"""A whole decode step with prologues on the emulator: the bits of separate launches, and of any batch."""
+
+import dataclasses
+
+import emulated_launch
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grinqh_jax.benchmarking import random_model
+from grinqh_jax.decoding import engine
+from grinqh_jax.decoding.thresholds import model_thresholds
+from grinqh_jax.model.cache import KVCache
+from grinqh_jax.model.config import ModelConfig
+from pallas_kernels.decode_attention import kernel as attention
+from pallas_kernels.decode_rows import kernel as rows
+from pallas_kernels.lanes import device
+from pallas_kernels.matvec.mosaic_gpu import kernel as matvec
+from pallas_kernels.prologues import kernel as prologues
+
+SHAPE = {
+    "model_type": "qwen3",
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 256,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 512,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": False,
+}
+LENGTHS = (37, 5)
+MODULES = (attention, rows, matvec, prologues)
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    """Replaces the launches of a decode step; returns their names in order."""
+    launches = []
+
+    def lane_kernel(name, *arguments, **options):
+        run = emulated_launch.lane_kernel(name, *arguments, **options)
+
+        def recorded(*arrays):
+            launches.append(name)
+            return run(*arrays)
+
+        return recorded
+
+    builders = [f for m in MODULES for f in vars(m).values() if hasattr(f, "cache_clear")]
+    monkeypatch.setattr(attention, "BLOCKS", 8)  # Fewer splits are emulated faster.
+    monkeypatch.setattr(device, "unsupported_reason", lambda *oldest: None)
+    for module in MODULES:
+        monkeypatch.setattr(module, "lane_kernel", lane_kernel)
+    for build in builders:
+        build.cache_clear()
+    yield launches
+    for build in builders:
+        build.cache_clear()
+
+
+def cache_of(model, rows: list[int], capacity: int) -> KVCache:
+    """Returns a cache with random positions, the same ones for a row in any batch and capacity."""
+    cache = KVCache.create(model.config, len(rows), capacity, model.compute_dtype)
+
+    def filled(layer: int, array):
+        each = [
+            jnp.pad(
+                jax.random.normal(jax.random.key(10 * layer + row), (64, *array.shape[2:]), array.dtype),
+                ((0, capacity - 64), (0, 0), (0, 0)),
+            )
+            for row in rows
+        ]
+        return jnp.stack(each)
+
+    arrays, structure = jax.tree.flatten((cache.keys, cache.values))
+    keys, values = jax.tree.unflatten(structure, [filled(i, a) for i, a in enumerate(arrays)])
+    lengths = jnp.asarray([LENGTHS[row] for row in rows], jnp.int32)
+    return dataclasses.replace(cache, keys=keys, values=values, lengths=lengths)
+
+
+def test_a_step_has_the_bits_of_separate_launches(emulated):
+    config = ModelConfig.from_hf(SHAPE)
+    with pytest.MonkeyPatch.context() as patch:  # XLA makes the model.
+        patch.setattr(device, "unsupported_reason", lambda *oldest: "not now")
+        model = random_model.graded(config)
+    thresholds = model_thresholds(model, jnp.array(random_model.TARGETS), jnp.array([3.0, 2.0]))
+    tokens = jnp.array([[7], [200]])
+
+    def step(of_rows: list[int], capacity: int, *chosen):
+        emulated.clear()
+        chosen_thresholds = {name: t[jnp.array(of_rows)] for name, t in thresholds.items()}
+        _, logits, _, stats = engine.read_tokens(
+            model,
+            tokens[jnp.array(of_rows)],
+            cache_of(model, of_rows, capacity),
+            chosen_thresholds,
+            jnp.ones(len(of_rows), int),
+            prologues=frozenset(chosen),
+        )
+        return logits[0], stats.packed[0], len(emulated)
+
+    *expected, launches = step([0], 128)
+    both = "attention", "swiglu"
+    fewer = launches - len(both) * len(config.layers)
+    for of_rows, capacity, count in (([0], 128, fewer), ([0, 1], 512, launches)):
+        *others, counted = step(of_rows, capacity, *both)
+        assert counted == count
+        for array, separate in zip(others, expected, strict=True):
+            np.testing.assert_array_equal(array, separate)
