@@ -15,6 +15,7 @@ from marks import slow
 from grinqh_jax.benchmarking import random_model
 from grinqh_jax.decoding import engine, policy
 from grinqh_jax.decoding.dial import Dial, DialState, layer_shares
+from grinqh_jax.decoding.engine.step import read_tokens
 from grinqh_jax.decoding.sampling import Sampling
 from grinqh_jax.model import decoder
 from grinqh_jax.model.cache import KVCache
@@ -84,9 +85,7 @@ def test_kernels_of_a_step(name, batch, tmp_path):
 def test_prologues_replace_launches_of_one_row(name, chosen):
     def step(model, tokens, cache, thresholds):
         counts = jnp.ones_like(tokens)
-        return engine.read_tokens(
-            model, tokens[:, None], cache, thresholds, counts, prologues=frozenset(chosen)
-        )
+        return read_tokens(model, tokens[:, None], cache, thresholds, counts, prologues=frozenset(chosen))
 
     kernels = {
         batch: collections.Counter(re.findall(r"00(\w+)_kernel_mosaic_gpu", lowered(step, name, batch)))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from grinqh_jax.benchmarking import random_model
-from grinqh_jax.decoding import engine
+from grinqh_jax.decoding.engine.step import read_tokens
 from grinqh_jax.decoding.thresholds import model_thresholds
 from grinqh_jax.model.cache import KVCache
 from grinqh_jax.model.config import ModelConfig
@@ -94,7 +94,7 @@ def test_a_step_has_the_bits_of_separate_launches(emulated):
     def step(of_rows: list[int], capacity: int, *chosen):
         emulated.clear()
         chosen_thresholds = {name: t[jnp.array(of_rows)] for name, t in thresholds.items()}
-        _, logits, _, stats = engine.read_tokens(
+        _, logits, _, stats = read_tokens(
             model,
             tokens[jnp.array(of_rows)],
             cache_of(model, of_rows, capacity),
