@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from grinqh_jax.benchmarking import measure, random_model
+from grinqh_jax.benchmarking import random_model
+from grinqh_jax.benchmarking.decode_run import DecodeRun
 
 pytestmark = pytest.mark.gpu
 
@@ -13,10 +14,10 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("context", [5, 1000])
 def test_generates_the_tokens_of_separate_launches(name, context):
     model = random_model.graded(random_model.shape(name))
-    dial = measure.DecodeRun(model, context, 8).settle(random_model.TARGETS, 3.0)
+    dial = DecodeRun(model, context, 8).settle(random_model.TARGETS, 3.0)
 
     def chunk(*prologues):
-        run = measure.DecodeRun(model, context, 8, prologues=frozenset(prologues))
+        run = DecodeRun(model, context, 8, prologues=frozenset(prologues))
         return jax.tree.map(np.asarray, run.run(dial))
 
     expected = chunk()
