@@ -251,6 +251,9 @@ def test_logits_of_2048_tokens_equal_transformers(name):
         hf_config |= {"original_max_position_embeddings": 4096}
     tokens = np.random.default_rng(5).integers(0, hf_config["vocab_size"], (1, 2048))
     theirs = logits(torch_model(hf_config, seed=3), tokens)
-    ours = jax.jit(lambda model: model(tokens))(model_of(hf_config, seed=3))
+    model = model_of(hf_config, seed=3)
+    ours = jax.jit(lambda model: model(tokens))(model)
     # transformers computes yarn's frequencies in float32; an angle of 2,000 radians is then off by 1e-4.
-    assert relative_difference(ours, theirs) <= 3 * TOLERANCE
+    differs = np.abs(np.asarray(ours) - theirs).max(axis=(0, 2)) > 3 * TOLERANCE * np.max(np.abs(theirs))
+    # Where two experts of a mixture have the same score to within rounding, either may be chosen.
+    assert np.count_nonzero(differs) <= (2 if model.config.num_experts else 0)
