@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pallas_kernels.lanes.instructions import LANES, Instructions, Value
+from pallas_kernels.matvec.mosaic_gpu.counting import store_stats
 from pallas_kernels.matvec.mosaic_gpu.geometry import Geometry
 from pallas_kernels.matvec.mosaic_gpu.lane_context import LaneContext, Refs
 from pallas_kernels.matvec.mosaic_gpu.listing import Operands, load_by_plane
@@ -102,20 +103,8 @@ def count_part(isa: Instructions, g: PrologueGeometry, refs: Refs, sources: Sequ
         for t in thresholds:  # not (|x| < t), as in `listing.grade`
             level_sum = level_sum + isa.select(~(magnitude < t) & exists, one, zero)
         largest = isa.maximum(largest, isa.select(exists, isa.float_to_bits(magnitude), zero))
-    store_part(isa, g, refs, part, [level_sum, largest])
 
+    def finish(level_sum: Value, largest: Value) -> list[Value]:
+        return [isa.int_to_float(level_sum), isa.bits_to_float(largest)]
 
-def store_part(isa: Instructions, g: PrologueGeometry, refs: Refs, part: Value, stats: list[Value]) -> None:
-    """Reduces the statistics over the CTA and writes those of the part."""
-    thread, shared = isa.thread_index(), isa.shared_address(refs.shared)
-    warp_stats = [isa.reduce_add(stats[0]), isa.reduce_max(stats[1])]
-    with isa.when((thread & (LANES - 1)).equals(0)):
-        isa.store_shared(shared + ((thread >> 5) << 3), warp_stats)
-    isa.block_barrier()
-    with isa.when(thread.equals(0)):
-        level_sum, largest = isa.constant(0), isa.constant(0)
-        for warp in range(g.warps):
-            warp_sum, warp_largest = isa.load_shared(shared + 8 * warp, 2)
-            level_sum, largest = level_sum + warp_sum, isa.maximum(largest, warp_largest)
-        result = [isa.int_to_float(level_sum), isa.bits_to_float(largest)]
-        isa.store_global(isa.global_address(refs.stats) + isa.widen(part << 3), result)
+    store_stats(isa, g, refs, part, [level_sum, largest], finish)
