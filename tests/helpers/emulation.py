@@ -1,5 +1,6 @@
 """Runs the lane programs of the graded matvec and of the products of experts on the emulator."""
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -79,3 +80,12 @@ def _emulate(
     np.testing.assert_allclose(stats[:, 1], max_abs, rtol=1e-6)
     y = partials.astype(np.float64).sum(0)[:, : weight.out_features]
     return y, stats[:, 0]
+
+
+def alone(case, x, weight, thresholds, row, **norm):
+    """Runs the program for one row, without the case's program for several rows, on one of the rows."""
+    one = slice(row, row + 1)
+    config = dataclasses.replace(case.config, shared_list=None, byte_pairs=None, cluster_list=None)
+    norm = {name: v[one] if name == "square_partials" else v for name, v in norm.items()}
+    y, bits = emulate(x[one], weight, thresholds[one], config, **norm)
+    return y[0], bits[0]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from emulation import emulate
+from emulation import alone, emulate
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis_settings import examples
@@ -53,15 +53,6 @@ cases = st.builds(
     seed=st.integers(0, 2**32 - 1),
 )
 DEFAULT = Config(warpgroups=1, warps_per_group=2, ring_slots=4, shared_list=SharedList())
-
-
-def alone(case, x, weight, thresholds, row, **norm):
-    """Runs the program for one row, in the configuration without a shared list, on one of the rows."""
-    one = slice(row, row + 1)
-    config = dataclasses.replace(case.config, shared_list=None)
-    norm = {name: v[one] if name == "square_partials" else v for name, v in norm.items()}
-    y, bits = emulate(x[one], weight, thresholds[one], config, **norm)
-    return y[0], bits[0]
 
 
 @given(case=cases, data=st.data())
