@@ -203,7 +203,8 @@ def bench_shape(config: ModelConfig, name: str, args, bandwidth: float) -> dict:
         say(f"{name}: made {kind} weights, mesh {mesh}")
         for batch, prologues in itertools.product(args.batch, args.prologues):
             if prologues == "none" or (kind == "graded" and batch == 1 and mesh == "none"):
-                report["decode"] += decode_rows(model, name, batch, bits, args, bandwidth, prologues)
+                rows = decode_rows(model, name, batch, bits, args, bandwidth, prologues=prologues)
+                report["decode"] += rows
         chunks = [None, args.chunk] if args.chunk else [None]
         for tokens, chunk in itertools.product(args.prefill, chunks):
             report["prefill"].append(prefill_row(model, name, kind, tokens, chunk, args.repeats))

@@ -59,6 +59,10 @@ pytest_plugins = [
     "trained_models",
 ]  # Fixtures with checkpoints.
 
+MOST_MEMORY_MAPS = 8_000
+"""Linux allows a process 65,530 (``vm.max_map_count``). Each compiled program of a CPU takes some, a slow
+file of tests up to 43,000, and jaxlib crashes when it gets no more."""
+
 MOST_WORKERS = 4
 """Each takes 2 to 3 GB of memory."""
 
@@ -125,6 +129,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ranks = {str(ROOT / "tests" / file): rank for rank, file in enumerate(LONGEST_FILES)}
     items.sort(key=lambda item: ranks.get(str(item.path), len(ranks)))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_memory_maps():
+    """Frees compiled programs after a module that leaves many memory maps."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MEMORY_MAPS:
+        import jax
+
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="module")
