@@ -5,7 +5,6 @@
     python benchmarks/decode.py --shapes path/to/model     the shape of the model in a directory
     python benchmarks/decode.py --batch 1 2 4 8 16 32 64 --contexts 1024 --prefill     several rows
     python benchmarks/decode.py --mesh none tp=2 --batch 1 8 --bits 3 4     one GPU, and two
-    python benchmarks/decode.py --prologues none attention swiglu attention+swiglu     fewer launches
 
 For each shape, the script times decoding at several batch sizes, mean bits and contexts, this library's own
 bf16 decoding in the same run, and prefill against bf16 prefill. More than 16 rows read all channels at one
@@ -41,14 +40,6 @@ from pallas_kernels.layout import DIGIT_BITS
 
 START = time.monotonic()
 
-PROLOGUES: dict[str, frozenset] = {
-    "none": frozenset(),
-    "attention": frozenset({"attention"}),
-    "swiglu": frozenset({"swiglu"}),
-    "attention+swiglu": frozenset({"attention", "swiglu"}),
-}
-"""Values of ``DecodePolicy.prologues`` by their names on the command line."""
-
 WARM_UP_SECONDS = 2.0
 """Duration of decoding before the first measurement: it is slower right after the weights are made."""
 
@@ -58,14 +49,7 @@ def say(text: str) -> None:
 
 
 def decode_rows(
-    model,
-    label: str,
-    batch: int,
-    bits_list,
-    args,
-    bandwidth: float,
-    run: DecodeRun | None = None,
-    prologues: str = "none",
+    model, label: str, batch: int, bits_list, args, bandwidth: float, run: DecodeRun | None = None
 ) -> list[dict]:
     """Times decoding at each context and setting of the dial, and profiles those that ``args`` select.
 
@@ -79,10 +63,8 @@ def decode_rows(
       args: Parsed flags.
       bandwidth: Read bandwidth of the device, bytes per second.
       run: The run, if it is compiled already.
-      prologues: One of ``PROLOGUES``.
     """
-    chosen = PROLOGUES[prologues]
-    run = run or DecodeRun(model, max(args.contexts), args.tokens, batch, chosen)
+    run = run or DecodeRun(model, max(args.contexts), args.tokens, batch)
     devices = 1 if model.partition is None else model.partition.devices
     rows = []
     if bits_list[0] is not None:
@@ -108,7 +90,6 @@ def decode_rows(
             "bits": bits or "bf16",
             "batch": batch,
             "level": run.level,
-            "prologues": prologues,
             "devices": devices,
             "context": context,
             "tokens_per_second": round(timing.mean, 2),
@@ -125,8 +106,7 @@ def decode_rows(
         rows.append(row)
         realised = "" if bits is None else f" (realised {figures['realised_bits']:.2f})"
         say(
-            f"{label} on {devices} device{'s' * (devices > 1)}, batch {batch}, "
-            f"prologues {prologues}, context {context}, "
+            f"{label} on {devices} device{'s' * (devices > 1)}, batch {batch}, context {context}, "
             f"{row['bits']} bits{realised}: "
             f"{batch * timing.mean:.1f} tokens/s, {timing.mean:.1f} +- {timing.deviation:.1f} of a row, "
             f"{row['us_per_token']} us a step, {moved / 1e9:.2f} GB/token"
@@ -201,10 +181,8 @@ def bench_shape(config: ModelConfig, name: str, args, bandwidth: float) -> dict:
         devices = make_mesh(None if mesh == "none" else mesh, config)
         model = jax.block_until_ready(make(config, mesh=devices, exchange=args.exchange))
         say(f"{name}: made {kind} weights, mesh {mesh}")
-        for batch, prologues in itertools.product(args.batch, args.prologues):
-            if prologues == "none" or (kind == "graded" and batch == 1 and mesh == "none"):
-                rows = decode_rows(model, name, batch, bits, args, bandwidth, prologues=prologues)
-                report["decode"] += rows
+        for batch in args.batch:
+            report["decode"] += decode_rows(model, name, batch, bits, args, bandwidth)
         chunks = [None, args.chunk] if args.chunk else [None]
         for tokens, chunk in itertools.product(args.prefill, chunks):
             report["prefill"].append(prefill_row(model, name, kind, tokens, chunk, args.repeats))
@@ -217,7 +195,7 @@ def bench_shape(config: ModelConfig, name: str, args, bandwidth: float) -> dict:
     one = {
         (row["bits"], *case(row)[1:]): row["tokens_per_second"]
         for row in report["decode"]
-        if row["devices"] == 1 and row["prologues"] == "none"
+        if row["devices"] == 1
     }
     for row in report["decode"]:
         if case(row) in dense:
@@ -282,14 +260,6 @@ def main() -> None:
         help="how devices add up results: with an all-reduce, with an all-gather of partial sums whose "
         "additions are left to the next kernel, or with a kernel that writes to the memory of all devices "
         "(default: sum)",
-    )
-    add(
-        "--prologues",
-        nargs="+",
-        default=["none"],
-        choices=tuple(PROLOGUES),
-        help="launches whose work the next product does in its prologue, at batch 1 on one device "
-        "(default: none)",
     )
     add(
         "--weights",
