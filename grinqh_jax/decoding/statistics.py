@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from grinqh_jax.decoding.reading import MAX_GRADED_ROWS, WeightReading
 from grinqh_jax.decoding.speculation.figures import SpeculationFigures
+from grinqh_jax.model.apply import in_head
 from grinqh_jax.model.decoder import Decoder, linear_names
 from grinqh_jax.model.experts import DenseExperts
 from grinqh_jax.model.linear import DenseLinear
@@ -198,8 +199,11 @@ def grading_fields(model: Decoder, stats: GradingStats | None, *, one_level: boo
 
 
 def _kernel_bits(model: Decoder, name: str) -> int:
-    """Returns the bits of a weight of a dense layer. Kernels of experts keep the dtype of the checkpoint."""
-    linear = model.linear(name)
+    """Returns the bits of a weight of a dense layer. Kernels of experts keep the dtype of the checkpoint.
+
+    The output projection of a dense model is one layer, whatever the number of vocabulary blocks.
+    """
+    linear = model.lm_head.blocks[0] if in_head(name) else model.linear(name)
     assert isinstance(linear, DenseLinear | DenseExperts), "an unquantized model has dense layers"
     return 8 * linear.kernel[...].dtype.itemsize
 

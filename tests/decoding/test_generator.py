@@ -3,20 +3,22 @@
 import dataclasses
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from batch import Batch
 from bits_by_hand import bits_to_read
+from random_models import CONFIGS, state_tree
 
 from grinqh_jax.decoding.dial import PRIOR_TOKENS, layer_shares
 from grinqh_jax.decoding.generation_config import GenerationConfig
 from grinqh_jax.decoding.generator import Generator
 from grinqh_jax.decoding.request import Request
-from grinqh_jax.decoding.statistics import Statistics
+from grinqh_jax.decoding.statistics import Statistics, grading_fields
 from grinqh_jax.errors import CheckpointError, UsageError
 from grinqh_jax.evaluation.completion import complete
 from grinqh_jax.evaluation.scoring import score
-from grinqh_jax.model.decoder import linear_names, linear_shapes
+from grinqh_jax.model.decoder import Decoder, linear_names, linear_shapes
 
 PROMPT = "Grüße"
 
@@ -153,6 +155,17 @@ def test_an_unquantized_model_runs_at_full_precision_only(dense_directory, gener
         dense.generate(PROMPT, Request(bits=3.0))
     # Eight bits are close enough to full precision for the same first greedy tokens.
     assert generation.tokens[:3] == finished(generator, bits="full", max_tokens=3).tokens
+
+
+def test_an_unquantized_model_may_have_a_large_vocabulary():
+    """A graded model would have several vocabulary blocks, a dense one has one."""
+
+    def bytes_per_token(vocabulary: int) -> float:
+        config, tree = state_tree(CONFIGS["qwen3-tied-gqa"] | {"vocab_size": vocabulary})
+        return grading_fields(Decoder.from_tree(config, tree, jnp.float32), None)["bytes_per_token"]
+
+    hidden, float32_bytes = CONFIGS["qwen3-tied-gqa"]["hidden_size"], 4
+    assert bytes_per_token(1100) - bytes_per_token(96) == (1100 - 96) * hidden * float32_bytes
 
 
 def test_a_config_that_is_null_or_has_a_null_quantization(dense_directory, tmp_path):
