@@ -255,11 +255,10 @@ def main() -> None:
     )
     add(
         "--exchange",
-        choices=("sum", "gather", "kernel"),
-        default="sum",
-        help="how devices add up results: with an all-reduce, with an all-gather of partial sums whose "
-        "additions are left to the next kernel, or with a kernel that writes to the memory of all devices "
-        "(default: sum)",
+        choices=("auto", "kernel", "sum"),
+        default="auto",
+        help="how devices add up results: with a kernel that writes to the memory of all devices, or with an "
+        "all-reduce; auto takes the kernel where it can run (default: auto)",
     )
     add(
         "--weights",

@@ -159,15 +159,6 @@ class Activations:
         total = jnp.sum(total.reshape(*total.shape[:-1], self.terms, -1), axis=-2)
         return dataclasses.replace(self, partials=jax.lax.psum(total, axis)[None], terms=1)
 
-    def gathered_across(self, axis: str) -> "Activations":
-        """Returns what ``summed_across`` does, but leaves all additions to the kernel that reads the result.
-
-        The partial sums of all devices are exchanged: more bytes, and no kernel that adds on each device.
-        """
-        assert self.square_partials is None, "the factor of a norm belongs to the whole sum"
-        partials = self.partials.astype(jnp.float32)
-        return dataclasses.replace(self, partials=jax.lax.all_gather(partials, axis, tiled=True))
-
     def reshape(self, leading: Sequence[int]) -> "Activations":
         """Returns the same rows with another leading shape."""
         partials, squares = self.partials, self.square_partials

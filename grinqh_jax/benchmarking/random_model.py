@@ -25,7 +25,7 @@ from grinqh_jax.model.decoder import Decoder
 from grinqh_jax.model.experts import DenseExperts, GradedExperts
 from grinqh_jax.model.linear import GradedLinear, Linear
 from grinqh_jax.model.parameters import axis_sizes
-from grinqh_jax.model.partition import AXIS, Exchange
+from grinqh_jax.model.partition import AXIS, ExchangeSetting
 from grinqh_jax.sharding.cutting import cut_leaves
 from grinqh_jax.sharding.program import jit_of_parts
 from grinqh_jax.sharding.rules import partition
@@ -80,7 +80,7 @@ def graded(
     seed: int = 0,
     compute_dtype=jnp.bfloat16,
     mesh: jax.sharding.Mesh | None = None,
-    exchange: Exchange = "sum",
+    exchange: ExchangeSetting = "auto",
 ) -> Decoder:
     """Returns a graded model with random 8-bit codes and thresholds for every target in ``TARGETS``.
 
@@ -97,7 +97,7 @@ def dense(
     seed: int = 0,
     compute_dtype=jnp.bfloat16,
     mesh: jax.sharding.Mesh | None = None,
-    exchange: Exchange = "sum",
+    exchange: ExchangeSetting = "auto",
 ) -> Decoder:
     """Returns an unquantized model with Gaussian weights, on a mesh as ``graded``."""
     tree = decoder.abstract_tree(config, MAX_BITS, len(TARGETS))
@@ -122,7 +122,7 @@ def _model(
     seed: int,
     compute_dtype,
     mesh: jax.sharding.Mesh | None,
-    exchange: Exchange,
+    exchange: ExchangeSetting,
 ) -> Decoder:
     """Returns a model with random arrays of the shapes in ``tree``."""
     cut = None

@@ -23,7 +23,7 @@ from grinqh_jax.errors import CheckpointError, UsageError
 from grinqh_jax.json_files import read_object
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import Decoder, abstract_tree
-from grinqh_jax.model.partition import Exchange
+from grinqh_jax.model.partition import ExchangeSetting
 from grinqh_jax.sharding.cutting import cut_leaves, even_sharding
 from grinqh_jax.sharding.rules import partition
 from pallas_kernels.x64 import without_x64
@@ -56,7 +56,7 @@ def load(
     compute_dtype: Any = None,
     shardings: Mapping[str, jax.sharding.Sharding] | None = None,
     mesh: jax.sharding.Mesh | None = None,
-    exchange: Exchange = "sum",
+    exchange: ExchangeSetting = "auto",
 ) -> Loaded:
     """Loads a GRINQH checkpoint.
 
@@ -75,7 +75,7 @@ def load(
       mesh: Mesh to cut the model among (``sharding.rules``), without ``shardings``. Each device reads an even
         share of every large array. The devices then exchange what their parts need, one array after another,
         so that a device never holds more than its part of the model and one whole array.
-      exchange: How a decode step adds up the results of the devices (``partition.Partition``).
+      exchange: How a decode step adds up the results of the devices (``partition.ExchangeSetting``).
 
     Raises:
       UsageError: The mesh does not fit the model.

@@ -40,7 +40,7 @@ from grinqh_jax.decoding.speculation.speculation import Speculation
 from grinqh_jax.decoding.texts import Texts
 from grinqh_jax.errors import GrinqhWarning, UsageError
 from grinqh_jax.model.decoder import Decoder
-from grinqh_jax.model.partition import Exchange
+from grinqh_jax.model.partition import ExchangeSetting
 from grinqh_jax.text.tokenizer import Tokenizer
 from pallas_kernels.layout import round_up
 from pallas_kernels.x64 import without_x64
@@ -87,7 +87,7 @@ class Generator:
         model: str | os.PathLike[str],
         compute_dtype=None,
         mesh: jax.sharding.Mesh | None = None,
-        exchange: Exchange = "sum",
+        exchange: ExchangeSetting = "auto",
     ) -> "Generator":
         """Loads a GRINQH checkpoint, or an unquantized Hugging Face one (at full precision only).
 
@@ -96,7 +96,7 @@ class Generator:
           compute_dtype: Dtype of hidden states and matrix products, by default float32 on a CPU and bfloat16
             elsewhere.
           mesh: Mesh to cut the model among (``sharding.mesh``); None for one device.
-          exchange: How a decode step adds up the results of the devices (``partition.Partition``).
+          exchange: How a decode step adds up the results of the devices (``partition.ExchangeSetting``).
 
         Raises:
           UsageError: The mesh does not fit the model.
@@ -112,7 +112,7 @@ class Generator:
         files: ModelFiles,
         compute_dtype=None,
         mesh: jax.sharding.Mesh | None = None,
-        exchange: Exchange = "sum",
+        exchange: ExchangeSetting = "auto",
     ) -> "Generator":
         """Loads the weights of a model whose other files have been read.
 

@@ -6,7 +6,7 @@ from flax.traverse_util import unflatten_dict
 
 from grinqh_jax.hf.reader import HFCheckpoint
 from grinqh_jax.model.decoder import Decoder
-from grinqh_jax.model.partition import Exchange
+from grinqh_jax.model.partition import ExchangeSetting
 from grinqh_jax.sharding.cutting import cut_leaves, even_sharding
 from grinqh_jax.sharding.rules import partition
 
@@ -15,7 +15,7 @@ def load_decoder(
     checkpoint: HFCheckpoint,
     compute_dtype,
     mesh: jax.sharding.Mesh | None = None,
-    exchange: Exchange = "sum",
+    exchange: ExchangeSetting = "auto",
 ) -> Decoder:
     """Loads the whole model into memory with unquantized weights.
 
@@ -25,7 +25,7 @@ def load_decoder(
         experts, are cast to it.
       mesh: Mesh to cut the model among; None for one device. The host holds one array of the model, and each
         device an even share of it until the array is cut.
-      exchange: How a decode step adds up the results of the devices (``partition.Partition``).
+      exchange: How a decode step adds up the results of the devices (``partition.ExchangeSetting``).
 
     Raises:
       UsageError: The mesh does not fit the model.

@@ -33,7 +33,7 @@ from grinqh_jax.model.parameters import (
 )
 from grinqh_jax.model.partition import Partition
 from pallas_kernels import Activations, NestedWeight
-from pallas_kernels.exchange import MailboxRef
+from pallas_kernels.exchange import MailboxRef, UnexchangedSums
 from pallas_kernels.expert_weights import NestedExperts
 
 
@@ -97,7 +97,8 @@ class Decoder(nnx.Module):
         Returns:
           Hidden states ``[b, t, d]`` after the final norm, and the state of each layer after the tokens.
         """
-        x, update = self.embed(tokens, self.compute_dtype), None
+        x: Float[Array, "b t d"] = self.embed(tokens, self.compute_dtype)
+        update: Activations | UnexchangedSums | None = None
         earlier: Sequence[LayerState | None] = [None] * len(self.layers) if cache is None else cache
         updated = []
         for i, (layer, state) in enumerate(zip(self.layers, earlier, strict=True)):

@@ -37,7 +37,7 @@ from grinqh_jax.model.parameters import axis_sizes
 from grinqh_jax.model.partition import AXIS, Partition
 from grinqh_jax.model.ring_cache import RingKeyValues
 from pallas_kernels import Activations
-from pallas_kernels.exchange import MailboxRef
+from pallas_kernels.exchange import MailboxRef, UnexchangedSums
 from pallas_kernels.prologues import Deferred
 from pallas_kernels.router.grading_factor import grading_factor
 
@@ -73,7 +73,7 @@ class RMSNorm(nnx.Module):
         return by_token(normed, x) if x.ndim == 3 else normed(x)  # Two axes: a text of a conversion.
 
     def add(
-        self, x: Float[Array, "b t d"], update: Activations | None
+        self, x: Float[Array, "b t d"], update: Activations | UnexchangedSums | None
     ) -> tuple[Float[Array, "b t d"], Activations]:
         """Returns ``(x + update, norm of x + update)`` (see ``norm.add_norm``)."""
         return add_norm(x, update, self.scale[...], self.eps)
@@ -150,16 +150,16 @@ class DecoderLayer(nnx.Module):
         self,
         name: str,
         x: Float[Array, "b t d"],
-        update: Activations | None,
+        update: Activations | UnexchangedSums | None,
         positions: Int[Array, "b t"],
         apply: Apply,
         state: LayerState | None = None,
         mailbox: MailboxRef | None = None,
-    ) -> tuple[Float[Array, "b t d"], Activations, LayerState]:
+    ) -> tuple[Float[Array, "b t d"], Activations | UnexchangedSums, LayerState]:
         """Runs the layer on ``x + update``, and leaves the addition of its last block to the caller.
 
-        On a GPU one kernel adds and computes the norm that follows (see ``norm.add_norm``), which for the
-        last block belongs to the next layer.
+        On a GPU one kernel adds up over the devices of a mesh, adds to the stream, and computes the norm that
+        follows (see ``norm.add_norm``), which for the last block belongs to the next layer.
 
         Returns:
           ``(x, update, state)``: the residual stream after the layer is ``x + update``.
@@ -179,7 +179,7 @@ class DecoderLayer(nnx.Module):
         return x, update, state
 
     def inputs(
-        self, block: ResidualBlock, x: Float[Array, "b t d"], update: Activations | None
+        self, block: ResidualBlock, x: Float[Array, "b t d"], update: Activations | UnexchangedSums | None
     ) -> tuple[Float[Array, "b t d"], Activations]:
         """Returns the residual stream ``x + update`` and the inputs of ``block.reads``."""
         if block.norm is not None:
@@ -229,10 +229,15 @@ class DecoderLayer(nnx.Module):
 
     def update(
         self, block: ResidualBlock, written: Activations, mailbox: MailboxRef | None = None
-    ) -> Activations:
+    ) -> Activations | UnexchangedSums:
         """Returns what a block adds to the residual stream, from the outputs of ``block.writes``."""
         if self.partition is not None:
-            written = self.partition.exchanged(written, mailbox)
+            sums = self.partition.exchanged(written, mailbox)
+            if isinstance(sums, UnexchangedSums):
+                if block.norm_after is None and block.multiplier == 1:
+                    return sums
+                sums = sums.exchanged()
+            written = sums
         if block.norm_after is not None:
             written = Activations.of(getattr(self, block.norm_after.name)(written.array))
         return written if block.multiplier == 1 else written.scaled(block.multiplier)

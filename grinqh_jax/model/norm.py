@@ -6,6 +6,7 @@ from jaxtyping import Array, Float
 
 from grinqh_jax.model.by_token import by_token
 from pallas_kernels import Activations, decode_rows
+from pallas_kernels.exchange import UnexchangedSums
 
 
 @jax.named_scope("norm")
@@ -35,7 +36,10 @@ def rms_norm(
 
 @jax.named_scope("norm")
 def add_norm(
-    x: Float[Array, "b t d"], update: Activations | None, norm_scale: Float[Array, "d"], eps: float
+    x: Float[Array, "b t d"],
+    update: Activations | UnexchangedSums | None,
+    norm_scale: Float[Array, "d"],
+    eps: float,
 ) -> tuple[Float[Array, "b t d"], Activations]:
     """Returns ``(x + update, rms_norm(x + update))``, in one kernel for a decode step on a GPU.
 
@@ -45,6 +49,10 @@ def add_norm(
       norm_scale: Learned scale of the norm.
       eps: Epsilon of the norm.
     """
+    if isinstance(update, UnexchangedSums):
+        if (added := update.add_norm(x, norm_scale, eps)) is not None:
+            return added
+        update = update.exchanged()
     if update is not None and decode_rows.supports(update) is None:
         return decode_rows.add_norm(x, update, norm_scale, eps)
     total = x if update is None else x + update.array

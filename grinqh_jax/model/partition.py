@@ -6,7 +6,6 @@ which. The modules compute with the sizes of one part, inside ``jax.shard_map``,
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -17,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from grinqh_jax.model.config import ModelConfig
 from pallas_kernels import Activations, GradingStats
-from pallas_kernels.exchange import Mailbox, MailboxRef
+from pallas_kernels.exchange import Mailbox, MailboxRef, UnexchangedSums
 
 AXIS = "tp"
 """Name of the mesh axis that weights are cut along."""
@@ -26,11 +25,14 @@ AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 """A mesh; an abstract one, without devices, suffices for shapes and memory."""
 
 
-Exchange = Literal["sum", "gather", "kernel"]
+Exchange = Literal["kernel", "sum"]
 """How a decode step adds up the results of the devices (``Partition``)."""
 
+ExchangeSetting = Literal["auto", "kernel", "sum"]
+"""An ``Exchange``, or ``auto`` for ``kernel`` where the devices can run it and ``sum`` elsewhere."""
+
 MOST_ROWS = 16
-"""Largest number of rows that ``gather`` and ``kernel`` exchange; those of a prefill are large."""
+"""Largest number of rows that ``kernel`` exchanges; those of a prefill are large."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +70,8 @@ class Partition:
       mesh: The mesh; its only axis is ``AXIS``.
       local: Configuration of the model with the heads and widths of one part.
       inputs: Cut of the inputs of a projection, by the name of their axis (``parameters.axis_sizes``).
-      exchange: How a decode step adds up the results of the devices: ``sum`` adds on each device before and
-        during the exchange, ``gather`` exchanges all partial sums (see ``Activations.gathered_across``), and
-        ``kernel`` adds in a kernel that writes to the memory of all devices (``pallas_kernels.exchange``).
+      exchange: How a decode step adds up the results of the devices: ``kernel`` by kernels that write to
+        the memory of all devices (``pallas_kernels.exchange``), ``sum`` by XLA's all-reduce.
     """
 
     mesh: AnyMesh
@@ -97,12 +98,15 @@ class Partition:
             return None
         return Mailbox.open(self.devices, rows, self.local.hidden_size)
 
-    def exchanged(self, parts: Activations, mailbox: MailboxRef | None = None) -> Activations:
-        """Returns the sum of the results of all devices, inside ``shard_map``."""
+    def exchanged(
+        self, parts: Activations, mailbox: MailboxRef | None = None
+    ) -> Activations | UnexchangedSums:
+        """Returns the sum of the results of all devices, inside ``shard_map``.
+
+        If the mailbox holds them, the kernel that reads the sum exchanges them.
+        """
         if mailbox is not None and mailbox.holds(parts):
-            return mailbox.summed(parts)
-        if self.exchange == "gather" and math.prod(parts.leading) <= MOST_ROWS:
-            return parts.gathered_across(AXIS)
+            return UnexchangedSums(parts, mailbox)
         return parts.summed_across(AXIS)
 
     def input_cut(self, axis: str) -> InputCut | None:
@@ -151,6 +155,9 @@ def _whole_bits(
     parts: Float[Array, "devices layers *rows"], zero: Float[Array, "layers *rows"], cuts: list[InputCut]
 ) -> Float[Array, "layers *rows"]:
     """Returns the mean over the channels of all parts, without padding."""
+    if all(cut.width * len(cut.channels) == sum(cut.channels) for cut in cuts):
+        # XLA then removes ``zero``, whose sum over thresholds would be a kernel for every layer.
+        return jnp.mean(parts, axis=0)
     sizes = np.array([(cut.width, len(cut.channels), sum(cut.channels)) for cut in cuts], np.float32)
     widths, devices, channels = sizes.T.reshape(3, -1, *(1,) * (zero.ndim - 1))
     padding = devices * widths - channels

@@ -19,7 +19,7 @@ from grinqh_jax.model.decoder import Decoder, checkpoint_leaves
 from grinqh_jax.model.layer_spec import HEAD, SINKS
 from grinqh_jax.model.output_projection import block_shapes, block_sizes
 from grinqh_jax.model.parameters import norms, projections
-from grinqh_jax.model.partition import AXIS, AnyMesh, Exchange, Partition
+from grinqh_jax.model.partition import AXIS, AnyMesh, ExchangeSetting, Partition
 from grinqh_jax.sharding.rules import (
     CUTS,
     WHOLE,
@@ -44,7 +44,7 @@ DELTA_PARAMETERS = {
 """Name and position of the cut axis of the parameters of a gated delta net beside its projections."""
 
 
-def cut_decoder(model: Decoder, mesh: jax.sharding.Mesh, exchange: Exchange = "sum") -> Decoder:
+def cut_decoder(model: Decoder, mesh: jax.sharding.Mesh, exchange: ExchangeSetting = "auto") -> Decoder:
     """Returns a model on a mesh, made of the arrays of a model on one device, which stays as it is.
 
     Raises:

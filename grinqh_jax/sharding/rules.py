@@ -23,7 +23,7 @@ from grinqh_jax.errors import UsageError
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.layer_spec import DeltaHeads, Projection
 from grinqh_jax.model.parameters import axis_sizes, norms, projections
-from grinqh_jax.model.partition import AnyMesh, Exchange, InputCut, Partition
+from grinqh_jax.model.partition import AnyMesh, Exchange, ExchangeSetting, InputCut, Partition
 from pallas_kernels import exchange as exchange_kernel
 from pallas_kernels.layout import GROUP
 from pallas_kernels.selection import PADDING
@@ -149,8 +149,11 @@ def vocabulary_indices(size: int, devices: int) -> Indices:
     return np.where(indices < size, indices, PADDING).astype(np.int32)
 
 
-def partition(config: ModelConfig, mesh: AnyMesh, exchange: Exchange = "sum") -> Partition:
+def partition(config: ModelConfig, mesh: AnyMesh, exchange: ExchangeSetting = "auto") -> Partition:
     """Returns how a model is cut among the devices of a mesh, and how they exchange results.
+
+    ``auto`` chooses the exchange by measurement: the kernel was faster than XLA's sum in all cases
+    (``docs/sharding.md``).
 
     Raises:
       UsageError: The model cannot be cut among so many devices, or they cannot exchange in this way. The
@@ -158,8 +161,9 @@ def partition(config: ModelConfig, mesh: AnyMesh, exchange: Exchange = "sum") ->
     """
     devices = mesh.size
     problems = obstacles(config, devices)
-    if exchange == "kernel" and (reason := exchange_kernel.unsupported_reason(devices)) is not None:
-        problems.append(f'the exchange "kernel" {reason}; choose "sum"')
+    reason = None if exchange == "sum" else exchange_kernel.unsupported_reason(mesh)
+    if exchange == "kernel" and reason is not None:
+        problems.append(f'the exchange "kernel" {reason}; choose "auto" or "sum"')
     if problems:
         raise UsageError(f"--mesh tp={devices}: " + "; ".join(problems))
 
@@ -180,7 +184,8 @@ def partition(config: ModelConfig, mesh: AnyMesh, exchange: Exchange = "sum") ->
     )
     axes = dict.fromkeys(projection.inputs for projection in projections(config).values())
     inputs = tuple((axis, _input_cut(config, axis, devices)) for axis in axes if axis not in WHOLE)
-    return Partition(mesh, local, inputs, exchange)
+    chosen: Exchange = "sum" if exchange == "sum" or reason is not None else "kernel"
+    return Partition(mesh, local, inputs, chosen)
 
 
 def _input_cut(config: ModelConfig, axis: str, devices: int) -> InputCut:

@@ -56,8 +56,17 @@ def add_norm(
     """
     rows = Rows(x.shape[0], x.shape[2])
     partials = _partials_by_row(update)
-    kernel = _add_norm_kernel(_shape(rows, update))
-    total, values, squares = kernel(x[:, 0], partials, norm_scale.astype(jnp.bfloat16))
+    kernel = _add_norm_kernel(launch_shape(rows, update))
+    return unapplied_norm(*kernel(x[:, 0], partials, norm_scale.astype(jnp.bfloat16)), eps)
+
+
+def unapplied_norm(
+    total: BFloat16[Array, "b n"],
+    values: BFloat16[Array, "b n"],
+    squares: Float[Array, "b sums"],
+    eps: float,
+) -> tuple[BFloat16[Array, "b 1 n"], Activations]:
+    """Returns what ``add_norm`` does, from the outputs of its kernel (``AddNormRefs``)."""
     return total[:, None], Activations.of(values[:, None], squares[:, None], eps)
 
 
@@ -88,7 +97,7 @@ def _finish_swiglu(source: SwigluSource, arrays: Sequence[jax.Array]) -> Activat
 
 
 def _swiglu_shape(partials: Float[Array, "partials b features"], gate_up: Activations) -> Shape:
-    return _shape(Rows(partials.shape[1], gate_up.features // 2), gate_up)
+    return launch_shape(Rows(partials.shape[1], gate_up.features // 2), gate_up)
 
 
 def _launch_swiglu(shape: Shape, partials: Float[Array, "partials b features"]) -> Activations:
@@ -109,7 +118,7 @@ def swiglu_experts(
     """
     partials = gate_up.reshape((-1,)).partials
     rows = Rows(partials.shape[1], gate_up.features // 2)
-    kernel = _swiglu_kernel(_shape(rows, gate_up), experts=True, clamp=clamp)
+    kernel = _swiglu_kernel(launch_shape(rows, gate_up), experts=True, clamp=clamp)
     (values,) = kernel(partials, probabilities.reshape(-1))
     return Activations.of(values).reshape(gate_up.leading)
 
@@ -119,7 +128,7 @@ def _partials_by_row(sums: Activations) -> Float[Array, "partials b features"]:
     return sums.reshape((sums.leading[0],)).partials
 
 
-def _shape(rows: Rows, sums: Activations) -> Shape:
+def launch_shape(rows: Rows, sums: Activations) -> Shape:
     """Returns the sizes of a launch that adds up these partial sums."""
     count, stored = sums.partials.shape[0], sums.partials.shape[-1]
     return Shape(rows, count, stored // sums.terms, sums.terms)
@@ -132,11 +141,7 @@ def _add_norm_kernel(shape: Shape):
     return lane_kernel(
         "add_norm_kernel",
         lambda isa, refs: add_norm_program(isa, shape, AddNormRefs(*refs)),
-        outputs=[
-            _bfloat16_rows(rows),
-            _bfloat16_rows(rows),
-            jax.ShapeDtypeStruct((rows.rows, rows.blocks_per_row), jnp.float32),
-        ],
+        outputs=add_norm_outputs(rows),
         blocks=rows.blocks,
         threads=rows.threads,
         shared_bytes=rows.shared_bytes,
@@ -159,6 +164,12 @@ def _swiglu_kernel(shape: Shape, *, experts: bool = False, clamp: Clamp | None =
         threads=shape.rows.threads,
         shared_bytes=shape.rows.shared_bytes,
     )
+
+
+def add_norm_outputs(rows: Rows) -> list[jax.ShapeDtypeStruct]:
+    """Returns the outputs of ``add_norm_program``."""
+    squares = jax.ShapeDtypeStruct((rows.rows, rows.blocks_per_row), jnp.float32)
+    return [_bfloat16_rows(rows), _bfloat16_rows(rows), squares]
 
 
 def _bfloat16_rows(rows: Rows) -> jax.ShapeDtypeStruct:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from pallas_kernels.lanes.instructions import Instructions, Value
 from pallas_kernels.lanes.rows import (
+    FeaturePair,
     Rows,
     load_bfloat16_pair,
     locate,
@@ -85,6 +86,19 @@ def add_norm_program(isa: Instructions, shape: Shape, refs: AddNormRefs) -> None
     norm_scale = load_bfloat16_pair(isa, refs.norm_scale, pair.feature)
     first = shape.index(pair.row, pair.feature)
     update = shape.sum(isa, refs.partials, first)
+    store_sum_and_norm(isa, rows, pair, refs, x, update, norm_scale)
+
+
+def store_sum_and_norm(
+    isa: Instructions,
+    rows: Rows,
+    pair: FeaturePair,
+    refs: AddNormRefs,
+    x: list[Value],
+    update: list[Value],
+    norm_scale: list[Value],
+) -> None:
+    """Writes the three outputs of ``add_norm_program`` for the lane's two features."""
     total = store_rounded(isa, rows, pair, refs.total, [a + b for a, b in zip(x, update, strict=True)])
     values = [a * b for a, b in zip(total, norm_scale, strict=True)]
     store_rounded(isa, rows, pair, refs.values, values)

@@ -3,32 +3,53 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, BFloat16, Float, Int
 
+from pallas_kernels import decode_rows
 from pallas_kernels.activations import Activations
-from pallas_kernels.decode_rows.program import Shape
+from pallas_kernels.decode_rows.kernel import add_norm_outputs, launch_shape, unapplied_norm
+from pallas_kernels.decode_rows.program import AddNormRefs, Shape
+from pallas_kernels.exchange import peers
 from pallas_kernels.exchange.program import (
     MOST_DEVICES,
     ExchangeRefs,
     Layout,
+    exchange_add_norm_program,
     exchange_program,
     open_program,
 )
 from pallas_kernels.lanes import device
+from pallas_kernels.lanes.instructions import Instructions
 from pallas_kernels.lanes.launch import WARPGROUP, lane_kernel
 from pallas_kernels.lanes.rows import Rows
 
 
-def unsupported_reason(devices: int) -> str | None:
-    """Returns why the kernel cannot add up over so many devices, or None if it can."""
-    if devices > MOST_DEVICES:
-        return f"adds up over at most {MOST_DEVICES} devices, not {devices}"
+def unsupported_reason(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> str | None:
+    """Returns why the kernel cannot add up over the devices of a mesh, or None if it can.
+
+    An abstract mesh has the device of the current abstract mesh, or JAX's default device.
+    """
+    if mesh.size > MOST_DEVICES:
+        return f"adds up over at most {MOST_DEVICES} devices, not {mesh.size}"
     if jax.process_count() > 1:
-        return f"needs all devices in one process, there are {jax.process_count()}"
-    return device.unsupported_reason()
+        return f"needs all devices in one process, there are {jax.process_count()} processes"
+    if isinstance(mesh, jax.sharding.AbstractMesh):
+        return device.unsupported_reason()
+    devices = list(mesh.devices.flat)
+    with jax.default_device(devices[0]):
+        if (reason := device.unsupported_reason()) is not None:
+            return reason
+    pair = peers.without_access([each.local_hardware_id for each in devices])
+    if pair is not None:
+        return (
+            f"needs GPUs that access each other's memory, and GPU {pair[0]} cannot access that of {pair[1]}"
+        )
+    return None
 
 
 @jax.tree_util.register_dataclass
@@ -74,16 +95,63 @@ class MailboxRef:
 
     def summed(self, sums: Activations) -> Activations:
         """Returns the sum over the devices, as ``Activations.summed_across`` does, in the devices' order."""
-        leading = sums.leading
-        partials = sums.reshape((-1,)).partials
-        rows = Rows(partials.shape[1], sums.features)
-        shape = Shape(rows, partials.shape[0], partials.shape[-1] // sums.terms, sums.terms)
+        partials, shape = _by_row(sums)
         (total,) = _exchange_kernel(self._layout, shape)(partials, self._words)
-        return dataclasses.replace(sums, partials=total.reshape(1, *leading, -1), terms=1)
+        return dataclasses.replace(sums, partials=total.reshape(1, *sums.leading, -1), terms=1)
+
+    def add_norm(
+        self, x: BFloat16[Array, "b 1 n"], sums: Activations, norm_scale: Float[Array, "n"], eps: float
+    ) -> tuple[BFloat16[Array, "b 1 n"], Activations]:
+        """Returns ``decode_rows.add_norm(x, self.summed(sums), norm_scale, eps)``, in one launch.
+
+        ``decode_rows.supports(sums)`` must be None.
+        """
+        partials, shape = _by_row(sums)
+        kernel = _exchange_add_norm_kernel(self._layout, shape)
+        outputs = kernel(x[:, 0], partials, norm_scale.astype(jnp.bfloat16), self._words)
+        return unapplied_norm(*outputs, eps)
 
     def frozen(self) -> Mailbox:
         """Returns the mailbox after all exchanges. The reference must not be used any more."""
         return Mailbox(jax.freeze(self._words), self._layout)
+
+
+@dataclasses.dataclass(frozen=True)
+class UnexchangedSums:
+    """Partial sums of this device, of which the sum over all devices is left to the kernel that reads it.
+
+    Every use exchanges them again, so there must be one, the same on all devices.
+
+    Attributes:
+      sums: The partial sums.
+      mailbox: Mailbox that holds them.
+    """
+
+    sums: Activations
+    mailbox: MailboxRef
+
+    def exchanged(self) -> Activations:
+        """Returns the sum over all devices."""
+        return self.mailbox.summed(self.sums)
+
+    @property
+    def array(self) -> Float[Array, "*leading features"]:
+        """The sum over all devices, in the dtype of the sums."""
+        return self.exchanged().array
+
+    def add_norm(
+        self, x: Float[Array, "b t n"], norm_scale: Float[Array, "n"], eps: float
+    ) -> tuple[Float[Array, "b t n"], Activations] | None:
+        """Returns ``(x + sum, rms_norm(x + sum))`` as ``MailboxRef.add_norm`` does; None if it cannot run."""
+        if decode_rows.supports(self.sums) is not None:
+            return None
+        return self.mailbox.add_norm(x, self.sums, norm_scale, eps)
+
+
+def _by_row(sums: Activations) -> tuple[Float[Array, "partials rows stored"], Shape]:
+    """Returns partial sums with one axis of rows, and the sizes of a launch that adds them up."""
+    partials = sums.reshape((-1,)).partials
+    return partials, launch_shape(Rows(partials.shape[1], sums.features), sums)
 
 
 @functools.cache
@@ -111,4 +179,23 @@ def _exchange_kernel(layout: Layout, shape: Shape):
         blocks=rows.blocks,
         threads=rows.threads,
         shared_bytes=rows.shared_bytes,
+    )
+
+
+@functools.cache
+def _exchange_add_norm_kernel(layout: Layout, shape: Shape):
+    """Builds the kernel. ``AddNormRefs`` describes its arguments and results; the mailbox is the last one."""
+
+    def program(isa: Instructions, refs: Sequence[Any]) -> None:
+        *inputs, mailbox, total, values, squares, shared = refs
+        arrays = AddNormRefs(*inputs, total, values, squares, shared)
+        exchange_add_norm_program(isa, layout, shape, arrays, mailbox)
+
+    return lane_kernel(
+        "exchange_add_norm_kernel",
+        program,
+        outputs=add_norm_outputs(shape.rows),
+        blocks=shape.rows.blocks,
+        threads=shape.rows.threads,
+        shared_bytes=shape.rows.shared_bytes,
     )

@@ -1,4 +1,4 @@
-"""The lane programs of a sum over devices: opening the mailboxes, and one exchange.
+"""The lane programs of a sum over devices: opening the mailboxes, an exchange, and an exchange with a norm.
 
 Each device has a mailbox that all devices write to. In an exchange, a device adds up its partial sums, stores
 the result in its slot of every mailbox, and adds up all slots of its own mailbox, in the order of the
@@ -14,9 +14,9 @@ these after their kernel of exchange ``n`` has ended.
 import dataclasses
 from typing import Any
 
-from pallas_kernels.decode_rows.program import Shape
+from pallas_kernels.decode_rows.program import AddNormRefs, Shape, store_sum_and_norm
 from pallas_kernels.lanes.instructions import Instructions, PeerInstructions, Value
-from pallas_kernels.lanes.rows import Rows, locate
+from pallas_kernels.lanes.rows import FeaturePair, Rows, locate, unpack_bfloat16
 
 MOST_DEVICES = 8
 """Largest number of devices. The runtime of Mosaic GPU has the same limit (jax 0.11.2)."""
@@ -85,32 +85,68 @@ class ExchangeRefs:
 def exchange_program(isa: Instructions, layout: Layout, shape: Shape, refs: ExchangeRefs) -> None:
     """Adds up partial sums over the devices; the module's docstring says how."""
     rows = shape.rows
+    pair = locate(isa, rows)
+    total = _sum_over_devices(isa, layout, shape, pair, refs.partials, refs.mailbox)
+    with isa.when(pair.exists):
+        offset = isa.widen((pair.row * rows.features + pair.feature) << 2)
+        isa.store_global(isa.global_address(refs.total) + offset, total)
+
+
+def exchange_add_norm_program(
+    isa: Instructions, layout: Layout, shape: Shape, refs: AddNormRefs, mailbox: Any
+) -> None:
+    """Runs ``exchange_program`` and ``decode_rows.program.add_norm_program`` in one launch, with their bits.
+
+    Args:
+      isa: The instructions.
+      layout: Layout of the mailbox.
+      shape: Sizes of the launch.
+      refs: Arrays of ``add_norm_program``; the partial sums are those of this device.
+      mailbox: Mailbox of this device.
+    """
+    rows = shape.rows
+    pair = locate(isa, rows)
+    # These loads are ordered, so that they do not follow the wait for the other devices.
+    x, norm_scale = (
+        unpack_bfloat16(isa, isa.load_global(isa.global_address(ref) + isa.widen(i << 1), ordered=True)[0])
+        for ref, i in ((refs.x, pair.row * rows.features + pair.feature), (refs.norm_scale, pair.feature))
+    )
+    update = _sum_over_devices(isa, layout, shape, pair, refs.partials, mailbox)
+    store_sum_and_norm(isa, rows, pair, refs, x, update, norm_scale)
+
+
+def _sum_over_devices(
+    isa: Instructions, layout: Layout, shape: Shape, pair: FeaturePair, partials: Any, mailbox: Any
+) -> list[Value]:
+    """Returns the sum over all devices of the lane's two features.
+
+    A lane without features returns those of feature 0, which another lane exchanges.
+    """
+    rows = shape.rows
     assert rows.features == layout.rows.features, "a mailbox has rows of one width"
     assert rows.rows <= layout.rows.rows, "a mailbox has room for its rows"
-    pair = locate(isa, rows)
-    base = isa.global_address(refs.mailbox)
+    own = shape.sum(isa, partials, shape.index(pair.row, pair.feature))
+    base = isa.global_address(mailbox)
     counter = base + 4 * COUNTERS_WORD + isa.widen(isa.block_index() << 2)
     # Ordered, because other kernels and devices write to the mailbox.
     number = isa.load_global(counter, ordered=True)[0] + 1
     index = isa.load_global(base + 4 * INDEX_WORD, ordered=True)[0]
     addresses = [_load_address(isa, base + 8 * device) for device in range(layout.devices)]
-    isa.block_barrier()  # All lanes have read the counter.
-    with isa.when(pair.thread.equals(0)):
-        isa.store_global(counter, [number])
-    own = shape.sum(isa, refs.partials, shape.index(pair.row, pair.feature))
     place = (number & 1) * (layout.devices * layout.slot_bytes) + layout.slots_byte
     place = isa.widen(place + ((pair.row * rows.features + pair.feature) << 3))
     with isa.when(pair.exists):
         for address in addresses:
             isa.store_flagged(address + place + isa.widen(index * layout.slot_bytes), own, number)
-        # The addresses are those of the mailboxes at the time of opening: XLA must not have moved this one.
-        isa.trap_unless(_load_address(isa, base + isa.widen(index << 3)).equals(base))
-        total = isa.wait_flagged(base + place, number)
-        for device in range(1, layout.devices):
-            numbers = isa.wait_flagged(base + place + device * layout.slot_bytes, number)
-            total = [a + b for a, b in zip(total, numbers, strict=True)]
-        target = isa.global_address(refs.total)
-        isa.store_global(target + isa.widen((pair.row * rows.features + pair.feature) << 2), total)
+    isa.block_barrier()  # All lanes have read the counter.
+    with isa.when(pair.thread.equals(0)):
+        isa.store_global(counter, [number])
+    # The addresses are those of the mailboxes at the time of opening: XLA must not have moved this one.
+    isa.trap_unless(_load_address(isa, base + isa.widen(index << 3)).equals(base))
+    total = isa.wait_flagged(base + place, number)
+    for device in range(1, layout.devices):
+        numbers = isa.wait_flagged(base + place + device * layout.slot_bytes, number)
+        total = [a + b for a, b in zip(total, numbers, strict=True)]
+    return total
 
 
 def _load_address(isa: Instructions, place: Value) -> Value:

@@ -96,12 +96,11 @@ def decoded(model, steps):
 
 
 @SLOW
-@pytest.mark.parametrize("exchange", ["sum", "gather"])
-def test_a_decode_loop_generates_the_same_tokens_with_the_same_bits(exchange):
+def test_a_decode_loop_generates_the_same_tokens_with_the_same_bits():
     model = model_of(WIDE)
     expected, expected_preview, _ = decoded(model, 12)
-    cut = cut_decoder(model, mesh_of(4, model.config), exchange)
-    assert cut.partition.exchange == exchange
+    cut = cut_decoder(model, mesh_of(4, model.config))
+    assert cut.partition.exchange == "sum"  # The kernel needs GPUs.
     actual, preview, cache = decoded(cut, 12)
     np.testing.assert_array_equal(actual.tokens, expected.tokens)
     np.testing.assert_allclose(preview.bits, expected_preview.bits, atol=1e-4)

@@ -11,6 +11,7 @@ from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.layer_spec import Projection
 from grinqh_jax.model.partition import AXIS
 from grinqh_jax.sharding import rules
+from pallas_kernels.lanes import device
 from pallas_kernels.layout import GROUP
 from pallas_kernels.selection import PADDING
 
@@ -86,8 +87,18 @@ def test_an_axis_without_a_rule_is_refused_by_name(monkeypatch):
 
 def test_an_exchange_that_the_devices_lack_is_refused():
     mesh = jax.sharding.AbstractMesh((2,), (AXIS,), (jax.sharding.AxisType.Auto,))
-    with pytest.raises(UsageError, match=r'the exchange "kernel" needs .*; choose "sum"'):
+    with pytest.raises(UsageError, match=r'the exchange "kernel" needs .*; choose "auto" or "sum"'):
         rules.partition(config_of(), mesh, "kernel")
+    assert rules.partition(config_of(), mesh).exchange == "sum"
+
+
+@pytest.mark.skipif(jax.__version_info__ < device.OLDEST_JAX, reason="the kernel needs jax >= 0.11.2")
+def test_gpus_exchange_by_the_kernel_by_default():
+    h200 = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((2,), (AXIS,), (jax.sharding.AxisType.Auto,), abstract_device=h200)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert rules.partition(config_of(), mesh).exchange == "kernel"
+        assert rules.partition(config_of(), mesh, "sum").exchange == "sum"
 
 
 @pytest.mark.parametrize("devices", [2, 4])

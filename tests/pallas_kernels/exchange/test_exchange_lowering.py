@@ -10,9 +10,14 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from pallas_kernels import Activations
-from pallas_kernels.decode_rows.program import Shape
+from pallas_kernels.decode_rows.program import AddNormRefs, Shape
 from pallas_kernels.exchange import Mailbox
-from pallas_kernels.exchange.program import ExchangeRefs, Layout, exchange_program
+from pallas_kernels.exchange.program import (
+    ExchangeRefs,
+    Layout,
+    exchange_add_norm_program,
+    exchange_program,
+)
 from pallas_kernels.lanes import device
 from pallas_kernels.lanes.rows import Rows
 
@@ -65,4 +70,19 @@ def test_the_program_assembles(monkeypatch, tmp_path, architecture):
         exchange_program(isa, Layout(8, rows), Shape(rows, 8, FEATURES), ExchangeRefs(*refs[:3]))
 
     names = ["partials", "mailbox", "total", None]
+    cuda_source.assemble(monkeypatch, tmp_path, program, names, rows.threads, architecture)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(cuda_source.NVCC is None, reason="needs nvcc")
+@pytest.mark.parametrize("architecture", ["sm_89", "sm_90a", "sm_100a", "sm_120a"])
+def test_the_program_with_a_norm_assembles(monkeypatch, tmp_path, architecture):
+    rows = Rows(16, 8192)
+
+    def program(isa, refs):
+        mailbox, *arrays = refs
+        shape = Shape(rows, 8, rows.features)
+        exchange_add_norm_program(isa, Layout(8, rows), shape, AddNormRefs(*arrays), mailbox)
+
+    names = ["mailbox", "x", "partials", "norm_scale", "total", "values", "square_partials", None]
     cuda_source.assemble(monkeypatch, tmp_path, program, names, rows.threads, architecture)
