@@ -57,16 +57,12 @@ def add_norm(
     rows = Rows(x.shape[0], x.shape[2])
     partials = _partials_by_row(update)
     kernel = _add_norm_kernel(launch_shape(rows, update))
-    return unapplied_norm(*kernel(x[:, 0], partials, norm_scale.astype(jnp.bfloat16)), eps)
+    return unapplied_norm(kernel(x[:, 0], partials, norm_scale.astype(jnp.bfloat16)), eps)
 
 
-def unapplied_norm(
-    total: BFloat16[Array, "b n"],
-    values: BFloat16[Array, "b n"],
-    squares: Float[Array, "b sums"],
-    eps: float,
-) -> tuple[BFloat16[Array, "b 1 n"], Activations]:
-    """Returns what ``add_norm`` does, from the outputs of its kernel (``AddNormRefs``)."""
+def unapplied_norm(outputs: Sequence[jax.Array], eps: float) -> tuple[BFloat16[Array, "b 1 n"], Activations]:
+    """Returns what ``add_norm`` does, from the three outputs of its kernel (``AddNormRefs``)."""
+    total, values, squares = outputs
     return total[:, None], Activations.of(values[:, None], squares[:, None], eps)
 
 

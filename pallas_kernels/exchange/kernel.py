@@ -109,7 +109,7 @@ class MailboxRef:
         partials, shape = _by_row(sums)
         kernel = _exchange_add_norm_kernel(self._layout, shape)
         outputs = kernel(x[:, 0], partials, norm_scale.astype(jnp.bfloat16), self._words)
-        return unapplied_norm(*outputs, eps)
+        return unapplied_norm(outputs, eps)
 
     def frozen(self) -> Mailbox:
         """Returns the mailbox after all exchanges. The reference must not be used any more."""
@@ -187,8 +187,8 @@ def _exchange_add_norm_kernel(layout: Layout, shape: Shape):
     """Builds the kernel. ``AddNormRefs`` describes its arguments and results; the mailbox is the last one."""
 
     def program(isa: Instructions, refs: Sequence[Any]) -> None:
-        *inputs, mailbox, total, values, squares, shared = refs
-        arrays = AddNormRefs(*inputs, total, values, squares, shared)
+        x, partials, norm_scale, mailbox, total, values, squares, shared = refs
+        arrays = AddNormRefs(x, partials, norm_scale, total, values, squares, shared)
         exchange_add_norm_program(isa, layout, shape, arrays, mailbox)
 
     return lane_kernel(
