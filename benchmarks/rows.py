@@ -36,7 +36,7 @@ import timing
 
 from pallas_kernels import Activations, NestedWeight, codes, grading
 from pallas_kernels.matvec.mosaic_gpu import Config, kernel
-from pallas_kernels.matvec.mosaic_gpu.config import BytePairs, ClusterList, SharedList
+from pallas_kernels.matvec.mosaic_gpu.config import BytePairs, SharedList
 
 CHECKED_SHAPES = ((576, 1100), (2048, 2560), (1152, 4096))
 CHECKED_ROWS = (1, 2, 4, 8, 16)
@@ -50,7 +50,7 @@ CORRELATION = 0.5
 
 RELATIVE_ERROR = 1e-3
 
-Program = SharedList | BytePairs | ClusterList
+Program = SharedList | BytePairs
 
 VARIANTS: dict[str, Program | None] = {
     "8 warps, 8 slots": SharedList(warps=8, ring_slots=8, step_entries=32),
@@ -59,22 +59,13 @@ VARIANTS: dict[str, Program | None] = {
     "4 warps, 8 slots": SharedList(warps=4, ring_slots=8, step_entries=32),
     "pairs, 4 slots": BytePairs(ring_slots=4),
     "pairs, 8 slots": BytePairs(ring_slots=8),
-    "8 CTAs, 2 tiles": ClusterList(ctas=8, tiles=2),
-    "8 CTAs, 2 tiles, steps of 64": ClusterList(ctas=8, tiles=2, ring_slots=4, step_entries=64),
-    "8 CTAs, 2 tiles, 4 warps": ClusterList(ctas=8, tiles=2, warps=4),
-    "4 CTAs, 2 tiles": ClusterList(ctas=4, tiles=2),
-    "4 CTAs, steps of 64": ClusterList(ctas=4, ring_slots=4, step_entries=64),
     "default": None,
 }
-"""Programs to compare. 4 warps in a shared list where the configuration of a shape allows it, else 8; no more
-CTAs in a cluster than the configuration allows."""
+"""Programs to compare. 4 warps in a shared list where the configuration of a shape allows it, else 8."""
 
 
 def config_of(base: Config, program: Program) -> Config:
     """Returns the configuration of one row with a program for several rows."""
-    if isinstance(program, ClusterList):
-        ctas = min(program.ctas, base.warps)
-        return dataclasses.replace(base, cluster_list=dataclasses.replace(program, ctas=ctas))
     if isinstance(program, BytePairs):
         return dataclasses.replace(base, byte_pairs=program)
     if program.warps < base.warps:
@@ -84,7 +75,7 @@ def config_of(base: Config, program: Program) -> Config:
 
 def takes(program: Program | None, rows: int) -> bool:
     """Returns whether the program is for this number of rows."""
-    if isinstance(program, SharedList | ClusterList):
+    if isinstance(program, SharedList):
         return rows > 1
     return program is None or rows <= 8
 
@@ -112,9 +103,7 @@ def checked_variants(i: int, rows: int, names: list[str]) -> list[str]:
     """Returns the named variants to check on shape ``i``: a few of each program, because they compile."""
     shared = list(VARIANTS)[i : i + 1] + ["4 warps, 8 slots"] * (rows in (4, 16))
     pairs = ["pairs, 4 slots", "pairs, 8 slots"]
-    clusters = [name for name, program in VARIANTS.items() if isinstance(program, ClusterList)]
-    clusters = clusters[i::3] if rows in (4, 16) else clusters[i : i + 1]
-    return [name for name in shared + pairs + clusters if name in names and takes(VARIANTS[name], rows)]
+    return [name for name in shared + pairs if name in names and takes(VARIANTS[name], rows)]
 
 
 def exact_rows(x: np.ndarray, weight: NestedWeight, thresholds: np.ndarray) -> np.ndarray:

@@ -31,7 +31,7 @@ from pallas_kernels.expert_weights import NestedExperts
 from pallas_kernels.experts import mosaic_gpu as experts_kernel
 from pallas_kernels.experts import reference as experts_reference
 from pallas_kernels.matvec import mosaic_gpu, reference
-from pallas_kernels.matvec.mosaic_gpu import ClusterList, Config, SharedList
+from pallas_kernels.matvec.mosaic_gpu import Config, SharedList
 
 TOLERANCE = 2e-2
 """Largest relative norm of the difference: two or three roundings to bfloat16."""
@@ -70,8 +70,6 @@ def matvec_cases() -> Iterator[Case]:
         (1000, 600, 7, 6, "float16", 48, shared_list(1, 2, SharedList(step_entries=64))),
         (300, 700, 16, 8, "float32", 0, shared_list(2, 1, SharedList())),
         (256, 512, 13, 2, "bfloat16", 5, shared_list(1, 4, SharedList(warps=4, ring_slots=4))),
-        (384, 1024, 8, 8, "bfloat16", 16, cluster_list(2, 1, ClusterList(ctas=8, tiles=2))),
-        (300, 700, 16, 6, "float32", 0, cluster_list(1, 2, ClusterList(ctas=2, warps=4, step_entries=64))),
     ]
     for k, n, rows, max_bits, dtype, parts, config in classes:
         rng = np.random.default_rng(rows)
@@ -90,10 +88,6 @@ def matvec_cases() -> Iterator[Case]:
 
 def shared_list(warpgroups: int, warps_per_group: int, tuning: SharedList) -> Config:
     return Config(warpgroups=warpgroups, warps_per_group=warps_per_group, ring_slots=4, shared_list=tuning)
-
-
-def cluster_list(warpgroups: int, warps_per_group: int, tuning: ClusterList) -> Config:
-    return Config(warpgroups=warpgroups, warps_per_group=warps_per_group, ring_slots=4, cluster_list=tuning)
 
 
 def rows_cases() -> Iterator[Case]:

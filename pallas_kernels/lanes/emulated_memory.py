@@ -87,9 +87,9 @@ class SharedMemory:
             ]
         )
 
-    def read(self, thread, address, count, block=None):
-        """Loads ``count`` words for each thread; ``block`` as in ``words``."""
-        word = self.words(thread, address, count, "load", block)
+    def read(self, thread, address, count):
+        """Loads ``count`` words for each thread."""
+        word = self.words(thread, address, count, "load")
         thread = np.broadcast_to(thread[:, None], word.shape)
         writer = self.writer[word]
         if (writer == -1).any() or (self.byte_writer[word[writer == BYTES]] < 0).any():

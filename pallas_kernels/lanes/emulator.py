@@ -39,7 +39,7 @@ class NumpyInstructions(Instructions):
         self.threads, self.cluster = threads, cluster
         self.rng = np.random.default_rng(seed)
         self.shared = SharedMemory(blocks, threads, shared_bytes, self.rng, cluster)
-        self.unordered_accesses = np.zeros(blocks // cluster, bool)
+        self.unordered_stores = np.zeros(blocks // cluster, bool)
         self.masks = [np.ones(self.total, bool)]
         self.arrays: list[np.ndarray] = []
         self.open_copies: list[list] = [[] for _ in range(self.total // LANES)]
@@ -51,14 +51,14 @@ class NumpyInstructions(Instructions):
         return len(self.arrays)
 
     def finish(self) -> None:
-        """Raises EmulationError if copies, or accesses to other CTAs, have no wait after them."""
+        """Raises EmulationError if copies, or stores to other CTAs, have no wait after them."""
         if any(self.open_copies) or any(self.copy_groups):
             raise EmulationError(
                 "the program ends with asynchronous copies that were not waited for: call wait_copies(0)"
             )
-        if self.unordered_accesses.any():
+        if self.unordered_stores.any():
             raise EmulationError(
-                "an access to another CTA has no cluster_barrier after it: the CTA may have ended"
+                "a store to another CTA has no cluster_barrier after it: the CTA may have ended"
             )
 
     # --- helpers ---------------------------------------------------------------------------------
@@ -245,20 +245,10 @@ class NumpyInstructions(Instructions):
         active = self._active()
         if active.size:
             cluster = active // (self.threads * self.cluster)
-            self.unordered_accesses[cluster] = True
+            self.unordered_stores[cluster] = True
             words = np.stack([v.data.view(np.uint32) for v in values], 1)[active]
             block = cluster * self.cluster + rank
             self.shared.write(active, address.data[active].astype(np.int64), words, block)
-
-    def load_cluster(self, address, rank, count=1, kind="i32"):
-        words = self.rng.integers(0, 2**32, (self.total, count), dtype=np.uint32)
-        active = self._active()
-        if active.size:
-            cluster = active // (self.threads * self.cluster)
-            self.unordered_accesses[cluster] = True
-            block = cluster * self.cluster + rank
-            words[active] = self.shared.read(active, address.data[active].astype(np.int64), count, block)
-        return [LaneValue(words[:, i].copy().view(DTYPE[kind]), kind) for i in range(count)]
 
     def load_matrices_transposed(self, address):
         rows = np.zeros((self.total, 4), np.uint32)
@@ -296,11 +286,9 @@ class NumpyInstructions(Instructions):
     def block_barrier(self):
         self._pass_barrier(self._whole(self.threads, "block_barrier", "a CTA"))
 
-    def cluster_barrier(self, *, ordered=True):
+    def cluster_barrier(self):
         clusters = self._whole(self.threads * self.cluster, "cluster_barrier", "a cluster")
-        self.unordered_accesses[clusters] = False
-        if not ordered:
-            return
+        self.unordered_stores[clusters] = False
         self.shared.cluster_time[clusters] += 1
         self._pass_barrier(np.repeat(clusters, self.cluster))
 

@@ -247,20 +247,6 @@ class Instructions(abc.ABC):
         """
 
     @abc.abstractmethod
-    def load_cluster(self, address: Value, rank: int, count: int = 1, kind: Kind = "i32") -> list[Value]:
-        """Loads 1, 2 or 4 consecutive 32-bit words from the shared memory of another CTA of the cluster.
-
-        Needs compute capability 9.0. A ``cluster_barrier`` must follow, because a CTA that has ended has no
-        shared memory.
-
-        Args:
-          address: Address that the first word has in the shared memory of that CTA.
-          rank: Index of the CTA in its cluster.
-          count: Number of words.
-          kind: ``i32`` or ``f32``.
-        """
-
-    @abc.abstractmethod
     def load_matrices_transposed(self, address: Value) -> list[Value]:
         """Loads four 8 x 8 matrices of 16-bit elements, transposed (PTX ``ldmatrix.x4.trans``).
 
@@ -311,13 +297,8 @@ class Instructions(abc.ABC):
         """Waits for all threads of the CTA and orders their accesses to shared memory."""
 
     @abc.abstractmethod
-    def cluster_barrier(self, *, ordered: bool = True) -> None:
-        """Waits for all threads of the cluster.
-
-        Args:
-          ordered: Whether the barrier orders accesses to each other's shared memory. Otherwise it costs less,
-            and only keeps the CTAs from ending before others have loaded from them.
-        """
+    def cluster_barrier(self) -> None:
+        """Waits for all threads of the cluster and orders their accesses to each other's shared memory."""
 
     @abc.abstractmethod
     def warp_barrier(self) -> None:

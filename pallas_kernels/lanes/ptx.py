@@ -233,11 +233,6 @@ class PtxInstructions(Instructions):
         template = f"st.shared::cluster{_VECTOR[len(values)]}.b32 [$0], {_operands(len(values), 1)};"
         _assemble(template, [remote, *values], effects=True)
 
-    def load_cluster(self, address, rank, count=1, kind="i32"):
-        (remote,) = _assemble(f"mapa.shared::cluster.u32 $0, $1, {rank};", [address], ("i32",))
-        template = f"ld.shared::cluster{_VECTOR[count]}.b32 {_operands(count, 0)}, [${count}];"
-        return _assemble(template, [remote], (kind,) * count, effects=True)
-
     def load_matrices_transposed(self, address):
         template = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0,$1,$2,$3}, [$4];"
         return _assemble(template, [address], ("i32",) * 4, warp=True)
@@ -284,10 +279,8 @@ class PtxInstructions(Instructions):
     def block_barrier(self):
         gpu.barrier()
 
-    def cluster_barrier(self, *, ordered=True):
-        relaxed = "" if ordered else ".relaxed"
-        template = f"barrier.cluster.arrive{relaxed}.aligned; barrier.cluster.wait.aligned;"
-        _assemble(template, [], warp=True)
+    def cluster_barrier(self):
+        _assemble("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;", [], warp=True)
 
     def warp_barrier(self):
         _assemble(f"bar.warp.sync {_ALL_LANES};", [], warp=True)

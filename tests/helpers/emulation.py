@@ -59,10 +59,7 @@ def _emulate(
     squares = thresholds if x.square_partials is None else x.square_partials
     gains = np.ones(weight.num_planes, np.float32) if weight.level_gains is None else weight.level_gains
     isa = NumpyInstructions(
-        blocks=geometry.blocks,
-        threads=geometry.threads,
-        shared_bytes=geometry.shared_bytes,
-        cluster=geometry.cluster,
+        blocks=geometry.blocks, threads=geometry.threads, shared_bytes=geometry.shared_bytes
     )
     unwritten = np.float32(12345.678)
     partials = np.full((geometry.splits, geometry.rows, geometry.stored_n), unwritten)
@@ -85,7 +82,7 @@ def _emulate(
 def alone(case, x, weight, thresholds, row, **norm):
     """Runs the program for one row, without the case's program for several rows, on one of the rows."""
     one = slice(row, row + 1)
-    config = dataclasses.replace(case.config, shared_list=None, byte_pairs=None, cluster_list=None)
+    config = dataclasses.replace(case.config, shared_list=None, byte_pairs=None)
     norm = {name: v[one] if name == "square_partials" else v for name, v in norm.items()}
     y, bits = emulate(x[one], weight, thresholds[one], config, **norm)
     return y[0], bits[0]

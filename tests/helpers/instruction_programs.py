@@ -133,16 +133,6 @@ def cluster_stores(isa: Instructions, t: Operands) -> list[Value]:
     return first + isa.load_shared((t.shared - t.all_shared ^ 8) + t.all_shared + 16 * THREADS)
 
 
-def cluster_loads(isa: Instructions, t: Operands) -> list[Value]:
-    """The CTA is a cluster by itself, so its rank is 0."""
-    isa.store_shared(t.shared, [t.a, t.b, t.x, t.y])
-    isa.cluster_barrier()
-    words = isa.load_cluster((t.shared - t.all_shared ^ 2032) + t.all_shared, 0, 4)
-    (number,) = isa.load_cluster(t.shared + 8, 0, 1, "f32")
-    isa.cluster_barrier(ordered=False)
-    return [words[0], words[1], words[3], number]
-
-
 def transposed_loads(isa: Instructions, t: Operands) -> list[Value]:
     """Each warp loads 32 rows that other lanes stored, in another order."""
     isa.store_shared(t.shared, [t.a, t.b, t.a ^ t.b, t.a + t.b])
@@ -210,7 +200,6 @@ PROGRAMS = {
     "byte stores": byte_stores,
     "flagged stores": flagged_stores,
     "cluster": cluster_stores,
-    "cluster loads": cluster_loads,
     "transposed loads": transposed_loads,
     "asynchronous copies": copies,
     "shuffle_xor": lambda isa, t: [isa.shuffle_xor(t.a, 2), isa.shuffle_xor(t.x, 16)],

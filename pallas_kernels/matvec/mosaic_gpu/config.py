@@ -45,42 +45,6 @@ class BytePairs:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ClusterList:
-    """Tuning of ``cluster_list.program``. It does not change the result.
-
-    Attributes:
-      ctas: Number of CTAs in a cluster, 1, 2, 4 or 8. They divide the channels of one CTA of the program for
-        one row. More than one needs compute capability 9.0. With more, the grid is finer, and a CTA needs
-        less shared memory.
-      warps: Number of warps in a CTA, 4 or 8, and at least as many as it has sections. Each multiplies two or
-        one 16-byte pieces of every listed plane row. With fewer warps there are fewer instructions, but more
-        accumulators in each lane.
-      tiles: Number of tiles, 1, 2 or 4, that a cluster multiplies one after the other, with one list and one
-        set of codes. With more, there are fewer instructions, and the grid is coarser. 1 is used instead if
-        the last tile has fewer pieces, or the number of tiles is not a multiple.
-      ring_slots: Number of steps that the ring of a CTA holds: 4, 8 or 16. All but one are in flight.
-      step_entries: Number of plane rows in a step, 32 or 64, as in ``SharedList``.
-    """
-
-    ctas: int = 4
-    warps: int = 8
-    tiles: int = 1
-    ring_slots: int = 8
-    step_entries: int = 32
-
-    def __post_init__(self):
-        for name, allowed in (
-            ("ctas", (1, 2, 4, 8)),
-            ("warps", (4, 8)),
-            ("tiles", (1, 2, 4)),
-            ("ring_slots", (4, 8, 16)),
-            ("step_entries", (32, 64)),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"ClusterList.{name} must be one of {allowed}, not {getattr(self, name)!r}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Tuning of a launch. It affects the result only through the order of float32 sums.
 
@@ -96,10 +60,9 @@ class Config:
       ring_slots: Number of 1-KiB slots in the ring of a warp: 2, 4, 8 or 16. A warp keeps ``ring_slots - 1``
         KiB of copies in flight.
       shared_list: Tuning of the program whose CTAs share one list, for 2 to 16 activation rows.
-      byte_pairs: Tuning of the program that multiplies pairs of bytes, for several activation rows.
-      cluster_list: Tuning of the program that divides a list among the CTAs of a cluster, for several
-        activation rows. Without any of the three, the program for one row runs, which reads the weights once
-        for each row.
+      byte_pairs: Tuning of the program that multiplies pairs of bytes, for several activation rows. Without
+        ``byte_pairs`` and ``shared_list``, the program for one row runs, which reads the weights once for
+        each row.
     """
 
     warpgroups: int
@@ -107,7 +70,6 @@ class Config:
     ring_slots: int
     shared_list: SharedList | None = None
     byte_pairs: BytePairs | None = None
-    cluster_list: ClusterList | None = None
 
     def __post_init__(self):
         for name, allowed in (
@@ -122,20 +84,9 @@ class Config:
                 f"Config.shared_list.warps must be {self.warps} with warpgroups={self.warpgroups},"
                 f" not {self.shared_list.warps}"
             )
-        programs = ("shared_list", "byte_pairs", "cluster_list")
-        chosen = [f"Config.{name}" for name in programs if getattr(self, name) is not None]
-        if len(chosen) > 1:
-            raise ValueError(f"{' and '.join(chosen)} name different programs: set one of them")
-        if self.cluster_list is not None and self.cluster_list.ctas > self.warps:
+        if self.shared_list is not None and self.byte_pairs is not None:
             raise ValueError(
-                f"Config.cluster_list.ctas must be at most {self.warps} with warpgroups={self.warpgroups},"
-                f" not {self.cluster_list.ctas}"
-            )
-        if self.cluster_list is not None and self.warps > self.cluster_list.ctas * self.cluster_list.warps:
-            raise ValueError(
-                f"Config.cluster_list must have at least {self.warps} warps in a cluster with"
-                f" warpgroups={self.warpgroups}, not {self.cluster_list.ctas} CTAs of"
-                f" {self.cluster_list.warps} warps"
+                "Config.shared_list and Config.byte_pairs name different programs: set one of them"
             )
 
     @property

@@ -114,11 +114,6 @@ class Geometry:
         return self.matvec_blocks + self.rows
 
     @property
-    def cluster(self) -> int:
-        """Number of consecutive CTAs that form a cluster."""
-        return 1
-
-    @property
     def warps(self) -> int:
         """Number of warps in a CTA."""
         return self.config.warps

@@ -13,7 +13,6 @@ from pallas_kernels.lanes.instructions import Instructions
 from pallas_kernels.lanes.launch import lane_kernel
 from pallas_kernels.matvec.mosaic_gpu import tuning
 from pallas_kernels.matvec.mosaic_gpu.byte_pairs import BytePairGeometry, byte_pair_program
-from pallas_kernels.matvec.mosaic_gpu.cluster_list import ClusterListGeometry, cluster_list_program
 from pallas_kernels.matvec.mosaic_gpu.config import Config
 from pallas_kernels.matvec.mosaic_gpu.geometry import MAX_ROWS, Geometry
 from pallas_kernels.matvec.mosaic_gpu.program import Refs, graded_matvec_program
@@ -116,9 +115,7 @@ def geometry_of(x: Activations, weight: NestedWeight, config: Config | None = No
             geometry, device_kind=target.device_kind, multiprocessors=device.multiprocessors(target)
         )
     program = Geometry
-    if config.cluster_list is not None:
-        program = ClusterListGeometry
-    elif config.shared_list is not None:
+    if config.shared_list is not None:
         program = SharedListGeometry
     elif config.byte_pairs is not None:
         program = BytePairGeometry
@@ -127,9 +124,7 @@ def geometry_of(x: Activations, weight: NestedWeight, config: Config | None = No
 
 def run_program(isa: Instructions, geometry: Geometry, refs: Refs) -> None:
     """Runs the lane program that these sizes belong to."""
-    if isinstance(geometry, ClusterListGeometry):
-        cluster_list_program(isa, geometry, refs)
-    elif isinstance(geometry, SharedListGeometry):
+    if isinstance(geometry, SharedListGeometry):
         shared_list_program(isa, geometry, refs)
     elif isinstance(geometry, BytePairGeometry):
         byte_pair_program(isa, geometry, refs)
@@ -150,5 +145,4 @@ def _matvec_kernel(geometry: Geometry):
         blocks=geometry.blocks,
         threads=geometry.threads,
         shared_bytes=geometry.shared_bytes,
-        cluster=geometry.cluster,
     )

@@ -331,29 +331,6 @@ def test_ctas_of_a_cluster_store_to_each_other():
         np.testing.assert_array_equal(second.data[threads], lanes + 200 * cluster + 100)
 
 
-def test_ctas_of_a_cluster_load_from_each_other():
-    isa = NumpyInstructions(blocks=4, threads=32, shared_bytes=128, cluster=2)
-    thread, block = isa.thread_index(), isa.block_index()
-    isa.store_shared(thread << 2, [thread + block * 100])
-    with pytest.raises(EmulationError, match="race"):
-        isa.load_cluster(thread << 2, 1)
-    isa.cluster_barrier()
-    with isa.when((block & 1).equals(0)):
-        (loaded,) = isa.load_cluster(thread << 2, 1)
-    expected = [np.arange(32) + 100 * source for source in (1, 3)]
-    np.testing.assert_array_equal(loaded.data.reshape(4, 32)[::2], expected)
-    with pytest.raises(EmulationError, match="no cluster_barrier after it"):
-        isa.finish()
-    isa.cluster_barrier(ordered=False)
-    isa.finish()
-    with isa.when((block & 1).equals(1)):
-        with pytest.raises(EmulationError, match="race"):
-            isa.store_shared(thread << 2, [thread])
-        isa.block_barrier()
-        with pytest.raises(EmulationError, match="race"):
-            isa.store_shared(thread << 2, [thread])
-
-
 def test_a_block_barrier_does_not_order_a_cluster():
     isa = NumpyInstructions(blocks=2, threads=32, shared_bytes=128, cluster=2)
     thread, block = isa.thread_index(), isa.block_index()

@@ -10,8 +10,7 @@ import pytest
 from matvec_cases import Case, assert_agrees_with_oracle
 
 from pallas_kernels import Activations, graded_matvec, graded_partial_sums
-from pallas_kernels.lanes import device
-from pallas_kernels.matvec.mosaic_gpu import BytePairs, ClusterList, Config, SharedList, kernel
+from pallas_kernels.matvec.mosaic_gpu import BytePairs, Config, SharedList, kernel
 
 pytestmark = pytest.mark.gpu
 
@@ -103,51 +102,6 @@ BYTE_PAIR_CASES = [
 ]
 
 
-def cluster_list_case(k, n, config, tuning=ClusterList(), **fields) -> Case:  # noqa: B008
-    return Case(k, n, config=dataclasses.replace(config, cluster_list=tuning), **fields)
-
-
-CLUSTER_LIST_CASES = [
-    *(
-        cluster_list_case(
-            384,
-            1024,
-            CONFIGS[rows % 4],
-            ClusterList(ctas=ctas, warps=warps, ring_slots=slots, step_entries=entries),
-            rows=rows,
-            seed=rows,
-        )
-        for rows, ctas, warps, slots, entries in [
-            (3, 2, 4, 8, 32),
-            (4, 4, 8, 4, 64),
-            (5, 1, 8, 4, 32),
-            (8, 4, 8, 8, 32),
-            (13, 2, 4, 8, 64),
-            (14, 8, 4, 8, 32),
-            (16, 4, 8, 16, 32),
-        ]
-    ),
-    *(
-        cluster_list_case(
-            300,
-            512 * (p % 2) + 64 * p,
-            CONFIGS[p % 4],
-            ClusterList(ctas=2, warps=4 + 4 * (p % 2)),
-            rows=2 * p,
-            max_bits=2 + 2 * (p % 4),
-            seed=p,
-        )
-        for p in range(1, 8)
-    ),
-    cluster_list_case(640, 1024, CONFIGS[2], ClusterList(ctas=8, tiles=2), rows=8),
-    cluster_list_case(640, 2048, CONFIGS[0], ClusterList(ctas=2, tiles=4, warps=4), rows=16),
-    *(
-        cluster_list_case(1000, 600, CONFIGS[2], rows=12, activations=activations)
-        for activations in ("outliers", "heavy", "zeros", "all-zero")
-    ),
-]
-
-
 @pytest.fixture(autouse=True)
 def _gpu():
     if jax.default_backend() != "gpu":
@@ -172,11 +126,9 @@ def partials_and_stats(x, squares, weight, thresholds, config):
     return y.partials, stats.packed
 
 
-@pytest.mark.parametrize("case", SHARED_LIST_CASES + BYTE_PAIR_CASES + CLUSTER_LIST_CASES, ids=str)
+@pytest.mark.parametrize("case", SHARED_LIST_CASES + BYTE_PAIR_CASES, ids=str)
 def test_rows_of_other_programs_agree_with_float64_and_have_the_bits_of_the_row_alone(case):
     assert case.config is not None
-    if case.config.cluster_list is not None and device.unsupported_reason(device.CLUSTERS) is not None:
-        pytest.skip("clusters need compute capability 9.0")
     x, weight, thresholds = case.arrays()
     squares = np.random.default_rng(case.seed).uniform(0, 1, (case.rows, 3)).astype(np.float32)
 
@@ -193,7 +145,7 @@ def test_rows_of_other_programs_agree_with_float64_and_have_the_bits_of_the_row_
                 None if factor is None else factor[one],
                 weight,
                 thresholds[one],
-                config=dataclasses.replace(case.config, shared_list=None, byte_pairs=None, cluster_list=None),
+                config=dataclasses.replace(case.config, shared_list=None, byte_pairs=None),
             )
             for a, b, c in zip(together, again, alone, strict=True):
                 a, b, c = (np.asarray(v).view(np.uint32) for v in (a, b, c))

@@ -17,7 +17,7 @@ from pallas_kernels.matvec.mosaic_gpu.shared_list.streaming import accumulator
 from pallas_kernels.matvec.mosaic_gpu.tile import chunk_outputs, stored_piece
 
 
-def first_output(isa: Instructions, g: SharedListGeometry, context: LaneContext, piece: Value | int) -> Value:
+def first_output(isa: Instructions, g: SharedListGeometry, context: LaneContext, piece: int) -> Value:
     """Returns the lane's first output in one of the warp's pieces of the tile, or in piece 0 if it lacks it.
 
     The lane holds byte pair ``lane_row`` of the 16-byte piece of a row. By ``layout``, digit position ``p``
@@ -31,7 +31,7 @@ def first_output(isa: Instructions, g: SharedListGeometry, context: LaneContext,
     return (lane_row >> 2) * (2 * chunk_outputs(context.pieces)) + (index << 4) + ((lane_row & 3) << 2)
 
 
-def has_piece(g: SharedListGeometry, context: LaneContext, piece: Value | int) -> Value | None:
+def has_piece(g: SharedListGeometry, context: LaneContext, piece: int) -> Value | None:
     """Returns whether the tile has one of the warp's pieces; None if it has all of them."""
     return None if context.pieces is None else context.warp * g.pieces + piece < context.pieces
 

@@ -56,13 +56,7 @@ def load_x(isa: Instructions, g: SharedListGeometry, refs: Refs, row: Value, cha
     return isa.select(exists, number, isa.constant(0.0, "f32"))
 
 
-def stored_group(isa: Instructions, g: SharedListGeometry, group: Value) -> Value:
-    """Returns the group, or, to keep addresses in bounds, group 0 if the group does not exist."""
-    return isa.select(group < g.groups, group, isa.constant(0)) if g.has_padding else group
-
-
 def group_of_section(isa: Instructions, g: SharedListGeometry, context: LaneContext, section: Value) -> Value:
-    """Returns the group of a section of the CTA; group 0 if it does not exist."""
-    return stored_group(
-        isa, g, first_channel(g, context) // layout.GROUP + section // g.config.warps_per_group
-    )
+    """Returns the group of a section; group 0, to keep addresses in bounds, if it does not exist."""
+    group = first_channel(g, context) // layout.GROUP + section // g.config.warps_per_group
+    return isa.select(group < g.groups, group, isa.constant(0)) if g.has_padding else group

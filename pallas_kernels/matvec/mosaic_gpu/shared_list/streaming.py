@@ -90,7 +90,6 @@ def stream(
     first: Value,
     section_steps: Value,
     steps: Value,
-    first_codes: Value | None = None,
 ) -> list[Value]:
     """Multiplies the steps of a section, and copies later ones.
 
@@ -99,7 +98,6 @@ def stream(
       first: The section's first step in the list.
       section_steps: Number of its steps.
       steps: Number of all steps.
-      first_codes: The step at whose place in shared memory the codes of the section start; by default 0.
 
     Returns:
       int32 accumulators ``[piece][row tile][position][4]``, flat.
@@ -118,8 +116,7 @@ def stream(
         for m in range(g.step_matrices):
             matrix = slot + m * (MATRIX_ENTRIES * ROW_BYTES)
             words.append([isa.load_matrices_transposed(piece + matrix) for piece in loads])
-            code_step = i if first_codes is None else i + first_codes
-            offset = code_step * g.step_entries + m * MATRIX_ENTRIES
+            offset = i * g.step_entries + m * MATRIX_ENTRIES
             b.append([isa.load_shared(address + offset, 2) for address in codes])
         ahead = step + (g.slots - 1)
         with isa.when(ahead < steps):
