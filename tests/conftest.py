@@ -132,9 +132,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def few_memory_maps():
-    """Frees compiled programs after a module that leaves many memory maps."""
+def few_memory_maps(request):
+    """Frees programs after a module that leaves many memory maps, but not those of shared fixtures."""
     yield
+    if any(request.node.nodeid.startswith(beginning) for beginning in TOGETHER):
+        return
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MEMORY_MAPS:
         import jax
