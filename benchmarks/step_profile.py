@@ -21,7 +21,7 @@ from grinqh_jax.model.apply import in_head
 
 GRADED = re.compile(r"graded_(matvec|experts|prologue)_kernel")
 MATVEC = re.compile(r"graded_matvec|gemm|gemv|nvjet|cutlass|cublas|splitK|xmma|s16816gemm", re.IGNORECASE)
-EXCHANGE = re.compile(r"nccl|all.?reduce|all.?gather|exchange_kernel|open_mailbox", re.IGNORECASE)
+EXCHANGE = re.compile(r"nccl|all.?reduce|all.?gather|exchange_(add_norm_)?kernel|open_mailbox", re.IGNORECASE)
 """Kernels that exchange data between the devices of a mesh. They also wait for the slowest device."""
 OWN_KERNELS = {
     "attention_kernel": "attention",

@@ -5,11 +5,13 @@
 Every part runs in a process of its own, so that an exchange that hangs costs its part only, and writes each
 result at once as a line of JSON. The parts, in this order:
 
-1. ``probe``: one exchange by XLA's all-reduce, which is a kernel over peer memory by default (jax 0.11.2), by
-   NCCL, and by the kernel of ``pallas_kernels.exchange``: microseconds for the sizes of a decode step, and
-   whether the sums are right.
-2. ``answers``: logits of the bundled model on two GPUs against one, and greedy texts.
-3. One part for each shape: tokens/s on one GPU, and on two with each exchange, with the table of a step.
+1. ``probe:kernel``: an exchange by ``pallas_kernels.exchange``: microseconds for the sizes of a decode step,
+   and whether the sums are right. ``--probes`` adds XLA's all-reduce (``sum``) and NCCL's (``nccl``).
+2. ``probe:norm``: an exchange and the norm after it, in one launch and in two, and whether the bits agree.
+3. ``answers``: logits of the bundled model on two GPUs against one, and greedy texts.
+4. ``shape``: one part for each shape: tokens/s on two GPUs with each exchange, then on one, with the table of
+   a step. All programs of a shape compile at the same time.
+5. ``separate``: ``SEPARATE`` on two GPUs with exchange and norm in two launches.
 """
 
 import argparse
@@ -28,7 +30,13 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 NCCL = "--xla_gpu_experimental_use_collective_kernels=-ALL_REDUCE"
 """Option by which XLA adds up over devices by NCCL, not by its own kernel (jax 0.11.2)."""
 
-SHAPES = ("Qwen3-8B", "Llama-3.1-70B", "Qwen3-32B")
+SHAPES = ("Llama-3.1-70B", "Qwen3-8B", "Qwen3-32B")
+BATCHES = {"Qwen3-8B": (1, 8)}
+"""Batches of a shape; 1 for other shapes."""
+
+SEPARATE = "Qwen3-8B"
+"""Shape that is also timed with exchange and norm in two launches."""
+
 SIZES = ((1, 4096), (8, 4096), (1, 8192), (8, 8192))
 """Rows and features of the sums of a decode step."""
 
@@ -48,38 +56,41 @@ def main() -> None:
     add("--output", type=pathlib.Path, default=pathlib.Path("two-gpus.jsonl"), metavar="FILE")
     add("--seconds", type=float, default=460, metavar="S", help="time limit of all parts (default: 460)")
     add("--shapes", nargs="+", default=SHAPES, metavar="NAME", help=f"default: {' '.join(SHAPES)}")
-    add("--batch", nargs="+", type=int, default=[1, 8], metavar="N", help="default: 1 8")
+    add("--batch", nargs="+", type=int, metavar="N", help="default: 1 8 for Qwen3-8B, 1 for others")
     add("--bits", nargs="+", type=float, default=[3, 4], metavar="B", help="default: 3 4")
     add("--tokens", type=int, default=64, metavar="N", help="tokens of a dispatch (default: 64)")
     add("--repeats", type=int, default=4, metavar="N", help="timed runs (default: 4)")
     add("--layers", type=int, metavar="N", help="keep the first N layers of a shape (default: all)")
-    add("--exchanges", nargs="+", default=["sum", "kernel", "gather"], help=argparse.SUPPRESS)
+    add("--probes", nargs="+", default=["kernel", "norm"], choices=("sum", "nccl", "kernel", "norm"))
+    add("--exchanges", nargs="+", default=["kernel"], choices=("kernel", "sum"), help="default: kernel")
     add("--part", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part is not None:
         kind, _, name = args.part.partition(":")
-        {"probe": probe, "answers": answers, "shape": shape}[kind](args, name)
+        {"probe": probe, "answers": answers, "shape": shape, "separate": separate}[kind](args, name)
         return
-    parts = ["probe:sum", "probe:nccl", "probe:kernel", "answers:"]
-    limits = dict.fromkeys(parts, 60.0) | {"answers:": 100.0}
+    limits = {f"probe:{name}": 60.0 for name in args.probes} | {"answers:": 100.0}
+    parts = [*limits, *(f"shape:{name}" for name in args.shapes)]
+    if SEPARATE in args.shapes and "kernel" in args.exchanges:
+        parts.append(f"separate:{SEPARATE}")
     end = time.monotonic() + args.seconds
-    exchanges, results = list(args.exchanges), {}
-    for part in parts + [f"shape:{name}" for name in args.shapes]:
+    for part in parts:
         limit = min(limits.get(part, args.seconds), end - time.monotonic())
         if limit < 20:
             say(args, part=part, skipped="no time is left")
             continue
         started = time.monotonic()
-        results[part] = run_part(args, part, exchanges, limit)
-        say(args, part=part, seconds=round(time.monotonic() - started, 1), ended=results[part])
-        if part == "probe:kernel" and results[part] != "well" and "kernel" in exchanges:
-            exchanges.remove("kernel")
+        ended = run_part(args, part, limit)
+        say(args, part=part, seconds=round(time.monotonic() - started, 1), ended=ended)
+        if part in ("probe:kernel", "answers:") and ended != "well" and "kernel" in args.exchanges:
+            args.exchanges = ["sum"]
 
 
-def run_part(args, part: str, exchanges: list[str], limit: float) -> str:
+def run_part(args, part: str, limit: float) -> str:
     """Runs a part in a process; returns ``well`` or how it ended."""
     own = ["--part", part, "--output", args.output, "--tokens", args.tokens, "--repeats", args.repeats]
-    own += ["--batch", *args.batch, "--bits", *args.bits, "--exchanges", *exchanges]
+    own += ["--bits", *args.bits, "--exchanges", *args.exchanges]
+    own += [] if args.batch is None else ["--batch", *args.batch]
     own += [] if args.layers is None else ["--layers", args.layers]
     flags = os.environ.get("XLA_FLAGS", "") + (f" {NCCL}" if part == "probe:nccl" else "")
     command = [sys.executable, __file__, *map(str, own)]
@@ -128,6 +139,40 @@ def loop_of_exchanges(mesh, name: str, rows: int, features: int, steps: int):
     return jax.jit(jax.shard_map(exchanged, mesh=mesh, in_specs=cut, out_specs=cut, check_vma=False))
 
 
+def loop_of_norms(mesh, fused: bool, rows: int, features: int, steps: int):
+    """Returns a jitted function of a bfloat16 residual stream ``[rows, 1, features]``, on all devices.
+
+    A step is ``len(ADDED)`` exchanges of partial sums, each followed by residual addition and norm: in one
+    launch if ``fused``, else in two. The results are those of all devices, one after another.
+    """
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import PartitionSpec
+
+    from pallas_kernels import Activations, decode_rows
+    from pallas_kernels.exchange import Mailbox
+
+    def step(_, state):
+        mailbox, x, normed = state
+        box, scale = mailbox.referenced(), jnp.linspace(0.5, 1.5, features)
+        for _ in ADDED:
+            factor = jnp.float32(1 + jax.lax.axis_index("tp"))
+            partials = jnp.stack([factor * normed, 0.5 * normed]).astype(jnp.float32)
+            sums = Activations.sums(partials, features).astype(jnp.bfloat16)
+            if fused:
+                x, norm = box.add_norm(x, sums, scale, 1e-6)
+            else:
+                x, norm = decode_rows.add_norm(x, box.summed(sums), scale, 1e-6)
+            normed = norm.array
+        return box.frozen(), x, normed
+
+    def program(x):
+        return jax.lax.fori_loop(0, steps, step, (Mailbox.open(2, rows, features), x, x))[1:]
+
+    whole, cut = PartitionSpec(), PartitionSpec("tp")
+    return jax.jit(jax.shard_map(program, mesh=mesh, in_specs=whole, out_specs=cut, check_vma=False))
+
+
 def probe(args, name: str) -> None:
     """Times an exchange in a loop on the devices, and compares the sums with those of the host."""
     import jax
@@ -135,6 +180,9 @@ def probe(args, name: str) -> None:
     import timing
 
     mesh = jax.make_mesh((2,), ("tp",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    if name == "norm":
+        probe_norm(args, mesh)
+        return
     for rows, features in SIZES:
         x = np.random.default_rng(0).standard_normal((2, rows, features)).astype(np.float32)
         expected = np.float32(0.5) * x[0] + np.float32(0.5) * x[1]
@@ -142,9 +190,7 @@ def probe(args, name: str) -> None:
             expected = expected + np.float32(added)
         program = loop_of_exchanges(mesh, name, rows, features, STEPS)
         results = [np.asarray(program(x)) for _ in range(20)]
-        started = time.perf_counter()
-        jax.block_until_ready([program(x) for _ in range(20)])
-        each = (time.perf_counter() - started) / (20 * STEPS * len(ADDED))
+        each = seconds_of_exchange(program, x)
         kernels = timing.profile(functools.partial(program, x), 1)
         say(
             args,
@@ -156,6 +202,46 @@ def probe(args, name: str) -> None:
             wrong_runs=sum(not (result == expected).all() for result in results),
             kernels_us={kernel[:60]: round(float(np.mean(us)), 2) for kernel, us in kernels.items()},
         )
+
+
+def seconds_of_exchange(program, x) -> float:
+    """Returns the time of an exchange of a warm loop, seconds."""
+    import jax
+
+    started = time.perf_counter()
+    jax.block_until_ready([program(x) for _ in range(20)])
+    return (time.perf_counter() - started) / (20 * STEPS * len(ADDED))
+
+
+def probe_norm(args, mesh) -> None:
+    """Times exchange and norm in one launch and in two, and compares their bits on all devices."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import timing
+
+    for rows, features in SIZES:
+        x = jax.random.normal(jax.random.key(0), (rows, 1, features), jnp.bfloat16)
+        results: dict[bool, list] = {}
+        for fused in (True, False):
+            program = loop_of_norms(mesh, fused, rows, features, STEPS)
+            results[fused] = [np.asarray(result) for result in program(x)]
+            each = seconds_of_exchange(program, x)
+            kernels = timing.profile(functools.partial(program, x), 1)
+            own = {name[:40]: us for name, us in kernels.items() if "norm" in name or "exchange" in name}
+            say(
+                args,
+                probe="norm",
+                launches=1 if fused else 2,
+                rows=rows,
+                features=features,
+                us=round(1e6 * each, 2),
+                kernels_us={name: round(float(np.mean(us)), 2) for name, us in own.items()},
+            )
+        pairs = list(zip(results[True], results[False], strict=True))
+        same = all(np.array_equal(one, two) for one, two in pairs)
+        devices = all(np.array_equal(one[:rows], one[rows:]) for one, _ in pairs)
+        say(args, probe="norm", rows=rows, features=features, same_bits=same, devices_agree=devices)
 
 
 def answers(args, _: str) -> None:
@@ -180,8 +266,6 @@ def answers(args, _: str) -> None:
     request = Request(bits="full", max_tokens=32, temperature=0.0)
     texts = ["".join(one.generate(prompt, request)) for prompt in prompts]
     for exchange in args.exchanges:
-        if exchange == "gather":  # Tests on CPUs cover it, and time is short.
-            continue
         two = Generator.load(BUNDLED_MODEL, jnp.float32, make_mesh("tp=2", one.model.config), exchange)
         logits = np.asarray(forward(FlatModel(two.model), tokens))
         error = float(np.abs(logits - expected).max() / np.abs(expected).max())
@@ -191,20 +275,76 @@ def answers(args, _: str) -> None:
 
 
 def shape(args, name: str) -> None:
-    """Times one shape on one GPU and on two, batch by batch. All programs of a batch compile together."""
-    import decode
+    """Times one shape on two GPUs with each exchange, then on one."""
     import jax
     from flax import traverse_util
+
+    from grinqh_jax.benchmarking import random_model
+    from grinqh_jax.model.decoder import Decoder, checkpoint_leaves
+
+    config = config_of(args, name)
+    started = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        making = pool.submit(on_two_gpus, config, args.exchanges[0])
+        one = jax.block_until_ready(random_model.graded(config))
+        two = making.result()
+    tree = traverse_util.unflatten_dict(checkpoint_leaves(two), sep=".")
+    models = {}
+    for exchange in args.exchanges:
+        cut = dataclasses.replace(two.partition, exchange=exchange)
+        models[exchange] = Decoder.from_tree(config, tree, two.compute_dtype, cut)
+    models["one GPU"] = one
+    say(args, shape=name, weights_seconds=round(time.monotonic() - started, 1))
+    speeds: dict[tuple, float] = {}
+    for key, row in timed(args, name, models):
+        case = row["batch"], row["bits"]
+        speeds[key, case] = row["tokens_per_second"]
+        if key == "one GPU":
+            times = {e: round(speeds[e, case] / speeds[key, case], 3) for e in args.exchanges}
+            say(args, shape=name, batch=row["batch"], bits=row["bits"], times_one_gpu=times)
+
+
+def separate(args, name: str) -> None:
+    """Times one shape on two GPUs with exchange and norm in two launches."""
+    from pallas_kernels.exchange import UnexchangedSums
+
+    UnexchangedSums.add_norm = lambda *_: None  # type: ignore[method-assign]  # in this process only
+    model = on_two_gpus(config_of(args, name), "kernel")
+    for _ in timed(args, name, {"kernel, two launches": model}):
+        pass
+
+
+def config_of(args, name: str):
+    """Returns the configuration of a shape with the layers that ``args`` keep."""
+    from grinqh_jax.benchmarking import random_model
+
+    config = random_model.shape(name)
+    return config if args.layers is None else dataclasses.replace(config, layers=config.layers[: args.layers])
+
+
+def on_two_gpus(config, exchange: str):
+    """Returns a model with random weights on two GPUs."""
+    import jax
+
+    from grinqh_jax.benchmarking import random_model
+    from grinqh_jax.sharding.mesh import make_mesh
+
+    return jax.block_until_ready(
+        random_model.graded(config, mesh=make_mesh("tp=2", config), exchange=exchange)
+    )
+
+
+def timed(args, name: str, models):
+    """Times models of one shape, batch by batch; yields the name of the model and the result, which it says.
+
+    All programs compile at the same time.
+    """
+    import decode
 
     from grinqh_jax.benchmarking import measure, random_model
     from grinqh_jax.benchmarking.decode_run import DecodeRun
     from grinqh_jax.decoding.dial import Dial
-    from grinqh_jax.model.decoder import Decoder, checkpoint_leaves
-    from grinqh_jax.sharding.mesh import make_mesh
 
-    config = random_model.shape(name)
-    if args.layers is not None:
-        config = dataclasses.replace(config, layers=config.layers[: args.layers])
     options = argparse.Namespace(
         contexts=[CONTEXT],
         tokens=args.tokens,
@@ -214,31 +354,19 @@ def shape(args, name: str) -> None:
         profile_bits=args.bits[:1],
         hlo=None,
     )
-    bandwidth = measure.read_bandwidth()
-    started = time.monotonic()
-    two = random_model.graded(config, mesh=make_mesh("tp=2", config), exchange=args.exchanges[0])
-    tree = traverse_util.unflatten_dict(checkpoint_leaves(two), sep=".")
-    models = {"one": jax.block_until_ready(random_model.graded(config))}
-    for exchange in args.exchanges:
-        cut = dataclasses.replace(two.partition, exchange=exchange)
-        models[exchange] = Decoder.from_tree(config, tree, two.compute_dtype, cut)
-    say(args, shape=name, weights_seconds=round(time.monotonic() - started, 1))
-    speeds: dict[tuple, float] = {}
-    for batch in args.batch:
-        started = time.monotonic()
-        # All but the gather, which is of interest for one row only.
-        chosen = {key: model for key, model in models.items() if batch == 1 or key != "gather"}
-        runs = {key: DecodeRun(model, CONTEXT, args.tokens, batch) for key, model in chosen.items()}
-        dials = [Dial.create(model, random_model.TARGETS, args.bits[:1] * batch) for model in chosen.values()]
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            list(pool.map(DecodeRun.compile, runs.values(), dials))
-        say(args, shape=name, batch=batch, compile_seconds=round(time.monotonic() - started, 1))
-        for key, run in runs.items():
-            for row in decode.decode_rows(models[key], name, batch, args.bits, options, bandwidth, run):
-                case = batch, row["bits"]
-                speeds.setdefault(case, row["tokens_per_second"])  # One GPU comes first.
-                ratio = row["tokens_per_second"] / speeds[case]
-                say(args, exchange=None if key == "one" else key, times_one_gpu=round(ratio, 3), **row)
+    bandwidth, started = measure.read_bandwidth(), time.monotonic()
+    batches = args.batch or BATCHES.get(name, (1,))
+    cases = [(batch, key) for batch in batches for key in models]
+    runs = {case: DecodeRun(models[case[1]], CONTEXT, args.tokens, case[0]) for case in cases}
+    dials = [Dial.create(models[key], random_model.TARGETS, args.bits[:1] * batch) for batch, key in cases]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        list(pool.map(DecodeRun.compile, runs.values(), dials))
+    say(args, shape=name, programs=len(runs), compile_seconds=round(time.monotonic() - started, 1))
+    for (batch, key), run in runs.items():
+        for bits in args.bits:
+            (row,) = decode.decode_rows(models[key], name, batch, [bits], options, bandwidth, run)
+            say(args, exchange=key, **row)
+            yield key, row
 
 
 if __name__ == "__main__":

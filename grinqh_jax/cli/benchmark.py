@@ -26,6 +26,7 @@ from grinqh_jax.json_files import json_line
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import Decoder
 from grinqh_jax.sharding.mesh import make_mesh
+from pallas_kernels import exchange
 from pallas_kernels.lanes import device as lanes_device
 
 BF16 = "bf16"
@@ -112,6 +113,10 @@ def _measure(args: argparse.Namespace) -> int:
     device = jax.devices()[0].device_kind
     count = "" if mesh is None else f"{mesh.size} x "
     print(f"{count}{device}, jax {jax.__version__}, reads {bandwidth / 1e9:.0f} GB/s", file=sys.stderr)
+    if mesh is not None:
+        reason = exchange.unsupported_reason(mesh)
+        by = "kernel" if reason is None else f'sum, because "kernel" {reason}'
+        print(f"exchange of decode steps: {by}", file=sys.stderr)
     if not args.json:
         print(_line([title for title, _, _ in COLUMNS]), flush=True)
     measured = []
