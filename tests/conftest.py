@@ -51,6 +51,11 @@ if not ON_GPU:
     if HAS_OLD_EMITTERS:
         _flags.append("--xla_cpu_use_fusion_emitters=false")
     os.environ.setdefault("XLA_FLAGS", " ".join(_flags))
+else:
+    # Workers share the GPU's memory. XLA's products are expected values here, and trying algorithms for one
+    # takes up to 0.1 s an algorithm, longer than all else in a test.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    os.environ.setdefault("XLA_FLAGS", "--xla_gpu_autotune_level=0")
 
 pytest_plugins = [
     "byte_model",
@@ -67,6 +72,15 @@ MOST_WORKERS = 4
 """Each takes 2 to 3 GB of memory."""
 
 LONGEST_FILES = (
+    "decoding/test_texts_gpu.py",
+    "pallas_kernels/lanes/test_back_ends.py",
+    "pallas_kernels/decode_rows/test_decode_rows_gpu.py",
+    "pallas_kernels/router/test_router_gpu.py",
+    "pallas_kernels/decode_attention/test_decode_attention_gpu.py",
+    "pallas_kernels/experts/test_experts_gpu.py",
+    "pallas_kernels/matvec/test_matvec_gpu.py",
+    "pallas_kernels/sampling/test_sampling_gpu.py",
+    "pallas_kernels/matmul/test_matmul_gpu.py",
     "server/test_openai.py",
     "serving/test_engine_answers.py",
     "package/test_docs.py",
@@ -83,9 +97,11 @@ LONGEST_FILES = (
     "pallas_kernels/matvec/test_graded_matvec.py",
     "convert/test_mixtures.py",
 )
-"""Files that run first, longest first, so that all workers finish at about the same time."""
+"""Files that run first, longest first, so that all workers finish at about the same time; the files of GPU
+tests before the others."""
 
 TOGETHER = {
+    "tests/decoding/test_texts_gpu.py": "generator on a GPU",
     "tests/server/test_failures.py": "engine",
     "tests/server/": "server process",
     "tests/serving/test_engine_": "engine",
@@ -115,18 +131,48 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log):
-    """Returns the scheduler of ``--dist loadfile``, but with files of ``TOGETHER`` as one."""
+    """Returns the scheduler of ``--dist loadfile``, but with files of ``TOGETHER`` as one.
+
+    Tests of a file for GPUs go to different workers. Each compiles a program or two, which takes seconds, and
+    the workers share compiled programs in the cache.
+    """
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             shared = (fixture for beginning, fixture in TOGETHER.items() if nodeid.startswith(beginning))
-            return next(shared, None) or super()._split_scope(nodeid)
+            if (fixture := next(shared, None)) is not None:
+                return fixture
+            return nodeid if "_gpu.py::" in nodeid else super()._split_scope(nodeid)
 
     return Scheduling(config, log)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+class PrintedFailures:
+    """Prints each failure at once, so that a run that is cut off names it."""
+
+    def __init__(self, reporter: pytest.TerminalReporter):
+        self._reporter = reporter
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            reason = str(report.longrepr if crash is None else crash.message).partition("\n")[0]
+            self._reporter.ensure_newline()
+            self._reporter.write_line(f"FAILED {report.nodeid} ({report.when}): {reason}", red=True)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    plugins = session.config.pluginmanager
+    if (reporter := plugins.get_plugin("terminalreporter")) and not hasattr(session.config, "workerinput"):
+        plugins.register(PrintedFailures(reporter))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "gpu" not in config.option.markexpr:  # `-m slow` runs on any machine.
+        for_gpus = [item for item in items if item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=for_gpus)
+        items[:] = [item for item in items if item not in for_gpus]
     ranks = {str(ROOT / "tests" / file): rank for rank, file in enumerate(LONGEST_FILES)}
     items.sort(key=lambda item: ranks.get(str(item.path), len(ranks)))
 

@@ -1,5 +1,7 @@
 """The kernels between two products on a GPU, against XLA's operations and in a decode step."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,10 +42,17 @@ def test_agrees_with_xla(size):
     np.testing.assert_allclose(activated.values.astype(np.float32), expected, rtol=2**-7, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["Qwen3-0.6B", "Llama-3.2-1B"])
-@pytest.mark.parametrize("batch", [1, 3])
-def test_a_decode_step_is_the_same_with_and_without_the_kernels(monkeypatch, name, batch):
-    model = random_model.graded(random_model.shape(name))
+QUICK = [("Qwen3-0.6B", 2, 1), ("Llama-3.2-1B", 2, 3)]
+SLOW = [(name, None, batch) for name in ("Qwen3-0.6B", "Llama-3.2-1B") for batch in (1, 3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "batch"), QUICK + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]
+)
+def test_a_decode_step_is_the_same_with_and_without_the_kernels(monkeypatch, name, layers, batch):
+    config = random_model.shape(name)
+    config = dataclasses.replace(config, layers=config.layers[:layers])
+    model = random_model.graded(config)
     thresholds = model_thresholds(model, jnp.asarray(random_model.TARGETS), jnp.full(batch, 8.0))
     prompt = jax.random.randint(jax.random.key(1), (batch, 16), 0, model.config.vocab_size)
     cache = KVCache.create(model.config, batch, 64, model.compute_dtype)

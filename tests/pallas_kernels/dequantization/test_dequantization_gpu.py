@@ -1,5 +1,7 @@
 """The dequantization kernel on a GPU (``pytest -m gpu``)."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,9 +13,19 @@ from pallas_kernels import dequantization
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("planes", [1, 2, 3, 4])
+SIZES = [(128, 512), (1000, 1000), (576, 576), (1536, 960), (4096, 6144), (14336, 4096)]
+QUICK = [((128, 512), 1), ((1000, 1000), 2), ((576, 576), 3), ((1536, 960), 4), ((4096, 6144), 4)]
+
+
 @pytest.mark.parametrize(
-    "size", [(128, 512), (1000, 1000), (576, 576), (1536, 960), (4096, 6144), (14336, 4096)], ids=str
+    ("size", "planes"),
+    QUICK
+    + [
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in itertools.product(SIZES, (1, 2, 3, 4))
+        if case not in QUICK
+    ],
+    ids=str,
 )
 def test_equals_the_definition(size, planes):
     weight = jax.tree.map(jnp.asarray, random_weight(*size, planes))

@@ -1,6 +1,7 @@
 """The PTX back end: every instruction lowers without a GPU, and agrees with the emulator on a GPU."""
 
 import collections
+import concurrent.futures
 
 import instruction_programs as programs
 import jax
@@ -64,12 +65,23 @@ def test_lowers(name):
     assert "mosaic_gpu" in lowered.as_text()
 
 
+@pytest.fixture(scope="module")
+def compiled():
+    """Futures of the programs for the GPU by name, compiled in parallel."""
+    has_clusters = device.unsupported_reason(device.CLUSTERS) is None
+    names = [name for name in programs.PROGRAMS if has_clusters or name != "cluster"]
+    inputs = jnp.asarray(programs.inputs())
+    lowered = [jax.jit(gpu_kernel(name)).lower(inputs) for name in names]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return dict(zip(names, [pool.submit(program.compile) for program in lowered], strict=True))
+
+
 @pytest.mark.gpu
 @every_program
-def test_gpu_agrees_with_the_emulator(name):
-    if name == "cluster" and device.unsupported_reason(device.CLUSTERS) is not None:
+def test_gpu_agrees_with_the_emulator(name, compiled):
+    if name not in compiled:
         pytest.skip("clusters need compute capability 9.0")
-    got = np.asarray(jax.jit(gpu_kernel(name))(jnp.asarray(programs.inputs()))[0])
+    got = np.asarray(compiled[name].result()(jnp.asarray(programs.inputs()))[0])
     expected = programs.emulated(programs.PROGRAMS[name])
     difference = np.abs(got.view(np.int32).astype(np.int64) - expected.view(np.int32))
     assert difference.max() <= ULPS.get(name, 0), (got, expected)

@@ -1,5 +1,7 @@
 """The product at one level on a GPU (``pytest -m gpu``)."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,9 +22,23 @@ def _gpu():
         pytest.fail("these tests need an NVIDIA GPU")
 
 
-@pytest.mark.parametrize("level", [1, 2, 3, 4])
-@pytest.mark.parametrize("rows", [1, 16, 32, 64, 256])
-@pytest.mark.parametrize("size", SIZES, ids=str)
+QUICK = [
+    ((300, 700), 1, 4),
+    ((300, 700), 32, 2),
+    ((576, 960), 16, 3),
+    ((384, 1024), 64, 1),
+    *(((4096, 6144), rows, level) for rows, level in ((16, 4), (32, 3), (64, 4), (64, 2), (256, 3))),
+]
+"""Every value of every parameter, and the largest size at the levels and rows of decode steps."""
+
+ALL = itertools.product(SIZES, (1, 16, 32, 64, 256), (1, 2, 3, 4))
+
+
+@pytest.mark.parametrize(
+    ("size", "rows", "level"),
+    QUICK + [pytest.param(*case, marks=pytest.mark.slow) for case in ALL if case not in QUICK],
+    ids=str,
+)
 def test_agrees_with_float64_and_with_itself(size, rows, level):
     x, weight, _ = Case(*size, rows=rows, dtype="bfloat16", activations="heavy", seed=rows).arrays()
     run = jax.jit(lambda x, weight: level_matmul(x, weight, level, implementation="mosaic_gpu"))

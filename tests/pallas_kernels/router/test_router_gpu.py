@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from experts_cases import ExpertsCase
+from marks import slow
 from router_cases import EPS, RouterCase, assert_agrees_with_oracle
 
 from grinqh_jax.model.experts import Router
@@ -21,12 +22,11 @@ CASES = [
     RouterCase(1, 2048, 128, 8),
     RouterCase(16, 2048, 128, 8, num_square_partials=37),
     RouterCase(4, 4096, 128, 8, num_square_partials=0),
-    RouterCase(3, 4096, 8, 2),
     RouterCase(2, 2048, 60, 4, normalized=False),
     RouterCase(1, 2048, 64, 8, normalized=False, dtype="float32"),
-    RouterCase(2, 2048, 512, 10),
     RouterCase(5, 72, 30, 1, num_square_partials=1),
     RouterCase(1, 200, 100, 32),
+    *slow(RouterCase(3, 4096, 8, 2), RouterCase(2, 2048, 512, 10)),
 ]
 
 
@@ -63,7 +63,7 @@ def test_rows_do_not_depend_on_other_rows():
             np.testing.assert_array_equal(array[one], alone)
 
 
-@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("rows", [5, *slow(1)])
 def test_a_mixture_is_the_same_with_and_without_its_kernels(monkeypatch, rows):
     """Router, products of experts and SwiGLU, from the same norm; at full bits, so no level differs."""
     chosen, experts = 4, 12

@@ -33,8 +33,18 @@ def random_logits(rows: int, seed: int) -> np.ndarray:
     return (np.random.default_rng(seed).standard_normal((rows, VOCABULARY)) * 3).astype(np.float32)
 
 
-@pytest.mark.parametrize("options", [(), ("bias", "penalties"), ("allowed",)])
-@pytest.mark.parametrize("reordered", [False, True])
+@pytest.mark.parametrize(
+    ("options", "reordered"),
+    [
+        ((), True),
+        (("bias", "penalties"), True),
+        (("allowed",), False),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [((), False), (("bias", "penalties"), False), (("allowed",), True)]
+        ),
+    ],
+)
 def test_chooses_the_oracle_s_token(options, reordered):
     rng = np.random.default_rng(0)
     cases = [
