@@ -19,7 +19,7 @@ import jax
 
 from grinqh_jax.model.apply import in_head
 
-GRADED = re.compile(r"graded_(matvec|experts|prologue)_kernel")
+GRADED = re.compile(r"graded_(matvec|experts)_kernel")
 MATVEC = re.compile(r"graded_matvec|gemm|gemv|nvjet|cutlass|cublas|splitK|xmma|s16816gemm", re.IGNORECASE)
 EXCHANGE = re.compile(r"nccl|all.?reduce|all.?gather|exchange_(add_norm_)?kernel|open_mailbox", re.IGNORECASE)
 """Kernels that exchange data between the devices of a mesh. They also wait for the slowest device."""

@@ -1,11 +1,9 @@
 """Grading: the magnitude of an activation decides how many bits of its input channel are read."""
 
 import dataclasses
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import layout
@@ -42,35 +40,6 @@ class GradingStats:
         """
         packed = [jnp.mean(self.bits, axis=-1), jnp.max(self.max_abs, axis=-1)]
         return GradingStats(jnp.stack(packed, axis=-1))
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class GradingParts:
-    """Statistics of the rows of a graded product, of which each part of the input channels has a share.
-
-    Attributes:
-      parts: float32 ``[*rows, parts, 2]``: the sum of the levels of a part's channels, a whole number, and
-        their largest ``|x|``.
-      channels: Number of input channels.
-    """
-
-    parts: Float[Array, "*rows parts 2"]
-    channels: int = dataclasses.field(metadata={"static": True})
-
-
-def added_up(parts: Mapping[str, GradingParts]) -> dict[str, GradingStats]:
-    """Returns the statistics of products, by name, from those of parts of their channels.
-
-    They have the bits that one sum over all channels has. All products have equally many rows and parts,
-    because XLA makes a kernel for every reduction.
-    """
-    stacked = jnp.stack([product.parts for product in parts.values()])
-    shape = len(parts), *(1,) * (stacked.ndim - 3)
-    factors = np.array([layout.DIGIT_BITS / product.channels for product in parts.values()], np.float32)
-    bits = jnp.sum(stacked[..., 0], axis=-1) * factors.reshape(shape)
-    packed = jnp.stack([bits, jnp.max(stacked[..., 1], axis=-1)], axis=-1)
-    return {name: GradingStats(packed[i]) for i, name in enumerate(parts)}
 
 
 @without_x64

@@ -25,7 +25,6 @@ from grinqh_jax.model.flat_model import FlatModel
 from grinqh_jax.sharding.program import put, shardings
 from pallas_kernels import GradingStats
 from pallas_kernels.layout import round_up
-from pallas_kernels.prologues import Prologue
 
 SETTLING_RUNS = 8
 """Largest number of runs that ``DecodeRun.settle`` tries."""
@@ -75,14 +74,7 @@ class DecodeRun:
         ``compiled.as_text()`` is the optimized HLO.
     """
 
-    def __init__(
-        self,
-        model: Decoder,
-        context: int,
-        tokens: int,
-        batch: int = 1,
-        prologues: frozenset[Prologue] = frozenset(),
-    ):
+    def __init__(self, model: Decoder, context: int, tokens: int, batch: int = 1):
         """Makes a run.
 
         Args:
@@ -91,9 +83,8 @@ class DecodeRun:
           tokens: Number of tokens of each row. It is raised to a multiple of the policy's ``chunk_steps``; a
             run of fewer tokens is one shorter chunk.
           batch: Number of rows.
-          prologues: Replaces that of the device's ``DecodePolicy``.
         """
-        policy = dataclasses.replace(DecodePolicy.for_device(), prologues=prologues)
+        policy = DecodePolicy.for_device()
         self._policy = dataclasses.replace(policy, chunk_steps=min(policy.chunk_steps, tokens))
         self.model, self.context, self.batch = model, context, batch
         self.tokens = round_up(tokens, self._policy.chunk_steps)

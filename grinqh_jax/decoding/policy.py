@@ -3,7 +3,6 @@
 import dataclasses
 
 from pallas_kernels.lanes import device
-from pallas_kernels.prologues import Prologue
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,15 +19,12 @@ class DecodePolicy:
         or top-p. Off on a GPU, where the branch would force a host sync that costs more than the sort.
       chunk_steps: Number of tokens that each row generates in one decode chunk.
       chunks_ahead: Number of decode chunks in flight while the host processes the one before them.
-      prologues: Work that graded products of one row do in their prologue instead of in a launch
-        (``pallas_kernels.prologues``). It changes no result.
     """
 
     early_exit: bool
     skip_unused_sort: bool
     chunk_steps: int
     chunks_ahead: int
-    prologues: frozenset[Prologue] = frozenset()
 
     @classmethod
     def for_device(cls) -> "DecodePolicy":

@@ -18,9 +18,7 @@ from grinqh_jax.model.experts import ChosenDense, ChosenGraded
 from grinqh_jax.model.layer_spec import HEAD
 from grinqh_jax.model.linear import GradedLinear, Linear
 from grinqh_jax.model.partition import InputCut, whole_bits, whole_stats
-from pallas_kernels import Activations, GradingStats, grading, prologues
-from pallas_kernels.grading import GradingParts
-from pallas_kernels.prologues import Deferred, Prologue
+from pallas_kernels import Activations, GradingStats, grading
 
 AnyLinear = Linear | ChosenDense | ChosenGraded
 """A linear layer that a strategy applies: one matrix for all rows, or that of the expert of each row."""
@@ -126,20 +124,14 @@ class Graded:
     Attributes:
       thresholds: Thresholds by layer name, float32 ``[P]``, or ``[B, P]`` with one set for each row of the
         batch, or ``[B, t, P]`` with one for each position.
-      prologues: Work that products of one row do in their prologue, so that it needs no launch.
       of_experts: Names of the layers of experts in ``stats``.
     """
 
-    def __init__(
-        self,
-        thresholds: Mapping[str, Float[Array, "*rows p"]],
-        prologues: frozenset[Prologue] = frozenset(),
-    ):
-        self.thresholds, self.prologues = thresholds, prologues
+    def __init__(self, thresholds: Mapping[str, Float[Array, "*rows p"]]):
+        self.thresholds = thresholds
         self.of_experts: set[str] = set()
         self._stats: dict[str, GradingStats] = {}
         self._cuts: dict[str, InputCut] = {}  # of layers whose statistics are those of one part
-        self._parts: dict[str, GradingParts] = {}
         self._at_zero: dict[str, Float[Array, "*rows"]] = {}
 
     @property
@@ -153,9 +145,6 @@ class Graded:
             parts = {name: self._stats[name] for name in cuts}
             self._stats |= whole_stats(parts, self._at_zero, cuts)
             self._cuts, self._at_zero = {}, {}
-        if self._parts:
-            self._stats |= grading.added_up(self._parts)
-            self._parts = {}
         return self._stats
 
     @property
@@ -183,14 +172,6 @@ class Graded:
             self._cuts[name] = linear.input_cut
             self._at_zero[name] = jnp.broadcast_to(at_zero, x.leading)
         return y if in_head(name) else y.astype(x.dtype)
-
-    def with_prologue(self, name: str, linear: GradedLinear, x: Deferred) -> Activations:
-        """Does what a call does for one row that the product computes in its prologue."""
-        if prologues.supports(x, linear.weight) is not None:
-            return self(name, linear, x.finished())
-        thresholds = jnp.broadcast_to(self.thresholds[name], (*x.leading, linear.weight.num_planes))
-        y, self._parts[name] = linear.graded_with_prologue(x, thresholds)
-        return y.astype(jnp.bfloat16)
 
 
 class AtLevel(Graded):

@@ -16,7 +16,6 @@ from grinqh_jax.model.norm import rms_norm
 from grinqh_jax.model.ring_cache import SPARE_SLOTS, RingKeyValues
 from grinqh_jax.model.step_attention import attend_by_blocks
 from pallas_kernels import Activations, decode_attention
-from pallas_kernels.prologues import Deferred
 
 MOST_POSITIONS = 1 << 20
 """Number of positions, more than any model has, that a ring is mapped to as a paged cache."""
@@ -32,10 +31,8 @@ def attend_heads(
     cache: KeyValues | RingKeyValues | None = None,
     across: str | None = None,
     sinks: Float[Array, "heads"] | None = None,
-    *,
-    defer_merge: bool = False,
-) -> tuple[Activations | Deferred, KeyValues | RingKeyValues]:
-    """Computes head norms, rotation and attention, in one to three kernels for a decode step on a GPU.
+) -> tuple[Activations, KeyValues | RingKeyValues]:
+    """Computes head norms, rotation and attention, in two or three kernels for a decode step on a GPU.
 
     Args:
       config: Configuration of the model.
@@ -46,8 +43,6 @@ def attend_heads(
       cache: See ``attend``.
       across: Mesh axis among whose devices the heads of one norm are cut; None if this device has them all.
       sinks: Sink of each query head, or None (see ``layer_spec.Attention``).
-      defer_merge: Whether to leave the last of several kernels to the product that reads the outputs; only
-        for one row.
 
     Returns:
       ``(outputs [b, t, heads_d], cache)``: the heads side by side; the cache as in ``attend``.
@@ -79,7 +74,6 @@ def attend_heads(
                 positions[:, 0],
                 paged.pages,
                 **options,
-                defer_merge=defer_merge,
             )
             return attended, cache._replace(keys=keys, values=values)
     queries, keys, values = _prepared(config, attention, qkv, norm_scales, positions, across)

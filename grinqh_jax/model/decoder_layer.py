@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from grinqh_jax.model.apply import Apply, Graded
+from grinqh_jax.model.apply import Apply
 from grinqh_jax.model.attention import attend_heads, without_gates
 from grinqh_jax.model.by_token import by_token
 from grinqh_jax.model.cache import KeyValues, LayerState
@@ -31,14 +31,13 @@ from grinqh_jax.model.layer_spec import (
     LayerSpec,
     ResidualBlock,
 )
-from grinqh_jax.model.linear import GradedLinear, build_linear
+from grinqh_jax.model.linear import build_linear
 from grinqh_jax.model.norm import add_norm, rms_norm
 from grinqh_jax.model.parameters import axis_sizes
 from grinqh_jax.model.partition import AXIS, Partition
 from grinqh_jax.model.ring_cache import RingKeyValues
 from pallas_kernels import Activations
 from pallas_kernels.exchange import MailboxRef, UnexchangedSums
-from pallas_kernels.prologues import Deferred
 from pallas_kernels.router.grading_factor import grading_factor
 
 Tree = Mapping[str, Any]
@@ -170,9 +169,9 @@ class DecoderLayer(nnx.Module):
                 written = self.mixture(name, block, block.mixer, inputs, apply)
             else:
                 outputs = apply(f"{name}.{block.reads.name}", getattr(self, block.reads.name), inputs)
-                defer = self.defers(block, outputs, apply)
-                mixed, state = self.mix(block, outputs, positions, state, defer=defer)
-                written = self.write(f"{name}.{block.writes.name}", block, mixed, apply)
+                mixed, state = self.mix(block, outputs, positions, state)
+                mixed = self.aligned(block, mixed)
+                written = apply(f"{name}.{block.writes.name}", getattr(self, block.writes.name), mixed)
             update = self.update(block, written, mailbox)
         assert update is not None, "a layer has a residual block"
         assert state is not None, "a layer has attention or a gated delta net"
@@ -186,35 +185,6 @@ class DecoderLayer(nnx.Module):
             return getattr(self, block.norm.name).add(x, update)
         x = x if update is None else x + update.array
         return x, Activations.of(x)
-
-    def defers(self, block: ResidualBlock, outputs: Activations, apply: Apply) -> bool:
-        """Returns whether ``block.writes`` can compute its input in its prologue, and ``apply`` asks for it.
-
-        Args:
-          block: Block of ``spec`` that is no mixture of experts.
-          outputs: Outputs of ``block.reads``.
-          apply: Strategy.
-        """
-        if not isinstance(apply, Graded) or self.partition is not None or outputs.leading != (1, 1):
-            return False
-        if not isinstance(getattr(self, block.writes.name), GradedLinear):
-            return False
-        match block.mixer:
-            case Attention(output_gate=False):
-                return "attention" in apply.prologues
-            case GatedMLP():
-                return "swiglu" in apply.prologues
-        return False
-
-    def write(
-        self, name: str, block: ResidualBlock, mixed: Activations | Deferred, apply: Apply
-    ) -> Activations:
-        """Returns the outputs of ``block.writes``, which is called ``name``."""
-        linear = getattr(self, block.writes.name)
-        if not isinstance(mixed, Deferred):
-            return apply(name, linear, self.aligned(block, mixed))
-        assert isinstance(apply, Graded), "only grading computes inputs in a prologue"
-        return apply.with_prologue(name, linear, mixed)
 
     def aligned(self, block: ResidualBlock, inputs: Activations) -> Activations:
         """Returns the inputs of ``block.writes`` with the padding that keeps channels in their groups."""
@@ -269,16 +239,13 @@ class DecoderLayer(nnx.Module):
         outputs: Activations,
         positions: Int[Array, "b t"],
         state: LayerState | None = None,
-        *,
-        defer: bool = False,
-    ) -> tuple[Activations | Deferred, LayerState | None]:
+    ) -> tuple[Activations, LayerState | None]:
         """Turns the outputs of a block's first projection into the inputs of its second.
 
         Args:
           block: Block of ``spec`` that is no mixture of experts.
           outputs: Outputs of ``block.reads``, ``[b, t, n]``.
           positions, state: See ``__call__``.
-          defer: Whether to leave the last kernel to ``block.writes`` where it can compute its input.
 
         Returns:
           ``(inputs of block.writes, state)``: an MLP returns the state as it is.
@@ -286,7 +253,7 @@ class DecoderLayer(nnx.Module):
         match block.mixer:
             case Attention() as attention:
                 assert not isinstance(state, RecurrentState), "attention has keys and values"
-                return self._attend(attention, outputs, positions, state, defer)
+                return self._attend(attention, outputs, positions, state)
             case GatedDeltaNet(head_norm, delta):
                 assert state is None or isinstance(state, RecurrentState), (
                     "a gated delta net has a recurrent state"
@@ -294,7 +261,7 @@ class DecoderLayer(nnx.Module):
                 heads, scale = self.config.delta_heads, getattr(self, head_norm.name).scale[...]
                 return getattr(self, delta)(heads, outputs, scale, self.config.rms_norm_eps, state)
             case GatedMLP(activation):
-                return gated(outputs, activation, defer=defer), state
+                return gated(outputs, activation), state
         raise ValueError(f"{block.reads.name} belongs to a mixture of experts, which runs as a whole")
 
     def _attend(
@@ -303,8 +270,7 @@ class DecoderLayer(nnx.Module):
         outputs: Activations,
         positions: Int[Array, "b t"],
         state: KeyValues | RingKeyValues | None,
-        defer: bool,
-    ) -> tuple[Activations | Deferred, KeyValues | RingKeyValues]:
+    ) -> tuple[Activations, KeyValues | RingKeyValues]:
         """Computes attention and, where the description has them, the gates of its results."""
         norms, gates = attention.head_norms, None
         scales = norms and tuple(getattr(self, norm.name).scale[...] for norm in norms)
@@ -313,10 +279,7 @@ class DecoderLayer(nnx.Module):
         together = norms is not None and norms[0].axis != "head"
         across = AXIS if self.partition is not None and together else None
         sinks = getattr(self, SINKS)[...] if attention.sinks else None
-        mixed, state = attend_heads(
-            self.config, attention, outputs, scales, positions, state, across, sinks, defer_merge=defer
-        )
+        mixed, state = attend_heads(self.config, attention, outputs, scales, positions, state, across, sinks)
         if gates is not None:
-            assert isinstance(mixed, Activations), "gates follow the merge"
             mixed = Activations.of(mixed.array * jax.nn.sigmoid(gates))
         return mixed, state

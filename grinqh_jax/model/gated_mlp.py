@@ -6,14 +6,11 @@ from jaxtyping import Array, Float
 
 from grinqh_jax.model.layer_spec import Activation, ClampedSwiGLU
 from pallas_kernels import Activations, decode_rows
-from pallas_kernels.prologues import Deferred
 from pallas_kernels.router.grading_factor import grading_factor
 
 
 @jax.named_scope("mlp")
-def gated(
-    gate_up: Activations, activation: Activation = "silu", *, defer: bool = False
-) -> Activations | Deferred:
+def gated(gate_up: Activations, activation: Activation = "silu") -> Activations:
     """Returns ``activation(gate) * up`` (arXiv 2002.05202, and ``layer_spec.ClampedSwiGLU``).
 
     With SiLU this is one kernel of a decode step on a GPU.
@@ -21,10 +18,9 @@ def gated(
     Args:
       gate_up: Outputs of the gate projection, then those of the up projection, ``[..., 2 n]``.
       activation: Activation of the MLP.
-      defer: Whether to leave this kernel to the product that reads the result; only for one row.
     """
     if activation == "silu" and decode_rows.supports(gate_up) is None:
-        return decode_rows.defer_swiglu(gate_up) if defer else decode_rows.swiglu(gate_up)
+        return decode_rows.swiglu(gate_up)
     return Activations.of(_gated(gate_up.array, activation))
 
 

@@ -19,11 +19,8 @@ from pallas_kernels import (
     dequantize,
     graded_partial_sums,
     level_matmul,
-    prologues,
 )
-from pallas_kernels.grading import GradingParts
 from pallas_kernels.matmul import choose as choose_level_matmul
-from pallas_kernels.prologues import Deferred
 
 CHECKPOINT_ATTRIBUTES = {"gains": "level_gains", "columns": "token_to_output"}
 """Attributes of modules that have another name in checkpoints, by that name."""
@@ -122,13 +119,6 @@ class GradedLinear(nnx.Module):
         """Reads each channel at its level and returns ``(y, stats)`` (see ``graded_partial_sums``)."""
         y, stats = graded_partial_sums(x, self.weight, thresholds)
         return y if self.bias is None else y.plus(self.bias[...]), stats
-
-    def graded_with_prologue(
-        self, x: Deferred, thresholds: Float[Array, "1 1 p"]
-    ) -> tuple[Activations, GradingParts]:
-        """Returns what ``graded`` does for a row that the product computes (see ``prologues``)."""
-        y, parts = prologues.partial_sums(x, self.weight, thresholds)
-        return y if self.bias is None else y.plus(self.bias[...]), parts
 
 
 Linear = DenseLinear | GradedLinear

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Int
 
 from pallas_kernels.activations import Activations
-from pallas_kernels.decode_attention.deferred import AttentionSource
 from pallas_kernels.decode_attention.lane_context import THREADS, Refs, Shape
 from pallas_kernels.decode_attention.merging import MergeRefs, merge_program
 from pallas_kernels.decode_attention.new_tokens import PREPARE_THREADS, prepare_blocks, prepare_program
@@ -21,7 +20,6 @@ from pallas_kernels.lanes import device
 from pallas_kernels.lanes.instructions import Instructions
 from pallas_kernels.lanes.launch import WARPGROUP, lane_kernel
 from pallas_kernels.lanes.rows import Rows
-from pallas_kernels.prologues.deferred import Deferred
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 
@@ -69,10 +67,7 @@ def decode_attention(
     scale: float | None = None,
     soft_cap: float | None = None,
     sinks: Float[Array, "heads"] | None = None,
-    defer_merge: bool = False,
-) -> tuple[
-    Activations | Deferred, BFloat16[Array, "rows s kv_heads d"], BFloat16[Array, "rows s kv_heads d"]
-]:
+) -> tuple[Activations, BFloat16[Array, "rows s kv_heads d"], BFloat16[Array, "rows s kv_heads d"]]:
     """Computes head norms, rotation, cache update and attention for the new tokens of each sequence.
 
     The output of a token depends bitwise on its position and on the keys and values up to it alone: neither
@@ -97,8 +92,6 @@ def decode_attention(
       scale: Factor of the scores; None for ``D ** -0.5``.
       soft_cap: Limit c of the scaled scores s, which become ``c * tanh(s / c)``; None for no limit.
       sinks: Sink of each query head, a score without a value; None for none.
-      defer_merge: Whether to leave the last launch to the product that reads the outputs; only for one
-        sequence with one new token.
 
     Returns:
       ``(outputs, keys, values)``: bfloat16 ``[B, T, heads * D]``, and the updated cache. The splits'
@@ -133,24 +126,9 @@ def decode_attention(
     if tokens > 1:
         heads = _prepare_kernel(shape)(*heads, *cache, *table)
     results = _attention_kernel(shape)(*heads, *cache, *table)
-    results = (*results, *(() if sinks is None else (sinks.astype(jnp.float32),)))
-    outputs: Activations | Deferred
-    if defer_merge:
-        assert batch == tokens == 1, "a prologue computes one row"
-        outputs = Deferred(results, AttentionSource(shape), _finish)
-    else:
-        outputs = _merged(shape, results)
-    return outputs, jax.freeze(keys_ref), jax.freeze(values_ref)
-
-
-def _finish(source: AttentionSource, results: Sequence[jax.Array]) -> Activations:
-    return _merged(source.shape, results)
-
-
-def _merged(shape: Shape, results: Sequence[jax.Array]) -> Activations:
-    """Runs the last launch."""
-    (outputs,) = _merge_kernel(shape)(*results)
-    return Activations.of(outputs.reshape(shape.batch, shape.tokens, -1))
+    (outputs,) = _merge_kernel(shape)(*results, *(() if sinks is None else (sinks.astype(jnp.float32),)))
+    outputs = outputs.reshape(batch, tokens, -1)
+    return Activations.of(outputs), jax.freeze(keys_ref), jax.freeze(values_ref)
 
 
 def splits(kv_heads: int) -> int:

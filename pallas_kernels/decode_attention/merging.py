@@ -113,7 +113,11 @@ class MergeRefs:
 
 
 def merge_program(isa: Instructions, shape: Shape, rows: Rows, refs: MergeRefs) -> None:
-    """Merges the softmaxes of all splits (see ``merge_splits``)."""
+    """Merges the softmaxes of all splits: ``sum(f * accumulator) / sum(f * running_sum)``.
+
+    Both sums run over the splits, with ``f = 2**(running_max - largest running_max)``. A sink is a score of
+    which only the weight counts, in the second sum.
+    """
     pair = locate(isa, rows)
     head, value = pair.feature // shape.head_dim, pair.feature % shape.head_dim
     kv_head, query = head // shape.queries_per_kv, head % shape.queries_per_kv
@@ -124,43 +128,20 @@ def merge_program(isa: Instructions, shape: Shape, rows: Rows, refs: MergeRefs) 
     indices = [first + split * shape.rows for split in range(shape.splits)]
     softmax = [load_pair(isa, refs.softmax, index * 2) for index in indices]
     accumulators = [load_pair(isa, refs.accumulators, index * shape.head_dim + value) for index in indices]
-    sink = load_sink(isa, refs.sinks, head)
-    merged = merge_splits(isa, softmax, accumulators, sink)
-    store_rounded(isa, rows, pair, refs.outputs, merged)
-
-
-def load_sink(isa: Instructions, sinks: Any, head: Value, *, ordered: bool = False) -> list[Value]:
-    """Loads the sink of a query head, one register; none without sinks, if ``sinks`` is None."""
-    if sinks is None:
-        return []
-    return isa.load_global(isa.global_address(sinks) + isa.widen(head << 2), kind="f32", ordered=ordered)
-
-
-def merge_splits(
-    isa: Instructions, softmax: list[list[Value]], accumulators: list[list[Value]], sink: list[Value]
-) -> list[Value]:
-    """Returns values of a query row: ``sum(f * accumulator) / sum(f * running_sum)``.
-
-    Both sums run over the splits, with ``f = 2**(running_max - largest running_max)``. A sink is a score of
-    which only the weight counts, in the second sum.
-
-    Args:
-      isa: The instructions.
-      softmax: ``[split]``: running max and running sum.
-      accumulators: ``[split][value]``: weighted values.
-      sink: Sink of the head, as ``load_sink`` returns it.
-    """
+    sink = None
+    if refs.sinks is not None:
+        (sink,) = isa.load_global(isa.global_address(refs.sinks) + isa.widen(head << 2), kind="f32")
     largest = softmax[0][0]
     for split_max, _ in softmax[1:]:
         largest = larger(isa, largest, split_max)
     zero = isa.constant(0.0, "f32")
-    total, sums = zero, [zero] * len(accumulators[0])
-    if sink:
-        scaled = sink[0] * math.log2(math.e)
-        largest = larger(isa, largest, scaled)
-        total = isa.exp2(scaled - largest)
-    for (split_max, split_sum), values in zip(softmax, accumulators, strict=True):
+    total, low, high = zero, zero, zero
+    if sink is not None:
+        sink = sink * math.log2(math.e)
+        largest = larger(isa, largest, sink)
+        total = isa.exp2(sink - largest)
+    for (split_max, split_sum), (a, b) in zip(softmax, accumulators, strict=True):
         factor = isa.exp2(split_max - largest)
         total = isa.multiply_add(factor, split_sum, total)
-        sums = [isa.multiply_add(factor, a, s) for a, s in zip(values, sums, strict=True)]
-    return [isa.divide(a, total) for a in sums]
+        low, high = isa.multiply_add(factor, a, low), isa.multiply_add(factor, b, high)
+    store_rounded(isa, rows, pair, refs.outputs, [isa.divide(a, total) for a in (low, high)])

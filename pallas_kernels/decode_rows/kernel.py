@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float
 
 from pallas_kernels.activations import Activations
-from pallas_kernels.decode_rows.deferred import SwigluSource
 from pallas_kernels.decode_rows.program import (
     AddNormRefs,
     Clamp,
@@ -22,7 +21,6 @@ from pallas_kernels.lanes import device
 from pallas_kernels.lanes.instructions import Instructions
 from pallas_kernels.lanes.launch import lane_kernel
 from pallas_kernels.lanes.rows import Rows
-from pallas_kernels.prologues.deferred import Deferred
 
 
 def supports(sums: Activations) -> str | None:
@@ -74,30 +72,8 @@ def swiglu(gate_up: Activations) -> Activations:
         gate.
     """
     partials = _partials_by_row(gate_up)
-    return _launch_swiglu(_swiglu_shape(partials, gate_up), partials)
-
-
-def defer_swiglu(gate_up: Activations) -> Deferred:
-    """Leaves ``swiglu`` of one row to the product that reads it.
-
-    Args:
-      gate_up: float32 partial sums ``[partials, 1, 1, features]``, otherwise as for ``swiglu``.
-    """
-    partials = _partials_by_row(gate_up)
-    source = SwigluSource(_swiglu_shape(partials, gate_up))
-    return Deferred((partials,), source, _finish_swiglu)
-
-
-def _finish_swiglu(source: SwigluSource, arrays: Sequence[jax.Array]) -> Activations:
-    return _launch_swiglu(source.shape, *arrays)
-
-
-def _swiglu_shape(partials: Float[Array, "partials b features"], gate_up: Activations) -> Shape:
-    return launch_shape(Rows(partials.shape[1], gate_up.features // 2), gate_up)
-
-
-def _launch_swiglu(shape: Shape, partials: Float[Array, "partials b features"]) -> Activations:
-    (values,) = _swiglu_kernel(shape)(partials)
+    rows = Rows(partials.shape[1], gate_up.features // 2)
+    (values,) = _swiglu_kernel(launch_shape(rows, gate_up))(partials)
     return Activations.of(values[:, None])
 
 

@@ -158,14 +158,9 @@ def swiglu_program(isa: Instructions, shape: Shape, refs: SwigluRefs, clamp: Cla
         up = [_at_least(isa, _at_most(isa, a, clamp.limit), -clamp.limit) + 1.0 for a in up]
     if probability is not None:
         up = [a * probability for a in up]
-    activated = silu_times(isa, gate, up, 1.0 if clamp is None else clamp.alpha)
+    to_log2 = -math.log2(math.e) * (1.0 if clamp is None else clamp.alpha)
+    activated = [isa.divide(a * b, isa.exp2(a * to_log2) + 1.0) for a, b in zip(gate, up, strict=True)]
     store_rounded(isa, rows, pair, refs.values, activated)
-
-
-def silu_times(isa: Instructions, gate: list[Value], up: list[Value], alpha: float = 1.0) -> list[Value]:
-    """Returns ``gate * sigmoid(alpha * gate) * up`` for each pair of numbers."""
-    to_log2 = -math.log2(math.e) * alpha
-    return [isa.divide(a * b, isa.exp2(a * to_log2) + 1.0) for a, b in zip(gate, up, strict=True)]
 
 
 def _at_most(isa: Instructions, value: Value, limit: float) -> Value:

@@ -188,9 +188,7 @@ def jitted_decode_chunk(
         current = fixed if current_dial is None else _thresholds_by_name(current_dial, active)
         if level is not None:  # No threshold is used, and the dial stays as it is.
             current_dial = current = None
-        outputs, cache, stats = step_outputs(
-            model, chunk.last, cache, current, active, level, policy.prologues
-        )
+        outputs, cache, stats = step_outputs(model, chunk.last, cache, current, active, level)
         token = jnp.where(active, choose(outputs, cache.lengths, chunk.history), chunk.last)
         logprobs = None
         if top_logprobs is not None:

@@ -11,7 +11,6 @@ from grinqh_jax.model import apply
 from grinqh_jax.model.cache import KVCache
 from grinqh_jax.model.decoder import Decoder, linear_names
 from pallas_kernels import GradingStats
-from pallas_kernels.prologues import Prologue
 
 
 def decode_step(
@@ -46,18 +45,15 @@ def step_outputs(
     thresholds: Thresholds | None,
     active: Bool[Array, "b"] | None,
     level: int | None = None,
-    prologues: frozenset[Prologue] = frozenset(),
 ) -> tuple[Float[Array, "b v"], KVCache, GradingStats | None]:
     """Runs ``decode_step``; returns the logits in the order of the output projection's outputs.
 
     Args:
       model, tokens, cache, thresholds, active: As in ``decode_step``.
-      level, prologues: As in ``read_tokens``.
+      level: As in ``read_tokens``.
     """
     counts = jnp.ones_like(cache.lengths) if active is None else active.astype(jnp.int32)
-    _, outputs, cache, stats = read_tokens(
-        model, tokens[:, None], cache, thresholds, counts, level, prologues
-    )
+    _, outputs, cache, stats = read_tokens(model, tokens[:, None], cache, thresholds, counts, level)
     return outputs[:, 0], cache, jax.tree.map(lambda positions: positions[:, 0], stats)
 
 
@@ -68,7 +64,6 @@ def read_tokens(
     thresholds: Thresholds | None,
     counts: Int[Array, "b"],
     level: int | None = None,
-    prologues: frozenset[Prologue] = frozenset(),
 ) -> tuple[Float[Array, "b t d"], Float[Array, "b t v"], KVCache, GradingStats | None]:
     """Reads new tokens of every row, each graded at its own levels. The cache is read once.
 
@@ -81,7 +76,6 @@ def read_tokens(
         A position with infinite thresholds reads no weights, and its logits are undefined.
       counts: Number of tokens by which each row advances; later ones may be any valid tokens.
       level: Level at which all channels are read, for many rows; the thresholds are then not used.
-      prologues: See ``DecodePolicy``.
 
     Returns:
       Hidden states after the final norm; float32 logits after every token, in the order of the output
@@ -92,7 +86,7 @@ def read_tokens(
     if level is not None:
         graded = apply.AtLevel(level)
     elif thresholds is not None:
-        graded = apply.Graded(thresholds, prologues)
+        graded = apply.Graded(thresholds)
     strategy = graded or apply.Dense()
     positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
     mailbox = None if cache.mailbox is None else cache.mailbox.referenced()

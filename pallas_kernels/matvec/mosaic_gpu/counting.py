@@ -1,7 +1,5 @@
 """The program of the CTAs that compute the statistics of a launch, one CTA for each activation row."""
 
-from collections.abc import Callable
-
 from pallas_kernels import layout
 from pallas_kernels.lanes.instructions import LANES, Instructions, Value
 from pallas_kernels.matvec.mosaic_gpu.geometry import Geometry
@@ -57,27 +55,13 @@ def count_levels(isa: Instructions, g: Geometry, refs: Refs) -> None:
         exists = thread < rest
         last, start = first + rounds * stride, first - isa.widen(thread * g.x_bytes)
         stats = add(stats, load_activation(isa, g, isa.select(exists, last, start)), exists)
-
-    def finish(level_sum: Value, largest: Value) -> list[Value]:
-        bits = isa.int_to_float(level_sum) * (layout.DIGIT_BITS / g.in_features)
-        max_abs = isa.bits_to_float(largest)
-        return [bits, max_abs if factor is None else max_abs * factor]
-
-    store_stats(isa, g, refs, row, stats, finish)
+    store_stats(isa, g, refs, row, stats, factor)
 
 
 def store_stats(
-    isa: Instructions,
-    g: Geometry,
-    refs: Refs,
-    index: Value,
-    stats: list[Value],
-    finish: Callable[[Value, Value], list[Value]],
+    isa: Instructions, g: Geometry, refs: Refs, row: Value, stats: list[Value], factor: Value | None
 ) -> None:
-    """Reduces the statistics over the CTA, and writes what ``finish`` makes of them to pair ``index``.
-
-    ``stats`` and the arguments of ``finish`` are the sum of the levels and the bits of the largest ``|x|``.
-    """
+    """Reduces the statistics over the CTA and writes the row's mean bits and largest ``|x|``."""
     thread, shared = isa.thread_index(), isa.shared_address(refs.shared)
     warp_stats = [isa.reduce_add(stats[0]), isa.reduce_max(stats[1])]
     with isa.when((thread & (LANES - 1)).equals(0)):
@@ -88,5 +72,8 @@ def store_stats(
         for warp in range(g.warps):
             warp_sum, warp_largest = isa.load_shared(shared + 8 * warp, 2)
             level_sum, largest = level_sum + warp_sum, isa.maximum(largest, warp_largest)
-        result = finish(level_sum, largest)
-        isa.store_global(isa.global_address(refs.stats) + isa.widen(index << 3), result)
+        bits = isa.int_to_float(level_sum) * (layout.DIGIT_BITS / g.in_features)
+        max_abs = isa.bits_to_float(largest)
+        if factor is not None:
+            max_abs = max_abs * factor
+        isa.store_global(isa.global_address(refs.stats) + isa.widen(row << 3), [bits, max_abs])

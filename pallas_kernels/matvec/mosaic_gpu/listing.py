@@ -146,17 +146,14 @@ def load_thresholds(
     return [t * (square * factor) for t in thresholds], factor
 
 
-def load_by_plane(isa: Instructions, g: Geometry, address: Value, *, ordered: bool = False) -> list[Value]:
-    """Loads ``f32 [planes]``, in one vector if possible; ``ordered`` as in ``load_global``.
+def load_by_plane(isa: Instructions, g: Geometry, address: Value) -> list[Value]:
+    """Loads ``f32 [planes]``, in one vector if possible.
 
     If there were several loads, the compiler would move the last one behind the use of the first one, and the
     lane would wait for memory twice.
     """
     width = 1 if g.planes == 3 else g.planes
-    loads = [
-        isa.load_global(address + 4 * f, width, "f32", ordered=ordered) for f in range(0, g.planes, width)
-    ]
-    return [number for load in loads for number in load]
+    return [v for f in range(0, g.planes, width) for v in isa.load_global(address + 4 * f, width, "f32")]
 
 
 def load_activation(isa: Instructions, g: Geometry, address: Value) -> Value:

@@ -72,14 +72,11 @@ The program reads the weights once for each activation row. ``byte_pairs`` and `
 several rows with one read.
 """
 
-from collections.abc import Callable
-
 from pallas_kernels.lanes.instructions import Instructions
 from pallas_kernels.matvec.mosaic_gpu.counting import count_levels
 from pallas_kernels.matvec.mosaic_gpu.geometry import Geometry
-from pallas_kernels.matvec.mosaic_gpu.lane_context import LaneContext, Refs, lane_context
+from pallas_kernels.matvec.mosaic_gpu.lane_context import Refs, lane_context
 from pallas_kernels.matvec.mosaic_gpu.listing import (
-    Operands,
     RowList,
     compact,
     fetch,
@@ -100,13 +97,8 @@ def graded_matvec_program(isa: Instructions, geometry: Geometry, refs: Refs) -> 
         count_levels(isa, geometry, refs)
 
 
-def matvec(
-    isa: Instructions,
-    geometry: Geometry,
-    refs: Refs,
-    fetch: Callable[[Instructions, Geometry, Refs, LaneContext], Operands] = fetch,
-) -> None:
-    """Runs the phases in a CTA that multiplies; ``fetch`` is the first phase."""
+def matvec(isa: Instructions, geometry: Geometry, refs: Refs) -> None:
+    """Runs the phases in a CTA that multiplies."""
     context = lane_context(isa, geometry, refs)
     operands = fetch(isa, geometry, refs, context)
     copy_scales(isa, geometry, refs, context)

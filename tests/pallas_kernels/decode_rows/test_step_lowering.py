@@ -15,7 +15,6 @@ from marks import slow
 from grinqh_jax.benchmarking import random_model
 from grinqh_jax.decoding import engine, policy
 from grinqh_jax.decoding.dial import Dial, DialState, layer_shares
-from grinqh_jax.decoding.engine.step import read_tokens
 from grinqh_jax.decoding.sampling import Sampling
 from grinqh_jax.model import decoder
 from grinqh_jax.model.cache import KVCache
@@ -78,29 +77,6 @@ def test_kernels_of_a_step(name, batch, tmp_path):
         "add_norm": 2 * layers,
         "swiglu": layers,
     }
-
-
-@pytest.mark.parametrize("name", ["Qwen3-8B", "Llama-3.2-1B"])
-@pytest.mark.parametrize("chosen", [("attention",), ("attention", "swiglu")], ids="+".join)
-def test_prologues_replace_launches_of_one_row(name, chosen):
-    def step(model, tokens, cache, thresholds):
-        counts = jnp.ones_like(tokens)
-        return read_tokens(model, tokens[:, None], cache, thresholds, counts, prologues=frozenset(chosen))
-
-    kernels = {
-        batch: collections.Counter(re.findall(r"00(\w+)_kernel_mosaic_gpu", lowered(step, name, batch)))
-        for batch in (1, 2)
-    }
-    layers, head = 2, len(block_sizes(random_model.shape(name).vocab_size))
-    small = {"merge_attention": layers, "swiglu": layers}
-    always = {"decode_attention": layers, "add_norm": 2 * layers}
-    assert kernels[2] == always | small | {"graded_matvec": 4 * layers + head}
-    replaced = {"attention": "merge_attention", "swiglu": "swiglu"}
-    for prologue in chosen:
-        del small[replaced[prologue]]
-    with_prologue = layers * len(chosen)
-    products = {"graded_matvec": 4 * layers + head - with_prologue, "graded_prologue": with_prologue}
-    assert kernels[1] == always | small | products
 
 
 @pytest.mark.parametrize("name", ["Qwen3-30B-A3B", "gpt-oss-120b"])

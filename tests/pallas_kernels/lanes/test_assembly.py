@@ -6,20 +6,16 @@ import re
 import cuda_source
 import instruction_programs
 import jax
-import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from pallas_kernels import Activations, NestedWeight, decode_rows
+from pallas_kernels import Activations, NestedWeight
 from pallas_kernels.decode_attention import kernel as attention
-from pallas_kernels.decode_attention.deferred import AttentionSource
 from pallas_kernels.decode_attention.lane_context import THREADS, Refs, Shape
 from pallas_kernels.decode_attention.new_tokens import PREPARE_THREADS, prepare_program
 from pallas_kernels.decode_attention.program import attention_program, several_tokens_program
 from pallas_kernels.lanes import device
 from pallas_kernels.matvec.mosaic_gpu import kernel as matvec
-from pallas_kernels.prologues import Deferred
-from pallas_kernels.prologues import kernel as prologues
 
 pytestmark = [
     pytest.mark.slow,
@@ -37,14 +33,14 @@ def spilled(report: str) -> int:
     return sum(int(count) for count in re.findall(r"(\d+) bytes spill stores", report))
 
 
-def assemble_matvec(monkeypatch, tmp_path, architecture, rows, config=None) -> str:
-    """Assembles the matvec of 4096x4096; the default configuration is the one of an H200."""
+def assemble_matvec(monkeypatch, tmp_path, architecture, rows) -> str:
+    """Assembles the matvec of 4096x4096 in the configuration of an H200."""
     weight = NestedWeight.abstract(4096, 4096)
     x = jax.eval_shape(Activations.of, jax.ShapeDtypeStruct((rows, 4096), "bfloat16"))
     gpu = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
     mesh = jax.sharding.AbstractMesh((1,), ("x",), (AxisType.Explicit,), abstract_device=gpu)
     with jax.sharding.use_abstract_mesh(mesh):
-        geometry = matvec.geometry_of(x, weight, config)
+        geometry = matvec.geometry_of(x, weight)
     names = [field.name for field in dataclasses.fields(matvec.Refs) if field.name != "shared"]
 
     def program(isa, refs):
@@ -61,33 +57,6 @@ def assemble_matvec(monkeypatch, tmp_path, architecture, rows, config=None) -> s
 def test_matvec(monkeypatch, tmp_path, architecture, rows):
     """The programs of one row, of pairs of bytes and of a shared list."""
     report = assemble_matvec(monkeypatch, tmp_path, architecture, rows)
-    assert spilled(report) <= MOST_SPILLED_BYTES
-
-
-@every_architecture
-@pytest.mark.parametrize("prologue", ["attention", "swiglu"])
-def test_prologue(monkeypatch, tmp_path, architecture, prologue):
-    """``o`` and ``down`` of Qwen3-8B."""
-    if prologue == "attention":
-        sizes = {"kv_heads": 8, "queries_per_kv": 4, "head_dim": 128, "capacity": 2048, "splits": 16}
-        shape = Shape(batch=1, eps=1e-6, num_partials=8, stored_features=6144, **sizes)
-        results = jax.ShapeDtypeStruct((1, 8, 16, 4, 128), "float32")
-        softmax = jax.ShapeDtypeStruct((1, 8, 16, 4, 2), "float32")
-        row, weight = Deferred((results, softmax), AttentionSource(shape), None), (4096, 4096)
-    else:
-        gate_up = Activations.sums(np.zeros((8, 1, 1, 24576), np.float32), 24576)
-        row, weight = decode_rows.defer_swiglu(gate_up), (12288, 4096)
-    gpu = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
-    mesh = jax.sharding.AbstractMesh((1,), ("x",), (AxisType.Explicit,), abstract_device=gpu)
-    with jax.sharding.use_abstract_mesh(mesh):
-        geometry = prologues.geometry_of(row, NestedWeight.abstract(*weight))
-    sources = [f"source{i}" for i in range(len(row.arrays))]
-    names = [*sources, *(name for name in prologues.ARRAYS if name != "shared"), None]
-
-    def program(isa, refs):
-        prologues.run_program(isa, geometry, len(sources), refs)
-
-    report = cuda_source.assemble(monkeypatch, tmp_path, program, names, geometry.threads, architecture)
     assert spilled(report) <= MOST_SPILLED_BYTES
 
 

@@ -1,5 +1,6 @@
-"""A whole decode step with prologues on the emulator: the bits of separate launches, and of any batch."""
+"""A whole decode step on the emulator: a row has the same bits in any batch and in a cache of any size."""
 
+import collections
 import dataclasses
 
 import emulated_launch
@@ -17,7 +18,6 @@ from pallas_kernels.decode_attention import kernel as attention
 from pallas_kernels.decode_rows import kernel as rows
 from pallas_kernels.lanes import device
 from pallas_kernels.matvec.mosaic_gpu import kernel as matvec
-from pallas_kernels.prologues import kernel as prologues
 
 SHAPE = {
     "model_type": "qwen3",
@@ -34,7 +34,7 @@ SHAPE = {
     "tie_word_embeddings": False,
 }
 LENGTHS = (37, 5)
-MODULES = (attention, rows, matvec, prologues)
+MODULES = (attention, rows, matvec)
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def cache_of(model, rows: list[int], capacity: int) -> KVCache:
     return dataclasses.replace(cache, keys=keys, values=values, lengths=lengths)
 
 
-def test_a_step_has_the_bits_of_separate_launches(emulated):
+def test_a_row_has_the_same_bits_in_any_batch_and_cache(emulated):
     config = ModelConfig.from_hf(SHAPE)
     with pytest.MonkeyPatch.context() as patch:  # XLA makes the model.
         patch.setattr(device, "unsupported_reason", lambda *oldest: "not now")
@@ -91,24 +91,25 @@ def test_a_step_has_the_bits_of_separate_launches(emulated):
     thresholds = model_thresholds(model, jnp.array(random_model.TARGETS), jnp.array([3.0, 2.0]))
     tokens = jnp.array([[7], [200]])
 
-    def step(of_rows: list[int], capacity: int, *chosen):
+    def step(of_rows: list[int], capacity: int):
         emulated.clear()
-        chosen_thresholds = {name: t[jnp.array(of_rows)] for name, t in thresholds.items()}
         _, logits, _, stats = read_tokens(
             model,
             tokens[jnp.array(of_rows)],
             cache_of(model, of_rows, capacity),
-            chosen_thresholds,
+            {name: t[jnp.array(of_rows)] for name, t in thresholds.items()},
             jnp.ones(len(of_rows), int),
-            prologues=frozenset(chosen),
         )
-        return logits[0], stats.packed[0], len(emulated)
+        layers = len(config.layers)
+        assert collections.Counter(emulated) == {
+            "graded_matvec_kernel": 4 * layers + 1,
+            "decode_attention_kernel": layers,
+            "merge_attention_kernel": layers,
+            "add_norm_kernel": 2 * layers,
+            "swiglu_kernel": layers,
+        }
+        return logits[0], stats.packed[0]
 
-    *expected, launches = step([0], 128)
-    both = "attention", "swiglu"
-    fewer = launches - len(both) * len(config.layers)
-    for of_rows, capacity, count in (([0], 128, fewer), ([0, 1], 512, launches)):
-        *others, counted = step(of_rows, capacity, *both)
-        assert counted == count
-        for array, separate in zip(others, expected, strict=True):
-            np.testing.assert_array_equal(array, separate)
+    expected = step([0], 128)
+    for array, alone in zip(step([0, 1], 512), expected, strict=True):
+        np.testing.assert_array_equal(array, alone)
