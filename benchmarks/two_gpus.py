@@ -10,8 +10,8 @@ result at once as a line of JSON. The parts, in this order:
 2. ``probe:norm``: an exchange and the norm after it, in one launch and in two, and whether the bits agree.
 3. ``answers``: logits of the bundled model on two GPUs against one, and greedy texts.
 4. ``shape``: one part for each shape: tokens/s on two GPUs with each exchange, then on one, with the table of
-   a step. All programs of a shape compile at the same time.
-5. ``separate``: ``SEPARATE`` on two GPUs with exchange and norm in two launches.
+   a step. All programs of a shape compile at the same time. After ``SEPARATE`` comes ``separate``: the same
+   shape on two GPUs with exchange and norm in two launches.
 """
 
 import argparse
@@ -70,9 +70,11 @@ def main() -> None:
         {"probe": probe, "answers": answers, "shape": shape, "separate": separate}[kind](args, name)
         return
     limits = {f"probe:{name}": 60.0 for name in args.probes} | {"answers:": 100.0}
-    parts = [*limits, *(f"shape:{name}" for name in args.shapes)]
-    if SEPARATE in args.shapes and "kernel" in args.exchanges:
-        parts.append(f"separate:{SEPARATE}")
+    parts = list(limits)
+    for name in args.shapes:
+        parts.append(f"shape:{name}")
+        if name == SEPARATE and "kernel" in args.exchanges:
+            parts.append(f"separate:{name}")
     end = time.monotonic() + args.seconds
     for part in parts:
         limit = min(limits.get(part, args.seconds), end - time.monotonic())

@@ -15,6 +15,7 @@ from random_models import TARGETS
 from grinqh_jax.benchmarking import measure as benchmark
 from grinqh_jax.benchmarking import random_model
 from grinqh_jax.benchmarking.decode_run import DecodeRun
+from grinqh_jax.cli import benchmark as benchmark_verb
 from grinqh_jax.decoding import engine
 from grinqh_jax.decoding.dial import Dial
 from grinqh_jax.decoding.generator import Generator
@@ -107,6 +108,13 @@ def test_a_decode_loop_generates_the_same_tokens_with_the_same_bits():
     np.testing.assert_allclose(actual.grading_stats.bits, expected.grading_stats.bits, atol=1e-4)
     np.testing.assert_allclose(actual.dial.excess, expected.dial.excess, atol=1e-3)
     assert "tp" in str(cache.keys[0].sharding.spec)
+
+
+def test_benchmark_says_how_decode_steps_exchange(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark_verb, "rows", lambda *_: [])
+    monkeypatch.setattr(benchmark_verb.measure, "read_bandwidth", lambda: 1e9)
+    assert benchmark_verb.main(["--mesh", "tp=2"]) == 0
+    assert 'exchange of decode steps: sum, because "kernel" needs ' in capsys.readouterr().err
 
 
 @SLOW
