@@ -4,7 +4,8 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
-from pallas_kernels.lanes.instructions import Instructions, Value
+from pallas_kernels.lanes.instructions import Instructions
+from pallas_kernels.lanes.registers import Value
 from pallas_kernels.lanes.rows import (
     FeaturePair,
     Rows,

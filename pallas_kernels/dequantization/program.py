@@ -22,7 +22,8 @@ from typing import Any
 
 from pallas_kernels import layout
 from pallas_kernels.codes import CODE_STEPS, DIGIT_MEAN
-from pallas_kernels.lanes.instructions import LANES, Instructions, Value
+from pallas_kernels.lanes.instructions import LANES, Instructions
+from pallas_kernels.lanes.registers import Value
 
 THREADS = 128
 WARPS = THREADS // LANES

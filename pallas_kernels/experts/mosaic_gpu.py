@@ -19,8 +19,9 @@ from pallas_kernels.activations import Activations
 from pallas_kernels.expert_weights import NestedExperts
 from pallas_kernels.grading import GradingStats
 from pallas_kernels.lanes import device
-from pallas_kernels.lanes.instructions import Instructions, Value
+from pallas_kernels.lanes.instructions import Instructions
 from pallas_kernels.lanes.launch import lane_kernel
+from pallas_kernels.lanes.registers import Value
 from pallas_kernels.matvec.mosaic_gpu import tuning
 from pallas_kernels.matvec.mosaic_gpu.config import Config
 from pallas_kernels.matvec.mosaic_gpu.geometry import Geometry

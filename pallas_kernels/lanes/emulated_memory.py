@@ -1,8 +1,11 @@
-"""The emulator's shared memory, which records the last accesses to each word and raises on races."""
+"""The emulator's memory: global memory, and shared memory, which records accesses and raises on races."""
 
 import numpy as np
 
 from pallas_kernels.lanes.instructions import LANES
+
+ADDRESS_BITS = 40
+"""A global address is ``(array number << 40) + byte``."""
 
 BYTES = -2
 """Writer of a word whose bytes have been stored one by one."""
@@ -10,6 +13,35 @@ BYTES = -2
 
 class EmulationError(Exception):
     """Raised if a lane program does something that a GPU forbids or leaves undefined."""
+
+
+class GlobalMemory:
+    """The arrays in global memory, in bytes, numbered from 1."""
+
+    def __init__(self):
+        self.arrays: list[np.ndarray] = []
+
+    def add(self, array: np.ndarray) -> int:
+        """Adds a contiguous array, which stores change in place; returns its number."""
+        self.arrays.append(array.reshape(-1).view(np.uint8))
+        return len(self.arrays)
+
+    def address(self, number: int) -> int:
+        """Returns the address of an array."""
+        return number << ADDRESS_BITS
+
+    def locate(self, address, count, access):
+        """Returns the array and the byte indices ``[n, count]`` of ``n`` addresses, all of one array."""
+        number = np.unique(address >> ADDRESS_BITS)
+        if number.size != 1 or not 1 <= number[0] <= len(self.arrays):
+            raise EmulationError(f"{access} outside of every array")
+        array = self.arrays[number[0] - 1]
+        offset = address & ((1 << ADDRESS_BITS) - 1)
+        if (offset % count).any():
+            raise EmulationError(f"{access} of {count} bytes is not aligned")
+        if (offset + count > array.size).any():
+            raise EmulationError(f"{access} past the end of an array of {array.size} bytes")
+        return array, offset[:, None] + np.arange(count)
 
 
 class SharedMemory:

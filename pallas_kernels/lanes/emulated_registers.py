@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pallas_kernels.lanes.instructions import Kind, Value
+from pallas_kernels.lanes.registers import Kind, Value
 
 DTYPE = {"i32": np.int32, "i64": np.int64, "f32": np.float32, "bool": np.bool_}
 """NumPy dtype of each kind."""

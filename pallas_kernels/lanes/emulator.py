@@ -19,12 +19,9 @@ import ml_dtypes
 import numpy as np
 
 from pallas_kernels.lanes.emulated_matrix_unit import multiply_fragments
-from pallas_kernels.lanes.emulated_memory import EmulationError, SharedMemory
+from pallas_kernels.lanes.emulated_memory import EmulationError, GlobalMemory, SharedMemory
 from pallas_kernels.lanes.emulated_registers import DTYPE, LaneValue
 from pallas_kernels.lanes.instructions import LANES, Instructions
-
-_ADDRESS_BITS = 40
-"""A global address is ``(array number << 40) + byte``, where arrays are numbered from 1."""
 
 WAIT_SECONDS = 20
 """Time after which ``wait_flagged`` gives up."""
@@ -41,14 +38,13 @@ class NumpyInstructions(Instructions):
         self.shared = SharedMemory(blocks, threads, shared_bytes, self.rng, cluster)
         self.unordered_stores = np.zeros(blocks // cluster, bool)
         self.masks = [np.ones(self.total, bool)]
-        self.arrays: list[np.ndarray] = []
+        self.memory = GlobalMemory()
         self.open_copies: list[list] = [[] for _ in range(self.total // LANES)]
         self.copy_groups: list[list] = [[] for _ in range(self.total // LANES)]
 
     def array(self, array: np.ndarray) -> int:
         """Puts a contiguous array into global memory and returns its ref. Stores change it in place."""
-        self.arrays.append(array.reshape(-1).view(np.uint8))
-        return len(self.arrays)
+        return self.memory.add(array)
 
     def finish(self) -> None:
         """Raises EmulationError if copies, or stores to other CTAs, have no wait after them."""
@@ -78,25 +74,12 @@ class NumpyInstructions(Instructions):
             )
         return np.flatnonzero(lanes[:, 0])
 
-    def _global_bytes(self, address, count, access):
-        """Returns the array and the byte indices ``[n, count]`` of ``n`` addresses, all of one array."""
-        number = np.unique(address >> _ADDRESS_BITS)
-        if number.size != 1 or not 1 <= number[0] <= len(self.arrays):
-            raise EmulationError(f"{access} outside of every array")
-        array = self.arrays[number[0] - 1]
-        offset = address & ((1 << _ADDRESS_BITS) - 1)
-        if (offset % count).any():
-            raise EmulationError(f"{access} of {count} bytes is not aligned")
-        if (offset + count > array.size).any():
-            raise EmulationError(f"{access} past the end of an array of {array.size} bytes")
-        return array, offset[:, None] + np.arange(count)
-
     def _load(self, address, count):
         """Loads ``[threads, count]`` bytes; inactive threads get noise."""
         out = self.rng.integers(0, 256, (self.total, count), dtype=np.uint8)
         active = self._active()
         if active.size:
-            array, index = self._global_bytes(address.data[active], count, "global load")
+            array, index = self.memory.locate(address.data[active], count, "global load")
             out[active] = array[index]
         return out
 
@@ -119,7 +102,7 @@ class NumpyInstructions(Instructions):
         return LaneValue(np.arange(self.total) // self.threads, "i32")
 
     def global_address(self, ref):
-        return self.constant(ref << _ADDRESS_BITS, "i64")
+        return self.constant(self.memory.address(ref), "i64")
 
     def shared_address(self, ref):
         return self.constant(0)
@@ -201,7 +184,7 @@ class NumpyInstructions(Instructions):
     def store_global(self, address, values):
         active = self._active()
         if active.size:
-            array, index = self._global_bytes(address.data[active], 4 * len(values), "global store")
+            array, index = self.memory.locate(address.data[active], 4 * len(values), "global store")
             array[index] = np.stack([v.data for v in values], 1)[active].view(np.uint8)
 
     def store_flagged(self, address, numbers, flag):
@@ -263,7 +246,7 @@ class NumpyInstructions(Instructions):
         active = self._active()
         if not active.size:
             return
-        array, index = self._global_bytes(source.data[active], 16, "asynchronous copy")
+        array, index = self.memory.locate(source.data[active], 16, "asynchronous copy")
         word = self.shared.words(active, shared.data[active].astype(np.int64), 4, "asynchronous copy")
         self.shared.expect(active, word)
         values = array[index].view(np.uint32)

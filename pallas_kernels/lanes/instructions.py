@@ -3,7 +3,7 @@
 Pallas has no ballots, shuffles, gathers by lane, byte permutes or integer matrix instructions. A kernel is
 therefore a *lane program*: a Python function that calls the instructions below and describes the work of a
 single lane. Two back ends execute it. ``ptx`` emits MLIR and PTX inside a Pallas Mosaic GPU kernel;
-``emulator`` runs all lanes in lockstep on NumPy arrays. This file specifies both.
+``emulator`` runs all lanes in lockstep on NumPy arrays. This file and ``registers`` specify it.
 
 A program is traced once. Tracing unrolls Python loops and evaluates Python ``if`` statements; each lane
 evaluates ``when`` and ``loop`` at run time. All 32 lanes must reach an instruction that involves the whole
@@ -18,78 +18,10 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
+from pallas_kernels.lanes.registers import Kind, Value
+
 LANES = 32
 """Number of lanes in a warp."""
-
-Kind = Literal["i32", "i64", "f32", "bool"]
-"""Type of a register. ``i32`` holds signed numbers, unsigned numbers or raw bits."""
-
-
-class Value(abc.ABC):
-    """One register of the lane.
-
-    A Python number as the second operand becomes a constant of the first operand's kind.
-    """
-
-    kind: Kind
-
-    @abc.abstractmethod
-    def binary(self, operation: str, other: "Value | int | float") -> "Value":
-        """Returns ``self <operation> other`` for one of the operations named below."""
-
-    def __add__(self, other):
-        return self.binary("add", other)
-
-    __radd__ = __add__
-
-    def __sub__(self, other):
-        return self.binary("sub", other)
-
-    def __mul__(self, other):
-        return self.binary("mul", other)
-
-    __rmul__ = __mul__
-
-    def __and__(self, other):
-        """Returns the bitwise and of integers or the logical and of ``bool``."""
-        return self.binary("and", other)
-
-    def __or__(self, other):
-        return self.binary("or", other)
-
-    def __xor__(self, other):
-        return self.binary("xor", other)
-
-    def __lshift__(self, other):
-        return self.binary("shl", other)
-
-    def __rshift__(self, other):
-        """Shifts right and fills with zeros."""
-        return self.binary("shr", other)
-
-    def __floordiv__(self, other):
-        """Divides ``i32`` as unsigned numbers."""
-        return self.binary("div", other)
-
-    def __mod__(self, other):
-        """Returns the remainder of ``i32`` as unsigned numbers."""
-        return self.binary("rem", other)
-
-    def __lt__(self, other):
-        """Compares integers as signed numbers; false for ``f32`` if either side is NaN."""
-        return self.binary("lt", other)
-
-    def __ge__(self, other):
-        """Compares integers as signed numbers; false for ``f32`` if either side is NaN."""
-        return self.binary("ge", other)
-
-    def equals(self, other) -> "Value":
-        """Compares integers for equality. (``==`` remains Python's comparison of objects.)"""
-        return self.binary("eq", other)
-
-    def __invert__(self):
-        """Returns the logical not of a ``bool``."""
-        return self.binary("xor", True)
 
 
 class Instructions(abc.ABC):

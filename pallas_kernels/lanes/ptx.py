@@ -1,8 +1,7 @@
 """The back end that emits lane instructions as MLIR and PTX inside ``plgpu.inline_mgpu`` (jax >= 0.11.2).
 
 Arithmetic and control flow use MLIR's arith and scf dialects, so that the compiler folds addresses and shares
-subexpressions. All other instructions are inline PTX (PTX ISA 8.0; sm_80 and later,
-clusters sm_90).
+subexpressions. All other instructions are inline PTX (PTX ISA 8.0; sm_80 and later, clusters sm_90).
 """
 
 import contextlib
@@ -11,7 +10,8 @@ from jax.experimental.mosaic.gpu import utils as mosaic
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, scf
 
-from pallas_kernels.lanes.instructions import Instructions, Kind, PeerInstructions, Value
+from pallas_kernels.lanes.instructions import Instructions, PeerInstructions
+from pallas_kernels.lanes.registers import Kind, Value
 
 _INTEGER = {
     "add": arith.addi,

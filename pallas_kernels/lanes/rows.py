@@ -8,8 +8,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from pallas_kernels.lanes.instructions import LANES, Instructions, Value
+from pallas_kernels.lanes.instructions import LANES, Instructions
 from pallas_kernels.lanes.launch import WARPGROUP
+from pallas_kernels.lanes.registers import Value
 
 MAX_BLOCKS_PER_ROW = 64
 """Largest number of CTAs that share a row. It is bounded because every warp of the next kernel adds up their

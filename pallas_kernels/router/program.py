@@ -15,7 +15,8 @@ import dataclasses
 import math
 from typing import Any
 
-from pallas_kernels.lanes.instructions import LANES, Instructions, Value
+from pallas_kernels.lanes.instructions import LANES, Instructions
+from pallas_kernels.lanes.registers import Value
 from pallas_kernels.lanes.rows import sum_partials, unpack_bfloat16
 from pallas_kernels.router.geometry import CLUSTER, LOADS_IN_FLIGHT, PIECE, RouterGeometry
 from pallas_kernels.router.grading_factor import inverse_grading_factor

@@ -3,7 +3,8 @@
 import dataclasses
 from typing import Any
 
-from pallas_kernels.lanes.instructions import LANES, Instructions, Value
+from pallas_kernels.lanes.instructions import LANES, Instructions
+from pallas_kernels.lanes.registers import Value
 
 CHUNK_LOADS = 4
 """Number of tokens of a chunk that a lane loads."""

@@ -5,7 +5,8 @@ gets the same noise wherever it is computed. The two logarithms have a relative 
 differs from XLA's in the last bits.
 """
 
-from pallas_kernels.lanes.instructions import Instructions, Value
+from pallas_kernels.lanes.instructions import Instructions
+from pallas_kernels.lanes.registers import Value
 
 ROTATIONS = (13, 15, 26, 6), (17, 29, 16, 24)
 """Rotations of the rounds of Threefry 2x32 (Salmon et al., SC 2011), in turns of four rounds."""

@@ -9,7 +9,8 @@ import dataclasses
 import math
 from typing import Any
 
-from pallas_kernels.lanes.instructions import LANES, Instructions, Value
+from pallas_kernels.lanes.instructions import LANES, Instructions
+from pallas_kernels.lanes.registers import Value
 from pallas_kernels.sampling import noise
 from pallas_kernels.sampling.candidates import (
     CHUNK,

@@ -12,7 +12,7 @@ import subprocess
 from collections.abc import Callable
 
 from pallas_kernels.lanes import ptx
-from pallas_kernels.lanes.instructions import Value
+from pallas_kernels.lanes.registers import Value
 
 NVCC = shutil.which("nvcc")
 

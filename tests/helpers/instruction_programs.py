@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from pallas_kernels.lanes.emulator import NumpyInstructions
-from pallas_kernels.lanes.instructions import Instructions, Value
+from pallas_kernels.lanes.instructions import Instructions
+from pallas_kernels.lanes.registers import Value
 
 THREADS = 128
 SHARED_BYTES = 4096

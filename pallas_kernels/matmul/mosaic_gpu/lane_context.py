@@ -4,7 +4,8 @@ import dataclasses
 from typing import Any
 
 from pallas_kernels import layout
-from pallas_kernels.lanes.instructions import LANES, Instructions, Value
+from pallas_kernels.lanes.instructions import LANES, Instructions
+from pallas_kernels.lanes.registers import Value
 from pallas_kernels.matmul.mosaic_gpu.geometry import WORD_WARPS, Geometry
 
 ROW_BYTES = layout.TILE_WORDS * 4

@@ -4,7 +4,8 @@ import functools
 import operator
 
 from pallas_kernels.codes import DIGIT_MEAN
-from pallas_kernels.lanes.instructions import Instructions, Value
+from pallas_kernels.lanes.instructions import Instructions
+from pallas_kernels.lanes.registers import Value
 from pallas_kernels.matmul.mosaic_gpu.geometry import (
     CODE_PLANES,
     MATRIX_ROWS,

@@ -27,7 +27,8 @@ outputs. The unit's channels ``2 column + 8 j + e`` are the channels ``8 column 
 with ``s`` the instruction of the step. So a lane loads its 8 activations of a row with one 16-byte load.
 """
 
-from pallas_kernels.lanes.instructions import Instructions, Value
+from pallas_kernels.lanes.instructions import Instructions
+from pallas_kernels.lanes.registers import Value
 from pallas_kernels.matmul.mosaic_gpu.geometry import GROUP_STEPS, MATRIX_ROWS, SLOTS, Geometry
 from pallas_kernels.matmul.mosaic_gpu.lane_context import LaneContext, Refs, lane_context
 from pallas_kernels.matmul.mosaic_gpu.multiplication import (

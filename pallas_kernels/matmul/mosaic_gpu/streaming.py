@@ -3,7 +3,8 @@
 import dataclasses
 
 from pallas_kernels import layout
-from pallas_kernels.lanes.instructions import Instructions, Value
+from pallas_kernels.lanes.instructions import Instructions
+from pallas_kernels.lanes.registers import Value
 from pallas_kernels.matmul.mosaic_gpu.geometry import PLANE_STEP_BYTES, SLOTS, STEP_CHANNELS, Geometry
 from pallas_kernels.matmul.mosaic_gpu.lane_context import PIECES, ROW_BYTES, LaneContext, Refs
 

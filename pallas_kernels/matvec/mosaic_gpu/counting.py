@@ -1,7 +1,8 @@
 """The program of the CTAs that compute the statistics of a launch, one CTA for each activation row."""
 
 from pallas_kernels import layout
-from pallas_kernels.lanes.instructions import LANES, Instructions, Value
+from pallas_kernels.lanes.instructions import LANES, Instructions
+from pallas_kernels.lanes.registers import Value
 from pallas_kernels.matvec.mosaic_gpu.geometry import Geometry
 from pallas_kernels.matvec.mosaic_gpu.lane_context import Refs
 from pallas_kernels.matvec.mosaic_gpu.listing import load_activation, load_thresholds

@@ -3,7 +3,8 @@
 import dataclasses
 
 from pallas_kernels import layout
-from pallas_kernels.lanes.instructions import LANES, Value
+from pallas_kernels.lanes.instructions import LANES
+from pallas_kernels.lanes.registers import Value
 from pallas_kernels.matvec.mosaic_gpu.config import Config
 
 STEP_ROWS = 8

@@ -4,7 +4,8 @@ import dataclasses
 from typing import Any
 
 from pallas_kernels import layout
-from pallas_kernels.lanes.instructions import LANES, Instructions, Value
+from pallas_kernels.lanes.instructions import LANES, Instructions
+from pallas_kernels.lanes.registers import Value
 from pallas_kernels.matvec.mosaic_gpu.geometry import SCALES_BYTES, Geometry
 from pallas_kernels.matvec.mosaic_gpu.tile import pieces_of_tile
 

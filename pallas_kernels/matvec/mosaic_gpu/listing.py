@@ -7,7 +7,8 @@ channels that the lane grades.
 import dataclasses
 
 from pallas_kernels import layout
-from pallas_kernels.lanes.instructions import LANES, Instructions, Value
+from pallas_kernels.lanes.instructions import LANES, Instructions
+from pallas_kernels.lanes.registers import Value
 from pallas_kernels.lanes.rows import sum_partials
 from pallas_kernels.matvec.mosaic_gpu.geometry import ROW_BYTES, Geometry
 from pallas_kernels.matvec.mosaic_gpu.lane_context import LaneContext, Refs, stored_group

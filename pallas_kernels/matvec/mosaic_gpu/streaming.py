@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from pallas_kernels.lanes.instructions import Instructions, Value
+from pallas_kernels.lanes.instructions import Instructions
+from pallas_kernels.lanes.registers import Value
 from pallas_kernels.matvec.mosaic_gpu.geometry import ROW_BYTES, STEP_BYTES, Geometry
 from pallas_kernels.matvec.mosaic_gpu.lane_context import COPY_BYTES, LaneContext, Refs, weight_address
 from pallas_kernels.matvec.mosaic_gpu.tile import stored_piece

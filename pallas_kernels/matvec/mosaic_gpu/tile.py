@@ -4,7 +4,8 @@ Where all tiles of a launch are whole, these functions emit no instruction.
 """
 
 from pallas_kernels import layout
-from pallas_kernels.lanes.instructions import Instructions, Value
+from pallas_kernels.lanes.instructions import Instructions
+from pallas_kernels.lanes.registers import Value
 from pallas_kernels.matvec.mosaic_gpu.geometry import Geometry
 
 WHOLE_CHUNK = layout.TILE // 4

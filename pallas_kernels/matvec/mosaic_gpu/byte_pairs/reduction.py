@@ -9,7 +9,8 @@ fewer pieces, only the first outputs of each chunk exist.
 import dataclasses
 
 from pallas_kernels import layout
-from pallas_kernels.lanes.instructions import Instructions, Value
+from pallas_kernels.lanes.instructions import Instructions
+from pallas_kernels.lanes.registers import Value
 from pallas_kernels.matvec.mosaic_gpu.byte_pairs.geometry import (
     PIECE_PAIRS,
     ROWS_PER_MATRIX,

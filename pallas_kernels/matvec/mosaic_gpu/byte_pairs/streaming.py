@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from pallas_kernels.lanes.instructions import Instructions, Value
+from pallas_kernels.lanes.instructions import Instructions
+from pallas_kernels.lanes.registers import Value
 from pallas_kernels.matvec.mosaic_gpu.byte_pairs.geometry import PIECE_PAIRS, STEP_BYTES, BytePairGeometry
 from pallas_kernels.matvec.mosaic_gpu.geometry import ROW_BYTES
 from pallas_kernels.matvec.mosaic_gpu.lane_context import LaneContext, Refs

@@ -3,7 +3,8 @@
 import contextlib
 
 from pallas_kernels import layout
-from pallas_kernels.lanes.instructions import Instructions, Value
+from pallas_kernels.lanes.instructions import Instructions
+from pallas_kernels.lanes.registers import Value
 from pallas_kernels.matvec.mosaic_gpu.lane_context import Refs
 from pallas_kernels.matvec.mosaic_gpu.reduction import Conversion
 from pallas_kernels.matvec.mosaic_gpu.shared_list.geometry import (

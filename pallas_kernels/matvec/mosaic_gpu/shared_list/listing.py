@@ -3,7 +3,8 @@
 import dataclasses
 
 from pallas_kernels import layout
-from pallas_kernels.lanes.instructions import LANES, Instructions, Value
+from pallas_kernels.lanes.instructions import LANES, Instructions
+from pallas_kernels.lanes.registers import Value
 from pallas_kernels.matvec.mosaic_gpu.geometry import ROW_BYTES
 from pallas_kernels.matvec.mosaic_gpu.lane_context import Refs
 from pallas_kernels.matvec.mosaic_gpu.listing import load_thresholds

@@ -37,7 +37,8 @@ their order (``reduction.reduce`` adds warps in the same order, with the same in
 of partial sums.
 """
 
-from pallas_kernels.lanes.instructions import Instructions, Value
+from pallas_kernels.lanes.instructions import Instructions
+from pallas_kernels.lanes.registers import Value
 from pallas_kernels.matvec.mosaic_gpu.counting import count_levels
 from pallas_kernels.matvec.mosaic_gpu.lane_context import Refs
 from pallas_kernels.matvec.mosaic_gpu.shared_list.coding import store_codes
