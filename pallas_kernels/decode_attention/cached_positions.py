@@ -14,7 +14,8 @@ from pallas_kernels.decode_attention.lane_context import (
     Shape,
 )
 from pallas_kernels.decode_attention.slots import cached_slot, load_page
-from pallas_kernels.lanes.instructions import Instructions, Value
+from pallas_kernels.lanes.instructions import Instructions
+from pallas_kernels.lanes.registers import Value
 
 LANE_KEYS = 2
 """Number of positions whose keys a lane holds: ``row`` and ``row + 8``."""

@@ -14,7 +14,8 @@ from pallas_kernels.decode_attention.lane_context import (
     Shape,
 )
 from pallas_kernels.decode_attention.online_softmax import OnlineSoftmax, larger
-from pallas_kernels.lanes.instructions import Instructions, Value
+from pallas_kernels.lanes.instructions import Instructions
+from pallas_kernels.lanes.registers import Value
 from pallas_kernels.lanes.rows import Rows, load_pair, locate, store_rounded
 
 

@@ -5,8 +5,9 @@ from typing import Any
 
 from pallas_kernels.decode_attention.lane_context import LaneContext, Refs, Shape
 from pallas_kernels.decode_attention.slots import has_new_slot, load_page, new_slot
-from pallas_kernels.lanes.instructions import LANES, Instructions, Value
+from pallas_kernels.lanes.instructions import LANES, Instructions
 from pallas_kernels.lanes.launch import WARPGROUP
+from pallas_kernels.lanes.registers import Value
 from pallas_kernels.lanes.rows import load_pair, sum_pairs, unpack_bfloat16
 
 PREPARE_THREADS = WARPGROUP

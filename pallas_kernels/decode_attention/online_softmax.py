@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from pallas_kernels.decode_attention.cached_positions import LANE_KEYS, LANE_VALUES
 from pallas_kernels.decode_attention.lane_context import MASKED_SCORE, Shape
-from pallas_kernels.lanes.instructions import Instructions, Value
+from pallas_kernels.lanes.instructions import Instructions
+from pallas_kernels.lanes.registers import Value
 
 Queries = Callable[[int], list[Value]]
 """Returns the lane's words of its query row in an octet, in the order of the words of a key."""

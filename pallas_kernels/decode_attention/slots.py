@@ -1,7 +1,8 @@
 """The slots of cached positions: in a contiguous cache, or in the pages that a table lists for each row."""
 
 from pallas_kernels.decode_attention.lane_context import LaneContext, Refs, Shape
-from pallas_kernels.lanes.instructions import Instructions, Value
+from pallas_kernels.lanes.instructions import Instructions
+from pallas_kernels.lanes.registers import Value
 
 
 def load_page(isa: Instructions, shape: Shape, refs: Refs, batch: Value, position: Value) -> list[Value]:
