@@ -41,12 +41,30 @@ def sums(parts, step_count):
     return jax.lax.fori_loop(0, step_count, step, (mailbox, parts))[1]
 
 
-def test_the_devices_exchange_through_one_mailbox_that_is_never_copied():
+def norms(parts, step_count):
+    """Returns a residual stream to which sums over devices are added, each with its norm, in a loop."""
+    mailbox, stream = Mailbox.open(2, 1, FEATURES), parts[:, None].astype(jnp.bfloat16)
+
+    def step(_, state):
+        mailbox, x, normed = state
+        references = mailbox.referenced()
+        for _ in range(2):
+            sums = Activations.sums(jnp.stack([normed, normed]).astype(jnp.float32), FEATURES)
+            sums = sums.astype(jnp.bfloat16)
+            x, norm = references.add_norm(x, sums, jnp.ones(FEATURES), 1e-6)
+            normed = norm.array
+        return references.frozen(), x, normed
+
+    return jax.lax.fori_loop(0, step_count, step, (mailbox, stream, stream))[1]
+
+
+@pytest.mark.parametrize("program", [sums, norms])
+def test_the_devices_exchange_through_one_mailbox_that_is_never_copied(program):
     gpu = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
     mesh = jax.sharding.AbstractMesh((2,), ("tp",), (AxisType.Auto,), abstract_device=gpu)
     whole, cut = PartitionSpec(), PartitionSpec("tp")
     on_mesh = jax.shard_map(
-        lambda parts: sums(parts, 5), mesh=mesh, in_specs=cut, out_specs=whole, check_vma=False
+        lambda parts: program(parts, 5), mesh=mesh, in_specs=cut, out_specs=whole, check_vma=False
     )
     with jax.sharding.use_abstract_mesh(mesh):
         traced = jax.jit(on_mesh).trace(jax.ShapeDtypeStruct((2, FEATURES), jnp.float32))
