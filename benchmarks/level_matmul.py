@@ -3,15 +3,18 @@
     python benchmarks/level_matmul.py --output level-matmul.json       everything
     python benchmarks/level_matmul.py --checks                         correctness only
     python benchmarks/level_matmul.py --rows 16 32 --levels 3          some products
-    python benchmarks/level_matmul.py --tune                           also update the tuning table
+    python benchmarks/level_matmul.py --tune                           also time XLA, update the tuning table
 
-Checks: every implementation against float64, relative to the norm of the exact row; and the same bits when it
-runs again.
+Checks: the kernel and, for one shape, XLA's dequantization against float64, relative to the norm of the exact
+row; and the same bits when it runs again.
 
 Times: kernel time of the four projections of a Qwen3-8B layer, from the profiler, over copies of the weights
 that exceed the L2, beside XLA's bf16 product. "layer" is the time of all kernels, also of those that prepare
 the activations and add up partial sums; "product" is that of the lane program alone, shape by shape. "xla"
-dequantizes a copy of each weight.
+dequantizes a copy of each weight. First come levels 3 and 4 for up to 64 rows, which decode steps need.
+
+Programs of the kernel compile in parallel. XLA times its algorithms for a product on the GPU while it
+compiles, so programs with XLA's products compile one after the other; the checked ones are not autotuned.
 
 Tuning: for each level, the table gets the largest number of rows up to which the kernel was faster than "xla"
 for every number of rows measured. For up to so many rows, decode steps of more than 16 rows, and prompts at
@@ -19,14 +22,12 @@ the highest level, then run the kernel.
 """
 
 import argparse
-import datetime
+import functools
 import itertools
 import json
 import os
 import pathlib
 import statistics
-import sys
-import time
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
@@ -34,8 +35,9 @@ import jax
 import jax.numpy as jnp
 import matvec
 import numpy as np
+import report as reports
 import timing
-from rows import compiled
+from report import compile_all, say
 
 from pallas_kernels import codes, level_matmul, matmul
 from pallas_kernels.matmul import LevelImplementation
@@ -46,6 +48,12 @@ CHECKED_ROWS = (9, 16, 32, 64, 130, 256)
 CHECKED_LEVELS = (1, 2, 3, 4)
 TIMED_ROWS = (16, 32, 64, 128, 256, 512)
 TIMED_LEVELS = (2, 3, 4)
+DECODE_ROWS = 64
+DECODE_LEVELS = (3, 4)
+"""Largest number of rows, and levels, of the products that are timed first."""
+
+CHECKED_XLA_SHAPE = CHECKED_SHAPES[0]
+WITHOUT_AUTOTUNING = {"xla_gpu_autotune_level": 0}
 COPIES = 4
 """Number of copies of the layer's weights that a call reads in turn: 400 MB at level 2."""
 
@@ -62,41 +70,46 @@ def draw_x(rows: int, k: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(k).standard_normal((rows, k)), jnp.bfloat16)
 
 
-def check(problems: list[str]) -> list[dict]:
-    """Checks all implementations; appends a line for each failure."""
+def check(report: reports.Report) -> None:
+    """Checks all implementations; records a problem for each failure."""
     weights = {shape: matvec.random_weights(*shape, count=1)[0] for shape in CHECKED_SHAPES}
-    functions, arguments = {}, {}
-    products = itertools.product(CHECKED_SHAPES, CHECKED_ROWS, CHECKED_LEVELS, IMPLEMENTATIONS)
-    for shape, rows, level, implementation in products:
-        key = shape, rows, level, implementation
-        functions[key] = lambda x, w, level=level, name=implementation: level_matmul(
-            x, w, level, implementation=name
-        )
-        arguments[key] = draw_x(rows, shape[0]), weights[shape]
-    results = []
-    for (shape, rows, level, implementation), program in compiled(functions, arguments).items():
-        x, weight = draw_x(rows, shape[0]), weights[shape]
-        w = codes.dequantize(weight, level)  # exact in float32
-        with jax.enable_x64(True):
-            exact = np.asarray(x.astype(jnp.float64) @ w.astype(jnp.float64))
-        y, again = np.asarray(program(x, weight)), np.asarray(program(x, weight))
-        error = float((np.linalg.norm(y - exact, axis=1) / np.linalg.norm(exact, axis=1)).max())
-        same = np.array_equal(y.view(np.uint32), again.view(np.uint32))
-        result = {
-            "shape": f"{shape[0]}x{shape[1]}",
-            "rows": rows,
-            "level": level,
-            "implementation": implementation,
-            "relative_error": error,
-            "same_bits_twice": same,
+    dequantize = jax.jit(codes.dequantize, static_argnums=1)
+    results = report.fields["checks"] = []
+    for shape, name in itertools.product(CHECKED_SHAPES, IMPLEMENTATIONS):
+        if name == "xla" and shape != CHECKED_XLA_SHAPE:
+            continue
+        if report.out_of_time(f"checks of {name}, {shape[0]}x{shape[1]}"):
+            return
+        functions, arguments = {}, {}
+        for rows, level in itertools.product(CHECKED_ROWS, CHECKED_LEVELS):
+            functions[rows, level] = lambda x, w, level=level, name=name: level_matmul(
+                x, w, level, implementation=name
+            )
+            arguments[rows, level] = draw_x(rows, shape[0]), weights[shape]
+        programs = compile_all(functions, arguments, WITHOUT_AUTOTUNING)
+        exact_weights = {
+            level: np.asarray(dequantize(weights[shape], level), np.float64) for level in CHECKED_LEVELS
         }
-        results.append(result)
-        if not same or not error <= RELATIVE_ERROR[implementation]:
-            problems.append(f"check failed: {result}")
-    for name in IMPLEMENTATIONS:
-        errors = [r["relative_error"] for r in results if r["implementation"] == name]
-        print(f"{name}: {len(errors)} checks, largest error {max(errors):.2e}", flush=True)
-    return results
+        errors = []
+        for (rows, level), program in programs.items():
+            x, weight = arguments[rows, level]
+            exact = np.asarray(x.astype(jnp.float32), np.float64) @ exact_weights[level]
+            y, again = np.asarray(program(x, weight)), np.asarray(program(x, weight))
+            errors.append(float((np.linalg.norm(y - exact, axis=1) / np.linalg.norm(exact, axis=1)).max()))
+            same = np.array_equal(y.view(np.uint32), again.view(np.uint32))
+            result = {
+                "shape": f"{shape[0]}x{shape[1]}",
+                "rows": rows,
+                "level": level,
+                "implementation": name,
+                "relative_error": errors[-1],
+                "same_bits_twice": same,
+            }
+            results.append(result)
+            if not same or not errors[-1] <= RELATIVE_ERROR[name]:
+                report.problems.append(f"check failed: {result}")
+        say(f"{name}, {shape[0]}x{shape[1]}: {len(errors)} checks, largest error {max(errors):.2e}")
+        report.save()
 
 
 def layer_times(function, products: int) -> tuple[float, list[float]]:
@@ -126,69 +139,97 @@ def bf16_function(xs, weights):
     ]
 
 
-def time_bf16(rows_list: list[int]) -> dict[int, float]:
-    """Returns the kernel time of XLA's bf16 products of a layer, us, by the number of rows."""
-    keys = [jax.random.key(i) for i in range(COPIES)]
-    weights = [[jax.random.normal(key, shape, jnp.bfloat16) for shape in SHAPES] for key in keys]
-    run, times = jax.jit(bf16_function), {}
-    for rows in rows_list:
-        xs = [draw_x(rows, k) for k, _ in SHAPES]
-        times[rows] = round(layer_times(lambda xs=xs: run(xs, weights), 0)[0], 2)
-        print(f"{rows:3} rows XLA bf16: {times[rows]:.1f} us a layer", flush=True)
-    return times
+def groups(rows_list: list[int], levels: list[int]) -> list[tuple[list[int], list[int]]]:
+    """Returns the numbers of rows and levels that are timed together, the most important ones first."""
+    few = [rows for rows in rows_list if rows <= DECODE_ROWS]
+    many = [rows for rows in rows_list if rows > DECODE_ROWS]
+    first = [level for level in levels if level in DECODE_LEVELS]
+    other = [level for level in levels if level not in DECODE_LEVELS]
+    pairs = [(few, first), (many, first), (rows_list, other)]
+    return [pair for pair in pairs if all(pair)]
 
 
-def time_layer(
-    rows_list: list[int], levels: list[int], bf16: dict[int, float], deadline: float, problems: list[str]
-) -> list[dict]:
-    """Times all implementations; stops before the deadline (``time.monotonic``)."""
-    weights = {shape: matvec.random_weights(*shape, count=COPIES) for shape in SHAPES}
-    results: list[dict] = []
-    for rows in rows_list:
-        xs = [draw_x(rows, k) for k, _ in SHAPES]
-        functions = {}
-        for key in itertools.product(levels, IMPLEMENTATIONS):
+class LayerTimes:
+    """Times products with the weights of a layer; adds the results to the report."""
 
-            def run(xs, weights, level=key[0], name=key[1]):
+    def __init__(self, report: reports.Report):
+        self.report = report
+        self.times = report.fields["times"] = []
+        self.bf16_us = report.fields["bf16_us"] = {}
+        self._weights = {shape: matvec.random_weights(*shape, count=COPIES) for shape in SHAPES}
+
+    @functools.cached_property
+    def _bf16_weights(self) -> list[list[jax.Array]]:
+        make = jax.jit(lambda key, shape: jax.random.normal(key, shape, jnp.bfloat16), static_argnums=1)
+        return [[make(jax.random.key(i), shape) for shape in SHAPES] for i in range(COPIES)]
+
+    def bf16(self, rows_list: list[int]) -> None:
+        """Times XLA's bf16 products, unless they are timed."""
+        for rows in rows_list:
+            if rows in self.bf16_us or self.report.out_of_time(f"{rows} rows, XLA bf16"):
+                continue
+            xs, start = [draw_x(rows, k) for k, _ in SHAPES], reports.elapsed()
+            arguments = {rows: (xs, self._bf16_weights)}
+            program = compile_all({rows: bf16_function}, arguments, threads=1)[rows]
+            seconds = reports.elapsed() - start
+            layer, _ = layer_times(lambda p=program, xs=xs: p(xs, self._bf16_weights), 0)
+            self.bf16_us[rows] = round(layer, 2)
+            say(f"{rows:3} rows XLA bf16: {layer:.1f} us a layer (compiled in {seconds:.1f} s)")
+            for result in self.times:
+                if result["rows"] == rows:
+                    result["of_bf16"] = round(result["layer_us"] / layer, 3)
+                    say(f"{rows:3} rows level {result['level']}: {result['of_bf16']:.2f} of bf16")
+            self.report.save()
+
+    def products(self, rows_list: list[int], levels: list[int], implementation: LevelImplementation) -> None:
+        """Times an implementation at all combinations of rows and levels."""
+        if self.report.out_of_time(f"{implementation}, rows {rows_list}, levels {levels}"):
+            return
+        xs = {rows: [draw_x(rows, k) for k, _ in SHAPES] for rows in rows_list}
+        functions, start = {}, reports.elapsed()
+        for rows, level in itertools.product(rows_list, levels):
+
+            def run(xs, weights, level=level):
                 return [
-                    level_matmul(x, weights[shape][i], level, implementation=name)
+                    level_matmul(x, weights[shape][i], level, implementation=implementation)
                     for i in range(COPIES)
                     for x, shape in zip(xs, SHAPES, strict=True)
                 ]
 
-            functions[key] = run
-        start = time.monotonic()
-        programs = compiled(functions, dict.fromkeys(functions, (xs, weights)))
-        print(f"{rows:3} rows: compiled in {time.monotonic() - start:.1f} s", flush=True)
-        for (level, name), program in programs.items():
-            if time.monotonic() > deadline:
-                problems.append(f"out of time before {rows} rows, level {level}, {name}")
-                return results
-            layer, products = layer_times(lambda p=program, xs=xs: p(xs, weights), COPIES * len(SHAPES))
-            results.append(
-                {
-                    "rows": rows,
-                    "level": level,
-                    "implementation": name,
-                    "layer_us": round(layer, 2),
-                    "product_us": dict(zip(matvec.LAYER, products, strict=False)),
-                    "of_bf16": round(layer / bf16[rows], 3),
-                }
+            functions[rows, level] = run
+        arguments = {(rows, level): (xs[rows], self._weights) for rows, level in functions}
+        threads = reports.COMPILING_THREADS if implementation == "mosaic_gpu" else 1
+        programs = compile_all(functions, arguments, threads=threads)
+        say(f"{implementation}: compiled {len(programs)} programs in {reports.elapsed() - start:.1f} s")
+        for (rows, level), program in programs.items():
+            if self.report.out_of_time(f"{rows} rows, level {level}, {implementation}"):
+                continue
+            layer, products = layer_times(
+                lambda p=program, rows=rows: p(xs[rows], self._weights), COPIES * len(SHAPES)
             )
-            print(
-                f"{rows:3} rows level {level} {name:10} {layer:6.1f} us a layer,",
-                f"{layer / bf16[rows]:.2f} of bf16;",
-                f"products {sum(products):6.1f} us: {products}" if products else "",
-                flush=True,
-            )
-    return results
+            result = {
+                "rows": rows,
+                "level": level,
+                "implementation": implementation,
+                "layer_us": round(layer, 2),
+                "product_us": dict(zip(matvec.LAYER, products, strict=False)),
+            }
+            line = f"{rows:3} rows level {level} {implementation:10} {layer:6.1f} us a layer"
+            if rows in self.bf16_us:
+                result["of_bf16"] = round(layer / self.bf16_us[rows], 3)
+                line += f", {result['of_bf16']:.2f} of bf16"
+            if products:
+                line += f"; products {sum(products):6.1f} us: {products}"
+            say(line)
+            self.times.append(result)
+            self.report.save()
 
 
 def tuning_table(times: list[dict]) -> dict[str, int]:
     """Returns the largest number of rows, by level, up to which the kernel is faster than XLA.
 
     Args:
-      times: Results of ``time_layer``. Numbers of rows that lack one of the implementations do not count.
+      times: Results of ``LayerTimes``. Numbers of rows that lack one of the implementations do not count.
     """
     layers = {(t["level"], t["rows"], t["implementation"]): t["layer_us"] for t in times}
     table = {}
@@ -209,7 +250,7 @@ def update_table(times: list[dict], path: pathlib.Path) -> None:
     device = tables.setdefault(jax.devices()[0].device_kind, {})
     device.update(tuning_table(times))
     path.write_text(json.dumps(tables, indent=1) + "\n")
-    print(f"{path}: {device}")
+    say(f"{path}: {device}")
 
 
 def main() -> None:
@@ -218,37 +259,22 @@ def main() -> None:
     parser.add_argument("--times", action="store_true", help="only time, do not check")
     parser.add_argument("--rows", nargs="+", type=int, default=list(TIMED_ROWS), metavar="N")
     parser.add_argument("--levels", nargs="+", type=int, default=list(TIMED_LEVELS), metavar="N")
-    parser.add_argument("--seconds", type=float, default=240, help="stop timing after this many seconds")
     parser.add_argument("--tune", action="store_true", help="write the times into the tuning table")
-    parser.add_argument("--output", type=pathlib.Path, metavar="FILE", help="JSON file to write")
+    reports.add_arguments(parser)
     args = parser.parse_args()
-    start, problems = time.monotonic(), []
-    report = {
-        "device": jax.devices()[0].device_kind,
-        "versions": {name: matvec.version(name) for name in ("jax", "jaxlib", "numpy")},
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "problems": problems,
-    }
-
-    def save() -> None:
-        report["seconds"] = round(time.monotonic() - start)
-        if args.output:
-            args.output.write_text(json.dumps(report, indent=1) + "\n")
-
+    report = reports.Report(args)
     if not args.times:
-        report["checks"] = check(problems)
-        save()
+        check(report)
     if not args.checks:
-        report["bf16_us"] = time_bf16(args.rows)
-        report["times"] = time_layer(
-            args.rows, args.levels, report["bf16_us"], start + args.seconds, problems
-        )
+        times = LayerTimes(report)
+        for rows_list, levels in groups(args.rows, args.levels):
+            times.products(rows_list, levels, "mosaic_gpu")
+            times.bf16(rows_list)
         if args.tune:
-            update_table(report["times"], pathlib.Path(matmul.__file__).with_name("measured.json"))
-    save()
-    print(f"{report['seconds']} s")
-    if problems:
-        sys.exit("\n".join(problems[:20]))
+            for rows in args.rows:
+                times.products([rows], args.levels, "xla")
+            update_table(times.times, pathlib.Path(matmul.__file__).with_name("measured.json"))
+    report.finish()
 
 
 if __name__ == "__main__":

@@ -7,17 +7,16 @@
 Checks: the kernel's tokens against XLA's for the same seeds (rounding may decide between two tokens, so at
 most 1 in 1,000 may differ), and each row alone against all rows together.
 
+All programs compile in parallel. Each number of rows is checked and then timed.
+
 Times: kernel time from the profiler, us a choice. The logits are in the order of an output projection, so XLA
 also gathers them in the order of the tokens.
 """
 
 import argparse
 import dataclasses
-import datetime
-import json
+import functools
 import os
-import pathlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -25,9 +24,10 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import jax.numpy as jnp
-import matvec
 import numpy as np
+import report as reports
 import timing
+from report import compile_all, say
 
 from grinqh_jax.decoding import policy
 from grinqh_jax.decoding import sampling as choice
@@ -35,7 +35,7 @@ from grinqh_jax.decoding.penalties import Penalties, TokenHistory
 from grinqh_jax.decoding.sampling import Sampling
 
 VOCABULARY = 151_936
-ROWS = (1, 2, 4, 8, 16)
+ROWS = (1, 16, 4, 8, 2)
 REPEATS = 20
 CHECKED_POSITIONS = 100
 DIFFERENT = 1e-3
@@ -58,6 +58,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 Choose = Callable[..., jax.Array]
+Programs = dict[tuple[int, str, str], Choose]
+"""Programs by number of rows, structure of the parameters, and name of the way."""
 
 
 def draw(rows: int, *, penalties: bool = False, mask: bool = False, **parameters: Any):
@@ -92,58 +94,67 @@ def functions() -> dict[str, Choose]:
     def greedy(outputs, sampling, positions, history):
         return choice.greedy(outputs, token_ids)
 
-    return {
-        name: jax.jit(function) for name, function in zip(("kernel", "xla"), (kernel, xla), strict=True)
-    } | {"greedy": jax.jit(greedy)}
+    return {"kernel": kernel, "xla": xla, "greedy": greedy}
 
 
-def check(rows: int, problems: list[str]) -> dict[str, float]:
-    """Returns the share of tokens that differ from XLA's, by setting; appends a line for each failure."""
-    ways, shares = functions(), {}
+def structure(arguments) -> str:
+    """Returns the structure of sampling parameters. Settings of one structure share programs."""
+    return str(jax.tree.structure(arguments))
+
+
+def compiled_programs(rows_list: list[int]) -> Programs:
+    """Compiles all ways for all settings in parallel."""
+    to_compile, arguments = {}, {}
+    for rows in rows_list:
+        for setting in SETTINGS.values():
+            logits, sampling, history = drawn = draw(rows, **setting)
+            for way, function in functions().items():
+                key = rows, structure(drawn), way
+                to_compile[key] = function
+                arguments[key] = logits, sampling, jnp.zeros(rows, jnp.int32), history
+    return compile_all(to_compile, arguments)
+
+
+def check(rows: int, programs: Programs, report: reports.Report) -> None:
+    """Records the share of tokens that differ from XLA's, by setting, and a problem for each failure."""
+    shares = report.fields["different"][rows] = {}
     for name, setting in SETTINGS.items():
-        logits, sampling, history = draw(rows, **setting)
-        different = 0
-        for position in range(CHECKED_POSITIONS):
-            positions = jnp.full(rows, position, jnp.int32)
-            tokens = ways["kernel"](logits, sampling, positions, history)
-            different += int((tokens != ways["xla"](logits, sampling, positions, history)).sum())
-        shares[name] = different / (rows * CHECKED_POSITIONS)
+        if report.out_of_time(f"check of {rows} rows, {name}"):
+            continue
+        logits, sampling, history = drawn = draw(rows, **setting)
+        kernel, xla = (programs[rows, structure(drawn), way] for way in ("kernel", "xla"))
+        different = []
+        for position in range(CHECKED_POSITIONS):  # The device counts, so the host does not wait.
+            positions = np.full(rows, position, np.int32)
+            tokens = kernel(logits, sampling, positions, history)
+            different.append((tokens != xla(logits, sampling, positions, history)).sum())
+        shares[name] = sum(map(int, different)) / (rows * CHECKED_POSITIONS)
         if shares[name] > DIFFERENT:
-            problems.append(f"{name}: {shares[name]:.4f} of the tokens differ from XLA's")
+            report.problems.append(f"{rows} rows, {name}: {shares[name]:.4f} of the tokens differ from XLA's")
         last = jax.tree.map(lambda a: a[-1:], (logits, sampling, positions, history))
-        if int(ways["kernel"](*last)[0]) != int(tokens[-1]):
-            problems.append(f"{name}: the last of {rows} rows has another token alone")
-        print(f"{rows:2} rows, {name}: {shares[name]:.4f} of the tokens differ from XLA's", flush=True)
-    return shares
+        if int(programs[1, structure(drawn), "kernel"](*last)[0]) != int(tokens[-1]):
+            report.problems.append(f"{name}: the last of {rows} rows has another token alone")
+        say(f"{rows:2} rows, {name}: {shares[name]:.4f} of the tokens differ from XLA's")
+    report.save()
 
 
-def time_all(rows: int) -> list[dict]:
+def time_all(rows: int, programs: Programs, report: reports.Report) -> None:
     """Times all settings."""
-    results = []
     for name, setting in SETTINGS.items():
-        arguments = draw(rows, **setting)
-        for way, function in functions().items():
-
-            def call(function=function, arguments=arguments):
-                logits, sampling, history = arguments
-                return function(logits, sampling, jnp.full(rows, 7, jnp.int32), history)
-
-            durations = timing.profile(call, REPEATS)
+        logits, sampling, history = drawn = draw(rows, **setting)
+        for way in functions():
+            if report.out_of_time(f"{rows} rows, {name}, {way}"):
+                continue
+            function = programs[rows, structure(drawn), way]
+            arguments = logits, sampling, jnp.full(rows, 7, jnp.int32), history
+            durations = timing.profile(functools.partial(function, *arguments), REPEATS)
             kernels = {kernel: round(sum(us) / REPEATS, 2) for kernel, us in durations.items()}
             total = round(sum(kernels.values()), 2)
             launches = sum(map(len, durations.values())) / REPEATS
-            results.append(
-                {
-                    "rows": rows,
-                    "setting": name,
-                    "way": way,
-                    "us": total,
-                    "launches": launches,
-                    "kernels": kernels,
-                }
-            )
-            print(f"{rows:2} rows, {name}, {way}: {total:.1f} us in {launches:.0f} launches", flush=True)
-    return results
+            fields = {"us": total, "launches": launches, "kernels": kernels}
+            report.fields["times"].append({"rows": rows, "setting": name, "way": way, **fields})
+            say(f"{rows:2} rows, {name}, {way}: {total:.1f} us in {launches:.0f} launches")
+            report.save()
 
 
 def main() -> None:
@@ -151,23 +162,20 @@ def main() -> None:
     parser.add_argument("--checks", action="store_true", help="only check, do not time")
     parser.add_argument("--times", action="store_true", help="only time, do not check")
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS), metavar="N")
-    parser.add_argument("--output", type=pathlib.Path, metavar="FILE", help="JSON file to write")
+    reports.add_arguments(parser)
     args = parser.parse_args()
-    problems: list[str] = []
-    report: dict[str, Any] = {
-        "device": jax.devices()[0].device_kind,
-        "versions": {name: matvec.version(name) for name in ("jax", "jaxlib", "numpy")},
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "problems": problems,
-    }
-    if not args.times:
-        report["different"] = {rows: check(rows, problems) for rows in args.rows}
-    if not args.checks:
-        report["times"] = [result for rows in args.rows for result in time_all(rows)]
-    if args.output:
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
-    if problems:
-        sys.exit("\n".join(problems))
+    report = reports.Report(args, different={}, times=[])
+    # Rows are also checked alone, which takes the programs of one row.
+    rows_list = args.rows if args.times or 1 in args.rows else [1, *args.rows]
+    start = reports.elapsed()
+    programs = compiled_programs(rows_list)
+    say(f"compiled {len(programs)} programs in {reports.elapsed() - start:.0f} s")
+    for rows in args.rows:
+        if not args.times:
+            check(rows, programs, report)
+        if not args.checks:
+            time_all(rows, programs, report)
+    report.finish()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Times the decode chunks of the engine, for the verb ``benchmark`` and the scripts in ``benchmarks``."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -125,6 +125,17 @@ class DecodeRun:
         thresholds = put(thresholds, self.model.partition)
         self._program(self._start(thresholds), thresholds)
 
+    def lower(self, thresholds: Dial | Thresholds | None) -> Callable[[], None]:
+        """Lowers the program of a run at ``level``; returns a function that compiles it, in any thread."""
+        thresholds = put(thresholds, self.model.partition)
+        key, program, args, options = self._call(self._start(thresholds), thresholds)
+        lowered = program.lower(*args, **options)
+
+        def compile_lowered() -> None:
+            self._compiled[key] = lowered.compile()
+
+        return compile_lowered
+
     def _start(self, thresholds: Dial | Thresholds | None) -> DecodeState:
         """Returns the state before the first token. Decode chunks donate it."""
         dial = None
@@ -164,7 +175,21 @@ class DecodeRun:
     def _program(
         self, state: DecodeState, thresholds: Dial | Thresholds | None
     ) -> tuple[jax.stages.Compiled, tuple[Any, ...]]:
-        """Returns a chunk of the engine, or, for fixed thresholds, one without a dial; and its arguments."""
+        """Returns the executable of ``_call`` and its arguments."""
+        key, program, args, options = self._call(state, thresholds)
+        if key not in self._compiled:
+            self._compiled[key] = program.lower(*args, **options).compile()
+        self.compiled = self._compiled[key]
+        return self.compiled, args
+
+    def _call(
+        self, state: DecodeState, thresholds: Dial | Thresholds | None
+    ) -> tuple[Any, Any, tuple[Any, ...], dict[str, Any]]:
+        """Returns a chunk of the engine, or, for fixed thresholds, one without a dial.
+
+        Returns:
+          The key of its executable, the jitted function, its arguments and its static arguments.
+        """
         options: dict[str, Any] = {"policy": self._policy, "top_logprobs": None, "level": self.level}
         program: Any = answers.generate
         args: tuple[Any, ...] = (self._flat, state, thresholds)
@@ -176,11 +201,7 @@ class DecodeRun:
             program, options["steps"] = jitted_decode_chunk, self._policy.chunk_steps
         else:
             options["greedy"] = True
-        kind = jax.tree.structure(thresholds), self.level
-        if kind not in self._compiled:
-            self._compiled[kind] = program.lower(*args, **options).compile()
-        self.compiled = self._compiled[kind]
-        return self.compiled, args
+        return (jax.tree.structure(thresholds), self.level), program, args, options
 
     def settle(self, targets: Sequence[float], bits: float) -> Dial:
         """Returns a dial with which the run reads a mean of ``bits``, as it does over a long text.

@@ -1,0 +1,92 @@
+"""Scripts in ``benchmarks`` start: on a CPU where they can; others lower their first programs for CUDA."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from jax.sharding import AxisType
+
+from grinqh_jax import BUNDLED_MODEL
+from pallas_kernels.lanes import device
+
+pytestmark = pytest.mark.slow
+
+SCRIPTS = Path(__file__).parents[2] / "benchmarks"
+
+
+def test_decode(tmp_path):
+    output = tmp_path / "decode.json"
+    options = (
+        "--platform cpu --layers 1 --bits 3 --contexts 64 --tokens 4 --repeats 1 --prefill 64 --batch 1 17"
+    )
+    shape = ["--shapes", BUNDLED_MODEL]
+    command = [sys.executable, SCRIPTS / "decode.py", *shape, *options.split(), "--output", output]
+    subprocess.run(command, check=True, timeout=200)
+    report = json.loads(output.read_text())
+    (results,) = report["shapes"].values()
+    rows = results["decode"]
+    cases = [(row["bits"], row["batch"], row["level"]) for row in rows]
+    assert cases == [(3.0, 1, None), (3.0, 17, 3), ("bf16", 1, None), ("bf16", 17, None)]
+    assert all(row["tokens_per_second"] > 0 and row["times_bf16"] > 0 for row in rows)
+    assert [row["prompt"] for row in results["prefill"]] == [64, 64]
+    assert report["skipped"] == report["problems"] == []
+
+
+def test_decode_stops_at_its_limit(tmp_path):
+    output = tmp_path / "decode.json"
+    command = [
+        sys.executable,
+        SCRIPTS / "decode.py",
+        "--platform",
+        "cpu",
+        "--seconds",
+        "0",
+        "--output",
+        output,
+    ]
+    subprocess.run(command, check=True, timeout=100)
+    report = json.loads(output.read_text())
+    assert report["shapes"] == {"Qwen3-8B": {"decode": [], "prefill": []}}
+    assert report["skipped"] == ["Qwen3-8B, graded, mesh none", "Qwen3-8B, bf16, mesh none"]
+
+
+class Lowered(Exception):
+    """Ends a script after its first programs are lowered."""
+
+
+@pytest.mark.skipif(jax.__version_info__ < device.OLDEST_JAX, reason="lane programs need jax >= 0.11.2")
+@pytest.mark.parametrize(
+    ("script", "options", "count"),
+    [
+        ("level_matmul", "--checks", 24),
+        ("level_matmul", "--times --rows 16 --levels 3 4", 2),
+        ("router", "--rows 1 4 --shapes 2048x128x8 2048x60x4", 4),
+        ("sampling", "--rows 2", 18),
+    ],
+)
+def test_programs_lower_for_cuda(monkeypatch, script, options, count):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    monkeypatch.setattr(sys, "argv", [script, *options.split()])
+    module = __import__(script)
+    h200 = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), (AxisType.Explicit,), abstract_device=h200)
+    texts = []
+
+    def lower(functions, arguments, *_, **__):
+        for key, function in functions.items():
+            with jax.sharding.use_abstract_mesh(mesh):
+                traced = jax.jit(function).trace(*arguments[key])
+                texts.append(traced.lower(lowering_platforms=("cuda",)).as_text())
+        raise Lowered
+
+    monkeypatch.setattr(module, "compile_all", lower)
+    monkeypatch.setattr(device, "unsupported_reason", lambda *_: None)
+    if script == "level_matmul":
+        monkeypatch.setattr(module, "COPIES", 1)
+    with pytest.raises(Lowered):
+        module.main()
+    assert len(texts) == count
+    assert any("mosaic_gpu" in text for text in texts)
