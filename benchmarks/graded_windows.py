@@ -9,11 +9,8 @@ bits in a window as alone.
 """
 
 import argparse
-import datetime
-import json
+import functools
 import os
-import pathlib
-import sys
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
@@ -21,7 +18,9 @@ import jax
 import jax.numpy as jnp
 import matvec
 import numpy as np
+import report as reports
 import timing
+from report import compile_all, say
 from rows import draw_x
 
 from pallas_kernels import graded_matvec
@@ -35,46 +34,43 @@ REPEATS = 3
 SHAPES = [tuple(map(int, shape.split("x"))) for shape in matvec.LAYER]
 
 
+def layer(xs, limits, weights, implementation: Implementation) -> list[jax.Array]:
+    """Multiplies with the four projections."""
+    arguments = zip(xs, weights, limits, strict=True)
+    return [graded_matvec(x, w, t, implementation=implementation)[0] for x, w, t in arguments]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS), metavar="N")
-    parser.add_argument("--output", type=pathlib.Path, metavar="FILE", help="JSON file to write")
+    reports.add_arguments(parser)
     args = parser.parse_args()
+    report = reports.Report(args, times=[])
     weights = [matvec.random_weights(*shape, count=1)[0] for shape in SHAPES]
-    times, problems = [], []
-    for rows in args.rows:
+    arguments = {}
+    for rows in {1, *args.rows}:
         xs = [draw_x(rows, k, "correlated", seed=k) for k, _ in SHAPES]
         limits = [jnp.asarray(matvec.thresholds_for(x, BITS)) for x in xs]
-        xs = [jnp.asarray(x) for x in xs]
-        for name in IMPLEMENTATIONS:
-
-            @jax.jit
-            def layer(xs, limits, weights, name=name):
-                arguments = zip(xs, weights, limits, strict=True)
-                return [graded_matvec(x, w, t, implementation=name)[0] for x, w, t in arguments]
-
-            durations = timing.profile(
-                lambda layer=layer, xs=xs, limits=limits: layer(xs, limits, weights), REPEATS
-            )
-            us = sum(map(sum, durations.values())) / REPEATS
-            times.append({"rows": rows, "implementation": name, "layer_us": round(us, 1)})
-            print(f"{rows:4} rows {name:10} {us:9.1f} us a layer, {us / rows:6.2f} us a row", flush=True)
+        arguments[rows] = [jnp.asarray(x) for x in xs], limits, weights
+    for name in IMPLEMENTATIONS:  # XLA's products are autotuned on the GPU, so they compile one by one.
+        functions = dict.fromkeys(arguments, functools.partial(layer, implementation=name))
+        programs = compile_all(
+            functions, arguments, threads=1 if name == "xla" else reports.COMPILING_THREADS
+        )
+        for rows in args.rows:
+            if report.out_of_time(f"{rows} rows, {name}"):
+                continue
+            call = functools.partial(programs[rows], *arguments[rows])
             if name == "mosaic_gpu":
-                last = [x[-1:] for x in xs], [t[-1:] for t in limits]
-                together, alone = layer(xs, limits, weights), layer(*last, weights)
-                if not all(np.array_equal(a[-1:], b) for a, b in zip(together, alone, strict=True)):
-                    problems.append(f"{rows} rows: the last row has other bits alone")
-    report = {
-        "device": jax.devices()[0].device_kind,
-        "versions": {name: matvec.version(name) for name in ("jax", "jaxlib", "numpy")},
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "times": times,
-        "problems": problems,
-    }
-    if args.output:
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
-    if problems:
-        sys.exit("\n".join(problems))
+                xs, limits, _ = arguments[rows]
+                alone = programs[1]([x[-1:] for x in xs], [t[-1:] for t in limits], weights)
+                if not all(np.array_equal(a[-1:], b) for a, b in zip(call(), alone, strict=True)):
+                    report.problems.append(f"{rows} rows: the last row has other bits alone")
+            us = sum(map(sum, timing.profile(call, REPEATS).values())) / REPEATS
+            report.fields["times"].append({"rows": rows, "implementation": name, "layer_us": round(us, 1)})
+            say(f"{rows:4} rows {name:10} {us:9.1f} us a layer, {us / rows:6.2f} us a row")
+            report.save()
+    report.finish()
 
 
 if __name__ == "__main__":

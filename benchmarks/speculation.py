@@ -7,23 +7,27 @@
 The replay has three kinds of texts, made from the texts of this repository: free prose, summaries that quote
 their document, and edits of code and prose. It supposes that the model writes exactly the given answer, so it
 tells what the drafter can contribute, not what a model writes. The times are those of whole steps with random
-weights, drafts included; the replay's tokens per step and these times give the speed over plain decoding.
+weights, drafts included. The script takes them first; the replay's tokens per step and these times give the
+speed over plain decoding.
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
 import platform
 import re
-import time
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import report as reports
+from report import say
 
 from grinqh_jax import BUNDLED_MODEL
 from grinqh_jax.benchmarking import measure, random_model
@@ -143,9 +147,12 @@ class AlwaysDrafts(PromptLookup):
         return dataclasses.replace(draft, counts=jnp.full_like(draft.counts, count)), state, cache
 
 
-def timed_steps(config, label: str, args) -> list[dict]:
-    """Returns the times of steps by bits, number of texts, drafts and context."""
-    model, policy, rows = random_model.graded(config), DecodePolicy.for_device(), []
+def timed_steps(config, label: str, args, report: reports.Report) -> None:
+    """Records the times of steps by bits, number of texts, drafts and context.
+
+    All programs compile in parallel before the first measurement.
+    """
+    model, policy, rows = random_model.graded(config), DecodePolicy.for_device(), report.fields["steps"]
     flat = FlatModel(model)
 
     @jax.jit(static_argnames=("drafts",), donate_argnames="cache")
@@ -169,42 +176,47 @@ def timed_steps(config, label: str, args) -> list[dict]:
             policy=policy,
         )[:2]
 
-    for context in args.contexts:
-        for batch in args.batch:
-            room = args.steps * (1 + DRAFTS[-1]) + 16
-            cache = measure.filled_cache(model, context, room, batch)
-            tokens = jax.random.randint(jax.random.key(1), (batch, cache.capacity), 0, config.vocab_size)
-            texts = SlotTexts(tokens, jnp.zeros((batch, 4), jnp.float32))
-            last, limits = tokens[:, context], jnp.full(batch, room, jnp.int32)
-            for bits in args.bits:
-                # Held, because the blocks of a dial that follows would cut drafts of random texts.
-                dial = Dial.create(model, random_model.TARGETS, [bits] * batch)
-                dial = dataclasses.replace(dial, held=True)
-                for drafts in (0, *DRAFTS):
-                    if batch * (drafts + 1) > 16:
-                        continue
+    def dial_of(bits: float, batch: int) -> Dial:
+        # Held, because the blocks of a dial that follows would cut drafts of random texts.
+        return dataclasses.replace(Dial.create(model, random_model.TARGETS, [bits] * batch), held=True)
 
-                    def once(
-                        drafts=drafts, dial=dial, limits=limits, last=last, texts=texts, context=context
-                    ):
-                        nonlocal cache
-                        lengths = jnp.full_like(last, context)
-                        start = dataclasses.replace(cache, lengths=lengths)
-                        chunk, cache = run(flat, start, dial, last, texts, limits, drafts)
-                        return chunk
+    caches, others, lowered = {}, {}, {}
+    for context, batch in itertools.product(args.contexts, args.batch):
+        room = args.steps * (1 + DRAFTS[-1]) + 16
+        cache = caches[context, batch] = measure.filled_cache(model, context, room, batch)
+        tokens = jax.random.randint(jax.random.key(1), (batch, cache.capacity), 0, config.vocab_size)
+        texts = SlotTexts(tokens, jnp.zeros((batch, 4), jnp.float32))
+        others[context, batch] = tokens[:, context], texts, jnp.full(batch, room, jnp.int32)
+        for drafts in (0, *DRAFTS):
+            if batch * (drafts + 1) <= 16:
+                arguments = flat, cache, dial_of(args.bits[0], batch), *others[context, batch]
+                lowered[context, batch, drafts] = run.lower(*arguments, drafts)
+    with concurrent.futures.ThreadPoolExecutor(reports.COMPILING_THREADS) as pool:
+        programs = dict(zip(lowered, pool.map(lambda low: low.compile(), lowered.values()), strict=True))
+    say(f"{label}: compiled {len(programs)} programs")
+    for (context, batch, drafts), bits in itertools.product(programs, args.bits):
+        if report.out_of_time(f"{label}, context {context}, {batch} texts, {drafts} drafts, {bits} bits"):
+            continue
+        program, dial, rest = programs[context, batch, drafts], dial_of(bits, batch), others[context, batch]
 
-                    timing = measure.timed(once, args.steps, args.repeats)
-                    row = {
-                        "shape": label,
-                        "bits": bits,
-                        "context": context,
-                        "texts": batch,
-                        "drafts": drafts,
-                        "us_per_step": round(1e6 / timing.mean, 1),
-                    }
-                    rows.append(row)
-                    print(row, flush=True)
-    return rows
+        def once(program=program, dial=dial, rest=rest, case=(context, batch)):
+            lengths = jnp.full(case[1], case[0], jnp.int32)
+            start = dataclasses.replace(caches[case], lengths=lengths)
+            chunk, caches[case] = program(flat, start, dial, *rest)
+            return chunk
+
+        timing = measure.timed(once, args.steps, args.repeats)
+        row = {
+            "shape": label,
+            "bits": bits,
+            "context": context,
+            "texts": batch,
+            "drafts": drafts,
+            "us_per_step": round(1e6 / timing.mean, 1),
+        }
+        rows.append(row)
+        say(str(row))
+        report.save()
 
 
 def speeds(replayed_rows: list[dict], timed_rows: list[dict]) -> list[dict]:
@@ -237,28 +249,21 @@ def main() -> None:
     add("--batch", nargs="+", type=int, default=[1, 2, 4, 8], metavar="N", help="texts (default: 1 2 4 8)")
     add("--steps", type=int, default=16, metavar="N", help="steps of a call (default: 16)")
     add("--repeats", type=int, default=5, metavar="N", help="timed calls (default: 5)")
-    add("--output", type=pathlib.Path, metavar="FILE", help="JSON file to write")
+    reports.add_arguments(parser)
     args = parser.parse_args()
-    started, rows = time.time(), replayed(args.model)
-    steps = []
+    report = reports.Report(args, host=platform.machine(), replay=[], steps=[], speed=[])
     for shape in args.shapes:
         config = random_model.shape(shape)
         if args.layers is not None:
             config = dataclasses.replace(config, layers=config.layers[: args.layers])
-        steps += timed_steps(config, random_model.label(shape), args)
-    report = {
-        "device": jax.devices()[0].device_kind,
-        "host": platform.machine(),
-        "jax": jax.__version__,
-        "seconds": round(time.time() - started),
-        "replay": rows,
-        "steps": steps,
-        "speed": speeds(rows, steps),
-    }
-    for row in report["speed"]:
-        print(row)
-    if args.output:
-        args.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        timed_steps(config, random_model.label(shape), args, report)
+    fields = report.fields
+    if not report.out_of_time("the replay"):
+        fields["replay"] = replayed(args.model)
+        fields["speed"] = speeds(fields["replay"], fields["steps"])
+        for row in fields["speed"]:
+            say(str(row))
+    report.finish()
 
 
 if __name__ == "__main__":

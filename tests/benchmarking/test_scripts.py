@@ -12,11 +12,10 @@ from jax.sharding import AxisType
 from grinqh_jax import BUNDLED_MODEL
 from pallas_kernels.lanes import device
 
-pytestmark = pytest.mark.slow
-
 SCRIPTS = Path(__file__).parents[2] / "benchmarks"
 
 
+@pytest.mark.slow
 def test_decode(tmp_path):
     output = tmp_path / "decode.json"
     options = (
@@ -35,6 +34,7 @@ def test_decode(tmp_path):
     assert report["skipped"] == report["problems"] == []
 
 
+@pytest.mark.slow
 def test_decode_stops_at_its_limit(tmp_path):
     output = tmp_path / "decode.json"
     command = [
@@ -53,6 +53,18 @@ def test_decode_stops_at_its_limit(tmp_path):
     assert report["skipped"] == ["Qwen3-8B, graded, mesh none", "Qwen3-8B, bf16, mesh none"]
 
 
+@pytest.mark.slow
+def test_speculation(tmp_path):
+    output = tmp_path / "speculation.json"
+    options = "--layers 1 --contexts 32 --steps 2 --batch 4 --bits 3 --repeats 1"
+    command = [sys.executable, SCRIPTS / "speculation.py", "--shapes", BUNDLED_MODEL, *options.split()]
+    subprocess.run([*command, "--output", output], check=True, timeout=250)
+    report = json.loads(output.read_text())
+    assert [row["drafts"] for row in report["steps"]] == [0, 1, 3]
+    assert {row["drafts"] for row in report["speed"]} == {1, 3}
+    assert report["skipped"] == report["problems"] == []
+
+
 class Lowered(Exception):
     """Ends a script after its first programs are lowered."""
 
@@ -65,6 +77,7 @@ class Lowered(Exception):
         ("level_matmul", "--times --rows 16 --levels 3 4", 2),
         ("router", "--rows 1 4 --shapes 2048x128x8 2048x60x4", 4),
         ("sampling", "--rows 2", 18),
+        ("graded_windows", "--rows 16", 2),
     ],
 )
 def test_programs_lower_for_cuda(monkeypatch, script, options, count):
