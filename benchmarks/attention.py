@@ -2,9 +2,10 @@
 
     python benchmarks/attention.py --output benchmarks/results/attention.json
     python benchmarks/attention.py --shapes Qwen3-8B --lengths 1056
-    python benchmarks/attention.py --batch 1 2 4 8 16 --page-size 64     the cache in pages at random places
+    python benchmarks/attention.py --variants default same-share one-by-one --lengths 1056 4160
+    python benchmarks/attention.py --page-size 64                        the cache in pages at random places
     python benchmarks/attention.py --positions 1 2 4 8 16                several new tokens of each sequence
-    python benchmarks/attention.py --lengths 32000 131000 --capacity 131072 --layers 4
+    python benchmarks/attention.py --batch 1 --lengths 32000 131000 --capacity 131072 --layers 4
 
 Kernel times are medians from the profiler, over the layers of a model whose caches together exceed the L2.
 """
@@ -29,9 +30,19 @@ from grinqh_jax.model import attention
 from grinqh_jax.model.cache import KeyValues
 from grinqh_jax.model.config import ModelConfig
 from pallas_kernels import Activations
+from pallas_kernels.decode_attention import kernel
+from pallas_kernels.decode_attention.lane_context import SplitConfig
 
 PARTS = 8
 """Number of partial sums that the qkv projection returns on an H200."""
+
+VARIANTS = {
+    "default": SplitConfig(),
+    "same-share": SplitConfig(same_share=True),
+    "large": SplitConfig(shared_limit=227 << 10),
+    "one-by-one": SplitConfig(shared_limit=0),
+}
+"""Configurations of CTAs that attend to several splits; ``large`` needs compute capability 9.0 or 10.0."""
 
 KERNELS = {
     "attention": "decode_attention_kernel",
@@ -42,15 +53,10 @@ KERNELS = {
 
 
 def measure(
-    config: ModelConfig,
-    batch: int,
-    tokens: int,
-    capacity: int,
-    page_size: int | None,
-    layers: int,
-    lengths: list[int],
+    config: ModelConfig, batch: int, tokens: int, args: argparse.Namespace
 ) -> Iterator[dict[str, timing.Times]]:
     """Yields, for each cache length, the times of the launches, by the names in ``KERNELS``."""
+    capacity, page_size, layers = args.capacity, args.page_size, args.layers
     dim, keys = config.head_dim, jax.random.split(jax.random.key(0), 2 * layers + 1)
     size, pages = (batch, capacity), None
     if page_size is not None:
@@ -77,7 +83,7 @@ def measure(
         outputs, caches = step(caches, positions)
         return outputs
 
-    for length in lengths:
+    for length in args.lengths:
         positions = jnp.full((batch, 1), length, jnp.int32) + jnp.arange(tokens)
         durations = timing.profile(run)
         by_kernel = {
@@ -113,11 +119,13 @@ def main() -> None:
         "--lengths",
         nargs="+",
         type=int,
-        default=[8, 160, 500, 1056, 2048, 4160],
+        default=[1056, 4160, 8, 160, 500, 2048],
         metavar="N",
-        help="tokens in the cache (default: 8 160 500 1056 2048 4160)",
+        help="tokens in the cache (default: 1056 4160 8 160 500 2048)",
     )
-    add("--batch", nargs="+", type=int, default=[1], metavar="N", help="sequences (default: 1)")
+    batches = [1, 8, 16, 4, 2]
+    add("--batch", nargs="+", type=int, default=batches, metavar="N", help="sequences (default: 1 8 16 4 2)")
+    add("--variants", nargs="+", choices=VARIANTS, default=["default"], help="how CTAs divide several splits")
     add("--page-size", type=int, metavar="N", help="positions of a page (default: a contiguous cache)")
     add("--capacity", type=int, default=4224, metavar="N", help="cache slots (default: 4224)")
     add("--positions", nargs="+", type=int, default=[1], metavar="N", help="new tokens (default: 1)")
@@ -127,21 +135,28 @@ def main() -> None:
     add("--output", type=pathlib.Path, metavar="FILE", help="JSON file to write")
     args = parser.parse_args()
     rows = []
-    for name, batch, tokens in itertools.product(args.shapes, args.batch, args.positions):
+    for name, tokens in itertools.product(args.shapes, args.positions):
         config, name = random_model.shape(name), random_model.label(name)
         config = with_options(config, args.head_dim, args.window)
-        measured = measure(config, batch, tokens, args.capacity, args.page_size, args.layers, args.lengths)
-        for length, by_kernel in zip(args.lengths, measured, strict=True):
+        runs = [
+            (batch, variant, measure(config, batch, tokens, args))
+            for batch, variant in itertools.product(args.batch, args.variants)
+            if batch > 1 or variant == args.variants[0]  # One sequence has one split for each CTA.
+        ]
+        for length, (batch, variant, measured) in itertools.product(args.lengths, runs):
+            kernel.SPLIT_CONFIG = VARIANTS[variant]
+            by_kernel = next(measured)
             used = length if args.window is None else min(length, args.window + tokens - 2)
             read = 4 * batch * used * config.num_kv_heads * config.head_dim
-            row = {"shape": name, "batch": batch, "positions": tokens, "length": length}
+            row = {"shape": name, "batch": batch, "positions": tokens, "length": length, "variant": variant}
             row |= {"capacity": args.capacity, "page_size": args.page_size, "bytes_read": read}
             row |= {"head_dim": config.head_dim, "window": args.window}
             for label, times in by_kernel.items():
                 row |= {f"{label}_us": round(times.median, 3), f"{label}_quartiles_us": times.quartiles}
             rows.append(row)
             times = ", ".join(f"{label} {row[f'{label}_us']} us" for label in by_kernel)
-            print(f"{name} {batch} x {length}, {tokens} new: {times}", flush=True)
+            rate = f"{read / row['attention_us'] / 1e6:.2f} TB/s"
+            print(f"{name} {batch} x {length}, {tokens} new, {variant}: {times}, {rate}", flush=True)
     report = {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,

@@ -3,6 +3,7 @@
 Several new tokens of a sequence have a launch before these two, which prepares them.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Int
 
 from pallas_kernels.activations import Activations
-from pallas_kernels.decode_attention.lane_context import THREADS, Refs, Shape
+from pallas_kernels.decode_attention.lane_context import THREADS, Refs, Shape, SplitConfig
 from pallas_kernels.decode_attention.merging import MergeRefs, merge_program
 from pallas_kernels.decode_attention.new_tokens import PREPARE_THREADS, prepare_blocks, prepare_program
 from pallas_kernels.decode_attention.program import attention_program, several_tokens_program
@@ -31,6 +32,9 @@ MAX_QUERIES_PER_KV = 8
 
 BLOCKS = 128
 """Largest number of CTAs, unless there are more kv heads in the batch: about one for each multiprocessor."""
+
+SPLIT_CONFIG = SplitConfig()
+"""Tuning of CTAs that attend to several splits."""
 
 MAX_PARTIAL_BYTES = 1 << 32
 """Most bytes of the weighted values of all splits: programs compute their offsets in 32 bits."""
@@ -156,9 +160,11 @@ def cache_sizes(cache: tuple[int, ...], table: tuple[int, ...] | None, rows: int
         batch, pages_per_row = table
         sizes = {"capacity": pages_per_row * page_size, "page_size": page_size, "num_pages": num_pages}
     count = splits(kv_heads)
-    most = max(1, batch * kv_heads * count // BLOCKS)
-    per_block = max(n for n in range(1, count + 1) if count % n == 0 and n <= most)
-    return sizes | {"splits": count, "splits_per_block": per_block}
+    # One CTA runs on a multiprocessor, so a second wave of CTAs costs a second start.
+    divisors = [n for n in range(1, count + 1) if count % n == 0]
+    fitting = (n for n in divisors if batch * kv_heads * (count // n) <= BLOCKS)
+    sizes |= {"splits": count, "splits_per_block": next(fitting, count)}
+    return sizes if sizes["splits_per_block"] == 1 else sizes | dataclasses.asdict(SPLIT_CONFIG)
 
 
 HEAD_INPUTS = ("qkv", "cos", "sin", "q_scale", "k_scale")

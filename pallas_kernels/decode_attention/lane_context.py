@@ -4,7 +4,8 @@ import dataclasses
 import math
 from typing import Any
 
-from pallas_kernels.lanes.instructions import LANES, Instructions, Value
+from pallas_kernels.lanes.instructions import LANES, Instructions
+from pallas_kernels.lanes.registers import Value
 
 WARPS = 8
 THREADS = WARPS * LANES
@@ -31,8 +32,26 @@ REGISTERS = 192
 MAX_STEP_WORDS = 64
 """Largest number of words of a step that a lane loads before the step begins."""
 
+SLOT_ALIGNMENT = 32
+"""Alignment in bytes of the slots of ``shares``, and size of the empty share before them."""
+
 MASKED_SCORE = -1e30
 """Score of a position that does not exist. Finite, so that differences of scores are finite."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitConfig:
+    """Tuning of CTAs that attend to several splits (see ``shares``). It changes no result.
+
+    Attributes:
+      shared_limit: Most bytes of shared memory of a CTA whose warps divide shares. Every supported GPU has
+        99 KiB. If the limit leaves fewer than ``WARPS`` slots, a CTA attends to one split after another.
+      same_share: Whether neighbouring warps attend to the same share of neighbouring splits, which reads
+        neighbouring positions, instead of neighbouring shares of a split, which are equally full.
+    """
+
+    shared_limit: int = 99 << 10
+    same_share: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +72,8 @@ class Shape:
       stored_features: Number of features of ``qkv``, padding included.
       tokens: Number of new tokens of each sequence.
       splits_per_block: Number of splits that a CTA attends to one after another; divides ``splits``.
+      shared_limit: ``SplitConfig.shared_limit``.
+      same_share: ``SplitConfig.same_share``.
       page_size: Number of positions in a page of the cache; None for a contiguous cache. Divides
         ``capacity``.
       num_pages: Number of pages in the cache.
@@ -73,6 +94,8 @@ class Shape:
     stored_features: int
     tokens: int = 1
     splits_per_block: int = 1
+    shared_limit: int = 0
+    same_share: bool = False
     page_size: int | None = None
     num_pages: int = 0
     window: int | None = None
@@ -169,7 +192,61 @@ class Shape:
 
     @property
     def shared_bytes(self) -> int:
+        if self.divides_shares:
+            return self.slot_base + SLOT_ALIGNMENT + self.slots * self.bytes_per_slot
         return self.accumulator_base + WARPS * self.merged_rows * self.head_dim * 4
+
+    # --- slots of shares (see ``shares``), behind the vectors: an empty share, then the slots ---
+    @property
+    def divides_shares(self) -> bool:
+        """Whether the warps of a CTA divide the shares of several splits."""
+        return self.splits_per_block > 1 and self.row_groups == 1 and self.slots >= WARPS
+
+    @property
+    def slots(self) -> int:
+        """Number of slots: as many as fit and are used, one of them by the new tokens."""
+        room = self.shared_limit - self.slot_base - SLOT_ALIGNMENT
+        return min(room // self.bytes_per_slot, self.splits_per_block * WARPS)
+
+    @property
+    def quarters(self) -> int:
+        """Number of groups of 4 accumulators of a lane: four for each chunk."""
+        return 4 * (self.accumulated // CHUNK)
+
+    @property
+    def quarter_bytes(self) -> int:
+        """Bytes between two quarters of a slot: 32 modulo 128."""
+        size = 64 * self.rows
+        return size + (32 - size) % 128
+
+    @property
+    def slot_pairs(self) -> int:
+        """Offset in a slot of the pairs of running max and sum."""
+        return self.quarters * self.quarter_bytes
+
+    @property
+    def bytes_per_slot(self) -> int:
+        size = self.slot_pairs + 8 * self.rows
+        return -(-size // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+
+    @property
+    def slot_base(self) -> int:
+        return -(-self.softmax_base // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+
+    def slot_address(self, slot: Value) -> Value:
+        """Returns the offset of a slot in the shared memory of the CTA."""
+        return slot * self.bytes_per_slot + (self.slot_base + SLOT_ALIGNMENT)
+
+    def splits_in_round(self, active: int) -> int:
+        """Returns the number of splits of a round, if ``active`` shares of each have positions.
+
+        It divides ``splits_per_block``. The share of the new tokens has a slot, too.
+        """
+        extra = 1 if active < WARPS else 0
+        n = self.splits_per_block
+        return max(
+            count for count in range(1, n + 1) if n % count == 0 and count * active + extra <= self.slots
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,10 +6,11 @@
                 └──► online softmax and weighted values ──► partial result of the CTA
 
 A CTA computes one key-value head with its query heads. A split is every ``splits``-th cached position, so the
-work is balanced at every length; a CTA attends to one split, or to several one after another. The first loads
-of the cache wait only for the length. Each warp attends to 16 positions in one step and has a separate online
-softmax: running max, running sum and accumulator. At the end of a split the CTA merges the softmaxes of its
-warps. A last launch, ``merging.merge_program``, merges the softmaxes of the splits.
+work is balanced at every length. A CTA attends to one split, or to several, whose work its warps divide (see
+``shares``). If shared memory cannot hold the results of shares, it attends to one split after another. The
+first loads of the cache wait only for the length. Each warp attends to 16 positions in one step and has a
+separate online softmax: running max, running sum and accumulator. The CTA merges the softmaxes of the warps.
+A last launch, ``merging.merge_program``, merges those of the splits.
 
 With several new tokens of a sequence, another launch, ``new_tokens.prepare_program``, prepares them first and
 writes them to the cache. ``several_tokens_program`` then attends from all of them at once: a query row is one
@@ -63,8 +64,10 @@ from pallas_kernels.decode_attention.lane_context import (
 from pallas_kernels.decode_attention.merging import merge_in_block
 from pallas_kernels.decode_attention.new_tokens import fetch_new_token, prepare_new_token
 from pallas_kernels.decode_attention.online_softmax import OnlineSoftmax, Queries, attend
-from pallas_kernels.decode_attention.split import attend_split, token_of_row
-from pallas_kernels.lanes.instructions import Instructions, Value
+from pallas_kernels.decode_attention.shares import Shares, attend_shares
+from pallas_kernels.decode_attention.split import AttendOwn, attend_split, token_of_row
+from pallas_kernels.lanes.instructions import Instructions
+from pallas_kernels.lanes.registers import Value
 
 
 def attention_program(isa: Instructions, shape: Shape, refs: Refs) -> None:
@@ -80,7 +83,8 @@ def attention_program(isa: Instructions, shape: Shape, refs: Refs) -> None:
     fetched = [fetch_new_token(isa, shape, refs, context, has_new_token, vector) for vector in vectors]
     isa.warp_barrier()
     cache = CachedPositions.create(isa, shape, refs, context, length)
-    loaded = load_first_step(isa, context, cache)
+    shares = Shares.create(isa, shape, context, cache) if shape.divides_shares else None
+    loaded = load_first_step(isa, context, cache) if shares is None else shares.load_first()
     isa.warp_barrier()
     for vector, head in zip(vectors, fetched, strict=True):
         prepare_new_token(isa, shape, refs, context, vector, head, shared, length, has_new_token)
@@ -104,7 +108,10 @@ def attention_program(isa: Instructions, shape: Shape, refs: Refs) -> None:
         valid = [context.column.equals(0)] + [context.column < 0] * (len(LANE_VALUES) - 1)
         return attend(isa, shape, queries, softmaxes, keys, lambda: values, [valid])
 
-    attend_all_splits(isa, shape, refs, context, cache, shared, queries, attend_own, has_new_token, loaded)
+    if shares is None:
+        attend_splits(isa, shape, refs, context, cache, shared, queries, attend_own, has_new_token, loaded)
+    else:
+        attend_shares(isa, shape, refs, shares, shared, queries, attend_own, has_new_token, loaded)
 
 
 def several_tokens_program(isa: Instructions, shape: Shape, refs: Refs) -> None:
@@ -115,7 +122,8 @@ def several_tokens_program(isa: Instructions, shape: Shape, refs: Refs) -> None:
     has_new_tokens = context.split.equals(shape.splits - shape.splits_per_block)
     isa.warp_barrier()
     cache = CachedPositions.create(isa, shape, refs, context, length)
-    loaded = load_first_step(isa, context, cache)
+    shares = Shares.create(isa, shape, context, cache) if shape.divides_shares else None
+    loaded = load_first_step(isa, context, cache) if shares is None else shares.load_first()
     isa.warp_barrier()
     copy_queries(isa, shape, refs, context, shared)
     isa.block_barrier()
@@ -153,10 +161,13 @@ def several_tokens_program(isa: Instructions, shape: Shape, refs: Refs) -> None:
             softmax.running_sum = isa.select(context.column.equals(0), one, zero)
         return softmaxes
 
-    attend_all_splits(isa, shape, refs, context, cache, shared, queries, attend_own, has_new_tokens, loaded)
+    if shares is None:
+        attend_splits(isa, shape, refs, context, cache, shared, queries, attend_own, has_new_tokens, loaded)
+    else:
+        attend_shares(isa, shape, refs, shares, shared, queries, attend_own, has_new_tokens, loaded)
 
 
-def attend_all_splits(
+def attend_splits(
     isa: Instructions,
     shape: Shape,
     refs: Refs,
@@ -164,7 +175,7 @@ def attend_all_splits(
     cache: CachedPositions,
     shared: Value,
     queries: Queries,
-    attend_own: Callable[[list[OnlineSoftmax]], list[OnlineSoftmax]],
+    attend_own: AttendOwn,
     has_new_tokens: Value,
     loaded: Loaded,
 ) -> None:

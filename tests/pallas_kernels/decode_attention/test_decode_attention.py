@@ -154,6 +154,9 @@ def test_pages_may_be_anywhere(data):
         capacity=capacity,
         splits=splits,
         splits_per_block=splits_per_block,
+        shared_limit=data.draw(
+            st.sampled_from([0, 20 << 10, kernel.SPLIT_CONFIG.shared_limit]), "shared limit"
+        ),
         page_size=page_size,
         num_pages=batch * pages_per_row + 2,
         eps=1e-6,
@@ -216,8 +219,11 @@ def test_splits_of_pages_depend_on_the_model_alone(batch, kv_heads):
     assert sizes["splits"] == alone["splits"] == max(1, kernel.BLOCKS // kv_heads)
     assert sizes["splits"] % sizes["splits_per_block"] == 0
     assert alone["splits_per_block"] == 1
-    blocks = batch * kv_heads * sizes["splits"] // sizes["splits_per_block"]
-    assert blocks >= min(kernel.BLOCKS, batch * kv_heads * sizes["splits"])
+    per_block, sequences = sizes["splits_per_block"], batch * kv_heads
+    # One wave of CTAs, unless the kv heads of the batch are more; no fewer CTAs than that needs.
+    assert sequences * sizes["splits"] // per_block <= max(kernel.BLOCKS, sequences)
+    for fewer in range(1, per_block):
+        assert sizes["splits"] % fewer or sequences * sizes["splits"] // fewer > kernel.BLOCKS
     assert sizes["capacity"] == 7 * 64
 
 

@@ -131,6 +131,9 @@ def test_outputs_depend_on_the_position_alone(data):
     expected, *_ = oracle(contiguous_shape, **contiguous)
 
     paged_sizes = {"page_size": page_size, "num_pages": batch * pages_per_row + 2}
+    paged_sizes["shared_limit"] = data.draw(
+        st.sampled_from([0, 64 << 10, kernel.SPLIT_CONFIG.shared_limit]), "limit"
+    )
     shape = shape_of(batch=batch, **sizes, **options, **paged_sizes, splits_per_block=splits_per_block)
     arrays, table = in_pages(shape, contiguous, lengths, rng)
     results = partial_results(shape, arrays, table)
