@@ -296,7 +296,8 @@ def merge_round(
             row, word = rest // words, rest % words
             quarter = (word >> 4) * 4 + (word & 3)
             offset = quarter * shape.quarter_bytes + row * 64 + ((word >> 2) & 3) * 16
-            pairs, addresses = [], []
+            pairs: list[list[Value]] = []
+            addresses: list[Value] = []
             for warp in range(WARPS):
                 exists, index = shares.active >= warp + 1, split * shares.active + warp
                 if warp == WARPS - 1:
@@ -307,9 +308,10 @@ def merge_round(
                 pairs.append(isa.load_shared(pair_address, 2, "f32"))
                 addresses.append(isa.select(exists, slot + offset, empty + 16))
             running_max = pairs[0][0]
-            for share_max, _ in pairs[1:]:
+            for share_max, _share_sum in pairs[1:]:
                 running_max = larger(isa, running_max, share_max)
-            running_sum, sums = isa.constant(0.0, "f32"), [isa.constant(0.0, "f32")] * 4
+            running_sum = isa.constant(0.0, "f32")
+            sums = [running_sum] * 4
             for (share_max, share_sum), address in zip(pairs, addresses, strict=True):
                 factor = isa.exp2(share_max - running_max)
                 values = isa.load_shared(address, 4, "f32")
