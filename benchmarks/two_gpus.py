@@ -10,8 +10,8 @@ result at once as a line of JSON. The parts, in this order:
 2. ``probe:norm``: an exchange and the norm after it, in one launch and in two, and whether the bits agree.
 3. ``answers``: logits of the bundled model on two GPUs against one, and greedy texts.
 4. ``shape``: one part for each shape: tokens/s on two GPUs with each exchange, then on one, with the table of
-   a step. All programs of a shape compile at the same time. After ``SEPARATE`` comes ``separate``: the same
-   shape on two GPUs with exchange and norm in two launches.
+   a step. Weights are made, and programs compiled, at the same time. After ``SEPARATE`` comes ``separate``:
+   the same shape on two GPUs with exchange and norm in two launches.
 """
 
 import argparse
@@ -45,6 +45,9 @@ ADDED = (1, 2, -3) * 5
 
 STEPS = 64
 """Steps of the probe's loop."""
+
+ONE = "one GPU"
+"""Name of a model on one GPU in the results."""
 
 CONTEXT = 1024
 TOLERANCE = 1e-4
@@ -105,10 +108,11 @@ def run_part(args, part: str, limit: float) -> str:
 
 def say(args, **fields) -> None:
     """Writes one result."""
-    line = json.dumps(fields)
-    print(line, flush=True)
+    line = json.dumps(fields) + "\n"
+    sys.stdout.write(line)
+    sys.stdout.flush()
     with args.output.open("a") as file:
-        file.write(line + "\n")
+        file.write(line)
 
 
 def loop_of_exchanges(mesh, name: str, rows: int, features: int, steps: int):
@@ -278,30 +282,11 @@ def answers(args, _: str) -> None:
 
 def shape(args, name: str) -> None:
     """Times one shape on two GPUs with each exchange, then on one."""
-    import jax
-    from flax import traverse_util
-
-    from grinqh_jax.benchmarking import random_model
-    from grinqh_jax.model.decoder import Decoder, checkpoint_leaves
-
-    config = config_of(args, name)
-    started = time.monotonic()
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        making = pool.submit(on_two_gpus, config, args.exchanges[0])
-        one = jax.block_until_ready(random_model.graded(config))
-        two = making.result()
-    tree = traverse_util.unflatten_dict(checkpoint_leaves(two), sep=".")
-    models = {}
-    for exchange in args.exchanges:
-        cut = dataclasses.replace(two.partition, exchange=exchange)
-        models[exchange] = Decoder.from_tree(config, tree, two.compute_dtype, cut)
-    models["one GPU"] = one
-    say(args, shape=name, weights_seconds=round(time.monotonic() - started, 1))
     speeds: dict[tuple, float] = {}
-    for key, row in timed(args, name, models):
+    for key, row in timed(args, name, [on_two_gpus, on_one_gpu]):
         case = row["batch"], row["bits"]
         speeds[key, case] = row["tokens_per_second"]
-        if key == "one GPU":
+        if key == ONE:
             times = {e: round(speeds[e, case] / speeds[key, case], 3) for e in args.exchanges}
             say(args, shape=name, batch=row["batch"], bits=row["bits"], times_one_gpu=times)
 
@@ -310,43 +295,50 @@ def separate(args, name: str) -> None:
     """Times one shape on two GPUs with exchange and norm in two launches."""
     from pallas_kernels.exchange import UnexchangedSums
 
+    def two_launches(config, _):
+        return {"kernel, two launches": on_two_gpus(config, ["kernel"])["kernel"]}
+
     UnexchangedSums.add_norm = lambda *_: None  # type: ignore[method-assign]  # in this process only
-    model = on_two_gpus(config_of(args, name), "kernel")
-    for _ in timed(args, name, {"kernel, two launches": model}):
+    for _ in timed(args, name, [two_launches]):
         pass
 
 
-def config_of(args, name: str):
-    """Returns the configuration of a shape with the layers that ``args`` keep."""
-    from grinqh_jax.benchmarking import random_model
-
-    config = random_model.shape(name)
-    return config if args.layers is None else dataclasses.replace(config, layers=config.layers[: args.layers])
-
-
-def on_two_gpus(config, exchange: str):
-    """Returns a model with random weights on two GPUs."""
-    import jax
+def on_two_gpus(config, exchanges: list[str]) -> dict:
+    """Returns models on two GPUs by the name of their exchange. They share random weights."""
+    from flax import traverse_util
 
     from grinqh_jax.benchmarking import random_model
+    from grinqh_jax.model.decoder import Decoder, checkpoint_leaves
     from grinqh_jax.sharding.mesh import make_mesh
 
-    return jax.block_until_ready(
-        random_model.graded(config, mesh=make_mesh("tp=2", config), exchange=exchange)
-    )
+    model = random_model.graded(config, mesh=make_mesh("tp=2", config), exchange=exchanges[0])
+    tree = traverse_util.unflatten_dict(checkpoint_leaves(model), sep=".")
+    cuts = {exchange: dataclasses.replace(model.partition, exchange=exchange) for exchange in exchanges}
+    return {name: Decoder.from_tree(config, tree, model.compute_dtype, cut) for name, cut in cuts.items()}
 
 
-def timed(args, name: str, models):
-    """Times models of one shape, batch by batch; yields the name of the model and the result, which it says.
+def on_one_gpu(config, _: list[str]) -> dict:
+    """Returns a model with random weights on one GPU, by its name in the results."""
+    from grinqh_jax.benchmarking import random_model
 
-    All programs compile at the same time.
+    return {ONE: random_model.graded(config)}
+
+
+def timed(args, name: str, makers: list):
+    """Times models of one shape, batch by batch; yields the name of a model and a result, which it says.
+
+    Args:
+      args: Parsed flags.
+      name: Name of the shape.
+      makers: Functions of the configuration and of ``args.exchanges`` that return models by name.
     """
     import decode
 
     from grinqh_jax.benchmarking import measure, random_model
-    from grinqh_jax.benchmarking.decode_run import DecodeRun
-    from grinqh_jax.decoding.dial import Dial
 
+    config = random_model.shape(name)
+    if args.layers is not None:
+        config = dataclasses.replace(config, layers=config.layers[: args.layers])
     options = argparse.Namespace(
         contexts=[CONTEXT],
         tokens=args.tokens,
@@ -356,19 +348,38 @@ def timed(args, name: str, models):
         profile_bits=args.bits[:1],
         hlo=None,
     )
-    bandwidth, started = measure.read_bandwidth(), time.monotonic()
-    batches = args.batch or BATCHES.get(name, (1,))
-    cases = [(batch, key) for batch in batches for key in models]
-    runs = {case: DecodeRun(models[case[1]], CONTEXT, args.tokens, case[0]) for case in cases}
-    dials = [Dial.create(models[key], random_model.TARGETS, args.bits[:1] * batch) for batch, key in cases]
+    bandwidth, batches = measure.read_bandwidth(), args.batch or BATCHES.get(name, (1,))
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        prepared = pool.map(lambda make: compiled_runs(args, name, config, batches, make), makers)
+        runs = [pair for pairs in prepared for pair in pairs.items()]
+    for batch in batches:
+        for key, run in ((key, run) for (key, rows), run in runs if rows == batch):
+            for bits in args.bits:
+                (row,) = decode.decode_rows(run.model, name, batch, [bits], options, bandwidth, run)
+                say(args, exchange=key, **row)
+                yield key, row
+
+
+def compiled_runs(args, name: str, config, batches: list[int], make) -> dict:
+    """Makes models, and compiles their programs at the same time; returns the runs by model and batch."""
+    import jax
+
+    from grinqh_jax.benchmarking import random_model
+    from grinqh_jax.benchmarking.decode_run import DecodeRun
+    from grinqh_jax.decoding.dial import Dial
+
+    started = time.monotonic()
+    models = jax.block_until_ready(make(config, args.exchanges))
+    say(args, shape=name, models=list(models), weights_seconds=round(time.monotonic() - started, 1))
+    started = time.monotonic()
+    cases = [(key, batch) for batch in batches for key in models]
+    runs = {(key, batch): DecodeRun(models[key], CONTEXT, args.tokens, batch) for key, batch in cases}
+    dials = [Dial.create(models[key], random_model.TARGETS, args.bits[:1] * batch) for key, batch in cases]
     with concurrent.futures.ThreadPoolExecutor() as pool:
         list(pool.map(DecodeRun.compile, runs.values(), dials))
-    say(args, shape=name, programs=len(runs), compile_seconds=round(time.monotonic() - started, 1))
-    for (batch, key), run in runs.items():
-        for bits in args.bits:
-            (row,) = decode.decode_rows(models[key], name, batch, [bits], options, bandwidth, run)
-            say(args, exchange=key, **row)
-            yield key, row
+    seconds = round(time.monotonic() - started, 1)
+    say(args, shape=name, models=list(models), programs=len(runs), compile_seconds=seconds)
+    return runs
 
 
 if __name__ == "__main__":
