@@ -12,18 +12,18 @@ Kernel times are medians from the profiler, over the layers of a model whose cac
 
 import argparse
 import dataclasses
-import datetime
+import functools
 import itertools
-import json
 import os
-import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import jax.numpy as jnp
+import report as reports
 import timing
+from report import compile_all, say
 
 from grinqh_jax.benchmarking import random_model
 from grinqh_jax.model import attention
@@ -52,45 +52,49 @@ KERNELS = {
 """Name in the profile of each launch. Only several new tokens are prepared by a launch."""
 
 
-def measure(
-    config: ModelConfig, batch: int, tokens: int, args: argparse.Namespace
-) -> Iterator[dict[str, timing.Times]]:
-    """Yields, for each cache length, the times of the launches, by the names in ``KERNELS``."""
-    capacity, page_size, layers = args.capacity, args.page_size, args.layers
-    dim, keys = config.head_dim, jax.random.split(jax.random.key(0), 2 * layers + 1)
-    size, pages = (batch, capacity), None
-    if page_size is not None:
-        size = (batch * capacity // page_size, page_size)
+def all_layers(config: ModelConfig, variant: str, caches, qkv, norms, pages, positions):
+    """Attends in all layers. Returns the outputs and the updated caches."""
+    kernel.SPLIT_CONFIG = VARIANTS[variant]  # Read while the function is traced.
+    spec = config.layers[0].attention
+    results = [
+        attention.attend_heads(config, spec, qkv, norms, positions, KeyValues(*cache, pages))
+        for cache in caches
+    ]
+    return [outputs for outputs, _ in results], [cache[:2] for _, cache in results]
+
+
+def inputs(config: ModelConfig, batch: int, tokens: int, args: argparse.Namespace) -> list:
+    """Returns the arguments of ``all_layers`` from ``caches`` to ``pages``."""
+    dim, keys = config.head_dim, jax.random.split(jax.random.key(0), 2 * args.layers + 1)
+    size, pages = (batch, args.capacity), None
+    if args.page_size is not None:
+        size = (batch * args.capacity // args.page_size, args.page_size)
         pages = jax.random.permutation(keys[-1], size[0]).reshape(batch, -1)
     size = (*size, config.num_kv_heads, dim)
-    caches = [(_normal(keys[2 * i], size), _normal(keys[2 * i + 1], size)) for i in range(layers)]
+    caches = [(_normal(keys[2 * i], size), _normal(keys[2 * i + 1], size)) for i in range(args.layers)]
     columns = (config.num_heads + 2 * config.num_kv_heads) * dim
     qkv = Activations.sums(jax.random.normal(keys[-1], (PARTS, batch, tokens, columns)), columns)
-    spec = config.layers[0].attention
-    norms = (jnp.ones(dim, jnp.bfloat16),) * 2 if spec.head_norms else None
+    norms = (jnp.ones(dim, jnp.bfloat16),) * 2 if config.layers[0].attention.head_norms else None
+    return [caches, qkv, norms, pages]
 
-    def all_layers(caches, positions):
-        results = [
-            attention.attend_heads(config, spec, qkv, norms, positions, KeyValues(*cache, pages))
-            for cache in caches
-        ]
-        return [outputs for outputs, _ in results], [cache[:2] for _, cache in results]
 
-    step = jax.jit(all_layers, donate_argnums=0)
+def positions_of(batch: int, tokens: int, length: int) -> jax.Array:
+    return jnp.full((batch, 1), length, jnp.int32) + jnp.arange(tokens)
+
+
+def measure(program: Callable, arguments: list, positions: jax.Array) -> dict[str, timing.Times]:
+    """Returns the times of the launches by the names in ``KERNELS``. Replaces the caches in ``arguments``."""
 
     def run():
-        nonlocal caches
-        outputs, caches = step(caches, positions)
+        outputs, arguments[0] = program(*arguments, positions)
         return outputs
 
-    for length in args.lengths:
-        positions = jnp.full((batch, 1), length, jnp.int32) + jnp.arange(tokens)
-        durations = timing.profile(run)
-        by_kernel = {
-            label: [t for name, times in durations.items() if kernel in name for t in times]
-            for label, kernel in KERNELS.items()
-        }
-        yield {label: timing.Times.of(times) for label, times in by_kernel.items() if times}
+    durations = timing.profile(run)
+    by_kernel = {
+        label: [t for name, times in durations.items() if part in name for t in times]
+        for label, part in KERNELS.items()
+    }
+    return {label: timing.Times.of(times) for label, times in by_kernel.items() if times}
 
 
 def with_options(config: ModelConfig, head_dim: int | None, window: int | None) -> ModelConfig:
@@ -132,20 +136,28 @@ def main() -> None:
     add("--window", type=int, metavar="N", help="last positions that a token attends to (default: all)")
     add("--head-dim", type=int, metavar="N", help="channels of a head (default: those of the shape)")
     add("--layers", type=int, default=16, metavar="N", help="caches that are read in turn (default: 16)")
-    add("--output", type=pathlib.Path, metavar="FILE", help="JSON file to write")
+    reports.add_arguments(parser)
     args = parser.parse_args()
-    rows = []
+    report = reports.Report(args, rows=[])
     for name, tokens in itertools.product(args.shapes, args.positions):
         config, name = random_model.shape(name), random_model.label(name)
         config = with_options(config, args.head_dim, args.window)
+        arguments = {batch: inputs(config, batch, tokens, args) for batch in args.batch}
         runs = [
-            (batch, variant, measure(config, batch, tokens, args))
+            (batch, variant)
             for batch, variant in itertools.product(args.batch, args.variants)
             if batch > 1 or variant == args.variants[0]  # One sequence has one split for each CTA.
         ]
-        for length, (batch, variant, measured) in itertools.product(args.lengths, runs):
-            kernel.SPLIT_CONFIG = VARIANTS[variant]
-            by_kernel = next(measured)
+        programs = compile_all(
+            {run: jax.jit(functools.partial(all_layers, config, run[1]), donate_argnums=0) for run in runs},
+            {run: (*arguments[run[0]], positions_of(run[0], tokens, args.lengths[0])) for run in runs},
+        )
+        for length, (batch, variant) in itertools.product(args.lengths, runs):
+            case = f"{name} {batch} x {length}, {tokens} new, {variant}"
+            if report.out_of_time(case):
+                continue
+            positions = positions_of(batch, tokens, length)
+            by_kernel = measure(programs[batch, variant], arguments[batch], positions)
             used = length if args.window is None else min(length, args.window + tokens - 2)
             read = 4 * batch * used * config.num_kv_heads * config.head_dim
             row = {"shape": name, "batch": batch, "positions": tokens, "length": length, "variant": variant}
@@ -153,18 +165,11 @@ def main() -> None:
             row |= {"head_dim": config.head_dim, "window": args.window}
             for label, times in by_kernel.items():
                 row |= {f"{label}_us": round(times.median, 3), f"{label}_quartiles_us": times.quartiles}
-            rows.append(row)
+            report.fields["rows"].append(row)
             times = ", ".join(f"{label} {row[f'{label}_us']} us" for label in by_kernel)
-            rate = f"{read / row['attention_us'] / 1e6:.2f} TB/s"
-            print(f"{name} {batch} x {length}, {tokens} new, {variant}: {times}, {rate}", flush=True)
-    report = {
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "rows": rows,
-    }
-    if args.output:
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
+            say(f"{case}: {times}, {read / row['attention_us'] / 1e6:.2f} TB/s")
+            report.save()
+    report.finish()
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def compile_all(
     another thread uses the GPU. So programs with products compile in one thread, or without autotuning.
 
     Args:
-      functions: Functions by keys.
+      functions: Functions by keys, jitted or not.
       arguments: Arguments of each function.
       options: Options of XLA.
       threads: Number of threads.
@@ -108,7 +108,8 @@ def compile_all(
             key,
             function,
         ) in functions.items():  # Compilation of the first overlaps with lowering of the next.
-            lowered = jax.jit(function).lower(*arguments[key])
+            jitted = function if isinstance(function, jax.stages.Wrapped) else jax.jit(function)
+            lowered = jitted.lower(*arguments[key])
             futures[key] = pool.submit(lowered.compile, compiler_options=options)
         return {key: future.result() for key, future in futures.items()}
 
