@@ -273,7 +273,10 @@ def main() -> None:
         if args.tune:
             for rows in args.rows:
                 times.products([rows], args.levels, "xla")
-            update_table(times.times, pathlib.Path(matmul.__file__).with_name("measured.json"))
+            if report.fields["skipped"]:
+                say("the tuning table is unchanged, because products were skipped")
+            else:
+                update_table(times.times, pathlib.Path(matmul.__file__).with_name("measured.json"))
     report.finish()
 
 

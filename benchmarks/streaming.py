@@ -9,13 +9,12 @@ kernels.
 
 import argparse
 import dataclasses
-import datetime
 import itertools
-import json
-import pathlib
 import time
 
 import jax
+import report as reports
+from report import say
 
 from grinqh_jax.benchmarking import random_model
 from grinqh_jax.decoding.batching.job import Job
@@ -89,26 +88,20 @@ def main() -> None:
     )
     add("--top-k", type=int, default=0, metavar="K", help="0 means all tokens (default: 0)")
     add("--top-p", type=float, default=1.0, metavar="P", help="probability mass (default: 1)")
-    add("--output", type=pathlib.Path, metavar="FILE", help="JSON file to write")
+    reports.add_arguments(parser)
     args = parser.parse_args()
-    report = {
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "shape": random_model.label(args.shape),
-        "bits": args.bits,
-        "top_k": args.top_k,
-        "top_p": args.top_p,
-        "rows": [],
-    }
-    print({name: value for name, value in report.items() if name != "rows"}, flush=True)
+    shape = random_model.label(args.shape)
+    report = reports.Report(args, shape=shape, bits=args.bits, top_k=args.top_k, top_p=args.top_p, rows=[])
+    say(f"{report.fields['device']}, jax {jax.__version__}, {shape}, {args.bits} bits")
     model = jax.block_until_ready(random_model.graded(random_model.shape(args.shape)))
     for steps, temperature in itertools.product(args.chunks, args.temperatures):
+        if report.out_of_time(f"chunks of {steps}, temperature {temperature}"):
+            continue
         row = stream(model, steps, temperature, args)
-        report["rows"].append(row)
-        print(row, flush=True)
-    if args.output:
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
+        report.fields["rows"].append(row)
+        say(str(row))
+        report.save()
+    report.finish()
 
 
 if __name__ == "__main__":

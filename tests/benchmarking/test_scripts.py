@@ -1,6 +1,7 @@
 """Scripts in ``benchmarks`` start: on a CPU where they can; others lower their first programs for CUDA."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,28 @@ def test_speculation(tmp_path):
     assert [row["drafts"] for row in report["steps"]] == [0, 1, 3]
     assert {row["drafts"] for row in report["speed"]} == {1, 3}
     assert report["skipped"] == report["problems"] == []
+
+
+@pytest.mark.slow
+def test_streaming(tmp_path):
+    output = tmp_path / "streaming.json"
+    command = [sys.executable, SCRIPTS / "streaming.py", "--shape", BUNDLED_MODEL, "--tokens", "16"]
+    subprocess.run([*command, "--chunks", "4", "--output", output], check=True, timeout=100)
+    (row,) = json.loads(output.read_text())["rows"]
+    assert row["after_the_first_chunk"] > 0
+
+
+@pytest.mark.slow
+def test_two_gpus(tmp_path):
+    """Two devices of a CPU take the part of the GPUs."""
+    output = tmp_path / "two_gpus.jsonl"
+    options = "--exchanges sum --layers 1 --batch 1 --bits 3 --tokens 4 --repeats 1"
+    command = [sys.executable, SCRIPTS / "two_gpus.py", "--part", f"shape:{BUNDLED_MODEL}", *options.split()]
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    subprocess.run([*command, "--output", output], env=os.environ | flags, check=True, timeout=200)
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["devices"] for line in lines if "exchange" in line] == [2, 1]
+    assert lines[-1]["times_one_gpu"]["sum"] > 0
 
 
 class Lowered(Exception):
