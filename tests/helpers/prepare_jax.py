@@ -23,7 +23,8 @@ if not hasattr(mlir, "_create_ir_context"):
 
     mlir.make_ir_context = _reused_context
 
-if _flags := os.environ.get("XLA_FLAGS"):  # CI sets no flags and gets all optimizations.
+_flags = os.environ.get("XLA_FLAGS", "")
+if "xla_cpu" in _flags:  # CI sets no flags and gets all optimizations; a GPU gets them, too.
     # Optimized programs are compiled with the newer emitters in any case. A lower level of LLVM compiles them
     # in three quarters of the time, and they run as fast.
     _overrides = {"xla_backend_optimization_level": 1}
