@@ -16,6 +16,7 @@ import functools
 import itertools
 import os
 from collections.abc import Callable
+from unittest import mock
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
@@ -54,12 +55,12 @@ KERNELS = {
 
 def all_layers(config: ModelConfig, variant: str, caches, qkv, norms, pages, positions):
     """Attends in all layers. Returns the outputs and the updated caches."""
-    kernel.SPLIT_CONFIG = VARIANTS[variant]  # Read while the function is traced.
     spec = config.layers[0].attention
-    results = [
-        attention.attend_heads(config, spec, qkv, norms, positions, KeyValues(*cache, pages))
-        for cache in caches
-    ]
+    with mock.patch.object(kernel, "SPLIT_CONFIG", VARIANTS[variant]):  # It is read while this is traced.
+        results = [
+            attention.attend_heads(config, spec, qkv, norms, positions, KeyValues(*cache, pages))
+            for cache in caches
+        ]
     return [outputs for outputs, _ in results], [cache[:2] for _, cache in results]
 
 
