@@ -104,10 +104,8 @@ def compile_all(
     """
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         futures = {}
-        for (
-            key,
-            function,
-        ) in functions.items():  # Compilation of the first overlaps with lowering of the next.
+        # The first functions compile while the next ones are lowered.
+        for key, function in functions.items():
             jitted = function if isinstance(function, jax.stages.Wrapped) else jax.jit(function)
             lowered = jitted.lower(*arguments[key])
             futures[key] = pool.submit(lowered.compile, compiler_options=options)

@@ -31,8 +31,9 @@ import jax.numpy as jnp
 import matvec
 import numpy as np
 import timing
+from report import compile_all
 from rows_checks import check
-from rows_programs import VARIANTS, Program, compiled, config_of, draw_x, takes
+from rows_programs import VARIANTS, Program, config_of, draw_x, takes
 
 from pallas_kernels import Activations
 from pallas_kernels.matvec.mosaic_gpu import kernel
@@ -77,7 +78,7 @@ def time_layer(names: list[str], deadline: float, problems: list[str]) -> list[d
         variants = [name for name in names if takes(VARIANTS[name], rows)]
         functions = {variant: layer_function(shapes, weights, VARIANTS[variant]) for variant in variants}
         start = time.monotonic()
-        programs = compiled(functions, dict.fromkeys(variants, (*data["random"], weights)))
+        programs = compile_all(functions, dict.fromkeys(variants, (*data["random"], weights)))
         print(f"{rows:2} rows: compiled in {time.monotonic() - start:.1f} s", flush=True)
         for (variant, program), (kind, (xs, limits)) in itertools.product(programs.items(), data.items()):
             if time.monotonic() > deadline:

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import matvec
 import numpy as np
-from rows_programs import VARIANTS, compiled, config_of, draw_x, takes
+from report import compile_all
+from rows_programs import VARIANTS, config_of, draw_x, takes
 
 from pallas_kernels import Activations, NestedWeight, codes, grading
 from pallas_kernels.matvec.mosaic_gpu import Config, kernel
@@ -64,7 +65,7 @@ def check(names: list[str], problems: list[str]) -> list[dict]:
                 functions[key] = run
                 sizes = jnp.zeros((rows, shape[0]), jnp.float32), weights[shape], jnp.ones((rows, 4))
                 arguments[key] = sizes
-    programs = compiled(functions, arguments)
+    programs = compile_all(functions, arguments)
     for shape in CHECKED_SHAPES:
         weight = weights[shape]
         for kind in ("random", "cauchy"):

@@ -1,9 +1,7 @@
 """The programs that ``rows`` checks and times, and the activations that it gives them."""
 
-import concurrent.futures
 import dataclasses
 
-import jax
 import numpy as np
 
 from pallas_kernels.matvec.mosaic_gpu import Config
@@ -51,10 +49,3 @@ def draw_x(rows: int, k: int, kind: str, seed: int = 0) -> np.ndarray:
     if kind == "correlated":
         x = x * np.exp(CORRELATION * rng.standard_normal(k))
     return x.astype(np.float32)
-
-
-def compiled(functions: dict, arguments: dict) -> dict:
-    """Compiles functions in parallel; returns them by their keys."""
-    lowered = {key: jax.jit(function).lower(*arguments[key]) for key, function in functions.items()}
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        return dict(zip(lowered, pool.map(lambda low: low.compile(), lowered.values()), strict=True))

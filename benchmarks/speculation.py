@@ -12,7 +12,6 @@ speed over plain decoding.
 """
 
 import argparse
-import concurrent.futures
 import dataclasses
 import itertools
 import json
@@ -180,7 +179,7 @@ def timed_steps(config, label: str, args, report: reports.Report) -> None:
         # Held, because the blocks of a dial that follows would cut drafts of random texts.
         return dataclasses.replace(Dial.create(model, random_model.TARGETS, [bits] * batch), held=True)
 
-    caches, others, lowered = {}, {}, {}
+    caches, others, arguments = {}, {}, {}
     for context, batch in itertools.product(args.contexts, args.batch):
         room = args.steps * (1 + DRAFTS[-1]) + 16
         cache = caches[context, batch] = measure.filled_cache(model, context, room, batch)
@@ -189,10 +188,9 @@ def timed_steps(config, label: str, args, report: reports.Report) -> None:
         others[context, batch] = tokens[:, context], texts, jnp.full(batch, room, jnp.int32)
         for drafts in (0, *DRAFTS):
             if batch * (drafts + 1) <= 16:
-                arguments = flat, cache, dial_of(args.bits[0], batch), *others[context, batch]
-                lowered[context, batch, drafts] = run.lower(*arguments, drafts)
-    with concurrent.futures.ThreadPoolExecutor(reports.COMPILING_THREADS) as pool:
-        programs = dict(zip(lowered, pool.map(lambda low: low.compile(), lowered.values()), strict=True))
+                dial = dial_of(args.bits[0], batch)
+                arguments[context, batch, drafts] = flat, cache, dial, *others[context, batch], drafts
+    programs = reports.compile_all(dict.fromkeys(arguments, run), arguments)
     say(f"{label}: compiled {len(programs)} programs")
     for (context, batch, drafts), bits in itertools.product(programs, args.bits):
         if report.out_of_time(f"{label}, context {context}, {batch} texts, {drafts} drafts, {bits} bits"):

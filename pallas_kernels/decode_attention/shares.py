@@ -134,17 +134,17 @@ class Shares:
         isa = self.isa
         context, _ = self.locate(place.round, place.index)
         following = place.step + 1
-        goes_on = following < self.end_step(context)
+        in_share = following < self.end_step(context)
         next_index = place.index + WARPS
-        same_round = goes_on | (next_index < self.count)
+        same_round = in_share | (next_index < self.count)
         index = isa.select(same_round, next_index, self.context.warp)
-        index = isa.select(goes_on, place.index, index)
+        index = isa.select(in_share, place.index, index)
         round_index = isa.select(same_round, place.round, place.round + 1)
         if self.cache.first is None:
             first = isa.constant(0)
         else:
             first = self.first_step(self.locate(round_index, index)[0])
-        return Place(round_index, index, isa.select(goes_on, following, first))
+        return Place(round_index, index, isa.select(in_share, following, first))
 
     def load_first(self) -> Loaded:
         """Loads the first step of the warp, and the pages of the second one."""

@@ -5,27 +5,11 @@ import itertools
 import ml_dtypes
 import numpy as np
 import pytest
+from one_cta import THREADS, WARPS, new_isa
 
 from pallas_kernels.lanes.emulated_memory import EmulationError
 from pallas_kernels.lanes.emulator import LaneValue, NumpyInstructions
 from pallas_kernels.lanes.instructions import Instructions
-
-WARPS = 2
-THREADS = 32 * WARPS
-
-
-def new_isa() -> NumpyInstructions:
-    return NumpyInstructions(blocks=1, threads=THREADS, shared_bytes=4096)
-
-
-@pytest.fixture
-def isa():
-    return new_isa()
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
 
 
 def integers(rng) -> LaneValue:
