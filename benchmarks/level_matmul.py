@@ -5,23 +5,20 @@
     python benchmarks/level_matmul.py --rows 16 32 --levels 3          some products
     python benchmarks/level_matmul.py --tune                           also time XLA, update the tuning table
 
-Checks: the kernel and, for one shape, XLA's dequantization against float64, relative to the norm of the exact
-row; and the same bits when it runs again.
-
 Times: kernel time of the four projections of a Qwen3-8B layer, from the profiler, over copies of the weights
-that exceed the L2, beside XLA's bf16 product. "layer" is the time of all kernels, also of those that prepare
-the activations and add up partial sums; "product" is that of the lane program alone, shape by shape. "xla"
-dequantizes a copy of each weight. First come levels 3 and 4 for up to 64 rows, which decode steps need.
+that exceed the L2, beside XLA's bf16 product. "layer" is the time of all kernels; "kernels" is that of each:
+of the lane programs that code the activations and multiply, and of XLA's that add up partial sums. "product"
+is the time of the program that multiplies, shape by shape. Each product waits for the one before.
 
-Programs of the kernel compile in parallel. XLA times its algorithms for a product on the GPU while it
-compiles, so programs with XLA's products compile one after the other; the checked ones are not autotuned.
+Checks: the kernel against float64, relative to the norm of the exact row; the same bits when it runs again.
 
-Tuning: for each level, the table gets the largest number of rows up to which the kernel was faster than "xla"
-for every number of rows measured. For up to so many rows, decode steps of more than 16 rows, and prompts at
-the highest level, then run the kernel.
+Tuning: "xla" dequantizes a copy of each weight. For each level, the table gets the largest number of rows up
+to which the kernel was faster than "xla" for every number of rows measured. For up to so many rows, decode
+steps of more than 16 rows, and prompts at the highest level, then run the kernel.
 """
 
 import argparse
+import collections
 import functools
 import itertools
 import json
@@ -37,30 +34,24 @@ import matvec
 import numpy as np
 import report as reports
 import timing
-from report import compile_all, say
+from report import compile_in_order, say
 
 from pallas_kernels import codes, level_matmul, matmul
 from pallas_kernels.matmul import LevelImplementation
 
-IMPLEMENTATIONS: tuple[LevelImplementation, ...] = ("mosaic_gpu", "xla")
-CHECKED_SHAPES = ((576, 1100), (2048, 2560), (1152, 4096))
-CHECKED_ROWS = (9, 16, 32, 64, 130, 256)
+CHECKED_SHAPES = ((576, 1100), (2048, 2560))
+CHECKED_ROWS = (9, 32, 64, 130)
 CHECKED_LEVELS = (1, 2, 3, 4)
 TIMED_ROWS = (16, 32, 64, 128, 256, 512)
-TIMED_LEVELS = (2, 3, 4)
-DECODE_ROWS = 64
-DECODE_LEVELS = (3, 4)
-"""Largest number of rows, and levels, of the products that are timed first."""
-
-CHECKED_XLA_SHAPE = CHECKED_SHAPES[0]
-WITHOUT_AUTOTUNING = {"xla_gpu_autotune_level": 0}
-COPIES = 4
-"""Number of copies of the layer's weights that a call reads in turn: 400 MB at level 2."""
+TIMED_LEVELS = (3, 4)
+COPIES = 2
+"""Number of copies of the layer's weights that a call reads in turn: 200 MB at level 2."""
 
 KERNEL_NAME = "level_matmul_kernel"
+REPEATS = 5
 
-RELATIVE_ERROR = {"mosaic_gpu": 1e-4, "xla": 5e-3}
-"""Largest error of a row. XLA multiplies weights that are rounded to bfloat16."""
+RELATIVE_ERROR = 1e-4
+"""Largest error of a row."""
 
 SHAPES = [tuple(map(int, shape.split("x"))) for shape in matvec.LAYER]
 
@@ -71,29 +62,24 @@ def draw_x(rows: int, k: int) -> jax.Array:
 
 
 def check(report: reports.Report) -> None:
-    """Checks all implementations; records a problem for each failure."""
-    weights = {shape: matvec.random_weights(*shape, count=1)[0] for shape in CHECKED_SHAPES}
+    """Checks the kernel; records a problem for each failure."""
     dequantize = jax.jit(codes.dequantize, static_argnums=1)
     results = report.fields["checks"] = []
-    for shape, name in itertools.product(CHECKED_SHAPES, IMPLEMENTATIONS):
-        if name == "xla" and shape != CHECKED_XLA_SHAPE:
-            continue
-        if report.out_of_time(f"checks of {name}, {shape[0]}x{shape[1]}"):
+    for shape in CHECKED_SHAPES:
+        if report.out_of_time(f"checks of {shape[0]}x{shape[1]}"):
             return
+        (weight,) = matvec.random_weights(*shape, count=1)
         functions, arguments = {}, {}
         for rows, level in itertools.product(CHECKED_ROWS, CHECKED_LEVELS):
-            functions[rows, level] = lambda x, w, level=level, name=name: level_matmul(
-                x, w, level, implementation=name
+            functions[rows, level] = lambda x, w, level=level: level_matmul(
+                x, w, level, implementation="mosaic_gpu"
             )
-            arguments[rows, level] = draw_x(rows, shape[0]), weights[shape]
-        programs = compile_all(functions, arguments, WITHOUT_AUTOTUNING)
-        exact_weights = {
-            level: np.asarray(dequantize(weights[shape], level), np.float64) for level in CHECKED_LEVELS
-        }
+            arguments[rows, level] = draw_x(rows, shape[0]), weight
         errors = []
-        for (rows, level), program in programs.items():
-            x, weight = arguments[rows, level]
-            exact = np.asarray(x.astype(jnp.float32), np.float64) @ exact_weights[level]
+        for (rows, level), program in compile_in_order(functions, arguments):
+            x, _ = arguments[rows, level]
+            w = np.asarray(dequantize(weight, level), np.float64)
+            exact = np.asarray(x.astype(jnp.float32), np.float64) @ w
             y, again = np.asarray(program(x, weight)), np.asarray(program(x, weight))
             errors.append(float((np.linalg.norm(y - exact, axis=1) / np.linalg.norm(exact, axis=1)).max()))
             same = np.array_equal(y.view(np.uint32), again.view(np.uint32))
@@ -101,52 +87,46 @@ def check(report: reports.Report) -> None:
                 "shape": f"{shape[0]}x{shape[1]}",
                 "rows": rows,
                 "level": level,
-                "implementation": name,
                 "relative_error": errors[-1],
                 "same_bits_twice": same,
             }
             results.append(result)
-            if not same or not errors[-1] <= RELATIVE_ERROR[name]:
+            if not same or not errors[-1] <= RELATIVE_ERROR:
                 report.problems.append(f"check failed: {result}")
-        say(f"{name}, {shape[0]}x{shape[1]}: {len(errors)} checks, largest error {max(errors):.2e}")
+        say(f"{shape[0]}x{shape[1]}: {len(errors)} checks, largest error {max(errors):.2e}")
         report.save()
 
 
-def layer_times(function, products: int) -> tuple[float, list[float]]:
+def layer_times(function) -> tuple[dict[str, float], list[float]]:
     """Profiles ``function``, which multiplies with all copies of the layer.
 
     Returns:
-      The time of all kernels of a layer, us, and the median time of the lane program for each shape; an empty
-      list if its launches do not come in the order of the shapes.
+      The time of each kernel in a layer by name, us, and the median time of the program that multiplies for
+      each shape; an empty list if its launches do not come in the order of the shapes.
     """
-    repeats = 5
-    events = timing.profile_events(function, repeats)
-    mine = [(details, us) for name, details, us in events if KERNEL_NAME in name]
+    kernels: dict[str, float] = collections.defaultdict(float)
+    products = []
+    for name, details, us in timing.profile_events(function, REPEATS):
+        kernels[name] += us / (REPEATS * COPIES)
+        if KERNEL_NAME in name:
+            products.append((details, us))
     medians = []
-    if len(mine) == repeats * products:
-        launches = [mine[i :: len(SHAPES)] for i in range(len(SHAPES))]
+    if products and len(products) == REPEATS * COPIES * len(SHAPES):
+        launches = [products[i :: len(SHAPES)] for i in range(len(SHAPES))]
         if all(len({details for details, _ in of_shape}) == 1 for of_shape in launches):
             medians = [round(statistics.median(us for _, us in of_shape), 2) for of_shape in launches]
-    return sum(us for _, _, us in events) / (repeats * COPIES), medians
+    return dict(kernels), medians
 
 
-def bf16_function(xs, weights):
-    """Multiplies with all copies of the layer in bfloat16; the results are float32."""
-    return [
-        jnp.matmul(x, w, preferred_element_type=jnp.float32)
-        for layer in weights
-        for x, w in zip(xs, layer, strict=True)
-    ]
-
-
-def groups(rows_list: list[int], levels: list[int]) -> list[tuple[list[int], list[int]]]:
-    """Returns the numbers of rows and levels that are timed together, the most important ones first."""
-    few = [rows for rows in rows_list if rows <= DECODE_ROWS]
-    many = [rows for rows in rows_list if rows > DECODE_ROWS]
-    first = [level for level in levels if level in DECODE_LEVELS]
-    other = [level for level in levels if level not in DECODE_LEVELS]
-    pairs = [(few, first), (many, first), (rows_list, other)]
-    return [pair for pair in pairs if all(pair)]
+def one_after_another(multiply, xs: list[jax.Array], layers: list[list]) -> list[jax.Array]:
+    """Returns ``multiply(x, w)`` for all copies of the layer; each product waits for the one before."""
+    ys: list[jax.Array] = []
+    for layer in layers:
+        for x, w in zip(xs, layer, strict=True):
+            if ys:
+                x, ys[-1] = jax.lax.optimization_barrier((x, ys[-1]))
+            ys.append(multiply(x, w))
+    return ys
 
 
 class LayerTimes:
@@ -156,7 +136,8 @@ class LayerTimes:
         self.report = report
         self.times = report.fields["times"] = []
         self.bf16_us = report.fields["bf16_us"] = {}
-        self._weights = {shape: matvec.random_weights(*shape, count=COPIES) for shape in SHAPES}
+        weights = [matvec.random_weights(*shape, count=COPIES) for shape in SHAPES]
+        self._weights = [list(layer) for layer in zip(*weights, strict=True)]
 
     @functools.cached_property
     def _bf16_weights(self) -> list[list[jax.Array]]:
@@ -164,15 +145,18 @@ class LayerTimes:
         return [[make(jax.random.key(i), shape) for shape in SHAPES] for i in range(COPIES)]
 
     def bf16(self, rows_list: list[int]) -> None:
-        """Times XLA's bf16 products, unless they are timed."""
+        """Times XLA's bf16 products."""
         for rows in rows_list:
-            if rows in self.bf16_us or self.report.out_of_time(f"{rows} rows, XLA bf16"):
+            if self.report.out_of_time(f"{rows} rows, XLA bf16"):
                 continue
             xs, start = [draw_x(rows, k) for k, _ in SHAPES], reports.elapsed()
             arguments = {rows: (xs, self._bf16_weights)}
-            program = compile_all({rows: bf16_function}, arguments, threads=1)[rows]
+            multiply = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+            function = functools.partial(one_after_another, multiply)
+            ((_, program),) = compile_in_order({rows: function}, arguments, threads=1)
             seconds = reports.elapsed() - start
-            layer, _ = layer_times(lambda p=program, xs=xs: p(xs, self._bf16_weights), 0)
+            kernels, _ = layer_times(lambda p=program, xs=xs: p(xs, self._bf16_weights))
+            layer = sum(kernels.values())
             self.bf16_us[rows] = round(layer, 2)
             say(f"{rows:3} rows XLA bf16: {layer:.1f} us a layer (compiled in {seconds:.1f} s)")
             for result in self.times:
@@ -186,32 +170,24 @@ class LayerTimes:
         if self.report.out_of_time(f"{implementation}, rows {rows_list}, levels {levels}"):
             return
         xs = {rows: [draw_x(rows, k) for k, _ in SHAPES] for rows in rows_list}
-        functions, start = {}, reports.elapsed()
-        for rows, level in itertools.product(rows_list, levels):
-
-            def run(xs, weights, level=level):
-                return [
-                    level_matmul(x, weights[shape][i], level, implementation=implementation)
-                    for i in range(COPIES)
-                    for x, shape in zip(xs, SHAPES, strict=True)
-                ]
-
-            functions[rows, level] = run
+        functions = {}
+        for level, rows in itertools.product(levels, rows_list):
+            multiply = functools.partial(level_matmul, level=level, implementation=implementation)
+            functions[rows, level] = functools.partial(one_after_another, multiply)
         arguments = {(rows, level): (xs[rows], self._weights) for rows, level in functions}
+        # XLA times its algorithms for a product while it compiles, so it must be alone.
         threads = reports.COMPILING_THREADS if implementation == "mosaic_gpu" else 1
-        programs = compile_all(functions, arguments, threads=threads)
-        say(f"{implementation}: compiled {len(programs)} programs in {reports.elapsed() - start:.1f} s")
-        for (rows, level), program in programs.items():
+        for (rows, level), program in compile_in_order(functions, arguments, threads=threads):
             if self.report.out_of_time(f"{rows} rows, level {level}, {implementation}"):
                 continue
-            layer, products = layer_times(
-                lambda p=program, rows=rows: p(xs[rows], self._weights), COPIES * len(SHAPES)
-            )
+            kernels, products = layer_times(lambda p=program, rows=rows: p(xs[rows], self._weights))
+            layer = sum(kernels.values())
             result = {
                 "rows": rows,
                 "level": level,
                 "implementation": implementation,
                 "layer_us": round(layer, 2),
+                "kernels_us": {name: round(us, 2) for name, us in kernels.items()},
                 "product_us": dict(zip(matvec.LAYER, products, strict=False)),
             }
             line = f"{rows:3} rows level {level} {implementation:10} {layer:6.1f} us a layer"
@@ -263,20 +239,19 @@ def main() -> None:
     reports.add_arguments(parser)
     args = parser.parse_args()
     report = reports.Report(args)
-    if not args.times:
-        check(report)
     if not args.checks:
         times = LayerTimes(report)
-        for rows_list, levels in groups(args.rows, args.levels):
-            times.products(rows_list, levels, "mosaic_gpu")
-            times.bf16(rows_list)
-        if args.tune:
-            for rows in args.rows:
-                times.products([rows], args.levels, "xla")
-            if report.fields["skipped"]:
-                say("the tuning table is unchanged, because products were skipped")
-            else:
-                update_table(times.times, pathlib.Path(matmul.__file__).with_name("measured.json"))
+        times.products(args.rows, args.levels, "mosaic_gpu")
+        times.bf16(args.rows)
+    if not args.times:
+        check(report)
+    if args.tune and not args.checks:
+        for rows in args.rows:
+            times.products([rows], args.levels, "xla")
+        if report.fields["skipped"]:
+            say("the tuning table is unchanged, because products were skipped")
+        else:
+            update_table(times.times, pathlib.Path(matmul.__file__).with_name("measured.json"))
     report.finish()
 
 

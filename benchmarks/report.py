@@ -7,7 +7,7 @@ import json
 import pathlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -88,7 +88,14 @@ class Report:
 def compile_all(
     functions: dict, arguments: dict, options: dict | None = None, threads: int = COMPILING_THREADS
 ) -> dict:
-    """Compiles functions in threads.
+    """Returns the executables of ``compile_in_order`` by keys, when all are compiled."""
+    return dict(compile_in_order(functions, arguments, options, threads))
+
+
+def compile_in_order(
+    functions: dict, arguments: dict, options: dict | None = None, threads: int = COMPILING_THREADS
+) -> Iterator[tuple[Any, jax.stages.Compiled]]:
+    """Compiles functions in threads, and yields each key and executable as soon as those before are ready.
 
     XLA times the algorithms of a product on the GPU while it compiles, and waits up to 0.1 s for each if
     another thread uses the GPU. So programs with products compile in one thread, or without autotuning.
@@ -98,9 +105,6 @@ def compile_all(
       arguments: Arguments of each function.
       options: Options of XLA.
       threads: Number of threads.
-
-    Returns:
-      Executables by keys.
     """
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         futures = {}
@@ -109,7 +113,8 @@ def compile_all(
             jitted = function if isinstance(function, jax.stages.Wrapped) else jax.jit(function)
             lowered = jitted.lower(*arguments[key])
             futures[key] = pool.submit(lowered.compile, compiler_options=options)
-        return {key: future.result() for key, future in futures.items()}
+        for key, future in futures.items():
+            yield key, future.result()
 
 
 def compile_lowered(lowered: list[Callable[[], None]], threads: int = COMPILING_THREADS) -> None:

@@ -62,3 +62,15 @@ def multiprocessors(device) -> int:
     """Returns the number of multiprocessors of the device."""
     count = getattr(device, "core_count", None) or getattr(device, "num_cores", None)
     return count or DEFAULT_MULTIPROCESSORS
+
+
+def shared_memory(device) -> int:
+    """Returns the most bytes of shared memory that one CTA can have on the device.
+
+    A device that does not report its compute capability has the least of all, unless it is an H100 or H200.
+    """
+    capability = getattr(device, "compute_capability", None)
+    if capability is None:
+        capability = "9.0" if device.device_kind.startswith(("NVIDIA H100", "NVIDIA H200")) else "8.9"
+    kibibytes = {"8.0": 163, "8.7": 163, "9.0": 227, "10.0": 227, "10.3": 227}
+    return 1024 * kibibytes.get(capability, 99)

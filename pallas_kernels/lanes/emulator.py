@@ -173,6 +173,9 @@ class NumpyInstructions(Instructions):
         index = (selector.data[:, None] >> (4 * np.arange(4))) & 7
         return LaneValue(np.take_along_axis(source, index, 1).view(np.int32)[:, 0], "i32")
 
+    def select_bits(self, mask, yes, no):
+        return ((yes ^ no) & self.constant(mask)) ^ no
+
     # --- memory ----------------------------------------------------------------------------------
     def load_global(self, address, count=1, kind="i32", *, ordered=False, evict_first=False):
         words = self._load(address, 4 * count).view(DTYPE[kind])

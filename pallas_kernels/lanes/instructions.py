@@ -123,6 +123,13 @@ class Instructions(abc.ABC):
         Byte ``i`` of the result is byte ``selector >> 4 * i & 7``; no digit of the selector may exceed 7.
         """
 
+    @abc.abstractmethod
+    def select_bits(self, mask: int, yes: Value, no: Value) -> Value:
+        """Returns the bits of ``yes`` where ``mask`` has a bit, else those of ``no`` (PTX ``lop3``).
+
+        Written with ``&`` and ``|``, some compilers make two instructions of it.
+        """
+
     # --- memory ----------------------------------------------------------------------------------
     @abc.abstractmethod
     def load_global(

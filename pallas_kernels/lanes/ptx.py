@@ -197,6 +197,9 @@ class PtxInstructions(Instructions):
         selector = selector if isinstance(selector, PtxValue) else _constant(selector, "i32")
         return _assemble("prmt.b32 $0, $1, $2, $3;", [low, high, selector], ("i32",))[0]
 
+    def select_bits(self, mask, yes, no):
+        return _assemble(f"lop3.b32 $0, $1, $2, {mask}, 0xe4;", [yes, no], ("i32",))[0]
+
     def load_global(self, address, count=1, kind="i32", *, ordered=False, evict_first=False):
         # ptxas (13.0 and 13.5) moves loads through the read-only path (nc) across barriers.
         path = "" if ordered else ".nc"

@@ -186,6 +186,7 @@ PROGRAMS = {
     "pack_bfloat16": lambda isa, t: [isa.pack_bfloat16(t.x, t.y), isa.pack_bfloat16(t.z * 1e-39, t.z * 1e38)],
     "maximum": lambda isa, t: [isa.maximum(t.a, t.b)],
     "count_bits": lambda isa, t: [isa.count_bits(t.a), isa.count_bits(t.b & 0xFF)],
+    "select_bits": lambda isa, t: [isa.select_bits(0xCCCC0FF1, t.a, t.b)],
     "permute_bytes": lambda isa, t: [
         isa.permute_bytes(t.a, t.b, 0x5410),
         isa.permute_bytes(t.a, t.b, t.b & 0x7777),

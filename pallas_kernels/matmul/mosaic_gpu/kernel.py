@@ -5,12 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import layout
+from pallas_kernels.activations import Activations
 from pallas_kernels.lanes import device
 from pallas_kernels.lanes.launch import lane_kernel
-from pallas_kernels.matmul.mosaic_gpu.geometry import Geometry
+from pallas_kernels.matmul.mosaic_gpu.coding import CODING_THREADS, CodingRefs, coding_blocks, coding_program
+from pallas_kernels.matmul.mosaic_gpu.geometry import GROUP_MATRICES, OCTET, THREADS, Geometry
 from pallas_kernels.matmul.mosaic_gpu.lane_context import Refs
-from pallas_kernels.matmul.mosaic_gpu.multiplication import UNIT
 from pallas_kernels.matmul.mosaic_gpu.program import level_matmul_program
 from pallas_kernels.weight import NestedWeight
 
@@ -37,42 +37,51 @@ def supports(x: jax.Array | jax.ShapeDtypeStruct, weight: NestedWeight, level: i
 
 def matmul(x: jax.Array, weight: NestedWeight, level: int) -> jax.Array:
     """Implements ``api.level_matmul`` for bfloat16 x ``[rows, K]``."""
-    multiprocessors = device.multiprocessors(device.target_device())
-    geometry = geometry_of(len(x), weight, level, multiprocessors)
-    operands = activation_operands(x, geometry)
-    (partials,) = _level_matmul_kernel(geometry)(*operands, weight.planes, weight.scales)
-    gain = 1.0 if weight.level_gains is None else jnp.asarray(weight.level_gains)[level - 1]
-    return partials.sum(0)[:, : weight.out_features] * (gain / UNIT)
+    g = geometry_of(len(x), weight, level)
+    gains = jnp.ones(weight.num_planes) if weight.level_gains is None else jnp.asarray(weight.level_gains)
+    codes, records = _coding_kernel(g, weight.in_features)(x, gains.astype(jnp.float32))
+    (partials,) = _level_matmul_kernel(g)(codes, records, weight.planes, weight.scales)
+    return Activations.sums(partials, weight.out_features).array
 
 
-def geometry_of(rows: int, weight: NestedWeight, level: int, multiprocessors: int) -> Geometry:
-    """Returns the sizes of the launch."""
+def geometry_of(rows: int, weight: NestedWeight, level: int) -> Geometry:
+    """Returns the sizes of the launches on the target device."""
+    target = device.target_device()
     return Geometry(
         stored_k=weight.planes.shape[1],
         stored_n=weight.scales.shape[1],
         level=level,
         rows=rows,
-        multiprocessors=multiprocessors,
+        multiprocessors=device.multiprocessors(target),
+        shared_limit=device.shared_memory(target),
     )
 
 
-def activation_operands(x: jax.Array, g: Geometry) -> tuple[jax.Array, jax.Array]:
-    """Returns ``lane_context.Refs.x`` and ``lane_context.Refs.sums`` for bfloat16 x ``[rows, K]``."""
-    x = jnp.pad(x, ((0, g.padded_rows - len(x)), (0, g.stored_k - x.shape[1])))
-    sums = x.astype(jnp.float32).reshape(g.padded_rows, g.groups, layout.GROUP).sum(-1).T
-    terms = [x, x * jnp.bfloat16(1 / 128)][: g.terms]
-    return jnp.stack(terms), sums
+@functools.cache
+def _coding_kernel(g: Geometry, in_features: int):
+    """Builds the kernel that codes the activations. ``coding.CodingRefs`` describes its arrays."""
+    octets = g.rows_per_cta // OCTET
+    return lane_kernel(
+        "level_matmul_coding_kernel",
+        lambda isa, refs: coding_program(isa, g, in_features, CodingRefs(*refs)),
+        outputs=[
+            jax.ShapeDtypeStruct((g.row_batches, g.groups, GROUP_MATRICES, octets, 32, 4), jnp.uint32),
+            jax.ShapeDtypeStruct((g.row_batches, g.groups, 5 * g.rows_per_cta), jnp.uint32),
+        ],
+        blocks=coding_blocks(g),
+        threads=CODING_THREADS,
+        shared_bytes=16,  # Not used, but the launch needs a shared array that is not empty.
+    )
 
 
 @functools.cache
-def _level_matmul_kernel(geometry: Geometry):
-    """Builds the kernel. ``lane_context.Refs`` describes its arguments and results."""
-    shape = (geometry.splits, geometry.rows, geometry.stored_n)
+def _level_matmul_kernel(g: Geometry):
+    """Builds the kernel. ``lane_context.Refs`` describes its arrays."""
     return lane_kernel(
         "level_matmul_kernel",
-        lambda isa, refs: level_matmul_program(isa, geometry, Refs(*refs)),
-        outputs=[jax.ShapeDtypeStruct(shape, jnp.float32)],
-        blocks=geometry.blocks,
-        threads=geometry.threads,
-        shared_bytes=geometry.shared_bytes,
+        lambda isa, refs: level_matmul_program(isa, g, Refs(*refs)),
+        outputs=[jax.ShapeDtypeStruct((g.splits, g.rows, g.stored_n), jnp.float32)],
+        blocks=g.blocks,
+        threads=THREADS,
+        shared_bytes=g.shared_bytes,
     )

@@ -1,4 +1,4 @@
-"""Indices and addresses of a lane: the outputs, channels and activation rows that it works on."""
+"""Arrays of the product at one level, and the indices of a lane."""
 
 import dataclasses
 from typing import Any
@@ -6,13 +6,7 @@ from typing import Any
 from pallas_kernels import layout
 from pallas_kernels.lanes.instructions import LANES, Instructions
 from pallas_kernels.lanes.registers import Value
-from pallas_kernels.matmul.mosaic_gpu.geometry import WORD_WARPS, Geometry
-
-ROW_BYTES = layout.TILE_WORDS * 4
-"""Bytes of a row of a plane in a whole tile."""
-
-PIECES = layout.TILE_PIECES
-"""Pieces of a whole tile."""
+from pallas_kernels.matmul.mosaic_gpu.geometry import OCTET, Geometry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,16 +14,19 @@ class Refs:
     """Arrays in global memory, and the shared memory of the CTA.
 
     Attributes:
-      x: bfloat16 ``[terms, padded_rows, K]``: the activations, and at level 4 the activations / 128.
-      sums: float32 ``[groups, padded_rows]``: sums of x over each group.
+      codes: uint32 ``[batches, groups, 4, octets of the CTA, 32, 4]``: the codes of the activations as
+        operands B. The last axis has the registers ``2 t + j`` of lane ``4 n + c``, with ``t`` and ``j`` in
+        0..1: byte ``e`` is the code of activation row ``4 t + n // 2`` of the octet and channel ``16 j + 8
+        (e // 2) + 2 c + e % 2``, the high byte if ``n`` is even, else the low byte.
+      records: uint32 ``[batches, groups, 5 rows of the CTA]``: for each row the words ``high, low, high,
+        low`` that the sums of a group start with (see ``coding``), then for each row the unit, f32.
       planes, scales: See ``NestedWeight``.
-      partials: Output, float32 ``[splits, rows, N]``: partial sums of ``UNIT`` times y, without the gain of
-        the level.
+      partials: Output, float32 ``[splits, rows, N]``: partial sums of y.
       shared: The shared memory.
     """
 
-    x: Any
-    sums: Any
+    codes: Any
+    records: Any
     planes: Any
     scales: Any
     partials: Any
@@ -38,69 +35,91 @@ class Refs:
 
 @dataclasses.dataclass(frozen=True)
 class LaneContext:
-    """Indices and addresses of the lane."""
+    """Indices of the lane."""
 
-    row: Value
-    """``lane // 4``: index of the lane's word in the warp, and of its activation row in B."""
-    column: Value
-    """``lane % 4``: index of the lane's 8 channels in a step, and of its pair of activation rows in C."""
-    first_group: Value
-    """First group of the CTA."""
-    tile: Value
-    first_row: Value
-    """First activation row of the CTA."""
-    split: Value
-    first_position: Value | int
-    """First digit position of the warp."""
-    outputs: list[Value]
-    """Index in the row of the lane's pairs of outputs, ``[position][q]`` as a flat list."""
-    exists: Value | None
-    """Whether the tile has the lane's piece; None if all tiles have all pieces."""
-    words: Value
-    """Shared-memory address of the lane's word of its first channel in plane 0, in slot 0."""
-    x: Value
-    """Global address of the lane's activations of the first row tile and the first group."""
+    lane: Value
+    piece: Value
+    """Index of the warp's piece in the tile."""
+    row_part: Value | int
+    """Index of the warp's part of the activation rows."""
+    batch: Value
+    block: Value
+    """Index of the CTA among those of its batch."""
+    first_unit: Value
+    """First unit of the CTA."""
+    units: Value
+    """Number of units of the CTA."""
+    shared: Value
+    """Address of the shared memory."""
 
 
 def lane_context(isa: Instructions, g: Geometry, refs: Refs) -> LaneContext:
-    """Computes the context. Over the grid the row batch varies fastest, then the tile, then the split."""
+    """Computes the context. Over the grid the batch varies fastest: its CTAs share planes in the L2."""
     thread, block = isa.thread_index(), isa.block_index()
-    lane, warp = thread & (LANES - 1), thread >> 5
-    row, column = lane >> 2, lane & 3
-    batch = block % g.row_batches
-    tile, split = block // g.row_batches % g.tiles, block // (g.row_batches * g.tiles)
-    word = ((warp & (WORD_WARPS - 1)) << 3) + row
-    part = warp >> 2
-    first_position: Value | int = 0 if g.position_parts == 1 else part * g.positions
-    chunk: Value | int = layout.TILE // 4
-    piece, exists = word >> 2, None
-    if g.last_tile_pieces < PIECES:
-        whole, last = isa.constant(PIECES), isa.constant(g.last_tile_pieces)
-        pieces = isa.select(tile < g.tiles - 1, whole, last)
-        exists = piece < pieces
-        piece, chunk = isa.select(exists, piece, isa.constant(0)), pieces * 16
-    outputs = []
-    for p in range(g.positions):
-        position = isa.constant(p) + first_position
-        chunk_index = (((word >> 1) & 1) << 1) + (position >> 1)
-        for q in range(2):
-            in_chunk = (piece << 4) + ((word & 1) << 3) + ((position & 1) << 1) + 4 * q
-            outputs.append(tile * layout.TILE + chunk_index * chunk + in_chunk)
-    first_group = split * g.groups_per_cta
-    first_row = batch * g.rows_per_cta
-    swizzled = (word >> 2) ^ (column << 1)
-    in_step = (column << 3) * ROW_BYTES + (swizzled << 4) + ((word & 3) << 2)
-    activation = (first_row + row) * g.stored_k + first_group * layout.GROUP + (column << 3)
+    warp = thread >> 5
+    batch, block = block % g.row_batches, block // g.row_batches
+    first_unit = block * g.units_per_cta
+    units, rest = isa.constant(g.units_per_cta), isa.constant(g.units) - first_unit
+    if g.units % g.units_per_cta:
+        units = isa.select(rest < g.units_per_cta, rest, units)
     return LaneContext(
-        row=row,
-        column=column,
-        first_group=first_group,
-        tile=tile,
-        first_row=first_row,
-        split=split,
-        first_position=first_position,
-        outputs=outputs,
-        exists=exists,
-        words=isa.shared_address(refs.shared) + in_step,
-        x=isa.global_address(refs.x) + isa.widen(activation << 1),
+        lane=thread & (LANES - 1),
+        piece=warp if g.row_parts == 1 else warp & (g.pieces - 1),
+        row_part=0 if g.row_parts == 1 else warp // g.pieces,
+        batch=batch,
+        block=block,
+        first_unit=first_unit,
+        units=units,
+        shared=isa.shared_address(refs.shared),
     )
+
+
+def first_octet(g: Geometry, context: LaneContext) -> Value | int:
+    """Returns the warp's first octet of activation rows in the CTA."""
+    return context.row_part * g.octets
+
+
+def in_row(g: Geometry, row: Value, piece: Value) -> Value:
+    """Returns the offset of a piece of the row of a plane in shared memory.
+
+    The pieces of 8 rows lie in all banks, so that a transposing load has no bank conflicts.
+    """
+    swizzle = row & 7 if g.pieces == layout.TILE_PIECES else (row >> 1) & 3
+    return row * g.row_bytes + ((piece ^ swizzle) << 4)
+
+
+def tile_pieces(isa: Instructions, g: Geometry, tile: Value) -> Value | None:
+    """Returns the number of pieces that a CTA's tile has; None if all tiles have ``g.pieces``.
+
+    The CTA copies and multiplies piece 0 in place of a piece that the tile lacks, and does not store it.
+    """
+    if g.total_pieces % g.pieces == 0:
+        return None
+    rest = isa.constant(g.total_pieces) - tile * g.pieces
+    return isa.select(rest < g.pieces, rest, isa.constant(g.pieces))
+
+
+def chunk(isa: Instructions, g: Geometry, tile: Value) -> tuple[Value, Value | int]:
+    """Returns the place of a CTA's tile in the outputs of a row.
+
+    Returns:
+      The first output of piece 0 of the tile in chunk 0, and the number of outputs in a chunk. Output ``o``
+      of piece ``p`` in chunk ``q`` is ``first + q chunk + 16 p + o`` (see ``layout``).
+    """
+    whole = layout.TILE // 4
+    if g.pieces == layout.TILE_PIECES:
+        layout_tile, first = tile, tile * layout.TILE
+    else:
+        parts = layout.TILE_PIECES // g.pieces
+        layout_tile, part = tile // parts, tile % parts
+        first = layout_tile * layout.TILE + part * (16 * g.pieces)
+    last_pieces = layout.last_tile_pieces(g.stored_n)
+    if last_pieces == layout.TILE_PIECES:
+        return first, whole
+    is_whole = layout_tile < g.stored_n // layout.TILE
+    return first, isa.select(is_whole, isa.constant(whole), isa.constant(16 * last_pieces))
+
+
+def activation_row(g: Geometry, context: LaneContext, octet: int, half: int) -> Value:
+    """Returns the index in the CTA of the lane's activation row in half ``half`` of one of its octets."""
+    return (context.lane & 3) + (first_octet(g, context) + octet) * OCTET + 4 * half

@@ -1,141 +1,166 @@
-"""Turns digits into operands of the matrix unit, and its sums of a group into partial sums of y."""
+"""Turns planes into operands of the matrix unit, and its sums of a group into partial sums of y."""
 
-import functools
-import operator
-
-from pallas_kernels.codes import DIGIT_MEAN
 from pallas_kernels.lanes.instructions import Instructions
 from pallas_kernels.lanes.registers import Value
-from pallas_kernels.matmul.mosaic_gpu.geometry import (
-    CODE_PLANES,
-    MATRIX_ROWS,
-    PLANE_STEP_BYTES,
-    STEP_CHANNELS,
-    Geometry,
+from pallas_kernels.matmul.mosaic_gpu.coding import ZERO_FLOAT
+from pallas_kernels.matmul.mosaic_gpu.geometry import MATRIX_CHANNELS, Geometry
+from pallas_kernels.matmul.mosaic_gpu.lane_context import (
+    LaneContext,
+    activation_row,
+    first_octet,
+    in_row,
 )
-from pallas_kernels.matmul.mosaic_gpu.lane_context import ROW_BYTES, LaneContext, Refs
 
-BFLOAT16_128 = 0x43004300
-"""Bits of two bfloat16 128."""
+EVEN_BYTES, ODD_BYTES = 0x6420, 0x7531
+"""Selectors that gather the bytes of equal parity of two words."""
 
-UNIT = 16
-"""Value of 1 in units of the sums, which the caller divides by: a digit of plane 0 counts 16."""
+HIGH_PAIRS, HIGH_HALVES = 0xCCCCCCCC, 0xF0F0F0F0
+"""Masks of the higher half of every 4 bits, and of every byte."""
 
-
-def offset_of(level: int) -> float:
-    """Returns the number that the sums have too much for each unit of x."""
-    midpoint = DIGIT_MEAN * sum(4.0 ** (2 - f) for f in range(level))
-    return 128 + midpoint + (1 if level > CODE_PLANES else 0)
+OPERAND_BYTES = 512
+"""Bytes of the operands B of an octet for one matrix instruction's channels: 16 in each lane."""
 
 
-def load_scales(isa: Instructions, g: Geometry, refs: Refs, context: LaneContext, group: Value) -> list:
-    """Loads the scales of the lane's pairs of outputs, ``[position][q]``, two in a word."""
-    first = isa.global_address(refs.scales) + isa.widen((group * g.stored_n) << 1)
-    return [isa.load_global(first + isa.widen(output << 1))[0] for output in context.outputs]
+def operand_addresses(g: Geometry, context: LaneContext) -> tuple[Value, Value]:
+    """Returns the lane's addresses in slot 0 of the first matrix of plane 0, and of the codes."""
+    planes = context.shared + in_row(g, context.lane, context.piece)
+    octet = first_octet(g, context) * OPERAND_BYTES
+    return planes, context.shared + (context.lane << 4) + octet + g.level * g.plane_step_bytes
 
 
-def load_sums(isa: Instructions, g: Geometry, refs: Refs, context: LaneContext, group: Value) -> list:
-    """Loads the sums of x over the group, two activation rows of each row tile."""
-    first = group * g.padded_rows + context.first_row + (context.column << 1)
-    address = isa.global_address(refs.sums) + isa.widen(first << 2)
-    return [isa.load_global(address + 4 * MATRIX_ROWS * t, 2, "f32") for t in range(g.row_tiles)]
-
-
-def load_activations(isa: Instructions, g: Geometry, context: LaneContext, step: Value) -> list:
-    """Loads the lane's activations of a step, ``[term][row tile]``, 8 channels in 4 words."""
-    address = context.x + isa.widen((step * STEP_CHANNELS) << 1)
+def starts(isa: Instructions, g: Geometry, context: LaneContext, group_slot: Value) -> list[list[Value]]:
+    """Returns the words that the sums of a group start with, four for each half of an octet."""
+    records = group_slot + g.scales_bytes
     return [
-        [
-            isa.load_global(address + 2 * g.stored_k * (term * g.padded_rows + MATRIX_ROWS * t), 4)
-            for t in range(g.row_tiles)
-        ]
-        for term in range(g.terms)
+        isa.load_shared(records + (activation_row(g, context, octet, half) << 4), 4)
+        for octet in range(g.octets)
+        for half in range(2)
     ]
 
 
 def multiply_step(
-    isa: Instructions,
-    g: Geometry,
-    context: LaneContext,
-    accumulators: list[Value],
-    slot: Value,
-    activations: list[list[list[Value]]],
-) -> list[Value]:
-    """Multiplies one step and returns the new accumulators ``[position][q][row tile][4]``, a flat list."""
-    out = list(accumulators)
-    for s in range(2):
-        # [channel of the lane: 2 j + e][plane]
+    isa: Instructions, g: Geometry, planes: Value, codes: Value, sums: list[list[Value]]
+) -> list[list[Value]]:
+    """Multiplies one step and returns the new sums ``[position][octet][half][4]``, flat but for the last.
+
+    Args:
+      isa, g: The instructions and sizes.
+      planes, codes: The lane's addresses in the slot of the step.
+      sums: The sums so far.
+    """
+    out = list(sums)
+    for m in range(g.step_matrices):
         words = [
-            [
-                isa.load_shared(slot + (PLANE_STEP_BYTES * f + ROW_BYTES * (4 * s + k)))[0]
-                for f in range(g.level)
-            ]
-            for k in range(4)
+            isa.load_matrices_transposed(
+                planes + (f * g.plane_step_bytes + m * MATRIX_CHANNELS * g.row_bytes)
+            )
+            for f in range(g.level)
         ]
-        if g.position_parts > 1:
-            shift = isa.constant(0) + context.first_position * 2
-            words = [[word >> shift for word in planes] for planes in words]
-        for term in range(g.terms):
-            for p in range(g.positions):
-                codes = [position_codes(planes, p, term) for planes in words]
-                for q in range(2):
-                    # Register i + 2 j of A: byte 2 q + i of the channels 2 j and 2 j + 1.
-                    a = [
-                        bfloat16_pair(isa, codes[2 * j], codes[2 * j + 1], 2 * q + i)
-                        for j in range(2)
-                        for i in range(2)
-                    ]
-                    for t in range(g.row_tiles):
-                        first = accumulator(g, p, q, t)
-                        b = activations[term][t][2 * s : 2 * s + 2]
-                        sums = isa.matrix_multiply_add_bfloat16(out[first : first + 4], a, b)
-                        out[first : first + 4] = sums
+        a = operands(isa, words)
+        for octet in range(g.octets):
+            b = isa.load_shared(codes + (m * g.matrix_code_bytes + octet * OPERAND_BYTES), 4)
+            for position in range(4):
+                for half in range(2):
+                    k = index(g, position, octet, half)
+                    out[k] = isa.matrix_multiply_add(out[k], a[position], b[2 * half :][:2])
     return out
 
 
-def position_codes(planes: list[Value], position: int, term: int) -> Value:
-    """Joins the digits at one position of the four bytes to codes of 7 bits, one in each byte.
+def operands(isa: Instructions, words: list[list[Value]]) -> list[list[Value]]:
+    """Returns the operands A of the four digit positions from the words of all planes.
 
-    Term 0 has the digits of planes 0 to 2 at bits 4, 2 and 0; term 1 that of plane 3 at bit 5.
+    Row ``r`` of A is byte ``2 r`` of the piece, row ``r + 8`` byte ``2 r + 1``. A word of a plane holds both
+    bytes of two channels, so two words give four channels of either byte.
     """
-    targets = {f: 2 * (2 - f) for f in range(min(len(planes), CODE_PLANES))} if term == 0 else {3: 5}
-    digits = []
-    for f, bit in targets.items():
-        shift = bit - 2 * position
-        shifted = planes[f] << shift if shift >= 0 else planes[f] >> -shift
-        digits.append(shifted & (0x03030303 << bit))
-    return functools.reduce(operator.or_, digits)
+    planes = [
+        [
+            isa.permute_bytes(low, high, selector)
+            for low, high in ((first, second), (third, fourth))
+            for selector in (EVEN_BYTES, ODD_BYTES)
+        ]
+        for first, second, third, fourth in words
+    ]
+    registers = [position_codes(isa, [plane[i] for plane in planes]) for i in range(4)]
+    return [[codes[position] for codes in registers] for position in range(4)]
 
 
-def bfloat16_pair(isa: Instructions, low: Value, high: Value, byte: int) -> Value:
-    """Returns two bfloat16: 128 + byte ``byte`` of ``low`` and of ``high``."""
-    pair = isa.permute_bytes(low, high, byte * 0x1111 + 0x4400)
-    return (pair & 0x00FF00FF) | BFLOAT16_128
+def position_codes(isa: Instructions, planes: list[Value]) -> list[Value]:
+    """Joins the digits at each position of four bytes to a code, that of plane ``f`` in bits ``6 - 2 f``.
+
+    Missing planes have digits 0. Digits of pairs of planes join to 4 bits, those of positions 0 and 2 in one
+    word and those of positions 1 and 3 in another; then the 4 bits of both pairs join.
+    """
+    if len(planes) == 1:
+        return [(planes[0] << (6 - 2 * p)) & 0xC0C0C0C0 for p in range(4)]
+    first, second = planes[:2]
+    even, odd = (
+        isa.select_bits(HIGH_PAIRS, first << 2, second),
+        isa.select_bits(HIGH_PAIRS, first, second >> 2),
+    )
+    if len(planes) == 2:
+        return [
+            word & HIGH_HALVES
+            for pair in zip((even << 4, even), (odd << 4, odd), strict=True)
+            for word in pair
+        ]
+    third = planes[2]
+    if len(planes) == 3:
+        low_even, low_odd = (third << 2) & HIGH_PAIRS, third & HIGH_PAIRS
+    else:
+        low_even = isa.select_bits(HIGH_PAIRS, third << 2, planes[3])
+        low_odd = isa.select_bits(HIGH_PAIRS, third, planes[3] >> 2)
+    return [
+        isa.select_bits(HIGH_HALVES, even << 4, low_even),
+        isa.select_bits(HIGH_HALVES, odd << 4, low_odd),
+        isa.select_bits(HIGH_HALVES, even, low_even >> 4),
+        isa.select_bits(HIGH_HALVES, odd, low_odd >> 4),
+    ]
 
 
-def accumulator(g: Geometry, position: int, q: int, row_tile: int) -> int:
-    """Returns the index of the first of four accumulators."""
-    return 4 * ((2 * position + q) * g.row_tiles + row_tile)
+def index(g: Geometry, position: int, octet: int, half: int) -> int:
+    """Returns the index of the four sums of a position, octet and half."""
+    return 2 * (position * g.octets + octet) + half
 
 
 def add_group(
     isa: Instructions,
     g: Geometry,
+    context: LaneContext,
+    group_slot: Value,
     totals: list[Value],
-    accumulators: list[Value],
-    scales: list[Value],
     sums: list[list[Value]],
 ) -> list[Value]:
-    """Returns the totals plus the sums of one group, without their offset, times the scales."""
-    offset = isa.constant(-offset_of(g.level), "f32")
+    """Returns the totals plus the sums of a group times its scales and units.
+
+    The totals are ``[position][octet][half][2]``, flat, the last axis for two neighbouring outputs. The bits
+    of a sum are those of the float32 ``ZERO_FLOAT + sum`` (see ``coding``).
+    """
+    scales = load_scales(isa, g, context, group_slot)
+    units_base = group_slot + (g.scales_bytes + 16 * g.rows_per_cta)
+    high_unit, zeros = isa.constant(256.0, "f32"), isa.constant(-257 * ZERO_FLOAT, "f32")
     out = list(totals)
-    for pair, packed in enumerate(scales):
-        pair_scales = [isa.half_to_float(packed, half) for half in ("low", "high")]
-        for t in range(g.row_tiles):
-            first = accumulator(g, pair // 2, pair % 2, t)
-            for i in range(2):
-                for j in range(2):
-                    k = first + 2 * i + j
-                    product = isa.multiply_add(offset, sums[t][j], accumulators[k])
-                    out[k] = isa.multiply_add(product, pair_scales[i], totals[k])
+    for octet in range(g.octets):
+        for half in range(2):
+            row = activation_row(g, context, octet, half)
+            (unit,) = isa.load_shared(units_base + (row << 2), 1, "f32")
+            for position in range(4):
+                k = index(g, position, octet, half)
+                for i in range(2):
+                    high, low = (isa.bits_to_float(word) for word in sums[k][2 * i :][:2])
+                    # The first step is exact: its result is a multiple of 256 below 2**31.
+                    product = isa.multiply_add(high, high_unit, zeros) + low
+                    scale = scales[position // 2][2 * (position % 2) + i]
+                    out[2 * k + i] = isa.multiply_add(product, scale * unit, totals[2 * k + i])
     return out
+
+
+def load_scales(isa: Instructions, g: Geometry, context: LaneContext, group_slot: Value) -> list[list[Value]]:
+    """Loads the scales of the lane's two times four neighbouring outputs."""
+    row = context.lane >> 2
+    scales = []
+    for part in range(2):
+        chunk_index = ((row >> 2) << 1) + part
+        output = (chunk_index * g.pieces + context.piece) * 16 + ((row & 3) << 2)
+        words = isa.load_shared(group_slot + (output << 1), 2)
+        scales.append([isa.half_to_float(word, half) for word in words for half in ("low", "high")])
+    return scales

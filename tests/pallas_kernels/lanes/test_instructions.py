@@ -111,6 +111,13 @@ def test_permute_bytes(isa):
     assert (isa.permute_bytes(low, high, 0x0417).data == 0x00441177).all()
 
 
+def test_select_bits(isa, rng):
+    a, b = integers(rng), integers(rng)
+    mask = np.uint32(0xCCCC0FF1)
+    expected = (a.data.view(np.uint32) & mask) | (b.data.view(np.uint32) & ~mask)
+    np.testing.assert_array_equal(isa.select_bits(int(mask), a, b).data.view(np.uint32), expected)
+
+
 def test_warp_exchanges(isa, rng):
     a = LaneValue(rng.integers(0, 1000, THREADS), "i32")
     warps = a.data.reshape(WARPS, 32)
