@@ -98,6 +98,12 @@ def measure(program: Callable, arguments: list, positions: jax.Array) -> dict[st
     return {label: timing.Times.of(times) for label, times in by_kernel.items() if times}
 
 
+def bytes_read(config: ModelConfig, batch: int, length: int, tokens: int, window: int | None) -> int:
+    """Returns the bytes of keys and values that ``tokens`` new tokens of each sequence attend to."""
+    used = length if window is None else min(length, window + tokens - 2)
+    return 4 * batch * used * config.num_kv_heads * config.head_dim
+
+
 def with_options(config: ModelConfig, head_dim: int | None, window: int | None) -> ModelConfig:
     """Returns a shape whose first layer has a window, and with other heads."""
     attention = dataclasses.replace(config.layers[0].attention, window=window)
@@ -143,33 +149,38 @@ def main() -> None:
     for name, tokens in itertools.product(args.shapes, args.positions):
         config, name = random_model.shape(name), random_model.label(name)
         config = with_options(config, args.head_dim, args.window)
-        arguments = {batch: inputs(config, batch, tokens, args) for batch in args.batch}
-        runs = [
-            (batch, variant)
-            for batch, variant in itertools.product(args.batch, args.variants)
-            if batch > 1 or variant == args.variants[0]  # One sequence has one split for each CTA.
-        ]
-        programs = compile_all(
-            {run: jax.jit(functools.partial(all_layers, config, run[1]), donate_argnums=0) for run in runs},
-            {run: (*arguments[run[0]], positions_of(run[0], tokens, args.lengths[0])) for run in runs},
-        )
-        for length, (batch, variant) in itertools.product(args.lengths, runs):
-            case = f"{name} {batch} x {length}, {tokens} new, {variant}"
-            if report.out_of_time(case):
+        for batch in args.batch:
+            # One sequence has one split for each CTA.
+            variants = args.variants if batch > 1 else args.variants[:1]
+            if report.out_of_time(f"{name}, batch {batch}, {tokens} new"):
                 continue
-            positions = positions_of(batch, tokens, length)
-            by_kernel = measure(programs[batch, variant], arguments[batch], positions)
-            used = length if args.window is None else min(length, args.window + tokens - 2)
-            read = 4 * batch * used * config.num_kv_heads * config.head_dim
-            row = {"shape": name, "batch": batch, "positions": tokens, "length": length, "variant": variant}
-            row |= {"capacity": args.capacity, "page_size": args.page_size, "bytes_read": read}
-            row |= {"head_dim": config.head_dim, "window": args.window}
-            for label, times in by_kernel.items():
-                row |= {f"{label}_us": round(times.median, 3), f"{label}_quartiles_us": times.quartiles}
-            report.fields["rows"].append(row)
-            times = ", ".join(f"{label} {row[f'{label}_us']} us" for label in by_kernel)
-            say(f"{case}: {times}, {read / row['attention_us'] / 1e6:.2f} TB/s")
-            report.save()
+            arguments = inputs(config, batch, tokens, args)
+            programs = compile_all(
+                {v: jax.jit(functools.partial(all_layers, config, v), donate_argnums=0) for v in variants},
+                dict.fromkeys(variants, (*arguments, positions_of(batch, tokens, args.lengths[0]))),
+            )
+            say(f"batch {batch}, {tokens} new: compiled {len(programs)} programs")
+            for length, variant in itertools.product(args.lengths, variants):
+                case = f"{name} {batch} x {length}, {tokens} new, {variant}"
+                if report.out_of_time(case):
+                    continue
+                by_kernel = measure(programs[variant], arguments, positions_of(batch, tokens, length))
+                read = bytes_read(config, batch, length, tokens, args.window)
+                row = {
+                    "shape": name,
+                    "batch": batch,
+                    "positions": tokens,
+                    "length": length,
+                    "variant": variant,
+                }
+                row |= {"capacity": args.capacity, "page_size": args.page_size, "bytes_read": read}
+                row |= {"head_dim": config.head_dim, "window": args.window}
+                for label, times in by_kernel.items():
+                    row |= {f"{label}_us": round(times.median, 3), f"{label}_quartiles_us": times.quartiles}
+                report.fields["rows"].append(row)
+                times = ", ".join(f"{label} {row[f'{label}_us']} us" for label in by_kernel)
+                say(f"{case}: {times}, {read / row['attention_us'] / 1e6:.2f} TB/s")
+                report.save()
     report.finish()
 
 

@@ -10,14 +10,12 @@ result at once as a line of JSON. The parts, in this order:
 2. ``probe:norm``: an exchange and the norm after it, in one launch and in two, and whether the bits agree.
 3. ``answers``: logits of the bundled model on two GPUs against one, and greedy texts.
 4. ``shape``: one part for each shape: tokens/s on two GPUs with each exchange, then on one, with the table of
-   a step. Weights are made, and programs compiled, at the same time. After ``SEPARATE`` comes ``separate``:
-   the same shape on two GPUs with exchange and norm in two launches.
+   a step. Weights are made, and programs compiled, at the same time.
 """
 
 import argparse
 import concurrent.futures
 import dataclasses
-import functools
 import json
 import os
 import pathlib
@@ -30,21 +28,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 NCCL = "--xla_gpu_experimental_use_collective_kernels=-ALL_REDUCE"
 """Option by which XLA adds up over devices by NCCL, not by its own kernel (jax 0.11.2)."""
 
-SHAPES = ("Llama-3.1-70B", "Qwen3-8B", "Qwen3-32B")
-BATCHES = {"Qwen3-8B": (1, 8)}
-"""Batches of a shape; 1 for other shapes."""
-
-SEPARATE = "Qwen3-8B"
-"""Shape that is also timed with exchange and norm in two launches."""
-
-SIZES = ((1, 4096), (8, 4096), (1, 8192), (8, 8192))
-"""Rows and features of the sums of a decode step."""
-
-ADDED = (1, 2, -3) * 5
-"""Numbers added after the exchanges of a step of the probe's loop. No two neighbours add up to 0."""
-
-STEPS = 64
-"""Steps of the probe's loop."""
+SHAPES = ("Llama-3.1-70B", "Qwen3-32B", "Qwen3-8B")
 
 ONE = "one GPU"
 """Name of a model on one GPU in the results."""
@@ -59,7 +43,7 @@ def main() -> None:
     add("--output", type=pathlib.Path, default=pathlib.Path("two-gpus.jsonl"), metavar="FILE")
     add("--seconds", type=float, default=460, metavar="S", help="time limit of all parts (default: 460)")
     add("--shapes", nargs="+", default=SHAPES, metavar="NAME", help=f"default: {' '.join(SHAPES)}")
-    add("--batch", nargs="+", type=int, metavar="N", help="default: 1 8 for Qwen3-8B, 1 for others")
+    add("--batch", nargs="+", type=int, default=[1, 8], metavar="N", help="default: 1 8")
     add("--bits", nargs="+", type=float, default=[3, 4], metavar="B", help="default: 3 4")
     add("--tokens", type=int, default=64, metavar="N", help="tokens of a dispatch (default: 64)")
     add("--repeats", type=int, default=4, metavar="N", help="timed runs (default: 4)")
@@ -70,14 +54,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.part is not None:
         kind, _, name = args.part.partition(":")
-        {"probe": probe, "answers": answers, "shape": shape, "separate": separate}[kind](args, name)
+        {"probe": probe, "answers": answers, "shape": shape}[kind](args, name)
         return
     limits = {f"probe:{name}": 60.0 for name in args.probes} | {"answers:": 100.0}
-    parts = list(limits)
-    for name in args.shapes:
-        parts.append(f"shape:{name}")
-        if name == SEPARATE and "kernel" in args.exchanges:
-            parts.append(f"separate:{name}")
+    parts = [*limits, *(f"shape:{name}" for name in args.shapes)]
     end = time.monotonic() + args.seconds
     for part in parts:
         limit = min(limits.get(part, args.seconds), end - time.monotonic())
@@ -94,8 +74,7 @@ def main() -> None:
 def run_part(args, part: str, limit: float) -> str:
     """Runs a part in a process; returns ``well`` or how it ended."""
     own = ["--part", part, "--output", args.output, "--tokens", args.tokens, "--repeats", args.repeats]
-    own += ["--bits", *args.bits, "--exchanges", *args.exchanges]
-    own += [] if args.batch is None else ["--batch", *args.batch]
+    own += ["--bits", *args.bits, "--batch", *args.batch, "--exchanges", *args.exchanges]
     own += [] if args.layers is None else ["--layers", args.layers]
     flags = os.environ.get("XLA_FLAGS", "") + (f" {NCCL}" if part == "probe:nccl" else "")
     command = [sys.executable, __file__, *map(str, own)]
@@ -115,139 +94,12 @@ def say(args, **fields) -> None:
         file.write(line)
 
 
-def loop_of_exchanges(mesh, name: str, rows: int, features: int, steps: int):
-    """Returns a jitted function that exchanges ``[2, rows, features]`` again and again.
-
-    After the first exchange each device has the mean of both parts. Each exchange is followed by an addition
-    of one of ``ADDED``, so that results differ from those of the exchanges before.
-    """
-    import jax
-    import jax.numpy as jnp
-    from jax.sharding import PartitionSpec
-
-    from pallas_kernels import Activations
-    from pallas_kernels.exchange import Mailbox
-
-    def step(_, state):
-        mailbox, x = state
-        box = None if mailbox is None else mailbox.referenced()
-        for added in ADDED:
-            parts = Activations.sums(jnp.stack([0.25 * x, 0.25 * x]), features)
-            parts = parts.summed_across("tp") if box is None else box.summed(parts)
-            x = parts.partials[0] + added
-        return None if box is None else box.frozen(), x
-
-    def exchanged(x):
-        mailbox = Mailbox.open(2, rows, features) if name == "kernel" else None
-        return jax.lax.fori_loop(0, steps, step, (mailbox, x[0]))[1][None]
-
-    cut = PartitionSpec("tp")
-    return jax.jit(jax.shard_map(exchanged, mesh=mesh, in_specs=cut, out_specs=cut, check_vma=False))
-
-
-def loop_of_norms(mesh, fused: bool, rows: int, features: int, steps: int):
-    """Returns a jitted function of a bfloat16 residual stream ``[rows, 1, features]``, on all devices.
-
-    A step is ``len(ADDED)`` exchanges of partial sums, each followed by residual addition and norm: in one
-    launch if ``fused``, else in two. The results are those of all devices, one after another.
-    """
-    import jax
-    import jax.numpy as jnp
-    from jax.sharding import PartitionSpec
-
-    from pallas_kernels import Activations, decode_rows
-    from pallas_kernels.exchange import Mailbox
-
-    def step(_, state):
-        mailbox, x, normed = state
-        box, scale = mailbox.referenced(), jnp.linspace(0.5, 1.5, features)
-        for _ in ADDED:
-            factor = jnp.float32(1 + jax.lax.axis_index("tp"))
-            partials = jnp.stack([factor * normed, 0.5 * normed]).astype(jnp.float32)
-            sums = Activations.sums(partials, features).astype(jnp.bfloat16)
-            if fused:
-                x, norm = box.add_norm(x, sums, scale, 1e-6)
-            else:
-                x, norm = decode_rows.add_norm(x, box.summed(sums), scale, 1e-6)
-            normed = norm.array
-        return box.frozen(), x, normed
-
-    def program(x):
-        return jax.lax.fori_loop(0, steps, step, (Mailbox.open(2, rows, features), x, x))[1:]
-
-    whole, cut = PartitionSpec(), PartitionSpec("tp")
-    return jax.jit(jax.shard_map(program, mesh=mesh, in_specs=whole, out_specs=cut, check_vma=False))
-
-
 def probe(args, name: str) -> None:
-    """Times an exchange in a loop on the devices, and compares the sums with those of the host."""
-    import jax
-    import numpy as np
-    import timing
+    """Times an exchange by itself (``exchange_probes``)."""
+    import exchange_probes
 
-    mesh = jax.make_mesh((2,), ("tp",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
-    if name == "norm":
-        probe_norm(args, mesh)
-        return
-    for rows, features in SIZES:
-        x = np.random.default_rng(0).standard_normal((2, rows, features)).astype(np.float32)
-        expected = np.float32(0.5) * x[0] + np.float32(0.5) * x[1]
-        for added in ADDED * STEPS:
-            expected = expected + np.float32(added)
-        program = loop_of_exchanges(mesh, name, rows, features, STEPS)
-        results = [np.asarray(program(x)) for _ in range(20)]
-        each = seconds_of_exchange(program, x)
-        kernels = timing.profile(functools.partial(program, x), 1)
-        say(
-            args,
-            probe=name,
-            rows=rows,
-            features=features,
-            us=round(1e6 * each, 2),
-            # All bits: the order of two numbers does not matter.
-            wrong_runs=sum(not (result == expected).all() for result in results),
-            kernels_us={kernel[:60]: round(float(np.mean(us)), 2) for kernel, us in kernels.items()},
-        )
-
-
-def seconds_of_exchange(program, x) -> float:
-    """Returns the time of an exchange of a warm loop, seconds."""
-    import jax
-
-    started = time.perf_counter()
-    jax.block_until_ready([program(x) for _ in range(20)])
-    return (time.perf_counter() - started) / (20 * STEPS * len(ADDED))
-
-
-def probe_norm(args, mesh) -> None:
-    """Times exchange and norm in one launch and in two, and compares their bits on all devices."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    import timing
-
-    for rows, features in SIZES:
-        x = jax.random.normal(jax.random.key(0), (rows, 1, features), jnp.bfloat16)
-        results: dict[bool, list] = {}
-        for fused in (True, False):
-            program = loop_of_norms(mesh, fused, rows, features, STEPS)
-            results[fused] = [np.asarray(result) for result in program(x)]
-            each = seconds_of_exchange(program, x)
-            kernels = timing.profile(functools.partial(program, x), 1)
-            own = {name[:40]: us for name, us in kernels.items() if "norm" in name or "exchange" in name}
-            say(
-                args,
-                probe="norm",
-                launches=1 if fused else 2,
-                rows=rows,
-                features=features,
-                us=round(1e6 * each, 2),
-                kernels_us={name: round(float(np.mean(us)), 2) for name, us in own.items()},
-            )
-        pairs = list(zip(results[True], results[False], strict=True))
-        same = all(np.array_equal(one, two) for one, two in pairs)
-        devices = all(np.array_equal(one[:rows], one[rows:]) for one, _ in pairs)
-        say(args, probe="norm", rows=rows, features=features, same_bits=same, devices_agree=devices)
+    for result in exchange_probes.probe(name):
+        say(args, probe=name, **result)
 
 
 def answers(args, _: str) -> None:
@@ -291,18 +143,6 @@ def shape(args, name: str) -> None:
             say(args, shape=name, batch=row["batch"], bits=row["bits"], times_one_gpu=times)
 
 
-def separate(args, name: str) -> None:
-    """Times one shape on two GPUs with exchange and norm in two launches."""
-    from pallas_kernels.exchange import UnexchangedSums
-
-    def two_launches(config, _):
-        return {"kernel, two launches": on_two_gpus(config, ["kernel"])["kernel"]}
-
-    UnexchangedSums.add_norm = lambda *_: None  # type: ignore[method-assign]  # in this process only
-    for _ in timed(args, name, [two_launches]):
-        pass
-
-
 def on_two_gpus(config, exchanges: list[str]) -> dict:
     """Returns models on two GPUs by the name of their exchange. They share random weights."""
     from flax import traverse_util
@@ -332,7 +172,7 @@ def timed(args, name: str, makers: list):
       name: Name of the shape.
       makers: Functions of the configuration and of ``args.exchanges`` that return models by name.
     """
-    import decode
+    import decode_rows
 
     from grinqh_jax.benchmarking import measure, random_model
 
@@ -348,14 +188,14 @@ def timed(args, name: str, makers: list):
         profile_bits=args.bits[:1],
         hlo=None,
     )
-    bandwidth, batches = measure.read_bandwidth(), args.batch or BATCHES.get(name, (1,))
+    bandwidth, batches = measure.read_bandwidth(), args.batch
     with concurrent.futures.ThreadPoolExecutor() as pool:
         prepared = pool.map(lambda make: compiled_runs(args, name, config, batches, make), makers)
         runs = [pair for pairs in prepared for pair in pairs.items()]
     for batch in batches:
         for key, run in ((key, run) for (key, rows), run in runs if rows == batch):
             for bits in args.bits:
-                (row,) = decode.decode_rows(run.model, name, batch, [bits], options, bandwidth, run)
+                (row,) = decode_rows.decode_rows(run.model, name, batch, [bits], options, bandwidth, run)
                 say(args, exchange=key, **row)
                 yield key, row
 

@@ -38,7 +38,8 @@ from checkpoints_tools.source.layer import dense_layer, embed, read_layer, run_l
 from grinqh_jax.hf import HFCheckpoint
 from grinqh_jax.model.apply import Dense
 from grinqh_jax.model.decoder_layer import DecoderLayer, RMSNorm
-from grinqh_jax.model.layer_spec import HEAD, LogitTransform, Projection
+from grinqh_jax.model.layer_spec import HEAD, Projection
+from grinqh_jax.model.logit_transform import LogitTransform
 
 TOKENS = 4096
 """Number of tokens for the decoder layers. The split of the bits averages them over a layer."""

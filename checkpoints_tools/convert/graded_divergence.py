@@ -28,7 +28,7 @@ from checkpoints_tools.source.head import back_through_norm, logits, normed, wit
 from checkpoints_tools.source.layer import VALUES_IN_MEMORY
 from grinqh_jax.decoding.thresholds import interpolate
 from grinqh_jax.model.decoder_layer import DecoderLayer
-from grinqh_jax.model.layer_spec import LogitTransform
+from grinqh_jax.model.logit_transform import LogitTransform
 from pallas_kernels import Activations, layout
 
 LevelGains = Mapping[str, Float[Array, "p"]]

@@ -10,7 +10,8 @@ from jaxtyping import Array, Float
 from checkpoints_tools.source.layer import VALUES_IN_MEMORY
 from grinqh_jax.hf import HFCheckpoint
 from grinqh_jax.model.decoder_layer import RMSNorm
-from grinqh_jax.model.layer_spec import HEAD, IDENTITY, LogitTransform
+from grinqh_jax.model.layer_spec import HEAD
+from grinqh_jax.model.logit_transform import IDENTITY, LogitTransform
 
 
 def vocabulary(source: HFCheckpoint, rows: int) -> Iterator[tuple[int, Float[Array, "d n"]]]:

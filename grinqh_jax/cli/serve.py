@@ -220,7 +220,7 @@ def _follow(args: argparse.Namespace) -> int:
     follower = meet(args.coordinator)
     assert isinstance(follower, Follower), "only process 0 leads"
     generator, options = _model(args)
-    speculation, policy = options.pop("speculation"), DecodePolicy.for_device()
+    speculation, policy = options.pop("speculation"), DecodePolicy.for_engine()
     follower.follow(engine_device(generator, policy, speculation, page_size=PAGE_SIZE, **options))
     return 0
 

@@ -10,10 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float
-
+from grinqh_jax.model.logit_transform import IDENTITY, LogitTransform
 from grinqh_jax.model.rope import RopeConfig
 
 HEAD = "lm_head"
@@ -291,34 +288,6 @@ class LayerSpec:
         """Returns the block that runs after another one; None after the last."""
         following = self.blocks[self.blocks.index(block) + 1 :]
         return following[0] if following else None
-
-
-@dataclasses.dataclass(frozen=True)
-class LogitTransform:
-    """The function from outputs y of the output projection to logits: ``cap * tanh(multiplier * y / cap)``.
-
-    Attributes:
-      multiplier: Factor of the outputs.
-      soft_cap: Limit of the logits; None for no limit: ``multiplier * y``.
-    """
-
-    multiplier: float = 1.0
-    soft_cap: float | None = None
-
-    def __call__(self, outputs: Float[Array, "*rows v"]) -> Float[Array, "*rows v"]:
-        """Returns the logits of float32 outputs."""
-        logits = outputs if self.multiplier == 1 else outputs * self.multiplier
-        return logits if self.soft_cap is None else jnp.tanh(logits / self.soft_cap) * self.soft_cap
-
-    def derivative(self, outputs: Float[Array, "*rows v"]) -> Float[Array, "*rows v"] | float:
-        """Returns the derivative of each logit with respect to its output."""
-        if self.soft_cap is None:
-            return self.multiplier
-        return jax.jvp(self, (outputs,), (jnp.ones_like(outputs),))[1]
-
-
-IDENTITY = LogitTransform()
-"""The outputs are the logits."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from grinqh_jax.model.apply import Apply
-from grinqh_jax.model.layer_spec import HEAD, IDENTITY, LogitTransform
+from grinqh_jax.model.layer_spec import HEAD
 from grinqh_jax.model.linear import Linear, build_linear
+from grinqh_jax.model.logit_transform import IDENTITY, LogitTransform
 from grinqh_jax.model.partition import AXIS, Partition
 from pallas_kernels import Activations, layout
 

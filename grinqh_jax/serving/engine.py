@@ -82,14 +82,14 @@ class Engine:
             windows keep as many tokens as the window has, in place of the whole context, which takes less
             memory. Models with recurrent states never share prefixes.
           grammars: Whether requests may have grammars, which takes one more program.
-          policy: How programs are compiled, by default ``DecodePolicy.for_device()``.
+          policy: How programs are compiled, by default ``DecodePolicy.for_engine()``.
           speculation: How to speculate, by default not at all.
           leader: Connections to the other processes of the mesh, which follow; None for one process.
 
         Raises:
           UsageError: An argument is out of range, or the device has too little free memory.
         """
-        policy = policy or DecodePolicy.for_device()
+        policy = policy or DecodePolicy.for_engine()
         device = engine_device(
             generator,
             policy,

@@ -101,7 +101,7 @@ class Lowered(Exception):
         ("router", "--rows 1 4 --shapes 2048x128x8 2048x60x4", 4),
         ("sampling", "--rows 2", 18),
         ("graded_windows", "--rows 16", 2),
-        ("attention", "--batch 1 2 --variants default same-share large --layers 1 --capacity 128", 4),
+        ("attention", "--batch 2 --variants default same-share large --layers 1 --capacity 128", 3),
     ],
 )
 def test_programs_lower_for_cuda(monkeypatch, script, options, count):

@@ -11,11 +11,12 @@ from grinqh_jax.decoding.policy import DecodePolicy
 
 def test_the_policy_follows_the_device_in_use():
     assert jax.default_backend() == "cpu"
-    assert DecodePolicy.for_device() is policy.CPU
+    assert DecodePolicy.for_device() is DecodePolicy.for_engine() is policy.CPU
     h200 = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
     mesh = jax.sharding.AbstractMesh((1,), ("x",), (AxisType.Explicit,), abstract_device=h200)
     with jax.sharding.use_abstract_mesh(mesh):
         assert DecodePolicy.for_device() is policy.GPU
+        assert DecodePolicy.for_engine() is policy.GPU_ENGINE
 
 
 def test_policies_are_equal_by_value():

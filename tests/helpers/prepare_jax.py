@@ -108,7 +108,7 @@ jaxtyping.install_import_hook(
         "grinqh_jax.model.delta_net",
         "grinqh_jax.model.experts",
         "grinqh_jax.model.flat_model",
-        "grinqh_jax.model.layer_spec",
+        "grinqh_jax.model.logit_transform",
         "grinqh_jax.model.linear",
         "grinqh_jax.model.partition",
         "grinqh_jax.model.norm",

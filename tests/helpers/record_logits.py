@@ -34,12 +34,14 @@ MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 """Names of Mixtral's projections, and those of other families."""
 
 
-def torch_model(hf_config: dict, seed: int = 0) -> transformers.PreTrainedModel:
-    """Returns the random model in transformers, in float32."""
+def torch_model(
+    hf_config: dict, seed: int = 0, state: dict[str, np.ndarray] | None = None
+) -> transformers.PreTrainedModel:
+    """Returns a model in transformers, in float32, with the weights ``state`` or random ones."""
     config = transformers.AutoConfig.for_model(**copy.deepcopy(hf_config))
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    state = with_fused_experts(random_state(hf_config, seed))
-    state = {name: torch.from_numpy(value) for name, value in state.items()}
+    state = with_fused_experts(random_state(hf_config, seed) if state is None else state)
+    state = {name: torch.from_numpy(value.astype(np.float32)) for name, value in state.items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
     if unexpected or set(missing) - {"lm_head.weight"}:
         raise SystemExit(f"weights do not fit: missing {missing}, unexpected {unexpected}")

@@ -76,10 +76,17 @@ def test_penalties_and_biases_are_those_of_the_generator(engine, generator):
         assert_equals_the_generator(answer, generator, *case)
 
 
-def test_an_answer_is_the_same_alone_in_company_and_from_shared_pages(engine):
+def test_an_answer_is_the_same_alone_in_company_and_from_shared_pages(engine, monkeypatch):
     rng = random.Random(2)
     cases = [random_case(rng) for _ in range(16)]
+    device, rows = engine.scheduler._device, set()
+    generate = device.generate
+    monkeypatch.setattr(
+        device, "generate", lambda slots, *rest: (rows.add(len(slots)), generate(slots, *rest))[1]
+    )
     together = engine.generate_many([prompt for prompt, _ in cases], [request for _, request in cases])
+    assert rows == {1, 2, 4}
+    rows.clear()
     for (prompt, request), answer in zip(cases, together, strict=True):
         engine.storage.allocator.forget()
         miss, hit = (engine.generate_many([prompt], request)[0] for _ in range(2))
@@ -89,6 +96,7 @@ def test_an_answer_is_the_same_alone_in_company_and_from_shared_pages(engine):
             assert (miss.grading_stats.packed == hit.grading_stats.packed).all()
             assert (miss.grading_stats.packed == answer.grading_stats.packed).all()
     assert any(answer.reused_tokens > 0 for answer in together)
+    assert rows == {1}
 
 
 def test_eviction_changes_no_answer(engine):

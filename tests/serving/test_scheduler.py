@@ -15,11 +15,16 @@ from grinqh_jax.decoding.engine import Chunk
 from grinqh_jax.decoding.slots.device import Device
 from grinqh_jax.decoding.slots.settings import Settings, sampling_rows
 from grinqh_jax.decoding.slots.shape import Shape
+from grinqh_jax.decoding.slots.step_shapes import row_counts, step_shapes
 from grinqh_jax.serving.shared_pages import SharedPages
 
 SHAPE = Shape(slots=3, max_context=48, page_size=4, piece=8, num_pages=16, stop_tokens=1, grammars=True)
 VOCABULARY = 64
 STOP = 9
+
+
+def in_chunks_of(steps: int, ahead: int) -> policy.DecodePolicy:
+    return dataclasses.replace(policy.CPU, chunks_ahead=ahead, chunk_steps=steps)
 
 
 def next_token(text: list[int]) -> int:
@@ -56,6 +61,8 @@ class PagedDevice(Device):
 
     def __init__(self, steps: int):
         self.shape, self.speculation, self.chunk_steps = SHAPE, None, steps
+        self.step_shapes = step_shapes(row_counts(SHAPE.slots, fixed=False), 0, contiguous=False)
+        self.decoded: list[int] = []  # numbers of rows of the chunks
         self.pages = [[-1] * SHAPE.page_size for _ in range(SHAPE.num_pages)]
         self.slots: dict[int, Slot] = {}
 
@@ -81,9 +88,16 @@ class PagedDevice(Device):
         self.slots[slot] = Slot(prefix.pages, prefix.length, first, int(settings.limits[0]) - 1)
         return self.chunk([[first]], [self.slots[slot].done])
 
-    def generate(self, greedy, logprobs, level=None, allowed=None) -> Chunk:
+    def steps(self, drafts: int) -> int:
+        return self.chunk_steps
+
+    def generate(self, slots, greedy, logprobs, allowed=None, level=None) -> Chunk:
+        assert (len(slots), 0) in self.step_shapes
+        assert len(set(slots)) == len(slots)
+        assert {slot for slot, text in self.slots.items() if not text.done} <= set(slots)
+        self.decoded.append(len(slots))
         rows: list[list[int]] = []
-        for slot in range(SHAPE.slots):
+        for slot in slots:
             row, text = [], self.slots.get(slot)
             while (
                 text is not None and not text.done and len(row) < (self.chunk_steps if allowed is None else 1)
@@ -93,7 +107,7 @@ class PagedDevice(Device):
                 text.last = next_token(self.read(text.pages, text.length))
                 row.append(text.last)
             rows.append(row)
-        return self.chunk(rows, [s not in self.slots or self.slots[s].done for s in range(SHAPE.slots)])
+        return self.chunk(rows, [s not in self.slots or self.slots[s].done for s in slots])
 
     def chunk(self, rows: list[list[int]], done: list[bool]) -> Chunk:
         tokens = np.zeros((len(rows), max(map(len, rows), default=0)), np.int32)
@@ -184,7 +198,7 @@ def test_no_slot_or_page_is_lost_and_no_text_changes_another(ahead, seed):
     steps = rng.choice([1, 3])
     device: Any = PagedDevice(steps)
     storage = SharedPages(SHAPE, graded=rng.random() < 0.5)
-    loop = Scheduler(device, storage, dataclasses.replace(policy.CPU, chunks_ahead=ahead, chunk_steps=steps))
+    loop = Scheduler(device, storage, in_chunks_of(steps, ahead))
     jobs: list[Job] = []
 
     def disturb() -> None:
@@ -218,3 +232,20 @@ def test_no_slot_or_page_is_lost_and_no_text_changes_another(ahead, seed):
             assert end == ("stop" if STOP in expected else "length")
         if job.grammar is not None:
             assert job.grammar.tokens == answer.tokens[: len(job.grammar.tokens)]
+
+
+@pytest.mark.parametrize(("ahead", "rows"), [(0, [2, 3, 3, 1]), (1, [1, 2, 3, 2, 1])])
+def test_a_chunk_decodes_the_answers_that_go_on_and_no_more_rows_than_the_next_program_has(ahead, rows):
+    """Answers end at their limits, which the host knows before their last tokens arrive."""
+    device: Any = PagedDevice(steps=4)
+    loop = Scheduler(device, SharedPages(SHAPE, graded=True), in_chunks_of(4, ahead))
+    for prompt in ([1], [2], [3]):
+        sampling: Any = sampling_rows(1, VOCABULARY)
+        settings = Settings.of_request(sampling, 3.0, [], 13, 1)
+        loop.add(Job(prompt, settings, Receiver(random.Random(0), 0)))
+    while not loop.idle:
+        loop.step()
+    loop.close()
+    # A round reads one prompt, and each answer takes three chunks. Without a chunk ahead, the first answer
+    # waits for its first token, which comes with the second prompt.
+    assert device.decoded == rows

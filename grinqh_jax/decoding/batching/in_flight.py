@@ -12,8 +12,8 @@ import jax
 
 from grinqh_jax.decoding.batching.job import Job
 from grinqh_jax.decoding.engine.chunk import Chunk
+from grinqh_jax.decoding.slots.step_shapes import StepShape
 from grinqh_jax.decoding.speculation.chunk import Counts
-from grinqh_jax.decoding.speculation.draft_length import StepShape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Work:
       jobs: Jobs by row of the chunk, as they were when the work was dispatched.
       asked: Time at which the work was dispatched; of a first token, at which the job got its slot.
       is_first: Whether the result is the first token of the only job.
-      shape: Sizes of the steps of a chunk with speculation; None without.
+      shape: Sizes of the steps of a chunk.
     """
 
     jobs: Mapping[int, Job]

@@ -1,10 +1,12 @@
 """The decode loop on the host: decides which prompt is read and which answers are decoded next.
 
 Continuous batching: requests enter and leave slots between decode chunks. A round reads at most one piece of
-one prompt and decodes one chunk of all answers, so an answer never waits for more than one piece. In an
-engine for many requests, pieces end at positions that depend on the prompt alone, so a hit and a miss of the
-shared prefixes read the same pieces. An answer therefore does not depend on load or on what is in the cache.
-A single text runs in the same loop, with one slot.
+one prompt and decodes one chunk of all answers, so an answer never waits for more than one piece. (If the
+prompts of many requests were read first, their answers would end together. The next prompts would then come
+together as well, and the first of them would wait for all others.) In an engine for many requests, pieces end
+at positions that depend on the prompt alone, so a hit and a miss of the shared prefixes read the same pieces.
+An answer therefore does not depend on load or on what is in the cache. A single text runs in the same loop,
+with one slot.
 """
 
 import dataclasses
@@ -56,10 +58,11 @@ class Scheduler:
         self._free_slots = list(range(device.shape.slots - 1, -1, -1))
         self._in_flight = InFlight(in_thread=policy.chunks_ahead > 0)
         self._numbers = itertools.count()
-        self._draft_length: DraftLength | None = None
-        if (speculation := device.speculation) is not None:
-            alone = jax.process_count() == 1
-            self._draft_length = DraftLength(device.step_shapes, always=speculation.always, measures=alone)
+        self._draft_length = DraftLength(
+            device.step_shapes,
+            always=device.speculation is not None and device.speculation.always,
+            measures=jax.process_count() == 1,
+        )
         self._launched = False
 
     def close(self) -> None:
@@ -176,7 +179,7 @@ class Scheduler:
             return
         first = self._device.insert(job.slot, job.prefix, job.prompt, job.settings, job.logprobs, allowed)
         job.prefix, job.dispatched = None, 1
-        if self._draft_length is not None:
+        if self._device.speculation is not None:
             job.answer.receive_speculation(job.figures)
         self.decoding[job.slot] = job
         if job.turned is not None:
@@ -186,20 +189,29 @@ class Scheduler:
     def _launch(self) -> bool:
         """Dispatches a decode chunk, if an answer may go on; returns whether it has."""
         masks = self._masks()
-        jobs = self.decoding.values()
-        if all(job.dispatched >= job.limit for job in jobs):
+        going = {slot: job for slot, job in self.decoding.items() if job.dispatched < job.limit}
+        if not going:
             return False
-        asked = time.perf_counter()
-        logprobs = any(job.logprobs for job in jobs)
-        greedy = not logprobs and all(job.greedy for job in jobs)
-        if self._draft_length is not None:
-            self._speculate(self._draft_length, greedy, logprobs, masks, asked)
-            return True
-        level = self._device.level(float(job.settings.bits[0]) for job in jobs)
-        chunk = self._device.generate(greedy, logprobs, level, masks)
-        for job in jobs:
-            job.dispatched += self._policy.chunk_steps if masks is None else 1
-        self._in_flight.add(Work(dict(self.decoding), asked), chunk)
+        asked, device = time.perf_counter(), self._device
+        logprobs = any(job.logprobs for job in going.values())
+        greedy = not logprobs and all(job.greedy for job in going.values())
+        shape = device.step_shapes[0]
+        if masks is None:
+            texts = [job.acceptance for job in going.values()]
+            shape = self._draft_length.choose(texts, device.shape.slots if logprobs else 0)
+        idle = (slot for slot in range(device.shape.slots) if slot not in going)
+        rows = sorted([*going, *itertools.islice(idle, shape.texts - len(going))])
+        counts = None
+        if device.speculation is None:
+            level = device.level(float(job.settings.bits[0]) for job in going.values())
+            chunk = device.generate(rows, greedy, logprobs, masks, level)
+        else:
+            drafts = [shape.drafts] * len(rows)
+            chunk, counts = device.speculate(rows, drafts, shape.drafts, greedy, logprobs, masks)
+        for job in going.values():
+            job.dispatched += 1 if masks is not None else device.steps(shape.drafts)
+        jobs = {row: going[slot] for row, slot in enumerate(rows) if slot in going}
+        self._in_flight.add(Work(jobs, asked, shape=shape), chunk, counts)
         return True
 
     def _masks(self) -> Any:
@@ -218,22 +230,6 @@ class Scheduler:
         except Exception as error:  # Other answers go on.
             self._end(job, error)
             return None
-
-    def _speculate(self, length: DraftLength, greedy: bool, logprobs: bool, masks: Any, asked: float) -> None:
-        """Dispatches a decode chunk with speculation. Few answers share the rows of all slots."""
-        shape, slots = length.shapes[0], self._device.shape.slots
-        if masks is None:
-            shape = length.choose([job.acceptance for job in self.decoding.values()])
-        rows = list(range(slots))
-        if shape.texts < slots:
-            others = (slot for slot in rows if slot not in self.decoding)
-            rows = [*self.decoding, *others][: shape.texts]
-        most = [shape.drafts] * len(rows)
-        chunk, counts = self._device.speculate(rows, most, shape.drafts, greedy, logprobs, masks)
-        jobs = {row: self.decoding[slot] for row, slot in enumerate(rows) if slot in self.decoding}
-        for job in jobs.values():
-            job.dispatched += self._device.steps(shape.drafts) if masks is None else 1
-        self._in_flight.add(Work(jobs, asked, shape=shape), chunk, counts)
 
     def _deliver(self, arrival: Arrival) -> None:
         """Gives results to their jobs."""
@@ -265,8 +261,7 @@ class Scheduler:
     def _learn(self, arrival: Arrival) -> None:
         """Updates what is known of the texts of a chunk with speculation, and of the time of a step."""
         shape, seconds = arrival.work.shape, arrival.seconds
-        assert self._draft_length is not None, "the device speculates"
-        assert shape is not None, "a chunk with speculation has a shape"
+        assert shape is not None, "a chunk has a shape"
         for row, job in arrival.work.jobs.items():
             counts = jax.tree.map(lambda values: values[row].item(), arrival.counts)  # noqa: B023
             drafting = counts.steps, counts.tried, counts.drafted, counts.accepted

@@ -111,32 +111,34 @@ def generate(
     model: FlatModel,
     state: DecodeState,
     dial: Dial | None,
-    allowed: UInt32[Array, "b words"] | None = None,
+    rows: Int[Array, "n"] | None = None,
+    allowed: UInt32[Array, "n words"] | None = None,
     *,
     policy: DecodePolicy,
     greedy: bool,
     top_logprobs: int | None,
     level: int | None = None,
 ) -> tuple[DecodeState, Chunk]:
-    """Decodes up to ``policy.chunk_steps`` tokens for every slot that is not done.
+    """Decodes up to ``policy.chunk_steps`` tokens for some slots, as far as they are not done.
 
     Args:
       model: Graded model; or a dense one, with ``dial=None``.
       state: State of all slots. Donated.
       dial: Dial of the model; its state is ignored.
-      allowed: Tokens that each slot may choose (see ``sampling.Sampling``), for chunks of one step; None for
-        all.
+      rows: Slots, each at most once; None for all slots, as in a contiguous cache.
+      allowed: Tokens that each of these slots may choose (see ``sampling.Sampling``), for chunks of one step;
+        None for all.
       policy: How the loop is compiled.
-      greedy: Whether all slots that are not done decode greedily, without penalties and biases. The program
-        then neither sorts nor penalizes. It chooses the same tokens as the other one.
+      greedy: Whether all of these slots that are not done decode greedily, without penalties and biases. The
+        program then neither sorts nor penalizes. It chooses the same tokens as the other one.
       top_logprobs: Number of most likely tokens whose log-probabilities are returned beside those of the new
         tokens; None for no log-probabilities.
       level: As in ``engine.decode_chunk``.
 
     Returns:
-      The state, and the new tokens with their grading statistics.
+      The state, and the new tokens with their grading statistics, a row for each of ``rows``.
     """
-    slots, settings = state.slots, state.slots.settings
+    slots = state.slots.of(rows)
     chunk, texts = jitted_decode_chunk(
         model,
         slots.last,
@@ -144,15 +146,16 @@ def generate(
         state.cache.texts(slots.pages, slots.lengths, slots.fixed),
         slots.dial_of(dial),
         slots.sampling(greedy, allowed),
-        settings.stop_tokens,
-        settings.limits,
+        slots.settings.stop_tokens,
+        slots.settings.limits,
         steps=policy.chunk_steps,
         policy=policy,
         history=None if greedy else slots.history,
         top_logprobs=top_logprobs,
         level=level,
     )
-    state = dataclasses.replace(state, cache=PagedCache.of(texts), slots=slots.after(chunk, texts))
+    after = state.slots.updated(rows, slots, slots.after(chunk, texts))
+    state = dataclasses.replace(state, cache=PagedCache.of(texts), slots=after)
     return state, dataclasses.replace(chunk, history=None, dial=None)
 
 

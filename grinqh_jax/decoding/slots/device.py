@@ -21,8 +21,8 @@ from grinqh_jax.decoding.slots.prefix import Prefix
 from grinqh_jax.decoding.slots.settings import Settings
 from grinqh_jax.decoding.slots.shape import Shape
 from grinqh_jax.decoding.slots.state import DecodeState
+from grinqh_jax.decoding.slots.step_shapes import StepShape, row_counts, step_shapes
 from grinqh_jax.decoding.speculation import block_dial
-from grinqh_jax.decoding.speculation.draft_length import StepShape, step_shapes
 from grinqh_jax.decoding.speculation.speculation import Speculation, check_speculation
 from grinqh_jax.model.decoder import Decoder
 from grinqh_jax.model.fixed_states import FixedStates, fixed_states
@@ -58,7 +58,8 @@ class Device:
       graded: Whether the model is graded.
       levels: Values of the argument ``level`` of ``generate``.
       speculation: How the device speculates; None if it does not.
-      step_shapes: Shapes of steps with speculation; empty without.
+      step_shapes: Shapes of steps, that of all slots without drafts first. It alone has a program for masks.
+        Chunks with log-probabilities decode all slots.
       on_call: Callback before each call that starts programs, with its name and arguments; None for none.
       on_prefix: Callback for each prefix that a call returns; None for none.
     """
@@ -97,10 +98,8 @@ class Device:
         self.shape = shape
         self.graded = dial is not None
         self.speculation = speculation
-        self.step_shapes: list[StepShape] = []
         if speculation is not None:
             check_speculation(model.config, shape.slots, shape.contiguous)
-            self.step_shapes = step_shapes(shape.slots, speculation.most_drafts, shape.contiguous)
             dial = None if dial is None else block_dial.in_blocks(dial)
         self._config, self._policy = model.config, policy
         self._cache_config, self._dtype = model.cache_config, model.compute_dtype
@@ -109,6 +108,10 @@ class Device:
         # Evaluation grades every token of texts that share nothing, for any number of texts.
         graded_rows = shape.contiguous or not self.graded
         self.levels = [None] if graded_rows else reading.possible_levels(shape.slots, self._num_planes)
+        # A dense product may round differently for another number of rows, so an answer would depend on load.
+        counts = row_counts(shape.slots, fixed=shape.contiguous or not self.graded)
+        most_drafts = 0 if speculation is None else speculation.most_drafts
+        self.step_shapes: list[StepShape] = step_shapes(counts, most_drafts, shape.contiguous)
         self._placement = Placement.of_model(model, abstract)
         sharding = self._placement.sharding
         self._model, self._dial = FlatModel(model), jax.device_put(dial, sharding)
@@ -247,25 +250,28 @@ class Device:
     @_announced
     def generate(
         self,
+        rows: Sequence[int],
         greedy: bool,
         logprobs: bool,
-        level: int | None = None,
         allowed: UInt32[np.ndarray, "b words"] | None = None,
+        level: int | None = None,
     ) -> Any:
-        """Decodes a ``Chunk`` for all slots (see ``answers.generate``).
+        """Decodes a ``Chunk`` for some slots (see ``answers.generate``). Its rows are those of ``rows``.
 
         Args:
+          rows: Slots, as many as one of ``step_shapes`` has; all of them in order.
           greedy: Whether all answers are decoded greedily.
-          logprobs: Whether the chunk has log-probabilities.
-          level: Level at which all weights are read, one of ``levels``.
+          logprobs: Whether the chunk has log-probabilities. It then decodes all slots.
           allowed: Tokens that each slot may choose (see ``masks``). The chunk then has one step, and
             log-probabilities.
+          level: Level at which all weights are read, one of ``levels``.
         """
         self._state, chunk = self._run_model(
             "generate",
             answers.generate,
             self._state,
             self._dial,
+            self._rows(rows),
             self._put(allowed),
             level=level,
             **self._chunk_options(greedy, logprobs, allowed is not None),
@@ -288,17 +294,17 @@ class Device:
         Returns a ``Chunk`` and its ``Counts``.
 
         Args:
-          rows, most_drafts, drafts: Slots, and the largest numbers of drafts of each and of all.
-          greedy, logprobs, allowed: As in ``generate``.
+          most_drafts, drafts: Largest numbers of drafts of each slot and of all.
+          rows, greedy, logprobs, allowed: As in ``generate``.
         """
-        slots, most = np.asarray(rows, np.int32), np.asarray(most_drafts, np.int32)
         self._state, chunk, counts = self._run_model(
             "speculate",
             speculate.speculate,
             self._state,
             self._dial,
             self._drafter,
-            *self._put((slots, most, allowed)),
+            self._rows(rows),
+            *self._put((np.asarray(most_drafts, np.int32), allowed)),
             steps=1 if allowed is not None else self.steps(drafts),
             drafts=drafts,
             **self._chunk_options(greedy, logprobs, allowed is not None),
@@ -344,6 +350,10 @@ class Device:
             one_step = dataclasses.replace(self._policy, chunk_steps=1)
             return {"policy": one_step, "greedy": False, "top_logprobs": self._top_logprobs}
         return {"policy": self._policy, "greedy": greedy, "top_logprobs": self._count(logprobs)}
+
+    def _rows(self, rows: Sequence[int]) -> Any:
+        """Returns the slots of a chunk as an array; None for all."""
+        return None if len(rows) == self.shape.slots else self._put(np.asarray(rows, np.int32))
 
     def _count(self, logprobs: bool) -> int | None:
         """Returns the number of most likely tokens whose log-probabilities a program computes."""

@@ -14,6 +14,7 @@ from grinqh_jax.decoding.prefill_buckets import PrefillBucket, bucket_widths
 from grinqh_jax.decoding.programs import Lowering, Programs
 from grinqh_jax.decoding.slots.device import Device
 from grinqh_jax.decoding.slots.settings import Settings
+from grinqh_jax.decoding.slots.step_shapes import StepShape
 
 CHUNKS = (False, False), (True, False), (False, True)
 """Arguments ``greedy`` and ``logprobs`` of all kinds of decode chunks."""
@@ -98,18 +99,21 @@ def _rehearse(
             prefix = device.prefill(prefix, piece, settings)
     for wanted in logprobs:
         device.insert(0, prefix, [], settings, wanted)
-    masks = device.masks({}) if shape.grammars else None
-    if device.speculation is None:
-        for level, (greedy, wanted) in itertools.product(device.levels, chunks):
-            device.generate(greedy, wanted, level)
-        if masks is not None:
-            for level in device.levels:
-                device.generate(False, True, level, masks)
-    else:
-        for step, (greedy, wanted) in itertools.product(device.step_shapes, chunks):
-            device.speculate(range(step.texts), [0] * step.texts, step.drafts, greedy, wanted)
-        if masks is not None:
-            device.speculate(range(shape.slots), [0] * shape.slots, 0, False, True, masks)
+    every, speculates = device.step_shapes[0], device.speculation is not None
+
+    def decode(step: StepShape, level: int | None, greedy: bool, wanted: bool, masks: Any = None) -> None:
+        rows = list(range(step.texts))
+        if speculates:
+            device.speculate(rows, [0] * step.texts, step.drafts, greedy, wanted, masks)
+        else:
+            device.generate(rows, greedy, wanted, masks, level)
+
+    for level, (greedy, wanted) in itertools.product(device.levels, chunks):
+        for step in device.step_shapes:
+            if step.texts == shape.slots or not wanted:
+                decode(step, level, greedy, wanted)
+    for level in device.levels if shape.grammars else ():
+        decode(every, level, False, True, device.masks({}))
     if device.graded and not shape.contiguous:
         device.turn(0, 0.0)
     device.free(0)

@@ -37,7 +37,7 @@ def speculate(
     state: DecodeState,
     dial: Dial | None,
     drafter: Drafter,
-    rows: Int[Array, "n"],
+    rows: Int[Array, "n"] | None,
     most_drafts: Int[Array, "n"],
     allowed: UInt32[Array, "n words"] | None = None,
     *,
@@ -52,8 +52,8 @@ def speculate(
     Args:
       model, state, dial, policy, greedy, top_logprobs: As in ``answers.generate``.
       drafter: Proposes the tokens that are verified.
-      rows: Slots, each at most once. Slots that share the graded rows of a step: ``n * (drafts + 1)`` is at
-        most 16. All slots if their cache is contiguous.
+      rows: As in ``answers.generate``. The slots share the graded rows of a step: ``n * (drafts + 1)`` is at
+        most 16.
       most_drafts: Largest number of drafts of each of these slots.
       allowed: Tokens that each of these slots may choose, as in ``answers.generate``, with ``drafts=0``.
       steps: Number of steps.
@@ -62,8 +62,7 @@ def speculate(
     Returns:
       The state, the new tokens with a row for each of ``rows``, and what the chunk did.
     """
-    every = len(rows) == len(state.slots.last)
-    slots = state.slots if every else jax.tree.map(lambda slots: slots[rows], state.slots)
+    slots = state.slots.of(rows)
     assert slots.texts is not None, "the state was created for speculation"
     chunk, cache, texts, drafter_state, counts = speculative_chunk(
         decoder_of(model),
@@ -85,7 +84,5 @@ def speculate(
         top_logprobs=top_logprobs,
     )
     after = dataclasses.replace(slots.after(chunk, cache), texts=texts, drafter=drafter_state.rows)
-    if not every:
-        after = jax.tree.map(lambda slots, some: slots.at[rows].set(some), state.slots, after)
-    state = DecodeState(PagedCache.of(cache), after, drafter_state.shared)
+    state = DecodeState(PagedCache.of(cache), state.slots.updated(rows, slots, after), drafter_state.shared)
     return state, dataclasses.replace(chunk, history=None, dial=None), counts

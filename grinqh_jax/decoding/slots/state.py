@@ -50,6 +50,20 @@ class Slots:
     texts: SlotTexts | None = None
     drafter: Any = None
 
+    def of(self, rows: Int[Array, "n"] | None) -> "Slots":
+        """Returns the rows of some slots; None for all."""
+        return self if rows is None else jax.tree.map(lambda slots: slots[rows], self)
+
+    def updated(self, rows: Int[Array, "n"] | None, before: "Slots", after: "Slots") -> "Slots":
+        """Returns all slots, once what ``of(rows)`` returned has become ``after``."""
+        if rows is None:
+            return after
+
+        def write(slots, old, new):
+            return slots if new is old else slots.at[rows].set(new, unique_indices=True)
+
+        return jax.tree.map(write, self, before, after)
+
     def sampling(self, greedy: bool, allowed: UInt32[Array, "b words"] | None) -> Sampling:
         """Returns how tokens are chosen; ``greedy`` and ``allowed`` as in ``generate``."""
         sampling = dataclasses.replace(self.settings.sampling, allowed=allowed)

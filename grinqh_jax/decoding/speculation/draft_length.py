@@ -1,4 +1,6 @@
-"""The number of drafts, which the host chooses before every decode chunk.
+"""The shape of every decode chunk, which the host chooses before it: numbers of slots and of drafts.
+
+Without drafts, the chunk decodes as few slots as there are programs for.
 
 A step with k drafts yields ``1 + c (a + a^2 + ... + a^k)`` tokens of a text, where ``c`` is the share of
 steps in which the drafter has a draft, and ``a`` the probability that a draft is accepted if those before it
@@ -11,9 +13,8 @@ The decision changes the speed and not the text (see ``block_dial`` and ``accept
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
 
-from grinqh_jax.decoding.reading import MAX_GRADED_ROWS
+from grinqh_jax.decoding.slots.step_shapes import StepShape
 
 FORGETTING = 0.9
 """Weight of the estimates of a text after each step with drafts."""
@@ -29,43 +30,6 @@ ASSUMED_ROW_COST = 0.1
 
 NEW_MEASUREMENT = 0.25
 """Weight of a new measurement of the time of a step."""
-
-
-class StepShape(NamedTuple):
-    """Sizes of a step: ``texts * (drafts + 1)`` rows.
-
-    Attributes:
-      texts: Number of slots that it decodes.
-      drafts: Largest number of drafts of each.
-    """
-
-    texts: int
-    drafts: int
-
-
-def step_shapes(slots: int, most_drafts: int, contiguous: bool) -> list[StepShape]:
-    """Returns the shapes of steps that an engine needs programs for.
-
-    All but the first are for fewer texts and have drafts: the more texts there are, the fewer drafts has
-    each.
-
-    Args:
-      slots: Number of slots.
-      most_drafts: Largest number of drafts of a text.
-      contiguous: Whether the cache is contiguous, so that a step decodes all slots.
-    """
-
-    def drafts(texts: int) -> int:
-        return min(MAX_GRADED_ROWS // texts - 1, most_drafts)
-
-    shapes = [StepShape(slots, 0)]
-    if slots == 1:
-        shapes.append(StepShape(1, drafts(1) // 2))
-    counts = [slots]
-    if not contiguous:
-        counts += [texts for texts in (2, 4, 8) if texts < slots]
-    shapes += [StepShape(texts, drafts(texts)) for texts in counts if drafts(texts) > 0]
-    return list(dict.fromkeys(shapes))
 
 
 @dataclasses.dataclass
@@ -112,7 +76,7 @@ class DraftLength:
     """Chooses the shape of every decode chunk.
 
     Attributes:
-      shapes: Shapes of steps, the first without drafts and for all slots.
+      shapes: Shapes of steps (see ``step_shapes``).
       seconds: Time of a step of each shape that was measured.
     """
 
@@ -131,16 +95,16 @@ class DraftLength:
         self._measures = measures
         self._without = 0
 
-    def choose(self, texts: Sequence[Acceptance]) -> StepShape:
-        """Returns the shape of the next chunk, which decodes these texts."""
-        plain = self.shapes[0]
-        fitting = [shape for shape in self.shapes if shape.texts >= len(texts)]
+    def choose(self, texts: Sequence[Acceptance], least: int = 0) -> StepShape:
+        """Returns the shape of the next chunk, which decodes these texts and at least ``least`` slots."""
+        fitting = [shape for shape in self.shapes if shape.texts >= max(len(texts), least)]
         drafting = [shape for shape in fitting if shape.drafts]
+        plain = min(shape for shape in fitting if not shape.drafts)
         if not drafting:
             return plain
         if self._always:
             return max(drafting, key=lambda shape: shape.drafts)
-        best = max(fitting, key=lambda shape: self._speed(shape, texts))
+        best = max([plain, *drafting], key=lambda shape: self._speed(shape, texts))
         if best.drafts:
             self._without = 0
             return best

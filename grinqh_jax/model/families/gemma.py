@@ -5,7 +5,8 @@ import math
 from grinqh_jax.model.config_reader import GLOBAL, SLIDING, ConfigReader
 from grinqh_jax.model.families.family import TENSORS, Family, head_norms, layer
 from grinqh_jax.model.families.rope import read_ropes_by_kind
-from grinqh_jax.model.layer_spec import Attention, Description, LogitTransform, Norm
+from grinqh_jax.model.layer_spec import Attention, Description, Norm
+from grinqh_jax.model.logit_transform import LogitTransform
 from grinqh_jax.model.rope import RopeConfig
 
 NORM_OFFSET = 1.0

@@ -3,7 +3,8 @@
 from grinqh_jax.model.config_reader import ConfigReader
 from grinqh_jax.model.families.family import Family, layer
 from grinqh_jax.model.families.rope import read_rope
-from grinqh_jax.model.layer_spec import Attention, Description, LogitTransform
+from grinqh_jax.model.layer_spec import Attention, Description
+from grinqh_jax.model.logit_transform import LogitTransform
 
 
 def _describe(reader: ConfigReader) -> Description:

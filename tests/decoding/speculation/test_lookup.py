@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis_settings import examples
 
-from grinqh_jax.decoding.speculation.draft_length import Acceptance, DraftLength, StepShape, step_shapes
+from grinqh_jax.decoding.slots.step_shapes import StepShape, row_counts, step_shapes
+from grinqh_jax.decoding.speculation.draft_length import Acceptance, DraftLength
 from grinqh_jax.decoding.speculation.lookup import look_up
 
 SLOTS, LEAST, MOST, COUNT = 24, 2, 4, 5
@@ -41,14 +42,27 @@ def test_lookup_finds_the_longest_and_last_occurrence(texts):
         assert draft.tokens[row, : draft.counts[row]].tolist() == searched(text)
 
 
+def shapes(slots: int, most_drafts: int, contiguous: bool) -> list[StepShape]:
+    return step_shapes(row_counts(slots, fixed=contiguous), most_drafts, contiguous)
+
+
 def test_steps_share_sixteen_rows():
-    assert step_shapes(1, 7, True) == [(1, 0), (1, 3), (1, 7)]
-    assert step_shapes(4, 7, True) == [(4, 0), (4, 3)]
-    assert step_shapes(16, 7, False) == [(16, 0), (2, 7), (4, 3), (8, 1)]
-    assert step_shapes(64, 7, True) == [(64, 0)]
+    assert shapes(1, 7, True) == [(1, 0), (1, 3), (1, 7)]
+    assert shapes(4, 7, True) == [(4, 0), (4, 3)]
+    assert shapes(4, 7, False) == [(4, 0), (1, 0), (2, 0), (4, 3), (2, 7)]
+    assert shapes(16, 7, False)[5:] == [(2, 7), (4, 3), (8, 1)]
+    assert shapes(64, 7, True) == [(64, 0)]
     for slots in range(1, 17):
         for contiguous in (True, False):
-            assert all(s.texts * (s.drafts + 1) <= 16 for s in step_shapes(slots, 15, contiguous))
+            assert all(s.texts * (s.drafts + 1) <= 16 for s in shapes(slots, 15, contiguous))
+
+
+def test_a_step_decodes_a_power_of_two_or_all_slots():
+    assert row_counts(16, fixed=False) == [16, 1, 2, 4, 8]
+    assert row_counts(6, fixed=False) == [6, 1, 2, 4]
+    assert row_counts(1, fixed=False) == [1]
+    assert row_counts(16, fixed=True) == [16]
+    assert row_counts(64, fixed=False) == [64, 16, 32]  # all at one level
 
 
 def accepting(rate: float, drafts: int = 7) -> Acceptance:
@@ -75,7 +89,7 @@ def test_a_text_without_drafts_expects_one_token_a_step():
 
 
 def test_the_length_follows_acceptance_and_measured_times():
-    length = DraftLength(step_shapes(1, 7, True))
+    length = DraftLength(shapes(1, 7, True))
     for shape, seconds in zip(length.shapes, (1.0, 1.4, 1.9), strict=True):
         length.measure(shape, 10, 10 * seconds)
     assert length.choose([accepting(0.95)]) == (1, 7)
@@ -88,7 +102,7 @@ def test_the_length_follows_acceptance_and_measured_times():
 
 
 def test_several_processes_that_measure_other_times_choose_the_same():
-    lengths = [DraftLength(step_shapes(1, 7, True), measures=False) for _ in range(2)]
+    lengths = [DraftLength(shapes(1, 7, True), measures=False) for _ in range(2)]
     for process, length in enumerate(lengths):
         for shape in length.shapes:
             length.measure(shape, 1, 1.0 + process * shape.drafts)
@@ -98,7 +112,7 @@ def test_several_processes_that_measure_other_times_choose_the_same():
 
 
 def test_drafts_are_tried_now_and_then_where_they_do_not_pay():
-    length = DraftLength(step_shapes(1, 7, True))
+    length = DraftLength(shapes(1, 7, True))
     for shape in length.shapes:
         length.measure(shape, 1, 1.0 + shape.drafts)
     chosen = [length.choose([accepting(0.0)]) for _ in range(70)]
@@ -108,12 +122,15 @@ def test_drafts_are_tried_now_and_then_where_they_do_not_pay():
 
 
 def test_more_texts_have_fewer_drafts():
-    length = DraftLength(step_shapes(16, 7, False))
+    length = DraftLength(shapes(16, 7, False))
     texts = [accepting(0.9)] * 16
     assert length.choose(texts[:1]) == (2, 7)
     assert length.choose(texts[:3]) == (4, 3)
     assert length.choose(texts[:7]) == (8, 1)
     assert length.choose(texts) == (16, 0)
+    for count in (1, 2, 3, 5, 8, 9):
+        few = [accepting(0.0)] * count
+        assert length.choose(few) == (1 << (count - 1).bit_length(), 0)
 
 
 def test_a_pause_of_the_host_does_not_stop_drafts_for_long():

@@ -1,0 +1,61 @@
+"""The sizes of decode steps that an engine has programs for.
+
+A chunk decodes the slots in use. There is a program for each power of two, so it decodes fewer than as many
+idle slots besides. Chunks that are rare, with log-probabilities or with masks, have a program for all slots
+only, because each program is compiled when the engine starts.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from grinqh_jax.decoding.reading import MAX_GRADED_ROWS
+
+
+class StepShape(NamedTuple):
+    """Sizes of a step: ``texts * (drafts + 1)`` rows.
+
+    Attributes:
+      texts: Number of slots that it decodes.
+      drafts: Largest number of drafts of each (see ``speculation``).
+    """
+
+    texts: int
+    drafts: int
+
+
+def row_counts(slots: int, *, fixed: bool) -> list[int]:
+    """Returns the numbers of slots that a step may decode, all of them first.
+
+    Args:
+      slots: Number of slots.
+      fixed: Whether every step decodes all slots.
+    """
+    # More slots read weights at one level (``reading``), and up to 16 rows the weights are most of the time.
+    least = 1 if slots <= MAX_GRADED_ROWS else MAX_GRADED_ROWS
+    powers = (least << i for i in range(slots.bit_length()))
+    return [slots, *(() if fixed else (count for count in powers if count < slots))]
+
+
+def step_shapes(counts: Iterable[int], most_drafts: int, contiguous: bool) -> list[StepShape]:
+    """Returns the shapes of steps that an engine needs programs for, that of all slots without drafts first.
+
+    The more texts there are, the fewer drafts has each.
+
+    Args:
+      counts: Numbers of slots that a step without drafts may decode, all slots first.
+      most_drafts: Largest number of drafts of a text; 0 without speculation.
+      contiguous: Whether the cache is contiguous, so that a step decodes all slots.
+    """
+
+    def drafts(texts: int) -> int:
+        return min(MAX_GRADED_ROWS // texts - 1, most_drafts)
+
+    shapes = [StepShape(count, 0) for count in counts]
+    slots = shapes[0].texts
+    if slots == 1:
+        shapes.append(StepShape(1, drafts(1) // 2))
+    drafting = [slots]
+    if not contiguous:
+        drafting += [texts for texts in (2, 4, 8) if texts < slots]
+    shapes += [StepShape(texts, drafts(texts)) for texts in drafting if drafts(texts) > 0]
+    return list(dict.fromkeys(shapes))
