@@ -68,9 +68,9 @@ class Report:
         if self._output:
             self._output.write_text(json.dumps(self.fields, indent=1) + "\n")
 
-    def out_of_time(self, measurement: str) -> bool:
-        """Returns whether the limit has passed; if so, records that ``measurement`` is skipped."""
-        if self._seconds is None or elapsed() < self._seconds:
+    def out_of_time(self, measurement: str, share: float = 1.0) -> bool:
+        """Returns whether a share of the limit has passed; if so, records that ``measurement`` is skipped."""
+        if self._seconds is None or elapsed() < share * self._seconds:
             return False
         self.fields["skipped"].append(measurement)
         say(f"out of time: skipped {measurement}")
