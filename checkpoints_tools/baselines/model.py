@@ -20,7 +20,7 @@ from checkpoints_tools.source.layer import dense_layer, embed, read_layer
 from grinqh_jax.companions import companion_path
 from grinqh_jax.errors import UnsupportedModelError
 from grinqh_jax.hf import HFCheckpoint, params
-from grinqh_jax.hf.stored_experts import as_stored
+from grinqh_jax.hf.stored_together import as_stored
 from grinqh_jax.model.apply import HEAD, Dense, in_head
 from grinqh_jax.model.decoder_layer import DecoderLayer
 from grinqh_jax.model.parameters import EMBEDDING

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 
 from grinqh_jax.hf.params import sources
-from grinqh_jax.hf.stored_experts import stored_forms
+from grinqh_jax.hf.stored_together import stored_forms
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.families import FAMILIES
 from grinqh_jax.model.families.family import EMBEDDING, LM_HEAD

@@ -1,7 +1,7 @@
 """Maps parameters to the Hugging Face tensors they are made of.
 
 The tensors of experts are those of single experts here, even if a checkpoint stores them together
-(``stored_experts``).
+(``stored_together``).
 """
 
 import dataclasses

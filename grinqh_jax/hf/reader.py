@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from grinqh_jax.companions import find_companions
 from grinqh_jax.errors import CheckpointError, GrinqhWarning, UnsupportedModelError
 from grinqh_jax.hf import params
-from grinqh_jax.hf.stored_experts import Part
+from grinqh_jax.hf.stored_together import Place
 from grinqh_jax.hf.survey import survey_checkpoint
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.families.family import EMBEDDING, LM_HEAD
@@ -57,7 +57,7 @@ class HFCheckpoint:
     config: ModelConfig
     files: dict[str, Path]
     stored_names: dict[str, str]
-    parts: dict[str, Part] = dataclasses.field(default_factory=dict, kw_only=True)
+    parts: dict[str, Place] = dataclasses.field(default_factory=dict, kw_only=True)
 
     @property
     def companions(self) -> list[Path]:

@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 from grinqh_jax.companions import COMPANIONS
 from grinqh_jax.errors import CheckpointError
 from grinqh_jax.hf.matching import canonical_names, mismatches
-from grinqh_jax.hf.stored_experts import Part, stored_forms
+from grinqh_jax.hf.stored_together import Place, stored_forms
 from grinqh_jax.json_files import read_object
 from grinqh_jax.model.config import ModelConfig
 
@@ -44,7 +44,7 @@ class Survey:
     files: dict[str, Path]
     tensors: dict[str, tuple[str, tuple[int, ...]]]
     stored_names: dict[str, str]
-    parts: dict[str, Part]
+    parts: dict[str, Place]
     problems: list[str]
 
 
@@ -68,7 +68,7 @@ def survey_checkpoint(directory: Path) -> Survey:
     # file would be reported as missing.
     all_names_known = bool(files_of_index) or (index is None and not broken)
     stored_names: dict[str, str] = {}
-    parts: dict[str, Part] = {}
+    parts: dict[str, Place] = {}
     if config is not None and files and all_names_known:
         in_broken_files = [name for name, file in files_of_index.items() if directory / file in broken]
         unreadable = frozenset(canonical_names(config, in_broken_files).values())
@@ -86,12 +86,12 @@ def _parts(
     stored_names: dict[str, str],
     shapes: dict[str, tuple[int, ...]],
     problems: list[str],
-) -> dict[str, Part]:
+) -> dict[str, Place]:
     """Replaces tensors that hold those of several experts of a layer by these; returns the place of each.
 
     A tensor of another shape stays, and so it is reported as one that is not part of the model.
     """
-    parts: dict[str, Part] = {}
+    parts: dict[str, Place] = {}
     for name, form in stored_forms(config).items():
         if shapes.get(name) != form.shape:
             continue

@@ -41,6 +41,7 @@ CONVERTED = (
     "gemma3",
     "qwen3_5",
     "qwen3_5-moe",
+    "qwen3-next",
 )
 """Cases that together have every option that the converter sees."""
 

@@ -9,7 +9,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from grinqh_jax.hf import params
-from grinqh_jax.hf.stored_experts import as_stored
+from grinqh_jax.hf.stored_together import as_stored
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.parameters import norms
 

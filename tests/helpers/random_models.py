@@ -7,7 +7,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from grinqh_jax.hf import params
-from grinqh_jax.hf.stored_experts import as_stored
+from grinqh_jax.hf.stored_together import as_stored
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import Decoder
 from grinqh_jax.model.output_projection import block_sizes

@@ -9,7 +9,7 @@ from family_cases import CASES, TOKENS
 from grinqh_jax.cli.inspect import report_of
 from grinqh_jax.errors import CheckpointError, UnsupportedModelError
 from grinqh_jax.hf import load_decoder, open_checkpoint, params
-from grinqh_jax.hf.stored_experts import as_stored
+from grinqh_jax.hf.stored_together import as_stored
 from grinqh_jax.hf.survey import survey_checkpoint
 
 VISION = {
@@ -35,7 +35,9 @@ def test_parameters_and_tensors_are_made_of_each_other(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen2-moe", "qwen3-moe", "mixtral", "olmoe", "qwen3_5-moe", "gpt_oss"])
+@pytest.mark.parametrize(
+    "name", ["qwen2-moe", "qwen3-moe", "mixtral", "olmoe", "qwen3_5-moe", "qwen3-next", "gpt_oss"]
+)
 def test_mixtures_are_read_as_transformers_saves_them(name, tmp_path):
     """transformers 5 fuses experts in memory and writes each to a tensor of its own."""
     pytest.importorskip("torch")

@@ -147,6 +147,13 @@ REFUSED = {
         ),
         ({"num_experts_per_tok": 9}, "num_experts_per_tok 9 exceeds the 8 experts"),
     ],
+    "qwen3-next": [
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok 9 exceeds the 8 experts"),
+        ({"linear_num_value_heads": 5}, "linear_num_value_heads 5 is not a multiple of"),
+        ({"mlp_only_layers": 1}, "mlp_only_layers is 1, expected a list of layers"),
+        ({"layer_types": ["sliding_attention"] * 3}, "layer_types sliding_attention (supported"),
+        ({"mlp_bias": True}, "mlp_bias True"),
+    ],
     "gemma3": [
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
         ({"attn_logit_softcapping": 30.0}, "attn_logit_softcapping 30.0"),

@@ -13,17 +13,17 @@ from grinqh_jax.model.families import (
     qwen2_moe,
     qwen3_5,
     qwen3_moe,
+    qwen3_next,
     smollm3,
 )
 from grinqh_jax.model.families.family import Family
 
-FAMILIES: dict[str, Family] = {
-    family.model_type: family
-    for module in (
-        *(llama, qwen, qwen2_moe, qwen3_5, qwen3_moe, gpt_oss, mistral, smollm3, granite, phi3, olmo, gemma),
-    )
-    for family in module.FAMILIES
-}
+_MODULES = (
+    *(llama, qwen, qwen2_moe, qwen3_5, qwen3_moe, qwen3_next, gpt_oss),
+    *(mistral, smollm3, granite, phi3, olmo, gemma),
+)
+
+FAMILIES: dict[str, Family] = {family.model_type: family for module in _MODULES for family in module.FAMILIES}
 """The supported families by ``model_type``."""
 
 

@@ -106,6 +106,8 @@ class Family:
       shared_expert: Names of the tensors of a shared expert, by parameter in a layer; empty without one.
       experts_together: Layout of the tensors that hold all experts of a layer. None if checkpoints usually
         have tensors for each expert; one for all is then read in the default layout.
+      delta_nets_by_head: Names of the two tensors that hold the projections of ``delta_in`` key head by key
+        head, if checkpoints have them (``hf.stored_together``).
       quant_method: ``quant_method`` of quantized checkpoints that are read (``hf.mxfp4``), or None.
       left_out: Parts of a checkpoint that are not read, in words, each with a pattern of its tensors' names.
     """
@@ -119,6 +121,7 @@ class Family:
     mixtures: bool = False
     shared_expert: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     experts_together: ExpertLayout | None = None
+    delta_nets_by_head: tuple[str, str] | None = None
     quant_method: str | None = None
     left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
 

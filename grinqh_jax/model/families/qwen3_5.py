@@ -5,6 +5,7 @@ so it must be as wide as the others.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 from grinqh_jax.model.config_reader import GLOBAL, LINEAR, ConfigReader
 from grinqh_jax.model.families.family import (
@@ -40,16 +41,19 @@ def _delta_heads(reader: ConfigReader) -> DeltaHeads:
 
 
 def _dense(reader: ConfigReader) -> Description:
-    return _describe(reader, None)
+    return describe(reader, [None] * reader.integer("num_hidden_layers"))
 
 
 def _mixtures(reader: ConfigReader) -> Description:
     count, experts = read_experts(reader, ("num_experts", "num_local_experts"), normalized=True, shared=True)
-    description, size = _describe(reader, experts), reader.integer("moe_intermediate_size")
-    return dataclasses.replace(description, num_experts=count, expert_size=size)
+    description = describe(reader, [experts] * reader.integer("num_hidden_layers"))
+    return dataclasses.replace(
+        description, num_experts=count, expert_size=reader.integer("moe_intermediate_size")
+    )
 
 
-def _describe(reader: ConfigReader, experts: GatedExperts | None) -> Description:
+def describe(reader: ConfigReader, mixtures: Sequence[GatedExperts | None]) -> Description:
+    """Returns the description of a model with the given mixture of experts, or None, in each layer."""
     count, interval = reader.integer("num_hidden_layers"), reader.integer("full_attention_interval")
     kinds = reader.layer_types(
         [LINEAR if (i + 1) % interval else GLOBAL for i in range(count)], (GLOBAL, LINEAR)
@@ -67,20 +71,21 @@ def _describe(reader: ConfigReader, experts: GatedExperts | None) -> Description
     bias, activation = reader.switch("attention_bias"), reader.activation()
     if activation != "silu":
         reader.problem(f"hidden_act {reader.values['hidden_act']!r} (supported in this family: silu)")
-    layers = {
-        GLOBAL: layer(
-            attention, activation, qkv_bias=bias, o_bias=bias, norm_offset=NORM_OFFSET, experts=experts
-        ),
-        LINEAR: layer(delta_net, activation, norm_offset=NORM_OFFSET, experts=experts),
-    }
     return Description(
-        layers=tuple(layers.get(kind, layers[GLOBAL]) for kind in kinds),
+        layers=tuple(
+            layer(delta_net, activation, norm_offset=NORM_OFFSET, experts=experts)
+            if kind == LINEAR
+            else layer(
+                attention, activation, qkv_bias=bias, o_bias=bias, norm_offset=NORM_OFFSET, experts=experts
+            )
+            for kind, experts in zip(kinds, mixtures, strict=True)
+        ),
         final_norm=Norm("norm", offset=NORM_OFFSET),
         delta_heads=_delta_heads(reader) if LINEAR in kinds else None,
     )
 
 
-_TENSORS = {
+DELTA_TENSORS = {
     **TENSORS,
     "layers.{i}.delta_in.kernel": (
         "model.layers.{i}.linear_attn.in_proj_qkv.weight",
@@ -94,8 +99,9 @@ _TENSORS = {
     "layers.{i}.delta_norm.scale": ("model.layers.{i}.linear_attn.norm.weight",),
     "layers.{i}.delta_out.kernel": ("model.layers.{i}.linear_attn.out_proj.weight",),
 }
+"""Names of the tensors of models with gated delta nets."""
 
-_DEFAULTS = {
+DELTA_DEFAULTS = {
     "vocab_size": 248320,
     "num_attention_heads": 16,
     "num_key_value_heads": 4,
@@ -109,8 +115,11 @@ _DEFAULTS = {
     "linear_value_head_dim": 128,
     "linear_conv_kernel_dim": 4,
 }
+"""Values of keys that a configuration may lack, in all families with gated delta nets."""
 
-_LEFT_OUT = {"the multi-token prediction head": r"mtp\..*", "the vision tower": r"model\.visual\..*"}
+MULTI_TOKEN_HEAD = {"the multi-token prediction head": r"mtp\..*"}
+
+_LEFT_OUT = MULTI_TOKEN_HEAD | {"the vision tower": r"model\.visual\..*"}
 
 FAMILIES = (
     Family(
@@ -118,8 +127,8 @@ FAMILIES = (
         architecture="Qwen3_5ForCausalLM",
         describe=_dense,
         biases=("attention_bias",),
-        tensors=_TENSORS,
-        defaults=_DEFAULTS,
+        tensors=DELTA_TENSORS,
+        defaults=DELTA_DEFAULTS,
         left_out=_LEFT_OUT,
     ),
     Family(
@@ -128,9 +137,9 @@ FAMILIES = (
         describe=_mixtures,
         biases=("attention_bias",),
         mixtures=True,
-        tensors=_TENSORS | {"layers.{i}.router.kernel": ROUTER_WITH_GATE},
+        tensors=DELTA_TENSORS | {"layers.{i}.router.kernel": ROUTER_WITH_GATE},
         shared_expert=SHARED_EXPERT,
-        defaults=_DEFAULTS
+        defaults=DELTA_DEFAULTS
         | {
             "num_key_value_heads": 2,
             "intermediate_size": 512,  # No layer has an MLP without experts.

@@ -1,7 +1,8 @@
-"""Tensors of experts that a checkpoint stores together, and where each of them is.
+"""Tensors that a checkpoint stores together, and where each of them is.
 
 Some checkpoints have one tensor for all experts of a layer. A shared expert that is wider than the others is
-several experts, whose tensors get names like ``shared_expert.down_proj.weight[0]``.
+several experts, whose tensors get names like ``shared_expert.down_proj.weight[0]``. Qwen3-Next stores the
+projections of gated delta nets key head by key head.
 """
 
 import dataclasses
@@ -65,8 +66,43 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True)
+class RowsOfHeads:
+    """The place of a tensor in a stored one whose rows are ordered by head.
+
+    Attributes:
+      shape: Shape of the tensor.
+      heads: Number of heads.
+      ranges: Ranges of the rows of each head. The tensor has the first range of all heads, then the next.
+      scales: See ``Part``.
+    """
+
+    shape: tuple[int, ...]
+    heads: int
+    ranges: tuple[slice, ...]
+    scales: None = None
+
+    def take(self, stored: Any, scales: None = None) -> np.ndarray:
+        """Returns the tensor. See ``Part.take``."""
+        rows = self._by_head(stored[:])
+        others = self.shape[1:]
+        return np.concatenate([rows[:, which].reshape(-1, *others) for which in self.ranges])
+
+    def put(self, stored: np.ndarray, value: np.ndarray) -> None:
+        """Writes the tensor into a stored one."""
+        ends = np.cumsum([self.heads * (which.stop - which.start) for which in self.ranges])
+        for which, part in zip(self.ranges, np.split(value, ends[:-1]), strict=True):
+            self._by_head(stored)[:, which] = self._by_head(part)
+
+    def _by_head(self, rows: np.ndarray) -> np.ndarray:
+        return rows.reshape(self.heads, -1, *rows.shape[1:])
+
+
+Place = Part | RowsOfHeads
+
+
+@dataclasses.dataclass(frozen=True)
 class StoredForm:
-    """A stored tensor with the tensors of several experts.
+    """A stored tensor that holds several tensors.
 
     Attributes:
       shape: Its shape.
@@ -76,18 +112,21 @@ class StoredForm:
     """
 
     shape: tuple[int, ...]
-    parts: Mapping[str, Part]
+    parts: Mapping[str, Place]
     scales: str | None = None
     usual: bool = True
 
 
 @functools.lru_cache(maxsize=8)
 def stored_forms(config: ModelConfig) -> dict[str, StoredForm]:
-    """Returns, by name, the tensors that a checkpoint may have in place of those of single experts."""
+    """Returns, by name, the tensors that a checkpoint may have in place of single ones."""
     forms: dict[str, StoredForm] = {}
+    together = FAMILIES[config.family].delta_nets_by_head
     for key in sorted(sources(config)):
         if is_of_experts(config, key):
             forms |= _together(config, key) | _wide_shared_expert(config, key)
+        elif together and key.endswith(".delta_in.kernel"):
+            forms |= _delta_net_by_head(config, key, together)
     return forms
 
 
@@ -165,4 +204,30 @@ def _wide_shared_expert(config: ModelConfig, key: str) -> dict[str, StoredForm]:
         }
         whole = tuple(size * (count if axis == cut else 1) for axis, size in enumerate(shape))
         forms[name] = StoredForm(whole, parts)
+    return forms
+
+
+def _delta_net_by_head(config: ModelConfig, key: str, names: tuple[str, str]) -> dict[str, StoredForm]:
+    """Returns the two stored tensors with the four projections that a gated delta net reads the stream with.
+
+    For each key head the first has the rows of query, key, values and gates, the second those of shares and
+    decays. Values, gates, shares and decays are those of the value heads that share the key head.
+    """
+    heads, tensors = config.delta_heads, sources(config)[key]
+    assert heads is not None, "gated delta nets have heads"
+    shared = heads.value_heads // heads.key_heads
+    values, i = shared * heads.value_dim, key.split(".")[1]
+    # The widths of each tensor's ranges in the rows of a key head.
+    widths = [(heads.key_dim, heads.key_dim, values), (values,), (shared,), (shared,)]
+    forms = {}
+    for name, pair in zip(names, (slice(0, 2), slice(2, 4)), strict=True):
+        parts: dict[str, Place] = {}
+        end = 0
+        for tensor, of_tensor in zip(tensors[pair], widths[pair], strict=True):
+            ranges = []
+            for width in of_tensor:
+                ranges.append(slice(end, end + width))
+                end += width
+            parts[tensor.name] = RowsOfHeads(tensor.shape, heads.key_heads, tuple(ranges))
+        forms[name.replace("{i}", i)] = StoredForm((heads.key_heads * end, config.hidden_size), parts)
     return forms
