@@ -6,11 +6,18 @@ from typing import Any
 from pallas_kernels.lanes.instructions import LANES, Instructions
 from pallas_kernels.lanes.registers import Value
 
-CHUNK_LOADS = 4
-"""Number of tokens of a chunk that a lane loads."""
+LANE_TOKENS = 4
+"""Number of tokens of a chunk that a lane has."""
 
-CHUNK = CHUNK_LOADS * LANES
+CHUNK = LANE_TOKENS * LANES
 """Number of tokens in a chunk, which one warp handles."""
+
+SPREAD = 16
+"""Number of parts of the vocabulary. Chunk c is in part ``c // (chunks / SPREAD)``, and neighbouring tokens
+are in different parts, because likely tokens may be neighbours and a warp has consecutive chunks."""
+
+LISTED_K = 128
+"""Largest k of top-k for which the second launch lists the candidates, and the first one adds no noise."""
 
 SCORING_THREADS = 256
 SCORING_WARPS = SCORING_THREADS // LANES
@@ -24,12 +31,15 @@ LARGEST = 3.4028234663852886e38
 NO_KEY = -(2**31)
 """Key below those of all logits, of places after the end of the vocabulary."""
 
+LEAST_KEY = NO_KEY + 1
+"""Lower bound of the keys of all logits."""
+
 NO_TOKEN = 2**31 - 1
 """Token of a candidate that does not exist. It loses against every token with the same score."""
 
 STATISTICS = 5
 """Words for each chunk: largest key; sum of ``exp(logit - largest logit)``; score, token and key of the
-candidate with the highest score, if the first launch scored the chunk."""
+candidate with the highest score. If the first launch did not score the row: infinity, and no token."""
 
 Candidate = tuple[Value, Value, Value]
 """Score (``f32``), token, and key of a token that may be chosen."""
@@ -58,12 +68,12 @@ class Shape:
     @property
     def blocks_per_row(self) -> int:
         """Number of CTAs of the first launch that share a row."""
-        return -(-self.vocabulary // (CHUNK * SCORING_WARPS))
+        return self.chunks // SCORING_WARPS
 
     @property
     def chunks(self) -> int:
-        """Number of chunks of a row, padded to whole CTAs of the first launch."""
-        return self.blocks_per_row * SCORING_WARPS
+        """Number of chunks of a row, a multiple of ``SPREAD`` and of the warps of the first launch."""
+        return -(-self.vocabulary // (CHUNK * SPREAD)) * SPREAD
 
     @property
     def mask_words(self) -> int:
@@ -124,6 +134,18 @@ class Inputs:
 def load(isa: Instructions, ref: Any, index: Value, kind: Any = "i32") -> Value:
     """Loads a word of an array."""
     return isa.load_global(isa.global_address(ref) + isa.widen(index << 2), 1, kind)[0]
+
+
+def lane_index(isa: Instructions, shape: Shape, chunk: Value, lane: Value) -> Value:
+    """Returns the index of a lane's first logit in a chunk; the others follow at distances of ``LANES``."""
+    part = shape.chunks // SPREAD
+    return (chunk % part * SPREAD + chunk // part) * CHUNK + lane
+
+
+def key_address(isa: Instructions, shape: Shape, keys: Any, row: Value, chunk: Value, lane: Value) -> Value:
+    """Returns the address of the consecutive keys of a lane's logits in a chunk."""
+    index = (row * shape.chunks + chunk) * CHUNK + lane * LANE_TOKENS
+    return isa.global_address(keys) + isa.widen(index << 2)
 
 
 def token_of(isa: Instructions, shape: Shape, inputs: Inputs, index: Value) -> Value:

@@ -1,8 +1,8 @@
 """The first launch of sampling: adjusts and scales the logits, and computes statistics of chunks of tokens.
 
 A warp has a chunk of 128 tokens. It adds biases, applies penalties and the mask, divides by the temperature,
-and writes the scaled logits as ordered keys, and ``candidates.STATISTICS``. If neither top-k nor top-p
-filters the row, it also adds the noise and finds the best candidate of the chunk.
+and writes the scaled logits as ordered keys, and ``candidates.STATISTICS``. It also adds the noise and finds
+the best candidate of the chunk, except in rows for which the second launch lists the candidates.
 """
 
 import dataclasses
@@ -13,17 +13,20 @@ from pallas_kernels.lanes.instructions import LANES, Instructions
 from pallas_kernels.lanes.registers import Value
 from pallas_kernels.sampling import noise
 from pallas_kernels.sampling.candidates import (
-    CHUNK,
-    CHUNK_LOADS,
+    LANE_TOKENS,
     LARGEST,
+    LISTED_K,
     NO_KEY,
     SCORING_WARPS,
     STATISTICS,
+    Candidate,
     Inputs,
     Shape,
     best_of_warp,
     better,
+    key_address,
     key_of,
+    lane_index,
     load,
     no_candidate,
     number_of,
@@ -40,7 +43,8 @@ class Refs:
 
     Attributes:
       inputs: See ``Inputs``.
-      keys: Output, int32 ``[rows, chunks, CHUNK]``: scaled logits as keys, ``NO_KEY`` after the last token.
+      keys: Output, int32 ``[rows, chunks, CHUNK]``: scaled logits as keys, ``NO_KEY`` after the last token;
+        see ``candidates.key_address``.
       statistics: Output, int32 ``[rows, STATISTICS, chunks]``.
       shared: The shared memory, not used.
     """
@@ -66,12 +70,10 @@ def scoring_program(isa: Instructions, shape: Shape, refs: Refs) -> None:
     block, thread = isa.block_index(), isa.thread_index()
     row, lane = block // shape.blocks_per_row, thread & (LANES - 1)
     chunk = block % shape.blocks_per_row * SCORING_WARPS + (thread >> 5)
-    elements = [
-        _element(isa, shape, refs.inputs, row, chunk * CHUNK + e * LANES + lane) for e in range(CHUNK_LOADS)
-    ]
-    for e, element in enumerate(elements):
-        index = (row * shape.chunks + chunk) * CHUNK + e * LANES + lane
-        isa.store_global(isa.global_address(refs.keys) + isa.widen(index << 2), [element.key])
+    first = lane_index(isa, shape, chunk, lane)
+    elements = [_element(isa, shape, refs.inputs, row, first + e * LANES) for e in range(LANE_TOKENS)]
+    address = key_address(isa, shape, refs.keys, row, chunk, lane)
+    isa.store_global(address, [element.key for element in elements])
     largest = elements[0].key
     for element in elements[1:]:
         largest = isa.select(largest < element.key, element.key, largest)
@@ -127,13 +129,12 @@ def _penalized(isa: Instructions, inputs: Inputs, row: Value, by_token: Value, n
     return number - frequency * isa.int_to_float(occurrences)
 
 
-def _best_of_lane(isa: Instructions, inputs: Inputs, row: Value, elements: list[Element]):
-    """Returns the lane's best candidate; none if top-k, top-p or greedy choice concern the row."""
+def _best_of_lane(isa: Instructions, inputs: Inputs, row: Value, elements: list[Element]) -> Candidate:
+    """Returns the lane's best candidate; one with an infinite score and no token if the row is not scored."""
     zero, one = isa.constant(0), isa.constant(1)
-    plain = isa.select(load(isa, inputs.top_k, row).equals(0), one, zero)
-    plain = isa.select(load(isa, inputs.top_p, row, "f32") < 1.0, zero, plain)
-    temperature = load(isa, inputs.temperature, row, "f32")
-    plain = isa.select(isa.constant(0.0, "f32") < temperature, plain, zero)
+    k, temperature = load(isa, inputs.top_k, row), load(isa, inputs.temperature, row, "f32")
+    listed = (zero < k) & (k < LISTED_K + 1)
+    scored = (isa.constant(0.0, "f32") < temperature) & ~listed
 
     def add_noise(_, best):
         key = noise.row_key(isa, load(isa, inputs.seed, row), load(isa, inputs.position, row))
@@ -143,4 +144,5 @@ def _best_of_lane(isa: Instructions, inputs: Inputs, row: Value, elements: list[
             best = better(isa, (score, element.token, element.key), tuple(best))
         return list(best)
 
-    return tuple(isa.loop(plain, list(no_candidate(isa)), add_noise))
+    score, token, key = isa.loop(isa.select(scored, one, zero), list(no_candidate(isa)), add_noise)
+    return isa.select(scored, score, isa.constant(float("inf"), "f32")), token, key
