@@ -268,7 +268,6 @@ def _kernel_parameters(
         penalties = {**vars(sampling.penalties), "history": history.packed}
     return kernel.SamplingParameters(
         temperature=jnp.zeros_like(sampling.temperature) if sampling.greedy else sampling.temperature,
-        inverse_temperature=sampling.inverse_temperature,
         top_k=sampling.top_k,
         top_p=sampling.top_p,
         min_p=sampling.min_p,

@@ -97,6 +97,7 @@ class Block:
       layout, shared: The offsets and the address of the shared memory.
       chunks: The lane's chunks; a chunk after the last one has the largest key ``NO_KEY``.
       largest: Largest key of each of them.
+      scored: Best candidate of each of them (see ``candidates.STATISTICS``).
       top: Largest key of the row.
       sampled: Whether the row is sampled. The others take the largest logit, so they have k = 1.
       k: k of top-k; at most 0 for none.
@@ -114,6 +115,11 @@ class Block:
         self.chunks = [self.thread + r * THREADS for r in range(registers(shape))]
         self._exists = [chunk < shape.chunks for chunk in self.chunks]
         self.largest = self.statistic(0, NO_KEY)
+        # Not every row needs the scores, but loading them now hides the latency.
+        self.scored = [
+            (isa.bits_to_float(score), token, key)
+            for score, token, key in zip(*(self.statistic(i, NO_KEY) for i in (2, 3, 4)), strict=True)
+        ]
         self.sampled = isa.constant(0.0, "f32") < self._parameter("temperature", "f32")
         self.k = isa.select(self.sampled, self._parameter("top_k"), isa.constant(1))
         self.p = self._parameter("top_p", "f32")
@@ -142,13 +148,14 @@ class Block:
 
     # --- chunks ----------------------------------------------------------------------------------
     def statistic(self, i: int, default: int) -> list[Value]:
-        """Returns statistic ``i`` of the lane's chunks; ``default`` of those that do not exist."""
+        """Loads statistic ``i`` of the lane's chunks; ``default`` of those that do not exist."""
         isa, values = self.isa, []
         for chunk, exists in zip(self.chunks, self._exists, strict=True):
             index = (self.row * STATISTICS + i) * self.shape.chunks + isa.select(
                 exists, chunk, isa.constant(0)
             )
-            value = load(isa, self.refs.statistics, index)
+            address = isa.global_address(self.refs.statistics) + isa.widen(index << 2)
+            (value,) = isa.load_global(address, ordered=True)
             values.append(isa.select(exists, value, isa.constant(default)))
         return values
 

@@ -88,7 +88,6 @@ class Inputs:
     Attributes:
       logits: float32 ``[rows, vocabulary]``.
       temperature: float32 ``[rows]``; 0 for greedy choice.
-      inverse_temperature: float32 ``[rows]``; 1 where the temperature is 0.
       top_k: int32 ``[rows]``.
       top_p, min_p: float32 ``[rows]``.
       seed, position: int32 ``[rows]``, bits of the uint32 numbers that determine the noise.
@@ -102,7 +101,6 @@ class Inputs:
 
     logits: Any
     temperature: Any
-    inverse_temperature: Any
     top_k: Any
     top_p: Any
     min_p: Any

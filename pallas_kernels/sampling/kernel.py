@@ -25,7 +25,6 @@ class SamplingParameters:
 
     Attributes:
       temperature: float32 ``[B]``; 0 selects the largest logit, and the lowest token among equal ones.
-      inverse_temperature: float32 ``[B]``, the factor of the logits; 1 where the temperature is 0.
       top_k: int32 ``[B]``; keeps the k largest logits and those equal to the last of them; 0 keeps all.
       top_p: float32 ``[B]``; keeps the fewest largest logits, among those that top-k keeps, whose
         probabilities sum to at least ``top_p``, and those equal to the last of them; 1 keeps all.
@@ -43,7 +42,6 @@ class SamplingParameters:
     """
 
     temperature: Float[Array, "b"]
-    inverse_temperature: Float[Array, "b"]
     top_k: Int[Array, "b"]
     top_p: Float[Array, "b"]
     min_p: Float[Array, "b"]

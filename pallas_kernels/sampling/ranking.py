@@ -115,7 +115,7 @@ def _write(block: Block, bound: Value, count: Value, before: Value, candidates: 
             place = place + isa.select(reaches, isa.constant(1), isa.constant(0))
         return [place]
 
-    block.over_listed(count, [before], write, TOGETHER)
+    block.over_listed(count, [before], write, TOGETHER // 2)  # These loads hit the L1 cache.
     missing = block.thread >= candidates
     isa.store_shared(keys + (block.thread << 2), [isa.constant(NO_KEY)], where=missing)
     isa.block_barrier()

@@ -137,10 +137,8 @@ def _total(block: Block, kth: Value, by_k: Value) -> Value:
 def _best(block: Block, floor: Value) -> Candidate:
     """Returns the candidate with the highest score among those with at least the key ``floor``."""
     isa = block.isa
-    words = zip(*(block.statistic(i, NO_KEY) for i in (2, 3, 4)), strict=True)
-    known = [(isa.bits_to_float(score), token, key) for score, token, key in words]
     best = no_candidate(isa)
-    for candidate in known:
+    for candidate in block.scored:
         best = select_candidate(isa, candidate[2] >= floor, better(isa, candidate, best), best)
     best = block.best(best)
 
@@ -148,7 +146,7 @@ def _best(block: Block, floor: Value) -> Candidate:
         best = carry[0], carry[1], carry[2]
         unknown = [
             (largest >= floor) & ~(key >= floor) & ~(score < best[0])
-            for largest, (score, _, key) in zip(block.largest, known, strict=True)
+            for largest, (score, _, key) in zip(block.largest, block.scored, strict=True)
         ]
         return list(block.best(_scored(block, block.listed(unknown), floor, best)))
 

@@ -71,7 +71,8 @@ def scoring_program(isa: Instructions, shape: Shape, refs: Refs) -> None:
     row, lane = block // shape.blocks_per_row, thread & (LANES - 1)
     chunk = block % shape.blocks_per_row * SCORING_WARPS + (thread >> 5)
     first = lane_index(isa, shape, chunk, lane)
-    elements = [_element(isa, shape, refs.inputs, row, first + e * LANES) for e in range(LANE_TOKENS)]
+    factor = _factor(isa, refs.inputs, row)
+    elements = [_element(isa, shape, refs.inputs, row, first + e * LANES, factor) for e in range(LANE_TOKENS)]
     address = key_address(isa, shape, refs.keys, row, chunk, lane)
     isa.store_global(address, [element.key for element in elements])
     largest = elements[0].key
@@ -92,8 +93,17 @@ def scoring_program(isa: Instructions, shape: Shape, refs: Refs) -> None:
             isa.store_global(isa.global_address(refs.statistics) + isa.widen(index << 2), [word])
 
 
-def _element(isa: Instructions, shape: Shape, inputs: Inputs, row: Value, index: Value) -> Element:
-    """Returns the token of logit ``index``, with its scaled logit."""
+def _factor(isa: Instructions, inputs: Inputs, row: Value) -> Value:
+    """Returns the inverse of the temperature; 1 if the row is greedy."""
+    one = isa.constant(1.0, "f32")
+    temperature = load(isa, inputs.temperature, row, "f32")
+    return isa.divide(one, isa.select(isa.constant(0.0, "f32") < temperature, temperature, one))
+
+
+def _element(
+    isa: Instructions, shape: Shape, inputs: Inputs, row: Value, index: Value, factor: Value
+) -> Element:
+    """Returns the token of logit ``index``, with its logit after all changes, times ``factor``."""
     exists = index < shape.vocabulary
     index = isa.select(exists, index, isa.constant(0))
     number = load(isa, inputs.logits, row * shape.vocabulary + index, "f32")
@@ -107,7 +117,7 @@ def _element(isa: Instructions, shape: Shape, inputs: Inputs, row: Value, index:
         word = load(isa, inputs.allowed, row * shape.mask_words + (token >> 5))
         allowed = ((word >> (token & 31)) & 1).equals(1)
         number = isa.select(allowed, number, isa.constant(-LARGEST, "f32"))
-    scaled = number * load(isa, inputs.inverse_temperature, row, "f32")
+    scaled = number * factor
     # Comparisons with NaN are false, so a NaN becomes the largest number.
     scaled = isa.select(scaled < LARGEST, scaled, isa.constant(LARGEST, "f32"))
     scaled = isa.select(scaled < -LARGEST, isa.constant(-LARGEST, "f32"), scaled)

@@ -69,7 +69,6 @@ def parameters(cases: list[Case]) -> SamplingParameters:
     def column(name, dtype):
         return jnp.asarray([getattr(case, name) for case in cases], dtype)
 
-    temperature = column("temperature", jnp.float32)
     options = {}
     if cases[0].bias is not None:
         options["bias"] = column("bias", jnp.float32)
@@ -82,8 +81,7 @@ def parameters(cases: list[Case]) -> SamplingParameters:
     if cases[0].allowed is not None:
         options["allowed"] = jnp.asarray(mask_words(np.array([case.allowed for case in cases])))
     return SamplingParameters(
-        temperature=temperature,
-        inverse_temperature=1 / jnp.where(temperature > 0, temperature, 1),
+        temperature=column("temperature", jnp.float32),
         top_k=column("top_k", jnp.int32),
         top_p=column("top_p", jnp.float32),
         min_p=column("min_p", jnp.float32),
