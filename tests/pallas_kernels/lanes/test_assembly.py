@@ -16,6 +16,8 @@ from pallas_kernels.decode_attention.new_tokens import PREPARE_THREADS, prepare_
 from pallas_kernels.decode_attention.program import attention_program, several_tokens_program
 from pallas_kernels.lanes import device
 from pallas_kernels.matvec.mosaic_gpu import kernel as matvec
+from pallas_kernels.sampling import candidates as sampling
+from pallas_kernels.sampling import scoring, selection
 
 pytestmark = [
     pytest.mark.slow,
@@ -102,6 +104,33 @@ def test_attention(monkeypatch, tmp_path, architecture, head_dim, tokens, querie
             program(isa, shape, Refs(**dict(zip((*names, "shared"), refs, strict=True))))
 
         report = cuda_source.assemble(monkeypatch, tmp_path, run, [*names, None], threads, architecture)
+        assert spilled(report) <= MOST_SPILLED_BYTES
+
+
+@every_architecture
+@pytest.mark.parametrize("additions", [False, True])
+def test_sampling(monkeypatch, tmp_path, architecture, additions):
+    options = dict.fromkeys(("reordered", "biased", "masked", "penalized"), additions)
+    shape = sampling.Shape(rows=1, vocabulary=151_936, **options)
+    inputs = sampling.Inputs.names(shape)
+
+    def score(isa, refs):
+        *arrays, keys, statistics, shared = refs
+        refs = scoring.Refs(sampling.Inputs.of(shape, arrays), keys, statistics, shared)
+        scoring.scoring_program(isa, shape, refs)
+
+    def select(isa, refs):
+        *arrays, keys, statistics, chosen, shared = refs
+        refs = selection.Refs(sampling.Inputs.of(shape, arrays), keys, statistics, chosen, shared)
+        selection.selection_program(isa, shape, refs)
+
+    launches = [
+        (score, ["keys", "statistics"], sampling.SCORING_THREADS),
+        (select, ["keys", "statistics", "chosen"], selection.THREADS),
+    ]
+    for program, arrays, threads in launches:
+        names = [*inputs, *arrays, None]
+        report = cuda_source.assemble(monkeypatch, tmp_path, program, names, threads, architecture)
         assert spilled(report) <= MOST_SPILLED_BYTES
 
 

@@ -10,7 +10,7 @@ import sampling_cases
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis_settings import examples
-from sampling_cases import Case
+from sampling_cases import Case, oracle
 
 from pallas_kernels.lanes.emulator import LaneValue, NumpyInstructions
 from pallas_kernels.sampling import noise
@@ -76,17 +76,57 @@ def test_chooses_the_oracle_s_token(cases, reordered):
         logits if order is None else logits[:, order], sampling_cases.parameters(cases), order
     )
     for case, token in zip(cases, tokens.tolist(), strict=True):
-        assert token in sampling_cases.oracle(case)
+        assert token in oracle(case)
 
 
 def test_a_whole_vocabulary():
     rng = np.random.default_rng(0)
-    settings = [(0.6, 20, 0.95, 0.0), (1.0, 0, 0.9, 0.0)]
-    logits = (rng.standard_normal((2, 151_936)) * 3).astype(np.float32)
+    settings = [(0.6, 20, 0.95, 0.0), (1.0, 0, 0.9, 0.0), (1.0, 0, 0.2, 0.0), (1.0, 64, 1.0, 0.0)]
+    logits = (rng.standard_normal((4, 151_936)) * 3).astype(np.float32)
     cases = [Case(row, *setting, 7, 100) for row, setting in zip(logits, settings, strict=True)]
     tokens = sampling_cases.emulate(logits, sampling_cases.parameters(cases))
     for case, token in zip(cases, tokens.tolist(), strict=True):
-        assert token in sampling_cases.oracle(case)
+        assert token in oracle(case)
+
+
+@pytest.mark.parametrize("top_p", [0.6, 0.1, 0.001])
+def test_top_p_rejects_likely_scores(top_p):
+    """The distribution is flat, so the first candidates are rejected with probability 1 - top_p."""
+    logits = (np.random.default_rng(4).standard_normal((8, 4097)) * 0.5).astype(np.float32)
+    cases = [Case(row, 1.0, top_p=top_p, seed=i) for i, row in enumerate(logits)]
+    first = [Case(row, 1.0, seed=i) for i, row in enumerate(logits)]
+    assert sum(oracle(case) != oracle(other) for case, other in zip(cases, first, strict=True)) >= 2
+    tokens = sampling_cases.emulate(logits, sampling_cases.parameters(cases))
+    for case, token in zip(cases, tokens.tolist(), strict=True):
+        assert token in oracle(case)
+
+
+@pytest.mark.parametrize("ties", [511, 512, 513, 3000])
+@pytest.mark.parametrize("top_p", [1.0, 0.3])
+def test_more_keys_reach_the_bound_than_the_list_holds(ties, top_p):
+    rng = np.random.default_rng(ties)
+    logits = (rng.standard_normal((2, 5000)) - 9).astype(np.float32)
+    for row in logits:
+        row[rng.permutation(5000)[:ties]] = 2.5
+    cases = [Case(logits[0], 0.7, 20, top_p, seed=3), Case(logits[1], 0.0)]
+    tokens = sampling_cases.emulate(logits, sampling_cases.parameters(cases))
+    for case, token in zip(cases, tokens.tolist(), strict=True):
+        assert token in oracle(case)
+
+
+@pytest.mark.parametrize("top_k", [0, 20, 500])
+def test_fewer_tokens_are_allowed_than_top_k_keeps(top_k):
+    rng = np.random.default_rng(6)
+    logits = rng.standard_normal((6, 3000)).astype(np.float32)
+    cases = []
+    for i, row in enumerate(logits):
+        allowed = np.zeros(3000, bool)
+        allowed[rng.permutation(3000)[: 1 + i]] = True
+        cases.append(Case(row, 1.0, top_k, 0.95, seed=i, allowed=allowed))
+    tokens = sampling_cases.emulate(logits, sampling_cases.parameters(cases))
+    for case, token in zip(cases, tokens.tolist(), strict=True):
+        assert case.allowed[token]
+        assert token in oracle(case)
 
 
 def test_a_token_depends_on_its_row_alone():
