@@ -157,8 +157,8 @@ def _best(block: Block, floor: Value) -> Candidate:
         return list(block.best(_scored(block, block.listed(unknown), floor, best)))
 
     filtered = isa.select(isa.constant(LEAST_KEY) < floor, isa.constant(1), isa.constant(0))
-    best = isa.loop(filtered, list(best), score_again)
-    return best[0], best[1], best[2]
+    score, token, key = isa.loop(filtered, list(best), score_again)
+    return score, token, key
 
 
 def _scored(block: Block, count: Value, floor: Value, best: Candidate) -> Candidate:
@@ -185,5 +185,5 @@ def _scored(block: Block, count: Value, floor: Value, best: Candidate) -> Candid
 
         return isa.loop(isa.reduce_max(some), carry, score)
 
-    best = block.over_listed(count, list(best), visit, 1)
-    return best[0], best[1], best[2]
+    score, token, key = block.over_listed(count, list(best), visit, 1)
+    return score, token, key
