@@ -191,6 +191,7 @@ class DecodeRun:
           The key of its executable, the jitted function, its arguments and its static arguments.
         """
         options: dict[str, Any] = {"policy": self._policy, "top_logprobs": None, "level": self.level}
+        options["steps"] = self._policy.chunk_steps
         program: Any = answers.generate
         args: tuple[Any, ...] = (self._flat, state, thresholds)
         if _are_fixed(thresholds):
@@ -198,7 +199,7 @@ class DecodeRun:
             cache = state.cache.texts(None, slots.lengths, slots.fixed)
             rest = slots.sampling(True, None), settings.stop_tokens, settings.limits
             args = (self._flat, slots.last, slots.done, cache, thresholds, *rest)
-            program, options["steps"] = jitted_decode_chunk, self._policy.chunk_steps
+            program = jitted_decode_chunk
         else:
             options["greedy"] = True
         return (jax.tree.structure(thresholds), self.level), program, args, options

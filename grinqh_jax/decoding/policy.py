@@ -17,7 +17,7 @@ class DecodePolicy:
         would force a host sync at every step.
       skip_unused_sort: Whether sampling skips the sort of the logits at run time if no row filters by top-k
         or top-p. Off on a GPU, where the branch would force a host sync that costs more than the sort.
-      chunk_steps: Number of tokens that each row generates in one decode chunk.
+      chunk_steps: Number of steps of a decode chunk of a few texts (see ``Device.steps``).
       chunks_ahead: Number of decode chunks in flight while the host processes the one before them.
     """
 
@@ -51,5 +51,5 @@ GPU = DecodePolicy(early_exit=False, skip_unused_sort=False, chunk_steps=32, chu
 
 GPU_ENGINE = dataclasses.replace(GPU, chunk_steps=8)
 """Shorter chunks, because a new request waits for the chunks in flight, and text pauses for a chunk and a
-piece of a prompt. With Qwen3-8B on an H200, a chunk takes 12 ms (one answer at 3 bits) to 50 ms (16), and a
-piece of 512 tokens 26 ms."""
+piece of a prompt. With Qwen3-8B on an H200 at 3 bits, a chunk takes 12 ms (one answer) to 25 ms (16 answers,
+half as many steps), and a piece of 512 tokens 26 ms."""

@@ -31,6 +31,8 @@ def test_an_answer_of_the_bundled_model_is_the_same_alone_and_in_company(monkeyp
         )
         together = engine.generate_many(prompts, requests)
         assert rows == {1, 2, 4, 8, 16}
+        # Chunks of 8 texts and more have half as many steps.
+        assert {8, 16} <= {len(piece.tokens) for answer in together for piece in answer}
         rows.clear()
         alone = [engine.generate_many([p], r)[0] for p, r in zip(prompts, requests, strict=True)]
         assert rows == {1}

@@ -88,7 +88,7 @@ class PagedDevice(Device):
         self.slots[slot] = Slot(prefix.pages, prefix.length, first, int(settings.limits[0]) - 1)
         return self.chunk([[first]], [self.slots[slot].done])
 
-    def steps(self, drafts: int) -> int:
+    def steps(self, shape) -> int:
         return self.chunk_steps
 
     def generate(self, slots, greedy, logprobs, allowed=None, level=None) -> Chunk:

@@ -209,7 +209,7 @@ class Scheduler:
             drafts = [shape.drafts] * len(rows)
             chunk, counts = device.speculate(rows, drafts, shape.drafts, greedy, logprobs, masks)
         for job in going.values():
-            job.dispatched += 1 if masks is not None else device.steps(shape.drafts)
+            job.dispatched += 1 if masks is not None else device.steps(shape)
         jobs = {row: going[slot] for row, slot in enumerate(rows) if slot in going}
         self._in_flight.add(Work(jobs, asked, shape=shape), chunk, counts)
         return True
@@ -270,7 +270,7 @@ class Scheduler:
                 job.acceptance.update(*drafting)
         steps = int(np.max(arrival.counts.steps))
         if steps > 1:  # A chunk of one step is mostly launch.
-            every = steps if self._policy.early_exit else self._device.steps(shape.drafts)
+            every = steps if self._policy.early_exit else self._device.steps(shape)
             self._draft_length.measure(shape, every, seconds)
 
     def _end(self, job: Job, reason: FinishReason | Exception) -> None:

@@ -105,7 +105,7 @@ def insert(
     return dataclasses.replace(state, slots=slots), chunk
 
 
-@jax.jit(static_argnames=("policy", "greedy", "top_logprobs", "level"), donate_argnames="state")
+@jax.jit(static_argnames=("policy", "steps", "greedy", "top_logprobs", "level"), donate_argnames="state")
 @on_mesh
 def generate(
     model: FlatModel,
@@ -115,11 +115,12 @@ def generate(
     allowed: UInt32[Array, "n words"] | None = None,
     *,
     policy: DecodePolicy,
+    steps: int,
     greedy: bool,
     top_logprobs: int | None,
     level: int | None = None,
 ) -> tuple[DecodeState, Chunk]:
-    """Decodes up to ``policy.chunk_steps`` tokens for some slots, as far as they are not done.
+    """Decodes up to ``steps`` tokens for some slots, as far as they are not done.
 
     Args:
       model: Graded model; or a dense one, with ``dial=None``.
@@ -129,6 +130,7 @@ def generate(
       allowed: Tokens that each of these slots may choose (see ``sampling.Sampling``), for chunks of one step;
         None for all.
       policy: How the loop is compiled.
+      steps: Number of steps.
       greedy: Whether all of these slots that are not done decode greedily, without penalties and biases. The
         program then neither sorts nor penalizes. It chooses the same tokens as the other one.
       top_logprobs: Number of most likely tokens whose log-probabilities are returned beside those of the new
@@ -148,7 +150,7 @@ def generate(
         slots.sampling(greedy, allowed),
         slots.settings.stop_tokens,
         slots.settings.limits,
-        steps=policy.chunk_steps,
+        steps=steps,
         policy=policy,
         history=None if greedy else slots.history,
         top_logprobs=top_logprobs,
