@@ -38,6 +38,7 @@ from report import compile_in_order, say
 
 from pallas_kernels import codes, level_matmul, matmul
 from pallas_kernels.matmul import LevelImplementation
+from pallas_kernels.matmul.mosaic_gpu import geometry
 
 CHECKED_SHAPES = ((576, 1100), (2048, 2560))
 CHECKED_ROWS = (9, 32, 64, 130)
@@ -235,10 +236,15 @@ def main() -> None:
     parser.add_argument("--times", action="store_true", help="only time, do not check")
     parser.add_argument("--rows", nargs="+", type=int, default=list(TIMED_ROWS), metavar="N")
     parser.add_argument("--levels", nargs="+", type=int, default=list(TIMED_LEVELS), metavar="N")
+    parser.add_argument(
+        "--coded-rows", type=int, metavar="N", help="up to N rows (32 at most) the CTAs code x themselves"
+    )
     parser.add_argument("--tune", action="store_true", help="write the times into the tuning table")
     reports.add_arguments(parser)
     args = parser.parse_args()
     report = reports.Report(args)
+    if args.coded_rows is not None:
+        geometry.MOST_CODED_ROWS = args.coded_rows
     if not args.checks:
         times = LayerTimes(report)
         times.products(args.rows, args.levels, "mosaic_gpu")

@@ -17,7 +17,8 @@ from pallas_kernels import layout
 from pallas_kernels.codes import CODE_STEPS, DIGIT_MEAN
 from pallas_kernels.lanes.instructions import LANES, Instructions
 from pallas_kernels.lanes.registers import Value
-from pallas_kernels.matmul.mosaic_gpu.geometry import GROUP_MATRICES, MATRIX_CHANNELS, OCTET, Geometry
+from pallas_kernels.lanes.rows import unpack_bfloat16
+from pallas_kernels.matmul.mosaic_gpu.geometry import RECORD_BYTES, Geometry
 from pallas_kernels.matvec.mosaic_gpu.listing import (
     LOW_SIGN,
     PEAK_CODE,
@@ -28,6 +29,9 @@ from pallas_kernels.matvec.mosaic_gpu.listing import (
 
 CODING_THREADS = 128
 """Number of threads in a CTA. Each warp codes one activation row in one group."""
+
+LOW_OFFSET = 4 * 16
+"""Bytes between the high and the low bytes of a row's codes, which are neighbouring columns of B."""
 
 ZERO = 0x4B400000
 """Bits of ``ZERO_FLOAT``."""
@@ -59,17 +63,71 @@ def coding_blocks(g: Geometry) -> int:
     return g.row_batches * g.rows_per_cta * g.groups // (CODING_THREADS // LANES)
 
 
-def coding_program(isa: Instructions, g: Geometry, in_features: int, refs: CodingRefs) -> None:
-    """Codes one activation row in one group: four channels in each lane."""
+def coding_program(isa: Instructions, g: Geometry, refs: CodingRefs) -> None:
+    """Codes one activation row in one group in each warp."""
     thread = isa.thread_index()
     lane = thread & (LANES - 1)
     item = isa.block_index() * (CODING_THREADS // LANES) + (thread >> 5)
     row, group = item // g.groups, item % g.groups
-    batch, row_of_cta = row // g.rows_per_cta, row % g.rows_per_cta
-    matrix, j, column = lane >> 3, (lane >> 2) & 1, lane & 3
-    channel = group * layout.GROUP + matrix * MATRIX_CHANNELS + (j << 4) + (column << 1)
-    x = [load_activation(isa, g, in_features, refs, row, channel + offset) for offset in (0, 1, 8, 9)]
+    words, gain = load_words(isa, g, refs.x, lane, row, group), load_gain(isa, g, refs.level_gains)
+    codes = code(isa, words, gain, g.level)
 
+    batch, row = row // g.rows_per_cta, row % g.rows_per_cta
+    blob = batch * g.groups + group
+    operands = isa.global_address(refs.codes) + isa.widen(blob * g.group_code_bytes)
+    operands = operands + isa.widen(operand_offset(g, lane, row))
+    isa.store_global(operands, [codes.high])
+    isa.store_global(operands + LOW_OFFSET, [codes.low])
+    with isa.when(lane.equals(0)):
+        records = isa.global_address(refs.records) + isa.widen(blob * (RECORD_BYTES * g.rows_per_cta))
+        isa.store_global(records + isa.widen(row << 4), codes.starts * 2)
+        isa.store_global(records + isa.widen((row << 2) + 16 * g.rows_per_cta), [codes.unit])
+
+
+def load_words(
+    isa: Instructions, g: Geometry, ref: Any, lane: Value, row: Value, group: Value
+) -> list[Value]:
+    """Loads the lane's four activations of a row in a group, two bfloat16 in a word; zeros in padding.
+
+    Lane ``8 m + 4 j + c`` has channels ``32 m + 16 j + 2 c`` and ``+ 1``, and those 8 channels later, which
+    are the bytes of one register of B.
+    """
+    channel = group * layout.GROUP + ((lane >> 2) << 4) + ((lane & 3) << 1)
+    first, words = isa.global_address(ref), []
+    for offset in (0, 8):
+        halves = []
+        for half in range(1 if g.in_features % 2 == 0 else 2):
+            exists = isa.constant(True, "bool") if g.rows % g.rows_per_cta == 0 else row < g.rows
+            if g.in_features % layout.GROUP:
+                exists = exists & (channel + (offset + half) < g.in_features)
+            address = first + isa.widen((row * g.in_features + channel + (offset + half)) << 1)
+            address = isa.select(exists, address, first)
+            loaded = isa.load_global(address)[0] if g.in_features % 2 == 0 else isa.load_global_16(address)
+            halves.append(isa.select(exists, loaded, isa.constant(0)))
+        words.append(halves[0] if len(halves) == 1 else halves[0] | (halves[1] << 16))
+    return words
+
+
+def load_gain(isa: Instructions, g: Geometry, ref: Any) -> Value:
+    """Loads the gain of the level."""
+    return isa.load_global(isa.global_address(ref) + 4 * (g.level - 1), 1, "f32")[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Codes:
+    """Codes of a lane's four activations, and the record of their row in the group."""
+
+    high: Value
+    low: Value
+    starts: list[Value]
+    """Words that the sums with high and with low bytes start with."""
+    unit: Value
+    """Unit of the codes times the gain of the level and the unit of the weight's codes, f32."""
+
+
+def code(isa: Instructions, words: list[Value], gain: Value, level: int) -> Codes:
+    """Codes the activations of a warp, which are a row in a group."""
+    x = [number for word in words for number in unpack_bfloat16(isa, word)]
     peak = isa.float_to_bits(isa.absolute(x[0]))
     for number in x[1:]:
         peak = isa.maximum(peak, isa.float_to_bits(isa.absolute(number)))
@@ -77,52 +135,41 @@ def coding_program(isa: Instructions, g: Geometry, in_features: int, refs: Codin
     unit = peak * (1.0 / PEAK_CODE)
     inverse_unit, rounding = isa.reciprocal(unit), isa.constant(ROUNDING, "f32")
     bits = [isa.float_to_bits(isa.multiply_add(number, inverse_unit, rounding)) for number in x]
-
-    blob = batch * g.groups + group
-    octets = g.rows_per_cta // OCTET
-    octet, half, n = row_of_cta >> 3, (row_of_cta >> 2) & 1, (row_of_cta & 3) << 1
-    operand = ((blob * GROUP_MATRICES + matrix) * octets + octet) * LANES + (n << 2) + column
-    address = isa.global_address(refs.codes) + isa.widen((operand << 4) + (half << 3) + (j << 2))
-    signed = [word ^ LOW_SIGN for word in bits]
-    pairs = [isa.permute_bytes(signed[i], signed[i + 1], 0x5140) for i in (0, 2)]  # low, low, high, high
-    isa.store_global(address, [isa.permute_bytes(pairs[0], pairs[1], 0x7632)])
-    isa.store_global(address + 16 * 4, [isa.permute_bytes(pairs[0], pairs[1], 0x5410)])
-
+    pairs = [isa.permute_bytes(bits[i], bits[i + 1], 0x5140) for i in (0, 2)]  # low, low, high, high
     total = bits[0] + bits[1] + bits[2] + bits[3] - 4 * ROUNDED_ZERO
     high = (bits[0] >> 8) + (bits[1] >> 8) + (bits[2] >> 8) + (bits[3] >> 8) - 4 * (ROUNDED_ZERO >> 8)
-    start_high, start_low = starts(isa, g, isa.reduce_add(total), isa.reduce_add(high))
-    with isa.when(lane.equals(0)):
-        (gain,) = isa.load_global(isa.global_address(refs.level_gains) + 4 * (g.level - 1), 1, "f32")
-        records = isa.global_address(refs.records) + isa.widen(blob * (20 * g.rows_per_cta))
-        isa.store_global(records + isa.widen(row_of_cta << 4), [start_high, start_low, start_high, start_low])
-        scaled_unit = unit * gain * (1.0 / CODE_STEPS)
-        isa.store_global(records + isa.widen((row_of_cta << 2) + 16 * g.rows_per_cta), [scaled_unit])
+    return Codes(
+        high=isa.permute_bytes(pairs[0], pairs[1], 0x7632),
+        low=isa.permute_bytes(pairs[0], pairs[1], 0x5410) ^ (LOW_SIGN * 0x01010101),
+        starts=starts(isa, level, isa.reduce_add(total), isa.reduce_add(high)),
+        unit=unit * gain * (1.0 / CODE_STEPS),
+    )
 
 
-def load_activation(
-    isa: Instructions, g: Geometry, in_features: int, refs: CodingRefs, row: Value, channel: Value
-) -> Value:
-    """Loads ``x[row, channel]`` as f32; zero in padding."""
-    first = isa.global_address(refs.x)
-    address = first + isa.widen((row * in_features + channel) << 1)
-    exists = (row < g.rows) & (channel < in_features)
-    bits = isa.load_global_16(isa.select(exists, address, first))
-    return isa.bits_to_float(isa.select(exists, bits, isa.constant(0)) << 16)
+def operand_offset(g: Geometry, lane: Value, row: Value) -> Value:
+    """Returns the offset in the codes of a group of the lane's high bytes of a row of the CTA.
+
+    The low bytes lie ``LOW_OFFSET`` bytes later. ``lane_context.Refs`` describes the order.
+    """
+    matrix, j, column = lane >> 3, (lane >> 2) & 1, lane & 3
+    octet, half, n = row >> 3, (row >> 2) & 1, (row & 3) << 1
+    operand = (octet << 5) + (n << 2) + column
+    return matrix * g.matrix_code_bytes + (operand << 4) + (half << 3) + (j << 2)
 
 
-def starts(isa: Instructions, g: Geometry, total: Value, high: Value) -> tuple[Value, Value]:
+def starts(isa: Instructions, level: int, total: Value, high: Value) -> list[Value]:
     """Returns the words that the sums with high and with low bytes start with, from the sums of x.
 
     Twice the midpoint is an integer. If half of the product with the high bytes is none, the rest, 128 low
     bytes, goes to the other sum.
     """
-    twice_midpoint = round(2 * DIGIT_MEAN * sum(4 ** (3 - f) for f in range(g.level)))
+    twice_midpoint = round(2 * DIGIT_MEAN * sum(4 ** (3 - f) for f in range(level)))
     high_product = high * twice_midpoint
     start_high = half_of(high_product)
     rest = high_product - start_high * 2
     start_low = half_of((total - high * 256) * twice_midpoint) + rest * 128
     zero = isa.constant(ZERO)
-    return zero - start_high, zero - start_low
+    return [zero - start_high, zero - start_low]
 
 
 def half_of(number: Value) -> Value:

@@ -24,6 +24,9 @@ OCTET = 8
 MAX_OCTETS = 4
 """Largest number of octets of a warp. Its sums and totals then take 192 registers of a lane."""
 
+MOST_CODED_ROWS = 16
+"""Largest number of activation rows that the CTAs code themselves."""
+
 PIECE_BYTES = layout.PIECE // 4
 """Bytes of a piece in a row of a plane."""
 
@@ -50,6 +53,7 @@ class Geometry:
     of a CTA in one tile give a partial sum.
 
     Attributes:
+      in_features: Number of input channels.
       stored_k: Number of input channels, padded to whole groups.
       stored_n: Number of outputs, padded to whole pieces.
       level: Number of planes that are read, 1 to 4.
@@ -58,6 +62,7 @@ class Geometry:
       shared_limit: Most bytes of shared memory of a CTA.
     """
 
+    in_features: int
     stored_k: int
     stored_n: int
     level: int
@@ -85,6 +90,15 @@ class Geometry:
     def rows_per_cta(self) -> int:
         """Number of rows of a batch, padded to whole octets for each warp."""
         return OCTET * self.octets * self.row_parts
+
+    @property
+    def codes_activations(self) -> bool:
+        """Whether the CTAs code the activations themselves. For many rows a launch of its own does it.
+
+        Every tile needs the codes of all groups, so the CTAs together code each activation many times. For
+        few rows they have the time, because they wait for memory.
+        """
+        return self.rows <= MOST_CODED_ROWS
 
     # --- outputs --------------------------------------------------------------------------------------
     @property
@@ -190,9 +204,20 @@ class Geometry:
         return 2 * MATRIX_CHANNELS * self.rows_per_cta
 
     @property
+    def group_code_bytes(self) -> int:
+        """Bytes of the codes of all activation rows of a CTA in a group."""
+        return GROUP_MATRICES * self.matrix_code_bytes
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of the records of a group."""
+        return self.rows_per_cta * RECORD_BYTES
+
+    @property
     def slot_bytes(self) -> int:
-        """Bytes of a slot for a step: its planes, then its codes."""
-        return self.level * self.plane_step_bytes + self.step_matrices * self.matrix_code_bytes
+        """Bytes of a slot for a step: its planes, then its codes if they are copied."""
+        codes = 0 if self.codes_activations else self.step_matrices * self.matrix_code_bytes
+        return self.level * self.plane_step_bytes + codes
 
     @property
     def scales_bytes(self) -> int:
@@ -201,23 +226,29 @@ class Geometry:
 
     @property
     def group_bytes(self) -> int:
-        """Bytes of a slot for a group: its scales, then the records of the activation rows."""
-        return self.scales_bytes + self.rows_per_cta * RECORD_BYTES
+        """Bytes of a slot for a group: its scales, then its records if they are copied."""
+        return self.scales_bytes + (0 if self.codes_activations else self.record_bytes)
 
     @property
     def slots(self) -> int:
         """Number of slots for steps, at least 2. All but one are in flight."""
 
         limit = self.shared_limit - RESERVED_BYTES
-        sizes = (n for n in range(2, MAX_SLOTS + 1) if self._ring_bytes(n) <= limit)
+        sizes = (n for n in range(2, MAX_SLOTS + 1) if self._shared_bytes(n) <= limit)
         return max(sizes, default=2)
 
     def _group_slots(self, slots: int) -> int:
         """Returns the number of slots for groups: of the current one, and of those its last step copies."""
         return 1 + (self.group_steps - 1 + slots - 1) // self.group_steps
 
-    def _ring_bytes(self, slots: int) -> int:
-        return slots * self.slot_bytes + self._group_slots(slots) * self.group_bytes
+    def _shared_bytes(self, slots: int) -> int:
+        coded = 2 * self.coded_bytes if self.codes_activations else 0
+        return slots * self.slot_bytes + self._group_slots(slots) * self.group_bytes + coded
+
+    @property
+    def coded_bytes(self) -> int:
+        """Bytes of the codes and records of a group, which the CTA computes one group ahead."""
+        return self.group_code_bytes + self.record_bytes
 
     @property
     def group_slots(self) -> int:
@@ -230,6 +261,11 @@ class Geometry:
         return self.slots * self.slot_bytes
 
     @property
+    def coded_base(self) -> int:
+        """Offset of the codes and records that the CTA computes, of two groups in turn."""
+        return self.groups_base + self.group_slots * self.group_bytes
+
+    @property
     def shared_bytes(self) -> int:
         """Bytes of shared memory of a CTA."""
-        return self._ring_bytes(self.slots)
+        return self._shared_bytes(self.slots)

@@ -39,8 +39,10 @@ def matmul(x: jax.Array, weight: NestedWeight, level: int) -> jax.Array:
     """Implements ``api.level_matmul`` for bfloat16 x ``[rows, K]``."""
     g = geometry_of(len(x), weight, level)
     gains = jnp.ones(weight.num_planes) if weight.level_gains is None else jnp.asarray(weight.level_gains)
-    codes, records = _coding_kernel(g, weight.in_features)(x, gains.astype(jnp.float32))
-    (partials,) = _level_matmul_kernel(g)(codes, records, weight.planes, weight.scales)
+    first = x, gains.astype(jnp.float32)
+    if not g.codes_activations:
+        first = _coding_kernel(g)(*first)
+    (partials,) = _level_matmul_kernel(g)(*first, weight.planes, weight.scales)
     return Activations.sums(partials, weight.out_features).array
 
 
@@ -48,6 +50,7 @@ def geometry_of(rows: int, weight: NestedWeight, level: int) -> Geometry:
     """Returns the sizes of the launches on the target device."""
     target = device.target_device()
     return Geometry(
+        in_features=weight.in_features,
         stored_k=weight.planes.shape[1],
         stored_n=weight.scales.shape[1],
         level=level,
@@ -58,12 +61,12 @@ def geometry_of(rows: int, weight: NestedWeight, level: int) -> Geometry:
 
 
 @functools.cache
-def _coding_kernel(g: Geometry, in_features: int):
+def _coding_kernel(g: Geometry):
     """Builds the kernel that codes the activations. ``coding.CodingRefs`` describes its arrays."""
     octets = g.rows_per_cta // OCTET
     return lane_kernel(
         "level_matmul_coding_kernel",
-        lambda isa, refs: coding_program(isa, g, in_features, CodingRefs(*refs)),
+        lambda isa, refs: coding_program(isa, g, CodingRefs(*refs)),
         outputs=[
             jax.ShapeDtypeStruct((g.row_batches, g.groups, GROUP_MATRICES, octets, 32, 4), jnp.uint32),
             jax.ShapeDtypeStruct((g.row_batches, g.groups, 5 * g.rows_per_cta), jnp.uint32),

@@ -13,6 +13,8 @@ from pallas_kernels.matmul.mosaic_gpu.geometry import OCTET, Geometry
 class Refs:
     """Arrays in global memory, and the shared memory of the CTA.
 
+    The first two are ``coding.CodingRefs.x`` and ``level_gains`` if ``Geometry.codes_activations``.
+
     Attributes:
       codes: uint32 ``[batches, groups, 4, octets of the CTA, 32, 4]``: the codes of the activations as
         operands B. The last axis has the registers ``2 t + j`` of lane ``4 n + c``, with ``t`` and ``j`` in

@@ -7,8 +7,6 @@ from pallas_kernels.matmul.mosaic_gpu.geometry import MATRIX_CHANNELS, Geometry
 from pallas_kernels.matmul.mosaic_gpu.lane_context import (
     LaneContext,
     activation_row,
-    first_octet,
-    in_row,
 )
 
 EVEN_BYTES, ODD_BYTES = 0x6420, 0x7531
@@ -21,16 +19,8 @@ OPERAND_BYTES = 512
 """Bytes of the operands B of an octet for one matrix instruction's channels: 16 in each lane."""
 
 
-def operand_addresses(g: Geometry, context: LaneContext) -> tuple[Value, Value]:
-    """Returns the lane's addresses in slot 0 of the first matrix of plane 0, and of the codes."""
-    planes = context.shared + in_row(g, context.lane, context.piece)
-    octet = first_octet(g, context) * OPERAND_BYTES
-    return planes, context.shared + (context.lane << 4) + octet + g.level * g.plane_step_bytes
-
-
-def starts(isa: Instructions, g: Geometry, context: LaneContext, group_slot: Value) -> list[list[Value]]:
+def starts(isa: Instructions, g: Geometry, context: LaneContext, records: Value) -> list[list[Value]]:
     """Returns the words that the sums of a group start with, four for each half of an octet."""
-    records = group_slot + g.scales_bytes
     return [
         isa.load_shared(records + (activation_row(g, context, octet, half) << 4), 4)
         for octet in range(g.octets)
@@ -45,7 +35,7 @@ def multiply_step(
 
     Args:
       isa, g: The instructions and sizes.
-      planes, codes: The lane's addresses in the slot of the step.
+      planes, codes: The lane's addresses of the step's planes and codes.
       sums: The sums so far.
     """
     out = list(sums)
@@ -126,7 +116,8 @@ def add_group(
     isa: Instructions,
     g: Geometry,
     context: LaneContext,
-    group_slot: Value,
+    scales: list[list[Value]],
+    records: Value,
     totals: list[Value],
     sums: list[list[Value]],
 ) -> list[Value]:
@@ -135,14 +126,12 @@ def add_group(
     The totals are ``[position][octet][half][2]``, flat, the last axis for two neighbouring outputs. The bits
     of a sum are those of the float32 ``ZERO_FLOAT + sum`` (see ``coding``).
     """
-    scales = load_scales(isa, g, context, group_slot)
-    units_base = group_slot + (g.scales_bytes + 16 * g.rows_per_cta)
     high_unit, zeros = isa.constant(256.0, "f32"), isa.constant(-257 * ZERO_FLOAT, "f32")
     out = list(totals)
     for octet in range(g.octets):
         for half in range(2):
             row = activation_row(g, context, octet, half)
-            (unit,) = isa.load_shared(units_base + (row << 2), 1, "f32")
+            (unit,) = isa.load_shared(records + (16 * g.rows_per_cta) + (row << 2), 1, "f32")
             for position in range(4):
                 k = index(g, position, octet, half)
                 for i in range(2):

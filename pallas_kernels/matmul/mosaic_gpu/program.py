@@ -31,13 +31,15 @@ At the end of the CTA's units in a tile, it stores the totals as a partial sum.
 from pallas_kernels.lanes.instructions import Instructions
 from pallas_kernels.lanes.registers import Value
 from pallas_kernels.matmul.mosaic_gpu.geometry import Geometry
-from pallas_kernels.matmul.mosaic_gpu.lane_context import LaneContext, Refs, lane_context
+from pallas_kernels.matmul.mosaic_gpu.lane_context import LaneContext, Refs, first_octet, in_row, lane_context
 from pallas_kernels.matmul.mosaic_gpu.multiplication import (
+    OPERAND_BYTES,
     add_group,
+    load_scales,
     multiply_step,
-    operand_addresses,
     starts,
 )
+from pallas_kernels.matmul.mosaic_gpu.own_codes import Coder
 from pallas_kernels.matmul.mosaic_gpu.storing import store
 from pallas_kernels.matmul.mosaic_gpu.streaming import Copies
 
@@ -45,8 +47,12 @@ from pallas_kernels.matmul.mosaic_gpu.streaming import Copies
 def level_matmul_program(isa: Instructions, g: Geometry, refs: Refs) -> None:
     """Runs the whole program of one lane."""
     context = lane_context(isa, g, refs)
+    coder = Coder.create(isa, g, refs, context) if g.codes_activations else None
+    words = coder.load(isa.constant(0)) if coder else []
     copies = Copies(isa, g, refs, context, isa.thread_index())
     copies.fill_ring()
+    if coder:
+        coder.store(isa.constant(0), words)
     first_tile = context.first_unit // g.groups
     last_tile = (context.first_unit + context.units - 1) // g.groups
 
@@ -59,7 +65,7 @@ def level_matmul_program(isa: Instructions, g: Geometry, refs: Refs) -> None:
         units = isa.select(ends_tile, rest_of_tile, rest)
         zeros = [isa.constant(0.0, "f32")] * (16 * g.octets)
         totals = isa.loop(
-            units, zeros, lambda j, totals: multiply_group(isa, g, context, copies, done + j, totals)
+            units, zeros, lambda j, totals: multiply_group(isa, g, context, copies, coder, done + j, totals)
         )
         store(isa, g, refs, context, tile, ends_tile, totals)
         return [done + units]
@@ -69,19 +75,39 @@ def level_matmul_program(isa: Instructions, g: Geometry, refs: Refs) -> None:
 
 
 def multiply_group(
-    isa: Instructions, g: Geometry, context: LaneContext, copies: Copies, done: Value, totals: list[Value]
+    isa: Instructions,
+    g: Geometry,
+    context: LaneContext,
+    copies: Copies,
+    coder: Coder | None,
+    done: Value,
+    totals: list[Value],
 ) -> list[Value]:
     """Returns the totals plus the sums of the CTA's unit number ``done``."""
-    planes, codes = operand_addresses(g, context)
+    planes = context.shared + in_row(g, context.lane, context.piece)
+    operand = (context.lane << 4) + first_octet(g, context) * OPERAND_BYTES
     group_slot = context.shared + done % g.group_slots * g.group_bytes + g.groups_base
+    records = group_slot + g.scales_bytes
+    if coder:
+        coded = context.shared + coder.base(done)
+        records = coded + g.group_code_bytes
+    next_words: list[Value] = []
     sums: list[list[Value]] = []
     for step_of_group in range(g.group_steps):
         step = done * g.group_steps + step_of_group
         isa.wait_copies(g.slots - 2)
         isa.block_barrier()  # Now this step is visible, and the slot of the previous step is free.
         copies.copy(step + (g.slots - 1))
-        if not sums:
-            sums = starts(isa, g, context, group_slot) * 4  # of each position
+        if step_of_group == 0:
+            next_words = coder.load(done + 1) if coder else []
+            sums = starts(isa, g, context, records) * 4  # of each position
         slot = step % g.slots * g.slot_bytes
-        sums = multiply_step(isa, g, planes + slot, codes + slot, sums)
-    return add_group(isa, g, context, group_slot, totals, sums)
+        if coder:
+            codes = coded + operand + step_of_group * (g.step_matrices * g.matrix_code_bytes)
+        else:
+            codes = context.shared + slot + operand + g.level * g.plane_step_bytes
+        sums = multiply_step(isa, g, planes + slot, codes, sums)
+    if coder:
+        coder.store(done + 1, next_words)
+    scales = load_scales(isa, g, context, group_slot)
+    return add_group(isa, g, context, scales, records, totals, sums)

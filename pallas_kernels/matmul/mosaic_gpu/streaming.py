@@ -7,7 +7,6 @@ from pallas_kernels.lanes.instructions import Instructions
 from pallas_kernels.lanes.registers import Value
 from pallas_kernels.matmul.mosaic_gpu.geometry import (
     PIECE_BYTES,
-    RECORD_BYTES,
     THREADS,
     Geometry,
 )
@@ -46,11 +45,13 @@ class Copies:
             slot = self.context.shared + step % g.slots * g.slot_bytes
             self._copy_planes(slot, tile, group * layout.GROUP + step_of_group * g.step_channels)
             blob = self.context.batch * g.groups + group
-            self._copy_codes(slot, blob * g.group_steps + step_of_group)
+            if not g.codes_activations:
+                self._copy_codes(slot, blob * g.group_steps + step_of_group)
             with isa.when(step_of_group.equals(0)):
                 slot = self.context.shared + done % g.group_slots * g.group_bytes + g.groups_base
                 self._copy_scales(slot, tile, group)
-                self._copy_records(slot + g.scales_bytes, blob)
+                if not g.codes_activations:
+                    self._copy_records(slot + g.scales_bytes, blob)
         isa.commit_copies()
 
     def _copy_planes(self, slot: Value, tile: Value, channel: Value) -> None:
@@ -79,9 +80,8 @@ class Copies:
 
     def _copy_records(self, slot: Value, blob: Value) -> None:
         isa, g = self.isa, self.g
-        count = g.rows_per_cta * RECORD_BYTES
-        source = isa.global_address(self.refs.records) + isa.widen(blob * count)
-        self._copy_consecutive(slot, source, count)
+        source = isa.global_address(self.refs.records) + isa.widen(blob * g.record_bytes)
+        self._copy_consecutive(slot, source, g.record_bytes)
 
     def _copy_consecutive(self, target: Value, source: Value, count: int) -> None:
         """Copies ``count`` bytes."""
