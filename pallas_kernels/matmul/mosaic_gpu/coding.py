@@ -1,20 +1,23 @@
 """The program that turns activations into 16-bit codes, and lays them out as operands of the matrix unit.
 
-The codes ``q`` of an activation row in a group are the nearest integers to ``x / unit``, where the largest
-magnitude has the code ``PEAK_CODE``. A code is 256 times a high byte plus a low byte, both signed. The sums
-``sum((c - m) byte)`` over the high or the low bytes of a group, with ``c`` the weight's codes and ``m`` their
-midpoint, are below ``2**22``. So the matrix unit starts each of its integer sums with
+The codes ``q`` of an activation row in a group are the nearest integers to ``x / (CODE_UNIT 2**e)``, with
+the power of two that gives the largest magnitude a code of ``PEAK_CODE / 2`` to ``PEAK_CODE``. A code is 256
+times a high byte plus a low byte, both signed. The sums ``sum((c - m) byte)`` over the high or the low bytes
+of a group, with ``c`` the weight's codes and ``m`` their midpoint, are below ``2**22``. So the matrix unit
+starts each of its integer sums with
 
     ``ZERO - m sum(byte)``,    with ``ZERO`` the bits of the float32 ``1.5 * 2**23``,
 
-and ends with the bits of the float32 ``1.5 * 2**23 + sum((c - m) byte)``: no conversion is necessary.
+and ends with the bits of the float32 ``1.5 * 2**23 + sum((c - m) byte)``: no conversion is necessary. Because
+``2**e`` is a power of two, two instructions with the factors of the record turn a sum of high and a sum of
+low bytes into ``2**e sum((c - m) q)``, with one rounding.
 """
 
 import dataclasses
 from typing import Any
 
 from pallas_kernels import layout
-from pallas_kernels.codes import CODE_STEPS, DIGIT_MEAN
+from pallas_kernels.codes import DIGIT_MEAN
 from pallas_kernels.lanes.instructions import LANES, Instructions
 from pallas_kernels.lanes.registers import Value
 from pallas_kernels.lanes.rows import unpack_bfloat16
@@ -29,6 +32,20 @@ from pallas_kernels.matvec.mosaic_gpu.listing import (
 
 CODING_THREADS = 128
 """Number of threads in a CTA. Each warp codes one activation row in one group."""
+
+EXPONENT_MASK = 0x7F800000
+"""Bits of the exponent of a float32, and the bits of Inf."""
+
+NAN_BITS = 0x7FC00000
+
+CODE_BITS = 14
+"""``2**e`` is ``2**CODE_BITS`` times smaller than the largest power of two that the peak reaches."""
+
+LARGEST_BFLOAT16 = 255 / 128
+"""Largest bfloat16 below 2."""
+
+CODE_UNIT = LARGEST_BFLOAT16 * 2**CODE_BITS / PEAK_CODE
+"""Unit of the codes in units of ``2**e``, slightly above 1. The caller multiplies the product by it."""
 
 LOW_OFFSET = 4 * 16
 """Bytes between the high and the low bytes of a row's codes, which are neighbouring columns of B."""
@@ -46,13 +63,11 @@ class CodingRefs:
 
     Attributes:
       x: bfloat16 ``[rows, in_features]``.
-      level_gains: float32 ``[P]``.
       codes, records: Outputs, see ``lane_context.Refs``.
       shared: Not used.
     """
 
     x: Any
-    level_gains: Any
     codes: Any
     records: Any
     shared: Any
@@ -69,8 +84,7 @@ def coding_program(isa: Instructions, g: Geometry, refs: CodingRefs) -> None:
     lane = thread & (LANES - 1)
     item = isa.block_index() * (CODING_THREADS // LANES) + (thread >> 5)
     row, group = item // g.groups, item % g.groups
-    words, gain = load_words(isa, g, refs.x, lane, row, group), load_gain(isa, g, refs.level_gains)
-    codes = code(isa, words, gain, g.level)
+    codes = code(isa, load_words(isa, g, refs.x, lane, row, group), g.level)
 
     batch, row = row // g.rows_per_cta, row % g.rows_per_cta
     blob = batch * g.groups + group
@@ -81,7 +95,7 @@ def coding_program(isa: Instructions, g: Geometry, refs: CodingRefs) -> None:
     with isa.when(lane.equals(0)):
         records = isa.global_address(refs.records) + isa.widen(blob * (RECORD_BYTES * g.rows_per_cta))
         isa.store_global(records + isa.widen(row << 4), codes.starts * 2)
-        isa.store_global(records + isa.widen((row << 2) + 16 * g.rows_per_cta), [codes.unit])
+        isa.store_global(records + isa.widen((row << 4) + 16 * g.rows_per_cta), codes.factors)
 
 
 def load_words(
@@ -108,11 +122,6 @@ def load_words(
     return words
 
 
-def load_gain(isa: Instructions, g: Geometry, ref: Any) -> Value:
-    """Loads the gain of the level."""
-    return isa.load_global(isa.global_address(ref) + 4 * (g.level - 1), 1, "f32")[0]
-
-
 @dataclasses.dataclass(frozen=True)
 class Codes:
     """Codes of a lane's four activations, and the record of their row in the group."""
@@ -121,19 +130,21 @@ class Codes:
     low: Value
     starts: list[Value]
     """Words that the sums with high and with low bytes start with."""
-    unit: Value
-    """Unit of the codes times the gain of the level and the unit of the weight's codes, f32."""
+    factors: list[Value]
+    """``256 * 2**e``, ``-257 * 2**e * ZERO_FLOAT``, ``2**e``, 0, f32; NaN if an activation is NaN or Inf."""
 
 
-def code(isa: Instructions, words: list[Value], gain: Value, level: int) -> Codes:
+def code(isa: Instructions, words: list[Value], level: int) -> Codes:
     """Codes the activations of a warp, which are a row in a group."""
     x = [number for word in words for number in unpack_bfloat16(isa, word)]
     peak = isa.float_to_bits(isa.absolute(x[0]))
     for number in x[1:]:
         peak = isa.maximum(peak, isa.float_to_bits(isa.absolute(number)))
-    peak = isa.bits_to_float(isa.maximum(isa.reduce_max(peak), isa.constant(SMALLEST_PEAK_BITS)))
-    unit = peak * (1.0 / PEAK_CODE)
-    inverse_unit, rounding = isa.reciprocal(unit), isa.constant(ROUNDING, "f32")
+    peak = isa.maximum(isa.reduce_max(peak), isa.constant(SMALLEST_PEAK_BITS))
+    power = (peak & EXPONENT_MASK) - (CODE_BITS << 23)
+    inverse_unit = isa.bits_to_float(isa.constant(254 << 23) - power) * (1.0 / CODE_UNIT)
+    power = isa.bits_to_float(isa.select(peak < EXPONENT_MASK, power, isa.constant(NAN_BITS)))
+    rounding = isa.constant(ROUNDING, "f32")
     bits = [isa.float_to_bits(isa.multiply_add(number, inverse_unit, rounding)) for number in x]
     pairs = [isa.permute_bytes(bits[i], bits[i + 1], 0x5140) for i in (0, 2)]  # low, low, high, high
     total = bits[0] + bits[1] + bits[2] + bits[3] - 4 * ROUNDED_ZERO
@@ -142,7 +153,7 @@ def code(isa: Instructions, words: list[Value], gain: Value, level: int) -> Code
         high=isa.permute_bytes(pairs[0], pairs[1], 0x7632),
         low=isa.permute_bytes(pairs[0], pairs[1], 0x5410) ^ (LOW_SIGN * 0x01010101),
         starts=starts(isa, level, isa.reduce_add(total), isa.reduce_add(high)),
-        unit=unit * gain * (1.0 / CODE_STEPS),
+        factors=[power * 256.0, power * (-257 * ZERO_FLOAT), power, isa.constant(0.0, "f32")],
     )
 
 

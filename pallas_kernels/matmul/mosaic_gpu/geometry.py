@@ -30,7 +30,7 @@ MOST_CODED_ROWS = 16
 PIECE_BYTES = layout.PIECE // 4
 """Bytes of a piece in a row of a plane."""
 
-RECORD_BYTES = 20
+RECORD_BYTES = 32
 """Bytes of an activation row in the records of a group (see ``lane_context.Refs``)."""
 
 MAX_SLOTS = 8
@@ -39,7 +39,7 @@ MAX_SLOTS = 8
 LARGE_STEPS_BYTES = 128 * 1024
 """Bytes of shared memory in which several large steps fit."""
 
-RESERVED_BYTES = 1024
+RESERVED_BYTES = 2048
 """Bytes of shared memory that are left to the compiler of the kernel."""
 
 

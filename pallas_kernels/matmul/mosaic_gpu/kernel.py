@@ -6,9 +6,16 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.activations import Activations
+from pallas_kernels.codes import CODE_STEPS
 from pallas_kernels.lanes import device
 from pallas_kernels.lanes.launch import lane_kernel
-from pallas_kernels.matmul.mosaic_gpu.coding import CODING_THREADS, CodingRefs, coding_blocks, coding_program
+from pallas_kernels.matmul.mosaic_gpu.coding import (
+    CODE_UNIT,
+    CODING_THREADS,
+    CodingRefs,
+    coding_blocks,
+    coding_program,
+)
 from pallas_kernels.matmul.mosaic_gpu.geometry import GROUP_MATRICES, OCTET, THREADS, Geometry
 from pallas_kernels.matmul.mosaic_gpu.lane_context import Refs
 from pallas_kernels.matmul.mosaic_gpu.program import level_matmul_program
@@ -38,12 +45,10 @@ def supports(x: jax.Array | jax.ShapeDtypeStruct, weight: NestedWeight, level: i
 def matmul(x: jax.Array, weight: NestedWeight, level: int) -> jax.Array:
     """Implements ``api.level_matmul`` for bfloat16 x ``[rows, K]``."""
     g = geometry_of(len(x), weight, level)
-    gains = jnp.ones(weight.num_planes) if weight.level_gains is None else jnp.asarray(weight.level_gains)
-    first = x, gains.astype(jnp.float32)
-    if not g.codes_activations:
-        first = _coding_kernel(g)(*first)
-    (partials,) = _level_matmul_kernel(g)(*first, weight.planes, weight.scales)
-    return Activations.sums(partials, weight.out_features).array
+    operands = [x] if g.codes_activations else _coding_kernel(g)(x)
+    (partials,) = _level_matmul_kernel(g)(*operands, weight.planes, weight.scales)
+    gain = 1.0 if weight.level_gains is None else jnp.asarray(weight.level_gains)[level - 1]
+    return Activations.sums(partials, weight.out_features).array * (gain * (CODE_UNIT / CODE_STEPS))
 
 
 def geometry_of(rows: int, weight: NestedWeight, level: int) -> Geometry:
@@ -69,7 +74,7 @@ def _coding_kernel(g: Geometry):
         lambda isa, refs: coding_program(isa, g, CodingRefs(*refs)),
         outputs=[
             jax.ShapeDtypeStruct((g.row_batches, g.groups, GROUP_MATRICES, octets, 32, 4), jnp.uint32),
-            jax.ShapeDtypeStruct((g.row_batches, g.groups, 5 * g.rows_per_cta), jnp.uint32),
+            jax.ShapeDtypeStruct((g.row_batches, g.groups, 2, g.rows_per_cta, 4), jnp.uint32),
         ],
         blocks=coding_blocks(g),
         threads=CODING_THREADS,
@@ -82,7 +87,7 @@ def _level_matmul_kernel(g: Geometry):
     """Builds the kernel. ``lane_context.Refs`` describes its arrays."""
     return lane_kernel(
         "level_matmul_kernel",
-        lambda isa, refs: level_matmul_program(isa, g, Refs(*refs)),
+        lambda isa, refs: level_matmul_program(isa, g, Refs.of(g, *refs)),
         outputs=[jax.ShapeDtypeStruct((g.splits, g.rows, g.stored_n), jnp.float32)],
         blocks=g.blocks,
         threads=THREADS,

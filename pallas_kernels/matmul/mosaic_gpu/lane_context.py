@@ -13,26 +13,33 @@ from pallas_kernels.matmul.mosaic_gpu.geometry import OCTET, Geometry
 class Refs:
     """Arrays in global memory, and the shared memory of the CTA.
 
-    The first two are ``coding.CodingRefs.x`` and ``level_gains`` if ``Geometry.codes_activations``.
-
     Attributes:
+      x: bfloat16 ``[rows, in_features]``, or None if the CTAs do not code the activations.
       codes: uint32 ``[batches, groups, 4, octets of the CTA, 32, 4]``: the codes of the activations as
         operands B. The last axis has the registers ``2 t + j`` of lane ``4 n + c``, with ``t`` and ``j`` in
         0..1: byte ``e`` is the code of activation row ``4 t + n // 2`` of the octet and channel ``16 j + 8
         (e // 2) + 2 c + e % 2``, the high byte if ``n`` is even, else the low byte.
-      records: uint32 ``[batches, groups, 5 rows of the CTA]``: for each row the words ``high, low, high,
-        low`` that the sums of a group start with (see ``coding``), then for each row the unit, f32.
+        None if the CTAs code the activations.
+      records: uint32 ``[batches, groups, 2, rows of the CTA, 4]``: for each row the words ``high, low, high,
+        low`` that the sums of a group start with, then for each row its factors (see ``coding``); or None.
       planes, scales: See ``NestedWeight``.
-      partials: Output, float32 ``[splits, rows, N]``: partial sums of y.
+      partials: Output, float32 ``[splits, rows, N]``: partial sums of y without the gain of the level, in
+        units of ``coding.CODE_UNIT / CODE_STEPS``.
       shared: The shared memory.
     """
 
+    x: Any
     codes: Any
     records: Any
     planes: Any
     scales: Any
     partials: Any
     shared: Any
+
+    @classmethod
+    def of(cls, g: Geometry, *refs: Any) -> "Refs":
+        """Returns the arrays of a launch, which lacks either x, or codes and records."""
+        return cls(refs[0], None, None, *refs[1:]) if g.codes_activations else cls(None, *refs)
 
 
 @dataclasses.dataclass(frozen=True)

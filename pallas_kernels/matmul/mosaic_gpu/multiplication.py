@@ -2,7 +2,6 @@
 
 from pallas_kernels.lanes.instructions import Instructions
 from pallas_kernels.lanes.registers import Value
-from pallas_kernels.matmul.mosaic_gpu.coding import ZERO_FLOAT
 from pallas_kernels.matmul.mosaic_gpu.geometry import MATRIX_CHANNELS, Geometry
 from pallas_kernels.matmul.mosaic_gpu.lane_context import (
     LaneContext,
@@ -121,25 +120,24 @@ def add_group(
     totals: list[Value],
     sums: list[list[Value]],
 ) -> list[Value]:
-    """Returns the totals plus the sums of a group times its scales and units.
+    """Returns the totals plus the sums of a group times its scales and ``2**e``.
 
     The totals are ``[position][octet][half][2]``, flat, the last axis for two neighbouring outputs. The bits
     of a sum are those of the float32 ``ZERO_FLOAT + sum`` (see ``coding``).
     """
-    high_unit, zeros = isa.constant(256.0, "f32"), isa.constant(-257 * ZERO_FLOAT, "f32")
     out = list(totals)
     for octet in range(g.octets):
         for half in range(2):
             row = activation_row(g, context, octet, half)
-            (unit,) = isa.load_shared(records + (16 * g.rows_per_cta) + (row << 2), 1, "f32")
+            factors = isa.load_shared(records + (16 * g.rows_per_cta) + (row << 4), 4, "f32")
             for position in range(4):
                 k = index(g, position, octet, half)
                 for i in range(2):
                     high, low = (isa.bits_to_float(word) for word in sums[k][2 * i :][:2])
-                    # The first step is exact: its result is a multiple of 256 below 2**31.
-                    product = isa.multiply_add(high, high_unit, zeros) + low
+                    # The first step is exact: its result is a multiple of 256 2**e, and below 2**31 of them.
+                    product = isa.multiply_add(low, factors[2], isa.multiply_add(high, *factors[:2]))
                     scale = scales[position // 2][2 * (position % 2) + i]
-                    out[2 * k + i] = isa.multiply_add(product, scale * unit, totals[2 * k + i])
+                    out[2 * k + i] = isa.multiply_add(product, scale, totals[2 * k + i])
     return out
 
 

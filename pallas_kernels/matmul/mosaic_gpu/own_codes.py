@@ -7,7 +7,6 @@ from pallas_kernels.lanes.registers import Value
 from pallas_kernels.matmul.mosaic_gpu.coding import (
     LOW_OFFSET,
     code,
-    load_gain,
     load_words,
     operand_offset,
 )
@@ -23,17 +22,15 @@ class Coder:
     g: Geometry
     refs: Refs
     context: LaneContext
-    gain: Value
-    """Gain of the level."""
     rows: list[Value]
     """Activation rows of the warp."""
 
     @classmethod
     def create(cls, isa: Instructions, g: Geometry, refs: Refs, context: LaneContext) -> "Coder":
-        """Loads the gain."""
+        """Computes the rows of the warp."""
         warp = isa.thread_index() >> 5
         rows = [warp + first for first in range(0, g.rows_per_cta, WARPS)]
-        return cls(isa, g, refs, context, load_gain(isa, g, refs.records), rows)
+        return cls(isa, g, refs, context, rows)
 
     def base(self, unit: Value) -> Value:
         """Returns the offset in shared memory of the codes of a unit; the records follow them."""
@@ -44,7 +41,7 @@ class Coder:
         isa, g = self.isa, self.g
         unit = isa.select(unit < self.context.units, unit, self.context.units - 1)
         group = (self.context.first_unit + unit) % g.groups
-        words = (load_words(isa, g, self.refs.codes, self.context.lane, row, group) for row in self.rows)
+        words = (load_words(isa, g, self.refs.x, self.context.lane, row, group) for row in self.rows)
         return [word for row_words in words for word in row_words]
 
     def store(self, unit: Value, words: list[Value]) -> None:
@@ -54,9 +51,9 @@ class Coder:
         records = base + g.group_code_bytes
         first_lane = self.context.lane.equals(0)
         for i, row in enumerate(self.rows):
-            codes = code(isa, words[2 * i :][:2], self.gain, g.level)
+            codes = code(isa, words[2 * i :][:2], g.level)
             operands = base + operand_offset(g, self.context.lane, row)
             isa.store_shared(operands, [codes.high])
             isa.store_shared(operands + LOW_OFFSET, [codes.low])
             isa.store_shared(records + (row << 4), codes.starts * 2, first_lane)
-            isa.store_shared(records + (row << 2) + 16 * g.rows_per_cta, [codes.unit], first_lane)
+            isa.store_shared(records + (row << 4) + 16 * g.rows_per_cta, codes.factors, first_lane)

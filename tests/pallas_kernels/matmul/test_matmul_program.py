@@ -15,10 +15,13 @@ from jax.sharding import AxisType
 from matvec_cases import Case
 
 from pallas_kernels import NestedWeight, level_matmul
+from pallas_kernels.codes import CODE_STEPS
 from pallas_kernels.lanes import device
 from pallas_kernels.lanes.emulator import NumpyInstructions
+from pallas_kernels.matmul.mosaic_gpu import geometry as sizes
 from pallas_kernels.matmul.mosaic_gpu import supports
 from pallas_kernels.matmul.mosaic_gpu.coding import (
+    CODE_UNIT,
     CODING_THREADS,
     CodingRefs,
     coding_blocks,
@@ -31,8 +34,8 @@ from pallas_kernels.matmul.mosaic_gpu.program import level_matmul_program
 UNWRITTEN = np.uint32(0x7F812345)
 """A NaN that no program computes, in outputs before they are written."""
 
-TOLERANCE = 1.5e-4
-"""Largest error of a row in norm. Rounding to 16 bits gives 1e-4 if one activation dominates each group."""
+TOLERANCE = 2.5e-4
+"""Largest error of a row in norm. Rounding to 15 bits gives 2e-4 if one activation dominates each group."""
 
 SHARED_LIMITS = (227 * 1024, 99 * 1024)
 """Most shared memory of a CTA on an H200 and on an RTX 4090."""
@@ -53,21 +56,21 @@ def geometry(rows, weight, level, multiprocessors=4, shared_limit=SHARED_LIMITS[
 def emulate(x, weight: NestedWeight, level: int, **sizes) -> np.ndarray:
     """Returns y as ``kernel.matmul`` does; fails if a program leaves a word of its outputs unwritten."""
     g = geometry(len(x), weight, level, **sizes)
-    x, gains = np.array(x), np.array(weight.level_gains)
     codes = np.full((g.row_batches, g.groups, 4, g.rows_per_cta // 8, 32, 4), UNWRITTEN)
-    records = np.full((g.row_batches, g.groups, 5 * g.rows_per_cta), UNWRITTEN)
+    records = np.full((g.row_batches, g.groups, 2, g.rows_per_cta, 4), UNWRITTEN)
     isa = NumpyInstructions(blocks=coding_blocks(g), threads=CODING_THREADS, shared_bytes=16)
-    arrays = [x, gains, codes, records]
+    arrays = [np.array(x), codes, records]
     coding_program(isa, g, CodingRefs(*(isa.array(a) for a in arrays), shared=None))
     isa.finish()
     partials = np.full((g.splits, g.rows, g.stored_n), UNWRITTEN)
     isa = NumpyInstructions(blocks=g.blocks, threads=THREADS, shared_bytes=g.shared_bytes)
-    first = (x, gains) if g.codes_activations else (codes, records)
+    first = [np.array(x)] if g.codes_activations else [codes, records]
     arrays = [*first, np.array(weight.planes), np.array(weight.scales), partials]
-    level_matmul_program(isa, g, Refs(*(isa.array(a) for a in arrays), shared=None))
+    level_matmul_program(isa, g, Refs.of(g, *(isa.array(a) for a in arrays), None))
     isa.finish()
     assert not any((array == UNWRITTEN).any() for array in (codes, records, partials))
-    return partials.view(np.float32).astype(np.float64).sum(0)[:, : weight.out_features]
+    unit = CODE_UNIT / CODE_STEPS * np.asarray(weight.level_gains)[level - 1]
+    return partials.view(np.float32).astype(np.float64).sum(0)[:, : weight.out_features] * unit
 
 
 def assert_agrees(x, weight, level, y):
@@ -166,6 +169,22 @@ def test_a_large_mean_of_the_activations_does_not_drown_the_product(level):
     x, weight, _ = Case(256, 512, rows=9, dtype="bfloat16").arrays()
     x = (x + 10).astype(x.dtype)
     assert_agrees(x, weight, level, emulate(x, weight, level))
+
+
+def test_the_largest_codes_do_not_overflow():
+    """The largest bfloat16 below a power of two has the largest code."""
+    _, weight, _ = Case(256, 64, rows=1, dtype="bfloat16").arrays()
+    x = np.asarray(
+        jnp.full((4, 256), 255 / 128, jnp.bfloat16) * jnp.asarray([[1], [-1], [2], [-0.5]], jnp.bfloat16)
+    )
+    assert_agrees(x, weight, 3, emulate(x, weight, 3))
+
+
+@pytest.mark.parametrize("rows", [17, 32])
+def test_the_ctas_may_code_32_rows(monkeypatch, rows):
+    monkeypatch.setattr(sizes, "MOST_CODED_ROWS", 32)
+    x, weight, _ = Case(600, 700, rows=rows, dtype="bfloat16").arrays()
+    assert_agrees(x, weight, 3, emulate(x, weight, 3))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
