@@ -15,6 +15,11 @@ from pallas_kernels.decode_attention.lane_context import THREADS, Refs, Shape
 from pallas_kernels.decode_attention.new_tokens import PREPARE_THREADS, prepare_program
 from pallas_kernels.decode_attention.program import attention_program, several_tokens_program
 from pallas_kernels.lanes import device
+from pallas_kernels.matmul.mosaic_gpu.coding import CODING_THREADS, CodingRefs, coding_program
+from pallas_kernels.matmul.mosaic_gpu.geometry import THREADS as MATMUL_THREADS
+from pallas_kernels.matmul.mosaic_gpu.geometry import Geometry
+from pallas_kernels.matmul.mosaic_gpu.lane_context import Refs as MatmulRefs
+from pallas_kernels.matmul.mosaic_gpu.program import level_matmul_program
 from pallas_kernels.matvec.mosaic_gpu import kernel as matvec
 from pallas_kernels.sampling import candidates as sampling
 from pallas_kernels.sampling import scoring, selection
@@ -131,6 +136,33 @@ def test_sampling(monkeypatch, tmp_path, architecture, additions):
     for program, arrays, threads in launches:
         names = [*inputs, *arrays, None]
         report = cuda_source.assemble(monkeypatch, tmp_path, program, names, threads, architecture)
+        assert spilled(report) <= MOST_SPILLED_BYTES
+
+
+@every_architecture
+@pytest.mark.parametrize(("rows", "level"), [(16, 4), (32, 3), (32, 4), (64, 3), (64, 4)])
+def test_level_matmul(monkeypatch, tmp_path, architecture, rows, level):
+    kibibytes = 227 if architecture in ("sm_90a", "sm_100a") else 99
+    g = Geometry(
+        in_features=4096,
+        stored_k=4096,
+        stored_n=6144,
+        level=level,
+        rows=rows,
+        multiprocessors=132,
+        shared_limit=1024 * kibibytes,
+    )
+    first = ["x"] if g.codes_activations else ["codes", "records"]
+    launches = [
+        (level_matmul_program, MatmulRefs.of, [*first, "planes", "scales", "partials", None], MATMUL_THREADS),
+        (coding_program, lambda _, *refs: CodingRefs(*refs), ["x", "codes", "records", None], CODING_THREADS),
+    ]
+    for program, refs_of, names, threads in launches:
+
+        def run(isa, refs, program=program, refs_of=refs_of):
+            program(isa, g, refs_of(g, *refs))
+
+        report = cuda_source.assemble(monkeypatch, tmp_path, run, names, threads, architecture)
         assert spilled(report) <= MOST_SPILLED_BYTES
 
 
