@@ -7,8 +7,14 @@ from pallas_kernels.lanes.instructions import LANES
 ADDRESS_BITS = 40
 """A global address is ``(array number << 40) + byte``."""
 
+NOBODY = -1
+"""Writer of a word that nothing has written."""
+
 BYTES = -2
 """Writer of a word whose bytes have been stored one by one."""
+
+COPY = -3
+"""Writer of a word that an asynchronous copy is still writing."""
 
 
 class EmulationError(Exception):
@@ -55,7 +61,8 @@ class SharedMemory:
       size: Bytes of shared memory of one CTA.
       threads: Number of threads of one CTA.
       data: uint32 ``[words]``, the contents.
-      writer, reader: int ``[words]``, last thread that wrote or read the word; -1 for none.
+      writer, reader: int ``[words]``, last thread that wrote or read the word, or one of the constants above.
+      set_time: int64 ``[words]``, barriers of the CTA that the last thread had passed that set bits; -1 for none.
       write_time, read_time: int64 ``[3, words]``, barriers of the cluster, the CTA and the warp that the
         thread had passed before that access.
       cluster_time, block_time, warp_time: int64 ``[clusters]``, ``[CTAs]`` and ``[warps]``, barriers passed
@@ -66,8 +73,9 @@ class SharedMemory:
         self.size, self.threads, self.cluster = size, threads, cluster
         words = blocks * size // 4
         self.data = rng.integers(0, 2**32, words, dtype=np.uint32)
-        self.writer = np.full(words, -1)
-        self.reader = np.full(words, -1)
+        self.writer = np.full(words, NOBODY)
+        self.reader = np.full(words, NOBODY)
+        self.set_time = np.full(words, -1)
         self.write_time = np.zeros((3, words), np.int64)
         self.read_time = np.zeros((3, words), np.int64)
         self.cluster_time = np.zeros(blocks // cluster, np.int64)
@@ -108,6 +116,11 @@ class SharedMemory:
             for i in range(4):
                 self._check(thread, word, self.byte_writer[word, i], self.byte_time[:, word, i], access)
 
+    def _check_set(self, thread, word, access):
+        """Raises if threads of the CTA set bits of the words and no barrier of the CTA came since."""
+        if (self.set_time[word] == self.block_time[thread // self.threads]).any():
+            raise EmulationError(f"race in shared memory: {access} another thread set bits without a barrier")
+
     def now(self, thread):
         """Returns ``[3, n]``: the barriers of its cluster, CTA and warp that each thread has passed."""
         block = thread // self.threads
@@ -119,16 +132,18 @@ class SharedMemory:
             ]
         )
 
-    def read(self, thread, address, count):
-        """Loads ``count`` words for each thread."""
+    def read(self, thread, address, count, unwritten=False):
+        """Loads ``count`` words for each thread; with ``unwritten`` also words that nothing has written."""
         word = self.words(thread, address, count, "load")
         thread = np.broadcast_to(thread[:, None], word.shape)
         writer = self.writer[word]
-        if (writer == -1).any() or (self.byte_writer[word[writer == BYTES]] < 0).any():
+        missing = (writer == NOBODY) & (not unwritten) | (writer == COPY)
+        if missing.any() or (self.byte_writer[word[writer == BYTES]] < 0).any():
             raise EmulationError(
                 "load of shared memory that nothing has written, or that a copy is still writing"
             )
         self._check_writers(thread, word, "load after")
+        self._check_set(thread, word, "load after")
         self.reader[word] = thread
         self.read_time[:, word] = self.now(thread)
         return self.data[word]
@@ -136,6 +151,7 @@ class SharedMemory:
     def touch(self, thread, word):
         """Records that ``thread`` writes ``word`` (both ``[n, count]``) and checks for races."""
         self._check_writers(thread, word, "store after")
+        self._check_set(thread, word, "store after")
         self._check(thread, word, self.reader[word], self.read_time[:, word], "store after")
         if np.unique(word).size != word.size:
             raise EmulationError("race in shared memory: two threads store to one word")
@@ -169,10 +185,20 @@ class SharedMemory:
         self.byte_time[:, word, byte] = self.now(thread)
         self.data.view(np.uint8)[4 * word + byte] = values
 
+    def set_bits(self, thread, address, bits):
+        """Sets bits of one word for each thread. Several threads may change a word without a barrier."""
+        word = self.words(thread, address, 1, "or_shared")[:, 0]
+        if (self.writer[word] < 0).any():
+            raise EmulationError("or_shared in shared memory that no store has written")
+        self._check_writers(thread, word, "or_shared after")
+        self._check(thread, word, self.reader[word], self.read_time[:, word], "or_shared after")
+        np.bitwise_or.at(self.data, word, bits)
+        self.set_time[word] = self.block_time[thread // self.threads]
+
     def expect(self, thread, word):
         """Records that an asynchronous copy into ``word [n, count]`` has started: nothing may read it yet."""
         self.touch(np.broadcast_to(thread[:, None], word.shape), word)
-        self.writer[word] = -1
+        self.writer[word] = COPY
 
     def arrive(self, thread, word, values):
         """Completes a copy of ``values`` into ``word [n, count]`` that ``thread`` has waited for."""

@@ -227,6 +227,12 @@ class NumpyInstructions(Instructions):
             bytes_ = value.data.view(np.uint8).reshape(-1, 4)[active, 0]
             self.shared.write_bytes(active, address.data[active].astype(np.int64), bytes_)
 
+    def or_shared(self, address, value, where=None):
+        active = np.flatnonzero(self._mask if where is None else self._mask & where.data)
+        if active.size:
+            bits = value.data.view(np.uint32)[active]
+            self.shared.set_bits(active, address.data[active].astype(np.int64), bits)
+
     def store_cluster(self, address, rank, values):
         active = self._active()
         if active.size:
@@ -236,17 +242,17 @@ class NumpyInstructions(Instructions):
             block = cluster * self.cluster + rank
             self.shared.write(active, address.data[active].astype(np.int64), words, block)
 
-    def load_matrices_transposed(self, address):
+    def load_matrices_transposed(self, address, *, unwritten=False):
         rows = np.zeros((self.total, 4), np.uint32)
         threads = (self._warps("load_matrices_transposed")[:, None] * LANES + np.arange(LANES)).reshape(-1)
-        rows[threads] = self.shared.read(threads, address.data[threads].astype(np.int64), 4)
+        rows[threads] = self.shared.read(threads, address.data[threads].astype(np.int64), 4, unwritten)
         matrices = rows.view(np.uint16).reshape(-1, 4, 8, 8)  # [warp, matrix, row, element]
         # Element [matrix, 2 column + half, row] goes to register `matrix` of lane 4 row + column.
         pairs = matrices.reshape(-1, 4, 4, 2, 8).transpose(1, 0, 4, 2, 3)
         return [LaneValue(np.ascontiguousarray(m).view(np.int32).reshape(-1), "i32") for m in pairs]
 
-    def copy_async(self, shared, source, *, evict_first=False):
-        active = self._active()
+    def copy_async(self, shared, source, *, evict_first=False, where=None):
+        active = np.flatnonzero(self._mask if where is None else self._mask & where.data)
         if not active.size:
             return
         array, index = self.memory.locate(source.data[active], 16, "asynchronous copy")

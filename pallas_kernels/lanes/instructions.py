@@ -173,6 +173,10 @@ class Instructions(abc.ABC):
         """Stores the low 8 bits of ``value`` if ``where`` holds. Lanes may share a word."""
 
     @abc.abstractmethod
+    def or_shared(self, address: Value, value: Value, where: Value | None = None) -> None:
+        """Sets the bits of ``value`` in a word if ``where`` holds. Several lanes may change a word at once."""
+
+    @abc.abstractmethod
     def store_cluster(self, address: Value, rank: int, values: Sequence[Value]) -> None:
         """Stores 1, 2 or 4 consecutive 32-bit words in the shared memory of another CTA of the cluster.
 
@@ -186,19 +190,23 @@ class Instructions(abc.ABC):
         """
 
     @abc.abstractmethod
-    def load_matrices_transposed(self, address: Value) -> list[Value]:
+    def load_matrices_transposed(self, address: Value, *, unwritten: bool = False) -> list[Value]:
         """Loads four 8 x 8 matrices of 16-bit elements, transposed (PTX ``ldmatrix.x4.trans``).
 
         The address of lane ``8 m + r`` is that of the 16 bytes of row ``r`` of matrix ``m``, a multiple of
         16. Register ``m`` of lane ``4 row + column`` receives the elements ``[2 column, row]`` (low half) and
         ``[2 column + 1, row]`` (high half) of matrix ``m``.
+
+        With ``unwritten`` a row may be memory that nothing has written. It holds any numbers.
         """
 
     @abc.abstractmethod
-    def copy_async(self, shared: Value, source: Value, *, evict_first: bool = False) -> None:
-        """Starts copying 16 bytes from global to shared memory (``cp.async.cg``, which bypasses the L1).
+    def copy_async(
+        self, shared: Value, source: Value, *, evict_first: bool = False, where: Value | None = None
+    ) -> None:
+        """Starts copying 16 bytes from global to shared memory if ``where`` holds.
 
-        ``evict_first`` marks bytes that are read only once: the L2 evicts them before others.
+        The copy (``cp.async.cg``) bypasses the L1. ``evict_first`` marks bytes that are read only once: the L2 evicts them before others.
         """
 
     @abc.abstractmethod

@@ -231,24 +231,29 @@ class PtxInstructions(Instructions):
         predicate, condition = ("", []) if where is None else ("@$2 ", [where])
         _assemble(f"{predicate}st.shared.u8 [$0], $1;", [address, value, *condition], effects=True)
 
+    def or_shared(self, address, value, where=None):
+        predicate, condition = ("", []) if where is None else ("@$2 ", [where])
+        _assemble(f"{predicate}red.shared.or.b32 [$0], $1;", [address, value, *condition], effects=True)
+
     def store_cluster(self, address, rank, values):
         (remote,) = _assemble(f"mapa.shared::cluster.u32 $0, $1, {rank};", [address], ("i32",))
         template = f"st.shared::cluster{_VECTOR[len(values)]}.b32 [$0], {_operands(len(values), 1)};"
         _assemble(template, [remote, *values], effects=True)
 
-    def load_matrices_transposed(self, address):
+    def load_matrices_transposed(self, address, *, unwritten=False):
         template = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0,$1,$2,$3}, [$4];"
         return _assemble(template, [address], ("i32",) * 4, warp=True)
 
-    def copy_async(self, shared, source, *, evict_first=False):
+    def copy_async(self, shared, source, *, evict_first=False, where=None):
         hint, policy, operand = _cache_policy(evict_first, 2)
         if evict_first:
             # Works around ptxas 13.0 and 13.5: if the shared address is [register + uniform register], they
             # put the cache policy into registers other than those that the instruction reads, which is an
             # illegal instruction at best. The minimum changes no address, but hides the sum from ptxas.
             (shared,) = _assemble("min.u32 $0, $1, 0x7fffffff;", [shared], ("i32",))
-        template = f"cp.async.cg.shared.global{hint} [$0], [$1], 16{operand};"
-        _assemble(template, [shared, source, *policy], effects=True)
+        predicate, condition = ("", []) if where is None else (f"@${2 + len(policy)} ", [where])
+        template = f"{predicate}cp.async.cg.shared.global{hint} [$0], [$1], 16{operand};"
+        _assemble(template, [shared, source, *policy, *condition], effects=True)
 
     def commit_copies(self):
         _assemble("cp.async.commit_group;", [], effects=True)

@@ -11,7 +11,7 @@ phases of the program follow in ``listing``, ``streaming`` and ``reduction``, an
 ``tuning`` the choice of a configuration, ``kernel`` the launch.
 """
 
-from pallas_kernels.matvec.mosaic_gpu.config import BytePairs, Config, SharedList
+from pallas_kernels.matvec.mosaic_gpu.config import BytePairs, Config, DenseRows, SharedList
 from pallas_kernels.matvec.mosaic_gpu.kernel import graded_matvec, partial_sums, supports
 
-__all__ = ["BytePairs", "Config", "SharedList", "graded_matvec", "partial_sums", "supports"]
+__all__ = ["BytePairs", "Config", "DenseRows", "SharedList", "graded_matvec", "partial_sums", "supports"]

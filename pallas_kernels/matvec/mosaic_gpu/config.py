@@ -45,6 +45,38 @@ class BytePairs:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DenseRows:
+    """Tuning of ``dense_rows.program``. It does not change the result.
+
+    Attributes:
+      teams: Number of teams, 1 or 2, that multiply different sections of channels at the same time. A team
+        has 8 warps, or 4 with two pieces.
+      pieces: Number of 16-byte pieces of a plane row that a warp multiplies, 1 or 2. With 2, the codes are
+        loaded half as often, and there are half of the warps, with twice the accumulators.
+      step_planes: Number of planes, 1, 2 or 4, of the 32 channels of each team in a step.
+      ring_slots: Number of steps that the ring of a CTA holds, 2 to 16.
+      tiles: Number of tiles, 1 to 4, that a CTA multiplies one after the other with the same codes.
+    """
+
+    teams: int = 2
+    pieces: int = 1
+    step_planes: int = 2
+    ring_slots: int = 4
+    tiles: int = 1
+
+    def __post_init__(self):
+        for name, allowed in (
+            ("teams", (1, 2)),
+            ("pieces", (1, 2)),
+            ("step_planes", (1, 2, 4)),
+            ("ring_slots", tuple(range(2, 17))),
+            ("tiles", (1, 2, 3, 4)),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"DenseRows.{name} must be one of {allowed}, not {getattr(self, name)!r}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Tuning of a launch. It affects the result only through the order of float32 sums.
 
@@ -60,8 +92,8 @@ class Config:
       ring_slots: Number of 1-KiB slots in the ring of a warp: 2, 4, 8 or 16. A warp keeps ``ring_slots - 1``
         KiB of copies in flight.
       shared_list: Tuning of the program whose CTAs share one list, for 2 to 16 activation rows.
-      byte_pairs: Tuning of the program that multiplies pairs of bytes, for several activation rows. Without
-        ``byte_pairs`` and ``shared_list``, the program for one row runs, which reads the weights once for
+      byte_pairs: Tuning of the program that multiplies pairs of bytes, for several activation rows.
+      dense_rows: Tuning of the program without lists, for several activation rows. Without these three, the program for one row runs, which reads the weights once for
         each row.
     """
 
@@ -70,6 +102,7 @@ class Config:
     ring_slots: int
     shared_list: SharedList | None = None
     byte_pairs: BytePairs | None = None
+    dense_rows: DenseRows | None = None
 
     def __post_init__(self):
         for name, allowed in (
@@ -84,9 +117,10 @@ class Config:
                 f"Config.shared_list.warps must be {self.warps} with warpgroups={self.warpgroups},"
                 f" not {self.shared_list.warps}"
             )
-        if self.shared_list is not None and self.byte_pairs is not None:
+        if sum(program is not None for program in (self.shared_list, self.byte_pairs, self.dense_rows)) > 1:
             raise ValueError(
-                "Config.shared_list and Config.byte_pairs name different programs: set one of them"
+                "Config.shared_list, Config.byte_pairs and Config.dense_rows name different programs: set one"
+                " of them"
             )
 
     @property

@@ -14,6 +14,7 @@ from pallas_kernels.lanes.launch import lane_kernel
 from pallas_kernels.matvec.mosaic_gpu import tuning
 from pallas_kernels.matvec.mosaic_gpu.byte_pairs import BytePairGeometry, byte_pair_program
 from pallas_kernels.matvec.mosaic_gpu.config import Config
+from pallas_kernels.matvec.mosaic_gpu.dense_rows import DenseRowsGeometry, dense_rows_program
 from pallas_kernels.matvec.mosaic_gpu.geometry import MAX_ROWS, Geometry
 from pallas_kernels.matvec.mosaic_gpu.program import Refs, graded_matvec_program
 from pallas_kernels.matvec.mosaic_gpu.shared_list import SharedListGeometry, shared_list_program
@@ -115,7 +116,9 @@ def geometry_of(x: Activations, weight: NestedWeight, config: Config | None = No
             geometry, device_kind=target.device_kind, multiprocessors=device.multiprocessors(target)
         )
     program = Geometry
-    if config.shared_list is not None:
+    if config.dense_rows is not None:
+        program = DenseRowsGeometry
+    elif config.shared_list is not None:
         program = SharedListGeometry
     elif config.byte_pairs is not None:
         program = BytePairGeometry
@@ -124,7 +127,9 @@ def geometry_of(x: Activations, weight: NestedWeight, config: Config | None = No
 
 def run_program(isa: Instructions, geometry: Geometry, refs: Refs) -> None:
     """Runs the lane program that these sizes belong to."""
-    if isinstance(geometry, SharedListGeometry):
+    if isinstance(geometry, DenseRowsGeometry):
+        dense_rows_program(isa, geometry, refs)
+    elif isinstance(geometry, SharedListGeometry):
         shared_list_program(isa, geometry, refs)
     elif isinstance(geometry, BytePairGeometry):
         byte_pair_program(isa, geometry, refs)

@@ -1,0 +1,232 @@
+"""Static sizes of a launch that multiplies without a list, and the shared-memory map."""
+
+import dataclasses
+
+from pallas_kernels import layout
+from pallas_kernels.lanes.instructions import LANES
+from pallas_kernels.matvec.mosaic_gpu.config import DenseRows
+from pallas_kernels.matvec.mosaic_gpu.geometry import ROW_BYTES, Geometry
+
+BLOCK_BYTES = LANES * ROW_BYTES
+"""Bytes of a block: the plane rows of 32 channels in one plane and one tile."""
+
+ROWS_PER_MATRIX = 4
+"""Number of activation rows in one matrix instruction: 8 columns of B, two of them for each row."""
+
+CHANNELS_PER_LANE = 4
+"""Number of consecutive channels whose codes a lane computes: one byte of a word for each."""
+
+CHUNK_PADDING = 64
+"""Bytes between the codes of two chunks of 32 channels. They halve the bank conflicts of the stores."""
+
+EXCHANGE_BYTES = 32 * 1024
+"""Largest number of bytes of the outputs that the teams exchange at once."""
+
+RECORD_BYTES = 8
+"""Bytes of a record: the sum of codes and the peak of an activation row in a section."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DenseRowsGeometry(Geometry):
+    """Sizes of a launch of ``dense_rows.program``.
+
+    ``config.warpgroups`` and ``config.warps_per_group`` determine the order of float32 sums, as in the
+    program for one row. A *section* is the channels of one warp in that program.
+    """
+
+    @property
+    def dense(self) -> DenseRows:
+        """Tuning of the program."""
+        assert self.config.dense_rows is not None
+        return self.config.dense_rows
+
+    # --- warps and activation rows --------------------------------------------------------------------
+    @property
+    def teams(self) -> int:
+        """Number of teams of warps. Each multiplies another section."""
+        return self.dense.teams
+
+    @property
+    def pieces(self) -> int:
+        """Number of pieces of a plane row that a warp multiplies."""
+        return self.dense.pieces
+
+    @property
+    def team_warps(self) -> int:
+        """Number of warps of a team, which together have all pieces of a tile."""
+        return layout.TILE_PIECES // self.pieces
+
+    @property
+    def warps(self) -> int:
+        return self.teams * self.team_warps
+
+    @property
+    def team_threads(self) -> int:
+        """Number of threads of a team."""
+        return LANES * self.team_warps
+
+    @property
+    def row_batches(self) -> int:
+        return 1
+
+    @property
+    def rows_per_cta(self) -> int:
+        return self.rows
+
+    @property
+    def row_tiles(self) -> int:
+        """Number of matrix instructions that cover the activation rows."""
+        return -(-self.rows // ROWS_PER_MATRIX)
+
+    @property
+    def padded_rows(self) -> int:
+        """Number of activation rows with those that fill the last row tile."""
+        return ROWS_PER_MATRIX * self.row_tiles
+
+    # --- tiles ------------------------------------------------------------------------------------------
+    @property
+    def tile_groups(self) -> int:
+        """Number of CTAs that share the tiles of a split."""
+        return -(-self.tiles // self.dense.tiles)
+
+    @property
+    def matvec_blocks(self) -> int:
+        return self.tile_groups * self.splits
+
+    # --- sections, sets of sections, and steps --------------------------------------------------------
+    @property
+    def sections(self) -> int:
+        """Number of sections of a CTA: 4 or 8."""
+        return self.config.warps
+
+    @property
+    def sets(self) -> int:
+        """Number of sets. A set has one section for each team."""
+        return self.sections // self.teams
+
+    @property
+    def section_channels(self) -> int:
+        """Number of input channels of a section: 32, 64 or 128."""
+        return layout.GROUP // self.config.warps_per_group
+
+    @property
+    def section_chunks(self) -> int:
+        """Number of chunks of 32 channels in a section."""
+        return self.section_channels // LANES
+
+    @property
+    def cta_groups(self) -> int:
+        """Number of groups of a CTA."""
+        return self.config.groups_per_cta
+
+    @property
+    def cta_chunks(self) -> int:
+        """Number of chunks of a CTA."""
+        return self.sections * self.section_chunks
+
+    @property
+    def step_planes(self) -> int:
+        """Number of planes in a step; fewer in the last step of a chunk if they do not divide the planes."""
+        return min(self.dense.step_planes, self.planes)
+
+    @property
+    def steps(self) -> list[tuple[int, range]]:
+        """The steps of a set: chunk of the section, and planes. Every team has its own section."""
+        return [
+            (chunk, range(first, min(first + self.step_planes, self.planes)))
+            for chunk in range(self.section_chunks)
+            for first in range(0, self.planes, self.step_planes)
+        ]
+
+    @property
+    def slots(self) -> int:
+        """Number of steps that the ring holds."""
+        return self.dense.ring_slots
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of a slot of the ring: the blocks ``[team][plane]`` of a step."""
+        return self.teams * self.step_planes * BLOCK_BYTES
+
+    # --- how the warps divide the codes: a warp codes one row in one group at a time -------------------
+    @property
+    def coded_rows(self) -> int:
+        """``padded_rows``, rounded up to a power of two."""
+        return 1 << (self.padded_rows - 1).bit_length()
+
+    @property
+    def rows_per_warp(self) -> int:
+        """Number of activation rows that a warp codes."""
+        return max(1, self.coded_rows // self.warps)
+
+    @property
+    def groups_at_once(self) -> int:
+        """Number of groups that the CTA codes at once."""
+        return min(self.cta_groups, max(1, self.warps // self.coded_rows))
+
+    @property
+    def rounds(self) -> int:
+        """Number of rounds in which the CTA codes its groups."""
+        return self.cta_groups // self.groups_at_once
+
+    @property
+    def first_rounds(self) -> int:
+        """Number of rounds before the first copies: those that code the first set."""
+        groups = -(-self.teams * self.section_channels // layout.GROUP)
+        return -(-groups // self.groups_at_once)
+
+    @property
+    def first_steps(self) -> int:
+        """Number of steps whose copies start after these rounds."""
+        channels = self.first_rounds * self.groups_at_once * layout.GROUP
+        return min(self.slots, channels // (self.teams * self.section_channels) * len(self.steps))
+
+    # --- shared memory: ``*_base`` is the offset of the first byte ---------------------------------------
+    @property
+    def unit_bytes(self) -> int:
+        """Bytes of the codes of a chunk in a plane: high and low bytes of all rows."""
+        return 2 * LANES * self.padded_rows
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of the codes of a chunk."""
+        return self.planes * self.unit_bytes + CHUNK_PADDING
+
+    @property
+    def masks_base(self) -> int:
+        """Words ``[group][plane][32]``: the bytes that are not 0 belong to channels that some row reads."""
+        return layout.round_up(self.cta_chunks * self.chunk_bytes, 128)
+
+    @property
+    def masks_bytes(self) -> int:
+        """Bytes of the words of all groups."""
+        return self.cta_groups * self.planes * layout.GROUP
+
+    @property
+    def records_base(self) -> int:
+        """Records ``[section][row]``."""
+        return self.masks_base + self.masks_bytes
+
+    @property
+    def exchange_base(self) -> int:
+        """Outputs ``[team][unit][half][thread][4]``, where a unit is a piece and a row tile."""
+        return layout.round_up(self.records_base + self.sections * self.padded_rows * RECORD_BYTES, 128)
+
+    @property
+    def unit_outputs_bytes(self) -> int:
+        """Bytes of the outputs of a unit of all teams: two vectors of each thread."""
+        return 2 * 16 * self.threads
+
+    @property
+    def units_at_once(self) -> int:
+        """Number of units that the teams exchange at once."""
+        return min(self.pieces * self.row_tiles, EXCHANGE_BYTES // self.unit_outputs_bytes)
+
+    @property
+    def ring_base(self) -> int:
+        exchanged = self.units_at_once * self.unit_outputs_bytes if self.teams > 1 else 0
+        return self.exchange_base + exchanged
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.ring_base + self.slots * self.slot_bytes

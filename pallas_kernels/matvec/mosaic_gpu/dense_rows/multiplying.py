@@ -1,0 +1,96 @@
+"""Phase multiply: from the ring and the codes through the matrix unit to int32 sums."""
+
+import dataclasses
+
+from pallas_kernels.lanes.instructions import LANES, Instructions
+from pallas_kernels.lanes.registers import Value
+from pallas_kernels.matvec.mosaic_gpu.dense_rows.geometry import BLOCK_BYTES, DenseRowsGeometry
+from pallas_kernels.matvec.mosaic_gpu.dense_rows.lane_context import LaneContext
+from pallas_kernels.matvec.mosaic_gpu.shared_list.streaming import EVEN_BYTES, ODD_BYTES, in_ring
+from pallas_kernels.matvec.mosaic_gpu.streaming import POSITION_MASKS
+
+
+@dataclasses.dataclass(frozen=True)
+class Operands:
+    """Loads of the operands of a step."""
+
+    isa: Instructions
+    g: DenseRowsGeometry
+    pieces: list[Value]
+    """Addresses of the lane's plane row in each piece of the warp, in the first plane of slot 0."""
+    codes: list[Value]
+    """For each pair of row tiles, the address of the lane's codes in plane 0 of the team's first chunk."""
+
+    @classmethod
+    def create(cls, isa: Instructions, g: DenseRowsGeometry, context: LaneContext) -> "Operands":
+        """Computes the addresses of the lane."""
+        ring = context.shared + g.ring_base + context.team * (g.step_planes * BLOCK_BYTES)
+        first_chunk = context.shared + context.team * (g.section_chunks * g.chunk_bytes)
+        return cls(
+            isa,
+            g,
+            pieces=[in_ring(ring, context.lane, context.piece + i) for i in range(g.pieces)],
+            codes=[
+                first_chunk + (t << 8) + (context.lane << (4 if t + 1 < g.row_tiles else 3))
+                for t in range(0, g.row_tiles, 2)
+            ],
+        )
+
+    def load(self, chosen: Value, step: int, slot: Value) -> list[Value]:
+        """Loads the words of A, ``[plane][piece][4]``, and the codes, ``[plane][row tile][2]``, of a step.
+
+        Args:
+          chosen: Index of the set.
+          step: Step of the set.
+          slot: Offset of the step's slot in the ring.
+        """
+        isa, g = self.isa, self.g
+        chunk, planes = g.steps[step]
+        words, codes = [], []
+        first = chosen * (g.teams * g.section_chunks * g.chunk_bytes) + chunk * g.chunk_bytes
+        for n, f in enumerate(planes):
+            for piece in self.pieces:
+                words += isa.load_matrices_transposed(piece + slot + n * BLOCK_BYTES, unwritten=True)
+            for t, address in zip(range(0, g.row_tiles, 2), self.codes, strict=True):
+                count = 4 if t + 1 < g.row_tiles else 2
+                codes += isa.load_shared(address + first + f * g.unit_bytes, count)
+        return words + codes
+
+
+def multiply(
+    isa: Instructions, g: DenseRowsGeometry, accumulators: list[Value], step: int, operands: list[Value]
+) -> list[Value]:
+    """Multiplies a step of a set.
+
+    Args:
+      isa, g: The instructions and sizes.
+      accumulators: int32 ``[piece][row tile][position][4]``, flat.
+      step: The step.
+      operands: See ``Operands.load``.
+
+    Returns:
+      The new accumulators.
+    """
+    out = list(accumulators)
+    planes = len(g.steps[step][1])
+    codes = operands[4 * g.pieces * planes :]
+    for n in range(planes):
+        for piece in range(g.pieces):
+            first, second, third, fourth = operands[4 * (n * g.pieces + piece) :][:4]
+            a = [
+                isa.permute_bytes(low, high, selector)
+                for low, high in ((first, second), (third, fourth))
+                for selector in (EVEN_BYTES, ODD_BYTES)
+            ]
+            for p, mask in enumerate(POSITION_MASKS):
+                masked = [word & mask for word in a] if p else a
+                for t in range(g.row_tiles):
+                    i = accumulator(g, piece, t, p)
+                    b = codes[2 * (n * g.row_tiles + t) :][:2]
+                    out[i : i + 4] = isa.matrix_multiply_add(out[i : i + 4], masked, b)
+    return out
+
+
+def accumulator(g: DenseRowsGeometry, piece: int, row_tile: int, position: int) -> int:
+    """Returns the index of the first of four accumulators of a piece, row tile and digit position."""
+    return 16 * (piece * g.row_tiles + row_tile) + 4 * position
