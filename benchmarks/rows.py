@@ -3,6 +3,7 @@
     python benchmarks/rows.py --output rows.json                       everything, about 90 s on an H200
     python benchmarks/rows.py --checks --output checks.json            correctness and batch invariance only
     python benchmarks/rows.py --variants "pairs, 8 slots" default      some programs
+    python benchmarks/rows.py --rows 8 16 4                            some numbers of rows
 
 Checks: every row against float64 at several mean bits, for Gaussian and for Cauchy-like activations; each row
 has the same bits as the row alone (which runs the kernel for one row), in batches of 2 to 16 rows, with other
@@ -38,7 +39,9 @@ from rows_programs import VARIANTS, Program, config_of, draw_x, takes
 from pallas_kernels import Activations
 from pallas_kernels.matvec.mosaic_gpu import kernel
 
-TIMED_ROWS = (2, 4, 8, 16)
+TIMED_ROWS = (8, 16, 4, 2, 1)
+"""Numbers of rows, the most important first."""
+
 COPIES = 6
 """Number of copies of the layer's weights that a call reads in turn: 450 MB at 3 bits."""
 
@@ -64,19 +67,21 @@ def kernel_times(function) -> tuple[float, dict[str, float]]:
     return total, {name: round(statistics.median(us for _, us in group), 3) for name, group in groups.items()}
 
 
-def time_layer(names: list[str], deadline: float, problems: list[str]) -> list[dict]:
+def time_layer(names: list[str], timed_rows: list[int], deadline: float, problems: list[str]) -> list[dict]:
     """Times the named variants; stops before the deadline (``time.monotonic``)."""
     shapes = [tuple(map(int, shape.split("x"))) for shape in matvec.LAYER]
     weights = {shape: matvec.random_weights(*shape, count=COPIES) for shape in shapes}
     results: list[dict] = []
-    for rows in (1, *TIMED_ROWS):
+    for rows in timed_rows:
         data = {}
         for kind in ("random", "correlated"):
             xs = [draw_x(rows, k, kind, seed=k) for k, _ in shapes]
             limits = [matvec.thresholds_for(x, 3) for x in xs]
             data[kind] = [jnp.asarray(x) for x in xs], [jnp.asarray(t) for t in limits]
         variants = [name for name in names if takes(VARIANTS[name], rows)]
-        functions = {variant: layer_function(shapes, weights, VARIANTS[variant]) for variant in variants}
+        functions = {
+            variant: layer_function(shapes, weights, VARIANTS[variant], rows) for variant in variants
+        }
         start = time.monotonic()
         programs = compile_all(functions, dict.fromkeys(variants, (*data["random"], weights)))
         print(f"{rows:2} rows: compiled in {time.monotonic() - start:.1f} s", flush=True)
@@ -101,13 +106,13 @@ def time_layer(names: list[str], deadline: float, problems: list[str]) -> list[d
     return results
 
 
-def layer_function(shapes, weights, program: Program | None):
+def layer_function(shapes, weights, program: Program | None, rows: int):
     """Returns a function that multiplies with all copies of the layer's weights."""
     configs = []
     for k, n in shapes:
         x = jax.eval_shape(Activations.of, jax.ShapeDtypeStruct((1, k), jnp.float32))
         base = kernel.geometry_of(x, weights[k, n][0]).config
-        configs.append(None if program is None else config_of(base, program))
+        configs.append(None if program is None else config_of(base, program, rows, weights[k, n][0]))
 
     def run(xs, limits, weights):
         return [
@@ -119,14 +124,14 @@ def layer_function(shapes, weights, program: Program | None):
     return run
 
 
-def bf16_layer() -> dict[int, float]:
+def bf16_layer(timed_rows: list[int]) -> dict[int, float]:
     """Returns the kernel time of XLA's bf16 products of a layer, us, by the number of rows."""
     shapes = [tuple(map(int, shape.split("x"))) for shape in matvec.LAYER]
     weights = [
         [jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for shape in shapes] for i in range(COPIES)
     ]
     times = {}
-    for rows in TIMED_ROWS:
+    for rows in timed_rows:
         xs = [jnp.ones((rows, k), jnp.bfloat16) for k, _ in shapes]
         run = jax.jit(lambda xs, ws: [x @ w for layer in ws for x, w in zip(xs, layer, strict=True)])
         times[rows] = round(kernel_times(lambda run=run, xs=xs: run(xs, weights))[0], 2)
@@ -137,7 +142,7 @@ def bf16_layer() -> dict[int, float]:
 def table(results: list[dict], bf16: dict[int, float]) -> None:
     """Prints the best variant of each number of rows, and the best of each shape, beside bf16."""
     print("\nrows  x            best variant for the layer    us  of bf16   best of each shape, us")
-    for rows, kind in itertools.product(TIMED_ROWS, ("random", "correlated")):
+    for rows, kind in itertools.product(sorted({r["rows"] for r in results}), ("random", "correlated")):
         mine = [r for r in results if r["rows"] == rows and r["x"] == kind]
         if not mine:
             continue
@@ -160,6 +165,14 @@ def main() -> None:
     parser.add_argument(
         "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help="default: all"
     )
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        type=int,
+        default=TIMED_ROWS,
+        metavar="N",
+        help="numbers of rows, in the order of their times",
+    )
     parser.add_argument("--seconds", type=float, default=110, help="stop timing after this many seconds")
     parser.add_argument("--output", type=pathlib.Path, metavar="FILE", help="JSON file to write")
     args = parser.parse_args()
@@ -178,12 +191,12 @@ def main() -> None:
             args.output.write_text(json.dumps(report, indent=1) + "\n")
 
     if not args.times:
-        report["checks"] = check(args.variants, problems)
+        report["checks"] = check(args.variants, args.rows, problems)
         print(f"checks took {time.monotonic() - start:.0f} s, {len(problems)} problems", flush=True)
         save()
     if not args.checks:
-        report["bf16_us"] = bf16_layer()
-        report["times"] = time_layer(args.variants, start + args.seconds, problems)
+        report["bf16_us"] = bf16_layer(args.rows)
+        report["times"] = time_layer(args.variants, args.rows, start + args.seconds, problems)
         table(report["times"], report["bf16_us"])
     save()
     print(f"{report['seconds']} s")

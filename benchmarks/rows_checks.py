@@ -10,20 +10,21 @@ from report import compile_all
 from rows_programs import VARIANTS, config_of, draw_x, takes
 
 from pallas_kernels import Activations, NestedWeight, codes, grading
-from pallas_kernels.matvec.mosaic_gpu import Config, kernel
+from pallas_kernels.matvec.mosaic_gpu import Config, SharedList, kernel
 
 CHECKED_SHAPES = ((576, 1100), (2048, 2560), (1152, 4096))
-CHECKED_ROWS = (1, 2, 4, 8, 16)
-CHECKED_BITS = (2, 3, 4, 8)
+CHECKED_BITS = (2, 3, 8)
 
 RELATIVE_ERROR = 1e-3
 
 
 def checked_variants(i: int, rows: int, names: list[str]) -> list[str]:
-    """Returns the named variants to check on shape ``i``: a few of each program, because they compile."""
-    shared = list(VARIANTS)[i : i + 1] + ["4 warps, 8 slots"] * (rows in (4, 16))
-    pairs = ["pairs, 4 slots", "pairs, 8 slots"]
-    return [name for name in shared + pairs if name in names and takes(VARIANTS[name], rows)]
+    """Returns the named variants to check on shape ``i``: some of each program, because they compile."""
+    dense = [name for name in VARIANTS if name.startswith("dense")]
+    shared = [name for name, program in VARIANTS.items() if isinstance(program, SharedList)]
+    chosen = dense + shared[i : i + 1] + ["4 warps, 8 slots"] * (rows in (4, 16))
+    chosen += ["pairs, 4 slots", "pairs, 8 slots"]
+    return [name for name in chosen if name in names and takes(VARIANTS[name], rows)]
 
 
 def exact_rows(x: np.ndarray, weight: NestedWeight, thresholds: np.ndarray) -> np.ndarray:
@@ -42,8 +43,9 @@ def exact_rows(x: np.ndarray, weight: NestedWeight, thresholds: np.ndarray) -> n
     return np.stack(out)
 
 
-def check(names: list[str], problems: list[str]) -> list[dict]:
-    """Checks the named variants; appends a line for each failure."""
+def check(names: list[str], checked_rows: list[int], problems: list[str]) -> list[dict]:
+    """Checks the named variants for these numbers of rows; appends a line for each failure."""
+    checked_rows = sorted({1, *checked_rows})
     results = []
     bases = {
         shape: Config(warpgroups=warpgroups, warps_per_group=warps, ring_slots=8)
@@ -52,10 +54,12 @@ def check(names: list[str], problems: list[str]) -> list[dict]:
     functions, arguments = {}, {}
     weights = {shape: matvec.random_weights(*shape, count=1)[0] for shape in CHECKED_SHAPES}
     for i, shape in enumerate(CHECKED_SHAPES):
-        for rows in CHECKED_ROWS:
+        for rows in checked_rows:
             chosen = ["one row"] if rows == 1 else checked_variants(i, rows, names)
             for variant in chosen:
-                config = bases[shape] if rows == 1 else config_of(bases[shape], VARIANTS[variant])
+                config = bases[shape]
+                if rows > 1:
+                    config = config_of(config, VARIANTS[variant], rows, weights[shape])
 
                 def run(x, w, t, config=config):
                     y, stats = kernel.partial_sums(Activations.of(x), w, t, config=config)
@@ -69,8 +73,8 @@ def check(names: list[str], problems: list[str]) -> list[dict]:
     for shape in CHECKED_SHAPES:
         weight = weights[shape]
         for kind in ("random", "cauchy"):
-            x = draw_x(max(CHECKED_ROWS), shape[0], kind)
-            others = draw_x(max(CHECKED_ROWS), shape[0], kind, seed=1)
+            x = draw_x(max(checked_rows), shape[0], kind)
+            others = draw_x(max(checked_rows), shape[0], kind, seed=1)
             for bits in CHECKED_BITS:
                 limits = matvec.thresholds_for(x, bits)
                 exact = exact_rows(x, weight, limits)

@@ -2,32 +2,48 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 
-from pallas_kernels.matvec.mosaic_gpu import Config
-from pallas_kernels.matvec.mosaic_gpu.config import BytePairs, SharedList
+from pallas_kernels import Activations, NestedWeight
+from pallas_kernels.matvec.mosaic_gpu import Config, kernel, tuning
+from pallas_kernels.matvec.mosaic_gpu.config import BytePairs, DenseRows, SharedList
 
 CORRELATION = 0.5
 """Standard deviation of the logarithm of the magnitude that the rows of a channel share."""
 
-Program = SharedList | BytePairs
+MULTIPROCESSORS = 132
+"""Multiprocessors of an H200."""
+
+Program = SharedList | BytePairs | DenseRows
 
 VARIANTS: dict[str, Program | None] = {
+    "dense, 2 teams": DenseRows(teams=2, step_planes=2),
+    "dense, 1 team": DenseRows(teams=1, step_planes=2),
+    "dense, 2 teams, 1 plane": DenseRows(teams=2, step_planes=1),
+    "default": None,
+    "dense, 1 team, 4 planes": DenseRows(teams=1, step_planes=4),
+    "dense, 2 teams, 2 pieces": DenseRows(teams=2, pieces=2, step_planes=1),
     "8 warps, 8 slots": SharedList(warps=8, ring_slots=8, step_entries=32),
     "8 warps, 16 slots": SharedList(warps=8, ring_slots=16, step_entries=32),
     "8 warps, steps of 64": SharedList(warps=8, ring_slots=8, step_entries=64),
     "4 warps, 8 slots": SharedList(warps=4, ring_slots=8, step_entries=32),
     "pairs, 4 slots": BytePairs(ring_slots=4),
     "pairs, 8 slots": BytePairs(ring_slots=8),
-    "default": None,
 }
-"""Programs to compare. 4 warps in a shared list where the configuration of a shape allows it, else 8."""
+"""Programs to compare, the most important first. The programs without lists choose their ring and the tiles
+of a CTA by the shape. 4 warps in a shared list where the configuration of a shape allows it, else 8."""
 
 
-def config_of(base: Config, program: Program) -> Config:
-    """Returns the configuration of one row with a program for several rows."""
+def config_of(base: Config, program: Program, rows: int, weight: NestedWeight) -> Config | None:
+    """Returns the configuration of one row with a program for several rows; None if it does not fit."""
     if isinstance(program, BytePairs):
         return dataclasses.replace(base, byte_pairs=program)
+    if isinstance(program, DenseRows):
+        x = jax.eval_shape(Activations.of, jax.ShapeDtypeStruct((rows, weight.in_features), "float32"))
+        geometry = kernel.geometry_of(x, weight, base)
+        limit = tuning.SHARED_BYTES_PER_SM
+        return tuning.with_dense_rows(geometry, base, MULTIPROCESSORS, limit, program)
     if program.warps < base.warps:
         program = dataclasses.replace(program, warps=base.warps)
     return dataclasses.replace(base, shared_list=program)
@@ -35,9 +51,9 @@ def config_of(base: Config, program: Program) -> Config:
 
 def takes(program: Program | None, rows: int) -> bool:
     """Returns whether the program is for this number of rows."""
-    if isinstance(program, SharedList):
-        return rows > 1
-    return program is None or rows <= 8
+    if isinstance(program, BytePairs):
+        return rows <= 8
+    return program is None or rows > 1
 
 
 def draw_x(rows: int, k: int, kind: str, seed: int = 0) -> np.ndarray:

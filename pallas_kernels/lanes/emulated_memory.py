@@ -61,8 +61,8 @@ class SharedMemory:
       size: Bytes of shared memory of one CTA.
       threads: Number of threads of one CTA.
       data: uint32 ``[words]``, the contents.
-      writer, reader: int ``[words]``, last thread that wrote or read the word, or one of the constants above.
-      set_time: int64 ``[words]``, barriers of the CTA that the last thread had passed that set bits; -1 for none.
+      writer, reader: int ``[words]``, last thread that wrote or read the word, or a constant above.
+      set_time: int64 ``[words]``, barriers of the CTA passed when a thread last set bits; -1 for none.
       write_time, read_time: int64 ``[3, words]``, barriers of the cluster, the CTA and the warp that the
         thread had passed before that access.
       cluster_time, block_time, warp_time: int64 ``[clusters]``, ``[CTAs]`` and ``[warps]``, barriers passed

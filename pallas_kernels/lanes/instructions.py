@@ -174,7 +174,7 @@ class Instructions(abc.ABC):
 
     @abc.abstractmethod
     def or_shared(self, address: Value, value: Value, where: Value | None = None) -> None:
-        """Sets the bits of ``value`` in a word if ``where`` holds. Several lanes may change a word at once."""
+        """Sets the bits of ``value`` in a word if ``where`` holds. Lanes may change the same word."""
 
     @abc.abstractmethod
     def store_cluster(self, address: Value, rank: int, values: Sequence[Value]) -> None:
@@ -206,7 +206,8 @@ class Instructions(abc.ABC):
     ) -> None:
         """Starts copying 16 bytes from global to shared memory if ``where`` holds.
 
-        The copy (``cp.async.cg``) bypasses the L1. ``evict_first`` marks bytes that are read only once: the L2 evicts them before others.
+        The copy (``cp.async.cg``) bypasses the L1. ``evict_first`` marks bytes that are read only once: the
+        L2 evicts them before others.
         """
 
     @abc.abstractmethod

@@ -91,6 +91,8 @@ def copies(isa: Instructions, t: Operands) -> list[Value]:
     isa.commit_copies()
     isa.copy_async(t.shared + 16 * THREADS, t.source + 16, evict_first=True)
     isa.commit_copies()
+    isa.copy_async(t.shared, t.source + 16, where=t.thread < 0)
+    isa.copy_async(t.shared, t.source + 16, evict_first=True, where=t.thread < 0)
     isa.wait_copies(1)
     isa.warp_barrier()
     first = isa.load_shared((t.shared - t.all_shared ^ 16) + t.all_shared, 2)
@@ -123,6 +125,17 @@ def byte_stores(isa: Instructions, t: Operands) -> list[Value]:
     isa.store_shared_byte(first + 4 + (t.thread & 3), t.b, where=t.a < t.b)
     isa.block_barrier()
     return isa.load_shared(t.shared, 4)
+
+
+def bits_set(isa: Instructions, t: Operands) -> list[Value]:
+    """Threads i and i + 64 set bits of one word."""
+    isa.store_shared(t.shared, [t.a, t.b])
+    isa.block_barrier()
+    shared = t.all_shared + ((t.thread & 63) << 4)
+    isa.or_shared(shared, t.b)
+    isa.or_shared(shared + 4, t.a, where=t.a < t.b)
+    isa.block_barrier()
+    return isa.load_shared(t.shared, 2)
 
 
 def cluster_stores(isa: Instructions, t: Operands) -> list[Value]:
@@ -200,6 +213,7 @@ PROGRAMS = {
     "load_global_16": lambda isa, t: [isa.load_global_16(t.source + 22)],
     "shared memory": stores,
     "byte stores": byte_stores,
+    "bits set": bits_set,
     "flagged stores": flagged_stores,
     "cluster": cluster_stores,
     "transposed loads": transposed_loads,

@@ -93,7 +93,8 @@ class Config:
         KiB of copies in flight.
       shared_list: Tuning of the program whose CTAs share one list, for 2 to 16 activation rows.
       byte_pairs: Tuning of the program that multiplies pairs of bytes, for several activation rows.
-      dense_rows: Tuning of the program without lists, for several activation rows. Without these three, the program for one row runs, which reads the weights once for
+      dense_rows: Tuning of the program without lists, for several activation rows. Without ``byte_pairs``,
+        ``dense_rows`` and ``shared_list``, the program for one row runs, which reads the weights once for
         each row.
     """
 

@@ -12,9 +12,14 @@ LOADS_IN_FLIGHT = 32
 one or two microseconds."""
 
 
-def count_levels(isa: Instructions, g: Geometry, refs: Refs) -> None:
-    """Writes the mean bits read, ``2 / in_features`` times the sum of the levels, and the largest ``|x|``."""
-    thread, row = isa.thread_index(), isa.block_index() - g.matvec_blocks
+def count_levels(isa: Instructions, g: Geometry, refs: Refs, row: Value | None = None) -> None:
+    """Writes the mean bits read, ``2 / in_features`` times the sum of the levels, and the largest ``|x|``.
+
+    The default of ``row`` gives each of the last CTAs one activation row.
+    """
+    thread = isa.thread_index()
+    if row is None:
+        row = isa.block_index() - g.matvec_blocks
     thresholds, factor = load_thresholds(isa, g, refs, row)
     first = isa.global_address(refs.x) + isa.widen((g.x_row(row) * g.in_features + thread) * g.x_bytes)
     stride = g.threads * g.x_bytes

@@ -7,7 +7,8 @@ import json
 import math
 
 from pallas_kernels.matvec.mosaic_gpu.byte_pairs.geometry import BytePairGeometry
-from pallas_kernels.matvec.mosaic_gpu.config import BytePairs, Config, SharedList
+from pallas_kernels.matvec.mosaic_gpu.config import BytePairs, Config, DenseRows, SharedList
+from pallas_kernels.matvec.mosaic_gpu.dense_rows.geometry import DenseRowsGeometry
 from pallas_kernels.matvec.mosaic_gpu.geometry import SHARED_BYTES_LIMIT, STEP_BYTES, Geometry
 from pallas_kernels.matvec.mosaic_gpu.shared_list.geometry import SharedListGeometry
 
@@ -41,6 +42,9 @@ rows of a CTA."""
 MAX_ROWS_OF_BYTE_PAIRS = 8
 """Largest number of activation rows for which the program that multiplies pairs of bytes can be the default.
 It reads the weights twice for 5 to 8 rows."""
+
+LARGEST_RING = 96 * 1024
+"""Largest number of bytes of the ring of a CTA without lists, which has a multiprocessor for itself."""
 
 SHARED_BYTES_PER_SM = 227 * 1024
 RESERVED_SHARED_BYTES = 1024
@@ -116,6 +120,34 @@ def with_shared_list(geometry: Geometry, alone: Config, limit: int) -> Config:
         if SharedListGeometry(**{**vars(geometry), "config": config}).shared_bytes <= limit:
             break
     return config
+
+
+def with_dense_rows(
+    geometry: Geometry, alone: Config, multiprocessors: int, limit: int, dense: DenseRows
+) -> Config | None:
+    """Returns the configuration of the program without lists; None if even the smallest ring does not fit.
+
+    A CTA takes the fewest tiles with which all CTAs run at once, one on a multiprocessor; four if none do.
+
+    Args:
+      geometry: Sizes of the launch; ``config`` is ignored.
+      alone: Configuration of a launch with one row.
+      multiprocessors: Number of multiprocessors of the device.
+      limit: Largest number of bytes of shared memory of a CTA.
+      dense: Tuning whose ``ring_slots`` and ``tiles`` are chosen here.
+    """
+
+    def launch(**changes: int) -> DenseRowsGeometry:
+        config = dataclasses.replace(alone, dense_rows=dataclasses.replace(dense, **changes))
+        return DenseRowsGeometry(**{**vars(geometry), "config": config})
+
+    counts = (1, 2, 3, 4)
+    tiles = next((n for n in counts if launch(tiles=n).matvec_blocks <= multiprocessors), counts[-1])
+    for slots in range(16, 1, -1):
+        chosen = launch(tiles=tiles, ring_slots=slots)
+        if chosen.shared_bytes <= limit and slots * chosen.slot_bytes <= LARGEST_RING:
+            return chosen.config
+    return None
 
 
 def rule(geometry: Geometry, multiprocessors: int) -> Config:

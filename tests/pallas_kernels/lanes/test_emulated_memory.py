@@ -65,6 +65,35 @@ def test_refuses_races_of_byte_stores(isa):
         isa.store_shared_byte(thread + 4096, thread)
 
 
+def test_lanes_set_bits_of_one_word(isa):
+    thread = isa.thread_index()
+    isa.store_shared(thread << 2, [isa.constant(1 << 30)])
+    with pytest.raises(EmulationError, match="race"):
+        isa.or_shared((thread >> 5) << 2, isa.constant(1))
+    isa.block_barrier()
+    isa.or_shared((thread >> 5) << 2, isa.constant(1) << (thread & 31), where=(thread & 31) < 4)
+    with pytest.raises(EmulationError, match="another thread set bits"):
+        isa.load_shared(thread << 2)
+    isa.block_barrier()
+    words = isa.load_shared(thread << 2)[0].data
+    np.testing.assert_array_equal(words, np.where(np.arange(THREADS) < WARPS, 1 << 30 | 15, 1 << 30))
+
+
+def test_refuses_to_set_bits_of_a_word_that_nothing_has_written(isa):
+    with pytest.raises(EmulationError, match="no store has written"):
+        isa.or_shared(isa.constant(0), isa.constant(1))
+
+
+def test_loads_matrices_that_nothing_has_written_if_told(isa):
+    thread = isa.thread_index()
+    isa.load_matrices_transposed(thread << 4, unwritten=True)
+    source = isa.global_address(isa.array(np.zeros(4 * THREADS, np.int32)))
+    isa.block_barrier()
+    isa.copy_async(thread << 4, source, where=thread < 1)
+    with pytest.raises(EmulationError, match="a copy is still writing"):
+        isa.load_matrices_transposed(thread << 4, unwritten=True)
+
+
 def test_load_matrices_transposed(isa, rng):
     elements = rng.integers(0, 2**16, (WARPS, 4, 8, 8)).astype(np.uint16)  # [warp, matrix, row, element]
     words = elements.view(np.int32).reshape(THREADS, 4)

@@ -187,5 +187,5 @@ def test_several_ctas_fit_a_multiprocessor(rows, warpgroups, slots, ctas):
 def test_config_errors_name_the_field_and_the_allowed_values():
     with pytest.raises(ValueError, match=r"BytePairs.ring_slots must be one of \(2, 4, 8\), not 3"):
         BytePairs(ring_slots=3)
-    with pytest.raises(ValueError, match=r"Config.shared_list and Config.byte_pairs name different programs"):
+    with pytest.raises(ValueError, match="name different programs"):
         dataclasses.replace(DEFAULT, shared_list=SharedList())

@@ -139,7 +139,7 @@ class Coder:
                 self.store_codes(row, turn, x)
 
     def store_codes(self, row: Row, turn: int, x: list[Value]) -> None:
-        """Stores the codes of a row in a group, marks the plane rows that it reads, and stores its records."""
+        """Stores the codes of a row in a group, marks what it reads, and stores its records."""
         isa, g, lane = self.isa, self.g, self.context.lane
         where = self.where
         if g.padded_rows < g.coded_rows:
@@ -195,8 +195,8 @@ class Coder:
     def address(self, row: Row, group: Value) -> tuple[Value, Value | int]:
         """Returns the address of the lane's word of high bytes in plane 0, and the distance to the low bytes.
 
-        The codes of a chunk in a plane are ``[pair of row tiles][column of B][quarter][row tile][8 channels]``
-        (see ``multiplying.CodeAddresses``). The last pair may have only one row tile.
+        The order in a chunk and plane is ``[pair of row tiles][column of B][quarter][row tile][8 channels]``.
+        The last pair may have only one row tile.
         """
         isa, g, lane = self.isa, self.g, self.context.lane
         tile = row.index // ROWS_PER_MATRIX
@@ -216,7 +216,7 @@ class Coder:
         return address, width * 4
 
     def store_record(self, row: Row, group: Value, total: Value, peak: Value, where: Value | None) -> None:
-        """Stores the sums of codes of the sections of a group, and their peaks times the factor of the norm."""
+        """Stores the sums of codes of the sections of a group, and the peaks times the factor of the norm."""
         isa, g, lane = self.isa, self.g, self.context.lane
         if g.section_channels == layout.GROUP:
             total = isa.reduce_add(total)
@@ -228,9 +228,7 @@ class Coder:
         section = group * g.config.warps_per_group + lane // section_lanes
         address = (section * g.padded_rows + row.index) * RECORD_BYTES + self.context.shared + g.records_base
         first = (lane % section_lanes).equals(0)
-        isa.store_shared(
-            address, [total, isa.float_to_bits(peak)], first if where is None else first & where
-        )
+        isa.store_shared(address, [total, isa.float_to_bits(peak)], first if where is None else first & where)
 
 
 def clear_marks(isa: Instructions, g: DenseRowsGeometry, context: LaneContext) -> None:

@@ -113,7 +113,8 @@ def combine(
                     numbers = [isa.half_to_float(word, part) for word in factors for part in ("low", "high")]
                     j = 4 * (h + len(values[i]) * (first + i))
                     out[j : j + 4] = [
-                        isa.multiply_add(*three) for three in zip(vector, numbers, out[j : j + 4], strict=True)
+                        isa.multiply_add(*three)
+                        for three in zip(vector, numbers, out[j : j + 4], strict=True)
                     ]
     return out
 
@@ -182,6 +183,4 @@ def store_partials(
                     address = isa.global_address(refs.partials) + isa.widen(output << 2)
                     for h, half in enumerate(halves(g, context)):
                         j = 4 * (h + len(halves(g, context)) * (piece * g.row_tiles + t))
-                        isa.store_global(
-                            address + distance_of_half(isa, half, pieces, 4), totals[j : j + 4]
-                        )
+                        isa.store_global(address + distance_of_half(isa, half, pieces, 4), totals[j : j + 4])

@@ -5,7 +5,11 @@ import dataclasses
 from pallas_kernels import layout
 from pallas_kernels.lanes.instructions import LANES, Instructions
 from pallas_kernels.lanes.registers import Value
-from pallas_kernels.matvec.mosaic_gpu.dense_rows.geometry import BLOCK_BYTES, CHANNELS_PER_LANE, DenseRowsGeometry
+from pallas_kernels.matvec.mosaic_gpu.dense_rows.geometry import (
+    BLOCK_BYTES,
+    CHANNELS_PER_LANE,
+    DenseRowsGeometry,
+)
 from pallas_kernels.matvec.mosaic_gpu.dense_rows.lane_context import (
     LaneContext,
     first_channel,
@@ -74,10 +78,7 @@ class Copies:
         piece = stored_piece(isa, self.piece, pieces_of(isa, g, self.context, tile))
         offset = self.offset + chunk * (LANES * g.stored_row_bytes) + tile * ROW_BYTES + piece * COPY_BYTES
         marked = [
-            [
-                isa.load_shared(marks + f * layout.GROUP + (channel & -CHANNELS_PER_LANE))[0]
-                for f in planes
-            ]
+            [isa.load_shared(marks + f * layout.GROUP + (channel & -CHANNELS_PER_LANE))[0] for f in planes]
             for channel in self.channels
         ]
         for i, (channel, target) in enumerate(zip(self.channels, self.targets, strict=True)):

@@ -19,6 +19,10 @@ CHANNELS_PER_LANE = 4
 CHUNK_PADDING = 64
 """Bytes between the codes of two chunks of 32 channels. They halve the bank conflicts of the stores."""
 
+COUNTING_BLOCKS = 4
+"""Largest number of CTAs that compute statistics. One CTA fits a multiprocessor, and those that multiply may
+leave only four multiprocessors of 132."""
+
 EXCHANGE_BYTES = 32 * 1024
 """Largest number of bytes of the outputs that the teams exchange at once."""
 
@@ -93,6 +97,15 @@ class DenseRowsGeometry(Geometry):
     def matvec_blocks(self) -> int:
         return self.tile_groups * self.splits
 
+    @property
+    def counting_blocks(self) -> int:
+        """Number of CTAs that compute the statistics of the activation rows."""
+        return min(self.rows, COUNTING_BLOCKS)
+
+    @property
+    def blocks(self) -> int:
+        return self.matvec_blocks + self.counting_blocks
+
     # --- sections, sets of sections, and steps --------------------------------------------------------
     @property
     def sections(self) -> int:
@@ -137,6 +150,11 @@ class DenseRowsGeometry(Geometry):
             for chunk in range(self.section_chunks)
             for first in range(0, self.planes, self.step_planes)
         ]
+
+    @property
+    def loads_scales_ahead(self) -> bool:
+        """Whether the scales of a set are loaded during the set before. More rows lack the registers."""
+        return self.row_tiles <= 2
 
     @property
     def slots(self) -> int:

@@ -64,7 +64,9 @@ def pieces_of(isa: Instructions, g: DenseRowsGeometry, context: LaneContext, til
     return pieces_of_tile(isa, g, context.first_tile + tile)
 
 
-def place_of(isa: Instructions, g: DenseRowsGeometry, context: LaneContext, item: Value) -> tuple[Value, Value]:
+def place_of(
+    isa: Instructions, g: DenseRowsGeometry, context: LaneContext, item: Value
+) -> tuple[Value, Value]:
     """Returns the tile (of the CTA) and the set of an item; tile 0 if there is no such item.
 
     The items of a CTA are the sets of its first tile, then those of the second, and so on.

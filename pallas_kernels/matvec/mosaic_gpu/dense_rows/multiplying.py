@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from pallas_kernels.lanes.instructions import LANES, Instructions
+from pallas_kernels.lanes.instructions import Instructions
 from pallas_kernels.lanes.registers import Value
 from pallas_kernels.matvec.mosaic_gpu.dense_rows.geometry import BLOCK_BYTES, DenseRowsGeometry
 from pallas_kernels.matvec.mosaic_gpu.dense_rows.lane_context import LaneContext

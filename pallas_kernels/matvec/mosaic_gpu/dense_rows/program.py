@@ -29,8 +29,8 @@ store     Writes the totals of a tile as the CTA's partial sum.
 
 Multiplication
 ==============
-``load_matrices_transposed`` gives a lane two bytes of each of 8 plane rows. Four byte permutations make them a
-fragment of A [16 bytes of a piece, 32 channels], whose digit positions are masked as in the program for one
+``load_matrices_transposed`` gives a lane two bytes of each of 8 plane rows. Four byte permutations make them
+a fragment of A [16 bytes of a piece, 32 channels], whose digit positions are masked as in the program for one
 row. B [32 channels, 8] holds the high and the low bytes of four activation rows.
 
 Batch invariance
@@ -64,7 +64,21 @@ def dense_rows_program(isa: Instructions, geometry: DenseRowsGeometry, refs: Ref
     with isa.when(multiplies):
         matvec(isa, geometry, refs)
     with isa.when(~multiplies):
-        count_levels(isa, geometry, refs)
+        count_rows(isa, geometry, refs)
+
+
+def count_rows(isa: Instructions, g: DenseRowsGeometry, refs: Refs) -> None:
+    """Computes the statistics of every ``counting_blocks``-th activation row."""
+    first = isa.block_index() - g.matvec_blocks
+
+    def body(i: Value, carry: list[Value]) -> list[Value]:
+        row = first + i * g.counting_blocks
+        with isa.when(row < g.rows):
+            count_levels(isa, g, refs, row)
+            isa.block_barrier()  # The next row needs the same shared memory.
+        return carry
+
+    isa.loop(isa.constant(-(-g.rows // g.counting_blocks)), [], body)
 
 
 def matvec(isa: Instructions, g: DenseRowsGeometry, refs: Refs) -> None:
@@ -75,12 +89,14 @@ def matvec(isa: Instructions, g: DenseRowsGeometry, refs: Refs) -> None:
     isa.wait_copies(g.slots - 1)
     isa.block_barrier()  # Now the codes and step 0 are visible.
     zero = isa.constant(0)
-    scales = load_scales(isa, g, refs, context, zero)
+    scales = load_scales(isa, g, refs, context, zero) if g.loads_scales_ahead else []
     carry = [zero, *scales, *operands.load(zero, 0, zero)]
 
     def multiply_tile(tile: Value, carry: list[Value]) -> list[Value]:
         def body(chosen: Value, carry: list[Value]) -> list[Value]:
-            return multiply_set(isa, g, refs, context, copies, operands, tile * g.sets + chosen, chosen, carry)
+            return multiply_set(
+                isa, g, refs, context, copies, operands, tile * g.sets + chosen, chosen, carry
+            )
 
         count = len(carry)
         carry = isa.loop(isa.constant(g.sets), carry + new_totals(isa, g), body)
@@ -127,16 +143,21 @@ def multiply_set(
       isa, g, refs, context, copies, operands: The instructions, sizes, arrays, indices, copies and loads.
       item: Index of the item: of the set, after the sets of the tiles before.
       chosen: Index of the set.
-      carry: Offset of the slot of step 0, scales of the set, operands of step 0, and totals.
+      carry: Offset of the slot of step 0, scales of the set if they are loaded ahead, operands of step 0,
+        totals.
 
     Returns:
       The same for the next item.
     """
     slot, carry = carry[0], carry[1:]
-    scales, carry = carry[: 4 * g.pieces], carry[4 * g.pieces :]
+    next_scales: list[Value] = []
+    if g.loads_scales_ahead:
+        scales, carry = carry[: 4 * g.pieces], carry[4 * g.pieces :]
+        next_scales = load_scales(isa, g, refs, context, item + 1)
+    else:
+        scales = load_scales(isa, g, refs, context, item)
     count = len(carry) - len(new_totals(isa, g))
     loaded, totals = carry[:count], carry[count:]
-    next_scales = load_scales(isa, g, refs, context, item + 1)
     accumulators = [isa.constant(0)] * (16 * g.row_tiles * g.pieces)
     for step in range(len(g.steps)):
         # The operands of this step are in registers, so its slot is free after the barrier.
