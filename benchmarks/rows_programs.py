@@ -18,12 +18,13 @@ MULTIPROCESSORS = 132
 Program = SharedList | BytePairs | DenseRows
 
 VARIANTS: dict[str, Program | None] = {
-    "dense, 2 teams": DenseRows(teams=2, step_planes=2),
-    "dense, 1 team": DenseRows(teams=1, step_planes=2),
-    "dense, 2 teams, 1 plane": DenseRows(teams=2, step_planes=1),
+    "dense, 2 teams": DenseRows(teams=2, step_planes=2, ring_slots=4),
+    "dense, 1 team": DenseRows(teams=1, step_planes=2, ring_slots=8),
+    "dense, 2 teams, 1 plane": DenseRows(teams=2, step_planes=1, ring_slots=8),
     "default": None,
-    "dense, 1 team, 4 planes": DenseRows(teams=1, step_planes=4),
-    "dense, 2 teams, 2 pieces": DenseRows(teams=2, pieces=2, step_planes=1),
+    "dense, 2 teams, 8 slots": DenseRows(teams=2, step_planes=2, ring_slots=8),
+    "dense, 1 team, 4 planes": DenseRows(teams=1, step_planes=4, ring_slots=4),
+    "dense, 2 teams, 2 pieces": DenseRows(teams=2, pieces=2, step_planes=1, ring_slots=8),
     "8 warps, 8 slots": SharedList(warps=8, ring_slots=8, step_entries=32),
     "8 warps, 16 slots": SharedList(warps=8, ring_slots=16, step_entries=32),
     "8 warps, steps of 64": SharedList(warps=8, ring_slots=8, step_entries=64),

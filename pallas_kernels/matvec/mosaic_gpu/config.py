@@ -54,7 +54,7 @@ class DenseRows:
       pieces: Number of 16-byte pieces of a plane row that a warp multiplies, 1 or 2. With 2, the codes are
         loaded half as often, and there are half of the warps, with twice the accumulators.
       step_planes: Number of planes, 1, 2 or 4, of the 32 channels of each team in a step.
-      ring_slots: Number of steps that the ring of a CTA holds, 2 to 16.
+      ring_slots: Number of steps that the ring of a CTA holds, 2, 4, 8 or 16.
       tiles: Number of tiles, 1 to 4, that a CTA multiplies one after the other with the same codes.
     """
 
@@ -69,7 +69,7 @@ class DenseRows:
             ("teams", (1, 2)),
             ("pieces", (1, 2)),
             ("step_planes", (1, 2, 4)),
-            ("ring_slots", tuple(range(2, 17))),
+            ("ring_slots", (2, 4, 8, 16)),
             ("tiles", (1, 2, 3, 4)),
         ):
             if getattr(self, name) not in allowed:

@@ -43,9 +43,6 @@ MAX_ROWS_OF_BYTE_PAIRS = 8
 """Largest number of activation rows for which the program that multiplies pairs of bytes can be the default.
 It reads the weights twice for 5 to 8 rows."""
 
-LARGEST_RING = 96 * 1024
-"""Largest number of bytes of the ring of a CTA without lists, which has a multiprocessor for itself."""
-
 SHARED_BYTES_PER_SM = 227 * 1024
 RESERVED_SHARED_BYTES = 1024
 """Bytes of shared memory that the driver reserves for each CTA."""
@@ -134,7 +131,7 @@ def with_dense_rows(
       alone: Configuration of a launch with one row.
       multiprocessors: Number of multiprocessors of the device.
       limit: Largest number of bytes of shared memory of a CTA.
-      dense: Tuning whose ``ring_slots`` and ``tiles`` are chosen here.
+      dense: Tuning. ``tiles`` is chosen here, and ``ring_slots`` is halved if the ring does not fit.
     """
 
     def launch(**changes: int) -> DenseRowsGeometry:
@@ -143,10 +140,12 @@ def with_dense_rows(
 
     counts = (1, 2, 3, 4)
     tiles = next((n for n in counts if launch(tiles=n).matvec_blocks <= multiprocessors), counts[-1])
-    for slots in range(16, 1, -1):
+    slots = dense.ring_slots
+    while slots > 1:
         chosen = launch(tiles=tiles, ring_slots=slots)
-        if chosen.shared_bytes <= limit and slots * chosen.slot_bytes <= LARGEST_RING:
+        if chosen.shared_bytes <= limit:
             return chosen.config
+        slots //= 2
     return None
 
 

@@ -248,6 +248,6 @@ def unpacked(isa: Instructions, g: DenseRowsGeometry, word: Value, half: int) ->
 
 def packed(isa: Instructions, bits: list[Value]) -> list[Value]:
     """Packs the high bytes and the low bytes of four codes ``bits ^ LOW_SIGN`` into a word each."""
-    pairs = [isa.permute_bytes(a, b, 0x4051) for a, b in (bits[:2], bits[2:])]
-    high, low = [isa.permute_bytes(*pairs, selector) for selector in (0x5410, 0x7632)]
+    first, second = [isa.permute_bytes(a, b, 0x4051) for a, b in (bits[:2], bits[2:])]
+    high, low = [isa.permute_bytes(first, second, selector) for selector in (0x5410, 0x7632)]
     return [high, low ^ (LOW_SIGN * 0x01010101)]

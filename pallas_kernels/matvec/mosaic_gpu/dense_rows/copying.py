@@ -15,6 +15,7 @@ from pallas_kernels.matvec.mosaic_gpu.dense_rows.lane_context import (
     first_channel,
     pieces_of,
     place_of,
+    slot_offset,
 )
 from pallas_kernels.matvec.mosaic_gpu.geometry import ROW_BYTES
 from pallas_kernels.matvec.mosaic_gpu.lane_context import COPY_BYTES, Refs
@@ -66,9 +67,10 @@ class Copies:
             offset=first * g.stored_row_bytes + context.first_tile * ROW_BYTES,
         )
 
-    def copy(self, item: Value, step: int, slot: Value) -> None:
-        """Starts copying a step of an item into the slot at this offset in the ring."""
+    def copy(self, item: Value, step: int, *, exists: Value | None = None) -> None:
+        """Starts copying a step of an item, if it ``exists``, into its slot."""
         isa, g = self.isa, self.g
+        slot = slot_offset(g, item, step)
         chunk_of_section, planes = g.steps[step]
         tile, chosen = place_of(isa, g, self.context, item)
         section = chosen * g.teams + self.context.team
@@ -86,22 +88,25 @@ class Copies:
             distance = (LANES // len(self.channels)) * g.stored_row_bytes * i
             source = self.source + isa.widen(offset + distance)
             for n, f in enumerate(planes):
+                where = ~(marked[i][n] & byte).equals(0)
                 isa.copy_async(
                     target + slot + n * BLOCK_BYTES,
                     source + f * g.plane_bytes,
                     evict_first=True,
-                    where=~(marked[i][n] & byte).equals(0),
+                    where=where if exists is None else where & exists,
                 )
 
-    def copy_if_exists(self, item: Value, step: int, slot: Value) -> None:
-        """Starts copying the step if the CTA has the item."""
-        with self.isa.when(item < self.items):
-            self.copy(item, step, slot)
+    def copy_ahead(self, item: Value, step: int) -> None:
+        """Starts copying the step that comes ``slots`` steps after a step of an item, as one copy group."""
+        items, step = divmod(step + self.g.slots, len(self.g.steps))
+        ahead = item + items
+        self.copy(ahead, step, exists=ahead < self.items if items else None)
+        self.isa.commit_copies()
 
     def start(self, steps: range) -> None:
-        """Starts copying some of the first steps, each into its slot, as one copy group each."""
-        g = self.g
+        """Starts copying some of the first steps, as one copy group each."""
         for step in steps:
-            item, step_of_set = divmod(step, len(g.steps))
-            self.copy_if_exists(self.isa.constant(item), step_of_set, self.isa.constant(step * g.slot_bytes))
+            item, step_of_set = divmod(step, len(self.g.steps))
+            first = self.isa.constant(item)
+            self.copy(first, step_of_set, exists=first < self.items if item >= self.g.sets else None)
             self.isa.commit_copies()

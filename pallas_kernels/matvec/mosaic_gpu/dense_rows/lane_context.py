@@ -64,6 +64,13 @@ def pieces_of(isa: Instructions, g: DenseRowsGeometry, context: LaneContext, til
     return pieces_of_tile(isa, g, context.first_tile + tile)
 
 
+def slot_offset(g: DenseRowsGeometry, item: Value, step: int) -> Value | int:
+    """Returns the offset in the ring of the slot of a step of an item."""
+    if len(g.steps) % g.slots == 0:
+        return step % g.slots * g.slot_bytes
+    return ((item * len(g.steps) + step) & (g.slots - 1)) * g.slot_bytes
+
+
 def place_of(
     isa: Instructions, g: DenseRowsGeometry, context: LaneContext, item: Value
 ) -> tuple[Value, Value]:

@@ -5,7 +5,7 @@ import dataclasses
 from pallas_kernels.lanes.instructions import Instructions
 from pallas_kernels.lanes.registers import Value
 from pallas_kernels.matvec.mosaic_gpu.dense_rows.geometry import BLOCK_BYTES, DenseRowsGeometry
-from pallas_kernels.matvec.mosaic_gpu.dense_rows.lane_context import LaneContext
+from pallas_kernels.matvec.mosaic_gpu.dense_rows.lane_context import LaneContext, slot_offset
 from pallas_kernels.matvec.mosaic_gpu.shared_list.streaming import EVEN_BYTES, ODD_BYTES, in_ring
 from pallas_kernels.matvec.mosaic_gpu.streaming import POSITION_MASKS
 
@@ -36,15 +36,16 @@ class Operands:
             ],
         )
 
-    def load(self, chosen: Value, step: int, slot: Value) -> list[Value]:
+    def load(self, item: Value, chosen: Value, step: int) -> list[Value]:
         """Loads the words of A, ``[plane][piece][4]``, and the codes, ``[plane][row tile][2]``, of a step.
 
         Args:
-          chosen: Index of the set.
+          item: Index of the item.
+          chosen: Index of its set.
           step: Step of the set.
-          slot: Offset of the step's slot in the ring.
         """
         isa, g = self.isa, self.g
+        slot = slot_offset(g, item, step)
         chunk, planes = g.steps[step]
         words, codes = [], []
         first = chosen * (g.teams * g.section_chunks * g.chunk_bytes) + chunk * g.chunk_bytes

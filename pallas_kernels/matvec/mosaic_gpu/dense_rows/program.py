@@ -90,7 +90,7 @@ def matvec(isa: Instructions, g: DenseRowsGeometry, refs: Refs) -> None:
     isa.block_barrier()  # Now the codes and step 0 are visible.
     zero = isa.constant(0)
     scales = load_scales(isa, g, refs, context, zero) if g.loads_scales_ahead else []
-    carry = [zero, *scales, *operands.load(zero, 0, zero)]
+    carry = [*scales, *operands.load(zero, zero, 0)]
 
     def multiply_tile(tile: Value, carry: list[Value]) -> list[Value]:
         def body(chosen: Value, carry: list[Value]) -> list[Value]:
@@ -143,13 +143,12 @@ def multiply_set(
       isa, g, refs, context, copies, operands: The instructions, sizes, arrays, indices, copies and loads.
       item: Index of the item: of the set, after the sets of the tiles before.
       chosen: Index of the set.
-      carry: Offset of the slot of step 0, scales of the set if they are loaded ahead, operands of step 0,
+      carry: Scales of the set if they are loaded ahead, operands of step 0,
         totals.
 
     Returns:
       The same for the next item.
     """
-    slot, carry = carry[0], carry[1:]
     next_scales: list[Value] = []
     if g.loads_scales_ahead:
         scales, carry = carry[: 4 * g.pieces], carry[4 * g.pieces :]
@@ -163,19 +162,10 @@ def multiply_set(
         # The operands of this step are in registers, so its slot is free after the barrier.
         isa.wait_copies(g.slots - 2)
         isa.block_barrier()
-        now, slot = slot, following(isa, g, slot)
-        ahead, next_step = divmod(step + 1, len(g.steps))
-        next_loaded = operands.load((chosen + ahead) % g.sets, next_step, slot)
-        ahead, step_ahead = divmod(step + g.slots, len(g.steps))
-        copies.copy_if_exists(item + ahead, step_ahead, now)
-        isa.commit_copies()
+        after, next_step = divmod(step + 1, len(g.steps))
+        next_loaded = operands.load(item + after, (chosen + after) % g.sets, next_step)
+        copies.copy_ahead(item, step)
         accumulators = multiply(isa, g, accumulators, step, loaded)
         loaded = next_loaded
     totals = combine(isa, g, context, chosen, accumulators, scales, totals)
-    return [slot, *next_scales, *loaded, *totals]
-
-
-def following(isa: Instructions, g: DenseRowsGeometry, slot: Value) -> Value:
-    """Returns the offset of the slot after a slot."""
-    after = slot + g.slot_bytes
-    return isa.select(after < g.slots * g.slot_bytes, after, isa.constant(0))
+    return [*next_scales, *loaded, *totals]
