@@ -9,7 +9,8 @@ from grinqh_jax.decoding.batching.job import Job
 from grinqh_jax.decoding.texts import Received
 
 PROMPTS = [list(range(100, 140)), [5, 6, 7]]
-OPTIONS = {"max_context": 128, "bits": 3.0, "temperature": 0.0, "max_tokens": 64, "stop_tokens": (-1, -1)}
+# The context of test_texts.py, for the same programs of prefill.
+OPTIONS = {"max_context": 160, "bits": 3.0, "temperature": 0.0, "max_tokens": 64, "stop_tokens": (-1, -1)}
 
 
 @pytest.mark.parametrize(

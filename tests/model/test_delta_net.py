@@ -1,5 +1,6 @@
 """The gated delta net against its recurrence in float64, token by token, with padding and in pieces."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -59,10 +60,15 @@ def recurrence(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def run(x: np.ndarray, state: RecurrentState | None = None) -> tuple[np.ndarray, RecurrentState]:
-    *arrays, scale = (jnp.asarray(a, jnp.float32) for a in parameters())
-    activations = Activations.of(jnp.asarray(x, jnp.float32))
-    mixed, state = DeltaNet(*arrays)(HEADS, activations, scale, EPS, state)
-    return np.asarray(mixed.array), state
+    mixed, state = layer([np.float32(a) for a in parameters()], np.float32(x), state)
+    return np.asarray(mixed), state
+
+
+@jax.jit
+def layer(parameters, x, state):
+    *arrays, scale = parameters
+    mixed, state = DeltaNet(*arrays)(HEADS, Activations.of(x), scale, EPS, state)
+    return mixed.array, state
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 64, 150])

@@ -13,7 +13,7 @@ from grinqh_jax.decoding.speculation.lookup import PromptLookup
 from grinqh_jax.decoding.speculation.speculation import Speculation
 
 PROMPTS = [list(b"the cat and the cat sat on"), list(b"aabab"), list(b"to be or not to be, to be or")]
-CONTEXT = 96
+CONTEXT = 160  # as in test_texts.py, for the same programs
 SHORT = dataclasses.replace(policy.CPU, chunk_steps=8)
 
 
