@@ -11,11 +11,13 @@ import pytest
 from marks import slow
 
 from pallas_kernels import Activations, quantize
+from pallas_kernels import experts as kernels
 from pallas_kernels.expert_weights import NestedExperts
-from pallas_kernels.experts import choose, experts_matvec
+from pallas_kernels.experts import choose
 from pallas_kernels.experts.blocks import block_rows, map_blocks
 
 NUM_EXPERTS, IN, OUT = 5, 200, 70
+experts_matvec = jax.jit(kernels.experts_matvec, static_argnames="implementation")
 THRESHOLDS = np.array([0.3, 0.8, 1.5, 2.2], np.float32)
 
 
@@ -116,7 +118,7 @@ def test_blocks_hold_all_rows_of_their_expert_once(rows):
 def test_arguments_that_do_not_fit_are_named():
     weight, x = random_experts(), Activations.of(jnp.zeros((2, IN + 1)))
     with pytest.raises(ValueError, match=r"201 features, expected 200.*experts is int32 \(3,\).*thresholds"):
-        experts_matvec(x, weight, jnp.zeros(3, jnp.int32), jnp.zeros((3, 4)))
+        kernels.experts_matvec(x, weight, jnp.zeros(3, jnp.int32), jnp.zeros((3, 4)))
     with pytest.raises(
         ValueError, match=r"unknown implementation 'cuda': choose from mosaic_gpu, xla, reference"
     ):
