@@ -239,12 +239,16 @@ def main() -> None:
     parser.add_argument(
         "--coded-rows", type=int, metavar="N", help="up to N rows (32 at most) the CTAs code x themselves"
     )
+    parser.add_argument(
+        "--warpgroup-rows", type=int, metavar="N", help="from N rows on warpgroups multiply (wgmma)"
+    )
     parser.add_argument("--tune", action="store_true", help="write the times into the tuning table")
     reports.add_arguments(parser)
     args = parser.parse_args()
     report = reports.Report(args)
     if args.coded_rows is not None:
         geometry.MOST_CODED_ROWS = args.coded_rows
+    geometry.WARPGROUP_ROWS = args.warpgroup_rows
     if not args.checks:
         times = LayerTimes(report)
         times.products(args.rows, args.levels, "mosaic_gpu")

@@ -335,6 +335,30 @@ class NumpyInstructions(Instructions):
             )
             return [LaneValue(r.data + p, "f32") for r, p in zip(c, product, strict=True)]
 
+    def warpgroup_multiply_add(self, c, a, b, meanwhile=list):
+        columns = 2 * len(c[0])
+        threads = (self._warps("warpgroup_multiply_add")[:, None] * LANES + np.arange(LANES)).reshape(-1)
+        rows = np.zeros((self.total, columns // 16, 4), np.uint32)
+        for i in range(columns // 16):
+            address = b.data[threads].astype(np.int64) + 16 * (threads % LANES + LANES * i)
+            rows[threads, i] = self.shared.read(threads, address, 4)
+        # Row 16 t + 8 j + n of the warp has the elements [16 j ..+15, 8 t + n]; lane 4 n + column 4 of them.
+        tiles = rows.reshape(-1, LANES, columns // 16, 4).swapaxes(1, 2).reshape(-1, columns // 8, 2, 8, 4)
+        results = []
+        for sums, registers in zip(c, a, strict=True):
+            out = []
+            for t in range(columns // 8):
+                operand = [
+                    LaneValue(np.ascontiguousarray(tiles[:, t, j]).reshape(-1).view(np.int32), "i32")
+                    for j in range(2)
+                ]
+                out += self.matrix_multiply_add(sums[4 * t :][:4], registers, operand)
+            results.append(out)
+        return results, list(meanwhile())
+
+    def publish_operands(self):
+        pass
+
     # --- control ---------------------------------------------------------------------------------
     @contextlib.contextmanager
     def when(self, condition):

@@ -293,6 +293,36 @@ class Instructions(abc.ABC):
         and the same elements of C.
         """
 
+    @abc.abstractmethod
+    def warpgroup_multiply_add(
+        self,
+        c: Sequence[Sequence[Value]],
+        a: Sequence[Sequence[Value]],
+        b: Value,
+        meanwhile: Callable[[], Sequence[Value]] = list,
+    ) -> tuple[list[list[Value]], list[Value]]:
+        """Returns ``C + A @ B`` for several pairs of A and C, with B in shared memory (``wgmma.m64nNk32``).
+
+        A is uint8, B int8, C int32. Needs compute capability 9.0. Each warp has A and C ``[16, N]`` of its
+        own, with N a multiple of 16 up to 64. A is that of ``matrix_multiply_add``; the registers
+        ``4 t ..+3`` of C are its C for columns ``8 t ..+7``. The warps of a warpgroup (4 consecutive ones)
+        have one B. From address ``b`` on, a multiple of 128, its element ``[k, n]`` is byte
+        ``256 (n // 8) + 128 (k // 16) + 16 (n % 8) + k % 16``.
+
+        Args:
+          c, a, b: The operands.
+          meanwhile: Emits instructions, which run while the matrix unit multiplies; returns their results.
+            They do not use ``c``.
+
+        Returns:
+          The sums, and the results of ``meanwhile``.
+        """
+
+    @abc.abstractmethod
+    def publish_operands(self) -> None:
+        """Lets ``warpgroup_multiply_add`` of other lanes see, after a barrier, what this lane stored in
+        shared memory, or copied and waited for."""
+
     # --- control ---------------------------------------------------------------------------------
     @abc.abstractmethod
     def when(self, condition: Value) -> AbstractContextManager[None]:

@@ -79,6 +79,7 @@ def _assemble(
     *,
     effects: bool = False,
     warp: bool = False,
+    tied: int = 0,
 ) -> list[PtxValue]:
     """Emits one inline assembly statement and returns its outputs.
 
@@ -90,8 +91,10 @@ def _assemble(
         statements that have effects.
       warp: Whether the statement exchanges data between lanes. Implies ``effects``, and keeps the compiler
         from moving the statement into divergent code.
+      tied: Number of the first inputs that are in the registers of the first outputs.
     """
-    constraints = [f"={_REGISTER[kind]}" for kind in outputs] + [_REGISTER[v.kind] for v in inputs]
+    constraints = [f"={_REGISTER[kind]}" for kind in outputs] + [str(i) for i in range(tied)]
+    constraints += [_REGISTER[v.kind] for v in inputs[tied:]]
     types = [_mlir_type(kind) for kind in outputs]
     if not types:
         result = ir.Type.parse("!llvm.void")
@@ -322,6 +325,29 @@ class PtxInstructions(Instructions):
             "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
         )
         return _assemble(template, [*a, *b, *c], ("f32",) * 4)
+
+    def warpgroup_multiply_add(self, c, a, b, meanwhile=list):
+        width, count = len(c[0]), sum(map(len, c))
+        # Distances of 128 bytes along K and 256 along N, in units of 16 bytes; no swizzle.
+        descriptor = self.widen((b & 0x3FFFF) >> 4) | ((128 >> 4) << 16 | (256 >> 4) << 32)
+        template = "wgmma.fence.sync.aligned; "
+        for i in range(len(c)):
+            template += (
+                f"wgmma.mma_async.sync.aligned.m64n{2 * width}k32.s32.u8.s8 {_operands(width, width * i)}, "
+                f"{_operands(4, 2 * count + 4 * i)}, ${2 * count + 4 * len(c)}, 1; "
+            )
+        inputs = [v for matrix in (*c, *a) for v in matrix] + [descriptor]
+        template += "wgmma.commit_group.sync.aligned;"
+        sums = _assemble(template, inputs, ("i32",) * count, warp=True, tied=count)
+        # The results pass through the wait, so that their instructions stay before it.
+        values = [*sums, *meanwhile()]
+        kinds = tuple(v.kind for v in values)
+        template = "wgmma.wait_group.sync.aligned 0;"
+        out = _assemble(template, values, kinds, warp=True, tied=len(values))
+        return [out[width * i :][:width] for i in range(len(c))], out[count:]
+
+    def publish_operands(self):
+        _assemble("fence.proxy.async.shared::cta;", [], effects=True)
 
     @contextlib.contextmanager
     def when(self, condition):

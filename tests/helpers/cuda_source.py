@@ -61,20 +61,27 @@ class CudaInstructions(ptx.PtxInstructions):
         self.statements.append(f"{_TYPES[kind]} v{self.count}{initial};")
         return CudaValue(self, f"v{self.count}", kind)
 
-    def assemble(self, template, inputs, outputs=(), *, effects=False, warp=False):
+    def assemble(self, template, inputs, outputs=(), *, effects=False, warp=False, tied=0):
         """Emits a statement of inline assembly, as ``ptx._assemble`` does."""
-        inputs, predicates = list(inputs), ""
+        tied_inputs, inputs, predicates = inputs[:tied], list(inputs[tied:]), ""
         text = template.replace("%", "%%")
-        for i, value in enumerate(inputs, len(outputs)):
+        for i, value in enumerate(inputs, len(outputs) + tied):
             if value.kind == "bool":
-                predicates += f".reg .pred p{i}; setp.ne.u32 p{i}, %{i}, 0; "
+                predicates += f".reg .pred p{i}; setp.ne.u32 p{i}, %{i - tied}, 0; "
                 text = re.sub(rf"\${i}(?!\d)", f"p{i}", text)
-                inputs[i - len(outputs)] = self.variable("i32", f"{value.text} ? 1u : 0u")
-        text = re.sub(r"\$(\d+)", r"%\1", text)
+                inputs[i - len(outputs) - tied] = self.variable("i32", f"{value.text} ? 1u : 0u")
+        # A tied register is written "+", and has one number instead of two.
+        numbers = [*range(len(outputs)), *[0] * tied, *range(len(outputs), len(outputs) + len(inputs))]
+        text = re.sub(r"\$(\d+)", lambda match: f"%{numbers[int(match[1])]}", text)
         text = f"{{ {predicates}{text} }}" if predicates else text
-        results = [self.variable(kind) for kind in outputs]
+        results = [
+            self.variable(kind, tied_inputs[i].text if i < tied else None) for i, kind in enumerate(outputs)
+        ]
         registers = ptx._REGISTER
-        written = ", ".join(f'"={registers[v.kind]}"({v.text})' for v in results)
+        signs = ["+" if i < tied else "=" for i in range(len(outputs))]
+        written = ", ".join(
+            f'"{sign}{registers[v.kind]}"({v.text})' for sign, v in zip(signs, results, strict=True)
+        )
         read = ", ".join(f'"{registers[v.kind]}"({v.text})' for v in inputs)
         is_ordered = effects or warp
         clobbers = ' : "memory"' if is_ordered else ""

@@ -116,6 +116,17 @@ def flagged_stores(isa: Instructions, t: Operands) -> list[Value]:
     return isa.wait_flagged(t.target, t.a)
 
 
+def warpgroup(isa: Instructions, t: Operands) -> list[Value]:
+    """The first 32 threads' 16 bytes are B, of 16 columns; two products are added up."""
+    isa.store_shared(t.shared, [t.a, t.b, t.a + t.b, t.a ^ t.b])
+    isa.publish_operands()
+    isa.block_barrier()
+    a = [t.a, t.b, t.a ^ t.b, t.b - t.a]
+    sums = [[t.a & 0xFFFF, t.b, *[isa.constant(i) for i in range(6)]], [isa.constant(7)] * 8]
+    products, others = isa.warpgroup_multiply_add(sums, [a, a[::-1]], t.all_shared + 512, lambda: [t.a * t.b])
+    return [x + y * 3 + others[0] for x, y in zip(products[0][:4], products[1][4:], strict=True)]
+
+
 def byte_stores(isa: Instructions, t: Operands) -> list[Value]:
     """Threads 4 i .. 4 i + 3 store the bytes of the first word of thread i, then some of the second."""
     first = t.all_shared + ((t.thread >> 2) << 4)
@@ -160,6 +171,9 @@ def loops(isa: Instructions, t: Operands) -> list[Value]:
 
     return isa.loop((t.thread >> 5) * 3, [t.a, t.y], body)
 
+
+NEED_9_0 = ("cluster", "warpgroup")
+"""Programs that need compute capability 9.0."""
 
 PROGRAMS = {
     "constant": lambda isa, t: [isa.constant(0xFFFFFFFE), isa.constant(-2), isa.constant(1.5, "f32")],
@@ -216,6 +230,7 @@ PROGRAMS = {
     "bits set": bits_set,
     "flagged stores": flagged_stores,
     "cluster": cluster_stores,
+    "warpgroup": warpgroup,
     "transposed loads": transposed_loads,
     "asynchronous copies": copies,
     "shuffle_xor": lambda isa, t: [isa.shuffle_xor(t.a, 2), isa.shuffle_xor(t.x, 16)],

@@ -47,8 +47,11 @@ LARGEST_BFLOAT16 = 255 / 128
 CODE_UNIT = LARGEST_BFLOAT16 * 2**CODE_BITS / PEAK_CODE
 """Unit of the codes in units of ``2**e``, slightly above 1. The caller multiplies the product by it."""
 
-LOW_OFFSET = 4 * 16
-"""Bytes between the high and the low bytes of a row's codes, which are neighbouring columns of B."""
+
+def low_offset(g: Geometry) -> int:
+    """Returns the bytes between the high and the low bytes of a row's codes, neighbouring columns of B."""
+    return 16 if g.warpgroups else 4 * 16
+
 
 ZERO = 0x4B400000
 """Bits of ``ZERO_FLOAT``."""
@@ -91,7 +94,7 @@ def coding_program(isa: Instructions, g: Geometry, refs: CodingRefs) -> None:
     operands = isa.global_address(refs.codes) + isa.widen(blob * g.group_code_bytes)
     operands = operands + isa.widen(operand_offset(g, lane, row))
     isa.store_global(operands, [codes.high])
-    isa.store_global(operands + LOW_OFFSET, [codes.low])
+    isa.store_global(operands + low_offset(g), [codes.low])
     with isa.when(lane.equals(0)):
         records = isa.global_address(refs.records) + isa.widen(blob * (RECORD_BYTES * g.rows_per_cta))
         isa.store_global(records + isa.widen(row << 4), codes.starts * 2)
@@ -160,10 +163,13 @@ def code(isa: Instructions, words: list[Value], level: int) -> Codes:
 def operand_offset(g: Geometry, lane: Value, row: Value) -> Value:
     """Returns the offset in the codes of a group of the lane's high bytes of a row of the CTA.
 
-    The low bytes lie ``LOW_OFFSET`` bytes later. ``lane_context.Refs`` describes the order.
+    The low bytes lie ``low_offset`` bytes later. ``lane_context.Refs`` describes the order.
     """
     matrix, j, column = lane >> 3, (lane >> 2) & 1, lane & 3
     octet, half, n = row >> 3, (row >> 2) & 1, (row & 3) << 1
+    if g.warpgroups:
+        tile = (octet << 9) + (half << 8)
+        return matrix * g.matrix_code_bytes + tile + (j << 7) + (n << 4) + (column << 2)
     operand = (octet << 5) + (n << 2) + column
     return matrix * g.matrix_code_bytes + (operand << 4) + (half << 3) + (j << 2)
 

@@ -24,6 +24,10 @@ OCTET = 8
 MAX_OCTETS = 4
 """Largest number of octets of a warp. Its sums and totals then take 192 registers of a lane."""
 
+WARPGROUP_ROWS: int | None = None
+"""Smallest number of activation rows that a GPU of compute capability 9.0 multiplies in warpgroups. None for
+never, because nothing has been measured."""
+
 MOST_CODED_ROWS = 16
 """Largest number of activation rows that the CTAs code themselves."""
 
@@ -60,6 +64,7 @@ class Geometry:
       rows: Number of activation rows.
       multiprocessors: Number of multiprocessors of the device; each runs one CTA.
       shared_limit: Most bytes of shared memory of a CTA.
+      warpgroups: Whether the warps multiply in warpgroups, with B in shared memory.
     """
 
     in_features: int
@@ -69,6 +74,7 @@ class Geometry:
     rows: int
     multiprocessors: int
     shared_limit: int
+    warpgroups: bool = False
 
     # --- activation rows ------------------------------------------------------------------------------
     @property

@@ -9,6 +9,7 @@ from pallas_kernels.activations import Activations
 from pallas_kernels.codes import CODE_STEPS
 from pallas_kernels.lanes import device
 from pallas_kernels.lanes.launch import lane_kernel
+from pallas_kernels.matmul.mosaic_gpu import geometry
 from pallas_kernels.matmul.mosaic_gpu.coding import (
     CODE_UNIT,
     CODING_THREADS,
@@ -62,6 +63,9 @@ def geometry_of(rows: int, weight: NestedWeight, level: int) -> Geometry:
         rows=rows,
         multiprocessors=device.multiprocessors(target),
         shared_limit=device.shared_memory(target),
+        warpgroups=geometry.WARPGROUP_ROWS is not None
+        and rows >= geometry.WARPGROUP_ROWS
+        and getattr(target, "compute_capability", None) == "9.0",
     )
 
 

@@ -37,15 +37,11 @@ def multiply_step(
       planes, codes: The lane's addresses of the step's planes and codes.
       sums: The sums so far.
     """
+    if g.warpgroups:
+        return multiply_step_in_warpgroups(isa, g, planes, codes, sums)
     out = list(sums)
     for m in range(g.step_matrices):
-        words = [
-            isa.load_matrices_transposed(
-                planes + (f * g.plane_step_bytes + m * MATRIX_CHANNELS * g.row_bytes)
-            )
-            for f in range(g.level)
-        ]
-        a = operands(isa, words)
+        a = load_operands(isa, g, planes, m)
         for octet in range(g.octets):
             b = isa.load_shared(codes + (m * g.matrix_code_bytes + octet * OPERAND_BYTES), 4)
             for position in range(4):
@@ -53,6 +49,32 @@ def multiply_step(
                     k = index(g, position, octet, half)
                     out[k] = isa.matrix_multiply_add(out[k], a[position], b[2 * half :][:2])
     return out
+
+
+def multiply_step_in_warpgroups(
+    isa: Instructions, g: Geometry, planes: Value, codes: Value, sums: list[list[Value]]
+) -> list[list[Value]]:
+    """Does what ``multiply_step`` does, and prepares operands A while the matrix unit has those before."""
+    each = 2 * g.octets  # Number of fours of sums of a position.
+    c = [[word for four in sums[each * p :][:each] for word in four] for p in range(4)]
+    a = load_operands(isa, g, planes, 0)
+    for m in range(g.step_matrices):
+
+        def load_next(m=m) -> list[Value]:
+            if m + 1 == g.step_matrices:
+                return []
+            return [word for registers in load_operands(isa, g, planes, m + 1) for word in registers]
+
+        c, words = isa.warpgroup_multiply_add(c, a, codes + m * g.matrix_code_bytes, load_next)
+        a = [words[4 * p :][:4] for p in range(4)]
+    return [product[4 * k :][:4] for product in c for k in range(each)]
+
+
+def load_operands(isa: Instructions, g: Geometry, planes: Value, m: int) -> list[list[Value]]:
+    """Returns the operands A of the four digit positions for matrix ``m`` of a step."""
+    first = planes + m * MATRIX_CHANNELS * g.row_bytes
+    words = [isa.load_matrices_transposed(first + f * g.plane_step_bytes) for f in range(g.level)]
+    return operands(isa, words)
 
 
 def operands(isa: Instructions, words: list[list[Value]]) -> list[list[Value]]:

@@ -5,9 +5,9 @@ import dataclasses
 from pallas_kernels.lanes.instructions import Instructions
 from pallas_kernels.lanes.registers import Value
 from pallas_kernels.matmul.mosaic_gpu.coding import (
-    LOW_OFFSET,
     code,
     load_words,
+    low_offset,
     operand_offset,
 )
 from pallas_kernels.matmul.mosaic_gpu.geometry import WARPS, Geometry
@@ -54,6 +54,6 @@ class Coder:
             codes = code(isa, words[2 * i :][:2], g.level)
             operands = base + operand_offset(g, self.context.lane, row)
             isa.store_shared(operands, [codes.high])
-            isa.store_shared(operands + LOW_OFFSET, [codes.low])
+            isa.store_shared(operands + low_offset(g), [codes.low])
             isa.store_shared(records + (row << 4), codes.starts * 2, first_lane)
             isa.store_shared(records + (row << 4) + 16 * g.rows_per_cta, codes.factors, first_lane)

@@ -85,7 +85,9 @@ def multiply_group(
 ) -> list[Value]:
     """Returns the totals plus the sums of the CTA's unit number ``done``."""
     planes = context.shared + in_row(g, context.lane, context.piece)
-    operand = (context.lane << 4) + first_octet(g, context) * OPERAND_BYTES
+    operand = isa.constant(0) + first_octet(g, context) * OPERAND_BYTES
+    if not g.warpgroups:
+        operand = operand + (context.lane << 4)
     group_slot = context.shared + done % g.group_slots * g.group_bytes + g.groups_base
     records = group_slot + g.scales_bytes
     if coder:
@@ -96,6 +98,8 @@ def multiply_group(
     for step_of_group in range(g.group_steps):
         step = done * g.group_steps + step_of_group
         isa.wait_copies(g.slots - 2)
+        if g.warpgroups:
+            isa.publish_operands()
         isa.block_barrier()  # Now this step is visible, and the slot of the previous step is free.
         copies.copy(step + (g.slots - 1))
         if step_of_group == 0:

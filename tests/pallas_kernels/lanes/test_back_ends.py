@@ -69,7 +69,7 @@ def test_lowers(name):
 def compiled():
     """Futures of the programs for the GPU by name, compiled in parallel."""
     has_clusters = device.unsupported_reason(device.CLUSTERS) is None
-    names = [name for name in programs.PROGRAMS if has_clusters or name != "cluster"]
+    names = [name for name in programs.PROGRAMS if has_clusters or name not in programs.NEED_9_0]
     inputs = jnp.asarray(programs.inputs())
     lowered = [jax.jit(gpu_kernel(name)).lower(inputs) for name in names]
     with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -80,7 +80,7 @@ def compiled():
 @every_program
 def test_gpu_agrees_with_the_emulator(name, compiled):
     if name not in compiled:
-        pytest.skip("clusters need compute capability 9.0")
+        pytest.skip("needs compute capability 9.0")
     got = np.asarray(compiled[name].result()(jnp.asarray(programs.inputs()))[0])
     expected = programs.emulated(programs.PROGRAMS[name])
     difference = np.abs(got.view(np.int32).astype(np.int64) - expected.view(np.int32))

@@ -19,7 +19,7 @@ from pallas_kernels.codes import CODE_STEPS
 from pallas_kernels.lanes import device
 from pallas_kernels.lanes.emulator import NumpyInstructions
 from pallas_kernels.matmul.mosaic_gpu import geometry as sizes
-from pallas_kernels.matmul.mosaic_gpu import supports
+from pallas_kernels.matmul.mosaic_gpu import kernel, supports
 from pallas_kernels.matmul.mosaic_gpu.coding import (
     CODE_UNIT,
     CODING_THREADS,
@@ -41,7 +41,9 @@ SHARED_LIMITS = (227 * 1024, 99 * 1024)
 """Most shared memory of a CTA on an H200 and on an RTX 4090."""
 
 
-def geometry(rows, weight, level, multiprocessors=4, shared_limit=SHARED_LIMITS[0]) -> Geometry:
+def geometry(
+    rows, weight, level, multiprocessors=4, shared_limit=SHARED_LIMITS[0], warpgroups=False
+) -> Geometry:
     return Geometry(
         in_features=weight.in_features,
         stored_k=weight.planes.shape[1],
@@ -50,6 +52,7 @@ def geometry(rows, weight, level, multiprocessors=4, shared_limit=SHARED_LIMITS[
         rows=rows,
         multiprocessors=multiprocessors,
         shared_limit=shared_limit,
+        warpgroups=warpgroups,
     )
 
 
@@ -178,6 +181,33 @@ def test_the_largest_codes_do_not_overflow():
         jnp.full((4, 256), 255 / 128, jnp.bfloat16) * jnp.asarray([[1], [-1], [2], [-0.5]], jnp.bfloat16)
     )
     assert_agrees(x, weight, 3, emulate(x, weight, 3))
+
+
+@pytest.mark.parametrize("level", [1, 2, 3, 4])
+@pytest.mark.parametrize("rows", [8, 16, 32, 33, 64], ids="rows {}".format)
+def test_warpgroups_give_the_same_bits(rows, level):
+    x, weight, _ = Case(300, 640, rows=rows, dtype="bfloat16").arrays()
+    y = emulate(x, weight, level)
+    np.testing.assert_array_equal(emulate(x, weight, level, warpgroups=True), y)
+
+
+@pytest.mark.skipif(jax.__version_info__ < device.OLDEST_JAX, reason="lane programs need jax >= 0.11.2")
+@pytest.mark.parametrize("rows", [16, 64])
+def test_warpgroups_lower(rows):
+    weight = NestedWeight.abstract(512, 1024)
+    g = geometry(rows, weight, 3, warpgroups=True)
+    gpu = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), (AxisType.Explicit,), abstract_device=gpu)
+    shapes = [jax.ShapeDtypeStruct((rows, 512), jnp.bfloat16)]
+    if not g.codes_activations:
+        with jax.sharding.use_abstract_mesh(mesh):
+            shapes = jax.eval_shape(kernel._coding_kernel(g), *shapes)
+    run = jax.jit(
+        lambda weight, *operands: kernel._level_matmul_kernel(g)(*operands, weight.planes, weight.scales)
+    )
+    with jax.sharding.use_abstract_mesh(mesh):
+        text = run.trace(weight, *shapes).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 1
 
 
 @pytest.mark.parametrize("rows", [17, 32])
