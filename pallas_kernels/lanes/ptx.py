@@ -338,7 +338,8 @@ class PtxInstructions(Instructions):
             )
         inputs = [v for matrix in (*c, *a) for v in matrix] + [descriptor]
         template += "wgmma.commit_group.sync.aligned;"
-        sums = _assemble(template, inputs, ("i32",) * count, warp=True, tied=count)
+        kinds = tuple(v.kind for v in inputs[:count])
+        sums = _assemble(template, inputs, kinds, warp=True, tied=count)
         # The results pass through the wait, so that their instructions stay before it.
         values = [*sums, *meanwhile()]
         kinds = tuple(v.kind for v in values)
