@@ -306,7 +306,7 @@ class Instructions(abc.ABC):
         A is uint8, B int8, C int32. Needs compute capability 9.0. Each warp has A and C ``[16, N]`` of its
         own, with N a multiple of 16 up to 64. A is that of ``matrix_multiply_add``; the registers
         ``4 t ..+3`` of C are its C for columns ``8 t ..+7``. The warps of a warpgroup (4 consecutive ones)
-        have one B. From address ``b`` on, a multiple of 128, its element ``[k, n]`` is byte
+        have one B. From address ``b`` on, a multiple of 16, its element ``[k, n]`` is byte
         ``256 (n // 8) + 128 (k // 16) + 16 (n % 8) + k % 16``.
 
         Args:

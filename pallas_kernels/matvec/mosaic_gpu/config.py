@@ -55,6 +55,8 @@ class DenseRows:
         loaded half as often, and there are half of the warps, with twice the accumulators.
       step_planes: Number of planes, 1, 2 or 4, of the 32 channels of each team in a step.
       ring_slots: Number of steps that the ring of a CTA holds, 2, 4, 8 or 16.
+      warpgroups: Whether a warpgroup multiplies its pieces with one instruction, which reads the codes from
+        shared memory. Needs compute capability 9.0, and no other; one piece.
       tiles: Number of tiles, 1 to 4, that a CTA multiplies one after the other with the same codes.
     """
 
@@ -62,6 +64,7 @@ class DenseRows:
     pieces: int = 1
     step_planes: int = 2
     ring_slots: int = 4
+    warpgroups: bool = False
     tiles: int = 1
 
     def __post_init__(self):
@@ -74,6 +77,8 @@ class DenseRows:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"DenseRows.{name} must be one of {allowed}, not {getattr(self, name)!r}")
+        if self.warpgroups and self.pieces != 1:
+            raise ValueError(f"DenseRows.pieces must be 1 with warpgroups, not {self.pieces}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -158,6 +158,40 @@ def test_matrix_multiply_add_follows_the_fragment_layout(isa, rng):
         np.testing.assert_array_equal(register.data, expected[warp, row + 8 * i, 2 * column + j])
 
 
+def test_warpgroup_multiply_add_follows_the_layout(rng):
+    warps = 4
+    isa = NumpyInstructions(blocks=1, threads=32 * warps, shared_bytes=1024)
+    a = rng.integers(0, 256, (2, warps, 16, 32))
+    b = rng.integers(-128, 128, (32, 16)).astype(np.int8)
+    c = rng.integers(-1000, 1000, (2, warps, 16, 16))
+    stored = np.zeros(512, np.int8)
+    for k in range(32):
+        for j in range(16):
+            stored[256 * (j // 8) + 128 * (k // 16) + 16 * (j % 8) + k % 16] = b[k, j]
+    thread = isa.thread_index()
+    isa.store_shared((thread << 2) + 256, [LaneValue(stored.view(np.int32), "i32")])
+    isa.publish_operands()
+    isa.block_barrier()
+    warp, lane = np.divmod(np.arange(32 * warps), 32)
+    row, column = lane // 4, lane % 4
+    index = [(row + 8 * i, 4 * column + 16 * j) for i, j in ((0, 0), (1, 0), (0, 1), (1, 1))]
+
+    def word(bytes_):
+        return LaneValue(bytes_.astype(np.uint8).copy().view(np.int32)[:, 0], "i32")
+
+    a_registers = [
+        [word(m[warp[:, None], r[:, None], k[:, None] + np.arange(4)]) for r, k in index] for m in a
+    ]
+    elements = [
+        (row + 8 * i, 8 * tile + 2 * column + j) for tile in range(2) for i in range(2) for j in range(2)
+    ]
+    c_registers = [[LaneValue(m[warp, r, n], "i32") for r, n in elements] for m in c]
+    out, _ = isa.warpgroup_multiply_add(c_registers, a_registers, isa.constant(256))
+    for i in range(2):
+        for register, (r, n) in zip(out[i], elements, strict=True):
+            np.testing.assert_array_equal(register.data, (a[i] @ b.astype(int) + c[i])[warp, r, n])
+
+
 def test_matrix_multiply_add_bfloat16_follows_the_fragment_layout(isa, rng):
     a, b, c = (rng.integers(-50, 50, (WARPS, *size)) for size in ((16, 16), (16, 8), (16, 8)))
     warp, lane = np.divmod(np.arange(THREADS), 32)

@@ -24,6 +24,11 @@ DENSE_ROWS = st.builds(
     step_planes=st.sampled_from([1, 2, 4]),
     ring_slots=st.sampled_from([2, 4, 8]),
     tiles=st.integers(1, 4),
+) | st.builds(
+    DenseRows,
+    teams=st.sampled_from([1, 2]),
+    step_planes=st.sampled_from([1, 2, 4]),
+    warpgroups=st.just(True),
 )
 GPUS = [
     ("NVIDIA H200", 132),

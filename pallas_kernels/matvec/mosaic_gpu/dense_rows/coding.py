@@ -197,17 +197,21 @@ class Coder:
 
         The order in a chunk and plane is ``[pair of row tiles][column of B][quarter][row tile][8 channels]``.
         The last pair may have only one row tile.
+        With ``warpgroups`` it is that of ``Instructions.warpgroup_multiply_add``.
         """
         isa, g, lane = self.isa, self.g, self.context.lane
         tile = row.index // ROWS_PER_MATRIX
+        chunk, word = lane >> 3, lane & 7
+        chunk_address = self.context.shared + (group * (layout.GROUP // LANES) + chunk) * g.chunk_bytes
+        if g.dense.warpgroups:
+            in_chunk = (tile << 8) + ((row.index % ROWS_PER_MATRIX) << 5) + ((word & 1) << 7)
+            return chunk_address + in_chunk + ((word >> 1) << 2), 16
         width: Value | int = 16
         if g.row_tiles % 2:
             width = isa.select(tile.equals(g.row_tiles - 1), isa.constant(8), isa.constant(16))
         column = (row.index % ROWS_PER_MATRIX) * 2
-        chunk, word = lane >> 3, lane & 7
         address = (
-            self.context.shared
-            + (group * (layout.GROUP // LANES) + chunk) * g.chunk_bytes
+            chunk_address
             + ((tile >> 1) << 9)
             + ((tile & 1) << 3)
             + (column * 4 + (word >> 1)) * width

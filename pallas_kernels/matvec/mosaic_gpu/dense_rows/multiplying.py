@@ -30,7 +30,10 @@ class Operands:
             isa,
             g,
             pieces=[in_ring(ring, context.lane, context.piece + i) for i in range(g.pieces)],
-            codes=[
+            # The maximum tells the compiler that the whole warp has the same address.
+            codes=[isa.reduce_max(first_chunk)]
+            if g.dense.warpgroups
+            else [
                 first_chunk + (t << 8) + (context.lane << (4 if t + 1 < g.row_tiles else 3))
                 for t in range(0, g.row_tiles, 2)
             ],
@@ -38,6 +41,8 @@ class Operands:
 
     def load(self, item: Value, chosen: Value, step: int) -> list[Value]:
         """Loads the words of A, ``[plane][piece][4]``, and the codes, ``[plane][row tile][2]``, of a step.
+
+        With ``warpgroups`` the address of the codes, ``[plane]``, takes their place.
 
         Args:
           item: Index of the item.
@@ -52,6 +57,9 @@ class Operands:
         for n, f in enumerate(planes):
             for piece in self.pieces:
                 words += isa.load_matrices_transposed(piece + slot + n * BLOCK_BYTES, unwritten=True)
+            if g.dense.warpgroups:
+                codes.append(self.codes[0] + first + f * g.unit_bytes)
+                continue
             for t, address in zip(range(0, g.row_tiles, 2), self.codes, strict=True):
                 count = 4 if t + 1 < g.row_tiles else 2
                 codes += isa.load_shared(address + first + f * g.unit_bytes, count)
@@ -83,6 +91,9 @@ def multiply(
                 for low, high in ((first, second), (third, fourth))
                 for selector in (EVEN_BYTES, ODD_BYTES)
             ]
+            if g.dense.warpgroups:
+                out = multiply_by_warpgroup(isa, g, out, a, codes[n])
+                continue
             for p, mask in enumerate(POSITION_MASKS):
                 masked = [word & mask for word in a] if p else a
                 for t in range(g.row_tiles):
@@ -90,6 +101,20 @@ def multiply(
                     b = codes[2 * (n * g.row_tiles + t) :][:2]
                     out[i : i + 4] = isa.matrix_multiply_add(out[i : i + 4], masked, b)
     return out
+
+
+def multiply_by_warpgroup(
+    isa: Instructions, g: DenseRowsGeometry, accumulators: list[Value], a: list[Value], codes: Value
+) -> list[Value]:
+    """Multiplies a piece in one plane; ``a`` are its words before they are masked."""
+    positions = range(len(POSITION_MASKS))
+    before = [
+        [v for t in range(g.row_tiles) for v in accumulators[accumulator(g, 0, t, p) :][:4]]
+        for p in positions
+    ]
+    masked = [[word & mask for word in a] if p else a for p, mask in enumerate(POSITION_MASKS)]
+    after = isa.warpgroup_multiply_add(before, masked, codes)
+    return [v for t in range(g.row_tiles) for p in positions for v in after[p][4 * t : 4 * t + 4]]
 
 
 def accumulator(g: DenseRowsGeometry, piece: int, row_tile: int, position: int) -> int:

@@ -121,6 +121,9 @@ def code_and_start(isa: Instructions, g: DenseRowsGeometry, refs: Refs, context:
     copies.start(range(g.first_steps))
     if g.first_rounds < g.rounds:
         coder.code(range(g.first_rounds, g.rounds))
+    if g.dense.warpgroups:
+        isa.fence_async()
+    if g.first_rounds < g.rounds:
         isa.block_barrier()
     copies.start(range(g.first_steps, g.slots))
     return copies
