@@ -148,25 +148,23 @@ class Coder:
         group, channel = self.group(turn), self.channel(turn)
         peak = self.peak(x)
         inverse_unit = isa.reciprocal(peak * (1.0 / PEAK_CODE))
-        reached = [[~(isa.absolute(v) < t) for t in row.thresholds] for v in x]
-        if g.has_padding:
-            reached = [
-                [reaches & (channel + i < g.in_features) for reaches in planes]
-                for i, planes in enumerate(reached)
-            ]
-        scaled = [times_gain(isa, v, planes, self.gains) for v, planes in zip(x, reached, strict=True)]
+        factors = [inverse_unit * 4.0**-f for f in range(g.planes)]
         rounding, rounded_zero = isa.constant(ROUNDING, "f32"), isa.constant(ROUNDED_ZERO)
         total = isa.constant(-ROUNDED_ZERO * g.planes * CHANNELS_PER_LANE)
+        bits: list[list[Value]] = [[] for _ in range(g.planes)]
+        for i, v in enumerate(x):  # One channel after the other, because there are few predicate registers.
+            reached = [~(isa.absolute(v) < t) for t in row.thresholds]
+            if g.has_padding:
+                reached = [reaches & (channel + i < g.in_features) for reaches in reached]
+            scaled = times_gain(isa, v, reached, self.gains)
+            for f, reaches in enumerate(reached):
+                rounded = isa.multiply_add(scaled, factors[f], rounding)
+                bits[f].append(isa.select(reaches, isa.float_to_bits(rounded), rounded_zero))
+                total = total + bits[f][-1]
         high_address, low_distance = self.address(row, group)
         marks = self.context.shared + g.masks_base + group * (g.planes * layout.GROUP) + (lane << 2)
         for f in range(g.planes):
-            factor = inverse_unit * 4.0**-f
-            bits = []
-            for v, planes in zip(scaled, reached, strict=True):
-                rounded = isa.multiply_add(v, factor, rounding)
-                bits.append(isa.select(planes[f], isa.float_to_bits(rounded), rounded_zero))
-                total = total + bits[-1]
-            high, low = packed(isa, bits)
+            high, low = packed(isa, bits[f])
             address = high_address + f * g.unit_bytes
             isa.store_shared(address, [high], where)
             isa.store_shared(address + low_distance, [low], where)
