@@ -134,15 +134,18 @@ def with_dense_rows(
       dense: Tuning. ``tiles`` is chosen here, and ``ring_slots`` is halved if the ring does not fit.
     """
 
-    def launch(**changes: int) -> DenseRowsGeometry:
-        config = dataclasses.replace(alone, dense_rows=dataclasses.replace(dense, **changes))
+    def launch(tiles: int, slots: int) -> DenseRowsGeometry:
+        chosen = dataclasses.replace(dense, tiles=tiles, ring_slots=slots)
+        config = dataclasses.replace(alone, dense_rows=chosen)
         return DenseRowsGeometry(**{**vars(geometry), "config": config})
 
     counts = (1, 2, 3, 4)
-    tiles = next((n for n in counts if launch(tiles=n).matvec_blocks <= multiprocessors), counts[-1])
+    tiles = next(
+        (n for n in counts if launch(n, dense.ring_slots).matvec_blocks <= multiprocessors), counts[-1]
+    )
     slots = dense.ring_slots
     while slots > 1:
-        chosen = launch(tiles=tiles, ring_slots=slots)
+        chosen = launch(tiles, slots)
         if chosen.shared_bytes <= limit:
             return chosen.config
         slots //= 2

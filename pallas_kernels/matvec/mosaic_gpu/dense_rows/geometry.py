@@ -16,8 +16,9 @@ ROWS_PER_MATRIX = 4
 CHANNELS_PER_LANE = 4
 """Number of consecutive channels whose codes a lane computes: one byte of a word for each."""
 
-CHUNK_PADDING = 64
-"""Bytes between the codes of two chunks of 32 channels. They halve the bank conflicts of the stores."""
+CHUNK_PADDING = {False: 64, True: 16}
+"""Bytes between the codes of two chunks of 32 channels, without and with warpgroups. They avoid bank
+conflicts of the stores."""
 
 COUNTING_BLOCKS = 4
 """Largest number of CTAs that compute statistics. One CTA fits a multiprocessor, and those that multiply may
@@ -79,8 +80,9 @@ class DenseRowsGeometry(Geometry):
 
     @property
     def row_tiles(self) -> int:
-        """Number of matrix instructions that cover the activation rows."""
-        return -(-self.rows // ROWS_PER_MATRIX)
+        """Number of matrix instructions that cover the activation rows; even with warpgroups."""
+        tiles = -(-self.rows // ROWS_PER_MATRIX)
+        return tiles + tiles % 2 if self.dense.warpgroups else tiles
 
     @property
     def padded_rows(self) -> int:
@@ -208,7 +210,7 @@ class DenseRowsGeometry(Geometry):
     @property
     def chunk_bytes(self) -> int:
         """Bytes of the codes of a chunk."""
-        return self.planes * self.unit_bytes + CHUNK_PADDING
+        return self.planes * self.unit_bytes + CHUNK_PADDING[self.dense.warpgroups]
 
     @property
     def masks_base(self) -> int:

@@ -1,6 +1,7 @@
 """Phase multiply: from the ring and the codes through the matrix unit to int32 sums."""
 
 import dataclasses
+import functools
 
 from pallas_kernels.lanes.instructions import Instructions
 from pallas_kernels.lanes.registers import Value
@@ -80,20 +81,14 @@ def multiply(
     Returns:
       The new accumulators.
     """
-    out = list(accumulators)
     planes = len(g.steps[step][1])
     codes = operands[4 * g.pieces * planes :]
+    if g.dense.warpgroups:
+        return multiply_by_warpgroup(isa, g, accumulators, operands, codes)
+    out = list(accumulators)
     for n in range(planes):
         for piece in range(g.pieces):
-            first, second, third, fourth = operands[4 * (n * g.pieces + piece) :][:4]
-            a = [
-                isa.permute_bytes(low, high, selector)
-                for low, high in ((first, second), (third, fourth))
-                for selector in (EVEN_BYTES, ODD_BYTES)
-            ]
-            if g.dense.warpgroups:
-                out = multiply_by_warpgroup(isa, g, out, a, codes[n])
-                continue
+            a = gathered(isa, operands[4 * (n * g.pieces + piece) :][:4])
             for p, mask in enumerate(POSITION_MASKS):
                 masked = [word & mask for word in a] if p else a
                 for t in range(g.row_tiles):
@@ -103,18 +98,45 @@ def multiply(
     return out
 
 
+def gathered(isa: Instructions, words: list[Value]) -> list[Value]:
+    """Returns the fragment of A of a piece in one plane, with all digit positions."""
+    first, second, third, fourth = words
+    return [
+        isa.permute_bytes(low, high, selector)
+        for low, high in ((first, second), (third, fourth))
+        for selector in (EVEN_BYTES, ODD_BYTES)
+    ]
+
+
 def multiply_by_warpgroup(
-    isa: Instructions, g: DenseRowsGeometry, accumulators: list[Value], a: list[Value], codes: Value
+    isa: Instructions,
+    g: DenseRowsGeometry,
+    accumulators: list[Value],
+    operands: list[Value],
+    codes: list[Value],
 ) -> list[Value]:
-    """Multiplies a piece in one plane; ``a`` are its words before they are masked."""
+    """Multiplies a step like ``multiply``; ``codes`` are the addresses of the codes of each plane.
+
+    The digits of the next plane are masked while the matrix unit multiplies one.
+    """
     positions = range(len(POSITION_MASKS))
-    before = [
+
+    def fragments(n: int) -> list[Value]:
+        """Returns the fragments of A of a plane, ``[position][4]``; nothing after the last plane."""
+        if n == len(codes):
+            return []
+        a = gathered(isa, operands[4 * n :][:4])
+        return a + [word & mask for mask in POSITION_MASKS[1:] for word in a]
+
+    sums = [
         [v for t in range(g.row_tiles) for v in accumulators[accumulator(g, 0, t, p) :][:4]]
         for p in positions
     ]
-    masked = [[word & mask for word in a] if p else a for p, mask in enumerate(POSITION_MASKS)]
-    after = isa.warpgroup_multiply_add(before, masked, codes)
-    return [v for t in range(g.row_tiles) for p in positions for v in after[p][4 * t : 4 * t + 4]]
+    a = fragments(0)
+    for n, address in enumerate(codes):
+        matrices = [a[4 * p :][:4] for p in positions]
+        sums, a = isa.warpgroup_multiply_add(sums, matrices, address, functools.partial(fragments, n + 1))
+    return [v for t in range(g.row_tiles) for p in positions for v in sums[p][4 * t : 4 * t + 4]]
 
 
 def accumulator(g: DenseRowsGeometry, piece: int, row_tile: int, position: int) -> int:

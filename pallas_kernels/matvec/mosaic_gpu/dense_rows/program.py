@@ -122,7 +122,7 @@ def code_and_start(isa: Instructions, g: DenseRowsGeometry, refs: Refs, context:
     if g.first_rounds < g.rounds:
         coder.code(range(g.first_rounds, g.rounds))
     if g.dense.warpgroups:
-        isa.fence_async()
+        isa.publish_operands()
     if g.first_rounds < g.rounds:
         isa.block_barrier()
     copies.start(range(g.first_steps, g.slots))
