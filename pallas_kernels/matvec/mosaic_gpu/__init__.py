@@ -1,9 +1,10 @@
 """The graded matvec for NVIDIA GPUs: a lane program in Pallas Mosaic GPU.
 
-There are three programs. ``program`` gives every warp a list of plane rows to read, and is the default for
+There are four programs. ``program`` gives every warp a list of plane rows to read, and is the default for
 one activation row. ``byte_pairs`` multiplies up to four rows with one read of the weights, and is the
 default for 2 to 8 rows. In ``shared_list`` all warps of a CTA share a list, and up to 16 rows share one read.
 It is the default for 9 to 16 rows, and for 3 to 8 rows where ``byte_pairs`` takes several waves of CTAs.
+``dense_rows`` has no list and reads up to 16 rows at once. It is never the default: no GPU has run it yet.
 
 Read ``program`` first (the algorithm and the data layout) and ``lanes.instructions`` (its language). The
 phases of the program follow in ``listing``, ``streaming`` and ``reduction``, and the statistics in
