@@ -18,7 +18,6 @@ steps of more than 16 rows, and prompts at the highest level, then run the kerne
 """
 
 import argparse
-import collections
 import functools
 import itertools
 import json
@@ -48,7 +47,6 @@ TIMED_LEVELS = (3, 4)
 COPIES = 2
 """Number of copies of the layer's weights that a call reads in turn: 200 MB at level 2."""
 
-KERNEL_NAME = "level_matmul_kernel"
 REPEATS = 5
 
 RELATIVE_ERROR = 1e-4
@@ -98,25 +96,22 @@ def check(report: reports.Report) -> None:
         report.save()
 
 
-def layer_times(function) -> tuple[dict[str, float], list[float]]:
+def layer_times(function) -> tuple[dict[str, float], dict[str, float]]:
     """Profiles ``function``, which multiplies with all copies of the layer.
 
     Returns:
-      The time of each kernel in a layer by name, us, and the median time of the program that multiplies for
-      each shape; an empty list if its launches do not come in the order of the shapes.
+      The time of each kernel in a layer by name, us; and the median time of the program that multiplies for
+      each shape that has one.
     """
-    kernels: dict[str, float] = collections.defaultdict(float)
-    products = []
-    for name, details, us in timing.profile_events(function, REPEATS):
-        kernels[name] += us / (REPEATS * COPIES)
-        if KERNEL_NAME in name:
-            products.append((details, us))
-    medians = []
-    if products and len(products) == REPEATS * COPIES * len(SHAPES):
-        launches = [products[i :: len(SHAPES)] for i in range(len(SHAPES))]
-        if all(len({details for details, _ in of_shape}) == 1 for of_shape in launches):
-            medians = [round(statistics.median(us for _, us in of_shape), 2) for of_shape in launches]
-    return dict(kernels), medians
+    launches = timing.profile(function, REPEATS)
+    kernels = {name: sum(times) / (REPEATS * COPIES) for name, times in launches.items()}
+    products = {
+        shape: round(statistics.median(times), 2)
+        for shape in matvec.LAYER
+        for name, times in launches.items()
+        if f"level_matmul_{shape}_kernel" in name
+    }
+    return kernels, products
 
 
 def one_after_another(multiply, xs: list[jax.Array], layers: list[list]) -> list[jax.Array]:
@@ -189,14 +184,14 @@ class LayerTimes:
                 "implementation": implementation,
                 "layer_us": round(layer, 2),
                 "kernels_us": {name: round(us, 2) for name, us in kernels.items()},
-                "product_us": dict(zip(matvec.LAYER, products, strict=False)),
+                "product_us": products,
             }
             line = f"{rows:3} rows level {level} {implementation:10} {layer:6.1f} us a layer"
             if rows in self.bf16_us:
                 result["of_bf16"] = round(layer / self.bf16_us[rows], 3)
                 line += f", {result['of_bf16']:.2f} of bf16"
             if products:
-                line += f"; products {sum(products):6.1f} us: {products}"
+                line += f"; products {sum(products.values()):6.1f} us: {products}"
             say(line)
             self.times.append(result)
             self.report.save()

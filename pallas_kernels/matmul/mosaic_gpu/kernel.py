@@ -90,7 +90,7 @@ def _coding_kernel(g: Geometry):
 def _level_matmul_kernel(g: Geometry):
     """Builds the kernel. ``lane_context.Refs`` describes its arrays."""
     return lane_kernel(
-        "level_matmul_kernel",
+        f"level_matmul_{g.stored_k}x{g.stored_n}_kernel",
         lambda isa, refs: level_matmul_program(isa, g, Refs.of(g, *refs)),
         outputs=[jax.ShapeDtypeStruct((g.splits, g.rows, g.stored_n), jnp.float32)],
         blocks=g.blocks,
