@@ -276,8 +276,9 @@ def test_the_profile_separates_routers_from_graded_products(step_profile):
     assert times == {"router": 5.0, "experts": 1.0, "matvec": 5.0, "head": 20.0}
 
 
-def test_kernels_of_a_compiled_step_have_their_scopes(step_profile, run):
-    decode(run, 3.0)
+def test_kernels_of_a_compiled_step_have_their_scopes(step_profile):
+    run = DecodeRun(random_model.graded(TINY), context=0, tokens=8)  # the program of the verb in a test above
+    run.run(run.settle(random_model.TARGETS, 3.0))
     scopes = set(step_profile.scopes_by_kernel(run.compiled.as_text()).values())
     assert {"norm", "attention", "mlp", "sampling", "embed"} <= scopes
     assert jax.default_backend() != "cpu" or not step_profile.trace(lambda: jnp.ones(3) + 1)
