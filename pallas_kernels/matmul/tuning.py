@@ -24,6 +24,6 @@ def kernel_pays(rows: int, level: int) -> bool:
 def measured() -> dict[str, dict[str, int]]:
     """Returns the largest number of rows for which the kernel is faster, by device and level.
 
-    ``benchmarks/level_matmul.py --tune`` writes the file ``measured.json``. It has no device yet.
+    ``benchmarks/level_matmul.py --tune`` writes the file ``measured.json``.
     """
     return json.loads(importlib.resources.files(__package__).joinpath("measured.json").read_text())

@@ -1,7 +1,6 @@
 """The product at one level on NVIDIA GPUs: a lane program that multiplies the planes without a dense copy.
 
-``program`` describes the algorithm, ``geometry`` the sizes, and ``kernel`` the launch. Nothing chooses this
-implementation by default, because it has not been measured.
+``program`` describes the algorithm, ``geometry`` the sizes, and ``kernel`` the launch.
 """
 
 from pallas_kernels.matmul.mosaic_gpu.kernel import matmul, supports
