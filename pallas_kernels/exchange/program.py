@@ -15,7 +15,8 @@ import dataclasses
 from typing import Any
 
 from pallas_kernels.decode_rows.program import AddNormRefs, Shape, store_sum_and_norm
-from pallas_kernels.lanes.instructions import Instructions, PeerInstructions
+from pallas_kernels.lanes.instructions import Instructions
+from pallas_kernels.lanes.peer_instructions import PeerInstructions
 from pallas_kernels.lanes.registers import Value
 from pallas_kernels.lanes.rows import FeaturePair, Rows, locate, unpack_bfloat16
 

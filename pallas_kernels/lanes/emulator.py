@@ -18,16 +18,16 @@ import time
 import ml_dtypes
 import numpy as np
 
-from pallas_kernels.lanes.emulated_matrix_unit import multiply_fragments
+from pallas_kernels.lanes.emulated_matrix_unit import MatrixUnit
 from pallas_kernels.lanes.emulated_memory import EmulationError, GlobalMemory, SharedMemory
 from pallas_kernels.lanes.emulated_registers import DTYPE, LaneValue
-from pallas_kernels.lanes.instructions import LANES, Instructions
+from pallas_kernels.lanes.instructions import LANES
 
 WAIT_SECONDS = 20
 """Time after which ``wait_flagged`` gives up."""
 
 
-class NumpyInstructions(Instructions):
+class NumpyInstructions(MatrixUnit):
     """Executes a lane program for all threads at once. ``array`` returns the refs to global memory."""
 
     def __init__(self, *, blocks: int, threads: int, shared_bytes: int, cluster: int = 1, seed: int = 0):
@@ -317,47 +317,6 @@ class NumpyInstructions(Instructions):
 
     def reduce_add(self, value):
         return self._by_warp(value, lambda v: v.sum(1, dtype=np.int32, keepdims=True))
-
-    def matrix_multiply_add(self, c, a, b):
-        self._warps("matrix_multiply_add")
-        product = multiply_fragments(
-            [register.data.view(np.uint8).reshape(-1, 4) for register in a],
-            [register.data.view(np.int8).reshape(-1, 4) for register in b],
-        )
-        # The product is exact: it is below 2**53.
-        return [LaneValue(r.data + p.astype(np.int32), "i32") for r, p in zip(c, product, strict=True)]
-
-    def matrix_multiply_add_bfloat16(self, c, a, b):
-        self._warps("matrix_multiply_add_bfloat16")
-        with np.errstate(all="ignore"):  # signalling NaNs among them
-            product = multiply_fragments(
-                *([register.data.view(ml_dtypes.bfloat16).reshape(-1, 2) for register in m] for m in (a, b))
-            )
-            return [LaneValue(r.data + p, "f32") for r, p in zip(c, product, strict=True)]
-
-    def warpgroup_multiply_add(self, c, a, b, meanwhile=list):
-        columns = 2 * len(c[0])
-        threads = (self._warps("warpgroup_multiply_add")[:, None] * LANES + np.arange(LANES)).reshape(-1)
-        rows = np.zeros((self.total, columns // 16, 4), np.uint32)
-        for i in range(columns // 16):
-            address = b.data[threads].astype(np.int64) + 16 * (threads % LANES + LANES * i)
-            rows[threads, i] = self.shared.read(threads, address, 4)
-        # Row 16 t + 8 j + n of the warp has the elements [16 j ..+15, 8 t + n]; lane 4 n + column 4 of them.
-        tiles = rows.reshape(-1, LANES, columns // 16, 4).swapaxes(1, 2).reshape(-1, columns // 8, 2, 8, 4)
-        results = []
-        for sums, registers in zip(c, a, strict=True):
-            out = []
-            for t in range(columns // 8):
-                operand = [
-                    LaneValue(np.ascontiguousarray(tiles[:, t, j]).reshape(-1).view(np.int32), "i32")
-                    for j in range(2)
-                ]
-                out += self.matrix_multiply_add(sums[4 * t :][:4], registers, operand)
-            results.append(out)
-        return results, list(meanwhile())
-
-    def publish_operands(self):
-        pass
 
     # --- control ---------------------------------------------------------------------------------
     @contextlib.contextmanager

@@ -10,109 +10,12 @@ from jax.experimental.mosaic.gpu import utils as mosaic
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, scf
 
-from pallas_kernels.lanes.instructions import Instructions, PeerInstructions
-from pallas_kernels.lanes.registers import Kind, Value
-
-_INTEGER = {
-    "add": arith.addi,
-    "sub": arith.subi,
-    "mul": arith.muli,
-    "and": arith.andi,
-    "or": arith.ori,
-    "xor": arith.xori,
-    "shl": arith.shli,
-    "shr": arith.shrui,
-    "div": arith.divui,
-    "rem": arith.remui,
-}
-_FLOAT = {"add": arith.addf, "sub": arith.subf, "mul": arith.mulf}
-_COMPARE_INTEGER = {
-    "lt": arith.CmpIPredicate.slt,
-    "ge": arith.CmpIPredicate.sge,
-    "eq": arith.CmpIPredicate.eq,
-}
-_COMPARE_FLOAT = {"lt": arith.CmpFPredicate.OLT, "ge": arith.CmpFPredicate.OGE}
-
-_REGISTER = {"i32": "r", "i64": "l", "f32": "f", "bool": "b"}
-"""Inline assembly constraint of each kind."""
+from pallas_kernels.lanes.instructions import Instructions
+from pallas_kernels.lanes.peer_instructions import PeerInstructions
+from pallas_kernels.lanes.ptx_values import PtxValue, assemble, constant, mlir_type
 
 _VECTOR = {1: "", 2: ".v2", 4: ".v4"}
 _ALL_LANES = "0xffffffff"
-
-
-def _mlir_type(kind: Kind) -> ir.Type:
-    width = {"i32": 32, "i64": 64, "bool": 1}
-    return ir.F32Type.get() if kind == "f32" else ir.IntegerType.get_signless(width[kind])
-
-
-def _constant(value: int | float, kind: Kind) -> "PtxValue":
-    if kind == "f32":
-        attribute = ir.FloatAttr.get(_mlir_type(kind), float(value))
-    else:
-        value = int(value)
-        attribute = ir.IntegerAttr.get(
-            _mlir_type(kind), value - 2**32 if kind == "i32" and value >= 2**31 else value
-        )
-    return PtxValue(arith.constant(_mlir_type(kind), attribute), kind)
-
-
-class PtxValue(Value):
-    """An MLIR SSA value."""
-
-    def __init__(self, ssa: ir.Value, kind: Kind):
-        self.ssa, self.kind = ssa, kind
-
-    def binary(self, operation, other):
-        if not isinstance(other, PtxValue):
-            other = _constant(other, self.kind)
-        is_float = self.kind == "f32"
-        if operation in _COMPARE_INTEGER:
-            compare, table = (arith.cmpf, _COMPARE_FLOAT) if is_float else (arith.cmpi, _COMPARE_INTEGER)
-            return PtxValue(compare(table[operation], self.ssa, other.ssa), "bool")
-        return PtxValue((_FLOAT if is_float else _INTEGER)[operation](self.ssa, other.ssa), self.kind)
-
-
-def _assemble(
-    template: str,
-    inputs,
-    outputs: tuple[Kind, ...] = (),
-    *,
-    effects: bool = False,
-    warp: bool = False,
-    tied: int = 0,
-) -> list[PtxValue]:
-    """Emits one inline assembly statement and returns its outputs.
-
-    Args:
-      template: Assembly text; ``$0, $1 ..`` number the outputs, then the inputs.
-      inputs: Registers that the statement reads.
-      outputs: Kinds of the registers that it writes.
-      effects: Whether the compiler must not remove or merge the statement, or reorder it with other
-        statements that have effects.
-      warp: Whether the statement exchanges data between lanes. Implies ``effects``, and keeps the compiler
-        from moving the statement into divergent code.
-      tied: Number of the first inputs that are in the registers of the first outputs.
-    """
-    constraints = [f"={_REGISTER[kind]}" for kind in outputs] + [str(i) for i in range(tied)]
-    constraints += [_REGISTER[v.kind] for v in inputs[tied:]]
-    types = [_mlir_type(kind) for kind in outputs]
-    if not types:
-        result = ir.Type.parse("!llvm.void")
-    else:
-        result = types[0] if len(types) == 1 else llvm.StructType.get_literal(types)
-    out = llvm.inline_asm(
-        result,
-        [v.ssa for v in inputs],
-        template,
-        ",".join(constraints),
-        has_side_effects=effects or warp,
-        convergent=warp,
-    )
-    if not types:
-        return []
-    if len(types) == 1:
-        return [PtxValue(out, outputs[0])]
-    return [PtxValue(llvm.extractvalue(t, out, [i]), outputs[i]) for i, t in enumerate(types)]
 
 
 def _operands(count: int, first: int) -> str:
@@ -125,7 +28,7 @@ def _cache_policy(evict_first: bool, number: int) -> tuple[str, list[PtxValue], 
     """Returns the modifier, register and operand ``number`` that ``evict_first`` adds to a memory access."""
     if not evict_first:
         return "", [], ""
-    policy = _assemble("createpolicy.fractional.L2::evict_first.b64 $0, 1.0;", [], ("i64",))
+    policy = assemble("createpolicy.fractional.L2::evict_first.b64 $0, 1.0;", [], ("i64",))
     return ".L2::cache_hint", policy, f", ${number}"
 
 
@@ -133,119 +36,119 @@ class PtxInstructions(Instructions):
     """Emits the lane program at MLIR's current insertion point. Refs are memrefs."""
 
     def constant(self, value, kind="i32"):
-        return _constant(value, kind)
+        return constant(value, kind)
 
     def thread_index(self):
         # The effects keep the compiler from merging two reads into one long-lived register.
-        return _assemble("mov.u32 $0, %tid.x;", [], ("i32",), effects=True)[0]
+        return assemble("mov.u32 $0, %tid.x;", [], ("i32",), effects=True)[0]
 
     def block_index(self):
-        return _assemble("mov.u32 $0, %ctaid.x;", [], ("i32",), effects=True)[0]
+        return assemble("mov.u32 $0, %ctaid.x;", [], ("i32",), effects=True)[0]
 
     def global_address(self, ref):
-        return PtxValue(llvm.ptrtoint(_mlir_type("i64"), mosaic.memref_ptr(ref)), "i64")
+        return PtxValue(llvm.ptrtoint(mlir_type("i64"), mosaic.memref_ptr(ref)), "i64")
 
     def shared_address(self, ref):
-        return PtxValue(llvm.ptrtoint(_mlir_type("i32"), mosaic.memref_ptr(ref)), "i32")
+        return PtxValue(llvm.ptrtoint(mlir_type("i32"), mosaic.memref_ptr(ref)), "i32")
 
     def select(self, condition, yes, no):
         return PtxValue(arith.select(condition.ssa, yes.ssa, no.ssa), yes.kind)
 
     def bits_to_float(self, word):
-        return PtxValue(arith.bitcast(_mlir_type("f32"), word.ssa), "f32")
+        return PtxValue(arith.bitcast(mlir_type("f32"), word.ssa), "f32")
 
     def float_to_bits(self, number):
-        return PtxValue(arith.bitcast(_mlir_type("i32"), number.ssa), "i32")
+        return PtxValue(arith.bitcast(mlir_type("i32"), number.ssa), "i32")
 
     def int_to_float(self, number):
-        return PtxValue(arith.sitofp(_mlir_type("f32"), number.ssa), "f32")
+        return PtxValue(arith.sitofp(mlir_type("f32"), number.ssa), "f32")
 
     def half_to_float(self, word, half):
         register = {"low": "lo", "high": "hi"}[half]
         template = "{ .reg .b16 lo, hi; mov.b32 {lo, hi}, $1; cvt.f32.f16 $0, " + register + "; }"
-        return _assemble(template, [word], ("f32",))[0]
+        return assemble(template, [word], ("f32",))[0]
 
     def widen(self, word):
-        return PtxValue(arith.extui(_mlir_type("i64"), word.ssa), "i64")
+        return PtxValue(arith.extui(mlir_type("i64"), word.ssa), "i64")
 
     def absolute(self, number):
-        return _assemble("abs.f32 $0, $1;", [number], ("f32",))[0]
+        return assemble("abs.f32 $0, $1;", [number], ("f32",))[0]
 
     def multiply_add(self, a, b, c):
         name = "fma.rn.f32" if a.kind == "f32" else "mad.lo.s32"
-        return _assemble(f"{name} $0, $1, $2, $3;", [a, b, c], (a.kind,))[0]
+        return assemble(f"{name} $0, $1, $2, $3;", [a, b, c], (a.kind,))[0]
 
     def divide(self, a, b):
-        return _assemble("div.full.f32 $0, $1, $2;", [a, b], ("f32",))[0]
+        return assemble("div.full.f32 $0, $1, $2;", [a, b], ("f32",))[0]
 
     def reciprocal(self, x):
-        return _assemble("rcp.approx.ftz.f32 $0, $1;", [x], ("f32",))[0]
+        return assemble("rcp.approx.ftz.f32 $0, $1;", [x], ("f32",))[0]
 
     def exp2(self, x):
-        return _assemble("ex2.approx.ftz.f32 $0, $1;", [x], ("f32",))[0]
+        return assemble("ex2.approx.ftz.f32 $0, $1;", [x], ("f32",))[0]
 
     def rsqrt(self, x):
-        return _assemble("rsqrt.approx.f32 $0, $1;", [x], ("f32",))[0]
+        return assemble("rsqrt.approx.f32 $0, $1;", [x], ("f32",))[0]
 
     def pack_bfloat16(self, low, high):
-        return _assemble("cvt.rn.bf16x2.f32 $0, $2, $1;", [low, high], ("i32",))[0]
+        return assemble("cvt.rn.bf16x2.f32 $0, $2, $1;", [low, high], ("i32",))[0]
 
     def maximum(self, a, b):
         return PtxValue(arith.maxui(a.ssa, b.ssa), "i32")
 
     def count_bits(self, word):
-        return _assemble("popc.b32 $0, $1;", [word], ("i32",))[0]
+        return assemble("popc.b32 $0, $1;", [word], ("i32",))[0]
 
     def permute_bytes(self, low, high, selector):
-        selector = selector if isinstance(selector, PtxValue) else _constant(selector, "i32")
-        return _assemble("prmt.b32 $0, $1, $2, $3;", [low, high, selector], ("i32",))[0]
+        selector = selector if isinstance(selector, PtxValue) else constant(selector, "i32")
+        return assemble("prmt.b32 $0, $1, $2, $3;", [low, high, selector], ("i32",))[0]
 
     def select_bits(self, mask, yes, no):
-        return _assemble(f"lop3.b32 $0, $1, $2, {mask}, 0xe4;", [yes, no], ("i32",))[0]
+        return assemble(f"lop3.b32 $0, $1, $2, {mask}, 0xe4;", [yes, no], ("i32",))[0]
 
     def load_global(self, address, count=1, kind="i32", *, ordered=False, evict_first=False):
         # ptxas (13.0 and 13.5) moves loads through the read-only path (nc) across barriers.
         path = "" if ordered else ".nc"
         hint, policy, operand = _cache_policy(evict_first, count + 1)
         template = f"ld.global{path}{hint}{_VECTOR[count]}.b32 {_operands(count, 0)}, [${count}]{operand};"
-        return _assemble(template, [address, *policy], (kind,) * count, effects=ordered)
+        return assemble(template, [address, *policy], (kind,) * count, effects=ordered)
 
     def load_global_16(self, address):
         template = "{ .reg .b16 h; ld.global.nc.b16 h, [$1]; cvt.u32.u16 $0, h; }"
-        return _assemble(template, [address], ("i32",))[0]
+        return assemble(template, [address], ("i32",))[0]
 
     def store_global(self, address, values):
         template = f"st.global{_VECTOR[len(values)]}.b32 [$0], {_operands(len(values), 1)};"
-        _assemble(template, [address, *values], effects=True)
+        assemble(template, [address, *values], effects=True)
 
     def load_shared(self, address, count=1, kind="i32"):
         template = f"ld.shared{_VECTOR[count]}.b32 {_operands(count, 0)}, [${count}];"
-        return _assemble(template, [address], (kind,) * count, effects=True)
+        return assemble(template, [address], (kind,) * count, effects=True)
 
     def store_shared(self, address, values, where=None):
         template = f"st.shared{_VECTOR[len(values)]}.b32 [$0], {_operands(len(values), 1)};"
         if where is None:
-            _assemble(template, [address, *values], effects=True)
+            assemble(template, [address, *values], effects=True)
         else:
-            _assemble(f"@${len(values) + 1} {template}", [address, *values, where], effects=True)
+            assemble(f"@${len(values) + 1} {template}", [address, *values, where], effects=True)
 
     def store_shared_byte(self, address, value, where=None):
         # The register is wider than the store, which PTX allows: the store takes the low bits.
         predicate, condition = ("", []) if where is None else ("@$2 ", [where])
-        _assemble(f"{predicate}st.shared.u8 [$0], $1;", [address, value, *condition], effects=True)
+        assemble(f"{predicate}st.shared.u8 [$0], $1;", [address, value, *condition], effects=True)
 
     def or_shared(self, address, value, where=None):
         predicate, condition = ("", []) if where is None else ("@$2 ", [where])
-        _assemble(f"{predicate}red.shared.or.b32 [$0], $1;", [address, value, *condition], effects=True)
+        assemble(f"{predicate}red.shared.or.b32 [$0], $1;", [address, value, *condition], effects=True)
 
     def store_cluster(self, address, rank, values):
-        (remote,) = _assemble(f"mapa.shared::cluster.u32 $0, $1, {rank};", [address], ("i32",))
+        (remote,) = assemble(f"mapa.shared::cluster.u32 $0, $1, {rank};", [address], ("i32",))
         template = f"st.shared::cluster{_VECTOR[len(values)]}.b32 [$0], {_operands(len(values), 1)};"
-        _assemble(template, [remote, *values], effects=True)
+        assemble(template, [remote, *values], effects=True)
 
     def load_matrices_transposed(self, address, *, unwritten=False):
         template = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0,$1,$2,$3}, [$4];"
-        return _assemble(template, [address], ("i32",) * 4, warp=True)
+        return assemble(template, [address], ("i32",) * 4, warp=True)
 
     def copy_async(self, shared, source, *, evict_first=False, where=None):
         hint, policy, operand = _cache_policy(evict_first, 2)
@@ -253,16 +156,16 @@ class PtxInstructions(Instructions):
             # Works around ptxas 13.0 and 13.5: if the shared address is [register + uniform register], they
             # put the cache policy into registers other than those that the instruction reads, which is an
             # illegal instruction at best. The minimum changes no address, but hides the sum from ptxas.
-            (shared,) = _assemble("min.u32 $0, $1, 0x7fffffff;", [shared], ("i32",))
+            (shared,) = assemble("min.u32 $0, $1, 0x7fffffff;", [shared], ("i32",))
         predicate, condition = ("", []) if where is None else (f"@${2 + len(policy)} ", [where])
         template = f"{predicate}cp.async.cg.shared.global{hint} [$0], [$1], 16{operand};"
-        _assemble(template, [shared, source, *policy, *condition], effects=True)
+        assemble(template, [shared, source, *policy, *condition], effects=True)
 
     def commit_copies(self):
-        _assemble("cp.async.commit_group;", [], effects=True)
+        assemble("cp.async.commit_group;", [], effects=True)
 
     def wait_copies(self, pending):
-        _assemble(f"cp.async.wait_group {pending};", [], effects=True)
+        assemble(f"cp.async.wait_group {pending};", [], effects=True)
 
     # The memory model makes no promise about a vector of words, but an access of 64 bits is one. The loop
     # keeps its registers apart from the outputs, which the compiler may place in those of the inputs.
@@ -272,7 +175,7 @@ class PtxInstructions(Instructions):
             "st.relaxed.sys.global.v2.b64 [$0], {a, b}; }"
         )
         words = [self.float_to_bits(number) for number in numbers]
-        _assemble(template, [address, *words, flag], effects=True)
+        assemble(template, [address, *words, flag], effects=True)
 
     def wait_flagged(self, address, flag):
         template = (
@@ -281,50 +184,50 @@ class PtxInstructions(Instructions):
             "setp.ne.u32 p, f, $3; setp.ne.or.u32 p, g, $3, p; @p bra WAIT; "
             "mov.b32 $0, x; mov.b32 $1, y; }"
         )
-        words = _assemble(template, [address, flag], ("i32", "i32"), effects=True)
+        words = assemble(template, [address, flag], ("i32", "i32"), effects=True)
         return [self.bits_to_float(word) for word in words]
 
     def trap_unless(self, condition):
-        _assemble("@!$0 trap;", [condition], effects=True)
+        assemble("@!$0 trap;", [condition], effects=True)
 
     def block_barrier(self):
         gpu.barrier()
 
     def cluster_barrier(self):
-        _assemble("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;", [], warp=True)
+        assemble("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;", [], warp=True)
 
     def warp_barrier(self):
-        _assemble(f"bar.warp.sync {_ALL_LANES};", [], warp=True)
+        assemble(f"bar.warp.sync {_ALL_LANES};", [], warp=True)
 
     def shuffle_xor(self, value, mask):
         template = f"shfl.sync.bfly.b32 $0, $1, {mask}, 0x1f, {_ALL_LANES};"
-        return _assemble(template, [value], (value.kind,), warp=True)[0]
+        return assemble(template, [value], (value.kind,), warp=True)[0]
 
     def ballot(self, condition):
-        return _assemble(f"vote.sync.ballot.b32 $0, $1, {_ALL_LANES};", [condition], ("i32",), warp=True)[0]
+        return assemble(f"vote.sync.ballot.b32 $0, $1, {_ALL_LANES};", [condition], ("i32",), warp=True)[0]
 
     def lower_lanes(self):
-        return _assemble("mov.u32 $0, %lanemask_lt;", [], ("i32",))[0]
+        return assemble("mov.u32 $0, %lanemask_lt;", [], ("i32",))[0]
 
     def reduce_max(self, value):
-        return _assemble(f"redux.sync.max.u32 $0, $1, {_ALL_LANES};", [value], ("i32",), warp=True)[0]
+        return assemble(f"redux.sync.max.u32 $0, $1, {_ALL_LANES};", [value], ("i32",), warp=True)[0]
 
     def reduce_add(self, value):
-        return _assemble(f"redux.sync.add.s32 $0, $1, {_ALL_LANES};", [value], ("i32",), warp=True)[0]
+        return assemble(f"redux.sync.add.s32 $0, $1, {_ALL_LANES};", [value], ("i32",), warp=True)[0]
 
     def matrix_multiply_add(self, c, a, b):
         template = (
             "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 "
             "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
         )
-        return _assemble(template, [*a, *b, *c], ("i32",) * 4)
+        return assemble(template, [*a, *b, *c], ("i32",) * 4)
 
     def matrix_multiply_add_bfloat16(self, c, a, b):
         template = (
             "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
             "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
         )
-        return _assemble(template, [*a, *b, *c], ("f32",) * 4)
+        return assemble(template, [*a, *b, *c], ("f32",) * 4)
 
     def warpgroup_multiply_add(self, c, a, b, meanwhile=list):
         width, count = len(c[0]), sum(map(len, c))
@@ -339,16 +242,16 @@ class PtxInstructions(Instructions):
         inputs = [v for matrix in (*c, *a) for v in matrix] + [descriptor]
         template += "wgmma.commit_group.sync.aligned;"
         kinds = tuple(v.kind for v in inputs[:count])
-        sums = _assemble(template, inputs, kinds, warp=True, tied=count)
+        sums = assemble(template, inputs, kinds, warp=True, tied=count)
         # The results pass through the wait, so that their instructions stay before it.
         values = [*sums, *meanwhile()]
         kinds = tuple(v.kind for v in values)
         template = "wgmma.wait_group.sync.aligned 0;"
-        out = _assemble(template, values, kinds, warp=True, tied=len(values))
+        out = assemble(template, values, kinds, warp=True, tied=len(values))
         return [out[width * i :][:width] for i in range(len(c))], out[count:]
 
     def publish_operands(self):
-        _assemble("fence.proxy.async.shared::cta;", [], effects=True)
+        assemble("fence.proxy.async.shared::cta;", [], effects=True)
 
     @contextlib.contextmanager
     def when(self, condition):
@@ -358,7 +261,7 @@ class PtxInstructions(Instructions):
             scf.yield_([])
 
     def loop(self, count, carry, body):
-        zero, one = _constant(0, "i32"), _constant(1, "i32")
+        zero, one = constant(0, "i32"), constant(1, "i32")
         loop = scf.ForOp(zero.ssa, count.ssa, one.ssa, [v.ssa for v in carry])
         with ir.InsertionPoint(loop.body):
             inner = [PtxValue(a, v.kind) for a, v in zip(loop.inner_iter_args, carry, strict=True)]
@@ -377,8 +280,8 @@ class PeerPtxInstructions(PtxInstructions, PeerInstructions):
         return PtxValue(self.context.device_id(), "i32")
 
     def peer_address(self, ref, device):
-        remote = self.context.to_remote(ref, _constant(device, "i32").ssa)
-        address = PtxValue(llvm.ptrtoint(_mlir_type("i64"), mosaic.memref_ptr(remote)), "i64")
+        remote = self.context.to_remote(ref, constant(device, "i32").ssa)
+        address = PtxValue(llvm.ptrtoint(mlir_type("i64"), mosaic.memref_ptr(remote)), "i64")
         return [
-            PtxValue(arith.trunci(_mlir_type("i32"), word.ssa), "i32") for word in (address, address >> 32)
+            PtxValue(arith.trunci(mlir_type("i32"), word.ssa), "i32") for word in (address, address >> 32)
         ]

@@ -11,7 +11,7 @@ import struct
 import subprocess
 from collections.abc import Callable
 
-from pallas_kernels.lanes import ptx
+from pallas_kernels.lanes import ptx, ptx_values
 from pallas_kernels.lanes.registers import Value
 
 NVCC = shutil.which("nvcc")
@@ -62,7 +62,7 @@ class CudaInstructions(ptx.PtxInstructions):
         return CudaValue(self, f"v{self.count}", kind)
 
     def assemble(self, template, inputs, outputs=(), *, effects=False, warp=False, tied=0):
-        """Emits a statement of inline assembly, as ``ptx._assemble`` does."""
+        """Emits a statement of inline assembly, as ``ptx_values.assemble`` does."""
         tied_inputs, inputs, predicates = inputs[:tied], list(inputs[tied:]), ""
         text = template.replace("%", "%%")
         for i, value in enumerate(inputs, len(outputs) + tied):
@@ -77,7 +77,7 @@ class CudaInstructions(ptx.PtxInstructions):
         results = [
             self.variable(kind, tied_inputs[i].text if i < tied else None) for i, kind in enumerate(outputs)
         ]
-        registers = ptx._REGISTER
+        registers = ptx_values._REGISTER
         signs = ["+" if i < tied else "=" for i in range(len(outputs))]
         written = ", ".join(
             f'"{sign}{registers[v.kind]}"({v.text})' for sign, v in zip(signs, results, strict=True)
@@ -158,8 +158,8 @@ def assemble(monkeypatch, tmp_path, program: Callable, refs: list, threads: int,
       AssertionError: nvcc refuses the source; the message is its report.
     """
     isa = CudaInstructions()
-    monkeypatch.setattr(ptx, "_assemble", isa.assemble)
-    monkeypatch.setattr(ptx, "_constant", isa.constant)
+    monkeypatch.setattr(ptx, "assemble", isa.assemble)
+    monkeypatch.setattr(ptx, "constant", isa.constant)
     monkeypatch.setattr(ptx, "PtxValue", CudaValue)
     program(isa, refs)
     parameters = ", ".join(f"char* __restrict__ {ref}" for ref in refs if ref is not None)
