@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,7 +15,8 @@ from grinqh_jax.decoding.logprobs import MOST_LOGPROBS
 from grinqh_jax.decoding.paged_cache import PagedCache
 from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.prefill_buckets import PrefillBucket
-from grinqh_jax.decoding.slots import answers, prompts, speculate
+from grinqh_jax.decoding.slots import answers, host_arrays, prompts, speculate
+from grinqh_jax.decoding.slots.announced import announced
 from grinqh_jax.decoding.slots.placement import Placement
 from grinqh_jax.decoding.slots.prefix import Prefix
 from grinqh_jax.decoding.slots.settings import Settings
@@ -29,27 +30,6 @@ from grinqh_jax.model.fixed_states import FixedStates, fixed_states
 from grinqh_jax.model.flat_model import FlatModel
 from grinqh_jax.sharding.program import zeros_on_mesh
 from pallas_kernels.layout import DIGIT_BITS
-
-LONG_STEP_TEXTS = 8
-"""Number of texts from which on a step takes at least twice as long as with one (Qwen3-8B on an H200: 3.5 and
-1.5 ms)."""
-
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def _announced(method: Method) -> Method:
-    """Decorates a method that starts programs on all devices (``Device.on_call``)."""
-
-    @functools.wraps(method)
-    def call(self: "Device", *arguments: Any) -> Any:
-        if self.on_call is not None:
-            self.on_call(method.__name__, arguments)
-        result = method(self, *arguments)
-        if self.on_prefix is not None and isinstance(result, Prefix):
-            self.on_prefix(result)
-        return result
-
-    return call  # type: ignore[return-value]  # wraps keeps the signature
 
 
 class Device:
@@ -144,7 +124,7 @@ class Device:
         """Waits for all work that was dispatched."""
         jax.block_until_ready(self._state)
 
-    @_announced
+    @announced
     def prefix(self, pages: Sequence[int], length: int, fixed: FixedStates | None = None) -> Prefix:
         """Returns the prefix of a text whose first ``length`` tokens are in its pages already.
 
@@ -160,7 +140,7 @@ class Device:
             fixed = jax.eval_shape(make) if placement.abstract else zeros_on_mesh(make, placement.partition)
         return self._put(Prefix.create(self._config, row, length, self.graded, fixed))
 
-    @_announced
+    @announced
     def prefill(self, prefix: Prefix, piece: PrefillBucket, settings: Settings) -> Prefix:
         """Reads the next piece of a prompt (see ``prompts.prefill``)."""
         tokens, lengths, bits = self._put((piece.tokens, piece.lengths, settings.bits))
@@ -186,7 +166,7 @@ class Device:
         self._state = dataclasses.replace(self._state, cache=cache, drafter=drafter)
         return prefix
 
-    @_announced
+    @announced
     def prompt_logprobs(self, prefix: Prefix, piece: PrefillBucket, following: Int[np.ndarray, "1 t"]) -> Any:
         """Returns the ``TokenLogprobs`` of a piece, before it is read (see ``prompts.prompt_logprobs``)."""
         tokens, following = self._put((piece.tokens, following))
@@ -203,7 +183,7 @@ class Device:
         self._state = dataclasses.replace(self._state, cache=cache)
         return logprobs
 
-    @_announced
+    @announced
     def insert(
         self,
         slot: int,
@@ -216,10 +196,14 @@ class Device:
         """Starts an answer in a slot; returns its first token, a ``Chunk`` (see ``answers.insert``)."""
         mask: Any = None
         if self.shape.grammars:
-            mask = self._all_allowed(1) if allowed is None else allowed[None]
-        row, settings, in_prompt, mask, padded = self._put(
-            (np.int32(slot), settings, self._in_prompt(prompt), mask, self._padded(prompt))
-        )
+            mask = host_arrays.masks(1, self._config.vocab_size, {} if allowed is None else {0: allowed})
+        slots, in_prompt, padded = self._state.slots, None, None
+        if slots.history is not None:
+            in_prompt = host_arrays.in_prompt(prompt, self._config.vocab_size)
+        if slots.texts is not None:
+            padded = host_arrays.padded(prompt, slots.texts.tokens.shape[1])
+        arguments = np.int32(slot), settings, in_prompt, mask, padded
+        row, settings, in_prompt, mask, padded = self._put(arguments)
         self._state, first = self._run(
             "insert",
             answers.insert,
@@ -246,12 +230,9 @@ class Device:
 
     def masks(self, allowed: Mapping[int, UInt32[np.ndarray, "words"]]) -> UInt32[np.ndarray, "b words"]:
         """Returns the masks of all slots; those that ``allowed`` lacks may choose every token."""
-        masks = self._all_allowed(self.shape.slots)
-        for slot, mask in allowed.items():
-            masks[slot] = mask
-        return masks
+        return host_arrays.masks(self.shape.slots, self._config.vocab_size, allowed)
 
-    @_announced
+    @announced
     def generate(
         self,
         rows: Sequence[int],
@@ -283,7 +264,7 @@ class Device:
         )
         return chunk
 
-    @_announced
+    @announced
     def speculate(
         self,
         rows: Sequence[int],
@@ -316,17 +297,16 @@ class Device:
         return chunk, counts
 
     def steps(self, shape: StepShape) -> int:
-        """Returns the number of steps of a chunk: half of the policy's if each takes longer."""
-        steps = self._policy.chunk_steps
-        return -(-steps // 2) if shape.drafts or shape.texts >= LONG_STEP_TEXTS else steps
+        """Returns the number of steps of a chunk (see ``StepShape.steps``)."""
+        return shape.steps(self._policy.chunk_steps)
 
-    @_announced
+    @announced
     def turn(self, slot: int, bits: float) -> None:
         """Changes the wanted mean bits of an answer."""
         arguments = self._put((np.int32(slot), np.float32(bits)))
         self._state = self._run("turn", answers.turn, self._state, *arguments, result=lambda: self._state)
 
-    @_announced
+    @announced
     def free(self, slot: int) -> None:
         """Ends the answer in a slot. A single slot then decodes nothing, so its state may stay."""
         if self.shape.slots > 1:
@@ -350,14 +330,9 @@ class Device:
 
     def _chunk_options(self, shape: StepShape, greedy: bool, logprobs: bool, masked: bool) -> dict[str, Any]:
         """Returns static arguments of a decode chunk. All chunks with masks run one program, of one step."""
-        greedy, logprobs = greedy and not masked, logprobs or masked
+        greedy, count = greedy and not masked, self._count(logprobs or masked)
         steps = 1 if masked else self.steps(shape)
-        return {
-            "policy": self._policy,
-            "steps": steps,
-            "greedy": greedy,
-            "top_logprobs": self._count(logprobs),
-        }
+        return {"policy": self._policy, "steps": steps, "greedy": greedy, "top_logprobs": count}
 
     def _rows(self, rows: Sequence[int]) -> Any:
         """Returns the slots of a chunk as an array; None for all."""
@@ -370,26 +345,6 @@ class Device:
     def _empty_fixed(self, texts: int) -> Callable[[], FixedStates]:
         """Returns a function that makes the states of a fixed size of empty texts."""
         return lambda: fixed_states(self._cache_config, texts, self._dtype, self.shape.ring_context)
-
-    def _all_allowed(self, rows: int) -> UInt32[np.ndarray, "rows words"]:
-        return np.full((rows, -(-self._config.vocab_size // 32)), 0xFFFFFFFF, np.uint32)
-
-    def _in_prompt(self, prompt: Sequence[int]) -> Any:
-        """Returns which tokens a prompt has, if the settings have penalties."""
-        if self._state.slots.history is None:
-            return None
-        in_prompt = np.zeros((1, self._config.vocab_size), bool)
-        in_prompt[0, np.asarray(prompt, np.int32)] = True
-        return in_prompt
-
-    def _padded(self, prompt: Sequence[int]) -> Any:
-        """Returns the tokens of a prompt, padded to the size of a slot, if there is speculation."""
-        texts = self._state.slots.texts
-        if texts is None:
-            return None
-        tokens = np.zeros((1, texts.tokens.shape[1]), np.int32)
-        tokens[0, : len(prompt)] = prompt
-        return tokens
 
     def _put(self, arrays: Any) -> Any:
         return self._placement.put(arrays)
