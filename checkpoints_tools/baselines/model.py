@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from checkpoints_tools.baselines import groups
 from checkpoints_tools.baselines.awq import awq
 from checkpoints_tools.baselines.gptq import gptq
-from checkpoints_tools.source.layer import dense_layer, embed, read_layer
+from checkpoints_tools.source.layer import dense_layer, each_expert, embed, read_layer
 from grinqh_jax.companions import companion_path
 from grinqh_jax.errors import UnsupportedModelError
 from grinqh_jax.hf import HFCheckpoint, params
@@ -152,6 +152,10 @@ def quantize_layer(
     """
     result = {}
     for projection, kernel in kernels.items():
+        if kernel.ndim == 3:
+            experts = [groups.rtn(jnp.asarray(w, jnp.float32), options.bits) for w in each_expert(kernel)]
+            result[projection] = np.stack(experts)
+            continue
         w = jnp.asarray(kernel, jnp.float32)
         if options.method == "gptq":
             w = gptq(
@@ -163,8 +167,6 @@ def quantize_layer(
             )
         elif options.method == "awq":
             w = awq(w, *moments[projection], options.bits)
-        elif w.ndim == 3:
-            w = jnp.stack([groups.rtn(expert, options.bits) for expert in w])
         else:
             w = groups.rtn(w, options.bits)
         result[projection] = np.asarray(w)

@@ -14,6 +14,7 @@ from checkpoints_tools.convert.coded_linear import (
     logical_codes,
     product,
 )
+from checkpoints_tools.source.layer import put_expert
 from grinqh_jax.model.experts import GradedExperts, RowBias, bias_of
 from pallas_kernels.experts.blocks import map_blocks
 
@@ -42,20 +43,22 @@ class CodedExperts(nnx.Module):
     @classmethod
     def of_planes(cls, experts: GradedExperts) -> "CodedExperts":
         """Returns the codes of experts that are stored in planes; their level gains are left out."""
-        weight = experts.weight
-        stored = [logical_codes(weight.expert(index)) for index in range(weight.num_experts)]
-        codes, scales = zip(*stored, strict=True)
+        weight, stacks = experts.weight, None
+        for expert in range(weight.num_experts):
+            stored = logical_codes(weight.expert(expert))
+            if stacks is None:
+                stacks = [jnp.zeros((weight.num_experts, *one.shape), one.dtype) for one in stored]
+            stacks = [put_expert(stack, one, expert) for stack, one in zip(stacks, stored, strict=True)]
+            jax.block_until_ready(stacks)  # The codes of few experts wait to be copied.
+        assert stacks is not None, "a mixture has experts"
         bias = None if experts.bias is None else experts.bias[...]
-        return cls(jnp.stack(codes), jnp.stack(scales), experts.thresholds[...], bias)
+        codes, scales = stacks
+        return cls(codes, scales, experts.thresholds[...], bias)
 
     def choose(self, experts: Int[Array, "*rows"], factors: Float[Array, "*rows"]) -> "ChosenCoded":
         """Returns the linear layers of the experts of each row, whose inputs are times ``factors``."""
-        return self.of_rows(experts, bias_of(self, experts, factors))
-
-    def of_rows(self, experts: Int[Array, "*rows"], bias: RowBias) -> "ChosenCoded":
-        """Returns the linear layers of the experts of each row, with the bias of each row."""
         arrays = self.codes[...], self.scales[...], self.thresholds[...]
-        return ChosenCoded(*arrays, experts, bias)
+        return ChosenCoded(*arrays, experts, bias_of(self, experts, factors))
 
 
 class ChosenCoded(NamedTuple):

@@ -19,7 +19,7 @@ from checkpoints_tools.source.open import MODEL_HELP, open_source
 from grinqh_jax.cli import command as cli
 from grinqh_jax.cli.progress import Progress
 from grinqh_jax.errors import UsageError
-from grinqh_jax.memory import peak_host_memory
+from grinqh_jax.memory import give_back_large_arrays, peak_host_memory
 
 
 def parser() -> cli.Parser:
@@ -111,6 +111,7 @@ def options_of(args: argparse.Namespace) -> Options:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code (see ``grinqh_jax.cli.command``)."""
     compilation.prepare()
+    give_back_large_arrays()
     return cli.run(convert, parser(), argv)
 
 

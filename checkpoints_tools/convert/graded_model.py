@@ -59,7 +59,8 @@ class GradedModel:
             spec = config.layers[i]
             linears = {name: _with_unit_gains(tree[name]) for name in spec.names}
             layer = DecoderLayer(config, spec, {**tree, **linears}, self.compute_dtype)
-            for name in linears:
+            del tree, linears
+            for name in spec.names:
                 linear = getattr(layer, name)
                 coded = CodedExperts if isinstance(linear, GradedExperts) else CodedLinear
                 setattr(layer, name, coded.of_planes(linear))

@@ -7,7 +7,7 @@ on the codes of all layers before it, and ``refit_layers`` packs them.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +27,8 @@ from checkpoints_tools.convert.quantize_linear import (
 )
 from checkpoints_tools.convert.survey import Survey
 from checkpoints_tools.quantizers import QUANTIZERS, LevelFit
-from checkpoints_tools.source.layer import dense_layer, embed, read_layer
+from checkpoints_tools.source.array_cache import free_bytes
+from checkpoints_tools.source.layer import dense_layer, each_expert, embed, read_experts, read_layer
 from grinqh_jax.checkpoint import Writer
 from grinqh_jax.model.apply import in_head
 from grinqh_jax.model.config import ModelConfig
@@ -91,16 +92,23 @@ def measure_layers(
         layer = dense_layer(weights, i, kernels, layer_vectors, plan.compute_dtype)
         inputs = statistics.through_layer(layer, hidden)
         del layer  # Frees the dense copy before codes are made.
+        for large in [name for name, kernel in kernels.items() if _too_large(kernel)]:
+            del kernels[large]
         leaves: dict[str, np.ndarray] = {}
-        for projection in spec.names:
-            name = f"layers.{i}.{projection}"
-            write = projection not in plan.refit and f"layers.{i}" not in writer.parts
-            measure = _measure_experts if kernels[projection].ndim == 3 else _measure_kernel
-            linears[name], codes = measure(
-                rounding(plan, survey, name, inputs[projection]), kernels[projection], plan, write=write
-            )
+        for projection in spec.projections:
+            name = f"layers.{i}.{projection.name}"
+            write = projection.name not in plan.refit and f"layers.{i}" not in writer.parts
+            of_projection = rounding(plan, survey, name, inputs[projection.name])
+            if projection.of_experts:
+                stack = kernels.pop(projection.name, None)
+                experts = read_experts(weights, f"{name}.kernel") if stack is None else each_expert(stack)
+                linears[name], codes = _measure_experts(of_projection, experts, plan, write=write)
+                del stack, experts  # Frees its weights before the next projection is packed.
+            else:
+                read_outputs = functools.partial(_columns, kernels.pop(projection.name))
+                linears[name], codes = _measure(of_projection, read_outputs, plan, write=write)
+                del read_outputs
             leaves |= codes
-            del kernels[projection]  # Frees its weights before the next projection is packed.
         parts.save(writer, f"layers.{i}", leaves)
         on_progress(f"measure layers.{i}")
     final_scale = f"{config.final_norm.name}.scale"
@@ -118,6 +126,11 @@ def measure_layers(
     parts.save(writer, HEAD, leaves)
     on_progress(f"measure {HEAD}")
     return Measurements(linears=linears, vectors=vectors)
+
+
+def _too_large(kernel: np.ndarray | Array) -> bool:
+    """Whether kernels of experts leave no room for codes; they are freed, and read again one by one."""
+    return kernel.ndim == 3 and kernel.nbytes > free_bytes()
 
 
 def _columns(kernel: np.ndarray | Array, outputs: slice) -> np.ndarray | Array:
@@ -163,19 +176,14 @@ def stored_codes(
     return {f"{name}.{leaf}": array for leaf, array in leaves.items()}
 
 
-def _measure_kernel(
-    rounding: Rounding, kernel: np.ndarray | Array, plan: Plan, *, write: bool
-) -> tuple[LinearMeasurement, dict[str, np.ndarray]]:
-    return _measure(rounding, functools.partial(_columns, kernel), plan, write=write)
-
-
 def _measure_experts(
-    rounding: Rounding, kernels: np.ndarray | Array, plan: Plan, *, write: bool
+    rounding: Rounding, kernels: Iterable[np.ndarray | Array], plan: Plan, *, write: bool
 ) -> tuple[LinearMeasurement, dict[str, np.ndarray]]:
     """Measures the linear layers of experts one after another, as ``_measure`` does.
 
     The fit of the levels is the mean over all experts, whether calibration chose them often or never.
     """
+    count = plan.source.config.num_experts
     leaves: dict[str, np.ndarray] = {}
     fits = []
     for expert, kernel in enumerate(kernels):
@@ -187,7 +195,7 @@ def _measure_experts(
         codes, fit = quantize_linear(one, read_outputs)
         fits.append(fit)
         for leaf, array in codes.items():
-            leaves.setdefault(leaf, np.empty((len(kernels), *array.shape), array.dtype))[expert] = array
+            leaves.setdefault(leaf, np.empty((count, *array.shape), array.dtype))[expert] = array
     mean = LevelFit(*(np.mean(values, axis=0) for values in zip(*fits, strict=True)))
     return _measurement(rounding, mean, leaves, plan)
 

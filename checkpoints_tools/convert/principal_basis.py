@@ -32,7 +32,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from checkpoints_tools.calibration.sensitivity import ForwardStates
 from checkpoints_tools.calibration.statistics import first_scored_position
-from checkpoints_tools.source.layer import VALUES_IN_MEMORY, dense_layer, embed, read_layer
+from checkpoints_tools.source.layer import VALUES_IN_MEMORY, dense_layer, each_expert, embed, read_layer
 from grinqh_jax.errors import CheckpointError
 from grinqh_jax.hf import HFCheckpoint
 from grinqh_jax.hf.params import is_of_experts
@@ -131,7 +131,7 @@ def second_moments(
     for i in range(config.num_layers):
         kernels, vectors = read_layer(source, i)
         for projection, kernel in kernels.items():
-            for matrix in kernel if kernel.ndim == 3 else [kernel]:
+            for matrix in each_expert(kernel) if kernel.ndim == 3 else [kernel]:
                 _check(matrix, f"layers.{i}.{projection}")
         layer = dense_layer(source, i, kernels, vectors, compute_dtype)
         if states is not None:

@@ -6,7 +6,7 @@ and quantized one after another, each on the inputs that the refitted and quanti
 produce.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -138,26 +138,31 @@ class RefitStates:
         prefix: str,
         layer: DecoderLayer,
         block: ResidualBlock,
-        experts: Mapping[str, CodedExperts],
+        read_experts: Callable[[str], CodedExperts],
         level_gains: Mapping[str, Float[np.ndarray, "p"]],
     ) -> None:
         """Moves the windows past a mixture of experts, whose weights are not refitted.
 
         Args:
           prefix: Beginning of the names of the linear layers, ``layers.{i}.``.
-          layer: Original layer that contains it.
+          layer: Original layer that contains it. Its experts are replaced by the quantized ones, so that only
+            one of both is in memory.
           block: Its block.
-          experts: Quantized experts, by projection.
+          read_experts: Returns the quantized experts of a projection.
           level_gains: Their level gains, by projection.
         """
         self._moments_of = "", None  # Frees matrices as large as all states.
         for states in (self._exact, self._other):
-            states.advance_mixture(layer, block, None, None)
+            states.advance_mixture(layer, block, None)
+        for name in level_gains:
+            delattr(layer, name)
+        for name in level_gains:
+            setattr(layer, name, read_experts(name))
         readings = {
             name: Reading(self._thresholds(prefix + name), jnp.asarray(gains))
             for name, gains in level_gains.items()
         }
-        self._graded.advance_mixture(layer, block, experts, readings)
+        self._graded.advance_mixture(layer, block, readings)
 
     def _block_written_by(self, name: str) -> ResidualBlock | None:
         """Returns the block whose results a linear layer writes to the residual stream, if it does."""
@@ -212,33 +217,29 @@ class _ModelStates:
         self,
         layer: DecoderLayer,
         block: ResidualBlock,
-        experts: Mapping[str, CodedExperts] | None,
         readings: Mapping[str, Reading] | None,
     ) -> None:
-        """Moves the windows past a mixture of ``layer``, which ``experts`` compute if they are given."""
+        """Moves the windows past a mixture of ``layer``; its experts are quantized if they have readings."""
         for s, inputs in enumerate(self.inputs):
-            states = _advance_mixture(layer, experts, readings, self.stream[s], inputs, block)
+            states = _advance_mixture(layer, readings, self.stream[s], inputs, block)
             self.stream[s], self.inputs[s] = jax.block_until_ready(states)
 
 
 class _CodedMixture:
-    """An apply strategy that reads coded experts in place of the original ones."""
+    """An apply strategy that reads quantized experts."""
 
-    def __init__(self, experts: Mapping[str, CodedExperts], readings: Mapping[str, Reading]):
-        self.experts, self.readings = experts, readings
+    def __init__(self, readings: Mapping[str, Reading]):
+        self.readings = readings
 
     def __call__(self, name: str, linear: Any, x: Activations) -> Activations:
-        projection = name.rpartition(".")[2]
-        coded = self.experts[projection].of_rows(linear.experts, linear.bias)
-        reading = self.readings[projection]
-        y = coded.graded(x.array, reading.thresholds, reading.level_gains)
+        reading = self.readings[name.rpartition(".")[2]]
+        y = linear.graded(x.array, reading.thresholds, reading.level_gains)
         return Activations.of(y.astype(x.dtype))
 
 
 @jax.jit(static_argnames="block")
 def _advance_mixture(
     layer: DecoderLayer,
-    experts: Mapping[str, CodedExperts] | None,
     readings: Mapping[str, Reading] | None,
     stream: Float[Array, "t d"],
     inputs: Float[Array, "t d"],
@@ -246,7 +247,7 @@ def _advance_mixture(
 ) -> tuple[Float[Array, "t d"], Float[Array, "t d"]]:
     """Returns the residual stream after a mixture, and the inputs of the next projection of its layer."""
     assert isinstance(block.mixer, GatedExperts), "the block is a mixture of experts"
-    apply = Dense() if experts is None or readings is None else _CodedMixture(experts, readings)
+    apply = Dense() if readings is None else _CodedMixture(readings)
     written = layer.mixture("layer", block, block.mixer, Activations.of(inputs[None]), apply)
     return _after(layer, block, stream, Activations.of(written.array[0]))
 

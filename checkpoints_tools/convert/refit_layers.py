@@ -95,10 +95,16 @@ def _refit_layer(
     leaves: dict[str, np.ndarray] = {}
     for block in layer.spec.blocks:
         if isinstance(block.mixer, GatedExperts):
-            names = block.reads.name, block.writes.name
-            gains = {name: measurements.linears[f"layers.{i}.{name}"].level_gains for name in names}
-            experts = {name: _coded_experts(plan, writer, tables, f"layers.{i}.{name}") for name in names}
-            states.advance_mixture(f"layers.{i}.", layer, block, experts, gains)
+            gains = {}
+            for projection in (block.reads.name, block.writes.name):
+                gains[projection] = measurements.linears[f"layers.{i}.{projection}"].level_gains
+                del kernels[projection]
+
+            def read_experts(projection: str) -> CodedExperts:
+                bias = vectors.get(f"{projection}.bias")
+                return _coded_experts(plan, writer, tables, f"layers.{i}.{projection}", bias)
+
+            states.advance_mixture(f"layers.{i}.", layer, block, read_experts, gains)
             continue
         for projection in (block.reads.name, block.writes.name):
             name = f"layers.{i}.{projection}"
@@ -115,9 +121,7 @@ def _refit_layer(
             else:
                 codes, level_gains = writer.read(name), measurement.level_gains
             del kernels[projection]  # Frees its weights before the next projection is refitted.
-            tree = _tree(codes, tables[name], level_gains)
-            if (bias := vectors.get(f"{projection}.bias")) is not None:
-                tree["bias"] = jnp.asarray(bias, jnp.float32)
+            tree = _tree(codes, tables[name], level_gains, vectors.get(f"{projection}.bias"))
             linear = build_linear(tree, plan.shapes[name], plan.compute_dtype)
             assert isinstance(linear, GradedLinear), "the tree has planes"
             states.advance(name, layer, CodedLinear.of_planes(linear), level_gains)
@@ -128,21 +132,25 @@ def _tree(
     codes: Mapping[str, np.ndarray | Array],
     table: Float[np.ndarray, "targets p"],
     level_gains: Float[np.ndarray, "p"],
+    bias: np.ndarray | None,
 ) -> dict[str, Array]:
     """Returns the arrays of a graded linear layer; the largest activation does not matter here."""
-    return {
+    tree = {
         "planes": jnp.asarray(codes["planes"]),
         "scales": jnp.asarray(codes["scales"]),
         "thresholds": jnp.asarray(table),
         "gains": jnp.asarray(level_gains),
         "max_activation": jnp.zeros(()),
     }
+    return tree if bias is None else {**tree, "bias": jnp.asarray(bias, jnp.float32)}
 
 
-def _coded_experts(plan: Plan, writer: Writer, tables: Tables, name: str) -> CodedExperts:
+def _coded_experts(
+    plan: Plan, writer: Writer, tables: Tables, name: str, bias: np.ndarray | None
+) -> CodedExperts:
     """Reads the codes of experts, which are not refitted."""
     unit_gains = np.ones(tables[name].shape[1], np.float32)
-    experts = build_experts(_tree(writer.read(name), tables[name], unit_gains), plan.shapes[name])
+    experts = build_experts(_tree(writer.read(name), tables[name], unit_gains, bias), plan.shapes[name])
     assert isinstance(experts, GradedExperts), "the tree has planes"
     return CodedExperts.of_planes(experts)
 

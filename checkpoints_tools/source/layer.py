@@ -1,10 +1,12 @@
 """A source checkpoint in pieces: the embedded windows, and one dense decoder layer."""
 
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int, Int32
 
 from grinqh_jax.model.apply import Dense
 from grinqh_jax.model.decoder_layer import DecoderLayer
@@ -21,8 +23,9 @@ def read_layer(source, i: int) -> tuple[dict[str, np.ndarray | Array], dict[str,
       i: Index of the layer.
 
     Returns:
-      ``(kernels, vectors)``: kernels ``[in, out]``, or ``[experts, in, out]``, by projection (``qkv``); and
-      what is not quantized, by name in the layer: norm scales, biases (``qkv.bias``), and the router.
+      ``(kernels, vectors)``: kernels by projection (``qkv``), ``[in, out]``, or of all experts as
+      ``stacked_experts`` returns them; and what is not quantized, by name in the layer: norm scales, biases
+      (``qkv.bias``), and the router.
     """
     prefix, projections = f"layers.{i}.", source.config.layers[i].names
     kernels: dict[str, np.ndarray | Array] = {}
@@ -32,10 +35,51 @@ def read_layer(source, i: int) -> tuple[dict[str, np.ndarray | Array], dict[str,
         if key.startswith(prefix):
             name = key.removeprefix(prefix)
             if (projection := name.removesuffix(".kernel")) in projections:
-                kernels[projection] = source.read(key)
+                of_experts = len(source.parameters[key]) == 3
+                kernels[projection] = stacked_experts(source, key) if of_experts else source.read(key)
             else:
                 vectors[name] = np.asarray(source.read(key))
     return kernels, vectors
+
+
+def read_experts(source, key: str) -> Iterator[np.ndarray]:
+    """Reads the kernels ``[in, out]`` of experts, one after another."""
+    for expert in range(source.parameters[key][0]):
+        yield np.asarray(source.read(key, slice(expert, expert + 1))[0])
+
+
+def stacked_experts(source, key: str) -> Array:
+    """Reads the kernels of experts to the device, ``[experts, in, out]``, while the host holds one of them.
+
+    Those of bfloat16 are uint16, their bits (``experts.Kernels``): XLA (jax 0.10.2) would write bfloat16 on a
+    CPU in float32.
+    """
+    stack = None
+    for expert, kernel in enumerate(read_experts(source, key)):
+        kernel = kernel.view(np.uint16) if kernel.dtype == jnp.bfloat16 else kernel
+        if stack is None:
+            stack = jnp.zeros((source.parameters[key][0], *kernel.shape), kernel.dtype)
+        stack = put_expert(stack, kernel, expert).block_until_ready()
+    assert stack is not None, "a mixture has experts"
+    return stack
+
+
+@jax.jit(donate_argnums=0)
+def put_expert(stack: Array, one: Array, expert: Int[Array, ""] | int) -> Array:
+    """Replaces the array of one expert in place."""
+    return stack.at[expert].set(one)
+
+
+def each_expert(stack: Array | np.ndarray) -> Iterator[Float[Array, "k n"]]:
+    """Yields the kernel of each expert in the result of ``stacked_experts``, in the checkpoint's dtype."""
+    for expert in range(len(stack)):
+        yield _of_expert(stack, expert)
+
+
+@jax.jit
+def _of_expert(stack: Array | np.ndarray, expert: Int[Array, ""] | int) -> Array:
+    one = stack[expert]
+    return jax.lax.bitcast_convert_type(one, jnp.bfloat16) if one.dtype == jnp.uint16 else one
 
 
 def dense_layer(

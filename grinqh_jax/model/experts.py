@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Float16, Int, UInt32
+from jaxtyping import Array, Float, Float16, Int, UInt16, UInt32
 
 from grinqh_jax.model.layer_spec import GatedExperts
 from grinqh_jax.model.partition import InputCut
@@ -87,19 +87,22 @@ RowBias = Float[Array, "*rows n"] | None
 """A float32 vector that is added to the product of each row, or None."""
 
 
+Kernels = Float[Array, "e k n"] | UInt16[Array, "e k n"]
+"""Kernels of experts ``[experts, in_features, out_features]``. uint16 numbers are the bits of bfloat16."""
+
+
 class DenseExperts(nnx.Module):
     """The unquantized linear layers of experts.
 
     Attributes:
-      kernel: float32 or bfloat16 ``[experts, in_features, out_features]``, in the dtype of the checkpoint: a
-        cast would take as much memory again.
+      kernel: Kernels in the dtype of the checkpoint, because a cast would take as much memory again.
       bias: Vector ``[experts, out_features]``, added to the outputs of each expert, or None.
       input_cut: See ``linear.DenseLinear``.
     """
 
     input_cut: InputCut | None = None
 
-    def __init__(self, kernel: Float[Array, "e k n"], bias: Float[Array, "e2 n2"] | None = None):
+    def __init__(self, kernel: Kernels, bias: Float[Array, "e2 n2"] | None = None):
         self.kernel = nnx.Param(kernel)
         self.bias = None if bias is None else nnx.Param(bias)
         _, self.in_features, self.out_features = kernel.shape
@@ -177,7 +180,7 @@ class ChosenDense(NamedTuple):
       input_cut: See ``linear.DenseLinear``.
     """
 
-    kernel: Float[Array, "e k n"]
+    kernel: Kernels
     experts: Int[Array, "*rows"]
     bias: RowBias = None
     input_cut: InputCut | None = None
@@ -264,7 +267,7 @@ def build_experts(tree: Mapping[str, Any], shape: tuple[int, int]) -> DenseExper
 
 @jax.custom_vjp
 def _grouped_matmul(
-    x: Float[Array, "rows k"], kernel: Float[Array, "e k n"], experts: Int[Array, "rows"]
+    x: Float[Array, "rows k"], kernel: Kernels, experts: Int[Array, "rows"]
 ) -> Float[Array, "rows n"]:
     """Returns ``x[r] @ kernel[experts[r]]``, float32, differentiable in x."""
 
@@ -274,16 +277,19 @@ def _grouped_matmul(
     return map_blocks(block, x, experts, num_experts=len(kernel), outputs=kernel.shape[2])
 
 
-def _kernel_of(kernel: Float[Array, "e k n"], expert: Int[Array, ""], dtype) -> Float[Array, "k n"]:
+def _kernel_of(kernel: Kernels, expert: Int[Array, ""], dtype) -> Float[Array, "k n"]:
     """Returns the kernel of one expert in ``dtype``.
 
     XLA (jax 0.10.2) slices bfloat16 on a CPU in float32, and would convert the kernels of all experts ahead
-    of the loop. Slicing their bits as integers copies them there instead, which takes half the memory.
+    of the loop. Slicing their bits as integers copies them there instead, which takes half the memory. Stored
+    as these bits, kernels are not copied.
     """
-    if kernel.dtype != jnp.bfloat16:
-        return kernel[expert].astype(dtype)
-    bits = jax.lax.bitcast_convert_type(kernel, jnp.uint16)[expert]
-    return jax.lax.bitcast_convert_type(bits, jnp.bfloat16).astype(dtype)
+    if kernel.dtype == jnp.bfloat16:
+        kernel = jax.lax.bitcast_convert_type(kernel, jnp.uint16)
+    one = kernel[expert]
+    if one.dtype == jnp.uint16:
+        one = jax.lax.bitcast_convert_type(one, jnp.bfloat16)
+    return one.astype(dtype)
 
 
 def _grouped_matmul_forward(x, kernel, experts):

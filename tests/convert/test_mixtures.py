@@ -26,7 +26,7 @@ from checkpoints_tools.convert.coded_experts import CodedExperts
 from checkpoints_tools.convert.coded_linear import CodedLinear
 from checkpoints_tools.convert.options import TRAINED, Options
 from checkpoints_tools.convert.plan import make_plan
-from checkpoints_tools.source.layer import dense_layer, read_layer
+from checkpoints_tools.source.layer import dense_layer, each_expert, read_layer
 from grinqh_jax import checkpoint
 from grinqh_jax.cli import inspect
 from grinqh_jax.decoding import engine
@@ -222,9 +222,10 @@ def test_refit_states_pass_through_a_mixture(original, biased, tmp_path):
     states.apply_norm(layer.post_norm)
     experts = {name: _quantized(getattr(layer, name)) for name in names}
     gains = {name: np.ones(4, np.float32) for name in names}
-    states.advance_mixture("layers.0.", layer, block, experts, gains)
     inputs = Activations.of(layer.post_norm(jnp.asarray(hidden)))
     expected = hidden + layer.mixture("layer", block, block.mixer, inputs, Dense()).array
+    states.advance_mixture("layers.0.", layer, block, experts.__getitem__, gains)
+    assert all(getattr(layer, name) is experts[name] for name in names)
     np.testing.assert_allclose(states._exact.stream, expected, atol=1e-5)
     np.testing.assert_allclose(states._other.stream, expected[:1], atol=1e-5)
     error = np.abs(np.stack(states._graded.stream) - expected).max()
@@ -232,11 +233,13 @@ def test_refit_states_pass_through_a_mixture(original, biased, tmp_path):
 
 
 def _quantized(experts) -> CodedExperts:
-    weights = [quantize(kernel) for kernel in experts.kernel[...]]
+    weights = [quantize(kernel.astype(jnp.float32)) for kernel in each_expert(experts.kernel[...])]
     planes, scales = (jnp.stack([getattr(w, leaf) for w in weights]) for leaf in ("planes", "scales"))
     sizes = {"in_features": experts.in_features, "out_features": experts.out_features}
     table = jnp.zeros((2, 4))
-    return CodedExperts.of_planes(GradedExperts(planes, scales, table, jnp.ones(4), jnp.zeros(()), **sizes))
+    bias = None if experts.bias is None else experts.bias[...].astype(jnp.float32)
+    leaves = planes, scales, table, jnp.ones(4), jnp.zeros(()), bias
+    return CodedExperts.of_planes(GradedExperts(*leaves, **sizes))
 
 
 @pytest.mark.slow

@@ -42,7 +42,8 @@ def test_a_cut_model_gives_the_same_logits_and_statistics(devices):
 
 
 # On four devices some share a key head, on two none does, which is the same for all families but hybrid ones.
-ON_TWO = [name for name in family_cases.CASES if "qwen3_5" in name or name in ("qwen2-moe", "gemma3")]
+ON_TWO = [name for name in family_cases.CASES if ModelConfig.from_hf(family_cases.CASES[name]).delta_heads]
+ON_TWO += ["qwen2-moe", "gemma3"]
 
 
 @SLOW
