@@ -1,6 +1,6 @@
 """Checks and times the graded matvec for 2 to 16 activation rows on a GPU.
 
-    python benchmarks/rows.py --output rows.json                       everything, about 90 s on an H200
+    python benchmarks/rows.py --output rows.json                       everything
     python benchmarks/rows.py --checks --output checks.json            correctness and batch invariance only
     python benchmarks/rows.py --variants "pairs, 8 slots" default      some programs
     python benchmarks/rows.py --rows 8 16 4                            some numbers of rows
@@ -16,13 +16,9 @@ then has 3.9, 4.6, 5.1 and 5.6 bits, where trained models have 3.95, 4.6, 5.0 an
 """
 
 import argparse
-import datetime
 import itertools
-import json
 import os
-import pathlib
 import statistics
-import sys
 import time
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -32,7 +28,7 @@ import jax.numpy as jnp
 import matvec
 import numpy as np
 import timing
-from report import compile_all
+from report import Report, add_arguments, compile_all, say
 from rows_checks import check
 from rows_programs import VARIANTS, Program, config_of, draw_x, takes
 
@@ -67,11 +63,11 @@ def kernel_times(function) -> tuple[float, dict[str, float]]:
     return total, {name: round(statistics.median(us for _, us in group), 3) for name, group in groups.items()}
 
 
-def time_layer(names: list[str], timed_rows: list[int], deadline: float, problems: list[str]) -> list[dict]:
-    """Times the named variants; stops before the deadline (``time.monotonic``)."""
+def time_layer(names: list[str], timed_rows: list[int], report: Report) -> None:
+    """Times the named variants until the time is up, and adds the times to the report."""
     shapes = [tuple(map(int, shape.split("x"))) for shape in matvec.LAYER]
     weights = {shape: matvec.random_weights(*shape, count=COPIES) for shape in shapes}
-    results: list[dict] = []
+    results = report.fields["times"] = []
     for rows in timed_rows:
         data = {}
         for kind in ("random", "correlated"):
@@ -86,9 +82,8 @@ def time_layer(names: list[str], timed_rows: list[int], deadline: float, problem
         programs = compile_all(functions, dict.fromkeys(variants, (*data["random"], weights)))
         print(f"{rows:2} rows: compiled in {time.monotonic() - start:.1f} s", flush=True)
         for (variant, program), (kind, (xs, limits)) in itertools.product(programs.items(), data.items()):
-            if time.monotonic() > deadline:
-                problems.append(f"out of time before {rows} rows, {variant}, {kind}")
-                return results
+            if report.out_of_time(f"{rows} rows, {variant}, {kind}"):
+                return
             us, medians = kernel_times(lambda p=program, xs=xs, limits=limits: p(xs, limits, weights))
             read = sum(
                 matvec.bytes_read(np.asarray(x), np.asarray(t), k, n)
@@ -103,7 +98,7 @@ def time_layer(names: list[str], timed_rows: list[int], deadline: float, problem
                 list(medians.values()),
                 flush=True,
             )
-    return results
+        report.save()
 
 
 def layer_function(shapes, weights, program: Program | None, rows: int):
@@ -173,35 +168,18 @@ def main() -> None:
         metavar="N",
         help="numbers of rows, in the order of their times",
     )
-    parser.add_argument("--seconds", type=float, default=110, help="stop timing after this many seconds")
-    parser.add_argument("--output", type=pathlib.Path, metavar="FILE", help="JSON file to write")
+    add_arguments(parser)
     args = parser.parse_args()
-    start = time.monotonic()
-    problems: list[str] = []
-    report = {
-        "device": jax.devices()[0].device_kind,
-        "versions": {name: matvec.version(name) for name in ("jax", "jaxlib", "numpy")},
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-    def save() -> None:
-        report["seconds"] = round(time.monotonic() - start)
-        report["problems"] = problems
-        if args.output:
-            args.output.write_text(json.dumps(report, indent=1) + "\n")
-
+    report = Report(args)
     if not args.times:
-        report["checks"] = check(args.variants, args.rows, problems)
-        print(f"checks took {time.monotonic() - start:.0f} s, {len(problems)} problems", flush=True)
-        save()
+        report.fields["checks"] = check(args.variants, args.rows, report.problems)
+        say(f"checks are done, {len(report.problems)} problems")
+        report.save()
     if not args.checks:
-        report["bf16_us"] = bf16_layer(args.rows)
-        report["times"] = time_layer(args.variants, args.rows, start + args.seconds, problems)
-        table(report["times"], report["bf16_us"])
-    save()
-    print(f"{report['seconds']} s")
-    if problems:
-        sys.exit("\n".join(problems[:20]))
+        report.fields["bf16_us"] = bf16_layer(args.rows)
+        time_layer(args.variants, args.rows, report)
+        table(report.fields["times"], report.fields["bf16_us"])
+    report.finish()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import numpy as np
 
 from pallas_kernels import Activations, NestedWeight
 from pallas_kernels.matvec.mosaic_gpu import Config, kernel, tuning
-from pallas_kernels.matvec.mosaic_gpu.config import BytePairs, DenseRows, SharedList
+from pallas_kernels.matvec.mosaic_gpu.config import BytePairs, DenseRows
 
 CORRELATION = 0.5
 """Standard deviation of the logarithm of the magnitude that the rows of a channel share."""
@@ -15,7 +15,7 @@ CORRELATION = 0.5
 MULTIPROCESSORS = 132
 """Multiprocessors of an H200."""
 
-Program = SharedList | BytePairs | DenseRows
+Program = BytePairs | DenseRows
 
 VARIANTS: dict[str, Program | None] = {
     "dense, 2 teams": DenseRows(teams=2, step_planes=2, ring_slots=4),
@@ -27,29 +27,20 @@ VARIANTS: dict[str, Program | None] = {
     "dense, 2 teams, 8 slots": DenseRows(teams=2, step_planes=2, ring_slots=8),
     "dense, 1 team, 4 planes": DenseRows(teams=1, step_planes=4, ring_slots=4),
     "dense, 2 teams, 2 pieces": DenseRows(teams=2, pieces=2, step_planes=1, ring_slots=8),
-    "8 warps, 8 slots": SharedList(warps=8, ring_slots=8, step_entries=32),
-    "8 warps, 16 slots": SharedList(warps=8, ring_slots=16, step_entries=32),
-    "8 warps, steps of 64": SharedList(warps=8, ring_slots=8, step_entries=64),
-    "4 warps, 8 slots": SharedList(warps=4, ring_slots=8, step_entries=32),
     "pairs, 4 slots": BytePairs(ring_slots=4),
     "pairs, 8 slots": BytePairs(ring_slots=8),
 }
-"""Programs to compare, the most important first. The programs without lists choose their ring and the tiles
-of a CTA by the shape. 4 warps in a shared list where the configuration of a shape allows it, else 8."""
+"""Programs to compare, the most important first. The tiles of a CTA without lists, and its ring if this one
+does not fit, follow from the shape."""
 
 
-def config_of(base: Config, program: Program, rows: int, weight: NestedWeight) -> Config | None:
-    """Returns the configuration of one row with a program for several rows; None if it does not fit."""
+def config_of(base: Config, program: Program, rows: int, weight: NestedWeight) -> Config:
+    """Returns the configuration of one row with a program for several rows."""
     if isinstance(program, BytePairs):
         return dataclasses.replace(base, byte_pairs=program)
-    if isinstance(program, DenseRows):
-        x = jax.eval_shape(Activations.of, jax.ShapeDtypeStruct((rows, weight.in_features), "float32"))
-        geometry = kernel.geometry_of(x, weight, base)
-        limit = tuning.SHARED_BYTES_PER_SM
-        return tuning.with_dense_rows(geometry, base, MULTIPROCESSORS, limit, program)
-    if program.warps < base.warps:
-        program = dataclasses.replace(program, warps=base.warps)
-    return dataclasses.replace(base, shared_list=program)
+    x = jax.eval_shape(Activations.of, jax.ShapeDtypeStruct((rows, weight.in_features), "float32"))
+    geometry = kernel.geometry_of(x, weight, base)
+    return tuning.with_dense_rows(geometry, base, MULTIPROCESSORS, tuning.SHARED_BYTES_PER_SM, program)
 
 
 def takes(program: Program | None, rows: int) -> bool:

@@ -31,7 +31,7 @@ from pallas_kernels.expert_weights import NestedExperts
 from pallas_kernels.experts import mosaic_gpu as experts_kernel
 from pallas_kernels.experts import reference as experts_reference
 from pallas_kernels.matvec import mosaic_gpu, reference
-from pallas_kernels.matvec.mosaic_gpu import Config, SharedList
+from pallas_kernels.matvec.mosaic_gpu import Config, DenseRows
 
 TOLERANCE = 2e-2
 """Largest relative norm of the difference: two or three roundings to bfloat16."""
@@ -65,11 +65,11 @@ def matvec_cases() -> Iterator[Case]:
         (1000, 600, 5, 8, "float16", 0, None),
         *((300, 700, 3, bits, "float32", 5, None) for bits in (2, 4, 6, 8)),
         (64, 100, 1, 8, "bfloat16", 0, None),
-        (384, 1024, 2, 8, "bfloat16", 16, shared_list(1, 1, SharedList(warps=4))),
-        (384, 1024, 4, 8, "bfloat16", 3, shared_list(2, 4, SharedList(ring_slots=16))),
-        (1000, 600, 7, 6, "float16", 48, shared_list(1, 2, SharedList(step_entries=64))),
-        (300, 700, 16, 8, "float32", 0, shared_list(2, 1, SharedList())),
-        (256, 512, 13, 2, "bfloat16", 5, shared_list(1, 4, SharedList(warps=4, ring_slots=4))),
+        (384, 1024, 2, 8, "bfloat16", 16, dense_rows(1, 1, DenseRows(tiles=2))),
+        (384, 1024, 4, 8, "bfloat16", 3, dense_rows(2, 4, DenseRows(ring_slots=16))),
+        (1000, 600, 7, 6, "float16", 48, dense_rows(1, 2, DenseRows(step_planes=4))),
+        (300, 700, 16, 8, "float32", 0, dense_rows(2, 1, DenseRows())),
+        (256, 512, 13, 2, "bfloat16", 5, dense_rows(1, 4, DenseRows(teams=2, ring_slots=4))),
     ]
     for k, n, rows, max_bits, dtype, parts, config in classes:
         rng = np.random.default_rng(rows)
@@ -86,8 +86,8 @@ def matvec_cases() -> Iterator[Case]:
         )
 
 
-def shared_list(warpgroups: int, warps_per_group: int, tuning: SharedList) -> Config:
-    return Config(warpgroups=warpgroups, warps_per_group=warps_per_group, ring_slots=4, shared_list=tuning)
+def dense_rows(warpgroups: int, warps_per_group: int, tuning: DenseRows) -> Config:
+    return Config(warpgroups=warpgroups, warps_per_group=warps_per_group, ring_slots=4, dense_rows=tuning)
 
 
 def rows_cases() -> Iterator[Case]:

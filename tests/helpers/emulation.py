@@ -82,7 +82,7 @@ def _emulate(
 def alone(case, x, weight, thresholds, row, **norm):
     """Runs the program for one row, without the case's program for several rows, on one of the rows."""
     one = slice(row, row + 1)
-    config = dataclasses.replace(case.config, shared_list=None, byte_pairs=None, dense_rows=None)
+    config = dataclasses.replace(case.config, byte_pairs=None, dense_rows=None)
     norm = {name: v[one] if name == "square_partials" else v for name, v in norm.items()}
     y, bits = emulate(x[one], weight, thresholds[one], config, **norm)
     return y[0], bits[0]

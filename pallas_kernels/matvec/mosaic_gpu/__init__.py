@@ -1,10 +1,9 @@
 """The graded matvec for NVIDIA GPUs: a lane program in Pallas Mosaic GPU.
 
-There are four programs. ``program`` gives every warp a list of plane rows to read, and is the default for
+There are three programs. ``program`` gives every warp a list of plane rows to read, and is the default for
 one activation row. ``byte_pairs`` multiplies up to four rows with one read of the weights, and is the
-default for 2 to 8 rows. In ``shared_list`` all warps of a CTA share a list, and up to 16 rows share one read.
-It is the default for 9 to 16 rows, and for 3 to 8 rows where ``byte_pairs`` takes several waves of CTAs.
-``dense_rows`` has no list and reads up to 16 rows at once. It is never the default: no GPU has run it yet.
+default for 2 to 4 rows. ``dense_rows`` multiplies up to 16 rows with one read, in the order of storage. It is
+the default for 5 to 16 rows, and for 3 and 4 rows where ``byte_pairs`` takes several waves of CTAs.
 
 Read ``program`` first (the algorithm and the data layout) and ``lanes.instructions`` (its language). The
 phases of the program follow in ``listing``, ``streaming`` and ``reduction``, and the statistics in
@@ -12,7 +11,7 @@ phases of the program follow in ``listing``, ``streaming`` and ``reduction``, an
 ``tuning`` the choice of a configuration, ``kernel`` the launch.
 """
 
-from pallas_kernels.matvec.mosaic_gpu.config import BytePairs, Config, DenseRows, SharedList
+from pallas_kernels.matvec.mosaic_gpu.config import BytePairs, Config, DenseRows
 from pallas_kernels.matvec.mosaic_gpu.kernel import graded_matvec, partial_sums, supports
 
-__all__ = ["BytePairs", "Config", "DenseRows", "SharedList", "graded_matvec", "partial_sums", "supports"]
+__all__ = ["BytePairs", "Config", "DenseRows", "graded_matvec", "partial_sums", "supports"]

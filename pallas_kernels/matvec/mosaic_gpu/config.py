@@ -7,29 +7,6 @@ WARPS_PER_WARPGROUP = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SharedList:
-    """Tuning of ``shared_list.program``. It does not change the result.
-
-    Attributes:
-      warps: Number of warps in a CTA, 8, or 4 if ``Config.warpgroups`` is 1. Each multiplies one or two
-        16-byte pieces of every listed plane row. With fewer warps there are fewer instructions, but more
-        accumulators in each lane.
-      ring_slots: Number of steps that the ring of a CTA holds: 4, 8 or 16. All but one are in flight.
-      step_entries: Number of plane rows in a step, 32 or 64. With more, there are fewer barriers of the CTA,
-        one for each step, and more padding, because every section of channels is padded to whole steps.
-    """
-
-    warps: int = 8
-    ring_slots: int = 8
-    step_entries: int = 32
-
-    def __post_init__(self):
-        for name, allowed in (("warps", (4, 8)), ("ring_slots", (4, 8, 16)), ("step_entries", (32, 64))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"SharedList.{name} must be one of {allowed}, not {getattr(self, name)!r}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class BytePairs:
     """Tuning of ``byte_pairs.program``. It does not change the result.
 
@@ -60,10 +37,10 @@ class DenseRows:
       tiles: Number of tiles, 1 to 4, that a CTA multiplies one after the other with the same codes.
     """
 
-    teams: int = 2
+    teams: int = 1
     pieces: int = 1
     step_planes: int = 2
-    ring_slots: int = 4
+    ring_slots: int = 8
     warpgroups: bool = False
     tiles: int = 1
 
@@ -96,17 +73,14 @@ class Config:
         there are fewer partial sums.
       ring_slots: Number of 1-KiB slots in the ring of a warp: 2, 4, 8 or 16. A warp keeps ``ring_slots - 1``
         KiB of copies in flight.
-      shared_list: Tuning of the program whose CTAs share one list, for 2 to 16 activation rows.
       byte_pairs: Tuning of the program that multiplies pairs of bytes, for several activation rows.
-      dense_rows: Tuning of the program without lists, for several activation rows. Without ``byte_pairs``,
-        ``dense_rows`` and ``shared_list``, the program for one row runs, which reads the weights once for
-        each row.
+      dense_rows: Tuning of the program without lists, for several activation rows. Without ``byte_pairs``
+        and ``dense_rows``, the program for one row runs, which reads the weights once for each row.
     """
 
     warpgroups: int
     warps_per_group: int
     ring_slots: int
-    shared_list: SharedList | None = None
     byte_pairs: BytePairs | None = None
     dense_rows: DenseRows | None = None
 
@@ -118,15 +92,9 @@ class Config:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Config.{name} must be one of {allowed}, not {getattr(self, name)!r}")
-        if self.shared_list is not None and self.shared_list.warps < self.warps:
+        if self.byte_pairs is not None and self.dense_rows is not None:
             raise ValueError(
-                f"Config.shared_list.warps must be {self.warps} with warpgroups={self.warpgroups},"
-                f" not {self.shared_list.warps}"
-            )
-        if sum(program is not None for program in (self.shared_list, self.byte_pairs, self.dense_rows)) > 1:
-            raise ValueError(
-                "Config.shared_list, Config.byte_pairs and Config.dense_rows name different programs: set one"
-                " of them"
+                "Config.byte_pairs and Config.dense_rows name different programs: set one of them"
             )
 
     @property

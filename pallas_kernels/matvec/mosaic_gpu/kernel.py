@@ -17,7 +17,6 @@ from pallas_kernels.matvec.mosaic_gpu.config import Config
 from pallas_kernels.matvec.mosaic_gpu.dense_rows import DenseRowsGeometry, dense_rows_program
 from pallas_kernels.matvec.mosaic_gpu.geometry import MAX_ROWS, Geometry
 from pallas_kernels.matvec.mosaic_gpu.program import Refs, graded_matvec_program
-from pallas_kernels.matvec.mosaic_gpu.shared_list import SharedListGeometry, shared_list_program
 from pallas_kernels.weight import NestedWeight
 
 OFFSET_LIMIT = 2**32
@@ -118,8 +117,6 @@ def geometry_of(x: Activations, weight: NestedWeight, config: Config | None = No
     program = Geometry
     if config.dense_rows is not None:
         program = DenseRowsGeometry
-    elif config.shared_list is not None:
-        program = SharedListGeometry
     elif config.byte_pairs is not None:
         program = BytePairGeometry
     return program(**{**vars(geometry), "config": config})
@@ -129,8 +126,6 @@ def run_program(isa: Instructions, geometry: Geometry, refs: Refs) -> None:
     """Runs the lane program that these sizes belong to."""
     if isinstance(geometry, DenseRowsGeometry):
         dense_rows_program(isa, geometry, refs)
-    elif isinstance(geometry, SharedListGeometry):
-        shared_list_program(isa, geometry, refs)
     elif isinstance(geometry, BytePairGeometry):
         byte_pair_program(isa, geometry, refs)
     else:

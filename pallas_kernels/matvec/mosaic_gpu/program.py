@@ -68,7 +68,7 @@ The midpoints cost no extra pass: ``combine`` subtracts 3/2 times the sum of all
 A channel whose x is NaN or Inf reaches every level and becomes the peak of its warp. The warp multiplies its
 sums by the peak, so every output becomes NaN or Inf.
 
-The program reads the weights once for each activation row. ``byte_pairs`` and ``shared_list`` multiply
+The program reads the weights once for each activation row. ``byte_pairs`` and ``dense_rows`` multiply
 several rows with one read.
 """
 

@@ -7,10 +7,9 @@ import json
 import math
 
 from pallas_kernels.matvec.mosaic_gpu.byte_pairs.geometry import BytePairGeometry
-from pallas_kernels.matvec.mosaic_gpu.config import BytePairs, Config, DenseRows, SharedList
+from pallas_kernels.matvec.mosaic_gpu.config import BytePairs, Config, DenseRows
 from pallas_kernels.matvec.mosaic_gpu.dense_rows.geometry import DenseRowsGeometry
 from pallas_kernels.matvec.mosaic_gpu.geometry import SHARED_BYTES_LIMIT, STEP_BYTES, Geometry
-from pallas_kernels.matvec.mosaic_gpu.shared_list.geometry import SharedListGeometry
 
 # Constants of the rule's model of a launch, fitted to 48 measurements (12 configurations of 4 shapes) on an
 # H200.
@@ -39,9 +38,13 @@ REGISTERS_OF_BYTE_PAIRS = {1: 128, 2: 128, 3: 192, 4: 192}
 """Number of registers of a lane in the program that multiplies pairs of bytes, by the number of activation
 rows of a CTA."""
 
-MAX_ROWS_OF_BYTE_PAIRS = 8
+MAX_ROWS_OF_BYTE_PAIRS = 4
 """Largest number of activation rows for which the program that multiplies pairs of bytes can be the default.
 It reads the weights twice for 5 to 8 rows."""
+
+DENSE_ROWS = DenseRows(teams=1, step_planes=2, ring_slots=8)
+"""The fastest tuning of the program without lists on an H200, for 8 and for 16 rows
+(``benchmarks/notes/2026-11-29-matvec-rows.md``, M31)."""
 
 SHARED_BYTES_PER_SM = 227 * 1024
 RESERVED_SHARED_BYTES = 1024
@@ -68,7 +71,7 @@ def best_config(geometry: Geometry, *, device_kind: str, multiprocessors: int) -
         config = None
         if geometry.rows <= MAX_ROWS_OF_BYTE_PAIRS:
             config = with_byte_pairs(geometry, alone, multiprocessors, limit)
-        return config or with_shared_list(geometry, alone, limit)
+        return config or with_dense_rows(geometry, alone, multiprocessors, limit)
     measured = _measured().get(device_kind, {}).get((geometry.stored_k, geometry.stored_n))
     return measured or rule(geometry, multiprocessors)
 
@@ -76,10 +79,10 @@ def best_config(geometry: Geometry, *, device_kind: str, multiprocessors: int) -
 def with_byte_pairs(geometry: Geometry, alone: Config, multiprocessors: int, limit: int) -> Config | None:
     """Returns the configuration of the program that multiplies pairs of bytes, or None if another is better.
 
-    More than two rows take so many registers that fewer CTAs fit a multiprocessor. If the CTAs of one batch
-    of rows then need a second wave, a shared list is faster: by 14 % on 4096x24576 at 4 rows, and by 16 % at
-    8 (``benchmarks/notes/2026-11-29-matvec-rows.md``, M26). A deep ring covers the longer listing of more
-    than two rows.
+    More than two rows take so many registers that fewer CTAs fit a multiprocessor. If the CTAs then need a
+    second wave, the program without lists is faster: on 4096x24576 at 4 rows it takes 22.0 us where this one
+    takes 24.8 (``benchmarks/notes/2026-11-29-matvec-rows.md``, M26 and M31). A deep ring covers the longer
+    listing of more than two rows.
 
     Args:
       geometry: Sizes of the launch; ``config`` is ignored.
@@ -100,29 +103,10 @@ def with_byte_pairs(geometry: Geometry, alone: Config, multiprocessors: int, lim
     return None
 
 
-def with_shared_list(geometry: Geometry, alone: Config, limit: int) -> Config:
-    """Returns the configuration of the program whose CTAs share a list, the best one measured on an H200.
-
-    Four warps execute fewer instructions than eight and need twice the registers, too many from 9 rows on
-    (``benchmarks/notes/2026-11-29-matvec-rows.md``, M23).
-
-    Args:
-      geometry: Sizes of the launch; ``config`` is ignored.
-      alone: Configuration of a launch with one row.
-      limit: Largest number of bytes of shared memory of a CTA. A ring that does not fit is halved.
-    """
-    warps = 4 if alone.warpgroups == 1 and geometry.rows <= 8 else 8
-    for slots in (8, 4):
-        config = dataclasses.replace(alone, shared_list=SharedList(warps=warps, ring_slots=slots))
-        if SharedListGeometry(**{**vars(geometry), "config": config}).shared_bytes <= limit:
-            break
-    return config
-
-
 def with_dense_rows(
-    geometry: Geometry, alone: Config, multiprocessors: int, limit: int, dense: DenseRows
-) -> Config | None:
-    """Returns the configuration of the program without lists; None if even the smallest ring does not fit.
+    geometry: Geometry, alone: Config, multiprocessors: int, limit: int, dense: DenseRows = DENSE_ROWS
+) -> Config:
+    """Returns the configuration of the program without lists.
 
     A CTA takes the fewest tiles with which all CTAs run at once, one on a multiprocessor; four if none do.
 
@@ -131,32 +115,27 @@ def with_dense_rows(
       alone: Configuration of a launch with one row.
       multiprocessors: Number of multiprocessors of the device.
       limit: Largest number of bytes of shared memory of a CTA.
-      dense: Tuning. ``tiles`` is chosen here, and ``ring_slots`` is halved if the ring does not fit.
+      dense: Tuning. ``tiles`` is chosen here, and ``ring_slots`` is halved while the ring does not fit.
     """
 
-    def launch(tiles: int, slots: int) -> DenseRowsGeometry:
-        chosen = dataclasses.replace(dense, tiles=tiles, ring_slots=slots)
-        config = dataclasses.replace(alone, dense_rows=chosen)
+    def launch(**fields: int) -> DenseRowsGeometry:
+        config = dataclasses.replace(alone, dense_rows=dataclasses.replace(dense, **fields))
         return DenseRowsGeometry(**{**vars(geometry), "config": config})
 
-    counts = (1, 2, 3, 4)
-    tiles = next(
-        (n for n in counts if launch(n, dense.ring_slots).matvec_blocks <= multiprocessors), counts[-1]
-    )
+    tiles = next((n for n in (1, 2, 3) if launch(tiles=n).matvec_blocks <= multiprocessors), 4)
     slots = dense.ring_slots
-    while slots > 1:
-        chosen = launch(tiles, slots)
-        if chosen.shared_bytes <= limit:
-            return chosen.config
+    while slots > 2 and launch(tiles=tiles, ring_slots=slots).shared_bytes > limit:
         slots //= 2
-    return None
+    return launch(tiles=tiles, ring_slots=slots).config
 
 
 def rule(geometry: Geometry, multiprocessors: int) -> Config:
     """Returns the configuration for one row with the least ``expected_microseconds`` that fits every GPU.
 
     A good grid runs in one wave, its number of CTAs is slightly below a multiple of the number of
-    multiprocessors, and it keeps enough copies in flight. ``geometry.config`` is ignored.
+    multiprocessors, and it keeps enough copies in flight. Two warpgroups with one warp for each group are not
+    a candidate: the codes of 16 rows in their 8 groups need more shared memory than every GPU has
+    (``dense_rows``). ``geometry.config`` is ignored.
     """
     candidates = [
         dataclasses.replace(
@@ -165,6 +144,7 @@ def rule(geometry: Geometry, multiprocessors: int) -> Config:
         for warpgroups in (1, 2)
         for warps in (1, 2, 4)
         for slots in (4, 8)
+        if (warpgroups, warps) != (2, 1)
     ]
     fitting = [g for g in candidates if g.shared_bytes <= SHARED_BYTES_LIMIT]
     return min(fitting, key=lambda g: expected_microseconds(g, multiprocessors)).config

@@ -62,7 +62,7 @@ def assemble_matvec(monkeypatch, tmp_path, architecture, rows) -> str:
 @every_architecture
 @pytest.mark.parametrize("rows", [1, 4, 8, 16])
 def test_matvec(monkeypatch, tmp_path, architecture, rows):
-    """The programs of one row, of pairs of bytes and of a shared list."""
+    """The programs of one row, of pairs of bytes and without lists."""
     report = assemble_matvec(monkeypatch, tmp_path, architecture, rows)
     assert spilled(report) <= MOST_SPILLED_BYTES
 

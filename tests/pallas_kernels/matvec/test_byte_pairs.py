@@ -15,7 +15,7 @@ from matvec_cases import Case, assert_agrees_with_oracle, draw_thresholds, draw_
 
 from pallas_kernels import Activations, NestedWeight
 from pallas_kernels.lanes import device
-from pallas_kernels.matvec.mosaic_gpu import BytePairs, Config, SharedList, kernel, tuning
+from pallas_kernels.matvec.mosaic_gpu import BytePairs, Config, DenseRows, kernel, tuning
 
 GPUS = [
     ("NVIDIA H200", 132),
@@ -87,15 +87,15 @@ def test_a_row_has_the_same_bits_in_any_company(case, rows, kind):
 
 @pytest.mark.parametrize("multiprocessors", [1, 132])
 def test_the_defaults_for_1_to_16_rows_give_a_row_the_same_bits(multiprocessors):
-    """With one multiprocessor a shared list is the default from 3 rows on, else from 9 rows on."""
+    """With one multiprocessor the program without lists is the default from 3 rows on, else from 5 on."""
     case = Case(512, 600, rows=16)
     x, weight, thresholds = case.arrays()
     programs, outputs = set(), []
-    for rows in (1, 2, 3, 4, 8, 9, 16):
+    for rows in (1, 2, 3, 4, 5, 8, 9, 16):
         one_row = Config(warpgroups=1, warps_per_group=1, ring_slots=4)
         sizes = kernel.geometry_of(Activations.of(jnp.asarray(x[:rows])), weight, one_row)
         config = tuning.best_config(sizes, device_kind="NVIDIA H200", multiprocessors=multiprocessors)
-        programs.add(((rows > 2) + (rows > 8), config.byte_pairs is None, config.shared_list is None))
+        programs.add(((rows > 2) + (rows > 4), config.byte_pairs is None, config.dense_rows is None))
         outputs.append(emulate(x[:rows], weight, thresholds[:rows], config)[0])
     from_3 = (1, multiprocessors == 1, multiprocessors > 1)
     assert programs == {(0, True, True), (0, False, True), from_3, (2, True, False)}
@@ -188,4 +188,4 @@ def test_config_errors_name_the_field_and_the_allowed_values():
     with pytest.raises(ValueError, match=r"BytePairs.ring_slots must be one of \(2, 4, 8\), not 3"):
         BytePairs(ring_slots=3)
     with pytest.raises(ValueError, match="name different programs"):
-        dataclasses.replace(DEFAULT, shared_list=SharedList())
+        dataclasses.replace(DEFAULT, dense_rows=DenseRows())

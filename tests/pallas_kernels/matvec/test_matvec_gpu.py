@@ -11,7 +11,7 @@ from marks import slow
 from matvec_cases import Case, assert_agrees_with_oracle
 
 from pallas_kernels import Activations, graded_matvec, graded_partial_sums
-from pallas_kernels.matvec.mosaic_gpu import BytePairs, Config, SharedList, kernel
+from pallas_kernels.matvec.mosaic_gpu import BytePairs, Config, DenseRows, kernel
 
 pytestmark = pytest.mark.gpu
 
@@ -52,24 +52,18 @@ SLOW_CASES = [
 ]
 
 
-def shared_list_case(k, n, config=CONFIGS[1], tuning=SharedList(), **fields) -> Case:  # noqa: B008
-    return Case(k, n, config=dataclasses.replace(config, shared_list=tuning), **fields)
+def dense_case(k, n, config=CONFIGS[1], tuning=DenseRows(), **fields) -> Case:  # noqa: B008
+    return Case(k, n, config=dataclasses.replace(config, dense_rows=tuning), **fields)
 
 
-SHARED_LIST_CASES = [
-    *(
-        shared_list_case(384, 1024, CONFIGS[rows % 4], rows=rows, seed=rows)
-        for rows in (2, 3, 4, 7, 8, 13, 16)
-    ),
-    shared_list_case(300, 700, CONFIGS[0], SharedList(warps=4), rows=3, max_bits=2),
-    shared_list_case(300, 700, CONFIGS[0], SharedList(ring_slots=16), rows=16, max_bits=4),
-    shared_list_case(300, 700, CONFIGS[1], SharedList(step_entries=64), rows=9, max_bits=6),
-    shared_list_case(300, 700, CONFIGS[1], SharedList(warps=4, ring_slots=4, step_entries=64), rows=4),
-    *(
-        shared_list_case(300, 512 * (p % 2) + 64 * p, CONFIGS[p % 4], SharedList(), rows=2 * p, seed=p)
-        for p in range(1, 8)
-    ),
-    shared_list_case(576, 960, CONFIGS[0], SharedList(warps=4), rows=8),
+DENSE_CASES = [
+    *(dense_case(384, 1024, CONFIGS[rows % 4], rows=rows, seed=rows) for rows in (2, 3, 4, 7, 8, 13, 16)),
+    dense_case(300, 700, CONFIGS[0], DenseRows(ring_slots=4), rows=3, max_bits=2),
+    dense_case(300, 700, CONFIGS[0], DenseRows(step_planes=1, tiles=2), rows=16, max_bits=4),
+    dense_case(300, 700, CONFIGS[1], DenseRows(step_planes=4, ring_slots=2), rows=9, max_bits=6),
+    dense_case(300, 700, CONFIGS[1], DenseRows(teams=2, ring_slots=4, tiles=2), rows=4),
+    *(dense_case(300, 512 * (p % 2) + 64 * p, CONFIGS[p % 4], rows=2 * p, seed=p) for p in range(1, 8)),
+    dense_case(576, 960, CONFIGS[0], DenseRows(tiles=2), rows=8),
 ]
 
 
@@ -104,13 +98,13 @@ def _gpu():
 
 
 QUICK_OTHER_CASES = [
-    *(SHARED_LIST_CASES[i] for i in (1, 6, 7, 10, 13)),
+    *(DENSE_CASES[i] for i in (1, 6, 7, 10, 13)),
     *(BYTE_PAIR_CASES[i] for i in (1, 6, 10)),
 ]
-SLOW_OTHER_CASES = [case for case in SHARED_LIST_CASES + BYTE_PAIR_CASES if case not in QUICK_OTHER_CASES]
+SLOW_OTHER_CASES = [case for case in DENSE_CASES + BYTE_PAIR_CASES if case not in QUICK_OTHER_CASES]
 CONTENTS = [
     Case(1000, 600, rows=2, seed=7),
-    shared_list_case(1000, 600, CONFIGS[2], rows=12),
+    dense_case(1000, 600, CONFIGS[2], rows=12),
     byte_pair_case(1000, 600, CONFIGS[2], BytePairs(ring_slots=8), rows=4),
 ]
 """Cases that run with each kind of activations, one program for all."""
@@ -139,7 +133,7 @@ def assert_rows_have_the_bits_of_the_row_alone(case: Case) -> None:
     assert case.config is not None
     x, weight, thresholds = case.arrays()
     squares = np.random.default_rng(case.seed).uniform(0, 1, (case.rows, 3)).astype(np.float32)
-    one_row = dataclasses.replace(case.config, shared_list=None, byte_pairs=None)
+    one_row = dataclasses.replace(case.config, byte_pairs=None, dense_rows=None)
     for factor in (None, squares):
         together = partials_and_stats(x, factor, weight, thresholds, config=case.config)
         again = partials_and_stats(x, factor, weight, thresholds, config=case.config)

@@ -13,15 +13,24 @@ from pallas_kernels.matvec.mosaic_gpu.dense_rows.geometry import (
 from pallas_kernels.matvec.mosaic_gpu.dense_rows.lane_context import (
     LaneContext,
     first_channel,
+    in_ring,
     pieces_of,
     place_of,
     slot_offset,
 )
 from pallas_kernels.matvec.mosaic_gpu.geometry import ROW_BYTES
 from pallas_kernels.matvec.mosaic_gpu.lane_context import COPY_BYTES, Refs
-from pallas_kernels.matvec.mosaic_gpu.shared_list.streaming import in_ring, ring_row
 from pallas_kernels.matvec.mosaic_gpu.streaming import COPY_LANES
 from pallas_kernels.matvec.mosaic_gpu.tile import stored_piece
+
+
+def ring_row(channel: Value) -> Value:
+    """Returns the row of a block for a channel: ``16 j + 8 h + 2 c + o`` for channel ``8 c + 4 j + 2 h + o``.
+
+    The transposing load gives lane ``4 row + c`` the rows ``2 c`` and ``2 c + 1`` of four matrices of 8 rows.
+    In this order they are the channels ``8 c .. 8 c + 7``, whose codes are neighbours.
+    """
+    return ((channel & 4) << 2) | ((channel & 2) << 2) | ((channel >> 3) << 1) | (channel & 1)
 
 
 @dataclasses.dataclass(frozen=True)

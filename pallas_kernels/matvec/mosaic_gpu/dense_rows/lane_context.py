@@ -6,6 +6,7 @@ from pallas_kernels import layout
 from pallas_kernels.lanes.instructions import LANES, Instructions
 from pallas_kernels.lanes.registers import Value
 from pallas_kernels.matvec.mosaic_gpu.dense_rows.geometry import DenseRowsGeometry
+from pallas_kernels.matvec.mosaic_gpu.geometry import ROW_BYTES
 from pallas_kernels.matvec.mosaic_gpu.lane_context import Refs
 from pallas_kernels.matvec.mosaic_gpu.tile import pieces_of_tile
 
@@ -69,6 +70,11 @@ def slot_offset(g: DenseRowsGeometry, item: Value, step: int) -> Value | int:
     if len(g.steps) % g.slots == 0:
         return step % g.slots * g.slot_bytes
     return ((item * len(g.steps) + step) & (g.slots - 1)) * g.slot_bytes
+
+
+def in_ring(ring: Value, row: Value, piece: Value) -> Value:
+    """Returns the address of a 16-byte piece of a row, swizzled to avoid bank conflicts on both sides."""
+    return ring + row * ROW_BYTES + ((piece ^ (row & 7)) << 4)
 
 
 def place_of(

@@ -6,9 +6,11 @@ import functools
 from pallas_kernels.lanes.instructions import Instructions
 from pallas_kernels.lanes.registers import Value
 from pallas_kernels.matvec.mosaic_gpu.dense_rows.geometry import BLOCK_BYTES, DenseRowsGeometry
-from pallas_kernels.matvec.mosaic_gpu.dense_rows.lane_context import LaneContext, slot_offset
-from pallas_kernels.matvec.mosaic_gpu.shared_list.streaming import EVEN_BYTES, ODD_BYTES, in_ring
+from pallas_kernels.matvec.mosaic_gpu.dense_rows.lane_context import LaneContext, in_ring, slot_offset
 from pallas_kernels.matvec.mosaic_gpu.streaming import POSITION_MASKS
+
+EVEN_BYTES, ODD_BYTES = 0x6420, 0x7531
+"""Selectors that gather the bytes of equal parity of two words."""
 
 
 @dataclasses.dataclass(frozen=True)
