@@ -118,15 +118,16 @@ def with_dense_rows(
       dense: Tuning. ``tiles`` is chosen here, and ``ring_slots`` is halved while the ring does not fit.
     """
 
-    def launch(**fields: int) -> DenseRowsGeometry:
-        config = dataclasses.replace(alone, dense_rows=dataclasses.replace(dense, **fields))
+    def launch(tiles: int, slots: int) -> DenseRowsGeometry:
+        chosen = dataclasses.replace(dense, tiles=tiles, ring_slots=slots)
+        config = dataclasses.replace(alone, dense_rows=chosen)
         return DenseRowsGeometry(**{**vars(geometry), "config": config})
 
-    tiles = next((n for n in (1, 2, 3) if launch(tiles=n).matvec_blocks <= multiprocessors), 4)
     slots = dense.ring_slots
-    while slots > 2 and launch(tiles=tiles, ring_slots=slots).shared_bytes > limit:
+    tiles = next((n for n in (1, 2, 3) if launch(n, slots).matvec_blocks <= multiprocessors), 4)
+    while slots > 2 and launch(tiles, slots).shared_bytes > limit:
         slots //= 2
-    return launch(tiles=tiles, ring_slots=slots).config
+    return launch(tiles, slots).config
 
 
 def rule(geometry: Geometry, multiprocessors: int) -> Config:
