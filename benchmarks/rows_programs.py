@@ -26,7 +26,6 @@ VARIANTS: dict[str, Program | None] = {
     "dense, 1 team, warpgroups": DenseRows(teams=1, step_planes=2, ring_slots=8, warpgroups=True),
     "dense, 2 teams, 8 slots": DenseRows(teams=2, step_planes=2, ring_slots=8),
     "dense, 1 team, 4 planes": DenseRows(teams=1, step_planes=4, ring_slots=4),
-    "dense, 2 teams, 2 pieces": DenseRows(teams=2, pieces=2, step_planes=1, ring_slots=8),
     "pairs, 4 slots": BytePairs(ring_slots=4),
     "pairs, 8 slots": BytePairs(ring_slots=8),
 }

@@ -27,18 +27,15 @@ class DenseRows:
 
     Attributes:
       teams: Number of teams, 1 or 2, that multiply different sections of channels at the same time. A team
-        has 8 warps, or 4 with two pieces.
-      pieces: Number of 16-byte pieces of a plane row that a warp multiplies, 1 or 2. With 2, the codes are
-        loaded half as often, and there are half of the warps, with twice the accumulators.
+        has 8 warps, one for each 16-byte piece of a plane row.
       step_planes: Number of planes, 1, 2 or 4, of the 32 channels of each team in a step.
       ring_slots: Number of steps that the ring of a CTA holds, 2, 4, 8 or 16.
       warpgroups: Whether a warpgroup multiplies its pieces with one instruction, which reads the codes from
-        shared memory. Needs compute capability 9.0, and no other; one piece.
+        shared memory. Needs compute capability 9.0, and no other.
       tiles: Number of tiles, 1 to 4, that a CTA multiplies one after the other with the same codes.
     """
 
     teams: int = 1
-    pieces: int = 1
     step_planes: int = 2
     ring_slots: int = 8
     warpgroups: bool = False
@@ -47,15 +44,12 @@ class DenseRows:
     def __post_init__(self):
         for name, allowed in (
             ("teams", (1, 2)),
-            ("pieces", (1, 2)),
             ("step_planes", (1, 2, 4)),
             ("ring_slots", (2, 4, 8, 16)),
             ("tiles", (1, 2, 3, 4)),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"DenseRows.{name} must be one of {allowed}, not {getattr(self, name)!r}")
-        if self.warpgroups and self.pieces != 1:
-            raise ValueError(f"DenseRows.pieces must be 1 with warpgroups, not {self.pieces}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

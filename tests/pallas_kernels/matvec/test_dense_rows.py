@@ -21,7 +21,6 @@ from pallas_kernels.matvec.mosaic_gpu.geometry import SHARED_BYTES_LIMIT
 DENSE_ROWS = st.builds(
     DenseRows,
     teams=st.sampled_from([1, 2]),
-    pieces=st.sampled_from([1, 2]),
     step_planes=st.sampled_from([1, 2, 4]),
     ring_slots=st.sampled_from([2, 4, 8]),
     tiles=st.integers(1, 4),
@@ -153,9 +152,7 @@ def test_every_channel_at_the_highest_level():
 @pytest.mark.parametrize(
     ("rows", "shape", "max_bits"), [(2, (4096, 6144), 8), (16, (300, 700), 6), (8, (576, 320), 8)], ids=str
 )
-@pytest.mark.parametrize(
-    "dense_rows", [DenseRows(), DenseRows(teams=2, pieces=2, ring_slots=4, tiles=2)], ids=str
-)
+@pytest.mark.parametrize("dense_rows", [DenseRows(), DenseRows(teams=2, ring_slots=4, tiles=2)], ids=str)
 def test_lowers_for(gpu, rows, shape, max_bits, dense_rows):
     config = Config(warpgroups=1, warps_per_group=1, ring_slots=8, dense_rows=dense_rows)
     arguments = (

@@ -8,6 +8,7 @@ from pallas_kernels.lanes.registers import Value
 from pallas_kernels.matvec.mosaic_gpu.dense_rows.geometry import (
     RECORD_BYTES,
     ROWS_PER_MATRIX,
+    TEAM_THREADS,
     DenseRowsGeometry,
 )
 from pallas_kernels.matvec.mosaic_gpu.dense_rows.lane_context import (
@@ -22,14 +23,14 @@ from pallas_kernels.matvec.mosaic_gpu.reduction import Conversion
 from pallas_kernels.matvec.mosaic_gpu.tile import chunk_outputs, stored_piece
 
 
-def first_output(isa: Instructions, context: LaneContext, piece: int, pieces: Value | None) -> Value:
-    """Returns the lane's first output of half 0 in one of the warp's pieces, or in piece 0 if it lacks it.
+def first_output(isa: Instructions, context: LaneContext, pieces: Value | None) -> Value:
+    """Returns the lane's first output of half 0 in the warp's piece, or in piece 0 if the tile lacks it.
 
     The lane holds byte pair ``lane_row`` of the 16 bytes of the piece. By ``layout``, digit position ``p`` of
     byte ``i`` of the pair is output ``first_output + chunk_outputs (p // 2) + 2 (p % 2) + i``. The outputs of
     ``p // 2`` are a *half*.
     """
-    lane_row, index = context.lane >> 2, context.piece + piece
+    lane_row, index = context.lane >> 2, context.piece
     if pieces is None:
         return ((lane_row >> 2) << 8) + (index << 4) + ((lane_row & 3) << 2)
     index = stored_piece(isa, index, pieces)
@@ -52,27 +53,26 @@ def distance_of_half(
 def load_scales(
     isa: Instructions, g: DenseRowsGeometry, refs: Refs, context: LaneContext, item: Value
 ) -> list[Value]:
-    """Loads the scales ``[piece][section of the set][half][2]`` of an item: words of two float16."""
+    """Loads the scales ``[section of the set][half][2]`` of an item: words of two float16."""
     tile, chosen = place_of(isa, g, context, item)
     pieces = pieces_of(isa, g, context, tile)
     words: list[Value] = []
-    for piece in range(g.pieces):
-        output = (context.first_tile + tile) * layout.TILE + first_output(isa, context, piece, pieces)
-        for team in range(g.teams):
-            section = chosen * g.teams + team
-            group = first_channel(g, context) // layout.GROUP + section // g.config.warps_per_group
-            if g.has_padding:
-                group = isa.select(group < g.groups, group, isa.constant(0))
-            address = isa.global_address(refs.scales) + isa.widen((group * g.stored_n + output) << 1)
-            for half in halves(g, context):
-                distance = distance_of_half(isa, half, pieces, 2)
-                words += isa.load_global(address + distance, 2, ordered=True)
+    output = (context.first_tile + tile) * layout.TILE + first_output(isa, context, pieces)
+    for team in range(g.teams):
+        section = chosen * g.teams + team
+        group = first_channel(g, context) // layout.GROUP + section // g.config.warps_per_group
+        if g.has_padding:
+            group = isa.select(group < g.groups, group, isa.constant(0))
+        address = isa.global_address(refs.scales) + isa.widen((group * g.stored_n + output) << 1)
+        for half in halves(g, context):
+            distance = distance_of_half(isa, half, pieces, 2)
+            words += isa.load_global(address + distance, 2, ordered=True)
     return words
 
 
 def new_totals(isa: Instructions, g: DenseRowsGeometry) -> list[Value]:
-    """Returns totals ``[piece][row tile][half][4]`` of -0. Adding to -0 changes no bit, not even a sign."""
-    return [isa.constant(-0.0, "f32")] * (g.pieces * g.row_tiles * 8 // g.teams)
+    """Returns totals ``[row tile][half][4]`` of -0. Adding to -0 changes no bit, not even a sign."""
+    return [isa.constant(-0.0, "f32")] * (g.row_tiles * 8 // g.teams)
 
 
 def combine(
@@ -91,15 +91,14 @@ def combine(
     """
     section = chosen * g.teams + context.team
     records = context.shared + g.records_base + (section * g.padded_rows + (context.lane & 3)) * RECORD_BYTES
-    units = [(piece, t) for piece in range(g.pieces) for t in range(g.row_tiles)]
     conversions = []
     for t in range(g.row_tiles):
         sum_of_codes, peak = isa.load_shared(records + t * (ROWS_PER_MATRIX * RECORD_BYTES), 2)
         conversions.append(Conversion.create(isa, sum_of_codes, isa.bits_to_float(peak)))
     out = list(totals)
-    for first in range(0, len(units), g.units_at_once):
-        now = units[first : first + g.units_at_once]
-        own = [outputs(isa, g, conversions[t], accumulators, piece, t) for piece, t in now]
+    for first in range(0, g.row_tiles, g.row_tiles_at_once):
+        now = range(first, min(first + g.row_tiles_at_once, g.row_tiles))
+        own = [outputs(isa, conversions[t], accumulators, t) for t in now]
         if g.teams > 1:
             if first:
                 isa.block_barrier()  # Now all threads have loaded the outputs before these.
@@ -107,11 +106,11 @@ def combine(
         else:
             of_teams = [own]
         for team, values in enumerate(of_teams):
-            for i, (piece, _) in enumerate(now):
-                for h, vector in enumerate(values[i]):
-                    factors = scales[2 * (h + len(values[i]) * (team + g.teams * piece)) :][:2]
+            for t, vectors in zip(now, values, strict=True):
+                for h, vector in enumerate(vectors):
+                    factors = scales[2 * (h + len(vectors) * team) :][:2]
                     numbers = [isa.half_to_float(word, part) for word in factors for part in ("low", "high")]
-                    j = 4 * (h + len(values[i]) * (first + i))
+                    j = 4 * (h + len(vectors) * t)
                     out[j : j + 4] = [
                         isa.multiply_add(*three)
                         for three in zip(vector, numbers, out[j : j + 4], strict=True)
@@ -121,14 +120,12 @@ def combine(
 
 def outputs(
     isa: Instructions,
-    g: DenseRowsGeometry,
     conversion: Conversion,
     accumulators: list[Value],
-    piece: int,
     row_tile: int,
 ) -> list[list[Value]]:
-    """Returns the lane's outputs ``[half][4]``, not yet scaled, of one section, piece and row tile."""
-    first = accumulator(g, piece, row_tile, 0)
+    """Returns the lane's outputs ``[half][4]``, not yet scaled, of one section and row tile."""
+    first = accumulator(row_tile, 0)
     even, odd = [
         conversion.outputs(isa, [accumulators[first + 4 * p + 2 * i :][:2] for p in range(4)])
         for i in range(2)
@@ -139,23 +136,26 @@ def outputs(
 def exchanged(
     isa: Instructions, g: DenseRowsGeometry, context: LaneContext, own: list[list[list[Value]]]
 ) -> list[list[list[list[Value]]]]:
-    """Returns ``[team][unit][1][4]``: for each team, the outputs of the half whose totals the thread has.
+    """Returns ``[team][row tile][1][4]``: for each team, the outputs of the half whose totals the thread has.
 
     Args:
       isa, g, context: The instructions, sizes and indices.
-      own: The thread's outputs ``[unit][half][4]``.
+      own: The thread's outputs ``[row tile][half][4]``.
     """
-    vectors = 16 * g.team_threads
-    unit_bytes, team_bytes = 2 * vectors, 2 * vectors * g.units_at_once
+    vectors = 16 * TEAM_THREADS
+    row_tile_bytes, team_bytes = 2 * vectors, 2 * vectors * g.row_tiles_at_once
     base = context.shared + g.exchange_base + (context.team_thread << 4)
     mine = base + context.team * team_bytes
-    for i, unit in enumerate(own):
-        for half, vector in enumerate(unit):
-            isa.store_shared(mine + (i * unit_bytes + half * vectors), vector)
+    for i, outputs_of_tile in enumerate(own):
+        for half, vector in enumerate(outputs_of_tile):
+            isa.store_shared(mine + (i * row_tile_bytes + half * vectors), vector)
     isa.block_barrier()
     half = base + context.team * vectors
     return [
-        [[isa.load_shared(half + (team * team_bytes + i * unit_bytes), 4, "f32")] for i in range(len(own))]
+        [
+            [isa.load_shared(half + (team * team_bytes + i * row_tile_bytes), 4, "f32")]
+            for i in range(len(own))
+        ]
         for team in range(g.teams)
     ]
 
@@ -175,12 +175,10 @@ def store_partials(
         whole = ROWS_PER_MATRIX * (t + 1) <= g.rows
         with contextlib.nullcontext() if whole else isa.when(row < g.rows):
             first_of_row = (context.split * g.rows + row) * g.stored_n
-            for piece in range(g.pieces):
-                exists = None if pieces is None else context.piece + piece < pieces
-                with contextlib.nullcontext() if exists is None else isa.when(exists):
-                    output = (context.first_tile + tile) * layout.TILE
-                    output = first_of_row + output + first_output(isa, context, piece, pieces)
-                    address = isa.global_address(refs.partials) + isa.widen(output << 2)
-                    for h, half in enumerate(halves(g, context)):
-                        j = 4 * (h + len(halves(g, context)) * (piece * g.row_tiles + t))
-                        isa.store_global(address + distance_of_half(isa, half, pieces, 4), totals[j : j + 4])
+            with contextlib.nullcontext() if pieces is None else isa.when(context.piece < pieces):
+                output = (context.first_tile + tile) * layout.TILE
+                output = first_of_row + output + first_output(isa, context, pieces)
+                address = isa.global_address(refs.partials) + isa.widen(output << 2)
+                for h, half in enumerate(halves(g, context)):
+                    j = 4 * (h + len(halves(g, context)) * t)
+                    isa.store_global(address + distance_of_half(isa, half, pieces, 4), totals[j : j + 4])

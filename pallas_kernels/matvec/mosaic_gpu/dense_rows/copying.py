@@ -8,6 +8,7 @@ from pallas_kernels.lanes.registers import Value
 from pallas_kernels.matvec.mosaic_gpu.dense_rows.geometry import (
     BLOCK_BYTES,
     CHANNELS_PER_LANE,
+    TEAM_THREADS,
     DenseRowsGeometry,
 )
 from pallas_kernels.matvec.mosaic_gpu.dense_rows.lane_context import (
@@ -61,7 +62,7 @@ class Copies:
     def create(cls, isa: Instructions, g: DenseRowsGeometry, refs: Refs, context: LaneContext) -> "Copies":
         """Computes the addresses of the thread."""
         channel, piece = context.team_thread // COPY_LANES, context.team_thread % COPY_LANES
-        channels = [channel + first for first in range(0, LANES, g.team_threads // COPY_LANES)]
+        channels = [channel + first for first in range(0, LANES, TEAM_THREADS // COPY_LANES)]
         ring = context.shared + g.ring_base + context.team * (g.step_planes * BLOCK_BYTES)
         first = first_channel(g, context) + channel
         return cls(

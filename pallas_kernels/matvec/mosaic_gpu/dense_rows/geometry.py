@@ -16,6 +16,12 @@ ROWS_PER_MATRIX = 4
 CHANNELS_PER_LANE = 4
 """Number of consecutive channels whose codes a lane computes: one byte of a word for each."""
 
+TEAM_WARPS = layout.TILE_PIECES
+"""Number of warps of a team. Each multiplies one piece of every plane row."""
+
+TEAM_THREADS = TEAM_WARPS * LANES
+"""Number of threads of a team."""
+
 CHUNK_PADDING = {False: 64, True: 16}
 """Bytes between the codes of two chunks of 32 channels, without and with warpgroups. They avoid bank
 conflicts of the stores."""
@@ -52,23 +58,8 @@ class DenseRowsGeometry(Geometry):
         return self.dense.teams
 
     @property
-    def pieces(self) -> int:
-        """Number of pieces of a plane row that a warp multiplies."""
-        return self.dense.pieces
-
-    @property
-    def team_warps(self) -> int:
-        """Number of warps of a team, which together have all pieces of a tile."""
-        return layout.TILE_PIECES // self.pieces
-
-    @property
     def warps(self) -> int:
-        return self.teams * self.team_warps
-
-    @property
-    def team_threads(self) -> int:
-        """Number of threads of a team."""
-        return LANES * self.team_warps
+        return self.teams * TEAM_WARPS
 
     @property
     def row_batches(self) -> int:
@@ -229,22 +220,22 @@ class DenseRowsGeometry(Geometry):
 
     @property
     def exchange_base(self) -> int:
-        """Outputs ``[team][unit][half][thread][4]``, where a unit is a piece and a row tile."""
+        """Outputs ``[team][row tile][half][thread][4]``."""
         return layout.round_up(self.records_base + self.sections * self.padded_rows * RECORD_BYTES, 128)
 
     @property
-    def unit_outputs_bytes(self) -> int:
-        """Bytes of the outputs of a unit of all teams: two vectors of each thread."""
+    def row_tile_outputs_bytes(self) -> int:
+        """Bytes of the outputs of a row tile of all teams: two vectors of each thread."""
         return 2 * 16 * self.threads
 
     @property
-    def units_at_once(self) -> int:
-        """Number of units that the teams exchange at once."""
-        return min(self.pieces * self.row_tiles, EXCHANGE_BYTES // self.unit_outputs_bytes)
+    def row_tiles_at_once(self) -> int:
+        """Number of row tiles whose outputs the teams exchange at once."""
+        return min(self.row_tiles, EXCHANGE_BYTES // self.row_tile_outputs_bytes)
 
     @property
     def ring_base(self) -> int:
-        exchanged = self.units_at_once * self.unit_outputs_bytes if self.teams > 1 else 0
+        exchanged = self.row_tiles_at_once * self.row_tile_outputs_bytes if self.teams > 1 else 0
         return self.exchange_base + exchanged
 
     @property

@@ -5,7 +5,7 @@ import dataclasses
 from pallas_kernels import layout
 from pallas_kernels.lanes.instructions import LANES, Instructions
 from pallas_kernels.lanes.registers import Value
-from pallas_kernels.matvec.mosaic_gpu.dense_rows.geometry import DenseRowsGeometry
+from pallas_kernels.matvec.mosaic_gpu.dense_rows.geometry import TEAM_THREADS, TEAM_WARPS, DenseRowsGeometry
 from pallas_kernels.matvec.mosaic_gpu.geometry import ROW_BYTES
 from pallas_kernels.matvec.mosaic_gpu.lane_context import Refs
 from pallas_kernels.matvec.mosaic_gpu.tile import pieces_of_tile
@@ -22,7 +22,7 @@ class LaneContext:
     team_thread: Value
     """Index of the thread in its team."""
     piece: Value
-    """First piece of the warp."""
+    """The warp's piece of every plane row."""
     first_tile: Value
     """First tile of the CTA."""
     tiles: Value
@@ -45,9 +45,9 @@ def lane_context(isa: Instructions, g: DenseRowsGeometry, refs: Refs) -> LaneCon
         thread=thread,
         lane=thread & (LANES - 1),
         warp=warp,
-        team=warp // g.team_warps,
-        team_thread=thread % g.team_threads,
-        piece=(warp % g.team_warps) * g.pieces,
+        team=warp // TEAM_WARPS,
+        team_thread=thread % TEAM_THREADS,
+        piece=warp % TEAM_WARPS,
         first_tile=first_tile,
         tiles=tiles,
         split=block // g.tile_groups,

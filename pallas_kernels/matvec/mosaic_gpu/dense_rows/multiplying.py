@@ -19,8 +19,8 @@ class Operands:
 
     isa: Instructions
     g: DenseRowsGeometry
-    pieces: list[Value]
-    """Addresses of the lane's plane row in each piece of the warp, in the first plane of slot 0."""
+    piece: Value
+    """Address of the lane's plane row in the warp's piece, in the first plane of slot 0."""
     codes: list[Value]
     """For each pair of row tiles, the address of the lane's codes in plane 0 of the team's first chunk."""
 
@@ -32,7 +32,7 @@ class Operands:
         return cls(
             isa,
             g,
-            pieces=[in_ring(ring, context.lane, context.piece + i) for i in range(g.pieces)],
+            piece=in_ring(ring, context.lane, context.piece),
             # The maximum tells the compiler that the whole warp has the same address.
             codes=[isa.reduce_max(first_chunk)]
             if g.dense.warpgroups
@@ -43,7 +43,7 @@ class Operands:
         )
 
     def load(self, item: Value, chosen: Value, step: int) -> list[Value]:
-        """Loads the words of A, ``[plane][piece][4]``, and the codes, ``[plane][row tile][2]``, of a step.
+        """Loads the words of A, ``[plane][4]``, and the codes, ``[plane][row tile][2]``, of a step.
 
         With ``warpgroups`` the address of the codes, ``[plane]``, takes their place.
 
@@ -58,8 +58,7 @@ class Operands:
         words, codes = [], []
         first = chosen * (g.teams * g.section_chunks * g.chunk_bytes) + chunk * g.chunk_bytes
         for n, f in enumerate(planes):
-            for piece in self.pieces:
-                words += isa.load_matrices_transposed(piece + slot + n * BLOCK_BYTES, unwritten=True)
+            words += isa.load_matrices_transposed(self.piece + slot + n * BLOCK_BYTES, unwritten=True)
             if g.dense.warpgroups:
                 codes.append(self.codes[0] + first + f * g.unit_bytes)
                 continue
@@ -76,7 +75,7 @@ def multiply(
 
     Args:
       isa, g: The instructions and sizes.
-      accumulators: int32 ``[piece][row tile][position][4]``, flat.
+      accumulators: int32 ``[row tile][position][4]``, flat.
       step: The step.
       operands: See ``Operands.load``.
 
@@ -84,24 +83,23 @@ def multiply(
       The new accumulators.
     """
     planes = len(g.steps[step][1])
-    codes = operands[4 * g.pieces * planes :]
+    codes = operands[4 * planes :]
     if g.dense.warpgroups:
         return multiply_by_warpgroup(isa, g, accumulators, operands, codes)
     out = list(accumulators)
     for n in range(planes):
-        for piece in range(g.pieces):
-            a = gathered(isa, operands[4 * (n * g.pieces + piece) :][:4])
-            for p, mask in enumerate(POSITION_MASKS):
-                masked = [word & mask for word in a] if p else a
-                for t in range(g.row_tiles):
-                    i = accumulator(g, piece, t, p)
-                    b = codes[2 * (n * g.row_tiles + t) :][:2]
-                    out[i : i + 4] = isa.matrix_multiply_add(out[i : i + 4], masked, b)
+        a = gathered(isa, operands[4 * n :][:4])
+        for p, mask in enumerate(POSITION_MASKS):
+            masked = [word & mask for word in a] if p else a
+            for t in range(g.row_tiles):
+                i = accumulator(t, p)
+                b = codes[2 * (n * g.row_tiles + t) :][:2]
+                out[i : i + 4] = isa.matrix_multiply_add(out[i : i + 4], masked, b)
     return out
 
 
 def gathered(isa: Instructions, words: list[Value]) -> list[Value]:
-    """Returns the fragment of A of a piece in one plane, with all digit positions."""
+    """Returns the fragment of A of one plane, with all digit positions."""
     first, second, third, fourth = words
     return [
         isa.permute_bytes(low, high, selector)
@@ -130,10 +128,7 @@ def multiply_by_warpgroup(
         a = gathered(isa, operands[4 * n :][:4])
         return a + [word & mask for mask in POSITION_MASKS[1:] for word in a]
 
-    sums = [
-        [v for t in range(g.row_tiles) for v in accumulators[accumulator(g, 0, t, p) :][:4]]
-        for p in positions
-    ]
+    sums = [[v for t in range(g.row_tiles) for v in accumulators[accumulator(t, p) :][:4]] for p in positions]
     a = fragments(0)
     for n, address in enumerate(codes):
         matrices = [a[4 * p :][:4] for p in positions]
@@ -141,6 +136,6 @@ def multiply_by_warpgroup(
     return [v for t in range(g.row_tiles) for p in positions for v in sums[p][4 * t : 4 * t + 4]]
 
 
-def accumulator(g: DenseRowsGeometry, piece: int, row_tile: int, position: int) -> int:
-    """Returns the index of the first of four accumulators of a piece, row tile and digit position."""
-    return 16 * (piece * g.row_tiles + row_tile) + 4 * position
+def accumulator(row_tile: int, position: int) -> int:
+    """Returns the index of the first of four accumulators of a row tile and digit position."""
+    return 16 * row_tile + 4 * position

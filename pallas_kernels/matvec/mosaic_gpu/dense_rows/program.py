@@ -154,13 +154,13 @@ def multiply_set(
     """
     next_scales: list[Value] = []
     if g.loads_scales_ahead:
-        scales, carry = carry[: 4 * g.pieces], carry[4 * g.pieces :]
+        scales, carry = carry[:4], carry[4:]
         next_scales = load_scales(isa, g, refs, context, item + 1)
     else:
         scales = load_scales(isa, g, refs, context, item)
     count = len(carry) - len(new_totals(isa, g))
     loaded, totals = carry[:count], carry[count:]
-    accumulators = [isa.constant(0)] * (16 * g.row_tiles * g.pieces)
+    accumulators = [isa.constant(0)] * (16 * g.row_tiles)
     for step in range(len(g.steps)):
         # The operands of this step are in registers, so its slot is free after the barrier.
         isa.wait_copies(g.slots - 2)
