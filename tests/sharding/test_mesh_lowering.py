@@ -94,9 +94,11 @@ def test_one_kernel_exchanges_and_norms():
     assert len(re.findall(r"stablehlo\.all_gather", text)) == 2
 
 
-def test_a_prefill_dequantizes_the_parts():
+def test_a_long_prefill_dequantizes_the_parts():
+    """An H200 dequantizes for prompts of more than 128 tokens (``matmul.tuning``)."""
+
     def prefill(model, tokens, cache, thresholds):
-        logits, cache = engine.prefill(model, jnp.tile(tokens[:, None], (1, 128)), jnp.full(1, 100), cache)
+        logits, cache = engine.prefill(model, jnp.tile(tokens[:, None], (1, 256)), jnp.full(1, 200), cache)
         return logits, cache, thresholds
 
     kernels = re.findall(r"00(\w+)_kernel_mosaic_gpu", lowered(prefill, "Qwen3-8B", 2, 1))
