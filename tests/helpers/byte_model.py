@@ -58,14 +58,17 @@ def dense_directory(tmp_path_factory) -> Path:
     return directory
 
 
-def write_graded(directory: Path, companions: list[Path]) -> Path:
-    """Writes the model of ``dense_directory`` as a GRINQH checkpoint."""
+def write_graded(directory: Path, companions: list[Path], layers: int | None = None) -> Path:
+    """Writes the model of ``dense_directory``, or its first layers, as a GRINQH checkpoint."""
     import jax.numpy as jnp
     from random_models import TARGETS, graded_model_tree, state_tree
 
     from grinqh_jax.checkpoint import QuantizationConfig, Writer
 
-    _, tree = state_tree(hf_config())
+    config = hf_config()
+    if layers is not None:
+        config |= {"num_hidden_layers": layers, "layer_types": config["layer_types"][:layers]}
+    _, tree = state_tree(config)
     tree = graded_model_tree(tree)
 
     def rounded(node):  # A checkpoint stores embedding and norms in bfloat16.
@@ -76,7 +79,7 @@ def write_graded(directory: Path, companions: list[Path]) -> Path:
 
     with Writer(directory, fingerprint="tiny") as writer:
         writer.save_part("all", rounded(tree))
-        writer.finalize(hf_config(), QuantizationConfig(max_bits=8, targets=TARGETS), companions)
+        writer.finalize(config, QuantizationConfig(max_bits=8, targets=TARGETS), companions)
     return directory
 
 
@@ -89,9 +92,9 @@ def graded_directory(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def chat_directory(tmp_path_factory) -> Path:
-    """The directory of a GRINQH checkpoint with a chat template."""
+    """The directory of a GRINQH checkpoint with a chat template, of one layer, which compiles fast."""
     parent = tmp_path_factory.mktemp("chat")
-    return write_graded(parent / "tiny", write_companions(parent, chat=True))
+    return write_graded(parent / "tiny", write_companions(parent, chat=True), layers=1)
 
 
 @pytest.fixture(scope="session")

@@ -12,10 +12,12 @@ from grinqh_jax.decoding.generator import Generator
 from grinqh_jax.decoding.request import Request
 from grinqh_jax.serving.engine import Engine
 
+# They compile an engine. By default the tests of the server check its core.
+pytestmark = pytest.mark.slow
 
-@pytest.mark.parametrize("count", [60, pytest.param(200, marks=pytest.mark.slow)])
-def test_random_requests_compile_nothing_and_equal_the_generator(engine, generator, compilations, count):
-    rng = random.Random(1)
+
+def test_random_requests_compile_nothing_and_equal_the_generator(engine, generator, compilations):
+    rng, count = random.Random(1), 200
     cases = [random_case(rng) for _ in range(count)]
     answers = [engine.submit(*case, top_logprobs=2 if i % 7 == 0 else None) for i, case in enumerate(cases)]
     for answer in answers:
@@ -32,7 +34,6 @@ def test_random_requests_compile_nothing_and_equal_the_generator(engine, generat
         assert_equals_the_generator(answers[i], generator, *cases[i])
 
 
-@pytest.mark.slow
 def test_many_slots_read_one_level_of_at_least_the_bits_that_each_asks_for(generator, compilations):
     sizes = SIZES | {"slots": 18}
     rng = random.Random(3)
@@ -66,7 +67,6 @@ def test_up_to_16_slots_are_graded(engine):
     assert not any("one level" in line for line in figures.lines())
 
 
-@pytest.mark.slow
 def test_penalties_and_biases_are_those_of_the_generator(engine, generator):
     rng = random.Random(1)
     cases = [random_case(rng) for _ in range(60)]
@@ -116,7 +116,6 @@ def test_eviction_changes_no_answer(engine):
     assert allocator.in_use == 0
 
 
-@pytest.mark.slow
 def test_chunks_ahead_change_no_answer(generator, engine):
     rng = random.Random(7)
     cases = [random_case(rng) for _ in range(24)]
@@ -127,7 +126,6 @@ def test_chunks_ahead_change_no_answer(generator, engine):
     assert [a.tokens for a in answers] == [a.tokens for a in engine.generate_many(prompts, requests)]
 
 
-@pytest.mark.slow
 def test_the_bundled_model_answers_as_the_generator_does():
     generator = Generator.load(BUNDLED_MODEL)
     prompts = [

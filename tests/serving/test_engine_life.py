@@ -27,6 +27,9 @@ from grinqh_jax.serving.engine import Engine
 from grinqh_jax.serving.errors import EngineError
 from grinqh_jax.serving.shared_pages import SharedPages
 
+# They compile an engine. By default the tests of the server check its core.
+pytestmark = pytest.mark.slow
+
 
 def test_a_request_that_can_never_fit_is_refused_with_the_numbers(generator, engine):
     with pytest.raises(UsageError, match="the prompt has 128 tokens and the context holds 128"):
@@ -64,7 +67,6 @@ def test_pages_fit_into_free_memory(generator, monkeypatch):
         Engine(generator, **SIZES)
 
 
-@pytest.mark.slow
 def test_all_programs_of_an_engine_are_lowered_in_advance(generator, compilations):
     """They are compiled several at once, and running them afterwards compiles nothing."""
     settings = generator.settings(Request(temperature=1.0, presence_penalty=1.0), 1)
@@ -98,7 +100,6 @@ def test_a_failure_of_one_answer_leaves_the_others(engine, monkeypatch, method):
     assert engine.stats().pages_in_use == 0
 
 
-@pytest.mark.slow
 def test_memory_is_flat_in_later_rounds(engine):
     def round_of_requests(seed: int) -> int:
         rng = random.Random(seed)

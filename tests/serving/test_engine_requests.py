@@ -13,6 +13,9 @@ from grinqh_jax.errors import UsageError
 from grinqh_jax.evaluation.scoring import _next_tokens
 from grinqh_jax.model.flat_model import FlatModel
 
+# They compile an engine. By default the tests of the server check its core.
+pytestmark = pytest.mark.slow
+
 
 def test_a_cancelled_answer_ends_and_frees_its_slot_and_pages(engine):
     long = Request(max_tokens=100, bits=3.0, temperature=1.0)

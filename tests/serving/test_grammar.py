@@ -12,6 +12,9 @@ from grinqh_jax.serving.engine import Engine
 from grinqh_jax.serving.errors import EngineError
 from grinqh_jax.serving.grammar import MOST_REFERENCES, Grammar
 
+# They compile an engine. By default the tests of the server check its core.
+pytestmark = pytest.mark.slow
+
 PERSON = {
     "type": "object",
     "properties": {
@@ -37,7 +40,6 @@ def assert_person(text: str) -> None:
     assert person["kind"] in ("cat", "dog")
 
 
-@pytest.mark.slow
 def test_answers_fit_the_schema_and_change_no_other_answer(engine, compilations):
     alone = [engine.generate_many([prompt], request)[0] for prompt, request in PLAIN]
     compilations.clear()
@@ -159,7 +161,6 @@ def test_an_engine_without_grammars_refuses_them(engine, monkeypatch):
         engine.grammar(PERSON)
 
 
-@pytest.mark.slow
 def test_with_chunks_ahead_the_answers_are_the_same(generator, engine):
     ahead = dataclasses.replace(SHORT, early_exit=False, chunks_ahead=1)
     texts = []
