@@ -65,12 +65,16 @@ def multiprocessors(device) -> int:
 
 
 def shared_memory(device) -> int:
-    """Returns the most bytes of shared memory that one CTA can have on the device.
-
-    A device that does not report its compute capability has the least of all, unless it is an H100 or H200.
-    """
+    """Returns the most bytes of shared memory that one CTA can have on the device."""
     capability = getattr(device, "compute_capability", None)
     if capability is None:
-        capability = "9.0" if device.device_kind.startswith(("NVIDIA H100", "NVIDIA H200")) else "8.9"
-    kibibytes = {"8.0": 163, "8.7": 163, "9.0": 227, "10.0": 227, "10.3": 227}
-    return 1024 * kibibytes.get(capability, 99)
+        return least_shared_memory(device.device_kind)
+    return 1024 * {"8.0": 163, "8.7": 163, "9.0": 227, "10.0": 227, "10.3": 227}.get(capability, 99)
+
+
+def least_shared_memory(device_kind: str) -> int:
+    """Returns bytes of shared memory that one CTA can have on a device of this kind.
+
+    They are the most for an H100 and an H200. Of other kinds nothing is known, and every GPU has 99 KiB.
+    """
+    return 1024 * (227 if device_kind.startswith(("NVIDIA H100", "NVIDIA H200")) else 99)

@@ -22,7 +22,7 @@ from grinqh_jax.decoding.slots.prefix import Prefix
 from grinqh_jax.decoding.slots.settings import Settings
 from grinqh_jax.decoding.slots.shape import Shape
 from grinqh_jax.decoding.slots.state import DecodeState
-from grinqh_jax.decoding.slots.step_shapes import StepShape, row_counts, step_shapes
+from grinqh_jax.decoding.slots.step_shapes import StepShape, row_counts, rows_are_independent, step_shapes
 from grinqh_jax.decoding.speculation import block_dial
 from grinqh_jax.decoding.speculation.speculation import Speculation, check_speculation
 from grinqh_jax.model.decoder import Decoder
@@ -93,7 +93,7 @@ class Device:
         graded_rows = shape.contiguous or not self.graded
         self.levels = [None] if graded_rows else reading.possible_levels(shape.slots, self._num_planes)
         # A dense product may round differently for another number of rows, so an answer would depend on load.
-        counts = row_counts(shape.slots, fixed=shape.contiguous or not self.graded)
+        counts = row_counts(shape.slots, fixed=graded_rows or not rows_are_independent(model.config))
         most_drafts = 0 if speculation is None else speculation.most_drafts
         self.step_shapes: list[StepShape] = step_shapes(counts, most_drafts, shape.contiguous)
         self._placement = Placement.of_model(model, abstract)

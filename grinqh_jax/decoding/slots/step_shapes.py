@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from grinqh_jax.decoding.reading import MAX_GRADED_ROWS
+from grinqh_jax.model.config import ModelConfig
+from pallas_kernels.lanes import device
 
 LONG_STEP_TEXTS = 8
 """Number of texts from which on a step takes at least twice as long as with one (Qwen3-8B on an H200: 3.5 and
@@ -29,6 +31,18 @@ class StepShape(NamedTuple):
     def steps(self, chunk_steps: int) -> int:
         """Returns the number of such steps in a chunk: half of ``chunk_steps`` if each takes longer."""
         return -(-chunk_steps // 2) if self.drafts or self.texts >= LONG_STEP_TEXTS else chunk_steps
+
+
+def rows_are_independent(config: ModelConfig) -> bool:
+    """Returns whether a row of a graded step has the same bits among any number of rows.
+
+    XLA computes gated delta nets, routers with a shared expert and, on a CPU, all mixtures of experts, in an
+    order that may depend on the number of rows.
+    """
+    if any(layer.delta_net for layer in config.layers):
+        return False
+    on_cpu = device.target_device().platform == "cpu"
+    return not any(layer.experts and (on_cpu or layer.experts.shared) for layer in config.layers)
 
 
 def row_counts(slots: int, *, fixed: bool) -> list[int]:

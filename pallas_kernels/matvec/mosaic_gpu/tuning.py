@@ -6,6 +6,7 @@ import importlib.resources
 import json
 import math
 
+from pallas_kernels.lanes import device
 from pallas_kernels.matvec.mosaic_gpu.byte_pairs.geometry import BytePairGeometry
 from pallas_kernels.matvec.mosaic_gpu.config import BytePairs, Config, DenseRows
 from pallas_kernels.matvec.mosaic_gpu.dense_rows.geometry import DenseRowsGeometry
@@ -67,7 +68,7 @@ def best_config(geometry: Geometry, *, device_kind: str, multiprocessors: int) -
         alone = best_config(
             dataclasses.replace(geometry, rows=1), device_kind=device_kind, multiprocessors=multiprocessors
         )
-        limit = SHARED_BYTES_PER_SM if device_kind in _measured() else SHARED_BYTES_LIMIT
+        limit = device.least_shared_memory(device_kind)
         config = None
         if geometry.rows <= MAX_ROWS_OF_BYTE_PAIRS:
             config = with_byte_pairs(geometry, alone, multiprocessors, limit)
@@ -106,9 +107,10 @@ def with_byte_pairs(geometry: Geometry, alone: Config, multiprocessors: int, lim
 def with_dense_rows(
     geometry: Geometry, alone: Config, multiprocessors: int, limit: int, dense: DenseRows = DENSE_ROWS
 ) -> Config:
-    """Returns the configuration of the program without lists.
+    """Returns the configuration of the program without lists, or ``alone`` if its codes do not fit.
 
     A CTA takes the fewest tiles with which all CTAs run at once, one on a multiprocessor; four if none do.
+    With ``alone`` each row reads the weights.
 
     Args:
       geometry: Sizes of the launch; ``config`` is ignored.
@@ -127,7 +129,8 @@ def with_dense_rows(
     tiles = next((n for n in (1, 2, 3) if launch(n, slots).matvec_blocks <= multiprocessors), 4)
     while slots > 2 and launch(tiles, slots).shared_bytes > limit:
         slots //= 2
-    return launch(tiles, slots).config
+    chosen = launch(tiles, slots)
+    return chosen.config if chosen.shared_bytes <= limit else alone
 
 
 def rule(geometry: Geometry, multiprocessors: int) -> Config:

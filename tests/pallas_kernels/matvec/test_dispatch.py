@@ -253,6 +253,20 @@ def test_several_rows_have_the_order_of_sums_of_one_row(shape, device_kind):
         assert launch.shared_bytes <= most
 
 
+def test_a_tuned_gpu_with_little_shared_memory_gets_launches_that_fit(monkeypatch):
+    """This order of sums leaves no room for the codes of more than 8 rows, so each row reads the weights."""
+    kind, alone = "NVIDIA GeForce RTX 4090", Config(warpgroups=2, warps_per_group=1, ring_slots=4)
+    monkeypatch.setattr(tuning, "_measured", lambda: {kind: {(12288, 4096): alone}})
+    for rows in range(2, 17):
+        config = tuning.best_config(sizes(12288, 4096, rows=rows), device_kind=kind, multiprocessors=128)
+        assert (config == alone) == (rows > 8)
+        program = geometry.Geometry
+        if rows <= 8:
+            program = BytePairGeometry if config.byte_pairs else DenseRowsGeometry
+        launch = program(**{**vars(sizes(12288, 4096, rows=rows)), "config": config})
+        assert launch.shared_bytes <= geometry.SHARED_BYTES_LIMIT
+
+
 @pytest.mark.parametrize("warpgroups", [1, 2])
 @pytest.mark.parametrize("warps_per_group", [1, 2, 4])
 def test_pairs_of_bytes_fit_the_limit(warpgroups, warps_per_group):
