@@ -53,6 +53,7 @@ def row_counts(slots: int, *, fixed: bool) -> list[int]:
       fixed: Whether every step decodes all slots.
     """
     # More slots read weights at one level (``reading``), and up to 16 rows the weights are most of the time.
+    # Products of 16, 32 and 64 rows at one level may add in another order.
     least = 1 if slots <= MAX_GRADED_ROWS else MAX_GRADED_ROWS
     powers = (least << i for i in range(slots.bit_length()))
     return [slots, *(() if fixed else (count for count in powers if count < slots))]
