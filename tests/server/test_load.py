@@ -75,6 +75,7 @@ def round_of_requests(server, cases: list[dict], count: int) -> tuple[list[tuple
     return [(number, text) for number, text in results if text is not None], gaps
 
 
+@pytest.mark.timeout(900)
 def test_answers_do_not_depend_on_load_and_memory_is_flat(record_property):
     rng = random.Random(0)
     cases = [case(rng) for _ in range(CASES)]

@@ -50,6 +50,7 @@ def assert_same_alone_and_in_company(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.usefixtures("optimized_programs")
 def test_an_answer_of_the_bundled_model_is_the_same_alone_and_in_company(monkeypatch):
     assert_same_alone_and_in_company(monkeypatch)
