@@ -96,7 +96,6 @@ LONGEST_FILES = (
     "decoding/test_engine.py",
     "convert/test_converted_models.py",
     "decoding/test_prompt_cache.py",
-    "serving/test_followers.py",
     "package/test_docs.py",
     "serving/test_fixed_states.py",
     "model/test_families.py",

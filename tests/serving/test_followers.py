@@ -14,6 +14,9 @@ from grinqh_jax.serving.engine import Engine
 from grinqh_jax.serving.engine_device import engine_device
 from grinqh_jax.serving.processes import Follower, Leader
 
+# They compile an engine, as the slow tests of the engine do, which share its programs.
+pytestmark = pytest.mark.slow
+
 OPTIONS = {
     "cache_memory": None,
     "prompt_logprobs": True,
