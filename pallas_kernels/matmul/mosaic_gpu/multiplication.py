@@ -1,5 +1,6 @@
 """Turns planes into operands of the matrix unit, and its sums of a group into partial sums of y."""
 
+from pallas_kernels.lanes.fragments import gather_bytes
 from pallas_kernels.lanes.instructions import Instructions
 from pallas_kernels.lanes.registers import Value
 from pallas_kernels.matmul.mosaic_gpu.geometry import MATRIX_CHANNELS, Geometry
@@ -7,9 +8,6 @@ from pallas_kernels.matmul.mosaic_gpu.lane_context import (
     LaneContext,
     activation_row,
 )
-
-EVEN_BYTES, ODD_BYTES = 0x6420, 0x7531
-"""Selectors that gather the bytes of equal parity of two words."""
 
 HIGH_PAIRS, HIGH_HALVES = 0xCCCCCCCC, 0xF0F0F0F0
 """Masks of the higher half of every 4 bits, and of every byte."""
@@ -78,19 +76,8 @@ def load_operands(isa: Instructions, g: Geometry, planes: Value, m: int) -> list
 
 
 def operands(isa: Instructions, words: list[list[Value]]) -> list[list[Value]]:
-    """Returns the operands A of the four digit positions from the words of all planes.
-
-    Row ``r`` of A is byte ``2 r`` of the piece, row ``r + 8`` byte ``2 r + 1``. A word of a plane holds both
-    bytes of two channels, so two words give four channels of either byte.
-    """
-    planes = [
-        [
-            isa.permute_bytes(low, high, selector)
-            for low, high in ((first, second), (third, fourth))
-            for selector in (EVEN_BYTES, ODD_BYTES)
-        ]
-        for first, second, third, fourth in words
-    ]
+    """Returns the operands A of the four digit positions from the words of all planes."""
+    planes = [gather_bytes(isa, four) for four in words]
     registers = [position_codes(isa, [plane[i] for plane in planes]) for i in range(4)]
     return [[codes[position] for codes in registers] for position in range(4)]
 

@@ -3,14 +3,12 @@
 import dataclasses
 import functools
 
+from pallas_kernels.lanes.fragments import gather_bytes
 from pallas_kernels.lanes.instructions import Instructions
 from pallas_kernels.lanes.registers import Value
 from pallas_kernels.matvec.mosaic_gpu.dense_rows.geometry import BLOCK_BYTES, DenseRowsGeometry
 from pallas_kernels.matvec.mosaic_gpu.dense_rows.lane_context import LaneContext, in_ring, slot_offset
 from pallas_kernels.matvec.mosaic_gpu.streaming import POSITION_MASKS
-
-EVEN_BYTES, ODD_BYTES = 0x6420, 0x7531
-"""Selectors that gather the bytes of equal parity of two words."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +86,7 @@ def multiply(
         return multiply_by_warpgroup(isa, g, accumulators, operands, codes)
     out = list(accumulators)
     for n in range(planes):
-        a = gathered(isa, operands[4 * n :][:4])
+        a = gather_bytes(isa, operands[4 * n :][:4])
         for p, mask in enumerate(POSITION_MASKS):
             masked = [word & mask for word in a] if p else a
             for t in range(g.row_tiles):
@@ -96,16 +94,6 @@ def multiply(
                 b = codes[2 * (n * g.row_tiles + t) :][:2]
                 out[i : i + 4] = isa.matrix_multiply_add(out[i : i + 4], masked, b)
     return out
-
-
-def gathered(isa: Instructions, words: list[Value]) -> list[Value]:
-    """Returns the fragment of A of one plane, with all digit positions."""
-    first, second, third, fourth = words
-    return [
-        isa.permute_bytes(low, high, selector)
-        for low, high in ((first, second), (third, fourth))
-        for selector in (EVEN_BYTES, ODD_BYTES)
-    ]
 
 
 def multiply_by_warpgroup(
@@ -125,7 +113,7 @@ def multiply_by_warpgroup(
         """Returns the fragments of A of a plane, ``[position][4]``; nothing after the last plane."""
         if n == len(codes):
             return []
-        a = gathered(isa, operands[4 * n :][:4])
+        a = gather_bytes(isa, operands[4 * n :][:4])
         return a + [word & mask for mask in POSITION_MASKS[1:] for word in a]
 
     sums = [[v for t in range(g.row_tiles) for v in accumulators[accumulator(t, p) :][:4]] for p in positions]
