@@ -36,7 +36,7 @@ from grinqh_jax.evaluation.perplexity import measure
 from grinqh_jax.hf import load_decoder, open_checkpoint
 from grinqh_jax.text.tokenizer import Tokenizer
 
-BITS = (1.5, 2.0, 2.5, 3.0, 4.0, "full")
+BITS = ("1.5", "2", "2.5", "3", "4", "full")
 
 
 def read_data(path: pathlib.Path, tokenizer: Tokenizer, tokens: int) -> np.ndarray:
@@ -56,6 +56,9 @@ def converted(source, words: list[str], work: pathlib.Path) -> tuple[pathlib.Pat
     args = command.parser().parse_args(["--model", "-", "--out", str(work), *flags])
     start = time.monotonic()
     with contextlib.ExitStack() as stack:
+        if constants:  # Compiled programs contain the values that the constants had.
+            jax.clear_caches()
+            stack.callback(jax.clear_caches)
         for name, _, value in constants:
             module, _, constant = name.partition(".")
             module = importlib.import_module(f"checkpoints_tools.convert.{module}")
@@ -108,11 +111,13 @@ def main() -> int:
     add("--data", nargs="+", type=pathlib.Path, required=True, metavar="FILE", help="texts to measure")
     add("--variants", nargs="*", default=["default:"], metavar="'LABEL: FLAGS'", help="default: the default")
     add("--fixed", nargs="*", default=[], metavar="METHOD:BITS", help="rtn, gptq or awq, and bits")
+    add("--bits", nargs="+", default=BITS, metavar="B", help="settings (default: 1.5 2 2.5 3 4 full)")
     add("--tokens", type=int, default=4096, metavar="N", help="tokens of each text (default: 4096)")
     add("--sequence-length", type=int, default=512, metavar="L", help="tokens per window (default: 512)")
     add("--work", type=pathlib.Path, required=True, metavar="DIR", help="directory for the checkpoints")
     add("--output", type=pathlib.Path, required=True, metavar="FILE", help="JSON file to write")
     args = parser.parse_args()
+    settings = [bits if bits == "full" else float(bits) for bits in args.bits]
 
     jax.config.update("jax_default_matmul_precision", "highest")
     compilation.prepare()
@@ -143,7 +148,7 @@ def main() -> int:
         loaded = checkpoint.load(out, jnp.float32)
         row |= {"flags": flags.strip(), "bytes_on_device": device_bytes(loaded.model)}
         row["texts"] = measured(
-            loaded.model, loaded.quantization.targets, data, BITS, reference, args.sequence_length
+            loaded.model, loaded.quantization.targets, data, settings, reference, args.sequence_length
         )
         keep(label, row)
     windows = read_calibration(source, [], DEFAULT_TOKENS).windows if args.fixed else None

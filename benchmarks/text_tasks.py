@@ -5,7 +5,8 @@
 *Cloze*: predict the last word of a passage, which occurs earlier in the passage, as in LAMBADA (arXiv
 1606.06031). *Choice*: find the continuation of a passage among it and three passages from elsewhere in the
 text, by log-likelihood per character. Scores come from ``grinqh_jax.evaluation.scoring``, as those of
-``lm-eval`` do. Differences to the reference are paired: both models read the same passages.
+``lm-eval`` do. Differences to the reference are paired: both models read the same passages. FILE is written
+after each setting.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import pathlib
 import re
 import shlex
 import sys
+from typing import Any
 
 import jax
 import numpy as np
@@ -112,7 +114,20 @@ def main() -> int:
     original = load_decoder(source, first.model.compute_dtype)
     reference = Generator(original, first.tokenizer, first.defaults, None, first.directory)
     expected = {name: solved(reference, cases, "full")[0] for name, cases in tasks.items()}
-    rows = [{"model": "original", "bits": 16} | _accuracies(expected, expected)]
+    report: dict[str, Any] = {
+        "command": shlex.join(["python", *sys.argv]),
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "cases": {name: len(cases) for name, cases in tasks.items()},
+        "rows": [],
+    }
+
+    def keep(row: dict[str, Any]) -> None:
+        report["rows"].append(row)
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
+        print(row, flush=True)
+
+    keep({"model": "original", "bits": 16} | _accuracies(expected, expected))
     loaded: dict[pathlib.Path, Generator] = {}
     for label, path, bits in runs:
         model = loaded.setdefault(path, Generator.load(path))
@@ -121,18 +136,9 @@ def main() -> int:
             for name, cases in tasks.items()
         }
         right = {name: result[0] for name, result in results.items()}
-        rows.append({"model": label, "bits": bits} | _accuracies(right, expected))
         read = [bits for _, all_bits in results.values() for bits in all_bits]
-        rows[-1]["bits_read"] = round(float(np.mean(read)), 3) if read else None
-        print(rows[-1], flush=True)
-    report = {
-        "command": shlex.join(["python", *sys.argv]),
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "cases": {name: len(cases) for name, cases in tasks.items()},
-        "rows": rows,
-    }
-    args.output.write_text(json.dumps(report, indent=1) + "\n")
+        facts = {"model": label, "bits": bits, "bits_read": round(float(np.mean(read)), 3) if read else None}
+        keep(facts | _accuracies(right, expected))
     return 0
 
 
