@@ -6,7 +6,9 @@ import http.server
 import json
 import re
 import threading
+import time
 from contextlib import contextmanager
+from pathlib import Path
 
 TOKEN = "hf_token_of_the_test"
 
@@ -18,12 +20,17 @@ class Hub:
       repos: Files of each repository, by path.
       blobs: Uploaded large files, by SHA-256.
       refuse_commits: Whether commits fail, as without the right to write.
+      xet: Directory that ``hf_xet`` stores large files in, in place of the Xet server; None to upload large
+        files as LFS blobs.
+      pointers: SHA-256 and size of each large file of a commit that Xet stores, by path.
     """
 
-    def __init__(self):
+    def __init__(self, xet: Path | None = None):
         self.repos: dict[str, dict[str, bytes]] = {}
         self.blobs: dict[str, bytes] = {}
         self.refuse_commits = False
+        self.xet = xet
+        self.pointers: dict[str, tuple[str, int]] = {}
         self.address = ""
 
     def preupload(self, files):
@@ -51,6 +58,8 @@ class Hub:
             if line["key"] == "file":
                 assert value["encoding"] == "base64"
                 self.repos[repo][value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile" and self.xet:
+                self.pointers[value["path"]] = value["oid"], value["size"]
             elif line["key"] == "lfsFile":
                 data = self.blobs[value["oid"]]
                 assert len(data) == value["size"]
@@ -88,6 +97,9 @@ def _handler(hub: Hub):
                 return self.answer({"error": "Invalid username or password."}, 401)
             if self.path == "/api/whoami-v2":
                 return self.answer({"name": "tester", "type": "user", "orgs": []})
+            if hub.xet and re.fullmatch(r"/api/models/.+/xet-write-token/main", self.path):
+                expires = int(time.time()) + 3600
+                return self.answer({"casUrl": f"local://{hub.xet}", "accessToken": "t", "exp": expires})
             if match := re.match(r"/api/models/([^/]+/[^/]+)", self.path):
                 repo = match[1]
                 if repo in hub.repos:

@@ -1,5 +1,8 @@
 """Upload of a checkpoint to a stand-in of the hub."""
 
+import hashlib
+
+import hf_xet
 import hub_stand_in
 import huggingface_hub.constants
 import pytest
@@ -39,6 +42,29 @@ def test_every_file_of_a_checkpoint_arrives(stand_in, checkpoint, capsys):
     assert {"README.md", "manifest.json", "config.json"} <= files.keys()
     assert stand_in.blobs, "no large file was uploaded"
     assert command.main(flags) == 0  # again, into the same repository
+
+
+def test_large_files_arrive_through_xet(checkpoint, tmp_path, monkeypatch):
+    store = tmp_path / "xet"
+    monkeypatch.setenv("HF_TOKEN", hub_stand_in.TOKEN)
+    monkeypatch.setenv("HF_XET_CACHE", str(tmp_path / "cache"))
+    with hub_stand_in.serving(hub_stand_in.Hub(store)) as served:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", served.address)
+        flags = ["--model", str(checkpoint), "--push-to-hub", "tester/tiny-grinqh"]
+        assert command.main(flags) == 0
+    large = [path for path in (checkpoint / "state").rglob("*") if path.is_file()]
+    contents = {path.relative_to(checkpoint).as_posix(): path.read_bytes() for path in large}
+    pointers = {name: (hashlib.sha256(data).hexdigest(), len(data)) for name, data in contents.items()}
+    assert served.pointers == pointers
+    assert "config.json" in served.repos["tester/tiny-grinqh"]
+    # The Xet client reads them back from its store.
+    uploaded = [one for one in hf_xet.hash_files([str(path) for path in large]) if one.file_size]
+    assert len(uploaded) == len([data for data in contents.values() if data]) > 0
+    with hf_xet.XetSession().new_file_download_group(endpoint=f"local://{store}") as group:
+        for i, one in enumerate(uploaded):
+            group.start_download_file(hf_xet.XetFileInfo(one.hash, one.file_size), str(tmp_path / f"{i}"))
+    read = sorted((tmp_path / f"{i}").read_bytes() for i in range(len(uploaded)))
+    assert read == sorted(data for data in contents.values() if data)
 
 
 @pytest.mark.parametrize("repo", ["no-owner", "two/slashes/here", "bad owner/name", "a/--b"])
