@@ -57,9 +57,9 @@ class RefitStates:
     ):
         self._tables, self._targets, self._layers = tables, targets, layers
         self._bits = min(BITS, SHARE_OF_BITS * targets[-1])
-        stream = [jnp.asarray(window) for window in hidden]
+        stream = [_on_device(window) for window in hidden]
         self._exact, self._graded = _ModelStates(stream), _ModelStates(list(stream))
-        self._other = _ModelStates([jnp.asarray(window) for window in other])
+        self._other = _ModelStates([_on_device(window) for window in other])
         self._moments_of: tuple[str, Moments | None] = "", None
 
     @property
@@ -75,7 +75,7 @@ class RefitStates:
     def streams(self, streams: Mapping[str, Shaped[np.ndarray, "t d"]]) -> None:
         for name, states in self._by_name.items():
             for s, x in enumerate(states.stream):  # A .npz file stores bfloat16 as untyped bytes.
-                states.stream[s] = jnp.asarray(streams[f"{name} {s}"].view(x.dtype))
+                states.stream[s] = _on_device(streams[f"{name} {s}"].view(x.dtype))
 
     @property
     def _by_name(self) -> dict[str, "_ModelStates"]:
@@ -174,6 +174,12 @@ class RefitStates:
 
     def _thresholds(self, name: str) -> Float[Array, "p"]:
         return interpolate(jnp.asarray(self._tables[name]), self._targets, self._bits)
+
+
+def _on_device(window: Float[np.ndarray, "t d"]) -> Float[Array, "t d"]:
+    # Committed to the device, as are codes of experts that are read from a checkpoint, and what follows from
+    # them. Otherwise the second layer would compile all programs once more.
+    return jax.device_put(window, jax.local_devices()[0])
 
 
 class Reading(NamedTuple):

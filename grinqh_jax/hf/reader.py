@@ -101,15 +101,16 @@ class HFCheckpoint:
     def _read_experts(self, key: str, experts: range) -> np.ndarray:
         """Reads the kernels ``[experts, in, out]`` or biases of some experts, one after another."""
         sources, parts = params.sources(self.config)[key], params.tensors_of_expert(self.config, key)
-        kernels = None
+        stack = None
         for i, expert in enumerate(experts):
             tensors = [self.read_tensor(s.name) for s in sources[expert * parts : (expert + 1) * parts]]
-            kernel = params.from_tensors(self.config, key, tensors)[0]
-            if kernels is None:
-                kernels = np.empty((len(experts), *kernel.shape), kernel.dtype)
-            kernels[i] = kernel
-        assert kernels is not None, "at least one expert is read"
-        return kernels
+            # Kernels stay transposed in memory: numpy transposes ten times as slowly as ``jnp.asarray``.
+            stored = params.from_tensors(self.config, key, tensors)[0].T
+            if stack is None:
+                stack = np.empty((len(experts), *stored.shape), stored.dtype)
+            stack[i] = stored
+        assert stack is not None, "at least one expert is read"
+        return stack.swapaxes(-1, -2) if params.is_kernel(key) else stack
 
     def read_tensor(self, name: str, rows: Rows = slice(None)) -> np.ndarray:
         """Reads a tensor by its canonical name. Raises CheckpointError as ``read`` does."""
