@@ -3,15 +3,17 @@
     python benchmarks/conversion.py --shape Qwen3-8B --work /tmp/qwen3-8b --output FILE
     python benchmarks/conversion.py --shape Qwen3-8B --layers 4 --work /tmp/four --output FILE   a quick look
     python benchmarks/conversion.py --shape Llama-135M --work /tmp/llama-135m --output FILE      a small model
+    python benchmarks/conversion.py --shape Qwen3-30B-A3B --layers 4 --seconds 230 --work /tmp/w --output FILE
 
 Writes a Hugging Face checkpoint of that shape, with random weights and the bundled model's tokenizer, to
 ``WORK/model`` unless it is there. Then runs the real command, ``python -m checkpoints_tools.convert``, in
 this process, with a progress bar that records every step: seconds by the clock, CPU seconds of all threads
-(user and system), and the programs that XLA compiled with the seconds that this took. CPU seconds are
-comparable on a machine that others use as well.
+(user and system), the programs that XLA compiled with the seconds that this took, and the peak of memory so
+far. CPU seconds are comparable on a machine that others use as well. From the layers that ran, it estimates
+the time of all layers of the shape.
 
-An interrupted run resumes when started again with the same arguments: it reuses the weights, the converter
-resumes, and the report, which is written after every step, gets an entry for each run.
+The report is written after every step. An interrupted run resumes when started again with the same arguments:
+it reuses the weights, the converter resumes, and the report gets an entry for each run.
 
 Random weights need the time and memory of trained ones, with one exception: the tokens of the bundled model's
 tokenizer lie in few ranges of a large vocabulary, and only those ranges of the embedding are read.
@@ -37,7 +39,7 @@ import jax
 import random_checkpoint
 
 from checkpoints_tools.convert import command as convert
-from checkpoints_tools.convert import compilation
+from checkpoints_tools.convert import compilation, train_gains
 from checkpoints_tools.convert.sizes import directory_bytes
 from grinqh_jax.benchmarking import random_model
 from grinqh_jax.cli.progress import Progress
@@ -171,8 +173,14 @@ def stages(steps: dict[str, Cost]) -> dict[str, dict[str, float]]:
     return rows
 
 
-def timed_conversion(command: list[str], out: pathlib.Path, report: dict, output: pathlib.Path) -> int:
-    """Runs the converter, adds a run to the report, and returns the exit code."""
+class OutOfTime(Exception):
+    """Ends a conversion that has reached its limit."""
+
+
+def timed_conversion(
+    command: list[str], out: pathlib.Path, report: dict, output: pathlib.Path, seconds: float
+) -> int:
+    """Runs the converter for at most ``seconds``, adds a run to the report, and returns the exit code."""
 
     def save() -> None:
         writing = output.with_name(output.name + ".writing")
@@ -196,33 +204,61 @@ def timed_conversion(command: list[str], out: pathlib.Path, report: dict, output
         run["compile_seconds_of"] = {
             name: round(spent, 2) for name, spent in _compiled.seconds_of.most_common(SLOWEST)
         }
-        print(f"[{time.monotonic() - start.seconds:5.0f}s] {step}: {cost.seconds:.2f} s", flush=True)
+        recorded[step] |= {name: run[name] for name in ("peak_host_bytes", "peak_device_bytes")}
+        run.update(Cost.so_far().since(start).rounded())
+        if not written:
+            run.update(of_all_layers(run["stages"], steps, report["layers"], report["layers_of_shape"]))
+        print(f"[{run['seconds']:5.0f}s] {step}: {cost.seconds:.2f} s", flush=True)
         save()
+        if run["seconds"] > seconds and step != "finalize":
+            raise OutOfTime
 
     convert.Progress = functools.partial(TimedProgress, record)
     start = Cost.so_far()
-    if code := convert.main(command):
-        return code
-    run |= Cost.so_far().since(start).rounded()
-    run["bytes_on_disk"] = directory_bytes(out)
-    each = sum(row.get("each_layer", 0) for row in run["stages"].values())
-    if each and not written:
-        # Attributes all of a training step to the layers, which overestimates rather than underestimates.
-        training = sum(step.startswith("gains") for step in steps)
-        each += training * run["stages"].get("gains", {}).get("each_step", 0) / report["layers"]
-        missing = report["layers_of_shape"] - report["layers"]
-        run |= {"each_layer": round(each, 3), "of_all_layers": round(run["seconds"] + missing * each, 1)}
+    try:
+        if code := convert.main(command):
+            return code
+        run["bytes_on_disk"] = directory_bytes(out)
+    except OutOfTime:
+        print(f"stopped after {seconds:.0f} s: the stages below are not all")
     save()
     print_table(run)
     return 0
 
 
+def of_all_layers(
+    rows: dict[str, dict[str, float]], steps: dict[str, Cost], layers: int, layers_of_shape: int
+) -> dict[str, float]:
+    """Returns the seconds of a layer in all stages so far, and of these stages with all layers of the shape.
+
+    A training step counts as that of layers alone, which overestimates rather than underestimates. The first
+    one also reads the layers.
+    """
+    each = sum(row.get("each_layer", 0) for row in rows.values())
+    seconds = sum(cost.seconds for cost in steps.values())
+    if step := rows.get("gains", {}).get("each_step"):
+        first = steps["gains 0"]
+        done = sum(name.startswith("gains") for name in steps)
+        each += (train_gains.STEPS * step + max(first.seconds - first.compile_seconds - step, 0)) / layers
+        seconds += (train_gains.STEPS - done) * step
+    if not each:
+        return {}
+    return {
+        "each_layer": round(each, 3),
+        "of_all_layers": round(seconds + (layers_of_shape - layers) * each, 1),
+    }
+
+
 def print_table(run: dict) -> None:
-    """Prints the costs of the stages and of the whole run."""
+    """Prints the costs of the stages and of the whole run, and seconds of a layer or a training step."""
     names = Cost._fields
-    print(f"{'stage':22}" + "".join(f"{name:>17}" for name in names))
+    print(f"{'stage':22}" + "".join(f"{name:>17}" for name in (*names, "each")))
     for stage, row in {**run["stages"], "all": run}.items():
-        print(f"{stage:22}" + "".join(f"{row[name]:17,.1f}" for name in names))
+        each = row.get("each_layer", row.get("each_step"))
+        cells = [f"{row[name]:17,.1f}" for name in names] + ([] if each is None else [f"{each:17,.2f}"])
+        print(f"{stage:22}" + "".join(cells))
+    if "of_all_layers" in run:
+        print(f"these stages with all layers of the shape: {run['of_all_layers']:,.0f} s")
     print(f"peak memory of the host {run['peak_host_bytes'] / 2**20:,.0f} MiB", end="")
     print(f", device {run['peak_device_bytes'] / 2**20:,.0f} MiB" if run["peak_device_bytes"] else "")
 
@@ -234,7 +270,9 @@ def main() -> int:
     add("--shape", default="Qwen3-8B", choices=shapes, help="published shape (default: Qwen3-8B)")
     add("--config", type=pathlib.Path, metavar="FILE", help="config.json of another shape")
     add("--layers", type=int, metavar="N", help="keep the first N layers (default: all)")
+    add("--vocabulary", type=int, metavar="N", help="shorten the vocabulary to N tokens (default: all)")
     add("--tokens", type=int, default=32768, metavar="N", help="calibration tokens (default: 32768)")
+    add("--seconds", type=float, default=float("inf"), metavar="S", help="stop after S seconds of conversion")
     add(
         "--warm",
         action="store_true",
@@ -247,6 +285,7 @@ def main() -> int:
     config = json.loads(args.config.read_text()) if args.config else shapes[args.shape]
     layers_of_shape = config["num_hidden_layers"]
     config["num_hidden_layers"] = args.layers or layers_of_shape
+    config["vocab_size"] = args.vocabulary or config["vocab_size"]
 
     compilation.prepare()  # before random weights are made: XLA reads its flags once
     jax.config.update("jax_enable_compilation_cache", args.warm)
@@ -269,6 +308,7 @@ def main() -> int:
         "shape": str(args.config or args.shape),
         "layers": config["num_hidden_layers"],
         "layers_of_shape": layers_of_shape,
+        "vocabulary": config["vocab_size"],
         "tokens": args.tokens,
         "model_bytes": directory_bytes(model),
         "runs": [],
@@ -279,7 +319,7 @@ def main() -> int:
             report["runs"] = earlier["runs"]
     command = ["--model", str(model), "--out", str(out), "--tokens", str(args.tokens), "--force"]
     command += ["--calib", str(args.calib)] if args.calib else []
-    return timed_conversion(command, out, report, args.output)
+    return timed_conversion(command, out, report, args.output, args.seconds)
 
 
 if __name__ == "__main__":
