@@ -2,19 +2,24 @@
 
     python benchmarks/serving.py --output serving.json          Qwen3-8B, 1 to 32 clients, 3 and 4 bits, bf16
 
-For each kind of weights one server runs in this process, as ``grinqh-jax serve`` does, and ``grinqh-jax
-bench-serve`` sends requests from another process: a closed loop of clients, prompts of random tokens that
-share no prefix, greedy answers. The tokenizer has a word for each token, so each token is text.
+All models are made, and all programs compiled, before the first measurement, both models at once. Then a
+server runs in this process, as ``grinqh-jax serve`` does, for each setting: graded at the first bits,
+bfloat16, graded at the other bits. ``grinqh-jax bench-serve`` sends requests from another process: a closed
+loop of clients, prompts of random tokens that share no prefix, greedy answers. The tokenizer has a word for
+each token, so each token is text. The engine of the other model waits meanwhile, and computes nothing.
 
-Before, the engine alone is timed: the time of a prompt, and of a decode step with each number of answers. The
-decode speed under load is the number of tokens over the time that the prompts do not take. ``of_batched`` is
-its ratio to the speed of as many rows in ``benchmarks/decode.py`` (``--batched``), or to that of the engine
-alone.
+Before each server, its engine alone is timed: the time of a prompt, and of a decode step with each number of
+answers. A load begins with all prompts at once and ends with fewer and fewer answers. ``steady`` leaves both
+out: it counts whole rounds of answers, from the end of the first answer on, while every client has a request.
+Its decode speed is the number of tokens over the time that the prompts do not take. ``of_batched`` is the
+ratio to the speed of as many rows in ``benchmarks/decode.py`` (``--batched``), or to that of the engine
+alone; ``batched_from`` says which.
 """
 
 import argparse
+import concurrent.futures
+import contextlib
 import dataclasses
-import gc
 import itertools
 import json
 import os
@@ -27,6 +32,7 @@ import sys
 import tempfile
 import threading
 import time
+from typing import Literal
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
@@ -35,6 +41,7 @@ import report
 import tokenizers
 
 from grinqh_jax.benchmarking import load, random_model
+from grinqh_jax.decoding.bits import FULL
 from grinqh_jax.decoding.generation_config import GenerationConfig
 from grinqh_jax.decoding.generator import Generator
 from grinqh_jax.decoding.request import Request
@@ -46,6 +53,9 @@ from grinqh_jax.serving.engine import Engine
 from grinqh_jax.text.tokenizer import Tokenizer
 
 FIGURES = ("failed", "requests_per_second", "tokens_per_second", "realised_bits")
+LEAST_REQUESTS = 8
+SEEDS = itertools.count(1)
+Weights = Literal["graded", "bf16"]
 TIMES = ("time_to_first_event", "time_between_events", "request")
 
 
@@ -59,32 +69,69 @@ def word_tokenizer(size: int, directory: pathlib.Path) -> Tokenizer:
     return Tokenizer(backend, directory)
 
 
-def time_server(kind: str, config: ModelConfig, args: argparse.Namespace, results: report.Report) -> None:
-    """Serves a model with graded or bfloat16 weights, and measures it under each load."""
-    make = random_model.graded if kind == "graded" else random_model.dense
-    targets = random_model.TARGETS if kind == "graded" else None
-    context = args.prompt_tokens + args.max_tokens + 64
-    with tempfile.TemporaryDirectory() as name, server.bind("127.0.0.1", 0) as bound:
-        directory = pathlib.Path(name)
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What a server is measured with.
+
+    Attributes:
+      weights: Weights of the model.
+      bits: Bits that all requests ask for.
+    """
+
+    weights: Weights
+    bits: float | str
+
+
+def settings(args: argparse.Namespace) -> list[Setting]:
+    """Returns all settings, the most important ones first."""
+    graded = [Setting("graded", bits) for bits in args.bits if "graded" in args.weights]
+    dense = [Setting("bf16", FULL)] if "bf16" in args.weights else []
+    return [*graded[:1], *dense, *graded[1:]]
+
+
+def make_engines(
+    config: ModelConfig, directory: pathlib.Path, args: argparse.Namespace, stack: contextlib.ExitStack
+) -> dict[Weights, tuple[Generator, Engine]]:
+    """Makes all models, then compiles the programs of all engines at once; ``stack`` closes the engines."""
+    tokenizer = word_tokenizer(config.vocab_size, directory)
+    generators: dict[Weights, Generator] = {}
+    for weights in args.weights:
+        make = random_model.graded if weights == "graded" else random_model.dense
+        targets = random_model.TARGETS if weights == "graded" else None
         model = jax.block_until_ready(make(config))
-        report.say(f"made {kind} weights")
-        tokenizer = word_tokenizer(config.vocab_size, directory)
-        generator = Generator(model, tokenizer, GenerationConfig(), targets, directory)
-        with Engine(generator, slots=args.slots, max_context=context) as engine:
-            report.say("compiled")
-            alone = time_engine(kind, engine, args)
-            results.fields["engine"].append(alone)
-            report.say(json.dumps(alone))
-            work = kind, server.url(bound), alone, args, results
-            clients = threading.Thread(target=measure, args=work, daemon=True)
-            service = Service(args.shape, generator, engine, Limits())
-            server.serve(service, bound, on_listening=clients.start)
-            clients.join()
+        generators[weights] = Generator(model, tokenizer, GenerationConfig(), targets, directory)
+        report.say(f"made {weights} weights")
+    context = args.prompt_tokens + args.max_tokens + 64
+
+    def make_engine(weights: Weights) -> Engine:
+        engine = Engine(generators[weights], slots=args.slots, max_context=context)
+        report.say(f"compiled the programs for {weights} weights")
+        return engine
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        engines = list(pool.map(make_engine, generators))
+    return {
+        weights: (generator, stack.enter_context(engine))
+        for (weights, generator), engine in zip(generators.items(), engines, strict=True)
+    }
 
 
-def settings(kind: str, args: argparse.Namespace) -> list[float | str]:
-    """Returns the bits that requests to a model ask for."""
-    return args.bits if kind == "graded" else ["full"]
+def time_server(
+    setting: Setting, generator: Generator, engine: Engine, args: argparse.Namespace, results: report.Report
+) -> None:
+    """Serves a model, and measures the server under each load."""
+    if results.out_of_time(f"{setting.weights}, {setting.bits} bits"):
+        return
+    alone = time_engine(setting, engine, args)
+    results.fields["engine"].append(alone)
+    results.save()
+    report.say(json.dumps(alone))
+    with server.bind("127.0.0.1", 0) as bound:
+        work = setting, server.url(bound), alone, args, results
+        clients = threading.Thread(target=measure, args=work, daemon=True)
+        service = Service(args.shape, generator, engine, Limits())
+        server.serve(service, bound, on_listening=clients.start)
+        clients.join()
 
 
 def rows_of(clients: int, args: argparse.Namespace) -> int:
@@ -92,83 +139,117 @@ def rows_of(clients: int, args: argparse.Namespace) -> int:
     return min(clients, args.slots)
 
 
-def time_engine(kind: str, engine: Engine, args: argparse.Namespace) -> dict:
-    """Returns the milliseconds of a prompt, and of a decode step by bits and number of answers."""
+def time_engine(setting: Setting, engine: Engine, args: argparse.Namespace) -> dict:
+    """Returns the milliseconds of a prompt, and of a decode step by number of answers."""
     rng = random.Random(0)
 
-    def submit(bits, count: int, tokens: int) -> list:
-        request = Request(bits=bits, max_tokens=tokens, temperature=0.0, stop_tokens=())
+    def submit(count: int, tokens: int) -> list:
+        request = Request(bits=setting.bits, max_tokens=tokens, temperature=0.0, stop_tokens=())
         prompts = [[rng.randrange(2, 60) for _ in range(args.prompt_tokens)] for _ in range(count)]
         return [engine.submit(prompt, request) for prompt in prompts]
 
     def prompt_ms(count: int) -> float:
         start = time.perf_counter()
-        for answer in submit(settings(kind, args)[0], count, 1):
+        for answer in submit(count, 1):
             answer.result()
         return (time.perf_counter() - start) / count * 1e3
 
-    def step_ms(bits, rows: int) -> float:
+    def step_ms(rows: int) -> float:
         # The last answer begins when all others run, and the first of them ends some chunks later.
-        *_, last = submit(bits, rows, args.max_tokens)
+        *_, last = submit(rows, args.max_tokens)
         arrivals = [(time.perf_counter(), len(piece.tokens)) for piece in last]
         pairs = list(itertools.pairwise(arrivals))
         steady = pairs[1 : len(pairs) - rows] or pairs
         return statistics.median((end - start) / tokens for (start, _), (end, tokens) in steady) * 1e3
 
     prompt_ms(2)  # The first calls take longer.
+    prompt = round(prompt_ms(8), 2)
     numbers = sorted({rows_of(clients, args) for clients in args.clients})
-    steps = {
-        str(bits): {rows: round(step_ms(bits, rows), 3) for rows in numbers} for bits in settings(kind, args)
-    }
-    return {"weights": kind, "prompt_ms": round(prompt_ms(8), 2), "step_ms": steps}
+    steps = {rows: round(step_ms(rows), 3) for rows in numbers}
+    return {**dataclasses.asdict(setting), "prompt_ms": prompt, "step_ms": steps}
 
 
-def measure(kind: str, url: str, alone: dict, args: argparse.Namespace, results: report.Report) -> None:
-    """Runs ``bench-serve`` for each number of clients and setting, then ends the server."""
-    loads = {each: len(settings(each, args)) for each in args.weights}
-    share = sum(loads[each] for each in args.weights[: args.weights.index(kind) + 1]) / sum(loads.values())
+def measure(
+    setting: Setting, url: str, alone: dict, args: argparse.Namespace, results: report.Report
+) -> None:
+    """Runs ``bench-serve`` for each number of clients, then ends the server."""
     batched = json.loads(args.batched.read_text()) if args.batched else None
     try:
-        bench(url, settings(kind, args)[0], 2, 2, 16, args)  # The first requests take longer.
-        for clients, bits in itertools.product(args.clients, settings(kind, args)):
-            if results.out_of_time(f"{kind}, {clients} clients, {bits} bits", share):
+        bench(url, setting, 2, 2, 16, args)  # The first requests take longer.
+        for clients in args.clients:
+            if results.out_of_time(f"{setting.weights}, {setting.bits} bits, {clients} clients"):
                 continue
-            figures = bench(url, bits, clients, max(args.rounds * clients, 4), args.max_tokens, args)
-            row = {"weights": kind, "bits": bits, "clients": clients}
+            rows = rows_of(clients, args)
+            requests = max(args.rounds * rows, LEAST_REQUESTS)
+            figures = bench(url, setting, clients, requests, args.max_tokens, args)
+            row = dataclasses.asdict(setting) | {"clients": clients, "requests": requests}
             row |= {name: figures[name] and round(figures[name], 3) for name in FIGURES}
             row |= {name: {key: round(ms, 2) for key, ms in figures[name].items()} for name in TIMES}
-            rows = rows_of(clients, args)
-            speed = rows / alone["step_ms"][str(bits)][rows] * 1e3
-            if batched is not None:
-                speed = batched_speed(batched, kind, bits, rows) or speed
-            decoding = figures["seconds"] - figures["requests"] * alone["prompt_ms"] / 1e3
-            row["decode_tokens_per_second"] = round(figures["tokens"] / decoding, 1)
+            speed, source = rows / alone["step_ms"][rows] * 1e3, "engine"
+            found = batched_speed(batched, setting, rows, args) if batched else None
+            if found is not None:
+                speed, source = found, "decode.py"
             row["batched_tokens_per_second"] = round(speed, 1)
-            row["of_batched"] = round(figures["tokens"] / decoding / speed, 3)
+            row["batched_from"] = source
+            row["steady"] = steady(figures["ends"], rows, args.max_tokens, alone["prompt_ms"] / 1e3, speed)
             results.fields["rows"].append(row)
+            if figures["failed"]:
+                results.problems.append(f"{setting.weights}, {clients} clients: {figures['errors']}")
             results.save()
             report.say(json.dumps(row))
     except Exception as error:
-        results.problems.append(f"{kind}: {error}")
+        results.problems.append(f"{setting.weights}, {setting.bits} bits: {error}")
+        results.save()
     finally:
         os.kill(os.getpid(), signal.SIGTERM)  # The server drains, and returns.
 
 
-def batched_speed(batched: dict, kind: str, bits: float | str, rows: int) -> float | None:
-    """Returns the tokens per second of all rows in a result of ``decode.py``; None if it has no such row."""
-    for shape in batched["shapes"].values():
-        for row in shape["decode"]:
-            if row["batch"] == rows and row["bits"] == (bits if kind == "graded" else "bf16"):
-                return row["tokens_per_second_of_all_rows"]
-    return None
+def steady(ends: list[float], rows: int, tokens: int, prompt_seconds: float, batched: float) -> dict | None:
+    """Returns the speed while all clients have requests; None if there are fewer than three rounds.
+
+    Args:
+      ends: Times of the ends of the answers, in seconds, in order.
+      rows: Number of answers that are decoded at once. Each client's requests follow one another, so after as
+        many answers the load is again what it was.
+      tokens: Number of tokens of an answer.
+      prompt_seconds: Time of a prompt.
+      batched: Tokens per second without prompts that the decode speed is compared with.
+    """
+    answers = (len(ends) - rows - 1) // rows * rows  # The last answers end when some clients are done.
+    if answers < 1:
+        return None
+    seconds = ends[answers] - ends[0]
+    decode = answers * tokens / (seconds - answers * prompt_seconds)
+    return {
+        "answers": answers,
+        "tokens_per_second": round(answers * tokens / seconds, 1),
+        "decode_tokens_per_second": round(decode, 1),
+        "of_batched": round(decode / batched, 3),
+    }
+
+
+def batched_speed(batched: dict, setting: Setting, rows: int, args: argparse.Namespace) -> float | None:
+    """Returns the tokens per second of all rows in a result of ``decode.py``, None if it has no such row.
+
+    Of several contexts it is the one nearest to that in the middle of an answer.
+    """
+    bits = setting.bits if setting.weights == "graded" else "bf16"
+    middle = args.prompt_tokens + args.max_tokens / 2
+    found = [
+        row
+        for row in batched["shapes"].get(random_model.label(args.shape), {}).get("decode", [])
+        if (row["batch"], row["bits"], row["devices"]) == (rows, bits, 1)
+    ]
+    nearest = min(found, key=lambda row: abs(row["context"] - middle), default=None)
+    return nearest and nearest["tokens_per_second_of_all_rows"]
 
 
 def bench(
-    url: str, bits: float | str, clients: int, requests: int, tokens: int, args: argparse.Namespace
+    url: str, setting: Setting, clients: int, requests: int, tokens: int, args: argparse.Namespace
 ) -> dict:
-    """Returns what ``bench-serve`` prints."""
+    """Returns what ``bench-serve`` prints. No two loads have the same prompts, which would share pages."""
     sizes = {"prompt-tokens": args.prompt_tokens, "max-tokens": tokens, "requests": requests}
-    flags = {"url": url, "bits": bits, "concurrency": clients, **sizes}
+    flags = {"url": url, "bits": setting.bits, "concurrency": clients, "seed": next(SEEDS), **sizes}
     command = [sys.executable, "-m", "grinqh_jax", "bench-serve", "--json"]
     command += [text for name, value in flags.items() for text in (f"--{name}", str(value))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -199,14 +280,20 @@ def main() -> None:
         "--clients",
         nargs="+",
         type=int,
-        default=[8, 1, 16, 4, 32],
+        default=[1, 8, 16, 32, 4],
         metavar="N",
-        help="numbers of clients (default: 8 1 16 4 32)",
+        help="numbers of clients (default: 1 8 16 32 4)",
     )
     add("--slots", type=int, default=16, metavar="N", help="answers decoded together (default: 16)")
     add("--prompt-tokens", type=int, default=512, metavar="N", help="tokens of a prompt (default: 512)")
     add("--max-tokens", type=int, default=256, metavar="N", help="tokens of an answer (default: 256)")
-    add("--rounds", type=int, default=3, metavar="N", help="requests of each client (default: 3)")
+    add(
+        "--rounds",
+        type=int,
+        default=4,
+        metavar="N",
+        help=f"requests of a load for each answer decoded at once, at least {LEAST_REQUESTS} (default: 4)",
+    )
     add("--batched", type=pathlib.Path, metavar="FILE", help="result of benchmarks/decode.py --batch")
     report.add_arguments(parser)
     args = parser.parse_args()
@@ -215,9 +302,10 @@ def main() -> None:
         config = dataclasses.replace(config, layers=config.layers[: args.layers])
     sizes = {"slots": args.slots, "prompt_tokens": args.prompt_tokens, "max_tokens": args.max_tokens}
     results = report.Report(args, shape=random_model.label(args.shape), **sizes, engine=[], rows=[])
-    for kind in args.weights:
-        time_server(kind, config, args, results)
-        gc.collect()  # the weights of the model that ended
+    with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
+        engines = make_engines(config, pathlib.Path(directory), args, stack)
+        for setting in settings(args):
+            time_server(setting, *engines[setting.weights], args, results)
     results.finish()
 
 

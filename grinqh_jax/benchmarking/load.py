@@ -150,7 +150,8 @@ def summary(measured: Sequence[Measurement], seconds: float) -> dict[str, Any]:
     """Returns the figures of a run. Times are in milliseconds; figures without a value are None.
 
     ``time_to_first_event``, ``time_between_events``, ``time_per_token`` (after the first event) and
-    ``request`` have mean and percentiles. A figure counts requests that succeeded.
+    ``request`` have mean and percentiles. ``ends`` are the times at which the answers ended, in seconds since
+    the start of the run. A figure counts requests that succeeded.
     """
     good = [one for one in measured if one.error is None and one.events]
     gaps = [b - a for one in good for a, b in zip(one.events, one.events[1:], strict=False)]
@@ -175,6 +176,7 @@ def summary(measured: Sequence[Measurement], seconds: float) -> dict[str, Any]:
         "time_between_events": _percentiles(gaps),
         "time_per_token": _percentiles(per_token),
         "request": _percentiles([one.events[-1] for one in good]),
+        "ends": sorted(one.started + one.events[-1] for one in good),
     }
 
 

@@ -25,6 +25,7 @@ def test_figures_of_known_times():
     assert figures["time_between_events"]["p99"] == pytest.approx(198)
     assert figures["time_per_token"]["p50"] == pytest.approx((75 + 50) / 2)
     assert figures["request"]["p90"] == pytest.approx(400)
+    assert figures["ends"] == pytest.approx([0.4, 0.9])
     nothing = summary(measured[2:], 1.0)
     assert nothing["request"] == {"mean": None, "p50": None, "p90": None, "p99": None}
 
