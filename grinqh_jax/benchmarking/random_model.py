@@ -100,6 +100,11 @@ def dense(
     exchange: ExchangeSetting = "auto",
 ) -> Decoder:
     """Returns an unquantized model with Gaussian weights, on a mesh as ``graded``."""
+    return _model(config, dense_tree(config, compute_dtype), seed, compute_dtype, mesh, exchange)
+
+
+def dense_tree(config: ModelConfig, compute_dtype=jnp.bfloat16) -> dict[str, Any]:
+    """Returns the abstract arrays of an unquantized model by name in the state tree."""
     tree = decoder.abstract_tree(config, MAX_BITS, len(TARGETS))
     sizes = axis_sizes(config)
 
@@ -113,7 +118,7 @@ def dense(
             experts = (config.num_experts,) if projection.of_experts else ()
             layer[projection.name] = kernel(*experts, *projection.shape(sizes)) | bias
     tree[HEAD] = kernel(config.hidden_size, config.vocab_size)
-    return _model(config, tree, seed, compute_dtype, mesh, exchange)
+    return tree
 
 
 def _model(

@@ -28,6 +28,11 @@ from pallas_kernels.experts import experts_matvec
 from pallas_kernels.experts.blocks import map_blocks
 from pallas_kernels.router.grading_factor import grading_factor
 
+MOST_SUMMED_ROWS = 128
+"""Most rows whose products with unquantized experts are computed row by row, except on a CPU: those of a
+decode step. Each row then reads the weights of its expert. In a loop over experts, a GPU would need several
+launches for each expert and wait after each."""
+
 
 class Chosen(NamedTuple):
     """The experts of each token.
@@ -270,6 +275,15 @@ def _grouped_matmul(
     x: Float[Array, "rows k"], kernel: Kernels, experts: Int[Array, "rows"]
 ) -> Float[Array, "rows n"]:
     """Returns ``x[r] @ kernel[experts[r]]``, float32, differentiable in x."""
+    if len(experts) > MOST_SUMMED_ROWS:
+        return _in_blocks(x, kernel, experts)
+    return jax.lax.platform_dependent(x, kernel, experts, cpu=_in_blocks, default=_row_by_row)
+
+
+def _in_blocks(
+    x: Float[Array, "rows k"], kernel: Kernels, experts: Int[Array, "rows"]
+) -> Float[Array, "rows n"]:
+    """Multiplies blocks of rows that share an expert."""
 
     def block(expert, rows):
         return jnp.matmul(rows, _kernel_of(kernel, expert, x.dtype), preferred_element_type=jnp.float32)
@@ -277,8 +291,16 @@ def _grouped_matmul(
     return map_blocks(block, x, experts, num_experts=len(kernel), outputs=kernel.shape[2])
 
 
-def _kernel_of(kernel: Kernels, expert: Int[Array, ""], dtype) -> Float[Array, "k n"]:
-    """Returns the kernel of one expert in ``dtype``.
+def _row_by_row(
+    x: Float[Array, "rows k"], kernel: Kernels, experts: Int[Array, "rows"]
+) -> Float[Array, "rows n"]:
+    """Multiplies and adds up in one kernel of XLA, which reads the experts in place, without a loop."""
+    of_rows = _kernel_of(kernel, experts, x.dtype).astype(jnp.float32)
+    return jnp.sum(x[:, :, None].astype(jnp.float32) * of_rows, axis=1)
+
+
+def _kernel_of(kernel: Kernels, expert: Int[Array, "*rows"], dtype) -> Float[Array, "*rows k n"]:
+    """Returns the kernel of one expert, or those of several, in ``dtype``.
 
     XLA (jax 0.10.2) slices bfloat16 on a CPU in float32, and would convert the kernels of all experts ahead
     of the loop. Slicing their bits as integers copies them there instead, which takes half the memory. Stored

@@ -27,11 +27,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def lowered(function, name: str, batch: int) -> str:
+def lowered(function, name: str, batch: int, *, graded: bool = True) -> str:
     """Returns the StableHLO of ``function(model, tokens, cache, thresholds)`` for a model with two layers."""
     shape = random_model.shape(name)
     config = dataclasses.replace(shape, layers=shape.layers[:2])
-    tree = decoder.abstract_tree(config, 8, 3)
+    tree = decoder.abstract_tree(config, 8, 3) if graded else random_model.dense_tree(config)
     thresholds = {n: jax.ShapeDtypeStruct((batch, 4), jnp.float32) for n in decoder.linear_names(config)}
 
     def of_tree(tree, *arguments):
@@ -100,6 +100,16 @@ def test_kernels_of_a_step_of_a_mixture(name, batch):
     assert all("custom_call @mosaic_gpu" in line for line in of_planes), of_planes
     for operation in ("dot_general", "sort", "top_k", "exponential", "transpose"):
         assert not re.search(rf"\b(stablehlo|chlo)\.{operation}\b", text), operation
+
+
+def test_a_step_of_an_unquantized_mixture_has_no_loop_over_experts():
+    def step(model, tokens, cache, _):
+        return engine.decode_step(model, tokens, cache, None)
+
+    text = lowered(step, "Qwen3-30B-A3B", 1, graded=False)
+    assert "stablehlo.while" not in text
+    for kernel in ("2048x1536", "768x2048"):
+        assert re.search(rf"stablehlo.gather.*-> tensor<8x{kernel}xui16>", text)
 
 
 def test_a_preview_adds_no_kernels_to_prefill():
