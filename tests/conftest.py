@@ -115,7 +115,6 @@ tests before the others."""
 
 TOGETHER = {
     "tests/decoding/test_texts_gpu.py": "generator on a GPU",
-    "tests/server/test_failures.py": "engine",
     "tests/server/": "server process",
     "tests/serving/test_engine_": "engine",
     "tests/serving/test_grammar.py": "engine",

@@ -1,26 +1,21 @@
-"""One server for all tests of this directory: a tiny model of bytes that can chat."""
+"""One server for all tests of this directory, and an engine for those that need it in their process.
+
+The model is a tiny one of bytes that can chat. Server and engine have the same sizes, so they share compiled
+programs.
+"""
 
 import openai
 import pytest
 from server_process import serving
 
-SIZES = (
-    "--slots",
-    "4",
-    "--max-context",
-    "128",
-    "--prefill-piece",
-    "64",
-    "--queue",
-    "60",
-    "--prompt-logprobs",
-)
+SIZES = {"slots": 2, "max_context": 128, "piece": 64}
+FLAGS = ("--slots", "2", "--max-context", "128", "--prefill-piece", "64", "--queue", "62", "--prompt-logprobs")
 LIMITS = ("--receive-seconds", "2", "--max-body", "64K", "--request-seconds", "60")
 
 
 @pytest.fixture(scope="session")
 def server(chat_directory):
-    with serving("--model", str(chat_directory), *SIZES, *LIMITS) as server:
+    with serving("--model", str(chat_directory), *FLAGS, *LIMITS) as server:
         yield server
         assert server.stop() == 0
         assert not [line for line in server.lines if "Traceback" in line]
@@ -30,3 +25,20 @@ def server(chat_directory):
 def client(server):
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def library(chat_directory):
+    """The server's model in this process."""
+    from grinqh_jax.decoding.generator import Generator
+
+    return Generator.load(chat_directory)
+
+
+@pytest.fixture(scope="session")
+def library_engine(library):
+    """An engine in this process, with the sizes of the server's engine."""
+    from grinqh_jax.serving.engine import Engine
+
+    with Engine(library, **SIZES, prompt_logprobs=True, grammars=True) as engine:
+        yield engine

@@ -1,8 +1,10 @@
 """What a client gets when an answer or the engine fails, and when there is no room."""
 
 import asyncio
+import collections
 import dataclasses
 import json
+import time
 
 import pytest
 
@@ -12,12 +14,12 @@ from grinqh_jax.server.limits import ConnectionLimit, Limits
 from grinqh_jax.server.service import Service
 
 GOOD = {"prompt": "The cat", "max_tokens": 12, "temperature": 0, "ignore_eos": True}
-CRASH = GOOD | {"stop": "CRASH"}
+CRASH = GOOD | {"stop": "CRASH", "max_tokens": 40}
 
 
 @pytest.fixture(scope="module")
-def service(generator, engine):
-    return Service("tiny", generator, engine, Limits(queue=2))
+def service(library, library_engine):
+    return Service("tiny", library, library_engine, Limits(queue=4))
 
 
 @dataclasses.dataclass
@@ -67,11 +69,14 @@ def exchange(service, *bodies, limit=None) -> list[Response]:
 @pytest.fixture
 def crashes(monkeypatch):
     """Answers whose stop string is CRASH fail after a few tokens."""
-    push = AnswerText.push
+    push, pushed = AnswerText.push, collections.Counter()
 
     def failing(self, tokens):
-        if "CRASH" in self._stop_strings._strings and len(tokens) > 1:
-            raise RuntimeError("secret")
+        if "CRASH" in self._stop_strings._strings:
+            if pushed[self] > 10:
+                time.sleep(0.2)  # The first tokens have been sent by then.
+                raise RuntimeError("secret")
+            pushed[self] += len(tokens)
         return push(self, tokens)
 
     monkeypatch.setattr(AnswerText, "push", failing)

@@ -15,7 +15,6 @@ from grinqh_jax.server import run
 from grinqh_jax.server.app import application
 from grinqh_jax.server.limits import Limits
 from grinqh_jax.server.service import Service
-from grinqh_jax.serving.engine import Engine
 from grinqh_jax.text.tokenizer import Tokenizer
 
 MESSAGES = (
@@ -77,13 +76,9 @@ def listening(service: Service):
 
 
 @pytest.fixture(scope="module")
-def clients(chat_directory, tmp_path_factory):
+def clients(chat_directory, library, library_engine, tmp_path_factory):
     """Clients of three servers on one engine, by the chat template."""
-    model = Generator.load(chat_directory)
-    # The sizes of the session's server, so that the programs are in the cache of compiled ones.
-    sizes = {"slots": 4, "max_context": 128, "piece": 64, "prompt_logprobs": True}
     with contextlib.ExitStack() as stack:
-        engine = stack.enter_context(Engine(model, **sizes, grammars=True))
 
         def client(name: str) -> openai.OpenAI:
             directory = tmp_path_factory.mktemp(name)
@@ -92,8 +87,8 @@ def clients(chat_directory, tmp_path_factory):
             config["chat_template"] = TEMPLATES[name]
             (directory / "tokenizer_config.json").write_text(json.dumps(config))
             tokenizer = Tokenizer.load(directory)
-            generator = Generator(model.model, tokenizer, model.defaults, model.targets, directory)
-            return stack.enter_context(listening(Service("tiny", generator, engine, Limits())))
+            generator = Generator(library.model, tokenizer, library.defaults, library.targets, directory)
+            return stack.enter_context(listening(Service("tiny", generator, library_engine, Limits())))
 
         yield {name: client(name) for name in TEMPLATES}
 
