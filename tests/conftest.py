@@ -92,7 +92,7 @@ LONGEST_FILES = (
     "decoding/test_generator.py",
     "benchmarking/test_benchmark.py",
     "decoding/test_texts.py",
-    "pallas_kernels/matvec/test_byte_pairs.py",
+    "pallas_kernels/matvec/test_several_rows.py",
     "decoding/test_engine.py",
     "convert/test_converted_models.py",
     "decoding/test_prompt_cache.py",
