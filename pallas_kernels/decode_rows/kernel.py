@@ -1,6 +1,7 @@
 """Residual addition with RMSNorm, and SwiGLU, as one kernel each in a decode step on an NVIDIA GPU."""
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,11 +23,17 @@ from pallas_kernels.lanes.instructions import Instructions
 from pallas_kernels.lanes.launch import lane_kernel
 from pallas_kernels.lanes.rows import Rows
 
+MAX_ROWS = 16
+"""Largest number of rows if a sequence has several, as in a step that verifies drafts. Rows of prompts are
+many, and XLA computes them."""
+
 
 def supports(sums: Activations) -> str | None:
     """Returns why ``add_norm`` and ``swiglu`` cannot run on these partial sums, or None if they can."""
-    if len(sums.leading) != 2 or sums.leading[1] != 1:
-        return f"takes one token of each sequence, not rows of shape {sums.leading}"
+    if len(sums.leading) != 2:
+        return f"takes tokens of sequences, not rows of shape {sums.leading}"
+    if sums.leading[1] != 1 and math.prod(sums.leading) > MAX_ROWS:
+        return f"takes several tokens of a sequence up to {MAX_ROWS} rows, not rows of shape {sums.leading}"
     return supports_rows(sums)
 
 
@@ -42,9 +49,11 @@ def supports_rows(sums: Activations) -> str | None:
 
 
 def add_norm(
-    x: BFloat16[Array, "b 1 n"], update: Activations, norm_scale: Float[Array, "n"], eps: float
-) -> tuple[BFloat16[Array, "b 1 n"], Activations]:
+    x: BFloat16[Array, "b t n"], update: Activations, norm_scale: Float[Array, "n"], eps: float
+) -> tuple[BFloat16[Array, "b t n"], Activations]:
     """Returns ``(x + update, rms_norm(x + update))``, whose norm factor is left to the next kernel.
+
+    A row has the same bits among any others.
 
     Args:
       x: Residual stream.
@@ -52,29 +61,47 @@ def add_norm(
       norm_scale: Learned scale of the norm.
       eps: Epsilon of the norm.
     """
-    rows = Rows(x.shape[0], x.shape[2])
-    partials = _partials_by_row(update)
-    kernel = _add_norm_kernel(launch_shape(rows, update))
-    return unapplied_norm(kernel(x[:, 0], partials, norm_scale.astype(jnp.bfloat16)), eps)
+    partials, shape = by_row(update, update.features)
+    kernel = _add_norm_kernel(shape)
+    return unapplied_norm(kernel(rows_of(x), partials, norm_scale.astype(jnp.bfloat16)), x.shape, eps)
 
 
-def unapplied_norm(outputs: Sequence[jax.Array], eps: float) -> tuple[BFloat16[Array, "b 1 n"], Activations]:
-    """Returns what ``add_norm`` does, from the three outputs of its kernel (``AddNormRefs``)."""
+def unapplied_norm(
+    outputs: Sequence[jax.Array], size: tuple[int, ...], eps: float
+) -> tuple[BFloat16[Array, "b t n"], Activations]:
+    """Returns what ``add_norm`` does for x of a size, from the outputs of its kernel (``AddNormRefs``)."""
     total, values, squares = outputs
-    return total[:, None], Activations.of(values[:, None], squares[:, None], eps)
+    squares = squares.reshape(*size[:-1], squares.shape[-1])
+    return total.reshape(size), Activations.of(values.reshape(size), squares, eps)
+
+
+def rows_of(x: Float[Array, "b t n"]) -> Float[Array, "rows n"]:
+    """Returns activations with one axis of rows."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def by_row(sums: Activations, features: int) -> tuple[Float[Array, "partials rows stored"], Shape]:
+    """Returns partial sums with one axis of rows, and the sizes of a launch that adds them up.
+
+    Args:
+      sums: The partial sums.
+      features: Number of features that the launch computes.
+    """
+    partials = sums.reshape((-1,)).partials
+    count, rows, stored = partials.shape
+    return partials, Shape(Rows(rows, features), count, stored // sums.terms, sums.terms)
 
 
 def swiglu(gate_up: Activations) -> Activations:
-    """Returns ``silu(gate) * up`` in bfloat16.
+    """Returns ``silu(gate) * up`` in bfloat16. A row has the same bits among any others.
 
     Args:
-      gate_up: float32 partial sums ``[partials, B, 1, features]``. The first half of the features is the
+      gate_up: float32 partial sums ``[partials, B, t, features]``. The first half of the features is the
         gate.
     """
-    partials = _partials_by_row(gate_up)
-    rows = Rows(partials.shape[1], gate_up.features // 2)
-    (values,) = _swiglu_kernel(launch_shape(rows, gate_up))(partials)
-    return Activations.of(values[:, None])
+    partials, shape = by_row(gate_up, gate_up.features // 2)
+    (values,) = _swiglu_kernel(shape)(partials)
+    return Activations.of(values).reshape(gate_up.leading)
 
 
 def swiglu_experts(
@@ -88,22 +115,10 @@ def swiglu_experts(
       probabilities: Probability of each row's expert.
       clamp: Options of the clamped SwiGLU; None for SiLU.
     """
-    partials = gate_up.reshape((-1,)).partials
-    rows = Rows(partials.shape[1], gate_up.features // 2)
-    kernel = _swiglu_kernel(launch_shape(rows, gate_up), experts=True, clamp=clamp)
+    partials, shape = by_row(gate_up, gate_up.features // 2)
+    kernel = _swiglu_kernel(shape, experts=True, clamp=clamp)
     (values,) = kernel(partials, probabilities.reshape(-1))
     return Activations.of(values).reshape(gate_up.leading)
-
-
-def _partials_by_row(sums: Activations) -> Float[Array, "partials b features"]:
-    """Returns the partial sums without the axis of tokens, of which a decode step has one."""
-    return sums.reshape((sums.leading[0],)).partials
-
-
-def launch_shape(rows: Rows, sums: Activations) -> Shape:
-    """Returns the sizes of a launch that adds up these partial sums."""
-    count, stored = sums.partials.shape[0], sums.partials.shape[-1]
-    return Shape(rows, count, stored // sums.terms, sums.terms)
 
 
 @functools.cache

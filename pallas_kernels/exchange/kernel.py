@@ -12,7 +12,7 @@ from jaxtyping import Array, BFloat16, Float, Int
 
 from pallas_kernels import decode_rows
 from pallas_kernels.activations import Activations
-from pallas_kernels.decode_rows.kernel import add_norm_outputs, launch_shape, unapplied_norm
+from pallas_kernels.decode_rows.kernel import add_norm_outputs, by_row, rows_of, unapplied_norm
 from pallas_kernels.decode_rows.program import AddNormRefs, Shape
 from pallas_kernels.exchange import peers
 from pallas_kernels.exchange.program import (
@@ -95,21 +95,21 @@ class MailboxRef:
 
     def summed(self, sums: Activations) -> Activations:
         """Returns the sum over the devices, as ``Activations.summed_across`` does, in the devices' order."""
-        partials, shape = _by_row(sums)
+        partials, shape = by_row(sums, sums.features)
         (total,) = _exchange_kernel(self._layout, shape)(partials, self._words)
         return dataclasses.replace(sums, partials=total.reshape(1, *sums.leading, -1), terms=1)
 
     def add_norm(
-        self, x: BFloat16[Array, "b 1 n"], sums: Activations, norm_scale: Float[Array, "n"], eps: float
-    ) -> tuple[BFloat16[Array, "b 1 n"], Activations]:
+        self, x: BFloat16[Array, "b t n"], sums: Activations, norm_scale: Float[Array, "n"], eps: float
+    ) -> tuple[BFloat16[Array, "b t n"], Activations]:
         """Returns ``decode_rows.add_norm(x, self.summed(sums), norm_scale, eps)``, in one launch.
 
         ``decode_rows.supports(sums)`` must be None.
         """
-        partials, shape = _by_row(sums)
+        partials, shape = by_row(sums, sums.features)
         kernel = _exchange_add_norm_kernel(self._layout, shape)
-        outputs = kernel(x[:, 0], partials, norm_scale.astype(jnp.bfloat16), self._words)
-        return unapplied_norm(outputs, eps)
+        outputs = kernel(rows_of(x), partials, norm_scale.astype(jnp.bfloat16), self._words)
+        return unapplied_norm(outputs, x.shape, eps)
 
     def frozen(self) -> Mailbox:
         """Returns the mailbox after all exchanges. The reference must not be used any more."""
@@ -146,12 +146,6 @@ class UnexchangedSums:
         if decode_rows.supports(self.sums) is not None:
             return None
         return self.mailbox.add_norm(x, self.sums, norm_scale, eps)
-
-
-def _by_row(sums: Activations) -> tuple[Float[Array, "partials rows stored"], Shape]:
-    """Returns partial sums with one axis of rows, and the sizes of a launch that adds them up."""
-    partials = sums.reshape((-1,)).partials
-    return partials, launch_shape(Rows(partials.shape[1], sums.features), sums)
 
 
 @functools.cache

@@ -42,6 +42,32 @@ def test_agrees_with_xla(size):
     np.testing.assert_allclose(activated.values.astype(np.float32), expected, rtol=2**-7, atol=1e-4)
 
 
+def test_tokens_of_a_sequence_have_the_bits_of_single_ones():
+    texts, positions, features = 2, 7, 4096
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (texts, positions, features), jnp.bfloat16)
+    scale = jnp.ones(features, jnp.bfloat16)
+    update = partial_sums(keys[1], (16, texts, positions, features))
+    gate_up = partial_sums(keys[2], (16, texts, positions, 2 * features))
+
+    @jax.jit
+    def both(x, update, gate_up):
+        total, normed = add_norm(x, update, scale, 1e-6)
+        return total, normed.array, gated(gate_up).array
+
+    together = both(x, update, gate_up)
+    for i in range(positions):
+        alone = both(
+            x[:, i : i + 1],
+            *(
+                Activations.sums(sums.partials[:, :, i : i + 1], sums.features).astype(jnp.bfloat16)
+                for sums in (update, gate_up)
+            ),
+        )
+        for one, all_of_them in zip(alone, together, strict=True):
+            np.testing.assert_array_equal(one[:, 0], all_of_them[:, i])
+
+
 QUICK = [("Qwen3-0.6B", 2, 1), ("Llama-3.2-1B", 2, 3)]
 SLOW = [(name, None, batch) for name in ("Qwen3-0.6B", "Llama-3.2-1B") for batch in (1, 3)]
 

@@ -1,4 +1,5 @@
-"""A whole decode step on the emulator: a row has the same bits in any batch and in a cache of any size."""
+"""A whole decode step on the emulator: a row has the same bits alone, in any batch, in a cache of any size,
+and as a draft that is verified."""
 
 import collections
 import dataclasses
@@ -83,12 +84,31 @@ def cache_of(model, rows: list[int], capacity: int) -> KVCache:
     return dataclasses.replace(cache, keys=keys, values=values, lengths=lengths)
 
 
-def test_a_row_has_the_same_bits_in_any_batch_and_cache(emulated):
-    config = ModelConfig.from_hf(SHAPE)
+@pytest.fixture
+def model(emulated):
     with pytest.MonkeyPatch.context() as patch:  # XLA makes the model.
         patch.setattr(device, "unsupported_reason", lambda *oldest: "not now")
-        model = random_model.graded(config)
-    thresholds = model_thresholds(model, jnp.array(random_model.TARGETS), jnp.array([3.0, 2.0]))
+        return random_model.graded(ModelConfig.from_hf(SHAPE))
+
+
+@pytest.fixture
+def thresholds(model):
+    """Thresholds of two rows, at 3 and 2 bits."""
+    return model_thresholds(model, jnp.array(random_model.TARGETS), jnp.array([3.0, 2.0]))
+
+
+def assert_launches(launches: list[str], **others: int) -> None:
+    layers = SHAPE["num_hidden_layers"]
+    assert collections.Counter(launches) == others | {
+        "graded_matvec_kernel": 4 * layers + 1,
+        "decode_attention_kernel": layers,
+        "merge_attention_kernel": layers,
+        "add_norm_kernel": 2 * layers,
+        "swiglu_kernel": layers,
+    }
+
+
+def test_a_row_has_the_same_bits_in_any_batch_and_cache(emulated, model, thresholds):
     tokens = jnp.array([[7], [200]])
 
     def step(of_rows: list[int], capacity: int):
@@ -100,16 +120,24 @@ def test_a_row_has_the_same_bits_in_any_batch_and_cache(emulated):
             {name: t[jnp.array(of_rows)] for name, t in thresholds.items()},
             jnp.ones(len(of_rows), int),
         )
-        layers = len(config.layers)
-        assert collections.Counter(emulated) == {
-            "graded_matvec_kernel": 4 * layers + 1,
-            "decode_attention_kernel": layers,
-            "merge_attention_kernel": layers,
-            "add_norm_kernel": 2 * layers,
-            "swiglu_kernel": layers,
-        }
+        assert_launches(emulated)
         return logits[0], stats.packed[0]
 
     expected = step([0], 128)
     for array, alone in zip(step([0, 1], 512), expected, strict=True):
         np.testing.assert_array_equal(array, alone)
+
+
+def test_a_verified_token_has_the_bits_of_a_step_of_its_own(emulated, model, thresholds):
+    """Three tokens of two texts are verified together, or those of the first text are read one by one."""
+    tokens = jnp.array([[7, 30, 99], [200, 1, 2]])
+    emulated.clear()
+    cache = cache_of(model, [0, 1], 128)
+    _, verified, _, stats = read_tokens(model, tokens, cache, thresholds, jnp.full(2, 3))
+    assert_launches(emulated, prepare_attention_kernel=SHAPE["num_hidden_layers"])
+    cache = cache_of(model, [0], 128)
+    alone = {name: t[:1] for name, t in thresholds.items()}
+    for i in range(3):
+        _, logits, cache, of_step = read_tokens(model, tokens[:1, i : i + 1], cache, alone, jnp.ones(1, int))
+        np.testing.assert_array_equal(verified[0, i], logits[0, 0])
+        np.testing.assert_array_equal(stats.packed[0, i], of_step.packed[0, 0])

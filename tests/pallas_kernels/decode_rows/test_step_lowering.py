@@ -16,6 +16,9 @@ from grinqh_jax.benchmarking import random_model
 from grinqh_jax.decoding import engine, policy
 from grinqh_jax.decoding.dial import Dial, DialState, layer_shares
 from grinqh_jax.decoding.sampling import Sampling
+from grinqh_jax.decoding.speculation.chunk import SlotTexts, speculative_chunk
+from grinqh_jax.decoding.speculation.drafter import DrafterState
+from grinqh_jax.decoding.speculation.lookup import PromptLookup
 from grinqh_jax.model import decoder
 from grinqh_jax.model.cache import KVCache
 from grinqh_jax.model.decoder import Decoder
@@ -175,3 +178,36 @@ def test_no_choice_gathers_logits_in_the_order_of_the_tokens(temperature):
     assert not re.search(r"stablehlo\.sort", text)
     sampled = ["sampling_scores", "sampling_selection"] if temperature else []
     assert re.findall(r"00(sampling_\w+)_kernel_mosaic_gpu", text) == sampled
+
+
+VERIFICATIONS = [("Qwen3-8B", 1, 1), ("Qwen3-8B", 4, 3), ("Qwen3-8B", 8, 1), ("Qwen3-30B-A3B", 1, 7)]
+
+
+@pytest.mark.parametrize("case", [("Qwen3-8B", 1, 7), *slow(*VERIFICATIONS)], ids=str)
+def test_a_verification_launches_the_kernels_of_a_step(case):
+    """Drafts add rows to products and positions to attention, and one launch that prepares the positions."""
+    name, texts, drafts = case
+
+    def chunk(model, tokens, cache, thresholds, *, speculates):
+        limits, options = jnp.full(texts, 8), {"steps": 8, "policy": policy.GPU}
+        dial = dial_of_zeros(model.config, texts)
+        rest = Sampling.create(texts), jnp.full(1, -1), limits
+        done = jnp.zeros(texts, bool)
+        if not speculates:
+            return engine.decode_chunk(model, tokens, done, cache, dial, *rest, **options)
+        so_far = SlotTexts(jnp.zeros((texts, 256), jnp.int32), jnp.zeros((texts, 4)))
+        drafter = PromptLookup(), DrafterState(), jnp.full(texts, drafts)
+        return speculative_chunk(
+            model, tokens, done, cache, dial, *rest, so_far, *drafter, drafts=drafts, **options
+        )
+
+    plain, verified = (
+        lowered(functools.partial(chunk, speculates=speculates), name, texts) for speculates in (False, True)
+    )
+    kernels = [
+        collections.Counter(re.findall(r"00(\w+)_kernel_mosaic_gpu", text)) for text in (plain, verified)
+    ]
+    layers = 2
+    assert kernels[1] == kernels[0] + collections.Counter(prepare_attention=layers)
+    for operation in ("case", "if", "dot_general", "sort"):
+        assert not re.search(rf"\bstablehlo\.{operation}\b", verified), operation
