@@ -3,11 +3,12 @@
 import argparse
 import concurrent.futures
 import datetime
+import functools
 import json
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -106,13 +107,25 @@ def compile_in_order(
       options: Options of XLA.
       threads: Number of threads.
     """
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        futures = {}
-        # The first functions compile while the next ones are lowered.
+
+    def lowered() -> Iterator[tuple[Any, Callable[[], jax.stages.Compiled]]]:
         for key, function in functions.items():
             jitted = function if isinstance(function, jax.stages.Wrapped) else jax.jit(function)
-            lowered = jitted.lower(*arguments[key])
-            futures[key] = pool.submit(lowered.compile, compiler_options=options)
+            program = jitted.lower(*arguments[key])
+            yield key, functools.partial(program.compile, compiler_options=options)
+
+    return called_in_order(lowered(), threads)
+
+
+def called_in_order(
+    functions: Iterable[tuple[Any, Callable[[], Any]]], threads: int = COMPILING_THREADS
+) -> Iterator[tuple[Any, Any]]:
+    """Calls functions that compile in threads; yields each key and result as soon as those before are ready.
+
+    The first functions run while the iterator lowers the next ones.
+    """
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        futures = {key: pool.submit(function) for key, function in functions}
         for key, future in futures.items():
             yield key, future.result()
 

@@ -30,7 +30,18 @@ OWN_KERNELS = {
     "swiglu_experts_kernel": "mlp",
     "router_kernel": "router",
 }
-SCOPES = ("sampling", "grading_stats", "dial", "attention", "norm", "mlp", "router", "embed", "experts")
+SCOPES = (
+    "sampling",
+    "grading_stats",
+    "dial",
+    "attention",
+    "norm",
+    "mlp",
+    "router",
+    "embed",
+    "experts",
+    "lookup",
+)
 """Named scopes of the library's source, inner ones before those that contain them."""
 
 

@@ -233,7 +233,17 @@ class Dial:
           state: State to add to.
           bits, active, positions: See ``follow``.
         """
-        read, observed = self.mean_bits(bits), active & (positions >= SKIPPED_POSITIONS)
+        return self.plus_means(state, self.mean_bits(bits), active, positions)
+
+    def plus_means(
+        self,
+        state: DialState,
+        read: Float[Array, "b"],
+        active: Bool[Array, "b"],
+        positions: Int[Array, "b"],
+    ) -> DialState:
+        """Does what ``plus_tokens`` does, for the ``mean_bits`` of the tokens."""
+        observed = active & (positions >= SKIPPED_POSITIONS)
         return state.plus(
             excess=jnp.where(observed, read - self.setting, 0),
             tokens=observed,

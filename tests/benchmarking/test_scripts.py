@@ -57,12 +57,16 @@ def test_decode_stops_at_its_limit(tmp_path):
 @pytest.mark.slow
 def test_speculation(tmp_path):
     output = tmp_path / "speculation.json"
-    options = "--layers 1 --contexts 32 --steps 2 --batch 4 --bits 3 --repeats 1"
+    options = "--layers 1 --contexts 32 --steps 2 --batch 4 --bits 3 --repeats 1 --profile 2"
     command = [sys.executable, SCRIPTS / "speculation.py", "--shapes", BUNDLED_MODEL, *options.split()]
     subprocess.run([*command, "--output", output], check=True, timeout=250)
     report = json.loads(output.read_text())
-    assert [row["drafts"] for row in report["steps"]] == [0, 1, 3]
-    assert {row["drafts"] for row in report["speed"]} == {1, 3}
+    cases = [(row["drafter"], row["drafts"], row["verified"]) for row in report["steps"]]
+    lookup = [("lookup", drafts, verified) for drafts, verified in ((3, 3), (3, 0), (1, 1), (1, 0), (0, 0))]
+    assert cases == [("off", 0, 0), *lookup, ("self", 3, 3)]
+    assert {row["drafts"] for row in report["speed"]} == {0, 1, 3}
+    profiled = ["off, 0 drafts", "lookup, 3 drafts"]
+    assert report["profiles"] == {f"context 32, 4 texts, {of}": None for of in profiled}
     assert report["skipped"] == report["problems"] == []
 
 

@@ -54,10 +54,10 @@ def follow(
     """
     if dial.held:
         return dial, pending
-    block = DialState(dial.state.wanted, pending)
+    block, read = DialState(dial.state.wanted, pending), dial.mean_bits(bits)
     # One by one, so that the sums do not depend on how the tokens were divided among verifications.
     for i in range(bits.shape[1]):
-        block = dial.plus_tokens(block, bits[:, i], produced[:, i], positions[:, i])
+        block = dial.plus_means(block, read[:, i], produced[:, i], positions[:, i])
     full = (block.decoded >= BLOCK)[:, None]
     state = dataclasses.replace(dial.state, sums=dial.state.sums + jnp.where(full, block.sums, 0))
     return dial.with_state(state), jnp.where(full, 0, block.sums)
