@@ -13,7 +13,8 @@ answers. A load begins with all prompts at once and ends with fewer and fewer an
 out: it counts whole rounds of answers, from the end of the first answer on, while every client has a request.
 Its decode speed is the number of tokens over the time that the prompts do not take. ``of_batched`` is the
 ratio to the speed of as many rows in ``benchmarks/decode.py`` (``--batched``), or to that of the engine
-alone; ``batched_from`` says which.
+alone; ``batched_from`` says which. ``dispatch`` is the time, in milliseconds, in which the host gives the
+device the work of a round, while clients are served.
 """
 
 import argparse
@@ -32,15 +33,18 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from typing import Literal
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
+import numpy as np
 import report
 import tokenizers
 
 from grinqh_jax.benchmarking import load, random_model
+from grinqh_jax.decoding.batching.scheduler import Scheduler
 from grinqh_jax.decoding.bits import FULL
 from grinqh_jax.decoding.generation_config import GenerationConfig
 from grinqh_jax.decoding.generator import Generator
@@ -127,7 +131,7 @@ def time_server(
     results.save()
     report.say(json.dumps(alone))
     with server.bind("127.0.0.1", 0) as bound:
-        work = setting, server.url(bound), alone, args, results
+        work = setting, engine, server.url(bound), alone, args, results
         clients = threading.Thread(target=measure, args=work, daemon=True)
         service = Service(args.shape, generator, engine, Limits())
         server.serve(service, bound, on_listening=clients.start)
@@ -170,7 +174,12 @@ def time_engine(setting: Setting, engine: Engine, args: argparse.Namespace) -> d
 
 
 def measure(
-    setting: Setting, url: str, alone: dict, args: argparse.Namespace, results: report.Report
+    setting: Setting,
+    engine: Engine,
+    url: str,
+    alone: dict,
+    args: argparse.Namespace,
+    results: report.Report,
 ) -> None:
     """Runs ``bench-serve`` for each number of clients, then ends the server."""
     batched = json.loads(args.batched.read_text()) if args.batched else None
@@ -181,7 +190,8 @@ def measure(
                 continue
             rows = rows_of(clients, args)
             requests = max(args.rounds * rows, LEAST_REQUESTS)
-            figures = bench(url, setting, clients, requests, args.max_tokens, args)
+            with timed_dispatch(engine.scheduler) as dispatched:
+                figures = bench(url, setting, clients, requests, args.max_tokens, args)
             row = dataclasses.asdict(setting) | {"clients": clients, "requests": requests}
             row |= {name: figures[name] and round(figures[name], 3) for name in FIGURES}
             row |= {name: {key: round(ms, 2) for key, ms in figures[name].items()} for name in TIMES}
@@ -191,6 +201,8 @@ def measure(
                 speed, source = found, "decode.py"
             row["batched_tokens_per_second"] = round(speed, 1)
             row["batched_from"] = source
+            p50, p99 = np.percentile(dispatched, (50, 99)) * 1e3
+            row["dispatch"] = {"p50": round(p50, 2), "p99": round(p99, 2)}
             row["steady"] = steady(figures["ends"], rows, args.max_tokens, alone["prompt_ms"] / 1e3, speed)
             results.fields["rows"].append(row)
             if figures["failed"]:
@@ -202,6 +214,24 @@ def measure(
         results.save()
     finally:
         os.kill(os.getpid(), signal.SIGTERM)  # The server drains, and returns.
+
+
+@contextlib.contextmanager
+def timed_dispatch(scheduler: Scheduler) -> Iterator[list[float]]:
+    """Yields a list that gets the seconds that the host takes to dispatch the work of each round."""
+    seconds: list[float] = []
+    dispatch = scheduler.dispatch
+
+    def timed() -> None:
+        start = time.perf_counter()
+        dispatch()
+        seconds.append(time.perf_counter() - start)
+
+    scheduler.dispatch = timed  # type: ignore[method-assign]
+    try:
+        yield seconds
+    finally:
+        scheduler.dispatch = dispatch  # type: ignore[method-assign]
 
 
 def steady(ends: list[float], rows: int, tokens: int, prompt_seconds: float, batched: float) -> dict | None:

@@ -75,7 +75,7 @@ class Engine:
             ``max_context`` tokens, or fewer if the device has less free memory.
           page_size: Number of positions of a page of the cache.
           piece: Number of prompt tokens read in one call, a multiple of ``page_size``. Running answers pause
-            for at most one piece, and prefixes are shared in whole pieces.
+            for at most as many tokens, and prefixes are shared in whole pieces.
           prompt_logprobs: Whether requests may ask for log-probabilities of their prompts, which takes more
             programs.
           share_prefixes: Whether texts with the same leading tokens share their pages. Without, layers with

@@ -59,24 +59,27 @@ class Slot:
 class PagedDevice(Device):
     """Does what a ``Device`` does, at once, with tokens in place of keys and values."""
 
-    def __init__(self, steps: int):
-        self.shape, self.speculation, self.chunk_steps = SHAPE, None, steps
-        self.step_shapes = step_shapes(row_counts(SHAPE.slots, fixed=False), 0, contiguous=False)
+    def __init__(self, steps: int, shape: Shape = SHAPE):
+        self.shape, self.speculation, self.chunk_steps = shape, None, steps
+        self.step_shapes = step_shapes(row_counts(shape.slots, fixed=False), 0, contiguous=False)
         self.decoded: list[int] = []  # numbers of rows of the chunks
-        self.pages = [[-1] * SHAPE.page_size for _ in range(SHAPE.num_pages)]
+        self.events: list[str | int] = []  # chunks, and the ends of the pieces that were read
+        self.pages = [[-1] * shape.page_size for _ in range(shape.num_pages)]
         self.slots: dict[int, Slot] = {}
 
     def read(self, pages: list[int], length: int) -> list[int]:
-        size = SHAPE.page_size
+        size = self.shape.page_size
         return [self.pages[pages[i // size]][i % size] for i in range(length)]
 
     def write(self, pages: list[int], position: int, token: int) -> None:
-        self.pages[pages[position // SHAPE.page_size]][position % SHAPE.page_size] = token
+        size = self.shape.page_size
+        self.pages[pages[position // size]][position % size] = token
 
     def prefix(self, pages, length, fixed=None) -> Prefix:
         return Prefix(list(pages), length)
 
     def prefill(self, prefix, piece, settings) -> Prefix:
+        self.events.append(piece.end)
         for token in piece.tokens[0, : piece.lengths[0]].tolist():
             self.write(prefix.pages, prefix.length, token)
             prefix = Prefix(prefix.pages, prefix.length + 1)
@@ -96,6 +99,7 @@ class PagedDevice(Device):
         assert len(set(slots)) == len(slots)
         assert {slot for slot, text in self.slots.items() if not text.done} <= set(slots)
         self.decoded.append(len(slots))
+        self.events.append("chunk")
         rows: list[list[int]] = []
         for slot in slots:
             row, text = [], self.slots.get(slot)
@@ -249,3 +253,41 @@ def test_a_chunk_decodes_the_answers_that_go_on_and_no_more_rows_than_the_next_p
     # A round reads one prompt, and each answer takes three chunks. Without a chunk ahead, the first answer
     # waits for its first token, which comes with the second prompt.
     assert device.decoded == rows
+
+
+@pytest.mark.parametrize(
+    ("prompt", "rounds"),
+    [
+        (512, [[448, 512]]),  # The preview of the last 64 tokens is read with the rest of the piece,
+        (1024, [[512], [960, 1024]]),
+        (1100, [[512], [1024], [1036, 1100]]),
+        (1000, [[512], [936, 1000]]),
+        (600, [[512], [536, 600]]),
+        (570, [[506], [570]]),  # but not if both have more tokens than a piece.
+        (2090, [[512], [1024], [1536], [1984, 2048], [2090]]),  # The preview may come before the end.
+    ],
+)
+def test_an_answer_waits_for_the_tokens_of_one_piece_and_a_prompt_for_no_more_rounds_than_it_needs(
+    prompt, rounds
+):
+    """The pieces of a prompt that are read between two chunks of another answer."""
+    shape = dataclasses.replace(SHAPE, max_context=4096, page_size=64, piece=512, num_pages=128)
+    device: Any = PagedDevice(steps=1, shape=shape)
+    loop = Scheduler(device, SharedPages(shape, graded=True), in_chunks_of(1, 1))
+    sampling: Any = sampling_rows(1, VOCABULARY)
+
+    def add(tokens: int, limit: int) -> None:
+        settings = Settings.of_request(sampling, 3.0, [], limit, 1)
+        loop.add(Job([1] * tokens, settings, Receiver(random.Random(0), 0)))
+
+    add(1, 20)
+    loop.step()
+    device.events.clear()
+    add(prompt, 1)
+    while not loop.idle:
+        loop.step()
+    loop.close()
+    between = " ".join(map(str, device.events)).split("chunk")
+    read = [[int(end) for end in pieces.split()] for pieces in between]
+    assert [pieces for pieces in read if pieces] == rounds
+    assert read[: len(rounds)] == rounds  # in consecutive rounds

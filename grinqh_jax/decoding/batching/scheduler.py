@@ -1,12 +1,14 @@
 """The decode loop on the host: decides which prompt is read and which answers are decoded next.
 
-Continuous batching: requests enter and leave slots between decode chunks. A round reads at most one piece of
-one prompt and decodes one chunk of all answers, so an answer never waits for more than one piece. (If the
+Continuous batching: requests enter and leave slots between decode chunks. A round reads at most a piece's
+tokens of one prompt and decodes one chunk of all answers, so an answer never waits for more tokens. (If the
 prompts of many requests were read first, their answers would end together. The next prompts would then come
 together as well, and the first of them would wait for all others.) In an engine for many requests, pieces end
 at positions that depend on the prompt alone, so a hit and a miss of the shared prefixes read the same pieces.
-An answer therefore does not depend on load or on what is in the cache. A single text runs in the same loop,
-with one slot.
+An answer therefore does not depend on load or on what is in the cache. A prompt of a quantized model ends
+with a small piece, that of the preview. It comes in the same round as the piece before if both together have
+no more tokens than a whole one, or the first token would wait for one more chunk. A single text runs in the
+same loop, with one slot.
 """
 
 import dataclasses
@@ -44,8 +46,8 @@ class Scheduler:
           device: Model and state on the device.
           storage: Storage of keys and values, of the same shape.
           policy: How chunks are scheduled.
-          prompts_first: Whether a round reads all prompts that have slots, and not one piece. Texts that
-            nobody waits for take fewer chunks then.
+          prompts_first: Whether a round reads all prompts that have slots, and not a piece of one. Texts
+            that nobody waits for take fewer chunks then.
         """
         self.waiting: list[tuple[int, int, Job]] = []
         self.reading: list[tuple[int, int, Job]] = []
@@ -109,7 +111,9 @@ class Scheduler:
         self._admit()
         while self.reading:
             job = self.reading[0][-1]
-            self._read(job)
+            end = self._read(job) + self._device.shape.piece
+            while job.pieces and job.pieces[0].end <= end:
+                self._read(job)
             if not job.pieces:
                 heapq.heappop(self.reading)
                 self._start(job)
@@ -156,12 +160,12 @@ class Scheduler:
             job.answer.begin(reused)
             heapq.heappush(self.reading, (priority, number, job))
 
-    def _read(self, job: Job) -> None:
-        """Dispatches the next piece of a prompt."""
+    def _read(self, job: Job) -> int:
+        """Dispatches the next piece of a prompt; returns the position at which it starts."""
         piece = job.pieces.popleft()
+        start = piece.end - int(piece.lengths[0])
         assert job.prefix is not None, "an admitted job has a prefix"
         if job.prompt_logprobs:
-            start = piece.end - int(piece.lengths[0])
             rest = job.prompt[start + 1 : piece.end + 1]
             following = np.zeros_like(piece.tokens)
             following[0, : len(rest)] = rest
@@ -169,6 +173,7 @@ class Scheduler:
             job.prompt_results.append((logprobs, len(rest)))
         job.prefix = self._device.prefill(job.prefix, piece, job.settings)
         self._storage.keep(job, piece.end)
+        return start
 
     def _start(self, job: Job) -> None:
         """Moves a job whose prompt is read to the answers."""
