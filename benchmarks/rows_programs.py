@@ -18,14 +18,10 @@ MULTIPROCESSORS = 132
 Program = BytePairs | DenseRows
 
 VARIANTS: dict[str, Program | None] = {
-    "dense, 2 teams": DenseRows(teams=2, step_planes=2, ring_slots=4),
-    "dense, 1 team": DenseRows(teams=1, step_planes=2, ring_slots=8),
-    "dense, 2 teams, 1 plane": DenseRows(teams=2, step_planes=1, ring_slots=8),
     "default": None,
-    "dense, 2 teams, warpgroups": DenseRows(teams=2, step_planes=2, ring_slots=4, warpgroups=True),
-    "dense, 1 team, warpgroups": DenseRows(teams=1, step_planes=2, ring_slots=8, warpgroups=True),
-    "dense, 2 teams, 8 slots": DenseRows(teams=2, step_planes=2, ring_slots=8),
-    "dense, 1 team, 4 planes": DenseRows(teams=1, step_planes=4, ring_slots=4),
+    "dense": DenseRows(),
+    "dense, warpgroups": DenseRows(warpgroups=True),
+    "dense, 4 planes": DenseRows(step_planes=4, ring_slots=4),
     "pairs, 4 slots": BytePairs(ring_slots=4),
     "pairs, 8 slots": BytePairs(ring_slots=8),
 }

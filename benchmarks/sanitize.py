@@ -69,7 +69,7 @@ def matvec_cases() -> Iterator[Case]:
         (384, 1024, 4, 8, "bfloat16", 3, dense_rows(2, 4, DenseRows(ring_slots=16))),
         (1000, 600, 7, 6, "float16", 48, dense_rows(1, 2, DenseRows(step_planes=4))),
         (300, 700, 16, 8, "float32", 0, dense_rows(2, 1, DenseRows())),
-        (256, 512, 13, 2, "bfloat16", 5, dense_rows(1, 4, DenseRows(teams=2, ring_slots=4))),
+        (256, 512, 13, 2, "bfloat16", 5, dense_rows(1, 4, DenseRows(ring_slots=4))),
     ]
     for k, n, rows, max_bits, dtype, parts, config in classes:
         rng = np.random.default_rng(rows)

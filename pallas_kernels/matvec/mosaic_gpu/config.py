@@ -26,27 +26,26 @@ class DenseRows:
     """Tuning of ``dense_rows.program``. It does not change the result.
 
     Attributes:
-      teams: Number of teams, 1 or 2, that multiply different sections of channels at the same time. A team
-        has 8 warps, one for each 16-byte piece of a plane row.
-      step_planes: Number of planes, 1, 2 or 4, of the 32 channels of each team in a step.
+      step_planes: Number of planes, 1, 2 or 4, of the 32 channels of a step.
       ring_slots: Number of steps that the ring of a CTA holds, 2, 4, 8 or 16.
       warpgroups: Whether a warpgroup multiplies its pieces with one instruction, which reads the codes from
         shared memory. Needs compute capability 9.0, and no other.
       tiles: Number of tiles, 1 to 4, that a CTA multiplies one after the other with the same codes.
+      counting_ctas: Largest number of CTAs, 1 to 4, that compute the statistics.
     """
 
-    teams: int = 1
     step_planes: int = 2
     ring_slots: int = 8
     warpgroups: bool = False
     tiles: int = 1
+    counting_ctas: int = 4
 
     def __post_init__(self):
         for name, allowed in (
-            ("teams", (1, 2)),
             ("step_planes", (1, 2, 4)),
             ("ring_slots", (2, 4, 8, 16)),
             ("tiles", (1, 2, 3, 4)),
+            ("counting_ctas", (1, 2, 3, 4)),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"DenseRows.{name} must be one of {allowed}, not {getattr(self, name)!r}")

@@ -112,7 +112,10 @@ def geometry_of(x: Activations, weight: NestedWeight, config: Config | None = No
     if config is None:
         target = device.target_device()
         config = tuning.best_config(
-            geometry, device_kind=target.device_kind, multiprocessors=device.multiprocessors(target)
+            geometry,
+            device_kind=target.device_kind,
+            multiprocessors=device.multiprocessors(target),
+            warpgroups=device.multiplies_in_warpgroups(target),
         )
     program = Geometry
     if config.dense_rows is not None:

@@ -30,8 +30,13 @@ pytestmark = [
     pytest.mark.skipif(jax.__version_info__ < device.OLDEST_JAX, reason="needs jax >= 0.11.2"),
 ]
 
-every_architecture = pytest.mark.parametrize("architecture", ["sm_89", "sm_90a", "sm_100a", "sm_120a"])
-"""RTX 4090, H200, B200 and RTX 5090."""
+GPUS = {
+    "sm_89": ("NVIDIA GeForce RTX 4090", 128),
+    "sm_90a": ("NVIDIA H200", 132),
+    "sm_100a": ("NVIDIA B200", 148),
+    "sm_120a": ("NVIDIA GeForce RTX 5090", 170),
+}
+every_architecture = pytest.mark.parametrize("architecture", GPUS)
 
 MOST_SPILLED_BYTES = 512
 
@@ -41,10 +46,11 @@ def spilled(report: str) -> int:
 
 
 def assemble_matvec(monkeypatch, tmp_path, architecture, rows) -> str:
-    """Assembles the matvec of 4096x4096 in the configuration of an H200."""
+    """Assembles the matvec of 4096x4096 in the configuration of the GPU."""
     weight = NestedWeight.abstract(4096, 4096)
     x = jax.eval_shape(Activations.of, jax.ShapeDtypeStruct((rows, 4096), "bfloat16"))
-    gpu = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    kind, multiprocessors = GPUS[architecture]
+    gpu = jax.sharding.AbstractDevice(device_kind=kind, num_cores=multiprocessors, platform="gpu")
     mesh = jax.sharding.AbstractMesh((1,), ("x",), (AxisType.Explicit,), abstract_device=gpu)
     with jax.sharding.use_abstract_mesh(mesh):
         geometry = matvec.geometry_of(x, weight)

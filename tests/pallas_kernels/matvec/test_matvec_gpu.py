@@ -46,7 +46,7 @@ SLOW_CASES = [
     *(Case(576, n, config=None, rows=rows) for n, rows in ((576, 1), (576, 4), (960, 1))),
     Case(1536, 576, config=None, dtype="bfloat16"),
     Case(256, 512, config=None),
-    Case(1024, 6144, config=None, rows=8),
+    *(Case(1024, 6144, config=None, rows=rows) for rows in (8, 16)),
     Case(3072, 8192, config=None, activations="heavy"),
     Case(5120, 13824, config=None, dtype="bfloat16"),
 ]
@@ -61,7 +61,7 @@ DENSE_CASES = [
     dense_case(300, 700, CONFIGS[0], DenseRows(ring_slots=4), rows=3, max_bits=2),
     dense_case(300, 700, CONFIGS[0], DenseRows(step_planes=1, tiles=2), rows=16, max_bits=4),
     dense_case(300, 700, CONFIGS[1], DenseRows(step_planes=4, ring_slots=2), rows=9, max_bits=6),
-    dense_case(300, 700, CONFIGS[1], DenseRows(teams=2, ring_slots=4, tiles=2), rows=4),
+    dense_case(300, 700, CONFIGS[1], DenseRows(ring_slots=4, tiles=2, counting_ctas=1), rows=4),
     *(dense_case(300, 512 * (p % 2) + 64 * p, CONFIGS[p % 4], rows=2 * p, seed=p) for p in range(1, 8)),
     dense_case(576, 960, CONFIGS[0], DenseRows(tiles=2), rows=8),
 ]

@@ -52,7 +52,6 @@ class Program(NamedTuple):
         )
 
 
-TEAMS, STEP_PLANES = st.sampled_from([1, 2]), st.sampled_from([1, 2, 4])
 BYTE_PAIRS = Program(
     "byte_pairs", BytePairs(), st.builds(BytePairs, ring_slots=st.sampled_from([2, 4, 8])), most_rows=8
 )
@@ -61,12 +60,12 @@ DENSE_ROWS = Program(
     DenseRows(),
     st.builds(
         DenseRows,
-        teams=TEAMS,
-        step_planes=STEP_PLANES,
+        step_planes=st.sampled_from([1, 2, 4]),
         ring_slots=st.sampled_from([2, 4, 8]),
+        warpgroups=st.booleans(),
         tiles=st.integers(1, 4),
-    )
-    | st.builds(DenseRows, teams=TEAMS, step_planes=STEP_PLANES, warpgroups=st.just(True)),
+        counting_ctas=st.integers(1, 4),
+    ),
     most_rows=16,
 )
 BOTH = pytest.mark.parametrize("program", [BYTE_PAIRS, DENSE_ROWS], ids=lambda program: program.field)
@@ -100,7 +99,9 @@ def test_a_last_tile_of_any_number_of_pieces(program, whole_tiles, pieces, data)
     assert_agrees_with_the_row_alone(case, data.draw(st.integers(0, case.rows - 1)))
 
 
-@pytest.mark.parametrize("dense_rows", [DenseRows(), DenseRows(teams=2, ring_slots=4, tiles=2)], ids=str)
+@pytest.mark.parametrize(
+    "dense_rows", [DenseRows(), DenseRows(ring_slots=4, warpgroups=True, tiles=2)], ids=str
+)
 def test_more_than_two_tiles(dense_rows):
     """Some CTAs have several tiles, and the last tile of outputs is not whole."""
     config = DENSE_ROWS.config(dense_rows=dense_rows)
@@ -135,7 +136,9 @@ def test_the_defaults_for_1_to_16_rows_give_a_row_the_same_bits(multiprocessors)
     for rows in (1, 2, 3, 4, 5, 8, 9, 16):
         one_row = Config(warpgroups=1, warps_per_group=1, ring_slots=4)
         sizes = kernel.geometry_of(Activations.of(jnp.asarray(x[:rows])), weight, one_row)
-        config = tuning.best_config(sizes, device_kind="NVIDIA H200", multiprocessors=multiprocessors)
+        config = tuning.best_config(
+            sizes, device_kind="NVIDIA H200", multiprocessors=multiprocessors, warpgroups=True
+        )
         programs.add(((rows > 2) + (rows > 4), config.byte_pairs is None, config.dense_rows is None))
         outputs.append(emulate(x[:rows], weight, thresholds[:rows], config)[0])
     from_3 = (1, multiprocessors == 1, multiprocessors > 1)
@@ -197,11 +200,10 @@ def test_lists_of_any_length(reached, slots):
     assert_reads_channels(BYTE_PAIRS.config(warps_per_group=1, byte_pairs=byte_pairs), reached)
 
 
-@pytest.mark.parametrize("teams", [1, 2])
 @pytest.mark.parametrize("reached", [0, 1, 31, 32, 33, 128])
-def test_any_number_of_channels_that_some_row_reads(reached, teams):
+def test_any_number_of_channels_that_some_row_reads(reached):
     """The other plane rows are not copied: the ring holds noise there, or rows of earlier steps."""
-    dense_rows = DenseRows(teams=teams, ring_slots=2, step_planes=1)
+    dense_rows = DenseRows(ring_slots=2, step_planes=1)
     assert_reads_channels(DENSE_ROWS.config(warps_per_group=1, dense_rows=dense_rows), reached)
 
 

@@ -20,8 +20,8 @@ GPUS = [
 ]
 PAIRS = Config(warpgroups=2, warps_per_group=1, ring_slots=8, byte_pairs=BytePairs())
 DENSE = Config(warpgroups=1, warps_per_group=1, ring_slots=8, dense_rows=DenseRows())
-TEAMS = dataclasses.replace(DENSE, dense_rows=DenseRows(teams=2, ring_slots=4, tiles=2))
-LOWERED = {"pairs": (PAIRS, (2, 7)), "dense": (DENSE, (2, 16, 8)), "teams": (TEAMS, (2, 16, 8))}
+TILES = dataclasses.replace(DENSE, dense_rows=DenseRows(ring_slots=4, tiles=2))
+LOWERED = {"pairs": (PAIRS, (2, 7)), "dense": (DENSE, (2, 16, 8)), "tiles": (TILES, (2, 16, 8))}
 """Configurations, and the numbers of rows that they are lowered for."""
 SHAPES = {2: (4096, 6144, 8), 7: (300, 700, 6), 16: (300, 700, 6), 8: (576, 320, 8)}
 """Input features, output features and bits, by the number of rows."""
@@ -50,17 +50,33 @@ def test_lowers_for(gpu, name, rows):
 
 @pytest.mark.parametrize("shape", [(4096, 4096), (4096, 6144), (4096, 24576), (12288, 4096)], ids=str)
 @pytest.mark.parametrize("rows", [5, 8, 16])
-@pytest.mark.parametrize("teams", [1, 2])
-def test_an_h200_runs_all_ctas_of_a_layer_at_once(shape, rows, teams):
-    x = Activations.of(jnp.zeros((rows, shape[0]), jnp.bfloat16))
-    alone = tuning._measured()["NVIDIA H200"][shape]
-    geometry = kernel.geometry_of(x, NestedWeight.abstract(*shape), alone)
-    dense_rows = DenseRows(teams=teams, step_planes=1)
-    limit = tuning.SHARED_BYTES_PER_SM
-    config = tuning.with_dense_rows(geometry, alone, 132, limit, dense_rows)
-    geometry = kernel.geometry_of(x, NestedWeight.abstract(*shape), config)
+@pytest.mark.parametrize("warpgroups", [False, True])
+def test_an_h200_runs_all_ctas_of_a_layer_at_once(shape, rows, warpgroups):
+    geometry = best_of(shape, rows, 132, warpgroups)
     assert geometry.blocks <= 132
-    assert geometry.shared_bytes <= limit
+    assert geometry.shared_bytes <= tuning.SHARED_BYTES_PER_SM
+    assert geometry.dense.warpgroups == (warpgroups and rows > 8)
+
+
+def best_of(shape, rows, multiprocessors, warpgroups=False):
+    x = Activations.of(jnp.zeros((rows, shape[0]), jnp.bfloat16))
+    weight = NestedWeight.abstract(*shape)
+    config = tuning.best_config(
+        kernel.geometry_of(x, weight, kernel.ANY_CONFIG),
+        device_kind="NVIDIA H200",
+        multiprocessors=multiprocessors,
+        warpgroups=warpgroups,
+    )
+    return kernel.geometry_of(x, weight, config)
+
+
+def test_the_ctas_that_count_levels_take_the_multiprocessors_that_are_left():
+    """The gate and up projection of Qwen3-4B leaves two. If all multiply, the counting CTAs wait."""
+    launch = best_of((2560, 19456), 16, 132)
+    assert (launch.matvec_blocks, launch.counting_blocks) == (130, 2)
+    for multiprocessors, counting in ((129, 1), (128, 4), (100, 4)):
+        launch = best_of((4096, 4096), 16, multiprocessors)
+        assert launch.counting_blocks == counting
 
 
 @pytest.mark.parametrize("rows", range(1, 17))
@@ -91,8 +107,8 @@ def test_several_ctas_fit_a_multiprocessor(rows, warpgroups, slots, ctas):
 
 
 def test_config_errors_name_the_field_and_the_allowed_values():
-    with pytest.raises(ValueError, match=r"DenseRows.teams must be one of \(1, 2\), not 3"):
-        DenseRows(teams=3)
+    with pytest.raises(ValueError, match=r"DenseRows.step_planes must be one of \(1, 2, 4\), not 3"):
+        DenseRows(step_planes=3)
     with pytest.raises(ValueError, match=r"BytePairs.ring_slots must be one of \(2, 4, 8\), not 3"):
         BytePairs(ring_slots=3)
     with pytest.raises(ValueError, match="name different programs"):

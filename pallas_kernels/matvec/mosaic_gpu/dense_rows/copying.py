@@ -8,7 +8,6 @@ from pallas_kernels.lanes.registers import Value
 from pallas_kernels.matvec.mosaic_gpu.dense_rows.geometry import (
     BLOCK_BYTES,
     CHANNELS_PER_LANE,
-    TEAM_THREADS,
     DenseRowsGeometry,
 )
 from pallas_kernels.matvec.mosaic_gpu.dense_rows.lane_context import (
@@ -36,7 +35,7 @@ def ring_row(channel: Value) -> Value:
 
 @dataclasses.dataclass(frozen=True)
 class Copies:
-    """Copies of steps into the ring. 8 lanes copy a plane row; a team copies the blocks of its section.
+    """Copies of steps into the ring. 8 lanes copy a plane row.
 
     A plane row that no activation row reads is not copied. Its place in the ring keeps any old bytes, which
     do not matter, because all codes of the plane row are 0.
@@ -61,15 +60,15 @@ class Copies:
     @classmethod
     def create(cls, isa: Instructions, g: DenseRowsGeometry, refs: Refs, context: LaneContext) -> "Copies":
         """Computes the addresses of the thread."""
-        channel, piece = context.team_thread // COPY_LANES, context.team_thread % COPY_LANES
-        channels = [channel + first for first in range(0, LANES, TEAM_THREADS // COPY_LANES)]
-        ring = context.shared + g.ring_base + context.team * (g.step_planes * BLOCK_BYTES)
+        channel, piece = context.thread // COPY_LANES, context.thread % COPY_LANES
+        channels = [channel + first for first in range(0, LANES, g.threads // COPY_LANES)]
+        ring = context.shared + g.ring_base
         first = first_channel(g, context) + channel
         return cls(
             isa,
             g,
             context,
-            items=context.tiles * g.sets,
+            items=context.tiles * g.sections,
             piece=piece,
             channels=channels,
             targets=[in_ring(ring, ring_row(c), piece) for c in channels],
@@ -82,8 +81,7 @@ class Copies:
         isa, g = self.isa, self.g
         slot = slot_offset(g, item, step)
         chunk_of_section, planes = g.steps[step]
-        tile, chosen = place_of(isa, g, self.context, item)
-        section = chosen * g.teams + self.context.team
+        tile, section = place_of(isa, g, self.context, item)
         chunk = section * g.section_chunks + chunk_of_section
         group, words = chunk >> 2, (chunk & 3) * (LANES // CHANNELS_PER_LANE)
         marks = self.context.shared + g.masks_base + group * (g.planes * layout.GROUP) + (words << 2)
@@ -116,7 +114,7 @@ class Copies:
     def start(self, steps: range) -> None:
         """Starts copying some of the first steps, as one copy group each."""
         for step in steps:
-            item, step_of_set = divmod(step, len(self.g.steps))
+            item, step_of_section = divmod(step, len(self.g.steps))
             first = self.isa.constant(item)
-            self.copy(first, step_of_set, exists=first < self.items if item >= self.g.sets else None)
+            self.copy(first, step_of_section, exists=first < self.items if item >= self.g.sections else None)
             self.isa.commit_copies()

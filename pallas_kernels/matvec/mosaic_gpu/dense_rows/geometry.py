@@ -16,22 +16,12 @@ ROWS_PER_MATRIX = 4
 CHANNELS_PER_LANE = 4
 """Number of consecutive channels whose codes a lane computes: one byte of a word for each."""
 
-TEAM_WARPS = layout.TILE_PIECES
-"""Number of warps of a team. Each multiplies one piece of every plane row."""
-
-TEAM_THREADS = TEAM_WARPS * LANES
-"""Number of threads of a team."""
+WARPS = layout.TILE_PIECES
+"""Number of warps of a CTA. Each multiplies one 16-byte piece of every plane row."""
 
 CHUNK_PADDING = {False: 64, True: 16}
 """Bytes between the codes of two chunks of 32 channels, without and with warpgroups. They avoid bank
 conflicts of the stores."""
-
-COUNTING_BLOCKS = 4
-"""Largest number of CTAs that compute statistics. One CTA fits a multiprocessor, and those that multiply may
-leave only four multiprocessors of 132."""
-
-EXCHANGE_BYTES = 32 * 1024
-"""Largest number of bytes of the outputs that the teams exchange at once."""
 
 RECORD_BYTES = 8
 """Bytes of a record: the sum of codes and the peak of an activation row in a section."""
@@ -53,13 +43,8 @@ class DenseRowsGeometry(Geometry):
 
     # --- warps and activation rows --------------------------------------------------------------------
     @property
-    def teams(self) -> int:
-        """Number of teams of warps. Each multiplies another section."""
-        return self.dense.teams
-
-    @property
     def warps(self) -> int:
-        return self.teams * TEAM_WARPS
+        return WARPS
 
     @property
     def row_batches(self) -> int:
@@ -93,22 +78,17 @@ class DenseRowsGeometry(Geometry):
     @property
     def counting_blocks(self) -> int:
         """Number of CTAs that compute the statistics of the activation rows."""
-        return min(self.rows, COUNTING_BLOCKS)
+        return min(self.rows, self.dense.counting_ctas)
 
     @property
     def blocks(self) -> int:
         return self.matvec_blocks + self.counting_blocks
 
-    # --- sections, sets of sections, and steps --------------------------------------------------------
+    # --- sections and steps -----------------------------------------------------------------------------
     @property
     def sections(self) -> int:
         """Number of sections of a CTA: 4 or 8."""
         return self.config.warps
-
-    @property
-    def sets(self) -> int:
-        """Number of sets. A set has one section for each team."""
-        return self.sections // self.teams
 
     @property
     def section_channels(self) -> int:
@@ -137,7 +117,7 @@ class DenseRowsGeometry(Geometry):
 
     @property
     def steps(self) -> list[tuple[int, range]]:
-        """The steps of a set: chunk of the section, and planes. Every team has its own section."""
+        """The steps of a section: chunk of the section, and planes."""
         return [
             (chunk, range(first, min(first + self.step_planes, self.planes)))
             for chunk in range(self.section_chunks)
@@ -146,7 +126,7 @@ class DenseRowsGeometry(Geometry):
 
     @property
     def loads_scales_ahead(self) -> bool:
-        """Whether the scales of a set are loaded during the set before. More rows lack the registers."""
+        """Whether the scales of a section are loaded during the one before. More rows lack the registers."""
         return self.row_tiles <= 2
 
     @property
@@ -156,8 +136,8 @@ class DenseRowsGeometry(Geometry):
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of a slot of the ring: the blocks ``[team][plane]`` of a step."""
-        return self.teams * self.step_planes * BLOCK_BYTES
+        """Bytes of a slot of the ring: the blocks ``[plane]`` of a step."""
+        return self.step_planes * BLOCK_BYTES
 
     # --- how the warps divide the codes: a warp codes one row in one group at a time -------------------
     @property
@@ -181,16 +161,10 @@ class DenseRowsGeometry(Geometry):
         return self.cta_groups // self.groups_at_once
 
     @property
-    def first_rounds(self) -> int:
-        """Number of rounds before the first copies: those that code the first set."""
-        groups = -(-self.teams * self.section_channels // layout.GROUP)
-        return -(-groups // self.groups_at_once)
-
-    @property
     def first_steps(self) -> int:
-        """Number of steps whose copies start after these rounds."""
-        channels = self.first_rounds * self.groups_at_once * layout.GROUP
-        return min(self.slots, channels // (self.teams * self.section_channels) * len(self.steps))
+        """Number of steps whose copies start after the first round."""
+        channels = self.groups_at_once * layout.GROUP
+        return min(self.slots, channels // self.section_channels * len(self.steps))
 
     # --- shared memory: ``*_base`` is the offset of the first byte ---------------------------------------
     @property
@@ -219,24 +193,8 @@ class DenseRowsGeometry(Geometry):
         return self.masks_base + self.masks_bytes
 
     @property
-    def exchange_base(self) -> int:
-        """Outputs ``[team][row tile][half][thread][4]``."""
-        return layout.round_up(self.records_base + self.sections * self.padded_rows * RECORD_BYTES, 128)
-
-    @property
-    def row_tile_outputs_bytes(self) -> int:
-        """Bytes of the outputs of a row tile of all teams: two vectors of each thread."""
-        return 2 * 16 * self.threads
-
-    @property
-    def row_tiles_at_once(self) -> int:
-        """Number of row tiles whose outputs the teams exchange at once."""
-        return min(self.row_tiles, EXCHANGE_BYTES // self.row_tile_outputs_bytes)
-
-    @property
     def ring_base(self) -> int:
-        exchanged = self.row_tiles_at_once * self.row_tile_outputs_bytes if self.teams > 1 else 0
-        return self.exchange_base + exchanged
+        return layout.round_up(self.records_base + self.sections * self.padded_rows * RECORD_BYTES, 128)
 
     @property
     def shared_bytes(self) -> int:

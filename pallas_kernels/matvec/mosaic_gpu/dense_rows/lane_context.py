@@ -5,7 +5,7 @@ import dataclasses
 from pallas_kernels import layout
 from pallas_kernels.lanes.instructions import LANES, Instructions
 from pallas_kernels.lanes.registers import Value
-from pallas_kernels.matvec.mosaic_gpu.dense_rows.geometry import TEAM_THREADS, TEAM_WARPS, DenseRowsGeometry
+from pallas_kernels.matvec.mosaic_gpu.dense_rows.geometry import DenseRowsGeometry
 from pallas_kernels.matvec.mosaic_gpu.geometry import ROW_BYTES
 from pallas_kernels.matvec.mosaic_gpu.lane_context import Refs
 from pallas_kernels.matvec.mosaic_gpu.tile import pieces_of_tile
@@ -18,11 +18,7 @@ class LaneContext:
     thread: Value
     lane: Value
     warp: Value
-    team: Value
-    team_thread: Value
-    """Index of the thread in its team."""
-    piece: Value
-    """The warp's piece of every plane row."""
+    """Index of the warp, and of its piece of every plane row."""
     first_tile: Value
     """First tile of the CTA."""
     tiles: Value
@@ -45,9 +41,6 @@ def lane_context(isa: Instructions, g: DenseRowsGeometry, refs: Refs) -> LaneCon
         thread=thread,
         lane=thread & (LANES - 1),
         warp=warp,
-        team=warp // TEAM_WARPS,
-        team_thread=thread % TEAM_THREADS,
-        piece=warp % TEAM_WARPS,
         first_tile=first_tile,
         tiles=tiles,
         split=block // g.tile_groups,
@@ -80,11 +73,11 @@ def in_ring(ring: Value, row: Value, piece: Value) -> Value:
 def place_of(
     isa: Instructions, g: DenseRowsGeometry, context: LaneContext, item: Value
 ) -> tuple[Value, Value]:
-    """Returns the tile (of the CTA) and the set of an item; tile 0 if there is no such item.
+    """Returns the tile (of the CTA) and the section of an item; tile 0 if there is no such item.
 
-    The items of a CTA are the sets of its first tile, then those of the second, and so on.
+    The items of a CTA are the sections of its first tile, then those of the second, and so on.
     """
     if g.dense.tiles == 1:
-        return isa.constant(0), item % g.sets
-    tile = item // g.sets
-    return isa.select(tile < context.tiles, tile, isa.constant(0)), item % g.sets
+        return isa.constant(0), item % g.sections
+    tile = item // g.sections
+    return isa.select(tile < context.tiles, tile, isa.constant(0)), item % g.sections

@@ -20,41 +20,39 @@ class Operands:
     piece: Value
     """Address of the lane's plane row in the warp's piece, in the first plane of slot 0."""
     codes: list[Value]
-    """For each pair of row tiles, the address of the lane's codes in plane 0 of the team's first chunk."""
+    """For each pair of row tiles, the address of the lane's codes in plane 0 of the first chunk."""
 
     @classmethod
     def create(cls, isa: Instructions, g: DenseRowsGeometry, context: LaneContext) -> "Operands":
         """Computes the addresses of the lane."""
-        ring = context.shared + g.ring_base + context.team * (g.step_planes * BLOCK_BYTES)
-        first_chunk = context.shared + context.team * (g.section_chunks * g.chunk_bytes)
         return cls(
             isa,
             g,
-            piece=in_ring(ring, context.lane, context.piece),
+            piece=in_ring(context.shared + g.ring_base, context.lane, context.warp),
             # The maximum tells the compiler that the whole warp has the same address.
-            codes=[isa.reduce_max(first_chunk)]
+            codes=[isa.reduce_max(context.shared)]
             if g.dense.warpgroups
             else [
-                first_chunk + (t << 8) + (context.lane << (4 if t + 1 < g.row_tiles else 3))
+                context.shared + (t << 8) + (context.lane << (4 if t + 1 < g.row_tiles else 3))
                 for t in range(0, g.row_tiles, 2)
             ],
         )
 
-    def load(self, item: Value, chosen: Value, step: int) -> list[Value]:
+    def load(self, item: Value, section: Value, step: int) -> list[Value]:
         """Loads the words of A, ``[plane][4]``, and the codes, ``[plane][row tile][2]``, of a step.
 
         With ``warpgroups`` the address of the codes, ``[plane]``, takes their place.
 
         Args:
           item: Index of the item.
-          chosen: Index of its set.
-          step: Step of the set.
+          section: Index of its section.
+          step: Step of the section.
         """
         isa, g = self.isa, self.g
         slot = slot_offset(g, item, step)
         chunk, planes = g.steps[step]
         words, codes = [], []
-        first = chosen * (g.teams * g.section_chunks * g.chunk_bytes) + chunk * g.chunk_bytes
+        first = section * (g.section_chunks * g.chunk_bytes) + chunk * g.chunk_bytes
         for n, f in enumerate(planes):
             words += isa.load_matrices_transposed(self.piece + slot + n * BLOCK_BYTES, unwritten=True)
             if g.dense.warpgroups:
@@ -69,7 +67,7 @@ class Operands:
 def multiply(
     isa: Instructions, g: DenseRowsGeometry, accumulators: list[Value], step: int, operands: list[Value]
 ) -> list[Value]:
-    """Multiplies a step of a set.
+    """Multiplies a step of a section.
 
     Args:
       isa, g: The instructions and sizes.

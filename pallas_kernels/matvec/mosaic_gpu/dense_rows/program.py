@@ -8,9 +8,7 @@ channels only:
 
     CTA        one or more tiles of outputs, ``groups_per_cta`` groups of channels, all activation rows
     section    the channels of one warp in the program for one row: they share a peak and integer sums
-    team       warps that together multiply all pieces of a tile, in one section
-    set        one section for each team
-    step       32 channels of each team in one to four planes, which fill one slot of the ring
+    step       32 channels in one to four planes, which fill one slot of the ring
 
 Phases
 ======
@@ -21,10 +19,9 @@ code      Computes the codes of all activation rows in all channels of the CTA, 
           is not marked, and not copied.
 copy      Copies the marked plane rows to the ring, ``ring_slots`` steps ahead of the multiplication. The
           place of a row that is not marked keeps old bytes. They are multiplied by 0.
-multiply  Multiplies the steps of a set on the matrix unit, exactly, in int32. The operands of a step are
-          loaded before the previous step is multiplied.
-combine   Converts the sums to float32. With two teams, each has the totals of half of the outputs, so the
-          teams exchange outputs through shared memory. Adds the sections of the set in their order.
+multiply  Multiplies the steps of a section on the matrix unit, exactly, in int32. The operands of a step
+          are loaded before the previous step is multiplied. A warp has one piece of all plane rows.
+combine   Converts the sums to float32, and adds the sections in their order.
 store     Writes the totals of a tile as the CTA's partial sum.
 
 Multiplication
@@ -93,13 +90,12 @@ def matvec(isa: Instructions, g: DenseRowsGeometry, refs: Refs) -> None:
     carry = [*scales, *operands.load(zero, zero, 0)]
 
     def multiply_tile(tile: Value, carry: list[Value]) -> list[Value]:
-        def body(chosen: Value, carry: list[Value]) -> list[Value]:
-            return multiply_set(
-                isa, g, refs, context, copies, operands, tile * g.sets + chosen, chosen, carry
-            )
+        def body(section: Value, carry: list[Value]) -> list[Value]:
+            item = tile * g.sections + section
+            return multiply_section(isa, g, refs, context, copies, operands, item, section, carry)
 
         count = len(carry)
-        carry = isa.loop(isa.constant(g.sets), carry + new_totals(isa, g), body)
+        carry = isa.loop(isa.constant(g.sections), carry + new_totals(isa, g), body)
         store_partials(isa, g, refs, context, tile, carry[count:])
         return carry[:count]
 
@@ -115,21 +111,20 @@ def code_and_start(isa: Instructions, g: DenseRowsGeometry, refs: Refs, context:
     coder = Coder.create(isa, g, refs, context)
     clear_marks(isa, g, context)
     isa.block_barrier()
-    coder.code(range(g.first_rounds))
+    coder.code(range(1))
     copies = Copies.create(isa, g, refs, context)
     isa.block_barrier()
     copies.start(range(g.first_steps))
-    if g.first_rounds < g.rounds:
-        coder.code(range(g.first_rounds, g.rounds))
+    coder.code(range(1, g.rounds))
     if g.dense.warpgroups:
         isa.publish_operands()
-    if g.first_rounds < g.rounds:
+    if g.rounds > 1:
         isa.block_barrier()
     copies.start(range(g.first_steps, g.slots))
     return copies
 
 
-def multiply_set(
+def multiply_section(
     isa: Instructions,
     g: DenseRowsGeometry,
     refs: Refs,
@@ -137,17 +132,16 @@ def multiply_set(
     copies: Copies,
     operands: Operands,
     item: Value,
-    chosen: Value,
+    section: Value,
     carry: list[Value],
 ) -> list[Value]:
-    """Multiplies one set in one tile, and adds its outputs to the totals.
+    """Multiplies one section in one tile, and adds its outputs to the totals.
 
     Args:
       isa, g, refs, context, copies, operands: The instructions, sizes, arrays, indices, copies and loads.
-      item: Index of the item: of the set, after the sets of the tiles before.
-      chosen: Index of the set.
-      carry: Scales of the set if they are loaded ahead, operands of step 0,
-        totals.
+      item: Index of the item: of the section, after the sections of the tiles before.
+      section: Index of the section.
+      carry: Scales of the section if they are loaded ahead, operands of step 0, totals.
 
     Returns:
       The same for the next item.
@@ -166,9 +160,9 @@ def multiply_set(
         isa.wait_copies(g.slots - 2)
         isa.block_barrier()
         after, next_step = divmod(step + 1, len(g.steps))
-        next_loaded = operands.load(item + after, (chosen + after) % g.sets, next_step)
+        next_loaded = operands.load(item + after, (section + after) % g.sections, next_step)
         copies.copy_ahead(item, step)
         accumulators = multiply(isa, g, accumulators, step, loaded)
         loaded = next_loaded
-    totals = combine(isa, g, context, chosen, accumulators, scales, totals)
+    totals = combine(isa, g, context, section, accumulators, scales, totals)
     return [*next_scales, *loaded, *totals]
