@@ -53,7 +53,14 @@ def add_norm(
         if (added := update.add_norm(x, norm_scale, eps)) is not None:
             return added
         update = update.exchanged()
-    if update is not None and decode_rows.supports(update) is None:
-        return decode_rows.add_norm(x, update, norm_scale, eps)
+    # The first norm of a step takes the kernel, too: XLA's sum over a row may depend on the other rows.
+    sums = _zeros(x) if update is None else update
+    if decode_rows.supports(sums) is None:
+        return decode_rows.add_norm(x, sums, norm_scale, eps)
     total = x if update is None else x + update.array
     return total, Activations.of(by_token(lambda total: rms_norm(total, norm_scale, eps), total))
+
+
+def _zeros(x: Float[Array, "b t d"]) -> Activations:
+    """Returns a partial sum that changes nothing."""
+    return Activations.sums(jnp.zeros((1, *x.shape), jnp.float32), x.shape[-1]).astype(x.dtype)
