@@ -101,6 +101,14 @@ def test_the_length_follows_acceptance_and_measured_times():
     assert slow.choose([accepting(0.9)]) == (1, 0)
 
 
+def test_before_a_measurement_a_further_row_costs_a_fifth_of_a_step():
+    length = DraftLength(shapes(1, 7, True))
+    # 2.7 tokens in 1.6 steps with 3 drafts, and 3.6 in 2.4 with 7.
+    assert length.choose([Acceptance()]) == (1, 3)
+    assert length.choose([accepting(0.99)]) == (1, 7)
+    assert length.choose([accepting(0.1)]) == (1, 0)
+
+
 def test_several_processes_that_measure_other_times_choose_the_same():
     lengths = [DraftLength(shapes(1, 7, True), measures=False) for _ in range(2)]
     for process, length in enumerate(lengths):
