@@ -141,10 +141,10 @@ def _model(name: str) -> tuple[Any, list[int | None]]:
     from grinqh_jax.model.config import ModelConfig
 
     if name in random_model.hf_configs():
-        return random_model.shape(name), [8, 4, None]
+        return random_model.shape(name), [8, 6, 4, None]
     hf_config = read_object(pathlib.Path(resolve(name)) / "config.json")
     quantization = hf_config.get("quantization_config")
     config = ModelConfig.from_hf(hf_config)
     if isinstance(quantization, dict) and "max_bits" in quantization:
         return config, [quantization["max_bits"]]
-    return config, [8, 4, None]
+    return config, [8, 6, 4, None]
