@@ -141,9 +141,9 @@ def test_gated_delta_nets_decode_with_a_state_on_each_device(devices):
     assert shapes == [{(3, 2 * 16 * max(2 // devices, 1) + 24 * 4 // devices)}, {(4 // devices, 16, 24)}]
 
 
-def test_a_checkpoint_is_loaded_in_parts_and_generates_the_same_text(graded_directory):
-    config = Generator.load(graded_directory).model.config
-    one, two = (Generator.load(graded_directory, mesh=make_mesh(text, config)) for text in (None, "tp=2"))
+def test_a_checkpoint_is_loaded_in_parts_and_generates_the_same_text(chat_directory):
+    config = Generator.load(chat_directory).model.config
+    one, two = (Generator.load(chat_directory, mesh=make_mesh(text, config)) for text in (None, "tp=2"))
     request = Request(bits=3.0, max_tokens=24, temperature=0.0)
     texts = ["".join(generator.generate("a prompt", request)) for generator in (one, two)]
     assert texts[0] == texts[1]
