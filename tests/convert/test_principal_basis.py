@@ -3,6 +3,7 @@
 import dataclasses
 
 import hf_directories
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -102,6 +103,11 @@ def test_row_scales_are_positive_bounded_and_stored_exactly(squares):
     np.testing.assert_array_equal(scales, np.asarray(jnp.asarray(scales, jnp.bfloat16), np.float32))
 
 
+@jax.jit
+def graded_product(linear, x, thresholds):
+    return Graded({"": thresholds})("", linear, Activations.of(x)).array
+
+
 def graded_error(checkpoint, bits):
     """Returns the relative squared error of layer 0 at a mean of ``bits``, calibrated on its own inputs."""
     model = load_decoder(checkpoint, jnp.float32)
@@ -122,7 +128,7 @@ def graded_error(checkpoint, bits):
             in_features=w.shape[0],
             out_features=w.shape[1],
         )
-        y = Graded({name: jnp.asarray(table[0])})(name, linear, Activations.of(x)).array
+        y = graded_product(linear, x, jnp.asarray(table[0]))
         exact = np.asarray(dense.dense(x))
         error += np.sum(np.square(np.asarray(y) - exact))
         energy += np.sum(np.square(exact))

@@ -1,5 +1,6 @@
 """The cache: rows of a paged cache as one contiguous array."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -33,12 +34,13 @@ def test_values_behind_the_end_are_cleared_in_the_only_page_of_each_row():
 
 
 WINDOW = 5
+extended = jax.jit(RingKeyValues.extended)
 
 
 def ring_attention(positions: np.ndarray, state: RingKeyValues, counts=None):
     """Returns, for each new token, the positions that it sees, from keys that hold their positions."""
     keys = jnp.asarray(positions, jnp.float32)[..., None, None]
-    keys, _, slots, state = state._replace(counts=counts).extended(jnp.asarray(positions), keys, keys)
+    keys, _, slots, state = extended(state._replace(counts=counts), jnp.asarray(positions), keys, keys)
     distance = positions[:, :, None] - np.asarray(slots)[:, None, :]
     visible = (distance >= 0) & (distance < WINDOW)
     held = np.asarray(keys)[:, :, 0, 0]
