@@ -7,7 +7,7 @@
 
 Times: kernel time of the four projections of a Qwen3-8B layer, from the profiler, over copies of the weights
 that exceed the L2, beside XLA's bf16 product. "layer" is the time of all kernels; "kernels" is that of each:
-of the lane programs that code the activations and multiply, and of XLA's that add up partial sums. "product"
+of the lane program that multiplies, and of XLA's that add up partial sums. "product"
 is the time of the program that multiplies, shape by shape. Each product waits for the one before.
 
 Checks: the kernel against float64, relative to the norm of the exact row; the same bits when it runs again.
@@ -37,10 +37,9 @@ from report import compile_in_order, say
 
 from pallas_kernels import codes, level_matmul, matmul
 from pallas_kernels.matmul import LevelImplementation
-from pallas_kernels.matmul.mosaic_gpu import geometry
 
 CHECKED_SHAPES = ((576, 1100), (2048, 2560))
-CHECKED_ROWS = (9, 32, 64, 130)
+CHECKED_ROWS = (9, 16, 17, 32, 64, 130)
 CHECKED_LEVELS = (1, 2, 3, 4)
 TIMED_ROWS = (16, 32, 64, 128, 256, 512)
 TIMED_LEVELS = (3, 4)
@@ -231,19 +230,10 @@ def main() -> None:
     parser.add_argument("--times", action="store_true", help="only time, do not check")
     parser.add_argument("--rows", nargs="+", type=int, default=list(TIMED_ROWS), metavar="N")
     parser.add_argument("--levels", nargs="+", type=int, default=list(TIMED_LEVELS), metavar="N")
-    parser.add_argument(
-        "--coded-rows", type=int, metavar="N", help="up to N rows (32 at most) the CTAs code x themselves"
-    )
-    parser.add_argument(
-        "--warpgroup-rows", type=int, metavar="N", help="from N rows on warpgroups multiply (wgmma)"
-    )
     parser.add_argument("--tune", action="store_true", help="write the times into the tuning table")
     reports.add_arguments(parser)
     args = parser.parse_args()
     report = reports.Report(args)
-    if args.coded_rows is not None:
-        geometry.MOST_CODED_ROWS = args.coded_rows
-    geometry.WARPGROUP_ROWS = args.warpgroup_rows
     if not args.checks:
         times = LayerTimes(report)
         times.products(args.rows, args.levels, "mosaic_gpu")

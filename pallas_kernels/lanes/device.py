@@ -15,6 +15,9 @@ OLDEST_ARCHITECTURE = (8, 0)
 CLUSTERS = (9, 0)
 """Oldest compute capability with clusters of CTAs."""
 
+HOPPER_KINDS = ("NVIDIA H100", "NVIDIA H200")
+"""Beginnings of the kinds of devices with compute capability 9.0."""
+
 DEFAULT_MULTIPROCESSORS = 132
 """Number of multiprocessors of an H200, for devices that do not report theirs."""
 
@@ -42,6 +45,19 @@ def unsupported_reason(oldest: tuple[int, int] = OLDEST_ARCHITECTURE) -> str | N
             needed = ".".join(map(str, oldest))
             return f"needs compute capability {needed} or later, {device.device_kind} has {capability}"
     return None
+
+
+def no_warpgroup_products_reason() -> str | None:
+    """Returns why the target device lacks ``wgmma``, matrix products of warpgroups, or None if it has it.
+
+    Only compute capability 9.0 has them, no later one. A device without a capability, of an abstract mesh, is
+    judged by its kind.
+    """
+    device = target_device()
+    capability = getattr(device, "compute_capability", None)
+    if capability == "9.0" or (capability is None and device.device_kind.startswith(HOPPER_KINDS)):
+        return None
+    return f"needs compute capability 9.0, {device.device_kind} has {capability or 'another'}"
 
 
 def target_device():
@@ -89,4 +105,4 @@ def least_shared_memory(device_kind: str) -> int:
 
     They are the most for an H100 and an H200. Of other kinds nothing is known, and every GPU has 99 KiB.
     """
-    return 1024 * (227 if device_kind.startswith(("NVIDIA H100", "NVIDIA H200")) else 99)
+    return 1024 * (227 if device_kind.startswith(HOPPER_KINDS) else 99)

@@ -73,25 +73,41 @@ class MatrixUnit(Instructions):
             return [LaneValue(r.data + p, "f32") for r, p in zip(c, product, strict=True)]
 
     def warpgroup_multiply_add(self, c, a, b, meanwhile=list):
-        columns = 2 * len(c[0])
-        threads = (self._warps("warpgroup_multiply_add")[:, None] * LANES + np.arange(LANES)).reshape(-1)
-        rows = np.zeros((self.total, columns // 16, 4), np.uint32)
-        for i in range(columns // 16):
-            address = b.data[threads].astype(np.int64) + 16 * (threads % LANES + LANES * i)
-            rows[threads, i] = self.shared.read(threads, address, 4)
-        # Row 16 t + 8 j + n of the warp has the elements [16 j ..+15, 8 t + n]; lane 4 n + column 4 of them.
-        tiles = rows.reshape(-1, LANES, columns // 16, 4).swapaxes(1, 2).reshape(-1, columns // 8, 2, 8, 4)
-        results = []
-        for sums, registers in zip(c, a, strict=True):
-            out = []
-            for t in range(columns // 8):
-                operand = [
-                    LaneValue(np.ascontiguousarray(tiles[:, t, j]).reshape(-1).view(np.int32), "i32")
-                    for j in range(2)
-                ]
-                out += self.matrix_multiply_add(sums[4 * t :][:4], registers, operand)
-            results.append(out)
+        results = self._warpgroup_products(2 * len(c[0]), c, a, b, (128, 256), self.matrix_multiply_add)
         return results, list(meanwhile())
+
+    def warpgroup_multiply_add_bfloat16(self, columns, c, a, b, distance, meanwhile=list):
+        if c is None:
+            c = [[LaneValue(np.zeros(self.total, np.float32), "f32")] * (columns // 2)] * len(a[0])
+        multiply = self.matrix_multiply_add_bfloat16
+        for i, matrices in enumerate(a):
+            c = self._warpgroup_products(
+                columns, c, matrices, b + 2 * distance * i, (distance, 128), multiply
+            )
+        return c, list(meanwhile())
+
+    def _warpgroup_products(self, columns, c, a, b, distances, multiply):
+        """Multiplies with one B in shared memory, 8 columns at a time as ``multiply`` does.
+
+        Blocks of 8 columns and 16 bytes of K have these distances in bytes along K and N.
+        """
+        along_k, along_n = distances
+        threads = (self._warps("warpgroup_multiply_add")[:, None] * LANES + np.arange(LANES)).reshape(-1)
+        results = [[] for _ in c]
+        for t in range(columns // 8):
+            # Row 8 j + n has the elements of half j of K for column n; lane 4 n + i has four bytes of them.
+            rows = np.zeros((self.total, 4), np.uint32)
+            half, column = threads // 8 % 2, threads % 8
+            address = b.data[threads].astype(np.int64) + along_n * t + along_k * half + 16 * column
+            rows[threads] = self.shared.read(threads, address, 4)
+            halves = rows.reshape(-1, LANES, 4)[:, :16].reshape(-1, 2, 8, 4)
+            operand = [
+                LaneValue(np.ascontiguousarray(halves[:, j]).reshape(-1).view(np.int32), "i32")
+                for j in range(2)
+            ]
+            for result, sums, registers in zip(results, c, a, strict=True):
+                result += multiply(sums[4 * t :][:4], registers, operand)
+        return results
 
     def publish_operands(self):
         pass

@@ -161,6 +161,14 @@ class NumpyInstructions(MatrixUnit):
         halves = np.stack([low.data, high.data], 1).astype(ml_dtypes.bfloat16)
         return LaneValue(halves.view(np.int32)[:, 0], "i32")
 
+    def multiply_add_bfloat16(self, a, b, c):
+        pairs = (register.data.view(ml_dtypes.bfloat16).astype(np.float64) for register in (a, b, c))
+        x, y, z = pairs
+        with np.errstate(all="ignore"):
+            fraction, exponent = np.frexp(x * y + z)
+            rounded = np.ldexp(np.rint(fraction * 256), exponent - 8)  # 8 significant bits, ties to even
+            return LaneValue(rounded.astype(ml_dtypes.bfloat16).view(np.int32), "i32")
+
     def maximum(self, a, b):
         return LaneValue(np.maximum(a.data.view(np.uint32), b.data.view(np.uint32)).view(np.int32), "i32")
 

@@ -106,6 +106,10 @@ class Instructions(abc.ABC):
         """Rounds two ``f32`` to the nearest bfloat16, ties to even, and packs them into an ``i32``."""
 
     @abc.abstractmethod
+    def multiply_add_bfloat16(self, a: Value, b: Value, c: Value) -> Value:
+        """Returns ``a * b + c`` of two pairs of bfloat16 in ``i32``, each with a single rounding."""
+
+    @abc.abstractmethod
     def maximum(self, a: Value, b: Value) -> Value:
         """Returns the larger of two ``i32`` as unsigned numbers.
 
@@ -319,9 +323,39 @@ class Instructions(abc.ABC):
         """
 
     @abc.abstractmethod
+    def warpgroup_multiply_add_bfloat16(
+        self,
+        columns: int,
+        c: Sequence[Sequence[Value]] | None,
+        a: Sequence[Sequence[Sequence[Value]]],
+        b: Value,
+        distance: int,
+        meanwhile: Callable[[], Sequence[Value]] = list,
+    ) -> tuple[list[list[Value]], list[Value]]:
+        """Returns ``C + A @ B`` for several C, summed over several B in shared memory (``wgmma.m64nNk16``).
+
+        A and B are bfloat16, C ``f32``. Needs compute capability 9.0. Each warp has A ``[16, 16]`` and C
+        ``[16, columns]`` of its own. A is that of ``matrix_multiply_add_bfloat16``; the registers ``4 t
+        ..+3`` of C are its C for columns ``8 t ..+7``. The warps of a warpgroup have the same B. Element
+        ``[k, n]`` of the first is the two bytes from ``b + distance (k // 8) + 16 n + 2 (k % 8)`` on; each
+        of the others starts ``2 distance`` bytes after the one before.
+
+        Args:
+          columns: Number of columns of B, a multiple of 8 up to 64.
+          c: Registers of each C, or None for zeros.
+          a: For each B, the registers of A for each C.
+          b: Address of the first B, a multiple of 16.
+          distance: Bytes from 8 rows of B to the next 8, a multiple of 16.
+          meanwhile: See ``warpgroup_multiply_add``.
+
+        Returns:
+          The sums, and the results of ``meanwhile``.
+        """
+
+    @abc.abstractmethod
     def publish_operands(self) -> None:
-        """Lets ``warpgroup_multiply_add`` of other lanes see, after a barrier, what this lane stored in
-        shared memory, or copied and waited for."""
+        """Lets products of warpgroups in other lanes see, after a barrier, what this lane stored in shared
+        memory, or copied and waited for."""
 
     # --- control ---------------------------------------------------------------------------------
     @abc.abstractmethod

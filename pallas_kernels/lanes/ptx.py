@@ -93,6 +93,9 @@ class PtxInstructions(Instructions):
     def pack_bfloat16(self, low, high):
         return assemble("cvt.rn.bf16x2.f32 $0, $2, $1;", [low, high], ("i32",))[0]
 
+    def multiply_add_bfloat16(self, a, b, c):
+        return assemble("fma.rn.bf16x2 $0, $1, $2, $3;", [a, b, c], ("i32",))[0]
+
     def maximum(self, a, b):
         return PtxValue(arith.maxui(a.ssa, b.ssa), "i32")
 
@@ -230,24 +233,62 @@ class PtxInstructions(Instructions):
         return assemble(template, [*a, *b, *c], ("f32",) * 4)
 
     def warpgroup_multiply_add(self, c, a, b, meanwhile=list):
+        instruction = f"m64n{2 * len(c[0])}k32.s32.u8.s8"
+        return self._warpgroup_products(instruction, "", c, [a], [b], (128, 256), meanwhile)
+
+    def warpgroup_multiply_add_bfloat16(self, columns, c, a, b, distance, meanwhile=list):
+        instruction = f"m64n{columns}k16.f32.bf16.bf16"
+        addresses = [b + 2 * distance * i for i in range(len(a))]
+        add = c is not None
+        if c is None:
+            c = [[self.undefined("f32") for _ in range(columns // 2)] for _ in a[0]]
+        modifiers = ", 1, 1, 0"  # neither A nor B negated, B not transposed
+        distances = (distance, 128)
+        return self._warpgroup_products(
+            instruction, modifiers, c, a, addresses, distances, meanwhile, add=add
+        )
+
+    def undefined(self, kind):
+        """Returns a register that nothing has written."""
+        return PtxValue(llvm.mlir_undef(mlir_type(kind)), kind)
+
+    def _warpgroup_products(self, instruction, modifiers, c, a, addresses, distances, meanwhile, add=True):
+        """Emits ``wgmma`` for every address of B and every C.
+
+        Args:
+          instruction: Shape and types.
+          modifiers: Last operands of the instruction.
+          c: Registers of each C.
+          a: For each address of B, the registers of A for each C.
+          addresses: Addresses of B.
+          distances: Bytes between neighbouring blocks of B, of 8 columns and 16 bytes of K: along K and N.
+          meanwhile: Emits instructions that run while the matrix unit multiplies.
+          add: Whether the products with the first B are added to C, or replace it.
+
+        Returns:
+          See ``warpgroup_multiply_add``.
+        """
         width, count = len(c[0]), sum(map(len, c))
-        # Distances of 128 bytes along K and 256 along N, in units of 16 bytes; no swizzle.
-        descriptor = self.widen((b & 0x3FFFF) >> 4) | ((128 >> 4) << 16 | (256 >> 4) << 32)
+        along_k, along_n = distances
+        high_bits = (along_k >> 4) << 16 | (along_n >> 4) << 32  # in units of 16 bytes; no swizzle
+        descriptors = [self.widen((b & 0x3FFFF) >> 4) | high_bits for b in addresses]
+        registers = [register for matrices in a for matrix in matrices for register in matrix]
         template = "wgmma.fence.sync.aligned; "
-        for i in range(len(c)):
-            template += (
-                f"wgmma.mma_async.sync.aligned.m64n{2 * width}k32.s32.u8.s8 {_operands(width, width * i)}, "
-                f"{_operands(4, 2 * count + 4 * i)}, ${2 * count + 4 * len(c)}, 1; "
-            )
-        inputs = [v for matrix in (*c, *a) for v in matrix] + [descriptor]
+        for step in range(len(a)):
+            for i in range(len(c)):
+                matrix = _operands(4, 2 * count + 4 * (step * len(c) + i))
+                template += (
+                    f"wgmma.mma_async.sync.aligned.{instruction} {_operands(width, width * i)}, {matrix}, "
+                    f"${2 * count + len(registers) + step}, {int(add or step > 0)}{modifiers}; "
+                )
         template += "wgmma.commit_group.sync.aligned;"
+        inputs = [*(register for matrix in c for register in matrix), *registers, *descriptors]
         kinds = tuple(v.kind for v in inputs[:count])
         sums = assemble(template, inputs, kinds, warp=True, tied=count)
         # The results pass through the wait, so that their instructions stay before it.
         values = [*sums, *meanwhile()]
         kinds = tuple(v.kind for v in values)
-        template = "wgmma.wait_group.sync.aligned 0;"
-        out = assemble(template, values, kinds, warp=True, tied=len(values))
+        out = assemble("wgmma.wait_group.sync.aligned 0;", values, kinds, warp=True, tied=len(values))
         return [out[width * i :][:width] for i in range(len(c))], out[count:]
 
     def publish_operands(self):

@@ -82,7 +82,9 @@ def assemble(
         from moving the statement into divergent code.
       tied: Number of the first inputs that are in the registers of the first outputs.
     """
-    constraints = [f"={_REGISTER[kind]}" for kind in outputs] + [str(i) for i in range(tied)]
+    # An input that is also a tied one must not be in the register that the statement writes ("&").
+    constraints = [f"={'&' * (i < tied)}{_REGISTER[kind]}" for i, kind in enumerate(outputs)]
+    constraints += [str(i) for i in range(tied)]
     constraints += [_REGISTER[v.kind] for v in inputs[tied:]]
     types = [mlir_type(kind) for kind in outputs]
     if not types:

@@ -135,7 +135,7 @@ class Lowered(Exception):
 @pytest.mark.parametrize(
     ("script", "options", "count"),
     [
-        ("level_matmul", "--checks", 16),
+        ("level_matmul", "--checks", 24),
         ("level_matmul", "--times --rows 16 --levels 3 4", 2),
         ("router", "--rows 1 4 --shapes 2048x128x8 2048x60x4", 4),
         ("sampling", "--rows 2", 18),

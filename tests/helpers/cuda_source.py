@@ -123,6 +123,9 @@ class CudaInstructions(ptx.PtxInstructions):
     def maximum(self, a, b):
         return self.variable("i32", f"max({a.text}, {b.text})")
 
+    def undefined(self, kind):
+        return self.variable(kind)
+
     def block_barrier(self):
         self.statements.append("__syncthreads();")
 

@@ -127,6 +127,21 @@ def warpgroup(isa: Instructions, t: Operands) -> list[Value]:
     return [x + y * 3 + others[0] for x, y in zip(products[0][:4], products[1][4:], strict=True)]
 
 
+def warpgroup_bfloat16(isa: Instructions, t: Operands) -> list[Value]:
+    """The first 68 threads' 16 bytes are two B of 16 columns; C starts with zeros, then continues."""
+    word = t.a
+    isa.store_shared(t.shared, [small_bfloat16(isa, word + i) for i in range(4)])
+    isa.publish_operands()
+    isa.block_barrier()
+    a = [small_bfloat16(isa, word) for word in (t.a, t.b, t.a ^ t.b, t.b - t.a)]
+    steps = [[a, a[::-1]], [a[::-1], a]]
+    sums, _ = isa.warpgroup_multiply_add_bfloat16(16, None, steps, t.all_shared, 272)
+    sums, others = isa.warpgroup_multiply_add_bfloat16(
+        16, sums, steps[:1], t.all_shared + 512, 256, lambda: [isa.int_to_float(t.a & 0xFF)]
+    )
+    return [x + y * 3.0 + others[0] for x, y in zip(sums[0][:4], sums[1][4:], strict=True)]
+
+
 def byte_stores(isa: Instructions, t: Operands) -> list[Value]:
     """Threads 4 i .. 4 i + 3 store the bytes of the first word of thread i, then some of the second."""
     first = t.all_shared + ((t.thread >> 2) << 4)
@@ -172,8 +187,11 @@ def loops(isa: Instructions, t: Operands) -> list[Value]:
     return isa.loop((t.thread >> 5) * 3, [t.a, t.y], body)
 
 
-NEED_9_0 = ("cluster", "warpgroup")
-"""Programs that need compute capability 9.0."""
+ONLY_9_0 = ("warpgroup", "warpgroup_bfloat16")
+"""Programs that only compute capability 9.0 runs."""
+
+NEED_9_0 = ("cluster", *ONLY_9_0)
+"""Programs that need compute capability 9.0 or later."""
 
 PROGRAMS = {
     "constant": lambda isa, t: [isa.constant(0xFFFFFFFE), isa.constant(-2), isa.constant(1.5, "f32")],
@@ -211,6 +229,11 @@ PROGRAMS = {
     "exp2": lambda isa, t: [isa.exp2(t.x), isa.exp2(t.y * 20.0), isa.exp2(isa.constant(-1e30, "f32"))],
     "rsqrt": lambda isa, t: [isa.rsqrt(isa.absolute(t.x)), isa.rsqrt(isa.absolute(t.y) * 1e20)],
     "pack_bfloat16": lambda isa, t: [isa.pack_bfloat16(t.x, t.y), isa.pack_bfloat16(t.z * 1e-39, t.z * 1e38)],
+    "multiply_add_bfloat16": lambda isa, t: [
+        isa.multiply_add_bfloat16(
+            isa.pack_bfloat16(t.x, t.y), isa.pack_bfloat16(t.z, t.x), isa.pack_bfloat16(t.y, t.z * 100.0)
+        )
+    ],
     "maximum": lambda isa, t: [isa.maximum(t.a, t.b)],
     "count_bits": lambda isa, t: [isa.count_bits(t.a), isa.count_bits(t.b & 0xFF)],
     "select_bits": lambda isa, t: [isa.select_bits(0xCCCC0FF1, t.a, t.b)],
@@ -231,6 +254,7 @@ PROGRAMS = {
     "flagged stores": flagged_stores,
     "cluster": cluster_stores,
     "warpgroup": warpgroup,
+    "warpgroup_bfloat16": warpgroup_bfloat16,
     "transposed loads": transposed_loads,
     "asynchronous copies": copies,
     "shuffle_xor": lambda isa, t: [isa.shuffle_xor(t.a, 2), isa.shuffle_xor(t.x, 16)],

@@ -7,41 +7,49 @@ from pallas_kernels import layout
 from pallas_kernels.lanes.instructions import LANES
 
 WARPS = 8
-"""Number of warps in a CTA. Two on each scheduler leave a lane all 255 registers."""
+"""Number of warps in a CTA, two warpgroups. Two on each scheduler leave a lane all 255 registers."""
 
 THREADS = WARPS * LANES
 """Number of threads in a CTA."""
 
-MATRIX_CHANNELS = 32
-"""Number of input channels in a matrix instruction."""
+PIECES = 4
+"""Number of pieces of a tile, one for each warp of a warpgroup. A tile has 256 outputs, half a stored one."""
 
-GROUP_MATRICES = layout.GROUP // MATRIX_CHANNELS
-"""Number of matrix instructions that cover the channels of a group."""
+BLOCK_CHANNELS = 32
+"""Number of input channels that a transposing load takes from each plane."""
+
+BLOCKS = layout.GROUP // BLOCK_CHANNELS
+"""Number of blocks of channels in a group."""
+
+PRODUCTS = 2
+"""Number of matrix instructions that cover the channels of a block."""
 
 OCTET = 8
-"""Number of activation rows whose operands a lane loads at once: 16 columns of B, two for each row."""
+"""Number of activation rows, columns of B, that share the first registers of C."""
 
-MAX_OCTETS = 4
-"""Largest number of octets of a warp. Its sums and totals then take 192 registers of a lane."""
-
-WARPGROUP_ROWS: int | None = None
-"""Smallest number of activation rows that a GPU of compute capability 9.0 multiplies in warpgroups. None for
-never, because nothing has been measured."""
-
-MOST_CODED_ROWS = 16
-"""Largest number of activation rows that the CTAs code themselves."""
+MAX_OCTETS = 8
+"""Largest number of octets of a CTA. Sums and totals then take 128 registers of a lane."""
 
 PIECE_BYTES = layout.PIECE // 4
 """Bytes of a piece in a row of a plane."""
 
-RECORD_BYTES = 32
-"""Bytes of an activation row in the records of a group (see ``lane_context.Refs``)."""
+TILE_ROW_BYTES = PIECES * PIECE_BYTES
+"""Bytes of the row of a plane in a tile."""
 
-MAX_SLOTS = 8
-"""Largest number of slots for steps."""
+SCALES_BYTES = 2 * PIECES * layout.PIECE
+"""Bytes of the scales of a group in a tile."""
 
-LARGE_STEPS_BYTES = 128 * 1024
-"""Bytes of shared memory in which several large steps fit."""
+ACTIVATION_BYTES = 2
+"""Bytes of a bfloat16 activation."""
+
+COPY_BYTES = 16
+"""Bytes of an asynchronous copy."""
+
+COPY_CHANNELS = COPY_BYTES // ACTIVATION_BYTES
+"""Number of activations in a copy, and in half of a matrix instruction."""
+
+MIN_SLOTS, MAX_SLOTS = 3, 4
+"""Numbers of slots of the ring. With more than 4, the first copies delay the first multiplication."""
 
 RESERVED_BYTES = 2048
 """Bytes of shared memory that are left to the compiler of the kernel."""
@@ -57,61 +65,38 @@ class Geometry:
     of a CTA in one tile give a partial sum.
 
     Attributes:
-      in_features: Number of input channels.
       stored_k: Number of input channels, padded to whole groups.
       stored_n: Number of outputs, padded to whole pieces.
       level: Number of planes that are read, 1 to 4.
       rows: Number of activation rows.
       multiprocessors: Number of multiprocessors of the device; each runs one CTA.
       shared_limit: Most bytes of shared memory of a CTA.
-      warpgroups: Whether the warps multiply in warpgroups, with B in shared memory.
     """
 
-    in_features: int
     stored_k: int
     stored_n: int
     level: int
     rows: int
     multiprocessors: int
     shared_limit: int
-    warpgroups: bool = False
 
     # --- activation rows ------------------------------------------------------------------------------
     @property
-    def row_parts(self) -> int:
-        """Number of warps, 1 or 2, that divide the activation rows of the same outputs."""
-        return 1 if self.rows <= OCTET * MAX_OCTETS else 2
-
-    @property
     def row_batches(self) -> int:
         """Number of batches of activation rows. The rows of a batch share one read of the planes."""
-        return -(-self.rows // (OCTET * MAX_OCTETS * self.row_parts))
+        return -(-self.rows // (OCTET * MAX_OCTETS))
 
     @property
     def octets(self) -> int:
-        """Number of octets of activation rows of a warp, 1 to 4."""
-        return -(-self.rows // (OCTET * self.row_parts * self.row_batches))
+        """Number of octets of activation rows of a CTA, 1 to 8."""
+        return -(-self.rows // (OCTET * self.row_batches))
 
     @property
     def rows_per_cta(self) -> int:
-        """Number of rows of a batch, padded to whole octets for each warp."""
-        return OCTET * self.octets * self.row_parts
-
-    @property
-    def codes_activations(self) -> bool:
-        """Whether the CTAs code the activations themselves. For many rows a launch of its own does it.
-
-        Every tile needs the codes of all groups, so the CTAs together code each activation many times. For
-        few rows they have the time, because they wait for memory.
-        """
-        return self.rows <= MOST_CODED_ROWS
+        """Number of rows of a batch, padded to whole octets."""
+        return OCTET * self.octets
 
     # --- outputs --------------------------------------------------------------------------------------
-    @property
-    def pieces(self) -> int:
-        """Number of pieces of the row of a plane in a CTA's tile, 8 or 4. Each warp has one of them."""
-        return WARPS // self.row_parts
-
     @property
     def total_pieces(self) -> int:
         """Number of pieces of the row of a plane."""
@@ -120,7 +105,7 @@ class Geometry:
     @property
     def tiles(self) -> int:
         """Number of tiles of outputs. The last one may have fewer pieces."""
-        return -(-self.total_pieces // self.pieces)
+        return -(-self.total_pieces // PIECES)
 
     # --- division of the work -------------------------------------------------------------------------
     @property
@@ -162,26 +147,6 @@ class Geometry:
         """Number of partial sums of each output."""
         return self._splits(self.units_per_cta)
 
-    # --- steps: what is copied into one slot of the ring, between two barriers --------------------------
-    @property
-    def step_matrices(self) -> int:
-        """Number of matrix instructions that cover the channels of a step: 2 or 4.
-
-        With few activation rows the kernel waits for memory, and starts sooner with small steps. With many
-        rows it waits for the matrix unit, which is idle at every barrier, so steps are large if they fit.
-        """
-        return 2 if self.row_parts == 1 or self.shared_limit < LARGE_STEPS_BYTES else 4
-
-    @property
-    def step_channels(self) -> int:
-        """Number of input channels in a step."""
-        return self.step_matrices * MATRIX_CHANNELS
-
-    @property
-    def group_steps(self) -> int:
-        """Number of steps in a group."""
-        return GROUP_MATRICES // self.step_matrices
-
     # --- planes in memory -----------------------------------------------------------------------------
     @property
     def stored_row_bytes(self) -> int:
@@ -193,85 +158,55 @@ class Geometry:
         """Bytes of a plane."""
         return self.stored_k * self.stored_row_bytes
 
-    # --- shared memory: a ring of slots for steps, then one for groups ------------------------------------
+    # --- shared memory: a ring of slots, each with the planes, activations and scales of a unit -----------
     @property
-    def row_bytes(self) -> int:
-        """Bytes of the row of a plane in a tile."""
-        return self.pieces * PIECE_BYTES
+    def plane_unit_bytes(self) -> int:
+        """Bytes of a plane in a unit."""
+        return layout.GROUP * TILE_ROW_BYTES
 
     @property
-    def plane_step_bytes(self) -> int:
-        """Bytes of a plane in a step."""
-        return self.step_channels * self.row_bytes
+    def x_base(self) -> int:
+        """Offset of the activations in a slot."""
+        return self.level * self.plane_unit_bytes
 
     @property
-    def matrix_code_bytes(self) -> int:
-        """Bytes of the codes of all activation rows of a CTA for one matrix instruction's channels."""
-        return 2 * MATRIX_CHANNELS * self.rows_per_cta
+    def x_distance(self) -> int:
+        """Bytes from 8 channels of the activations to the next 8.
+
+        The rows follow each other. The distance is odd in units of 16 bytes, so that the copies of a row lie
+        in all banks.
+        """
+        return COPY_BYTES * (self.rows_per_cta + 1)
 
     @property
-    def group_code_bytes(self) -> int:
-        """Bytes of the codes of all activation rows of a CTA in a group."""
-        return GROUP_MATRICES * self.matrix_code_bytes
+    def block_bytes(self) -> int:
+        """Bytes of the activations in a block of channels."""
+        return BLOCK_CHANNELS // COPY_CHANNELS * self.x_distance
 
     @property
-    def record_bytes(self) -> int:
-        """Bytes of the records of a group."""
-        return self.rows_per_cta * RECORD_BYTES
+    def scales_base(self) -> int:
+        """Offset of the scales in a slot."""
+        return self.x_base + BLOCKS * self.block_bytes
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of a slot for a step: its planes, then its codes if they are copied."""
-        codes = 0 if self.codes_activations else self.step_matrices * self.matrix_code_bytes
-        return self.level * self.plane_step_bytes + codes
-
-    @property
-    def scales_bytes(self) -> int:
-        """Bytes of the scales of a group."""
-        return self.pieces * layout.PIECE * 2
-
-    @property
-    def group_bytes(self) -> int:
-        """Bytes of a slot for a group: its scales, then its records if they are copied."""
-        return self.scales_bytes + (0 if self.codes_activations else self.record_bytes)
+        """Bytes of a slot."""
+        return self.scales_base + SCALES_BYTES
 
     @property
     def slots(self) -> int:
-        """Number of slots for steps, at least 2. All but one are in flight."""
+        """Number of slots: of the unit that is multiplied, the one before, and of those that are copied.
 
-        limit = self.shared_limit - RESERVED_BYTES
-        sizes = (n for n in range(2, MAX_SLOTS + 1) if self._shared_bytes(n) <= limit)
-        return max(sizes, default=2)
-
-    def _group_slots(self, slots: int) -> int:
-        """Returns the number of slots for groups: of the current one, and of those its last step copies."""
-        return 1 + (self.group_steps - 1 + slots - 1) // self.group_steps
-
-    def _shared_bytes(self, slots: int) -> int:
-        coded = 2 * self.coded_bytes if self.codes_activations else 0
-        return slots * self.slot_bytes + self._group_slots(slots) * self.group_bytes + coded
+        The unit before needs its slot until all warps have multiplied it.
+        """
+        return max(MIN_SLOTS, min(MAX_SLOTS, (self.shared_limit - RESERVED_BYTES) // self.slot_bytes))
 
     @property
-    def coded_bytes(self) -> int:
-        """Bytes of the codes and records of a group, which the CTA computes one group ahead."""
-        return self.group_code_bytes + self.record_bytes
-
-    @property
-    def group_slots(self) -> int:
-        """Number of slots for groups."""
-        return self._group_slots(self.slots)
-
-    @property
-    def groups_base(self) -> int:
-        """Offset of the slots for groups."""
-        return self.slots * self.slot_bytes
-
-    @property
-    def coded_base(self) -> int:
-        """Offset of the codes and records that the CTA computes, of two groups in turn."""
-        return self.groups_base + self.group_slots * self.group_bytes
+    def ahead(self) -> int:
+        """Number of units that are copied ahead."""
+        return self.slots - 2
 
     @property
     def shared_bytes(self) -> int:
         """Bytes of shared memory of a CTA."""
-        return self._shared_bytes(self.slots)
+        return self.slots * self.slot_bytes

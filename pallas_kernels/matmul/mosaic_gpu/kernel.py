@@ -1,4 +1,4 @@
-"""The launch of the product at one level on a GPU: supported arguments and operands."""
+"""The launch of the product at one level on a GPU: supported arguments, and operands."""
 
 import functools
 
@@ -9,15 +9,8 @@ from pallas_kernels.activations import Activations
 from pallas_kernels.codes import CODE_STEPS
 from pallas_kernels.lanes import device
 from pallas_kernels.lanes.launch import lane_kernel
-from pallas_kernels.matmul.mosaic_gpu import geometry
-from pallas_kernels.matmul.mosaic_gpu.coding import (
-    CODE_UNIT,
-    CODING_THREADS,
-    CodingRefs,
-    coding_blocks,
-    coding_program,
-)
-from pallas_kernels.matmul.mosaic_gpu.geometry import GROUP_MATRICES, OCTET, THREADS, Geometry
+from pallas_kernels.layout import MAX_PLANES
+from pallas_kernels.matmul.mosaic_gpu.geometry import THREADS, Geometry
 from pallas_kernels.matmul.mosaic_gpu.lane_context import Refs
 from pallas_kernels.matmul.mosaic_gpu.program import level_matmul_program
 from pallas_kernels.weight import NestedWeight
@@ -40,49 +33,33 @@ def supports(x: jax.Array | jax.ShapeDtypeStruct, weight: NestedWeight, level: i
     plane_bytes = 4 * weight.planes.size
     if plane_bytes > OFFSET_LIMIT:
         return f"addresses at most {OFFSET_LIMIT} bytes of planes, the weight has {plane_bytes}"
-    return device.unsupported_reason()
+    return device.unsupported_reason() or device.no_warpgroup_products_reason()
 
 
 def matmul(x: jax.Array, weight: NestedWeight, level: int) -> jax.Array:
     """Implements ``api.level_matmul`` for bfloat16 x ``[rows, K]``."""
     g = geometry_of(len(x), weight, level)
-    operands = [x] if g.codes_activations else _coding_kernel(g)(x)
-    (partials,) = _level_matmul_kernel(g)(*operands, weight.planes, weight.scales)
+    x = jnp.pad(x, ((0, 0), (0, g.stored_k - x.shape[1])))
+    (partials,) = _level_matmul_kernel(g)(x, weight.planes, weight.scales)
     gain = 1.0 if weight.level_gains is None else jnp.asarray(weight.level_gains)[level - 1]
-    return Activations.sums(partials, weight.out_features).array * (gain * (CODE_UNIT / CODE_STEPS))
+    return Activations.sums(partials, weight.out_features).array * (gain * unit(level))
+
+
+def unit(level: int) -> float:
+    """Returns the unit of the kernel's sums: half of the last digit that it reads, in units of the scales."""
+    return 4 ** (MAX_PLANES - level) / 2 / CODE_STEPS
 
 
 def geometry_of(rows: int, weight: NestedWeight, level: int) -> Geometry:
-    """Returns the sizes of the launches on the target device."""
+    """Returns the sizes of the launch on the target device."""
     target = device.target_device()
     return Geometry(
-        in_features=weight.in_features,
         stored_k=weight.planes.shape[1],
         stored_n=weight.scales.shape[1],
         level=level,
         rows=rows,
         multiprocessors=device.multiprocessors(target),
         shared_limit=device.shared_memory(target),
-        warpgroups=geometry.WARPGROUP_ROWS is not None
-        and rows >= geometry.WARPGROUP_ROWS
-        and getattr(target, "compute_capability", None) == "9.0",
-    )
-
-
-@functools.cache
-def _coding_kernel(g: Geometry):
-    """Builds the kernel that codes the activations. ``coding.CodingRefs`` describes its arrays."""
-    octets = g.rows_per_cta // OCTET
-    return lane_kernel(
-        "level_matmul_coding_kernel",
-        lambda isa, refs: coding_program(isa, g, CodingRefs(*refs)),
-        outputs=[
-            jax.ShapeDtypeStruct((g.row_batches, g.groups, GROUP_MATRICES, octets, 32, 4), jnp.uint32),
-            jax.ShapeDtypeStruct((g.row_batches, g.groups, 2, g.rows_per_cta, 4), jnp.uint32),
-        ],
-        blocks=coding_blocks(g),
-        threads=CODING_THREADS,
-        shared_bytes=16,  # Not used, but the launch needs a shared array that is not empty.
     )
 
 
@@ -91,7 +68,7 @@ def _level_matmul_kernel(g: Geometry):
     """Builds the kernel. ``lane_context.Refs`` describes its arrays."""
     return lane_kernel(
         f"level_matmul_{g.stored_k}x{g.stored_n}_kernel",
-        lambda isa, refs: level_matmul_program(isa, g, Refs.of(g, *refs)),
+        lambda isa, refs: level_matmul_program(isa, g, Refs(*refs)),
         outputs=[jax.ShapeDtypeStruct((g.splits, g.rows, g.stored_n), jnp.float32)],
         blocks=g.blocks,
         threads=THREADS,

@@ -4,15 +4,16 @@ import contextlib
 
 from pallas_kernels.lanes.instructions import Instructions
 from pallas_kernels.lanes.registers import Value
-from pallas_kernels.matmul.mosaic_gpu.geometry import Geometry
+from pallas_kernels.matmul.mosaic_gpu.geometry import OCTET, Geometry
 from pallas_kernels.matmul.mosaic_gpu.lane_context import (
     LaneContext,
     Refs,
-    activation_row,
     chunk,
+    first_chunk,
+    output_in_chunk,
     tile_pieces,
 )
-from pallas_kernels.matmul.mosaic_gpu.multiplication import index
+from pallas_kernels.matmul.mosaic_gpu.operands import POSITIONS
 
 
 def store(
@@ -24,7 +25,7 @@ def store(
     ends_tile: Value,
     totals: list[Value],
 ) -> None:
-    """Stores the totals, twice four neighbouring outputs of each of the lane's activation rows.
+    """Stores the totals ``[position][octet][4]``.
 
     The partial sums of a tile are numbered by its CTAs. The CTA with the end of the tile stores zeros as the
     partial sums that the tile does not have, but another one has.
@@ -50,25 +51,19 @@ def store_split(
     split: Value,
     totals: list[Value],
 ) -> None:
-    """Stores the totals as partial sum number ``split``."""
+    """Stores the totals as partial sum number ``split``, two neighbouring outputs at once."""
     pieces = tile_pieces(isa, g, tile)
     first, chunk_outputs = chunk(isa, g, tile)
-    row = context.lane >> 2
-    outputs = [
-        first + (((row >> 2) << 1) + part) * chunk_outputs + (context.piece << 4) + ((row & 3) << 2)
-        for part in range(2)
-    ]
+    first = first + (context.piece << 4) + output_in_chunk(context)
+    outputs = [first + (first_chunk(context) + position) * chunk_outputs for position in range(POSITIONS)]
     with contextlib.nullcontext() if pieces is None else isa.when(context.piece < pieces):
         for octet in range(g.octets):
-            for half in range(2):
-                in_batch = activation_row(g, context, octet, half)
+            for column in range(2):
+                in_batch = ((context.lane & 3) << 1) + (octet * OCTET + column)
                 activation = context.batch * g.rows_per_cta + in_batch
                 with isa.when(activation < g.rows):
                     offset = (split * g.rows + activation) * g.stored_n
-                    for part, output in enumerate(outputs):
+                    for position, output in enumerate(outputs):
                         address = isa.global_address(refs.partials) + (isa.widen(offset + output) << 2)
-                        first_total = [
-                            2 * index(g, 2 * part + position, octet, half) for position in range(2)
-                        ]
-                        values = [totals[k + i] for k in first_total for i in range(2)]
-                        isa.store_global(address, values)
+                        k = 4 * (position * g.octets + octet) + column
+                        isa.store_global(address, [totals[k], totals[k + 2]])

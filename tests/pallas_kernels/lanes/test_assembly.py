@@ -15,7 +15,6 @@ from pallas_kernels.decode_attention.lane_context import THREADS, Refs, Shape
 from pallas_kernels.decode_attention.new_tokens import PREPARE_THREADS, prepare_program
 from pallas_kernels.decode_attention.program import attention_program, several_tokens_program
 from pallas_kernels.lanes import device
-from pallas_kernels.matmul.mosaic_gpu.coding import CODING_THREADS, CodingRefs, coding_program
 from pallas_kernels.matmul.mosaic_gpu.geometry import THREADS as MATMUL_THREADS
 from pallas_kernels.matmul.mosaic_gpu.geometry import Geometry
 from pallas_kernels.matmul.mosaic_gpu.lane_context import Refs as MatmulRefs
@@ -145,31 +144,24 @@ def test_sampling(monkeypatch, tmp_path, architecture, additions):
         assert spilled(report) <= MOST_SPILLED_BYTES
 
 
-@every_architecture
-@pytest.mark.parametrize(("rows", "level"), [(16, 4), (32, 3), (32, 4), (64, 3), (64, 4)])
-def test_level_matmul(monkeypatch, tmp_path, architecture, rows, level):
-    kibibytes = 227 if architecture in ("sm_90a", "sm_100a") else 99
+@pytest.mark.parametrize(("rows", "level"), [(16, 4), (32, 3), (64, 1), (64, 2), (64, 3), (64, 4)])
+def test_level_matmul(monkeypatch, tmp_path, rows, level):
+    """Only compute capability 9.0 has wgmma."""
     g = Geometry(
-        in_features=4096,
         stored_k=4096,
         stored_n=6144,
         level=level,
         rows=rows,
         multiprocessors=132,
-        shared_limit=1024 * kibibytes,
+        shared_limit=227 * 1024,
     )
-    first = ["x"] if g.codes_activations else ["codes", "records"]
-    launches = [
-        (level_matmul_program, MatmulRefs.of, [*first, "planes", "scales", "partials", None], MATMUL_THREADS),
-        (coding_program, lambda _, *refs: CodingRefs(*refs), ["x", "codes", "records", None], CODING_THREADS),
-    ]
-    for program, refs_of, names, threads in launches:
 
-        def run(isa, refs, program=program, refs_of=refs_of):
-            program(isa, g, refs_of(g, *refs))
+    def run(isa, refs):
+        level_matmul_program(isa, g, MatmulRefs(*refs))
 
-        report = cuda_source.assemble(monkeypatch, tmp_path, run, names, threads, architecture)
-        assert spilled(report) <= MOST_SPILLED_BYTES
+    names = ["x", "planes", "scales", "partials", None]
+    report = cuda_source.assemble(monkeypatch, tmp_path, run, names, MATMUL_THREADS, "sm_90a")
+    assert spilled(report) == 0
 
 
 @every_architecture
@@ -177,7 +169,7 @@ def test_level_matmul(monkeypatch, tmp_path, architecture, rows, level):
 def test_instructions(monkeypatch, tmp_path, architecture, name):
     if name in instruction_programs.NEED_9_0 and architecture == "sm_89":
         pytest.skip("needs compute capability 9.0")
-    if name == "warpgroup" and architecture != "sm_90a":
+    if name in instruction_programs.ONLY_9_0 and architecture != "sm_90a":
         pytest.skip("only compute capability 9.0 has wgmma")
 
     def program(isa, refs):

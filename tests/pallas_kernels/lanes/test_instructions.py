@@ -192,6 +192,60 @@ def test_warpgroup_multiply_add_follows_the_layout(rng):
             np.testing.assert_array_equal(register.data, (a[i] @ b.astype(int) + c[i])[warp, r, n])
 
 
+def test_warpgroup_multiply_add_bfloat16_follows_the_layout(rng):
+    warps, columns, distance = 4, 24, 400
+    isa = NumpyInstructions(blocks=1, threads=32 * warps, shared_bytes=2048)
+    a = rng.integers(-50, 50, (2, 2, warps, 16, 16))  # for each B and each C
+    b = rng.integers(-50, 50, (2, 16, columns))
+    c = rng.integers(-1000, 1000, (2, warps, 16, columns))
+    stored = np.zeros(1024, ml_dtypes.bfloat16)
+    for i, k, n in np.ndindex(b.shape):
+        offset = distance * (2 * i + k // 8) + 16 * n + 2 * (k % 8)
+        stored[offset // 2] = b[i, k, n]
+    thread = isa.thread_index()
+    words = stored.view(np.int32).reshape(warps * 32, 4)
+    isa.store_shared(thread << 4, [LaneValue(np.ascontiguousarray(words[:, i]), "i32") for i in range(4)])
+    isa.publish_operands()
+    isa.block_barrier()
+    warp, lane = np.divmod(np.arange(32 * warps), 32)
+    row, column = lane // 4, lane % 4
+    pair = np.arange(2)
+
+    def word(numbers):
+        return LaneValue(numbers.astype(ml_dtypes.bfloat16).view(np.int32)[:, 0], "i32")
+
+    places = [(row + 8 * i, 2 * column + 8 * j) for i, j in ((0, 0), (1, 0), (0, 1), (1, 1))]
+    a_registers = [
+        [[word(m[warp[:, None], r[:, None], k[:, None] + pair]) for r, k in places] for m in step]
+        for step in a
+    ]
+    elements = [
+        (row + 8 * i, 8 * tile + 2 * column + j) for tile in range(3) for i in range(2) for j in range(2)
+    ]
+    c_registers = [[LaneValue(m[warp, r, n].astype(np.float32), "f32") for r, n in elements] for m in c]
+    for start, registers in ((c, c_registers), (0 * c, None)):
+        out, _ = isa.warpgroup_multiply_add_bfloat16(
+            columns, registers, a_registers, isa.constant(0), distance
+        )
+        for i in range(2):
+            exact = sum(a[step, i] @ b[step] for step in range(2)) + start[i]
+            for register, (r, n) in zip(out[i], elements, strict=True):
+                np.testing.assert_array_equal(register.data, exact[warp, r, n])
+
+
+def test_multiply_add_bfloat16_rounds_once(isa, rng):
+    def pairs(numbers):
+        return LaneValue(numbers.astype(ml_dtypes.bfloat16).view(np.int32)[:, 0], "i32")
+
+    a, b, c = (rng.integers(-255, 256, (THREADS, 2)) for _ in range(3))
+    out = isa.multiply_add_bfloat16(pairs(a), pairs(b), pairs(c)).data.view(ml_dtypes.bfloat16)
+    exact = (a * b + c).astype(np.float32)  # below 2**24, so only the next conversion rounds
+    np.testing.assert_array_equal(out, exact.astype(ml_dtypes.bfloat16).reshape(-1))
+    nan = isa.multiply_add_bfloat16(*[isa.constant(0x7FC03F80)] * 3).data.view(ml_dtypes.bfloat16)
+    assert (nan[::2] == 2).all()
+    assert np.isnan(nan[1::2].astype(np.float32)).all()
+
+
 def test_matrix_multiply_add_bfloat16_follows_the_fragment_layout(isa, rng):
     a, b, c = (rng.integers(-50, 50, (WARPS, *size)) for size in ((16, 16), (16, 8), (16, 8)))
     warp, lane = np.divmod(np.arange(THREADS), 32)

@@ -144,8 +144,7 @@ def test_the_tuning_table_chooses_the_kernel(monkeypatch, rows):
         return GradedLinear(planes, scales, *tables, **sizes).dense(x)
 
     names = re.findall(r"00(\w+)_kernel_mosaic_gpu", on_h200(dense, x, weight.planes, weight.scales))
-    coding = ["level_matmul_coding"] if rows > 16 else []
-    assert names == ([*coding, "level_matmul_512x1024"] if rows <= 128 else ["dequantization"])
+    assert names == ["level_matmul_512x1024" if rows <= 128 else "dequantization"]
     at_3 = on_h200(lambda x, weight: level_matmul(x, weight, 3), x, weight)
     assert re.findall(r"00(\w+)_kernel_mosaic_gpu", at_3) == ["dequantization"]  # not in the table
 

@@ -15,18 +15,9 @@ from jax.sharding import AxisType
 from matvec_cases import Case
 
 from pallas_kernels import NestedWeight, level_matmul
-from pallas_kernels.codes import CODE_STEPS
 from pallas_kernels.lanes import device
 from pallas_kernels.lanes.emulator import NumpyInstructions
-from pallas_kernels.matmul.mosaic_gpu import geometry as sizes
 from pallas_kernels.matmul.mosaic_gpu import kernel, supports
-from pallas_kernels.matmul.mosaic_gpu.coding import (
-    CODE_UNIT,
-    CODING_THREADS,
-    CodingRefs,
-    coding_blocks,
-    coding_program,
-)
 from pallas_kernels.matmul.mosaic_gpu.geometry import THREADS, Geometry
 from pallas_kernels.matmul.mosaic_gpu.lane_context import Refs
 from pallas_kernels.matmul.mosaic_gpu.program import level_matmul_program
@@ -34,45 +25,35 @@ from pallas_kernels.matmul.mosaic_gpu.program import level_matmul_program
 UNWRITTEN = np.uint32(0x7F812345)
 """A NaN that no program computes, in outputs before they are written."""
 
-TOLERANCE = 2.5e-4
-"""Largest error of a row in norm. Rounding to 15 bits gives 2e-4 if one activation dominates each group."""
+TOLERANCE = 2e-5
+"""Largest error of a row in norm. Only float32 sums round."""
 
-SHARED_LIMITS = (227 * 1024, 99 * 1024)
-"""Most shared memory of a CTA on an H200 and on an RTX 4090."""
+SHARED_LIMITS = (227 * 1024, 163 * 1024)
+"""Most shared memory of a CTA on an H200, and a smaller number."""
 
 
-def geometry(
-    rows, weight, level, multiprocessors=4, shared_limit=SHARED_LIMITS[0], warpgroups=False
-) -> Geometry:
+def geometry(rows, weight, level, multiprocessors=4, shared_limit=SHARED_LIMITS[0]) -> Geometry:
     return Geometry(
-        in_features=weight.in_features,
         stored_k=weight.planes.shape[1],
         stored_n=weight.scales.shape[1],
         level=level,
         rows=rows,
         multiprocessors=multiprocessors,
         shared_limit=shared_limit,
-        warpgroups=warpgroups,
     )
 
 
 def emulate(x, weight: NestedWeight, level: int, **sizes) -> np.ndarray:
-    """Returns y as ``kernel.matmul`` does; fails if a program leaves a word of its outputs unwritten."""
+    """Returns y as ``kernel.matmul`` does; fails if the program leaves a word of its output unwritten."""
     g = geometry(len(x), weight, level, **sizes)
-    codes = np.full((g.row_batches, g.groups, 4, g.rows_per_cta // 8, 32, 4), UNWRITTEN)
-    records = np.full((g.row_batches, g.groups, 2, g.rows_per_cta, 4), UNWRITTEN)
-    isa = NumpyInstructions(blocks=coding_blocks(g), threads=CODING_THREADS, shared_bytes=16)
-    arrays = [np.array(x), codes, records]
-    coding_program(isa, g, CodingRefs(*(isa.array(a) for a in arrays), shared=None))
-    isa.finish()
+    x = np.pad(np.array(x), ((0, 0), (0, g.stored_k - x.shape[1])))
     partials = np.full((g.splits, g.rows, g.stored_n), UNWRITTEN)
     isa = NumpyInstructions(blocks=g.blocks, threads=THREADS, shared_bytes=g.shared_bytes)
-    first = [np.array(x)] if g.codes_activations else [codes, records]
-    arrays = [*first, np.array(weight.planes), np.array(weight.scales), partials]
-    level_matmul_program(isa, g, Refs.of(g, *(isa.array(a) for a in arrays), None))
+    arrays = [x, np.array(weight.planes), np.array(weight.scales), partials]
+    level_matmul_program(isa, g, Refs(*(isa.array(a) for a in arrays), None))
     isa.finish()
-    assert not any((array == UNWRITTEN).any() for array in (codes, records, partials))
-    unit = CODE_UNIT / CODE_STEPS * np.asarray(weight.level_gains)[level - 1]
+    assert not (partials == UNWRITTEN).any()
+    unit = kernel.unit(level) * np.asarray(weight.level_gains)[level - 1]
     return partials.view(np.float32).astype(np.float64).sum(0)[:, : weight.out_features] * unit
 
 
@@ -110,9 +91,9 @@ def test_agrees_with_float64(case, level, multiprocessors, limit):
 
 
 @pytest.mark.parametrize("level", [1, 2, 3, 4])
-@pytest.mark.parametrize("rows", [16, 32, 33, 64], ids="rows {}".format)
-def test_every_division_of_the_rows(rows, level):
-    """One or two warps for the rows of the same outputs, and whole or half tiles of 640 outputs."""
+@pytest.mark.parametrize("rows", [8, 16, 33, 64], ids="rows {}".format)
+def test_every_level(rows, level):
+    """640 outputs: the last tile has half of the pieces."""
     x, weight, _ = Case(300, 640, rows=rows, dtype="bfloat16").arrays()
     assert_agrees(x, weight, level, emulate(x, weight, level))
 
@@ -140,17 +121,6 @@ def test_every_digit_counts():
         assert_agrees(x, one, 4, emulate(x, one, 4))
 
 
-@pytest.mark.parametrize("level", [1, 4])
-def test_extreme_codes_do_not_overflow(level):
-    """All activations have the largest code or its negative, and all weights are at an end of the range."""
-    x, weight, _ = Case(256, 64, rows=4, dtype="bfloat16").arrays()
-    signs = np.where(np.arange(256) % 2, 1, -1)
-    x = np.stack([np.ones(256), -np.ones(256), signs, 0.0078 * signs]).astype(x.dtype)
-    for planes in (0, 0xFFFFFFFF):
-        one = dataclasses.replace(weight, planes=np.full_like(weight.planes, planes))
-        assert_agrees(x, one, level, emulate(x, one, level))
-
-
 @pytest.mark.parametrize("level", [3, 4])
 def test_heavy_tails(level):
     """Cauchy variables, clipped at 1000 times their median magnitude."""
@@ -174,49 +144,6 @@ def test_a_large_mean_of_the_activations_does_not_drown_the_product(level):
     assert_agrees(x, weight, level, emulate(x, weight, level))
 
 
-def test_the_largest_codes_do_not_overflow():
-    """The largest bfloat16 below a power of two has the largest code."""
-    _, weight, _ = Case(256, 64, rows=1, dtype="bfloat16").arrays()
-    x = np.asarray(
-        jnp.full((4, 256), 255 / 128, jnp.bfloat16) * jnp.asarray([[1], [-1], [2], [-0.5]], jnp.bfloat16)
-    )
-    assert_agrees(x, weight, 3, emulate(x, weight, 3))
-
-
-@pytest.mark.parametrize("level", [1, 2, 3, 4])
-@pytest.mark.parametrize("rows", [8, 16, 32, 33, 64], ids="rows {}".format)
-def test_warpgroups_give_the_same_bits(rows, level):
-    x, weight, _ = Case(300, 640, rows=rows, dtype="bfloat16").arrays()
-    y = emulate(x, weight, level)
-    np.testing.assert_array_equal(emulate(x, weight, level, warpgroups=True), y)
-
-
-@pytest.mark.skipif(jax.__version_info__ < device.OLDEST_JAX, reason="lane programs need jax >= 0.11.2")
-@pytest.mark.parametrize("rows", [16, 64])
-def test_warpgroups_lower(rows):
-    weight = NestedWeight.abstract(512, 1024)
-    g = geometry(rows, weight, 3, warpgroups=True)
-    gpu = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
-    mesh = jax.sharding.AbstractMesh((1,), ("x",), (AxisType.Explicit,), abstract_device=gpu)
-    shapes = [jax.ShapeDtypeStruct((rows, 512), jnp.bfloat16)]
-    if not g.codes_activations:
-        with jax.sharding.use_abstract_mesh(mesh):
-            shapes = jax.eval_shape(kernel._coding_kernel(g), *shapes)
-    run = jax.jit(
-        lambda weight, *operands: kernel._level_matmul_kernel(g)(*operands, weight.planes, weight.scales)
-    )
-    with jax.sharding.use_abstract_mesh(mesh):
-        text = run.trace(weight, *shapes).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("custom_call @mosaic_gpu") == 1
-
-
-@pytest.mark.parametrize("rows", [17, 32])
-def test_the_ctas_may_code_32_rows(monkeypatch, rows):
-    monkeypatch.setattr(sizes, "MOST_CODED_ROWS", 32)
-    x, weight, _ = Case(600, 700, rows=rows, dtype="bfloat16").arrays()
-    assert_agrees(x, weight, 3, emulate(x, weight, 3))
-
-
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_nan_and_inf_reach_every_output_of_their_row_and_no_other(bad):
     x, weight, _ = Case(300, 600, rows=9, dtype="bfloat16").arrays()
@@ -227,9 +154,9 @@ def test_nan_and_inf_reach_every_output_of_their_row_and_no_other(bad):
     np.testing.assert_array_equal(np.delete(y, 1, 0), np.delete(clean, 1, 0))
 
 
-@pytest.mark.parametrize(("few", "many"), [(9, 32), (33, 64)])
+@pytest.mark.parametrize(("few", "many"), [(1, 32), (33, 64)])
 def test_the_number_of_other_rows_does_not_change_a_row(few, many):
-    """The order of the sums depends on the row parts and batches only."""
+    """The order of the sums depends on the batches only."""
     x, weight, _ = Case(600, 700, rows=many, dtype="bfloat16").arrays()
     first = emulate(x[:few], weight, 3, multiprocessors=7)
     np.testing.assert_array_equal(first, emulate(x, weight, 3, multiprocessors=7)[:few])
@@ -251,7 +178,8 @@ def test_sizes(shape, limit):
         assert g.units <= g.batch_blocks * g.units_per_cta < g.units + g.units_per_cta
         assert g.blocks <= max(132, g.row_batches)
         assert g.row_batches * g.rows_per_cta >= rows
-        assert g.octets <= 4
+        assert g.octets <= 8
+        assert g.ahead >= 1
 
 
 def test_declines_with_a_reason():
@@ -264,17 +192,16 @@ def test_declines_with_a_reason():
 
 
 @pytest.mark.skipif(jax.__version_info__ < device.OLDEST_JAX, reason="lane programs need jax >= 0.11.2")
-@pytest.mark.parametrize("kind", ["NVIDIA H200", "NVIDIA GeForce RTX 4090"])
 @pytest.mark.parametrize(
     ("rows", "shape", "level"),
     [(16, (4096, 6144), 3), (32, (12288, 4096), 4), (64, (4096, 4096), 1), (512, (300, 700), 3)],
     ids=str,
 )
-def test_lowers_for(kind, rows, shape, level):
-    gpu = jax.sharding.AbstractDevice(device_kind=kind, num_cores=128, platform="gpu")
+def test_lowers_for_an_h200(rows, shape, level):
+    gpu = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
     mesh = jax.sharding.AbstractMesh((1,), ("x",), (AxisType.Explicit,), abstract_device=gpu)
     weight, x = NestedWeight.abstract(*shape), jax.ShapeDtypeStruct((rows, shape[0]), jnp.bfloat16)
     run = jax.jit(lambda x, weight: level_matmul(x, weight, level, implementation="mosaic_gpu"))
     with jax.sharding.use_abstract_mesh(mesh):
         text = run.trace(x, weight).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("custom_call @mosaic_gpu") == (1 if rows <= 16 else 2)
+    assert text.count("custom_call @mosaic_gpu") == 1
