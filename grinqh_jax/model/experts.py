@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float16, Int, UInt16, UInt32
 
+from grinqh_jax.model.by_token import by_token
 from grinqh_jax.model.layer_spec import GatedExperts
 from grinqh_jax.model.partition import InputCut
 from pallas_kernels import (
@@ -71,6 +72,18 @@ class Router(nnx.Module):
             arguments = inputs, self.kernel[...], mixture.chosen
             return Chosen(*router.route(*arguments, normalized=mixture.normalized, bias=bias))
         x = inputs.array
+
+        def chosen(x: Float[Array, "*rows d"]) -> tuple[Int[Array, "*rows c"], Float[Array, "*rows c"]]:
+            return self._chosen(x, bias, mixture)
+
+        experts, probabilities = by_token(chosen, x) if x.ndim == 3 else chosen(x)
+        factor = grading_factor(probabilities)[..., None].astype(x.dtype)
+        return Chosen(experts, probabilities, Activations.of(x[..., None, :] * factor))
+
+    def _chosen(
+        self, x: Float[Array, "*rows d"], bias: Float[Array, "e"] | None, mixture: GatedExperts
+    ) -> tuple[Int[Array, "*rows c"], Float[Array, "*rows c"]]:
+        """Returns the experts of each row and their probabilities, by XLA."""
         kernel = self.kernel[...].astype(x.dtype)
         scores = jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
         scores = scores if bias is None else scores + bias.astype(jnp.float32)
@@ -84,8 +97,7 @@ class Router(nnx.Module):
             experts = jnp.concatenate([experts, jnp.broadcast_to(last, shape)], axis=-1)
             shared = jnp.broadcast_to(jax.nn.sigmoid(scores[..., -1:]), shape)
             probabilities = jnp.concatenate([probabilities, shared], axis=-1)
-        factor = grading_factor(probabilities)[..., None].astype(x.dtype)
-        return Chosen(experts, probabilities, Activations.of(x[..., None, :] * factor))
+        return experts, probabilities
 
 
 RowBias = Float[Array, "*rows n"] | None

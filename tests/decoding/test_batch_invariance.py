@@ -4,17 +4,22 @@ import os
 
 import jax
 import jax.numpy as jnp
+import mesh_models
 import numpy as np
 import pytest
+from family_cases import CASES
 from marks import slow
+from mixtures import HF_CONFIG
 from random_models import TARGETS, graded_model
 
 from grinqh_jax import BUNDLED_MODEL
+from grinqh_jax.benchmarking import random_model
 from grinqh_jax.decoding import engine
 from grinqh_jax.decoding.engine import step
 from grinqh_jax.decoding.generator import Generator
 from grinqh_jax.decoding.thresholds import model_thresholds
 from grinqh_jax.model.cache import KVCache
+from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.flat_model import decoder_of
 
 PROMPT = 9
@@ -74,6 +79,24 @@ def assert_invariant(model, targets, shapes, bits):
 def test_rows_are_independent_in_a_small_model(shapes):
     model = graded_model("qwen3-tied-gqa")
     assert_invariant(model, TARGETS, shapes, [2.0, 3.0, 8.0])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") != "1", reason="as above")
+@pytest.mark.parametrize("name", ["qwen3-moe", "qwen2-moe", "olmoe"])
+def test_rows_are_independent_in_a_small_mixture(name):
+    """XLA computes routers token by token; ``qwen2-moe`` has a shared expert."""
+    config = CASES[name] | {"hidden_size": 256}
+    assert_invariant(mesh_models.model_of(config), TARGETS, [(1, 5), (4, 4)], [2.0, 3.0, 8.0])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("optimized_programs")
+def test_rows_are_independent_in_a_mixture():
+    sizes = {"hidden_size": 256, "moe_intermediate_size": 384, "intermediate_size": 768, "head_dim": 64}
+    config = ModelConfig.from_hf(HF_CONFIG | sizes)
+    model = random_model.graded(config, compute_dtype=jnp.float32)
+    assert_invariant(model, random_model.TARGETS, [(1, 8), (4, 1), (4, 4)], [2.0, 3.0, 8.0])
 
 
 @pytest.mark.slow

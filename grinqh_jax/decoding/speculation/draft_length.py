@@ -27,7 +27,7 @@ PROBE_CHUNKS = 32
 
 ASSUMED_ROW_COST = 0.2
 """Time of a further row over that of a step with one row, before it was measured. Steps of Qwen3-8B at 3 bits
-on an H200 with 2, 4 and 8 rows take 1.20, 1.52 and 2.19 times as long as one with one row, and the products
+on an H200 with 2, 4 and 8 rows take 1.20, 1.52 and 2.36 times as long as one with one row, and the products
 of a layer 1.27, 1.70 and 2.40 times (docs/performance.md)."""
 
 NEW_MEASUREMENT = 0.25
