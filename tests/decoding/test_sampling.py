@@ -12,6 +12,7 @@ from grinqh_jax.decoding.sampling import Sampling, adjust, choose_tokens, filter
 
 jit_choose_tokens = jax.jit(choose_tokens, static_argnames="policy")
 jit_filtered = jax.jit(filtered, static_argnames="policy")
+jit_probabilities = jax.jit(probabilities, static_argnames="policy")
 
 
 def choose(logits, sampling, positions):
@@ -75,7 +76,7 @@ def test_filters_equal_the_oracle_in_one_batch_of_different_settings(seed, devic
 
 def test_ties_with_the_last_kept_token_are_kept():
     logits = jnp.array([[1.0, 3.0, 2.0, 2.0, 0.0]])
-    kept = filtered(logits, Sampling.create(temperature=1.0, top_k=2), policy.CPU)
+    kept = jit_filtered(logits, Sampling.create(temperature=1.0, top_k=2), policy=policy.CPU)
     assert np.isfinite(kept).tolist() == [[False, True, True, True, False]]
 
 
@@ -145,24 +146,29 @@ def test_logits_in_another_order_give_the_same_tokens():
     logits, order = rng.standard_normal((8, 300)).astype(np.float32), rng.permutation(300).astype(np.int32)
     back = np.argsort(order)
     expected = choose(logits, rows(SETTINGS), jnp.arange(8)).tolist()
-    for sampling in (rows(SETTINGS), Sampling.create(8)):
-        tokens = choose_tokens(
-            jnp.asarray(logits[:, order]),
+
+    @jax.jit
+    def choose_in_order(logits, sampling):
+        return choose_tokens(
+            logits,
             sampling,
             jnp.arange(8),
             policy.CPU,
             token_ids=jnp.asarray(order),
             in_order=lambda outputs: outputs[:, back],
         )
+
+    for sampling in (rows(SETTINGS), Sampling.create(8)):
+        tokens = choose_in_order(logits[:, order], sampling)
         assert tokens.tolist() == (expected if not sampling.greedy else logits.argmax(1).tolist())
 
 
 def test_probabilities_are_those_of_the_oracle():
     settings = [*SETTINGS, (0.0, 3, 0.9, 0.1)]
     logits = np.random.default_rng(2).standard_normal((len(settings), 300)).astype(np.float32) * 3
-    ours = np.asarray(probabilities(jnp.asarray(logits), rows(settings), policy.CPU))
+    ours = np.asarray(jit_probabilities(jnp.asarray(logits), rows(settings), policy=policy.CPU))
     for row, setting in enumerate(SETTINGS):
         np.testing.assert_allclose(ours[row], softmax(oracle(logits[row], *setting)), rtol=1e-4, atol=1e-7)
     assert ours[-1].sum() == ours[-1, logits[-1].argmax()] == 1
-    greedy = probabilities(jnp.asarray(logits), Sampling.create(len(settings)), policy.CPU)
+    greedy = jit_probabilities(jnp.asarray(logits), Sampling.create(len(settings)), policy=policy.CPU)
     assert np.argwhere(np.asarray(greedy))[:, 1].tolist() == logits.argmax(1).tolist()
