@@ -75,6 +75,9 @@ def by_xla(config, spec, *inputs):
     return jax.jit(lambda inputs: attention.attend_heads(config, spec, *inputs))(inputs)
 
 
+contiguous = jax.jit(KeyValues.contiguous)
+
+
 def check_layer(emulated, config, spec, tokens: int, paged: bool) -> None:
     inputs = arguments(config, spec, tokens, paged)
     if spec.sinks:
@@ -86,11 +89,12 @@ def check_layer(emulated, config, spec, tokens: int, paged: bool) -> None:
         expected, expected_cache = by_xla(config, spec, *inputs)
     got, wanted = (np.asarray(x.array, np.float32) for x in (outputs, expected))
     assert np.linalg.norm(got - wanted) <= 1e-2 * np.linalg.norm(wanted)
+    rows = [
+        [np.asarray(array, np.float32) for array in contiguous(both, jnp.full(BATCH, CAPACITY))[:2]]
+        for both in (cache, expected_cache)
+    ]
     for row, length in enumerate(LENGTHS):  # XLA clears the slots after the new tokens.
-        used, end = [], length + tokens
-        for both in (cache, expected_cache):
-            rows = both.contiguous(jnp.full(BATCH, CAPACITY))
-            used.append(np.asarray(jnp.stack(rows[:2])[:, row, :end], np.float32))
+        used = ([array[row, : length + tokens] for array in arrays] for arrays in rows)
         np.testing.assert_allclose(*used, rtol=2**-7, atol=2**-5)
 
 
