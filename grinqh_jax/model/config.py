@@ -92,6 +92,11 @@ class ModelConfig(Description):
             reader.problem(f"head_dim {head_dim} is odd")
         description = family.describe(reader)
         _refuse_options(reader, family)
+        if has_vision and (cap := reader.values.get("final_logit_softcapping")):
+            # ``Gemma3ForConditionalGeneration`` of transformers 5.24 does not apply it.
+            reader.problem(
+                f"final_logit_softcapping {cap} beside a vision tower, where transformers ignores it"
+            )
         config = cls(
             **{field.name: getattr(description, field.name) for field in dataclasses.fields(description)},
             family=family.model_type,

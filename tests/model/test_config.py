@@ -116,6 +116,35 @@ def test_rope_parameters_for_each_kind_of_layer_are_refused():
         ModelConfig.from_hf(QWEN3 | nested)
 
 
+GEMMA3_TEXT = {
+    "model_type": "gemma3_text",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+}
+
+
+def test_yarn_of_a_kind_of_layer_that_does_not_truncate_is_refused():
+    yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 500.0, "original_max_position_embeddings": 32}
+    sliding = {"rope_type": "default", "rope_theta": 50.0}
+
+    def config(**options):
+        ropes = {"full_attention": yarn | options, "sliding_attention": sliding}
+        return ModelConfig.from_hf(GEMMA3_TEXT | {"rope_parameters": ropes})
+
+    assert config(truncate=True) == config()
+    with pytest.raises(UnsupportedModelError, match="truncate False in the rope of full_attention"):
+        config(truncate=False)
+
+
+def test_a_soft_cap_of_logits_beside_a_vision_tower_is_refused():
+    """transformers applies it in a text model, and not where there is a vision tower."""
+    capped = GEMMA3_TEXT | {"final_logit_softcapping": 8.0}
+    assert ModelConfig.from_hf(capped).logit_transform.soft_cap == 8
+    with pytest.raises(UnsupportedModelError, match=r"final_logit_softcapping .* beside a vision tower"):
+        ModelConfig.from_hf({"model_type": "gemma3", "text_config": capped})
+
+
 def test_llama3_rope_needs_its_factors():
     scaling = {"rope_type": "llama3", "factor": 8.0}
     with pytest.raises(UnsupportedModelError, match="lacks low_freq_factor, high_freq_factor"):

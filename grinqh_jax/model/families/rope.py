@@ -79,6 +79,12 @@ def read_ropes_by_kind(
     }
     positions = {"max_position_embeddings": reader.values.get("max_position_embeddings")}
     types = {name: kind for name, kind in ROPE_TYPES.items() if kind != "longrope"}
+    for kind, values in by_kind.items():
+        if not values.get("truncate", True):
+            # transformers 5.24 reads ``truncate`` from the object around those of the kinds.
+            reader.problem(
+                f"truncate {values['truncate']} in the rope of {kind}, where transformers ignores it"
+            )
     return {
         kind: _rope(reader.nested(values), reader.nested(beside[kind] | positions), theta, types, False)
         for kind, values in by_kind.items()
