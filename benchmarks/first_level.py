@@ -100,7 +100,7 @@ def main() -> int:
         tempfile.TemporaryDirectory() as directory,
         Writer(pathlib.Path(directory) / "out", fingerprint=plan.fingerprint(), overwrite=False) as writer,
     ):
-        surveyed = survey(plan, lambda note: print(note, flush=True))
+        surveyed = survey(plan, pathlib.Path(directory), lambda note: print(note, flush=True))
         measured = measure_layers(plan, surveyed, writer, lambda note: print(note, flush=True))
     named = {
         name: allocation.GradedCosts(linear.inputs.counts, linear.errors, int(np.prod(plan.shapes[name])))

@@ -9,15 +9,17 @@ squared error, and weighted errors are comparable between layers.
 One forward pass keeps the hidden states between the layers, and one backward pass uses them. The output
 projection needs no backward pass. Each of its outputs needs a reliable sensitivity, so it gets more tokens.
 
-Memory holds one layer, and the states of a few thousand tokens. In float32, as on a CPU, Qwen3-8B needs about
-5 GiB: 2.3 GiB of states (36 layers x ``TOKENS`` x 4096 x 4 bytes), and 2.4 GiB for the process with a layer
-  and
-its backward pass (measured with two layers of its shape and one window). The output projection is read in
-ranges of the vocabulary.
+Memory holds one layer and its backward pass: 2.4 GiB with the process for Qwen3-8B in float32, as on a CPU
+(measured with two layers of its shape and one window). The states between the layers are in a file, because
+they may need more memory than a layer: 2.4 GB for Qwen3-8B (36 layers x ``TOKENS`` x 4096 x 4 bytes). The
+output projection is read in ranges of the vocabulary.
 """
 
+import os
+import tempfile
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -49,20 +51,45 @@ HEAD_TOKENS = 16384
 
 
 class ForwardStates:
-    """States of the first windows on their way through the original model.
+    """States of the first windows on their way through the original model. A context manager.
 
     Attributes:
-      before: States before each layer, of about ``TOKENS`` tokens.
       behind: States behind the last layer, of about ``HEAD_TOKENS`` tokens.
+
+    Args:
+      directory: Directory of the file that holds the states before the layers; by default that of temporary
+        files. The file has no name there, and is gone when the context ends.
     """
 
-    def __init__(self) -> None:
-        self.before: list[Float[np.ndarray, "s t d"]] = []
+    def __init__(self, directory: Path | None = None):
+        self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115  (closed by ``__exit__``)
+        self._dtype, self._shape = np.dtype(np.float32), (0, 0, 0)
         self.behind: Float[np.ndarray, "s t d"] | None = None
 
+    def __enter__(self) -> "ForwardStates":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._file.close()
+
     def add_layer(self, hidden: Float[np.ndarray, "s t d"]) -> None:
-        """Copies the states before the next layer."""
-        self.before.append(hidden[: _whole_windows(TOKENS, hidden)].copy())
+        """Writes the states before the next layer, of about ``TOKENS`` tokens.
+
+        Raises:
+          OSError: The disk is full.
+        """
+        before = hidden[: _whole_windows(TOKENS, hidden)]
+        self._dtype, self._shape = before.dtype, before.shape
+        self._file.write(before.tobytes())
+
+    def take_layer(self) -> Float[np.ndarray, "s t d"]:
+        """Returns the states that were written last, and forgets them."""
+        states = np.empty(self._shape, self._dtype)
+        start = self._file.seek(-states.nbytes, os.SEEK_END)
+        self._file.readinto(states.view(np.uint8).data)
+        self._file.seek(start)
+        self._file.truncate()
+        return states
 
     def finish(self, hidden: Float[np.ndarray, "s t d"]) -> None:
         """Copies the states behind the last layer."""
@@ -73,19 +100,21 @@ def _whole_windows(tokens: int, windows: np.ndarray) -> int:
     return max(tokens // windows.shape[1], 1)
 
 
-def forward_states(
+def run_forward(
     source: HFCheckpoint,
     windows: Int32[np.ndarray, "s t"],
     compute_dtype,
+    states: ForwardStates,
     on_progress: Callable[[str], None] = lambda note: None,
-) -> ForwardStates:
-    """Runs windows through the model, one layer in memory, and returns their states.
+) -> None:
+    """Runs windows through the model, one layer in memory.
 
     Args:
-      source, windows, compute_dtype: See ``output_sensitivities``.
+      source, compute_dtype: See ``output_sensitivities``.
+      windows: Token ids.
+      states: Receives the states of the windows.
       on_progress: Called with a note after each layer.
     """
-    states = ForwardStates()
     hidden = embed(source, windows[: _whole_windows(HEAD_TOKENS, windows)], compute_dtype)
     for i in range(source.config.num_layers):
         layer = dense_layer(source, i, *read_layer(source, i), compute_dtype)
@@ -95,36 +124,31 @@ def forward_states(
         del layer  # Frees it before the next one is read.
         on_progress(f"forward layers.{i}")
     states.finish(hidden)
-    return states
 
 
 def output_sensitivities(
     source: HFCheckpoint,
-    windows: Int32[np.ndarray, "s t"],
     compute_dtype,
     *,
+    states: ForwardStates,
     axes: Float[np.ndarray, "d d"] | None = None,
-    states: ForwardStates | None = None,
     on_progress: Callable[[str], None] = lambda note: None,
 ) -> dict[str, Float[np.ndarray, "n"]]:
     """Estimates ``E[g_n**2]`` of every output of every linear layer.
 
     Args:
       source: Checkpoint.
-      windows: Token ids. The first ``TOKENS`` or ``HEAD_TOKENS`` tokens are used, in whole windows, at least
-        one window.
       compute_dtype: Dtype of the hidden states.
+      states: States of a forward pass over windows of token ids, freed on the way. Of the windows the first
+        ``TOKENS`` or ``HEAD_TOKENS`` tokens are used, in whole windows, at least one window.
       axes: Orthogonal ``Q``. Outputs that are added to the residual stream are measured along its columns.
-      states: States of a forward pass over these windows, freed on the way; None runs such a pass.
-      on_progress: Called with a note after each layer of each pass.
+      on_progress: Called with a note after each layer.
 
     Returns:
       Sensitivities by projection (``layers.0.qkv``), and those of the whole vocabulary under ``HEAD``. All
       experts of a layer share the sensitivities of their outputs, which are means over the chosen experts.
     """
     config = source.config
-    if states is None:
-        states = forward_states(source, windows, compute_dtype, on_progress)
     device_axes = None if axes is None else jnp.asarray(axes)
     norm = RMSNorm(jnp.asarray(source.read(f"{config.final_norm.name}.scale")), config.rms_norm_eps)
     hidden, states.behind = states.behind, None
@@ -135,7 +159,7 @@ def output_sensitivities(
     for i in reversed(range(config.num_layers)):
         layer = dense_layer(source, i, *read_layer(source, i), compute_dtype)
         sums: dict[str, Any] = dict.fromkeys(layer.spec.names, 0.0)
-        for window, gradient in zip(states.before.pop(), gradients, strict=True):
+        for window, gradient in zip(states.take_layer(), gradients, strict=True):
             back, squares = _layer_gradients(layer, window, gradient, device_axes)
             gradient[...] = back
             sums = {name: sums[name] + np.asarray(squares[name], np.float64) for name in sums}

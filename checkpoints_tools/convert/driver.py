@@ -45,7 +45,7 @@ def convert(
       CheckpointError: See ``Writer``, ``HFCheckpoint.read`` and ``measure_linear``.
     """
     with Writer(out, fingerprint=plan.fingerprint(), overwrite=overwrite) as writer:
-        surveyed = survey(plan, on_progress)
+        surveyed = survey(plan, writer.directory, on_progress)
         parts.write_embedding(surveyed.weights, writer)
         on_progress(parts.EMBEDDING)
         measurements = measure_layers(plan, surveyed, writer, on_progress)

@@ -103,6 +103,7 @@ def divergence(
         outputs = kept.pop() or _forward(layer, layer_gains, settings, x)[1]
         back, by_gains = jax.block_until_ready(_backward(layer, layer_gains, settings, x, outputs, back))
         gradients |= {f"layers.{i}.{projection}": gradient for projection, gradient in by_gains.items()}
+        del layer  # Frees it before the next one is read.
     return [float(d) for d in divergences], {name: gradients[name] for name in level_gains}
 
 

@@ -15,10 +15,11 @@ from checkpoints_tools.source.head import logits, normed, vocabulary, with_logit
 from checkpoints_tools.source.layer import dense_layer, embed, read_layer, run_layer
 from grinqh_jax.hf import HFCheckpoint
 from grinqh_jax.model.decoder_layer import DecoderLayer, RMSNorm
-from grinqh_jax.model.experts import GradedExperts
-from grinqh_jax.model.layer_spec import HEAD
+from grinqh_jax.model.experts import GradedExperts, build_experts
+from grinqh_jax.model.layer_spec import HEAD, Projection
 from grinqh_jax.model.linear import GradedLinear, build_linear
 from grinqh_jax.model.output_projection import block_shapes
+from grinqh_jax.model.parameters import axis_sizes
 
 
 class GradedHead(NamedTuple):
@@ -54,19 +55,32 @@ class GradedModel:
         """Returns graded layer ``i``; its projections are ``CodedLinear`` or ``CodedExperts``."""
 
         def read() -> DecoderLayer:
-            tree = self.read(f"layers.{i}")
-            config = self.original.config
+            config, prefix = self.original.config, f"layers.{i}."
             spec = config.layers[i]
-            linears = {name: _with_unit_gains(tree[name]) for name in spec.names}
-            layer = DecoderLayer(config, spec, {**tree, **linears}, self.compute_dtype)
-            del tree, linears
-            for name in spec.names:
-                linear = getattr(layer, name)
-                coded = CodedExperts if isinstance(linear, GradedExperts) else CodedLinear
-                setattr(layer, name, coded.of_planes(linear))
+            keys = [key.removeprefix(prefix) for key in self.original.parameters if key.startswith(prefix)]
+            names = {key.partition(".")[0] for key in keys}.difference(spec.names)
+            # Projections follow one after another, so that the planes of one are in memory.
+            tree: dict[str, Any] = {
+                p.name: {"kernel": np.zeros((0,) * (2 + p.of_experts))} for p in spec.projections
+            }
+            tree |= {name: self.read(prefix + name) for name in names}
+            layer = DecoderLayer(config, spec, tree, self.compute_dtype)
+            for projection in spec.projections:
+                setattr(layer, projection.name, self._coded(prefix, projection))
             return layer
 
         return self.cache(f"layers.{i}", read)
+
+    def _coded(self, prefix: str, projection: Projection) -> CodedLinear | CodedExperts:
+        tree = _with_unit_gains(self.read(prefix + projection.name))
+        shape = projection.shape(axis_sizes(self.original.config))
+        if projection.of_experts:
+            experts = build_experts(tree, shape)
+            assert isinstance(experts, GradedExperts), "the tree has planes"
+            return CodedExperts.of_planes(experts)
+        linear = build_linear(tree, shape, self.compute_dtype)
+        assert isinstance(linear, GradedLinear), "the tree has planes"
+        return CodedLinear.of_planes(linear)
 
     def head(self) -> GradedHead:
         """Returns the graded output projection."""

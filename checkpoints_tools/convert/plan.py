@@ -166,11 +166,14 @@ def make_plan(source: HFCheckpoint, calibration: Calibration, options: Options) 
     survey_windows, threshold_windows = split_windows(calibration.windows)
     compute_dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     widths = refit_tokens.input_widths(source.config)
-    refit_windows = refit_tokens.fitting_windows(survey_windows, widths, jnp.dtype(compute_dtype).itemsize)
+    is_mixture = source.config.num_experts > 0
+    state_bytes = refit_tokens.MIXTURE_STATE_BYTES if is_mixture else refit_tokens.STATE_BYTES
+    itemsize = jnp.dtype(compute_dtype).itemsize
+    refit_windows = refit_tokens.fitting_windows(survey_windows, widths, itemsize, state_bytes)
     refit: tuple[str, ...] = ()
     not_done: list[str] = []
     if options.refit:
-        if source.config.num_experts:
+        if is_mixture:
             not_done.append("weights of experts were not refitted: each gets few of the calibration tokens")
         refit = tuple(refit_tokens.refitted_projections(refit_windows, widths))
         if shortage := refit_tokens.shortage(refit_windows, widths):

@@ -22,7 +22,7 @@ from checkpoints_tools.convert.refit import RefitStates
 from checkpoints_tools.convert.refitted_codes import bounded
 from checkpoints_tools.convert.survey import Survey
 from checkpoints_tools.quantizers import RoundedWeight
-from checkpoints_tools.source.layer import dense_layer, embed, read_layer
+from checkpoints_tools.source.layer import dense_layer, embed, read_layer, stacked_experts
 from grinqh_jax.checkpoint import Writer
 from grinqh_jax.model.decoder_layer import RMSNorm
 from grinqh_jax.model.experts import GradedExperts, build_experts
@@ -87,8 +87,11 @@ def _refit_layer(
     states: RefitStates,
     i: int,
 ) -> dict[str, np.ndarray]:
-    """Moves the windows through layer ``i`` and returns the leaves of its refitted projections."""
-    kernels, vectors = read_layer(survey.weights, i)
+    """Moves the windows through layer ``i`` and returns the leaves of its refitted projections.
+
+    Experts, which take most of the memory, are read when the windows have arrived at them.
+    """
+    kernels, vectors = read_layer(survey.weights, i, experts=False)
     layer = dense_layer(survey.weights, i, kernels, vectors, plan.compute_dtype)
     norm = layer.spec.blocks[0].norm
     states.apply_norm(None if norm is None else getattr(layer, norm.name))
@@ -97,8 +100,9 @@ def _refit_layer(
         if isinstance(block.mixer, GatedExperts):
             gains = {}
             for projection in (block.reads.name, block.writes.name):
-                gains[projection] = measurements.linears[f"layers.{i}.{projection}"].level_gains
-                del kernels[projection]
+                name = f"layers.{i}.{projection}"
+                gains[projection] = measurements.linears[name].level_gains
+                getattr(layer, projection).kernel = stacked_experts(survey.weights, f"{name}.kernel")
 
             def read_experts(projection: str) -> CodedExperts:
                 bias = vectors.get(f"{projection}.bias")

@@ -49,9 +49,12 @@ LEAST_TOKENS = 4096
 STATE_BYTES = 1 << 31
 """Maximum size of the states of the tokens, original and graded together."""
 
+MIXTURE_STATE_BYTES = 3 << 28
+"""The same for mixtures of experts, of which a layer may take several GB (6.4 for gpt-oss-120b)."""
+
 TOKENS_PER_INPUT = 1.25
-"""Number of tokens for each input of the widest projection that are used even if their states exceed
-``STATE_BYTES``. With fewer tokens than inputs that projection could not be refitted at all, and its matrix
+"""Number of tokens for each input of the widest projection that are used even if their states exceed the
+maximum. With fewer tokens than inputs that projection could not be refitted at all, and its matrix
 ``A`` needs as much memory as the states."""
 
 
@@ -69,7 +72,10 @@ def input_widths(config: ModelConfig) -> dict[str, int]:
 
 
 def fitting_windows(
-    windows: Int32[np.ndarray, "s t"], widths: Mapping[str, int], itemsize: int
+    windows: Int32[np.ndarray, "s t"],
+    widths: Mapping[str, int],
+    itemsize: int,
+    state_bytes: int = STATE_BYTES,
 ) -> Int32[np.ndarray, "s2 t"]:
     """Returns the calibration windows that weights are fitted to: the first ones, at least one.
 
@@ -77,11 +83,12 @@ def fitting_windows(
       windows: Token ids.
       widths: Result of ``input_widths``.
       itemsize: Bytes of one number of a hidden state.
+      state_bytes: Maximum size of the states of the tokens.
     """
     widest = max(widths.values())
     token_bytes = 2 * (widths[HEAD] + widest) * itemsize  # Residual stream, and inputs of the widest.
     most = min(TOKENS, max(ENOUGH_TOKENS, MOST_TOKENS_PER_INPUT * widest))
-    tokens = min(most, max(STATE_BYTES // token_bytes, int(TOKENS_PER_INPUT * widest)))
+    tokens = min(most, max(state_bytes // token_bytes, int(TOKENS_PER_INPUT * widest)))
     return windows[: max(tokens // windows.shape[1], 1)]
 
 

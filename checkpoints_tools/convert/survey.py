@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from checkpoints_tools.calibration.sensitivity import ForwardStates, output_sensitivities
+from checkpoints_tools.calibration.sensitivity import ForwardStates, output_sensitivities, run_forward
 from checkpoints_tools.convert import vocabulary
 from checkpoints_tools.convert.options import PRINCIPAL
 from checkpoints_tools.convert.plan import Plan
@@ -35,23 +36,26 @@ class Survey:
         return self.weights.read(f"{HEAD}.kernel", self.vocabulary_blocks[name][outputs])
 
 
-def survey(plan: Plan, on_progress: Callable[[str], None]) -> Survey:
+def survey(plan: Plan, directory: Path, on_progress: Callable[[str], None]) -> Survey:
     """Chooses the basis and measures sensitivities on ``plan.survey_windows``.
 
     Args:
       plan: Plan of the conversion.
+      directory: Directory of a temporary file, whose size is that of ``sensitivity.TOKENS`` tokens' states
+        before all layers.
       on_progress: Called with a note after each layer of each pass over the model.
 
     Raises:
       CheckpointError: A weight or a hidden state is NaN or Inf.
+      OSError: The disk is full.
     """
-    source, windows, axes, states = plan.source, plan.survey_windows, None, None
-    if plan.options.basis == PRINCIPAL:
-        states = ForwardStates()
-        axes = principal_axes(second_moments(source, windows, plan.compute_dtype, on_progress, states))
-    sensitivities = output_sensitivities(
-        source, windows, plan.compute_dtype, axes=axes, states=states, on_progress=on_progress
-    )
+    source, dtype, axes = plan.source, plan.compute_dtype, None
+    with ForwardStates(directory) as states:
+        if plan.options.basis == PRINCIPAL:
+            axes = principal_axes(second_moments(source, plan.survey_windows, dtype, on_progress, states))
+        else:
+            run_forward(source, plan.survey_windows, dtype, states, on_progress)
+        sensitivities = output_sensitivities(source, dtype, states=states, axes=axes, on_progress=on_progress)
     sensitivities[HEAD] = vocabulary.smooth_sensitivities(sensitivities[HEAD])
     names = [name for name in plan.shapes if in_head(name)]
     blocks = dict(zip(names, vocabulary.token_blocks(sensitivities[HEAD]), strict=True))

@@ -15,12 +15,15 @@ VALUES_IN_MEMORY = 1 << 24
 """Number of values of an embedding or output projection in memory at once: 64 MiB as float32."""
 
 
-def read_layer(source, i: int) -> tuple[dict[str, np.ndarray | Array], dict[str, np.ndarray]]:
+def read_layer(
+    source, i: int, *, experts: bool = True
+) -> tuple[dict[str, np.ndarray | Array], dict[str, np.ndarray]]:
     """Reads the parameters of a layer.
 
     Args:
       source: ``grinqh_jax.hf.HFCheckpoint``, or an object that reads like one.
       i: Index of the layer.
+      experts: Whether to read the kernels of experts. If not, they are those of no experts, ``[0, in, out]``.
 
     Returns:
       ``(kernels, vectors)``: kernels by projection (``qkv``), ``[in, out]``, or of all experts as
@@ -35,8 +38,11 @@ def read_layer(source, i: int) -> tuple[dict[str, np.ndarray | Array], dict[str,
         if key.startswith(prefix):
             name = key.removeprefix(prefix)
             if (projection := name.removesuffix(".kernel")) in projections:
-                of_experts = len(source.parameters[key]) == 3
-                kernels[projection] = stacked_experts(source, key) if of_experts else source.read(key)
+                if len(shape := source.parameters[key]) < 3:
+                    kernels[projection] = source.read(key)
+                else:
+                    none = np.zeros((0, *shape[1:]), np.uint16)
+                    kernels[projection] = stacked_experts(source, key) if experts else none
             else:
                 vectors[name] = np.asarray(source.read(key))
     return kernels, vectors

@@ -77,12 +77,12 @@ class Parts:
         self.leaves[name] = leaves
 
     def read(self, name: str) -> dict[str, Any]:
-        """Returns the leaves below a dotted name, as a nested dict from the root, on the first device.
+        """Returns the leaves at or below a dotted name, as a nested dict from the root, on the first device.
 
         Raises:
-          CheckpointError: No leaf below that name has been written.
+          CheckpointError: No leaf at or below that name has been written.
         """
-        wanted = {leaf: spec for leaf, spec in self.all_leaves.items() if leaf.startswith(f"{name}.")}
+        wanted = {leaf: spec for leaf, spec in self.all_leaves.items() if f"{leaf}.".startswith(f"{name}.")}
         if not wanted:
             raise CheckpointError(f"{name} has not been written")
         if not self._sealed_leaves.issuperset(wanted):  # Orbax reads from finished checkpoints only.

@@ -64,6 +64,11 @@ class Writer:
             raise
 
     @property
+    def directory(self) -> Path:
+        """Directory of the unfinished checkpoint, ``<path>.partial``."""
+        return self._partial
+
+    @property
     def parts(self) -> frozenset[str]:
         """Names of the complete parts, including those of an interrupted run."""
         return frozenset(self._parts.leaves)
@@ -123,17 +128,17 @@ class Writer:
             remove(file for file in earlier if file != self._resume_state_file(name))
 
     @without_x64
-    def read(self, name: str) -> dict[str, Any]:
+    def read(self, name: str) -> Any:
         """Reads back a subtree of the state tree that one or several parts have written.
 
         Args:
-          name: Dotted name of the subtree's root in the state tree, such as ``layers.0``.
+          name: Dotted name of the subtree's root in the state tree, such as ``layers.0``, or of a leaf.
 
         Returns:
-          Nested dict, from that root, of the leaves that are written so far, on the first device.
+          Nested dict, from that root, of the leaves written so far, on the first device; or the leaf.
 
         Raises:
-          CheckpointError: No leaf below that name has been written.
+          CheckpointError: No leaf at or below that name has been written.
         """
         tree = self._parts.read(name)
         for key in name.split("."):

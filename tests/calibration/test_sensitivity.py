@@ -61,6 +61,12 @@ def greedy_tokens(monkeypatch):
     sensitivity._sample.clear_cache()
 
 
+def measured(source, windows, **options):
+    with sensitivity.ForwardStates() as states:
+        sensitivity.run_forward(source, windows, np.float32, states)
+        return sensitivity.output_sensitivities(source, np.float32, states=states, **options)
+
+
 def test_sensitivities_are_mean_squares_of_the_whole_models_gradients(source, greedy_tokens):
     model = load_decoder(source, jnp.float32)
     tokens = jnp.asarray(WINDOWS)
@@ -73,7 +79,7 @@ def test_sensitivities_are_mean_squares_of_the_whole_models_gradients(source, gr
 
     added = zeros(source.config, tokens)
     gradients = jax.jit(jax.grad(log_likelihood))(added)
-    sensitivities = sensitivity.output_sensitivities(source, WINDOWS, np.float32)
+    sensitivities = measured(source, WINDOWS)
     # For the output projection it is the expectation over all tokens.
     p = np.exp(log_p)[:, SKIPPED_POSITIONS:]
     np.testing.assert_allclose(sensitivities.pop(HEAD), np.mean(p * (1 - p), axis=(0, 1)), rtol=1e-3)
@@ -89,8 +95,8 @@ def test_sensitivities_are_mean_squares_of_the_whole_models_gradients(source, gr
 def test_axes_rotate_the_outputs_that_write_the_stream(source):
     width = source.config.hidden_size
     axes = np.linalg.qr(np.random.default_rng(0).standard_normal((width, width)))[0].astype(np.float32)
-    plain = sensitivity.output_sensitivities(source, WINDOWS, np.float32)
-    rotated = sensitivity.output_sensitivities(source, WINDOWS, np.float32, axes=axes)
+    plain = measured(source, WINDOWS)
+    rotated = measured(source, WINDOWS, axes=axes)
     for name in plain:
         if name.endswith((".o", ".down")):
             assert not np.allclose(rotated[name], plain[name], rtol=0.01)
@@ -102,7 +108,7 @@ def test_axes_rotate_the_outputs_that_write_the_stream(source):
 def test_sensitivities_predict_the_divergence_that_noise_causes(source):
     """KL is about ``sum_n E[g_n**2] E[d_n**2] / 2``. Sampling one token per position makes it noisy."""
     windows = np.random.default_rng(7).integers(0, 300, (40, 40)).astype(np.int32)
-    sensitivities = sensitivity.output_sensitivities(source, windows, np.float32)
+    sensitivities = measured(source, windows)
     sensitivities[f"{HEAD}.blocks.0"] = sensitivities[HEAD]
     model = load_decoder(source, jnp.float32)
     nothing = zeros(source.config, windows)
@@ -117,7 +123,7 @@ def test_sensitivities_predict_the_divergence_that_noise_causes(source):
 
 def test_the_head_uses_more_windows_than_the_layers(source, monkeypatch):
     monkeypatch.setattr(sensitivity, "TOKENS", 40)
-    one, three = (sensitivity.output_sensitivities(source, WINDOWS[:n], np.float32) for n in (1, 3))
+    one, three = (measured(source, WINDOWS[:n]) for n in (1, 3))
     p = np.exp(log_softmax(forward(load_decoder(source, jnp.float32), WINDOWS)))
     expected = np.mean((p * (1 - p))[:, SKIPPED_POSITIONS:], axis=(0, 1))
     np.testing.assert_allclose(three[HEAD], expected, rtol=1e-3)
@@ -127,11 +133,25 @@ def test_the_head_uses_more_windows_than_the_layers(source, monkeypatch):
 
 
 def test_ranges_of_the_vocabulary_change_nothing(source, greedy_tokens, monkeypatch):
-    whole = sensitivity.output_sensitivities(source, WINDOWS, np.float32)
+    whole = measured(source, WINDOWS)
     monkeypatch.setattr(source_head, "VALUES_IN_MEMORY", 120 * 100)
     assert len(list(source_head.vocabulary(source, 40))) > 1
-    in_ranges = sensitivity.output_sensitivities(source, WINDOWS, np.float32)
+    in_ranges = measured(source, WINDOWS)
     for name in whole:
         np.testing.assert_allclose(
             in_ranges[name], whole[name], rtol=1e-3, atol=1e-5 * whole[name].max(), err_msg=name
         )
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_states_are_taken_in_reverse_order_and_leave_no_file(dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr(sensitivity, "TOKENS", 2 * 5)
+    layers = np.random.default_rng(0).standard_normal((4, 3, 5, 7)).astype(dtype)
+    with sensitivity.ForwardStates(tmp_path) as states:
+        for hidden in layers[:3]:
+            states.add_layer(hidden)
+        np.testing.assert_array_equal(states.take_layer(), layers[2, :2])
+        states.add_layer(layers[3])
+        for i in (3, 1, 0):
+            np.testing.assert_array_equal(states.take_layer(), layers[i, :2])
+        assert not list(tmp_path.iterdir())

@@ -64,11 +64,11 @@ def graded_model(pair) -> GradedModel:
             return {"blocks": {str(i): leaves(block) for i, block in enumerate(model.lm_head.blocks)}}
         if name == "norm":
             return {"scale": model.norm.scale[...]}
-        layer = model.layers[int(name.removeprefix("layers."))]
-        tree = {norm.name: {"scale": getattr(layer, norm.name).scale[...]} for norm in layer.spec.norms}
-        if layer.spec.experts is not None:
-            tree["router"] = {"kernel": layer.router.kernel[...]}
-        return tree | {name: leaves(getattr(layer, name)) for name in layer.spec.names}
+        _, i, name = name.split(".")
+        module = getattr(model.layers[int(i)], name)
+        if name in model.layers[int(i)].spec.names:
+            return leaves(module)
+        return {"kernel": module.kernel[...]} if name == "router" else {"scale": module.scale[...]}
 
     ends = np.cumsum([block.out_features for block in model.lm_head.blocks])[:-1]
     tokens = dict(zip(model.lm_head.names, np.split(np.asarray(model.lm_head.tokens()), ends), strict=True))
