@@ -21,7 +21,7 @@ VARIANTS: dict[str, Program | None] = {
     "default": None,
     "dense": DenseRows(),
     "dense, warpgroups": DenseRows(warpgroups=True),
-    "dense, 4 planes": DenseRows(step_planes=4, ring_slots=4),
+    "dense, warpgroups, 4 planes": DenseRows(step_planes=4, ring_slots=4, warpgroups=True),
     "pairs, 4 slots": BytePairs(ring_slots=4),
     "pairs, 8 slots": BytePairs(ring_slots=8),
 }

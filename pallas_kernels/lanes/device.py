@@ -80,18 +80,6 @@ def multiprocessors(device) -> int:
     return count or DEFAULT_MULTIPROCESSORS
 
 
-def multiplies_in_warpgroups(device) -> bool:
-    """Returns whether the device has ``Instructions.warpgroup_multiply_add``.
-
-    Compute capability 9.0 has it, and no other. A device that is absent does not name its capability; of
-    these, an H100 and an H200 are known to have it.
-    """
-    capability = getattr(device, "compute_capability", None)
-    if capability is None:
-        return device.device_kind.startswith(("NVIDIA H100", "NVIDIA H200"))
-    return capability == "9.0"
-
-
 def shared_memory(device) -> int:
     """Returns the most bytes of shared memory that one CTA can have on the device."""
     capability = getattr(device, "compute_capability", None)

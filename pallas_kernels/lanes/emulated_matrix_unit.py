@@ -72,9 +72,12 @@ class MatrixUnit(Instructions):
             )
             return [LaneValue(r.data + p, "f32") for r, p in zip(c, product, strict=True)]
 
-    def warpgroup_multiply_add(self, c, a, b, meanwhile=list):
-        results = self._warpgroup_products(2 * len(c[0]), c, a, b, (128, 256), self.matrix_multiply_add)
-        return results, list(meanwhile())
+    def queue_warpgroup_multiply_add(self, c, a, b, offset):
+        columns, distances = 2 * len(c[0]), (128, 256)
+        return self._warpgroup_products(columns, c, a, b + offset, distances, self.matrix_multiply_add)
+
+    def finish_warpgroup_multiply_add(self, c):
+        return [list(sums) for sums in c]
 
     def warpgroup_multiply_add_bfloat16(self, columns, c, a, b, distance, meanwhile=list):
         if c is None:

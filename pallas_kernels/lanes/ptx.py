@@ -18,6 +18,12 @@ _VECTOR = {1: "", 2: ".v2", 4: ".v4"}
 _ALL_LANES = "0xffffffff"
 
 
+def _matrices(registers: list[PtxValue], count: int) -> list[list[PtxValue]]:
+    """Divides registers among ``count`` matrices of equal size."""
+    each = len(registers) // count
+    return [registers[each * i :][:each] for i in range(count)]
+
+
 def _operands(count: int, first: int) -> str:
     """Returns the text of an operand: ``$3`` for one register, ``{$3,$4}`` for a vector of two."""
     names = [f"${first + i}" for i in range(count)]
@@ -232,46 +238,53 @@ class PtxInstructions(Instructions):
         )
         return assemble(template, [*a, *b, *c], ("f32",) * 4)
 
-    def warpgroup_multiply_add(self, c, a, b, meanwhile=list):
-        instruction = f"m64n{2 * len(c[0])}k32.s32.u8.s8"
-        return self._warpgroup_products(instruction, "", c, [a], [b], (128, 256), meanwhile)
+    def queue_warpgroup_multiply_add(self, c, a, b, offset):
+        descriptor = self._descriptor(b, 128, 256, offset)
+        sums = self._start_products(f"m64n{2 * len(c[0])}k32.s32.u8.s8", "", c, [a], [descriptor])
+        assemble("wgmma.wait_group.sync.aligned 1;", [], warp=True)
+        return _matrices(sums, len(c))
+
+    def finish_warpgroup_multiply_add(self, c):
+        return _matrices(self._finish_products([register for sums in c for register in sums]), len(c))
 
     def warpgroup_multiply_add_bfloat16(self, columns, c, a, b, distance, meanwhile=list):
         instruction = f"m64n{columns}k16.f32.bf16.bf16"
-        addresses = [b + 2 * distance * i for i in range(len(a))]
+        descriptors = [self._descriptor(b + 2 * distance * i, distance, 128) for i in range(len(a))]
         add = c is not None
         if c is None:
             c = [[self.undefined("f32") for _ in range(columns // 2)] for _ in a[0]]
         modifiers = ", 1, 1, 0"  # neither A nor B negated, B not transposed
-        distances = (distance, 128)
-        return self._warpgroup_products(
-            instruction, modifiers, c, a, addresses, distances, meanwhile, add=add
-        )
+        sums = self._start_products(instruction, modifiers, c, a, descriptors, add=add)
+        # The results pass through the wait, so that their instructions stay before it.
+        out = self._finish_products([*sums, *meanwhile()])
+        return _matrices(out[: len(sums)], len(c)), out[len(sums) :]
 
     def undefined(self, kind):
         """Returns a register that nothing has written."""
         return PtxValue(llvm.mlir_undef(mlir_type(kind)), kind)
 
-    def _warpgroup_products(self, instruction, modifiers, c, a, addresses, distances, meanwhile, add=True):
-        """Emits ``wgmma`` for every address of B and every C.
+    def _descriptor(self, b, along_k, along_n, offset=0):
+        """Returns the descriptor of an operand B that is not swizzled.
+
+        Args:
+          b, offset: Its address is their sum. The offset costs one instruction.
+          along_k, along_n: Bytes between neighbouring blocks of 8 columns and 16 bytes of K, along K and N.
+        """
+        low = ((b & 0x3FFFF) >> 4) | (along_k >> 4) << 16  # in units of 16 bytes
+        return self.widen(low + (offset >> 4) if offset else low) | (along_n >> 4) << 32
+
+    def _start_products(self, instruction, modifiers, c, a, descriptors, add=True):
+        """Starts ``wgmma`` for every B and every C as one group, and returns the registers of all C.
 
         Args:
           instruction: Shape and types.
           modifiers: Last operands of the instruction.
           c: Registers of each C.
-          a: For each address of B, the registers of A for each C.
-          addresses: Addresses of B.
-          distances: Bytes between neighbouring blocks of B, of 8 columns and 16 bytes of K: along K and N.
-          meanwhile: Emits instructions that run while the matrix unit multiplies.
+          a: For each B, the registers of A for each C.
+          descriptors: The descriptor of each B.
           add: Whether the products with the first B are added to C, or replace it.
-
-        Returns:
-          See ``warpgroup_multiply_add``.
         """
         width, count = len(c[0]), sum(map(len, c))
-        along_k, along_n = distances
-        high_bits = (along_k >> 4) << 16 | (along_n >> 4) << 32  # in units of 16 bytes; no swizzle
-        descriptors = [self.widen((b & 0x3FFFF) >> 4) | high_bits for b in addresses]
         registers = [register for matrices in a for matrix in matrices for register in matrix]
         template = "wgmma.fence.sync.aligned; "
         for step in range(len(a)):
@@ -284,12 +297,12 @@ class PtxInstructions(Instructions):
         template += "wgmma.commit_group.sync.aligned;"
         inputs = [*(register for matrix in c for register in matrix), *registers, *descriptors]
         kinds = tuple(v.kind for v in inputs[:count])
-        sums = assemble(template, inputs, kinds, warp=True, tied=count)
-        # The results pass through the wait, so that their instructions stay before it.
-        values = [*sums, *meanwhile()]
+        return assemble(template, inputs, kinds, warp=True, tied=count)
+
+    def _finish_products(self, values):
+        """Waits for all groups, and returns the values, which pass through the wait."""
         kinds = tuple(v.kind for v in values)
-        out = assemble("wgmma.wait_group.sync.aligned 0;", values, kinds, warp=True, tied=len(values))
-        return [out[width * i :][:width] for i in range(len(c))], out[count:]
+        return assemble("wgmma.wait_group.sync.aligned 0;", values, kinds, warp=True, tied=len(values))
 
     def publish_operands(self):
         assemble("fence.proxy.async.shared::cta;", [], effects=True)

@@ -117,14 +117,16 @@ def flagged_stores(isa: Instructions, t: Operands) -> list[Value]:
 
 
 def warpgroup(isa: Instructions, t: Operands) -> list[Value]:
-    """The first 32 threads' 16 bytes are B, of 16 columns; two products are added up."""
+    """Three products with two B, of 16 columns, which are queued."""
     isa.store_shared(t.shared, [t.a, t.b, t.a + t.b, t.a ^ t.b])
     isa.publish_operands()
     isa.block_barrier()
-    a = [t.a, t.b, t.a ^ t.b, t.b - t.a]
     sums = [[t.a & 0xFFFF, t.b, *[isa.constant(i) for i in range(6)]], [isa.constant(7)] * 8]
-    products, others = isa.warpgroup_multiply_add(sums, [a, a[::-1]], t.all_shared + 512, lambda: [t.a * t.b])
-    return [x + y * 3 + others[0] for x, y in zip(products[0][:4], products[1][4:], strict=True)]
+    for i in range(3):
+        a = [t.a + i, t.b, t.a ^ t.b, t.b - t.a]
+        sums = isa.queue_warpgroup_multiply_add(sums, [a, a[::-1]], t.all_shared, 512 * (i % 2))
+    products = isa.finish_warpgroup_multiply_add(sums)
+    return [x + y * 3 for x, y in zip(products[0][:4], products[1][4:], strict=True)]
 
 
 def warpgroup_bfloat16(isa: Instructions, t: Operands) -> list[Value]:

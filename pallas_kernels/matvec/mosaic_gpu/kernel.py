@@ -115,7 +115,7 @@ def geometry_of(x: Activations, weight: NestedWeight, config: Config | None = No
             geometry,
             device_kind=target.device_kind,
             multiprocessors=device.multiprocessors(target),
-            warpgroups=device.multiplies_in_warpgroups(target),
+            warpgroups=device.no_warpgroup_products_reason() is None,
         )
     program = Geometry
     if config.dense_rows is not None:

@@ -115,6 +115,12 @@ def combine(
     return outputs
 
 
+def midpoint_and_unit(isa: Instructions, sum_of_codes: Value, peak: Value) -> tuple[Value, Value]:
+    """Returns the sum of the midpoints, which is added to every output, and the value of the code 1, f32."""
+    unit = peak * (1.0 / PEAK_CODE)
+    return isa.int_to_float(sum_of_codes) * unit * -MEAN_DIGIT, unit
+
+
 @dataclasses.dataclass(frozen=True)
 class Conversion:
     """Factors that convert the integer sums of one activation row to float32."""
@@ -129,8 +135,11 @@ class Conversion:
     @classmethod
     def create(cls, isa: Instructions, sum_of_codes: Value, peak: Value) -> "Conversion":
         """Computes the factors from the sum of all codes and the peak."""
-        unit = peak * (1.0 / PEAK_CODE)
-        midpoint = isa.int_to_float(sum_of_codes) * unit * -MEAN_DIGIT
+        return cls.of(isa, *midpoint_and_unit(isa, sum_of_codes, peak))
+
+    @classmethod
+    def of(cls, isa: Instructions, midpoint: Value, unit: Value) -> "Conversion":
+        """Computes the factors from ``midpoint_and_unit``."""
         return cls(midpoint, [unit * 4.0**-p for p in range(4)], isa.constant(256))
 
     def outputs(self, isa: Instructions, pairs: list[list[Value]]) -> list[Value]:

@@ -71,7 +71,7 @@ def best_config(
       geometry: Sizes of the launch; ``config`` is ignored.
       device_kind: JAX's name of the device, for example "NVIDIA H200".
       multiprocessors: Number of multiprocessors of the device.
-      warpgroups: Whether the device multiplies in warpgroups (see ``device.multiplies_in_warpgroups``).
+      warpgroups: Whether the device multiplies in warpgroups (see ``device.no_warpgroup_products_reason``).
     """
     if geometry.rows > 1:
         # The order of sums is that of one row, so a row has the same bits alone and among up to 15 others.

@@ -27,9 +27,7 @@ from pallas_kernels.matvec.mosaic_gpu.listing import (
     load_thresholds,
     times_gain,
 )
-
-LOADED_AHEAD = 8
-"""Number of groups of activations, four registers each, that a lane loads ahead of their use."""
+from pallas_kernels.matvec.mosaic_gpu.reduction import midpoint_and_unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +36,6 @@ class Row:
 
     index: Value
     """Index of the row, less than ``coded_rows``."""
-    stored: Value
-    """The row whose activations it has: itself, or row 0 if it only fills the last row tile."""
     thresholds: list[Value]
     """Thresholds of levels ``1..P``, f32."""
     factor: Value | None
@@ -60,14 +56,12 @@ class Coder:
     """Whether the warp stores what it computes; None if all warps do."""
     first_group: Value
     """The warp's group in round 0."""
-    loaded: list[list[Value]]
-    """Activations of the warp's next tasks, a task being a round and a row: ``[task][4]``."""
-    tasks: int = 0
-    """Number of tasks whose activations have been loaded."""
+    x: list[list[list[Value]]]
+    """The lane's activations, ``[round][row][4]``: up to 64 registers."""
 
     @classmethod
     def create(cls, isa: Instructions, g: DenseRowsGeometry, refs: Refs, context: LaneContext) -> "Coder":
-        """Starts loading the thresholds and the first activations."""
+        """Starts loading the activations and the thresholds."""
         coder_of_group = context.warp % min(g.coded_rows, g.warps)
         first_group = context.warp // min(g.coded_rows, g.warps)
         where = None
@@ -80,21 +74,13 @@ class Coder:
             isa.select(row < g.rows, row, isa.constant(0)) if g.rows < g.coded_rows else row
             for row in indices
         ]
-        coder.rows = [Row(index, row, [], None) for index, row in zip(indices, stored, strict=True)]
-        coder.load_ahead()
+        coder.x = [[coder.load(row, coder.channel(turn)) for row in stored] for turn in range(g.rounds)]
         coder.rows = [
-            Row(index, row, *load_thresholds(isa, g, refs, row))
+            Row(index, *load_thresholds(isa, g, refs, row))
             for index, row in zip(indices, stored, strict=True)
         ]
         coder.gains = load_by_plane(isa, g, isa.global_address(refs.level_gains))[:-1]
         return coder
-
-    def load_ahead(self) -> None:
-        """Starts loading activations until those of ``LOADED_AHEAD`` tasks are in registers."""
-        while len(self.loaded) < LOADED_AHEAD and self.tasks < self.g.rounds * len(self.rows):
-            turn, i = divmod(self.tasks, len(self.rows))
-            self.loaded.append(self.load(self.rows[i].stored, self.channel(turn)))
-            self.tasks += 1
 
     def group(self, turn: int) -> Value:
         """Returns the warp's group, of those of the CTA, in a round."""
@@ -133,9 +119,7 @@ class Coder:
     def code(self, rounds: range) -> None:
         """Codes the groups of some rounds."""
         for turn in rounds:
-            for row in self.rows:
-                x = self.loaded.pop(0)
-                self.load_ahead()
+            for row, x in zip(self.rows, self.x[turn], strict=True):
                 self.store_codes(row, turn, x)
 
     def store_codes(self, row: Row, turn: int, x: list[Value]) -> None:
@@ -149,17 +133,19 @@ class Coder:
         peak = self.peak(x)
         inverse_unit = isa.reciprocal(peak * (1.0 / PEAK_CODE))
         factors = [inverse_unit * 4.0**-f for f in range(g.planes)]
-        rounding, rounded_zero = isa.constant(ROUNDING, "f32"), isa.constant(ROUNDED_ZERO)
+        rounding, zero = isa.constant(ROUNDING, "f32"), isa.constant(0.0, "f32")
         total = isa.constant(-ROUNDED_ZERO * g.planes * CHANNELS_PER_LANE)
         bits: list[list[Value]] = [[] for _ in range(g.planes)]
-        for i, v in enumerate(x):  # One channel after the other, because there are few predicate registers.
+        for i, v in enumerate(x):
+            # What depends on the peak has no predicate: the compiler would keep them in bits of registers.
             reached = [~(isa.absolute(v) < t) for t in row.thresholds]
             if g.has_padding:
                 reached = [reaches & (channel + i < g.in_features) for reaches in reached]
             scaled = times_gain(isa, v, reached, self.gains)
             for f, reaches in enumerate(reached):
-                rounded = isa.multiply_add(scaled, factors[f], rounding)
-                bits[f].append(isa.select(reaches, isa.float_to_bits(rounded), rounded_zero))
+                read = isa.select(reaches, scaled, zero)
+                rounded = isa.multiply_add(read, factors[f], rounding)
+                bits[f].append(isa.float_to_bits(rounded))
                 total = total + bits[f][-1]
         high_address, low_distance = self.address(row, group)
         marks = self.context.shared + g.masks_base + group * (g.planes * layout.GROUP) + (lane << 2)
@@ -195,7 +181,7 @@ class Coder:
 
         The order in a chunk and plane is ``[pair of row tiles][column of B][quarter][row tile][8 channels]``.
         The last pair may have only one row tile.
-        With ``warpgroups`` it is that of ``Instructions.warpgroup_multiply_add``.
+        With ``warpgroups`` it is that of ``Instructions.queue_warpgroup_multiply_add``.
         """
         isa, g, lane = self.isa, self.g, self.context.lane
         tile = row.index // ROWS_PER_MATRIX
@@ -218,7 +204,15 @@ class Coder:
         return address, width * 4
 
     def store_record(self, row: Row, group: Value, total: Value, peak: Value, where: Value | None) -> None:
-        """Stores the sums of codes of the sections of a group, and the peaks times the factor of the norm."""
+        """Stores what converts the sums of the sections of a group: see ``reduction.midpoint_and_unit``.
+
+        Args:
+          row: The row.
+          group: The group.
+          total: Sum of the lane's codes.
+          peak: Peak of the lane's section, without the factor of the norm.
+          where: Whether the warp stores; None if all warps do.
+        """
         isa, g, lane = self.isa, self.g, self.context.lane
         if g.section_channels == layout.GROUP:
             total = isa.reduce_add(total)
@@ -230,7 +224,9 @@ class Coder:
         section = group * g.config.warps_per_group + lane // section_lanes
         address = (section * g.padded_rows + row.index) * RECORD_BYTES + self.context.shared + g.records_base
         first = (lane % section_lanes).equals(0)
-        isa.store_shared(address, [total, isa.float_to_bits(peak)], first if where is None else first & where)
+        isa.store_shared(
+            address, list(midpoint_and_unit(isa, total, peak)), first if where is None else first & where
+        )
 
 
 def clear_marks(isa: Instructions, g: DenseRowsGeometry, context: LaneContext) -> None:

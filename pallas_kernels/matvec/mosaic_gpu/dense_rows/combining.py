@@ -81,8 +81,8 @@ def combine(
     records = context.shared + g.records_base + (section * g.padded_rows + (context.lane & 3)) * RECORD_BYTES
     conversions = []
     for t in range(g.row_tiles):
-        sum_of_codes, peak = isa.load_shared(records + t * (ROWS_PER_MATRIX * RECORD_BYTES), 2)
-        conversions.append(Conversion.create(isa, sum_of_codes, isa.bits_to_float(peak)))
+        record = isa.load_shared(records + t * (ROWS_PER_MATRIX * RECORD_BYTES), 2, "f32")
+        conversions.append(Conversion.of(isa, *record))
     out = list(totals)
     numbers = [isa.half_to_float(word, part) for word in scales for part in ("low", "high")]
     for t, conversion in enumerate(conversions):

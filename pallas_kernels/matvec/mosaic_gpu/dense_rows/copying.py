@@ -1,6 +1,7 @@
 """Phase copy: plane rows that some activation row reads, from global memory to the ring of the CTA."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from pallas_kernels import layout
 from pallas_kernels.lanes.instructions import LANES, Instructions
@@ -22,6 +23,9 @@ from pallas_kernels.matvec.mosaic_gpu.geometry import ROW_BYTES
 from pallas_kernels.matvec.mosaic_gpu.lane_context import COPY_BYTES, Refs
 from pallas_kernels.matvec.mosaic_gpu.streaming import COPY_LANES
 from pallas_kernels.matvec.mosaic_gpu.tile import stored_piece
+
+EARLY_PLANES = 2
+"""Number of planes that are copied in the first steps before the rows that are read are known."""
 
 
 def ring_row(channel: Value) -> Value:
@@ -48,21 +52,20 @@ class Copies:
     """Number of items of the CTA."""
     piece: Value
     """The thread's piece of its plane rows."""
-    channels: list[Value]
-    """The thread's channels in a chunk."""
-    targets: list[Value]
-    """Shared-memory addresses of the thread's 16 bytes of each channel, in the first plane of slot 0."""
+    channel: Value
+    """The thread's channel in a chunk."""
+    target: Value
+    """Shared-memory address of the thread's 16 bytes, in the first plane of slot 0."""
     source: Value
     """Global address of plane 0."""
     offset: Value
-    """Offset in the plane of the first channel's row in chunk 0 of the CTA and its first tile."""
+    """Offset in the plane of the channel's row in chunk 0 of the CTA and its first tile."""
 
     @classmethod
     def create(cls, isa: Instructions, g: DenseRowsGeometry, refs: Refs, context: LaneContext) -> "Copies":
         """Computes the addresses of the thread."""
         channel, piece = context.thread // COPY_LANES, context.thread % COPY_LANES
-        channels = [channel + first for first in range(0, LANES, g.threads // COPY_LANES)]
-        ring = context.shared + g.ring_base
+        assert g.threads == LANES * COPY_LANES
         first = first_channel(g, context) + channel
         return cls(
             isa,
@@ -70,51 +73,82 @@ class Copies:
             context,
             items=context.tiles * g.sections,
             piece=piece,
-            channels=channels,
-            targets=[in_ring(ring, ring_row(c), piece) for c in channels],
+            channel=channel,
+            target=in_ring(context.shared + g.ring_base, ring_row(channel), piece),
             source=isa.global_address(refs.planes),
             offset=first * g.stored_row_bytes + context.first_tile * ROW_BYTES,
         )
 
-    def copy(self, item: Value, step: int, *, exists: Value | None = None) -> None:
-        """Starts copying a step of an item, if it ``exists``, into its slot."""
+    def copy(
+        self, item: Value, step: int, planes: Sequence[int], *, marked: bool, exists: Value | None = None
+    ) -> None:
+        """Starts copying plane rows of a step of an item into its slot.
+
+        Args:
+          item: Index of the item.
+          step: Step of the section.
+          planes: The planes to copy, of those of the step.
+          marked: Whether to copy only marked plane rows, or all.
+          exists: Whether the item exists; None if it does.
+        """
         isa, g = self.isa, self.g
         slot = slot_offset(g, item, step)
-        chunk_of_section, planes = g.steps[step]
+        chunk_of_section, planes_of_step = g.steps[step]
         tile, section = place_of(isa, g, self.context, item)
         chunk = section * g.section_chunks + chunk_of_section
-        group, words = chunk >> 2, (chunk & 3) * (LANES // CHANNELS_PER_LANE)
-        marks = self.context.shared + g.masks_base + group * (g.planes * layout.GROUP) + (words << 2)
+        group, first_word = chunk >> 2, (chunk & 3) * (LANES // CHANNELS_PER_LANE)
+        marks = self.context.shared + g.masks_base + group * (g.planes * layout.GROUP) + (first_word << 2)
         piece = stored_piece(isa, self.piece, pieces_of(isa, g, self.context, tile))
         offset = self.offset + chunk * (LANES * g.stored_row_bytes) + tile * ROW_BYTES + piece * COPY_BYTES
-        marked = [
-            [isa.load_shared(marks + f * layout.GROUP + (channel & -CHANNELS_PER_LANE))[0] for f in planes]
-            for channel in self.channels
-        ]
-        for i, (channel, target) in enumerate(zip(self.channels, self.targets, strict=True)):
-            byte = isa.constant(0xFF) << ((channel & (CHANNELS_PER_LANE - 1)) << 3)
-            distance = (LANES // len(self.channels)) * g.stored_row_bytes * i
-            source = self.source + isa.widen(offset + distance)
-            for n, f in enumerate(planes):
-                where = ~(marked[i][n] & byte).equals(0)
-                isa.copy_async(
-                    target + slot + n * BLOCK_BYTES,
-                    source + f * g.plane_bytes,
-                    evict_first=True,
-                    where=where if exists is None else where & exists,
-                )
+        source = self.source + isa.widen(offset)
+        conditions: list[Value | None] = [exists] * len(planes)
+        if marked:
+            byte = isa.constant(0xFF) << ((self.channel & (CHANNELS_PER_LANE - 1)) << 3)
+            if exists is not None:
+                byte = isa.select(exists, byte, isa.constant(0))
+            first = marks + (self.channel & -CHANNELS_PER_LANE)
+            words = [isa.load_shared(first + f * layout.GROUP)[0] for f in planes]
+            conditions = [~(word & byte).equals(0) for word in words]
+        for f, where in zip(planes, conditions, strict=True):
+            target = self.target + slot + (f - planes_of_step.start) * BLOCK_BYTES
+            isa.copy_async(target, source + f * g.plane_bytes, evict_first=True, where=where)
 
     def copy_ahead(self, item: Value, step: int) -> None:
         """Starts copying the step that comes ``slots`` steps after a step of an item, as one copy group."""
         items, step = divmod(step + self.g.slots, len(self.g.steps))
         ahead = item + items
-        self.copy(ahead, step, exists=ahead < self.items if items else None)
+        exists = ahead < self.items if items else None
+        self.copy(ahead, step, self.g.steps[step][1], marked=True, exists=exists)
         self.isa.commit_copies()
 
+    def start_early(self) -> None:
+        """Starts copying what ``copied_early`` names, before anything is marked, to the first copy group."""
+        isa, g = self.isa, self.g
+        for item, step, early in ((*divmod(s, len(g.steps)), copied_early(g, s)) for s in range(g.slots)):
+            if not early:
+                continue
+            exists = None
+            if g.groups % g.cta_groups:  # The last CTAs of a tile have groups that do not exist.
+                group = self.context.split * g.cta_groups + item // g.config.warps_per_group
+                exists = group < g.groups
+            self.copy(isa.constant(item), step, early, marked=False, exists=exists)
+
     def start(self, steps: range) -> None:
-        """Starts copying some of the first steps, as one copy group each."""
-        for step in steps:
-            item, step_of_section = divmod(step, len(self.g.steps))
+        """Starts copying the rest of some of the first steps, as one copy group each."""
+        g = self.g
+        for s in steps:
+            item, step = divmod(s, len(g.steps))
             first = self.isa.constant(item)
-            self.copy(first, step_of_section, exists=first < self.items if item >= self.g.sections else None)
+            exists = first < self.items if item >= g.sections else None
+            rest = [f for f in g.steps[step][1] if f not in copied_early(g, s)]
+            self.copy(first, step, rest, marked=True, exists=exists)
             self.isa.commit_copies()
+
+
+def copied_early(g: DenseRowsGeometry, step: int) -> list[int]:
+    """Returns the planes of one of the first steps that are copied while the CTA codes its activations.
+
+    Some row reads nearly every channel there, so few of the copies are in vain.
+    """
+    item, step = divmod(step, len(g.steps))
+    return [f for f in g.steps[step][1] if f < EARLY_PLANES] if item < g.sections else []

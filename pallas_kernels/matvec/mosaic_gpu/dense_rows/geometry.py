@@ -24,7 +24,7 @@ CHUNK_PADDING = {False: 64, True: 16}
 conflicts of the stores."""
 
 RECORD_BYTES = 8
-"""Bytes of a record: the sum of codes and the peak of an activation row in a section."""
+"""Bytes of a record: the factors that convert the sums of an activation row in a section."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,6 @@
 """Phase multiply: from the ring and the codes through the matrix unit to int32 sums."""
 
 import dataclasses
-import functools
 
 from pallas_kernels.lanes.fragments import gather_bytes
 from pallas_kernels.lanes.instructions import Instructions
@@ -20,7 +19,8 @@ class Operands:
     piece: Value
     """Address of the lane's plane row in the warp's piece, in the first plane of slot 0."""
     codes: list[Value]
-    """For each pair of row tiles, the address of the lane's codes in plane 0 of the first chunk."""
+    """For each pair of row tiles, the address of the lane's codes in plane 0 of the first chunk. With
+    ``warpgroups`` the address of all codes."""
 
     @classmethod
     def create(cls, isa: Instructions, g: DenseRowsGeometry, context: LaneContext) -> "Operands":
@@ -41,7 +41,7 @@ class Operands:
     def load(self, item: Value, section: Value, step: int) -> list[Value]:
         """Loads the words of A, ``[plane][4]``, and the codes, ``[plane][row tile][2]``, of a step.
 
-        With ``warpgroups`` the address of the codes, ``[plane]``, takes their place.
+        With ``warpgroups`` only the words: the matrix unit reads the codes from shared memory.
 
         Args:
           item: Index of the item.
@@ -56,16 +56,24 @@ class Operands:
         for n, f in enumerate(planes):
             words += isa.load_matrices_transposed(self.piece + slot + n * BLOCK_BYTES, unwritten=True)
             if g.dense.warpgroups:
-                codes.append(self.codes[0] + first + f * g.unit_bytes)
                 continue
             for t, address in zip(range(0, g.row_tiles, 2), self.codes, strict=True):
                 count = 4 if t + 1 < g.row_tiles else 2
                 codes += isa.load_shared(address + first + f * g.unit_bytes, count)
         return words + codes
 
+    def section_codes(self, section: Value) -> Value:
+        """Returns the address of the codes of a section, with ``warpgroups``."""
+        return self.codes[0] + section * (self.g.section_chunks * self.g.chunk_bytes)
+
 
 def multiply(
-    isa: Instructions, g: DenseRowsGeometry, accumulators: list[Value], step: int, operands: list[Value]
+    isa: Instructions,
+    g: DenseRowsGeometry,
+    accumulators: list[Value],
+    step: int,
+    operands: list[Value],
+    section_codes: Value | None,
 ) -> list[Value]:
     """Multiplies a step of a section.
 
@@ -74,14 +82,15 @@ def multiply(
       accumulators: int32 ``[row tile][position][4]``, flat.
       step: The step.
       operands: See ``Operands.load``.
+      section_codes: Address of the codes of the section, with ``warpgroups``.
 
     Returns:
-      The new accumulators.
+      The new accumulators. With ``warpgroups`` only the next step, or ``finish``, may use them.
     """
+    if section_codes is not None:
+        return multiply_by_warpgroup(isa, g, accumulators, step, operands, section_codes)
     planes = len(g.steps[step][1])
     codes = operands[4 * planes :]
-    if g.dense.warpgroups:
-        return multiply_by_warpgroup(isa, g, accumulators, operands, codes)
     out = list(accumulators)
     for n in range(planes):
         a = gather_bytes(isa, operands[4 * n :][:4])
@@ -98,28 +107,40 @@ def multiply_by_warpgroup(
     isa: Instructions,
     g: DenseRowsGeometry,
     accumulators: list[Value],
+    step: int,
     operands: list[Value],
-    codes: list[Value],
+    section_codes: Value,
 ) -> list[Value]:
-    """Multiplies a step like ``multiply``; ``codes`` are the addresses of the codes of each plane.
+    """Multiplies a step like ``multiply``.
 
-    The digits of the next plane are masked while the matrix unit multiplies one.
+    The matrix unit multiplies a plane while the warp waits for the next step, and masks the next plane.
     """
-    positions = range(len(POSITION_MASKS))
-
-    def fragments(n: int) -> list[Value]:
-        """Returns the fragments of A of a plane, ``[position][4]``; nothing after the last plane."""
-        if n == len(codes):
-            return []
+    sums = by_position(g, accumulators)
+    chunk, planes = g.steps[step]
+    for n, f in enumerate(planes):
         a = gather_bytes(isa, operands[4 * n :][:4])
-        return a + [word & mask for mask in POSITION_MASKS[1:] for word in a]
+        matrices = [a, *([word & mask for word in a] for mask in POSITION_MASKS[1:])]
+        offset = chunk * g.chunk_bytes + f * g.unit_bytes
+        sums = isa.queue_warpgroup_multiply_add(sums, matrices, section_codes, offset)
+    return by_row_tile(g, sums)
 
-    sums = [[v for t in range(g.row_tiles) for v in accumulators[accumulator(t, p) :][:4]] for p in positions]
-    a = fragments(0)
-    for n, address in enumerate(codes):
-        matrices = [a[4 * p :][:4] for p in positions]
-        sums, a = isa.warpgroup_multiply_add(sums, matrices, address, functools.partial(fragments, n + 1))
-    return [v for t in range(g.row_tiles) for p in positions for v in sums[p][4 * t : 4 * t + 4]]
+
+def finish(isa: Instructions, g: DenseRowsGeometry, accumulators: list[Value]) -> list[Value]:
+    """Waits until all steps of a section are multiplied, and returns the accumulators."""
+    if not g.dense.warpgroups:
+        return accumulators
+    return by_row_tile(g, isa.finish_warpgroup_multiply_add(by_position(g, accumulators)))
+
+
+def by_position(g: DenseRowsGeometry, accumulators: list[Value]) -> list[list[Value]]:
+    """Returns the accumulators as the operands C of a warpgroup, ``[position][row tile, 4]``."""
+    positions = range(len(POSITION_MASKS))
+    return [[v for t in range(g.row_tiles) for v in accumulators[accumulator(t, p) :][:4]] for p in positions]
+
+
+def by_row_tile(g: DenseRowsGeometry, sums: list[list[Value]]) -> list[Value]:
+    """Undoes ``by_position``."""
+    return [v for t in range(g.row_tiles) for of_position in sums for v in of_position[4 * t : 4 * t + 4]]
 
 
 def accumulator(row_tile: int, position: int) -> int:

@@ -18,9 +18,11 @@ code      Computes the codes of all activation rows in all channels of the CTA, 
           Where a row does not read a plane row, its code is 0. If the codes of all rows are 0, the plane row
           is not marked, and not copied.
 copy      Copies the marked plane rows to the ring, ``ring_slots`` steps ahead of the multiplication. The
-          place of a row that is not marked keeps old bytes. They are multiplied by 0.
+          place of a row that is not marked keeps old bytes. They are multiplied by 0. In the first steps, the
+          first planes are copied before anything is marked.
 multiply  Multiplies the steps of a section on the matrix unit, exactly, in int32. The operands of a step
-          are loaded before the previous step is multiplied. A warp has one piece of all plane rows.
+          are loaded before the previous step is multiplied. A warp has one piece of all plane rows. With
+          ``DenseRows.warpgroups`` the matrix unit multiplies one plane while the warps prepare the next.
 combine   Converts the sums to float32, and adds the sections in their order.
 store     Writes the totals of a tile as the CTA's partial sum.
 
@@ -38,6 +40,8 @@ bytes that are multiplied by 0 affect them. All float32 operations follow from t
 section, the factors, the addition of sections in their order, and the addition of partial sums.
 """
 
+from contextlib import AbstractContextManager
+
 from pallas_kernels.lanes.instructions import Instructions
 from pallas_kernels.lanes.registers import Value
 from pallas_kernels.matvec.mosaic_gpu.counting import count_levels
@@ -51,7 +55,7 @@ from pallas_kernels.matvec.mosaic_gpu.dense_rows.combining import (
 from pallas_kernels.matvec.mosaic_gpu.dense_rows.copying import Copies
 from pallas_kernels.matvec.mosaic_gpu.dense_rows.geometry import DenseRowsGeometry
 from pallas_kernels.matvec.mosaic_gpu.dense_rows.lane_context import LaneContext, lane_context
-from pallas_kernels.matvec.mosaic_gpu.dense_rows.multiplying import Operands, multiply
+from pallas_kernels.matvec.mosaic_gpu.dense_rows.multiplying import Operands, finish, multiply
 from pallas_kernels.matvec.mosaic_gpu.lane_context import Refs
 
 
@@ -111,17 +115,29 @@ def code_and_start(isa: Instructions, g: DenseRowsGeometry, refs: Refs, context:
     coder = Coder.create(isa, g, refs, context)
     clear_marks(isa, g, context)
     isa.block_barrier()
-    coder.code(range(1))
     copies = Copies.create(isa, g, refs, context)
+    copies.start_early()
+    with own_block(isa, context):
+        coder.code(range(1))
     isa.block_barrier()
     copies.start(range(g.first_steps))
-    coder.code(range(1, g.rounds))
+    with own_block(isa, context):
+        coder.code(range(1, g.rounds))
     if g.dense.warpgroups:
         isa.publish_operands()
     if g.rounds > 1:
         isa.block_barrier()
     copies.start(range(g.first_steps, g.slots))
     return copies
+
+
+def own_block(isa: Instructions, context: LaneContext) -> AbstractContextManager[None]:
+    """Runs the body in every lane, behind a condition that the compiler does not know to hold.
+
+    The compiler orders the instructions between two branches as it likes. Without these branches it computes
+    before it has started all loads of activations, and delays copies of weights until other rows are coded.
+    """
+    return isa.when(context.shared >= 0)
 
 
 def multiply_section(
@@ -155,6 +171,7 @@ def multiply_section(
     count = len(carry) - len(new_totals(isa, g))
     loaded, totals = carry[:count], carry[count:]
     accumulators = [isa.constant(0)] * (16 * g.row_tiles)
+    section_codes = operands.section_codes(section) if g.dense.warpgroups else None
     for step in range(len(g.steps)):
         # The operands of this step are in registers, so its slot is free after the barrier.
         isa.wait_copies(g.slots - 2)
@@ -162,7 +179,8 @@ def multiply_section(
         after, next_step = divmod(step + 1, len(g.steps))
         next_loaded = operands.load(item + after, (section + after) % g.sections, next_step)
         copies.copy_ahead(item, step)
-        accumulators = multiply(isa, g, accumulators, step, loaded)
+        accumulators = multiply(isa, g, accumulators, step, loaded, section_codes)
         loaded = next_loaded
+    accumulators = finish(isa, g, accumulators)
     totals = combine(isa, g, context, section, accumulators, scales, totals)
     return [*next_scales, *loaded, *totals]
