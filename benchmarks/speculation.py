@@ -48,13 +48,16 @@ def timed_steps(config, label: str, args, report: reports.Report, save: Callable
         for _ in steps.measure(case, args.bits[0]):
             save()
     say(f"{label}: compiled all programs")
-    for bits, case in itertools.product(args.bits, steps.cases()):
-        for _ in steps.measure(case, bits):
-            save()
-    for case in [case for case in steps.cases() if case.texts == args.batch[0]][: args.profile]:
-        if not report.out_of_time(f"profile of {case}"):
-            report.fields["profiles"][str(case)] = steps.profile(case, args.bits[0])
-            save()
+    for bits in args.bits:
+        for case in steps.cases():
+            for _ in steps.measure(case, bits):
+                save()
+        if bits != args.bits[0]:
+            continue
+        for case in [case for case in steps.cases() if case.texts == args.batch[0]][: args.profile]:
+            if not report.out_of_time(f"profile of {case}"):
+                report.fields["profiles"][str(case)] = steps.profile(case, bits)
+                save()
 
 
 def step_times(rows: list[dict]) -> dict[tuple, dict]:

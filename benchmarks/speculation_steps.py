@@ -104,11 +104,11 @@ class Steps:
         """Returns all cases, the most important ones first."""
         cases = []
         for context, texts in itertools.product(self._args.contexts, self._args.batch):
-            fitting = [drafts for drafts in DRAFTS if texts * (drafts + 1) <= MAX_GRADED_ROWS]
-            # The default number of drafts first.
-            fitting.sort(key=lambda drafts: (drafts > MOST_DRAFTS, -drafts))
+            fitting = [drafts for drafts in (0, *DRAFTS) if texts * (drafts + 1) <= MAX_GRADED_ROWS]
+            # The default number of drafts and no drafts first, more than the default last.
+            fitting.sort(key=lambda drafts: (drafts > MOST_DRAFTS, 0 < drafts < MOST_DRAFTS, -drafts))
             cases.append(Case(context, texts, OFF))
-            cases += [Case(context, texts, LOOKUP, drafts) for drafts in (*fitting, 0)]
+            cases += [Case(context, texts, LOOKUP, drafts) for drafts in fitting]
         drafts = min(SELF_DRAFTS, MAX_GRADED_ROWS // cases[0].texts - 1)
         if not self._args.no_self and drafts:
             cases.append(dataclasses.replace(cases[0], drafter=SELF, drafts=drafts))
