@@ -8,13 +8,15 @@ bfloat16, graded at the other bits. ``grinqh-jax bench-serve`` sends requests fr
 loop of clients, prompts of random tokens that share no prefix, greedy answers. The tokenizer has a word for
 each token, so each token is text. The engine of the other model waits meanwhile, and computes nothing.
 
-Before each server, its engine alone is timed: the time of a prompt, and of a decode step with each number of
-answers. A load begins with all prompts at once and ends with fewer and fewer answers. ``steady`` leaves both
-out: it counts whole rounds of answers, from the end of the first answer on, while every client has a request.
-Its decode speed is the number of tokens over the time that the prompts do not take. ``of_batched`` is the
-ratio to the speed of as many rows in ``benchmarks/decode.py`` (``--batched``), or to that of the engine
-alone; ``batched_from`` says which. ``dispatch`` is the time, in milliseconds, in which the host gives the
-device the work of a round, while clients are served.
+Before each server, its engine alone is timed: the time of a prompt, of a decode step with each number of
+answers, and of a step of 8 answers of which one has a grammar (``step_ms_beside_a_grammar``).
+
+A load begins with all prompts at once and ends with fewer and fewer answers. ``steady`` leaves both out: it
+counts whole rounds of answers, from the end of the first answer on, while every client has a request. Its
+decode speed is the number of tokens over the time that the prompts do not take. ``of_batched`` is the ratio
+to the speed of as many rows in ``benchmarks/decode.py`` (``--batched``), or to that of the engine alone, and
+``batched_from`` says which. ``dispatch`` is the time, in milliseconds, in which the host gives the device the
+work of a round, while clients are served.
 """
 
 import argparse
@@ -33,8 +35,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
@@ -108,7 +110,7 @@ def make_engines(
     context = args.prompt_tokens + args.max_tokens + 64
 
     def make_engine(weights: Weights) -> Engine:
-        engine = Engine(generators[weights], slots=args.slots, max_context=context)
+        engine = Engine(generators[weights], slots=args.slots, max_context=context, grammars=True)
         report.say(f"compiled the programs for {weights} weights")
         return engine
 
@@ -126,7 +128,7 @@ def time_server(
     """Serves a model, and measures the server under each load."""
     if results.out_of_time(f"{setting.weights}, {setting.bits} bits"):
         return
-    alone = time_engine(setting, engine, args)
+    alone = time_engine(setting, generator.model.config.vocab_size, engine, args)
     results.fields["engine"].append(alone)
     results.save()
     report.say(json.dumps(alone))
@@ -143,14 +145,20 @@ def rows_of(clients: int, args: argparse.Namespace) -> int:
     return min(clients, args.slots)
 
 
-def time_engine(setting: Setting, engine: Engine, args: argparse.Namespace) -> dict:
-    """Returns the milliseconds of a prompt, and of a decode step by number of answers."""
+def time_engine(
+    setting: Setting, vocab_size: int, engine: Engine, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Returns the milliseconds of a prompt, and of a decode step by number of answers.
+
+    Those beside a grammar are of answers of which the first has a grammar, so that chunks have one step.
+    """
     rng = random.Random(0)
 
-    def submit(count: int, tokens: int) -> list:
+    def submit(count: int, tokens: int, grammars: Sequence[Any] = ()) -> list:
         request = Request(bits=setting.bits, max_tokens=tokens, temperature=0.0, stop_tokens=())
         prompts = [[rng.randrange(2, 60) for _ in range(args.prompt_tokens)] for _ in range(count)]
-        return [engine.submit(prompt, request) for prompt in prompts]
+        each = itertools.zip_longest(prompts, grammars)
+        return [engine.submit(prompt, request, grammar=grammar) for prompt, grammar in each]
 
     def prompt_ms(count: int) -> float:
         start = time.perf_counter()
@@ -158,9 +166,9 @@ def time_engine(setting: Setting, engine: Engine, args: argparse.Namespace) -> d
             answer.result()
         return (time.perf_counter() - start) / count * 1e3
 
-    def step_ms(rows: int) -> float:
+    def step_ms(rows: int, tokens: int, grammars: Sequence[Any] = ()) -> float:
         # The last answer begins when all others run, and the first of them ends some chunks later.
-        *_, last = submit(rows, args.max_tokens)
+        *_, last = submit(rows, tokens, grammars)
         arrivals = [(time.perf_counter(), len(piece.tokens)) for piece in last]
         pairs = list(itertools.pairwise(arrivals))
         steady = pairs[1 : len(pairs) - rows] or pairs
@@ -169,8 +177,27 @@ def time_engine(setting: Setting, engine: Engine, args: argparse.Namespace) -> d
     prompt_ms(2)  # The first calls take longer.
     prompt = round(prompt_ms(8), 2)
     numbers = sorted({rows_of(clients, args) for clients in args.clients})
-    steps = {rows: round(step_ms(rows), 3) for rows in numbers}
-    return {**dataclasses.asdict(setting), "prompt_ms": prompt, "step_ms": steps}
+    steps = {rows: round(step_ms(rows, args.max_tokens), 3) for rows in numbers}
+    few, grammar = max(args.max_tokens // 4, 16), AnyText(vocab_size)
+    masked = {rows: round(step_ms(rows, few, [grammar]), 3) for rows in numbers if rows in (2, 8)}
+    times = {"prompt_ms": prompt, "step_ms": steps, "step_ms_beside_a_grammar": masked}
+    return dataclasses.asdict(setting) | times
+
+
+class AnyText:
+    """A grammar of all texts. It costs what a schema costs, but for the time of the mask on the host."""
+
+    def __init__(self, vocab_size: int):
+        self._mask = np.full(-(-vocab_size // 32), 0xFFFFFFFF, np.uint32)
+
+    def copy(self) -> "AnyText":
+        return self
+
+    def allowed(self) -> np.ndarray:
+        return self._mask
+
+    def push(self, token: int) -> bool:
+        return False
 
 
 def measure(

@@ -104,9 +104,9 @@ class Tokenizer:
         begun = self._backend.encode("a").ids
         return self._backend.id_to_token(alone[0]) if alone and begun[:1] == alone[:1] else None
 
-    @property
+    @functools.cached_property
     def has_chat_template(self) -> bool:
-        """Whether the tokenizer has a chat template, which ``chat`` needs."""
+        """Whether the tokenizer has a chat template, which ``chat`` needs. Files are read the first time."""
         if (self._directory / "chat_template.jinja").exists():
             return True
         if any((self._directory / CHAT_TEMPLATES).glob("*.jinja")):

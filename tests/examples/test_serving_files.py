@@ -1,4 +1,7 @@
-"""The container file and the systemd unit name extras, commands and flags that exist. Neither is run here."""
+"""The container file and the systemd unit name extras, commands and flags that exist.
+
+``.ci/container`` runs the steps of the container file.
+"""
 
 import json
 import re
@@ -43,7 +46,13 @@ def test_the_container_installs_extras_that_exist_on_a_supported_python(project)
     assert f"Programming Language :: Python :: {version}" in project["classifiers"]
     install = next(command for command in arguments("RUN") if command.startswith("pip install"))
     source, extras = re.search(r"'([^'\[]+)\[([^\]]+)\]'", install).groups()
-    assert source in arguments("COPY")[0].split()
+    copied = [argument.split() for argument in arguments("COPY")]
+    packages = {each[0] for each in copied if (ROOT / each[0]).is_dir()}
+    assert packages == {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    for *names, target in copied:
+        assert target.startswith(source)
+        assert all((ROOT / name).exists() for name in names)
+    assert {project["readme"], *project["license-files"], "pyproject.toml"} <= {*copied[0]}
     extras = extras.split(",")
     assert {"gpu", "serve"} == set(extras) <= set(project["optional-dependencies"])
     for requirement in project["optional-dependencies"]["gpu"]:
@@ -70,6 +79,14 @@ def test_the_container_serves(project):
     assert arguments("USER") == [user]
     order = [instruction for instruction, _ in instructions()]
     assert order.index("USER") > max(i for i, name in enumerate(order) if name == "RUN")
+
+
+def test_the_health_check_asks_the_server(project):
+    (check,) = arguments("HEALTHCHECK")
+    _, code = json.loads(check.partition("CMD ")[2])[1:]
+    compile(code, "check", "exec")
+    port = served(json.loads(arguments("ENTRYPOINT")[0]), project).port
+    assert f"http://127.0.0.1:{port}/health" in code
 
 
 def test_the_unit_serves_and_waits_for_the_drain(project):

@@ -1,12 +1,12 @@
 """What a client gets when an answer or the engine fails, and when there is no room."""
 
-import asyncio
 import collections
-import dataclasses
 import json
 import time
 
+import app_exchange
 import pytest
+from app_exchange import Response
 
 from grinqh_jax.decoding.answer_text import AnswerText
 from grinqh_jax.server.app import application
@@ -22,48 +22,12 @@ def service(library, library_engine):
     return Service("tiny", library, library_engine, Limits(queue=4))
 
 
-@dataclasses.dataclass
-class Response:
-    """What an application has sent."""
-
-    status: int
-    headers: dict[str, str]
-    text: str
-
-    @property
-    def json(self):
-        return json.loads(self.text)
-
-
-async def request(app, body: dict) -> Response:
-    """Sends one request to an application."""
-    parts = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
-    sent = []
-
-    async def receive():
-        return parts.pop() if parts else await asyncio.Event().wait()
-
-    async def send(message):
-        sent.append(message)
-
-    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
-    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers}
-    await app(scope | {"raw_path": b"", "query_string": b"", "root_path": ""}, receive, send)
-    start, *rest = sent
-    received = {name.decode().title(): value.decode() for name, value in start["headers"]}
-    return Response(start["status"], received, b"".join(each["body"] for each in rest).decode())
-
-
-def exchange(service, *bodies, limit=None) -> list[Response]:
-    """Sends requests at once; returns the responses."""
+def exchange(service, *bodies: dict, limit=None) -> list[Response]:
+    """Asks for completions at once; returns the responses."""
     app = application(service)
     if limit is not None:
         app = ConnectionLimit(app, *limit)
-
-    async def run():
-        return await asyncio.gather(*(request(app, body) for body in bodies))
-
-    return asyncio.run(run())
+    return app_exchange.exchange(app, *(("/v1/completions", body) for body in bodies))
 
 
 @pytest.fixture
@@ -127,6 +91,22 @@ def test_too_many_connections_say_when_to_try_again(service):
     }
     (answered,) = exchange(service, GOOD, limit=(7, lambda: 7))
     assert answered.status == 200
+
+
+def test_an_answer_that_takes_too_long_is_cut(library, library_engine):
+    service = Service("tiny", library, library_engine, Limits(request_seconds=1e-3))
+    for fields in ({}, {"stream": True}):
+        (response,) = exchange(service, GOOD | fields | {"max_tokens": 100})
+        assert response.status == 504
+        error = response.json["error"]
+        assert (error["type"], error["code"]) == ("server_error", "timeout")
+        assert error["message"] == "the answer did not end within 0.001 s; ask for fewer tokens"
+    assert service.metrics.answers.labels("timeout")._value.get() == 2
+    assert service.admission.held == 0
+    deadline = time.monotonic() + 30
+    while service.engine.stats().pages_in_use and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert service.engine.stats().pages_in_use == 0
 
 
 def test_an_engine_that_has_ended_answers_503(service, monkeypatch):

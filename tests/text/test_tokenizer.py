@@ -55,6 +55,7 @@ def test_a_chat_template_may_be_a_separate_file(graded_directory, chat_directory
     with pytest.raises(UsageError, match="no chat template"):
         tokenizer.chat(MESSAGES)
     (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('no system turn') }}")
+    tokenizer = Tokenizer.load(tmp_path)
     with pytest.raises(UsageError, match="the chat template fails: no system turn"):
         tokenizer.chat(MESSAGES)
 
