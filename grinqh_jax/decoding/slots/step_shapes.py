@@ -36,8 +36,8 @@ class StepShape(NamedTuple):
 def rows_are_independent(config: ModelConfig) -> bool:
     """Returns whether a row of a graded step has the same bits among any number of rows.
 
-    XLA computes gated delta nets, routers with a shared expert and, on a CPU, all mixtures of experts, in an
-    order that may depend on the number of rows.
+    XLA computes gated delta nets and, on a GPU, routers with a shared expert in an order that may depend on
+    the number of rows. On a CPU it fuses the operations of small mixtures of experts differently for one row.
     """
     if any(layer.delta_net for layer in config.layers):
         return False
