@@ -60,7 +60,9 @@ def blockwise(
     )
     if sinks is not None:
         inputs += (jnp.tile(sinks.reshape(kv_heads, shared, 1, 1), (batch, 1, 1, 1)),)
-    mixed = jax.lax.map(one_head, inputs).reshape(batch, kv_heads, shared, tokens, head_dim)
+    # A gradient computes the weights of one head again; those of all would need more memory than a layer.
+    mixed = jax.lax.map(jax.checkpoint(one_head), inputs)
+    mixed = mixed.reshape(batch, kv_heads, shared, tokens, head_dim)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, tokens, heads, head_dim)
 
 
