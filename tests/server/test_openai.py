@@ -84,6 +84,27 @@ def test_choices_differ_by_seed_and_stream_side_by_side(client, library):
     assert streamed == texts
 
 
+SAMPLING = {
+    "top_p": 0.3,
+    "top_k": 2,
+    "min_p": 0.3,
+    "presence_penalty": 2.0,
+    "frequency_penalty": 2.0,
+    "repetition_penalty": 1.8,
+    "logit_bias": {97: 3.0},
+}
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+def test_each_field_of_sampling_changes_the_text_as_in_the_library(client, library, name):
+    settings = {"temperature": 1.0, "max_tokens": 24, "seed": 5}
+    extra = {"ignore_eos": True, name: SAMPLING[name]}
+    answer = client.completions.create(model=MODEL, prompt="abab", **settings, extra_body=extra)
+    settings["stop_tokens"] = ()
+    assert answer.choices[0].text == expected(library, "abab", **settings, **{name: SAMPLING[name]})[0]
+    assert answer.choices[0].text != expected(library, "abab", **settings)[0]
+
+
 def test_without_a_seed_samples_differ(client):
     def text():
         return (
