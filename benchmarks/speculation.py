@@ -135,6 +135,7 @@ def main() -> None:
     add("--batch", nargs="+", type=int, default=[1, 4, 2, 8], metavar="N", help="texts (default: 1 4 2 8)")
     add("--steps", type=int, default=16, metavar="N", help="steps of a call (default: 16)")
     add("--repeats", type=int, default=5, metavar="N", help="timed calls (default: 5)")
+    add("--skip-idle-rows", action="store_true", help="branch in each step, as on a CPU (see DecodePolicy)")
     add("--no-self", action="store_true", help=f"do not time {SELF}")
     add("--profile", type=int, default=6, metavar="N", help="profile the first N programs (default: 6)")
     reports.add_arguments(parser)

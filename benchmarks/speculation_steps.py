@@ -92,7 +92,11 @@ class Steps:
     def __init__(self, config: ModelConfig, label: str, args: argparse.Namespace, report: reports.Report):
         self.model = random_model.graded(config)
         self._label, self._args, self._report = label, args, report
-        self._flat, self._policy = FlatModel(self.model), DecodePolicy.for_device()
+        policy = DecodePolicy.for_device()
+        self._policy = dataclasses.replace(
+            policy, skip_idle_rows=policy.skip_idle_rows or args.skip_idle_rows
+        )
+        self._flat = FlatModel(self.model)
         self._plain: dict[tuple[int, int], DecodeRun] = {}
         self._inputs: dict[tuple[int, int], tuple[Any, ...]] = {}
         self._caches: dict[tuple[int, int], Any] = {}

@@ -141,7 +141,9 @@ def speculative_chunk(
         read = active[:, None] & (offsets <= counts[:, None])
         inputs = jnp.concatenate([chunk.last[:, None], draft.tokens], axis=1)
         current = _thresholds(current_dial or thresholds, read)
-        outputs, hidden, cache, stats = verify(model, inputs, cache, current)
+        outputs, hidden, cache, stats = _read(
+            model, inputs, cache, current, counts if drafts and policy.skip_idle_rows else None
+        )
         positions = lengths[:, None] + 1 + offsets
         tokens, accepted = _accept(
             model, outputs, token_ids, draft, counts, sampling, positions, policy, chunk.history
@@ -232,6 +234,36 @@ def verify(
         model, tokens, cache, thresholds, jnp.full(len(tokens), tokens.shape[1])
     )
     return outputs, hidden, cache, stats
+
+
+def _read(
+    model: Decoder,
+    inputs: Int[Array, "b t"],
+    cache: KVCache,
+    thresholds: Thresholds | None,
+    counts: Int[Array, "b"] | None,
+) -> tuple[Float[Array, "b t v"], Float[Array, "b t d"], KVCache, GradingStats | None]:
+    """Returns what ``verify`` does.
+
+    Args:
+      model, inputs, cache, thresholds: As for ``verify``.
+      counts: Number of drafts of each text. If all are 0, only the first position is read, and the results of
+        the others are zeros. None reads all positions.
+    """
+
+    def positions(count: int) -> Any:
+        of_first = None if thresholds is None else {name: t[:, :count] for name, t in thresholds.items()}
+        outputs, hidden, read, stats = verify(model, inputs[:, :count], cache, of_first)
+
+        def padded(rows: jax.Array) -> jax.Array:
+            return jnp.pad(rows, [(0, 0), (0, inputs.shape[1] - count), *[(0, 0)] * (rows.ndim - 2)])
+
+        return padded(outputs), padded(hidden), read, jax.tree.map(padded, stats)
+
+    if counts is None:
+        return verify(model, inputs, cache, thresholds)
+    width = inputs.shape[1]
+    return jax.lax.cond(jnp.any(counts > 0), lambda: positions(width), lambda: positions(1))
 
 
 def _accept(model, outputs, token_ids, draft, counts, sampling, positions, policy, history):

@@ -56,6 +56,20 @@ def test_a_greedy_text_is_the_same_with_drafts(held):
         assert figures.rejected_bits > 0
 
 
+def test_a_step_without_drafts_may_read_one_row_or_all(held):
+    """Also the statistics of tokens that are not read are the same: those of rejected drafts count alone."""
+    speculation = Speculation(PromptLookup(), always=True)
+    skipping, reading = (
+        run(held, speculation=speculation, policy=dataclasses.replace(SHORT, skip_idle_rows=skips))
+        for skips in (True, False)
+    )
+    assert_same(skipping, reading)
+    for one, other in zip(skipping.rows, reading.rows, strict=True):
+        ours, theirs = (dataclasses.replace(row.speculation, seconds=0.0) for row in (one, other))
+        assert ours == theirs
+        assert 0 < ours.drafting_steps < ours.steps
+
+
 def test_stop_tokens_and_limits_end_a_text_inside_a_draft(held):
     plain = run(held)
     stop = plain.tokens[0][20]
