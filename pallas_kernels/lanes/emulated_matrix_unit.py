@@ -96,7 +96,7 @@ class MatrixUnit(Instructions):
         """
         along_k, along_n = distances
         threads = (self._warps("warpgroup_multiply_add")[:, None] * LANES + np.arange(LANES)).reshape(-1)
-        results = [[] for _ in c]
+        results: list[list[LaneValue]] = [[] for _ in c]
         for t in range(columns // 8):
             # Row 8 j + n has the elements of half j of K for column n; lane 4 n + i has four bytes of them.
             rows = np.zeros((self.total, 4), np.uint32)
