@@ -9,6 +9,9 @@ from pallas_kernels.lanes.emulated_memory import SharedMemory
 from pallas_kernels.lanes.emulated_registers import LaneValue
 from pallas_kernels.lanes.instructions import LANES, Instructions
 
+WARPGROUP = 4 * LANES
+"""Number of lanes in a warpgroup."""
+
 _OPERAND = ((0, 0), (1, 0), (0, 1), (1, 1))
 """``(i, j)`` of the registers of A: rows from ``8 i`` on, half ``j`` of the columns."""
 
@@ -55,6 +58,10 @@ class MatrixUnit(Instructions):
     def _warps(self, instruction: str) -> np.ndarray:
         """Returns the indices of the active warps; raises if only some lanes of a warp are active."""
 
+    @abc.abstractmethod
+    def _whole(self, threads: int, instruction: str, unit: str) -> np.ndarray:
+        """Returns which groups of ``threads`` threads are active; raises if only a part of one is."""
+
     def matrix_multiply_add(self, c, a, b):
         self._warps("matrix_multiply_add")
         product = multiply_fragments(
@@ -82,12 +89,14 @@ class MatrixUnit(Instructions):
     def warpgroup_multiply_add_bfloat16(self, columns, c, a, b, distance, meanwhile=list):
         if c is None:
             c = [[LaneValue(np.zeros(self.total, np.float32), "f32")] * (columns // 2)] * len(a[0])
+        # The matrix unit reads shared memory as late as it may, after what runs meanwhile.
+        results = list(meanwhile())
         multiply = self.matrix_multiply_add_bfloat16
         for i, matrices in enumerate(a):
             c = self._warpgroup_products(
                 columns, c, matrices, b + 2 * distance * i, (distance, 128), multiply
             )
-        return c, list(meanwhile())
+        return c, results
 
     def _warpgroup_products(self, columns, c, a, b, distances, multiply):
         """Multiplies with one B in shared memory, 8 columns at a time as ``multiply`` does.
@@ -95,7 +104,8 @@ class MatrixUnit(Instructions):
         Blocks of 8 columns and 16 bytes of K have these distances in bytes along K and N.
         """
         along_k, along_n = distances
-        threads = (self._warps("warpgroup_multiply_add")[:, None] * LANES + np.arange(LANES)).reshape(-1)
+        warpgroups = self._whole(WARPGROUP, "a product of warpgroups", "a warpgroup")
+        threads = np.flatnonzero(np.repeat(warpgroups, WARPGROUP))
         results: list[list[LaneValue]] = [[] for _ in c]
         for t in range(columns // 8):
             # Row 8 j + n has the elements of half j of K for column n; lane 4 n + i has four bytes of them.

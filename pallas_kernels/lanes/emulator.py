@@ -9,7 +9,9 @@ It runs a lane program without a GPU, and is stricter than a GPU. It raises ``Em
 - data of an asynchronous copy that is used before a wait, and a copy that is never waited for;
 - a warp instruction that only some lanes of a warp reach.
 
-It does not model memory ordering between CTAs (no kernel depends on it), timing or register pressure.
+It does not model memory ordering between CTAs (no kernel depends on it), timing or register pressure. Of
+products of warpgroups it does not model that other threads' operands must be published
+(``publish_operands``), nor that sums of queued products are in flight until they are finished.
 """
 
 import contextlib

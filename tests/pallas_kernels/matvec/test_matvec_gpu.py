@@ -11,6 +11,7 @@ from marks import slow
 from matvec_cases import Case, assert_agrees_with_oracle
 
 from pallas_kernels import Activations, graded_matvec, graded_partial_sums
+from pallas_kernels.lanes import device
 from pallas_kernels.matvec.mosaic_gpu import BytePairs, Config, DenseRows, kernel
 
 pytestmark = pytest.mark.gpu
@@ -64,6 +65,9 @@ DENSE_CASES = [
     dense_case(300, 700, CONFIGS[1], DenseRows(ring_slots=4, tiles=2, counting_ctas=1), rows=4),
     *(dense_case(300, 512 * (p % 2) + 64 * p, CONFIGS[p % 4], rows=2 * p, seed=p) for p in range(1, 8)),
     dense_case(576, 960, CONFIGS[0], DenseRows(tiles=2), rows=8),
+    dense_case(300, 700, CONFIGS[1], DenseRows(warpgroups=True), rows=9, max_bits=6),
+    dense_case(384, 1024, CONFIGS[2], DenseRows(warpgroups=True, tiles=2, ring_slots=4), rows=13, seed=3),
+    dense_case(576, 1100, CONFIGS[0], DenseRows(warpgroups=True, step_planes=4, ring_slots=2), rows=16),
 ]
 
 
@@ -98,7 +102,7 @@ def _gpu():
 
 
 QUICK_OTHER_CASES = [
-    *(DENSE_CASES[i] for i in (1, 6, 7, 10, 13)),
+    *(DENSE_CASES[i] for i in (1, 6, 7, 10, 13, -2)),
     *(BYTE_PAIR_CASES[i] for i in (1, 6, 10)),
 ]
 SLOW_OTHER_CASES = [case for case in DENSE_CASES + BYTE_PAIR_CASES if case not in QUICK_OTHER_CASES]
@@ -131,6 +135,9 @@ def assert_agrees_and_repeats(case: Case) -> None:
 def assert_rows_have_the_bits_of_the_row_alone(case: Case) -> None:
     """Compares the program of ``case`` with that of one row, with and without the factor of a norm."""
     assert case.config is not None
+    dense_rows = case.config.dense_rows
+    if dense_rows and dense_rows.warpgroups and (reason := device.no_warpgroup_products_reason()):
+        pytest.skip(reason)
     x, weight, thresholds = case.arrays()
     squares = np.random.default_rng(case.seed).uniform(0, 1, (case.rows, 3)).astype(np.float32)
     one_row = dataclasses.replace(case.config, byte_pairs=None, dense_rows=None)

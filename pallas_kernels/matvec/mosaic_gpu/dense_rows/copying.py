@@ -41,8 +41,8 @@ def ring_row(channel: Value) -> Value:
 class Copies:
     """Copies of steps into the ring. 8 lanes copy a plane row.
 
-    A plane row that no activation row reads is not copied. Its place in the ring keeps any old bytes, which
-    do not matter, because all codes of the plane row are 0.
+    A plane row that no activation row reads is not copied, except by ``start_early``. Its place in the ring
+    keeps any old bytes, which do not matter, because all codes of the plane row are 0.
     """
 
     isa: Instructions
