@@ -44,9 +44,9 @@ LEAST_TOKENS = 4096
 def train_gains(
     model: GradedModel,
     windows: Int32[np.ndarray, "s t"],
-    initial: Mapping[str, Float[np.ndarray, "*experts p"]],
+    initial: Mapping[str, Float[np.ndarray, "... p"]],
     on_progress: Callable[[str], None] = lambda note: None,
-) -> dict[str, Float[np.ndarray, "*experts p"]]:
+) -> dict[str, Float[np.ndarray, "... p"]]:
     """Trains the level gains of all linear layers.
 
     Args:
@@ -123,14 +123,14 @@ def trained_levels(num_planes: int) -> int:
 
 
 def _gains(
-    initial: Mapping[str, Float[Array, "*experts p"]], log_factors: Mapping[str, Float[Array, "*experts _"]]
-) -> dict[str, Float[Array, "*experts p"]]:
+    initial: Mapping[str, Float[Array, "... p"]], log_factors: Mapping[str, Float[Array, "... _"]]
+) -> dict[str, Float[Array, "... p"]]:
     """Returns the initial gains, those of the trained levels times ``exp(log_factors)``."""
     return {
         name: gains * jnp.exp(_padded(log_factors[name], gains.shape[-1])) for name, gains in initial.items()
     }
 
 
-def _padded(log_factors: Float[Array, "*experts _"], levels: int) -> Float[Array, "*experts p"]:
+def _padded(log_factors: Float[Array, "... _"], levels: int) -> Float[Array, "... p"]:
     widths = [(0, 0)] * (log_factors.ndim - 1) + [(0, levels - log_factors.shape[-1])]
     return jnp.pad(log_factors, widths)
