@@ -7,8 +7,8 @@
 
 Times: kernel time of the four projections of a Qwen3-8B layer, from the profiler, over copies of the weights
 that exceed the L2, beside XLA's bf16 product. "layer" is the time of all kernels; "kernels" is that of each:
-of the lane program that multiplies, and of XLA's that add up partial sums. "product"
-is the time of the program that multiplies, shape by shape. Each product waits for the one before.
+of the lane program that multiplies, and of XLA's that add up partial sums. "product" is the time of the lane
+program, shape by shape. Each product waits for the one before.
 
 Checks: the kernel against float64, relative to the norm of the exact row; the same bits when it runs again.
 

@@ -8,9 +8,7 @@ import numpy as np
 from pallas_kernels.lanes.emulated_memory import SharedMemory
 from pallas_kernels.lanes.emulated_registers import LaneValue
 from pallas_kernels.lanes.instructions import LANES, Instructions
-
-WARPGROUP = 4 * LANES
-"""Number of lanes in a warpgroup."""
+from pallas_kernels.lanes.launch import WARPGROUP
 
 _OPERAND = ((0, 0), (1, 0), (0, 1), (1, 1))
 """``(i, j)`` of the registers of A: rows from ``8 i`` on, half ``j`` of the columns."""

@@ -164,8 +164,7 @@ class NumpyInstructions(MatrixUnit):
         return LaneValue(halves.view(np.int32)[:, 0], "i32")
 
     def multiply_add_bfloat16(self, a, b, c):
-        pairs = (register.data.view(ml_dtypes.bfloat16).astype(np.float64) for register in (a, b, c))
-        x, y, z = pairs
+        x, y, z = (register.data.view(ml_dtypes.bfloat16).astype(np.float64) for register in (a, b, c))
         with np.errstate(all="ignore"):
             fraction, exponent = np.frexp(x * y + z)
             rounded = np.ldexp(np.rint(fraction * 256), exponent - 8)  # 8 significant bits, ties to even
