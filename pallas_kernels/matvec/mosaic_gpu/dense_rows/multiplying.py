@@ -2,12 +2,14 @@
 
 import dataclasses
 
-from pallas_kernels.lanes.fragments import gather_bytes
 from pallas_kernels.lanes.instructions import Instructions
 from pallas_kernels.lanes.registers import Value
 from pallas_kernels.matvec.mosaic_gpu.dense_rows.geometry import BLOCK_BYTES, DenseRowsGeometry
 from pallas_kernels.matvec.mosaic_gpu.dense_rows.lane_context import LaneContext, in_ring, slot_offset
 from pallas_kernels.matvec.mosaic_gpu.streaming import POSITION_MASKS
+
+EVEN_BYTES, ODD_BYTES = 0x6420, 0x7531
+"""Selectors that gather the bytes of equal parity of two words."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,3 +148,16 @@ def by_row_tile(g: DenseRowsGeometry, sums: list[list[Value]]) -> list[Value]:
 def accumulator(row_tile: int, position: int) -> int:
     """Returns the index of the first of four accumulators of a row tile and digit position."""
     return 16 * row_tile + 4 * position
+
+
+def gather_bytes(isa: Instructions, words: list[Value]) -> list[Value]:
+    """Returns the registers of an operand A from the four words of ``load_matrices_transposed``.
+
+    A word holds two neighbouring bytes of two channels, so two words give four channels of either byte. Row
+    ``r`` of A is byte ``2 r`` of the 16, row ``r + 8`` byte ``2 r + 1``.
+    """
+    return [
+        isa.permute_bytes(low, high, selector)
+        for low, high in (words[:2], words[2:])
+        for selector in (EVEN_BYTES, ODD_BYTES)
+    ]
