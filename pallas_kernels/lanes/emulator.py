@@ -15,6 +15,7 @@ products of warpgroups it does not model that other threads' operands must be pu
 """
 
 import contextlib
+import threading
 import time
 
 import ml_dtypes
@@ -27,6 +28,9 @@ from pallas_kernels.lanes.instructions import LANES
 
 WAIT_SECONDS = 20
 """Time after which ``wait_flagged`` gives up."""
+
+# An access with a flag is one access. Numpy copies bytes, and other threads run while it copies.
+_flagged_access = threading.Lock()
 
 
 class NumpyInstructions(MatrixUnit):
@@ -201,12 +205,14 @@ class NumpyInstructions(MatrixUnit):
 
     def store_flagged(self, address, numbers, flag):
         words = [self.float_to_bits(number) for number in numbers]
-        self.store_global(address, [words[0], flag, words[1], flag])
+        with _flagged_access:
+            self.store_global(address, [words[0], flag, words[1], flag])
 
     def wait_flagged(self, address, flag):
         deadline = time.monotonic() + WAIT_SECONDS
         while True:
-            words = self._load(address, 16).view(np.int32)
+            with _flagged_access:
+                words = self._load(address, 16).view(np.int32)
             if (words[self._mask][:, 1::2] == flag.data[self._mask, None]).all():
                 return [LaneValue(words[:, i].view(np.float32), "f32") for i in (0, 2)]
             if time.monotonic() > deadline:

@@ -1,5 +1,8 @@
 """The emulator's memory: loads, stores, copies and barriers against their specification, and races."""
 
+import threading
+import time
+
 import numpy as np
 import pytest
 from one_cta import THREADS, WARPS, new_isa
@@ -215,3 +218,33 @@ def test_a_block_barrier_orders_the_cta(isa):
 def test_refuses_bad_accesses(isa, access, message):
     with pytest.raises(EmulationError, match=message):
         access(isa)
+
+
+class FlagsFirst(np.ndarray):
+    """Memory that a store of two numbers with flags changes in two steps, the flags first."""
+
+    def __setitem__(self, index, values):
+        for columns in ([*range(4, 8), *range(12, 16)], slice(None)):
+            super().__setitem__(index[:, columns], values[:, columns])
+            time.sleep(0.05)
+
+
+def test_a_number_is_stored_together_with_its_flag():
+    """Another device, which runs in another thread, sees both or neither."""
+    array = np.zeros(4 * THREADS, np.int32)
+
+    def launched():
+        isa = new_isa()
+        return isa, isa.global_address(isa.array(array)) + isa.widen(isa.thread_index() << 4)
+
+    def store():
+        isa, address = launched()
+        isa.memory.arrays[0] = isa.memory.arrays[0].view(FlagsFirst)
+        isa.store_flagged(address, [isa.constant(1.5, "f32"), isa.constant(-2.0, "f32")], isa.constant(7))
+
+    thread = threading.Thread(target=store)
+    thread.start()
+    isa, address = launched()
+    numbers = isa.wait_flagged(address, isa.constant(7))
+    thread.join()
+    assert [np.unique(number.data).tolist() for number in numbers] == [[1.5], [-2.0]]
