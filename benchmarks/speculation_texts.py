@@ -86,7 +86,7 @@ class Decoding:
     def compile(self, programs: Programs, prompt: list[int], bits: float) -> None:
         """Compiles all programs, several at once."""
         job = self._job(prompt, bits, Received())
-        widths = {piece.tokens.shape[1] for piece in Rows().cut(job, 0)}
+        widths = {bucket.tokens.shape[1] for bucket in Rows().cut(job, 0)}
         with contextlib.closing(self._loop(job, bits)) as loop:
             programs.compile(lowerings(loop.device, sorted(widths), job.settings, [(True, False)]))
 

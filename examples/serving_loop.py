@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--max-context", type=int, default=512)
     args = parser.parse_args()
     generator = grinqh_jax.Generator.load(args.model)
-    with Engine(generator, slots=4, max_context=args.max_context, piece=64) as engine:
+    with Engine(generator, slots=4, max_context=args.max_context, prefill_chunk=64) as engine:
         asyncio.run(serve(engine, args.port))
 
 

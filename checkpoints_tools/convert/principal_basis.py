@@ -14,9 +14,9 @@ axes it skips.
 
 * ``Q`` holds the eigenvectors of the second moments of ``r(x)``, summed over all readers of the stream,
   largest first, so the energy of a typical token lies in few channels.
-* ``s_j``, the row scale, is the size of row j over the geometric mean of all rows, with each output weighted
-  by its sensitivity (``calibration.sensitivity``). Rows then have equal size, so ``|x_j|``, which grades a
-  channel, is its importance.
+* ``s_j``, the channel scale, is the size of input channel j of ``W`` over the geometric mean of all, with
+  each output weighted by its sensitivity (``calibration.sensitivity``). All channels of ``W`` then have equal
+  size, so ``|x_j|``, which grades a channel, is its importance.
 """
 
 import dataclasses
@@ -44,8 +44,8 @@ from grinqh_jax.model.layer_spec import HEAD
 from grinqh_jax.model.parameters import EMBEDDING, routers, stream_readers, stream_writers
 from pallas_kernels import codes
 
-ROW_SCALE_RANGE = 64.0
-"""Largest factor between a row scale and 1. Rows that are even smaller are noise."""
+CHANNEL_SCALE_RANGE = 64.0
+"""Largest factor between a channel scale and 1. Channels that are even smaller are noise."""
 
 
 @jax.jit(donate_argnums=0)
@@ -173,19 +173,19 @@ def principal_axes(moments: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d d"
     return np.ascontiguousarray(np.linalg.eigh(moments)[1][:, ::-1], np.float32)
 
 
-def row_scales(squares: Float[np.ndarray, "d"]) -> Float[np.ndarray, "d"]:
-    """Returns ``s``: the size of each row over the geometric mean, float32 rounded to bfloat16.
+def channel_scales(squares: Float[np.ndarray, "d"]) -> Float[np.ndarray, "d"]:
+    """Returns ``s``: the size of each input channel over the geometric mean, float32 rounded to bfloat16.
 
     Norms are stored in bfloat16, so a checkpoint holds these numbers exactly.
 
     Args:
-      squares: Sum of squares of each row.
+      squares: Sum of squares of each input channel.
     """
     sizes = np.sqrt(np.asarray(squares, np.float64))
     if not sizes.any():
         return np.ones(len(sizes), np.float32)
     typical = np.exp(np.log(sizes[sizes > 0]).mean())
-    scales = np.clip(sizes / typical, 1 / ROW_SCALE_RANGE, ROW_SCALE_RANGE)
+    scales = np.clip(sizes / typical, 1 / CHANNEL_SCALE_RANGE, CHANNEL_SCALE_RANGE)
     return np.asarray(jnp.asarray(scales, jnp.bfloat16), np.float32)
 
 
@@ -194,13 +194,13 @@ class RotatedCheckpoint:
     """A checkpoint that computes the same function as ``source`` in another basis, with the same interface.
 
     Kernels and the embedding keep their dtype, except that float64 becomes float32. Norms of the residual
-    stream hold the row scales, float32.
+    stream hold the channel scales, float32.
 
     Attributes:
       source: Original checkpoint.
       axes: Orthogonal ``Q``, ``[hidden, hidden]``.
       sensitivities: Sensitivity of each output of the projections that read the stream, by name. They weight
-        the outputs in the size of a row; all are equal by default.
+        the outputs in the size of a channel; all are equal by default.
     """
 
     source: HFCheckpoint
@@ -247,11 +247,11 @@ class RotatedCheckpoint:
             return self._read_experts(name, range(*rows.indices(self.config.num_experts)))
         if leaf == "kernel" and name in readers:
             kernel, dtype = self._rotated(name, readers[name], rows)
-            if name not in self._row_scales and name != HEAD:
-                self._row_scales[name] = row_scales(self._row_squares(name, kernel, rows))
+            if name not in self._channel_scales and name != HEAD:
+                self._channel_scales[name] = channel_scales(self._channel_squares(name, kernel, rows))
             return self._divided(kernel, dtype, name)
         if leaf == "scale" and name in readers.values():
-            return self._row_scales_of(next(reader for reader, norm in readers.items() if norm == name))
+            return self._channel_scales_of(next(reader for reader, norm in readers.items() if norm == name))
         value = self.source.read(key, rows)
         if name in stream_writers(self.config) or key == EMBEDDING:
             rotated = _product(np.atleast_2d(value), self._axes).astype(_device_dtype(value.dtype))
@@ -277,8 +277,8 @@ class RotatedCheckpoint:
         return kernels
 
     def _divided(self, kernel: Float[Array, "d n"], dtype: np.dtype, reader: str) -> Float[Array, "d n"]:
-        """Divides a rotated kernel by the row scales of a projection, and casts it."""
-        scales = self._row_scales_of(reader)
+        """Divides a rotated kernel by the channel scales of a projection, and casts it."""
+        scales = self._channel_scales_of(reader)
         with jax.enable_x64(True):
             return _divided(kernel, jnp.asarray(scales, jnp.float64), dtype)
 
@@ -287,28 +287,28 @@ class RotatedCheckpoint:
         return jnp.asarray(self.axes)
 
     @cached_property
-    def _row_scales(self) -> dict[str, np.ndarray]:
+    def _channel_scales(self) -> dict[str, np.ndarray]:
         return {}
 
-    def _row_scales_of(self, name: str) -> Float[np.ndarray, "d"]:
-        """Returns the row scales of a projection that reads the stream, computed in ranges of its outputs."""
-        if name not in self._row_scales:
+    def _channel_scales_of(self, name: str) -> Float[np.ndarray, "d"]:
+        """Returns the channel scales of a projection that reads the stream, computed by ranges of outputs."""
+        if name not in self._channel_scales:
             *experts, width, outputs = self.parameters[f"{name}.kernel"]
             norm = stream_readers(self.config)[name]
             squares = np.zeros(width)
             for expert in range(*experts or [0]):
                 kernel = self._rotated(name, norm, slice(expert, expert + 1))[0]
-                squares += self._row_squares(name, kernel, slice(None))
+                squares += self._channel_squares(name, kernel, slice(None))
             size = max(VALUES_IN_MEMORY // width, 1) if name == HEAD else outputs
             for start in range(0, 0 if experts else outputs, size):
                 rows = slice(start, min(start + size, outputs)) if size < outputs else slice(None)
-                squares += self._row_squares(name, self._rotated(name, norm, rows)[0], rows)
-            self._row_scales[name] = row_scales(squares)
-        return self._row_scales[name]
+                squares += self._channel_squares(name, self._rotated(name, norm, rows)[0], rows)
+            self._channel_scales[name] = channel_scales(squares)
+        return self._channel_scales[name]
 
-    def _row_squares(self, name: str, kernel: Float[Array, "d n"], outputs: Rows) -> np.ndarray:
+    def _channel_squares(self, name: str, kernel: Float[Array, "d n"], outputs: Rows) -> np.ndarray:
         weights = self.sensitivities.get(name, np.ones(self.parameters[f"{name}.kernel"][-1]))
-        # In float32 the sums of long rows would depend on the order in which a device adds.
+        # In float32 the sums of many outputs would depend on the order in which a device adds.
         with jax.enable_x64(True):
             return np.asarray(_weighted_squares(kernel, jnp.asarray(weights[outputs], jnp.float64)))
 

@@ -59,11 +59,11 @@ def parser() -> command.Parser:
         "context, which takes less memory",
     )
     add(
-        "--prefill-piece",
+        "--prefill-chunk",
         type=flags.positive,
         default=512,
         metavar="N",
-        help="prompt tokens read between two steps of running answers, a multiple of 64 (default: 512)",
+        help="prompt tokens read between two decode chunks, a multiple of 64 (default: 512)",
     )
     add(
         "--max-tokens",
@@ -235,7 +235,7 @@ def _model(args: argparse.Namespace):
         "slots": args.slots,
         "max_context": context,
         "cache_memory": args.cache_memory,
-        "piece": args.prefill_piece,
+        "prefill_chunk": args.prefill_chunk,
         "prompt_logprobs": args.prompt_logprobs,
         "share_prefixes": not args.no_shared_prefixes,
         "grammars": True,

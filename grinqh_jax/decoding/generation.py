@@ -141,8 +141,8 @@ class Generation:
         if self._prepared:
             return
         started = time.perf_counter()
-        pieces = self._prompt_cache.cut(self._job, self._reused_tokens)
-        widths = sorted({piece.tokens.shape[1] for piece in pieces})
+        buckets = self._prompt_cache.cut(self._job, self._reused_tokens)
+        widths = sorted({bucket.tokens.shape[1] for bucket in buckets})
         chunks = [(self._settings.greedy, False)] if self._job.limit > 1 else []
         self._programs.compile(lowerings(self._texts.device, widths, self._settings, chunks))
         self._compile_seconds += time.perf_counter() - started

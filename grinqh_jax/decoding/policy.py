@@ -58,6 +58,6 @@ GPU = DecodePolicy(
 (``benchmarks/notes``, entry D18), which must be less than the GPU needs for the previous chunk."""
 
 GPU_ENGINE = dataclasses.replace(GPU, chunk_steps=8)
-"""Shorter chunks, because a new request waits for the chunks in flight, and text pauses for a chunk and a
-piece of a prompt. With Qwen3-8B on an H200 at 3 bits, a chunk takes 12 ms (one answer) to 25 ms (16 answers,
-half as many steps), and a piece of 512 tokens 26 ms."""
+"""Shorter chunks, because a new request waits for the chunks in flight, and text pauses for a decode chunk
+and a prefill chunk. With Qwen3-8B on an H200 at 3 bits, a decode chunk takes 12 ms (one answer) to 25 ms (16
+answers, half as many steps), and a prefill chunk of 512 tokens 26 ms."""

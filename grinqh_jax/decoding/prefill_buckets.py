@@ -1,4 +1,4 @@
-"""Cuts prompts into prefill buckets: pieces padded to few widths, so that few programs are compiled."""
+"""Cuts prompts into prefill buckets: chunks padded to few widths, so that few programs are compiled."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ a program for each width, one after another."""
 
 @dataclasses.dataclass(frozen=True)
 class PrefillBucket:
-    """One piece of a batch of prompts.
+    """One prefill chunk of a batch of prompts, padded to the width of its bucket.
 
     Attributes:
       tokens: int32 ``[B, width]``, padded with zeros.
@@ -44,9 +44,9 @@ def cut(prompts: Sequence[Sequence[int]], start: int = 0) -> Iterator[PrefillBuc
         tokens = np.zeros((len(prompts), width), np.int32)
         lengths = np.zeros(len(prompts), np.int32)
         for row, prompt in enumerate(prompts):
-            piece = prompt[start:end]
-            tokens[row, : len(piece)] = piece
-            lengths[row] = len(piece)
+            chunk = prompt[start:end]
+            tokens[row, : len(chunk)] = chunk
+            lengths[row] = len(chunk)
         yield PrefillBucket(tokens, lengths, end)
         start = end
 
@@ -78,22 +78,22 @@ def bucket_widths(most: int) -> list[int]:
     return widths
 
 
-def cut_pieces(prompt: Sequence[int], start: int, piece: int, has_preview: bool) -> Iterator[PrefillBucket]:
+def cut_chunks(prompt: Sequence[int], start: int, chunk: int, has_preview: bool) -> Iterator[PrefillBucket]:
     """Cuts a prompt into buckets that end at fixed positions, for an engine that shares prefixes.
 
-    All ends before the preview are multiples of ``piece``, and a bucket has exactly the tokens whose preview
+    All ends before the preview are multiples of ``chunk``, and a bucket has exactly the tokens whose preview
     the dial uses. So every bucket is the same for any ``start``, and the preview is that of ``cut``.
 
     Args:
       prompt: Tokens of the prompt.
-      start: First position to read, a multiple of ``piece``, and at most ``first_previewed`` if there is a
+      start: First position to read, a multiple of ``chunk``, and at most ``first_previewed`` if there is a
         preview.
-      piece: Largest number of tokens of a bucket, except that of the preview.
+      chunk: Largest number of tokens of a bucket, except that of the preview.
       has_preview: Whether the dial uses a preview.
     """
     length = len(prompt)
     preview = first_previewed(length) if has_preview else length
-    ends = {*range(start + piece, preview, piece), preview, min(preview + PREVIEW_TOKENS, length), length}
+    ends = {*range(start + chunk, preview, chunk), preview, min(preview + PREVIEW_TOKENS, length), length}
     for end in sorted(ends - {start}):
         width = bucket_widths(end - start)[-1]
         tokens = np.zeros((1, width), np.int32)

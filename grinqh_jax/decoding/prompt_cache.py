@@ -6,7 +6,7 @@ the text. It can change the last bits of logits, because the order of additions 
 on the number of tokens that are read in one call.
 
 A recurrent state tells nothing about fewer tokens than it has read. So the cache remembers the states after
-the last pieces of a prompt, and the next prompt reuses a prefix that ends there.
+the last prefill chunks of a prompt, and the next prompt reuses a prefix that ends there.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,7 +25,7 @@ from grinqh_jax.model.decoder import Decoder
 from grinqh_jax.model.fixed_states import FixedStates
 
 SNAPSHOTS = 2
-"""Number of pieces of a prompt after which recurrent states are remembered: the one before the preview, which
+"""Number of prefill chunks after which recurrent states are remembered: the one before the preview, which
 the next turn can always reuse, and the last one."""
 
 SMALLEST_CONVERSATION = 1024
@@ -127,7 +127,7 @@ class PromptCache:
         return len(self.tokens)
 
     def cut(self, job: Job, start: int) -> Iterator[PrefillBucket]:
-        """Yields the pieces of a prompt, of few widths if the cache has few sizes."""
+        """Yields the buckets of a prompt, of few widths if the cache has few sizes."""
         return cut_conversation(job.prompt, start) if self.few_sizes else cut([job.prompt], start)
 
     def keep(self, job: Job, end: int) -> None:

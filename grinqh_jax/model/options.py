@@ -68,7 +68,7 @@ def rotation_obstacle(description: Description) -> str | None:
 
     A rotation passes through an RMS norm whose scale is folded into the projection behind it (arXiv
     2401.15024). The scale of a norm of what a block adds cannot be folded, nor can a rotation be undone
-    where a projection reads the stream without a norm that holds the row scales.
+    where a projection reads the stream without a norm that holds the channel scales.
     """
     for i, spec in enumerate(description.layers):
         for block in spec.blocks:

@@ -30,7 +30,7 @@ from grinqh_jax.serving.errors import EngineError
 from grinqh_jax.serving.grammar import Grammar, Grammars
 from grinqh_jax.serving.processes import Leader
 from grinqh_jax.serving.shared_pages import SharedPages
-from grinqh_jax.serving.sizes import PAGE_SIZE, PIECE
+from grinqh_jax.serving.sizes import PAGE_SIZE, PREFILL_CHUNK
 from grinqh_jax.serving.stats import EngineStats
 from pallas_kernels.x64 import without_x64
 
@@ -55,7 +55,7 @@ class Engine:
         max_context: int | None = None,
         cache_memory: int | None = None,
         page_size: int = PAGE_SIZE,
-        piece: int = PIECE,
+        prefill_chunk: int = PREFILL_CHUNK,
         prompt_logprobs: bool = False,
         share_prefixes: bool = True,
         grammars: bool = False,
@@ -74,8 +74,8 @@ class Engine:
           cache_memory: Bytes of keys and values on each device, by default those of ``slots`` texts of
             ``max_context`` tokens, or fewer if the device has less free memory.
           page_size: Number of positions of a page of the cache.
-          piece: Number of prompt tokens read in one call, a multiple of ``page_size``. Running answers pause
-            for at most as many tokens, and prefixes are shared in whole pieces.
+          prefill_chunk: Number of prompt tokens read in one call, a multiple of ``page_size``. Running
+            answers pause for at most as many tokens, and prefixes are shared in whole prefill chunks.
           prompt_logprobs: Whether requests may ask for log-probabilities of their prompts, which takes more
             programs.
           share_prefixes: Whether texts with the same leading tokens share their pages. Without, layers with
@@ -98,7 +98,7 @@ class Engine:
             max_context=max_context,
             cache_memory=cache_memory,
             page_size=page_size,
-            piece=piece,
+            prefill_chunk=prefill_chunk,
             prompt_logprobs=prompt_logprobs,
             share_prefixes=share_prefixes,
             grammars=grammars,
@@ -156,7 +156,7 @@ class Engine:
           top_logprobs: Number of most likely tokens, 0 to ``MOST_LOGPROBS``, whose log-probabilities the
             answer has beside those of its tokens; None for no log-probabilities.
           prompt_logprobs: Whether the answer also has log-probabilities of the tokens of the prompt, at full
-            precision, as prompts are read. Each piece of the prompt is then read twice.
+            precision, as prompts are read. Each prefill chunk is then read twice.
           grammar: Grammar that the answer fits unless it ends at its limit; None for any text. Until such an
             answer ends, decode chunks have one step.
 

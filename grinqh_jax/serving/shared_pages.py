@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from grinqh_jax.decoding.batching.job import Job
 from grinqh_jax.decoding.model_files import prompt_too_long
-from grinqh_jax.decoding.prefill_buckets import PrefillBucket, cut_pieces, first_previewed
+from grinqh_jax.decoding.prefill_buckets import PrefillBucket, cut_chunks, first_previewed
 from grinqh_jax.decoding.slots.shape import Shape
 from grinqh_jax.errors import UsageError
 from grinqh_jax.serving.pages import PageAllocator
@@ -45,7 +45,7 @@ class SharedPages:
 
     def reserve(self, job: Job) -> int | None:
         """Takes all pages of a job; returns the number of shared tokens, or None if pages are missing."""
-        unit = self._shape.piece // self._shape.page_size
+        unit = self._shape.prefill_chunk // self._shape.page_size
         shareable = 0 if job.prompt_logprobs else self._shareable(job.prompt)
         shared = self.allocator.share(job.prompt[:shareable], unit)
         total = self.allocator.pages_for(len(job.prompt) + job.limit)
@@ -57,11 +57,11 @@ class SharedPages:
         return len(shared) * self._shape.page_size
 
     def cut(self, job: Job, start: int) -> Iterator[PrefillBucket]:
-        """Yields pieces that end at positions which depend on the prompt alone."""
-        return cut_pieces(job.prompt, start, self._shape.piece, self._graded)
+        """Yields buckets that end at positions which depend on the prompt alone."""
+        return cut_chunks(job.prompt, start, self._shape.prefill_chunk, self._graded)
 
     def keep(self, job: Job, end: int) -> None:
-        """Shares the whole pieces that are read."""
+        """Shares the whole prefill chunks that are read."""
         self.allocator.register(job.prompt[: min(end, self._shareable(job.prompt))], job.pages)
 
     def release(self, job: Job) -> None:
@@ -69,11 +69,11 @@ class SharedPages:
         self.allocator.release(job.pages)
 
     def _shareable(self, prompt: Sequence[int]) -> int:
-        """Returns the number of leading tokens that may come from shared pages: whole pieces.
+        """Returns the number of leading tokens that may come from shared pages: whole prefill chunks.
 
         The tokens of the preview are always read, and so is the last token, for the logits.
         """
         if self._shape.rings:
             return 0
         read = first_previewed(len(prompt)) if self._graded else len(prompt) - 1
-        return read // self._shape.piece * self._shape.piece
+        return read // self._shape.prefill_chunk * self._shape.prefill_chunk

@@ -16,7 +16,7 @@ PAGE_SIZE = 64
 MOST_STOP_TOKENS = 16
 """Least number of stop tokens that a request may have; more if the model has more."""
 
-PIECE = 512
+PREFILL_CHUNK = 512
 """Default number of prompt tokens read between two decode chunks."""
 
 
@@ -27,7 +27,7 @@ def engine_shape(
     max_context: int | None,
     cache_memory: int | None,
     page_size: int,
-    piece: int,
+    prefill_chunk: int,
     prompt_logprobs: bool,
     share_prefixes: bool,
     grammars: bool,
@@ -41,8 +41,10 @@ def engine_shape(
         raise UsageError(
             f"slots {slots}: 1 to {MOST_SLOTS} requests are decoded together; choose such a number"
         )
-    if page_size < 1 or piece < 1:
-        raise UsageError(f"pages of {page_size} tokens and pieces of {piece}: choose at least 1 for both")
+    if page_size < 1 or prefill_chunk < 1:
+        raise UsageError(
+            f"pages of {page_size} tokens and prefill chunks of {prefill_chunk}: choose at least 1 for both"
+        )
     model, context = generator.model, check_context(max_context, generator.model.config)
     share_prefixes &= not model.config.is_recurrent
     num_pages = count_pages(
@@ -59,7 +61,7 @@ def engine_shape(
         slots=slots,
         max_context=context,
         page_size=page_size,
-        piece=piece,
+        prefill_chunk=prefill_chunk,
         num_pages=num_pages,
         stop_tokens=max(len(generator.defaults.eos_tokens), MOST_STOP_TOKENS),
         prompt_logprobs=prompt_logprobs,

@@ -19,7 +19,7 @@ from grinqh_jax.sharding.rules import partition
 TARGETS = 29
 """Number of rows of the threshold tables that the converter writes."""
 
-PIECE = 512
+PREFILL_CHUNK = 512
 """Number of prompt tokens whose activations are in memory together."""
 
 
@@ -119,7 +119,7 @@ def _prefill_bytes(config: ModelConfig, local: ModelConfig, devices: int) -> int
     shapes = [projection.shape(sizes) for projection in projections(config).values()]
     weight = max(k * n for k, n in shapes)
     widths = max(k + n for k, n in shapes) + 4 * config.hidden_size
-    return _BF16 * weight + PIECE * widths * 4 + 2 * config.vocab_size * 4
+    return _BF16 * weight + PREFILL_CHUNK * widths * 4 + 2 * config.vocab_size * 4
 
 
 def _cutting_bytes(leaves: dict[str, Any]) -> int:

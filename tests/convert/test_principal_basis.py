@@ -17,8 +17,8 @@ from checkpoints_tools.calibration import histogram, statistics
 from checkpoints_tools.calibration.allocation import GradedCosts, threshold_tables
 from checkpoints_tools.convert.principal_basis import (
     RotatedCheckpoint,
+    channel_scales,
     principal_axes,
-    row_scales,
     second_moments,
 )
 from grinqh_jax.hf import load_decoder, open_checkpoint
@@ -62,7 +62,7 @@ def test_rotation_keeps_the_function(source, rotated):
     assert np.abs(after - before).max() / np.abs(before).max() < 1e-4
 
 
-def test_rows_have_equal_size_and_the_axes_are_principal(source, rotated):
+def test_input_channels_have_equal_size_and_the_axes_are_principal(source, rotated):
     model = load_decoder(rotated, jnp.float32)
     total = 0.0
     for name, x in linear_inputs(model, WINDOWS).items():
@@ -71,7 +71,7 @@ def test_rows_have_equal_size_and_the_axes_are_principal(source, rotated):
             continue
         kernel = np.asarray(model.linear(name).kernel[...], np.float64)
         sizes = np.linalg.norm(kernel, axis=1)
-        np.testing.assert_allclose(sizes, sizes.mean(), rtol=0.01)  # Row scales are bfloat16.
+        np.testing.assert_allclose(sizes, sizes.mean(), rtol=0.01)  # Channel scales are bfloat16.
         prefix = name.removesuffix(".blocks.0").removesuffix(reader)
         norm = {"qkv": "input_norm", "gate_up": "post_norm", "lm_head": "norm"}[reader]
         stream = np.asarray(x, np.float64)[:, statistics.SKIPPED_POSITIONS :] / rotated.read(
@@ -94,8 +94,8 @@ def test_ranges_of_the_head_add_up_to_the_head(rotated):
 
 @given(st.lists(st.floats(0, 1e12), min_size=1, max_size=40))
 @examples(50, in_ci=1000)
-def test_row_scales_are_positive_bounded_and_stored_exactly(squares):
-    scales = row_scales(np.array(squares))
+def test_channel_scales_are_positive_bounded_and_stored_exactly(squares):
+    scales = channel_scales(np.array(squares))
     assert scales.dtype == np.float32
     assert np.isfinite(scales).all()
     assert (scales > 0).all()

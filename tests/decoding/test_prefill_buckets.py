@@ -11,8 +11,8 @@ from grinqh_jax.decoding.prefill_buckets import (
     LARGEST_BUCKET,
     SMALLEST_BUCKET,
     cut,
+    cut_chunks,
     cut_conversation,
-    cut_pieces,
     first_previewed,
 )
 
@@ -51,10 +51,10 @@ def test_a_conversation_has_buckets_of_two_widths(length):
     prompt = list(range(1, length + 1))
     for start in {0, first_previewed(length) // 2, first_previewed(length)}:
         buckets = list(cut_conversation(prompt, start))
-        pieces = [bucket.tokens[0, : bucket.lengths[0]].tolist() for bucket in buckets]
-        assert [token for piece in pieces for token in piece] == prompt[start:]
+        chunks = [bucket.tokens[0, : bucket.lengths[0]].tolist() for bucket in buckets]
+        assert [token for chunk in chunks for token in chunk] == prompt[start:]
         assert {bucket.tokens.shape[1] for bucket in buckets} <= set(CONVERSATION_WIDTHS)
-        assert np.cumsum([start, *map(len, pieces)])[1:].tolist() == [bucket.end for bucket in buckets]
+        assert np.cumsum([start, *map(len, chunks)])[1:].tolist() == [bucket.end for bucket in buckets]
         assert len(buckets) <= 6 + (length - start) // 512
 
 
@@ -81,15 +81,15 @@ def test_the_preview_does_not_depend_on_where_reading_starts(monkeypatch):
             assert previewed(length, latest + 1) != previewed(length, 0)
 
 
-def test_pieces_are_the_same_from_any_start_and_have_the_preview_of_the_whole_prompt():
+def test_prefill_chunks_are_the_same_from_any_start_and_have_the_preview_of_the_whole_prompt():
     for length in (1, 31, 64, 65, 97, 300, 2048, 2060, 2112, 2200):
         prompt, preview = list(range(length)), first_previewed(length)
-        every = list(cut_pieces(prompt, 0, 32, True))
+        every = list(cut_chunks(prompt, 0, 32, True))
         assert [token for b in every for token in b.tokens[0, : b.lengths[0]]] == prompt
         assert {b.end for b in every} >= {min(preview + PREVIEW_TOKENS, length)} | ({preview} - {0})
         for start in range(0, preview + 1, 32):
             later = [b for b in every if b.end > start]
-            some = list(cut_pieces(prompt, start, 32, True))
+            some = list(cut_chunks(prompt, start, 32, True))
             assert [b.end for b in some] == [b.end for b in later]
             assert all((b.tokens == c.tokens).all() for b, c in zip(some, later, strict=True))
-        assert all(b.end % 32 == 0 or b.end == length for b in cut_pieces(prompt, 0, 32, False))
+        assert all(b.end % 32 == 0 or b.end == length for b in cut_chunks(prompt, 0, 32, False))

@@ -34,10 +34,10 @@ def tokens_read(monkeypatch) -> list[int]:
     """Number of prompt tokens of each prefill."""
     counts, original = [], Device.prefill
 
-    def counting(device, prefix, piece, settings):
-        if piece.lengths[0]:  # A rehearsal reads no tokens.
-            counts.append(int(piece.lengths[0]))
-        return original(device, prefix, piece, settings)
+    def counting(device, prefix, bucket, settings):
+        if bucket.lengths[0]:  # A rehearsal reads no tokens.
+            counts.append(int(bucket.lengths[0]))
+        return original(device, prefix, bucket, settings)
 
     monkeypatch.setattr(Device, "prefill", counting)
     return counts
@@ -232,10 +232,10 @@ def test_an_interrupt_between_buckets_keeps_what_was_read(talker, monkeypatch):
     cache, prompt = PromptCache(), user_turn(232)  # With the answer, 256 positions, as in other tests.
     original = Device.prefill
 
-    def interrupted(device, prefix, piece, settings):
-        if piece.lengths[0] == 104:
+    def interrupted(device, prefix, bucket, settings):
+        if bucket.lengths[0] == 104:
             raise KeyboardInterrupt
-        return original(device, prefix, piece, settings)
+        return original(device, prefix, bucket, settings)
 
     monkeypatch.setattr(Device, "prefill", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -6,7 +6,7 @@ import random
 from grinqh_jax.decoding import policy
 from grinqh_jax.decoding.request import Request
 
-SIZES = {"slots": 4, "max_context": 128, "page_size": 16, "piece": 32}
+SIZES = {"slots": 4, "max_context": 128, "page_size": 16, "prefill_chunk": 32}
 
 SHORT = dataclasses.replace(policy.CPU, chunk_steps=2)
 

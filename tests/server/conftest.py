@@ -8,8 +8,8 @@ import openai
 import pytest
 from server_process import serving
 
-SIZES = {"slots": 2, "max_context": 128, "piece": 64}
-FLAGS = ("--slots=2", "--max-context=128", "--prefill-piece=64", "--queue=62", "--prompt-logprobs")
+SIZES = {"slots": 2, "max_context": 128, "prefill_chunk": 64}
+FLAGS = ("--slots=2", "--max-context=128", "--prefill-chunk=64", "--queue=62", "--prompt-logprobs")
 LIMITS = ("--receive-seconds", "2", "--max-body", "64K", "--request-seconds", "60")
 
 

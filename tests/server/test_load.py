@@ -79,7 +79,7 @@ def round_of_requests(server, cases: list[dict], count: int) -> tuple[list[tuple
 def test_answers_do_not_depend_on_load_and_memory_is_flat(record_property):
     rng = random.Random(0)
     cases = [case(rng) for _ in range(CASES)]
-    flags = ("--slots", "8", "--max-context", "256", "--prefill-piece", "64")
+    flags = ("--slots", "8", "--max-context", "256", "--prefill-chunk", "64")
     optimized = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
     with serving(*flags, env=optimized) as server:
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client:

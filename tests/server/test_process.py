@@ -19,7 +19,7 @@ def test_keys_origins_and_a_drain(chat_directory, tmp_path):
     keys = tmp_path / "keys"
     keys.write_text("first\n\nsecond\n")
     flags = ("--model", str(chat_directory), "--served-model-name", "name@x", "--api-key-file", str(keys))
-    flags += ("--slots", "2", "--max-context", "128", "--prefill-piece", "64", "--queue", "0", "--access-log")
+    flags += ("--slots", "2", "--max-context", "128", "--prefill-chunk", "64", "--queue", "0", "--access-log")
     with serving(*flags, "--cors-origin", "https://a.example", env={"GRINQH_API_KEY": "third"}) as server:
         for key in ("first", "second", "third"):
             with openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0) as client:
@@ -77,7 +77,7 @@ WRONG = {
     "--api-key-file nowhere": "--api-key-file nowhere: No such file",
     "--port 0 --max-context 1": "a context of 1 tokens",
     "--port 0 --slots 65": "slots 65: 1 to 64 requests",
-    "--port 0 --prefill-piece 100": "a piece of 100 tokens is not a multiple of the page size 64",
+    "--port 0 --prefill-chunk 100": "a prefill chunk of 100 tokens is not a multiple of the page size 64",
 }
 
 

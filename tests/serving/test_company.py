@@ -30,7 +30,7 @@ def assert_same_alone_and_in_company(monkeypatch):
         for i, each in enumerate(bits)
     ]
     rows: set[int] = set()
-    with Engine(generator, slots=16, max_context=300, piece=64) as engine:
+    with Engine(generator, slots=16, max_context=300, prefill_chunk=64) as engine:
         slots_device = engine.scheduler._device
         generate = slots_device.generate
         monkeypatch.setattr(
@@ -66,7 +66,7 @@ def test_an_answer_of_a_mixture_is_the_same_alone_and_in_company(generator):
     files = generator.tokenizer, generator.defaults, generator.targets, generator.directory
     prompts = [np.random.default_rng(i).integers(2, 256, 5 + i).tolist() for i in range(2)]
     requests = [Request(bits=4.0, max_tokens=20 + 8 * i, temperature=0.0, stop_tokens=()) for i in range(2)]
-    with Engine(Generator(model, *files), slots=2, max_context=128, page_size=16, piece=32) as engine:
+    with Engine(Generator(model, *files), slots=2, max_context=128, page_size=16, prefill_chunk=32) as engine:
         together = engine.generate_many(prompts, requests)
         alone = [engine.generate_many([p], r)[0] for p, r in zip(prompts, requests, strict=True)]
     for one, other in zip(together, alone, strict=True):

@@ -135,7 +135,7 @@ def test_the_bundled_model_answers_as_the_generator_does():
         "One day",
     ]
     requests = [Request(bits=bits, max_tokens=40, temperature=0) for bits in (2.0, 3.0, 4.0, "full")]
-    with Engine(generator, slots=4, max_context=192, page_size=16, piece=64) as engine:
+    with Engine(generator, slots=4, max_context=192, page_size=16, prefill_chunk=64) as engine:
         answers = engine.generate_many(prompts, requests)
     for prompt, request, answer in zip(prompts, requests, answers, strict=True):
         alone = generator.generate(prompt, request, max_context=192)

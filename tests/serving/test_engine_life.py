@@ -44,9 +44,13 @@ def test_a_request_that_can_never_fit_is_refused_with_the_numbers(generator, eng
         Engine(generator, **SIZES, cache_memory=100)
     with pytest.raises(UsageError, match="slots 65: 1 to 64 requests"):
         Engine(generator, slots=65)
-    with pytest.raises(UsageError, match="a piece of 40 tokens is not a multiple of the page size 16"):
-        Engine(generator, **SIZES | {"piece": 40})
-    with pytest.raises(UsageError, match="pages of 0 tokens and pieces of 32: choose at least 1 for both"):
+    with pytest.raises(
+        UsageError, match="a prefill chunk of 40 tokens is not a multiple of the page size 16"
+    ):
+        Engine(generator, **SIZES | {"prefill_chunk": 40})
+    with pytest.raises(
+        UsageError, match="pages of 0 tokens and prefill chunks of 32: choose at least 1 for both"
+    ):
         Engine(generator, **SIZES | {"page_size": 0})
 
 
@@ -70,7 +74,7 @@ def test_pages_fit_into_free_memory(generator, monkeypatch):
 def test_all_programs_of_an_engine_are_lowered_in_advance(generator, compilations):
     """They are compiled several at once, and running them afterwards compiles nothing."""
     settings = generator.settings(Request(temperature=1.0, presence_penalty=1.0), 1)
-    shape = Shape(slots=2, max_context=64, page_size=8, piece=32, num_pages=20, stop_tokens=1)
+    shape = Shape(slots=2, max_context=64, page_size=8, prefill_chunk=32, num_pages=20, stop_tokens=1)
     device = Device(generator.model, generator.dial(None), shape, SHORT, settings)
     programs, chunks = Programs(), [(False, False), (True, False), (False, True)]
     programs.compile(lowerings(device, [32, 64], settings, chunks, logprobs=(False, True)))

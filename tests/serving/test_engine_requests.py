@@ -91,7 +91,7 @@ def test_the_dial_is_turned_while_an_answer_runs(engine):
 
 
 def test_a_dial_turned_while_a_prompt_is_read_starts_like_the_one_of_the_request(engine, monkeypatch):
-    """The last bucket has fewer tokens than a preview, so the preview is that of a piece before the turn."""
+    """The last bucket has fewer tokens than a preview, so the preview is that of the one before the turn."""
     monkeypatch.setattr(prefill_buckets, "LARGEST_BUCKET", 64)
     request = Request(max_tokens=40, bits=1.5, temperature=1.0, seed=4, stop_tokens=())
     dispatch, answers = engine.scheduler.dispatch, []
@@ -101,7 +101,7 @@ def test_a_dial_turned_while_a_prompt_is_read_starts_like_the_one_of_the_request
         def dispatch_and_turn(unread=unread, turned=turned):
             dispatch()
             (job,) = engine._jobs.values()
-            if len(job.pieces) == unread and not turned:
+            if len(job.buckets) == unread and not turned:
                 turned.append(unread)
                 engine.scheduler.turn(job, 6.0)
 
@@ -151,7 +151,7 @@ def test_log_probabilities_are_those_of_the_model(engine, generator):
 
 
 def test_log_probabilities_of_a_prompt_are_those_of_the_model(engine, generator):
-    prompt = [*SYSTEM, *[200] * 9]  # several pieces
+    prompt = [*SYSTEM, *[200] * 9]  # several prefill chunks
     request = Request(max_tokens=2, bits=3.0)
     plain = engine.generate_many([prompt], request)[0]
     answer = engine.submit(prompt, request, top_logprobs=1, prompt_logprobs=True)

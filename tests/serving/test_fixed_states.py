@@ -39,7 +39,7 @@ def greedy(model: Decoder, prompt: list[int], steps: int = STEPS) -> list[int]:
 
 
 @pytest.mark.parametrize("few_sizes", [False, True])
-def test_a_conversation_reuses_the_state_after_a_piece_of_the_last_prompt(generator, few_sizes):
+def test_a_conversation_reuses_the_state_after_a_prefill_chunk_of_the_last_prompt(generator, few_sizes):
     cache, prompt, reused = PromptCache(few_sizes=few_sizes), PROMPTS[2], []
     for turn in range(3):
         generation = generator.generate(prompt, REQUEST, prompt_cache=cache)
@@ -53,7 +53,7 @@ def test_a_conversation_reuses_the_state_after_a_piece_of_the_last_prompt(genera
 
 @pytest.mark.slow
 def test_the_engine_decodes_texts_of_several_lengths_in_slots_and_pages(generator):
-    with Engine(generator, slots=2, max_context=128, page_size=16, piece=32) as engine:
+    with Engine(generator, slots=2, max_context=128, page_size=16, prefill_chunk=32) as engine:
         for _ in range(2):  # A slot and its pages had another text before.
             answers = engine.generate_many(PROMPTS, REQUEST)
             for prompt, answer in zip(PROMPTS, answers, strict=True):
@@ -83,7 +83,7 @@ def test_texts_with_rings_equal_texts_with_whole_contexts(tmp_path):
     list(generation)
     assert list(generation.tokens) == greedy(generator.model, repeated)
     assert generation.statistics().speculation.drafted > 0
-    sizes = {"slots": 2, "max_context": 128, "page_size": 16, "piece": 32}
+    sizes = {"slots": 2, "max_context": 128, "page_size": 16, "prefill_chunk": 32}
     with Engine(generator, **sizes, share_prefixes=False) as engine:
         for _ in range(2):
             answers = engine.generate_many(PROMPTS, REQUEST)
@@ -98,7 +98,7 @@ def test_rings_pass_from_chunk_to_chunk_with_drafts(tmp_path):
     generator = Generator.load(tiny_models.write(tmp_path, config), jnp.float32)
     lookup = speculation_of(SpeculationSetting("lookup"), generator)
     prompts, steps = [[3, 4, 5, 6, 7, 8] * 8, [9, 10, 11] * 9], 40
-    sizes = {"slots": 2, "max_context": 128, "page_size": 16, "piece": 32, "share_prefixes": False}
+    sizes = {"slots": 2, "max_context": 128, "page_size": 16, "prefill_chunk": 32, "share_prefixes": False}
     with Engine(generator, **sizes, speculation=dataclasses.replace(lookup, always=True)) as engine:
         answers = engine.generate_many(prompts, dataclasses.replace(REQUEST, max_tokens=steps))
     for prompt, answer in zip(prompts, answers, strict=True):

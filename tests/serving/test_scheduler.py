@@ -18,7 +18,9 @@ from grinqh_jax.decoding.slots.shape import Shape
 from grinqh_jax.decoding.slots.step_shapes import row_counts, step_shapes
 from grinqh_jax.serving.shared_pages import SharedPages
 
-SHAPE = Shape(slots=3, max_context=48, page_size=4, piece=8, num_pages=16, stop_tokens=1, grammars=True)
+SHAPE = Shape(
+    slots=3, max_context=48, page_size=4, prefill_chunk=8, num_pages=16, stop_tokens=1, grammars=True
+)
 VOCABULARY = 64
 STOP = 9
 
@@ -63,7 +65,7 @@ class PagedDevice(Device):
         self.shape, self.speculation, self.chunk_steps = shape, None, steps
         self.step_shapes = step_shapes(row_counts(shape.slots, fixed=False), 0, contiguous=False)
         self.decoded: list[int] = []  # numbers of rows of the chunks
-        self.events: list[str | int] = []  # chunks, and the ends of the pieces that were read
+        self.events: list[str | int] = []  # chunks, and the ends of the prefill chunks that were read
         self.pages = [[-1] * shape.page_size for _ in range(shape.num_pages)]
         self.slots: dict[int, Slot] = {}
 
@@ -78,9 +80,9 @@ class PagedDevice(Device):
     def prefix(self, pages, length, fixed=None) -> Prefix:
         return Prefix(list(pages), length)
 
-    def prefill(self, prefix, piece, settings) -> Prefix:
-        self.events.append(piece.end)
-        for token in piece.tokens[0, : piece.lengths[0]].tolist():
+    def prefill(self, prefix, bucket, settings) -> Prefix:
+        self.events.append(bucket.end)
+        for token in bucket.tokens[0, : bucket.lengths[0]].tolist():
             self.write(prefix.pages, prefix.length, token)
             prefix = Prefix(prefix.pages, prefix.length + 1)
         return prefix
@@ -258,20 +260,20 @@ def test_a_chunk_decodes_the_answers_that_go_on_and_no_more_rows_than_the_next_p
 @pytest.mark.parametrize(
     ("prompt", "rounds"),
     [
-        (512, [[448, 512]]),  # The preview of the last 64 tokens is read with the rest of the piece,
+        (512, [[448, 512]]),  # The preview of the last 64 tokens is read with the rest of the prefill chunk,
         (1024, [[512], [960, 1024]]),
         (1100, [[512], [1024], [1036, 1100]]),
         (1000, [[512], [936, 1000]]),
         (600, [[512], [536, 600]]),
-        (570, [[506], [570]]),  # but not if both have more tokens than a piece.
+        (570, [[506], [570]]),  # but not if both have more tokens than a prefill chunk.
         (2090, [[512], [1024], [1536], [1984, 2048], [2090]]),  # The preview may come before the end.
     ],
 )
-def test_an_answer_waits_for_the_tokens_of_one_piece_and_a_prompt_for_no_more_rounds_than_it_needs(
+def test_an_answer_waits_for_the_tokens_of_one_prefill_chunk_and_a_prompt_for_no_more_rounds_than_it_needs(
     prompt, rounds
 ):
-    """The pieces of a prompt that are read between two chunks of another answer."""
-    shape = dataclasses.replace(SHAPE, max_context=4096, page_size=64, piece=512, num_pages=128)
+    """The prefill chunks that are read between two chunks of another answer."""
+    shape = dataclasses.replace(SHAPE, max_context=4096, page_size=64, prefill_chunk=512, num_pages=128)
     device: Any = PagedDevice(steps=1, shape=shape)
     loop = Scheduler(device, SharedPages(shape, graded=True), in_chunks_of(1, 1))
     sampling: Any = sampling_rows(1, VOCABULARY)
@@ -288,6 +290,6 @@ def test_an_answer_waits_for_the_tokens_of_one_piece_and_a_prompt_for_no_more_ro
         loop.step()
     loop.close()
     between = " ".join(map(str, device.events)).split("chunk")
-    read = [[int(end) for end in pieces.split()] for pieces in between]
-    assert [pieces for pieces in read if pieces] == rounds
+    read = [[int(end) for end in ends.split()] for ends in between]
+    assert [ends for ends in read if ends] == rounds
     assert read[: len(rounds)] == rounds  # in consecutive rounds

@@ -195,7 +195,7 @@ def test_an_engine_serves_the_same_answers(graded_directory, slots, compilations
     prompts, texts = ["one prompt", "another, longer prompt", "a third"], []
     for mesh in (None, "tp=2"):
         generator = Generator.load(graded_directory, mesh=make_mesh(mesh, config))
-        with Engine(generator, slots=slots, max_context=128, piece=64) as served:
+        with Engine(generator, slots=slots, max_context=128, prefill_chunk=64) as served:
             compilations.clear()
             answers = served.generate_many(prompts, Request(bits=3.0, max_tokens=16, temperature=0.0))
             texts.append([answer.text for answer in answers])

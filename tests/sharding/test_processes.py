@@ -109,8 +109,8 @@ def test_two_processes_serve_the_texts_of_one(graded_directory, generator, port)
     request = Request(bits=8.0, max_tokens=12, temperature=0.0)
     expected = ["".join(generator.generate(prompt, request)) for prompt in prompts]
     with (
-        start(graded_directory, 0, port, *SERVE, "--prefill-piece", "64", verb="serve") as first,
-        start(graded_directory, 1, port, *SERVE, "--prefill-piece", "64", verb="serve") as second,
+        start(graded_directory, 0, port, *SERVE, "--prefill-chunk", "64", verb="serve") as first,
+        start(graded_directory, 1, port, *SERVE, "--prefill-chunk", "64", verb="serve") as second,
     ):
         url = served(first)
         with concurrent.futures.ThreadPoolExecutor() as pool:

@@ -88,9 +88,10 @@ class Job:
       slot: Slot of the job, once it is admitted.
       ended: Whether the answer has ended.
       prefix: What has been read of the prompt; None before and after.
-      pieces: Pieces of the prompt that are not read yet.
+      buckets: Buckets of the prompt that are not read yet.
       turned: Mean bits that a client wanted while the prompt was being read; None for those of the settings.
-      prompt_results: Log-probabilities of the pieces read so far, on the device, and their numbers of tokens.
+      prompt_results: Log-probabilities of the prefill chunks read so far, on the device, and their numbers
+        of tokens.
       admitted: Time at which the job got its slot.
       dispatched: Number of tokens that the dispatched work generates at least, unless a stop token comes
         first.
@@ -110,7 +111,7 @@ class Job:
     slot: int | None = None
     ended: bool = False
     prefix: Prefix | None = None
-    pieces: collections.deque[PrefillBucket] = dataclasses.field(default_factory=collections.deque)
+    buckets: collections.deque[PrefillBucket] = dataclasses.field(default_factory=collections.deque)
     turned: float | None = None
     prompt_results: list[tuple[TokenLogprobs, int]] = dataclasses.field(default_factory=list)
     admitted: float = 0.0
@@ -142,10 +143,10 @@ class Storage(Protocol):
         """
 
     def cut(self, job: Job, start: int) -> Iterator[PrefillBucket]:
-        """Yields the pieces of a prompt from position ``start`` on."""
+        """Yields the buckets of a prompt from position ``start`` on."""
 
     def keep(self, job: Job, end: int) -> None:
-        """Is called when a piece that ends at ``end`` was dispatched. Later jobs may reuse what it writes."""
+        """Is called after the dispatch of a prefill chunk, up to ``end``. Later jobs may reuse its pages."""
 
     def release(self, job: Job) -> None:
         """Gives up the pages of a job."""

@@ -1,14 +1,14 @@
 """The decode loop on the host: decides which prompt is read and which answers are decoded next.
 
-Continuous batching: requests enter and leave slots between decode chunks. A round reads at most a piece's
-tokens of one prompt and decodes one chunk of all answers, so an answer never waits for more tokens. (If the
-prompts of many requests were read first, their answers would end together. The next prompts would then come
-together as well, and the first of them would wait for all others.) In an engine for many requests, pieces end
-at positions that depend on the prompt alone, so a hit and a miss of the shared prefixes read the same pieces.
-An answer therefore does not depend on load or on what is in the cache. A prompt of a quantized model ends
-with a small piece, that of the preview. It comes in the same round as the piece before if both together have
-no more tokens than a whole one, or the first token would wait for one more chunk. A single text runs in the
-same loop, with one slot.
+Continuous batching: requests enter and leave slots between decode chunks. A round reads one prefill chunk of
+one prompt and decodes one chunk of all answers, so an answer never waits for more tokens. (If the prompts of
+many requests were read first, their answers would end together. The next prompts would then come together as
+well, and the first of them would wait for all others.) In an engine for many requests, prefill chunks end at
+positions that depend on the prompt alone, so a hit and a miss of the shared prefixes read the same ones. An
+answer therefore does not depend on load or on what is in the cache. A prompt of a quantized model ends with a
+small prefill chunk, that of the preview. It comes in the same round as the one before if both together have
+no more tokens than a whole one, or the first token would wait for one more decode chunk. A single text runs
+in the same loop, with one slot.
 """
 
 import dataclasses
@@ -46,8 +46,8 @@ class Scheduler:
           device: Model and state on the device.
           storage: Storage of keys and values, of the same shape.
           policy: How chunks are scheduled.
-          prompts_first: Whether a round reads all prompts that have slots, and not a piece of one. Texts
-            that nobody waits for take fewer chunks then.
+          prompts_first: Whether a round reads all prompts that have slots, and not a prefill chunk of one.
+            Texts that nobody waits for take fewer decode chunks then.
         """
         self.waiting: list[tuple[int, int, Job]] = []
         self.reading: list[tuple[int, int, Job]] = []
@@ -89,7 +89,7 @@ class Scheduler:
         """Changes the wanted mean bits of a job, from the next decode chunk on.
 
         A prompt that is being read is previewed to its end at the bits of its beginning, because the dial
-        compares the preview of a piece with the bits that the answer starts with.
+        compares the preview of a prefill chunk with the bits that the answer starts with.
         """
         slot = job.slot
         if slot is not None and self.decoding.get(slot) is not job:
@@ -107,14 +107,14 @@ class Scheduler:
             pass
 
     def dispatch(self) -> None:
-        """Begins a round: admits jobs, reads a piece and launches a decode chunk."""
+        """Begins a round: admits jobs, reads a prefill chunk and launches a decode chunk."""
         self._admit()
         while self.reading:
             job = self.reading[0][-1]
-            end = self._read(job) + self._device.shape.piece
-            while job.pieces and job.pieces[0].end <= end:
+            end = self._read(job) + self._device.shape.prefill_chunk
+            while job.buckets and job.buckets[0].end <= end:
                 self._read(job)
-            if not job.pieces:
+            if not job.buckets:
                 heapq.heappop(self.reading)
                 self._start(job)
             if not self._prompts_first:
@@ -153,7 +153,7 @@ class Scheduler:
             heapq.heappop(self.waiting)
             self._free_slots.pop()
             job.prefix = self._device.prefix(job.pages, reused, job.fixed)
-            job.pieces.extend(self._storage.cut(job, reused))
+            job.buckets.extend(self._storage.cut(job, reused))
             self.prompt_tokens += len(job.prompt)
             self.reused_tokens += reused
             job.admitted = time.perf_counter()
@@ -161,18 +161,18 @@ class Scheduler:
             heapq.heappush(self.reading, (priority, number, job))
 
     def _read(self, job: Job) -> int:
-        """Dispatches the next piece of a prompt; returns the position at which it starts."""
-        piece = job.pieces.popleft()
-        start = piece.end - int(piece.lengths[0])
+        """Dispatches the next prefill chunk of a prompt; returns the position at which it starts."""
+        bucket = job.buckets.popleft()
+        start = bucket.end - int(bucket.lengths[0])
         assert job.prefix is not None, "an admitted job has a prefix"
         if job.prompt_logprobs:
-            rest = job.prompt[start + 1 : piece.end + 1]
-            following = np.zeros_like(piece.tokens)
+            rest = job.prompt[start + 1 : bucket.end + 1]
+            following = np.zeros_like(bucket.tokens)
             following[0, : len(rest)] = rest
-            logprobs = self._device.prompt_logprobs(job.prefix, piece, following)
+            logprobs = self._device.prompt_logprobs(job.prefix, bucket, following)
             job.prompt_results.append((logprobs, len(rest)))
-        job.prefix = self._device.prefill(job.prefix, piece, job.settings)
-        self._storage.keep(job, piece.end)
+        job.prefix = self._device.prefill(job.prefix, bucket, job.settings)
+        self._storage.keep(job, bucket.end)
         return start
 
     def _start(self, job: Job) -> None:
@@ -300,6 +300,6 @@ class Scheduler:
 
 
 def _concatenated(results: list[tuple[TokenLogprobs, int]]) -> TokenLogprobs:
-    """Joins the log-probabilities of pieces ``[1, t]``, without those of padding."""
-    pieces = [jax.tree.map(lambda rows: rows[0, :length], logprobs) for logprobs, length in results]  # noqa: B023
-    return jax.tree.map(lambda *rows: np.concatenate(rows), *pieces)
+    """Joins the log-probabilities of prefill chunks ``[1, t]``, without those of padding."""
+    parts = [jax.tree.map(lambda rows: rows[0, :length], logprobs) for logprobs, length in results]  # noqa: B023
+    return jax.tree.map(lambda *rows: np.concatenate(rows), *parts)

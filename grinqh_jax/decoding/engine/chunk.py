@@ -220,8 +220,8 @@ def jitted_decode_chunk(
 def _thresholds_by_name(dial: Dial, active: Bool[Array, "b"]) -> dict[str, Float[Array, "b p"]]:
     """Returns the thresholds at the dial's setting, by layer name.
 
-    A weight row is read once for all rows, at the highest level that one of them needs. An inactive row needs
-    none: its thresholds are infinite.
+    An input channel is read once for all rows, at the highest level that one of them needs. An inactive row
+    needs none: its thresholds are infinite.
     """
     # Without the barriers XLA may fuse the interpolation into the kernels of every layer, so that the kernels
     # of the layers differ and all of them must be compiled.

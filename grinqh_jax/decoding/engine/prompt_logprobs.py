@@ -47,7 +47,7 @@ def prompt_logprobs(
         x, following = rows
         return token_logprobs(full_logits(model, x), following, count)
 
-    # Rows are processed a few at once, because the logits of a whole piece would take gigabytes.
+    # Rows are processed a few at once, because the logits of a whole chunk would take gigabytes.
     rows = hidden.array.reshape(-1, LOGPROB_ROWS, hidden.array.shape[-1]), following.reshape(-1, LOGPROB_ROWS)
     logprobs = jax.tree.map(
         lambda values: values.reshape(*tokens.shape, *values.shape[2:]), jax.lax.map(some_rows, rows)

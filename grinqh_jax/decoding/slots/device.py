@@ -141,9 +141,9 @@ class Device:
         return self._put(Prefix.create(self._config, row, length, self.graded, fixed))
 
     @announced
-    def prefill(self, prefix: Prefix, piece: PrefillBucket, settings: Settings) -> Prefix:
-        """Reads the next piece of a prompt (see ``prompts.prefill``)."""
-        tokens, lengths, bits = self._put((piece.tokens, piece.lengths, settings.bits))
+    def prefill(self, prefix: Prefix, bucket: PrefillBucket, settings: Settings) -> Prefix:
+        """Reads the next prefill chunk of a prompt (see ``prompts.prefill``)."""
+        tokens, lengths, bits = self._put((bucket.tokens, bucket.lengths, settings.bits))
         thresholds, drafter = None, self._state.drafter
         if (dial := self._dial) is not None:
             program = prompts.preview_thresholds
@@ -167,9 +167,11 @@ class Device:
         return prefix
 
     @announced
-    def prompt_logprobs(self, prefix: Prefix, piece: PrefillBucket, following: Int[np.ndarray, "1 t"]) -> Any:
-        """Returns the ``TokenLogprobs`` of a piece, before it is read (see ``prompts.prompt_logprobs``)."""
-        tokens, following = self._put((piece.tokens, following))
+    def prompt_logprobs(
+        self, prefix: Prefix, bucket: PrefillBucket, following: Int[np.ndarray, "1 t"]
+    ) -> Any:
+        """Returns the ``TokenLogprobs`` of an unread prefill chunk (see ``prompts.prompt_logprobs``)."""
+        tokens, following = self._put((bucket.tokens, following))
         cache, logprobs = self._run_model(
             "prompt_logprobs",
             prompts.prompt_logprobs,

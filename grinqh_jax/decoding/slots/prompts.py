@@ -1,4 +1,4 @@
-"""Programs that read a prompt piece by piece into the pages of its text."""
+"""Programs that read a prompt in prefill chunks into the pages of its text."""
 
 import jax
 from jaxtyping import Array, Float, Int
@@ -38,7 +38,7 @@ def prefill(
     true_length: Int[Array, "1"],
     thresholds: StackedThresholds | None,
 ) -> tuple[PagedCache, Prefix]:
-    """Reads the next piece of a prompt at full precision.
+    """Reads the next prefill chunk of a prompt at full precision.
 
     Args:
       model: Graded model; or a dense one, with ``thresholds=None``.
@@ -73,13 +73,13 @@ def prompt_logprobs(
     *,
     top_logprobs: int,
 ) -> tuple[PagedCache, TokenLogprobs]:
-    """Returns the log-probabilities of the prompt tokens after those of a piece, before ``prefill`` reads it.
+    """Returns the log-probabilities of the prompt tokens after those of a prefill chunk that is not read yet.
 
     Args:
       model: Graded or dense model.
       cache: Pages of all texts. Donated.
       prefix: What has been read of the prompt.
-      tokens: Tokens of the piece, right-padded with any valid token.
+      tokens: Tokens of the chunk, right-padded with any valid token.
       following: Token after each of them.
       top_logprobs: As in ``answers.generate``.
     """

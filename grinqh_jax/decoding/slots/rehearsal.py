@@ -28,7 +28,7 @@ def compile_all(device: Device, programs: Programs, settings: Settings) -> None:
       programs: Programs of the model that are compiled.
       settings: Settings of a request for one token; those of all requests have the same structure.
     """
-    widths = bucket_widths(max(device.shape.piece, PREVIEW_TOKENS))
+    widths = bucket_widths(max(device.shape.prefill_chunk, PREVIEW_TOKENS))
     programs.compile(lowerings(device, widths, settings, CHUNKS, (False, True)))
     for _ in range(2):  # The second time all inputs are outputs of the programs.
         _rehearse(device, widths, settings, CHUNKS, (False, True))
@@ -46,7 +46,7 @@ def lowerings(
 
     Args:
       device: The device. It may be abstract.
-      widths: Widths of the pieces of the jobs' prompts.
+      widths: Widths of the buckets of the jobs' prompts.
       settings: Settings of one of the jobs.
       chunks: Arguments ``greedy`` and ``logprobs`` of their decode chunks.
       logprobs: Arguments ``logprobs`` of ``Device.insert``.
@@ -91,12 +91,12 @@ def _rehearse(
     """Calls the programs (arguments: see ``lowerings``)."""
     shape, chunks, prefix = device.shape, list(chunks), device.prefix([], 0)
     for width in widths:
-        piece = PrefillBucket(np.zeros((1, width), np.int32), np.zeros(1, np.int32), 0)
+        bucket = PrefillBucket(np.zeros((1, width), np.int32), np.zeros(1, np.int32), 0)
         prefix = device.prefix([], 0)
         for _ in range(2):  # A prefix without tokens, and one that a prefill returned.
             if shape.prompt_logprobs:
-                device.prompt_logprobs(prefix, piece, piece.tokens)
-            prefix = device.prefill(prefix, piece, settings)
+                device.prompt_logprobs(prefix, bucket, bucket.tokens)
+            prefix = device.prefill(prefix, bucket, settings)
     for wanted in logprobs:
         device.insert(0, prefix, [], settings, wanted)
     every, speculates = device.step_shapes[0], device.speculation is not None

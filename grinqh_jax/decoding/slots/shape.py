@@ -13,7 +13,7 @@ class Shape:
       slots: Number of requests that are decoded at once.
       max_context: Most tokens of a prompt and its answer together.
       page_size: Number of positions of a page.
-      piece: Number of prompt tokens read in one call, a multiple of ``page_size``.
+      prefill_chunk: Number of prompt tokens read in one call, a multiple of ``page_size``.
       num_pages: Number of pages of the cache.
       stop_tokens: Most stop tokens of a request.
       prompt_logprobs: Whether requests may have log-probabilities of their prompts.
@@ -23,13 +23,13 @@ class Shape:
         can then start from a prefix of another one.
 
     Raises:
-      UsageError: ``piece`` is not a multiple of ``page_size``.
+      UsageError: ``prefill_chunk`` is not a multiple of ``page_size``.
     """
 
     slots: int
     max_context: int
     page_size: int
-    piece: int
+    prefill_chunk: int
     num_pages: int
     stop_tokens: int
     prompt_logprobs: bool = False
@@ -38,10 +38,10 @@ class Shape:
     rings: bool = False
 
     def __post_init__(self):
-        if self.piece % self.page_size:
+        if self.prefill_chunk % self.page_size:
             raise UsageError(
-                f"a piece of {self.piece} tokens is not a multiple of the page size {self.page_size}; choose "
-                "such a multiple"
+                f"a prefill chunk of {self.prefill_chunk} tokens is not a multiple of the page size "
+                f"{self.page_size}; choose such a multiple"
             )
 
     @property
@@ -61,7 +61,7 @@ def contiguous_shape(capacity: int, slots: int = 1, rings: bool = False) -> Shap
         slots=slots,
         max_context=capacity,
         page_size=capacity,
-        piece=capacity,
+        prefill_chunk=capacity,
         num_pages=slots,
         stop_tokens=0,
         contiguous=True,

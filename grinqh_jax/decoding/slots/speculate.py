@@ -26,7 +26,7 @@ def read_prompt(
     tokens: Int[Array, "1 t"],
     true_length: Int[Array, "1"],
 ) -> Any:
-    """Reads a piece of a prompt with the drafter (see ``Drafter.prefill``). Donates ``shared``."""
+    """Reads a prefill chunk with the drafter (see ``Drafter.prefill``). Donates ``shared``."""
     return drafter.prefill(shared, pages, length, tokens, true_length)
 
 

@@ -144,7 +144,7 @@ class Drafter(Protocol):
         tokens: Int[Array, "1 t"],
         true_length: Int[Array, "1"],
     ) -> Any:
-        """Reads a piece of a prompt (see ``slots.prompts.prefill``); returns ``shared`` after it."""
+        """Reads a prefill chunk (see ``slots.prompts.prefill``); returns ``shared`` after it."""
         ...
 
     def begin(self, length: Int[Array, "1"]) -> Any:

@@ -94,7 +94,7 @@ class ModelDrafter:
         tokens: Int[Array, "1 t"],
         true_length: Int[Array, "1"],
     ) -> PagedCache:
-        """Reads a piece of a prompt at full precision."""
+        """Reads a prefill chunk at full precision."""
         _, text = engine.prefill(self.model, tokens, true_length, shared.texts(pages, length, {}))
         return PagedCache.of(text)
 

@@ -13,7 +13,7 @@ from grinqh_jax.serving.engine import Engine
 
 pytestmark = pytest.mark.slow
 
-SIZES = {"slots": 4, "max_context": 128, "page_size": 16, "piece": 32}
+SIZES = {"slots": 4, "max_context": 128, "page_size": 16, "prefill_chunk": 32}
 SHORT = dataclasses.replace(policy.CPU, chunk_steps=4)
 PHRASES = [
     b"the cat sat ",

@@ -92,7 +92,7 @@ def test_an_engine_drafts_with_a_model_in_shared_pages(generator, graded_directo
     prompt = (list(b"the cat sat on the mat and the cat sat on the hat, said the cat to the bat. ") * 2)[:97]
     request = Request(bits="full", max_tokens=30, temperature=0.0, stop_tokens=())
     speculation = Speculation(drafter, always=True)
-    sizes = {"slots": 2, "max_context": 128, "page_size": 16, "piece": 16}
+    sizes = {"slots": 2, "max_context": 128, "page_size": 16, "prefill_chunk": 16}
     with Engine(generator, **sizes, policy=SHORT, speculation=speculation) as engine:
         first = engine.generate_many([prompt], request)[0]
         second = engine.generate_many([prompt] * 2, request)
