@@ -10,10 +10,7 @@ ADDRESS_BITS = 40
 NOBODY = -1
 """Writer of a word that nothing has written."""
 
-BYTES = -2
-"""Writer of a word whose bytes have been stored one by one."""
-
-COPY = -3
+COPY = -2
 """Writer of a word that an asynchronous copy is still writing."""
 
 
@@ -81,9 +78,6 @@ class SharedMemory:
         self.cluster_time = np.zeros(blocks // cluster, np.int64)
         self.block_time = np.zeros(blocks, np.int64)
         self.warp_time = np.zeros(blocks * threads // LANES, np.int64)
-        # Last writer of each byte, in words whose writer is ``BYTES``; allocated by the first byte store.
-        self.byte_writer = np.zeros((0, 4), np.int64)
-        self.byte_time = np.zeros((3, 0, 4), np.int64)
 
     def words(self, thread, address, count, access, block=None):
         """Returns the word indices ``[len(thread), count]`` of each thread's access.
@@ -107,14 +101,8 @@ class SharedMemory:
             raise EmulationError(f"race in shared memory: {access} another thread's access without a barrier")
 
     def _check_writers(self, thread, word, access):
-        """Raises if other threads wrote the words, or bytes of them, and no barrier came since."""
-        writer = self.writer[word]
-        self._check(thread, word, writer, self.write_time[:, word], access)
-        split = writer == BYTES
-        if split.any():
-            thread, word = thread[split], word[split]
-            for i in range(4):
-                self._check(thread, word, self.byte_writer[word, i], self.byte_time[:, word, i], access)
+        """Raises if other threads wrote the words and no barrier came since."""
+        self._check(thread, word, self.writer[word], self.write_time[:, word], access)
 
     def _check_set(self, thread, word, access):
         """Raises if threads of the CTA set bits of the words and no barrier of the CTA came since."""
@@ -137,8 +125,7 @@ class SharedMemory:
         word = self.words(thread, address, count, "load")
         thread = np.broadcast_to(thread[:, None], word.shape)
         writer = self.writer[word]
-        missing = (writer == NOBODY) & (not unwritten) | (writer == COPY)
-        if missing.any() or (self.byte_writer[word[writer == BYTES]] < 0).any():
+        if ((writer == NOBODY) & (not unwritten) | (writer == COPY)).any():
             raise EmulationError(
                 "load of shared memory that nothing has written, or that a copy is still writing"
             )
@@ -163,27 +150,6 @@ class SharedMemory:
         word = self.words(thread, address, values.shape[1], "store", block)
         self.touch(np.broadcast_to(thread[:, None], word.shape), word)
         self.data[word] = values
-
-    def write_bytes(self, thread, address, values):
-        """Stores one byte for each thread. Different bytes of a word need no barrier in between."""
-        if (address < 0).any() or (address >= self.size).any():
-            raise EmulationError(f"store outside of the {self.size} bytes of shared memory")
-        if not len(self.byte_writer):
-            self.byte_writer = np.full((len(self.data), 4), -1)
-            self.byte_time = np.zeros((3, len(self.data), 4), np.int64)
-        word, byte = np.divmod(thread // self.threads * self.size + address, 4)
-        whole = np.unique(word[self.writer[word] != BYTES])  # All four bytes have the writer of the word.
-        self.byte_writer[whole] = self.writer[whole, None]
-        self.byte_time[:, whole] = self.write_time[:, whole, None]
-        self.writer[whole] = BYTES
-        last = self.byte_writer[word, byte], self.byte_time[:, word, byte]
-        self._check(thread, word, *last, "store after")
-        self._check(thread, word, self.reader[word], self.read_time[:, word], "store after")
-        if np.unique(4 * word + byte).size != word.size:
-            raise EmulationError("race in shared memory: two threads store to one byte")
-        self.byte_writer[word, byte] = thread
-        self.byte_time[:, word, byte] = self.now(thread)
-        self.data.view(np.uint8)[4 * word + byte] = values
 
     def set_bits(self, thread, address, bits):
         """Sets bits of one word for each thread. Several threads may change a word without a barrier."""

@@ -236,12 +236,6 @@ class NumpyInstructions(MatrixUnit):
             words = np.stack([v.data.view(np.uint32) for v in values], 1)[active]
             self.shared.write(active, address.data[active].astype(np.int64), words)
 
-    def store_shared_byte(self, address, value, where=None):
-        active = np.flatnonzero(self._mask if where is None else self._mask & where.data)
-        if active.size:
-            bytes_ = value.data.view(np.uint8).reshape(-1, 4)[active, 0]
-            self.shared.write_bytes(active, address.data[active].astype(np.int64), bytes_)
-
     def or_shared(self, address, value, where=None):
         active = np.flatnonzero(self._mask if where is None else self._mask & where.data)
         if active.size:

@@ -175,10 +175,6 @@ class Instructions(WarpgroupInstructions):
         """Stores 1, 2 or 4 consecutive 32-bit words if ``where`` holds."""
 
     @abc.abstractmethod
-    def store_shared_byte(self, address: Value, value: Value, where: Value | None = None) -> None:
-        """Stores the low 8 bits of ``value`` if ``where`` holds. Lanes may share a word."""
-
-    @abc.abstractmethod
     def or_shared(self, address: Value, value: Value, where: Value | None = None) -> None:
         """Sets the bits of ``value`` in a word if ``where`` holds. Lanes may change the same word."""
 

@@ -141,11 +141,6 @@ class PtxInstructions(Instructions):
         else:
             assemble(f"@${len(values) + 1} {template}", [address, *values, where], effects=True)
 
-    def store_shared_byte(self, address, value, where=None):
-        # The register is wider than the store, which PTX allows: the store takes the low bits.
-        predicate, condition = ("", []) if where is None else ("@$2 ", [where])
-        assemble(f"{predicate}st.shared.u8 [$0], $1;", [address, value, *condition], effects=True)
-
     def or_shared(self, address, value, where=None):
         predicate, condition = ("", []) if where is None else ("@$2 ", [where])
         assemble(f"{predicate}red.shared.or.b32 [$0], $1;", [address, value, *condition], effects=True)

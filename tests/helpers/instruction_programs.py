@@ -144,17 +144,6 @@ def warpgroup_bfloat16(isa: Instructions, t: Operands) -> list[Value]:
     return [x + y * 3.0 + others[0] for x, y in zip(sums[0][:4], sums[1][4:], strict=True)]
 
 
-def byte_stores(isa: Instructions, t: Operands) -> list[Value]:
-    """Threads 4 i .. 4 i + 3 store the bytes of the first word of thread i, then some of the second."""
-    first = t.all_shared + ((t.thread >> 2) << 4)
-    isa.store_shared(t.shared, [t.a, t.a, t.b, t.b])
-    isa.block_barrier()
-    isa.store_shared_byte(first + (t.thread & 3), t.a)
-    isa.store_shared_byte(first + 4 + (t.thread & 3), t.b, where=t.a < t.b)
-    isa.block_barrier()
-    return isa.load_shared(t.shared, 4)
-
-
 def bits_set(isa: Instructions, t: Operands) -> list[Value]:
     """Threads i and i + 64 set bits of one word."""
     isa.store_shared(t.shared, [t.a, t.b])
@@ -251,7 +240,6 @@ PROGRAMS = {
     "ordered load": lambda isa, t: isa.load_global(t.source + 8, 2, "f32", ordered=True),
     "load_global_16": lambda isa, t: [isa.load_global_16(t.source + 22)],
     "shared memory": stores,
-    "byte stores": byte_stores,
     "bits set": bits_set,
     "flagged stores": flagged_stores,
     "cluster": cluster_stores,

@@ -33,41 +33,6 @@ def test_shared_memory_and_predicates(isa):
     np.testing.assert_array_equal(isa.load_shared(thread << 2)[0].data, expected)
 
 
-def test_byte_stores_leave_the_other_bytes(isa):
-    thread = isa.thread_index()
-    isa.store_shared(thread << 2, [isa.constant(0x11223344)])
-    isa.block_barrier()
-    isa.store_shared_byte(thread, thread + 0x5500, where=thread < 6)
-    isa.block_barrier()
-    words = isa.load_shared(thread << 2)[0].data
-    assert words[:3].tolist() == [0x03020100, 0x11220504, 0x11223344]
-
-
-def test_refuses_races_of_byte_stores(isa):
-    thread = isa.thread_index()
-    with pytest.raises(EmulationError, match="two threads store to one byte"):
-        isa.store_shared_byte(thread >> 1, thread)
-    isa = new_isa()
-    isa.store_shared_byte(thread, thread)  # Different bytes of one word are no race.
-    with pytest.raises(EmulationError, match="store after"):
-        isa.store_shared_byte(thread ^ 1, thread)
-    isa = new_isa()
-    isa.store_shared_byte(thread, thread)
-    with pytest.raises(EmulationError, match="load after"):
-        isa.load_shared(thread & 0x3C)
-    isa.block_barrier()
-    isa.load_shared(thread & 0x3C)
-    with pytest.raises(EmulationError, match="store after"):
-        isa.store_shared_byte(thread, thread)
-    isa = new_isa()
-    isa.store_shared_byte(thread << 2, thread)
-    isa.block_barrier()
-    with pytest.raises(EmulationError, match="nothing has written"):
-        isa.load_shared(thread << 2)
-    with pytest.raises(EmulationError, match="outside of the 4096 bytes"):
-        isa.store_shared_byte(thread + 4096, thread)
-
-
 def test_lanes_set_bits_of_one_word(isa):
     thread = isa.thread_index()
     isa.store_shared(thread << 2, [isa.constant(1 << 30)])
