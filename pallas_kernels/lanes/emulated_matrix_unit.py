@@ -1,14 +1,17 @@
 """The emulator's matrix unit: multiplies matrices that are spread over the registers of a warp."""
 
 import abc
+import contextlib
+import dataclasses
 
 import ml_dtypes
 import numpy as np
 
-from pallas_kernels.lanes.emulated_memory import SharedMemory
+from pallas_kernels.lanes.emulated_memory import EmulationError, SharedMemory
 from pallas_kernels.lanes.emulated_registers import LaneValue
 from pallas_kernels.lanes.instructions import LANES, Instructions
 from pallas_kernels.lanes.launch import WARPGROUP
+from pallas_kernels.lanes.registers import Value
 
 _OPERAND = ((0, 0), (1, 0), (0, 1), (1, 1))
 """``(i, j)`` of the registers of A: rows from ``8 i`` on, half ``j`` of the columns."""
@@ -41,16 +44,49 @@ def multiply_fragments(a: list[np.ndarray], b: list[np.ndarray]) -> list[np.ndar
     return [pairs[:, i, :, :, j].reshape(-1) for i, j in _RESULT]
 
 
+class QueuedSum(Value):
+    """A register that the matrix unit is still writing. It has no contents that a program may use."""
+
+    def __init__(self, kind):
+        self.kind = kind
+
+    @property
+    def data(self):
+        raise EmulationError("a sum of a queued product is used before finish_warpgroup_multiply_add")
+
+    def binary(self, operation, other):
+        return self.data
+
+
+@dataclasses.dataclass
+class QueuedProduct:
+    """A product that the matrix unit has not computed yet.
+
+    Attributes:
+      mask: Threads that queued it.
+      operands: Its arguments: C, A, the address of B.
+      sums: What the program got instead of the sums.
+    """
+
+    mask: np.ndarray
+    operands: tuple
+    sums: list[list[QueuedSum]]
+
+
 class MatrixUnit(Instructions):
     """The instructions that multiply matrices, for all threads of an emulated grid.
 
     Attributes:
       total: Number of threads.
       shared: Shared memory of all CTAs.
+      masks: Stack of the active threads.
+      queued: The product that was queued last, if it is not finished.
     """
 
     total: int
     shared: SharedMemory
+    masks: list[np.ndarray]
+    queued: QueuedProduct | None = None
 
     @abc.abstractmethod
     def _warps(self, instruction: str) -> np.ndarray:
@@ -78,11 +114,40 @@ class MatrixUnit(Instructions):
             return [LaneValue(r.data + p, "f32") for r, p in zip(c, product, strict=True)]
 
     def queue_warpgroup_multiply_add(self, c, a, b, offset):
-        columns, distances = 2 * len(c[0]), (128, 256)
-        return self._warpgroup_products(columns, c, a, b + offset, distances, self.matrix_multiply_add)
+        c = self._sums(c)
+        sums = [[QueuedSum(register.kind) for register in matrix] for matrix in c]
+        self.queued = QueuedProduct(self.masks[-1], (c, a, b + offset), sums)
+        return sums
 
     def finish_warpgroup_multiply_add(self, c):
-        return [list(sums) for sums in c]
+        return self._sums(c)
+
+    def _sums(self, c):
+        """Computes the queued product, and returns C, or the sums of that product if C stands for them.
+
+        So the matrix unit reads B as late as it may.
+        """
+        queued, self.queued = self.queued, None
+        if queued is None:
+            return [list(registers) for registers in c]
+        sums, a, b = queued.operands
+        with self._as_active(queued.mask):
+            sums = self._warpgroup_products(
+                2 * len(sums[0]), sums, a, b, (128, 256), self.matrix_multiply_add
+            )
+        known = {
+            id(stand_in): v
+            for m, n in zip(queued.sums, sums, strict=True)
+            for stand_in, v in zip(m, n, strict=True)
+        }
+        return [[known.get(id(register), register) for register in registers] for registers in c]
+
+    @contextlib.contextmanager
+    def _as_active(self, mask):
+        """Runs the body with other active threads."""
+        self.masks.append(mask)
+        yield
+        self.masks.pop()
 
     def warpgroup_multiply_add_bfloat16(self, columns, c, a, b, distance, meanwhile=list):
         if c is None:
@@ -110,7 +175,7 @@ class MatrixUnit(Instructions):
             rows = np.zeros((self.total, 4), np.uint32)
             half, column = threads // 8 % 2, threads % 8
             address = b.data[threads].astype(np.int64) + along_n * t + along_k * half + 16 * column
-            rows[threads] = self.shared.read(threads, address, 4)
+            rows[threads] = self.shared.read_operands(threads, address, 4)
             halves = rows.reshape(-1, LANES, 4)[:, :16].reshape(-1, 2, 8, 4)
             operand = [
                 LaneValue(np.ascontiguousarray(halves[:, j]).reshape(-1).view(np.int32), "i32")
@@ -121,4 +186,4 @@ class MatrixUnit(Instructions):
         return results
 
     def publish_operands(self):
-        pass
+        self.shared.publish(self.masks[-1])

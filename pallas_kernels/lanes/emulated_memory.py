@@ -59,6 +59,9 @@ class SharedMemory:
       threads: Number of threads of one CTA.
       data: uint32 ``[words]``, the contents.
       writer, reader: int ``[words]``, last thread that wrote or read the word, or a constant above.
+      epoch: int ``[words]``, number of ``publishes`` when the word was last written.
+      publishes: For each ``publish``, the threads that took part, ``[threads]``, and the barriers that all
+        threads had passed, ``[3, threads]``.
       set_time: int64 ``[words]``, barriers of the CTA passed when a thread last set bits; -1 for none.
       write_time, read_time: int64 ``[3, words]``, barriers of the cluster, the CTA and the warp that the
         thread had passed before that access.
@@ -72,6 +75,8 @@ class SharedMemory:
         self.data = rng.integers(0, 2**32, words, dtype=np.uint32)
         self.writer = np.full(words, NOBODY)
         self.reader = np.full(words, NOBODY)
+        self.epoch = np.zeros(words, np.int64)
+        self.publishes: list[tuple[np.ndarray, np.ndarray]] = []
         self.set_time = np.full(words, -1)
         self.write_time = np.zeros((3, words), np.int64)
         self.read_time = np.zeros((3, words), np.int64)
@@ -90,8 +95,8 @@ class SharedMemory:
         base = (thread // self.threads if block is None else block) * self.size + address
         return base[:, None] // 4 + np.arange(count)
 
-    def _check(self, thread, word, other, time, access):
-        """Raises if another thread, ``other``, accessed the words at ``time`` and no barrier came since."""
+    def _check(self, thread, other, time, access):
+        """Raises if another thread, ``other``, accessed memory at ``time`` and no barrier came since."""
         same_warp = other // LANES == thread // LANES
         same_block = other // self.threads == thread // self.threads
         cluster, block, warp = self.now(thread)
@@ -102,7 +107,7 @@ class SharedMemory:
 
     def _check_writers(self, thread, word, access):
         """Raises if other threads wrote the words and no barrier came since."""
-        self._check(thread, word, self.writer[word], self.write_time[:, word], access)
+        self._check(thread, self.writer[word], self.write_time[:, word], access)
 
     def _check_set(self, thread, word, access):
         """Raises if threads of the CTA set bits of the words and no barrier of the CTA came since."""
@@ -139,11 +144,12 @@ class SharedMemory:
         """Records that ``thread`` writes ``word`` (both ``[n, count]``) and checks for races."""
         self._check_writers(thread, word, "store after")
         self._check_set(thread, word, "store after")
-        self._check(thread, word, self.reader[word], self.read_time[:, word], "store after")
+        self._check(thread, self.reader[word], self.read_time[:, word], "store after")
         if np.unique(word).size != word.size:
             raise EmulationError("race in shared memory: two threads store to one word")
         self.writer[word] = thread
         self.write_time[:, word] = self.now(thread)
+        self.epoch[word] = len(self.publishes)
 
     def write(self, thread, address, values, block=None):
         """Stores ``values [n, count]``, one row for each thread; ``block`` as in ``words``."""
@@ -157,7 +163,7 @@ class SharedMemory:
         if (self.writer[word] < 0).any():
             raise EmulationError("or_shared in shared memory that no store has written")
         self._check_writers(thread, word, "or_shared after")
-        self._check(thread, word, self.reader[word], self.read_time[:, word], "or_shared after")
+        self._check(thread, self.reader[word], self.read_time[:, word], "or_shared after")
         np.bitwise_or.at(self.data, word, bits)
         self.set_time[word] = self.block_time[thread // self.threads]
 
@@ -171,3 +177,27 @@ class SharedMemory:
         self.data[word] = values
         self.writer[word] = thread[:, None]
         self.write_time[:, word] = self.now(thread)[:, :, None]
+        self.epoch[word] = len(self.publishes)
+
+    def publish(self, active):
+        """Records that the ``active`` threads publish what they wrote, for products of warpgroups."""
+        self.publishes.append((active, self.now(np.arange(len(active)))))
+
+    def read_operands(self, thread, address, count):
+        """Loads words as ``read`` does, for a product of warpgroups: their writers must have published."""
+        values = self.read(thread, address, count)
+        word = self.words(thread, address, count, "product").reshape(-1)
+        thread, writer, event = np.repeat(thread, count), self.writer[word], self.epoch[word]
+        while word.size:
+            if (event == len(self.publishes)).any():
+                raise EmulationError(
+                    "a product of warpgroups reads what its writer has not published: publish_operands first"
+                )
+            later = np.ones(word.size, bool)
+            for e in np.unique(event):
+                active, time = self.publishes[e]
+                now = (event == e) & active[writer]
+                self._check(thread[now], writer[now], time[:, writer[now]], "product after the publishing of")
+                later[now] = False
+            thread, word, writer, event = thread[later], word[later], writer[later], event[later] + 1
+        return values

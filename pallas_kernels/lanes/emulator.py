@@ -7,11 +7,11 @@ It runs a lane program without a GPU, and is stricter than a GPU. It raises ``Em
 - a race: an access to shared memory that another thread wrote, or a store to shared memory that another
   thread read, without a barrier in between;
 - data of an asynchronous copy that is used before a wait, and a copy that is never waited for;
+- a product of warpgroups of operands that their writers have not published (``publish_operands``) before a
+  barrier, and sums of a queued product that are used before it is finished, or never finished;
 - a warp instruction that only some lanes of a warp reach.
 
-It does not model memory ordering between CTAs (no kernel depends on it), timing or register pressure. Of
-products of warpgroups it does not model that other threads' operands must be published
-(``publish_operands``), nor that sums of queued products are in flight until they are finished.
+It does not model memory ordering between CTAs (no kernel depends on it), timing or register pressure.
 """
 
 import contextlib
@@ -28,7 +28,6 @@ from pallas_kernels.lanes.instructions import LANES
 
 WAIT_SECONDS = 20
 """Time after which ``wait_flagged`` gives up."""
-
 # An access with a flag is one access. Numpy copies bytes, and other threads run while it copies.
 _flagged_access = threading.Lock()
 
@@ -53,11 +52,13 @@ class NumpyInstructions(MatrixUnit):
         return self.memory.add(array)
 
     def finish(self) -> None:
-        """Raises EmulationError if copies, or stores to other CTAs, have no wait after them."""
+        """Raises EmulationError if copies, products, or stores to other CTAs have no wait after them."""
         if any(self.open_copies) or any(self.copy_groups):
             raise EmulationError(
                 "the program ends with asynchronous copies that were not waited for: call wait_copies(0)"
             )
+        if self.queued is not None:
+            raise EmulationError("the program ends with a queued product that it has not finished")
         if self.unordered_stores.any():
             raise EmulationError(
                 "a store to another CTA has no cluster_barrier after it: the CTA may have ended"
@@ -330,9 +331,8 @@ class NumpyInstructions(MatrixUnit):
     # --- control ---------------------------------------------------------------------------------
     @contextlib.contextmanager
     def when(self, condition):
-        self.masks.append(self._mask & condition.data)
-        yield
-        self.masks.pop()
+        with self._as_active(self._mask & condition.data):
+            yield
 
     def loop(self, count, carry, body):
         counts = count.data.reshape(-1, LANES)

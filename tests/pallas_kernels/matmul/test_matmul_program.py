@@ -16,6 +16,7 @@ from matvec_cases import Case
 
 from pallas_kernels import NestedWeight, level_matmul
 from pallas_kernels.lanes import device
+from pallas_kernels.lanes.emulated_memory import EmulationError
 from pallas_kernels.lanes.emulator import NumpyInstructions
 from pallas_kernels.matmul.mosaic_gpu import kernel, supports
 from pallas_kernels.matmul.mosaic_gpu.geometry import THREADS, Geometry
@@ -192,6 +193,13 @@ def test_declines_with_a_reason():
 
 
 @pytest.mark.skipif(jax.__version_info__ < device.OLDEST_JAX, reason="lane programs need jax >= 0.11.2")
+def test_the_emulator_refuses_the_program_without_its_fence(monkeypatch):
+    monkeypatch.setattr(NumpyInstructions, "publish_operands", lambda isa: None)
+    x, weight, _ = Case(128, 64, rows=9, dtype="bfloat16").arrays()
+    with pytest.raises(EmulationError, match="publish_operands first"):
+        emulate(x, weight, 3)
+
+
 @pytest.mark.parametrize(
     ("rows", "shape", "level"),
     [(16, (4096, 6144), 3), (32, (12288, 4096), 4), (64, (4096, 4096), 1), (512, (300, 700), 3)],

@@ -16,6 +16,8 @@ from hypothesis_settings import examples
 from matvec_cases import Case, assert_agrees_with_oracle, draw_thresholds, draw_x
 
 from pallas_kernels import Activations
+from pallas_kernels.lanes.emulated_memory import EmulationError
+from pallas_kernels.lanes.emulator import NumpyInstructions
 from pallas_kernels.matvec.mosaic_gpu import BytePairs, Config, DenseRows, kernel, tuning
 
 
@@ -107,6 +109,21 @@ def test_more_than_two_tiles(dense_rows):
     config = DENSE_ROWS.config(dense_rows=dense_rows)
     case = Case(700, 2200, rows=11, dtype="bfloat16", activations="heavy", config=config)
     assert_agrees_with_the_row_alone(case, 9)
+
+
+@pytest.mark.parametrize(
+    ("instruction", "without", "message"),
+    [
+        ("publish_operands", lambda isa: None, "publish_operands first"),
+        ("finish_warpgroup_multiply_add", lambda isa, sums: sums, "used before finish"),
+    ],
+)
+def test_the_emulator_refuses_warpgroups_without_fence_or_wait(monkeypatch, instruction, without, message):
+    monkeypatch.setattr(NumpyInstructions, instruction, without)
+    config = DENSE_ROWS.config(dense_rows=DenseRows(warpgroups=True))
+    x, weight, thresholds = Case(256, 128, rows=9, config=config).arrays()
+    with pytest.raises(EmulationError, match=message):
+        emulate(x, weight, thresholds, config)
 
 
 @BOTH
