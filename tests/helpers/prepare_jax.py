@@ -1,6 +1,7 @@
 """Importing this module prepares JAX for tests and installs the run-time checks of shapes and dtypes."""
 
 import os
+import sys
 import threading
 
 import jax
@@ -66,6 +67,13 @@ def _check_unless_inner(*, typechecker):
 
 
 jaxtyping.jaxtyped = _check_unless_inner
+
+# pytest imports the conftest.py of each directory on its command line before `tests/conftest.py` imports this
+# module. What they import at their top would not be checked in this run.
+_early = sorted(sys.modules.keys() & {"checkpoints_tools", "grinqh_jax", "pallas_kernels"})
+assert not _early, (
+    f"{_early} were imported before the hook of run-time checks: import them in a fixture instead"
+)
 
 # Not listed: lane programs and command lines, which have no arrays; checkpoint.quantization and model.config,
 # which validate the values of files themselves; hf, which accepts any object with a reader's methods.

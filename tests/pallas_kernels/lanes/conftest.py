@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
-from one_cta import new_isa
 
 
 @pytest.fixture
 def isa():
+    from one_cta import new_isa  # not above: see `prepare_jax`
+
     return new_isa()
 
 

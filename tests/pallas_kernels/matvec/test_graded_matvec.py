@@ -232,7 +232,7 @@ def test_refuses_wrong_arguments_by_name(x, thresholds, messages):
 
 def test_refuses_an_unknown_implementation_and_names_the_known_ones():
     with pytest.raises(ValueError, match=r"unknown implementation 'cuda': choose from .*xla, reference"):
-        choose.__wrapped__(activations(1), WEIGHT, "cuda")
+        inspect.unwrap(choose)(activations(1), WEIGHT, "cuda")
 
 
 def test_chooses_the_first_supported_implementation_and_collects_reasons(monkeypatch):
