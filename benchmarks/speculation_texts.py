@@ -7,12 +7,12 @@ For each model and setting, plain decoding with a dial that holds its setting co
 text until there are enough greedy texts that do not end in a loop. Each drafter then decodes the same
 prompts, always with as many drafts as fit, and every token is compared. Each prompt ends with its own
 beginning, so that ``lookup`` has drafts. The script ends with an error if a text differs. The JSON file is
-written after each row.
+written after each batch of texts. The settings take turns, so a run with ``--seconds`` compares all of them.
 """
 
 import argparse
 import contextlib
-import itertools
+import dataclasses
 import os
 import pathlib
 import time
@@ -106,8 +106,28 @@ class Decoding:
         )
 
 
+@dataclasses.dataclass
+class Progress:
+    """What was compared at one setting of the bits.
+
+    Attributes:
+      prompts: Prompts that are left.
+      compared: Number of texts that were compared.
+      looping: Number of texts that ended in a loop and were left out.
+      rows: Rows of the report, by drafter.
+    """
+
+    prompts: list[list[int]]
+    compared: int = 0
+    looping: int = 0
+    rows: dict[str, dict] = dataclasses.field(default_factory=dict)
+
+
 def check(name: str, args: argparse.Namespace, report: reports.Report) -> None:
-    """Checks one model; adds a row for each setting and drafter."""
+    """Checks one model; adds a row for each setting and drafter, and completes it with every batch of texts.
+
+    The settings take turns, so that at the time limit all have been compared on as many texts.
+    """
     generator = Generator.load(name)
     generator.holds_dial = True
     plain, drafting = Decoding(generator, None, args.slots), {}
@@ -120,52 +140,67 @@ def check(name: str, args: argparse.Namespace, report: reports.Report) -> None:
     for decoding in (plain, *drafting.values()):
         decoding.compile(programs, candidates[0], args.bits[0])
     say(f"{name}: compiled")
-    for bits in args.bits:
-        if report.out_of_time(f"{name}, {bits} bits"):
-            continue
-        kept, expected, looping = [], [], 0
-        for batch in itertools.batched(candidates, max(args.prompts // 4, 1)):
-            for prompt, text in zip(batch, plain.texts(batch, bits), strict=True):
-                looping += loops(text.tokens)
-                if not loops(text.tokens) and len(kept) < args.prompts:
-                    kept.append(prompt)
-                    expected.append(text.tokens)
-            if len(kept) == args.prompts or report.out_of_time(f"{name}, {bits} bits: more prompts"):
-                break
-        for drafter, decoding in drafting.items():
-            case = f"{name}, {bits} bits, {drafter}"
-            if not kept or report.out_of_time(case):
-                continue
-            start = time.perf_counter()
-            texts = decoding.texts(kept, bits)
-            seconds = time.perf_counter() - start
-            different = [i for i, text in enumerate(texts) if text.tokens != expected[i]]
-            figures = [text.speculation for text in texts if text.speculation is not None]
-            steps, drafted, accepted = (
-                sum(getattr(each, field) for each in figures) for field in ("steps", "drafted", "accepted")
-            )
-            row = {
-                "model": pathlib.Path(name).resolve().name,
-                "bits": bits,
-                "drafter": drafter,
-                "prompts": len(kept),
-                "loops_left_out": looping,
-                "different": different,
-                "tokens": sum(len(text.tokens) for text in texts),
-                "drafted": drafted,
-                "accepted": accepted,
-                "tokens_per_step": round((steps + accepted) / steps, 3),
-                "seconds": round(seconds, 1),
-            }
-            report.fields["texts"].append(row)
-            say(str(row))
-            if different:
-                report.problems.append(
-                    f"{case}: {len(different)} of {len(kept)} texts differ: {different[:9]}"
-                )
-            if not accepted:
-                report.problems.append(f"{case}: no draft was accepted")
-            report.save()
+    progress = {bits: Progress(list(candidates)) for bits in args.bits}
+    while left := {b: p for b, p in progress.items() if p.prompts and p.compared < args.prompts}:
+        for bits, of_bits in left.items():
+            if report.out_of_time(f"{name}, {bits} bits: texts after the first {of_bits.compared}"):
+                return
+            batch = of_bits.prompts[: args.batch]
+            del of_bits.prompts[: args.batch]
+            texts = [text.tokens for text in plain.texts(batch, bits)]
+            of_bits.looping += sum(loops(text) for text in texts)
+            pairs = [pair for pair in zip(batch, texts, strict=True) if not loops(pair[1])]
+            pairs = pairs[: args.prompts - of_bits.compared]
+            for drafter, decoding in drafting.items():
+                if pairs:
+                    _compare(
+                        pathlib.Path(name).resolve().name, bits, drafter, decoding, pairs, of_bits, report
+                    )
+            of_bits.compared += len(pairs)
+    for bits, of_bits in progress.items():
+        for drafter, row in of_bits.rows.items():
+            if not row["accepted"]:
+                report.problems.append(f"{name}, {bits} bits, {drafter}: no draft was accepted")
+
+
+def _compare(
+    model: str,
+    bits: float,
+    drafter: str,
+    decoding: Decoding,
+    pairs: list[tuple[list[int], list[int]]],
+    progress: Progress,
+    report: reports.Report,
+) -> None:
+    """Decodes prompts with drafts, compares their texts to the expected ones, and adds them to the row."""
+    start = time.perf_counter()
+    texts = decoding.texts([prompt for prompt, _ in pairs], bits)
+    seconds = time.perf_counter() - start
+    if drafter not in progress.rows:
+        row = {"model": model, "bits": bits, "drafter": drafter, "prompts": 0, "loops_left_out": 0}
+        row |= {"different": [], "tokens": 0, "steps": 0, "drafted": 0, "accepted": 0, "seconds": 0.0}
+        progress.rows[drafter] = row
+        report.fields["texts"].append(row)
+    row = progress.rows[drafter]
+    different = [
+        row["prompts"] + i
+        for i, (text, pair) in enumerate(zip(texts, pairs, strict=True))
+        if text.tokens != pair[1]
+    ]
+    if different:
+        report.problems.append(f"{model}, {bits} bits, {drafter}: texts differ: {different[:9]}")
+    row["different"] += different
+    row["prompts"] += len(pairs)
+    row["loops_left_out"] = progress.looping
+    row["tokens"] += sum(len(text.tokens) for text in texts)
+    for figures in (text.speculation for text in texts):
+        if figures is not None:
+            for field in ("steps", "drafted", "accepted"):
+                row[field] += getattr(figures, field)
+    row["tokens_per_step"] = round((row["steps"] + row["accepted"]) / row["steps"], 3)
+    row["seconds"] = round(row["seconds"] + seconds, 1)
+    report.save()
+    say(str(row))
 
 
 def main() -> None:
@@ -175,6 +210,7 @@ def main() -> None:
     add("--bits", nargs="+", type=float, default=[3, 8, 2, 4], metavar="B", help="(default: 3 8 2 4)")
     add("--drafters", nargs="+", default=["lookup", "self@2"], metavar="DRAFTER")
     add("--prompts", type=int, default=200, metavar="N", help="texts of each setting (default: 200)")
+    add("--batch", type=int, default=50, metavar="N", help="texts between two writes (default: 50)")
     add("--slots", type=int, default=2, metavar="N", help="texts decoded at once (default: 2)")
     reports.add_arguments(parser)
     args = parser.parse_args()
