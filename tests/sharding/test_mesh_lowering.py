@@ -12,6 +12,13 @@ from jax.sharding import AxisType, PartitionSpec
 
 from grinqh_jax.benchmarking import random_model
 from grinqh_jax.decoding import engine
+from grinqh_jax.decoding.policy import DecodePolicy
+from grinqh_jax.decoding.sampling import Sampling
+from grinqh_jax.decoding.speculation.chunk import SlotTexts, speculative_chunk
+from grinqh_jax.decoding.speculation.drafter import DrafterState
+from grinqh_jax.decoding.speculation.lookup import PromptLookup
+from grinqh_jax.decoding.speculation.model_drafter import SelfDrafter
+from grinqh_jax.decoding.thresholds import StackedThresholds
 from grinqh_jax.model import decoder
 from grinqh_jax.model.cache import KVCache
 from grinqh_jax.model.decoder import Decoder
@@ -25,6 +32,7 @@ pytestmark = pytest.mark.skipif(
     jax.__version_info__ < device.OLDEST_JAX, reason="lane programs need jax >= 0.11.2"
 )
 LAYERS = 2
+CAPACITY = 256
 
 
 def lowered(function, name, devices, batch, exchange="sum"):
@@ -37,7 +45,7 @@ def lowered(function, name, devices, batch, exchange="sum"):
         cut = partition(config, mesh, exchange)
     leaves = cut_leaves(config, traverse_util.flatten_dict(decoder.abstract_tree(config, 8, 3), sep="."), cut)
     heads = dataclasses.replace(config, num_kv_heads=cut.local.num_kv_heads * devices)
-    cache = jax.eval_shape(lambda: KVCache.create(heads, batch, 256, jnp.bfloat16))
+    cache = jax.eval_shape(lambda: KVCache.create(heads, batch, CAPACITY, jnp.bfloat16))
     thresholds = {n: jax.ShapeDtypeStruct((batch, 4), jnp.float32) for n in decoder.linear_names(config)}
     whole, cached = PartitionSpec(), cache.partition_specs()
 
@@ -92,6 +100,46 @@ def test_one_kernel_exchanges_and_norms():
     assert (kernels["exchange"], kernels["add_norm"]) == (0, 1)  # The first norm follows no exchange.
     assert not re.findall(r"stablehlo\.all_reduce", text)
     assert len(re.findall(r"stablehlo\.all_gather", text)) == 2
+
+
+@pytest.mark.parametrize(("drafter", "steps"), [("lookup", 1), ("self", 2)])
+def test_a_step_with_drafts_exchanges_as_one_without(drafter, steps):
+    """So the texts are equal. A step has 16 rows; ``self`` also reads the 2 last tokens."""
+    batch, drafts = 2, 7
+
+    def chunk(model, tokens, cache, thresholds):
+        drafters = {
+            "lookup": PromptLookup(),
+            "self": SelfDrafter(
+                StackedThresholds(jnp.stack([t[0] for t in thresholds.values()]), tuple(thresholds))
+            ),
+        }
+        texts = SlotTexts(jnp.zeros((batch, CAPACITY), jnp.int32), jnp.zeros((batch, 4)))
+        full = jnp.full(batch, drafts)
+        decoded, cache, *_ = speculative_chunk(
+            model,
+            tokens,
+            jnp.zeros(batch, bool),
+            cache,
+            thresholds,
+            Sampling.create(batch),
+            jnp.full(1, -1),
+            full,
+            texts,
+            drafters[drafter],
+            DrafterState(),
+            full,
+            steps=4,
+            drafts=drafts,
+            policy=DecodePolicy.for_device(),
+        )
+        return decoded.tokens, cache, decoded.grading_stats
+
+    text = lowered(chunk, "Qwen3-8B", 2, batch, "kernel")
+    kernels = collections.Counter(re.findall(r"00(\w+)_kernel_mosaic_gpu", text))
+    assert (kernels["exchange_add_norm"], kernels["open_mailbox"]) == (2 * LAYERS * steps, 1)
+    assert (kernels["exchange"], kernels["add_norm"]) == (0, steps)
+    assert not re.findall(r"stablehlo\.all_reduce", text)
 
 
 def test_a_long_prefill_dequantizes_the_parts():

@@ -111,6 +111,8 @@ def speculative_chunk(
     batch, width = len(tokens), drafts + 1
     linears = None if thresholds is None else len(linear_names(model.config))
     done |= (limits <= 0) | (cache.lengths >= cache.capacity)
+    if model.partition is not None:
+        cache = dataclasses.replace(cache, mailbox=model.partition.opened(batch * width))
     empty = Chunk.empty(tokens, done, steps * width, linears, history, dial, top_logprobs)
     zeros = jnp.zeros(batch, jnp.int32)
     loop = Loop(
@@ -212,7 +214,8 @@ def speculative_chunk(
         loop = jax.lax.while_loop(unfinished, one_step, loop)
     else:
         loop = jax.lax.fori_loop(0, steps, lambda _, loop: one_step(loop), loop)
-    return loop.chunk, loop.cache, loop.texts, loop.drafter, loop.counts
+    cache = dataclasses.replace(loop.cache, mailbox=None)
+    return loop.chunk, cache, loop.texts, loop.drafter, loop.counts
 
 
 def verify(
