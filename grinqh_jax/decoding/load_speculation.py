@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from grinqh_jax.decoding.bits import Bits
@@ -27,7 +28,7 @@ def speculation_of(setting: SpeculationSetting | None, generator: Generator) -> 
 
     Raises:
       UsageError: The target cannot roll back its cache, a model does not support the bits, or the draft model
-        has another vocabulary.
+        has another vocabulary or cannot be cut among the devices of the target.
       CheckpointError, UnsupportedModelError: See ``Generator.load``.
     """
     if setting is None:
@@ -49,7 +50,11 @@ def speculation_of(setting: SpeculationSetting | None, generator: Generator) -> 
         drafter = SelfDrafter(thresholds)
     elif setting.drafter == "model":
         assert setting.model is not None, "the setting names the draft model"
-        drafter = model_drafter(Generator.load(setting.model), generator, setting.bits)
+        cut = generator.model.partition
+        mesh = None if cut is None else cut.mesh
+        assert not isinstance(mesh, jax.sharding.AbstractMesh), "a model with weights is on devices"
+        draft = Generator.load(setting.model, mesh=mesh)
+        drafter = model_drafter(draft, generator, setting.bits)
     return Speculation(drafter)
 
 
@@ -57,7 +62,7 @@ def model_drafter(draft: Generator, target: Generator, bits: Bits | None) -> Mod
     """Returns the drafter of a model.
 
     Args:
-      draft: The draft model.
+      draft: The draft model, on the devices of the target.
       target: The model that verifies.
       bits: Mean bits of the drafts; None for the default.
 
@@ -73,7 +78,8 @@ def model_drafter(draft: Generator, target: Generator, bits: Bits | None) -> Mod
     if (lacking := rollback_lacks(config)) is not None:
         raise UsageError(f"{draft.directory} cannot draft, because it has {lacking}; use another model")
     dtype = jnp.dtype(draft.model.compute_dtype)
-    return ModelDrafter(FlatModel(draft.model), _thresholds(draft, bits), config, dtype)
+    cache_config = draft.model.cache_config
+    return ModelDrafter(FlatModel(draft.model), _thresholds(draft, bits), cache_config, dtype)
 
 
 def _thresholds(generator: Generator, bits: Bits | None) -> StackedThresholds | None:

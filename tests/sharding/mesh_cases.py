@@ -19,9 +19,12 @@ from grinqh_jax.cli import benchmark as benchmark_verb
 from grinqh_jax.decoding import engine
 from grinqh_jax.decoding.dial import Dial
 from grinqh_jax.decoding.generator import Generator
+from grinqh_jax.decoding.load_speculation import speculation_of
 from grinqh_jax.decoding.prompt_cache import PromptCache
 from grinqh_jax.decoding.request import Request
 from grinqh_jax.decoding.sampling import Sampling
+from grinqh_jax.decoding.speculation.setting import SpeculationSetting
+from grinqh_jax.decoding.speculation.speculation import Speculation
 from grinqh_jax.errors import UsageError
 from grinqh_jax.evaluation.perplexity import measure
 from grinqh_jax.evaluation.scoring import score
@@ -203,6 +206,24 @@ def test_an_engine_serves_the_same_answers(graded_directory, slots, compilations
             bits = [answer.statistics().realised_bits for answer in answers]
             assert slots == 2 or bits == pytest.approx([6, 6, 6])
     assert texts[0] == texts[1]
+
+
+@SLOW
+@pytest.mark.parametrize("drafter", ["lookup", "self", "model"])
+def test_texts_with_drafts_are_those_without(graded_directory, drafter):
+    config = Generator.load(graded_directory).model.config
+    generator = Generator.load(graded_directory, mesh=make_mesh("tp=2", config))
+    generator.holds_dial = True
+    request = Request(bits="full", max_tokens=40, temperature=0.0)
+    text = str(graded_directory) if drafter == "model" else drafter
+    speculation = speculation_of(SpeculationSetting.parse(text), generator)
+    always = Speculation(speculation.drafter, always=True)
+    for prompt in ("the cat and the cat sat on", "to be or not to be, to be or"):
+        texts = [generator.generate(prompt, request, speculation=of) for of in (None, always)]
+        plain, drafted = ("".join(text) for text in texts)
+        assert drafted == plain
+        assert texts[1].tokens == texts[0].tokens
+        assert texts[1].statistics().speculation.accepted > 0
 
 
 def test_a_mesh_that_does_not_fit_is_refused_with_the_numbers_that_do():

@@ -99,7 +99,7 @@ class Device:
         self._placement = Placement.of_model(model, abstract)
         sharding = self._placement.sharding
         self._model, self._dial = FlatModel(model), jax.device_put(dial, sharding)
-        self._drafter = jax.device_put(None if speculation is None else speculation.drafter, sharding)
+        self._drafter = self._put(None if speculation is None else speculation.drafter)
 
         def state() -> DecodeState:
             sizes = shape.num_pages, shape.page_size, self._dtype, shape.ring_context

@@ -30,6 +30,7 @@ from grinqh_jax.model.cache import KVCache
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import Decoder
 from grinqh_jax.model.flat_model import FlatModel, decoder_of
+from grinqh_jax.sharding.program import zeros_on_mesh
 
 MOST_READ = 8
 """Largest number of tokens of a text that a draft model reads before it drafts."""
@@ -68,9 +69,9 @@ class ModelDrafter:
     it does not have, at most ``MOST_READ`` in a step; if there are more, it has no draft in this step.
 
     Attributes:
-      model: The draft model.
+      model: The draft model, on the devices of the target.
       thresholds: Its thresholds, the same for all texts; None for a dense model.
-      config: Its configuration.
+      config: Configuration of its cache (``Decoder.cache_config``).
       dtype: Dtype of its keys and values.
     """
 
@@ -83,7 +84,8 @@ class ModelDrafter:
 
     def create(self, texts: int, num_pages: int, page_size: int) -> DrafterState:
         """Returns an empty cache."""
-        cache = PagedCache.create(self.config, num_pages, page_size, self.dtype, None)
+        sizes = num_pages, page_size, self.dtype, None
+        cache = zeros_on_mesh(lambda: PagedCache.create(self.config, *sizes), self.model.partition)
         return DrafterState(np.zeros(texts, np.int32), cache)
 
     def prefill(
