@@ -155,18 +155,17 @@ class MatrixUnit(Instructions):
         # The matrix unit reads shared memory as late as it may, after what runs meanwhile.
         results = list(meanwhile())
         multiply = self.matrix_multiply_add_bfloat16
+        step, distances = (32, None) if distance is None else (2 * distance, (distance, 128))
         for i, matrices in enumerate(a):
-            c = self._warpgroup_products(
-                columns, c, matrices, b + 2 * distance * i, (distance, 128), multiply
-            )
+            c = self._warpgroup_products(columns, c, matrices, b + step * i, distances, multiply)
         return c, results
 
     def _warpgroup_products(self, columns, c, a, b, distances, multiply):
         """Multiplies with one B in shared memory, 8 columns at a time as ``multiply`` does.
 
-        Blocks of 8 columns and 16 bytes of K have these distances in bytes along K and N.
+        Blocks of 8 columns and 16 bytes of K have these distances in bytes along K and N. Without distances
+        B is in rows of 128 bytes as ``copy_box`` leaves them.
         """
-        along_k, along_n = distances
         warpgroups = self._whole(WARPGROUP, "a product of warpgroups", "a warpgroup")
         threads = np.flatnonzero(np.repeat(warpgroups, WARPGROUP))
         results: list[list[LaneValue]] = [[] for _ in c]
@@ -174,7 +173,12 @@ class MatrixUnit(Instructions):
             # Row 8 j + n has the elements of half j of K for column n; lane 4 n + i has four bytes of them.
             rows = np.zeros((self.total, 4), np.uint32)
             half, column = threads // 8 % 2, threads % 8
-            address = b.data[threads].astype(np.int64) + along_n * t + along_k * half + 16 * column
+            address = b.data[threads].astype(np.int64)
+            if distances is None:
+                address = address + 128 * (8 * t + column) + 16 * half
+                address ^= (address >> 3) & 0x70
+            else:
+                address = address + distances[1] * t + distances[0] * half + 16 * column
             rows[threads] = self.shared.read_operands(threads, address, 4)
             halves = rows.reshape(-1, LANES, 4)[:, :16].reshape(-1, 2, 8, 4)
             operand = [

@@ -13,25 +13,42 @@ NOBODY = -1
 COPY = -2
 """Writer of a word that an asynchronous copy is still writing."""
 
+ARRIVED = -3
+"""Writer of a word that a copied box has written."""
+
 
 class EmulationError(Exception):
     """Raised if a lane program does something that a GPU forbids or leaves undefined."""
 
 
 class GlobalMemory:
-    """The arrays in global memory, in bytes, numbered from 1."""
+    """The arrays in global memory, in bytes and in their shapes, numbered from 1."""
 
     def __init__(self):
         self.arrays: list[np.ndarray] = []
+        self.shaped: list[np.ndarray] = []
 
     def add(self, array: np.ndarray) -> int:
         """Adds a contiguous array, which stores change in place; returns its number."""
+        self.shaped.append(array)
         self.arrays.append(array.reshape(-1).view(np.uint8))
         return len(self.arrays)
 
     def address(self, number: int) -> int:
         """Returns the address of an array."""
         return number << ADDRESS_BITS
+
+    def box(self, number: int, sizes: tuple[int, ...], corner: list[int]) -> np.ndarray:
+        """Returns a box of an array, with zeros outside of the array."""
+        array = self.shaped[number - 1]
+        box = np.zeros(sizes, array.dtype)
+        inside = [
+            (max(c, 0), min(c + size, end)) for c, size, end in zip(corner, sizes, array.shape, strict=True)
+        ]
+        if all(first < end for first, end in inside):
+            target = tuple(slice(first - c, end - c) for (first, end), c in zip(inside, corner, strict=True))
+            box[target] = array[tuple(slice(*ends) for ends in inside)]
+        return box
 
     def locate(self, address, count, access):
         """Returns the array and the byte indices ``[n, count]`` of ``n`` addresses, all of one array."""
@@ -62,6 +79,9 @@ class SharedMemory:
       epoch: int ``[words]``, number of ``publishes`` when the word was last written.
       publishes: For each ``publish``, the threads that took part, ``[threads]``, and the barriers that all
         threads had passed, ``[3, threads]``.
+      arrival: int ``[2, words]``, of words that a box has written: number of the arrival barrier, and the
+        time at which the box arrived.
+      waited: For each number of an arrival barrier, when each warp last waited for it, int ``[warps]``.
       set_time: int64 ``[words]``, barriers of the CTA passed when a thread last set bits; -1 for none.
       write_time, read_time: int64 ``[3, words]``, barriers of the cluster, the CTA and the warp that the
         thread had passed before that access.
@@ -77,6 +97,8 @@ class SharedMemory:
         self.reader = np.full(words, NOBODY)
         self.epoch = np.zeros(words, np.int64)
         self.publishes: list[tuple[np.ndarray, np.ndarray]] = []
+        self.arrival = np.zeros((2, words), np.int64)
+        self.waited: list[np.ndarray] = []
         self.set_time = np.full(words, -1)
         self.write_time = np.zeros((3, words), np.int64)
         self.read_time = np.zeros((3, words), np.int64)
@@ -134,6 +156,11 @@ class SharedMemory:
             raise EmulationError(
                 "load of shared memory that nothing has written, or that a copy is still writing"
             )
+        boxes = writer == ARRIVED
+        if boxes.any():
+            number, time = self.arrival[:, word[boxes]]
+            if (np.stack(self.waited)[number, thread[boxes] // LANES] < time).any():
+                raise EmulationError("load of a copied box whose arrival this warp has not waited for")
         self._check_writers(thread, word, "load after")
         self._check_set(thread, word, "load after")
         self.reader[word] = thread
@@ -144,6 +171,8 @@ class SharedMemory:
         """Records that ``thread`` writes ``word`` (both ``[n, count]``) and checks for races."""
         self._check_writers(thread, word, "store after")
         self._check_set(thread, word, "store after")
+        if (self.writer[word] == COPY).any():
+            raise EmulationError("store to shared memory that a copy is still writing")
         self._check(thread, self.reader[word], self.read_time[:, word], "store after")
         if np.unique(word).size != word.size:
             raise EmulationError("race in shared memory: two threads store to one word")
@@ -179,6 +208,12 @@ class SharedMemory:
         self.write_time[:, word] = self.now(thread)[:, :, None]
         self.epoch[word] = len(self.publishes)
 
+    def arrive_box(self, word, values, number, time):
+        """Completes a copy of a box into ``word``, whose arrival barrier has a number, at a time."""
+        self.data[word] = values
+        self.writer[word] = ARRIVED
+        self.arrival[0, word], self.arrival[1, word] = number, time
+
     def publish(self, active):
         """Records that the ``active`` threads publish what they wrote, for products of warpgroups."""
         self.publishes.append((active, self.now(np.arange(len(active)))))
@@ -187,7 +222,9 @@ class SharedMemory:
         """Loads words as ``read`` does, for a product of warpgroups: their writers must have published."""
         values = self.read(thread, address, count)
         word = self.words(thread, address, count, "product").reshape(-1)
-        thread, writer, event = np.repeat(thread, count), self.writer[word], self.epoch[word]
+        stored = self.writer[word] >= 0
+        word, thread = word[stored], np.repeat(thread, count)[stored]
+        writer, event = self.writer[word], self.epoch[word]
         while word.size:
             if (event == len(self.publishes)).any():
                 raise EmulationError(

@@ -21,6 +21,7 @@ import time
 import ml_dtypes
 import numpy as np
 
+from pallas_kernels.lanes.emulated_copies import AsynchronousCopies
 from pallas_kernels.lanes.emulated_matrix_unit import MatrixUnit
 from pallas_kernels.lanes.emulated_memory import EmulationError, GlobalMemory, SharedMemory
 from pallas_kernels.lanes.emulated_registers import DTYPE, LaneValue
@@ -32,7 +33,7 @@ WAIT_SECONDS = 20
 _flagged_access = threading.Lock()
 
 
-class NumpyInstructions(MatrixUnit):
+class NumpyInstructions(MatrixUnit, AsynchronousCopies):
     """Executes a lane program for all threads at once. ``array`` returns the refs to global memory."""
 
     def __init__(self, *, blocks: int, threads: int, shared_bytes: int, cluster: int = 1, seed: int = 0):
@@ -44,6 +45,7 @@ class NumpyInstructions(MatrixUnit):
         self.unordered_stores = np.zeros(blocks // cluster, bool)
         self.masks = [np.ones(self.total, bool)]
         self.memory = GlobalMemory()
+        self.phases = {}
         self.open_copies: list[list] = [[] for _ in range(self.total // LANES)]
         self.copy_groups: list[list] = [[] for _ in range(self.total // LANES)]
 
@@ -57,6 +59,8 @@ class NumpyInstructions(MatrixUnit):
             raise EmulationError(
                 "the program ends with asynchronous copies that were not waited for: call wait_copies(0)"
             )
+        if any(phase.copies for phase in self.phases.values()):
+            raise EmulationError("the program ends with copies of boxes that no warp has waited for")
         if self.queued is not None:
             raise EmulationError("the program ends with a queued product that it has not finished")
         if self.unordered_stores.any():
@@ -260,29 +264,6 @@ class NumpyInstructions(MatrixUnit):
         # Element [matrix, 2 column + half, row] goes to register `matrix` of lane 4 row + column.
         pairs = matrices.reshape(-1, 4, 4, 2, 8).transpose(1, 0, 4, 2, 3)
         return [LaneValue(np.ascontiguousarray(m).view(np.int32).reshape(-1), "i32") for m in pairs]
-
-    def copy_async(self, shared, source, *, evict_first=False, where=None):
-        active = np.flatnonzero(self._mask if where is None else self._mask & where.data)
-        if not active.size:
-            return
-        array, index = self.memory.locate(source.data[active], 16, "asynchronous copy")
-        word = self.shared.words(active, shared.data[active].astype(np.int64), 4, "asynchronous copy")
-        self.shared.expect(active, word)
-        values = array[index].view(np.uint32)
-        for warp in np.unique(active // LANES):
-            mine = active // LANES == warp
-            self.open_copies[warp].append((active[mine], word[mine], values[mine]))
-
-    def commit_copies(self):
-        for warp in self._warps("commit_copies"):
-            self.copy_groups[warp].append(self.open_copies[warp])
-            self.open_copies[warp] = []
-
-    def wait_copies(self, pending):
-        for warp in self._warps("wait_copies"):
-            while len(self.copy_groups[warp]) > pending:
-                for thread, word, values in self.copy_groups[warp].pop(0):
-                    self.shared.arrive(thread, word, values)
 
     # --- warp and CTA ----------------------------------------------------------------------------
     def block_barrier(self):

@@ -3,7 +3,7 @@
 Pallas has no ballots, shuffles, gathers by lane, byte permutes or integer matrix instructions. A kernel is
 therefore a *lane program*: a Python function that calls the instructions below and describes the work of a
 single lane. Two back ends execute it. ``ptx`` emits MLIR and PTX inside a Pallas Mosaic GPU kernel;
-``emulator`` runs all lanes in lockstep on NumPy arrays. This file, ``registers`` and
+``emulator`` runs all lanes in lockstep on NumPy arrays. This file, ``registers``, ``box_instructions`` and
 ``warpgroup_instructions`` specify it.
 
 A program is traced once. Tracing unrolls Python loops and evaluates Python ``if`` statements; each lane
@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
+from pallas_kernels.lanes.box_instructions import BoxInstructions
 from pallas_kernels.lanes.registers import Kind, Value
 from pallas_kernels.lanes.warpgroup_instructions import WarpgroupInstructions
 
@@ -26,7 +27,7 @@ LANES = 32
 """Number of lanes in a warp."""
 
 
-class Instructions(WarpgroupInstructions):
+class Instructions(WarpgroupInstructions, BoxInstructions):
     """The instructions. A word is an ``i32`` register; a vector of registers is a Python list."""
 
     # --- constants, indices, addresses -----------------------------------------------------------

@@ -50,7 +50,7 @@ def lane_kernel(
     def body(*refs):
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
         def lanes(context, *refs):
-            program(PeerPtxInstructions(context) if peers else PtxInstructions(), refs)
+            program(PeerPtxInstructions(context) if peers else PtxInstructions(context), refs)
 
         lanes(*refs)
 

@@ -10,35 +10,22 @@ from jax.experimental.mosaic.gpu import utils as mosaic
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, scf
 
-from pallas_kernels.lanes.instructions import Instructions
 from pallas_kernels.lanes.peer_instructions import PeerInstructions
-from pallas_kernels.lanes.ptx_values import PtxValue, assemble, constant, mlir_type
+from pallas_kernels.lanes.ptx_hopper import HopperPtxInstructions
+from pallas_kernels.lanes.ptx_values import (
+    PtxValue,
+    assemble,
+    cache_policy,
+    constant,
+    mlir_type,
+    operands,
+)
 
 _VECTOR = {1: "", 2: ".v2", 4: ".v4"}
 _ALL_LANES = "0xffffffff"
 
 
-def _matrices(registers: list[PtxValue], count: int) -> list[list[PtxValue]]:
-    """Divides registers among ``count`` matrices of equal size."""
-    each = len(registers) // count
-    return [registers[each * i :][:each] for i in range(count)]
-
-
-def _operands(count: int, first: int) -> str:
-    """Returns the text of an operand: ``$3`` for one register, ``{$3,$4}`` for a vector of two."""
-    names = [f"${first + i}" for i in range(count)]
-    return names[0] if count == 1 else "{" + ",".join(names) + "}"
-
-
-def _cache_policy(evict_first: bool, number: int) -> tuple[str, list[PtxValue], str]:
-    """Returns the modifier, register and operand ``number`` that ``evict_first`` adds to a memory access."""
-    if not evict_first:
-        return "", [], ""
-    policy = assemble("createpolicy.fractional.L2::evict_first.b64 $0, 1.0;", [], ("i64",))
-    return ".L2::cache_hint", policy, f", ${number}"
-
-
-class PtxInstructions(Instructions):
+class PtxInstructions(HopperPtxInstructions):
     """Emits the lane program at MLIR's current insertion point. Refs are memrefs."""
 
     def constant(self, value, kind="i32"):
@@ -118,8 +105,8 @@ class PtxInstructions(Instructions):
     def load_global(self, address, count=1, kind="i32", *, ordered=False, evict_first=False):
         # ptxas (13.0 and 13.5) moves loads through the read-only path (nc) across barriers.
         path = "" if ordered else ".nc"
-        hint, policy, operand = _cache_policy(evict_first, count + 1)
-        template = f"ld.global{path}{hint}{_VECTOR[count]}.b32 {_operands(count, 0)}, [${count}]{operand};"
+        hint, policy, operand = cache_policy(evict_first, count + 1)
+        template = f"ld.global{path}{hint}{_VECTOR[count]}.b32 {operands(count, 0)}, [${count}]{operand};"
         return assemble(template, [address, *policy], (kind,) * count, effects=ordered)
 
     def load_global_16(self, address):
@@ -127,15 +114,15 @@ class PtxInstructions(Instructions):
         return assemble(template, [address], ("i32",))[0]
 
     def store_global(self, address, values):
-        template = f"st.global{_VECTOR[len(values)]}.b32 [$0], {_operands(len(values), 1)};"
+        template = f"st.global{_VECTOR[len(values)]}.b32 [$0], {operands(len(values), 1)};"
         assemble(template, [address, *values], effects=True)
 
     def load_shared(self, address, count=1, kind="i32"):
-        template = f"ld.shared{_VECTOR[count]}.b32 {_operands(count, 0)}, [${count}];"
+        template = f"ld.shared{_VECTOR[count]}.b32 {operands(count, 0)}, [${count}];"
         return assemble(template, [address], (kind,) * count, effects=True)
 
     def store_shared(self, address, values, where=None):
-        template = f"st.shared{_VECTOR[len(values)]}.b32 [$0], {_operands(len(values), 1)};"
+        template = f"st.shared{_VECTOR[len(values)]}.b32 [$0], {operands(len(values), 1)};"
         if where is None:
             assemble(template, [address, *values], effects=True)
         else:
@@ -147,7 +134,7 @@ class PtxInstructions(Instructions):
 
     def store_cluster(self, address, rank, values):
         (remote,) = assemble(f"mapa.shared::cluster.u32 $0, $1, {rank};", [address], ("i32",))
-        template = f"st.shared::cluster{_VECTOR[len(values)]}.b32 [$0], {_operands(len(values), 1)};"
+        template = f"st.shared::cluster{_VECTOR[len(values)]}.b32 [$0], {operands(len(values), 1)};"
         assemble(template, [remote, *values], effects=True)
 
     def load_matrices_transposed(self, address, *, unwritten=False):
@@ -155,7 +142,7 @@ class PtxInstructions(Instructions):
         return assemble(template, [address], ("i32",) * 4, warp=True)
 
     def copy_async(self, shared, source, *, evict_first=False, where=None):
-        hint, policy, operand = _cache_policy(evict_first, 2)
+        hint, policy, operand = cache_policy(evict_first, 2)
         if evict_first:
             # Works around ptxas 13.0 and 13.5: if the shared address is [register + uniform register], they
             # put the cache policy into registers other than those that the instruction reads, which is an
@@ -233,75 +220,6 @@ class PtxInstructions(Instructions):
         )
         return assemble(template, [*a, *b, *c], ("f32",) * 4)
 
-    def queue_warpgroup_multiply_add(self, c, a, b, offset):
-        descriptor = self._descriptor(b, 128, 256, offset)
-        sums = self._start_products(f"m64n{2 * len(c[0])}k32.s32.u8.s8", "", c, [a], [descriptor])
-        assemble("wgmma.wait_group.sync.aligned 1;", [], warp=True)
-        return _matrices(sums, len(c))
-
-    def finish_warpgroup_multiply_add(self, c):
-        return _matrices(self._finish_products([register for sums in c for register in sums]), len(c))
-
-    def warpgroup_multiply_add_bfloat16(self, columns, c, a, b, distance, meanwhile=list):
-        instruction = f"m64n{columns}k16.f32.bf16.bf16"
-        descriptors = [self._descriptor(b + 2 * distance * i, distance, 128) for i in range(len(a))]
-        add = c is not None
-        if c is None:
-            c = [[self.undefined("f32") for _ in range(columns // 2)] for _ in a[0]]
-        modifiers = ", 1, 1, 0"  # neither A nor B negated, B not transposed
-        sums = self._start_products(instruction, modifiers, c, a, descriptors, add=add)
-        # The results pass through the wait, so that their instructions stay before it.
-        out = self._finish_products([*sums, *meanwhile()])
-        return _matrices(out[: len(sums)], len(c)), out[len(sums) :]
-
-    def undefined(self, kind):
-        """Returns a register that nothing has written."""
-        return PtxValue(llvm.mlir_undef(mlir_type(kind)), kind)
-
-    def _descriptor(self, b, along_k, along_n, offset=0):
-        """Returns the descriptor of an operand B that is not swizzled.
-
-        Args:
-          b, offset: Its address is their sum. The offset costs one instruction.
-          along_k, along_n: Bytes between neighbouring blocks of 8 columns and 16 bytes of K, along K and N.
-        """
-        low = ((b & 0x3FFFF) >> 4) | (along_k >> 4) << 16  # in units of 16 bytes
-        return self.widen(low + (offset >> 4) if offset else low) | (along_n >> 4) << 32
-
-    def _start_products(self, instruction, modifiers, c, a, descriptors, add=True):
-        """Starts ``wgmma`` for every B and every C as one group, and returns the registers of all C.
-
-        Args:
-          instruction: Shape and types.
-          modifiers: Last operands of the instruction.
-          c: Registers of each C.
-          a: For each B, the registers of A for each C.
-          descriptors: The descriptor of each B.
-          add: Whether the products with the first B are added to C, or replace it.
-        """
-        width, count = len(c[0]), sum(map(len, c))
-        registers = [register for matrices in a for matrix in matrices for register in matrix]
-        template = "wgmma.fence.sync.aligned; "
-        for step in range(len(a)):
-            for i in range(len(c)):
-                matrix = _operands(4, 2 * count + 4 * (step * len(c) + i))
-                template += (
-                    f"wgmma.mma_async.sync.aligned.{instruction} {_operands(width, width * i)}, {matrix}, "
-                    f"${2 * count + len(registers) + step}, {int(add or step > 0)}{modifiers}; "
-                )
-        template += "wgmma.commit_group.sync.aligned;"
-        inputs = [*(register for matrix in c for register in matrix), *registers, *descriptors]
-        kinds = tuple(v.kind for v in inputs[:count])
-        return assemble(template, inputs, kinds, warp=True, tied=count)
-
-    def _finish_products(self, values):
-        """Waits for all groups, and returns the values, which pass through the wait."""
-        kinds = tuple(v.kind for v in values)
-        return assemble("wgmma.wait_group.sync.aligned 0;", values, kinds, warp=True, tied=len(values))
-
-    def publish_operands(self):
-        assemble("fence.proxy.async.shared::cta;", [], effects=True)
-
     @contextlib.contextmanager
     def when(self, condition):
         branch = scf.IfOp(condition.ssa)
@@ -320,10 +238,7 @@ class PtxInstructions(Instructions):
 
 
 class PeerPtxInstructions(PtxInstructions, PeerInstructions):
-    """The instructions of a program on all devices, from the context of its Mosaic GPU kernel."""
-
-    def __init__(self, context):
-        self.context = context
+    """The instructions of a program on all devices."""
 
     def device_index(self):
         return PtxValue(self.context.device_id(), "i32")

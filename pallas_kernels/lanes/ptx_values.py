@@ -104,3 +104,17 @@ def assemble(
     if len(types) == 1:
         return [PtxValue(out, outputs[0])]
     return [PtxValue(llvm.extractvalue(t, out, [i]), outputs[i]) for i, t in enumerate(types)]
+
+
+def operands(count: int, first: int) -> str:
+    """Returns the text of an operand: ``$3`` for one register, ``{$3,$4}`` for a vector of two."""
+    names = [f"${first + i}" for i in range(count)]
+    return names[0] if count == 1 else "{" + ",".join(names) + "}"
+
+
+def cache_policy(evict_first: bool, number: int) -> tuple[str, list[PtxValue], str]:
+    """Returns the modifier, register and operand ``number`` that ``evict_first`` adds to a memory access."""
+    if not evict_first:
+        return "", [], ""
+    policy = assemble("createpolicy.fractional.L2::evict_first.b64 $0, 1.0;", [], ("i64",))
+    return ".L2::cache_hint", policy, f", ${number}"

@@ -36,7 +36,7 @@ class WarpgroupInstructions(abc.ABC):
         c: Sequence[Sequence[Value]] | None,
         a: Sequence[Sequence[Sequence[Value]]],
         b: Value,
-        distance: int,
+        distance: int | None,
         meanwhile: Callable[[], Sequence[Value]] = list,
     ) -> tuple[list[list[Value]], list[Value]]:
         """Returns ``C + A @ B`` for several C, summed over several B in shared memory (``wgmma.m64nNk16``).
@@ -47,12 +47,16 @@ class WarpgroupInstructions(abc.ABC):
         ``[k, n]`` of the first is the two bytes from ``b + distance (k // 8) + 16 n + 2 (k % 8)`` on; each
         of the others starts ``2 distance`` bytes after the one before.
 
+        Without a distance B is in rows of 128 bytes as ``copy_box`` leaves them, a row for each column; K
+        lies along the row. Each of the others starts 32 bytes after the one before, in the same rows.
+
         Args:
-          columns: Number of columns of B, a multiple of 8 up to 64.
+          columns: Number of columns of B, a multiple of 8 up to 256.
           c: Registers of each C, or None for zeros.
           a: For each B, the registers of A for each C.
-          b: Address of the first B, a multiple of 16.
-          distance: Bytes from 8 rows of B to the next 8, a multiple of 16.
+          b: Address of the first B, a multiple of 16; without a distance of 32, in a row 0 whose address is
+            a multiple of 1024.
+          distance: Bytes from 8 rows of B to the next 8, a multiple of 16, or None.
           meanwhile: Emits instructions, which run while the matrix unit multiplies; returns their results.
             They do not use ``c``.
 

@@ -5,13 +5,14 @@ control flow, to other machine code than nvcc.
 """
 
 import contextlib
+import itertools
 import re
 import shutil
 import struct
 import subprocess
 from collections.abc import Callable
 
-from pallas_kernels.lanes import ptx, ptx_values
+from pallas_kernels.lanes import ptx, ptx_hopper, ptx_values
 from pallas_kernels.lanes.registers import Value
 
 NVCC = shutil.which("nvcc")
@@ -52,8 +53,10 @@ class CudaInstructions(ptx.PtxInstructions):
     """Collects the statements of a program. Refs are names of parameters; None is the shared memory."""
 
     def __init__(self):
+        super().__init__(None)
         self.statements: list[str] = []
         self.count = 0
+        self.tensor_maps: dict[tuple, str] = {}
 
     def variable(self, kind, expression: str | None = None) -> CudaValue:
         self.count += 1
@@ -123,6 +126,10 @@ class CudaInstructions(ptx.PtxInstructions):
     def maximum(self, a, b):
         return self.variable("i32", f"max({a.text}, {b.text})")
 
+    def _tensor_map(self, ref, box):
+        name = self.tensor_maps.setdefault((ref, box), f"map{len(self.tensor_maps)}")
+        return self.variable("i64", f"(unsigned long long)&{name}")
+
     def undefined(self, kind):
         return self.variable(kind)
 
@@ -161,13 +168,18 @@ def assemble(monkeypatch, tmp_path, program: Callable, refs: list, threads: int,
       AssertionError: nvcc refuses the source; the message is its report.
     """
     isa = CudaInstructions()
-    monkeypatch.setattr(ptx, "assemble", isa.assemble)
-    monkeypatch.setattr(ptx, "constant", isa.constant)
-    monkeypatch.setattr(ptx, "PtxValue", CudaValue)
+    replaced = {"assemble": isa.assemble, "constant": isa.constant, "PtxValue": CudaValue}
+    for module, (name, value) in itertools.product((ptx, ptx_hopper, ptx_values), replaced.items()):
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, value)
     program(isa, refs)
-    parameters = ", ".join(f"char* __restrict__ {ref}" for ref in refs if ref is not None)
+    parameters = ", ".join(
+        [f"char* __restrict__ {ref}" for ref in refs if ref is not None]
+        + [f"const __grid_constant__ TensorMap {name}" for name in isa.tensor_maps.values()]
+    )
     source = tmp_path / "program.cu"
     source.write_text(
+        "struct alignas(64) TensorMap { char bytes[128]; };\n"
         "extern __shared__ __align__(1024) char shared[];\n"
         f'extern "C" __global__ void __launch_bounds__({threads}) program({parameters}) {{\n'
         + "\n".join(isa.statements)

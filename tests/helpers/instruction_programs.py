@@ -36,6 +36,8 @@ class Operands:
     """Shared address of the first thread's 16 bytes."""
     target: Value
     """Global address of the thread's 4 output words."""
+    array: Any
+    """The ref of all input words."""
 
 
 def inputs() -> np.ndarray:
@@ -71,7 +73,7 @@ def run(isa: Instructions, program, source: Any, target: Any, shared: Any) -> No
     (z,) = isa.load_global(address + 16, 1, "f32")
     base = isa.shared_address(shared)
     results = isa.global_address(target) + isa.widen(thread << 4)
-    operands = Operands(thread, a, b, x, y, z, address, base + (thread << 4), base, results)
+    operands = Operands(thread, a, b, x, y, z, address, base + (thread << 4), base, results, source)
     words = [as_word(isa, v) for v in program(isa, operands)]
     words += [isa.constant(0)] * (OUTPUT_WORDS - len(words))
     isa.store_global(results, words)
@@ -144,6 +146,38 @@ def warpgroup_bfloat16(isa: Instructions, t: Operands) -> list[Value]:
     return [x + y * 3.0 + others[0] for x, y in zip(sums[0][:4], sums[1][4:], strict=True)]
 
 
+def warpgroup_swizzled_bfloat16(isa: Instructions, t: Operands) -> list[Value]:
+    """B is the middle of 16 rows of 128 bytes: K from 16 to 47."""
+    isa.store_shared(t.shared, [small_bfloat16(isa, t.b + i) for i in range(4)])
+    isa.publish_operands()
+    isa.block_barrier()
+    a = [small_bfloat16(isa, word) for word in (t.a, t.b, t.a ^ t.b, t.b - t.a)]
+    sums, _ = isa.warpgroup_multiply_add_bfloat16(16, None, [[a], [a[::-1]]], t.all_shared + 32, None)
+    return [x + y * 3.0 for x, y in zip(sums[0][:4], sums[0][4:], strict=True)]
+
+
+def boxes(isa: Instructions, t: Operands) -> list[Value]:
+    """Two boxes in one phase, then another one in their place; the array has rows of 32 bytes."""
+    barrier, first, zero = t.all_shared + 3072, t.thread.equals(0), isa.constant(0)
+    with isa.when(first):
+        isa.start_arrivals(barrier)
+    isa.block_barrier()
+    with isa.when(first):
+        isa.expect_bytes(barrier, 3072)
+        isa.copy_box(t.all_shared, t.array, [isa.constant(5), zero], (32, 16), barrier)
+        corner = [isa.constant(THREADS - 4), isa.constant(4)]
+        isa.copy_box(t.all_shared + 2048, t.array, corner, (8, 32), barrier, evict_first=True)
+    isa.wait_arrival(barrier, zero)
+    words = isa.load_shared(t.all_shared + (t.thread << 3), 2)
+    words += isa.load_shared(t.all_shared + (t.thread << 2) + 2048)
+    isa.block_barrier()
+    with isa.when(first):
+        isa.expect_bytes(barrier, 1024)
+        isa.copy_box(t.all_shared + 1024, t.array, [zero, zero], (16, 16), barrier)
+    isa.wait_arrival(barrier, isa.constant(1))
+    return words + isa.load_shared(t.all_shared + (t.thread << 2) + 1024)
+
+
 def bits_set(isa: Instructions, t: Operands) -> list[Value]:
     """Threads i and i + 64 set bits of one word."""
     isa.store_shared(t.shared, [t.a, t.b])
@@ -178,10 +212,10 @@ def loops(isa: Instructions, t: Operands) -> list[Value]:
     return isa.loop((t.thread >> 5) * 3, [t.a, t.y], body)
 
 
-ONLY_9_0 = ("warpgroup", "warpgroup_bfloat16")
+ONLY_9_0 = ("warpgroup", "warpgroup_bfloat16", "swizzled warpgroup_bfloat16")
 """Programs that only compute capability 9.0 runs."""
 
-NEED_9_0 = ("cluster", *ONLY_9_0)
+NEED_9_0 = ("cluster", "boxes", *ONLY_9_0)
 """Programs that need compute capability 9.0 or later."""
 
 PROGRAMS = {
@@ -245,6 +279,8 @@ PROGRAMS = {
     "cluster": cluster_stores,
     "warpgroup": warpgroup,
     "warpgroup_bfloat16": warpgroup_bfloat16,
+    "swizzled warpgroup_bfloat16": warpgroup_swizzled_bfloat16,
+    "boxes": boxes,
     "transposed loads": transposed_loads,
     "asynchronous copies": copies,
     "shuffle_xor": lambda isa, t: [isa.shuffle_xor(t.a, 2), isa.shuffle_xor(t.x, 16)],
