@@ -169,7 +169,8 @@ class NumpyInstructions(MatrixUnit, AsynchronousCopies):
 
     def pack_bfloat16(self, low, high):
         # Integer arithmetic on the bits would turn some NaNs into numbers.
-        halves = np.stack([low.data, high.data], 1).astype(ml_dtypes.bfloat16)
+        with np.errstate(all="ignore"):  # signalling NaNs among them
+            halves = np.stack([low.data, high.data], 1).astype(ml_dtypes.bfloat16)
         return LaneValue(halves.view(np.int32)[:, 0], "i32")
 
     def multiply_add_bfloat16(self, a, b, c):

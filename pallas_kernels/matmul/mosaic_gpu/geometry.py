@@ -56,13 +56,10 @@ RESERVED_BYTES = 2048
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Geometry:
-    """Sizes of a launch.
+class Sizes:
+    """Sizes that do not depend on the division of the work.
 
-    A *unit* of work is a group of input channels of one tile of outputs, for a batch of activation rows. The
-    units of a batch are numbered group by group, tile after tile. Each CTA of the batch has
-    ``units_per_cta`` consecutive ones, so that all multiprocessors have the same amount of work. The units
-    of a CTA in one tile give a partial sum.
+    A *unit* of work is a group of input channels of one tile of outputs, for a batch of activation rows.
 
     Attributes:
       stored_k: Number of input channels, padded to whole groups.
@@ -82,13 +79,18 @@ class Geometry:
 
     # --- activation rows ------------------------------------------------------------------------------
     @property
+    def max_octets(self) -> int:
+        """Largest number of octets of a CTA."""
+        return MAX_OCTETS
+
+    @property
     def row_batches(self) -> int:
         """Number of batches of activation rows. The rows of a batch share one read of the planes."""
-        return -(-self.rows // (OCTET * MAX_OCTETS))
+        return -(-self.rows // (OCTET * self.max_octets))
 
     @property
     def octets(self) -> int:
-        """Number of octets of activation rows of a CTA, 1 to 8."""
+        """Number of octets of activation rows of a CTA."""
         return -(-self.rows // (OCTET * self.row_batches))
 
     @property
@@ -107,12 +109,38 @@ class Geometry:
         """Number of tiles of outputs. The last one may have fewer pieces."""
         return -(-self.total_pieces // PIECES)
 
-    # --- division of the work -------------------------------------------------------------------------
+    # --- input channels -------------------------------------------------------------------------------
     @property
     def groups(self) -> int:
         """Number of groups of input channels."""
         return self.stored_k // layout.GROUP
 
+    # --- planes ---------------------------------------------------------------------------------------
+    @property
+    def stored_row_bytes(self) -> int:
+        """Bytes of the row of a plane."""
+        return self.total_pieces * PIECE_BYTES
+
+    @property
+    def plane_bytes(self) -> int:
+        """Bytes of a plane."""
+        return self.stored_k * self.stored_row_bytes
+
+    @property
+    def plane_unit_bytes(self) -> int:
+        """Bytes of a plane in a unit."""
+        return layout.GROUP * TILE_ROW_BYTES
+
+
+class Geometry(Sizes):
+    """Sizes of a launch.
+
+    The units of a batch are numbered group by group, tile after tile. Each CTA of the batch has
+    ``units_per_cta`` consecutive ones, so that all multiprocessors have the same amount of work. The units
+    of a CTA in one tile give a partial sum.
+    """
+
+    # --- division of the work -------------------------------------------------------------------------
     @property
     def units(self) -> int:
         """Number of units of a batch."""
@@ -147,23 +175,7 @@ class Geometry:
         """Number of partial sums of each output."""
         return self._splits(self.units_per_cta)
 
-    # --- planes in memory -----------------------------------------------------------------------------
-    @property
-    def stored_row_bytes(self) -> int:
-        """Bytes of the row of a plane."""
-        return self.total_pieces * PIECE_BYTES
-
-    @property
-    def plane_bytes(self) -> int:
-        """Bytes of a plane."""
-        return self.stored_k * self.stored_row_bytes
-
     # --- shared memory: a ring of slots, each with the planes, activations and scales of a unit -----------
-    @property
-    def plane_unit_bytes(self) -> int:
-        """Bytes of a plane in a unit."""
-        return layout.GROUP * TILE_ROW_BYTES
-
     @property
     def x_base(self) -> int:
         """Offset of the activations in a slot."""

@@ -15,7 +15,7 @@ import dataclasses
 
 from pallas_kernels.lanes.instructions import Instructions
 from pallas_kernels.lanes.registers import Value
-from pallas_kernels.matmul.mosaic_gpu.geometry import BLOCK_CHANNELS, PRODUCTS, TILE_ROW_BYTES, Geometry
+from pallas_kernels.matmul.mosaic_gpu.geometry import BLOCK_CHANNELS, PRODUCTS, TILE_ROW_BYTES, Sizes
 
 POSITIONS = 2
 """Number of positions that a warp multiplies."""
@@ -31,6 +31,9 @@ ONE, FOUR = 0x3F803F80, 0x40804080
 
 MINUS_780 = 0xC443C443
 """Pair of bfloat16: ``4 (128 + 2 c + 1) - 780 + (8 + 2 d + 1) = 2 (4 c + d) + 1 - 4**4``. No step rounds."""
+
+MINUS_ZERO = 0x80008000
+"""Pair of the bfloat16 -0, which changes no number if it is added."""
 
 MIDPOINTS = {1: 0xC304C304, 2: 0xC310C310, 3: 0xC340C340}
 """Pairs of the bfloat16 ``-(128 + 4**planes)``."""
@@ -55,8 +58,28 @@ class Moves:
         return cls(parity * -3 + 4, parity << 1)
 
 
+@dataclasses.dataclass(frozen=True)
+class Scales:
+    """The scale of a row of A as the sum of two bfloat16, each in both halves of a word."""
+
+    high: Value
+    low: Value
+
+    @classmethod
+    def of(cls, isa: Instructions, scale: Value) -> "Scales":
+        """Returns the parts of a float16 in ``f32``, whose 11 significant bits fit them."""
+        high = isa.pack_bfloat16(scale, scale)
+        low = scale - isa.bits_to_float(high & 0xFFFF0000)
+        return cls(high, isa.pack_bfloat16(low, low))
+
+
 def load_operands(
-    isa: Instructions, g: Geometry, planes: Value, moves: Moves, block: int
+    isa: Instructions,
+    g: Sizes,
+    planes: Value,
+    moves: Moves,
+    block: int,
+    scales: list[list[Scales]] | None = None,
 ) -> list[list[list[Value]]]:
     """Returns the operands A ``[product][position][4]`` of a block of channels of a unit.
 
@@ -65,6 +88,8 @@ def load_operands(
       planes: The lane's address of the unit's planes.
       moves: Moves of the warp's positions.
       block: Index of the block.
+      scales: Scales ``[position][row]`` that multiply the operands, which are then rounded to bfloat16; None
+        leaves exact integers.
     """
     first = planes + block * BLOCK_CHANNELS * TILE_ROW_BYTES
     # Behind the CTA's last unit the slot may be one that nothing has written. Its products are not used.
@@ -72,10 +97,24 @@ def load_operands(
         isa.load_matrices_transposed(first + f * g.plane_unit_bytes, unwritten=True) for f in range(g.level)
     ]
     matrices = [numbers(isa, [plane[m] for plane in words], moves) for m in range(2 * PRODUCTS)]
+    if scales is not None:
+        matrices = [
+            [
+                [scaled(isa, pair, scale) for pair, scale in zip(rows, of_position, strict=True)]
+                for rows, of_position in zip(matrix, scales, strict=True)
+            ]
+            for matrix in matrices
+        ]
     return [
         [[*matrices[2 * i][position], *matrices[2 * i + 1][position]] for position in range(POSITIONS)]
         for i in range(PRODUCTS)
     ]
+
+
+def scaled(isa: Instructions, pair: Value, scale: Scales) -> Value:
+    """Multiplies two bfloat16 by a scale. They are rounded once, besides the last bits of a small addend."""
+    low = isa.multiply_add_bfloat16(pair, scale.low, isa.constant(MINUS_ZERO))
+    return isa.multiply_add_bfloat16(pair, scale.high, low)
 
 
 def numbers(isa: Instructions, planes: list[Value], moves: Moves) -> list[list[Value]]:
