@@ -1,6 +1,7 @@
 """The verb ``serve``: an HTTP server with OpenAI's protocol."""
 
 import argparse
+import ipaddress
 import os
 import sys
 from collections.abc import Sequence
@@ -117,11 +118,12 @@ def parser() -> command.Parser:
     add("--api-key-file", metavar="FILE", help="file with API keys, one a line")
     add(
         "--allowed-host",
+        type=_host_name,
         action="append",
         default=[],
         metavar="NAME",
-        help="name that clients may use for this server besides localhost, without an API key; may be "
-        "repeated",
+        help="name that clients may use for a server without an API key, beside IP addresses, localhost and "
+        "the machine's own names; * for any name; may be repeated",
     )
     add(
         "--cors-origin",
@@ -159,7 +161,7 @@ def _serve(args: argparse.Namespace) -> int:
 
 def _listen(args: argparse.Namespace, server) -> int:
     """Serves as the only process, or as the first one."""
-    from grinqh_jax.server.access import is_loopback
+    from grinqh_jax.server.access import own_names
     from grinqh_jax.server.limits import Limits
     from grinqh_jax.server.service import Service
     from grinqh_jax.serving.engine import Engine
@@ -181,8 +183,7 @@ def _listen(args: argparse.Namespace, server) -> int:
             connections=args.max_connections,
             drain_seconds=args.drain_seconds,
         )
-        local = is_loopback(bound.getsockname()[0])
-        if not local and not keys:
+        if not keys and not ipaddress.ip_address(bound.getsockname()[0]).is_loopback:
             print(
                 f"warning: {server.url(bound)} has no API key; set {API_KEY} or --api-key-file",
                 file=sys.stderr,
@@ -193,7 +194,7 @@ def _listen(args: argparse.Namespace, server) -> int:
                 service,
                 bound,
                 keys=keys,
-                hosts=args.allowed_host if (local or args.allowed_host) and not keys else None,
+                hosts=None if keys else own_names(args.host, args.allowed_host),
                 origins=args.cors_origin,
                 access_log=args.access_log,
                 on_listening=lambda: print(
@@ -277,6 +278,12 @@ def _port(text: str) -> int:
     if port > 65535:
         raise argparse.ArgumentTypeError(f"{text}: expected 0 to 65535")
     return port
+
+
+def _host_name(text: str) -> str:
+    if not text or ":" in text or "/" in text:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a name without scheme and port, or *")
+    return text
 
 
 def _seconds(text: str) -> float:

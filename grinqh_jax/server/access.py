@@ -2,6 +2,7 @@
 
 import hmac
 import ipaddress
+import socket
 from collections.abc import Collection, Sequence
 
 from starlette.datastructures import Headers
@@ -22,8 +23,9 @@ class Access:
         Args:
           app: Application.
           keys: API keys, any of which is right; none are needed if it is empty.
-          hosts: Accepted names in the header ``Host``, beside those of loopback; None for any name. Without
-            an API key this check keeps away web pages that let a name of theirs point to loopback.
+          hosts: Names that clients may use for the server, beside IP addresses and ``localhost``; None for
+            any name. A web page of somebody else can let its own name point to the server (DNS rebinding).
+            Its requests have that name in the header ``Host``.
         """
         self._app = app
         self._keys = [key.encode() for key in keys]
@@ -38,10 +40,13 @@ class Access:
 
     def _refusal(self, scope: Scope) -> APIError | None:
         headers = Headers(scope=scope)
-        host = _host_name(headers.get("host", ""))
-        if self._hosts is not None and not (host in self._hosts or is_loopback(host)):
+        host = headers.get("host", "")
+        if self._hosts is not None and not _is_expected(_host_name(host), self._hosts):
             return APIError(
-                403, f"the host {host!r:.80} is not this server's; start it with --allowed-host", code="host"
+                403,
+                f"{host!r:.80} is no name of this server; use its IP address, or start it with "
+                "--allowed-host NAME or with an API key",
+                code="host",
             )
         if not self._keys or scope["path"] in OPEN_PATHS:
             return None
@@ -61,14 +66,36 @@ class Access:
 def _host_name(host: str) -> str:
     """Returns the name in a header ``Host``, without the port."""
     name = host.partition("]")[0].lstrip("[") if host.startswith("[") else host.partition(":")[0]
+    return _without_case(name)
+
+
+def _without_case(name: str) -> str:
     return name.lower().rstrip(".")
 
 
-def is_loopback(name: str) -> bool:
-    """Whether a name or an address means this machine and is reachable from this machine only."""
-    if name == "localhost" or name.endswith(".localhost"):
+def _is_expected(name: str, hosts: Collection[str]) -> bool:
+    if name in hosts or name == "localhost" or name.endswith(".localhost"):
         return True
     try:
-        return ipaddress.ip_address(name).is_loopback
+        ipaddress.ip_address(name)  # Nobody can let an address point elsewhere.
     except ValueError:
         return False
+    return True
+
+
+def own_names(host: str, allowed: Sequence[str]) -> frozenset[str] | None:
+    """Returns the names of a server without API keys, for ``Access``.
+
+    Args:
+      host: Name or address that the server listens on.
+      allowed: Further names, without ports; with ``*`` any name is accepted.
+
+    Returns:
+      The names, in lower case: those of the machine, also in its local network (``.local``), ``host`` and
+      ``allowed``. None for any name.
+    """
+    if "*" in allowed:
+        return None
+    machine = socket.gethostname()
+    names = machine, f"{machine}.local", socket.getfqdn(), host, *allowed
+    return frozenset(_without_case(name) for name in names)

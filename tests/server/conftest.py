@@ -11,11 +11,12 @@ from server_process import serving
 SIZES = {"slots": 2, "max_context": 128, "prefill_chunk": 64}
 FLAGS = ("--slots=2", "--max-context=128", "--prefill-chunk=64", "--queue=62", "--prompt-logprobs")
 LIMITS = ("--receive-seconds", "2", "--max-body", "64K", "--request-seconds", "60")
+NAMES = ("--allowed-host", "allowed.example")
 
 
 @pytest.fixture(scope="session")
 def server(chat_directory):
-    with serving("--model", str(chat_directory), *FLAGS, *LIMITS) as server:
+    with serving("--model", str(chat_directory), *FLAGS, *LIMITS, *NAMES) as server:
         yield server
         assert server.stop() == 0
         assert not [line for line in server.lines if "Traceback" in line]

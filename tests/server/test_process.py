@@ -71,6 +71,7 @@ def drain(server):
 WRONG = {
     "--port 99999": "expected 0 to 65535",
     "--host 999.0.0.1": "cannot listen on 999.0.0.1 port 8000",
+    "--allowed-host a.example:80": "expected a name without scheme and port",
     "--slots 0": "expected 1 or more",
     "--cache-memory 3X": "is not a size; write 512M or 8G",
     "--request-seconds 0": "expected a positive number of seconds",
