@@ -4,6 +4,7 @@
     python benchmarks/level_matmul.py --checks                         correctness only
     python benchmarks/level_matmul.py --rows 16 32 --levels 3          some products
     python benchmarks/level_matmul.py --tune                           also time XLA, update the tuning table
+    python benchmarks/level_matmul.py --variants boxes "boxes, 128 rows"  other programs
 
 Times: kernel time of the four projections of a Qwen3-8B layer, from the profiler, over copies of the weights
 that exceed the L2, beside XLA's bf16 product. "layer" is the time of all kernels; "kernels" is that of each:
@@ -36,7 +37,8 @@ import timing
 from report import compile_in_order, say
 
 from pallas_kernels import codes, level_matmul, matmul
-from pallas_kernels.matmul import LevelImplementation
+from pallas_kernels.matmul.mosaic_gpu import kernel
+from pallas_kernels.matmul.mosaic_gpu.boxes import Boxes
 
 CHECKED_SHAPES = ((576, 1100), (2048, 2560))
 CHECKED_ROWS = (9, 16, 17, 32, 64, 130)
@@ -48,8 +50,18 @@ COPIES = 2
 
 REPEATS = 5
 
-RELATIVE_ERROR = 1e-4
-"""Largest error of a row."""
+VARIANTS: dict[str, Boxes | None] = {
+    "default": None,
+    "boxes": Boxes(),
+    "boxes, larger clusters": Boxes(exchange_units=1),
+    "boxes, rounded": Boxes(rounded=True),
+    "boxes, 128 rows": Boxes(rounded=True, rows=128, exchange_units=6),
+    "boxes, 128 rows, larger clusters": Boxes(rounded=True, rows=128, exchange_units=1),
+}
+"""Programs of the kernel by name."""
+
+RELATIVE_ERROR, ROUNDED_RELATIVE_ERROR = 1e-4, 4e-3
+"""Largest error of a row, with exact weights and with weights rounded to bfloat16."""
 
 SHAPES = [tuple(map(int, shape.split("x"))) for shape in matvec.LAYER]
 
@@ -59,19 +71,26 @@ def draw_x(rows: int, k: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(k).standard_normal((rows, k)), jnp.bfloat16)
 
 
-def check(report: reports.Report) -> None:
-    """Checks the kernel; records a problem for each failure."""
+def multiply_by(variant: str, x: jax.Array, weight, level: int) -> jax.Array:
+    """Returns the product by a variant, or by XLA if that is its name."""
+    if variant in VARIANTS:
+        return kernel.matmul(x, weight, level, VARIANTS[variant])
+    return level_matmul(x, weight, level, implementation=variant)
+
+
+def check(report: reports.Report, variant: str) -> None:
+    """Checks a variant of the kernel; records a problem for each failure."""
     dequantize = jax.jit(codes.dequantize, static_argnums=1)
-    results = report.fields["checks"] = []
+    boxes = VARIANTS[variant]
+    most = ROUNDED_RELATIVE_ERROR if boxes and boxes.rounded else RELATIVE_ERROR
+    results = report.fields.setdefault("checks", [])
     for shape in CHECKED_SHAPES:
         if report.out_of_time(f"checks of {shape[0]}x{shape[1]}"):
             return
         (weight,) = matvec.random_weights(*shape, count=1)
         functions, arguments = {}, {}
         for rows, level in itertools.product(CHECKED_ROWS, CHECKED_LEVELS):
-            functions[rows, level] = lambda x, w, level=level: level_matmul(
-                x, w, level, implementation="mosaic_gpu"
-            )
+            functions[rows, level] = functools.partial(multiply_by, variant, level=level)
             arguments[rows, level] = draw_x(rows, shape[0]), weight
         errors = []
         for (rows, level), program in compile_in_order(functions, arguments):
@@ -82,6 +101,7 @@ def check(report: reports.Report) -> None:
             errors.append(float((np.linalg.norm(y - exact, axis=1) / np.linalg.norm(exact, axis=1)).max()))
             same = np.array_equal(y.view(np.uint32), again.view(np.uint32))
             result = {
+                "variant": variant,
                 "shape": f"{shape[0]}x{shape[1]}",
                 "rows": rows,
                 "level": level,
@@ -89,9 +109,9 @@ def check(report: reports.Report) -> None:
                 "same_bits_twice": same,
             }
             results.append(result)
-            if not same or not errors[-1] <= RELATIVE_ERROR:
+            if not same or not errors[-1] <= most:
                 report.problems.append(f"check failed: {result}")
-        say(f"{shape[0]}x{shape[1]}: {len(errors)} checks, largest error {max(errors):.2e}")
+        say(f"{variant}: {shape[0]}x{shape[1]}: {len(errors)} checks, largest error {max(errors):.2e}")
         report.save()
 
 
@@ -157,35 +177,36 @@ class LayerTimes:
             for result in self.times:
                 if result["rows"] == rows:
                     result["of_bf16"] = round(result["layer_us"] / layer, 3)
-                    say(f"{rows:3} rows level {result['level']}: {result['of_bf16']:.2f} of bf16")
+                    name = f"{rows:3} rows level {result['level']} {result['variant']:32}"
+                    say(f"{name} {result['layer_us']:6.1f} us, {result['of_bf16']:.2f} of bf16")
             self.report.save()
 
-    def products(self, rows_list: list[int], levels: list[int], implementation: LevelImplementation) -> None:
-        """Times an implementation at all combinations of rows and levels."""
-        if self.report.out_of_time(f"{implementation}, rows {rows_list}, levels {levels}"):
+    def products(self, rows_list: list[int], levels: list[int], variant: str) -> None:
+        """Times a variant, or XLA, at all combinations of rows and levels."""
+        if self.report.out_of_time(f"{variant}, rows {rows_list}, levels {levels}"):
             return
         xs = {rows: [draw_x(rows, k) for k, _ in SHAPES] for rows in rows_list}
         functions = {}
         for level, rows in itertools.product(levels, rows_list):
-            multiply = functools.partial(level_matmul, level=level, implementation=implementation)
+            multiply = functools.partial(multiply_by, variant, level=level)
             functions[rows, level] = functools.partial(one_after_another, multiply)
         arguments = {(rows, level): (xs[rows], self._weights) for rows, level in functions}
         # XLA times its algorithms for a product while it compiles, so it must be alone.
-        threads = reports.COMPILING_THREADS if implementation == "mosaic_gpu" else 1
+        threads = reports.COMPILING_THREADS if variant in VARIANTS else 1
         for (rows, level), program in compile_in_order(functions, arguments, threads=threads):
-            if self.report.out_of_time(f"{rows} rows, level {level}, {implementation}"):
+            if self.report.out_of_time(f"{rows} rows, level {level}, {variant}"):
                 continue
             kernels, products = layer_times(lambda p=program, rows=rows: p(xs[rows], self._weights))
             layer = sum(kernels.values())
             result = {
                 "rows": rows,
                 "level": level,
-                "implementation": implementation,
+                "variant": variant,
                 "layer_us": round(layer, 2),
                 "kernels_us": {name: round(us, 2) for name, us in kernels.items()},
                 "product_us": products,
             }
-            line = f"{rows:3} rows level {level} {implementation:10} {layer:6.1f} us a layer"
+            line = f"{rows:3} rows level {level} {variant:32} {layer:6.1f} us a layer"
             if rows in self.bf16_us:
                 result["of_bf16"] = round(layer / self.bf16_us[rows], 3)
                 line += f", {result['of_bf16']:.2f} of bf16"
@@ -202,12 +223,12 @@ def tuning_table(times: list[dict]) -> dict[str, int]:
     Args:
       times: Results of ``LayerTimes``. Numbers of rows that lack one of the implementations do not count.
     """
-    layers = {(t["level"], t["rows"], t["implementation"]): t["layer_us"] for t in times}
+    layers = {(t["level"], t["rows"], t["variant"]): t["layer_us"] for t in times}
     table = {}
     for level in sorted({t["level"] for t in times}):
         most_rows = 0
         for rows in sorted({t["rows"] for t in times}):
-            pair = [layers.get((level, rows, name)) for name in ("mosaic_gpu", "xla")]
+            pair = [layers.get((level, rows, name)) for name in ("default", "xla")]
             if None in pair or pair[0] >= pair[1]:
                 break
             most_rows = rows
@@ -230,16 +251,21 @@ def main() -> None:
     parser.add_argument("--times", action="store_true", help="only time, do not check")
     parser.add_argument("--rows", nargs="+", type=int, default=list(TIMED_ROWS), metavar="N")
     parser.add_argument("--levels", nargs="+", type=int, default=list(TIMED_LEVELS), metavar="N")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["default"], metavar="NAME")
     parser.add_argument("--tune", action="store_true", help="write the times into the tuning table")
     reports.add_arguments(parser)
     args = parser.parse_args()
     report = reports.Report(args)
     if not args.checks:
         times = LayerTimes(report)
-        times.products(args.rows, args.levels, "mosaic_gpu")
+        for variant in args.variants:
+            boxes = VARIANTS[variant]
+            least = 65 if boxes and boxes.rows > 64 else 1  # The same program as with 64 rows.
+            times.products([rows for rows in args.rows if rows >= least], args.levels, variant)
         times.bf16(args.rows)
     if not args.times:
-        check(report)
+        for variant in args.variants:
+            check(report, variant)
     if args.tune and not args.checks:
         for rows in args.rows:
             times.products([rows], args.levels, "xla")

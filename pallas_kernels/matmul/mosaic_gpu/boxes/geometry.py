@@ -19,9 +19,6 @@ MAX_CLUSTER = 8
 NEIGHBOURS = 16
 """Number of multiprocessors that are near enough for a cluster, at least: those of a GPC."""
 
-EXCHANGE_UNITS = 0.75
-"""Time of a cluster's sum of a tile, in units."""
-
 X_ROW_BYTES = 128
 """Bytes of a row of a box of activations, 64 channels."""
 
@@ -45,10 +42,13 @@ class Boxes:
     Attributes:
       rounded: Whether the scales multiply the codes, which rounds weights to bfloat16, or the sums.
       rows: Largest number of activation rows of a CTA, 64 or, if ``rounded``, 128.
+      exchange_units: Time in which a cluster adds up its sums of a tile, in units. It decides how many CTAs
+        share a tile. The default assumes 11 bytes a cycle between multiprocessors.
     """
 
     rounded: bool = False
     rows: int = OCTET * MAX_OCTETS
+    exchange_units: float = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ class BoxesGeometry(Sizes):
 
         def work(cluster: int) -> float:
             tiles = -(-self.tiles // self._most_clusters(cluster))
-            return tiles * (-(-self.groups // cluster) + (EXCHANGE_UNITS if cluster > 1 else 0))
+            return tiles * (-(-self.groups // cluster) + (self.boxes.exchange_units if cluster > 1 else 0))
 
         return min(range(1, min(MAX_CLUSTER, self.groups, self.multiprocessors) + 1), key=work)
 
