@@ -83,9 +83,12 @@ def step_times(rows: list[dict]) -> dict[tuple, dict]:
     return complete
 
 
-def time_of(times: dict, drafts: int, drafted: float) -> float:
-    """Returns the time of a step whose texts verify ``drafted`` of ``drafts`` drafts in the mean."""
-    return times["none"] + (times["all"] - times["none"]) * (drafted / drafts if drafts else 0)
+def time_of(times: dict, drafting: float) -> float:
+    """Returns the mean time of steps of which a share ``drafting`` verifies drafts.
+
+    A step with fewer drafts than it has rows takes as long as one with all.
+    """
+    return times["none"] + (times["all"] - times["none"]) * drafting
 
 
 def speeds(replayed: list[dict], rows: list[dict]) -> list[dict]:
@@ -94,7 +97,8 @@ def speeds(replayed: list[dict], rows: list[dict]) -> list[dict]:
     for (bits, context, count, drafts), times in step_times(rows).items():
         for text in replayed:
             if text["drafts"] == drafts:
-                time = time_of(times, drafts, text["drafted"] / text["steps"])
+                none_drafts = (1 - text["drafting"] / text["steps"]) ** count
+                time = time_of(times, 1 - none_drafts)
                 row = {"kind": text["kind"], "bits": bits, "context": context, "texts": count}
                 row |= {"drafts": drafts, "speed": round(text["tokens_per_step"] * times["off"] / time, 3)}
                 result.append(row)
@@ -110,8 +114,8 @@ def chosen_speeds(by_kind: dict[str, list[Replay]], rows: list[dict]) -> list[di
         if not all((bits, context, 1, shape.drafts) in times for shape in shapes):
             continue
 
-        def seconds(shape: StepShape, drafted: float, case=(bits, context)) -> float:
-            return time_of(times[*case, 1, shape.drafts], shape.drafts, drafted)
+        def seconds(shape: StepShape, drafting: float, case=(bits, context)) -> float:
+            return time_of(times[*case, 1, shape.drafts], drafting)
 
         taken = speculation_replay.chosen_seconds(by_kind[kind], shapes, CHUNK_STEPS, seconds)
         tokens = sum(len(replay.answer) - 1 for replay in by_kind[kind])
@@ -135,7 +139,7 @@ def main() -> None:
     add("--batch", nargs="+", type=int, default=[1, 4, 2, 8], metavar="N", help="texts (default: 1 4 2 8)")
     add("--steps", type=int, default=16, metavar="N", help="steps of a call (default: 16)")
     add("--repeats", type=int, default=5, metavar="N", help="timed calls (default: 5)")
-    add("--skip-idle-rows", action="store_true", help="branch in each step, as on a CPU (see DecodePolicy)")
+    add("--read-idle-rows", action="store_true", help="read all rows in every step (see DecodePolicy)")
     add("--no-self", action="store_true", help=f"do not time {SELF}")
     add("--profile", type=int, default=6, metavar="N", help="profile the first N programs (default: 6)")
     reports.add_arguments(parser)

@@ -31,7 +31,7 @@ RENAMED = {"layout": "storage", "words": "units", "tokens": "symbols", "rows": "
 """Words that the edits replace."""
 
 StepTime = Callable[[StepShape, float], float]
-"""Maps a shape and the mean number of drafts that a text verifies in a step of it to the time of the step."""
+"""Maps a shape, and the share of steps in which the text has drafts, to the mean time of a step."""
 
 
 def texts() -> list[tuple[str, str, str]]:
@@ -185,7 +185,7 @@ def chosen_seconds(
                 steps, drafting = steps + 1, drafting + (verified > 0)
                 drafted, accepted = drafted + verified, accepted + right
                 place += right + 1
-            time = steps * seconds(shape, drafted / steps)
+            time = steps * seconds(shape, drafting / steps)
             arrived = shape, (steps, drafting, drafted, accepted), time
             total += time
     return total

@@ -94,7 +94,7 @@ class Steps:
         self._label, self._args, self._report = label, args, report
         policy = DecodePolicy.for_device()
         self._policy = dataclasses.replace(
-            policy, skip_idle_rows=policy.skip_idle_rows or args.skip_idle_rows
+            policy, skip_idle_rows=policy.skip_idle_rows and not args.read_idle_rows
         )
         self._flat = FlatModel(self.model)
         self._plain: dict[tuple[int, int], DecodeRun] = {}

@@ -12,7 +12,7 @@ from grinqh_jax.decoding.speculation.drafter import Drafter
 from grinqh_jax.decoding.speculation.lookup import PromptLookup
 from grinqh_jax.decoding.speculation.model_drafter import ModelDrafter, SelfDrafter
 from grinqh_jax.decoding.speculation.setting import SpeculationSetting
-from grinqh_jax.decoding.speculation.speculation import Speculation
+from grinqh_jax.decoding.speculation.speculation import DECODED_DRAFTS, Speculation
 from grinqh_jax.decoding.thresholds import StackedThresholds, model_thresholds
 from grinqh_jax.errors import UsageError
 from grinqh_jax.model.cache import rollback_lacks
@@ -38,7 +38,8 @@ def speculation_of(setting: SpeculationSetting | None, generator: Generator) -> 
             f"speculation needs a cache that can be rolled back, and {generator.directory} has {lacking}; "
             "use --speculate off"
         )
-    drafter: Drafter = PromptLookup()
+    if setting.drafter == "lookup":
+        return Speculation(PromptLookup())
     if setting.drafter == "self":
         if generator.targets is None:
             raise UsageError(
@@ -47,15 +48,15 @@ def speculation_of(setting: SpeculationSetting | None, generator: Generator) -> 
             )
         thresholds = _thresholds(generator, setting.bits)
         assert thresholds is not None, "a quantized model has thresholds"
-        drafter = SelfDrafter(thresholds)
-    elif setting.drafter == "model":
+        drafter: Drafter = SelfDrafter(thresholds)
+    else:
         assert setting.model is not None, "the setting names the draft model"
         cut = generator.model.partition
         mesh = None if cut is None else cut.mesh
         assert not isinstance(mesh, jax.sharding.AbstractMesh), "a model with weights is on devices"
         draft = Generator.load(setting.model, mesh=mesh)
         drafter = model_drafter(draft, generator, setting.bits)
-    return Speculation(drafter)
+    return Speculation(drafter, most_drafts=DECODED_DRAFTS)
 
 
 def model_drafter(draft: Generator, target: Generator, bits: Bits | None) -> ModelDrafter:

@@ -75,10 +75,8 @@ def step_shapes(counts: Iterable[int], most_drafts: int, contiguous: bool) -> li
 
     shapes = [StepShape(count, 0) for count in counts]
     slots = shapes[0].texts
-    if slots == 1:
-        shapes.append(StepShape(1, drafts(1) // 2))
     drafting = [slots]
     if not contiguous:
-        drafting += [texts for texts in (2, 4, 8) if texts < slots]
+        drafting += [texts for texts in (1, 2, 4, 8) if texts < slots]
     shapes += [StepShape(texts, drafts(texts)) for texts in drafting if drafts(texts) > 0]
     return list(dict.fromkeys(shapes))

@@ -1,6 +1,7 @@
 """The decode loop with drafts: each step drafts, verifies and accepts, without leaving the device."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -124,6 +125,9 @@ def speculative_chunk(
         Counts(zeros, zeros, zeros, zeros, jnp.zeros(batch, jnp.float32)),
     )
     token_ids, offsets = model.lm_head.tokens(), jnp.arange(width)
+    # On several GPUs the collectives in a branch would keep it out of a CUDA graph, and it would wait for the
+    # host.
+    skips_idle_rows = drafts > 0 and policy.skip_idle_rows and cache.mailbox is None
 
     def one_step(loop: Loop) -> Loop:
         chunk, cache, texts = loop.chunk, loop.cache, loop.texts
@@ -142,9 +146,12 @@ def speculative_chunk(
         counts = jnp.where(active, jnp.maximum(counts, 0), 0)
         read = active[:, None] & (offsets <= counts[:, None])
         inputs = jnp.concatenate([chunk.last[:, None], draft.tokens], axis=1)
-        current = _thresholds(current_dial or thresholds, read)
         outputs, hidden, cache, stats = _read(
-            model, inputs, cache, current, counts if drafts and policy.skip_idle_rows else None
+            model,
+            inputs,
+            cache,
+            lambda positions: _thresholds(current_dial or thresholds, read[:, :positions]),
+            counts if skips_idle_rows else None,
         )
         positions = lengths[:, None] + 1 + offsets
         tokens, accepted = _accept(
@@ -243,29 +250,30 @@ def _read(
     model: Decoder,
     inputs: Int[Array, "b t"],
     cache: KVCache,
-    thresholds: Thresholds | None,
+    thresholds: Callable[[int], Thresholds | None],
     counts: Int[Array, "b"] | None,
 ) -> tuple[Float[Array, "b t v"], Float[Array, "b t d"], KVCache, GradingStats | None]:
     """Returns what ``verify`` does.
 
     Args:
-      model, inputs, cache, thresholds: As for ``verify``.
+      model, inputs, cache: As for ``verify``.
+      thresholds: Returns the thresholds of the first positions. Each branch computes its own: slices of one
+        array would be a kernel for every layer.
       counts: Number of drafts of each text. If all are 0, only the first position is read, and the results of
         the others are zeros. None reads all positions.
     """
 
     def positions(count: int) -> Any:
-        of_first = None if thresholds is None else {name: t[:, :count] for name, t in thresholds.items()}
-        outputs, hidden, read, stats = verify(model, inputs[:, :count], cache, of_first)
+        outputs, hidden, read, stats = verify(model, inputs[:, :count], cache, thresholds(count))
 
         def padded(rows: jax.Array) -> jax.Array:
             return jnp.pad(rows, [(0, 0), (0, inputs.shape[1] - count), *[(0, 0)] * (rows.ndim - 2)])
 
         return padded(outputs), padded(hidden), read, jax.tree.map(padded, stats)
 
-    if counts is None:
-        return verify(model, inputs, cache, thresholds)
     width = inputs.shape[1]
+    if counts is None:
+        return positions(width)
     return jax.lax.cond(jnp.any(counts > 0), lambda: positions(width), lambda: positions(1))
 
 

@@ -11,6 +11,10 @@ from grinqh_jax.model.config import ModelConfig
 MOST_DRAFTS = 7
 """Default of the largest number of drafts of a text in a step."""
 
+DECODED_DRAFTS = 3
+"""The same for drafters that decode: each draft takes them a step. By an estimate, 7 drafts of ``self`` at 2
+bits would be faster than 3 only if more than 95 % of them were accepted (``benchmarks/notes``, entry D25)."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Speculation:

@@ -46,6 +46,14 @@ def test_what_cannot_draft_is_refused_by_name(generator, dense_directory):
     assert speculation_of(None, generator) is None
 
 
+def test_drafts_that_take_a_step_each_are_fewer(generator, graded_directory):
+    most = [
+        speculation_of(SpeculationSetting.parse(text), generator).most_drafts
+        for text in ("lookup", "self", str(graded_directory))
+    ]
+    assert most == [7, 3, 3]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_the_target_drafts_for_itself(held, temperature):
