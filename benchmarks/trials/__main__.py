@@ -5,7 +5,8 @@
 
 Each trial runs the real converter and the real measurement with one change (``Trial``), in a separate
 process. The modules beside this one define the trials. Models that exist in WORK are reused. FILE keeps a row
-for each trial and setting. The script prints the table rows of ``docs/quality.md``.
+for each trial and setting. The script prints the table rows of
+``benchmarks/notes/2026-11-27-quality-trials.md``.
 """
 
 import argparse
