@@ -1,4 +1,4 @@
-"""Helpers for lane programs on rows of activations. A lane computes two features, a CTA a piece of one row.
+"""Helpers for lane programs on rows of activations. A lane computes two features, a CTA a part of one row.
 
 No CTA waits for another. For a sum over a whole row, each CTA of the row therefore writes a partial sum, and
 the next kernel adds them up.

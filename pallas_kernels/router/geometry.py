@@ -13,7 +13,7 @@ MOST_FEATURES = 16384
 MOST_EXPERTS = 512
 """Largest number of experts: a lane of the warp that chooses holds the scores of up to 16."""
 
-PIECE = 8
+VECTOR = 8
 """Number of neighbouring input channels that a thread reads together: 16 bytes of a row of bfloat16."""
 
 LOADS_IN_FLIGHT = 16
@@ -30,7 +30,7 @@ class RouterGeometry:
 
     Attributes:
       rows: Number of rows of activations.
-      features: Number of input channels, a multiple of ``PIECE``.
+      features: Number of input channels, a multiple of ``VECTOR``.
       experts: Number of experts.
       chosen: Number of experts that are chosen for each row, at most 32.
       normalized: Whether the chosen probabilities are divided by their sum.
@@ -78,10 +78,10 @@ class RouterGeometry:
     @property
     def slice_channels(self) -> int:
         """Number of input channels of a CTA."""
-        return PIECE * -(-self.features // (PIECE * CLUSTER))
+        return VECTOR * -(-self.features // (VECTOR * CLUSTER))
 
     def _band(self, threads: int) -> int:
-        return PIECE * -(-self.slice_channels * self.columns // (PIECE * threads))
+        return VECTOR * -(-self.slice_channels * self.columns // (VECTOR * threads))
 
     @property
     def threads(self) -> int:
@@ -90,7 +90,7 @@ class RouterGeometry:
 
     @property
     def band_channels(self) -> int:
-        """Number of input channels of a thread, a multiple of ``PIECE``."""
+        """Number of input channels of a thread, a multiple of ``VECTOR``."""
         return self._band(self.threads)
 
     @property

@@ -13,7 +13,7 @@ from pallas_kernels.activations import Activations
 from pallas_kernels.lanes import device
 from pallas_kernels.lanes.instructions import LANES, Instructions
 from pallas_kernels.lanes.launch import lane_kernel
-from pallas_kernels.router.geometry import CLUSTER, MOST_EXPERTS, MOST_FEATURES, PIECE, RouterGeometry
+from pallas_kernels.router.geometry import CLUSTER, MOST_EXPERTS, MOST_FEATURES, VECTOR, RouterGeometry
 from pallas_kernels.router.program import RouterRefs, router_program
 
 MAX_ROWS = 16
@@ -42,8 +42,8 @@ def supports(x: Activations, kernel: Array | jax.ShapeDtypeStruct, chosen: int) 
         return f"takes 1 to {MAX_ROWS} rows, not {rows}"
     if x.dtype != jnp.bfloat16 or len(x.partials) != 1:
         return f"takes bfloat16 activations, not {len(x.partials)} partial sums of {x.dtype.name}"
-    if features % PIECE or features > MOST_FEATURES:
-        return f"takes a multiple of {PIECE} up to {MOST_FEATURES} features, not {features}"
+    if features % VECTOR or features > MOST_FEATURES:
+        return f"takes a multiple of {VECTOR} up to {MOST_FEATURES} features, not {features}"
     if (reason := lacks(experts, chosen)) is not None:
         return reason
     if kernel.dtype not in (jnp.bfloat16, jnp.float32):

@@ -18,7 +18,7 @@ from typing import Any
 from pallas_kernels.lanes.instructions import LANES, Instructions
 from pallas_kernels.lanes.registers import Value
 from pallas_kernels.lanes.rows import sum_partials, unpack_bfloat16
-from pallas_kernels.router.geometry import CLUSTER, LOADS_IN_FLIGHT, PIECE, RouterGeometry
+from pallas_kernels.router.geometry import CLUSTER, LOADS_IN_FLIGHT, VECTOR, RouterGeometry
 from pallas_kernels.router.grading_factor import inverse_grading_factor
 
 SIGN = 0x80000000
@@ -86,12 +86,12 @@ def partial_scores(
         vectors = [load_vector(isa, g, kernel, rank, band, channel) for channel in channels]
         if first == 0:
             store = isa.shared_address(refs.shared) + (g.x_base + (thread << 4))
-            isa.store_shared(store, staged, where=thread < g.staged_channels // PIECE)
+            isa.store_shared(store, staged, where=thread < g.staged_channels // VECTOR)
         isa.block_barrier()
-        for i in range(0, len(channels), PIECE):
-            words = isa.load_shared(x + 2 * (first + i), PIECE // 2)
+        for i in range(0, len(channels), VECTOR):
+            words = isa.load_shared(x + 2 * (first + i), VECTOR // 2)
             numbers = [number for word in words for number in unpack_bfloat16(isa, word)]
-            for number, vector in zip(numbers, vectors[i : i + PIECE], strict=True):
+            for number, vector in zip(numbers, vectors[i : i + VECTOR], strict=True):
                 weights = unpack_weights(isa, g, vector)
                 scores = [isa.multiply_add(number, w, s) for w, s in zip(weights, scores, strict=True)]
     return scores
@@ -100,12 +100,12 @@ def partial_scores(
 def load_activations(
     isa: Instructions, g: RouterGeometry, refs: RouterRefs, row: Value, rank: Value, thread: Value
 ) -> list[Value]:
-    """Loads the ``PIECE`` activations that the thread stages in shared memory; zeros in padding."""
-    in_slice = thread * PIECE
+    """Loads the ``VECTOR`` activations that the thread stages in shared memory; zeros in padding."""
+    in_slice = thread * VECTOR
     channel = rank * g.slice_channels + in_slice
     exists = (in_slice < g.slice_channels) & (channel < g.features)
     address = isa.widen((row * g.features + isa.select(exists, channel, isa.constant(0))) << 1)
-    words = isa.load_global(isa.global_address(refs.x) + address, PIECE // 2, ordered=True)
+    words = isa.load_global(isa.global_address(refs.x) + address, VECTOR // 2, ordered=True)
     return [isa.select(exists, word, isa.constant(0)) for word in words]
 
 
