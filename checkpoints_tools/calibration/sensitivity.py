@@ -16,6 +16,7 @@ output projection is read in ranges of the vocabulary.
 """
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -37,8 +38,10 @@ from checkpoints_tools.source.head import (
     with_logits,
 )
 from checkpoints_tools.source.layer import dense_layer, embed, read_layer, run_layer
+from grinqh_jax.errors import CheckpointError
 from grinqh_jax.hf import HFCheckpoint
 from grinqh_jax.model.apply import Dense
+from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder_layer import DecoderLayer, RMSNorm
 from grinqh_jax.model.layer_spec import HEAD, Projection
 from grinqh_jax.model.logit_transform import LogitTransform
@@ -59,9 +62,19 @@ class ForwardStates:
     Args:
       directory: Directory of the file that holds the states before the layers; by default that of temporary
         files. The file has no name there, and is gone when the context ends.
+      size: Bytes that the file will have (``states_bytes``).
+
+    Raises:
+      CheckpointError: The disk of the directory has less space.
     """
 
-    def __init__(self, directory: Path | None = None):
+    def __init__(self, directory: Path | None = None, size: int = 0):
+        directory = directory or Path(tempfile.gettempdir())
+        if (free := shutil.disk_usage(directory).free) < size:
+            raise CheckpointError(
+                f"{directory}: hidden states need {size / 1e6:,.1f} MB of disk space for a while, and"
+                f" {free / 1e6:,.1f} MB are free; free some space, or put --out on another disk"
+            )
         self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115  (closed by ``__exit__``)
         self._dtype, self._shape = np.dtype(np.float32), (0, 0, 0)
         self.behind: Float[np.ndarray, "s t d"] | None = None
@@ -94,6 +107,12 @@ class ForwardStates:
     def finish(self, hidden: Float[np.ndarray, "s t d"]) -> None:
         """Copies the states behind the last layer."""
         self.behind = hidden[: _whole_windows(HEAD_TOKENS, hidden)].copy()
+
+
+def states_bytes(config: ModelConfig, windows: Int32[np.ndarray, "s t"], compute_dtype) -> int:
+    """Returns the bytes of the file of ``ForwardStates`` for windows of token ids."""
+    tokens = windows[: _whole_windows(TOKENS, windows)].size
+    return config.num_layers * tokens * config.hidden_size * jnp.dtype(compute_dtype).itemsize
 
 
 def _whole_windows(tokens: int, windows: np.ndarray) -> int:

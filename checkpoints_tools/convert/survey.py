@@ -7,7 +7,12 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from checkpoints_tools.calibration.sensitivity import ForwardStates, output_sensitivities, run_forward
+from checkpoints_tools.calibration.sensitivity import (
+    ForwardStates,
+    output_sensitivities,
+    run_forward,
+    states_bytes,
+)
 from checkpoints_tools.convert import vocabulary
 from checkpoints_tools.convert.options import PRINCIPAL
 from checkpoints_tools.convert.plan import Plan
@@ -46,11 +51,12 @@ def survey(plan: Plan, directory: Path, on_progress: Callable[[str], None]) -> S
       on_progress: Called with a note after each layer of each pass over the model.
 
     Raises:
-      CheckpointError: A weight or a hidden state is NaN or Inf.
+      CheckpointError: A weight or a hidden state is NaN or Inf, or the disk has no space for the states.
       OSError: The disk is full.
     """
     source, dtype, axes = plan.source, plan.compute_dtype, None
-    with ForwardStates(directory) as states:
+    size = states_bytes(source.config, plan.survey_windows, dtype)
+    with ForwardStates(directory, size) as states:
         if plan.options.basis == PRINCIPAL:
             axes = principal_axes(second_moments(source, plan.survey_windows, dtype, on_progress, states))
         else:

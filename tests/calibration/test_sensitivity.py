@@ -1,5 +1,7 @@
 """Sensitivities: the layer-by-layer pass compared with whole-model gradients and with divergences."""
 
+import shutil
+
 import hf_directories
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from forward_passes import forward
 from checkpoints_tools.calibration import sensitivity
 from checkpoints_tools.calibration.statistics import SKIPPED_POSITIONS
 from checkpoints_tools.source import head as source_head
+from grinqh_jax.errors import CheckpointError
 from grinqh_jax.hf import load_decoder, open_checkpoint
 from grinqh_jax.model.apply import HEAD, Dense
 from grinqh_jax.model.decoder import linear_shapes
@@ -65,6 +68,28 @@ def measured(source, windows, **options):
     with sensitivity.ForwardStates() as states:
         sensitivity.run_forward(source, windows, np.float32, states)
         return sensitivity.output_sensitivities(source, np.float32, states=states, **options)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_the_size_of_the_states_is_known_before(source, dtype, monkeypatch):
+    monkeypatch.setattr(sensitivity, "TOKENS", 2 * 40)
+    with sensitivity.ForwardStates() as states:
+        sensitivity.run_forward(source, WINDOWS, dtype, states)
+        assert states._file.tell() == sensitivity.states_bytes(source.config, WINDOWS, dtype) > 0
+
+
+def test_a_disk_without_space_for_the_states_is_refused(tmp_path, monkeypatch):
+    disk = shutil.disk_usage(tmp_path)._replace(free=2_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk)
+    with sensitivity.ForwardStates(tmp_path, 2_000_000):
+        pass
+    with pytest.raises(CheckpointError) as refused:
+        sensitivity.ForwardStates(tmp_path, 2_400_000_000)
+    assert str(refused.value) == (
+        f"{tmp_path}: hidden states need 2,400.0 MB of disk space for a while, and 2.0 MB are free; free some"
+        " space, or put --out on another disk"
+    )
+    assert not list(tmp_path.iterdir())
 
 
 def test_sensitivities_are_mean_squares_of_the_whole_models_gradients(source, greedy_tokens):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from checkpoints_tools.convert import (
 from checkpoints_tools.convert.options import Options
 from checkpoints_tools.convert.plan import make_plan
 from grinqh_jax import checkpoint
-from grinqh_jax.hf import open_checkpoint
+from grinqh_jax.hf import HFCheckpoint, open_checkpoint
 from grinqh_jax.model.decoder import linear_names
 
 ROOT = Path(__file__).parents[2]
@@ -181,6 +182,22 @@ def test_damaged_sources_are_refused_before_anything_is_written(qwen3, calib, tm
     assert "generation_config.json is not valid JSON" in message
     assert message.count("\n") == 1
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_disk_without_space_for_hidden_states_is_refused_before_a_weight_is_read(
+    qwen3, calib, tmp_path, capsys, monkeypatch
+):
+    disk = shutil.disk_usage(tmp_path)._replace(free=1 << 10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk)
+
+    def read_tensor(*arguments):
+        raise AssertionError("a tensor is read")
+
+    monkeypatch.setattr(HFCheckpoint, "read_tensor", read_tensor)
+    assert convert.main(arguments(qwen3, tmp_path / "out", calib)) == 2
+    message = capsys.readouterr().err
+    assert "out.partial: hidden states need" in message
+    assert message.count("\n") == 1
 
 
 @pytest.mark.parametrize(
