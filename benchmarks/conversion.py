@@ -4,6 +4,7 @@
     python benchmarks/conversion.py --shape Qwen3-8B --layers 4 --work /tmp/four --output FILE   a quick look
     python benchmarks/conversion.py --shape Llama-135M --work /tmp/llama-135m --output FILE      a small model
     python benchmarks/conversion.py --shape Qwen3-30B-A3B --layers 4 --seconds 230 --work /tmp/w --output FILE
+    python benchmarks/conversion.py --shape Qwen3-30B-A3B --layers 4 --only-gains --work /tmp/g --output FILE
 
 Writes a Hugging Face checkpoint of that shape, with random weights and the bundled model's tokenizer, to
 ``WORK/model`` unless it is there. Then runs the real command, ``python -m checkpoints_tools.convert``, in
@@ -14,6 +15,8 @@ the time of all layers of the shape.
 
 The report is written after every step. An interrupted run resumes when started again with the same arguments:
 it reuses the weights, the converter resumes, and the report gets an entry for each run.
+
+``--only-gains`` measures the last stage alone, on random codes (``conversion_gains``).
 
 Random weights need the time and memory of trained ones, with one exception: the tokens of the bundled model's
 tokenizer lie in few ranges of a large vocabulary, and only those ranges of the embedding are read.
@@ -35,6 +38,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+import conversion_gains
 import jax
 import random_checkpoint
 
@@ -48,6 +52,7 @@ from grinqh_jax.memory import peak_host_memory
 STAGES = {
     "forward": "forward",
     "backward": "backward",
+    "codes": "random codes",
     "embed": "embedding",
     "measure layers": "measurements",
     "measure lm_head": "head's measurements",
@@ -58,7 +63,8 @@ STAGES = {
 }
 """Stage of a step, by the beginning of its note. The first step of a stage includes the time since the stage
 before: the eigenvectors and the head's sensitivities count for ``backward``, the placing of thresholds for
-``refit``."""
+``refit``, and the original model's passes over the training windows for ``gains``. ``random codes`` are no
+stage of a conversion."""
 
 LLAMA_135M = {
     "model_type": "llama",
@@ -178,9 +184,12 @@ class OutOfTime(Exception):
 
 
 def timed_conversion(
-    command: list[str], out: pathlib.Path, report: dict, output: pathlib.Path, seconds: float
+    convert_all: Callable[[], int], out: pathlib.Path, report: dict, output: pathlib.Path, seconds: float
 ) -> int:
-    """Runs the converter for at most ``seconds``, adds a run to the report, and returns the exit code."""
+    """Calls ``convert_all`` for at most ``seconds``, adds a run to the report, and returns the exit code.
+
+    Stages begin and end with the steps of the progress bar that ``convert_all`` takes from ``convert``.
+    """
 
     def save() -> None:
         writing = output.with_name(output.name + ".writing")
@@ -216,9 +225,10 @@ def timed_conversion(
     convert.Progress = functools.partial(TimedProgress, record)
     start = Cost.so_far()
     try:
-        if code := convert.main(command):
+        if code := convert_all():
             return code
-        run["bytes_on_disk"] = directory_bytes(out)
+        if out.exists():
+            run["bytes_on_disk"] = directory_bytes(out)
     except OutOfTime:
         print(f"stopped after {seconds:.0f} s: the stages below are not all")
     save()
@@ -236,6 +246,8 @@ def of_all_layers(
     """
     each = sum(row.get("each_layer", 0) for row in rows.values())
     seconds = sum(cost.seconds for cost in steps.values())
+    seconds -= sum(cost.seconds for step, cost in steps.items() if step.startswith("codes"))
+    each -= rows.get("random codes", {}).get("each_layer", 0)
     if step := rows.get("gains", {}).get("each_step"):
         first = steps["gains 0"]
         done = sum(name.startswith("gains") for name in steps)
@@ -278,6 +290,7 @@ def main() -> int:
         action="store_true",
         help="use the programs that an earlier run compiled (default: compile all)",
     )
+    add("--only-gains", action="store_true", help="train level gains of random codes, no other stage")
     add("--calib", type=pathlib.Path, metavar="FILE", help="calibration text (default: the bundled one)")
     add("--work", type=pathlib.Path, required=True, metavar="DIR", help="directory for both checkpoints")
     add("--output", type=pathlib.Path, required=True, metavar="FILE", help="JSON file to write")
@@ -317,9 +330,18 @@ def main() -> int:
         earlier = json.loads(args.output.read_text())
         if earlier["command"] == report["command"] and "seconds" not in earlier["runs"][-1]:
             report["runs"] = earlier["runs"]
+    if args.only_gains:
+        texts = [str(args.calib)] if args.calib else []
+
+        def train() -> int:
+            with convert.Progress("gains", config["num_hidden_layers"] + 1 + train_gains.STEPS) as progress:
+                conversion_gains.train(model, out, args.tokens, texts, lambda note: progress(1, note))
+            return 0
+
+        return timed_conversion(train, out, report, args.output, args.seconds)
     command = ["--model", str(model), "--out", str(out), "--tokens", str(args.tokens), "--force"]
     command += ["--calib", str(args.calib)] if args.calib else []
-    return timed_conversion(command, out, report, args.output, args.seconds)
+    return timed_conversion(lambda: convert.main(command), out, report, args.output, args.seconds)
 
 
 if __name__ == "__main__":

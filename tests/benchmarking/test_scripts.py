@@ -104,26 +104,29 @@ def test_streaming(tmp_path):
     assert row["after_the_first_chunk"] > 0
 
 
+SMALL_MIXTURE = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "moe_intermediate_size": 64,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "vocab_size": 8192,
+    "num_hidden_layers": 8,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
+"""Configuration of a model with eight layers."""
+
+
 @pytest.mark.slow
 def test_conversion(tmp_path):
     """A run with all stages, after one that stopped and kept its steps."""
-    shape = {
-        "model_type": "qwen3_moe",
-        "hidden_size": 128,
-        "intermediate_size": 128,
-        "moe_intermediate_size": 64,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 64,
-        "vocab_size": 8192,
-        "num_hidden_layers": 8,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": False,
-    }
     config, output = tmp_path / "config.json", tmp_path / "conversion.json"
-    config.write_text(json.dumps(shape))
+    config.write_text(json.dumps(SMALL_MIXTURE))
     command = [sys.executable, SCRIPTS / "conversion.py", "--config", config, "--output", output]
     command += ["--layers", "3", "--tokens", "8192", "--warm", "--work", tmp_path / "work"]
     subprocess.run([*command, "--seconds", "0"], check=True, timeout=100)
@@ -137,6 +140,20 @@ def test_conversion(tmp_path):
     assert report["layers_of_shape"] == 8
     assert run["of_all_layers"] > run["seconds"]
     assert run["steps"]["finalize"]["peak_host_bytes"] == run["peak_host_bytes"] > 1e8
+
+
+@pytest.mark.slow
+def test_conversion_of_level_gains_alone(tmp_path):
+    config, output = tmp_path / "config.json", tmp_path / "conversion.json"
+    config.write_text(json.dumps(SMALL_MIXTURE))
+    command = [sys.executable, SCRIPTS / "conversion.py", "--config", config, "--output", output]
+    command += ["--layers", "3", "--tokens", "4096", "--warm", "--only-gains", "--work", tmp_path / "work"]
+    subprocess.run(command, check=True, timeout=300)
+    (run,) = json.loads(output.read_text())["runs"]
+    assert list(run["stages"]) == ["random codes", "gains", "finalize"]
+    gains = run["stages"]["gains"]
+    assert gains["each_step"] > 0
+    assert run["of_all_layers"] > gains["seconds"] + 24 * gains["each_step"]
 
 
 @pytest.mark.slow
