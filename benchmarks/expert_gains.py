@@ -3,9 +3,9 @@
     python benchmarks/expert_gains.py --model MIXTURE --data books.txt docs.txt --work DIR --output FILE
 
 Converts a mixture once. Trains the level gains on the calibration text: shared by the experts, as the
-converter does; and of each expert. Both are trained a second time from the shared ones on. Measures the
-divergence from the original on windows of each text: all variants read the same windows at the same
-thresholds, so their differences are those of pairs.
+converter does; and of each expert, from the start or from the shared ones on. Each seed trains on other
+windows of the calibration text. Measures the divergence from the original and the loss on windows of each
+text: all variants read the same windows at the same thresholds, so their differences are those of pairs.
 """
 
 import argparse
@@ -13,14 +13,16 @@ import json
 import pathlib
 import sys
 import time
+from functools import partial
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from checkpoints_tools.calibration.statistics import first_scored_position
 from checkpoints_tools.calibration.text import read_calibration
-from checkpoints_tools.convert import compilation, driver, train_gains
+from checkpoints_tools.convert import compilation, driver, graded_divergence, train_gains
 from checkpoints_tools.convert.graded_divergence import divergence
 from checkpoints_tools.convert.graded_model import WindowStates
 from checkpoints_tools.convert.options import Options
@@ -30,6 +32,35 @@ from grinqh_jax.text.documents import read_documents
 from grinqh_jax.text.tokenizer import Tokenizer
 
 SHARED = "shared, trained (the product)"
+
+
+def windows_of_seed(windows: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Returns what ``train_gains.training_windows`` does, with windows in the order of a seed."""
+    length = min(train_gains.WINDOW, windows.shape[1])
+    rows = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
+    return rows[np.random.default_rng(seed).permutation(len(rows))[:count]]
+
+
+class Logits:
+    """Collects the logits of the graded model in place of ``graded_divergence._range_outputs``."""
+
+    def __init__(self):
+        self.ranges, self.inner = [], graded_divergence._range_outputs
+
+    def __call__(self, *arguments):
+        exact, graded = self.inner(*arguments)
+        self.ranges.append(graded)
+        return exact, graded
+
+    def losses(self, model, windows: np.ndarray) -> list[float]:
+        """Returns the mean negative log-likelihood of the tokens of each window, from the first scored on."""
+        logits = model.original.config.logit_transform(jnp.concatenate(self.ranges, -1))
+        assert logits.shape[-1] == model.original.config.vocab_size, "each range was computed once"
+        order = np.argsort(np.concatenate(list(model.vocabulary_blocks.values())))
+        first = first_scored_position(windows.shape[1])
+        log_p = jax.nn.log_softmax(logits[:, first:-1], -1)
+        of_next = jnp.take_along_axis(log_p, jnp.asarray(order[windows[:, first + 1 :]])[..., None], -1)
+        return (-of_next[..., 0].mean(-1)).tolist()
 
 
 def read_windows(path: pathlib.Path, tokenizer: Tokenizer, length: int, count: int) -> np.ndarray:
@@ -55,6 +86,8 @@ def main() -> int:
     add("--length", type=int, default=256, metavar="L", help="tokens of a window (default: 256)")
     add("--bits", nargs="+", type=float, default=[2, 3, 4], metavar="B", help="settings (default: 2 3 4)")
     add("--steps", type=int, nargs="+", default=[24], metavar="N", help="steps of the training (default: 24)")
+    add("--seeds", type=int, default=3, metavar="N", help="orders of the calibration text (default: 3)")
+    add("--twice", action="store_true", help="also train from the shared gains on")
     add("--no-refit", action="store_true", help="convert without refit")
     add("--work", type=pathlib.Path, required=True, metavar="DIR", help="directory for the checkpoint")
     add("--output", type=pathlib.Path, required=True, metavar="FILE", help="JSON file to write")
@@ -73,6 +106,7 @@ def main() -> int:
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "divergence": {},
+        "loss": {},
     }
 
     def say(text: str) -> None:
@@ -92,24 +126,31 @@ def main() -> int:
 
         def measure(variant, gains):
             gains = {name: jnp.asarray(array) for name, array in gains.items()}
-            rows = report["divergence"][variant] = {}
+            rows, losses = (report[table].setdefault(variant, {}) for table in ("divergence", "loss"))
             for name, bits in ((name, bits) for name in states for bits in args.bits):
-                values = []
+                values, nats = [], []
                 for pair in np.arange(len(texts[name]) // 2 * 2).reshape(-1, 2):
-                    values += divergence(model, head, states[name].at(pair), gains, [bits] * 2)[0]
-                rows[f"{name}, {bits:g}"] = values
-                say(f"{variant}: {name}, {bits:g} bits: {np.mean(values):.4f}")
+                    with mock.patch.object(graded_divergence, "_range_outputs", Logits()) as logits:
+                        values += divergence(model, head, states[name].at(pair), gains, [bits] * 2)[0]
+                    nats += logits.losses(model, texts[name][pair])
+                rows.setdefault(f"{name}, {bits:g}", []).append(values)
+                losses.setdefault(f"{name}, {bits:g}", []).append(nats)
+                say(f"{variant}: {name}, {bits:g} bits: {np.mean(values):.4f}, loss {np.mean(nats):.4f}")
             args.output.write_text(json.dumps(report, indent=1) + "\n")
 
         measure("fitted, not trained", initial)
-        for steps in args.steps:
-            with mock.patch.object(train_gains, "STEPS", steps):
+        for steps, seed in ((steps, seed) for steps in args.steps for seed in range(args.seeds)):
+            chosen = partial(windows_of_seed, seed=seed)
+            with mock.patch.multiple(train_gains, STEPS=steps, training_windows=chosen):
                 shared = train(model, windows, initial)
                 measure(f"{SHARED}, {steps} steps", shared)
                 each = train(model, windows, of_each(initial))
                 measure(f"of each expert, {steps} steps", each)
-                measure(f"of each expert from shared, {steps} steps", train(model, windows, of_each(shared)))
-                measure(f"shared, twice, {steps} steps", train(model, windows, shared))
+                if args.twice:
+                    measure(
+                        f"of each expert from shared, {steps} steps", train(model, windows, of_each(shared))
+                    )
+                    measure(f"shared, twice, {steps} steps", train(model, windows, shared))
         spread = {n: np.std(np.log(each[n][:, :2]), axis=0).tolist() for n in experts}
         report["deviation_of_log_gains"] = np.mean(list(spread.values()), axis=0).tolist()
         return shared
@@ -117,14 +158,18 @@ def main() -> int:
     with mock.patch.object(train_gains, "train_gains", compare):
         driver.convert(plan, args.work / "out", overwrite=True)
     args.output.write_text(json.dumps(report, indent=1) + "\n")
-    base = report["divergence"][f"{SHARED}, {args.steps[0]} steps"]
-    for variant, rows in report["divergence"].items():
-        for case, values in rows.items():
-            change = np.asarray(values) / np.mean(base[case]) - np.asarray(base[case]) / np.mean(base[case])
-            error = change.std(ddof=1) / len(change) ** 0.5
-            say(
-                f"{variant}: {case}: {np.mean(values):.4f}, {100 * change.mean():+.1f} +- {100 * error:.1f} %"
-            )
+    for variant in report["divergence"]:
+        shared = f"{SHARED}, {variant.rpartition(', ')[2]}"
+        for case in report["divergence"][variant] if shared in report["divergence"] else []:
+            for table, whole in (("divergence", True), ("loss", False)):
+                values, base = (np.asarray(report[table][name][case]) for name in (variant, shared))
+                change = 100 * (values - base) / (base.mean() if whole else 1)
+                by_seed = change.mean(1)
+                error = change.mean(0).std(ddof=1) / change.shape[1] ** 0.5
+                say(
+                    f"{variant}: {case}: {table} {values.mean():.4f}, {change.mean():+.2f} +- {error:.2f} %"
+                    f" over windows; by seed {', '.join(f'{seed:+.2f}' for seed in by_seed)}"
+                )
     return 0
 
 
