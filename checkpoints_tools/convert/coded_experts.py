@@ -80,17 +80,12 @@ class ChosenCoded(NamedTuple):
         self,
         x: Float[Array, "s t c k"],
         thresholds: Float[Array, "*#tokens p"],
-        level_gains: Float[Array, "*e p"],
+        level_gains: Float[Array, "p"],
         outputs: Float[Array, "s t c n"] | None = None,
     ) -> Float[Array, "s t c n"]:
-        """Returns what ``CodedLinear.graded`` does.
-
-        ``thresholds`` are those of each token, or of all; ``level_gains`` those of each expert, or of all.
-        """
+        """Returns what ``CodedLinear.graded`` does. ``thresholds`` are those of each token, or of all."""
         if thresholds.ndim > 1:
             thresholds = thresholds[..., None, :]
-        if level_gains.ndim > 1:
-            level_gains = level_gains[self.experts]
         scaled, level = graded_inputs(x, thresholds, level_gains)
         rows = [array.reshape(-1, array.shape[-1]) for array in (scaled, level)]
         computed = None if outputs is None else outputs.reshape(-1, outputs.shape[-1])

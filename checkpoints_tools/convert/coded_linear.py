@@ -80,14 +80,14 @@ class CodedLinear(nnx.Module):
 
 
 def graded_inputs(
-    x: Float[Array, "*rows k"], thresholds: Float[Array, "*#rows p"], level_gains: Float[Array, "*#rows p"]
+    x: Float[Array, "*rows k"], thresholds: Float[Array, "*#rows p"], level_gains: Float[Array, "p"]
 ) -> tuple[Float[Array, "*rows k"], Int[Array, "*rows k"]]:
     """Returns the activations times the gains of their levels, and the levels."""
     level = grading.levels(x, thresholds)
     # Not a gather: its gradient would be a scatter into P numbers, which is slow.
-    gain = level_gains[..., :1]
-    for index in range(1, level_gains.shape[-1]):
-        gain = jnp.where(level > index, level_gains[..., index : index + 1], gain)
+    gain = level_gains[0]
+    for index in range(1, len(level_gains)):
+        gain = jnp.where(level > index, level_gains[index], gain)
     return (x * gain).astype(x.dtype), level
 
 

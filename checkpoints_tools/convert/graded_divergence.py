@@ -31,8 +31,8 @@ from grinqh_jax.model.decoder_layer import DecoderLayer
 from grinqh_jax.model.logit_transform import LogitTransform
 from pallas_kernels import Activations, layout
 
-LevelGains = Mapping[str, Float[Array, "... p"]]
-"""Gains of levels ``1..P`` by linear layer; those of experts for all of them, or for each."""
+LevelGains = Mapping[str, Float[Array, "p"]]
+"""Gains of levels ``1..P``, by linear layer."""
 
 Outputs = Mapping[str, Float[Array, "s t ... n"]]
 """Outputs of the projections of a layer, by projection."""
@@ -66,7 +66,7 @@ def divergence(
     states: WindowStates,
     level_gains: LevelGains,
     bits: Sequence[float],
-) -> tuple[list[float], dict[str, Float[Array, "... p"]]]:
+) -> tuple[list[float], dict[str, Float[Array, "p"]]]:
     """Computes the divergence of each window and the gradient of the sum of the logarithms.
 
     Logarithms give all settings the same weight, although the divergence at few bits is ten times as large as
@@ -159,7 +159,7 @@ def _backward(
     x: Float[Array, "s t d"],
     outputs: Outputs,
     gradient: Float[Array, "s t d"],
-) -> tuple[Float[Array, "s t d"], dict[str, Float[Array, "... p"]]]:
+) -> tuple[Float[Array, "s t d"], dict[str, Float[Array, "p"]]]:
     """Returns the gradients at a layer's inputs and of its level gains, given that at its outputs."""
 
     def run(gains, x):

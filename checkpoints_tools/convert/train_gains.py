@@ -44,16 +44,15 @@ LEAST_TOKENS = 4096
 def train_gains(
     model: GradedModel,
     windows: Int32[np.ndarray, "s t"],
-    initial: Mapping[str, Float[np.ndarray, "... p"]],
+    initial: Mapping[str, Float[np.ndarray, "p"]],
     on_progress: Callable[[str], None] = lambda note: None,
-) -> dict[str, Float[np.ndarray, "... p"]]:
+) -> dict[str, Float[np.ndarray, "p"]]:
     """Trains the level gains of all linear layers.
 
     Args:
       model: Graded model and its original.
       windows: Token ids of the calibration text, cut to windows of ``WINDOW`` and used in turn.
-      initial: Initial gains by linear layer, positive; 1 for the highest level. Those of experts are for all
-        of them, or for each.
+      initial: Initial gains by linear layer, positive; 1 for the highest level.
       on_progress: Called with a note after each of ``STEPS`` steps.
 
     Returns:
@@ -65,10 +64,7 @@ def train_gains(
     rate = optax.linear_schedule(RATE, 0, transition_steps=STEPS // 2, transition_begin=STEPS // 2)
     adam = optax.adam(rate, b2=SECOND_MOMENT_DECAY)
     start = {name: jnp.asarray(gains) for name, gains in initial.items()}
-    log_factors = {
-        name: jnp.zeros((*gains.shape[:-1], trained_levels(gains.shape[-1])))
-        for name, gains in initial.items()
-    }
+    log_factors = {name: jnp.zeros(trained_levels(len(gains))) for name, gains in initial.items()}
     # Committed to the device, as all arrays computed from them are; otherwise the second step recompiles.
     start, log_factors, optimizer_state = jax.device_put(
         (start, log_factors, adam.init(log_factors)), jax.local_devices()[0]
@@ -123,14 +119,10 @@ def trained_levels(num_planes: int) -> int:
 
 
 def _gains(
-    initial: Mapping[str, Float[Array, "... p"]], log_factors: Mapping[str, Float[Array, "... _"]]
-) -> dict[str, Float[Array, "... p"]]:
+    initial: Mapping[str, Float[Array, "p"]], log_factors: Mapping[str, Float[Array, "_"]]
+) -> dict[str, Float[Array, "p"]]:
     """Returns the initial gains, those of the trained levels times ``exp(log_factors)``."""
     return {
-        name: gains * jnp.exp(_padded(log_factors[name], gains.shape[-1])) for name, gains in initial.items()
+        name: gains * jnp.exp(jnp.pad(log_factors[name], (0, len(gains) - len(log_factors[name]))))
+        for name, gains in initial.items()
     }
-
-
-def _padded(log_factors: Float[Array, "... _"], levels: int) -> Float[Array, "... p"]:
-    widths = [(0, 0)] * (log_factors.ndim - 1) + [(0, levels - log_factors.shape[-1])]
-    return jnp.pad(log_factors, widths)
