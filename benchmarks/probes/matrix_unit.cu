@@ -95,7 +95,15 @@ __device__ inline void wgmma(int (&s)[32], const uint32_t (&a)[4], uint64_t b) {
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
-template <int N, int LOPS>
+// The same with A in shared memory, too.
+__device__ inline void wgmma(int (&s)[32], uint64_t a, uint64_t b) {
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sync.aligned.m64n64k32.s32.u8.s8 "
+               "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, %32, %33, p; }"
+               : "+r"(s[0]), "+r"(s[1]), "+r"(s[2]), "+r"(s[3]), "+r"(s[4]), "+r"(s[5]), "+r"(s[6]), "+r"(s[7]), "+r"(s[8]), "+r"(s[9]), "+r"(s[10]), "+r"(s[11]), "+r"(s[12]), "+r"(s[13]), "+r"(s[14]), "+r"(s[15]), "+r"(s[16]), "+r"(s[17]), "+r"(s[18]), "+r"(s[19]), "+r"(s[20]), "+r"(s[21]), "+r"(s[22]), "+r"(s[23]), "+r"(s[24]), "+r"(s[25]), "+r"(s[26]), "+r"(s[27]), "+r"(s[28]), "+r"(s[29]), "+r"(s[30]), "+r"(s[31])
+               : "l"(a), "l"(b));
+}
+
+template <int N, int LOPS, bool SHARED_A = false>
 __global__ void groups(long long *cycles, uint32_t *out, uint32_t seed) {
   __shared__ alignas(1024) uint8_t codes[4096];
   for (int i = threadIdx.x; i < 1024; i += blockDim.x) reinterpret_cast<uint32_t *>(codes)[i] = seed * i;
@@ -113,8 +121,12 @@ __global__ void groups(long long *cycles, uint32_t *out, uint32_t seed) {
     for (int now = 0; now < 2; ++now) {
       asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        wgmma(sums, *reinterpret_cast<uint32_t(*)[4]>(&a[now][4 * i]), descriptor);
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (SHARED_A)
+          wgmma(sums, descriptor, descriptor);
+        else
+          wgmma(sums, *reinterpret_cast<uint32_t(*)[4]>(&a[now][4 * i]), descriptor);
+      }
       asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 #pragma unroll
       for (int i = 0; i < LOPS; ++i) a[1 - now][i % 16] = lop(a[1 - now][i % 16], seed, n + i);
@@ -172,5 +184,7 @@ int main() {
   report("4 wgmma 64x32x32, 64 LOP3", groups<32, 64>);
   report("4 wgmma 64x64x32", groups<64, 0>);
   report("4 wgmma 64x64x32, 64 LOP3", groups<64, 64>);
+  report("4 wgmma 64x64x32, A shared", groups<64, 0, true>);
+  report("4 wgmma 64x64x32, A shared, 64 LOP3", groups<64, 64, true>);
   return 0;
 }
