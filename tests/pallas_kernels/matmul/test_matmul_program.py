@@ -192,7 +192,6 @@ def test_declines_with_a_reason():
         assert supports(jax.ShapeDtypeStruct((rows, 256), dtype), weight, 3) == reason
 
 
-@pytest.mark.skipif(jax.__version_info__ < device.OLDEST_JAX, reason="lane programs need jax >= 0.11.2")
 def test_the_emulator_refuses_the_program_without_its_fence(monkeypatch):
     monkeypatch.setattr(NumpyInstructions, "publish_operands", lambda isa: None)
     x, weight, _ = Case(128, 64, rows=9, dtype="bfloat16").arrays()
@@ -200,6 +199,7 @@ def test_the_emulator_refuses_the_program_without_its_fence(monkeypatch):
         emulate(x, weight, 3)
 
 
+@pytest.mark.skipif(jax.__version_info__ < device.OLDEST_JAX, reason="lane programs need jax >= 0.11.2")
 @pytest.mark.parametrize(
     ("rows", "shape", "level"),
     [(16, (4096, 6144), 3), (32, (12288, 4096), 4), (64, (4096, 4096), 1), (512, (300, 700), 3)],
