@@ -137,6 +137,8 @@ def main() -> None:
     add("--bits", nargs="+", type=float, default=[3, 4, 2, 8], metavar="B", help="(default: 3 4 2 8)")
     add("--contexts", nargs="+", type=int, default=[1024], metavar="N")
     add("--batch", nargs="+", type=int, default=[1, 4, 2, 8], metavar="N", help="texts (default: 1 4 2 8)")
+    drafts = speculation_replay.DRAFTS
+    add("--drafts", nargs="+", type=int, default=drafts, choices=drafts, help=f"(default: {drafts})")
     add("--steps", type=int, default=16, metavar="N", help="steps of a call (default: 16)")
     add("--repeats", type=int, default=5, metavar="N", help="timed calls (default: 5)")
     add("--read-idle-rows", action="store_true", help="read all rows in every step (see DecodePolicy)")

@@ -25,7 +25,7 @@ from grinqh_jax.decoding.speculation.drafter import Drafter, DrafterState
 from grinqh_jax.decoding.speculation.lookup import PromptLookup
 from grinqh_jax.decoding.speculation.model_drafter import SelfDrafter
 from grinqh_jax.decoding.speculation.setting import DEFAULT_SELF_BITS
-from grinqh_jax.decoding.speculation.speculation import MOST_DRAFTS
+from grinqh_jax.decoding.speculation.speculation import DECODED_DRAFTS, MOST_DRAFTS
 from grinqh_jax.decoding.thresholds import model_thresholds
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import linear_names
@@ -34,7 +34,6 @@ from grinqh_jax.model.flat_model import FlatModel, decoder_of
 OFF, LOOKUP, SELF = "off", "lookup", "self"
 """Drafters in the results. ``off`` is decoding without speculation."""
 
-SELF_DRAFTS = 3
 ENDLESS = -1e6
 """Number of tokens in the block of the dial at the start. The dial follows, and no block ends."""
 
@@ -108,12 +107,14 @@ class Steps:
         """Returns all cases, the most important ones first."""
         cases = []
         for context, texts in itertools.product(self._args.contexts, self._args.batch):
-            fitting = [drafts for drafts in (0, *DRAFTS) if texts * (drafts + 1) <= MAX_GRADED_ROWS]
+            fitting = [
+                drafts for drafts in (0, *self._args.drafts) if texts * (drafts + 1) <= MAX_GRADED_ROWS
+            ]
             # The default number of drafts and no drafts first, more than the default last.
             fitting.sort(key=lambda drafts: (drafts > MOST_DRAFTS, 0 < drafts < MOST_DRAFTS, -drafts))
             cases.append(Case(context, texts, OFF))
             cases += [Case(context, texts, LOOKUP, drafts) for drafts in fitting]
-        drafts = min(SELF_DRAFTS, MAX_GRADED_ROWS // cases[0].texts - 1)
+        drafts = min(DECODED_DRAFTS, MAX_GRADED_ROWS // cases[0].texts - 1)
         if not self._args.no_self and drafts:
             cases.append(dataclasses.replace(cases[0], drafter=SELF, drafts=drafts))
         return cases

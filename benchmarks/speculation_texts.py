@@ -2,6 +2,7 @@
 
     python benchmarks/speculation_texts.py --output FILE                                 the bundled model
     python benchmarks/speculation_texts.py --models qwen3-32m-grinqh --prompts 50 --bits 3 8
+    python benchmarks/speculation_texts.py --mesh tp=2                                   on two devices
 
 For each model and setting, plain decoding with a dial that holds its setting continues pieces of the bundled
 text until there are enough greedy texts that do not end in a loop. Each drafter then decodes the same
@@ -30,6 +31,7 @@ from grinqh_jax.decoding.batching.job import Job
 from grinqh_jax.decoding.batching.rows import Rows
 from grinqh_jax.decoding.generator import Generator
 from grinqh_jax.decoding.load_speculation import speculation_of
+from grinqh_jax.decoding.model_files import ModelFiles
 from grinqh_jax.decoding.programs import Programs
 from grinqh_jax.decoding.sampling import Sampling
 from grinqh_jax.decoding.slots.rehearsal import lowerings
@@ -37,6 +39,7 @@ from grinqh_jax.decoding.slots.settings import Settings
 from grinqh_jax.decoding.speculation.setting import SpeculationSetting
 from grinqh_jax.decoding.speculation.speculation import Speculation
 from grinqh_jax.decoding.texts import Received, Texts
+from grinqh_jax.sharding.mesh import make_mesh
 
 PROMPT_TOKENS, REPEATED_TOKENS, ANSWER_TOKENS, CAPACITY = 48, 8, 40, 128
 TEXT_CHARACTERS = 200_000
@@ -128,8 +131,11 @@ def check(name: str, args: argparse.Namespace, report: reports.Report) -> None:
 
     The settings take turns, so that at the time limit all have been compared on as many texts.
     """
-    generator = Generator.load(name)
+    mesh = make_mesh(args.mesh, ModelFiles.open(name).config)
+    generator = Generator.load(name, mesh=mesh)
     generator.holds_dial = True
+    if (cut := generator.model.partition) is not None:
+        report.fields["exchange"] = cut.exchange
     plain, drafting = Decoding(generator, None, args.slots), {}
     for text in args.drafters:
         speculation = speculation_of(SpeculationSetting.parse(text), generator)
@@ -210,6 +216,7 @@ def main() -> None:
     add("--bits", nargs="+", type=float, default=[3, 8, 2, 4], metavar="B", help="(default: 3 8 2 4)")
     add("--drafters", nargs="+", default=["lookup", "self@2"], metavar="DRAFTER")
     add("--prompts", type=int, default=200, metavar="N", help="texts of each setting (default: 200)")
+    add("--mesh", metavar="tp=N|auto", help="decode on several devices")
     add("--batch", type=int, default=50, metavar="N", help="texts between two writes (default: 50)")
     add("--slots", type=int, default=2, metavar="N", help="texts decoded at once (default: 2)")
     reports.add_arguments(parser)
