@@ -81,25 +81,40 @@ def bucket_widths(most: int) -> list[int]:
 def cut_chunks(prompt: Sequence[int], start: int, chunk: int, has_preview: bool) -> Iterator[PrefillBucket]:
     """Cuts a prompt into buckets that end at fixed positions, for an engine that shares prefixes.
 
-    All ends before the preview are multiples of ``chunk``, and a bucket has exactly the tokens whose preview
-    the dial uses. So every bucket is the same for any ``start``, and the preview is that of ``cut``.
+    Buckets end at multiples of ``chunk``, as far as prompts share their prefixes, and at the end of the
+    preview. The bucket before the end of the preview has its tokens, and all others up to the last multiple:
+    each bucket reads all weights, so one for the preview alone would cost half as much as a whole one. So
+    every bucket is the same for any ``start``, and the preview is that of ``cut``.
 
     Args:
       prompt: Tokens of the prompt.
-      start: First position to read, a multiple of ``chunk``, and at most ``first_previewed`` if there is a
-        preview.
-      chunk: Largest number of tokens of a bucket, except that of the preview.
+      start: First position to read, a multiple of ``chunk``, and at most ``shareable``.
+      chunk: Largest number of tokens of a bucket. Only that of the preview may have more, if chunks are
+        smaller than a preview.
       has_preview: Whether the dial uses a preview.
     """
     length = len(prompt)
-    preview = first_previewed(length) if has_preview else length
-    ends = {*range(start + chunk, preview, chunk), preview, min(preview + PREVIEW_TOKENS, length), length}
+    shared = shareable(length, chunk, has_preview)
+    ends = {*range(start + chunk, shared + 1, chunk), length}
+    if has_preview:
+        first = first_previewed(length)
+        last = min(first + PREVIEW_TOKENS, length)
+        ends |= {last} if last - shared <= chunk else {first, last}
     for end in sorted(ends - {start}):
         width = bucket_widths(end - start)[-1]
         tokens = np.zeros((1, width), np.int32)
         tokens[0, : end - start] = prompt[start:end]
         yield PrefillBucket(tokens, np.array([end - start], np.int32), end)
         start = end
+
+
+def shareable(length: int, chunk: int, has_preview: bool) -> int:
+    """Returns the number of leading tokens of a prompt that may come from shared pages: whole prefill chunks.
+
+    The tokens of the preview are always read, and so is the last token, for the logits.
+    """
+    read = first_previewed(length) if has_preview else length - 1
+    return read // chunk * chunk
 
 
 def first_previewed(length: int) -> int:

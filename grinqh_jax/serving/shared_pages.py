@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from grinqh_jax.decoding.batching.job import Job
 from grinqh_jax.decoding.model_files import prompt_too_long
-from grinqh_jax.decoding.prefill_buckets import PrefillBucket, cut_chunks, first_previewed
+from grinqh_jax.decoding.prefill_buckets import PrefillBucket, cut_chunks, shareable
 from grinqh_jax.decoding.slots.shape import Shape
 from grinqh_jax.errors import UsageError
 from grinqh_jax.serving.pages import PageAllocator
@@ -69,11 +69,5 @@ class SharedPages:
         self.allocator.release(job.pages)
 
     def _shareable(self, prompt: Sequence[int]) -> int:
-        """Returns the number of leading tokens that may come from shared pages: whole prefill chunks.
-
-        The tokens of the preview are always read, and so is the last token, for the logits.
-        """
-        if self._shape.rings:
-            return 0
-        read = first_previewed(len(prompt)) if self._graded else len(prompt) - 1
-        return read // self._shape.prefill_chunk * self._shape.prefill_chunk
+        """Returns the number of leading tokens that may come from shared pages."""
+        return 0 if self._shape.rings else shareable(len(prompt), self._shape.prefill_chunk, self._graded)

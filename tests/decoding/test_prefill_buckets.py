@@ -1,5 +1,7 @@
 """Prompts cut into buckets: every token once, and the same preview wherever reading starts."""
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -81,15 +83,25 @@ def test_the_preview_does_not_depend_on_where_reading_starts(monkeypatch):
             assert previewed(length, latest + 1) != previewed(length, 0)
 
 
-def test_prefill_chunks_are_the_same_from_any_start_and_have_the_preview_of_the_whole_prompt():
-    for length in (1, 31, 64, 65, 97, 300, 2048, 2060, 2112, 2200):
+@pytest.mark.parametrize("chunk", [32, 128])
+def test_prefill_chunks_are_the_same_from_any_start_and_have_the_preview_of_the_whole_prompt(chunk):
+    for length in (1, 31, 64, 65, 97, 128, 129, 191, 192, 193, 300, 2048, 2060, 2112, 2200):
         prompt, preview = list(range(length)), first_previewed(length)
-        every = list(cut_chunks(prompt, 0, 32, True))
+        every = list(cut_chunks(prompt, 0, chunk, True))
         assert [token for b in every for token in b.tokens[0, : b.lengths[0]]] == prompt
-        assert {b.end for b in every} >= {min(preview + PREVIEW_TOKENS, length)} | ({preview} - {0})
-        for start in range(0, preview + 1, 32):
+        assert all(b.lengths[0] <= max(chunk, PREVIEW_TOKENS) for b in every)
+        for start in range(0, preview + 1, chunk):
             later = [b for b in every if b.end > start]
-            some = list(cut_chunks(prompt, start, 32, True))
+            some = list(cut_chunks(prompt, start, chunk, True))
             assert [b.end for b in some] == [b.end for b in later]
             assert all((b.tokens == c.tokens).all() for b, c in zip(some, later, strict=True))
-        assert all(b.end % 32 == 0 or b.end == length for b in cut_chunks(prompt, 0, 32, False))
+            cut_prompt = functools.partial(cut_chunks, chunk=chunk, has_preview=True)
+            assert previewed(length, start, cut_prompt) == previewed(length, 0)
+        assert all(b.end % chunk == 0 or b.end == length for b in cut_chunks(prompt, 0, chunk, False))
+
+
+def test_the_preview_takes_no_prefill_chunk_of_its_own():
+    """A prefill chunk reads all weights, however few tokens it has."""
+    for length in range(1, 2049):
+        graded, dense = (len(list(cut_chunks([1] * length, 0, 512, preview))) for preview in (True, False))
+        assert graded == dense == -(-length // 512)

@@ -5,10 +5,8 @@ one prompt and decodes one chunk of all answers, so an answer never waits for mo
 many requests were read first, their answers would end together. The next prompts would then come together as
 well, and the first of them would wait for all others.) In an engine for many requests, prefill chunks end at
 positions that depend on the prompt alone, so a hit and a miss of the shared prefixes read the same ones. An
-answer therefore does not depend on load or on what is in the cache. A prompt of a quantized model ends with a
-small prefill chunk, that of the preview. It comes in the same round as the one before if both together have
-no more tokens than a whole one, or the first token would wait for one more decode chunk. A single text runs
-in the same loop, with one slot.
+answer therefore does not depend on load or on what is in the cache. A single text runs in the same loop, with
+one slot.
 """
 
 import dataclasses
@@ -111,9 +109,7 @@ class Scheduler:
         self._admit()
         while self.reading:
             job = self.reading[0][-1]
-            end = self._read(job) + self._device.shape.prefill_chunk
-            while job.buckets and job.buckets[0].end <= end:
-                self._read(job)
+            self._read(job)
             if not job.buckets:
                 heapq.heappop(self.reading)
                 self._start(job)
@@ -160,20 +156,18 @@ class Scheduler:
             job.answer.begin(reused)
             heapq.heappush(self.reading, (priority, number, job))
 
-    def _read(self, job: Job) -> int:
-        """Dispatches the next prefill chunk of a prompt; returns the position at which it starts."""
+    def _read(self, job: Job) -> None:
+        """Dispatches the next prefill chunk of a prompt."""
         bucket = job.buckets.popleft()
-        start = bucket.end - int(bucket.lengths[0])
         assert job.prefix is not None, "an admitted job has a prefix"
         if job.prompt_logprobs:
-            rest = job.prompt[start + 1 : bucket.end + 1]
+            rest = job.prompt[bucket.end - int(bucket.lengths[0]) + 1 : bucket.end + 1]
             following = np.zeros_like(bucket.tokens)
             following[0, : len(rest)] = rest
             logprobs = self._device.prompt_logprobs(job.prefix, bucket, following)
             job.prompt_results.append((logprobs, len(rest)))
         job.prefix = self._device.prefill(job.prefix, bucket, job.settings)
         self._storage.keep(job, bucket.end)
-        return start
 
     def _start(self, job: Job) -> None:
         """Moves a job whose prompt is read to the answers."""
