@@ -126,8 +126,8 @@ def count_pages(
             )
     if free is None:
         return pages
-    # Each slot has states of a fixed size, and so has the prompt that is read.
-    free = max(free - (slots + 1) * fixed_bytes(config, dtype, ring_context), 0)
+    # Each slot has states of a fixed size, and so have the prompt that is read and the empty prefix.
+    free = max(free - (slots + 2) * fixed_bytes(config, dtype, ring_context), 0)
     room = int(FREE_MEMORY_SHARE * free) // page
     if cache_memory is None:
         pages = max(min(pages, room), 1)

@@ -19,6 +19,7 @@ from grinqh_jax.decoding.slots import answers, host_arrays, prompts, speculate
 from grinqh_jax.decoding.slots.announced import announced
 from grinqh_jax.decoding.slots.placement import Placement
 from grinqh_jax.decoding.slots.prefix import Prefix
+from grinqh_jax.decoding.slots.request_arrays import RequestArrays
 from grinqh_jax.decoding.slots.settings import Settings
 from grinqh_jax.decoding.slots.shape import Shape
 from grinqh_jax.decoding.slots.state import DecodeState
@@ -100,13 +101,16 @@ class Device:
         sharding = self._placement.sharding
         self._model, self._dial = FlatModel(model), jax.device_put(dial, sharding)
         self._drafter = self._put(None if speculation is None else speculation.drafter)
+        sizes = self._placement, self._cache_config, self._dtype
+        self._requests = RequestArrays(model.config, shape, settings, self.graded, *sizes)
+        self._last_rows: tuple[tuple[int, ...], Any] = (), None
 
         def state() -> DecodeState:
             sizes = shape.num_pages, shape.page_size, self._dtype, shape.ring_context
             pages = cache or zeros_on_mesh(
                 lambda: PagedCache.create(self._cache_config, *sizes), model.partition
             )
-            fixed = zeros_on_mesh(self._empty_fixed(shape.slots), model.partition)
+            fixed = zeros_on_mesh(self._empty_fixed, model.partition)
             per_slot = None if shape.contiguous else shape.pages_per_slot
             drafter = None if speculation is None else speculation.drafter
             return DecodeState.create(
@@ -133,12 +137,7 @@ class Device:
           length: Number of tokens that are reused.
           fixed: States of a fixed size after them; by default those before the first token.
         """
-        row = np.full(self.shape.pages_per_slot, self.shape.num_pages, np.int32)
-        row[: len(pages)] = pages
-        if not fixed:
-            make, placement = self._empty_fixed(1), self._placement
-            fixed = jax.eval_shape(make) if placement.abstract else zeros_on_mesh(make, placement.partition)
-        return self._put(Prefix.create(self._config, row, length, self.graded, fixed))
+        return self._requests.prefix(pages, length, fixed)
 
     @announced
     def prefill(self, prefix: Prefix, bucket: PrefillBucket, settings: Settings) -> Prefix:
@@ -196,28 +195,22 @@ class Device:
         allowed: UInt32[np.ndarray, "words"] | None = None,
     ) -> Any:
         """Starts an answer in a slot; returns its first token, a ``Chunk`` (see ``answers.insert``)."""
-        mask: Any = None
-        if self.shape.grammars:
-            mask = host_arrays.masks(1, self._config.vocab_size, {} if allowed is None else {0: allowed})
-        slots, in_prompt, padded = self._state.slots, None, None
-        if slots.history is not None:
-            in_prompt = host_arrays.in_prompt(prompt, self._config.vocab_size)
-        if slots.texts is not None:
-            padded = host_arrays.padded(prompt, slots.texts.tokens.shape[1])
-        arguments = np.int32(slot), settings, in_prompt, mask, padded
-        row, settings, in_prompt, mask, padded = self._put(arguments)
+        texts = self._state.slots.texts
+        padded = None if texts is None else texts.tokens.shape[1]
+        arrays = self._requests.of_answer(settings, prompt, allowed, padded)
+        settings, in_prompt, mask, tokens = arrays
         self._state, first = self._run(
             "insert",
             answers.insert,
             self._state,
-            row,
+            self._requests.slots[slot],
             prefix,
             settings,
             in_prompt,
             self._dial,
             mask,
             self._drafter,
-            padded,
+            tokens,
             policy=self._policy,
             top_logprobs=self._count(logprobs),
             result=lambda: (self._state, None),
@@ -259,7 +252,7 @@ class Device:
             self._state,
             self._dial,
             self._rows(rows),
-            self._put(allowed),
+            None if allowed is None else self._put(allowed),
             level=level,
             **self._chunk_options(StepShape(len(rows), 0), greedy, logprobs, allowed is not None),
             result=lambda: (self._state, None),
@@ -305,14 +298,14 @@ class Device:
     @announced
     def turn(self, slot: int, bits: float) -> None:
         """Changes the wanted mean bits of an answer."""
-        arguments = self._put((np.int32(slot), np.float32(bits)))
+        arguments = self._requests.slots[slot], self._put(np.float32(bits))
         self._state = self._run("turn", answers.turn, self._state, *arguments, result=lambda: self._state)
 
     @announced
     def free(self, slot: int) -> None:
         """Ends the answer in a slot. A single slot then decodes nothing, so its state may stay."""
         if self.shape.slots > 1:
-            row = self._put(np.int32(slot))
+            row = self._requests.slots[slot]
             self._state = self._run("free", answers.free, self._state, row, result=lambda: self._state)
 
     def _run(self, name: str, program: Any, *arguments: Any, result: Callable[[], Any], **static: Any) -> Any:
@@ -338,15 +331,19 @@ class Device:
 
     def _rows(self, rows: Sequence[int]) -> Any:
         """Returns the slots of a chunk as an array; None for all."""
-        return None if len(rows) == self.shape.slots else self._put(np.asarray(rows, np.int32))
+        if len(rows) == self.shape.slots:
+            return None
+        if self._last_rows[0] != tuple(rows):  # Most chunks have the slots of the one before.
+            self._last_rows = tuple(rows), self._put(np.asarray(rows, np.int32))
+        return self._last_rows[1]
 
     def _count(self, logprobs: bool) -> int | None:
         """Returns the number of most likely tokens whose log-probabilities a program computes."""
         return self._top_logprobs if logprobs else None
 
-    def _empty_fixed(self, texts: int) -> Callable[[], FixedStates]:
-        """Returns a function that makes the states of a fixed size of empty texts."""
-        return lambda: fixed_states(self._cache_config, texts, self._dtype, self.shape.ring_context)
+    def _empty_fixed(self) -> FixedStates:
+        """Returns the states of a fixed size of empty texts in all slots."""
+        return fixed_states(self._cache_config, self.shape.slots, self._dtype, self.shape.ring_context)
 
     def _put(self, arrays: Any) -> Any:
         return self._placement.put(arrays)

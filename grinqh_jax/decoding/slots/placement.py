@@ -35,7 +35,10 @@ class Placement:
 
     def put(self, arrays: Any) -> Any:
         """Puts a tree of arrays on the device, or on those of the mesh."""
-        return self.structs(arrays) if self.abstract else jax.device_put(arrays, self._shardings(arrays))
+        if self.abstract:
+            return self.structs(arrays)
+        # A tree of shardings takes the host longer than one.
+        return jax.device_put(arrays, self.sharding if self.partition is None else self._shardings(arrays))
 
     def structs(self, arrays: Any) -> Any:
         """Returns shapes and dtypes with the shardings that ``put`` gives to the arrays."""

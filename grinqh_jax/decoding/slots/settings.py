@@ -68,15 +68,23 @@ class Settings:
     def greedy(self) -> bool:
         """Whether one request, numpy, is decoded greedily, without penalties, biases and masks."""
         sampling, penalties = self.sampling, self.sampling.penalties
-        if sampling.allowed is not None:
+        if sampling.allowed is not None or self.has_repetition_penalty or self.has_biases:
             return False
-        if penalties is not None and (
-            penalties.presence[0] or penalties.frequency[0] or penalties.repetition[0] != 1
-        ):
-            return False
-        if sampling.logit_bias is not None and np.asarray(sampling.logit_bias).any():
+        if penalties is not None and (penalties.presence[0] or penalties.frequency[0]):
             return False
         return not sampling.temperature[0] > 0
+
+    @property
+    def has_repetition_penalty(self) -> bool:
+        """Whether one request, numpy, has a repetition penalty, which also counts the prompt's tokens."""
+        penalties = self.sampling.penalties
+        return penalties is not None and bool(penalties.repetition[0] != 1)
+
+    @property
+    def has_biases(self) -> bool:
+        """Whether one request, numpy, has biases."""
+        biases = self.sampling.logit_bias
+        return biases is not None and bool(np.asarray(biases).any())
 
 
 def sampling_rows(batch: int, vocabulary: int, **parameters: Any) -> Sampling:
