@@ -17,6 +17,14 @@ import jax
 Lowering = Callable[[], jax.stages.Lowered]
 """Function that traces and lowers a program."""
 
+LAUNCHED_ONE_BY_ONE = {"xla_gpu_graph_min_graph_size": 1 << 30}
+"""XLA's options for a program that runs once for each prompt: no command buffers (CUDA graphs) on a GPU.
+
+A command buffer holds the addresses of all arrays. If one of them differs from that of the last run, XLA
+updates every launch, which takes the host longer than the launches themselves, and the device waits for it.
+While answers come and go, the arrays of a prompt have other addresses nearly every time. Decode chunks repeat
+the same launches in a loop, and have command buffers.
+"""
 
 THREAD_NAME = "compile"
 """Name of the threads that compile programs."""

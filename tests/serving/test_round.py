@@ -1,4 +1,4 @@
-"""What the host gives the device for a request: few programs and small arrays, and nothing without its order."""
+"""What the host gives the device for a request: few programs, and few and small arrays."""
 
 import jax
 import pytest

@@ -13,6 +13,7 @@ from grinqh_jax.decoding.logprobs import token_logprobs
 from grinqh_jax.decoding.paged_cache import PagedCache
 from grinqh_jax.decoding.penalties import TokenHistory
 from grinqh_jax.decoding.policy import DecodePolicy
+from grinqh_jax.decoding.programs import LAUNCHED_ONE_BY_ONE
 from grinqh_jax.decoding.slots.prefix import Prefix
 from grinqh_jax.decoding.slots.settings import Settings
 from grinqh_jax.decoding.slots.state import DecodeState, Slots
@@ -22,7 +23,11 @@ from grinqh_jax.model.flat_model import FlatModel
 from grinqh_jax.sharding.program import on_mesh
 
 
-@jax.jit(static_argnames=("policy", "top_logprobs"), donate_argnames="state")
+@jax.jit(
+    static_argnames=("policy", "top_logprobs"),
+    donate_argnames="state",
+    compiler_options=LAUNCHED_ONE_BY_ONE,
+)
 def insert(
     state: DecodeState,
     slot: Int[Array, ""],

@@ -8,6 +8,7 @@ from grinqh_jax.decoding.dial import Dial, DialState
 from grinqh_jax.decoding.engine.prompt_logprobs import prompt_logprobs as logprobs_of_prompt
 from grinqh_jax.decoding.logprobs import TokenLogprobs
 from grinqh_jax.decoding.paged_cache import PagedCache
+from grinqh_jax.decoding.programs import LAUNCHED_ONE_BY_ONE
 from grinqh_jax.decoding.slots.prefix import Prefix
 from grinqh_jax.decoding.thresholds import StackedThresholds
 from grinqh_jax.model.flat_model import FlatModel
@@ -28,7 +29,7 @@ def preview_thresholds(dial: Dial, bits: Float[Array, "1"]) -> StackedThresholds
     return dial.with_state(DialState.create(bits)).thresholds
 
 
-@jax.jit(donate_argnames="cache")
+@jax.jit(donate_argnames="cache", compiler_options=LAUNCHED_ONE_BY_ONE)
 @on_mesh
 def prefill(
     model: FlatModel,

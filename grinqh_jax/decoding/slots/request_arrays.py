@@ -1,7 +1,7 @@
 """Puts the arrays of a request on the device. What most requests have in common is put there once.
 
-Each array is a transfer of its own, and those with an entry for each token of the vocabulary are large: 0.6 MB
-of biases for a vocabulary of 150,000 tokens. The host would wait for them between two decode chunks.
+Each array is a transfer of its own, and those with an entry for each token of the vocabulary are large:
+biases take 0.6 MB for a vocabulary of 150,000 tokens.
 """
 
 import dataclasses
