@@ -18,7 +18,7 @@ the profiler's trace: ``command_buffer::update`` are launches that are recorded 
 
 import argparse
 import collections
-import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -26,7 +26,8 @@ import pathlib
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable
 from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -50,6 +51,7 @@ from grinqh_jax.decoding.slots.rehearsal import lowerings
 from grinqh_jax.decoding.slots.settings import Settings, sampling_rows
 from grinqh_jax.decoding.slots.shape import Shape
 from grinqh_jax.decoding.texts import Received
+from grinqh_jax.json_files import read_object
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import Decoder
 from grinqh_jax.serving.shared_pages import SharedPages
@@ -118,7 +120,43 @@ def settings_of(config: ModelConfig, bits: float, limit: int) -> Settings:
     return Settings.of_request(sampling, bits, (), limit, MOST_STOP_TOKENS)
 
 
-def make_device(model: Decoder, dial: Dial | None, args: argparse.Namespace) -> tuple[Device, dict]:
+class CommandBuffers:
+    """Programs of prompts with command buffers.
+
+    Attributes:
+      on: Whether the device runs them.
+    """
+
+    def __init__(self):
+        self.on = False
+        self._programs: dict[Any, Any] = {}
+
+    def install(self, device: Device) -> None:
+        """Lets a device run the programs while ``on``."""
+        self._run = device._run
+        device._run = self._call  # type: ignore[method-assign]
+
+    def lowering(self, key: Any, lowering: Callable[[], Any]) -> Any:
+        """Returns a lowered program that is remembered once it is compiled."""
+        lowered = lowering()
+
+        def compile() -> None:
+            self._programs[key] = lowered.compile(compiler_options=COMMAND_BUFFERS)
+
+        return types.SimpleNamespace(compile=compile)
+
+    def _call(self, name: str, program: Any, *arguments: Any, **rest: Any) -> Any:
+        if not self.on or name not in ("prefill", "insert"):
+            return self._run(name, program, *arguments, **rest)
+        leaves, structure = jax.tree.flatten(arguments)
+        sizes = tuple((leaf.shape, leaf.dtype.name) for leaf in leaves)
+        model = program.args if isinstance(program, functools.partial) else ()
+        return self._programs[name, structure, sizes](*model, *arguments)
+
+
+def make_device(
+    model: Decoder, dial: Dial | None, args: argparse.Namespace
+) -> tuple[Device, CommandBuffers | None]:
     """Returns a device whose programs for greedy answers are compiled, and those with command buffers."""
     context = args.prompt_tokens + args.context
     shape = Shape(
@@ -131,10 +169,10 @@ def make_device(model: Decoder, dial: Dial | None, args: argparse.Namespace) -> 
         grammars=True,
     )
     device = Device(model, dial, shape, GPU_ENGINE, settings_of(model.config, args.bits, 1))
-    buffered: dict[Any, Any] = {}
     if args.host:
         without_computations(device)
-        return device, buffered
+        return device, None
+    buffers = CommandBuffers()
     # A prompt comes to answers that run, so there is one more.
     kept = {args.slots} | {
         rows for count in args.answers for rows in (programs_for(count), programs_for(count + 1))
@@ -144,44 +182,17 @@ def make_device(model: Decoder, dial: Dial | None, args: argparse.Namespace) -> 
     widths = {piece.tokens.shape[1] for piece in SharedPages(shape, device.graded).cut(prompt, 0)}
     programs = lowerings(device, widths, prompt.settings, [(True, False)])
 
-    class Buffered:
-        def __init__(self, key: Any, lowering: Callable[[], Any]):
-            self.key, self.lowered = key, lowering()
-
-        def compile(self) -> None:
-            buffered[self.key] = self.lowered.compile(compiler_options=COMMAND_BUFFERS)
-
-    others: dict[Any, Any] = {}
-    for key, lowering in programs.items():
+    for key, lowering in list(programs.items()):
         if key[0] in ("prefill", "insert"):
-            others["with command buffers", key] = functools.partial(Buffered, key[:3], lowering)
-    Programs().compile(programs | others)
-    return device, buffered
+            programs["command buffers", key] = functools.partial(buffers.lowering, key[:3], lowering)
+    Programs().compile(programs)
+    buffers.install(device)
+    return device, buffers
 
 
 def programs_for(rows: int) -> int:
     """Returns the number of rows of the program that decodes some answers."""
     return 1 << (rows - 1).bit_length()
-
-
-@contextlib.contextmanager
-def with_command_buffers(device: Device, buffered: dict) -> Iterator[None]:
-    """Lets the programs of prompts have command buffers."""
-    run = device._run
-
-    def call(name: str, program: Any, *arguments: Any, **rest: Any) -> Any:
-        if name not in ("prefill", "insert"):
-            return run(name, program, *arguments, **rest)
-        leaves, structure = jax.tree.flatten(arguments)
-        sizes = tuple((leaf.shape, leaf.dtype.name) for leaf in leaves)
-        given = program.args if isinstance(program, functools.partial) else ()
-        return buffered[name, structure, sizes](*given, *arguments)
-
-    device._run = call  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        device._run = run  # type: ignore[method-assign]
 
 
 def run_answers(answers: Answers, count: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -249,6 +260,8 @@ def traced(answers: Answers, prompts_: int, largest: int = 30) -> list[dict[str,
             for line in plane.lines if plane.name.startswith("/host:CPU") else ():
                 for event in line.events:
                     name = event.name.split("#")[0]
+                    if name.startswith("$"):  # a Python function
+                        continue
                     total[name][0] += 1
                     total[name][1] += event.duration_ns / 1e6
     ranked = sorted(total.items(), key=lambda item: -item[1][1])[:largest]
@@ -261,7 +274,12 @@ def traced(answers: Answers, prompts_: int, largest: int = 30) -> list[dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
-    add("--shape", default="Qwen3-8B", metavar="NAME", help="published shape (default: Qwen3-8B)")
+    add(
+        "--shape",
+        default="Qwen3-8B",
+        metavar="NAME_OR_DIR",
+        help="published shape, or directory of a model (default: Qwen3-8B)",
+    )
     add("--layers", type=int, metavar="N", help="keep the first N layers (default: all)")
     add("--host", action="store_true", help="time the host alone, on any machine")
     add("--weights", default="graded", choices=("graded", "bf16"), help="default: graded")
@@ -274,25 +292,24 @@ def main() -> None:
     report.add_arguments(parser)
     args = parser.parse_args()
     args.context = 16 * 5 * (WARM_UP + args.prompts) + 64
-    fields = random_model.hf_configs()[args.shape] | (NARROW if args.host else {})
-    if args.layers:
-        fields["num_hidden_layers"] = args.layers
+    fields = random_model.hf_configs().get(args.shape) or read_object(
+        pathlib.Path(args.shape) / "config.json"
+    )
+    fields |= NARROW if args.host else {}
     config, graded = ModelConfig.from_hf(fields), args.weights == "graded"
-    results = report.Report(args, shape=args.shape, host_alone=args.host, runs=[])
+    if args.layers:
+        config = dataclasses.replace(config, layers=config.layers[: args.layers])
+    results = report.Report(args, shape=random_model.label(args.shape), host_alone=args.host, runs=[])
     model = jax.block_until_ready((random_model.graded if graded else random_model.dense)(config))
     dial = Dial.create(model, random_model.TARGETS, np.array([args.bits])) if graded else None
     report.say(f"made {args.weights} weights")
-    device, buffered = make_device(model, dial, args)
+    device, buffers = make_device(model, dial, args)
     report.say("compiled the programs")
     answers = Answers(device, graded, config, args)
-    for name in ("launched one by one", *(["command buffers"] if buffered else [])):
-        kind = (
-            contextlib.nullcontext()
-            if name == "launched one by one"
-            else with_command_buffers(device, buffered)
-        )
-        with kind:
-            measure(name, answers, device, args, results)
+    measure("launched one by one", answers, device, args, results)
+    if buffers is not None:
+        buffers.on = True
+        measure("command buffers", answers, device, args, results)
     answers.scheduler.close()
     results.finish()
 
@@ -317,7 +334,7 @@ def measure(
         report.say(json.dumps(measured["pieces"]))
         results.save()
     if args.trace and not results.out_of_time(f"{name}, trace"):
-        measured["trace"] = traced(answers, 8)
+        measured["trace"] = traced(answers, 3)
         for event in measured["trace"]:
             print(f"{event['event'][:70]:<72}{event['calls']:>8.1f}{event['ms']:>10.3f}", flush=True)
         results.save()

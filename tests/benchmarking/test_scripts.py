@@ -123,6 +123,30 @@ SMALL_MIXTURE = {
 
 
 @pytest.mark.slow
+def test_serving_rounds(tmp_path):
+    output = tmp_path / "rounds.json"
+    options = "--layers 1 --prompt-tokens 80 --slots 2 --answers 1 --prompts 2 --trace"
+    command = [sys.executable, SCRIPTS / "serving_rounds.py", "--shape", BUNDLED_MODEL, *options.split()]
+    subprocess.run([*command, "--output", output], check=True, timeout=300)
+    report = json.loads(output.read_text())
+    assert [run["prompts"] for run in report["runs"]] == ["launched one by one", "command buffers"]
+    for run in report["runs"]:
+        (figures,) = run["answers"]
+        calls = {
+            kind: {step: row["calls"] for step, row in rows.items()}
+            for kind, rows in figures["rounds"].items()
+        }
+        assert calls["without a prompt"]["dispatch of generate"] == 1
+        assert "dispatch of prefill" not in calls["without a prompt"]
+        assert {
+            calls["with a prompt"][f"dispatch of {name}"] for name in ("prefill", "insert", "generate")
+        } == {1}
+        assert figures["gaps_ms"]["first token after chunk"]["count"] == 2
+        assert run["pieces"]["pieces"] == [80]
+        assert run["trace"]
+
+
+@pytest.mark.slow
 def test_conversion(tmp_path):
     """A run with all stages, after one that stopped and kept its steps."""
     config, output = tmp_path / "config.json", tmp_path / "conversion.json"
