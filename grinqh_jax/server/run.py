@@ -15,6 +15,13 @@ from grinqh_jax.server.limits import ConnectionLimit, Limits
 from grinqh_jax.server.protocol import protocol
 from grinqh_jax.server.service import Service
 
+SWITCH_SECONDS = 0.0005
+"""Longest time that a thread keeps Python's lock while another one waits for it.
+
+The engine's thread gives up the lock whenever it dispatches a program. A thread that is busy with requests
+would then keep it for Python's 5 ms, while the device waits for the next program.
+"""
+
 
 def bind(host: str, port: int) -> socket.socket:
     """Returns a socket that is bound and does not listen yet, so that a wrong address is known early.
@@ -95,9 +102,12 @@ def serve(
     # uvicorn drains on these signals and then raises them again for the handlers of before, which end the
     # process with a signal. A drained server has ended well.
     before = {each: signal.signal(each, lambda *_: None) for each in (signal.SIGTERM, signal.SIGINT)}
+    switch_seconds = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_SECONDS)
     try:
         server.run(sockets=[bound])
     finally:
+        sys.setswitchinterval(switch_seconds)
         for each, handler in before.items():
             signal.signal(each, handler)
     return service.engine.error is None
