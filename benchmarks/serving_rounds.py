@@ -9,7 +9,7 @@ inside it, and the arrays and bytes that it gives to the device. Below are the m
 of a chunk after a chunk, of the first token after a chunk (a prompt on the device, and the time in which the
 device waits for the host), and of a chunk after a first token.
 
-Pieces of prompts are also timed alone, one queued behind another, so that the device never waits.
+Prompts are also timed alone, one queued behind another, so that the device never waits.
 
 Programs of prompts have no command buffers (``programs.LAUNCHED_ONE_BY_ONE``). All measurements are made
 again with command buffers, XLA's default. ``--trace`` lists what the host does longest in some rounds, from
@@ -55,7 +55,7 @@ from grinqh_jax.json_files import read_object
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import Decoder
 from grinqh_jax.serving.shared_pages import SharedPages
-from grinqh_jax.serving.sizes import MOST_STOP_TOKENS, PAGE_SIZE, PIECE
+from grinqh_jax.serving.sizes import MOST_STOP_TOKENS, PAGE_SIZE, PREFILL_CHUNK
 
 NARROW = {
     "hidden_size": 128,
@@ -163,7 +163,7 @@ def make_device(
         slots=args.slots,
         max_context=context,
         page_size=PAGE_SIZE,
-        piece=PIECE,
+        prefill_chunk=PREFILL_CHUNK,
         num_pages=args.slots * -(-context // PAGE_SIZE),
         stop_tokens=MOST_STOP_TOKENS,
         grammars=True,
@@ -179,7 +179,7 @@ def make_device(
     }
     device.step_shapes = [step for step in device.step_shapes if step.texts in kept]
     prompt = Job([0] * args.prompt_tokens, settings_of(model.config, args.bits, 1), Received())
-    widths = {piece.tokens.shape[1] for piece in SharedPages(shape, device.graded).cut(prompt, 0)}
+    widths = {bucket.tokens.shape[1] for bucket in SharedPages(shape, device.graded).cut(prompt, 0)}
     programs = lowerings(device, widths, prompt.settings, [(True, False)])
 
     for key, lowering in list(programs.items()):
@@ -221,10 +221,10 @@ def run_answers(answers: Answers, count: int, args: argparse.Namespace) -> dict[
     return {"answers": count, "gaps_ms": gaps, "rounds": {kind: table(each) for kind, each in kinds.items()}}
 
 
-def time_pieces(device: Device, args: argparse.Namespace, repeats: int = 8) -> dict[str, Any]:
+def time_prompts(device: Device, args: argparse.Namespace, repeats: int = 8) -> dict[str, Any]:
     """Returns the milliseconds of a prompt on the device, and those of the host."""
     job = Job([1] * args.prompt_tokens, settings_of(device._config, args.bits, 1), Received())
-    pieces = list(SharedPages(device.shape, device.graded).cut(job, 0))
+    buckets = list(SharedPages(device.shape, device.graded).cut(job, 0))
     seconds: list[float] = []
     host: list[float] = []
     for _ in range(3):
@@ -232,13 +232,13 @@ def time_pieces(device: Device, args: argparse.Namespace, repeats: int = 8) -> d
         start = time.perf_counter()
         for _ in range(repeats):
             prefix = device.prefix([0], 0)
-            for piece in pieces:
-                prefix = device.prefill(prefix, piece, job.settings)
+            for bucket in buckets:
+                prefix = device.prefill(prefix, bucket, job.settings)
         host.append((time.perf_counter() - start) / repeats)
         jax.block_until_ready(prefix.logits)
         seconds.append((time.perf_counter() - start) / repeats)
     return {
-        "pieces": [int(piece.lengths[0]) for piece in pieces],
+        "buckets": [int(bucket.lengths[0]) for bucket in buckets],
         "prompt_ms": round(min(seconds) * 1e3, 2),
         "host_ms": round(min(host) * 1e3, 2),
     }
@@ -329,9 +329,9 @@ def measure(
             say_table(f"{name}: a round {kind}, {count} answers", rows)
         report.say(json.dumps(figures["gaps_ms"]))
         results.save()
-    if not args.host and not results.out_of_time(f"{name}, pieces"):
-        measured["pieces"] = time_pieces(device, args)
-        report.say(json.dumps(measured["pieces"]))
+    if not args.host and not results.out_of_time(f"{name}, prompts alone"):
+        measured["prompts_alone"] = time_prompts(device, args)
+        report.say(json.dumps(measured["prompts_alone"]))
         results.save()
     if args.trace and not results.out_of_time(f"{name}, trace"):
         measured["trace"] = traced(answers, 3)

@@ -142,7 +142,7 @@ def test_serving_rounds(tmp_path):
             calls["with a prompt"][f"dispatch of {name}"] for name in ("prefill", "insert", "generate")
         } == {1}
         assert figures["gaps_ms"]["first token after chunk"]["count"] == 2
-        assert run["pieces"]["pieces"] == [80]
+        assert run["prompts_alone"]["buckets"] == [80]
         assert run["trace"]
 
 

@@ -44,7 +44,7 @@ def test_a_request_takes_few_programs_and_three_small_transfers(engine, given):
     chunks = ["generate"] * programs.count("generate")
     assert programs == ["thresholds", "prefill", "insert", *chunks, "free"]
     assert len(chunks) == 4  # of two steps
-    assert len(transfers) == 3  # the prefix, the piece and the settings
+    assert len(transfers) == 3  # the prefix, the tokens and the settings
     # No array has an entry for each token of the vocabulary.
     assert max(size for sizes in transfers for size in sizes) < engine._generator.model.config.vocab_size
 
