@@ -8,7 +8,7 @@ do not depend on the data.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32, Integer
+from jaxtyping import Array, Bool, Float, Int32, Integer
 
 BINS = 1 << 15
 
@@ -19,10 +19,13 @@ _SHIFT = 16
 
 
 @jax.jit
-def count(x: Float[Array, "..."]) -> Int32[Array, "bins"]:
-    """Counts the values of ``|x|`` in each bin. ``x`` has fewer than ``2**31`` values."""
+def count(x: Float[Array, "*rows k"], is_counted: Bool[Array, "*rows"] | None = None) -> Int32[Array, "bins"]:
+    """Counts the values of ``|x|`` in each bin, of all rows or of some. ``x`` has fewer than ``2**31``."""
     pattern = jax.lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.uint32)
-    return jnp.zeros(BINS, jnp.int32).at[(pattern >> _SHIFT).reshape(-1)].add(1)
+    bins = pattern >> _SHIFT
+    if is_counted is not None:
+        bins = jnp.where(is_counted[..., None], bins, BINS)
+    return jnp.zeros(BINS, jnp.int32).at[bins.reshape(-1)].add(1, mode="drop")
 
 
 def mean_square(counts: Integer[np.ndarray, "bins"]) -> float:

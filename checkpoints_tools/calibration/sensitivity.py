@@ -18,7 +18,7 @@ output projection is read in ranges of the vocabulary.
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,14 @@ from checkpoints_tools.source.head import (
     vocabulary,
     with_logits,
 )
-from checkpoints_tools.source.layer import dense_layer, embed, read_layer, run_layer
+from checkpoints_tools.source.layer import dense_layer, embed, read_layer
+from checkpoints_tools.source.passes import before_mixture, each_group, mixture_of, of_mixture, pass_windows
 from grinqh_jax.errors import CheckpointError
 from grinqh_jax.hf import HFCheckpoint
-from grinqh_jax.model.apply import Dense
+from grinqh_jax.model.apply import Apply, Dense
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder_layer import DecoderLayer, RMSNorm
+from grinqh_jax.model.experts import ChosenDense
 from grinqh_jax.model.layer_spec import HEAD, Projection
 from grinqh_jax.model.logit_transform import LogitTransform
 
@@ -136,10 +138,9 @@ def run_forward(
     """
     hidden = embed(source, windows[: _whole_windows(HEAD_TOKENS, windows)], compute_dtype)
     for i in range(source.config.num_layers):
-        layer = dense_layer(source, i, *read_layer(source, i), compute_dtype)
+        layer = dense_layer(source, i, *read_layer(source, i, experts=False), compute_dtype)
         states.add_layer(hidden)
-        for window in hidden:
-            window[...] = run_layer(layer, window)
+        pass_windows(layer, hidden, each_group(source, i, layer))
         del layer  # Frees it before the next one is read.
         on_progress(f"forward layers.{i}")
     states.finish(hidden)
@@ -176,16 +177,55 @@ def output_sensitivities(
     gradients = _head_gradients(source, norm, hidden[: _whole_windows(TOKENS, hidden)])
     del hidden
     for i in reversed(range(config.num_layers)):
-        layer = dense_layer(source, i, *read_layer(source, i), compute_dtype)
-        sums: dict[str, Any] = dict.fromkeys(layer.spec.names, 0.0)
-        for window, gradient in zip(states.take_layer(), gradients, strict=True):
-            back, squares = _layer_gradients(layer, window, gradient, device_axes)
-            gradient[...] = back
-            sums = {name: sums[name] + np.asarray(squares[name], np.float64) for name in sums}
+        layer = dense_layer(source, i, *read_layer(source, i, experts=False), compute_dtype)
+        groups = each_group(source, i, layer)
+        sums = _back_through(layer, groups, states.take_layer(), gradients, device_axes)
         sensitivities |= {f"layers.{i}.{name}": sums[name] / len(gradients) for name in sums}
         del layer
         on_progress(f"backward layers.{i}")
     return sensitivities
+
+
+def _back_through(
+    layer: DecoderLayer,
+    groups: Iterable[Any],
+    before: Float[np.ndarray, "s t d"],
+    gradients: Float[np.ndarray, "s t d"],
+    axes: jax.Array | None,
+) -> dict[str, Float[np.ndarray, "n"]]:
+    """Returns the sums over the windows of ``_layer_gradients``' mean squares, by projection.
+
+    Args:
+      layer: Dense layer without experts.
+      groups: ``passes.each_group`` of the layer.
+      before: States before the layer.
+      gradients: Gradients behind the layer; replaced by those before it.
+      axes: See ``output_sensitivities``.
+    """
+    sums: dict[str, Any] = dict.fromkeys(layer.spec.names, 0.0)
+
+    def add(squares: dict[str, Array]) -> None:
+        for name, square in squares.items():
+            sums[name] = sums[name] + np.asarray(square, np.float64)
+
+    if mixture_of(layer) is not None:
+        streams = [np.asarray(_stream_before_mixture(layer, window)) for window in before]
+        behind = gradients.copy()
+        for _ in groups:
+            for stream, gradient, total in zip(streams, behind, gradients, strict=True):
+                back, squares = _layer_gradients(layer, stream, gradient, axes, of_mixture)
+                total += np.asarray(back)
+                add(squares)
+    for window, gradient in zip(before, gradients, strict=True):
+        back, squares = _layer_gradients(layer, window, gradient, axes, before_mixture)
+        gradient[...] = back
+        add(squares)
+    return sums
+
+
+@jax.jit
+def _stream_before_mixture(layer: DecoderLayer, x: Float[Array, "t d"]) -> Float[Array, "t d"]:
+    return before_mixture(layer, x, Dense())
 
 
 class _Perturbed(Dense):
@@ -195,28 +235,40 @@ class _Perturbed(Dense):
         self.added = added
 
     def product(self, name: str, linear, x: Float[Array, "b t *experts k"]) -> Float[Array, "b t *experts n"]:
-        return super().product(name, linear, x) + self.added[name.rpartition(".")[2]]
+        added = self.added[name.rpartition(".")[2]]
+        if isinstance(linear, ChosenDense) and linear.is_held is not None:
+            added = jnp.where(linear.is_held[..., None], added, 0)
+        return super().product(name, linear, x) + added
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="part")
 def _layer_gradients(
-    layer: DecoderLayer, x: Float[Array, "t d"], gradient: Float[Array, "t d"], axes: jax.Array | None
+    layer: DecoderLayer,
+    x: Float[Array, "t d"],
+    gradient: Float[Array, "t d"],
+    axes: jax.Array | None,
+    part: Callable[[DecoderLayer, Float[Array, "t d"], Apply], Float[Array, "t d"]],
 ) -> tuple[Float[Array, "t d"], dict[str, Float[Array, "n"]]]:
-    """Returns the gradient before a layer, and mean squares of the gradients at its projections' outputs."""
+    """Returns the gradient before a part of a layer, and mean squares of those at its projections' outputs.
+
+    The part is ``before_mixture`` or ``of_mixture``. Means are over all experts of a token; those that the
+    layer does not hold count as zeros.
+    """
 
     def run(x, added):
-        return layer("layer", x[None], jnp.arange(len(x))[None], _Perturbed(added))[0][0]
+        return part(layer, x, _Perturbed(added))
 
     def zeros_of(projection: Projection) -> Float[Array, "1 t *experts n"]:
         mixture = layer.spec.experts
         rows = (mixture.rows,) if projection.of_experts and mixture is not None else ()
         return jnp.zeros((1, len(x), *rows, getattr(layer, projection.name).out_features), x.dtype)
 
-    zeros = {projection.name: zeros_of(projection) for projection in layer.spec.projections}
+    projections = [p for p in layer.spec.projections if p.of_experts == (part is of_mixture)]
+    zeros = {projection.name: zeros_of(projection) for projection in projections}
     _, pull_back = jax.vjp(run, x, zeros)
     back, at_outputs = pull_back(gradient)
     if axes is not None:
-        at_outputs |= {name: at_outputs[name] @ axes for name in layer.spec.writers}
+        at_outputs |= {name: at_outputs[name] @ axes for name in layer.spec.writers if name in at_outputs}
     return back, {name: _mean_square(g[0]) for name, g in at_outputs.items()}
 
 

@@ -1,16 +1,20 @@
 """Statistics of the inputs of each linear layer, and the pass over a layer that collects them."""
 
 import dataclasses
+from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from checkpoints_tools.calibration import histogram
+from checkpoints_tools.source.passes import ALL_HELD, Observing, mixture_of, pass_windows
 from grinqh_jax.decoding.dial import SKIPPED_POSITIONS
-from grinqh_jax.model.apply import AnyLinear, Dense
+from grinqh_jax.model.apply import AnyLinear
 from grinqh_jax.model.decoder_layer import DecoderLayer, RMSNorm
+from grinqh_jax.model.experts import ChosenDense
 
 
 def first_scored_position(length: int) -> int:
@@ -53,36 +57,40 @@ class LinearStatistics:
         return not self.counts[histogram.FINITE_BINS :].any()
 
 
-def observe(x: Float[Array, "b t *experts k"]) -> dict[str, jax.Array]:
-    """Computes the statistics of one batch of whole windows on the device."""
+def observe(
+    x: Float[Array, "b t *experts k"], is_counted: Bool[Array, "b t *experts"] | None = None
+) -> dict[str, jax.Array]:
+    """Computes the statistics of one batch of whole windows on the device.
+
+    Rows that are not counted must be zeros. By default all are counted.
+    """
+    first = first_scored_position(x.shape[1])
     return {
-        "counts": histogram.count(x[:, first_scored_position(x.shape[1]) :]),
+        "counts": histogram.count(x[:, first:], None if is_counted is None else is_counted[:, first:]),
         "max": jnp.max(jnp.abs(x.astype(jnp.float32))),
     }
 
 
-class Observed(Dense):
+class Observed(Observing):
     """An ``apply`` strategy that runs every layer at full precision and observes its inputs.
 
     Attributes:
       seen: Result of ``observe``, by projection.
     """
 
-    def __init__(self):
-        self.seen: dict[str, dict[str, jax.Array]] = {}
+    def __init__(self, layer: DecoderLayer):
+        super().__init__(layer)
+        mixture = mixture_of(layer)
+        self._second = None if mixture is None else mixture[0].writes.name
 
     def product(self, name: str, linear: AnyLinear, x: Float[Array, "*rows k"]) -> Float[Array, "*rows n"]:
         """See ``Dense``."""
-        self.seen[name.rpartition(".")[2]] = observe(x)
+        projection, is_held = name.rpartition(".")[2], None
+        # The first projection of a mixture has the inputs of all experts, also of those that are not held.
+        if projection == self._second and isinstance(linear, ChosenDense):
+            is_held = linear.is_held
+        self.seen[projection] = observe(x, is_held)
         return super().product(name, linear, x)
-
-
-# All layers share one compilation: they differ in nothing but their arrays.
-@jax.jit
-def _run_layer(layer: DecoderLayer, x: jax.Array):
-    apply = Observed()
-    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-    return layer("layer", x, positions, apply)[0], apply.seen
 
 
 @jax.jit
@@ -90,22 +98,26 @@ def _observe_normed(norm: RMSNorm, x: jax.Array):
     return observe(norm(x))
 
 
-def through_layer(layer: DecoderLayer, hidden: Float[np.ndarray, "s t d"]) -> dict[str, LinearStatistics]:
+def through_layer(
+    layer: DecoderLayer, hidden: Float[np.ndarray, "s t d"], groups: Iterable[Any] = ALL_HELD
+) -> dict[str, LinearStatistics]:
     """Runs windows through a dense layer, one by one, and observes the inputs of its projections.
 
     Args:
       layer: Decoder layer with dense projections.
       hidden: Hidden states before the layer, in host memory; overwritten by the states after the layer.
+      groups: See ``passes.pass_windows``.
 
     Returns:
       Statistics of each projection, by name.
     """
     statistics = {projection: LinearStatistics.empty() for projection in layer.spec.names}
-    for window in hidden:
-        x, seen = _run_layer(layer, window[None])
-        window[...] = x[0]
-        for projection in layer.spec.names:
-            statistics[projection].add(seen[projection])
+
+    def add(seen: dict[str, dict[str, jax.Array]]) -> None:
+        for projection, values in seen.items():
+            statistics[projection].add(values)
+
+    pass_windows(layer, hidden, groups, Observed, add)
     return statistics
 
 

@@ -12,7 +12,8 @@ from checkpoints_tools.convert.coded_experts import CodedExperts
 from checkpoints_tools.convert.coded_linear import CodedLinear
 from checkpoints_tools.source.array_cache import ArrayCache
 from checkpoints_tools.source.head import logits, normed, vocabulary, with_logits
-from checkpoints_tools.source.layer import dense_layer, embed, read_layer, run_layer
+from checkpoints_tools.source.layer import dense_layer, embed, read_layer
+from checkpoints_tools.source.passes import each_group, pass_windows
 from grinqh_jax.hf import HFCheckpoint
 from grinqh_jax.model.decoder_layer import DecoderLayer, RMSNorm
 from grinqh_jax.model.experts import GradedExperts, build_experts
@@ -125,9 +126,8 @@ class WindowStates:
         original, dtype = model.original, model.compute_dtype
         exact = embed(original, windows, dtype)
         for i in range(original.config.num_layers):
-            layer = dense_layer(original, i, *read_layer(original, i), dtype)
-            for window in exact:
-                window[...] = run_layer(layer, window)
+            layer = dense_layer(original, i, *read_layer(original, i, experts=False), dtype)
+            pass_windows(layer, exact, each_group(original, i, layer))
             del layer  # Frees it before the next one is read.
         config = original.config
         norm = RMSNorm(jnp.asarray(original.read(f"{config.final_norm.name}.scale")), config.rms_norm_eps)

@@ -7,7 +7,7 @@ on the codes of all layers before it, and ``refit_layers`` packs them.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,8 +27,8 @@ from checkpoints_tools.convert.quantize_linear import (
 )
 from checkpoints_tools.convert.survey import Survey
 from checkpoints_tools.quantizers import QUANTIZERS, LevelFit
-from checkpoints_tools.source.array_cache import free_bytes
 from checkpoints_tools.source.layer import dense_layer, each_expert, embed, read_experts, read_layer
+from checkpoints_tools.source.passes import each_group
 from grinqh_jax.checkpoint import Writer
 from grinqh_jax.model.apply import in_head
 from grinqh_jax.model.config import ModelConfig
@@ -87,27 +87,29 @@ def measure_layers(
     vectors: dict[str, Float[np.ndarray, "..."]] = {}
     config = plan.source.config
     for i, spec in enumerate(config.layers):
-        kernels, layer_vectors = read_layer(weights, i)
+        kernels, layer_vectors = read_layer(weights, i, experts=False)
         vectors |= {f"layers.{i}.{name}": vector for name, vector in layer_vectors.items()}
         layer = dense_layer(weights, i, kernels, layer_vectors, plan.compute_dtype)
-        inputs = statistics.through_layer(layer, hidden)
-        del layer  # Frees the dense copy before codes are made.
-        for large in [name for name, kernel in kernels.items() if _too_large(kernel)]:
-            del kernels[large]
+        stacks: dict[str, Array] = {}
+        groups = _kept_if_whole(each_group(weights, i, layer), stacks, config.num_experts)
+        inputs = statistics.through_layer(layer, hidden, groups)
+        del layer, groups  # Frees the dense copy before codes are made.
         leaves: dict[str, np.ndarray] = {}
         for projection in spec.projections:
             name = f"layers.{i}.{projection.name}"
-            write = projection.name not in plan.refit and f"layers.{i}" not in writer.parts
             of_projection = rounding(plan, survey, name, inputs[projection.name])
             if projection.of_experts:
-                stack = kernels.pop(projection.name, None)
+                stack = stacks.pop(projection.name, None)
                 experts = read_experts(weights, f"{name}.kernel") if stack is None else each_expert(stack)
+                write = name not in writer.parts
                 linears[name], codes = _measure_experts(of_projection, experts, plan, write=write)
-                del stack, experts  # Frees its weights before the next projection is packed.
-            else:
-                read_outputs = functools.partial(_columns, kernels.pop(projection.name))
-                linears[name], codes = _measure(of_projection, read_outputs, plan, write=write)
-                del read_outputs
+                parts.save(writer, name, codes)
+                del stack, experts, codes  # Frees its weights before the next projection is packed.
+                continue
+            write = projection.name not in plan.refit and f"layers.{i}" not in writer.parts
+            read_outputs = functools.partial(_columns, kernels.pop(projection.name))
+            linears[name], codes = _measure(of_projection, read_outputs, plan, write=write)
+            del read_outputs
             leaves |= codes
         parts.save(writer, f"layers.{i}", leaves)
         on_progress(f"measure layers.{i}")
@@ -128,9 +130,13 @@ def measure_layers(
     return Measurements(linears=linears, vectors=vectors)
 
 
-def _too_large(kernel: np.ndarray | Array) -> bool:
-    """Whether kernels of experts leave no room for codes; they are freed, and read again one by one."""
-    return kernel.ndim == 3 and kernel.nbytes > free_bytes()
+def _kept_if_whole(
+    groups: Iterable[dict[str, Array]], stacks: dict[str, Array], num_experts: int
+) -> Iterator[None]:
+    """Copies kernels of experts to ``stacks`` if one group has them all. Others are read again one by one."""
+    for kernels in groups:
+        stacks |= {name: kernel for name, kernel in kernels.items() if len(kernel) == num_experts}
+        yield
 
 
 def _columns(kernel: np.ndarray | Array, outputs: slice) -> np.ndarray | Array:

@@ -5,6 +5,7 @@ part                   leaves                                                   
 =====================  ==========================================================  ========================
 ``embed``              the embedding                                               ``write_embedding``
 ``layers.{i}``         codes of the projections that are not refitted              ``measure_layers``
+``layers.{i}.{name}``  codes of a projection of experts, which may take 2 GB       ``measure_layers``
 ``lm_head``            codes of the output projection, unless it is refitted       ``measure_layers``
 ``grading``            norms, biases, routers, thresholds, range of activations,   ``write_grading``
                        order of tokens

@@ -22,7 +22,7 @@ from grinqh_jax.model.decoder import linear_shapes
 from grinqh_jax.model.options import rotation_obstacle
 from pallas_kernels.layout import DIGIT_BITS
 
-PARTS_VERSION = 4
+PARTS_VERSION = 5
 """Version of the division of a checkpoint into parts. It is part of the fingerprint, so a conversion never
 resumes with parts of another version."""
 

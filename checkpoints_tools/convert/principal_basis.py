@@ -20,8 +20,8 @@ axes it skips.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,11 @@ from jaxtyping import Array, Bool, Float, Int32
 from checkpoints_tools.calibration.sensitivity import ForwardStates
 from checkpoints_tools.calibration.statistics import first_scored_position
 from checkpoints_tools.source.layer import VALUES_IN_MEMORY, dense_layer, each_expert, embed, read_layer
+from checkpoints_tools.source.passes import Observing, each_group, pass_windows
 from grinqh_jax.errors import CheckpointError
 from grinqh_jax.hf import HFCheckpoint
 from grinqh_jax.hf.params import is_of_experts
 from grinqh_jax.hf.reader import Rows
-from grinqh_jax.model.apply import Dense
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder_layer import DecoderLayer
 from grinqh_jax.model.layer_spec import HEAD
@@ -75,25 +75,19 @@ def _one_of_experts(
     return one / jnp.where(size == 0, 1, size)
 
 
-class _Stream(Dense):
+class _Stream(Observing):
     """An apply strategy that collects the second moments of the normalised stream, by its readers."""
 
     def __init__(self, layer: DecoderLayer):
+        super().__init__(layer)
         self.layer = layer
-        self.moments: dict[str, jax.Array] = {}
 
     def product(self, name: str, linear, x: Float[Array, "b t *experts k"]) -> Float[Array, "b t *experts n"]:
         projection = name.rpartition(".")[2]
         if norm := self.layer.spec.readers.get(projection):
             norm_scale = getattr(self.layer, norm.name).scale[...]
-            self.moments[projection] = _moments(_one_of_experts(x, norm_scale), norm_scale)
+            self.seen[projection] = _moments(_one_of_experts(x, norm_scale), norm_scale)
         return super().product(name, linear, x)
-
-
-@jax.jit
-def _run_layer(layer: DecoderLayer, x: Float[Array, "1 t d"]):
-    stream = _Stream(layer)
-    return layer("layer", x, jnp.arange(x.shape[1])[None], stream)[0], stream.moments
 
 
 @jax.jit
@@ -128,20 +122,21 @@ def second_moments(
     # Sums in float64 over many windows and layers, on the device because each sum is as large as a kernel.
     with jax.enable_x64(True):
         total = jnp.zeros((config.hidden_size, config.hidden_size))
+
+    def add(layer: int, moments: dict[str, Array]) -> None:
+        nonlocal total
+        # In the order of the layer, so that an error names the first projection.
+        for projection in filter(moments.__contains__, config.layers[layer].names):
+            total = _with_moments(total, moments[projection], f"layers.{layer}.{projection}")
+
     for i in range(config.num_layers):
-        kernels, vectors = read_layer(source, i)
-        for projection, kernel in kernels.items():
-            for matrix in each_expert(kernel) if kernel.ndim == 3 else [kernel]:
-                _check(matrix, f"layers.{i}.{projection}")
+        kernels, vectors = read_layer(source, i, experts=False)
+        _check(kernels, i)
         layer = dense_layer(source, i, kernels, vectors, compute_dtype)
         if states is not None:
             states.add_layer(hidden)
-        for window in hidden:
-            x, moments = _run_layer(layer, window[None])
-            window[...] = x[0]
-            for projection in layer.spec.readers:
-                total = _with_moments(total, moments[projection], f"layers.{i}.{projection}")
-        del kernel, matrix, kernels, layer  # Frees them before the next layer is read.
+        pass_windows(layer, hidden, _checked(each_group(source, i, layer), i), _Stream, partial(add, i))
+        del kernels, layer  # Frees them before the next layer is read.
         on_progress(f"forward layers.{i}")
     if states is not None:
         states.finish(hidden)
@@ -151,11 +146,20 @@ def second_moments(
     return np.asarray(total)
 
 
-def _check(kernel: np.ndarray | Array, name: str) -> None:
-    try:
-        codes.check_quantizable(jnp.asarray(kernel), name)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from None
+def _check(kernels: Mapping[str, np.ndarray | Array], i: int) -> None:
+    """Raises CheckpointError if a kernel of layer ``i`` is not finite."""
+    for projection, kernel in kernels.items():
+        for matrix in each_expert(kernel) if kernel.ndim == 3 else [kernel]:
+            try:
+                codes.check_quantizable(jnp.asarray(matrix), f"layers.{i}.{projection}")
+            except ValueError as error:
+                raise CheckpointError(str(error)) from None
+
+
+def _checked(groups: Iterable[dict[str, Array]], i: int) -> Iterator[None]:
+    for kernels in groups:
+        _check(kernels, i)
+        yield
 
 
 def _with_moments(total: Float[Array, "d d"], moments: Float[Array, "d d"], name: str) -> Float[Array, "d d"]:

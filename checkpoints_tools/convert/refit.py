@@ -6,7 +6,7 @@ and quantized one after another, each on the inputs that the refitted and quanti
 produce.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ from checkpoints_tools.convert.coded_experts import CodedExperts
 from checkpoints_tools.convert.coded_linear import CodedLinear
 from checkpoints_tools.convert.least_squares import FitWindow, Moments, moments, refitted
 from checkpoints_tools.source.head import normed
+from checkpoints_tools.source.passes import ALL_HELD
 from grinqh_jax.decoding.thresholds import interpolate
 from grinqh_jax.model.apply import Dense, in_head
 from grinqh_jax.model.decoder_layer import DecoderLayer, RMSNorm
@@ -140,6 +141,7 @@ class RefitStates:
         block: ResidualBlock,
         read_experts: Callable[[str], CodedExperts],
         level_gains: Mapping[str, Float[np.ndarray, "p"]],
+        groups: Iterable[Any] = ALL_HELD,
     ) -> None:
         """Moves the windows past a mixture of experts, whose weights are not refitted.
 
@@ -150,10 +152,14 @@ class RefitStates:
           block: Its block.
           read_experts: Returns the quantized experts of a projection.
           level_gains: Their level gains, by projection.
+          groups: ``passes.each_group`` of the layer; by default it holds all experts.
         """
         self._moments_of = "", None  # Frees matrices as large as all states.
+        for _ in groups:
+            for states in (self._exact, self._other):
+                states.add_mixture(layer, block, None)
         for states in (self._exact, self._other):
-            states.advance_mixture(layer, block, None)
+            states.advance_mixture(layer, block)
         for name in level_gains:
             delattr(layer, name)
         for name in level_gains:
@@ -162,7 +168,8 @@ class RefitStates:
             name: Reading(self._thresholds(prefix + name), jnp.asarray(gains))
             for name, gains in level_gains.items()
         }
-        self._graded.advance_mixture(layer, block, readings)
+        self._graded.add_mixture(layer, block, readings)
+        self._graded.advance_mixture(layer, block)
 
     def _block_written_by(self, name: str) -> ResidualBlock | None:
         """Returns the block whose results a linear layer writes to the residual stream, if it does."""
@@ -200,11 +207,13 @@ class _ModelStates:
     Attributes:
       stream: Residual stream of each window.
       inputs: Inputs of the current projection, for each window.
+      written: Outputs of the experts of the current mixture, for each window; 0 before the first ones.
     """
 
     def __init__(self, stream: list[Float[Array, "t d"]]):
         self.stream = stream
         self.inputs: list[Float[Array, "t k"]] = []
+        self.written: list[Any] = [0] * len(stream)
 
     def advance(
         self,
@@ -219,16 +228,22 @@ class _ModelStates:
             # Waits, so that the intermediate values of only one window are in memory.
             self.stream[s], self.inputs[s] = jax.block_until_ready(states)
 
-    def advance_mixture(
+    def add_mixture(
         self,
         layer: DecoderLayer,
         block: ResidualBlock,
         readings: Mapping[str, Reading] | None,
     ) -> None:
-        """Moves the windows past a mixture of ``layer``; its experts are quantized if they have readings."""
+        """Adds the outputs of the experts that ``layer`` holds; they are quantized if they have readings."""
         for s, inputs in enumerate(self.inputs):
-            states = _advance_mixture(layer, readings, self.stream[s], inputs, block)
-            self.stream[s], self.inputs[s] = jax.block_until_ready(states)
+            written = self.written[s] + _mixture(layer, readings, inputs, block)
+            self.written[s] = jax.block_until_ready(written)
+
+    def advance_mixture(self, layer: DecoderLayer, block: ResidualBlock) -> None:
+        """Moves the windows past a mixture of ``layer`` whose outputs are complete."""
+        for s, written in enumerate(self.written):
+            self.stream[s], self.inputs[s] = _advance_mixture(layer, self.stream[s], written, block)
+            self.written[s] = 0
 
 
 class _CodedMixture:
@@ -244,18 +259,24 @@ class _CodedMixture:
 
 
 @jax.jit(static_argnames="block")
-def _advance_mixture(
+def _mixture(
     layer: DecoderLayer,
     readings: Mapping[str, Reading] | None,
-    stream: Float[Array, "t d"],
     inputs: Float[Array, "t d"],
     block: ResidualBlock,
-) -> tuple[Float[Array, "t d"], Float[Array, "t d"]]:
-    """Returns the residual stream after a mixture, and the inputs of the next projection of its layer."""
+) -> Float[Array, "t d"]:
+    """Returns the sum of the outputs of each token's experts, of those that the layer holds."""
     assert isinstance(block.mixer, GatedExperts), "the block is a mixture of experts"
     apply = Dense() if readings is None else _CodedMixture(readings)
-    written = layer.mixture("layer", block, block.mixer, Activations.of(inputs[None]), apply)
-    return _after(layer, block, stream, Activations.of(written.array[0]))
+    return layer.mixture("layer", block, block.mixer, Activations.of(inputs[None]), apply).array[0]
+
+
+@jax.jit(static_argnames="block")
+def _advance_mixture(
+    layer: DecoderLayer, stream: Float[Array, "t d"], written: Float[Array, "t d"], block: ResidualBlock
+) -> tuple[Float[Array, "t d"], Float[Array, "t d"]]:
+    """Returns the residual stream after a mixture, and the inputs of the next projection of its layer."""
+    return _after(layer, block, stream, Activations.of(written))
 
 
 @jax.jit(static_argnames="projection")

@@ -22,7 +22,8 @@ from checkpoints_tools.convert.refit import RefitStates
 from checkpoints_tools.convert.refitted_codes import bounded
 from checkpoints_tools.convert.survey import Survey
 from checkpoints_tools.quantizers import RoundedWeight
-from checkpoints_tools.source.layer import dense_layer, embed, read_layer, stacked_experts
+from checkpoints_tools.source.layer import dense_layer, embed, read_layer
+from checkpoints_tools.source.passes import each_group
 from grinqh_jax.checkpoint import Writer
 from grinqh_jax.model.decoder_layer import RMSNorm
 from grinqh_jax.model.experts import GradedExperts, build_experts
@@ -89,7 +90,7 @@ def _refit_layer(
 ) -> dict[str, np.ndarray]:
     """Moves the windows through layer ``i`` and returns the leaves of its refitted projections.
 
-    Experts, which take most of the memory, are read when the windows have arrived at them.
+    Experts, which take most of the memory, are read when the windows have arrived at them, in groups.
     """
     kernels, vectors = read_layer(survey.weights, i, experts=False)
     layer = dense_layer(survey.weights, i, kernels, vectors, plan.compute_dtype)
@@ -98,17 +99,15 @@ def _refit_layer(
     leaves: dict[str, np.ndarray] = {}
     for block in layer.spec.blocks:
         if isinstance(block.mixer, GatedExperts):
-            gains = {}
-            for projection in (block.reads.name, block.writes.name):
-                name = f"layers.{i}.{projection}"
-                gains[projection] = measurements.linears[name].level_gains
-                getattr(layer, projection).kernel = stacked_experts(survey.weights, f"{name}.kernel")
+            names = block.reads.name, block.writes.name
+            gains = {name: measurements.linears[f"layers.{i}.{name}"].level_gains for name in names}
+            groups = each_group(survey.weights, i, layer)
 
             def read_experts(projection: str) -> CodedExperts:
                 bias = vectors.get(f"{projection}.bias")
                 return _coded_experts(plan, writer, tables, f"layers.{i}.{projection}", bias)
 
-            states.advance_mixture(f"layers.{i}.", layer, block, read_experts, gains)
+            states.advance_mixture(f"layers.{i}.", layer, block, read_experts, gains, groups)
             continue
         for projection in (block.reads.name, block.writes.name):
             name = f"layers.{i}.{projection}"

@@ -8,7 +8,6 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Float, Int, Int32
 
-from grinqh_jax.model.apply import Dense
 from grinqh_jax.model.decoder_layer import DecoderLayer
 
 VALUES_IN_MEMORY = 1 << 24
@@ -48,23 +47,26 @@ def read_layer(
     return kernels, vectors
 
 
-def read_experts(source, key: str) -> Iterator[np.ndarray]:
-    """Reads the kernels ``[in, out]`` of experts, one after another."""
-    for expert in range(source.parameters[key][0]):
+def read_experts(source, key: str, first: int = 0, count: int | None = None) -> Iterator[np.ndarray]:
+    """Reads the kernels ``[in, out]`` of up to ``count`` experts from ``first`` on, one after another."""
+    experts = source.parameters[key][0]
+    for expert in range(first, experts if count is None else min(first + count, experts)):
         yield np.asarray(source.read(key, slice(expert, expert + 1))[0])
 
 
-def stacked_experts(source, key: str) -> Array:
+def stacked_experts(source, key: str, first: int = 0, count: int | None = None) -> Array:
     """Reads the kernels of experts to the device, ``[experts, in, out]``, while the host holds one of them.
+
+    Reads ``count`` experts from ``first`` on, by default all. Behind the last expert it puts zeros.
 
     Those of bfloat16 are uint16, their bits (``experts.Kernels``): XLA (jax 0.10.2) would write bfloat16 on a
     CPU in float32.
     """
     stack = None
-    for expert, kernel in enumerate(read_experts(source, key)):
+    for expert, kernel in enumerate(read_experts(source, key, first, count)):
         kernel = kernel.view(np.uint16) if kernel.dtype == jnp.bfloat16 else kernel
         if stack is None:
-            stack = jnp.zeros((source.parameters[key][0], *kernel.shape), kernel.dtype)
+            stack = jnp.zeros((count or source.parameters[key][0], *kernel.shape), kernel.dtype)
         stack = put_expert(stack, kernel, expert).block_until_ready()
     assert stack is not None, "a mixture has experts"
     return stack
@@ -100,12 +102,6 @@ def dense_layer(
     leaves |= {name: jnp.asarray(vector) for name, vector in vectors.items()}
     config = source.config
     return DecoderLayer(config, config.layers[i], unflatten_dict(leaves, sep="."), compute_dtype)
-
-
-@jax.jit
-def run_layer(layer: DecoderLayer, x: Float[Array, "t d"]) -> Float[Array, "t d"]:
-    """Runs the hidden states of a window through a dense layer."""
-    return layer("layer", x[None], jnp.arange(len(x))[None], Dense())[0][0]
 
 
 def embed(source, windows: Int32[np.ndarray, "s t"], dtype) -> Float[np.ndarray, "s t d"]:

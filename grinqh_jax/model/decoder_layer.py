@@ -164,18 +164,32 @@ class DecoderLayer(nnx.Module):
           ``(x, update, state)``: the residual stream after the layer is ``x + update``.
         """
         for block in self.spec.blocks:
-            x, inputs = self.inputs(block, x, update)
-            if isinstance(block.mixer, GatedExperts):
-                written = self.mixture(name, block, block.mixer, inputs, apply)
-            else:
-                outputs = apply(f"{name}.{block.reads.name}", getattr(self, block.reads.name), inputs)
-                mixed, state = self.mix(block, outputs, positions, state)
-                mixed = self.aligned(block, mixed)
-                written = apply(f"{name}.{block.writes.name}", getattr(self, block.writes.name), mixed)
-            update = self.update(block, written, mailbox)
+            x, update, state = self.run_block(name, block, x, update, positions, apply, state, mailbox)
         assert update is not None, "a layer has a residual block"
         assert state is not None, "a layer has attention or a gated delta net"
         return x, update, state
+
+    def run_block(
+        self,
+        name: str,
+        block: ResidualBlock,
+        x: Float[Array, "b t d"],
+        update: Activations | UnexchangedSums | None,
+        positions: Int[Array, "b t"],
+        apply: Apply,
+        state: LayerState | None = None,
+        mailbox: MailboxRef | None = None,
+    ) -> tuple[Float[Array, "b t d"], Activations | UnexchangedSums, LayerState | None]:
+        """Runs one residual block on ``x + update``, as ``advance`` runs all. Returns what that returns."""
+        x, inputs = self.inputs(block, x, update)
+        if isinstance(block.mixer, GatedExperts):
+            written = self.mixture(name, block, block.mixer, inputs, apply)
+        else:
+            outputs = apply(f"{name}.{block.reads.name}", getattr(self, block.reads.name), inputs)
+            mixed, state = self.mix(block, outputs, positions, state)
+            mixed = self.aligned(block, mixed)
+            written = apply(f"{name}.{block.writes.name}", getattr(self, block.writes.name), mixed)
+        return x, self.update(block, written, mailbox), state
 
     def inputs(
         self, block: ResidualBlock, x: Float[Array, "b t d"], update: Activations | UnexchangedSums | None

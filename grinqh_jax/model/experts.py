@@ -5,12 +5,13 @@ the strategies of ``apply``, like any other linear layer.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Float16, Int, UInt16, UInt32
+from jaxtyping import Array, Bool, Float, Float16, Int, UInt16, UInt32
 
 from grinqh_jax.model.by_token import by_token
 from grinqh_jax.model.layer_spec import GatedExperts
@@ -26,7 +27,7 @@ from pallas_kernels import (
 )
 from pallas_kernels.expert_weights import NestedExperts
 from pallas_kernels.experts import experts_matvec
-from pallas_kernels.experts.blocks import map_blocks
+from pallas_kernels.experts.blocks import block_rows, map_blocks
 from pallas_kernels.router.grading_factor import grading_factor
 
 MOST_SUMMED_ROWS = 128
@@ -109,24 +110,41 @@ Kernels = Float[Array, "e k n"] | UInt16[Array, "e k n"]
 
 
 class DenseExperts(nnx.Module):
-    """The unquantized linear layers of experts.
+    """The unquantized linear layers of experts, of all or of a group of them.
 
     Attributes:
       kernel: Kernels in the dtype of the checkpoint, because a cast would take as much memory again.
-      bias: Vector ``[experts, out_features]``, added to the outputs of each expert, or None.
+      bias: Vector ``[experts, out_features]`` of all experts, added to the outputs of each, or None.
+      first: Index of the first expert of ``kernel``; None if ``kernel`` has all experts.
+      num_experts: Number of all experts.
       input_cut: See ``linear.DenseLinear``.
     """
 
     input_cut: InputCut | None = None
 
-    def __init__(self, kernel: Kernels, bias: Float[Array, "e2 n2"] | None = None):
+    def __init__(
+        self,
+        kernel: Kernels,
+        bias: Float[Array, "e2 n2"] | None = None,
+        *,
+        first: int | None = None,
+        num_experts: int | None = None,
+    ):
         self.kernel = nnx.Param(kernel)
         self.bias = None if bias is None else nnx.Param(bias)
-        _, self.in_features, self.out_features = kernel.shape
+        self.first = None if first is None else nnx.Param(jnp.asarray(first, jnp.int32))
+        held, self.in_features, self.out_features = kernel.shape
+        self.num_experts = num_experts or held
 
     def choose(self, experts: Int[Array, "*rows"], factors: Float[Array, "*rows"]) -> "ChosenDense":
         """Returns the linear layers of the experts of each row, whose inputs are times ``factors``."""
-        return ChosenDense(self.kernel[...], experts, bias_of(self, experts, factors), self.input_cut)
+        kernel, of_rows = self.kernel[...], experts
+        if self.first is not None:
+            of_rows = experts - self.first[...]
+            is_held = (of_rows >= 0) & (of_rows < len(kernel))
+            of_rows, factors = jnp.where(is_held, of_rows, len(kernel)), jnp.where(is_held, factors, 0)
+        bias = bias_of(self, experts, factors)
+        return ChosenDense(kernel, of_rows, bias, self.input_cut, self.num_experts)
 
 
 class GradedExperts(nnx.Module):
@@ -191,20 +209,32 @@ class ChosenDense(NamedTuple):
     """A linear layer of another expert for each row; has the methods of ``DenseLinear``.
 
     Attributes:
-      kernel: Kernels of all experts.
-      experts: Expert of each row.
+      kernel: Kernels of all experts, or of a group.
+      experts: Expert of each row, an index into ``kernel``; ``len(kernel)`` for experts outside of the group.
       bias: See ``bias_of``.
       input_cut: See ``linear.DenseLinear``.
+      num_experts: Number of all experts; None for those of ``kernel``.
     """
 
     kernel: Kernels
     experts: Int[Array, "*rows"]
     bias: RowBias = None
     input_cut: InputCut | None = None
+    num_experts: int | None = None
+
+    @property
+    def is_held(self) -> Bool[Array, "*rows"] | None:
+        """Whether the expert of each row is in the group; None if ``kernel`` has all experts."""
+        whole = self.num_experts in (None, len(self.kernel))
+        return None if whole else self.experts < len(self.kernel)
 
     def dense(self, x: Float[Array, "*rows k"], dtype=None) -> Float[Array, "*rows n"]:
-        """Returns ``x @ W + bias`` of each row's expert, summed in float32, in ``dtype`` (default: x's)."""
-        y = _jitted_matmul(x.reshape(-1, x.shape[-1]), self.kernel, self.experts.reshape(-1))
+        """Returns ``x @ W + bias`` of each row's expert, summed in float32, in ``dtype`` (default: x's).
+
+        Rows of experts outside of the group get zeros.
+        """
+        arguments = x.reshape(-1, x.shape[-1]), self.kernel, self.experts.reshape(-1)
+        y = _jitted_matmul(*arguments, self.num_experts or len(self.kernel))
         return _finished(y, self.bias, x, dtype)
 
 
@@ -282,25 +312,27 @@ def build_experts(tree: Mapping[str, Any], shape: tuple[int, int]) -> DenseExper
     return GradedExperts(**leaves, in_features=shape[0], out_features=shape[1])
 
 
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _grouped_matmul(
-    x: Float[Array, "rows k"], kernel: Kernels, experts: Int[Array, "rows"]
+    x: Float[Array, "rows k"], kernel: Kernels, experts: Int[Array, "rows"], num_experts: int
 ) -> Float[Array, "rows n"]:
-    """Returns ``x[r] @ kernel[experts[r]]``, float32, differentiable in x."""
-    if len(experts) > MOST_SUMMED_ROWS:
-        return _in_blocks(x, kernel, experts)
-    return jax.lax.platform_dependent(x, kernel, experts, cpu=_in_blocks, default=_row_by_row)
+    """Returns ``x[r] @ kernel[experts[r]]``, float32, differentiable in x (see ``ChosenDense``)."""
+    if len(experts) > MOST_SUMMED_ROWS or num_experts > len(kernel):
+        return _in_blocks(x, kernel, experts, num_experts)
+    in_blocks = partial(_in_blocks, num_experts=num_experts)
+    return jax.lax.platform_dependent(x, kernel, experts, cpu=in_blocks, default=_row_by_row)
 
 
 def _in_blocks(
-    x: Float[Array, "rows k"], kernel: Kernels, experts: Int[Array, "rows"]
+    x: Float[Array, "rows k"], kernel: Kernels, experts: Int[Array, "rows"], num_experts: int
 ) -> Float[Array, "rows n"]:
     """Multiplies blocks of rows that share an expert."""
 
     def block(expert, rows):
         return jnp.matmul(rows, _kernel_of(kernel, expert, x.dtype), preferred_element_type=jnp.float32)
 
-    return map_blocks(block, x, experts, num_experts=len(kernel), outputs=kernel.shape[2])
+    size = block_rows(len(x), num_experts)
+    return map_blocks(block, x, experts, num_experts=len(kernel), outputs=kernel.shape[2], size=size)
 
 
 def _row_by_row(
@@ -326,24 +358,29 @@ def _kernel_of(kernel: Kernels, expert: Int[Array, "*rows"], dtype) -> Float[Arr
     return one.astype(dtype)
 
 
-def _grouped_matmul_forward(x, kernel, experts):
+def _grouped_matmul_forward(x, kernel, experts, num_experts):
     # The residuals must be a pytree, so an empty array carries the dtype.
-    return _grouped_matmul(x, kernel, experts), (kernel, experts, jnp.zeros(0, x.dtype))
+    return _grouped_matmul(x, kernel, experts, num_experts), (kernel, experts, jnp.zeros(0, x.dtype))
 
 
-def _grouped_matmul_backward(residuals, gradient):
+def _grouped_matmul_backward(num_experts, residuals, gradient):
     kernel, experts, like = residuals
 
     def block(expert, rows):
         return jnp.matmul(rows, _kernel_of(kernel, expert, rows.dtype).T, preferred_element_type=jnp.float32)
 
     back = map_blocks(
-        block, gradient.astype(like.dtype), experts, num_experts=len(kernel), outputs=kernel.shape[1]
+        block,
+        gradient.astype(like.dtype),
+        experts,
+        num_experts=len(kernel),
+        outputs=kernel.shape[1],
+        size=block_rows(len(gradient), num_experts),
     )
     return back.astype(like.dtype), None, None
 
 
 _grouped_matmul.defvjp(_grouped_matmul_forward, _grouped_matmul_backward)
 
-_jitted_matmul = jax.jit(_grouped_matmul, inline=True)
+_jitted_matmul = jax.jit(_grouped_matmul, static_argnums=3, inline=True)
 """Outside of a traced function, the loop over blocks would be compiled again at every call."""

@@ -24,6 +24,7 @@ def map_blocks(
     *,
     num_experts: int,
     outputs: int,
+    size: int | None = None,
 ) -> Float[Array, "rows n"]:
     """Applies a function to blocks of rows that share an expert.
 
@@ -36,12 +37,13 @@ def map_blocks(
       function: Function from an expert and a block of ``rows`` to float32 ``[block, outputs]``. Rows that
         fill up a block are zeros, and what it returns for them is dropped.
       rows: Arrays ``[rows, ...]``.
-      experts: Expert of each row.
+      experts: Expert of each row; rows of expert ``num_experts`` get zeros.
       num_experts: Number of experts.
       outputs: Length of a row of the result.
+      size: Rows of a block; those of ``block_rows`` by default.
     """
     count = len(experts)
-    size = block_rows(count, num_experts)
+    size = size or block_rows(count, num_experts)
     order = jnp.argsort(experts)
     counts = jnp.zeros(num_experts, jnp.int32).at[experts].add(1)
     ends, blocks = jnp.cumsum(counts), -(-counts // size)

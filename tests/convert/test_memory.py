@@ -42,12 +42,12 @@ MIXTURE = {
     "num_attention_heads": 64,
     "num_key_value_heads": 8,
     "head_dim": 64,
-    "num_local_experts": 33,
+    "num_local_experts": 44,
     "num_experts_per_tok": 4,
     "max_position_embeddings": 131072,
     "quantization_config": {"quant_method": "mxfp4"},
 }
-"""A layer of gpt-oss-120b with 33 of its 128 experts: as many as are read again when codes are made."""
+"""A layer of gpt-oss-120b with 44 of its 128 experts: as many as are in memory in two groups."""
 
 _CHUNK = 1 << 22
 
@@ -96,7 +96,7 @@ def write_random_weights(path: Path, hf_config: dict) -> int:
     return end
 
 
-def peak_of_conversion(directory: Path, hf_config: dict, tokens: str) -> float:
+def peak_of_conversion(directory: Path, hf_config: dict, tokens: str, *more: str) -> float:
     """Returns the largest resident size, in bytes, of a conversion of random weights on a CPU."""
     model = tiny_models.write(directory / "model", shards=0)
     (model / "config.json").write_text(json.dumps(hf_config))
@@ -104,7 +104,7 @@ def peak_of_conversion(directory: Path, hf_config: dict, tokens: str) -> float:
     calib = directory / "calib.txt"
     calib.write_text(tiny_models.TEXT * 20)
     command = [sys.executable, "-m", "checkpoints_tools.convert", "--model", model]
-    command += ["--out", directory / "out", "--calib", calib, "--tokens", tokens]
+    command += ["--out", directory / "out", "--calib", calib, "--tokens", tokens, *more]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "JAX_PLATFORMS": "cpu"}
     output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
     print(output)
@@ -121,7 +121,12 @@ def test_a_billion_parameters_convert_within_3_gb(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_layer_of_gpt_oss_120b_converts_within_8_gb(tmp_path):
-    """Memory holds one copy of the experts, in bfloat16: the other 95 add two bytes for each weight."""
-    others = 95 * 3 * MIXTURE["hidden_size"] * MIXTURE["intermediate_size"]
-    assert peak_of_conversion(tmp_path, MIXTURE, "1024") + 2 * others < 8e9
+def test_a_layer_of_gpt_oss_120b_converts_within_6_5_gb(tmp_path):
+    """The other 84 experts add two copies of the codes of their first projection while they are written.
+
+    The basis is the original one, because a rotation of all experts takes most of the time of a conversion. A
+    rotation would add an expert in float64, twice.
+    """
+    weights = MIXTURE["hidden_size"] * 2 * MIXTURE["intermediate_size"]
+    peak = peak_of_conversion(tmp_path, MIXTURE, "1024", "--basis", "original")
+    assert peak + 84 * 2 * weights + 2 * 8 * weights < 6.5e9
