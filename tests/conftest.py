@@ -126,7 +126,12 @@ TOGETHER = {
     "tests/serving/test_grammar.py": "engine",
 }
 """Shared fixtures that take long to make, by the beginning of the names of tests. One worker runs all tests
-of a fixture."""
+of a fixture, one after the other."""
+
+
+def _shared_fixture(nodeid: str) -> str | None:
+    """Returns the fixture in ``TOGETHER`` of a test or a file."""
+    return next((fixture for beginning, fixture in TOGETHER.items() if nodeid.startswith(beginning)), None)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -158,8 +163,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            shared = (fixture for beginning, fixture in TOGETHER.items() if nodeid.startswith(beginning))
-            if (fixture := next(shared, None)) is not None:
+            if (fixture := _shared_fixture(nodeid)) is not None:
                 return fixture
             return nodeid if "_gpu.py::" in nodeid else super()._split_scope(nodeid)
 
@@ -191,8 +195,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for_gpus = [item for item in items if item.get_closest_marker("gpu")]
         config.hook.pytest_deselected(items=for_gpus)
         items[:] = [item for item in items if item not in for_gpus]
-    ranks = {str(ROOT / "tests" / file): rank for rank, file in enumerate(LONGEST_FILES)}
-    items.sort(key=lambda item: ranks.get(str(item.path), len(ranks)))
+    # Between two files of a fixture, ``few_memory_maps`` could free its programs.
+    ranks: dict[str, int] = {}
+    for rank, file in enumerate(LONGEST_FILES):
+        ranks.setdefault(_shared_fixture(f"tests/{file}") or f"tests/{file}", rank)
+
+    def rank_of(item: pytest.Item) -> int:
+        file = item.nodeid.partition("::")[0]
+        return ranks.get(_shared_fixture(file) or file, len(LONGEST_FILES))
+
+    items.sort(key=rank_of)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -205,7 +217,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 def few_memory_maps(request):
     """Frees programs after a module that leaves many memory maps, but not those of shared fixtures."""
     yield
-    if any(request.node.nodeid.startswith(beginning) for beginning in TOGETHER):
+    if _shared_fixture(request.node.nodeid) is not None:
         return
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MEMORY_MAPS:
