@@ -88,21 +88,24 @@ def engine_device(
         sharding = sharding or getattr(leaf, "sharding", None) or one
         return AbsentArray(leaf.shape, leaf.dtype, sharding=sharding)
 
+    def stacked(sharding: Any) -> Any:
+        return lambda arrays: absent(jax.eval_shape(jnp.stack, arrays), sharding)
+
     tree = traverse_util.unflatten_dict({name: absent(leaf) for name, leaf in leaves.items()}, sep=".")
-    model = decoder.Decoder.from_tree(config, tree, jnp.bfloat16, cut)
-    dial = jax.eval_shape(lambda model: Dial.create(model, random_model.TARGETS, np.array([3.0])), model)
     pages = context // PAGE_SIZE
     sizes = {"slots": SLOTS, "max_context": context, "page_size": PAGE_SIZE, "num_pages": SLOTS * pages}
     shape = Shape(**sizes, prefill_chunk=512, stop_tokens=STOP_TOKENS, grammars=True)
     speculation = Speculation(PromptLookup()) if speculates else None
-    options: Any = {"speculation": speculation, "abstract": True}
+    policy, options = DecodePolicy.for_engine(), {"speculation": speculation, "abstract": True}
+    with mock.patch.object(jnp, "asarray", lambda array: array):  # Routers make arrays of what they get.
+        model = decoder.Decoder.from_tree(config, tree, jnp.bfloat16, cut)
+    dial = jax.eval_shape(lambda model: Dial.create(model, random_model.TARGETS, np.array([3.0])), model)
     # An abstract device still puts its dial on the device, and stacks small arrays of the model.
-    put = mock.patch.object(jax, "device_put", lambda tree, to: jax.tree.map(lambda a: absent(a, to), tree))
-    stack = mock.patch.object(
-        flat_model, "_stacking", lambda to: lambda arrays: absent(jax.eval_shape(jnp.stack, arrays), to)
-    )
-    with put, stack:
-        return Device(model, dial, shape, DecodePolicy.for_engine(), settings, **options)
+    with (
+        mock.patch.object(jax, "device_put", lambda tree, to: jax.tree.map(lambda a: absent(a, to), tree)),
+        mock.patch.object(flat_model, "_stacking", stacked),
+    ):
+        return Device(model, dial, shape, policy, settings, **options)
 
 
 def programs(device: Device, settings: Settings, name: str, args: Any) -> Iterator[tuple[str, Lowering]]:
@@ -142,6 +145,7 @@ class Launch:
 
 KINDS = {
     "While|Conditional": "loops and branches",
+    "Async": "starts and waits of another stream",
     "Copy|Memcpy|ToHost|ToDevice": "copies",
     "Memset|Memzero": "memsets",
     "All|Collective|Permute|ReduceScatter|Nccl|Send|Recv": "collectives",
@@ -262,7 +266,7 @@ def main() -> None:
     gpu = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
     mesh = jax.sharding.AbstractMesh((args.devices,), (AXIS,), (AxisType.Auto,), abstract_device=gpu)
     with tempfile.TemporaryDirectory() as dump, jax.sharding.use_abstract_mesh(mesh):
-        os.environ["XLA_FLAGS"] = f"--xla_dump_to={dump} --xla_gpu_autotune_level=0 {flags}"
+        os.environ["XLA_FLAGS"] = f"--xla_gpu_autotune_level=0 {flags} --xla_dump_to={dump}"
         fields: dict[str, Any] = {"shape": random_model.label(args.shape), "xla_flags": flags, "programs": {}}
         results = report.Report(args, device=f"{args.devices} absent NVIDIA H200", **fields)
         results.fields["versions"] |= {name: matvec.version(name) for name in PLUGINS}

@@ -175,23 +175,25 @@ def test_without_the_plugin_it_says_what_to_install(script, monkeypatch):
 
 @pytest.mark.skipif(jax.__version_info__ < device.OLDEST_JAX, reason="lane programs need jax >= 0.11.2")
 @pytest.mark.parametrize(
-    ("program", "labels", "kernel"),
+    ("shape", "program", "labels", "kernel"),
     [
-        ("chunk", ["chunk, 1 texts, 0 drafts", "chunk, 2 texts, 0 drafts"], "graded_matvec"),
+        ("Qwen3-30B-A3B", "chunk", ["chunk, 1 texts, 0 drafts", "chunk, 2 texts, 0 drafts"], "router"),
+        ("Qwen3-0.6B", "chunk", ["chunk, 1 texts, 0 drafts", "chunk, 2 texts, 0 drafts"], "graded_matvec"),
         (
+            "Qwen3-0.6B",
             "speculative",
             ["speculative, 1 texts, 7 drafts", "speculative, 2 texts, 7 drafts"],
             "prepare_attention",
         ),
-        ("prefill", ["prefill, 256 tokens"], "dequantization"),
-        ("insert", ["insert"], "sampling"),
-        ("free", ["free"], None),
+        ("Qwen3-0.6B", "prefill", ["prefill, 256 tokens"], "dequantization"),
+        ("Qwen3-0.6B", "insert", ["insert"], "sampling"),
+        ("Qwen3-0.6B", "free", ["free"], None),
     ],
 )
-def test_the_programs_are_the_engines(script, monkeypatch, program, labels, kernel):
+def test_the_programs_are_the_engines(script, monkeypatch, shape, program, labels, kernel):
     """They lower for an H200 from arrays that nobody allocated. Only compilation needs the plugin."""
     monkeypatch.setitem(vars(jaxtyping.config), "jaxtyping_disable", True)  # These arrays are only shapes.
-    config = random_model.shape("Qwen3-0.6B")
+    config = random_model.shape(shape)
     config = script.dataclasses.replace(config, layers=config.layers[:1])
     sampling = sampling_rows(1, config.vocab_size, temperature=0.0)
     settings = Settings.of_request(sampling, 3.0, (), 1, script.STOP_TOKENS)
