@@ -124,6 +124,7 @@ TOGETHER = {
     "tests/server/": "server process",
     "tests/serving/test_engine_": "engine",
     "tests/serving/test_grammar.py": "engine",
+    "tests/serving/test_round.py": "engine",
 }
 """Shared fixtures that take long to make, by the beginning of the names of tests. One worker runs all tests
 of a fixture, one after the other."""

@@ -36,7 +36,8 @@ from checkpoints_tools.convert import command as convert
 from checkpoints_tools.convert import principal_basis, survey
 from checkpoints_tools.convert.plan import make_plan
 from checkpoints_tools.convert.principal_basis import principal_axes, second_moments
-from checkpoints_tools.source.layer import dense_layer, embed, read_layer, run_layer
+from checkpoints_tools.source.layer import dense_layer, embed, read_layer
+from checkpoints_tools.source.passes import pass_windows
 from grinqh_jax.hf import HFCheckpoint
 from grinqh_jax.model.layer_spec import HEAD
 from grinqh_jax.model.parameters import stream_readers
@@ -197,8 +198,7 @@ def value_axes(source: HFCheckpoint, windows: np.ndarray) -> dict[str, np.ndarra
         own, vectors = read_layer(source, i)
         layer = dense_layer(source, i, own, vectors, jnp.float32)
         moments = np.asarray(mean_moments(layer, hidden)["o"][0], np.float64)
-        for window in hidden:
-            window[...] = run_layer(layer, window)
+        pass_windows(layer, hidden)
         qkv, o = own["qkv"].astype(np.float32), own["o"].astype(np.float32)
         first = qkv.shape[1] - config.num_kv_heads * size
         for kv in range(config.num_kv_heads):

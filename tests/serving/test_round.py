@@ -5,6 +5,8 @@ import pytest
 
 from grinqh_jax.decoding.request import Request
 
+pytestmark = pytest.mark.slow  # It compiles an engine.
+
 PROMPT = list(range(60, 80))
 GREEDY = Request(temperature=0.0, max_tokens=9, stop_tokens=())
 

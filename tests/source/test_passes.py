@@ -22,7 +22,13 @@ from grinqh_jax.model.apply import HEAD, Dense
 WINDOWS = np.random.default_rng(0).integers(0, 96, (2, 40)).astype(np.int32)
 
 
-@pytest.fixture(scope="module", params=["qwen3_moe", "gpt_oss", "qwen2-moe"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        "qwen3_moe",
+        *(pytest.param(family, marks=pytest.mark.slow) for family in ("gpt_oss", "qwen2-moe")),
+    ],
+)
 def source(request, tmp_path_factory):
     """A mixture without biases, one with biases and another activation, one with shared experts."""
     hf_config = HF_CONFIG if request.param == "qwen3_moe" else CASES[request.param]
@@ -106,6 +112,7 @@ def test_refit_states_are_those_of_all_experts(source, monkeypatch):
     np.testing.assert_allclose(advanced(layer, passes.each_group(source, 0, layer)), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_group_is_in_memory(source, monkeypatch):
     """When a kernel is read, only the other one of its group is on the device."""
     in_groups(monkeypatch, 2, source.config.num_experts)
