@@ -22,8 +22,9 @@ from pallas_kernels.matmul.mosaic_gpu import kernel
 from pallas_kernels.matmul.mosaic_gpu.boxes import Boxes, BoxesGeometry, BoxesRefs, boxes_program
 from pallas_kernels.matmul.mosaic_gpu.geometry import THREADS
 
-ROUNDED_TOLERANCE = 4e-3
-"""Largest error of a row in norm with weights that are rounded to bfloat16."""
+ROUNDED_TOLERANCE = 1.2e-2
+"""Largest error of a row in norm with weights that are rounded to bfloat16. A weight's relative error is at most
+2**-8, with a standard deviation of about 2.3e-3; a row may be a single number, so this is five of them."""
 
 EXACT, ROUNDED = Boxes(), Boxes(rounded=True, exchange_units=1)
 WIDE = Boxes(rounded=True, rows=128, exchange_units=1)
@@ -58,7 +59,7 @@ def emulate(x, weight: NestedWeight, level: int, boxes: Boxes, **sizes) -> np.nd
 def assert_agrees(x, weight, level, y, boxes):
     """Checks each row in norm, relative to a product whose terms do not cancel."""
     x, w = x.astype(np.float64), matvec_oracle.dequantize(weight, level)
-    scale = np.sqrt((x**2).sum(1) * (w**2).sum() / len(w))
+    scale = np.sqrt(x**2 @ (w**2).sum(1))
     error = np.linalg.norm(y - x @ w, axis=1)
     assert (error <= (ROUNDED_TOLERANCE if boxes.rounded else TOLERANCE) * scale).all(), error / scale
 
