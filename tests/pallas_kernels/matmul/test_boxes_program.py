@@ -23,8 +23,10 @@ from pallas_kernels.matmul.mosaic_gpu.boxes import Boxes, BoxesGeometry, BoxesRe
 from pallas_kernels.matmul.mosaic_gpu.geometry import THREADS
 
 ROUNDED_TOLERANCE = 1.2e-2
-"""Largest error of a row in norm with weights that are rounded to bfloat16. A weight's relative error is at most
-2**-8, with a standard deviation of about 2.3e-3; a row may be a single number, so this is five of them."""
+"""Largest error of a row in norm with weights that are rounded to bfloat16.
+
+A weight's relative error is at most 2**-8, and about 2.3e-3 in the mean square. A row may be a single number,
+so five times that is allowed."""
 
 EXACT, ROUNDED = Boxes(), Boxes(rounded=True, exchange_units=1)
 WIDE = Boxes(rounded=True, rows=128, exchange_units=1)
