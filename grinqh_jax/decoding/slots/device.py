@@ -98,8 +98,7 @@ class Device:
         most_drafts = 0 if speculation is None else speculation.most_drafts
         self.step_shapes: list[StepShape] = step_shapes(counts, most_drafts, shape.contiguous)
         self._placement = Placement.of_model(model, abstract)
-        sharding = self._placement.sharding
-        self._model, self._dial = FlatModel(model), jax.device_put(dial, sharding)
+        self._model, self._dial = FlatModel(model), self._put(dial)
         self._drafter = self._put(None if speculation is None else speculation.drafter)
         sizes = self._placement, self._cache_config, self._dtype
         self._requests = RequestArrays(model.config, shape, settings, self.graded, *sizes)
