@@ -141,7 +141,6 @@ def main() -> None:
     add("--drafts", nargs="+", type=int, default=drafts, choices=drafts, help=f"(default: {drafts})")
     add("--steps", type=int, default=16, metavar="N", help="steps of a call (default: 16)")
     add("--repeats", type=int, default=5, metavar="N", help="timed calls (default: 5)")
-    add("--read-idle-rows", action="store_true", help="read all rows in every step (see DecodePolicy)")
     add("--no-self", action="store_true", help=f"do not time {SELF}")
     add("--profile", type=int, default=6, metavar="N", help="profile the first N programs (default: 6)")
     reports.add_arguments(parser)

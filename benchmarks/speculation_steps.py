@@ -91,10 +91,7 @@ class Steps:
     def __init__(self, config: ModelConfig, label: str, args: argparse.Namespace, report: reports.Report):
         self.model = random_model.graded(config)
         self._label, self._args, self._report = label, args, report
-        policy = DecodePolicy.for_device()
-        self._policy = dataclasses.replace(
-            policy, skip_idle_rows=policy.skip_idle_rows and not args.read_idle_rows
-        )
+        self._policy = DecodePolicy.for_device()
         self._flat = FlatModel(self.model)
         self._plain: dict[tuple[int, int], DecodeRun] = {}
         self._inputs: dict[tuple[int, int], tuple[Any, ...]] = {}

@@ -17,16 +17,12 @@ class DecodePolicy:
         would force a host sync at every step.
       skip_unused_sort: Whether sampling skips the sort of the logits at run time if no row filters by top-k
         or top-p. Off on a GPU, where the branch would force a host sync that costs more than the sort.
-      skip_idle_rows: Whether a step that could verify drafts reads one row of each text if no text has a
-        draft. On a GPU, XLA (jax 0.11.2 and 0.12) makes this branch a part of the CUDA graph of a step, so
-        that it does not wait for the host (``benchmarks/notes``, entry D25).
       chunk_steps: Number of steps of a decode chunk of a few texts (see ``Device.steps``).
       chunks_ahead: Number of decode chunks in flight while the host processes the one before them.
     """
 
     early_exit: bool
     skip_unused_sort: bool
-    skip_idle_rows: bool
     chunk_steps: int
     chunks_ahead: int
 
@@ -46,14 +42,10 @@ class DecodePolicy:
         return GPU_ENGINE if policy is GPU else policy
 
 
-CPU = DecodePolicy(
-    early_exit=True, skip_unused_sort=True, skip_idle_rows=True, chunk_steps=16, chunks_ahead=0
-)
+CPU = DecodePolicy(early_exit=True, skip_unused_sort=True, chunk_steps=16, chunks_ahead=0)
 """Short chunks, because the host is the device: text appears sooner, and launching a chunk costs little."""
 
-GPU = DecodePolicy(
-    early_exit=False, skip_unused_sort=False, skip_idle_rows=True, chunk_steps=32, chunks_ahead=1
-)
+GPU = DecodePolicy(early_exit=False, skip_unused_sort=False, chunk_steps=32, chunks_ahead=1)
 """Never waits for the host. Launching a chunk takes the host the time of several tokens
 (``benchmarks/notes``, entry D18), which must be less than the GPU needs for the previous chunk."""
 

@@ -125,9 +125,9 @@ def speculative_chunk(
         Counts(zeros, zeros, zeros, zeros, jnp.zeros(batch, jnp.float32)),
     )
     token_ids, offsets = model.lm_head.tokens(), jnp.arange(width)
-    # On several GPUs the collectives in a branch would keep it out of a CUDA graph, and it would wait for the
-    # host.
-    skips_idle_rows = drafts > 0 and policy.skip_idle_rows and cache.mailbox is None
+    # XLA makes the branch a part of the step's CUDA graph (``benchmarks/notes``, entry D25). On several GPUs
+    # the collectives in it would keep it out, and it would wait for the host.
+    branches = drafts > 0 and cache.mailbox is None
 
     def one_step(loop: Loop) -> Loop:
         chunk, cache, texts = loop.chunk, loop.cache, loop.texts
@@ -151,7 +151,7 @@ def speculative_chunk(
             inputs,
             cache,
             lambda positions: _thresholds(current_dial or thresholds, read[:, :positions]),
-            counts if skips_idle_rows else None,
+            counts if branches else None,
         )
         positions = lengths[:, None] + 1 + offsets
         tokens, accepted = _accept(
