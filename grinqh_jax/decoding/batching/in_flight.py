@@ -13,7 +13,7 @@ import jax
 from grinqh_jax.decoding.batching.job import Job
 from grinqh_jax.decoding.engine.chunk import Chunk
 from grinqh_jax.decoding.slots.step_shapes import StepShape
-from grinqh_jax.decoding.speculation.chunk import Counts
+from grinqh_jax.decoding.speculation.counts import Counts
 
 
 @dataclasses.dataclass(frozen=True)

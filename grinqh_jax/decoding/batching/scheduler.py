@@ -259,15 +259,16 @@ class Scheduler:
 
     def _learn(self, arrival: Arrival) -> None:
         """Updates what is known of the texts of a chunk with speculation, and of the time of a step."""
-        shape, seconds = arrival.work.shape, arrival.seconds
+        shape, counts, seconds = arrival.work.shape, arrival.counts, arrival.seconds
         assert shape is not None, "a chunk has a shape"
         for row, job in arrival.work.jobs.items():
-            counts = jax.tree.map(lambda values: values[row].item(), arrival.counts)  # noqa: B023
-            drafting = counts.steps, counts.tried, counts.drafted, counts.accepted
-            job.figures.add(*drafting, counts.rejected_bits, seconds if shape.drafts else 0.0)
+            values = counts.steps, counts.drafting_steps, counts.drafted, counts.accepted
+            steps, drafting, drafted, accepted = (int(of_rows[row]) for of_rows in values)
+            bits, drafting_seconds = float(counts.rejected_bits[row]), seconds if shape.drafts else 0.0
+            job.figures.add(steps, drafting, drafted, accepted, bits, drafting_seconds)
             if shape.drafts:
-                job.acceptance.update(*drafting)
-        steps = int(np.max(arrival.counts.steps))
+                job.acceptance.update(steps, drafting, drafted, accepted)
+        steps = int(np.max(counts.steps))
         if steps > 1:  # A chunk of one step is mostly launch.
             every = steps if self._policy.early_exit else self._device.steps(shape)
             self._draft_length.measure(shape, every, seconds)

@@ -11,7 +11,8 @@ from grinqh_jax.decoding.engine.chunk import Chunk
 from grinqh_jax.decoding.paged_cache import PagedCache
 from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.slots.state import DecodeState
-from grinqh_jax.decoding.speculation.chunk import Counts, speculative_chunk
+from grinqh_jax.decoding.speculation.chunk import speculative_chunk
+from grinqh_jax.decoding.speculation.counts import Counts
 from grinqh_jax.decoding.speculation.drafter import Drafter, DrafterState
 from grinqh_jax.model.flat_model import FlatModel, decoder_of
 from grinqh_jax.sharding.program import on_mesh

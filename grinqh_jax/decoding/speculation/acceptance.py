@@ -23,26 +23,22 @@ ACCEPTING, REPLACING, DRAFTING = 1, 2, 3
 """Streams of random numbers beside that of the sampler, which all positions have."""
 
 
-def by_match(
-    chosen: Int[Array, "b t"], draft: Draft, counts: Int[Array, "b"]
-) -> tuple[Int[Array, "b t"], Int[Array, "b"]]:
+def by_match(chosen: Int[Array, "b t"], draft: Draft) -> tuple[Int[Array, "b t"], Int[Array, "b"]]:
     """Returns the new tokens of each text and the number of accepted drafts.
 
     Args:
       chosen: Choice of the target after the last token and after each draft, ``t = k + 1``.
-      draft: The drafts.
-      counts: Number of leading drafts that were verified.
+      draft: The drafts that were verified.
 
     Returns:
       ``(tokens, accepted)``: row b has ``accepted[b] + 1`` new tokens.
     """
-    return chosen, _leading(draft.tokens == chosen[:, :-1], counts)
+    return chosen, _leading(draft.tokens == chosen[:, :-1], draft.counts)
 
 
 def by_rejection(
     chosen: Int[Array, "b t"],
     draft: Draft,
-    counts: Int[Array, "b"],
     probabilities: Float[Array, "b t v"],
     sampling: Sampling,
     positions: Int[Array, "b t"],
@@ -52,27 +48,27 @@ def by_rejection(
     A text of temperature 0 accepts by match.
 
     Args:
-      chosen, counts: See ``by_match``.
-      draft: Drafts that were sampled from ``draft.probabilities``.
+      chosen: See ``by_match``.
+      draft: Drafts that were verified, and sampled from ``draft.probabilities``.
       probabilities: Distribution of the target at each position, after all filters.
       sampling: Sampling parameters of each text.
       positions: Position of each chosen token in its text.
     """
     assert draft.probabilities is not None, "the rejection rule needs the distributions of the drafts"
-    matched, accepted = by_match(chosen, draft, counts)
+    matched, accepted = by_match(chosen, draft)
     target, k = probabilities[:, :-1], draft.tokens.shape[1]
     p, q = (
         jnp.take_along_axis(values, draft.tokens[..., None], axis=-1)[..., 0]
         for values in (target, draft.probabilities)
     )
     uniform = jax.vmap(jax.vmap(jax.random.uniform))(random_keys(sampling, positions[:, :-1], ACCEPTING))
-    by_chance = _leading(uniform * q < p, counts)
+    by_chance = _leading(uniform * q < p, draft.counts)
     residual = jnp.log(jnp.maximum(target - draft.probabilities, 0))
     keys = random_keys(sampling, positions[:, :-1], REPLACING)
     noise = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, residual.shape[2:])))(keys)
     replaced = jnp.argmax(residual + noise, axis=-1).astype(jnp.int32)
     offset = jnp.arange(k)
-    rejected = (offset == by_chance[:, None]) & (offset < counts[:, None])
+    rejected = (offset == by_chance[:, None]) & (offset < draft.counts[:, None])
     tokens = jnp.where(
         offset < by_chance[:, None], draft.tokens, jnp.where(rejected, replaced, chosen[:, :-1])
     )

@@ -1,7 +1,6 @@
 """The decode loop with drafts: each step drafts, verifies and accepts, without leaving the device."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +15,7 @@ from grinqh_jax.decoding.penalties import TokenHistory
 from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.sampling import Sampling, adjust, choose_tokens, probabilities
 from grinqh_jax.decoding.speculation import acceptance, block_dial
+from grinqh_jax.decoding.speculation.counts import Counts
 from grinqh_jax.decoding.speculation.drafter import Draft, Drafter, Target, Texts, Verified
 from grinqh_jax.decoding.thresholds import Thresholds, interpolate_each
 from grinqh_jax.model.cache import KVCache
@@ -37,24 +37,24 @@ class SlotTexts:
     pending: Float[Array, "b 4"]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Counts:
-    """Counts of a chunk for each text: int32 ``[B]``, and float32 for the bits.
+class Reading(NamedTuple):
+    """The result of reading the last token and the drafts of each text.
+
+    XLA drops what nobody uses. Without log-probabilities, the logits stay in the branch that computes them.
 
     Attributes:
-      steps: Number of steps.
-      drafted: Number of drafts that were verified.
-      accepted: Number of drafts that were accepted.
-      tried: Number of steps with drafts.
-      rejected_bits: Mean bits per weight read at each rejected position, summed.
+      accepted: int32 ``[B]``, number of accepted drafts.
+      cache: The cache, as ``verify`` returns it.
+      tokens: int32 ``[B, t]``, the new tokens of each text; the first ``accepted + 1`` count.
+      outputs, hidden, stats: Logits, hidden states and statistics, as ``verify`` returns them.
     """
 
-    steps: Int[Array, "b"]
-    drafted: Int[Array, "b"]
     accepted: Int[Array, "b"]
-    tried: Int[Array, "b"]
-    rejected_bits: Float[Array, "b"]
+    cache: KVCache
+    tokens: Int[Array, "b t"]
+    outputs: Float[Array, "b t v"]
+    hidden: Float[Array, "b t d"]
+    stats: GradingStats | None
 
 
 class Loop(NamedTuple):
@@ -116,18 +116,27 @@ def speculative_chunk(
         cache = dataclasses.replace(cache, mailbox=model.partition.opened(batch * width))
     empty = Chunk.empty(tokens, done, steps * width, linears, history, dial, top_logprobs)
     zeros = jnp.zeros(batch, jnp.int32)
-    loop = Loop(
-        0,
-        empty,
-        cache,
-        texts,
-        drafter_state,
-        Counts(zeros, zeros, zeros, zeros, jnp.zeros(batch, jnp.float32)),
-    )
+    loop = Loop(0, empty, cache, texts, drafter_state, Counts.zeros(batch))
     token_ids, offsets = model.lm_head.tokens(), jnp.arange(width)
-    # XLA makes the branch a part of the step's CUDA graph (``benchmarks/notes``, entry D25). On several GPUs
+    # XLA makes a branch a part of the step's CUDA graph (``benchmarks/notes``, entry D25). On several GPUs
     # the collectives in it would keep it out, and it would wait for the host.
-    branches = drafts > 0 and cache.mailbox is None
+    branches = drafts > 0 and model.partition is None
+
+    def read_and_accept(chunk: Chunk, cache: KVCache, dial: Dial | None, draft: Draft) -> Reading:
+        """Returns ``drafts + 1`` positions of each text, zeros where ``draft.tokens`` has fewer columns."""
+        positions = cache.lengths[:, None] + 1 + offsets[: draft.tokens.shape[1] + 1]
+        read = ~chunk.done[:, None] & (offsets[: positions.shape[1]] <= draft.counts[:, None])
+        inputs = jnp.concatenate([chunk.last[:, None], draft.tokens], axis=1)
+        outputs, hidden, cache, stats = verify(model, inputs, cache, _thresholds(dial or thresholds, read))
+        tokens, accepted = _accept(
+            model, outputs, token_ids, draft, sampling, positions, policy, chunk.history
+        )
+
+        def padded(rows: jax.Array) -> jax.Array:
+            return jnp.pad(rows, [(0, 0), (0, width - rows.shape[1]), *[(0, 0)] * (rows.ndim - 2)])
+
+        rows = jax.tree.map(padded, (tokens, outputs, hidden, stats))
+        return Reading(accepted, cache, *rows)
 
     def one_step(loop: Loop) -> Loop:
         chunk, cache, texts = loop.chunk, loop.cache, loop.texts
@@ -144,19 +153,18 @@ def speculative_chunk(
             draft, drafter_state, cache = drafter.propose(drafter_state, target, so_far, drafts)
         counts = jnp.minimum(jnp.minimum(draft.counts, most_drafts), limit - 1)
         counts = jnp.where(active, jnp.maximum(counts, 0), 0)
-        read = active[:, None] & (offsets <= counts[:, None])
-        inputs = jnp.concatenate([chunk.last[:, None], draft.tokens], axis=1)
-        outputs, hidden, cache, stats = _read(
-            model,
-            inputs,
-            cache,
-            lambda positions: _thresholds(current_dial or thresholds, read[:, :positions]),
-            counts if branches else None,
-        )
+
+        def read(draft: Draft) -> Reading:
+            return read_and_accept(chunk, cache, current_dial, draft)
+
+        draft = dataclasses.replace(draft, counts=counts)
+        if branches:
+            none = Draft(draft.tokens[:, :0], zeros)
+            reading = jax.lax.cond(jnp.any(counts > 0), lambda: read(draft), lambda: read(none))
+        else:
+            reading = read(draft)
+        accepted, cache, tokens, outputs, hidden, stats = reading
         positions = lengths[:, None] + 1 + offsets
-        tokens, accepted = _accept(
-            model, outputs, token_ids, draft, counts, sampling, positions, policy, chunk.history
-        )
         # A stop token ends the text, and the drafts after it do not count.
         stops = jnp.any(tokens[..., None] == _per_text(stop_tokens), axis=-1)
         first_stop = jnp.argmax(jnp.pad(stops, ((0, 0), (0, 1)), constant_values=True), axis=1)
@@ -185,11 +193,10 @@ def speculative_chunk(
         def written(kept, new):
             return _scatter(kept, indices, is_new, new)
 
-        rejected = read & ~is_new
+        rejected = active[:, None] & (offsets <= counts[:, None]) & ~is_new
         bits = jnp.zeros(batch, jnp.float32)
         if current_dial is not None and stats is not None:
             bits = jnp.sum(current_dial.mean_bits(stats.bits), axis=1, where=rejected)
-        counted = Counts(active, counts, jnp.maximum(produced - 1, 0), counts > 0, bits)
         chunk = Chunk(
             tokens=_scatter(chunk.tokens.T, indices, is_new, tokens).T,
             counts=total,
@@ -210,7 +217,7 @@ def speculative_chunk(
             cache,
             texts,
             drafter_state,
-            jax.tree.map(lambda total, new: total + new, loop.counts, counted),
+            loop.counts.plus_step(active, counts, produced, bits),
         )
 
     if policy.early_exit:
@@ -246,38 +253,7 @@ def verify(
     return outputs, hidden, cache, stats
 
 
-def _read(
-    model: Decoder,
-    inputs: Int[Array, "b t"],
-    cache: KVCache,
-    thresholds: Callable[[int], Thresholds | None],
-    counts: Int[Array, "b"] | None,
-) -> tuple[Float[Array, "b t v"], Float[Array, "b t d"], KVCache, GradingStats | None]:
-    """Returns what ``verify`` does.
-
-    Args:
-      model, inputs, cache: As for ``verify``.
-      thresholds: Returns the thresholds of the first positions. Each branch computes its own: slices of one
-        array would be a kernel for every layer.
-      counts: Number of drafts of each text. If all are 0, only the first position is read, and the results of
-        the others are zeros. None reads all positions.
-    """
-
-    def positions(count: int) -> Any:
-        outputs, hidden, read, stats = verify(model, inputs[:, :count], cache, thresholds(count))
-
-        def padded(rows: jax.Array) -> jax.Array:
-            return jnp.pad(rows, [(0, 0), (0, inputs.shape[1] - count), *[(0, 0)] * (rows.ndim - 2)])
-
-        return padded(outputs), padded(hidden), read, jax.tree.map(padded, stats)
-
-    width = inputs.shape[1]
-    if counts is None:
-        return positions(width)
-    return jax.lax.cond(jnp.any(counts > 0), lambda: positions(width), lambda: positions(1))
-
-
-def _accept(model, outputs, token_ids, draft, counts, sampling, positions, policy, history):
+def _accept(model, outputs, token_ids, draft, sampling, positions, policy, history):
     """Returns the new tokens and the number of accepted drafts."""
     batch, width = positions.shape
     rows = jax.tree.map(lambda row: jnp.repeat(row, width, axis=0), sampling)
@@ -297,10 +273,10 @@ def _accept(model, outputs, token_ids, draft, counts, sampling, positions, polic
         in_order=head.in_order,
     ).reshape(batch, width)
     if draft.probabilities is None or sampling.greedy:
-        return acceptance.by_match(chosen, draft, counts)
+        return acceptance.by_match(chosen, draft)
     target = probabilities(adjust(_flat(head.in_order(outputs)), rows, histories), rows, policy)
     target = target.reshape(batch, width, -1)
-    return acceptance.by_rejection(chosen, draft, counts, target, sampling, positions)
+    return acceptance.by_rejection(chosen, draft, target, sampling, positions)
 
 
 def _with_drafts(history: TokenHistory, draft: Draft) -> TokenHistory:

@@ -59,10 +59,9 @@ def texts(target, draft, rejection, runs=RUNS):
         )
         drafts = Draft(tokens, jnp.full(runs, 2), jnp.exp(draft[before[:, :2]]))
         if rejection:
-            arguments = chosen, drafts, drafts.counts, jnp.exp(logits), sampling, positions
-            new, accepted = by_rejection(*arguments)
+            new, accepted = by_rejection(chosen, drafts, jnp.exp(logits), sampling, positions)
         else:
-            new, accepted = by_match(chosen, drafts, drafts.counts)
+            new, accepted = by_match(chosen, drafts)
         return new, accepted
 
     start = jnp.full(runs, VOCABULARY)
@@ -103,6 +102,6 @@ def test_a_text_of_temperature_zero_accepts_by_match():
     draft = Draft(drafts, jnp.array([2, 2, 1]), jnp.ones((3, 2, VOCABULARY)) / VOCABULARY)
     sampling, positions = Sampling.create(3), jnp.zeros((3, 3), jnp.int32)
     probabilities = jnp.ones((3, 3, VOCABULARY)) / VOCABULARY
-    tokens, accepted = by_rejection(chosen, draft, draft.counts, probabilities, sampling, positions)
+    tokens, accepted = by_rejection(chosen, draft, probabilities, sampling, positions)
     assert accepted.tolist() == [2, 1, 1]
     assert tokens.tolist() == chosen.tolist()
