@@ -2,6 +2,9 @@
 
 Answers that quote or edit a text repeat long parts of it. Lookup needs no model, and takes one pass over the
 tokens of the text. Source of the idea: Saxena, Prompt Lookup Decoding, 2023.
+
+If different tokens followed the same last tokens earlier, there is no draft: fewer drafts would be accepted
+than a step with drafts costs (``benchmarks/notes``, entry D27).
 """
 
 import dataclasses
@@ -47,7 +50,8 @@ def look_up(tokens: Int[Array, "b s"], lengths: Int[Array, "b"], count: int, lea
     """Returns the tokens after the longest and last earlier occurrence of the last tokens of each text.
 
     If the occurrence is closer to the end than ``count`` tokens, the tokens after it are repeated, as in a
-    text that repeats itself.
+    text that repeats itself. There is no draft if another occurrence of the same length has another next
+    token.
 
     Args:
       tokens: Tokens of each text.
@@ -71,4 +75,7 @@ def look_up(tokens: Int[Array, "b s"], lengths: Int[Array, "b"], count: int, lea
     period = jnp.maximum(lengths - start, 1)
     offsets = start[:, None] + jnp.arange(count) % period[:, None]
     drafts = jnp.take_along_axis(tokens, jnp.minimum(offsets, slots - 1), axis=1)
-    return Draft(drafts, jnp.where(best >= 0, count, 0))
+    following = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+    longest = matched == (best // slots)[:, None]
+    differs = jnp.any(longest & (following != drafts[:, :1]), axis=1)
+    return Draft(drafts, jnp.where((best >= 0) & ~differs, count, 0))

@@ -16,15 +16,20 @@ look_up_jitted = jax.jit(look_up, static_argnums=(2, 3, 4))
 
 
 def searched(tokens: list[int]) -> list[int]:
-    """The draft after a text: what follows the longest and last occurrence of its end, repeated if short."""
-    best, start = 0, 0
+    """The draft after a text: what follows the longest and last occurrence of its end, repeated if short.
+
+    None if another occurrence as long is followed by another token.
+    """
+    best, start, next_tokens = 0, 0, set()
     for place in range(1, len(tokens)):
         matched = 0
         while matched < min(MOST, place) and tokens[place - 1 - matched] == tokens[-1 - matched]:
             matched += 1
         if matched >= max(best, LEAST):
+            next_tokens = next_tokens if matched == best else set()
+            next_tokens.add(tokens[place])
             best, start = matched, place
-    if not best:
+    if len(next_tokens) != 1:
         return []
     following = tokens[start:]
     return [following[i % len(following)] for i in range(COUNT)]
