@@ -177,7 +177,7 @@ def chosen_seconds(
                 before, counts, time = arrived
                 if before.drafts:
                     acceptance.update(*counts)
-                length.measure(before, counts[0], time)
+                length.measure(before, *counts[:2], time)
             steps = drafting = drafted = accepted = 0
             # The steps after the end of a text do not count, as they do not in plain decoding.
             while steps < shape.steps(chunk_steps) and place < len(replay.answer):

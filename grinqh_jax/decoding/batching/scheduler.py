@@ -271,7 +271,7 @@ class Scheduler:
         steps = int(np.max(counts.steps))
         if steps > 1:  # A chunk of one step is mostly launch.
             every = steps if self._policy.early_exit else self._device.steps(shape)
-            self._draft_length.measure(shape, every, seconds)
+            self._draft_length.measure(shape, every, int(counts.steps_with_any[0]), seconds)
 
     def _end(self, job: Job, reason: FinishReason | Exception) -> None:
         """Frees a job's slot and pages, wherever the job is, and reports its end or its failure."""

@@ -16,6 +16,10 @@ LONG_STEP_TEXTS = 8
 """Number of texts from which on a step takes at least twice as long as with one (Qwen3-8B on an H200: 3.5 and
 1.5 ms)."""
 
+MOST_DRAFTING_STEPS = 8
+"""Most steps of a chunk with drafts. The host learns only after each chunk whether drafts pay, and by then the
+next one runs."""
+
 
 class StepShape(NamedTuple):
     """Sizes of a step: ``texts * (drafts + 1)`` rows.
@@ -30,7 +34,10 @@ class StepShape(NamedTuple):
 
     def steps(self, chunk_steps: int) -> int:
         """Returns the number of such steps in a chunk: half of ``chunk_steps`` if each takes longer."""
-        return -(-chunk_steps // 2) if self.drafts or self.texts >= LONG_STEP_TEXTS else chunk_steps
+        half = -(-chunk_steps // 2)
+        if self.drafts:
+            return min(half, MOST_DRAFTING_STEPS)
+        return half if self.texts >= LONG_STEP_TEXTS else chunk_steps
 
 
 def rows_are_independent(config: ModelConfig) -> bool:

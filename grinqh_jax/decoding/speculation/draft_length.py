@@ -4,14 +4,17 @@ Without drafts, the chunk decodes as few slots as there are programs for.
 
 A step with k drafts yields ``1 + c (a + a^2 + ... + a^k)`` tokens of a text, where ``c`` is the share of
 steps in which the drafter has a draft, and ``a`` the probability that a draft is accepted if those before it
-were. Both are estimated for every text, from its last steps. The time of a step with ``n`` texts and ``k``
-drafts is measured while the engine runs. The chunk with the most tokens per second is chosen. If that is one
-without drafts, a chunk with drafts is run now and then, because the text may have changed.
+were. Both are estimated for every text, from its last steps. A step in which no text has a draft takes less
+time than one that verifies drafts, and both times are measured for every shape while the engine runs. So the
+times do not depend on the texts that were decoded when they were measured. A chunk has drafts if it then
+yields clearly more tokens per second. If it has none, a chunk with drafts is run now and then, because the
+text may have changed.
 
 The decision changes the speed and not the text (see ``block_dial`` and ``acceptance``).
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 from grinqh_jax.decoding.slots.step_shapes import StepShape
@@ -25,12 +28,16 @@ PRIOR_ACCEPTED, PRIOR_TRIED = 3.0, 4.0
 PROBE_CHUNKS = 32
 """Number of chunks without drafts before one with drafts is tried again."""
 
+LEAST_GAIN = 0.01
+"""Least gain for which a chunk has drafts, as a share of the speed without. A text whose drafts gain or cost
+little would otherwise have them half of the time, because the estimates err."""
+
 ASSUMED_ROW_COST = 0.2
 """Time of a further row over that of a step with one row, before it was measured. Steps of one text with 1, 3
 and 7 drafts take 1.20, 1.49 and 2.05 plain steps (Qwen3-8B, 3 bits, H200; docs/performance.md)."""
 
 NEW_MEASUREMENT = 0.25
-"""Weight of a new measurement of the time of a step."""
+"""Weight of a new measurement of the times of a step."""
 
 
 @dataclasses.dataclass
@@ -73,12 +80,51 @@ class Acceptance:
         return 1 + self.drafting / self.steps * rate * (1 - rate**drafts) / (1 - rate)
 
 
+@dataclasses.dataclass(frozen=True)
+class StepTimes:
+    """Estimated times of a step of one shape.
+
+    Attributes:
+      idle: Time of a step in which no text has a draft, in seconds.
+      drafting: Time of a step that verifies drafts, in seconds.
+    """
+
+    idle: float
+    drafting: float
+
+    @classmethod
+    def assumed(cls, shape: StepShape) -> "StepTimes":
+        """Returns times before a measurement, where a step with one row takes 1."""
+        texts, rows = shape.texts, shape.texts * (shape.drafts + 1)
+        return cls(1 + ASSUMED_ROW_COST * (texts - 1), 1 + ASSUMED_ROW_COST * (rows - 1))
+
+    def scaled(self, factor: float) -> "StepTimes":
+        """Returns the times multiplied by a factor."""
+        return StepTimes(factor * self.idle, factor * self.drafting)
+
+    def mean(self, drafting: float) -> float:
+        """Returns the mean time of steps of which a share ``drafting`` verifies drafts."""
+        return self.idle + drafting * (self.drafting - self.idle)
+
+    def updated(self, drafting: float, seconds: float) -> "StepTimes":
+        """Returns the times after a measurement of the mean.
+
+        Steps without drafts are measured alone. Other measurements tell the time of a step with drafts.
+        """
+        expected = self.mean(drafting)
+        # A pause of the host makes a step seem longer, never shorter.
+        change = NEW_MEASUREMENT * (min(seconds, 2 * expected) - expected)
+        if drafting:
+            return StepTimes(self.idle, self.drafting + change)
+        return StepTimes(self.idle + change, self.drafting)
+
+
 class DraftLength:
     """Chooses the shape of every decode chunk.
 
     Attributes:
       shapes: Shapes of steps (see ``step_shapes``).
-      seconds: Time of a step of each shape that was measured.
+      times: Times of a step of each shape that was measured.
     """
 
     def __init__(self, shapes: Sequence[StepShape], *, always: bool = False, measures: bool = True):
@@ -91,7 +137,7 @@ class DraftLength:
             processes that run one model together choose the same.
         """
         self.shapes = tuple(shapes)
-        self.seconds: dict[StepShape, float] = {}
+        self.times: dict[StepShape, StepTimes] = {}
         self._always = always
         self._measures = measures
         self._without = 0
@@ -105,36 +151,34 @@ class DraftLength:
             return plain
         if self._always:
             return max(drafting, key=lambda shape: shape.drafts)
-        best = max([plain, *drafting], key=lambda shape: self._speed(shape, texts))
-        if best.drafts:
+        best = max(drafting, key=lambda shape: self._speed(shape, texts))
+        if self._speed(best, texts) > (1 + LEAST_GAIN) * self._speed(plain, texts):
             self._without = 0
             return best
         self._without += 1
         if self._without <= PROBE_CHUNKS:
-            return best
+            return plain
         self._without = 0
         return min(drafting, key=lambda shape: shape.texts * (shape.drafts + 1))
 
-    def measure(self, shape: StepShape, steps: int, seconds: float) -> None:
-        """Adds the time of a chunk of ``steps`` steps."""
+    def measure(self, shape: StepShape, steps: int, drafting: int, seconds: float) -> None:
+        """Adds the time of a chunk of ``steps`` steps, of which ``drafting`` verified drafts."""
         if steps == 0 or not self._measures:
             return
-        each = seconds / steps
-        old = self.seconds.get(shape, each)
-        # A pause of the host makes a step seem longer, never shorter.
-        self.seconds[shape] = min((1 - NEW_MEASUREMENT) * old + NEW_MEASUREMENT * each, 2 * old)
+        share, each = drafting / steps, seconds / steps
+        old = self._expected(shape)
+        first = shape not in self.times
+        self.times[shape] = old.scaled(each / old.mean(share)) if first else old.updated(share, each)
 
     def _speed(self, shape: StepShape, texts: Sequence[Acceptance]) -> float:
         tokens = sum(text.tokens_per_step(shape.drafts) for text in texts)
-        return tokens / self._predicted(shape)
+        none = math.prod(1 - text.drafting / text.steps for text in texts)
+        return tokens / self._expected(shape).mean(1 - none if shape.drafts else 0)
 
-    def _predicted(self, shape: StepShape) -> float:
-        if shape in self.seconds:
-            return self.seconds[shape]
-
-        def assumed(one: StepShape) -> float:
-            return 1 + ASSUMED_ROW_COST * (one.texts * (one.drafts + 1) - 1)
-
-        known = next(((one, seconds) for one, seconds in self.seconds.items()), None)
-        scale = 1.0 if known is None else known[1] / assumed(known[0])
-        return scale * assumed(shape)
+    def _expected(self, shape: StepShape) -> StepTimes:
+        """Returns the measured times of a step, or assumed ones, which follow the first measured shape."""
+        if shape in self.times:
+            return self.times[shape]
+        known = next(iter(self.times), None)
+        scale = 1.0 if known is None else self.times[known].idle / StepTimes.assumed(known).idle
+        return StepTimes.assumed(shape).scaled(scale)

@@ -3,12 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis_settings import examples
 
 from grinqh_jax.decoding.slots.step_shapes import StepShape, row_counts, step_shapes
-from grinqh_jax.decoding.speculation.draft_length import Acceptance, DraftLength
+from grinqh_jax.decoding.speculation.draft_length import Acceptance, DraftLength, StepTimes
 from grinqh_jax.decoding.speculation.lookup import look_up
 
 SLOTS, LEAST, MOST, COUNT = 24, 2, 4, 5
@@ -70,6 +71,13 @@ def test_a_step_decodes_a_power_of_two_or_all_slots():
     assert row_counts(64, fixed=False) == [64, 16, 32]  # all at one level
 
 
+def test_chunks_of_longer_steps_have_fewer_of_them():
+    assert StepShape(1, 0).steps(32) == 32
+    assert StepShape(8, 0).steps(32) == 16
+    assert StepShape(1, 7).steps(32) == 8  # The host learns soon whether drafts pay.
+    assert StepShape(1, 7).steps(8) == 4
+
+
 def accepting(rate: float, drafts: int = 7) -> Acceptance:
     """The estimates after many steps in which each draft was accepted with this probability."""
     acceptance, rng = Acceptance(), np.random.default_rng(0)
@@ -77,6 +85,11 @@ def accepting(rate: float, drafts: int = 7) -> Acceptance:
         accepted = int(np.argmin([*(rng.random(drafts) < rate), False]))
         acceptance.update(1, 1, drafts, accepted)
     return acceptance
+
+
+def measure(length: DraftLength, shape: StepShape, seconds: float) -> None:
+    """Adds the time of a chunk of one step, which verifies drafts if the shape has any."""
+    length.measure(shape, 1, int(shape.drafts > 0), seconds)
 
 
 def test_the_estimate_of_the_acceptance_is_that_of_a_draft_after_accepted_ones():
@@ -96,12 +109,12 @@ def test_a_text_without_drafts_expects_one_token_a_step():
 def test_the_length_follows_acceptance_and_measured_times():
     length = DraftLength(shapes(1, 7, True))
     for shape, seconds in zip(length.shapes, (1.0, 1.9), strict=True):
-        length.measure(shape, 10, 10 * seconds)
+        measure(length, shape, seconds)
     assert length.choose([accepting(0.95)]) == (1, 7)
     assert length.choose([accepting(0.0)]) == (1, 0)
     slow = DraftLength(length.shapes)
     for shape in slow.shapes:
-        slow.measure(shape, 1, 1.0 + shape.drafts)
+        measure(slow, shape, 1.0 + shape.drafts)
     assert slow.choose([accepting(0.9)]) == (1, 0)
 
 
@@ -117,7 +130,7 @@ def test_several_processes_that_measure_other_times_choose_the_same():
     lengths = [DraftLength(shapes(1, 7, True), measures=False) for _ in range(2)]
     for process, length in enumerate(lengths):
         for shape in length.shapes:
-            length.measure(shape, 1, 1.0 + process * shape.drafts)
+            measure(length, shape, 1.0 + process * shape.drafts)
     for rate in (0.0, 0.5, 0.95):
         first, second = (length.choose([accepting(rate)]) for length in lengths)
         assert first == second
@@ -126,7 +139,7 @@ def test_several_processes_that_measure_other_times_choose_the_same():
 def test_drafts_are_tried_now_and_then_where_they_do_not_pay():
     length = DraftLength(shapes(1, 7, True))
     for shape in length.shapes:
-        length.measure(shape, 1, 1.0 + shape.drafts)
+        measure(length, shape, 1.0 + shape.drafts)
     chosen = [length.choose([accepting(0.0)]) for _ in range(70)]
     tried = [i for i, shape in enumerate(chosen) if shape.drafts]
     assert tried == [32, 65]
@@ -149,6 +162,34 @@ def test_more_texts_have_fewer_drafts():
 def test_a_pause_of_the_host_does_not_stop_drafts_for_long():
     length = DraftLength([StepShape(1, 0), StepShape(1, 7)])
     for shape, seconds in zip(length.shapes, (1.0, 1.9), strict=True):
-        length.measure(shape, 1, seconds)
-    length.measure(StepShape(1, 7), 1, 100.0)
-    assert length.seconds[StepShape(1, 7)] < 4
+        measure(length, shape, seconds)
+    measure(length, StepShape(1, 7), 100.0)
+    assert length.times[StepShape(1, 7)].drafting < 4
+
+
+@pytest.mark.parametrize("idle", [1.02, 2.9])
+def test_the_times_of_steps_with_and_without_drafts_are_told_apart(idle):
+    """Only means over chunks are measured. Where a step reads all rows, both times are the same."""
+    length, rng = DraftLength([StepShape(1, 0), StepShape(1, 7)]), np.random.default_rng(0)
+    for _ in range(200):
+        drafting = int(rng.choice([0, 2, 8, 16]))
+        length.measure(StepShape(1, 7), 16, drafting, (16 - drafting) * idle + drafting * 3.0)
+    times = length.times[StepShape(1, 7)]
+    assert times.idle == pytest.approx(idle, rel=0.01)
+    assert times.drafting == pytest.approx(3.0, rel=0.01)
+    # A chunk with few drafts does not make drafts cheap, nor one with many make them dear.
+    for drafting in (0, 16):
+        seconds = (16 - drafting) * idle + drafting * 3.0
+        length.measure(StepShape(1, 7), 16, drafting, seconds)
+        assert length.times[StepShape(1, 7)].drafting == pytest.approx(3.0, rel=0.01)
+
+
+def test_a_text_with_few_drafts_needs_a_clear_gain():
+    """One step of 50 accepts 6.9 drafts for 1.1 plain steps. At 1.11 all steps together gain 0.7 %."""
+    text = Acceptance(accepted=100.0, tried=100.1, steps=50.0, drafting=1.0)
+    length = DraftLength([StepShape(1, 0), StepShape(1, 7)])
+    for shape, seconds in zip(length.shapes, (1.0, 2.1), strict=True):
+        measure(length, shape, seconds)
+    for idle, wanted in ((1.0, 7), (1.1, 7), (1.11, 0), (1.2, 0)):
+        length.times[StepShape(1, 7)] = StepTimes(idle, 2.1)
+        assert length.choose([text]).drafts == wanted
