@@ -45,7 +45,8 @@ class AlwaysDrafts(PromptLookup):
 
     def propose(self, state, target, texts, count):
         draft, state, cache = super().propose(state, target, texts, count)
-        return dataclasses.replace(draft, counts=jnp.full_like(draft.counts, count)), state, cache
+        # A constant would let XLA drop the search for drafts.
+        return dataclasses.replace(draft, counts=jnp.maximum(draft.counts, count)), state, cache
 
 
 @jax.jit(static_argnames=("drafts", "steps", "policy"), donate_argnames="cache")
