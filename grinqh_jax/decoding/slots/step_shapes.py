@@ -17,8 +17,8 @@ LONG_STEP_TEXTS = 8
 1.5 ms)."""
 
 MOST_DRAFTING_STEPS = 8
-"""Most steps of a chunk with drafts. The host learns only after each chunk whether drafts pay, and by then the
-next one runs."""
+"""Most steps of a chunk with drafts. The host learns only after each chunk whether drafts pay, and by then
+the next one runs."""
 
 
 class StepShape(NamedTuple):
