@@ -117,9 +117,10 @@ def programs(device: Device, settings: Settings, name: str, args: Any) -> Iterat
         cases = [(f"{name}, {step.texts} texts, {step.drafts} drafts", [step], []) for step in chosen]
     for label, device.step_shapes, widths in cases:
         found = lowerings(device, widths, settings, [(True, False)])
-        wanted = [key for key in found if key[0] == RECORDED.get(name, name) and ("greedy", False) not in key]
-        assert len(wanted) == 1, wanted
-        yield label, found[wanted[0]]
+        for key, lowering in found.items():
+            if key[0] == RECORDED.get(name, name) and ("greedy", False) not in key:
+                pages = lowering.keywords.get("pages_read")  # of prefill
+                yield label if pages is None else f"{label} of {pages * PAGE_SIZE}", lowering
 
 
 @dataclasses.dataclass(frozen=True)

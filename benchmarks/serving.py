@@ -94,7 +94,7 @@ def make_engines(
         model = jax.block_until_ready(make(config))
         generators[weights] = Generator(model, tokenizer, GenerationConfig(), targets, directory)
         report.say(f"made {weights} weights")
-    context = args.prompt_tokens + args.max_tokens + 64
+    context = args.max_context or args.prompt_tokens + args.max_tokens + 64
 
     def make_engine(weights: Weights) -> Engine:
         engine = Engine(generators[weights], slots=args.slots, max_context=context, grammars=True)
@@ -291,6 +291,7 @@ def main() -> None:
     add("--slots", type=int, default=16, metavar="N", help="answers decoded together (default: 16)")
     add("--prompt-tokens", type=int, default=512, metavar="N", help="tokens of a prompt (default: 512)")
     add("--max-tokens", type=int, default=256, metavar="N", help="tokens of an answer (default: 256)")
+    add("--max-context", type=int, metavar="N", help="most tokens of both (default: 64 more than these)")
     add(
         "--rounds",
         type=int,

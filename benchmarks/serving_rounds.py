@@ -151,14 +151,15 @@ class CommandBuffers:
         leaves, structure = jax.tree.flatten(arguments)
         sizes = tuple((leaf.shape, leaf.dtype.name) for leaf in leaves)
         model = program.args if isinstance(program, functools.partial) else ()
-        return self._programs[name, structure, sizes](*model, *arguments)
+        static = (item for item in rest.items() if item[0] != "result")
+        return self._programs[name, structure, sizes, *static](*model, *arguments)
 
 
 def make_device(
     model: Decoder, dial: Dial | None, args: argparse.Namespace
 ) -> tuple[Device, CommandBuffers | None]:
     """Returns a device whose programs for greedy answers are compiled, and those with command buffers."""
-    context = args.prompt_tokens + args.context
+    context = args.max_context or args.prompt_tokens + args.context
     shape = Shape(
         slots=args.slots,
         max_context=context,
@@ -184,7 +185,7 @@ def make_device(
 
     for key, lowering in list(programs.items()):
         if key[0] in ("prefill", "insert"):
-            programs["command buffers", key] = functools.partial(buffers.lowering, key[:3], lowering)
+            programs["command buffers", key] = functools.partial(buffers.lowering, key, lowering)
     Programs().compile(programs)
     buffers.install(device)
     return device, buffers
@@ -288,6 +289,7 @@ def main() -> None:
     add("--slots", type=int, default=16, metavar="N", help="default: 16")
     add("--prompt-tokens", type=int, default=512, metavar="N", help="default: 512")
     add("--prompts", type=int, default=10, metavar="N", help="counted rounds with a prompt (default: 10)")
+    add("--max-context", type=int, metavar="N", help="most tokens of a text (default: as many as needed)")
     add("--trace", action="store_true", help="list what the host does longest, too")
     report.add_arguments(parser)
     args = parser.parse_args()

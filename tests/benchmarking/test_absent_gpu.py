@@ -185,7 +185,7 @@ def test_without_the_plugin_it_says_what_to_install(script, monkeypatch):
             ["speculative, 1 texts, 7 drafts", "speculative, 2 texts, 7 drafts"],
             "prepare_attention",
         ),
-        ("Qwen3-0.6B", "prefill", ["prefill, 256 tokens"], "dequantization"),
+        ("Qwen3-0.6B", "prefill", ["prefill, 256 tokens of 512"], "dequantization"),
         ("Qwen3-0.6B", "insert", ["insert"], "sampling"),
         ("Qwen3-0.6B", "free", ["free"], None),
     ],

@@ -142,6 +142,7 @@ class Device:
     def prefill(self, prefix: Prefix, bucket: PrefillBucket, settings: Settings) -> Prefix:
         """Reads the next prefill chunk of a prompt (see ``prompts.prefill``)."""
         tokens, lengths, bits = self._put((bucket.tokens, bucket.lengths, settings.bits))
+        pages_read = self.shape.pages_read(bucket.tokens.shape[1], bucket.end)
         thresholds, drafter = None, self._state.drafter
         if (dial := self._dial) is not None:
             program = prompts.preview_thresholds
@@ -150,7 +151,10 @@ class Device:
             )
         if drafter is not None:
             arguments = self._drafter, drafter, prefix.pages, prefix.length, tokens, lengths
-            drafter = self._run("read_prompt", speculate.read_prompt, *arguments, result=lambda: drafter)
+            program = speculate.read_prompt
+            drafter = self._run(
+                "read_prompt", program, *arguments, pages_read=pages_read, result=lambda: drafter
+            )
         cache, prefix = self._run_model(
             "prefill",
             prompts.prefill,
@@ -159,6 +163,7 @@ class Device:
             tokens,
             lengths,
             thresholds,
+            pages_read=pages_read,
             result=lambda: (self._state.cache, prefix),
         )
         self._state = dataclasses.replace(self._state, cache=cache, drafter=drafter)

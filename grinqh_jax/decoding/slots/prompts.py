@@ -29,7 +29,7 @@ def preview_thresholds(dial: Dial, bits: Float[Array, "1"]) -> StackedThresholds
     return dial.with_state(DialState.create(bits)).thresholds
 
 
-@jax.jit(donate_argnames="cache", compiler_options=LAUNCHED_ONE_BY_ONE)
+@jax.jit(static_argnames="pages_read", donate_argnames="cache", compiler_options=LAUNCHED_ONE_BY_ONE)
 @on_mesh
 def prefill(
     model: FlatModel,
@@ -38,6 +38,8 @@ def prefill(
     tokens: Int[Array, "1 t"],
     true_length: Int[Array, "1"],
     thresholds: StackedThresholds | None,
+    *,
+    pages_read: int,
 ) -> tuple[PagedCache, Prefix]:
     """Reads the next prefill chunk of a prompt at full precision.
 
@@ -48,11 +50,12 @@ def prefill(
       tokens: Next tokens, right-padded with any valid token.
       true_length: Number of tokens without padding.
       thresholds: Thresholds for the preview (see ``preview_thresholds``).
+      pages_read: Number of leading pages of the text that these tokens attend to. They hold all of them.
 
     Returns:
       The pages, with the keys and values of the new tokens, and the longer prefix.
     """
-    text = cache.texts(prefix.pages, prefix.length, prefix.fixed)
+    text = cache.texts(prefix.pages[:, :pages_read], prefix.length, prefix.fixed)
     if thresholds is None:
         logits, text = engine.prefill(model, tokens, true_length, text)
         preview = None

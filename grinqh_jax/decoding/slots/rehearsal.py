@@ -90,8 +90,9 @@ def _rehearse(
 ) -> None:
     """Calls the programs (arguments: see ``lowerings``)."""
     shape, chunks, prefix = device.shape, list(chunks), device.prefix([], 0)
-    for width in widths:
-        bucket = PrefillBucket(np.zeros((1, width), np.int32), np.zeros(1, np.int32), 0)
+    sizes = [(width, pages * shape.page_size) for width in widths for pages in shape.prefill_pages(width)]
+    for width, end in sizes:
+        bucket = PrefillBucket(np.zeros((1, width), np.int32), np.zeros(1, np.int32), end)
         prefix = device.prefix([], 0)
         for _ in range(2):  # A prefix without tokens, and one that a prefill returned.
             if shape.prompt_logprobs:

@@ -18,17 +18,22 @@ from grinqh_jax.model.flat_model import FlatModel, decoder_of
 from grinqh_jax.sharding.program import on_mesh
 
 
-@jax.jit(donate_argnames="shared")
+@jax.jit(static_argnames="pages_read", donate_argnames="shared")
 def read_prompt(
     drafter: Drafter,
     shared: Any,
-    pages: Int[Array, "1 pages_per_slot"] | None,
+    pages: Int[Array, "1 pages_per_slot"],
     length: Int[Array, "1"],
     tokens: Int[Array, "1 t"],
     true_length: Int[Array, "1"],
+    *,
+    pages_read: int,
 ) -> Any:
-    """Reads a prefill chunk with the drafter (see ``Drafter.prefill``). Donates ``shared``."""
-    return drafter.prefill(shared, pages, length, tokens, true_length)
+    """Reads a prefill chunk with the drafter (see ``Drafter.prefill`` and ``prompts.prefill``).
+
+    Donates ``shared``.
+    """
+    return drafter.prefill(shared, pages[:, :pages_read], length, tokens, true_length)
 
 
 @jax.jit(static_argnames=("policy", "greedy", "top_logprobs", "steps", "drafts"), donate_argnames="state")

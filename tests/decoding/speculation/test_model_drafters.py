@@ -8,6 +8,7 @@ from test_speculation import PROMPTS, SHORT, assert_same, run
 from grinqh_jax.decoding.generator import Generator
 from grinqh_jax.decoding.load_speculation import model_drafter, speculation_of
 from grinqh_jax.decoding.request import Request
+from grinqh_jax.decoding.slots import shape as shapes
 from grinqh_jax.decoding.speculation.setting import SpeculationSetting
 from grinqh_jax.decoding.speculation.speculation import Speculation
 from grinqh_jax.errors import UsageError
@@ -95,7 +96,8 @@ def test_a_draft_model_catches_up_after_steps_without_drafts(held, graded_direct
 
 
 @pytest.mark.slow
-def test_an_engine_drafts_with_a_model_in_shared_pages(generator, graded_directory):
+def test_an_engine_drafts_with_a_model_in_shared_pages(generator, graded_directory, monkeypatch):
+    monkeypatch.setattr(shapes, "LEAST_SCORES", 1 << 10)  # Prefill chunks attend to 2, 4 or 8 pages.
     drafter = model_drafter(Generator.load(graded_directory), generator, "full")
     prompt = (list(b"the cat sat on the mat and the cat sat on the hat, said the cat to the bat. ") * 2)[:97]
     request = Request(bits="full", max_tokens=30, temperature=0.0, stop_tokens=())
