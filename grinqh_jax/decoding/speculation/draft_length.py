@@ -134,7 +134,7 @@ class DraftLength:
           shapes: See ``step_shapes``.
           always: Whether to draft as much as possible, also where it does not pay.
           measures: Whether measured times count. If not, the choice depends on the texts alone, so several
-            processes that run one model together choose the same.
+            processes that run one model together choose the same. On their mesh every step reads all rows.
         """
         self.shapes = tuple(shapes)
         self.times: dict[StepShape, StepTimes] = {}
@@ -179,6 +179,9 @@ class DraftLength:
         """Returns the measured times of a step, or assumed ones, which follow the first measured shape."""
         if shape in self.times:
             return self.times[shape]
+        if not self._measures:
+            every = StepTimes.assumed(shape).drafting
+            return StepTimes(every, every)
         known = next(iter(self.times), None)
         scale = 1.0 if known is None else self.times[known].idle / StepTimes.assumed(known).idle
         return StepTimes.assumed(shape).scaled(scale)

@@ -136,6 +136,12 @@ def test_several_processes_that_measure_other_times_choose_the_same():
         assert first == second
 
 
+def test_a_text_with_few_drafts_has_none_where_steps_read_all_rows():
+    text = Acceptance(accepted=100.0, tried=100.1, steps=10.0, drafting=1.0)  # 1.7 tokens a step
+    for measures, wanted in ((True, 7), (False, 0)):
+        assert DraftLength(shapes(1, 7, True), measures=measures).choose([text]).drafts == wanted
+
+
 def test_drafts_are_tried_now_and_then_where_they_do_not_pay():
     length = DraftLength(shapes(1, 7, True))
     for shape in length.shapes:
