@@ -52,8 +52,8 @@ class GlobalMemory:
 
     def locate(self, address, count, access):
         """Returns the array and the byte indices ``[n, count]`` of ``n`` addresses, all of one array."""
-        number = np.unique(address >> ADDRESS_BITS)
-        if number.size != 1 or not 1 <= number[0] <= len(self.arrays):
+        number = address >> ADDRESS_BITS
+        if not number.size or (number != number[0]).any() or not 1 <= number[0] <= len(self.arrays):
             raise EmulationError(f"{access} outside of every array")
         array = self.arrays[number[0] - 1]
         offset = address & ((1 << ADDRESS_BITS) - 1)
@@ -76,6 +76,7 @@ class SharedMemory:
       threads: Number of threads of one CTA.
       data: uint32 ``[words]``, the contents.
       writer, reader: int ``[words]``, last thread that wrote or read the word, or a constant above.
+      last_store: int ``[words]``, position of the word among those of the last store to it.
       epoch: int ``[words]``, number of ``publishes`` when the word was last written.
       publishes: For each ``publish``, the threads that took part, ``[threads]``, and the barriers that all
         threads had passed, ``[3, threads]``.
@@ -95,6 +96,7 @@ class SharedMemory:
         self.data = rng.integers(0, 2**32, words, dtype=np.uint32)
         self.writer = np.full(words, NOBODY)
         self.reader = np.full(words, NOBODY)
+        self.last_store = np.zeros(words, np.int64)
         self.epoch = np.zeros(words, np.int64)
         self.publishes: list[tuple[np.ndarray, np.ndarray]] = []
         self.arrival = np.zeros((2, words), np.int64)
@@ -117,19 +119,27 @@ class SharedMemory:
         base = (thread // self.threads if block is None else block) * self.size + address
         return base[:, None] // 4 + np.arange(count)
 
-    def _check(self, thread, other, time, access):
-        """Raises if another thread, ``other``, accessed memory at ``time`` and no barrier came since."""
+    def _check(self, thread, now, other, times, word, access):
+        """Raises if another thread, ``other``, accessed ``word`` and no barrier came since.
+
+        ``now`` is the time of ``thread``, and ``times`` is ``read_time`` or ``write_time``, or is numbered
+        like them. Shapes may differ where they broadcast.
+        """
+        others = (other >= 0) & (other != thread)
+        if not others.any():
+            return
+        cluster, block, warp = now
         same_warp = other // LANES == thread // LANES
-        same_block = other // self.threads == thread // self.threads
-        cluster, block, warp = self.now(thread)
-        now = np.where(same_warp, warp, np.where(same_block, block, cluster))
-        last = np.where(same_warp, time[2], np.where(same_block, time[1], time[0]))
-        if ((other >= 0) & (other != thread) & (last == now)).any():
+        raced = np.where(same_warp, times[2, word] == warp, times[1, word] == block)
+        if self.cluster > 1:  # Only then can a thread of another CTA have accessed a word.
+            same_block = other // self.threads == thread // self.threads
+            raced = np.where(same_block, raced, times[0, word] == cluster)
+        if (others & raced).any():
             raise EmulationError(f"race in shared memory: {access} another thread's access without a barrier")
 
-    def _check_writers(self, thread, word, access):
+    def _check_writers(self, thread, now, word, access):
         """Raises if other threads wrote the words and no barrier came since."""
-        self._check(thread, self.writer[word], self.write_time[:, word], access)
+        self._check(thread, now, self.writer[word], self.write_time, word, access)
 
     def _check_set(self, thread, word, access):
         """Raises if threads of the CTA set bits of the words and no barrier of the CTA came since."""
@@ -137,21 +147,19 @@ class SharedMemory:
             raise EmulationError(f"race in shared memory: {access} another thread set bits without a barrier")
 
     def now(self, thread):
-        """Returns ``[3, n]``: the barriers of its cluster, CTA and warp that each thread has passed."""
+        """Returns ``[3, *thread.shape]``: the barriers of its cluster, CTA and warp that each has passed."""
         block = thread // self.threads
-        return np.stack(
-            [
-                self.cluster_time[block // self.cluster],
-                self.block_time[block],
-                self.warp_time[thread // LANES],
-            ]
-        )
+        time = np.empty((3, *thread.shape), np.int64)
+        time[0] = self.cluster_time[block // self.cluster]
+        time[1] = self.block_time[block]
+        time[2] = self.warp_time[thread // LANES]
+        return time
 
     def read(self, thread, address, count, unwritten=False):
         """Loads ``count`` words for each thread; with ``unwritten`` also words that nothing has written."""
         word = self.words(thread, address, count, "load")
-        thread = np.broadcast_to(thread[:, None], word.shape)
-        writer = self.writer[word]
+        thread = thread[:, None]
+        writer, now = self.writer[word], self.now(thread)
         if ((writer == NOBODY) & (not unwritten) | (writer == COPY)).any():
             raise EmulationError(
                 "load of shared memory that nothing has written, or that a copy is still writing"
@@ -159,31 +167,35 @@ class SharedMemory:
         boxes = writer == ARRIVED
         if boxes.any():
             number, time = self.arrival[:, word[boxes]]
-            if (np.stack(self.waited)[number, thread[boxes] // LANES] < time).any():
+            warp = np.broadcast_to(thread, word.shape)[boxes] // LANES
+            if (np.stack(self.waited)[number, warp] < time).any():
                 raise EmulationError("load of a copied box whose arrival this warp has not waited for")
-        self._check_writers(thread, word, "load after")
+        self._check(thread, now, writer, self.write_time, word, "load after")
         self._check_set(thread, word, "load after")
         self.reader[word] = thread
-        self.read_time[:, word] = self.now(thread)
+        self.read_time[:, word] = now
         return self.data[word]
 
     def touch(self, thread, word):
-        """Records that ``thread`` writes ``word`` (both ``[n, count]``) and checks for races."""
-        self._check_writers(thread, word, "store after")
+        """Records that ``thread`` (``[n, 1]``) writes ``word`` (``[n, count]``) and checks for races."""
+        now = self.now(thread)
+        self._check_writers(thread, now, word, "store after")
         self._check_set(thread, word, "store after")
         if (self.writer[word] == COPY).any():
             raise EmulationError("store to shared memory that a copy is still writing")
-        self._check(thread, self.reader[word], self.read_time[:, word], "store after")
-        if np.unique(word).size != word.size:
+        self._check(thread, now, self.reader[word], self.read_time, word, "store after")
+        order = np.arange(word.size).reshape(word.shape)
+        self.last_store[word] = order
+        if (self.last_store[word] != order).any():
             raise EmulationError("race in shared memory: two threads store to one word")
         self.writer[word] = thread
-        self.write_time[:, word] = self.now(thread)
+        self.write_time[:, word] = now
         self.epoch[word] = len(self.publishes)
 
     def write(self, thread, address, values, block=None):
         """Stores ``values [n, count]``, one row for each thread; ``block`` as in ``words``."""
         word = self.words(thread, address, values.shape[1], "store", block)
-        self.touch(np.broadcast_to(thread[:, None], word.shape), word)
+        self.touch(thread[:, None], word)
         self.data[word] = values
 
     def set_bits(self, thread, address, bits):
@@ -191,21 +203,22 @@ class SharedMemory:
         word = self.words(thread, address, 1, "or_shared")[:, 0]
         if (self.writer[word] < 0).any():
             raise EmulationError("or_shared in shared memory that no store has written")
-        self._check_writers(thread, word, "or_shared after")
-        self._check(thread, self.reader[word], self.read_time[:, word], "or_shared after")
+        now = self.now(thread)
+        self._check_writers(thread, now, word, "or_shared after")
+        self._check(thread, now, self.reader[word], self.read_time, word, "or_shared after")
         np.bitwise_or.at(self.data, word, bits)
         self.set_time[word] = self.block_time[thread // self.threads]
 
     def expect(self, thread, word):
         """Records that an asynchronous copy into ``word [n, count]`` has started: nothing may read it yet."""
-        self.touch(np.broadcast_to(thread[:, None], word.shape), word)
+        self.touch(thread[:, None], word)
         self.writer[word] = COPY
 
     def arrive(self, thread, word, values):
         """Completes a copy of ``values`` into ``word [n, count]`` that ``thread`` has waited for."""
         self.data[word] = values
         self.writer[word] = thread[:, None]
-        self.write_time[:, word] = self.now(thread)[:, :, None]
+        self.write_time[:, word] = self.now(thread[:, None])
         self.epoch[word] = len(self.publishes)
 
     def arrive_box(self, word, values, number, time):
@@ -233,8 +246,10 @@ class SharedMemory:
             later = np.ones(word.size, bool)
             for e in np.unique(event):
                 active, time = self.publishes[e]
-                now = (event == e) & active[writer]
-                self._check(thread[now], writer[now], time[:, writer[now]], "product after the publishing of")
-                later[now] = False
+                first = (event == e) & active[writer]
+                reading, published = thread[first], writer[first]
+                now = self.now(reading)
+                self._check(reading, now, published, time, published, "product after the publishing of")
+                later[first] = False
             thread, word, writer, event = thread[later], word[later], writer[later], event[later] + 1
         return values

@@ -74,10 +74,14 @@ def digits(weight: NestedWeight) -> Iterator[np.ndarray]:
         yield (plane[: weight.in_features, word] >> (2 * digit).astype(np.uint32) & 3).astype(np.uint8)
 
 
+def _scales(weight: NestedWeight) -> np.ndarray:
+    """Returns float64 ``[groups, out_features]``."""
+    return np.asarray(weight.scales).astype(np.float64)[:, : weight.out_features]
+
+
 def scale_of_each_weight(weight: NestedWeight) -> np.ndarray:
     """Returns float64 ``[in_features, out_features]``."""
-    scales = np.asarray(weight.scales).astype(np.float64)[:, : weight.out_features]
-    return scales[np.arange(weight.in_features) // GROUP]
+    return _scales(weight)[np.arange(weight.in_features) // GROUP]
 
 
 def _level_gains(weight: NestedWeight) -> np.ndarray:
@@ -128,11 +132,12 @@ class Exact:
 def graded_matvec(x: np.ndarray, weight: NestedWeight, thresholds: np.ndarray) -> Exact:
     """Multiplies ``x [rows, K]`` by the weight, each channel read at its level (see ``levels``)."""
     x, level = np.asarray(x).astype(np.float64), levels(x, thresholds)
-    scale, gains = scale_of_each_weight(weight), _level_gains(weight)
+    gains, starts = _level_gains(weight), np.arange(0, weight.in_features, GROUP)
+    variances = UNIFORM_VARIANCE * _scales(weight)[: len(starts)] ** 2
     y, squares = np.zeros((2, len(x), weight.out_features))
     for i, w in enumerate(weights_by_level(weight)):
         read = np.where(level == i, x, 0)
         y += read @ w
-        if i:
-            squares += read**2 @ ((gains[i] * scale) ** 2 * UNIFORM_VARIANCE)
+        if i:  # The channels of a group have the same variance.
+            squares += gains[i] ** 2 * np.add.reduceat(read**2, starts, axis=1) @ variances
     return Exact(y, np.sqrt(squares), 2.0 * level.mean(1))
