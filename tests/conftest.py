@@ -41,6 +41,8 @@ def prepared(cache: Path) -> bool:
 # share compiled programs.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ and prepared(CACHE):
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
+# Workers share the cores. A second thread of NumPy's products waits busily, which costs more than it saves.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # Most programs run once, on tiny arrays, so optimizing them costs more than it saves. The fixture

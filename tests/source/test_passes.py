@@ -36,6 +36,11 @@ def source(request, tmp_path_factory):
     return open_checkpoint(hf_directories.write(directory, hf_config, state=random_state(hf_config)))
 
 
+@jax.jit
+def applied(layer, x, positions):
+    return layer("layer", x, positions, Dense())[0]
+
+
 def in_groups(monkeypatch, experts: int, of: int):
     """Makes groups of ``experts``."""
     monkeypatch.setattr(passes, "groups_of", lambda count, size: experts)
@@ -54,7 +59,7 @@ def test_states_are_those_of_the_whole_model(source, monkeypatch):
     for i, whole in enumerate(model.layers):
         layer = read(source, i)
         passes.pass_windows(layer, hidden, passes.each_group(source, i, layer))
-        expected = whole("layer", jnp.asarray(expected), positions, Dense())[0]
+        expected = applied(whole, jnp.asarray(expected), positions)
         np.testing.assert_allclose(hidden, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
         if passes.mixture_of(layer) is not None:
             assert layer.experts_gate_up.kernel.shape[0] == 0, "the last group is freed"
