@@ -23,6 +23,11 @@ from grinqh_jax.model.decoder import Decoder, linear_names, linear_shapes
 PROMPT = "Grüße"
 
 
+@pytest.fixture(scope="module")
+def generator(one_layer_generator):
+    return one_layer_generator
+
+
 def finished(generator, prompt=PROMPT, max_context=None, **request):
     generation = generator.generate(prompt, Request(**request), max_context=max_context)
     pieces = list(generation)
@@ -144,8 +149,8 @@ def test_all_bad_values_of_a_request_are_named():
         assert text in str(caught.value)
 
 
-def test_an_unquantized_model_runs_at_full_precision_only(dense_directory, generator):
-    dense = Generator.load(dense_directory)
+def test_an_unquantized_model_runs_at_full_precision_only(one_layer_dense_directory, generator):
+    dense = Generator.load(one_layer_dense_directory)
     generation = finished(dense, bits="full", max_tokens=8)
     statistics = generation.statistics()
     assert generation.bits is None
@@ -168,10 +173,10 @@ def test_an_unquantized_model_may_have_a_large_vocabulary():
     assert bytes_per_token(1100) - bytes_per_token(96) == (1100 - 96) * hidden * float32_bytes
 
 
-def test_a_config_that_is_null_or_has_a_null_quantization(dense_directory, tmp_path):
-    for path in dense_directory.iterdir():
+def test_a_config_that_is_null_or_has_a_null_quantization(one_layer_dense_directory, tmp_path):
+    for path in one_layer_dense_directory.iterdir():
         (tmp_path / path.name).symlink_to(path)
-    config, text = tmp_path / "config.json", (dense_directory / "config.json").read_text()
+    config, text = tmp_path / "config.json", (one_layer_dense_directory / "config.json").read_text()
     config.unlink()
     config.write_text("null")
     with pytest.raises(CheckpointError, match=r"config\.json holds NoneType, expected an object"):
@@ -191,7 +196,7 @@ def test_statistics_sum_up_what_the_steps_read(generator):
     assert statistics.realised_bits == pytest.approx(expected)
     assert 1 < expected < 8
     assert list(statistics.realised_bits_per_layer) == names
-    small = 2 * (64 * 5 + 2 * 32 * 2 + 64)  # bf16 norms of two layers and one row of the embedding
+    small = 2 * (64 * 3 + 2 * 32 + 64)  # bf16 norms of a layer and the output, and one row of the embedding
     assert statistics.bytes_per_token == pytest.approx(sum(sizes) * (expected + 0.125) / 8 + small)
     assert statistics.bytes_per_token_bf16 == sum(sizes) * 2 + small
     assert (statistics.prompt_tokens, statistics.generated_tokens) == (7, 21)

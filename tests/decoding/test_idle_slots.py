@@ -13,6 +13,11 @@ PROMPTS = [list(range(100, 140)), [5, 6, 7]]
 OPTIONS = {"max_context": 160, "bits": 3.0, "temperature": 0.0, "max_tokens": 64, "stop_tokens": (-1, -1)}
 
 
+@pytest.fixture(scope="module")
+def generator(one_layer_generator):
+    return one_layer_generator
+
+
 @pytest.mark.parametrize(
     "device_policy", [policy.CPU, pytest.param(policy.GPU, marks=pytest.mark.slow)], ids=["cpu", "gpu"]
 )

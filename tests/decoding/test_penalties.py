@@ -21,6 +21,11 @@ PROMPTS = [[3, 3, 7], [1], [39, 0, 5, 5]]
 TEXTS = [[7, 8, 8, 8], [2, 2, 9, 10], [0, 1, 0, 1]]
 
 
+@pytest.fixture(scope="module")
+def generator(one_layer_generator):
+    return one_layer_generator
+
+
 def history() -> TokenHistory:
     result = TokenHistory.of(PROMPTS, VOCABULARY)
     for tokens in zip(*TEXTS, strict=True):
@@ -63,15 +68,15 @@ def test_rows_that_are_done_add_no_token():
 
 
 @pytest.mark.parametrize("penalty", [1.15, *slow(1.0, 1.5, 3.0)])
-def test_greedy_texts_equal_those_of_transformers(dense_directory, penalty):
+def test_greedy_texts_equal_those_of_transformers(one_layer_dense_directory, penalty):
     torch = pytest.importorskip("torch")
     import transformers
 
     prompt = [*range(60, 80), 61, 62]
-    generator = Generator.load(dense_directory, jnp.float32)
+    generator = Generator.load(one_layer_dense_directory, jnp.float32)
     generation = generator.generate(prompt, Request(max_tokens=60, repetition_penalty=penalty))
     list(generation)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(dense_directory, dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(one_layer_dense_directory, dtype=torch.float32)
     options = {"do_sample": False, "repetition_penalty": penalty, "eos_token_id": [0, 1], "pad_token_id": 0}
     expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=60, **options)
     assert generation.tokens == expected[0, len(prompt) :].tolist()
@@ -135,8 +140,10 @@ def test_values_out_of_range_are_refused():
         Request(repetition_penalty=0.0, presence_penalty=101.0)
 
 
-def test_defaults_come_from_generation_config_and_what_is_ignored_is_named(dense_directory, tmp_path):
-    for file in dense_directory.iterdir():
+def test_defaults_come_from_generation_config_and_what_is_ignored_is_named(
+    one_layer_dense_directory, tmp_path
+):
+    for file in one_layer_dense_directory.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     own = json.loads((tmp_path / "generation_config.json").read_text())
     own |= {"repetition_penalty": 2.0, "num_beams": 4, "no_repeat_ngram_size": 3, "typical_p": 0.9}
@@ -151,6 +158,6 @@ def test_defaults_come_from_generation_config_and_what_is_ignored_is_named(dense
         list(generation)
         return generation.tokens
 
-    plain = Generator.load(dense_directory, jnp.float32)
+    plain = Generator.load(one_layer_dense_directory, jnp.float32)
     assert tokens(generator) == tokens(plain, repetition_penalty=2.0) != tokens(plain)
     assert tokens(generator, repetition_penalty=1.0) == tokens(plain)

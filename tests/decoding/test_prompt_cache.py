@@ -22,6 +22,11 @@ ANSWER = 20
 
 
 @pytest.fixture(scope="module")
+def generator(one_layer_generator):
+    return one_layer_generator
+
+
+@pytest.fixture(scope="module")
 def talker(generator) -> Generator:
     """The tiny model with a longer context, and without end tokens that would shorten answers."""
     model = nnx.clone(generator.model)
@@ -259,8 +264,8 @@ def test_a_cache_belongs_to_one_model(talker):
     assert generated(other, user_turn(40), cache).statistics().reused_prompt_tokens == 0
 
 
-def test_an_unquantized_model_reads_only_what_is_new(dense_directory):
-    dense = Generator.load(dense_directory)
+def test_an_unquantized_model_reads_only_what_is_new(one_layer_dense_directory):
+    dense = Generator.load(one_layer_dense_directory)
     cache, prompt = PromptCache(), user_turn(40)
     first = generated(dense, prompt, cache, bits="full", max_tokens=10)
     prompt = prompt + first.tokens + user_turn(8)

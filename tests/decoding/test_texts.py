@@ -20,6 +20,11 @@ NEVER = (-1, -1)
 """Stop tokens that no row generates; as many as in the tests of stop tokens, for the same programs."""
 
 
+@pytest.fixture(scope="module")
+def generator(one_layer_generator):
+    return one_layer_generator
+
+
 @pytest.fixture(params=["gpu", *slow("cpu")])
 def device_policy(request) -> DecodePolicy:
     """The policy of a device, with short chunks."""

@@ -23,11 +23,14 @@ TEMPLATE = (
 )
 
 
-def hf_config() -> dict:
-    """Returns the configuration of the model."""
+def hf_config(layers: int | None = None) -> dict:
+    """Returns the configuration of the model, or of its first layers."""
     from random_models import CONFIGS
 
-    return CONFIGS["qwen3-tied-gqa"] | {"vocab_size": 256 + len(SPECIAL), "eos_token_id": 0}
+    config = CONFIGS["qwen3-tied-gqa"] | {"vocab_size": 256 + len(SPECIAL), "eos_token_id": 0}
+    if layers is not None:
+        config |= {"num_hidden_layers": layers, "layer_types": config["layer_types"][:layers]}
+    return config
 
 
 def write_companions(directory: Path, *, chat: bool) -> list[Path]:
@@ -49,12 +52,22 @@ def write_companions(directory: Path, *, chat: bool) -> list[Path]:
 @pytest.fixture(scope="session")
 def dense_directory(tmp_path_factory) -> Path:
     """The directory of an unquantized Hugging Face checkpoint."""
+    return write_dense(tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture(scope="session")
+def one_layer_dense_directory(tmp_path_factory) -> Path:
+    """The same with one layer, the unquantized model of ``one_layer_generator``."""
+    return write_dense(tmp_path_factory.mktemp("dense"), layers=1)
+
+
+def write_dense(directory: Path, layers: int | None = None) -> Path:
+    """Writes the model, or its first layers, as an unquantized checkpoint."""
     from random_models import random_state
 
-    directory = tmp_path_factory.mktemp("dense")
     write_companions(directory, chat=False)
-    (directory / "config.json").write_text(json.dumps(hf_config()))
-    save_file(random_state(hf_config()), directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(hf_config(layers)))
+    save_file(random_state(hf_config(layers)), directory / "model.safetensors")
     return directory
 
 
@@ -65,9 +78,7 @@ def write_graded(directory: Path, companions: list[Path], layers: int | None = N
 
     from grinqh_jax.checkpoint import QuantizationConfig, Writer
 
-    config = hf_config()
-    if layers is not None:
-        config |= {"num_hidden_layers": layers, "layer_types": config["layer_types"][:layers]}
+    config = hf_config(layers)
     _, tree = state_tree(config)
     tree = graded_model_tree(tree)
 
@@ -103,6 +114,14 @@ def generator(graded_directory) -> "Generator":
     from grinqh_jax.decoding.generator import Generator
 
     return Generator.load(graded_directory)
+
+
+@pytest.fixture(scope="session")
+def one_layer_generator(chat_directory) -> "Generator":
+    """A model of one layer, whose programs compile faster, for tests of what happens around the layers."""
+    from grinqh_jax.decoding.generator import Generator
+
+    return Generator.load(chat_directory)
 
 
 @pytest.fixture

@@ -29,11 +29,9 @@ def client(server):
 
 
 @pytest.fixture(scope="session")
-def library(chat_directory):
+def library(one_layer_generator):
     """The server's model in this process."""
-    from grinqh_jax.decoding.generator import Generator
-
-    return Generator.load(chat_directory)
+    return one_layer_generator
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,11 @@ CONTEXT = 160  # as in test_texts.py, for the same programs
 SHORT = dataclasses.replace(policy.CPU, chunk_steps=8)
 
 
+@pytest.fixture(scope="module")
+def generator(one_layer_generator):
+    return one_layer_generator
+
+
 @pytest.fixture
 def held(generator, monkeypatch):
     """The generator with a dial that keeps its setting."""
