@@ -195,15 +195,21 @@ def jitted_decode_chunk(
             logprobs = token_logprobs(model.lm_head.in_order(outputs), token, top_logprobs)
         counts = chunk.counts + active
         stopped = jnp.any(token[:, None] == stop_tokens, axis=-1)
+
+        def written(
+            kept, new
+        ):  # No update of a slice, whose check of bounds is a launch of its own on a GPU.
+            return jnp.where(jnp.arange(steps).reshape(-1, *[1] * new.ndim) == step, new, kept)
+
         chunk = Chunk(
-            tokens=chunk.tokens.at[:, step].set(token),
+            tokens=written(chunk.tokens.T, token).T,
             counts=counts,
             last=token,
             done=chunk.done | stopped | (counts >= limits) | (cache.lengths >= cache.capacity),
-            grading_stats=jax.tree.map(lambda kept, new: kept.at[step].set(new), chunk.grading_stats, stats),
+            grading_stats=jax.tree.map(written, chunk.grading_stats, stats),
             history=None if chunk.history is None else chunk.history.with_tokens(token, active),
             dial=chunk.dial if current_dial is None else followed(current_dial, stats, active, positions),
-            logprobs=jax.tree.map(lambda kept, new: kept.at[step].set(new), chunk.logprobs, logprobs),
+            logprobs=jax.tree.map(written, chunk.logprobs, logprobs),
         )
         return step + 1, chunk, cache
 
