@@ -109,7 +109,10 @@ class Device:
             pages = cache or zeros_on_mesh(
                 lambda: PagedCache.create(self._cache_config, *sizes), model.partition
             )
-            fixed = zeros_on_mesh(self._empty_fixed, model.partition)
+            fixed = zeros_on_mesh(
+                lambda: fixed_states(self._cache_config, shape.slots, self._dtype, shape.ring_context),
+                model.partition,
+            )
             per_slot = None if shape.contiguous else shape.pages_per_slot
             drafter = None if speculation is None else speculation.drafter
             return DecodeState.create(
@@ -142,7 +145,7 @@ class Device:
     def prefill(self, prefix: Prefix, bucket: PrefillBucket, settings: Settings) -> Prefix:
         """Reads the next prefill chunk of a prompt (see ``prompts.prefill``)."""
         tokens, lengths, bits = self._put((bucket.tokens, bucket.lengths, settings.bits))
-        pages_read = self.shape.pages_read(bucket.tokens.shape[1], bucket.end)
+        pages = self.shape.pages_read(bucket.tokens.shape[1], bucket.end)
         thresholds, drafter = None, self._state.drafter
         if (dial := self._dial) is not None:
             program = prompts.preview_thresholds
@@ -150,11 +153,9 @@ class Device:
                 "thresholds", program, dial, bits, result=lambda: jax.eval_shape(program, dial, bits)
             )
         if drafter is not None:
-            arguments = self._drafter, drafter, prefix.pages, prefix.length, tokens, lengths
             program = speculate.read_prompt
-            drafter = self._run(
-                "read_prompt", program, *arguments, pages_read=pages_read, result=lambda: drafter
-            )
+            arguments = self._drafter, drafter, prefix.pages, prefix.length, tokens, lengths
+            drafter = self._run("read_prompt", program, *arguments, pages_read=pages, result=lambda: drafter)
         cache, prefix = self._run_model(
             "prefill",
             prompts.prefill,
@@ -163,7 +164,7 @@ class Device:
             tokens,
             lengths,
             thresholds,
-            pages_read=pages_read,
+            pages_read=pages,
             result=lambda: (self._state.cache, prefix),
         )
         self._state = dataclasses.replace(self._state, cache=cache, drafter=drafter)
@@ -201,12 +202,11 @@ class Device:
         """Starts an answer in a slot; returns its first token, a ``Chunk`` (see ``answers.insert``)."""
         texts = self._state.slots.texts
         padded = None if texts is None else texts.tokens.shape[1]
-        arrays = self._requests.of_answer(settings, prompt, allowed, padded)
-        settings, in_prompt, mask, tokens = arrays
-        self._state, first = self._run(
+        settings, in_prompt, mask, tokens = self._requests.of_answer(settings, prompt, allowed, padded)
+        slots, first = self._run(
             "insert",
             answers.insert,
-            self._state,
+            self._state.slots,
             self._requests.slots[slot],
             prefix,
             settings,
@@ -217,8 +217,9 @@ class Device:
             tokens,
             policy=self._policy,
             top_logprobs=self._count(logprobs),
-            result=lambda: (self._state, None),
+            result=lambda: (self._state.slots, None),
         )
+        self._state = dataclasses.replace(self._state, slots=slots)
         return first
 
     def level(self, bits: Iterable[float]) -> int | None:
@@ -302,15 +303,19 @@ class Device:
     @announced
     def turn(self, slot: int, bits: float) -> None:
         """Changes the wanted mean bits of an answer."""
-        arguments = self._requests.slots[slot], self._put(np.float32(bits))
-        self._state = self._run("turn", answers.turn, self._state, *arguments, result=lambda: self._state)
+        self._change("turn", answers.turn, slot, self._put(np.float32(bits)))
 
     @announced
     def free(self, slot: int) -> None:
         """Ends the answer in a slot. A single slot then decodes nothing, so its state may stay."""
         if self.shape.slots > 1:
-            row = self._requests.slots[slot]
-            self._state = self._run("free", answers.free, self._state, row, result=lambda: self._state)
+            self._change("free", answers.free, slot, num_pages=self.shape.num_pages)
+
+    def _change(self, name: str, program: Any, slot: int, *arguments: Any, **static: Any) -> None:
+        """Dispatches a program that changes the row of a slot (see ``_run``)."""
+        before, row = self._state.slots, self._requests.slots[slot]
+        after = self._run(name, program, before, row, *arguments, **static, result=lambda: before)
+        self._state = dataclasses.replace(self._state, slots=after)
 
     def _run(self, name: str, program: Any, *arguments: Any, result: Callable[[], Any], **static: Any) -> Any:
         """Dispatches a program.
@@ -344,10 +349,6 @@ class Device:
     def _count(self, logprobs: bool) -> int | None:
         """Returns the number of most likely tokens whose log-probabilities a program computes."""
         return self._top_logprobs if logprobs else None
-
-    def _empty_fixed(self) -> FixedStates:
-        """Returns the states of a fixed size of empty texts in all slots."""
-        return fixed_states(self._cache_config, self.shape.slots, self._dtype, self.shape.ring_context)
 
     def _put(self, arrays: Any) -> Any:
         return self._placement.put(arrays)
