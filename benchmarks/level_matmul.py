@@ -4,7 +4,7 @@
     python benchmarks/level_matmul.py --checks                         correctness only
     python benchmarks/level_matmul.py --rows 16 32 --levels 3          some products
     python benchmarks/level_matmul.py --tune                           also time XLA, update the tuning table
-    python benchmarks/level_matmul.py --variants boxes "boxes, 128 rows"  other programs
+    python benchmarks/level_matmul.py --variants exact rounded    other programs
 
 Times: kernel time of the four projections of a Qwen3-8B layer, from the profiler, over copies of the weights
 that exceed the L2, beside XLA's bf16 product. "layer" is the time of all kernels; "kernels" is that of each:
@@ -38,7 +38,6 @@ from report import compile_in_order, say
 
 from pallas_kernels import codes, level_matmul, matmul
 from pallas_kernels.matmul.mosaic_gpu import kernel
-from pallas_kernels.matmul.mosaic_gpu.boxes import Boxes
 
 CHECKED_SHAPES = ((576, 1100), (2048, 2560))
 CHECKED_ROWS = (9, 16, 17, 32, 64, 130)
@@ -50,15 +49,8 @@ COPIES = 2
 
 REPEATS = 5
 
-VARIANTS: dict[str, Boxes | None] = {
-    "default": None,
-    "boxes": Boxes(),
-    "boxes, larger clusters": Boxes(exchange_units=1),
-    "boxes, rounded": Boxes(rounded=True),
-    "boxes, 128 rows": Boxes(rounded=True, rows=128, exchange_units=6),
-    "boxes, 128 rows, larger clusters": Boxes(rounded=True, rows=128, exchange_units=1),
-}
-"""Programs of the kernel by name."""
+VARIANTS: dict[str, bool | None] = {"default": None, "exact": False, "rounded": True}
+"""Whether a program of the kernel rounds weights to bfloat16, by its name."""
 
 RELATIVE_ERROR, ROUNDED_RELATIVE_ERROR = 1e-4, 4e-3
 """Largest error of a row, with exact weights and with weights rounded to bfloat16."""
@@ -81,8 +73,6 @@ def multiply_by(variant: str, x: jax.Array, weight, level: int) -> jax.Array:
 def check(report: reports.Report, variant: str) -> None:
     """Checks a variant of the kernel; records a problem for each failure."""
     dequantize = jax.jit(codes.dequantize, static_argnums=1)
-    boxes = VARIANTS[variant]
-    most = ROUNDED_RELATIVE_ERROR if boxes and boxes.rounded else RELATIVE_ERROR
     results = report.fields.setdefault("checks", [])
     for shape in CHECKED_SHAPES:
         if report.out_of_time(f"checks of {shape[0]}x{shape[1]}"):
@@ -98,6 +88,7 @@ def check(report: reports.Report, variant: str) -> None:
             w = np.asarray(dequantize(weight, level), np.float64)
             exact = np.asarray(x.astype(jnp.float32), np.float64) @ w
             y, again = np.asarray(program(x, weight)), np.asarray(program(x, weight))
+            rounded = kernel.geometry_of(rows, weight, level, VARIANTS[variant]).rounded
             errors.append(float((np.linalg.norm(y - exact, axis=1) / np.linalg.norm(exact, axis=1)).max()))
             same = np.array_equal(y.view(np.uint32), again.view(np.uint32))
             result = {
@@ -109,7 +100,7 @@ def check(report: reports.Report, variant: str) -> None:
                 "same_bits_twice": same,
             }
             results.append(result)
-            if not same or not errors[-1] <= most:
+            if not same or not errors[-1] <= (ROUNDED_RELATIVE_ERROR if rounded else RELATIVE_ERROR):
                 report.problems.append(f"check failed: {result}")
         say(f"{variant}: {shape[0]}x{shape[1]}: {len(errors)} checks, largest error {max(errors):.2e}")
         report.save()
@@ -259,9 +250,7 @@ def main() -> None:
     if not args.checks:
         times = LayerTimes(report)
         for variant in args.variants:
-            boxes = VARIANTS[variant]
-            least = 65 if boxes and boxes.rows > 64 else 1  # The same program as with 64 rows.
-            times.products([rows for rows in args.rows if rows >= least], args.levels, variant)
+            times.products(args.rows, args.levels, variant)
         times.bf16(args.rows)
     if not args.times:
         for variant in args.variants:

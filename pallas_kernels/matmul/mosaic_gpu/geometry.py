@@ -27,8 +27,8 @@ PRODUCTS = 2
 OCTET = 8
 """Number of activation rows, columns of B, that share the first registers of C."""
 
-MAX_OCTETS = 8
-"""Largest number of octets of a CTA. Sums and totals then take 128 registers of a lane."""
+MAX_ROWS, MAX_ROUNDED_ROWS = 64, 128
+"""Most activation rows of a CTA. Sums and totals, or sums if rounded, take 128 registers of a lane."""
 
 PIECE_BYTES = layout.PIECE // 4
 """Bytes of a piece in a row of a plane."""
@@ -36,30 +36,33 @@ PIECE_BYTES = layout.PIECE // 4
 TILE_ROW_BYTES = PIECES * PIECE_BYTES
 """Bytes of the row of a plane in a tile."""
 
-SCALES_BYTES = 2 * PIECES * layout.PIECE
-"""Bytes of the scales of a group in a tile."""
-
 ACTIVATION_BYTES = 2
 """Bytes of a bfloat16 activation."""
 
-COPY_BYTES = 16
-"""Bytes of an asynchronous copy."""
+X_ROW_BYTES = 128
+"""Bytes of a row of a box of activations, 64 channels."""
 
-COPY_CHANNELS = COPY_BYTES // ACTIVATION_BYTES
-"""Number of activations in a copy, and in half of a matrix instruction."""
+X_ROW_CHANNELS = X_ROW_BYTES // ACTIVATION_BYTES
+"""Channels of a row of a box of activations."""
 
-MIN_SLOTS, MAX_SLOTS = 3, 4
-"""Numbers of slots of the ring. With more than 4, the first copies delay the first multiplication."""
+MAX_SLOTS = 4
+"""Largest number of slots of the ring."""
+
+BARRIER_BYTES = 8
+"""Bytes of an arrival barrier."""
 
 RESERVED_BYTES = 2048
 """Bytes of shared memory that are left to the compiler of the kernel."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """Sizes that do not depend on the division of the work.
+class Geometry:
+    """Sizes of a launch.
 
-    A *unit* of work is a group of input channels of one tile of outputs, for a batch of activation rows.
+    A *unit* of work is a group of input channels of one tile of outputs, for a batch of activation rows. The
+    units of a batch are numbered group by group, tile after tile. Each CTA of the batch has ``units_per_cta``
+    consecutive ones, so that all multiprocessors have the same amount of work. The units of a CTA in one tile
+    give a partial sum.
 
     Attributes:
       stored_k: Number of input channels, padded to whole groups.
@@ -68,6 +71,7 @@ class Sizes:
       rows: Number of activation rows.
       multiprocessors: Number of multiprocessors of the device; each runs one CTA.
       shared_limit: Most bytes of shared memory of a CTA.
+      rounded: Whether the scales multiply the codes, which rounds weights to bfloat16, or the sums.
     """
 
     stored_k: int
@@ -76,12 +80,13 @@ class Sizes:
     rows: int
     multiprocessors: int
     shared_limit: int
+    rounded: bool
 
     # --- activation rows ------------------------------------------------------------------------------
     @property
     def max_octets(self) -> int:
         """Largest number of octets of a CTA."""
-        return MAX_OCTETS
+        return (MAX_ROUNDED_ROWS if self.rounded else MAX_ROWS) // OCTET
 
     @property
     def row_batches(self) -> int:
@@ -131,15 +136,6 @@ class Sizes:
         """Bytes of a plane in a unit."""
         return layout.GROUP * TILE_ROW_BYTES
 
-
-class Geometry(Sizes):
-    """Sizes of a launch.
-
-    The units of a batch are numbered group by group, tile after tile. Each CTA of the batch has
-    ``units_per_cta`` consecutive ones, so that all multiprocessors have the same amount of work. The units
-    of a CTA in one tile give a partial sum.
-    """
-
     # --- division of the work -------------------------------------------------------------------------
     @property
     def units(self) -> int:
@@ -175,50 +171,34 @@ class Geometry(Sizes):
         """Number of partial sums of each output."""
         return self._splits(self.units_per_cta)
 
-    # --- shared memory: a ring of slots, each with the planes, activations and scales of a unit -----------
+    # --- shared memory: a ring of slots, each with the planes and activations of a unit; barriers ----------
+    @property
+    def x_half_bytes(self) -> int:
+        """Bytes of the activations of half of the channels of a unit, one box."""
+        return X_ROW_BYTES * self.rows_per_cta
+
     @property
     def x_base(self) -> int:
         """Offset of the activations in a slot."""
         return self.level * self.plane_unit_bytes
 
     @property
-    def x_distance(self) -> int:
-        """Bytes from 8 channels of the activations to the next 8.
-
-        The rows follow each other. The distance is odd in units of 16 bytes, so that the copies of a row lie
-        in all banks.
-        """
-        return COPY_BYTES * (self.rows_per_cta + 1)
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of the activations in a block of channels."""
-        return BLOCK_CHANNELS // COPY_CHANNELS * self.x_distance
-
-    @property
-    def scales_base(self) -> int:
-        """Offset of the scales in a slot."""
-        return self.x_base + BLOCKS * self.block_bytes
-
-    @property
     def slot_bytes(self) -> int:
         """Bytes of a slot."""
-        return self.scales_base + SCALES_BYTES
+        return self.x_base + 2 * self.x_half_bytes
 
     @property
     def slots(self) -> int:
-        """Number of slots: of the unit that is multiplied, the one before, and of those that are copied.
-
-        The unit before needs its slot until all warps have multiplied it.
-        """
-        return max(MIN_SLOTS, min(MAX_SLOTS, (self.shared_limit - RESERVED_BYTES) // self.slot_bytes))
+        """Number of slots: of the unit that is multiplied, the next one, and of those that are copied."""
+        room = self.shared_limit - RESERVED_BYTES - MAX_SLOTS * BARRIER_BYTES
+        return min(MAX_SLOTS, room // self.slot_bytes)
 
     @property
-    def ahead(self) -> int:
-        """Number of units that are copied ahead."""
-        return self.slots - 2
+    def barriers_base(self) -> int:
+        """Offset of the arrival barriers, one for each slot."""
+        return self.slots * self.slot_bytes
 
     @property
     def shared_bytes(self) -> int:
         """Bytes of shared memory of a CTA."""
-        return self.slots * self.slot_bytes
+        return self.barriers_base + self.slots * BARRIER_BYTES

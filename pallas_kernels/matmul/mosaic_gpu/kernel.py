@@ -10,14 +10,14 @@ from pallas_kernels.codes import CODE_STEPS
 from pallas_kernels.lanes import device
 from pallas_kernels.lanes.launch import lane_kernel
 from pallas_kernels.layout import MAX_PLANES
-from pallas_kernels.matmul.mosaic_gpu.boxes import Boxes, BoxesGeometry, BoxesRefs, boxes_program
+from pallas_kernels.matmul.mosaic_gpu import geometry
 from pallas_kernels.matmul.mosaic_gpu.geometry import THREADS, Geometry
 from pallas_kernels.matmul.mosaic_gpu.lane_context import Refs
 from pallas_kernels.matmul.mosaic_gpu.program import level_matmul_program
 from pallas_kernels.weight import NestedWeight
 
 MAX_ROWS = 512
-"""Largest number of activation rows. Every 64 rows read the planes again."""
+"""Largest number of activation rows. Every 64 or, from 65 rows on, 128 rows read the planes again."""
 
 OFFSET_LIMIT = 2**32
 """Largest number of bytes of planes, because offsets have 32 bits."""
@@ -37,16 +37,14 @@ def supports(x: jax.Array | jax.ShapeDtypeStruct, weight: NestedWeight, level: i
     return device.unsupported_reason() or device.no_warpgroup_products_reason()
 
 
-def matmul(x: jax.Array, weight: NestedWeight, level: int, boxes: Boxes | None = None) -> jax.Array:
-    """Implements ``api.level_matmul`` for bfloat16 x ``[rows, K]``; ``boxes`` chooses another program."""
-    sizes = sizes_of(len(x), weight, level)
-    x = jnp.pad(x, ((0, 0), (0, sizes["stored_k"] - x.shape[1])))
-    if boxes is not None:
-        gains = jnp.ones(weight.num_planes) if weight.level_gains is None else jnp.asarray(weight.level_gains)
-        kernel = _boxes_kernel(BoxesGeometry(**sizes, boxes=boxes))
-        (y,) = kernel(x, weight.planes, weight.scales, gains)
-        return y[:, : weight.out_features]
-    g = Geometry(**sizes)
+def matmul(x: jax.Array, weight: NestedWeight, level: int, rounded: bool | None = None) -> jax.Array:
+    """Implements ``api.level_matmul`` for bfloat16 x ``[rows, K]``.
+
+    For more than 64 rows weights are rounded to bfloat16, as XLA's dequantized copies are, and 128 rows share
+    one read of the planes. ``rounded`` decides otherwise.
+    """
+    g = geometry_of(len(x), weight, level, rounded)
+    x = jnp.pad(x, ((0, 0), (0, g.stored_k - x.shape[1])))
     (partials,) = _level_matmul_kernel(g)(x, weight.planes, weight.scales)
     gain = 1.0 if weight.level_gains is None else jnp.asarray(weight.level_gains)[level - 1]
     return Activations.sums(partials, weight.out_features).array * (gain * unit(level))
@@ -57,17 +55,18 @@ def unit(level: int) -> float:
     return 4 ** (MAX_PLANES - level) / 2 / CODE_STEPS
 
 
-def sizes_of(rows: int, weight: NestedWeight, level: int) -> dict[str, int]:
-    """Returns the sizes of the launch on the target device, fields of ``geometry.Sizes``."""
+def geometry_of(rows: int, weight: NestedWeight, level: int, rounded: bool | None) -> Geometry:
+    """Returns the sizes of the launch on the target device."""
     target = device.target_device()
-    return {
-        "stored_k": weight.planes.shape[1],
-        "stored_n": weight.scales.shape[1],
-        "level": level,
-        "rows": rows,
-        "multiprocessors": device.multiprocessors(target),
-        "shared_limit": device.shared_memory(target),
-    }
+    return Geometry(
+        stored_k=weight.planes.shape[1],
+        stored_n=weight.scales.shape[1],
+        level=level,
+        rows=rows,
+        multiprocessors=device.multiprocessors(target),
+        shared_limit=device.shared_memory(target),
+        rounded=rows > geometry.MAX_ROWS if rounded is None else rounded,
+    )
 
 
 @functools.cache
@@ -80,18 +79,4 @@ def _level_matmul_kernel(g: Geometry):
         blocks=g.blocks,
         threads=THREADS,
         shared_bytes=g.shared_bytes,
-    )
-
-
-@functools.cache
-def _boxes_kernel(g: BoxesGeometry):
-    """Builds the kernel with copies of boxes. ``BoxesRefs`` describes its arrays."""
-    return lane_kernel(
-        f"level_matmul_{g.stored_k}x{g.stored_n}_kernel",
-        lambda isa, refs: boxes_program(isa, g, BoxesRefs(*refs), unit(g.level)),
-        outputs=[jax.ShapeDtypeStruct((g.rows, g.stored_n), jnp.float32)],
-        blocks=g.blocks,
-        threads=THREADS,
-        shared_bytes=g.shared_bytes,
-        cluster=g.cluster,
     )

@@ -6,7 +6,7 @@ from typing import Any
 from pallas_kernels import layout
 from pallas_kernels.lanes.instructions import LANES, Instructions
 from pallas_kernels.lanes.registers import Value
-from pallas_kernels.matmul.mosaic_gpu.geometry import PIECES, TILE_ROW_BYTES, Geometry, Sizes
+from pallas_kernels.matmul.mosaic_gpu.geometry import PIECES, TILE_ROW_BYTES, Geometry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,20 +29,15 @@ class Refs:
 
 
 @dataclasses.dataclass(frozen=True)
-class InTile:
-    """Place of the lane in a tile."""
+class LaneContext:
+    """Indices of the lane."""
 
+    thread: Value
     lane: Value
     piece: Value
     """Index of the warp's piece in the tile."""
     parity: Value
     """Parity of the positions that the warp multiplies, 0 or 1: the index of its warpgroup."""
-
-
-@dataclasses.dataclass(frozen=True)
-class LaneContext(InTile):
-    """Indices of the lane."""
-
     batch: Value
     block: Value
     """Index of the CTA among those of its batch."""
@@ -64,6 +59,7 @@ def lane_context(isa: Instructions, g: Geometry, refs: Refs) -> LaneContext:
     if g.units % g.units_per_cta:
         units = isa.select(rest < g.units_per_cta, rest, units)
     return LaneContext(
+        thread=thread,
         lane=thread & (LANES - 1),
         piece=warp & (PIECES - 1),
         parity=warp // PIECES,
@@ -83,10 +79,10 @@ def in_row(row: Value, piece: Value) -> Value:
     return row * TILE_ROW_BYTES + ((piece ^ ((row >> 1) & 3)) << 4)
 
 
-def tile_pieces(isa: Instructions, g: Sizes, tile: Value) -> Value | None:
+def tile_pieces(isa: Instructions, g: Geometry, tile: Value) -> Value | None:
     """Returns the number of pieces that a CTA's tile has; None if all tiles have ``PIECES``.
 
-    The CTA copies and multiplies piece 0 in place of a piece that the tile lacks, and does not store it.
+    A piece that the tile lacks is zeros, with the scales of piece 0, and is not stored.
     """
     if g.total_pieces % PIECES == 0:
         return None
@@ -94,7 +90,7 @@ def tile_pieces(isa: Instructions, g: Sizes, tile: Value) -> Value | None:
     return isa.select(rest < PIECES, rest, isa.constant(PIECES))
 
 
-def chunk(isa: Instructions, g: Sizes, tile: Value) -> tuple[Value, Value | int]:
+def chunk(isa: Instructions, g: Geometry, tile: Value) -> tuple[Value, Value | int]:
     """Returns the place of a CTA's tile in the outputs of a row.
 
     Returns:
@@ -112,7 +108,7 @@ def chunk(isa: Instructions, g: Sizes, tile: Value) -> tuple[Value, Value | int]
     return first, isa.select(is_whole, isa.constant(whole), isa.constant(16 * last_pieces))
 
 
-def output_in_chunk(context: InTile) -> Value:
+def output_in_chunk(context: LaneContext) -> Value:
     """Returns the first of the lane's two neighbouring outputs in a chunk of its piece.
 
     Lane ``4 row + column`` has outputs of the chunks ``2 (row // 4)`` and the next one, where output ``4 (row
@@ -121,6 +117,6 @@ def output_in_chunk(context: InTile) -> Value:
     return (((context.lane >> 2) & 3) << 2) + (context.parity << 1)
 
 
-def first_chunk(context: InTile) -> Value:
+def first_chunk(context: LaneContext) -> Value:
     """Returns the first of the lane's two chunks."""
     return (context.lane >> 4) << 1

@@ -15,7 +15,7 @@ import dataclasses
 
 from pallas_kernels.lanes.instructions import Instructions
 from pallas_kernels.lanes.registers import Value
-from pallas_kernels.matmul.mosaic_gpu.geometry import BLOCK_CHANNELS, PRODUCTS, TILE_ROW_BYTES, Sizes
+from pallas_kernels.matmul.mosaic_gpu.geometry import BLOCK_CHANNELS, PRODUCTS, TILE_ROW_BYTES, Geometry
 
 POSITIONS = 2
 """Number of positions that a warp multiplies."""
@@ -75,7 +75,7 @@ class Scales:
 
 def load_operands(
     isa: Instructions,
-    g: Sizes,
+    g: Geometry,
     planes: Value,
     moves: Moves,
     block: int,

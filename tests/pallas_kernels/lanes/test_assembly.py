@@ -15,7 +15,6 @@ from pallas_kernels.decode_attention.lane_context import THREADS, Refs, Shape
 from pallas_kernels.decode_attention.new_tokens import PREPARE_THREADS, prepare_program
 from pallas_kernels.decode_attention.program import attention_program, several_tokens_program
 from pallas_kernels.lanes import device
-from pallas_kernels.matmul.mosaic_gpu.boxes import Boxes, BoxesGeometry, BoxesRefs, boxes_program
 from pallas_kernels.matmul.mosaic_gpu.geometry import THREADS as MATMUL_THREADS
 from pallas_kernels.matmul.mosaic_gpu.geometry import Geometry
 from pallas_kernels.matmul.mosaic_gpu.lane_context import Refs as MatmulRefs
@@ -145,9 +144,18 @@ def test_sampling(monkeypatch, tmp_path, architecture, additions):
         assert spilled(report) <= MOST_SPILLED_BYTES
 
 
-@pytest.mark.parametrize(("rows", "level"), [(16, 4), (32, 3), (64, 1), (64, 2), (64, 3), (64, 4)])
-def test_level_matmul(monkeypatch, tmp_path, rows, level):
-    """Only compute capability 9.0 has wgmma."""
+@pytest.mark.parametrize(
+    ("rows", "level", "rounded"),
+    [
+        *((rows, level, False) for rows, level in ((16, 3), (32, 1), (64, 3), (64, 4))),
+        *((rows, level, True) for rows, level in ((64, 2), (128, 3), (128, 4))),
+    ],
+)
+def test_level_matmul(monkeypatch, tmp_path, rows, level, rounded):
+    """Nothing is spilled, and the matrix unit multiplies while the next operands are prepared.
+
+    Only compute capability 9.0 has wgmma.
+    """
     g = Geometry(
         stored_k=4096,
         stored_n=6144,
@@ -155,40 +163,13 @@ def test_level_matmul(monkeypatch, tmp_path, rows, level):
         rows=rows,
         multiprocessors=132,
         shared_limit=227 * 1024,
+        rounded=rounded,
     )
 
     def run(isa, refs):
         level_matmul_program(isa, g, MatmulRefs(*refs))
 
     names = ["x", "planes", "scales", "partials", None]
-    report = cuda_source.assemble(monkeypatch, tmp_path, run, names, MATMUL_THREADS, "sm_90a")
-    assert spilled(report) == 0
-
-
-@pytest.mark.parametrize(
-    ("rows", "level", "boxes"),
-    [
-        *((rows, level, Boxes()) for rows, level in ((16, 3), (32, 1), (64, 3), (64, 4))),
-        *((rows, level, Boxes(rounded=True, rows=128)) for rows, level in ((64, 2), (128, 3), (128, 4))),
-    ],
-    ids=str,
-)
-def test_level_matmul_with_boxes(monkeypatch, tmp_path, rows, level, boxes):
-    """Nothing is spilled, and the matrix unit multiplies while the next operands are prepared."""
-    g = BoxesGeometry(
-        stored_k=4096,
-        stored_n=24576,
-        level=level,
-        rows=rows,
-        multiprocessors=132,
-        shared_limit=227 * 1024,
-        boxes=boxes,
-    )
-
-    def run(isa, refs):
-        boxes_program(isa, g, BoxesRefs(*refs), 1.0)
-
-    names = ["x", "planes", "scales", "gains", "y", None]
     report = cuda_source.assemble(monkeypatch, tmp_path, run, names, MATMUL_THREADS, "sm_90a")
     assert spilled(report) == 0
     assert "wgmma.mma_async instructions are serialized" not in report

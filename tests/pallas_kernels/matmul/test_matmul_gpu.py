@@ -7,9 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from matvec_cases import Case
-from test_boxes_program import EXACT, ROUNDED, WIDE
-from test_boxes_program import assert_agrees as assert_boxes_agree
-from test_matmul_program import assert_agrees
+from test_matmul_program import EXACT, ROUNDED, assert_agrees
 
 from pallas_kernels import level_matmul
 from pallas_kernels.matmul.mosaic_gpu import kernel
@@ -46,25 +44,18 @@ def test_agrees_with_float64_and_with_itself(size, rows, level):
     x, weight, _ = Case(*size, rows=rows, dtype="bfloat16", activations="heavy", seed=rows).arrays()
     run = jax.jit(lambda x, weight: level_matmul(x, weight, level, implementation="mosaic_gpu"))
     y = np.asarray(run(jnp.asarray(x), weight))
-    assert_agrees(x, weight, level, y)
+    assert_agrees(x, weight, level, y, ROUNDED if rows > 64 else EXACT)
     np.testing.assert_array_equal(y, run(jnp.asarray(x), weight))
 
 
 @pytest.mark.parametrize(
-    ("size", "rows", "level", "boxes"),
-    [
-        ((300, 700), 1, 4, EXACT),
-        ((576, 960), 33, 2, ROUNDED),
-        ((1100, 1100), 130, 3, WIDE),
-        ((4096, 6144), 16, 4, EXACT),
-        ((4096, 6144), 64, 3, EXACT),
-        ((4096, 6144), 256, 3, WIDE),
-    ],
+    ("size", "rows", "level", "rounded"),
+    [((576, 960), 33, 2, ROUNDED), ((1100, 1100), 130, 3, EXACT)],
     ids=str,
 )
-def test_boxes_agree_with_float64_and_with_themselves(size, rows, level, boxes):
+def test_the_other_way_agrees_with_float64(size, rows, level, rounded):
     x, weight, _ = Case(*size, rows=rows, dtype="bfloat16", activations="heavy", seed=rows).arrays()
-    run = jax.jit(lambda x, weight: kernel.matmul(x, weight, level, boxes))
-    y = np.asarray(run(jnp.asarray(x), weight))
-    assert_boxes_agree(x, weight, level, y, boxes)
-    np.testing.assert_array_equal(y, run(jnp.asarray(x), weight))
+    y = np.asarray(
+        jax.jit(lambda x, weight: kernel.matmul(x, weight, level, rounded))(jnp.asarray(x), weight)
+    )
+    assert_agrees(x, weight, level, y, rounded)

@@ -26,14 +26,22 @@ from pallas_kernels.matmul.mosaic_gpu.program import level_matmul_program
 UNWRITTEN = np.uint32(0x7F812345)
 """A NaN that no program computes, in outputs before they are written."""
 
-TOLERANCE = 2e-5
-"""Largest error of a row in norm. Only float32 sums round."""
+EXACT, ROUNDED = False, True
+either = pytest.mark.parametrize("rounded", [EXACT, ROUNDED], ids=["exact", "rounded"])
+
+TOLERANCES = {EXACT: 2e-5, ROUNDED: 1.2e-2}
+"""Largest error of a row in norm.
+
+Only float32 sums round if the program is exact. A weight rounded to bfloat16 has a relative error of at most
+2**-8, and about 2.3e-3 in the mean square. A row may be a single number, so five times that is allowed."""
 
 SHARED_LIMITS = (227 * 1024, 163 * 1024)
 """Most shared memory of a CTA on an H200, and a smaller number."""
 
 
-def geometry(rows, weight, level, multiprocessors=4, shared_limit=SHARED_LIMITS[0]) -> Geometry:
+def geometry(
+    rows, weight, level, rounded=EXACT, multiprocessors=4, shared_limit=SHARED_LIMITS[0]
+) -> Geometry:
     return Geometry(
         stored_k=weight.planes.shape[1],
         stored_n=weight.scales.shape[1],
@@ -41,12 +49,13 @@ def geometry(rows, weight, level, multiprocessors=4, shared_limit=SHARED_LIMITS[
         rows=rows,
         multiprocessors=multiprocessors,
         shared_limit=shared_limit,
+        rounded=rounded,
     )
 
 
-def emulate(x, weight: NestedWeight, level: int, **sizes) -> np.ndarray:
+def emulate(x, weight: NestedWeight, level: int, rounded: bool = EXACT, **sizes) -> np.ndarray:
     """Returns y as ``kernel.matmul`` does; fails if the program leaves a word of its output unwritten."""
-    g = geometry(len(x), weight, level, **sizes)
+    g = geometry(len(x), weight, level, rounded, **sizes)
     x = np.pad(np.array(x), ((0, 0), (0, g.stored_k - x.shape[1])))
     partials = np.full((g.splits, g.rows, g.stored_n), UNWRITTEN)
     isa = NumpyInstructions(blocks=g.blocks, threads=THREADS, shared_bytes=g.shared_bytes)
@@ -58,19 +67,19 @@ def emulate(x, weight: NestedWeight, level: int, **sizes) -> np.ndarray:
     return partials.view(np.float32).astype(np.float64).sum(0)[:, : weight.out_features] * unit
 
 
-def assert_agrees(x, weight, level, y):
+def assert_agrees(x, weight, level, y, rounded=EXACT):
     """Checks each row in norm, relative to a product whose terms do not cancel."""
     x, w = x.astype(np.float64), matvec_oracle.dequantize(weight, level)
-    scale = np.sqrt((x**2).sum(1) * (w**2).sum() / len(w))
+    scale = np.sqrt(x**2 @ (w**2).sum(1))
     error = np.linalg.norm(y - x @ w, axis=1)
-    assert (error <= TOLERANCE * scale).all(), error / scale
+    assert (error <= TOLERANCES[rounded] * scale).all(), error / scale
 
 
 cases = st.builds(
     Case,
     in_features=st.integers(1, 600),
     out_features=st.integers(1, 700),
-    rows=st.integers(1, 70),
+    rows=st.integers(1, 140),
     max_bits=st.just(8),
     dtype=st.just("bfloat16"),
     activations=st.sampled_from(["gaussian", "outliers", "heavy", "zeros", "all-zero"]),
@@ -78,31 +87,48 @@ cases = st.builds(
 )
 
 
+@either
 @given(
     case=cases,
     level=st.integers(1, 4),
     multiprocessors=st.sampled_from([1, 3, 132]),
     limit=st.sampled_from(SHARED_LIMITS),
 )
-@examples(6, in_ci=60)
-def test_agrees_with_float64(case, level, multiprocessors, limit):
+@examples(4, in_ci=40)
+def test_agrees_with_float64(rounded, case, level, multiprocessors, limit):
     x, weight, _ = case.arrays()
-    y = emulate(x, weight, level, multiprocessors=multiprocessors, shared_limit=limit)
-    assert_agrees(x, weight, level, y)
+    y = emulate(x, weight, level, rounded, multiprocessors=multiprocessors, shared_limit=limit)
+    assert_agrees(x, weight, level, y, rounded)
 
 
 @pytest.mark.parametrize("level", [1, 2, 3, 4])
-@pytest.mark.parametrize("rows", [8, 16, 33, 64], ids="rows {}".format)
-def test_every_level(rows, level):
+@pytest.mark.parametrize(
+    ("rows", "rounded"), [(8, EXACT), (16, EXACT), (33, EXACT), (64, EXACT), (33, ROUNDED), (128, ROUNDED)]
+)
+def test_every_level(rows, rounded, level):
     """640 outputs: the last tile has half of the pieces."""
     x, weight, _ = Case(300, 640, rows=rows, dtype="bfloat16").arrays()
-    assert_agrees(x, weight, level, emulate(x, weight, level))
+    assert_agrees(x, weight, level, emulate(x, weight, level, rounded), rounded)
 
 
-def test_several_batches_of_rows():
-    x, weight, _ = Case(128, 64, rows=130, dtype="bfloat16").arrays()
-    assert geometry(130, weight, 3).row_batches == 3
-    assert_agrees(x, weight, 3, emulate(x, weight, 3))
+@pytest.mark.parametrize(("rounded", "batches"), [(EXACT, 3), (ROUNDED, 2)])
+def test_several_batches_of_rows(rounded, batches):
+    x, weight, _ = Case(512, 300, rows=130, dtype="bfloat16").arrays()
+    assert geometry(130, weight, 3, rounded).row_batches == batches
+    assert_agrees(x, weight, 3, emulate(x, weight, 3, rounded), rounded)
+
+
+def test_weights_are_rounded_once():
+    """Products with unit vectors are the weights in units of the last digit, rounded to bfloat16."""
+    _, weight, _ = Case(128, 64, rows=1, dtype="bfloat16").arrays()
+    weight = dataclasses.replace(weight, level_gains=np.ones(4, np.float32))
+    x = np.eye(64, 128).astype(jnp.bfloat16)
+    y = emulate(x, weight, 4, ROUNDED)
+    exact = matvec_oracle.dequantize(weight, 4)[:64] / kernel.unit(4)
+    rounded = exact.astype(jnp.bfloat16).astype(np.float64) * kernel.unit(4)
+    differs = y != rounded
+    assert differs.mean() < 0.01  # Halfway cases may differ, because the last bits of a scale come last.
+    assert (np.abs(y - rounded) <= 2**-7 * np.abs(rounded)).all()
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 2, 3, 5, 12, 15])
@@ -146,11 +172,12 @@ def test_a_large_mean_of_the_activations_does_not_drown_the_product(level):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_nan_and_inf_reach_every_output_of_their_row_and_no_other(bad):
+@either
+def test_nan_and_inf_reach_every_output_of_their_row_and_no_other(rounded, bad):
     x, weight, _ = Case(300, 600, rows=9, dtype="bfloat16").arrays()
-    clean = emulate(x, weight, 3)
+    clean = emulate(x, weight, 3, rounded)
     x[1, 200] = bad
-    y = emulate(x, weight, 3)
+    y = emulate(x, weight, 3, rounded)
     assert not np.isfinite(y[1]).any()
     np.testing.assert_array_equal(np.delete(y, 1, 0), np.delete(clean, 1, 0))
 
@@ -172,15 +199,15 @@ def test_planes_above_the_level_do_not_matter():
 @pytest.mark.parametrize("limit", SHARED_LIMITS)
 @pytest.mark.parametrize("shape", [(12288, 4096), (4096, 6144), (4096, 24576), (128, 64)], ids=str)
 def test_sizes(shape, limit):
-    for rows, level in itertools.product((1, 9, 16, 32, 64, 65, 256, 512), (1, 4)):
+    for rows, level, rounded in itertools.product((1, 9, 32, 64, 65, 256, 512), (1, 4), (EXACT, ROUNDED)):
         weight = NestedWeight.abstract(*shape)
-        g = geometry(rows, weight, level, multiprocessors=132, shared_limit=limit)
-        assert g.shared_bytes <= limit
+        g = geometry(rows, weight, level, rounded, multiprocessors=132, shared_limit=limit)
+        assert g.shared_bytes <= limit - 2048
         assert g.units <= g.batch_blocks * g.units_per_cta < g.units + g.units_per_cta
         assert g.blocks <= max(132, g.row_batches)
         assert g.row_batches * g.rows_per_cta >= rows
-        assert g.octets <= 8
-        assert g.ahead >= 1
+        assert g.octets <= (16 if rounded else 8)
+        assert g.slots >= 2
 
 
 def test_declines_with_a_reason():
@@ -192,11 +219,18 @@ def test_declines_with_a_reason():
         assert supports(jax.ShapeDtypeStruct((rows, 256), dtype), weight, 3) == reason
 
 
-def test_the_emulator_refuses_the_program_without_its_fence(monkeypatch):
-    monkeypatch.setattr(NumpyInstructions, "publish_operands", lambda isa: None)
-    x, weight, _ = Case(128, 64, rows=9, dtype="bfloat16").arrays()
-    with pytest.raises(EmulationError, match="publish_operands first"):
-        emulate(x, weight, 3)
+@pytest.mark.parametrize(
+    ("instruction", "without", "message"),
+    [
+        ("wait_arrival", lambda isa, barrier, parity: None, "nothing has written, or that a copy"),
+        ("block_barrier", lambda isa: None, "race"),
+    ],
+)
+def test_the_emulator_refuses_the_program_without(monkeypatch, instruction, without, message):
+    monkeypatch.setattr(NumpyInstructions, instruction, without)
+    x, weight, _ = Case(1024, 64, rows=9, dtype="bfloat16").arrays()
+    with pytest.raises(EmulationError, match=message):
+        emulate(x, weight, 3, multiprocessors=1)
 
 
 @pytest.mark.skipif(jax.__version_info__ < device.OLDEST_JAX, reason="lane programs need jax >= 0.11.2")
