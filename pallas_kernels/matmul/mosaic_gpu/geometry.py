@@ -15,6 +15,9 @@ THREADS = WARPS * LANES
 PIECES = 4
 """Number of pieces of a tile, one for each warp of a warpgroup. A tile has 256 outputs, half a stored one."""
 
+TEAM = layout.TILE_PIECES // PIECES
+"""Number of CTAs of a team. Together they read whole lines of 128 bytes of the planes."""
+
 BLOCK_CHANNELS = 32
 """Number of input channels that a transposing load takes from each plane."""
 
@@ -60,9 +63,9 @@ class Geometry:
     """Sizes of a launch.
 
     A *unit* of work is a group of input channels of one tile of outputs, for a batch of activation rows. The
-    units of a batch are numbered group by group, tile after tile. Each CTA of the batch has ``units_per_cta``
-    consecutive ones, so that all multiprocessors have the same amount of work. The units of a CTA in one tile
-    give a partial sum.
+    units of a batch are numbered group by group, stored tile after stored tile. Each *team* of ``TEAM`` CTAs,
+    which have the halves of the same stored tiles, has ``units_per_cta`` consecutive ones, so that all
+    multiprocessors have the same amount of work. The units of a CTA in one tile give a partial sum.
 
     Attributes:
       stored_k: Number of input channels, padded to whole groups.
@@ -110,9 +113,9 @@ class Geometry:
         return self.stored_n // layout.PIECE
 
     @property
-    def tiles(self) -> int:
-        """Number of tiles of outputs. The last one may have fewer pieces."""
-        return -(-self.total_pieces // PIECES)
+    def stored_tiles(self) -> int:
+        """Number of stored tiles of outputs. The last one may have fewer pieces, even no second half."""
+        return -(-self.total_pieces // (TEAM * PIECES))
 
     # --- input channels -------------------------------------------------------------------------------
     @property
@@ -122,16 +125,6 @@ class Geometry:
 
     # --- planes ---------------------------------------------------------------------------------------
     @property
-    def stored_row_bytes(self) -> int:
-        """Bytes of the row of a plane."""
-        return self.total_pieces * PIECE_BYTES
-
-    @property
-    def plane_bytes(self) -> int:
-        """Bytes of a plane."""
-        return self.stored_k * self.stored_row_bytes
-
-    @property
     def plane_unit_bytes(self) -> int:
         """Bytes of a plane in a unit."""
         return layout.GROUP * TILE_ROW_BYTES
@@ -139,32 +132,32 @@ class Geometry:
     # --- division of the work -------------------------------------------------------------------------
     @property
     def units(self) -> int:
-        """Number of units of a batch."""
-        return self.tiles * self.groups
+        """Number of units of a batch that each CTA of a team has a part of."""
+        return self.stored_tiles * self.groups
 
     @functools.cached_property
     def units_per_cta(self) -> int:
-        """Number of units of a CTA; the last CTA of a batch may have fewer.
+        """Number of units of a CTA; the last team of a batch may have fewer.
 
         Up to a sixteenth more than necessary, if tiles then have fewer partial sums.
         """
-        least = -(-self.units // max(1, self.multiprocessors // self.row_batches))
+        least = -(-self.units // max(1, self.multiprocessors // (TEAM * self.row_batches)))
         return min(range(least, least + least // 16 + 1), key=lambda each: (self._splits(each), each))
 
     def _splits(self, each: int) -> int:
-        """Returns the largest number of CTAs with ``each`` units that share a tile."""
-        first = (tile * self.groups for tile in range(self.tiles))
+        """Returns the largest number of teams with ``each`` units that share a stored tile."""
+        first = (tile * self.groups for tile in range(self.stored_tiles))
         return max((unit + self.groups - 1) // each - unit // each + 1 for unit in first)
 
     @property
-    def batch_blocks(self) -> int:
-        """Number of CTAs of a batch."""
+    def teams(self) -> int:
+        """Number of teams of a batch."""
         return -(-self.units // self.units_per_cta)
 
     @property
     def blocks(self) -> int:
         """Number of CTAs. Those of different batches with the same units are neighbours."""
-        return self.batch_blocks * self.row_batches
+        return TEAM * self.teams * self.row_batches
 
     @property
     def splits(self) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 from pallas_kernels import layout
 from pallas_kernels.lanes.instructions import LANES, Instructions
 from pallas_kernels.lanes.registers import Value
-from pallas_kernels.matmul.mosaic_gpu.geometry import PIECES, TILE_ROW_BYTES, Geometry
+from pallas_kernels.matmul.mosaic_gpu.geometry import PIECES, TEAM, TILE_ROW_BYTES, Geometry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +39,10 @@ class LaneContext:
     parity: Value
     """Parity of the positions that the warp multiplies, 0 or 1: the index of its warpgroup."""
     batch: Value
-    block: Value
-    """Index of the CTA among those of its batch."""
+    team: Value
+    """Index of the CTA's team in its batch."""
+    half: Value
+    """Which tile of a stored one the CTA has."""
     first_unit: Value
     """First unit of the CTA."""
     units: Value
@@ -48,13 +50,18 @@ class LaneContext:
     shared: Value
     """Address of the shared memory."""
 
+    def tile(self, stored_tile: Value) -> Value:
+        """Returns the CTA's tile of a stored one."""
+        return stored_tile * TEAM + self.half
+
 
 def lane_context(isa: Instructions, g: Geometry, refs: Refs) -> LaneContext:
-    """Computes the context. Over the grid the batch varies fastest: its CTAs share planes in the L2."""
+    """Computes the context. Neighbouring CTAs have the batches of the same planes, then their other half."""
     thread, block = isa.thread_index(), isa.block_index()
     warp = thread >> 5
     batch, block = block % g.row_batches, block // g.row_batches
-    first_unit = block * g.units_per_cta
+    half, team = block % TEAM, block // TEAM
+    first_unit = team * g.units_per_cta
     units, rest = isa.constant(g.units_per_cta), isa.constant(g.units) - first_unit
     if g.units % g.units_per_cta:
         units = isa.select(rest < g.units_per_cta, rest, units)
@@ -64,7 +71,8 @@ def lane_context(isa: Instructions, g: Geometry, refs: Refs) -> LaneContext:
         piece=warp & (PIECES - 1),
         parity=warp // PIECES,
         batch=batch,
-        block=block,
+        team=team,
+        half=half,
         first_unit=first_unit,
         units=units,
         shared=isa.shared_address(refs.shared),
@@ -80,11 +88,11 @@ def in_row(row: Value, piece: Value) -> Value:
 
 
 def tile_pieces(isa: Instructions, g: Geometry, tile: Value) -> Value | None:
-    """Returns the number of pieces that a CTA's tile has; None if all tiles have ``PIECES``.
+    """Returns the number of pieces that a tile has, not positive if it has none; None if all have ``PIECES``.
 
     A piece that the tile lacks is zeros, with the scales of piece 0, and is not stored.
     """
-    if g.total_pieces % PIECES == 0:
+    if g.total_pieces % (TEAM * PIECES) == 0:
         return None
     rest = isa.constant(g.total_pieces) - tile * PIECES
     return isa.select(rest < PIECES, rest, isa.constant(PIECES))
@@ -98,9 +106,8 @@ def chunk(isa: Instructions, g: Geometry, tile: Value) -> tuple[Value, Value | i
       of piece ``p`` in chunk ``q`` is ``first + q chunk + 16 p + o`` (see ``layout``).
     """
     whole = layout.TILE // 4
-    parts = layout.TILE_PIECES // PIECES
-    layout_tile, part = tile // parts, tile % parts
-    first = layout_tile * layout.TILE + part * (16 * PIECES)
+    layout_tile, half = tile // TEAM, tile % TEAM
+    first = layout_tile * layout.TILE + half * (16 * PIECES)
     last_pieces = layout.last_tile_pieces(g.stored_n)
     if last_pieces == layout.TILE_PIECES:
         return first, whole

@@ -31,6 +31,7 @@ from pallas_kernels.matmul.mosaic_gpu.geometry import (
     BLOCK_CHANNELS,
     BLOCKS,
     PRODUCTS,
+    TEAM,
     X_ROW_CHANNELS,
     Geometry,
 )
@@ -153,14 +154,18 @@ class Multiplier:
     def load_scales(self, unit: Value) -> list[Value]:
         """Loads a word with the scales of the lane's two outputs of each position.
 
-        Behind the CTA's last unit, they are those of the last one.
+        Behind the CTA's last unit, they are those of the last one. A tile that does not exist has those of
+        the one before.
         """
         isa, g, context = self.isa, self.g, self.context
         number = context.first_unit + isa.select(unit < context.units, unit, context.units - 1)
-        tile, group = number // g.groups, number % g.groups
-        pieces, piece = tile_pieces(isa, g, tile), context.piece
+        stored_tile, group = number // g.groups, number % g.groups
+        tile, piece = context.tile(stored_tile), context.piece
+        pieces = tile_pieces(isa, g, tile)
         if pieces is not None:
-            piece = isa.select(piece < pieces, piece, isa.constant(0))
+            exists = isa.constant(0) < pieces
+            piece = isa.select(exists & (piece < pieces), piece, isa.constant(0))
+            tile = isa.select(exists, tile, stored_tile * TEAM)
         first, chunk_outputs = chunk(isa, g, tile)
         output = group * g.stored_n + first + (piece << 4) + output_in_chunk(context)
         words = []

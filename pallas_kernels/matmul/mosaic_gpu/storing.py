@@ -21,16 +21,16 @@ def store(
     g: Geometry,
     refs: Refs,
     context: LaneContext,
-    tile: Value,
+    stored_tile: Value,
     ends_tile: Value,
     totals: list[Value],
 ) -> None:
-    """Stores the totals ``[position][octet][4]``.
+    """Stores the totals ``[position][octet][4]`` of the CTA's half of a stored tile.
 
-    The partial sums of a tile are numbered by its CTAs. The CTA with the end of the tile stores zeros as the
-    partial sums that the tile does not have, but another one has.
+    The partial sums of a tile are numbered by its teams. The team with the end of the tile stores zeros as
+    the partial sums that the tile does not have, but another one has.
     """
-    split = context.block - tile * g.groups // g.units_per_cta
+    split, tile = context.team - stored_tile * g.groups // g.units_per_cta, context.tile(stored_tile)
     store_split(isa, g, refs, context, tile, split, totals)
     with isa.when(ends_tile):
         zeros = [isa.constant(0.0, "f32")] * len(totals)

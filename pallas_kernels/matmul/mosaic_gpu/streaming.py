@@ -62,7 +62,7 @@ class Copies:
         isa, g, context = self.isa, self.g, self.context
         with isa.when(unit < context.units):
             number = context.first_unit + unit
-            tile, channel = number // g.groups, number % g.groups * layout.GROUP
+            tile, channel = context.tile(number // g.groups), number % g.groups * layout.GROUP
             slot, barrier, zero = self.slot(unit), self._barrier(unit), isa.constant(0)
             isa.expect_bytes(barrier, g.slot_bytes)
             box, corner = (g.level, layout.GROUP, TILE_WORDS), [zero, channel, tile * TILE_WORDS]
