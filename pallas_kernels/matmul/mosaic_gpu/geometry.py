@@ -54,6 +54,12 @@ MAX_SLOTS = 4
 BARRIER_BYTES = 8
 """Bytes of an arrival barrier."""
 
+TILE_OUTPUTS = PIECES * layout.PIECE
+"""Number of outputs of a tile."""
+
+STAGED_ROW_BYTES = 4 * TILE_OUTPUTS + 32
+"""Bytes between the sums of activation rows that wait to be stored. 32 more leave few bank conflicts."""
+
 RESERVED_BYTES = 2048
 """Bytes of shared memory that are left to the compiler of the kernel."""
 
@@ -164,7 +170,7 @@ class Geometry:
         """Number of partial sums of each output."""
         return self._splits(self.units_per_cta)
 
-    # --- shared memory: a ring of slots, each with the planes and activations of a unit; barriers ----------
+    # --- shared memory: a ring of slots with planes and activations of a unit, sums to be stored, barriers -
     @property
     def x_half_bytes(self) -> int:
         """Bytes of the activations of half of the channels of a unit, one box."""
@@ -183,13 +189,23 @@ class Geometry:
     @property
     def slots(self) -> int:
         """Number of slots: of the unit that is multiplied, the next one, and of those that are copied."""
-        room = self.shared_limit - RESERVED_BYTES - MAX_SLOTS * BARRIER_BYTES
-        return min(MAX_SLOTS, room // self.slot_bytes)
+        others = 2 * self.staged_bytes + MAX_SLOTS * BARRIER_BYTES
+        return min(MAX_SLOTS, (self.shared_limit - RESERVED_BYTES - others) // self.slot_bytes)
+
+    @property
+    def staged_bytes(self) -> int:
+        """Bytes of the sums of an octet that wait to be stored."""
+        return OCTET * STAGED_ROW_BYTES
+
+    @property
+    def staging_base(self) -> int:
+        """Offset of the sums of two octets that wait to be stored."""
+        return self.slots * self.slot_bytes
 
     @property
     def barriers_base(self) -> int:
         """Offset of the arrival barriers, one for each slot."""
-        return self.slots * self.slot_bytes
+        return self.staging_base + 2 * self.staged_bytes
 
     @property
     def shared_bytes(self) -> int:
