@@ -149,15 +149,14 @@ class MatrixUnit(Instructions):
         yield
         self.masks.pop()
 
-    def warpgroup_multiply_add_bfloat16(self, columns, c, a, b, distance, meanwhile=list):
+    def warpgroup_multiply_add_bfloat16(self, columns, c, a, b, meanwhile=list):
         if c is None:
             c = [[LaneValue(np.zeros(self.total, np.float32), "f32")] * (columns // 2)] * len(a[0])
         # The matrix unit reads shared memory as late as it may, after what runs meanwhile.
         results = list(meanwhile())
         multiply = self.matrix_multiply_add_bfloat16
-        step, distances = (32, None) if distance is None else (2 * distance, (distance, 128))
         for i, matrices in enumerate(a):
-            c = self._warpgroup_products(columns, c, matrices, b + step * i, distances, multiply)
+            c = self._warpgroup_products(columns, c, matrices, b + 32 * i, None, multiply)
         return c, results
 
     def _warpgroup_products(self, columns, c, a, b, distances, multiply):

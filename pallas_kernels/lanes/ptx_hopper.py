@@ -32,12 +32,9 @@ class HopperPtxInstructions(Instructions):
     def finish_warpgroup_multiply_add(self, c):
         return _matrices(self._finish_products([register for sums in c for register in sums]), len(c))
 
-    def warpgroup_multiply_add_bfloat16(self, columns, c, a, b, distance, meanwhile=list):
+    def warpgroup_multiply_add_bfloat16(self, columns, c, a, b, meanwhile=list):
         instruction = f"m64n{columns}k16.f32.bf16.bf16"
-        if distance is None:
-            descriptors = [self._descriptor(b + 32 * i, 16, 1024, swizzled=True) for i in range(len(a))]
-        else:
-            descriptors = [self._descriptor(b + 2 * distance * i, distance, 128) for i in range(len(a))]
+        descriptors = [self._descriptor(b + 32 * i, 16, 1024, swizzled=True) for i in range(len(a))]
         add = c is not None
         if c is None:
             c = [[self.undefined("f32") for _ in range(columns // 2)] for _ in a[0]]

@@ -36,27 +36,21 @@ class WarpgroupInstructions(abc.ABC):
         c: Sequence[Sequence[Value]] | None,
         a: Sequence[Sequence[Sequence[Value]]],
         b: Value,
-        distance: int | None,
         meanwhile: Callable[[], Sequence[Value]] = list,
     ) -> tuple[list[list[Value]], list[Value]]:
         """Returns ``C + A @ B`` for several C, summed over several B in shared memory (``wgmma.m64nNk16``).
 
         A and B are bfloat16, C ``f32``. Needs compute capability 9.0. Each warp has A ``[16, 16]`` and C
         ``[16, columns]`` of its own. A is that of ``matrix_multiply_add_bfloat16``; the registers ``4 t
-        ..+3`` of C are its C for columns ``8 t ..+7``. The warps of a warpgroup have the same B. Element
-        ``[k, n]`` of the first is the two bytes from ``b + distance (k // 8) + 16 n + 2 (k % 8)`` on; each
-        of the others starts ``2 distance`` bytes after the one before.
-
-        Without a distance B is in rows of 128 bytes as ``copy_box`` leaves them, a row for each column; K
-        lies along the row. Each of the others starts 32 bytes after the one before, in the same rows.
+        ..+3`` of C are its C for columns ``8 t ..+7``. The warps of a warpgroup have the same B. It is in
+        rows of 128 bytes as ``copy_box`` leaves them, a row for each column; K lies along the row. Each of
+        the other B starts 32 bytes after the one before, in the same rows.
 
         Args:
           columns: Number of columns of B, a multiple of 8 up to 256.
           c: Registers of each C, or None for zeros.
           a: For each B, the registers of A for each C.
-          b: Address of the first B, a multiple of 16; without a distance of 32, in a row 0 whose address is
-            a multiple of 1024.
-          distance: Bytes from 8 rows of B to the next 8, a multiple of 16, or None.
+          b: Address of the first B, a multiple of 32, in a row 0 whose address is a multiple of 1024.
           meanwhile: Emits instructions, which run while the matrix unit multiplies; returns their results.
             They do not use ``c``.
 

@@ -132,28 +132,17 @@ def warpgroup(isa: Instructions, t: Operands) -> list[Value]:
 
 
 def warpgroup_bfloat16(isa: Instructions, t: Operands) -> list[Value]:
-    """The first 68 threads' 16 bytes are two B of 16 columns; C starts with zeros, then continues."""
-    word = t.a
-    isa.store_shared(t.shared, [small_bfloat16(isa, word + i) for i in range(4)])
-    isa.publish_operands()
-    isa.block_barrier()
-    a = [small_bfloat16(isa, word) for word in (t.a, t.b, t.a ^ t.b, t.b - t.a)]
-    steps = [[a, a[::-1]], [a[::-1], a]]
-    sums, _ = isa.warpgroup_multiply_add_bfloat16(16, None, steps, t.all_shared, 272)
-    sums, others = isa.warpgroup_multiply_add_bfloat16(
-        16, sums, steps[:1], t.all_shared + 512, 256, lambda: [isa.int_to_float(t.a & 0xFF)]
-    )
-    return [x + y * 3.0 + others[0] for x, y in zip(sums[0][:4], sums[1][4:], strict=True)]
-
-
-def warpgroup_swizzled_bfloat16(isa: Instructions, t: Operands) -> list[Value]:
-    """B is the middle of 16 rows of 128 bytes: K from 16 to 47."""
+    """16 columns of B are rows of 128 bytes. C starts with zeros and K from 16 to 47, then continues."""
     isa.store_shared(t.shared, [small_bfloat16(isa, t.b + i) for i in range(4)])
     isa.publish_operands()
     isa.block_barrier()
     a = [small_bfloat16(isa, word) for word in (t.a, t.b, t.a ^ t.b, t.b - t.a)]
-    sums, _ = isa.warpgroup_multiply_add_bfloat16(16, None, [[a], [a[::-1]]], t.all_shared + 32, None)
-    return [x + y * 3.0 for x, y in zip(sums[0][:4], sums[0][4:], strict=True)]
+    steps = [[a, a[::-1]], [a[::-1], a]]
+    sums, _ = isa.warpgroup_multiply_add_bfloat16(16, None, steps, t.all_shared + 32)
+    sums, others = isa.warpgroup_multiply_add_bfloat16(
+        16, sums, steps[:1], t.all_shared + 96, lambda: [isa.int_to_float(t.a & 0xFF)]
+    )
+    return [x + y * 3.0 + others[0] for x, y in zip(sums[0][:4], sums[1][4:], strict=True)]
 
 
 def boxes(isa: Instructions, t: Operands) -> list[Value]:
@@ -212,7 +201,7 @@ def loops(isa: Instructions, t: Operands) -> list[Value]:
     return isa.loop((t.thread >> 5) * 3, [t.a, t.y], body)
 
 
-ONLY_9_0 = ("warpgroup", "warpgroup_bfloat16", "swizzled warpgroup_bfloat16")
+ONLY_9_0 = ("warpgroup", "warpgroup_bfloat16")
 """Programs that only compute capability 9.0 runs."""
 
 NEED_9_0 = ("cluster", "boxes", *ONLY_9_0)
@@ -279,7 +268,6 @@ PROGRAMS = {
     "cluster": cluster_stores,
     "warpgroup": warpgroup,
     "warpgroup_bfloat16": warpgroup_bfloat16,
-    "swizzled warpgroup_bfloat16": warpgroup_swizzled_bfloat16,
     "boxes": boxes,
     "transposed loads": transposed_loads,
     "asynchronous copies": copies,

@@ -131,9 +131,7 @@ class Multiplier:
             address = x + (half * g.x_half_bytes + channel * ACTIVATION_BYTES)
             registers = [a[4 * n :][:4] for n in range(PRODUCTS * POSITIONS)]
             products = [registers[POSITIONS * n :][:POSITIONS] for n in range(PRODUCTS)]
-            sums, a = isa.warpgroup_multiply_add_bfloat16(
-                g.rows_per_cta, sums, products, address, None, prepare
-            )
+            sums, a = isa.warpgroup_multiply_add_bfloat16(g.rows_per_cta, sums, products, address, prepare)
         numbers = [number for position in sums or [] for number in position]
         if not g.rounded:
             numbers = self.add_scaled(totals, numbers, scales)

@@ -194,15 +194,15 @@ def test_warpgroup_multiply_add_follows_the_layout(rng):
 
 
 def test_warpgroup_multiply_add_bfloat16_follows_the_layout(rng):
-    warps, columns, distance = 4, 24, 400
-    isa = NumpyInstructions(blocks=1, threads=32 * warps, shared_bytes=2048)
+    warps, columns = 8, 24
+    isa = NumpyInstructions(blocks=1, threads=32 * warps, shared_bytes=4096)
     a = rng.integers(-50, 50, (2, 2, warps, 16, 16))  # for each B and each C
     b = rng.integers(-50, 50, (2, 16, columns))
     c = rng.integers(-1000, 1000, (2, warps, 16, columns))
-    stored = np.zeros(1024, ml_dtypes.bfloat16)
+    stored = np.zeros(2048, ml_dtypes.bfloat16)
     for i, k, n in np.ndindex(b.shape):
-        offset = distance * (2 * i + k // 8) + 16 * n + 2 * (k % 8)
-        stored[offset // 2] = b[i, k, n]
+        piece, in_piece = divmod(32 * i + 2 * k, 16)  # 16 bytes of the row, which change places with others
+        stored[(128 * n + 16 * (piece ^ n % 8) + in_piece) // 2] = b[i, k, n]
     thread = isa.thread_index()
     words = stored.view(np.int32).reshape(warps * 32, 4)
     isa.store_shared(thread << 4, [LaneValue(np.ascontiguousarray(words[:, i]), "i32") for i in range(4)])
@@ -225,9 +225,7 @@ def test_warpgroup_multiply_add_bfloat16_follows_the_layout(rng):
     ]
     c_registers = [[LaneValue(m[warp, r, n].astype(np.float32), "f32") for r, n in elements] for m in c]
     for start, registers in ((c, c_registers), (0 * c, None)):
-        out, _ = isa.warpgroup_multiply_add_bfloat16(
-            columns, registers, a_registers, isa.constant(0), distance
-        )
+        out, _ = isa.warpgroup_multiply_add_bfloat16(columns, registers, a_registers, isa.constant(0))
         for i in range(2):
             exact = sum(a[step, i] @ b[step] for step in range(2)) + start[i]
             for register, (r, n) in zip(out[i], elements, strict=True):
