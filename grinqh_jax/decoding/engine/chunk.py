@@ -196,9 +196,8 @@ def jitted_decode_chunk(
         counts = chunk.counts + active
         stopped = jnp.any(token[:, None] == stop_tokens, axis=-1)
 
-        def written(
-            kept, new
-        ):  # No update of a slice, whose check of bounds is a launch of its own on a GPU.
+        def written(kept: jax.Array, new: jax.Array) -> jax.Array:
+            # Not an update of a slice, whose check of bounds is a launch of its own on a GPU.
             return jnp.where(jnp.arange(steps).reshape(-1, *[1] * new.ndim) == step, new, kept)
 
         chunk = Chunk(
