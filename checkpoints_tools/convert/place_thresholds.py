@@ -13,7 +13,7 @@ from checkpoints_tools.convert.plan import Plan
 from checkpoints_tools.convert.survey import Survey
 from grinqh_jax.checkpoint import Writer
 from grinqh_jax.model.layer_spec import HEAD
-from grinqh_jax.model.parameters import stored_dtype
+from grinqh_jax.model.parameters import stored_dtypes
 from grinqh_jax.model.weight_counts import weights_read
 
 
@@ -53,8 +53,8 @@ def write_grading(
     leaves = {f"{name}.thresholds": table for name, table in tables.items()}
     for name, linear in measurements.linears.items():
         leaves[f"{name}.max_activation"] = np.asarray(linear.inputs.max_activation, np.float32)
-    config = survey.weights.config
+    dtypes = stored_dtypes(survey.weights.config)
     for name, vector in measurements.vectors.items():
-        leaves[name] = np.asarray(vector).astype(stored_dtype(config, name))
+        leaves[name] = np.asarray(vector).astype(dtypes[name])
     leaves[f"{HEAD}.columns"] = vocabulary.token_to_output(list(survey.vocabulary_blocks.values()))
     parts.save(writer, parts.GRADING, leaves)

@@ -162,7 +162,13 @@ def joined(stats: Sequence[GradingStats]) -> GradingStats | None:
     return jax.tree.map(lambda *steps: np.concatenate(steps), *stats)
 
 
-def grading_fields(model: Decoder, stats: GradingStats | None, *, one_level: bool = False) -> dict[str, Any]:
+def grading_fields(
+    model: Decoder,
+    stats: GradingStats | None,
+    *,
+    one_level: bool = False,
+    ranges: Float[np.ndarray, "linears"] | None = None,
+) -> dict[str, Any]:
     """Computes the fields of ``Statistics`` that depend on the model and on what it read.
 
     Args:
@@ -170,6 +176,7 @@ def grading_fields(model: Decoder, stats: GradingStats | None, *, one_level: boo
       stats: Grading statistics of the decode steps of one row, ``[steps, linears]``; None for a dense model
         or if nothing was decoded.
       one_level: Whether all channels are read at the same level, in an engine with many slots.
+      ranges: ``calibrated_ranges(model)``; None fetches them, after the work that the device has.
     """
     names = linear_names(model.config)
     fields: dict[str, Any] = {
@@ -187,7 +194,8 @@ def grading_fields(model: Decoder, stats: GradingStats | None, *, one_level: boo
     elif stats is not None and len(stats.bits):
         means = np.asarray(stats.bits, np.float64).mean(axis=0)
         bits = dict(zip(names, means.tolist(), strict=True))
-        ratios = np.max(activation_range_ratio(model, stats), axis=0).tolist()
+        ranges = calibrated_ranges(model) if ranges is None else ranges
+        ratios = np.max(activation_range_ratio(stats, ranges), axis=0).tolist()
         fields |= {
             "realised_bits": weighted_mean(model, bits),
             "realised_bits_per_layer": bits,
@@ -208,20 +216,27 @@ def _kernel_bits(model: Decoder, name: str) -> int:
     return 8 * linear.kernel[...].dtype.itemsize
 
 
-def activation_range_ratio(model: Decoder, stats: GradingStats) -> Float[np.ndarray, "*steps linears"]:
+def calibrated_ranges(model: Decoder) -> Float[np.ndarray, "linears"]:
+    """Returns the largest ``|x|`` in calibration of each layer of a graded model, float32.
+
+    Layers are in the order of ``decoder.linear_names``.
+    """
+    linears = [model.graded_linear(name) for name in linear_names(model.config)]
+    return np.asarray(_stack([linear.max_activation[...] for linear in linears]))
+
+
+def activation_range_ratio(
+    stats: GradingStats, ranges: Float[np.ndarray, "linears"]
+) -> Float[np.ndarray, "*steps linears"]:
     """Returns the largest ``|x|`` of each step and layer over the largest in calibration, float32.
 
     Args:
-      model: Graded model.
-      stats: Grading statistics ``[*steps, linears]``, layers in the order of ``decoder.linear_names``.
+      stats: Grading statistics ``[*steps, linears]``.
+      ranges: The largest ``|x|`` in calibration (see ``calibrated_ranges``).
     """
-    calibrated = _stack(
-        [model.graded_linear(name).max_activation[...] for name in linear_names(model.config)]
-    )
-    with np.errstate(
-        divide="ignore", invalid="ignore"
-    ):  # A model made for a test may have a largest activation of 0.
-        return np.asarray(stats.max_abs) / np.asarray(calibrated)
+    # A model made for a test may have a largest activation of 0.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(stats.max_abs) / ranges
 
 
 def weighted_mean(

@@ -28,7 +28,7 @@ from grinqh_jax.model.parameters import (
     axis_sizes,
     projections,
     router_projections,
-    stored_dtype,
+    stored_dtypes,
     vectors,
 )
 from grinqh_jax.model.partition import Partition
@@ -223,10 +223,9 @@ def abstract_tree(config: ModelConfig, max_bits: int, num_targets: int) -> dict[
     experts = {name for name, projection in projections(config).items() if projection.of_experts}
     for name, shape in linear_shapes(config).items():
         leaves |= {f"{name}.{leaf}": value for leaf, value in graded(shape, name in experts).items()}
-    for name, router in router_projections(config).items():
-        kernel = f"{name}.kernel"
-        leaves[kernel] = jax.ShapeDtypeStruct(router.shape(sizes), stored_dtype(config, kernel))
-    for name, size in vectors(config).items():
-        leaves[name] = jax.ShapeDtypeStruct(size, stored_dtype(config, name))
+    shapes = {f"{name}.kernel": router.shape(sizes) for name, router in router_projections(config).items()}
+    dtypes = stored_dtypes(config)
+    for name, shape in (shapes | vectors(config)).items():
+        leaves[name] = jax.ShapeDtypeStruct(shape, dtypes[name])
     leaves[f"{HEAD}.columns"] = jax.ShapeDtypeStruct((sizes["vocab"],), jnp.int32)
     return unflatten_dict(leaves, sep=".")

@@ -156,15 +156,10 @@ def parameter_shapes(config: ModelConfig) -> dict[str, list[tuple[int, ...]]]:
     return shapes
 
 
-def stored_dtype(config: ModelConfig, name: str) -> jnp.dtype:
-    """Returns the dtype of one of ``vectors`` or of a router's kernel in a checkpoint.
-
-    Args:
-      config: Configuration of the model.
-      name: Dotted name of the parameter.
-    """
-    module, _, leaf = name.rpartition(".")
+def stored_dtypes(config: ModelConfig) -> dict[str, jnp.dtype]:
+    """Returns the dtypes of ``vectors`` and of the routers' kernels in a checkpoint, by dotted name."""
+    narrow, wide = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
+    dtypes = dict.fromkeys(vectors(config), wide)
     # bfloat16 does not hold 1 plus a small number.
-    wide = leaf in ("bias", SINKS) or name in delta_parameters(config)
-    wide |= leaf == "scale" and norms(config)[module].offset != 0
-    return jnp.dtype(jnp.float32 if wide else jnp.bfloat16)
+    dtypes |= {f"{name}.scale": wide if norm.offset else narrow for name, norm in norms(config).items()}
+    return dtypes | {f"{name}.kernel": narrow for name in routers(config)}

@@ -4,7 +4,7 @@ import math
 
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import linear_shapes
-from grinqh_jax.model.parameters import stored_dtype, vectors
+from grinqh_jax.model.parameters import stored_dtypes, vectors
 
 
 def weights_stored(config: ModelConfig) -> dict[str, int]:
@@ -21,10 +21,10 @@ def weights_read(config: ModelConfig) -> dict[str, int]:
 
 def vector_bytes_read(config: ModelConfig) -> int:
     """Returns the bytes of norm scales, biases and other ``vectors`` that a token reads."""
-    counts, total = _expert_counts(config), 0
+    counts, dtypes, total = _expert_counts(config), stored_dtypes(config), 0
     for name, shape in vectors(config).items():
         stored, read = counts.get(name.removesuffix(".bias"), (1, 1))
-        total += math.prod(shape) // stored * read * stored_dtype(config, name).itemsize
+        total += math.prod(shape) // stored * read * dtypes[name].itemsize
     return total
 
 

@@ -48,7 +48,7 @@ class Choice:
                 self.clock.event()
             yield piece
         self.clock.end()
-        # The calibrated ranges come from the device, which may be busy with a decode chunk.
+        # In a thread, because a long answer has many steps.
         self.statistics = await asyncio.to_thread(self.answer.statistics)
 
     @property

@@ -7,6 +7,9 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
+from jaxtyping import Float
+
 from grinqh_jax.decoding.answer_text import AnswerText
 from grinqh_jax.decoding.batching.job import FinishReason
 from grinqh_jax.decoding.logprobs import TokenLogprobs
@@ -71,6 +74,7 @@ class Answer:
         top_logprobs: int | None,
         *,
         one_level: bool = False,
+        ranges: Float[np.ndarray, "linears"] | None = None,
     ):
         """Makes an empty answer.
 
@@ -80,13 +84,14 @@ class Answer:
           text: Decodes the tokens.
           top_logprobs: Number of most likely tokens that pieces report; None for no log-probabilities.
           one_level: Whether decode steps read all channels of a layer at one level (``reading``).
+          ranges: ``statistics.calibrated_ranges`` of the model; None for a dense one.
         """
         self.prompt_tokens = len(prompt)
         self.prompt_logprobs: list[TokenLogprob] | None = None
         self.tokens: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.reused_tokens: int | None = None
-        self._one_level = one_level
+        self._one_level, self._ranges = one_level, ranges
         self.speculation: SpeculationFigures | None = None
         self._model = model
         self._prompt = prompt
@@ -151,7 +156,7 @@ class Answer:
             compile_seconds=0.0,
             peak_memory_bytes=peak_memory(),
             speculation=self.speculation,
-            **grading_fields(self._model, self.grading_stats, one_level=self._one_level),
+            **grading_fields(self._model, self.grading_stats, one_level=self._one_level, ranges=self._ranges),
         )
 
     def __iter__(self) -> Iterator[Piece]:

@@ -23,6 +23,7 @@ from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.reading import MAX_GRADED_ROWS
 from grinqh_jax.decoding.request import Request
 from grinqh_jax.decoding.speculation.speculation import Speculation
+from grinqh_jax.decoding.statistics import calibrated_ranges
 from grinqh_jax.errors import UsageError
 from grinqh_jax.serving.answer import Answer
 from grinqh_jax.serving.engine_device import engine_device, request_settings
@@ -106,6 +107,8 @@ class Engine:
         if leader is not None:
             leader.lead(device)
         self.shape, self._generator, self._leader = device.shape, generator, leader
+        # Fetched once: at the end of an answer the device is busy with others.
+        self._ranges = calibrated_ranges(generator.model) if device.graded else None
         self._grammars = Grammars(generator)
         self.storage = SharedPages(self.shape, device.graded)
         self.scheduler = Scheduler(device, self.storage, policy)
@@ -182,7 +185,9 @@ class Engine:
         stop_tokens = self._generator.stop_tokens(request)
         text = AnswerText(self._generator.tokenizer.stream(), request.stop, stop_tokens)
         one_level = self.shape.slots > MAX_GRADED_ROWS
-        answer = Answer(self._generator.model, tokens, text, top_logprobs, one_level=one_level)
+        answer = Answer(
+            self._generator.model, tokens, text, top_logprobs, one_level=one_level, ranges=self._ranges
+        )
         job = Job(tokens, settings, answer, top_logprobs is not None, prompt_logprobs, priority, grammar)
         with self._lock:
             self._check_open()

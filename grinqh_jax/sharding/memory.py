@@ -11,7 +11,7 @@ from flax import traverse_util
 from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import abstract_tree, linear_shapes
 from grinqh_jax.model.fixed_states import fixed_bytes, whole_layers
-from grinqh_jax.model.parameters import EMBEDDING, axis_sizes, projections, routers, stored_dtype, vectors
+from grinqh_jax.model.parameters import EMBEDDING, axis_sizes, projections, routers, stored_dtypes, vectors
 from grinqh_jax.model.partition import AXIS
 from grinqh_jax.sharding.cutting import cut_leaves
 from grinqh_jax.sharding.rules import partition
@@ -102,8 +102,9 @@ def _dense_leaves(config: ModelConfig) -> dict[str, Any]:
     kernels |= {EMBEDDING: (config.vocab_size, config.hidden_size)}
     kernels |= {"lm_head.kernel": (config.hidden_size, config.vocab_size)}
     leaves = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in kernels.items()}
+    dtypes = stored_dtypes(config)
     for name, shape in vectors(config).items():
-        leaves[name] = jax.ShapeDtypeStruct(shape, stored_dtype(config, name))
+        leaves[name] = jax.ShapeDtypeStruct(shape, dtypes[name])
     return leaves
 
 
