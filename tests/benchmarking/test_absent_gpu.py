@@ -185,7 +185,7 @@ def test_without_the_plugin_it_says_what_to_install(script, monkeypatch):
             ["speculative, 1 texts, 7 drafts", "speculative, 2 texts, 7 drafts"],
             "prepare_attention",
         ),
-        ("Qwen3-0.6B", "prefill", ["prefill, 256 tokens of 512"], "dequantization"),
+        ("Qwen3-0.6B", "prefill", ["prefill, 512 tokens of 512"], "dequantization"),
         ("Qwen3-0.6B", "insert", ["insert"], "sampling"),
         ("Qwen3-0.6B", "free", ["free"], None),
     ],
@@ -199,7 +199,7 @@ def test_the_programs_are_the_engines(script, monkeypatch, shape, program, label
     settings = Settings.of_request(sampling, 3.0, (), 1, script.STOP_TOKENS)
     gpu = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
     mesh = jax.sharding.AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=gpu)
-    args = argparse.Namespace(rows=[1, 2], tokens=[256])
+    args = argparse.Namespace(rows=[1, 2], tokens=[512])
     with jax.sharding.use_abstract_mesh(mesh):
         absent = script.engine_device(config, jax.devices(), settings, 512, program == "speculative")
         found = dict(script.programs(absent, settings, program, args))

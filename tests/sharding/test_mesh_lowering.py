@@ -143,10 +143,10 @@ def test_a_step_with_drafts_exchanges_as_one_without(drafter, steps):
 
 
 def test_a_long_prefill_dequantizes_the_parts():
-    """An H200 dequantizes for prompts of more than 128 tokens (``matmul.tuning``)."""
+    """An H200 dequantizes for prompts of more than 256 tokens (``matmul.tuning``)."""
 
     def prefill(model, tokens, cache, thresholds):
-        logits, cache = engine.prefill(model, jnp.tile(tokens[:, None], (1, 256)), jnp.full(1, 200), cache)
+        logits, cache = engine.prefill(model, jnp.tile(tokens[:, None], (1, 512)), jnp.full(1, 500), cache)
         return logits, cache, thresholds
 
     kernels = re.findall(r"00(\w+)_kernel_mosaic_gpu", lowered(prefill, "Qwen3-8B", 2, 1))

@@ -118,15 +118,15 @@ def test_a_step_of_an_unquantized_mixture_has_no_loop_over_experts():
 def test_a_preview_adds_no_kernels_to_prefill():
     """The preview counts graded bits from the inputs; each weight is still dequantized once.
 
-    An H200 dequantizes for prompts of more than 128 tokens (``matmul.tuning``).
+    An H200 dequantizes for prompts of more than 256 tokens (``matmul.tuning``).
     """
 
     def plain(model, tokens, cache, thresholds):
-        return engine.prefill(model, jnp.tile(tokens[:, None], (1, 256)), jnp.full(1, 200), cache)
+        return engine.prefill(model, jnp.tile(tokens[:, None], (1, 512)), jnp.full(1, 500), cache)
 
     def previewed(model, tokens, cache, thresholds):
-        block = jnp.tile(tokens[:, None], (1, 256))
-        return engine.prefill_with_preview(model, block, jnp.full(1, 200), cache, thresholds)
+        block = jnp.tile(tokens[:, None], (1, 512))
+        return engine.prefill_with_preview(model, block, jnp.full(1, 500), cache, thresholds)
 
     kernels = [
         re.findall(r"00(\w+)_kernel_mosaic_gpu", lowered(function, "Qwen3-8B", 1))
