@@ -102,6 +102,13 @@ def graded_directory(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def one_layer_directory(tmp_path_factory) -> Path:
+    """The directory of a GRINQH checkpoint of one layer, without a chat template."""
+    parent = tmp_path_factory.mktemp("graded")
+    return write_graded(parent / "tiny", write_companions(parent, chat=False), layers=1)
+
+
+@pytest.fixture(scope="session")
 def chat_directory(tmp_path_factory) -> Path:
     """The directory of a GRINQH checkpoint with a chat template, of one layer, which compiles fast."""
     parent = tmp_path_factory.mktemp("chat")

@@ -47,16 +47,16 @@ def test_the_numbers_of_pages_of_a_server():
 
 @pytest.mark.parametrize("max_context", [300, 832, 8192, 40960])
 def test_the_pages_hold_the_chunk_and_depend_on_its_end_alone(max_context):
-    shape = served(max_context=max_context)
+    """The number of pages can change only where a page ends."""
+    shape, longest = served(max_context=max_context), served(max_context=1 << 17)
+    beside_edges = {edge + i for edge in range(0, max_context + 1, 64) for i in (-1, 0, 1)} | {max_context}
+    ends = [end for end in beside_edges if 1 <= end <= max_context]
     for width in (32, 128, 512):
-        read = [shape.pages_read(width, end) for end in range(1, max_context + 1)]
-        assert all(64 * pages >= end for end, pages in enumerate(read, 1))
-        assert set(read) == set(shape.prefill_pages(width))
-        longest = served(max_context=1 << 17)
-        assert all(
-            pages in (shape.pages_per_slot, longest.pages_read(width, end))
-            for end, pages in enumerate(read, 1)
-        )
+        read = {end: shape.pages_read(width, end) for end in ends}
+        assert all(64 * pages >= end for end, pages in read.items())
+        assert set(read.values()) == set(shape.prefill_pages(width))
+        for end, pages in read.items():
+            assert pages in (shape.pages_per_slot, longest.pages_read(width, end))
 
 
 def read_prompts(monkeypatch, model, dial, settings, prompts, sizes) -> list:
