@@ -223,9 +223,11 @@ def abstract_tree(config: ModelConfig, max_bits: int, num_targets: int) -> dict[
     experts = {name for name, projection in projections(config).items() if projection.of_experts}
     for name, shape in linear_shapes(config).items():
         leaves |= {f"{name}.{leaf}": value for leaf, value in graded(shape, name in experts).items()}
-    shapes = {f"{name}.kernel": router.shape(sizes) for name, router in router_projections(config).items()}
+    others: dict[str, tuple[int, ...]] = {
+        f"{name}.kernel": router.shape(sizes) for name, router in router_projections(config).items()
+    }
     dtypes = stored_dtypes(config)
-    for name, shape in (shapes | vectors(config)).items():
-        leaves[name] = jax.ShapeDtypeStruct(shape, dtypes[name])
+    for name, other in (others | vectors(config)).items():
+        leaves[name] = jax.ShapeDtypeStruct(other, dtypes[name])
     leaves[f"{HEAD}.columns"] = jax.ShapeDtypeStruct((sizes["vocab"],), jnp.int32)
     return unflatten_dict(leaves, sep=".")
