@@ -91,9 +91,6 @@ class HopperPtxInstructions(Instructions):
         kinds = tuple(v.kind for v in values)
         return assemble("wgmma.wait_group.sync.aligned 0;", values, kinds, warp=True, tied=len(values))
 
-    def publishoperands(self):
-        assemble("fence.proxy.async.shared::cta;", [], effects=True)
-
     def start_arrivals(self, barrier):
         template = "mbarrier.init.shared::cta.b64 [$0], 1; fence.mbarrier_init.release.cluster;"
         assemble(f"{template} fence.proxy.async.shared::cta;", [barrier], effects=True)

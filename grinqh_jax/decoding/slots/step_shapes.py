@@ -33,7 +33,10 @@ class StepShape(NamedTuple):
     drafts: int
 
     def steps(self, chunk_steps: int) -> int:
-        """Returns the number of such steps in a chunk: half of ``chunk_steps`` if each takes longer."""
+        """Returns the number of such steps in a chunk: half of ``chunk_steps`` if each takes longer.
+
+        A chunk with drafts has at most ``MOST_DRAFTING_STEPS``.
+        """
         half = -(-chunk_steps // 2)
         if self.drafts:
             return min(half, MOST_DRAFTING_STEPS)
