@@ -116,11 +116,15 @@ def programs(device: Device, settings: Settings, name: str, args: Any) -> Iterat
         ]
         cases = [(f"{name}, {step.texts} texts, {step.drafts} drafts", [step], []) for step in chosen]
     for label, device.step_shapes, widths in cases:
-        found = lowerings(device, widths, settings, [(True, False)])
-        for key, lowering in found.items():
-            if key[0] == RECORDED.get(name, name) and ("greedy", False) not in key:
-                pages = lowering.keywords.get("pages_read")  # of prefill
-                yield label if pages is None else f"{label} of {pages * PAGE_SIZE}", lowering
+        found = [
+            lowering
+            for key, lowering in lowerings(device, widths, settings, [(True, False)]).items()
+            if key[0] == RECORDED.get(name, name) and ("greedy", False) not in key
+        ]
+        assert found, f"the engine has no program {label}"
+        for lowering in found:
+            pages = lowering.keywords.get("pages_read")  # of prefill
+            yield label if pages is None else f"{label} of {pages * PAGE_SIZE}", lowering
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,7 +62,7 @@ class PagedDevice(Device):
     """Does what a ``Device`` does, at once, with tokens in place of keys and values."""
 
     def __init__(self, steps: int, shape: Shape = SHAPE):
-        self.shape, self.speculation, self.chunk_steps = shape, None, steps
+        self.shape, self.speculation, self.chunk_steps, self.on_mesh = shape, None, steps, False
         self.step_shapes = step_shapes(row_counts(shape.slots, fixed=False), 0, contiguous=False)
         self.decoded: list[int] = []  # numbers of rows of the chunks
         self.events: list[str | int] = []  # chunks, and the ends of the prefill chunks that were read

@@ -62,6 +62,7 @@ class Scheduler:
             device.step_shapes,
             always=device.speculation is not None and device.speculation.always,
             measures=jax.process_count() == 1,
+            reads_all_rows=device.on_mesh,
         )
         self._launched = False
 

@@ -41,6 +41,7 @@ class Device:
     Attributes:
       shape: Sizes of state and programs.
       graded: Whether the model is graded.
+      on_mesh: Whether the model is cut among devices.
       levels: Values of the argument ``level`` of ``generate``.
       speculation: How the device speculates; None if it does not.
       step_shapes: Shapes of steps, that of all slots without drafts first. It alone has a program for masks.
@@ -81,7 +82,7 @@ class Device:
             many slots.
         """
         self.shape = shape
-        self.graded = dial is not None
+        self.graded, self.on_mesh = dial is not None, model.partition is not None
         self.speculation = speculation
         if speculation is not None:
             check_speculation(model.config, shape.slots, shape.contiguous)

@@ -109,14 +109,15 @@ class StepTimes:
     def updated(self, drafting: float, seconds: float) -> "StepTimes":
         """Returns the times after a measurement of the mean.
 
-        Steps without drafts are measured alone. Other measurements tell the time of a step with drafts.
+        Steps without drafts are measured alone. Other measurements tell the time of a step with drafts. That
+        is never the shorter one: otherwise a wrong time of the one would drive the other below zero.
         """
         expected = self.mean(drafting)
-        # A pause of the host makes a step seem longer, never shorter.
+        # A pause of the host can make a step seem many times as long.
         change = NEW_MEASUREMENT * (min(seconds, 2 * expected) - expected)
         if drafting:
-            return StepTimes(self.idle, self.drafting + change)
-        return StepTimes(self.idle + change, self.drafting)
+            return StepTimes(min(self.idle, self.drafting + change), self.drafting + change)
+        return StepTimes(self.idle + change, max(self.idle + change, self.drafting))
 
 
 class DraftLength:
@@ -127,19 +128,28 @@ class DraftLength:
       times: Times of a step of each shape that was measured.
     """
 
-    def __init__(self, shapes: Sequence[StepShape], *, always: bool = False, measures: bool = True):
+    def __init__(
+        self,
+        shapes: Sequence[StepShape],
+        *,
+        always: bool = False,
+        measures: bool = True,
+        reads_all_rows: bool = False,
+    ):
         """Starts without measurements.
 
         Args:
           shapes: See ``step_shapes``.
           always: Whether to draft as much as possible, also where it does not pay.
           measures: Whether measured times count. If not, the choice depends on the texts alone, so several
-            processes that run one model together choose the same. On their mesh every step reads all rows.
+            processes that run one model together choose the same.
+          reads_all_rows: Whether a step reads the rows of all drafts even if no text has any, as on a mesh.
         """
         self.shapes = tuple(shapes)
         self.times: dict[StepShape, StepTimes] = {}
         self._always = always
         self._measures = measures
+        self._reads_all_rows = reads_all_rows
         self._without = 0
 
     def choose(self, texts: Sequence[Acceptance], least: int = 0) -> StepShape:
@@ -167,8 +177,13 @@ class DraftLength:
             return
         share, each = drafting / steps, seconds / steps
         old = self._expected(shape)
-        first = shape not in self.times
-        self.times[shape] = old.scaled(each / old.mean(share)) if first else old.updated(share, each)
+        if shape not in self.times:
+            self.times[shape] = old.scaled(each / old.mean(share))
+        elif self._reads_all_rows:
+            both = old.updated(1, each).drafting
+            self.times[shape] = StepTimes(both, both)
+        else:
+            self.times[shape] = old.updated(share, each)
 
     def _speed(self, shape: StepShape, texts: Sequence[Acceptance]) -> float:
         tokens = sum(text.tokens_per_step(shape.drafts) for text in texts)
@@ -179,9 +194,10 @@ class DraftLength:
         """Returns the measured times of a step, or assumed ones, which follow the first measured shape."""
         if shape in self.times:
             return self.times[shape]
-        if not self._measures:
-            every = StepTimes.assumed(shape).drafting
-            return StepTimes(every, every)
         known = next(iter(self.times), None)
-        scale = 1.0 if known is None else self.times[known].idle / StepTimes.assumed(known).idle
-        return StepTimes.assumed(shape).scaled(scale)
+        scale = 1.0 if known is None else self.times[known].idle / self._assumed(known).idle
+        return self._assumed(shape).scaled(scale)
+
+    def _assumed(self, shape: StepShape) -> StepTimes:
+        times = StepTimes.assumed(shape)
+        return StepTimes(times.drafting, times.drafting) if self._reads_all_rows else times

@@ -30,7 +30,7 @@ PRODUCTS = 2
 OCTET = 8
 """Number of activation rows, columns of B, that share the first registers of C."""
 
-MAX_ROWS, MAX_ROUNDED_ROWS = 64, 128
+MAX_EXACT_ROWS, MAX_ROUNDED_ROWS = 64, 128
 """Most activation rows of a CTA. Sums and totals, or sums if rounded, take 128 registers of a lane."""
 
 PIECE_BYTES = layout.PIECE // 4
@@ -95,7 +95,7 @@ class Geometry:
     @property
     def max_octets(self) -> int:
         """Largest number of octets of a CTA."""
-        return (MAX_ROUNDED_ROWS if self.rounded else MAX_ROWS) // OCTET
+        return (MAX_ROUNDED_ROWS if self.rounded else MAX_EXACT_ROWS) // OCTET
 
     @property
     def row_batches(self) -> int:

@@ -20,7 +20,7 @@ MAX_ROWS = 512
 """Largest number of activation rows. Every 64 or, from 65 rows on, 128 rows read the planes again."""
 
 OFFSET_LIMIT = 2**32
-"""Largest number of bytes of planes, because offsets have 32 bits."""
+"""Largest number of bytes of planes. It leaves offsets of scales and partial sums below 32 bits."""
 
 
 def supports(x: jax.Array | jax.ShapeDtypeStruct, weight: NestedWeight, level: int) -> str | None:
@@ -65,7 +65,7 @@ def geometry_of(rows: int, weight: NestedWeight, level: int, rounded: bool | Non
         rows=rows,
         multiprocessors=device.multiprocessors(target),
         shared_limit=device.shared_memory(target),
-        rounded=rows > geometry.MAX_ROWS if rounded is None else rounded,
+        rounded=rows > geometry.MAX_EXACT_ROWS if rounded is None else rounded,
     )
 
 

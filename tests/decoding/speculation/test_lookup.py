@@ -138,8 +138,27 @@ def test_several_processes_that_measure_other_times_choose_the_same():
 
 def test_a_text_with_few_drafts_has_none_where_steps_read_all_rows():
     text = Acceptance(accepted=100.0, tried=100.1, steps=10.0, drafting=1.0)  # 1.7 tokens a step
-    for measures, wanted in ((True, 7), (False, 0)):
-        assert DraftLength(shapes(1, 7, True), measures=measures).choose([text]).drafts == wanted
+    for all_rows, wanted in ((False, 7), (True, 0)):
+        assert DraftLength(shapes(1, 7, True), reads_all_rows=all_rows).choose([text]).drafts == wanted
+
+
+def test_where_steps_read_all_rows_they_take_the_same_time_whatever_texts_draft():
+    length, shape = DraftLength([StepShape(1, 0), StepShape(1, 7)], reads_all_rows=True), StepShape(1, 7)
+    for drafting in [0, 8, 1] * 30:
+        length.measure(shape, 8, drafting, 8 * 2.4)
+    assert length.times[shape] == StepTimes(pytest.approx(2.4), pytest.approx(2.4))
+
+
+@pytest.mark.parametrize("pause", [0.01, 1.5, 15.0])
+def test_times_recover_from_a_wrong_first_measurement(pause):
+    length, shape = DraftLength([StepShape(1, 0), StepShape(1, 7)]), StepShape(1, 7)
+    length.measure(shape, 8, 0, 8 * pause)
+    for _ in range(300):
+        length.measure(shape, 8, 1, 7 * 1.5 + 3.0)
+        assert 0 < length.times[shape].idle <= length.times[shape].drafting
+    for _ in range(40):
+        length.measure(shape, 8, 8, 8 * 3.0)
+    assert length.times[shape].drafting == pytest.approx(3.0, rel=0.01)
 
 
 def test_drafts_are_tried_now_and_then_where_they_do_not_pay():

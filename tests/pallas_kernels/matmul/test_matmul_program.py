@@ -131,10 +131,15 @@ def test_weights_are_rounded_once():
     assert (np.abs(y - rounded) <= 2**-7 * np.abs(rounded)).all()
 
 
-@pytest.mark.parametrize("multiprocessors", [1, 3, 4, 6, 10, 24, 30])
-def test_every_division_of_the_units(multiprocessors):
-    """A CTA has several tiles or a part of one; a tile has a different number of CTAs than another."""
+@pytest.mark.parametrize(
+    ("multiprocessors", "teams", "splits"),
+    [(1, 1, 1), (4, 2, 2), (6, 3, 1), (10, 5, 3), (24, 8, 3), (30, 15, 5)],
+)
+def test_every_division_of_the_units(multiprocessors, teams, splits):
+    """A team has several tiles or a part of one; a tile has a different number of teams than another."""
     x, weight, _ = Case(600, 1300, rows=9, dtype="bfloat16").arrays()
+    g = geometry(9, weight, 3, multiprocessors=multiprocessors)
+    assert (g.teams, g.splits) == (teams, splits)
     assert_agrees(x, weight, 3, emulate(x, weight, 3, multiprocessors=multiprocessors))
 
 
@@ -182,12 +187,14 @@ def test_nan_and_inf_reach_every_output_of_their_row_and_no_other(rounded, bad):
     np.testing.assert_array_equal(np.delete(y, 1, 0), np.delete(clean, 1, 0))
 
 
-@pytest.mark.parametrize(("few", "many"), [(1, 32), (33, 64)])
-def test_the_number_of_other_rows_does_not_change_a_row(few, many):
+@pytest.mark.parametrize(
+    ("few", "many", "rounded"), [(1, 32, EXACT), (33, 64, EXACT), (1, 64, ROUNDED), (65, 128, ROUNDED)]
+)
+def test_the_number_of_other_rows_does_not_change_a_row(few, many, rounded):
     """The order of the sums depends on the batches only."""
     x, weight, _ = Case(600, 700, rows=many, dtype="bfloat16").arrays()
-    first = emulate(x[:few], weight, 3, multiprocessors=7)
-    np.testing.assert_array_equal(first, emulate(x, weight, 3, multiprocessors=7)[:few])
+    first = emulate(x[:few], weight, 3, rounded, multiprocessors=7)
+    np.testing.assert_array_equal(first, emulate(x, weight, 3, rounded, multiprocessors=7)[:few])
 
 
 def test_planes_above_the_level_do_not_matter():
