@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from grinqh_jax.decoding.reading import MAX_GRADED_ROWS, WeightReading
 from grinqh_jax.decoding.speculation.figures import SpeculationFigures
 from grinqh_jax.model.apply import in_head
+from grinqh_jax.model.config import ModelConfig
 from grinqh_jax.model.decoder import Decoder, linear_names
 from grinqh_jax.model.experts import DenseExperts
 from grinqh_jax.model.linear import DenseLinear
@@ -178,7 +179,12 @@ def grading_fields(
       one_level: Whether all channels are read at the same level, in an engine with many slots.
       ranges: ``calibrated_ranges(model)``; None fetches them, after the work that the device has.
     """
-    names = linear_names(model.config)
+    names, others = linear_names(model.config), _bytes_beside_linears(model.config)
+
+    def bytes_per_token(bits: Mapping[str, float]) -> float:
+        weights = weights_read(model.config)
+        return sum(count * bits[name] / 8 for name, count in weights.items()) + others
+
     fields: dict[str, Any] = {
         "realised_bits": None,
         "realised_bits_per_layer": {},
@@ -187,10 +193,10 @@ def grading_fields(
         "bytes_per_token": None,
         "reading": "dense" if not model.graded else "one level" if one_level else "graded",
         "dense_dtype": None if model.graded else model.compute_dtype.name,
-        "bytes_per_token_bf16": _bytes_per_token(model, dict.fromkeys(names, 8 * BF16_BYTES)),
+        "bytes_per_token_bf16": bytes_per_token(dict.fromkeys(names, 8 * BF16_BYTES)),
     }
     if not model.graded:
-        fields["bytes_per_token"] = _bytes_per_token(model, {n: _kernel_bits(model, n) for n in names})
+        fields["bytes_per_token"] = bytes_per_token({n: _kernel_bits(model, n) for n in names})
     elif stats is not None and len(stats.bits):
         means = np.asarray(stats.bits, np.float64).mean(axis=0)
         bits = dict(zip(names, means.tolist(), strict=True))
@@ -201,7 +207,7 @@ def grading_fields(
             "realised_bits_per_layer": bits,
             "realised_bits_per_step": np.asarray(stats.bits),
             "activation_range_ratio": dict(zip(names, ratios, strict=True)),
-            "bytes_per_token": _bytes_per_token(model, {n: b + SCALE_BITS for n, b in bits.items()}),
+            "bytes_per_token": bytes_per_token({n: b + SCALE_BITS for n, b in bits.items()}),
         }
     return fields
 
@@ -252,14 +258,11 @@ def weighted_mean(
     return sum(bits[name] * size for name, size in sizes.items()) / sum(sizes.values())
 
 
-def _bytes_per_token(model: Decoder, bits: Mapping[str, float]) -> float:
-    config, sizes = model.config, axis_sizes(model.config)
-    linears = sum(weights * bits[name] / 8 for name, weights in weights_read(config).items())
-    routers = router_projections(config).values()
-    linears += BF16_BYTES * sum(math.prod(router.shape(sizes)) for router in routers)
-    return (
-        linears + vector_bytes_read(config) + BF16_BYTES * config.hidden_size
-    )  # and one row of the embedding
+def _bytes_beside_linears(config: ModelConfig) -> float:
+    """Returns the bytes that a token reads of routers, of ``vectors``, and of one row of the embedding."""
+    sizes = axis_sizes(config)
+    routers = sum(math.prod(router.shape(sizes)) for router in router_projections(config).values())
+    return BF16_BYTES * (routers + config.hidden_size) + vector_bytes_read(config)
 
 
 @jax.jit  # one transfer to the host and not one per layer
