@@ -4,7 +4,7 @@
     python benchmarks/level_matmul.py --checks                         correctness only
     python benchmarks/level_matmul.py --rows 16 32 --levels 3          some products
     python benchmarks/level_matmul.py --tune                           also time XLA, update the tuning table
-    python benchmarks/level_matmul.py --variants exact rounded    other programs
+    python benchmarks/level_matmul.py --variants exact rounded         other programs
 
 Times: kernel time of the four projections of a Qwen3-8B layer, from the profiler, over copies of the weights
 that exceed the L2, beside XLA's bf16 product. "layer" is the time of all kernels; "kernels" is that of each:
