@@ -24,6 +24,8 @@ import sys
 import time
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# The first GPU holds one model whole and another one's half: 112 GB of Llama-3.1-70B.
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")
 
 NCCL = "--xla_gpu_experimental_use_collective_kernels=-ALL_REDUCE"
 """Option by which XLA adds up over devices by NCCL, not by its own kernel (jax 0.11.2)."""
