@@ -60,29 +60,35 @@ def test_the_pages_hold_the_chunk_and_depend_on_its_end_alone(max_context):
 
 
 def read_prompts(monkeypatch, model, dial, settings, prompts, sizes) -> list:
-    """Returns the numpy prefix of each prompt with the keys and values of its tokens, and how many pages were
-    read."""
-    shape = Shape(**sizes, num_pages=40, stop_tokens=1)
+    """Returns the numpy prefix of each prompt with the keys and values of its tokens, the log-probabilities
+    of the tokens that were read, and how many pages each program has read."""
+    shape = Shape(**sizes, num_pages=40, stop_tokens=1, prompt_logprobs=True)
     device, storage = Device(model, dial, shape, SHORT, settings), SharedPages(shape, dial is not None)
-    results, run, read = [], device._run, set()
+    results, run = [], device._run
+    read: dict[str, set[int]] = {"prefill": set(), "prompt_logprobs": set()}
 
     def noted(name, *arguments, **rest):
-        read.update([rest["pages_read"]] if name == "prefill" else [])
+        if name in read:
+            read[name].add(rest["pages_read"])
         return run(name, *arguments, **rest)
 
     monkeypatch.setattr(device, "_run", noted)
     for prompt in prompts:
         job = Job(prompt, settings, Received())
         reused = storage.reserve(job)
-        prefix = device.prefix(job.pages, reused)
+        prefix, logprobs = device.prefix(job.pages, reused), []
         for bucket in storage.cut(job, reused):
+            following = np.roll(bucket.tokens, -1, axis=1)
+            scored = device.prompt_logprobs(prefix, bucket, following)
+            logprobs.append(jax.tree.map(lambda rows: np.asarray(rows)[:, : bucket.lengths[0] - 1], scored))  # noqa: B023
             prefix = device.prefill(prefix, bucket, settings)
             storage.keep(job, bucket.end)
         rows = [
             np.asarray(array)[job.pages].reshape(-1, *array.shape[2:])[: len(prompt)]
             for array in (*device.cache.keys, *device.cache.values)
         ]
-        results.append((reused, jax.tree.map(np.asarray, dataclasses.replace(prefix, pages=None)), rows))
+        prefix = jax.tree.map(np.asarray, dataclasses.replace(prefix, pages=None))
+        results.append((reused, prefix, rows, logprobs))
         storage.release(job)
     return [*results, read]
 
@@ -113,15 +119,16 @@ def test_a_prompt_is_read_as_with_the_longest_table(monkeypatch, generator, fami
     for least, pages in ((FEW, {4, 8, 16}), (ALL, {16})):
         monkeypatch.setattr(shapes, "LEAST_SCORES", least)
         results.append(read_prompts(monkeypatch, model, dial, settings, prompts, sizes))
-        assert results[-1].pop() == pages
-    assert [reused for reused, _, _ in results[0]] == ([0] * 4 if rings else [0, 0, 64, 32])
+        assert results[-1].pop() == {"prefill": pages, "prompt_logprobs": pages}
+    assert [reused for reused, *_ in results[0]] == ([0] * 4 if rings else [0, 0, 64, 32])
     jax.tree.map(np.testing.assert_array_equal, *results)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("optimized_programs")
 def test_answers_of_an_engine_with_several_tables(monkeypatch, generator, compilations):
-    """They compile nothing, and equal those of the library, which reads whole rows."""
+    """They compile nothing, and equal those of the library, which reads whole rows. Some have
+    log-probabilities of their prompts."""
     monkeypatch.setattr(shapes, "LEAST_SCORES", FEW)
     model = nnx.clone(generator.model)
     model.config = dataclasses.replace(model.config, max_position_embeddings=256)
@@ -133,9 +140,10 @@ def test_answers_of_an_engine_with_several_tables(monkeypatch, generator, compil
         prompt = system[: rng.choice([0, 32, 64, 130, 200])]
         prompt += [rng.randrange(2, 258) for _ in range(rng.randrange(1, 40))]
         cases.append((prompt, Request(bits=rng.choice([2.5, 3.0, "full"]), max_tokens=rng.randrange(1, 7))))
-    with Engine(long, **SIZES, policy=SHORT) as engine:
+    with Engine(long, **SIZES, policy=SHORT, prompt_logprobs=True) as engine:
         compilations.clear()
-        answers = [engine.submit(*case) for case in cases]
+        scored = {"top_logprobs": 1, "prompt_logprobs": True}
+        answers = [engine.submit(*case, **scored if i % 5 == 0 else {}) for i, case in enumerate(cases)]
         for answer in answers:
             answer.result(60)
         assert not compilations
@@ -144,3 +152,5 @@ def test_answers_of_an_engine_with_several_tables(monkeypatch, generator, compil
         alone = long.generate(prompt, request, max_context=256)
         list(alone)
         assert answer.tokens == alone.tokens
+    for (prompt, _), answer in list(zip(cases, answers, strict=True))[::5]:
+        assert [token.token for token in answer.prompt_logprobs] == prompt[1:]

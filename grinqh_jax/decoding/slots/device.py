@@ -184,6 +184,7 @@ class Device:
             prefix,
             tokens,
             following,
+            pages_read=self.shape.pages_read(bucket.tokens.shape[1], bucket.end),
             top_logprobs=self._top_logprobs,
             result=lambda: (self._state.cache, None),
         )

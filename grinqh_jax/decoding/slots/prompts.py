@@ -66,7 +66,7 @@ def prefill(
     return PagedCache.of(text), Prefix(prefix.pages, text.lengths, logits, preview, text.fixed)
 
 
-@jax.jit(static_argnames="top_logprobs", donate_argnames="cache")
+@jax.jit(static_argnames=("pages_read", "top_logprobs"), donate_argnames="cache")
 @on_mesh
 def prompt_logprobs(
     model: FlatModel,
@@ -75,6 +75,7 @@ def prompt_logprobs(
     tokens: Int[Array, "1 t"],
     following: Int[Array, "1 t"],
     *,
+    pages_read: int,
     top_logprobs: int,
 ) -> tuple[PagedCache, TokenLogprobs]:
     """Returns the log-probabilities of the prompt tokens after those of a prefill chunk that is not read yet.
@@ -85,8 +86,9 @@ def prompt_logprobs(
       prefix: What has been read of the prompt.
       tokens: Tokens of the chunk, right-padded with any valid token.
       following: Token after each of them.
+      pages_read: As in ``prefill``.
       top_logprobs: As in ``answers.generate``.
     """
-    text = cache.texts(prefix.pages, prefix.length, prefix.fixed)
+    text = cache.texts(prefix.pages[:, :pages_read], prefix.length, prefix.fixed)
     logprobs, text = logprobs_of_prompt(model, tokens, following, text, top_logprobs)
     return PagedCache.of(text), logprobs
