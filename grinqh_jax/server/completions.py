@@ -14,7 +14,7 @@ from grinqh_jax.server.answer_rules import json_rules
 from grinqh_jax.server.body import parse
 from grinqh_jax.server.choice import Choice, together, usage
 from grinqh_jax.server.errors import APIError
-from grinqh_jax.server.logprobs import Logprob, completion_logprobs
+from grinqh_jax.server.logprobs import Logprob, TextOffsets, completion_logprobs
 from grinqh_jax.server.schema import Completion, StreamOptions, answer_schema
 from grinqh_jax.server.service import Service
 from grinqh_jax.server.streaming import Emit, EventStream, while_connected
@@ -151,7 +151,7 @@ class _Work:
             async for more, more_logprobs in self._pieces(choice):
                 text += more
                 logprobs += more_logprobs
-            results[choice.index] = self._choice(choice, text, logprobs, 0)
+            results[choice.index] = self._choice(choice, text, logprobs, self._offsets(choice))
 
         async with self._choices() as choices:
             await together(choices, consume)
@@ -177,12 +177,11 @@ class _Work:
                 await emit(event)
 
             async def consume(choice: Choice) -> None:
-                offset = 0
+                offsets = self._offsets(choice)
                 async for text, logprobs in self._pieces(choice):
-                    event = self._choice(choice, text, logprobs, offset)
+                    event = self._choice(choice, text, logprobs, offsets)
                     await send(event | {"finish_reason": None})
-                    offset += len(text)
-                await send(self._choice(choice, "", [], offset))
+                await send(self._choice(choice, "", [], offsets))
 
             await together(choices, consume)
             if with_usage:
@@ -192,13 +191,18 @@ class _Work:
         answers = self._body.max_tokens != 0
         return usage(choices, self._prompt_tokens, prompts=len(self._prompts), answers=answers, layers=layers)
 
-    def _choice(self, choice: Choice, text: str, logprobs: Sequence[Logprob], offset: int) -> dict[str, Any]:
+    def _offsets(self, choice: Choice) -> TextOffsets:
+        return TextOffsets(self._service.generator.tokenizer, self._echo(choice))
+
+    def _choice(
+        self, choice: Choice, text: str, logprobs: Sequence[Logprob], offsets: TextOffsets
+    ) -> dict[str, Any]:
         wanted = self._body.logprobs
         return {
             "index": choice.index,
             "text": text,
             "logprobs": None
             if wanted is None or not logprobs
-            else completion_logprobs(logprobs, self._service.generator.tokenizer, offset, wanted > 0),
+            else completion_logprobs(logprobs, self._service.generator.tokenizer, offsets, wanted > 0),
             "finish_reason": choice.finish_reason,
         }

@@ -164,8 +164,23 @@ def test_log_probabilities(client):
     assert streamed == content
     text = client.completions.create(**GREEDY, prompt="The cat", logprobs=2).choices[0]
     assert len(text.logprobs.tokens) == len(text.logprobs.token_logprobs) == 12
-    assert all(len(top) <= 2 for top in text.logprobs.top_logprobs)
+    assert all(len(top) == 2 for top in text.logprobs.top_logprobs)  # greedy: the token is one of them
     assert text.logprobs.text_offset[0] == 0
+
+
+def test_positions_of_tokens_do_not_depend_on_the_text_that_a_stream_holds_back(client):
+    fields = {"model": MODEL, "prompt": "日", "temperature": 1.0, "seed": 1, "max_tokens": 40, "logprobs": 5}
+    fields["extra_body"] = {"ignore_eos": True}
+    text = client.completions.create(**fields).choices[0].text
+    fields["stop"] = text[5:] + "?"  # nearly all of the text may belong to it
+    whole = client.completions.create(**fields, echo=True).choices[0]
+    assert whole.text == "日" + text
+    assert whole.logprobs.text_offset[:4] == [0, 0, 0, 1]
+    assert all(5 <= len(top) <= 6 for top in whole.logprobs.top_logprobs[1:])
+    streamed = [event.choices[0] for event in client.completions.create(**fields, echo=True, stream=True)]
+    parts = [choice.logprobs for choice in streamed if choice.logprobs]
+    assert [offset for part in parts for offset in part.text_offset] == whole.logprobs.text_offset
+    assert [token for part in parts for token in part.tokens] == whole.logprobs.tokens
 
 
 def test_log_probabilities_of_a_prompt_are_those_of_the_library(client, library):
