@@ -1,6 +1,8 @@
 """Listens, serves and drains."""
 
+import asyncio
 import logging
+import math
 import signal
 import socket
 import sys
@@ -14,6 +16,9 @@ from grinqh_jax.server.app import application
 from grinqh_jax.server.limits import ConnectionLimit, Limits
 from grinqh_jax.server.protocol import protocol
 from grinqh_jax.server.service import Service
+
+CUT_SECONDS = 2
+"""Time in which requests that a drain has cut send their error, before uvicorn cancels them."""
 
 SWITCH_SECONDS = 0.0005
 """Longest time that a thread keeps Python's lock while another one waits for it.
@@ -95,7 +100,7 @@ def serve(
         access_log=access_log,
         server_header=False,
         proxy_headers=False,
-        timeout_graceful_shutdown=int(limits.drain_seconds),
+        timeout_graceful_shutdown=math.ceil(limits.drain_seconds) + CUT_SECONDS,
         h11_max_incomplete_event_size=limits.header_bytes,
     )
     server = _Server(config, service, on_listening)
@@ -125,6 +130,14 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             self._on_listening()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        drain = self._service.limits.drain_seconds
+        end = asyncio.get_running_loop().call_later(drain, self._service.cut)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            end.cancel()
 
     async def on_tick(self, counter: int) -> bool:
         return await super().on_tick(counter) or self._service.engine.error is not None

@@ -50,6 +50,15 @@ class Service:
         self.context = engine.shape.max_context
         self._weights = layer_shares(generator.model.config)
         self.admission = Admission(engine.shape.slots, limits.queue)
+        self._clocks: set[asyncio.Timeout] = set()  # of unfinished requests
+        self._cut = False
+
+    def cut(self) -> None:
+        """Ends all unfinished requests, because the server ends. Only the event loop's thread calls it."""
+        self._cut = True
+        for clock in self._clocks:
+            if not clock.expired():
+                clock.reschedule(0)
 
     def bits(self, model: str | None, field: Bits | None = None) -> Bits | None:
         """Returns the bits of a request: its field, or a suffix ``@BITS`` of the model's name.
@@ -168,14 +177,15 @@ class Service:
         """Starts all requests on each prompt; those that are unfinished after the block are cancelled.
 
         Raises:
-          APIError: There is no room in the queue, a request does not fit, or the block takes too long.
+          APIError: There is no room in the queue, a request does not fit, the block takes too long, or the
+            server ends.
           EngineError: The engine has ended.
         """
         started: list[Choice] = []
         otherwise = "failed"
         with self.admission.hold(len(prompts) * len(requests)):
             try:
-                async with asyncio.timeout(self.limits.request_seconds):
+                async with self._clock():
                     for prompt in prompts:
                         for request in requests:
                             answer = self.engine.submit(
@@ -189,11 +199,7 @@ class Service:
                     yield started
             except TimeoutError:
                 otherwise = "timeout"
-                raise APIError(
-                    504,
-                    f"the answer did not end within {self.limits.request_seconds:g} s; ask for fewer tokens",
-                    code="timeout",
-                ) from None
+                raise self._late() from None
             except asyncio.CancelledError:
                 otherwise = "disconnected"
                 raise
@@ -202,6 +208,25 @@ class Service:
                     self.engine.cancel(choice.answer)
                     outcome = choice.answer.finish_reason if choice.statistics else None
                     self.metrics.count(choice.answer, choice.statistics, outcome or otherwise)
+
+    @contextlib.asynccontextmanager
+    async def _clock(self) -> AsyncIterator[None]:
+        """Raises TimeoutError in a block that takes too long, or when the server ends."""
+        async with asyncio.timeout(0 if self._cut else self.limits.request_seconds) as clock:
+            self._clocks.add(clock)
+            try:
+                yield
+            finally:
+                self._clocks.remove(clock)
+
+    def _late(self) -> APIError:
+        if self._cut:
+            again = {"Retry-After": "5"}
+            return APIError(503, "the server is shutting down; try again later", code="ending", headers=again)
+        seconds = f"{self.limits.request_seconds:g}"
+        return APIError(
+            504, f"the answer did not end within {seconds} s; ask for fewer tokens", code="timeout"
+        )
 
     def _logit_bias(self, bias: Any) -> dict[int, float]:
         if wrong := [key for key in bias if not (key.isascii() and key.isdecimal() and len(key) < 10)]:

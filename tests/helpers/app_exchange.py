@@ -3,6 +3,8 @@
 import asyncio
 import dataclasses
 import json
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 
 @dataclasses.dataclass
@@ -37,10 +39,20 @@ async def request(app, path: str, body: dict | None) -> Response:
     return Response(start["status"], received, b"".join(each["body"] for each in rest).decode())
 
 
-def exchange(app, *requests: tuple[str, dict | None]) -> list[Response]:
-    """Sends requests, each a path and a body, to an application at once; returns the responses."""
+def exchange(
+    app,
+    *requests: tuple[str, dict | None],
+    beside: Callable[[], Coroutine[Any, Any, None]] | None = None,
+) -> list[Response]:
+    """Sends requests, each a path and a body, to an application at once; returns the responses.
+
+    ``beside`` runs at the same time."""
 
     async def run():
-        return await asyncio.gather(*(request(app, *each) for each in requests))
+        other = None if beside is None else asyncio.create_task(beside())
+        responses = await asyncio.gather(*(request(app, *each) for each in requests))
+        if other is not None:
+            await other
+        return responses
 
     return asyncio.run(run())

@@ -1,5 +1,6 @@
 """What a client gets when an answer or the engine fails, and when there is no room."""
 
+import asyncio
 import collections
 import json
 import time
@@ -107,6 +108,27 @@ def test_an_answer_that_takes_too_long_is_cut(library, library_engine):
     while service.engine.stats().pages_in_use and time.monotonic() < deadline:
         time.sleep(0.01)
     assert service.engine.stats().pages_in_use == 0
+
+
+def test_answers_that_a_drain_does_not_wait_for_end_with_an_error(library, library_engine):
+    service = Service("tiny", library, library_engine, Limits())
+    long = GOOD | {"max_tokens": 100, "n": 4}
+
+    async def cut() -> None:
+        while not service.engine.stats().decoding:
+            await asyncio.sleep(0.001)
+        service.cut()
+
+    app = application(service)
+    requests = [("/v1/completions", long), ("/v1/completions", long | {"stream": True})]
+    whole, stream = app_exchange.exchange(app, *requests, beside=cut)
+    assert (whole.status, whole.headers["Retry-After"]) == (503, "5")
+    last = [line for line in stream.text.splitlines() if line][-1]
+    errors = whole.json["error"], json.loads(last.removeprefix("data: "))["error"]
+    for error in errors:
+        assert (error["type"], error["code"]) == ("server_error", "ending")
+        assert error["message"] == "the server is shutting down; try again later"
+    assert service.admission.held == 0
 
 
 def test_an_engine_that_has_ended_answers_503(service, monkeypatch):

@@ -29,9 +29,21 @@ def test_a_token_is_at_its_character_in_any_parts_of_a_text(tokenizer, part):
 def test_special_tokens_have_no_text_except_in_what_the_client_sent(tokenizer):
     begin, end = (tokenizer.encode(special)[0] for special in SPECIAL)
     prompt = f"a{SPECIAL[1]}b"
-    tokens = [begin, *tokenizer.encode(prompt), end, *tokenizer.encode("c")]  # the first as a tokenizer adds it
+    tokens = [
+        begin,
+        *tokenizer.encode(prompt),
+        end,
+        *tokenizer.encode("c"),
+    ]  # the first as a tokenizer adds it
     offsets = TextOffsets(tokenizer, prompt)
-    assert [offsets.next(token) for token in tokens] == [0, 0, 1, 1 + len(SPECIAL[1]), len(prompt), len(prompt)]
+    assert [offsets.next(token) for token in tokens] == [
+        0,
+        0,
+        1,
+        1 + len(SPECIAL[1]),
+        len(prompt),
+        len(prompt),
+    ]
 
 
 def test_each_alternative_has_a_name_and_the_token_is_among_them(tokenizer):

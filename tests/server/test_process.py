@@ -68,6 +68,26 @@ def drain(server):
     assert not [line for line in server.lines if "Traceback" in line or "error" in line.lower()]
 
 
+@pytest.mark.slow
+def test_a_drain_cuts_answers_that_take_longer(chat_directory):
+    flags = ("--slots", "2", "--max-context", "128", "--prefill-chunk", "64", "--drain-seconds", "0.05")
+    with serving("--model", str(chat_directory), *flags) as server:
+        socks = [server.connect() for _ in range(2)]
+        for sock, stream in zip(socks, (True, False), strict=True):
+            body = GOOD | {"stream": stream, "n": 60}
+            sock.sendall(post("/v1/completions", json.dumps(body).encode()))
+        socks[0].recv(1)  # the stream has begun
+        assert server.stop(signal.SIGTERM) == 0
+        streamed, whole = (b"".join(iter(lambda: sock.recv(1 << 16), b"")) for sock in socks)  # noqa: B023
+        for received in (streamed, whole):
+            assert b"the server is shutting down; try again later" in received
+        assert whole.startswith(b"HTTP/1.1 503 ")
+        assert streamed.endswith(b"}}\n\n\r\n0\r\n\r\n")
+        assert not [line for line in server.lines if "Traceback" in line or "error" in line.lower()]
+        for sock in socks:
+            sock.close()
+
+
 WRONG = {
     "--port 99999": "expected 0 to 65535",
     "--host 999.0.0.1": "cannot listen on 999.0.0.1 port 8000",
