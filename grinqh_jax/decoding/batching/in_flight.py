@@ -13,7 +13,7 @@ import jax
 from grinqh_jax.decoding.batching.job import Job
 from grinqh_jax.decoding.engine.chunk import Chunk
 from grinqh_jax.decoding.slots.step_shapes import StepShape
-from grinqh_jax.decoding.speculation.counts import Counts
+from grinqh_jax.decoding.speculation.counts import PackedCounts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Arrival:
     Attributes:
       work: What was dispatched.
       chunk: New tokens of each row.
-      counts: What speculation did for each row; None without.
+      counts: ``Counts`` of what speculation did for each row; None without.
       seconds: Time that the device took (see ``job.Receiver.receive``).
     """
 
@@ -77,7 +77,7 @@ class InFlight:
         """Whether the next result is a first token."""
         return bool(self._work) and self._work[0][0].is_first
 
-    def add(self, work: Work, chunk: Chunk, counts: Counts | None = None) -> None:
+    def add(self, work: Work, chunk: Chunk, counts: PackedCounts | None = None) -> None:
         """Remembers dispatched work and its results on the device."""
         fetch = functools.partial(_to_host, chunk, counts)
         self._work.append((work, fetch if self._reader is None else self._reader.submit(fetch).result))
@@ -90,7 +90,7 @@ class InFlight:
         chunk, counts, arrived = result()
         seconds = arrived - (work.asked if work.is_first else max(work.asked, self._arrived))
         self._arrived = arrived
-        return Arrival(work, chunk, counts, seconds)
+        return Arrival(work, chunk, None if counts is None else counts.unpacked, seconds)
 
     def close(self) -> None:
         """Ends the thread, after the result that it waits for."""
@@ -98,6 +98,6 @@ class InFlight:
             self._reader.shutdown(cancel_futures=True)
 
 
-def _to_host(chunk: Chunk, counts: Counts | None) -> tuple[Any, Any, float]:
+def _to_host(chunk: Chunk, counts: PackedCounts | None) -> tuple[Any, Any, float]:
     """Fetches results as numpy arrays, all in one transfer; returns them and the time of their arrival."""
     return *jax.device_get((chunk, counts)), time.perf_counter()

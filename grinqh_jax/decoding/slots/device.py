@@ -27,9 +27,8 @@ from grinqh_jax.decoding.slots.step_shapes import StepShape, row_counts, rows_ar
 from grinqh_jax.decoding.speculation import block_dial
 from grinqh_jax.decoding.speculation.speculation import Speculation, check_speculation
 from grinqh_jax.model.decoder import Decoder
-from grinqh_jax.model.fixed_states import FixedStates, fixed_states
+from grinqh_jax.model.fixed_states import FixedStates
 from grinqh_jax.model.flat_model import FlatModel
-from grinqh_jax.sharding.program import zeros_on_mesh
 from pallas_kernels.layout import DIGIT_BITS
 
 
@@ -88,7 +87,6 @@ class Device:
             check_speculation(model.config, shape.slots, shape.contiguous)
             dial = None if dial is None else block_dial.in_blocks(dial)
         self._config, self._policy = model.config, policy
-        self._cache_config, self._dtype = model.cache_config, model.compute_dtype
         self._top_logprobs = min(MOST_LOGPROBS, model.config.vocab_size)
         self._num_planes = model.full_bits // DIGIT_BITS if self.graded else 0
         # Evaluation grades every token of texts that share nothing, for any number of texts.
@@ -101,23 +99,14 @@ class Device:
         self._placement = Placement.of_model(model, abstract)
         self._model, self._dial = FlatModel(model), self._put(dial)
         self._drafter = self._put(None if speculation is None else speculation.drafter)
-        sizes = self._placement, self._cache_config, self._dtype
+        sizes = self._placement, model.cache_config, model.compute_dtype
         self._requests = RequestArrays(model.config, shape, settings, self.graded, *sizes)
         self._last_rows: tuple[tuple[int, ...], Any] = (), None
 
         def state() -> DecodeState:
-            sizes = shape.num_pages, shape.page_size, self._dtype, shape.ring_context
-            pages = cache or zeros_on_mesh(
-                lambda: PagedCache.create(self._cache_config, *sizes), model.partition
-            )
-            fixed = zeros_on_mesh(
-                lambda: fixed_states(self._cache_config, shape.slots, self._dtype, shape.ring_context),
-                model.partition,
-            )
-            per_slot = None if shape.contiguous else shape.pages_per_slot
             drafter = None if speculation is None else speculation.drafter
             return DecodeState.create(
-                pages, model.config, settings, shape.slots, per_slot, self.graded, fixed, drafter
+                model, shape, settings, graded=self.graded, cache=cache, drafter=drafter
             )
 
         self._state = self._put(jax.eval_shape(state) if abstract else state())
@@ -278,7 +267,7 @@ class Device:
     ) -> tuple[Any, Any]:
         """Decodes a chunk for some slots (see ``speculate.speculate``). Its rows are those of ``rows``.
 
-        Returns a ``Chunk`` and its ``Counts``.
+        Returns a ``Chunk`` and its ``PackedCounts``.
 
         Args:
           most_drafts, drafts: Largest numbers of drafts of each slot and of all.

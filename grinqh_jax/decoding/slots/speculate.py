@@ -12,7 +12,7 @@ from grinqh_jax.decoding.paged_cache import PagedCache
 from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.slots.state import DecodeState
 from grinqh_jax.decoding.speculation.chunk import speculative_chunk
-from grinqh_jax.decoding.speculation.counts import Counts
+from grinqh_jax.decoding.speculation.counts import PackedCounts
 from grinqh_jax.decoding.speculation.drafter import Drafter, DrafterState
 from grinqh_jax.model.flat_model import FlatModel, decoder_of
 from grinqh_jax.sharding.program import on_mesh
@@ -52,7 +52,7 @@ def speculate(
     top_logprobs: int | None,
     steps: int,
     drafts: int,
-) -> tuple[DecodeState, Chunk, Counts]:
+) -> tuple[DecodeState, Chunk, PackedCounts]:
     """Decodes ``steps`` to ``steps * (drafts + 1)`` tokens for some slots, with speculation.
 
     Args:

@@ -13,11 +13,13 @@ from grinqh_jax.decoding.paged_cache import PagedCache
 from grinqh_jax.decoding.penalties import TokenHistory
 from grinqh_jax.decoding.sampling import Sampling
 from grinqh_jax.decoding.slots.settings import Settings
+from grinqh_jax.decoding.slots.shape import Shape
 from grinqh_jax.decoding.speculation.chunk import SlotTexts
 from grinqh_jax.decoding.speculation.drafter import Drafter, DrafterState
 from grinqh_jax.model.cache import KVCache
-from grinqh_jax.model.config import ModelConfig
-from grinqh_jax.model.fixed_states import FixedStates
+from grinqh_jax.model.decoder import Decoder
+from grinqh_jax.model.fixed_states import FixedStates, fixed_states
+from grinqh_jax.sharding.program import zeros_on_mesh
 
 
 @jax.tree_util.register_dataclass
@@ -110,27 +112,29 @@ class DecodeState:
     @classmethod
     def create(
         cls,
-        cache: PagedCache,
-        config: ModelConfig,
+        model: Decoder,
+        shape: Shape,
         settings: Settings,
-        slots: int,
-        pages_per_slot: int | None,
+        *,
         graded: bool,
-        fixed: FixedStates,
+        cache: PagedCache | None = None,
         drafter: Drafter | None = None,
     ) -> "DecodeState":
         """Returns a state of empty slots, whose rows are numpy arrays.
 
         Args:
-          cache: Pages of all texts.
-          config: Configuration of the model.
+          model: Model of the texts.
+          shape: Sizes of the engine.
           settings: Settings of one request. Those of all requests have the same structure and shapes.
-          slots: Number of slots.
-          pages_per_slot: Largest number of pages of a text; None if slot b has page b and no other.
-          graded: Whether the model is graded.
-          fixed: States of a fixed size of empty texts, one for each slot.
+          graded: Whether texts are graded.
+          cache: Pages of all texts, by default empty ones.
           drafter: Drafter of speculation; None without.
         """
+        config, dtype, slots = model.cache_config, model.compute_dtype, shape.slots
+        if cache is None:
+            sizes = shape.num_pages, shape.page_size, dtype, shape.ring_context
+            cache = zeros_on_mesh(lambda: PagedCache.create(config, *sizes), model.partition)
+        fixed = zeros_on_mesh(lambda: fixed_states(config, slots, dtype, shape.ring_context), model.partition)
 
         # numpy arrays, because each jax array would be a separate dispatch.
         def full(value: Any, *shape: int, dtype: Any = np.int32) -> Any:
@@ -138,15 +142,15 @@ class DecodeState:
 
         history = None
         if settings.sampling.penalties is not None:
-            history = TokenHistory(full(0, config.vocab_size))
+            history = TokenHistory(full(0, model.config.vocab_size))
         drafts, texts = DrafterState(), None
         if drafter is not None:
             drafts = drafter.create(slots, cache.num_pages, cache.page_size)
-            capacity = (pages_per_slot or 1) * cache.page_size
+            capacity = cache.page_size * (1 if shape.contiguous else shape.pages_per_slot)
             texts = SlotTexts(full(0, capacity), full(0, 4, dtype=np.float32))
         rows = Slots(
             settings=jax.tree.map(lambda row: full(0, *row.shape[1:], dtype=row.dtype), settings),
-            pages=full(cache.num_pages, pages_per_slot) if pages_per_slot is not None else None,
+            pages=None if shape.contiguous else full(cache.num_pages, shape.pages_per_slot),
             lengths=full(0),
             last=full(0),
             done=full(True, dtype=bool),

@@ -13,7 +13,7 @@ from grinqh_jax.model.config import ModelConfig
 from pallas_kernels.lanes import device
 
 LONG_STEP_TEXTS = 8
-"""Number of texts from which on a step takes at least twice as long as with one (Qwen3-8B on an H200: 3.5 and
+"""Number of texts from which on a step takes at least twice as long as with one (Qwen3-8B on an H200: 3.2 and
 1.5 ms)."""
 
 MOST_DRAFTING_STEPS = 8

@@ -15,7 +15,7 @@ from grinqh_jax.decoding.penalties import TokenHistory
 from grinqh_jax.decoding.policy import DecodePolicy
 from grinqh_jax.decoding.sampling import Sampling, adjust, choose_tokens, probabilities
 from grinqh_jax.decoding.speculation import acceptance, block_dial
-from grinqh_jax.decoding.speculation.counts import Counts
+from grinqh_jax.decoding.speculation.counts import Counts, PackedCounts
 from grinqh_jax.decoding.speculation.drafter import Draft, Drafter, Target, Texts, Verified
 from grinqh_jax.decoding.thresholds import Thresholds, interpolate_each
 from grinqh_jax.model.cache import KVCache
@@ -37,8 +37,8 @@ class SlotTexts:
     pending: Float[Array, "b 4"]
 
 
-class Reading(NamedTuple):
-    """The result of reading the last token and the drafts of each text.
+class Verification(NamedTuple):
+    """The result of verifying the drafts of each text.
 
     XLA drops what nobody uses. Without log-probabilities, the logits stay in the branch that computes them.
 
@@ -65,7 +65,7 @@ class Loop(NamedTuple):
     cache: KVCache
     texts: SlotTexts
     drafter: Any
-    counts: Counts
+    counts: PackedCounts
 
 
 def speculative_chunk(
@@ -87,7 +87,7 @@ def speculative_chunk(
     policy: DecodePolicy,
     history: TokenHistory | None = None,
     top_logprobs: int | None = None,
-) -> tuple[Chunk, KVCache, SlotTexts, Any, Counts]:
+) -> tuple[Chunk, KVCache, SlotTexts, Any, PackedCounts]:
     """Generates 1 to ``drafts + 1`` tokens per text and step, as ``engine.decode_chunk`` does with drafts.
 
     With fixed thresholds or a dial that is held, the texts are those of ``decode_chunk``. With a dial that
@@ -116,13 +116,13 @@ def speculative_chunk(
         cache = dataclasses.replace(cache, mailbox=model.partition.opened(batch * width))
     empty = Chunk.empty(tokens, done, steps * width, linears, history, dial, top_logprobs)
     zeros = jnp.zeros(batch, jnp.int32)
-    loop = Loop(0, empty, cache, texts, drafter_state, Counts.zeros(batch))
+    loop = Loop(0, empty, cache, texts, drafter_state, PackedCounts.zeros(batch))
     token_ids, offsets = model.lm_head.tokens(), jnp.arange(width)
     # XLA makes a branch a part of the step's CUDA graph (``benchmarks/notes``, entry D25). On several GPUs
     # the collectives in it would keep it out, and it would wait for the host.
     branches = drafts > 0 and model.partition is None
 
-    def read_and_accept(chunk: Chunk, cache: KVCache, dial: Dial | None, draft: Draft) -> Reading:
+    def read_and_accept(chunk: Chunk, cache: KVCache, dial: Dial | None, draft: Draft) -> Verification:
         """Returns ``drafts + 1`` positions of each text, zeros where ``draft.tokens`` has fewer columns."""
         positions = cache.lengths[:, None] + 1 + offsets[: draft.tokens.shape[1] + 1]
         read = ~chunk.done[:, None] & (offsets[: positions.shape[1]] <= draft.counts[:, None])
@@ -136,7 +136,7 @@ def speculative_chunk(
             return jnp.pad(rows, [(0, 0), (0, width - rows.shape[1]), *[(0, 0)] * (rows.ndim - 2)])
 
         rows = jax.tree.map(padded, (tokens, outputs, hidden, stats))
-        return Reading(accepted, cache, *rows)
+        return Verification(accepted, cache, *rows)
 
     def one_step(loop: Loop) -> Loop:
         chunk, cache, texts = loop.chunk, loop.cache, loop.texts
@@ -154,16 +154,16 @@ def speculative_chunk(
         counts = jnp.minimum(jnp.minimum(draft.counts, most_drafts), limit - 1)
         counts = jnp.where(active, jnp.maximum(counts, 0), 0)
 
-        def read(draft: Draft) -> Reading:
+        def read(draft: Draft) -> Verification:
             return read_and_accept(chunk, cache, current_dial, draft)
 
         draft = dataclasses.replace(draft, counts=counts)
         if branches:
             none = Draft(draft.tokens[:, :0], zeros)
-            reading = jax.lax.cond(jnp.any(counts > 0), lambda: read(draft), lambda: read(none))
+            verification = jax.lax.cond(jnp.any(counts > 0), lambda: read(draft), lambda: read(none))
         else:
-            reading = read(draft)
-        accepted, cache, tokens, outputs, hidden, stats = reading
+            verification = read(draft)
+        accepted, cache, tokens, outputs, hidden, stats = verification
         positions = lengths[:, None] + 1 + offsets
         # A stop token ends the text, and the drafts after it do not count.
         stops = jnp.any(tokens[..., None] == _per_text(stop_tokens), axis=-1)
@@ -217,7 +217,7 @@ def speculative_chunk(
             cache,
             texts,
             drafter_state,
-            loop.counts.plus_step(active, counts, produced, bits),
+            loop.counts.plus(Counts.of_step(active, counts, produced, bits)),
         )
 
     if policy.early_exit:
