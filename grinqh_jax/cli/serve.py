@@ -98,7 +98,8 @@ def parser() -> command.Parser:
         type=_seconds,
         default=20,
         metavar="S",
-        help="most seconds in which a client sends its header, and again its body (default: 20)",
+        help="most seconds in which a client sends its header, and again its body, or takes nothing of a "
+        "response (default: 20)",
     )
     add(
         "--drain-seconds",

@@ -124,7 +124,7 @@ class ModelConfig(Description):
         if outside is not None:
             raise UsageError(
                 f"token {outside} is outside the model's vocabulary of {self.vocab_size}: "
-                "the tokenizer belongs to another model"
+                "the tokens or the tokenizer belong to another model"
             )
 
 

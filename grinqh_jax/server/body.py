@@ -64,6 +64,8 @@ def _problem(error: Any) -> tuple[str, str]:
     if error["type"] == "extra_forbidden":
         field = f"{error['loc'][-1]!s:.100}"
         return field, f"{field!r} is not a field that this server knows; leave it out"
+    if not field and message.partition(": ")[0].isidentifier():  # of several fields, the first is named
+        return message.partition(": ")[0], message
     return field, f"{field}: {message}" if field else message
 
 

@@ -39,8 +39,8 @@ class Chat:
         prompt = await asyncio.to_thread(
             self._conversations.prompt, body.messages, calls.tools, body.chat_template_kwargs
         )
-        wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-        limit = service.max_tokens(wanted, [prompt.tokens], default=None)
+        field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+        limit = service.max_tokens(getattr(body, field), [prompt.tokens], default=None, field=field)
         schema = answer_schema(body.response_format)
         rules = calls.rules(self._conversations.tools, schema, prompt.reasoning)
         grammar = await service.grammar(rules)

@@ -16,7 +16,8 @@ class Limits:
     Attributes:
       body_bytes: Largest body of a request.
       header_bytes: Largest header of a request.
-      receive_seconds: Most seconds that a client may take to send a header, and again to send a body.
+      receive_seconds: Most seconds that a client may take to send a header, and again to send a body. Also
+        the most seconds in which it takes nothing of a response.
       request_seconds: Most seconds from a request to the end of its answers.
       max_tokens: Most tokens of an answer; None for the rest of the context.
       queue: Number of answers that may wait for a slot.

@@ -1,4 +1,4 @@
-"""uvicorn's HTTP/1.1 protocol with a time limit for headers, and refusals in OpenAI's shape."""
+"""uvicorn's HTTP/1.1 protocol with time limits for clients, and refusals in OpenAI's shape."""
 
 import asyncio
 import json
@@ -10,18 +10,21 @@ from grinqh_jax.server.errors import APIError
 
 
 def protocol(receive_seconds: float) -> type[H11Protocol]:
-    """Returns a protocol that closes connections whose clients send headers too slowly.
+    """Returns a protocol that closes connections whose clients send headers too slowly, or stop reading.
 
     Args:
       receive_seconds: Most seconds from the first byte of a request, or from the start of the connection, to
-        the end of the header. uvicorn's own limit covers only the time between two requests.
+        the end of the header. uvicorn's own limit covers only the time between two requests. Also the most
+        seconds in which a client takes nothing of a response that waits for it.
     """
 
     class LimitedProtocol(H11Protocol):
         _deadline: asyncio.TimerHandle | None = None
+        _unread: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport) -> None:
             super().connection_made(transport)
+            transport.set_write_buffer_limits(high=0)  # so that writing pauses while anything is unread
             self._watch()
 
         def data_received(self, data: bytes) -> None:
@@ -30,7 +33,16 @@ def protocol(receive_seconds: float) -> type[H11Protocol]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_watching()
+            self._stop_watching_reader()
             super().connection_lost(exc)
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._watch_reader()
+
+        def resume_writing(self) -> None:
+            self._stop_watching_reader()
+            super().resume_writing()
 
         def send_400_response(self, msg: str) -> None:
             if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
@@ -57,6 +69,23 @@ def protocol(receive_seconds: float) -> type[H11Protocol]:
             if self._deadline is not None:
                 self._deadline.cancel()
                 self._deadline = None
+
+        def _watch_reader(self) -> None:
+            """Closes the connection if the client has received nothing when the time is up."""
+            left = self.transport.get_write_buffer_size()
+
+            def check() -> None:
+                if self.transport.get_write_buffer_size() < left:
+                    self._watch_reader()
+                else:
+                    self.transport.abort()
+
+            self._unread = self.loop.call_later(receive_seconds, check)
+
+        def _stop_watching_reader(self) -> None:
+            if self._unread is not None:
+                self._unread.cancel()
+                self._unread = None
 
         def _expire(self) -> None:
             self._deadline = None

@@ -133,13 +133,20 @@ class Service:
             raise APIError(400, str(error)) from None
         return [dataclasses.replace(request, seed=seed + choice) for choice in range(body.n or 1)]
 
-    def max_tokens(self, wanted: int | None, prompts: Sequence[Sequence[int]], default: int | None) -> int:
+    def max_tokens(
+        self,
+        wanted: int | None,
+        prompts: Sequence[Sequence[int]],
+        default: int | None,
+        field: str = "max_tokens",
+    ) -> int:
         """Returns the most tokens of each answer.
 
         Args:
           wanted: Value of the request's field.
           prompts: Tokens of the prompts.
           default: Value if the request has none; None for the rest of the context.
+          field: Name of the field.
 
         Raises:
           APIError: A prompt is empty or does not fit the context with its answer.
@@ -154,13 +161,13 @@ class Service:
                 400,
                 f"the prompt has {longest} tokens and the context holds {self.context}, {answer} included; "
                 "shorten the prompt or the answer",
-                param="max_tokens" if room >= 1 else None,
+                param=field if room >= 1 else None,
                 code="context_length_exceeded",
             )
         most = self.limits.max_tokens
         if wanted is not None and most is not None and wanted > most:
             raise APIError(
-                400, f"max_tokens is {wanted} and this server's limit is {most}", param="max_tokens"
+                400, f"{field} is {wanted} and this server's limit is {most}; ask for fewer", param=field
             )
         return min(wanted or default or room, room, most or room)
 

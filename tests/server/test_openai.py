@@ -233,7 +233,7 @@ WRONG = [
     ({"top_p": 0}, openai.BadRequestError, "top_p", "top_p"),
     ({"top_p": 1.5}, openai.BadRequestError, "top_p", "less than or equal to 1"),
     ({"max_tokens": -1}, openai.BadRequestError, "max_tokens", "greater than or equal to 0"),
-    ({"max_tokens": 0}, openai.BadRequestError, None, "max_tokens: 0 only with echo"),
+    ({"max_tokens": 0}, openai.BadRequestError, "max_tokens", "max_tokens: 0 only with echo"),
     ({"max_tokens": 1.5}, openai.BadRequestError, "max_tokens", "valid integer"),
     ({"max_tokens": 300}, openai.BadRequestError, "max_tokens", "the context holds 128, an answer of 300"),
     ({"n": 0}, openai.BadRequestError, "n", "greater than or equal to 1"),
@@ -241,7 +241,12 @@ WRONG = [
     ({"stop": ""}, openai.BadRequestError, "stop", "a stop string is empty"),
     ({"logit_bias": {"x": 1}}, openai.BadRequestError, "logit_bias", "'x' is not a token id"),
     ({"logit_bias": {"5000": 1}}, openai.BadRequestError, None, "5000"),
-    ({"stream_options": {"include_usage": True}}, openai.BadRequestError, None, "only with stream"),
+    (
+        {"stream_options": {"include_usage": True}},
+        openai.BadRequestError,
+        "stream_options",
+        "only with stream",
+    ),
     ({"extra_body": {"best_of": 3}}, openai.BadRequestError, "best_of", "best_of is not supported"),
     ({"extra_body": {"beams": 3}}, openai.BadRequestError, "beams", "'beams' is not a field"),
 ]
@@ -276,6 +281,10 @@ def test_unsupported_fields_of_a_chat_are_refused_by_name_and_neutral_values_pas
     neutral |= {"metadata": {"a": "b"}, "prompt_cache_retention": "24h", "parallel_tool_calls": False}
     named = [{**message, "name": "me"} for message in MESSAGES]
     assert client.chat.completions.create(**GREEDY, messages=named, **neutral).choices
+    for name in ("max_tokens", "max_completion_tokens"):
+        with pytest.raises(openai.BadRequestError, match="an answer of 300 included") as raised:
+            client.chat.completions.create(model=MODEL, messages=MESSAGES, **{name: 300})
+        assert raised.value.body["param"] == name
     with pytest.raises(openai.BadRequestError, match="'metadata' is not a field"):
         client.chat.completions.create(**GREEDY, messages=MESSAGES, metadata={"a": 1})
     image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}]
