@@ -109,6 +109,12 @@ class HopperPtxInstructions(Instructions):
         inputs = [shared, self._tensor_map(ref, box), barrier, *corner[::-1], *policy]
         assemble(template, inputs, effects=True)
 
+    def copy_bytes(self, shared, source, count, barrier):
+        template = (
+            f"cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], {count}, [$2];"
+        )
+        assemble(template, [shared, source, barrier], effects=True)
+
     def _tensor_map(self, ref, box):
         """Returns the address of the description of an array that copies of its boxes need."""
         row_bytes = box[-1] * ir.MemRefType(ref.type).element_type.width // 8

@@ -167,6 +167,26 @@ def boxes(isa: Instructions, t: Operands) -> list[Value]:
     return words + isa.load_shared(t.all_shared + (t.thread << 2) + 1024)
 
 
+def bytes_copied(isa: Instructions, t: Operands) -> list[Value]:
+    """Two copies arrive on one barrier, a third one of another lane on another barrier."""
+    source, zero = isa.global_address(t.array), isa.constant(0)
+    barrier, other = t.all_shared + 3072, t.all_shared + 3080
+    with isa.when(t.thread.equals(0)):
+        isa.start_arrivals(barrier)
+        isa.expect_bytes(barrier, 2064)
+        isa.copy_bytes(t.all_shared, source + 16, 2048, barrier)
+        isa.copy_bytes(t.all_shared + 2048, source + 4080, 16, barrier)
+    with isa.when(t.thread.equals(32)):
+        isa.start_arrivals(other)
+        isa.expect_bytes(other, 512)
+        isa.copy_bytes(t.all_shared + 2064, source, 512, other)
+    isa.block_barrier()
+    isa.wait_arrival(barrier, zero)
+    words = isa.load_shared(t.all_shared + (t.thread << 4) + 16)
+    isa.wait_arrival(other, zero)
+    return words + isa.load_shared(t.all_shared + (t.thread << 2) + 2064)
+
+
 def bits_set(isa: Instructions, t: Operands) -> list[Value]:
     """Threads i and i + 64 set bits of one word."""
     isa.store_shared(t.shared, [t.a, t.b])
@@ -204,7 +224,7 @@ def loops(isa: Instructions, t: Operands) -> list[Value]:
 ONLY_9_0 = ("warpgroup", "warpgroup_bfloat16")
 """Programs that only compute capability 9.0 runs."""
 
-NEED_9_0 = ("cluster", "boxes", *ONLY_9_0)
+NEED_9_0 = ("cluster", "boxes", "bytes copied", *ONLY_9_0)
 """Programs that need compute capability 9.0 or later."""
 
 PROGRAMS = {
@@ -269,6 +289,7 @@ PROGRAMS = {
     "warpgroup": warpgroup,
     "warpgroup_bfloat16": warpgroup_bfloat16,
     "boxes": boxes,
+    "bytes copied": bytes_copied,
     "transposed loads": transposed_loads,
     "asynchronous copies": copies,
     "shuffle_xor": lambda isa, t: [isa.shuffle_xor(t.a, 2), isa.shuffle_xor(t.x, 16)],
