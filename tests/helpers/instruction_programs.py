@@ -126,9 +126,12 @@ def warpgroup(isa: Instructions, t: Operands) -> list[Value]:
     sums = [[t.a & 0xFFFF, t.b, *[isa.constant(i) for i in range(6)]], [isa.constant(7)] * 8]
     for i in range(3):
         a = [t.a + i, t.b, t.a ^ t.b, t.b - t.a]
-        sums = isa.queue_warpgroup_multiply_add(sums, [a, a[::-1]], t.all_shared, 512 * (i % 2))
+        sums, others = isa.queue_warpgroup_multiply_add(
+            sums, [a, a[::-1]], t.all_shared, 512 * (i % 2), lambda i=i: [t.a * i, isa.int_to_float(t.b)]
+        )
     products = isa.finish_warpgroup_multiply_add(sums)
-    return [x + y * 3 for x, y in zip(products[0][:4], products[1][4:], strict=True)]
+    words = [x + y * 3 for x, y in zip(products[0][:3], products[1][5:], strict=True)]
+    return [*words, others[0] ^ isa.float_to_bits(others[1])]
 
 
 def warpgroup_bfloat16(isa: Instructions, t: Operands) -> list[Value]:
