@@ -54,12 +54,22 @@ class Shape:
       out_features: Logical number of outputs, a multiple of ``RUN_OUTPUTS``.
       stored_n: Number of outputs, padded to whole pieces.
       planes: Number of planes that are read, the first of those stored.
+      stored_planes: Number of planes that are stored.
+      experts: Number of experts, the leading axis of all arrays; None without such an axis.
     """
 
     in_features: int
     out_features: int
     stored_n: int
     planes: int
+    stored_planes: int
+    experts: int | None = None
+
+    @property
+    def dense(self) -> tuple[int, ...]:
+        """Shape of the dequantized weight."""
+        one = self.in_features, self.out_features
+        return one if self.experts is None else (self.experts, *one)
 
     @property
     def groups(self) -> int:
@@ -77,9 +87,14 @@ class Shape:
         return layout.last_tile_pieces(self.stored_n)
 
     @property
+    def weight_blocks(self) -> int:
+        """Number of CTAs for one weight."""
+        return self.tiles * self.groups * BLOCKS_PER_GROUP
+
+    @property
     def blocks(self) -> int:
         """Number of CTAs."""
-        return self.tiles * self.groups * BLOCKS_PER_GROUP
+        return self.weight_blocks * (self.experts or 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +102,8 @@ class Refs:
     """Arrays in global memory, and the shared memory of the CTA.
 
     Attributes:
-      planes, scales: See ``NestedWeight``.
-      dense: Output, bfloat16 ``[in_features, out_features]``.
+      planes, scales: See ``NestedWeight``, or ``NestedExperts`` if there is an axis of experts.
+      dense: Output, bfloat16 ``[*experts, in_features, out_features]``.
       shared: The shared memory, not used.
     """
 
@@ -101,19 +116,26 @@ class Refs:
 def dequantization_program(isa: Instructions, shape: Shape, refs: Refs) -> None:
     """Runs the whole program of one lane.
 
-    The tile varies fastest over the grid, so that neighbouring CTAs together read whole plane rows.
+    The tile varies fastest over the grid, so that neighbouring CTAs together read whole plane rows. Experts
+    vary slowest.
     """
     thread, block = isa.thread_index(), isa.block_index()
+    planes, scales, dense = (isa.global_address(ref) for ref in (refs.planes, refs.scales, refs.dense))
+    stored_k = shape.groups * layout.GROUP
+    stored_words = shape.stored_n // layout.WORD_DIGITS
+    if shape.experts is not None:
+        # Offsets inside one weight have 32 bits. The offset of an expert has 64.
+        expert, block = isa.widen(block // shape.weight_blocks), block % shape.weight_blocks
+        planes = planes + expert * (4 * shape.stored_planes * stored_k * stored_words)
+        scales = scales + expert * (2 * shape.groups * shape.stored_n)
+        dense = dense + expert * (2 * shape.in_features * shape.out_features)
     lane, warp = thread & (LANES - 1), thread >> 5
     tile, channels = block % shape.tiles, block // shape.tiles
     first = (channels * WARPS + warp) * WARP_CHANNELS
     chunk, has_word = chunk_and_word(isa, shape, tile, lane)
     if has_word is not None:
         lane = isa.select(has_word, lane, isa.constant(0))
-    stored_words = shape.stored_n // layout.WORD_DIGITS
     word = tile * layout.TILE_WORDS + lane
-    planes = isa.global_address(refs.planes)
-    stored_k = shape.groups * layout.GROUP
     words = [
         [
             isa.load_global(planes + isa.widen(((first + f * stored_k + c) * stored_words + word) << 2))[0]
@@ -126,12 +148,11 @@ def dequantization_program(isa: Instructions, shape: Shape, refs: Refs) -> None:
     )
     outputs = [output + chunk * run for run in range(RUNS)]
     group_start = channels // BLOCKS_PER_GROUP * shape.stored_n
-    scales = [load_scales(isa, refs, group_start + n) for n in outputs]
+    outputs_scales = [load_scales(isa, scales, group_start + n) for n in outputs]
     # A weight is ``scale / 64 * (code - midpoint)``. With the scaled midpoint it takes one multiply-add.
     midpoint = DIGIT_MEAN * sum(4 ** (3 - f) for f in range(shape.planes))
-    code_scales = [[s * (1 / CODE_STEPS) for s in run_scales] for run_scales in scales]
+    code_scales = [[s * (1 / CODE_STEPS) for s in run_scales] for run_scales in outputs_scales]
     offsets = [[s * -midpoint for s in run_scales] for run_scales in code_scales]
-    dense = isa.global_address(refs.dense)
     for c in range(WARP_CHANNELS):
         for run in range(RUNS):
             codes = [position_codes(words[c], 2 * run + p) for p in range(2)]
@@ -158,9 +179,9 @@ def chunk_and_word(
     return pieces * 16, lane < pieces * 4
 
 
-def load_scales(isa: Instructions, refs: Refs, index: Value) -> list[Value]:
-    """Loads 8 consecutive scales as ``f32``, the first at ``index``."""
-    packed = isa.load_global(isa.global_address(refs.scales) + isa.widen(index << 1), 4)
+def load_scales(isa: Instructions, scales: Value, index: Value) -> list[Value]:
+    """Loads 8 consecutive scales as ``f32``, the first at ``index`` from the address ``scales``."""
+    packed = isa.load_global(scales + isa.widen(index << 1), 4)
     return [isa.half_to_float(word, half) for word in packed for half in ("low", "high")]
 
 

@@ -11,13 +11,14 @@ from jax.sharding import AxisType
 
 from pallas_kernels import NestedWeight, dequantization
 from pallas_kernels.dequantization.program import THREADS, Refs, Shape, dequantization_program
+from pallas_kernels.expert_weights import NestedExperts
 from pallas_kernels.lanes import device
 from pallas_kernels.lanes.emulator import NumpyInstructions
 
 
-def random_weight(in_features: int, out_features: int, planes: int) -> NestedWeight:
+def random_weight(in_features: int, out_features: int, planes: int, seed: int = 0) -> NestedWeight:
     """Returns random codes, also in the padding. Some scales are zero or subnormal."""
-    rng = np.random.default_rng(in_features + planes)
+    rng = np.random.default_rng((in_features + planes, seed))
     k, n = matvec_oracle.padded_shape(in_features, out_features)
     scales = rng.uniform(0.001, 3, (k // matvec_oracle.GROUP, n)).astype(np.float16)
     scales[:, ::7], scales[:, 1::7] = 0, 1e-7
@@ -30,6 +31,21 @@ def exact(weight: NestedWeight) -> np.ndarray:
     return matvec_oracle.dequantize(weight, weight.num_planes).astype(jnp.bfloat16)
 
 
+def experts_of(weights: list[NestedWeight]) -> NestedExperts:
+    """Returns weights of one shape as experts."""
+    planes, scales = (np.stack([getattr(w, name) for w in weights]) for name in ("planes", "scales"))
+    return NestedExperts(planes, scales, weights[0].in_features, weights[0].out_features)
+
+
+def emulate(weight: NestedWeight | NestedExperts, shape: Shape) -> np.ndarray:
+    isa = NumpyInstructions(blocks=shape.blocks, threads=THREADS, shared_bytes=0)
+    dense = np.full(shape.dense, np.nan, jnp.bfloat16)
+    arrays = (isa.array(a) for a in (weight.planes, weight.scales, dense))
+    dequantization_program(isa, shape, Refs(*arrays, shared=None))
+    isa.finish()
+    return dense
+
+
 @pytest.mark.parametrize("planes", [1, 2, 3, 4])
 @pytest.mark.parametrize(
     "size", [(128, 512), (256, 1024), (130, 520), (301, 1000), (140, 64), (128, 960), (257, 312)], ids=str
@@ -38,13 +54,18 @@ def exact(weight: NestedWeight) -> np.ndarray:
 def test_equals_the_definition(size, planes, unread):
     """Planes that are stored and not read do not matter."""
     weight = random_weight(*size, planes + unread)
-    shape = Shape(*size, weight.scales.shape[1], planes)
-    isa = NumpyInstructions(blocks=shape.blocks, threads=THREADS, shared_bytes=0)
-    dense = np.full(size, np.nan, jnp.bfloat16)
-    arrays = (isa.array(a) for a in (weight.planes, weight.scales, dense))
-    dequantization_program(isa, shape, Refs(*arrays, shared=None))
-    isa.finish()
+    dense = emulate(weight, Shape(*size, weight.scales.shape[1], planes, planes + unread))
     np.testing.assert_array_equal(dense, exact(dataclasses.replace(weight, planes=weight.planes[:planes])))
+
+
+@pytest.mark.parametrize(("size", "planes"), [((128, 512), 4), ((301, 1000), 3), ((257, 312), 2)], ids=str)
+def test_all_experts_equal_the_definition(size, planes):
+    """A stored plane is not read."""
+    weights = [random_weight(*size, 1 + planes, seed) for seed in range(3)]
+    experts = experts_of(weights)
+    dense = emulate(experts, Shape(*size, weights[0].scales.shape[1], planes, 1 + planes, len(weights)))
+    for one, weight in zip(dense, weights, strict=True):
+        np.testing.assert_array_equal(one, exact(dataclasses.replace(weight, planes=weight.planes[:planes])))
 
 
 def test_declines_with_a_reason():
