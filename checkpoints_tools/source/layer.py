@@ -59,8 +59,8 @@ def stacked_experts(source, key: str, first: int = 0, count: int | None = None) 
 
     Reads ``count`` experts from ``first`` on, by default all. Behind the last expert it puts zeros.
 
-    Those of bfloat16 are uint16, their bits (``experts.Kernels``): XLA (jax 0.10.2) would write bfloat16 on a
-    CPU in float32.
+    Those of bfloat16 are uint16, their bits (``expert_products.Kernels``): XLA (jax 0.10.2) would write
+    bfloat16 on a CPU in float32.
     """
     stack = None
     for expert, kernel in enumerate(read_experts(source, key, first, count)):

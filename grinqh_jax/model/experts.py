@@ -4,22 +4,21 @@ A token is as many rows as it has chosen experts. The linear layers of a mixture
 the strategies of ``apply``, like any other linear layer.
 """
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Float16, Int, UInt16, UInt32
+from jaxtyping import Array, Bool, Float, Float16, Int, UInt32
 
 from grinqh_jax.model.by_token import by_token
+from grinqh_jax.model.expert_products import Kernels, in_batches, jitted_matmul
 from grinqh_jax.model.layer_spec import GatedExperts
 from grinqh_jax.model.partition import InputCut
 from pallas_kernels import (
     Activations,
     GradingStats,
-    NestedWeight,
     dequantization,
     dequantize,
     level_matmul,
@@ -27,13 +26,8 @@ from pallas_kernels import (
 )
 from pallas_kernels.expert_weights import NestedExperts
 from pallas_kernels.experts import experts_matvec
-from pallas_kernels.experts.blocks import block_rows, map_blocks
+from pallas_kernels.experts.blocks import map_blocks
 from pallas_kernels.router.grading_factor import grading_factor
-
-MOST_SUMMED_ROWS = 128
-"""Most rows whose products with unquantized experts are computed row by row, except on a CPU: those of a
-decode step. Each row then reads the weights of its expert. In a loop over experts, a GPU would need several
-launches for each expert and wait after each."""
 
 
 class Chosen(NamedTuple):
@@ -103,10 +97,6 @@ class Router(nnx.Module):
 
 RowBias = Float[Array, "*rows n"] | None
 """A float32 vector that is added to the product of each row, or None."""
-
-
-Kernels = Float[Array, "e k n"] | UInt16[Array, "e k n"]
-"""Kernels of experts ``[experts, in_features, out_features]``. uint16 numbers are the bits of bfloat16."""
 
 
 class DenseExperts(nnx.Module):
@@ -234,7 +224,7 @@ class ChosenDense(NamedTuple):
         Rows of experts outside of the group get zeros.
         """
         arguments = x.reshape(-1, x.shape[-1]), self.kernel, self.experts.reshape(-1)
-        y = _jitted_matmul(*arguments, self.num_experts or len(self.kernel))
+        y = jitted_matmul(*arguments, self.num_experts or len(self.kernel))
         return _finished(y, self.bias, x, dtype)
 
 
@@ -254,35 +244,36 @@ class ChosenGraded(NamedTuple):
     input_cut: InputCut | None = None
 
     def dense(self, x: Float[Array, "*rows k"], dtype=None) -> Float[Array, "*rows n"]:
-        """Returns ``x @ W + bias`` as ``ChosenDense.dense`` does; dequantizes one expert after another."""
+        """Returns ``x @ W + bias`` as ``ChosenDense.dense`` does, and reads all planes.
 
-        def block(one: NestedWeight, rows: jax.Array) -> jax.Array:
-            if dequantization.supports(one, rows.dtype) is None:
-                kernel = dequantization.dequantize_to_bfloat16(one)
-            else:
-                kernel = dequantize(one, dtype=rows.dtype)
-            return jnp.matmul(rows, kernel, preferred_element_type=jnp.float32)
-
-        return self._mapped(block, x, dtype)
+        Where the kernel of ``dequantization`` can run, it dequantizes all experts at once. Else one expert is
+        dequantized after another.
+        """
+        return self._product(x, None, dtype)
 
     def at_level(self, x: Float[Array, "*rows k"], level: int, dtype=None) -> Float[Array, "*rows n"]:
-        """Returns what ``dense`` does, but reads every channel at ``level`` (``level_matmul``)."""
-        return self._mapped(lambda one, rows: level_matmul(rows, one, level), x, dtype)
+        """Returns what ``dense`` does, but reads every channel at ``level`` (see ``level_matmul``)."""
+        return self._product(x, level, dtype)
 
-    def _mapped(
-        self, product: Callable[[NestedWeight, jax.Array], jax.Array], x: Float[Array, "*rows k"], dtype
-    ) -> Float[Array, "*rows n"]:
-        """Applies ``product``, which returns float32, to one expert after another."""
+    def _product(self, x: Float[Array, "*rows k"], level: int | None, dtype) -> Float[Array, "*rows n"]:
+        """Returns ``at_level``; None is the level of all planes."""
         # Without the barrier XLA may dequantize weights of many layers ahead (see ``GradedLinear.dense``).
         weight, x = jax.lax.optimization_barrier((self.weight, x))
-        y = map_blocks(
-            lambda expert, rows: product(weight.expert(expert), rows),
-            x.reshape(-1, x.shape[-1]),
-            self.experts.reshape(-1),
-            num_experts=weight.num_experts,
-            outputs=weight.out_features,
-        )
-        return _finished(y, self.bias, x, dtype)
+        rows, experts = x.reshape(-1, x.shape[-1]), self.experts.reshape(-1)
+        if dequantization.supports(weight, x.dtype) is None:
+            kernel = dequantization.dequantize_to_bfloat16(weight, level)
+            y = in_batches(rows, kernel, experts, weight.num_experts)
+            y = y if level is None or weight.level_gains is None else y * weight.level_gains[level - 1]
+            return _finished(y, self.bias, x, dtype)
+
+        def block(expert: Int[Array, ""], rows: Float[Array, "block k"]) -> Float[Array, "block n"]:
+            one = weight.expert(expert)
+            if level is not None:
+                return level_matmul(rows, one, level)
+            return jnp.matmul(rows, dequantize(one, dtype=x.dtype), preferred_element_type=jnp.float32)
+
+        of_all = {"num_experts": weight.num_experts, "outputs": weight.out_features}
+        return _finished(map_blocks(block, rows, experts, **of_all), self.bias, x, dtype)
 
     def graded(self, x: Activations, thresholds: Float[Array, "*any p"]) -> tuple[Activations, GradingStats]:
         """Reads each channel at its level, and returns outputs and statistics (see ``experts_matvec``)."""
@@ -310,77 +301,3 @@ def build_experts(tree: Mapping[str, Any], shape: tuple[int, int]) -> DenseExper
         return DenseExperts(jnp.asarray(tree["kernel"]), bias)
     leaves = {"level_gains" if key == "gains" else key: leaf for key, leaf in tree.items()}
     return GradedExperts(**leaves, in_features=shape[0], out_features=shape[1])
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _grouped_matmul(
-    x: Float[Array, "rows k"], kernel: Kernels, experts: Int[Array, "rows"], num_experts: int
-) -> Float[Array, "rows n"]:
-    """Returns ``x[r] @ kernel[experts[r]]``, float32, differentiable in x (see ``ChosenDense``)."""
-    if len(experts) > MOST_SUMMED_ROWS or num_experts > len(kernel):
-        return _in_blocks(x, kernel, experts, num_experts)
-    in_blocks = partial(_in_blocks, num_experts=num_experts)
-    return jax.lax.platform_dependent(x, kernel, experts, cpu=in_blocks, default=_row_by_row)
-
-
-def _in_blocks(
-    x: Float[Array, "rows k"], kernel: Kernels, experts: Int[Array, "rows"], num_experts: int
-) -> Float[Array, "rows n"]:
-    """Multiplies blocks of rows that share an expert."""
-
-    def block(expert, rows):
-        return jnp.matmul(rows, _kernel_of(kernel, expert, x.dtype), preferred_element_type=jnp.float32)
-
-    size = block_rows(len(x), num_experts)
-    return map_blocks(block, x, experts, num_experts=len(kernel), outputs=kernel.shape[2], size=size)
-
-
-def _row_by_row(
-    x: Float[Array, "rows k"], kernel: Kernels, experts: Int[Array, "rows"]
-) -> Float[Array, "rows n"]:
-    """Multiplies and adds up in one kernel of XLA, which reads the experts in place, without a loop."""
-    of_rows = _kernel_of(kernel, experts, x.dtype).astype(jnp.float32)
-    return jnp.sum(x[:, :, None].astype(jnp.float32) * of_rows, axis=1)
-
-
-def _kernel_of(kernel: Kernels, expert: Int[Array, "*rows"], dtype) -> Float[Array, "*rows k n"]:
-    """Returns the kernel of one expert, or those of several, in ``dtype``.
-
-    XLA (jax 0.10.2) slices bfloat16 on a CPU in float32, and would convert the kernels of all experts ahead
-    of the loop. Slicing their bits as integers copies them there instead, which takes half the memory. Stored
-    as these bits, kernels are not copied.
-    """
-    if kernel.dtype == jnp.bfloat16:
-        kernel = jax.lax.bitcast_convert_type(kernel, jnp.uint16)
-    one = kernel[expert]
-    if one.dtype == jnp.uint16:
-        one = jax.lax.bitcast_convert_type(one, jnp.bfloat16)
-    return one.astype(dtype)
-
-
-def _grouped_matmul_forward(x, kernel, experts, num_experts):
-    # The residuals must be a pytree, so an empty array carries the dtype.
-    return _grouped_matmul(x, kernel, experts, num_experts), (kernel, experts, jnp.zeros(0, x.dtype))
-
-
-def _grouped_matmul_backward(num_experts, residuals, gradient):
-    kernel, experts, like = residuals
-
-    def block(expert, rows):
-        return jnp.matmul(rows, _kernel_of(kernel, expert, rows.dtype).T, preferred_element_type=jnp.float32)
-
-    back = map_blocks(
-        block,
-        gradient.astype(like.dtype),
-        experts,
-        num_experts=len(kernel),
-        outputs=kernel.shape[1],
-        size=block_rows(len(gradient), num_experts),
-    )
-    return back.astype(like.dtype), None, None
-
-
-_grouped_matmul.defvjp(_grouped_matmul_forward, _grouped_matmul_backward)
-
-_jitted_matmul = jax.jit(_grouped_matmul, static_argnums=3, inline=True)
-"""Outside of a traced function, the loop over blocks would be compiled again at every call."""

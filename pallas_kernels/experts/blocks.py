@@ -57,4 +57,6 @@ def map_blocks(
         members = jax.tree.map(lambda array: array.at[index].get(mode="fill", fill_value=0), rows)
         return y.at[index].set(function(expert, members), mode="drop")
 
-    return jax.lax.fori_loop(0, block_ends[-1], run, jnp.zeros((count, outputs), jnp.float32))
+    # Zeros that depend on nothing are made ahead: XLA (jax 0.11.2) has those of all layers in memory at once.
+    zeros, _ = jax.lax.optimization_barrier((jnp.zeros((count, outputs), jnp.float32), counts))
+    return jax.lax.fori_loop(0, block_ends[-1], run, zeros)
