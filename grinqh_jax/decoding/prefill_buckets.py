@@ -21,7 +21,8 @@ class PrefillBucket:
     """One prefill chunk of a batch of prompts, padded to the width of its bucket.
 
     Attributes:
-      tokens: int32 ``[B, width]``, padded with zeros.
+      tokens: int32 ``[B, width]``, padded with the row's tokens again; zeros in a row without tokens. Equal
+        tokens would choose the same experts of a mixture, and make a batch for one expert large.
       lengths: int32 ``[B]``, number of tokens of each row.
       end: Position after the last token of the longest row.
     """
@@ -45,7 +46,7 @@ def cut(prompts: Sequence[Sequence[int]], start: int = 0) -> Iterator[PrefillBuc
         lengths = np.zeros(len(prompts), np.int32)
         for row, prompt in enumerate(prompts):
             chunk = prompt[start:end]
-            tokens[row, : len(chunk)] = chunk
+            tokens[row] = np.resize(chunk, width)
             lengths[row] = len(chunk)
         yield PrefillBucket(tokens, lengths, end)
         start = end
@@ -64,10 +65,14 @@ def cut_conversation(prompt: Sequence[int], start: int = 0) -> Iterator[PrefillB
         left = next(boundary for boundary in boundaries if boundary > start) - start
         width = large if left > large // 2 else small
         end = start + min(left, width)
-        tokens = np.zeros((1, width), np.int32)
-        tokens[0, : end - start] = prompt[start:end]
-        yield PrefillBucket(tokens, np.array([end - start], np.int32), end)
+        yield _of_one(prompt, start, end, width)
         start = end
+
+
+def _of_one(prompt: Sequence[int], start: int, end: int, width: int) -> PrefillBucket:
+    """Returns the bucket of the tokens ``start..end - 1`` of one prompt."""
+    tokens = np.resize(np.asarray(prompt[start:end], np.int32), (1, width))
+    return PrefillBucket(tokens, np.array([end - start], np.int32), end)
 
 
 def bucket_widths(most: int) -> list[int]:
@@ -102,9 +107,7 @@ def cut_chunks(prompt: Sequence[int], start: int, chunk: int, has_preview: bool)
         ends |= {last} if last - shared <= chunk else {first, last}
     for end in sorted(ends - {start}):
         width = bucket_widths(end - start)[-1]
-        tokens = np.zeros((1, width), np.int32)
-        tokens[0, : end - start] = prompt[start:end]
-        yield PrefillBucket(tokens, np.array([end - start], np.int32), end)
+        yield _of_one(prompt, start, end, width)
         start = end
 
 

@@ -25,7 +25,7 @@ def read(prompts, start=0) -> list[list[int]]:
     for bucket in cut(prompts, start):
         for row, tokens, length in zip(rows, bucket.tokens, bucket.lengths, strict=True):
             row += tokens[:length].tolist()
-            assert not tokens[length:].any()
+            np.testing.assert_array_equal(tokens[length:], np.resize(tokens[:length], len(tokens) - length))
     return rows
 
 
