@@ -4,6 +4,7 @@
     python benchmarks/decode.py --shapes Qwen3-0.6B --contexts 128 --layers 2 --tokens 4     a quick check
     python benchmarks/decode.py --shapes path/to/model     the shape of the model in a directory
     python benchmarks/decode.py --batch 1 2 4 8 16 32 64 --contexts 1024 --prefill     several rows
+    python benchmarks/decode.py --contexts --prefill 512 2048     prefill alone
     python benchmarks/decode.py --mesh none tp=2 --batch 1 8 --bits 3 4     one GPU, and two
     python benchmarks/decode.py --profile-contexts 1024     also a table of one step
 
@@ -120,11 +121,11 @@ def main() -> None:
     )
     add(
         "--contexts",
-        nargs="+",
+        nargs="*",
         type=int,
         default=[128, 1024, 4096],
         metavar="N",
-        help="tokens in the cache before decoding (default: 128 1024 4096)",
+        help="tokens in the cache before decoding (default: 128 1024 4096; no value skips decoding)",
     )
     add(
         "--batch",
@@ -184,6 +185,7 @@ def main() -> None:
     add("--platform", choices=("cpu", "cuda"), help="platform, as in JAX_PLATFORMS (default: JAX's choice)")
     reports.add_arguments(parser)
     args = parser.parse_args()
+    args.batch = args.batch if args.contexts else []
     if args.platform:
         jax.config.update("jax_platforms", args.platform)
     configs = {random_model.label(shape): random_model.shape(shape) for shape in args.shapes}

@@ -41,6 +41,17 @@ def test_decode(tmp_path):
 
 
 @pytest.mark.slow
+def test_prefill_alone(tmp_path):
+    output = tmp_path / "decode.json"
+    options = "--platform cpu --layers 1 --contexts --repeats 1 --prefill 32 64"
+    command = [sys.executable, SCRIPTS / "decode.py", "--shapes", BUNDLED_MODEL, *options.split()]
+    subprocess.run([*command, "--output", output], check=True, timeout=100)
+    (results,) = json.loads(output.read_text())["shapes"].values()
+    assert results["decode"] == []
+    assert [row["prompt"] for row in results["prefill"]] == [32, 64, 32, 64]
+
+
+@pytest.mark.slow
 def test_decode_stops_at_its_limit(tmp_path):
     output = tmp_path / "decode.json"
     command = [
