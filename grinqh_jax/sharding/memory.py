@@ -15,6 +15,7 @@ from grinqh_jax.model.parameters import EMBEDDING, axis_sizes, projections, rout
 from grinqh_jax.model.partition import AXIS
 from grinqh_jax.sharding.cutting import cut_leaves
 from grinqh_jax.sharding.rules import partition
+from pallas_kernels.experts.batches import batch_rows
 
 TARGETS = 29
 """Number of rows of the threshold tables that the converter writes."""
@@ -79,7 +80,7 @@ def device_memory(config: ModelConfig, devices: int, max_bits: int | None, conte
         other=sum(size for name, size in sizes.items() if name not in linear),
         cache_token=token,
         slot=fixed_bytes(local, jnp.bfloat16, context),
-        work=max(_prefill_bytes(config, local, devices), _cutting_bytes(whole) if devices > 1 else 0),
+        work=max(_prefill_bytes(config, local), _cutting_bytes(whole) if devices > 1 else 0),
     )
 
 
@@ -114,13 +115,19 @@ def _part_bytes(leaf: Any) -> int:
     return math.prod(shape) * leaf.dtype.itemsize
 
 
-def _prefill_bytes(config: ModelConfig, local: ModelConfig, devices: int) -> int:
-    """Returns the temporary memory of a prefill: the largest dequantized weight, activations and logits."""
-    sizes = axis_sizes(local)
-    shapes = [projection.shape(sizes) for projection in projections(config).values()]
-    weight = max(k * n for k, n in shapes)
-    widths = max(k + n for k, n in shapes) + 4 * config.hidden_size
-    return _BF16 * weight + PREFILL_CHUNK * widths * 4 + 2 * config.vocab_size * 4
+def _prefill_bytes(config: ModelConfig, local: ModelConfig) -> int:
+    """Returns the temporary memory of a prefill: the largest dequantized weight, activations and logits.
+
+    All experts of a projection are dequantized together, and multiplied with equally many rows of each.
+    """
+    sizes, largest = axis_sizes(local), 0
+    for projection in projections(config).values():
+        (k, n), weights, rows = projection.shape(sizes), 1, PREFILL_CHUNK
+        if projection.of_experts and config.mixture is not None:
+            weights = config.num_experts
+            rows = weights * batch_rows(PREFILL_CHUNK * config.mixture.rows, weights)
+        largest = max(largest, weights * k * n * _BF16 + rows * (k + n) * 4)
+    return largest + PREFILL_CHUNK * 4 * config.hidden_size * 4 + 2 * config.vocab_size * 4
 
 
 def _cutting_bytes(leaves: dict[str, Any]) -> int:
