@@ -17,24 +17,28 @@ from pallas_kernels.lanes import device
 NUM_EXPERTS, IN, OUT = 4, 130, 312
 
 
-def experts_weight(num_experts=NUM_EXPERTS):
+def experts_weight(num_experts, in_features, out_features):
     rng = np.random.default_rng(0)
-    k, n = matvec_oracle.padded_shape(IN, OUT)
+    k, n = matvec_oracle.padded_shape(in_features, out_features)
     words = rng.integers(0, 2**32, (num_experts, 4, k, n // matvec_oracle.WORD_OUTPUTS), np.uint32)
     scales = rng.uniform(0.01, 0.1, (num_experts, k // matvec_oracle.GROUP, n)).astype(np.float16)
     gains = np.array([0.8, 0.9, 1.1, 1], np.float32)
-    return NestedExperts(jnp.asarray(words), jnp.asarray(scales), IN, OUT, jnp.asarray(gains))
+    return NestedExperts(*map(jnp.asarray, (words, scales)), in_features, out_features, jnp.asarray(gains))
 
 
 def exact(weight, x, experts, level):
     """Returns products in float64 with the weights of a level rounded to bfloat16."""
-    gain = np.float64(weight.level_gains[level - 1])
-    kernels = [
-        np.asarray(matvec_oracle.dequantize(weight.expert(e), level) / gain, jnp.bfloat16)
-        for e in range(weight.num_experts)
-    ]
-    kernels = np.asarray(np.stack(kernels), np.float64)
-    return gain * np.einsum("...k,...kn->...n", np.asarray(x, np.float64), kernels[np.asarray(experts)])
+    gain, x, experts = (
+        np.float64(weight.level_gains[level - 1]),
+        np.asarray(x, np.float64),
+        np.asarray(experts),
+    )
+    y = np.zeros((*experts.shape, weight.out_features))
+    for expert in np.unique(experts):
+        one = matvec_oracle.dequantize(jax.tree.map(np.asarray, weight.expert(int(expert))), level) / gain
+        rows = experts == expert
+        y[rows] = gain * (x[rows] @ one.astype(jnp.bfloat16).astype(np.float64))
+    return y
 
 
 @pytest.fixture
@@ -58,7 +62,7 @@ def launches(monkeypatch):
 def test_products_equal_those_of_each_expert(launches, monkeypatch, level, capacity):
     """Expert 1 has most rows and expert 2 none. None is full precision."""
     monkeypatch.setattr(expert_products, "batch_rows", lambda rows, num_experts: capacity)
-    weight = experts_weight()
+    weight = experts_weight(NUM_EXPERTS, IN, OUT)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((3, 2, 2, IN)), jnp.bfloat16)
     experts = jnp.asarray([[[1, 0], [1, 3]], [[1, 0], [0, 1]], [[1, 3], [1, 0]]])
     bias = jnp.asarray(np.random.default_rng(2).standard_normal((3, 2, 2, OUT)), jnp.float32)
