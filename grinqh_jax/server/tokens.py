@@ -28,7 +28,7 @@ class Tokens:
         return JSONResponse({"count": len(tokens), "max_model_len": self._service.context, "tokens": tokens})
 
     async def detokenize(self, request: Request) -> Response:
-        """Returns the text of tokens, without special tokens."""
+        """Returns the text of tokens, special tokens included."""
         body = await parse(request, Detokenize, self._service.limits)
         self._service.bits(body.model)
         generator = self._service.generator
@@ -37,7 +37,8 @@ class Tokens:
                 generator.model.config.check_tokens(body.tokens)
         except UsageError as error:
             raise APIError(400, f"tokens: {error}", param="tokens") from None
-        return JSONResponse({"prompt": await asyncio.to_thread(generator.tokenizer.decode, body.tokens)})
+        text = await asyncio.to_thread(generator.tokenizer.decode, body.tokens, special_tokens=True)
+        return JSONResponse({"prompt": text})
 
     def _encode(self, body: Tokenize) -> list[int]:
         if body.messages is not None:

@@ -72,13 +72,14 @@ class Tokenizer:
         check(text, "the text")
         return self._backend.encode(text, add_special_tokens=special_tokens).ids
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Returns the text of ``tokens`` without special tokens. Bytes that are not UTF-8 become U+FFFD."""
-        return self._backend.decode(list(tokens), skip_special_tokens=True)
+    def decode(self, tokens: Sequence[int], *, special_tokens: bool = False) -> str:
+        """Returns the text of ``tokens``, by default without special tokens. Bytes that are not UTF-8 become
+        U+FFFD."""
+        return self._backend.decode(list(tokens), skip_special_tokens=not special_tokens)
 
     def token_text(self, token: int) -> str:
         """Returns the text of one token, special or not. Bytes that are not UTF-8 become U+FFFD."""
-        return self._backend.decode([token], skip_special_tokens=False)
+        return self.decode([token], special_tokens=True)
 
     def token_bytes(self, token: int) -> bytes | None:
         """Returns the bytes of one token, which may be part of a character; None if they are unknown."""

@@ -123,6 +123,10 @@ def test_prompts_of_tokens_echo_and_tokenize(client, server, library):
     chat = library.tokenizer.chat(MESSAGES)
     assert server.json("/v1/tokenize", {"messages": MESSAGES})[1]["tokens"] == chat
     assert server.json("/v1/detokenize", {"tokens": tokens}) == (200, {"prompt": "The cat"})
+    chat_text = server.json("/v1/detokenize", {"tokens": chat})[1]["prompt"]
+    assert chat_text == library.tokenizer.chat_text(MESSAGES)
+    again = {"prompt": chat_text, "add_special_tokens": False}
+    assert server.json("/v1/tokenize", again)[1]["tokens"] == chat
     text = client.completions.create(**GREEDY, prompt="The cat").choices[0].text
     for prompt in (tokens, [tokens], "The cat", ["The cat"]):
         answer = client.completions.create(**GREEDY, prompt=prompt, echo=True)
