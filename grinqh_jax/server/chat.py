@@ -1,6 +1,5 @@
 """``/v1/chat/completions``."""
 
-import asyncio
 import dataclasses
 import time
 import uuid
@@ -36,8 +35,8 @@ class Chat:
         body = await parse(request, ChatCompletion, service.limits)
         bits = service.bits(body.model, body.bits)
         calls = Calls.of(body)
-        prompt = await asyncio.to_thread(
-            self._conversations.prompt, body.messages, calls.tools, body.chat_template_kwargs
+        prompt = await service.in_thread(
+            request, self._conversations.prompt, body.messages, calls.tools, body.chat_template_kwargs
         )
         field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         limit = service.max_tokens(getattr(body, field), [prompt.tokens], default=None, field=field)

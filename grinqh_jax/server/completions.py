@@ -1,6 +1,5 @@
 """``/v1/completions``."""
 
-import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -45,7 +44,7 @@ class Completions:
                 code="unsupported_parameter",
             )
         bits = service.bits(body.model, body.bits)
-        prompts = await asyncio.to_thread(self._prompts, body.prompt)
+        prompts = await service.in_thread(request, self._prompts, body.prompt)
         # The engine generates at least one token.
         wanted = 1 if body.max_tokens == 0 else body.max_tokens
         limit = service.max_tokens(wanted, prompts, default=DEFAULT_TOKENS)

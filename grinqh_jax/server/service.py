@@ -1,11 +1,14 @@
 """The model that a server serves, and answers to requests for it."""
 
 import asyncio
+import concurrent.futures
 import contextlib
 import dataclasses
 import secrets
-from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, TypeVar
+
+import starlette.requests
 
 from grinqh_jax.decoding.bits import FULL, Bits
 from grinqh_jax.decoding.dial import layer_shares
@@ -20,6 +23,11 @@ from grinqh_jax.server.metrics import Metrics
 from grinqh_jax.server.schema import MAX_BITS, Generation
 from grinqh_jax.serving.engine import Engine
 from grinqh_jax.serving.grammar import Grammar
+
+Result = TypeVar("Result")
+
+LARGE_BODY = 256 << 10
+"""Bytes of a request from which on its text shares a thread with other such texts."""
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -52,6 +60,7 @@ class Service:
         self.admission = Admission(engine.shape.slots, limits.queue)
         self._clocks: set[asyncio.Timeout] = set()  # of unfinished requests
         self._cut = False
+        self._large_texts = concurrent.futures.ThreadPoolExecutor(1)
 
     def cut(self) -> None:
         """Ends all unfinished requests, because the server ends. Only the event loop's thread calls it."""
@@ -92,6 +101,18 @@ class Service:
         except UsageError as error:
             raise APIError(400, str(error), param="bits") from None
         return wanted
+
+    async def in_thread(
+        self, request: starlette.requests.Request, work: Callable[..., Result], *arguments: Any
+    ) -> Result:
+        """Returns the result of work on the text of a request, which runs in a thread.
+
+        Large requests share one thread. Megabytes take seconds to tokenize, and a few such requests would
+        occupy all threads.
+        """
+        size = int(request.headers.get("content-length", LARGE_BODY))
+        executor = self._large_texts if size >= LARGE_BODY else None
+        return await asyncio.get_running_loop().run_in_executor(executor, work, *arguments)
 
     async def grammar(self, rules: Rules | None) -> Grammar | None:
         """Returns the grammar of rules; None for None.

@@ -1,7 +1,5 @@
 """``/v1/tokenize`` and ``/v1/detokenize``."""
 
-import asyncio
-
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -24,7 +22,7 @@ class Tokens:
         """Returns the tokens of a text or of messages."""
         body = await parse(request, Tokenize, self._service.limits)
         self._service.bits(body.model)
-        tokens = await asyncio.to_thread(self._encode, body)
+        tokens = await self._service.in_thread(request, self._encode, body)
         return JSONResponse({"count": len(tokens), "max_model_len": self._service.context, "tokens": tokens})
 
     async def detokenize(self, request: Request) -> Response:
@@ -37,7 +35,7 @@ class Tokens:
                 generator.model.config.check_tokens(body.tokens)
         except UsageError as error:
             raise APIError(400, f"tokens: {error}", param="tokens") from None
-        text = await asyncio.to_thread(generator.tokenizer.decode, body.tokens, special_tokens=True)
+        text = await self._service.in_thread(request, self._decode, body.tokens)
         return JSONResponse({"prompt": text})
 
     def _encode(self, body: Tokenize) -> list[int]:
@@ -55,3 +53,6 @@ class Tokens:
             )
         except UsageError as error:
             raise APIError(400, f"prompt: {error}", param="prompt") from None
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self._service.generator.tokenizer.decode(tokens, special_tokens=True)

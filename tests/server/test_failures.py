@@ -3,11 +3,13 @@
 import asyncio
 import collections
 import json
+import threading
 import time
 
 import app_exchange
 import pytest
 from app_exchange import Response
+from starlette.requests import Request
 
 from grinqh_jax.decoding.answer_text import AnswerText
 from grinqh_jax.server.app import application
@@ -29,6 +31,15 @@ def exchange(service, *bodies: dict, limit=None) -> list[Response]:
     if limit is not None:
         app = ConnectionLimit(app, *limit)
     return app_exchange.exchange(app, *(("/v1/completions", body) for body in bodies))
+
+
+def assert_all_is_free(service) -> None:
+    """Cancelled answers end within a chunk. Later tests need an idle engine."""
+    assert service.admission.held == 0
+    deadline = time.monotonic() + 30
+    while service.engine.stats().pages_in_use and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert service.engine.stats().pages_in_use == 0
 
 
 @pytest.fixture
@@ -94,6 +105,24 @@ def test_too_many_connections_say_when_to_try_again(service):
     assert answered.status == 200
 
 
+def test_a_small_request_does_not_wait_for_the_texts_of_large_ones(service):
+    def of_size(size: int) -> Request:
+        return Request({"type": "http", "headers": [(b"content-length", str(size).encode())]})
+
+    async def run() -> int:
+        ready = threading.Event()
+        large = [service.in_thread(of_size(1 << 20), ready.wait, 60) for _ in range(40)]  # more than threads
+        waiting = asyncio.gather(*large)
+        small = asyncio.wait_for(service.in_thread(of_size(1000), lambda: 5), 30)
+        try:
+            return await small
+        finally:
+            ready.set()
+            await waiting
+
+    assert asyncio.run(run()) == 5
+
+
 def test_an_answer_that_takes_too_long_is_cut(library, library_engine):
     service = Service("tiny", library, library_engine, Limits(request_seconds=1e-3))
     for fields in ({}, {"stream": True}):
@@ -103,11 +132,7 @@ def test_an_answer_that_takes_too_long_is_cut(library, library_engine):
         assert (error["type"], error["code"]) == ("server_error", "timeout")
         assert error["message"] == "the answer did not end within 0.001 s; ask for fewer tokens"
     assert service.metrics.answers.labels("timeout")._value.get() == 2
-    assert service.admission.held == 0
-    deadline = time.monotonic() + 30
-    while service.engine.stats().pages_in_use and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert service.engine.stats().pages_in_use == 0
+    assert_all_is_free(service)
 
 
 def test_answers_that_a_drain_does_not_wait_for_end_with_an_error(library, library_engine):
@@ -128,7 +153,7 @@ def test_answers_that_a_drain_does_not_wait_for_end_with_an_error(library, libra
     for error in errors:
         assert (error["type"], error["code"]) == ("server_error", "ending")
         assert error["message"] == "the server is shutting down; try again later"
-    assert service.admission.held == 0
+    assert_all_is_free(service)
 
 
 def test_an_engine_that_has_ended_answers_503(service, monkeypatch):
