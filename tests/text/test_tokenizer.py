@@ -1,9 +1,12 @@
 """The tokenizer gives the tokens of transformers, and text in whole characters."""
 
 import random
+import threading
+import time
 
 import pytest
 
+import grinqh_jax
 from grinqh_jax.errors import CheckpointError, UsageError
 from grinqh_jax.text.tokenizer import Tokenizer
 
@@ -34,6 +37,27 @@ def test_same_tokens_as_transformers(shared, name):
         tokens = ours.encode(text)
         assert tokens == theirs.encode(text)
         assert ours.decode(tokens) == theirs.decode(tokens, skip_special_tokens=True)
+
+
+def test_other_threads_run_while_a_long_text_is_encoded():
+    tokenizer = Tokenizer.load(grinqh_jax.BUNDLED_MODEL)
+    text, done, turns = "The old house, 3 boxes.\n" * 60_000, threading.Event(), []
+
+    def wait() -> None:
+        while not done.is_set():
+            turns.append(time.perf_counter())
+            time.sleep(0.001)
+
+    other = threading.Thread(target=wait)
+    other.start()
+    started = time.perf_counter()
+    tokens = tokenizer.encode(text)
+    ended = time.perf_counter()
+    done.set()
+    other.join()
+    assert tokens[:9] == tokenizer.encode(text[:200])[:9]
+    # With Python's lock held there is no turn between the first and the last moment.
+    assert sum(started + 0.01 < turn < ended - 0.01 for turn in turns) > 5
 
 
 def test_same_chat_as_transformers(chat_directory):
