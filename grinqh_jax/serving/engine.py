@@ -110,6 +110,8 @@ class Engine:
         # Fetched once: at the end of an answer the device is busy with others.
         self._ranges = calibrated_ranges(generator.model) if device.graded else None
         self._grammars = Grammars(generator)
+        if grammars:
+            self._grammars.prepare()
         self.storage = SharedPages(self.shape, device.graded)
         self.scheduler = Scheduler(device, self.storage, policy)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -198,7 +200,7 @@ class Engine:
     def grammar(self, schema: Mapping[str, Any]) -> Grammar:
         """Returns a grammar of the JSON texts that fit a schema, for any number of requests.
 
-        This takes milliseconds, up to seconds for a large schema, and a second more for the first one.
+        This takes milliseconds, up to seconds for a large schema.
 
         Args:
           schema: JSON schema. References lead to the schema itself only; nothing is loaded.

@@ -1,5 +1,6 @@
 """JSON schemas as masks of the tokens that an answer may go on with, computed by llguidance on the host."""
 
+import contextlib
 import json
 import threading
 from collections.abc import Mapping
@@ -70,10 +71,18 @@ class Grammars:
     """Makes grammars for the tokens of one model."""
 
     def __init__(self, generator: Generator):
-        """Does nothing yet: the first grammar imports llguidance and converts the vocabulary."""
+        """Does nothing yet: ``prepare`` or the first grammar imports llguidance and loads the vocabulary."""
         self._generator = generator
         self._vocabulary: Any = None
         self._lock = threading.Lock()
+
+    def prepare(self) -> None:
+        """Imports llguidance and converts the vocabulary before answers run, because both keep Python's lock.
+
+        Failures are left to the first grammar.
+        """
+        with contextlib.suppress(UsageError):
+            self._load()
 
     def of_schema(self, schema: Mapping[str, Any]) -> Grammar:
         """Returns a grammar of the JSON texts that fit a schema.
@@ -97,11 +106,7 @@ class Grammars:
         Raises:
           UsageError: As in ``of_schema``.
         """
-        try:
-            import llguidance
-        except ImportError:
-            raise UsageError("schemas need llguidance; install it: pip install 'grinqh-jax[serve]'") from None
-        vocabulary = self._load(llguidance)
+        llguidance, vocabulary = self._load()
         _check_size(list(schemas.values()))
         try:
             lines = [f"{name}: %json {_spelled(schema)}" for name, schema in schemas.items()]
@@ -116,8 +121,12 @@ class Grammars:
         result.allowed()  # Some schemas fail only here.
         return result
 
-    def _load(self, llguidance: Any) -> Any:
-        """Returns the vocabulary, which takes a second to convert."""
+    def _load(self) -> tuple[Any, Any]:
+        """Returns llguidance and the vocabulary, which takes a second to convert."""
+        try:
+            import llguidance
+        except ImportError:
+            raise UsageError("schemas need llguidance; install it: pip install 'grinqh-jax[serve]'") from None
         with self._lock:
             if self._vocabulary is None:
                 generator = self._generator
@@ -131,7 +140,7 @@ class Grammars:
                     raise UsageError(
                         f"llguidance does not support this model's tokenizer: {_line(str(error))}"
                     ) from None
-            return self._vocabulary
+            return llguidance, self._vocabulary
 
 
 def _spelled(schema: Mapping[str, Any]) -> str:

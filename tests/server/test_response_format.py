@@ -32,6 +32,11 @@ def test_the_client_parses_answers_as_its_classes(client):
         assert stream.get_final_completion().choices[0].message.parsed == answer.choices[0].message.parsed
 
 
+def test_the_vocabulary_is_converted_before_the_first_request(library_engine):
+    """The conversion keeps Python's lock, up to a second, and running answers would wait."""
+    assert library_engine._grammars._vocabulary is not None
+
+
 def test_any_object_and_text(client):
     answer = client.chat.completions.create(**FIELDS, response_format={"type": "json_object"}, max_tokens=60)
     (choice,) = answer.choices
