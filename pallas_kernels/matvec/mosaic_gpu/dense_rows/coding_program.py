@@ -1,8 +1,9 @@
 """The lane program that codes activations for a product with ``DenseRows.coded``.
 
-All CTAs of a product that have the same input channels need the same codes. This launch computes them once:
-up to 48 CTAs of a product would. A CTA codes one group of channels as the product would, with its phase
-``code``, into shared memory, and copies the result to the place that the product copies it from.
+All CTAs of a product that have the same input channels need the same codes. This launch computes them once,
+where 8 to 16 CTAs of a product of Qwen3-8B would. A CTA codes one group of channels as the product would,
+with its phase ``code``, into shared memory, and copies the result to the place that the product copies it
+from.
 """
 
 from pallas_kernels import layout
