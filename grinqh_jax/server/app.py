@@ -18,6 +18,7 @@ from grinqh_jax.server.models import Models
 from grinqh_jax.server.page import Page
 from grinqh_jax.server.service import Service
 from grinqh_jax.server.tokens import Tokens
+from grinqh_jax.server.turning import Turning
 
 
 def application(
@@ -40,6 +41,7 @@ def application(
     routes = [
         Route("/v1/chat/completions", Chat(service, conversations).create, methods=["POST"]),
         Route("/v1/completions", Completions(service).create, methods=["POST"]),
+        Route("/v1/answers/{id}/bits", Turning(service).turn, methods=["POST"]),
         Route("/v1/models", models.index),
         Route("/v1/models/{name:path}", models.show),
         Route("/v1/tokenize", tokens.tokenize, methods=["POST"]),
@@ -48,7 +50,6 @@ def application(
         Route("/health", models.health),
         Route("/metrics", models.metrics),
     ]
-    paths = frozenset(route.path for route in routes)
     cors = [
         Middleware(
             CORSMiddleware,
@@ -61,7 +62,7 @@ def application(
         routes=routes,
         exception_handlers=dict(HANDLERS),
         middleware=[
-            Middleware(_Counted, metrics=service.metrics, paths=paths),
+            Middleware(_Counted, metrics=service.metrics, routes=routes),
             *(cors if origins else ()),
             Middleware(Access, keys=keys, hosts=hosts),
         ],
@@ -71,18 +72,19 @@ def application(
 
 
 class _Counted:
-    """Counts responses by path and status."""
+    """Counts responses by path, with names in place of its variable parts, and status."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, paths: Collection[str]):
+    def __init__(self, app: ASGIApp, metrics: Metrics, routes: Sequence[Route]):
         self._app = app
         self._metrics = metrics
-        self._paths = paths
+        self._routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        path = scope["path"] if scope["path"] in self._paths else "other"
+        matching = (route.path for route in self._routes if route.path_regex.match(scope["path"]))
+        path = next(matching, "other")
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":

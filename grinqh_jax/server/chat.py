@@ -78,7 +78,9 @@ class _Work:
 
     def _choices(self):
         top = (self._body.top_logprobs or 0) if self._body.logprobs else None
-        return self._service.choices([self._prompt.tokens], self._requests, top, grammar=self._grammar)
+        return self._service.choices(
+            self._head["id"], [self._prompt.tokens], self._requests, top, grammar=self._grammar
+        )
 
     async def complete(self) -> dict[str, Any]:
         """Returns the whole response."""

@@ -100,6 +100,7 @@ class _Work:
     def _choices(self):
         wanted = self._body.logprobs
         return self._service.choices(
+            self._head["id"],
             self._prompts,
             self._requests,
             wanted,

@@ -43,7 +43,8 @@ StopStrings = Annotated[
     str | Annotated[list[str], Field(max_length=MOST_STOP_STRINGS)] | None,
     pydantic.AfterValidator(_refuse_empty),
 ]
-Bits = Annotated[float, Field(gt=0, le=MAX_BITS)] | Literal["full"] | None
+Setting = Annotated[float, Field(gt=0, le=MAX_BITS)] | Literal["full"]
+Bits = Setting | None
 
 
 class Strict(pydantic.BaseModel):
@@ -301,6 +302,21 @@ class ChatCompletion(Generation):
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs: only with logprobs")
         return self
+
+
+class Turn(Strict):
+    """Body of ``/v1/answers/ID/bits``."""
+
+    bits: Setting
+
+
+class Turned(Strict):
+    """Response of ``/v1/answers/ID/bits``: the bits from now on, and those before."""
+
+    id: str
+    object: Literal["answer.bits"] = "answer.bits"
+    bits: Setting
+    previous_bits: Setting
 
 
 class Tokenize(Strict):

@@ -34,6 +34,14 @@ PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 """Fields that a request to the server and a ``Request`` have in common."""
 
 
+@dataclasses.dataclass
+class _Running:
+    """The answers to a request, and the bits that they read now."""
+
+    choices: list[Choice]
+    bits: Bits
+
+
 class Service:
     """One model on one engine.
 
@@ -58,6 +66,7 @@ class Service:
         self.context = engine.shape.max_context
         self._weights = layer_shares(generator.model.config)
         self.admission = Admission(engine.shape.slots, limits.queue)
+        self._running: dict[str, _Running] = {}  # unfinished requests by id
         self._clocks: set[asyncio.Timeout] = set()  # of unfinished requests
         self._cut = False
         self._large_texts = concurrent.futures.ThreadPoolExecutor(1)
@@ -101,6 +110,35 @@ class Service:
         except UsageError as error:
             raise APIError(400, str(error), param="bits") from None
         return wanted
+
+    def turn(self, id: str, bits: Bits) -> tuple[Bits, Bits]:
+        """Changes the bits of all unfinished answers to a request, from their next decode chunks on.
+
+        Whoever knows an id may turn its answers. Ids have 122 random bits of the operating system (UUID 4),
+        so only those know it who have seen the events of the answer.
+
+        Args:
+          id: Id of the request, which its events have.
+          bits: Wanted mean bits per weight.
+
+        Returns:
+          Bits before and from now on.
+
+        Raises:
+          APIError: 404 if no request with this id runs, 400 if the model does not support the bits.
+        """
+        self.bits(None, bits)
+        running = self._running.get(id)
+        if running is None or all(choice.finish_reason for choice in running.choices):
+            raise APIError(
+                404,
+                f"no answer with the id {id!r:.100} runs; it has ended, or another server has it",
+                code="answer_not_found",
+            )
+        for choice in running.choices:
+            self.engine.turn(choice.answer, bits)
+        before, running.bits = running.bits, bits
+        return before, bits
 
     async def in_thread(
         self, request: starlette.requests.Request, work: Callable[..., Result], *arguments: Any
@@ -195,6 +233,7 @@ class Service:
     @contextlib.asynccontextmanager
     async def choices(
         self,
+        id: str,
         prompts: Sequence[Sequence[int]],
         requests: Sequence[Request],
         top_logprobs: int | None,
@@ -203,6 +242,12 @@ class Service:
         grammar: Grammar | None = None,
     ) -> AsyncIterator[list[Choice]]:
         """Starts all requests on each prompt; those that are unfinished after the block are cancelled.
+
+        Args:
+          id: Id of the request, by which its answers can be turned.
+          prompts: Tokens of each prompt.
+          requests: Requests on each prompt, with the same bits.
+          top_logprobs, prompt_logprobs, grammar: As for ``Engine.submit``.
 
         Raises:
           APIError: There is no room in the queue, a request does not fit, the block takes too long, or the
@@ -224,6 +269,7 @@ class Service:
                                 grammar=grammar,
                             )
                             started.append(Choice(len(started), answer, self.metrics.clock(), self._weights))
+                    self._running[id] = _Running(started, self._setting(requests[0].bits))
                     yield started
             except TimeoutError:
                 otherwise = "timeout"
@@ -232,6 +278,7 @@ class Service:
                 otherwise = "disconnected"
                 raise
             finally:
+                self._running.pop(id, None)
                 for choice in started:
                     self.engine.cancel(choice.answer)
                     outcome = choice.answer.finish_reason if choice.statistics else None
@@ -246,6 +293,11 @@ class Service:
                 yield
             finally:
                 self._clocks.remove(clock)
+
+    def _setting(self, bits: Bits | None) -> Bits:
+        """Returns the bits that a request reads if it asks for some or for none."""
+        default = self.generator.bits(None)
+        return bits if bits is not None else FULL if default is None else default
 
     def _late(self) -> APIError:
         if self._cut:

@@ -65,6 +65,7 @@ def test_a_server_without_keys_answers_to_its_own_names_only(server):
 def test_paths_without_a_key():
     assert status(["key"], None, "/health") == 200
     assert status(["key"], None, "/metrics") == 401
+    assert status(["key"], None, "/v1/answers/cmpl-0/bits") == 401
     assert status([], None) == 200
 
 

@@ -26,18 +26,28 @@ globalThis.document = {
 };
 globalThis.window = { scrollTo() {} };
 const plain = globalThis.fetch;
-globalThis.fetch = (path, options) => plain(process.argv[2] + path, options);
+const turned = [];
+globalThis.fetch = async (path, options) => {
+  const response = await plain(process.argv[2] + path, options);
+  if (path.endsWith("/bits")) turned.push([path, JSON.parse(options.body).bits, response.status]);
+  return response;
+};
 element("temperature").value = "0";
 """
 RUN = """
 (async () => {
   await load();
   at("bits").value = "2";
-  await send("The cat");
+  const sent = send("The cat");  // at 2 bits
+  for (const bits of ["4", "6"]) {
+    at("bits").value = bits;
+    at("bits").listeners.input();
+  }
+  await sent;
   at("clear").listeners.click();
   await send("And <b>then</b>?");
   console.log(JSON.stringify({
-    model: at("model").textContent, least: at("bits").min, figures: at("figures").textContent, turns,
+    model: at("model").textContent, least: at("bits").min, figures: at("figures").textContent, turns, turned,
     layers: at("layers").children.map((row) => row.children.map((cell) => cell.title || cell.textContent)),
     shown: at("turns").children.map((turn) => [turn.className, turn.textContent]),
   }));
@@ -76,6 +86,9 @@ def test_the_script_chats_with_the_server(server, tmp_path):
     (asked, question), *answers = seen["shown"]
     assert (asked, question) == ("turn user", "And <b>then</b>?")
     assert all(kind == "turn answer" and text for kind, text in answers)
+    ((path, bits, status),) = seen["turned"]  # once the id is known, to the last bits
+    assert re.fullmatch("/v1/answers/chatcmpl-[0-9a-f]{32}/bits", path)
+    assert (bits, status in (200, 404)) == (6, True)  # 404 if the answer has ended meanwhile
     assert seen["turns"] == [] or seen["turns"][0] == {"role": "user", "content": question}
     assert [row[0] for row in seen["layers"]] == ["qkv", "o", "gate_up", "down", "lm_head.blocks"]
     assert re.fullmatch(r"layers\.0\.qkv: \d\.\d\d bits", seen["layers"][0][1])
