@@ -110,6 +110,7 @@ def main() -> int:
     add("--model", required=True, metavar="DIR_OR_GGUF", help="unquantized model")
     add("--data", nargs="+", type=pathlib.Path, required=True, metavar="FILE", help="texts to measure")
     add("--variants", nargs="*", default=["default:"], metavar="'LABEL: FLAGS'", help="default: the default")
+    add("--converted", nargs="*", default=[], metavar="'LABEL: DIR'", help="finished checkpoints")
     add("--fixed", nargs="*", default=[], metavar="METHOD:BITS", help="rtn, gptq or awq, and bits")
     add("--bits", nargs="+", default=BITS, metavar="B", help="settings (default: 1.5 2 2.5 3 4 full)")
     add("--tokens", type=int, default=4096, metavar="N", help="tokens of each text (default: 4096)")
@@ -139,18 +140,25 @@ def main() -> int:
         kl = {text: [r["kl"] for r in by_bits.values()] for text, by_bits in row["texts"].items()}
         print(f"{label}: {row.get('seconds')} s, KL {kl}", flush=True)
 
+    def keep_graded(label: str, row: dict, directory: pathlib.Path) -> None:
+        loaded = checkpoint.load(directory, jnp.float32)
+        row |= {"bytes_on_device": device_bytes(loaded.model)}
+        row["texts"] = measured(
+            loaded.model, loaded.quantization.targets, data, settings, reference, args.sequence_length
+        )
+        keep(label, row)
+
     args.work.mkdir(parents=True, exist_ok=True)
     for variant in args.variants:
         label, _, flags = variant.partition(":")
         if label in report["rows"]:
             continue
         out, row = converted(source, shlex.split(flags), args.work / "out")
-        loaded = checkpoint.load(out, jnp.float32)
-        row |= {"flags": flags.strip(), "bytes_on_device": device_bytes(loaded.model)}
-        row["texts"] = measured(
-            loaded.model, loaded.quantization.targets, data, settings, reference, args.sequence_length
-        )
-        keep(label, row)
+        keep_graded(label, row | {"flags": flags.strip()}, out)
+    for existing in args.converted:
+        label, _, directory = existing.partition(":")
+        if label not in report["rows"]:
+            keep_graded(label, {}, pathlib.Path(directory.strip()))
     windows = read_calibration(source, [], DEFAULT_TOKENS).windows if args.fixed else None
     for name in args.fixed:
         method, _, bits = name.partition(":")

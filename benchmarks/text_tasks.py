@@ -97,15 +97,17 @@ def main() -> int:
     add("--models", nargs="+", required=True, type=pathlib.Path, metavar="DIR", help="converted models")
     add("--fixed", nargs="*", default=[], type=pathlib.Path, metavar="DIR", help="results of baselines")
     add("--bits", nargs="+", default=["2", "3", "4", "full"], metavar="B", help="default: 2 3 4 full")
-    add("--cases", type=int, default=400, metavar="N", help="cases of each task (default: 400)")
+    add("--cloze", type=int, default=400, metavar="N", help="cloze cases (default: 400)")
+    add("--choice", type=int, default=400, metavar="N", help="choice cases of four texts (default: 400)")
     add("--output", type=pathlib.Path, required=True, metavar="FILE", help="JSON file to write")
     args = parser.parse_args()
 
-    rng, share = np.random.default_rng(0), -(-args.cases // len(args.data))
-    tasks: dict[str, list[Case]] = {"cloze": [], "choice": []}
+    rng, wanted = np.random.default_rng(0), {"cloze": args.cloze, "choice": args.choice}
+    tasks: dict[str, list[Case]] = {name: [] for name in wanted}
     for path in args.data:
         text = path.read_text()
         for name, cases in (("cloze", cloze_cases(text)), ("choice", choice_cases(text, rng))):
+            share = -(-wanted[name] // len(args.data))
             tasks[name] += [cases[i] for i in sorted(rng.permutation(len(cases))[:share])]
     runs = [(str(path), path, bits) for path in args.models for bits in args.bits]
     runs += [(str(path), path, "full") for path in args.fixed]
