@@ -4,7 +4,6 @@
     python benchmarks/rows.py --checks --output checks.json            correctness and batch invariance only
     python benchmarks/rows.py --variants "pairs, 8 slots" default      some programs
     python benchmarks/rows.py --rows 8 16 4                            some numbers of rows
-    python benchmarks/rows.py --rows 8 16 --variants default "dense, coded"   codes in a launch of their own
 
 Checks: every row against float64 at several mean bits, for Gaussian and for Cauchy-like activations; each row
 has the same bits as the row alone (which runs the kernel for one row), in batches of 2 to 16 rows, with other
@@ -43,34 +42,25 @@ COPIES = 6
 """Number of copies of the layer's weights that a call reads in turn: 450 MB at 3 bits."""
 
 
-CODING_NAME = "code_activations_kernel"
-"""Name of the launch that codes the activations of a product in the variants "coded"."""
-
-
-def kernel_times(function) -> tuple[float, float, dict[str, float]]:
+def kernel_times(function) -> tuple[float, dict[str, float]]:
     """Profiles ``function``, which multiplies with all copies of the layer.
 
     Returns:
-      The time of all kernels of a layer, us; the part of it that codes activations; and the median of each
-      shape without this part, if the launches of the kernel come in the order of the shapes; else the medians
-      by launch parameters.
+      The time of all kernels of a layer, us, and the median of each shape, if the launches of the kernel come
+      in the order of the shapes; else the medians by launch parameters.
     """
     repeats = 5
     events = timing.profile_events(function, repeats)
-    total = sum(us for name, _, us in events if CODING_NAME not in name) / (repeats * COPIES)
+    total = sum(duration for _, _, duration in events) / (repeats * COPIES)
     mine = [(details, us) for name, details, us in events if matvec.KERNEL_NAME in name]
     count = len(matvec.LAYER)
-    # XLA codes the activations once for all copies of a weight. So there are fewer launches than products.
-    coding = [us for name, _, us in events if CODING_NAME in name]
-    coding_us = sum(statistics.median(coding[i::count]) for i in range(count)) if coding else 0.0
     groups = {shape: mine[i::count] for i, shape in enumerate(matvec.LAYER)}
     in_order = len(mine) == repeats * COPIES * count
     if not in_order or any(len({details for details, _ in group}) != 1 for group in groups.values()):
         groups = {}
         for launch in mine:
             groups.setdefault(launch[0], []).append(launch)
-    medians = {name: round(statistics.median(us for _, us in group), 3) for name, group in groups.items()}
-    return total + coding_us, coding_us, medians
+    return total, {name: round(statistics.median(us for _, us in group), 3) for name, group in groups.items()}
 
 
 def time_layer(names: list[str], timed_rows: list[int], report: Report) -> None:
@@ -94,21 +84,17 @@ def time_layer(names: list[str], timed_rows: list[int], report: Report) -> None:
         for (variant, program), (kind, (xs, limits)) in itertools.product(programs.items(), data.items()):
             if report.out_of_time(f"{rows} rows, {variant}, {kind}"):
                 return
-            us, coding_us, medians = kernel_times(
-                lambda p=program, xs=xs, limits=limits: p(xs, limits, weights)
-            )
+            us, medians = kernel_times(lambda p=program, xs=xs, limits=limits: p(xs, limits, weights))
             read = sum(
                 matvec.bytes_read(np.asarray(x), np.asarray(t), k, n)
                 for x, t, (k, n) in zip(xs, limits, shapes, strict=True)
             )
             results.append(
                 {"rows": rows, "variant": variant, "x": kind, "layer_us": round(us, 2), "bytes": read}
-                | {"coding_us": round(coding_us, 2), "kernel_us": medians}
+                | {"kernel_us": medians}
             )
-            coding = f" ({coding_us:.1f} us of them for codes)" if coding_us else ""
             print(
-                f"{rows:2} rows {kind:10} {variant:22} {us:6.1f} us a layer{coding},",
-                f"{read / us / 1e6:.2f} TB/s",
+                f"{rows:2} rows {kind:10} {variant:22} {us:6.1f} us a layer, {read / us / 1e6:.2f} TB/s",
                 list(medians.values()),
                 flush=True,
             )

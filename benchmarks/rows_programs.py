@@ -22,14 +22,6 @@ VARIANTS: dict[str, Program | None] = {
     "dense": DenseRows(),
     "dense, warpgroups": DenseRows(warpgroups=True),
     "dense, warpgroups, 4 planes": DenseRows(step_planes=4, ring_slots=4, warpgroups=True),
-    "dense, coded": DenseRows(coded=True),
-    "dense, coded, warpgroups": DenseRows(warpgroups=True, coded=True),
-    "dense, coded, warpgroups, later": DenseRows(warpgroups=True, coded=True, combines_later=True),
-    "dense, coded, warpgroups, 16 slots": DenseRows(ring_slots=16, warpgroups=True, coded=True),
-    "dense, coded, warpgroups, 4 planes": DenseRows(
-        step_planes=4, ring_slots=8, warpgroups=True, coded=True, combines_later=True
-    ),
-    "dense, warpgroups, later": DenseRows(warpgroups=True, combines_later=True),
     "pairs, 4 slots": BytePairs(ring_slots=4),
     "pairs, 8 slots": BytePairs(ring_slots=8),
 }

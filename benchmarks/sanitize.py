@@ -70,7 +70,6 @@ def matvec_cases() -> Iterator[Case]:
         (1000, 600, 7, 6, "float16", 48, dense_rows(1, 2, DenseRows(step_planes=4))),
         (300, 700, 16, 8, "float32", 0, dense_rows(2, 1, DenseRows())),
         (256, 512, 13, 2, "bfloat16", 5, dense_rows(1, 4, DenseRows(ring_slots=4))),
-        (300, 700, 16, 8, "float32", 5, dense_rows(2, 2, DenseRows(warpgroups=True, coded=True))),
     ]
     for k, n, rows, max_bits, dtype, parts, config in classes:
         rng = np.random.default_rng(rows)

@@ -8,7 +8,7 @@ from pallas_kernels.lanes.registers import Value
 
 
 class BoxInstructions(abc.ABC):
-    """Copies of boxes or bytes, which no lane waits for until it needs them; a part of ``Instructions``.
+    """Copies of boxes of an array, which no lane waits for until it needs them; a part of ``Instructions``.
 
     One lane starts a copy. It arrives on an *arrival barrier* (PTX ``mbarrier``), 8 bytes of shared memory. A
     phase of the barrier ends when one lane has said how many bytes to expect, and as many have arrived.
@@ -47,17 +47,6 @@ class BoxInstructions(abc.ABC):
           box: Sizes of the box, each at most 256.
           barrier: The arrival barrier.
           evict_first: See ``copy_async``.
-        """
-
-    @abc.abstractmethod
-    def copy_bytes(self, shared: Value, source: Value, count: int, barrier: Value) -> None:
-        """Starts copying consecutive bytes from global to shared memory, in their order.
-
-        Args:
-          shared: Address in shared memory, a multiple of 16.
-          source: Address in global memory, a multiple of 16.
-          count: Number of bytes, a multiple of 16.
-          barrier: The arrival barrier.
         """
 
     @abc.abstractmethod

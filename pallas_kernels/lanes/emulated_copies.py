@@ -107,22 +107,11 @@ class AsynchronousCopies(Instructions):
                 raise EmulationError(f"the address {address} of a box is not a multiple of 8 rows")
             row, piece = np.divmod(np.arange(values.nbytes // 16), pieces)
             place = row * pieces + (piece ^ row * pieces // 8 % pieces)
-            self._start(thread, address + 16 * place, values, barrier, "copy of a box")
-
-    def copy_bytes(self, shared, source, count, barrier):
-        for thread, address in self._active_lanes(shared):
-            if count % 16:
-                raise EmulationError(f"a copy has a multiple of 16 bytes, not {count}")
-            offsets = np.arange(0, count, 16)
-            array, index = self.memory.locate(source.data[thread] + offsets, 16, "copy of bytes")
-            self._start(thread, address + offsets, array[index], barrier, "copy of bytes")
-
-    def _start(self, thread, places, values, barrier, access):
-        """Starts copying ``values`` to ``places``, addresses of 16 bytes each."""
-        word = self.shared.words(np.full(len(places), thread), places, 4, access).reshape(1, -1)
-        self.shared.expect(np.array([thread]), word)
-        phase = self._phase(thread, int(barrier.data[thread]))
-        phase.copies.append((word[0], np.ascontiguousarray(values).reshape(-1).view(np.uint32)))
+            threads, addresses = np.full(len(place), thread), address + 16 * place
+            word = self.shared.words(threads, addresses, 4, "copy of a box").reshape(1, -1)
+            self.shared.expect(np.array([thread]), word)
+            phase = self._phase(thread, int(barrier.data[thread]))
+            phase.copies.append((word[0], values.reshape(-1).view(np.uint32)))
 
     def wait_arrival(self, barrier, parity):
         self.waits += 1

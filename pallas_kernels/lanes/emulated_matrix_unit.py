@@ -113,11 +113,11 @@ class MatrixUnit(Instructions):
             )
             return [LaneValue(r.data + p, "f32") for r, p in zip(c, product, strict=True)]
 
-    def queue_warpgroup_multiply_add(self, c, a, b, offset, meanwhile=list):
+    def queue_warpgroup_multiply_add(self, c, a, b, offset):
         c = self._sums(c)
         sums = [[QueuedSum(register.kind) for register in matrix] for matrix in c]
         self.queued = QueuedProduct(self.masks[-1], (c, a, b + offset), sums)
-        return sums, list(meanwhile())
+        return sums
 
     def finish_warpgroup_multiply_add(self, c):
         return self._sums(c)

@@ -23,13 +23,14 @@ class HopperPtxInstructions(Instructions):
     def __init__(self, context):
         self.context = context
 
-    def queue_warpgroup_multiply_add(self, c, a, b, offset, meanwhile=list):
+    def queue_warpgroup_multiply_add(self, c, a, b, offset):
         descriptor = self._descriptor(b, 128, 256, offset)
         sums = self._start_products(f"m64n{2 * len(c[0])}k32.s32.u8.s8", "", c, [a], [descriptor])
-        return _matrices(sums, len(c)), self._wait_products(meanwhile(), 1)
+        assemble("wgmma.wait_group.sync.aligned 1;", [], warp=True)
+        return _matrices(sums, len(c))
 
     def finish_warpgroup_multiply_add(self, c):
-        return _matrices(self._wait_products([register for sums in c for register in sums]), len(c))
+        return _matrices(self._finish_products([register for sums in c for register in sums]), len(c))
 
     def warpgroup_multiply_add_bfloat16(self, columns, c, a, b, meanwhile=list):
         instruction = f"m64n{columns}k16.f32.bf16.bf16"
@@ -40,7 +41,7 @@ class HopperPtxInstructions(Instructions):
         modifiers = ", 1, 1, 0"  # neither A nor B negated, B not transposed
         sums = self._start_products(instruction, modifiers, c, a, descriptors, add=add)
         # The results pass through the wait, so that their instructions stay before it.
-        out = self._wait_products([*sums, *meanwhile()])
+        out = self._finish_products([*sums, *meanwhile()])
         return _matrices(out[: len(sums)], len(c)), out[len(sums) :]
 
     def undefined(self, kind):
@@ -85,11 +86,10 @@ class HopperPtxInstructions(Instructions):
         kinds = tuple(v.kind for v in inputs[:count])
         return assemble(template, inputs, kinds, warp=True, tied=count)
 
-    def _wait_products(self, values, pending=0):
-        """Waits for all groups but the last ``pending``; returns the values, which pass through the wait."""
+    def _finish_products(self, values):
+        """Waits for all groups, and returns the values, which pass through the wait."""
         kinds = tuple(v.kind for v in values)
-        template = f"wgmma.wait_group.sync.aligned {pending};"
-        return assemble(template, values, kinds, warp=True, tied=len(values))
+        return assemble("wgmma.wait_group.sync.aligned 0;", values, kinds, warp=True, tied=len(values))
 
     def start_arrivals(self, barrier):
         template = "mbarrier.init.shared::cta.b64 [$0], 1; fence.mbarrier_init.release.cluster;"
@@ -108,12 +108,6 @@ class HopperPtxInstructions(Instructions):
         )
         inputs = [shared, self._tensor_map(ref, box), barrier, *corner[::-1], *policy]
         assemble(template, inputs, effects=True)
-
-    def copy_bytes(self, shared, source, count, barrier):
-        template = (
-            f"cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], {count}, [$2];"
-        )
-        assemble(template, [shared, source, barrier], effects=True)
 
     def _tensor_map(self, ref, box):
         """Returns the address of the description of an array that copies of its boxes need."""

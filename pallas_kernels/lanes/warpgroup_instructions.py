@@ -11,13 +11,8 @@ class WarpgroupInstructions(abc.ABC):
 
     @abc.abstractmethod
     def queue_warpgroup_multiply_add(
-        self,
-        c: Sequence[Sequence[Value]],
-        a: Sequence[Sequence[Value]],
-        b: Value,
-        offset: int,
-        meanwhile: Callable[[], Sequence[Value]] = list,
-    ) -> tuple[list[list[Value]], list[Value]]:
+        self, c: Sequence[Sequence[Value]], a: Sequence[Sequence[Value]], b: Value, offset: int
+    ) -> list[list[Value]]:
         """Queues ``C + A @ B`` for several pairs of A and C, with B in shared memory (``wgmma.m64nNk32``).
 
         A is uint8, B int8, C int32. Needs compute capability 9.0. Each warp has A and C ``[16, N]`` of its
@@ -26,12 +21,8 @@ class WarpgroupInstructions(abc.ABC):
         have one B. From address ``b + offset`` on, its element ``[k, n]`` is byte ``256 (n // 8) + 128 (k //
         16) + 16 (n % 8) + k % 16``; ``b`` and ``offset`` are multiples of 16.
 
-        The matrix unit multiplies while the warp goes on. The call runs ``meanwhile``, and waits for what was
-        queued before. ``meanwhile`` emits instructions, which do not use ``c``, and returns their results.
-
-        Returns:
-          C, which only the next ``queue_warpgroup_multiply_add`` or ``finish_warpgroup_multiply_add`` may
-          use, and the results of ``meanwhile``.
+        The matrix unit multiplies while the warp goes on. The call waits for what was queued before. Only the
+        next ``queue_warpgroup_multiply_add`` or ``finish_warpgroup_multiply_add`` may use the result.
         """
 
     @abc.abstractmethod

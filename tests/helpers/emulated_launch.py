@@ -14,8 +14,7 @@ def lane_kernel(name, program, *, outputs, blocks, threads, shared_bytes, cluste
         refs = [isinstance(a, jax.Ref) for a in arguments]
         pairs = zip(arguments, refs, strict=True)
         arrays = [np.array(a[...] if is_ref else a) for a, is_ref in pairs]
-        noise = [np.nan if jnp.issubdtype(out.dtype, jnp.floating) else 12345 for out in outputs]
-        results = [np.full(out.shape, n, out.dtype) for out, n in zip(outputs, noise, strict=True)]
+        results = [np.full(out.shape, np.nan, out.dtype) for out in outputs]
         isa = NumpyInstructions(blocks=blocks, threads=threads, shared_bytes=shared_bytes, cluster=cluster)
         program(isa, [*(isa.array(array) for array in (*arrays, *results)), None])
         isa.finish()

@@ -10,14 +10,8 @@ from pallas_kernels.expert_weights import NestedExperts
 from pallas_kernels.experts import mosaic_gpu as experts_kernel
 from pallas_kernels.lanes.emulator import NumpyInstructions
 from pallas_kernels.matvec.mosaic_gpu import Config
-from pallas_kernels.matvec.mosaic_gpu.dense_rows import (
-    CodingGeometry,
-    DenseRowsGeometry,
-    coding_program,
-    dense_rows_program,
-)
 from pallas_kernels.matvec.mosaic_gpu.geometry import Geometry
-from pallas_kernels.matvec.mosaic_gpu.kernel import CODED_MATVEC_REFS, CODING_REFS, geometry_of, run_program
+from pallas_kernels.matvec.mosaic_gpu.kernel import geometry_of, run_program
 from pallas_kernels.matvec.mosaic_gpu.program import Refs
 
 
@@ -30,8 +24,6 @@ def emulate(
     """
     inputs = Activations.of(x, square_partials, eps=eps)
     geometry = geometry_of(inputs, weight, config)
-    if config.dense_rows is not None and config.dense_rows.coded:
-        return _emulate_coded(geometry, inputs, weight, thresholds)
     return _emulate(
         geometry, lambda isa, refs: run_program(isa, geometry, Refs(*refs)), [], inputs, weight, thresholds
     )
@@ -55,9 +47,6 @@ def emulate_experts(
     )
 
 
-UNWRITTEN = np.float32(12345.678)
-
-
 def _emulate(
     geometry: Geometry,
     program: Callable,
@@ -67,65 +56,21 @@ def _emulate(
     thresholds: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Runs ``program`` on its arguments: the arrays of ``first``, then those of the graded matvec."""
-    partials, stats = _outputs(geometry)
-    planes = [np.array(a) for a in (weight.planes, weight.scales)]
-    operands = _graded_operands(x, weight, thresholds)
-    _run(geometry, program, [*first, *operands, *planes, partials, stats])
-    return _checked(partials, stats, x, weight, operands[2])
-
-
-def _emulate_coded(
-    product: DenseRowsGeometry, x: Activations, weight: NestedWeight, thresholds: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Runs the program that codes the activations, and the program that multiplies them."""
-    partials, stats = _outputs(product)
-    coding = CodingGeometry(**vars(product))
-    operands = _graded_operands(x, weight, thresholds)
-    coded = np.full((product.splits, product.records_end // 4), 0x7FC12345, np.int32)
-
-    def code(isa, refs):
-        coding_program(isa, coding, Refs.some(CODING_REFS, refs))
-
-    def multiply(isa, refs):
-        dense_rows_program(isa, product, Refs.some(CODED_MATVEC_REFS, refs))
-
-    _run(coding, code, [*operands, coded, stats])
-    _run(product, multiply, [coded, np.array(weight.planes), np.array(weight.scales), partials])
-    return _checked(partials, stats, x, weight, operands[2])
-
-
-def _graded_operands(
-    x: Activations, weight: NestedWeight | NestedExperts, thresholds: np.ndarray
-) -> list[np.ndarray]:
-    """Returns values, thresholds, squares of a norm and level gains."""
     squares = thresholds if x.square_partials is None else x.square_partials
     gains = np.ones(weight.num_planes, np.float32) if weight.level_gains is None else weight.level_gains
-    return [np.array(a) for a in (x.stored_values, thresholds, squares, gains)]
-
-
-def _outputs(geometry: Geometry) -> tuple[np.ndarray, np.ndarray]:
-    """Returns arrays for the partial sums and the statistics, which hold ``UNWRITTEN``."""
-    return (
-        np.full((geometry.splits, geometry.rows, geometry.stored_n), UNWRITTEN),
-        np.full((geometry.rows, 2), UNWRITTEN),
-    )
-
-
-def _run(geometry: Geometry, program: Callable, arrays: list[np.ndarray]) -> None:
-    """Runs a program, which has the sizes of ``geometry``."""
     isa = NumpyInstructions(
         blocks=geometry.blocks, threads=geometry.threads, shared_bytes=geometry.shared_bytes
     )
-    program(isa, [*(isa.array(array) for array in arrays), None])
+    unwritten = np.float32(12345.678)
+    partials = np.full((geometry.splits, geometry.rows, geometry.stored_n), unwritten)
+    stats = np.full((geometry.rows, 2), unwritten)
+    arrays = [
+        np.array(a) for a in (x.stored_values, thresholds, squares, gains, weight.planes, weight.scales)
+    ]
+    program(isa, [*(isa.array(a) for a in (*first, *arrays, partials, stats)), None])
     isa.finish()
-
-
-def _checked(
-    partials: np.ndarray, stats: np.ndarray, x: Activations, weight, squares: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Checks that all outputs are written, and the largest ``|x|``; returns the result of ``emulate``."""
-    assert not (partials == UNWRITTEN).any()
-    assert not (stats == UNWRITTEN).any()
+    assert not (partials == unwritten).any()
+    assert not (stats == unwritten).any()
     max_abs = np.abs(np.asarray(x.values, np.float64)).max(1)
     if x.square_partials is not None:
         max_abs = max_abs / np.sqrt(np.asarray(squares, np.float64).sum(1) + x.eps)

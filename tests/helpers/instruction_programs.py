@@ -126,12 +126,9 @@ def warpgroup(isa: Instructions, t: Operands) -> list[Value]:
     sums = [[t.a & 0xFFFF, t.b, *[isa.constant(i) for i in range(6)]], [isa.constant(7)] * 8]
     for i in range(3):
         a = [t.a + i, t.b, t.a ^ t.b, t.b - t.a]
-        sums, others = isa.queue_warpgroup_multiply_add(
-            sums, [a, a[::-1]], t.all_shared, 512 * (i % 2), lambda i=i: [t.a * i, isa.int_to_float(t.b)]
-        )
+        sums = isa.queue_warpgroup_multiply_add(sums, [a, a[::-1]], t.all_shared, 512 * (i % 2))
     products = isa.finish_warpgroup_multiply_add(sums)
-    words = [x + y * 3 for x, y in zip(products[0][:3], products[1][5:], strict=True)]
-    return [*words, others[0] ^ isa.float_to_bits(others[1])]
+    return [x + y * 3 for x, y in zip(products[0][:4], products[1][4:], strict=True)]
 
 
 def warpgroup_bfloat16(isa: Instructions, t: Operands) -> list[Value]:
@@ -168,26 +165,6 @@ def boxes(isa: Instructions, t: Operands) -> list[Value]:
         isa.copy_box(t.all_shared + 1024, t.array, [zero, zero], (16, 16), barrier)
     isa.wait_arrival(barrier, isa.constant(1))
     return words + isa.load_shared(t.all_shared + (t.thread << 2) + 1024)
-
-
-def bytes_copied(isa: Instructions, t: Operands) -> list[Value]:
-    """Two copies arrive on one barrier, a third one of another lane on another barrier."""
-    source, zero = isa.global_address(t.array), isa.constant(0)
-    barrier, other = t.all_shared + 3072, t.all_shared + 3080
-    with isa.when(t.thread.equals(0)):
-        isa.start_arrivals(barrier)
-        isa.expect_bytes(barrier, 2064)
-        isa.copy_bytes(t.all_shared, source + 16, 2048, barrier)
-        isa.copy_bytes(t.all_shared + 2048, source + 4080, 16, barrier)
-    with isa.when(t.thread.equals(32)):
-        isa.start_arrivals(other)
-        isa.expect_bytes(other, 512)
-        isa.copy_bytes(t.all_shared + 2064, source, 512, other)
-    isa.block_barrier()
-    isa.wait_arrival(barrier, zero)
-    words = isa.load_shared(t.all_shared + (t.thread << 4) + 16)
-    isa.wait_arrival(other, zero)
-    return words + isa.load_shared(t.all_shared + (t.thread << 2) + 2064)
 
 
 def bits_set(isa: Instructions, t: Operands) -> list[Value]:
@@ -227,7 +204,7 @@ def loops(isa: Instructions, t: Operands) -> list[Value]:
 ONLY_9_0 = ("warpgroup", "warpgroup_bfloat16")
 """Programs that only compute capability 9.0 runs."""
 
-NEED_9_0 = ("cluster", "boxes", "bytes copied", *ONLY_9_0)
+NEED_9_0 = ("cluster", "boxes", *ONLY_9_0)
 """Programs that need compute capability 9.0 or later."""
 
 PROGRAMS = {
@@ -292,7 +269,6 @@ PROGRAMS = {
     "warpgroup": warpgroup,
     "warpgroup_bfloat16": warpgroup_bfloat16,
     "boxes": boxes,
-    "bytes copied": bytes_copied,
     "transposed loads": transposed_loads,
     "asynchronous copies": copies,
     "shuffle_xor": lambda isa, t: [isa.shuffle_xor(t.a, 2), isa.shuffle_xor(t.x, 16)],

@@ -32,10 +32,6 @@ class DenseRows:
         shared memory. Needs compute capability 9.0, and no other.
       tiles: Number of tiles, 1 to 4, that a CTA multiplies one after the other with the same codes.
       counting_ctas: Largest number of CTAs, 1 to 4, that compute the statistics.
-      coded: Whether a launch before this one codes the activations, once for all CTAs, and computes the
-        statistics. Needs compute capability 9.0 or later.
-      combines_later: Whether a section is added to the totals while the matrix unit multiplies the next one.
-        Has an effect only with ``warpgroups``.
     """
 
     step_planes: int = 2
@@ -43,8 +39,6 @@ class DenseRows:
     warpgroups: bool = False
     tiles: int = 1
     counting_ctas: int = 4
-    coded: bool = False
-    combines_later: bool = False
 
     def __post_init__(self):
         for name, allowed in (

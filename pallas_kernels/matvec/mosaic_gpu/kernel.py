@@ -14,13 +14,7 @@ from pallas_kernels.lanes.launch import lane_kernel
 from pallas_kernels.matvec.mosaic_gpu import tuning
 from pallas_kernels.matvec.mosaic_gpu.byte_pairs import BytePairGeometry, byte_pair_program
 from pallas_kernels.matvec.mosaic_gpu.config import Config
-from pallas_kernels.matvec.mosaic_gpu.dense_rows import (
-    CodedActivations,
-    CodingGeometry,
-    DenseRowsGeometry,
-    coding_program,
-    dense_rows_program,
-)
+from pallas_kernels.matvec.mosaic_gpu.dense_rows import DenseRowsGeometry, dense_rows_program
 from pallas_kernels.matvec.mosaic_gpu.geometry import MAX_ROWS, Geometry
 from pallas_kernels.matvec.mosaic_gpu.program import Refs, graded_matvec_program
 from pallas_kernels.weight import NestedWeight
@@ -92,37 +86,14 @@ def partial_sums(
 def _launch(
     x: Activations, weight: NestedWeight, thresholds: Float[Array, "rows p"], config: Config | None
 ) -> tuple[Activations, GradingStats]:
-    """Runs ``partial_sums`` for up to 16 rows in one launch, or two if one of them codes the activations."""
+    """Runs ``partial_sums`` for up to 16 rows in one launch."""
     geometry = geometry_of(x, weight, config)
-    if isinstance(geometry, DenseRowsGeometry) and geometry.dense.coded:
-        coded = code_activations(x, weight, thresholds, geometry)
-        return multiply_coded(coded, weight, geometry), coded.stats
-    partials, stats = _matvec_kernel(geometry)(
-        *_graded_operands(x, weight, thresholds), weight.planes, weight.scales
-    )
-    return Activations.sums(partials, weight.out_features), GradingStats(stats)
-
-
-def code_activations(
-    x: Activations, weight: NestedWeight, thresholds: Float[Array, "rows p"], geometry: DenseRowsGeometry
-) -> CodedActivations:
-    """Codes activations for a product whose sizes are ``geometry``, which has ``coded``, in a launch."""
-    words, stats = _coding_kernel(geometry)(*_graded_operands(x, weight, thresholds))
-    return CodedActivations(words, GradingStats(stats))
-
-
-def multiply_coded(coded: CodedActivations, weight: NestedWeight, geometry: DenseRowsGeometry) -> Activations:
-    """Returns the partial sums of a product of activations that are coded for it."""
-    (partials,) = _coded_matvec_kernel(geometry)(coded.words, weight.planes, weight.scales)
-    return Activations.sums(partials, weight.out_features)
-
-
-def _graded_operands(x: Activations, weight: NestedWeight, thresholds: Float[Array, "rows p"]) -> list[Array]:
-    """Returns the arrays that codes follow from: values, thresholds, squares of a norm, level gains."""
     # The kernel always has these operands. Without a norm the program does not read ``squares``.
     squares = thresholds if x.square_partials is None else x.square_partials
     gains = jnp.ones(weight.num_planes) if weight.level_gains is None else weight.level_gains
-    return [x.values, *(a.astype(jnp.float32) for a in (thresholds, squares, gains))]
+    floats = [a.astype(jnp.float32) for a in (thresholds, squares, gains)]
+    partials, stats = _matvec_kernel(geometry)(x.values, *floats, weight.planes, weight.scales)
+    return Activations.sums(partials, weight.out_features), GradingStats(stats)
 
 
 def geometry_of(x: Activations, weight: NestedWeight, config: Config | None = None) -> Geometry:
@@ -164,58 +135,16 @@ def run_program(isa: Instructions, geometry: Geometry, refs: Refs) -> None:
         graded_matvec_program(isa, geometry, refs)
 
 
-def _outputs(geometry: Geometry) -> list[jax.ShapeDtypeStruct]:
-    """Returns the shapes of partial sums and statistics."""
-    return [
-        jax.ShapeDtypeStruct((geometry.splits, geometry.rows, geometry.stored_n), jnp.float32),
-        jax.ShapeDtypeStruct((geometry.rows, 2), jnp.float32),
-    ]
-
-
 @functools.cache
 def _matvec_kernel(geometry: Geometry):
     """Builds the kernel. ``lane_context.Refs`` describes its arguments and results."""
     return lane_kernel(
         "graded_matvec_kernel",
         lambda isa, refs: run_program(isa, geometry, Refs(*refs)),
-        outputs=_outputs(geometry),
-        blocks=geometry.blocks,
-        threads=geometry.threads,
-        shared_bytes=geometry.shared_bytes,
-    )
-
-
-CODING_REFS = ("x", "thresholds", "square_partials", "level_gains", "coded", "stats", "shared")
-"""The fields of ``Refs`` that the program has that codes activations: arguments, results, shared memory."""
-
-CODED_MATVEC_REFS = ("coded", "planes", "scales", "partials", "shared")
-"""The same of the program that multiplies coded activations."""
-
-
-@functools.cache
-def _coding_kernel(product: DenseRowsGeometry):
-    """Builds the kernel that codes activations for a product."""
-    geometry = CodingGeometry(**vars(product))
-    return lane_kernel(
-        "code_activations_kernel",
-        lambda isa, refs: coding_program(isa, geometry, Refs.some(CODING_REFS, refs)),
         outputs=[
-            jax.ShapeDtypeStruct((product.splits, product.records_end // 4), jnp.int32),
-            _outputs(product)[1],
+            jax.ShapeDtypeStruct((geometry.splits, geometry.rows, geometry.stored_n), jnp.float32),
+            jax.ShapeDtypeStruct((geometry.rows, 2), jnp.float32),
         ],
-        blocks=geometry.blocks,
-        threads=geometry.threads,
-        shared_bytes=geometry.shared_bytes,
-    )
-
-
-@functools.cache
-def _coded_matvec_kernel(geometry: DenseRowsGeometry):
-    """Builds the kernel that multiplies coded activations."""
-    return lane_kernel(
-        "graded_matvec_kernel",
-        lambda isa, refs: dense_rows_program(isa, geometry, Refs.some(CODED_MATVEC_REFS, refs)),
-        outputs=_outputs(geometry)[:1],
         blocks=geometry.blocks,
         threads=geometry.threads,
         shared_bytes=geometry.shared_bytes,

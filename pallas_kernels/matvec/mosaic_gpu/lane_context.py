@@ -1,7 +1,6 @@
 """The context of a lane of the matvec program: arrays, indices and shared-memory addresses."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 from pallas_kernels import layout
@@ -29,9 +28,6 @@ class Refs:
       shared: The shared memory.
       experts: int32 ``[rows]``, the expert of each row, if planes and scales have a leading axis of experts;
         else None.
-      coded: The words of ``dense_rows.CodedActivations``, if one launch codes and another one multiplies.
-        The first has no ``planes``, ``scales`` and ``partials``; the other one has neither ``stats`` nor the
-        arrays that codes follow from. They are None.
     """
 
     x: Any
@@ -44,15 +40,6 @@ class Refs:
     stats: Any
     shared: Any
     experts: Any = None
-    coded: Any = None
-
-    @classmethod
-    def some(cls, names: Sequence[str], refs: Sequence[Any]) -> "Refs":
-        """Returns the named arrays; the others are None."""
-        return cls(
-            **dict.fromkeys(field.name for field in dataclasses.fields(cls))
-            | dict(zip(names, refs, strict=True))
-        )
 
 
 @dataclasses.dataclass(frozen=True)

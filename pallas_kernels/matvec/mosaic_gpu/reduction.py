@@ -144,11 +144,8 @@ class Conversion:
 
     def outputs(self, isa: Instructions, pairs: list[list[Value]]) -> list[Value]:
         """Returns f32 ``[p]``, the outputs of one byte, from ``[p]`` pairs of sums of high and low bytes."""
-        return self.of_joined(isa, [isa.multiply_add(high, self.byte, low) for high, low in pairs])
-
-    def of_joined(self, isa: Instructions, sums: list[Value]) -> list[Value]:
-        """Returns f32 ``[p]``, the outputs of one byte, from ``[p]`` sums of codes."""
-        sums = [sums[0] - sums[1] - sums[2] - sums[3], *sums[1:]]
+        sums = [isa.multiply_add(high, self.byte, low) for high, low in pairs]
+        sums[0] = sums[0] - sums[1] - sums[2] - sums[3]
         outputs = []
         for digits, unit in zip(sums, self.units, strict=True):
             outputs.append(isa.multiply_add(isa.int_to_float(digits), unit, self.midpoint))

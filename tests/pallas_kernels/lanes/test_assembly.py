@@ -19,9 +19,7 @@ from pallas_kernels.matmul.mosaic_gpu.geometry import THREADS as MATMUL_THREADS
 from pallas_kernels.matmul.mosaic_gpu.geometry import Geometry
 from pallas_kernels.matmul.mosaic_gpu.lane_context import Refs as MatmulRefs
 from pallas_kernels.matmul.mosaic_gpu.program import level_matmul_program
-from pallas_kernels.matvec.mosaic_gpu import Config, DenseRows
 from pallas_kernels.matvec.mosaic_gpu import kernel as matvec
-from pallas_kernels.matvec.mosaic_gpu.dense_rows import CodingGeometry, coding_program, dense_rows_program
 from pallas_kernels.sampling import candidates as sampling
 from pallas_kernels.sampling import scoring, selection
 
@@ -72,32 +70,6 @@ def test_matvec(monkeypatch, tmp_path, architecture, rows):
     """The programs of one row, of pairs of bytes and without lists."""
     report = assemble_matvec(monkeypatch, tmp_path, architecture, rows)
     assert spilled(report) <= MOST_SPILLED_BYTES
-
-
-@every_architecture
-@pytest.mark.parametrize("rows", [8, 16])
-def test_coded_matvec(monkeypatch, tmp_path, architecture, rows):
-    """A launch codes the activations, another one multiplies them."""
-    if architecture == "sm_89":
-        pytest.skip("bulk copies need compute capability 9.0")
-    on_hopper = architecture == "sm_90a"
-    dense = DenseRows(warpgroups=on_hopper, coded=True, combines_later=on_hopper)
-    config = Config(warpgroups=2, warps_per_group=1, ring_slots=8, dense_rows=dense)
-    x = jax.eval_shape(Activations.of, jax.ShapeDtypeStruct((rows, 12288), "bfloat16"))
-    product = matvec.geometry_of(x, NestedWeight.abstract(12288, 4096), config)
-    coding = CodingGeometry(**vars(product))
-    for geometry, lane_program, names in (
-        (coding, coding_program, matvec.CODING_REFS),
-        (product, dense_rows_program, matvec.CODED_MATVEC_REFS),
-    ):
-
-        def program(isa, refs, geometry=geometry, lane_program=lane_program, names=names):
-            lane_program(isa, geometry, matvec.Refs.some(names, refs))
-
-        refs = [*names[:-1], None]
-        report = cuda_source.assemble(monkeypatch, tmp_path, program, refs, geometry.threads, architecture)
-        assert spilled(report) == 0
-        assert "wgmma.mma_async instructions are serialized" not in report
 
 
 @every_architecture

@@ -1,4 +1,4 @@
-"""The emulator's copies of boxes and of bytes: where elements arrive, and what it refuses."""
+"""The emulator's copies of boxes: where elements arrive, and what it refuses."""
 
 import numpy as np
 import pytest
@@ -117,39 +117,3 @@ def test_refuses_bad_boxes_and_barriers(isa):
         isa.finish()
     with isa.when(isa.thread_index() < THREADS // 4), pytest.raises(EmulationError, match="part of a warp"):
         wait(isa)
-
-
-def copy_bytes(isa, source, count, place=0):
-    isa.copy_bytes(isa.constant(place), isa.constant(source, "i64"), count, isa.constant(BARRIER))
-
-
-def test_bytes_keep_their_order(isa):
-    array = np.arange(32 * 64, dtype=np.int32)
-    source = isa.memory.address(isa.array(array))
-    with isa.when(isa.thread_index().equals(0)):
-        isa.start_arrivals(isa.constant(BARRIER))
-        isa.expect_bytes(isa.constant(BARRIER), 4 * THREADS + 16)
-        copy_bytes(isa, source + 48, 4 * THREADS)
-        copy_bytes(isa, source + 16, 16, 2048)
-    isa.block_barrier()
-    with pytest.raises(EmulationError, match="a copy is still writing"):
-        isa.load_shared(isa.constant(0))
-    wait(isa)
-    first = isa.load_shared(isa.thread_index() << 2)[0].data
-    np.testing.assert_array_equal(first, 12 + np.arange(THREADS))
-    assert isa.load_shared(isa.constant(2048), 4)[3].data[0] == 7
-    isa.finish()
-
-
-def test_refuses_bad_copies_of_bytes(isa):
-    source = isa.memory.address(isa.array(np.zeros(1024, np.int32)))
-    with isa.when(isa.thread_index().equals(0)):
-        isa.start_arrivals(isa.constant(BARRIER))
-        with pytest.raises(EmulationError, match="multiple of 16 bytes, not 40"):
-            copy_bytes(isa, source, 40)
-        with pytest.raises(EmulationError, match="copy of bytes of 16 bytes is not aligned"):
-            copy_bytes(isa, source + 8, 32)
-        with pytest.raises(EmulationError, match="copy of bytes of 16 bytes is not aligned"):
-            copy_bytes(isa, source, 32, place=8)
-        with pytest.raises(EmulationError, match="past the end"):
-            copy_bytes(isa, source + 4080, 32)

@@ -19,7 +19,7 @@ def store_operands(isa):
 
 def queue(isa, sums=None):
     sums = sums or [[isa.constant(0)] * 8]
-    return isa.queue_warpgroup_multiply_add(sums, [[isa.constant(0x01010101)] * 4], isa.constant(0), 0)[0]
+    return isa.queue_warpgroup_multiply_add(sums, [[isa.constant(0x01010101)] * 4], isa.constant(0), 0)
 
 
 def test_operands_are_published_before_a_barrier(isa):

@@ -186,7 +186,7 @@ def test_warpgroup_multiply_add_follows_the_layout(rng):
         (row + 8 * i, 8 * tile + 2 * column + j) for tile in range(2) for i in range(2) for j in range(2)
     ]
     c_registers = [[LaneValue(m[warp, r, n], "i32") for r, n in elements] for m in c]
-    queued, _ = isa.queue_warpgroup_multiply_add(c_registers, a_registers, isa.constant(64), 192)
+    queued = isa.queue_warpgroup_multiply_add(c_registers, a_registers, isa.constant(64), 192)
     out = isa.finish_warpgroup_multiply_add(queued)
     for i in range(2):
         for register, (r, n) in zip(out[i], elements, strict=True):

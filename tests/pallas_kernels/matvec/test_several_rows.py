@@ -6,7 +6,6 @@ One multiplies pairs of bytes, the other one, without lists, a matrix of all row
 import dataclasses
 from typing import NamedTuple
 
-import emulated_launch
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -68,8 +67,6 @@ DENSE_ROWS = Program(
         warpgroups=st.booleans(),
         tiles=st.integers(1, 4),
         counting_ctas=st.integers(1, 4),
-        coded=st.booleans(),
-        combines_later=st.booleans(),
     ),
     most_rows=16,
 )
@@ -105,43 +102,13 @@ def test_a_last_tile_of_any_number_of_pieces(program, whole_tiles, pieces, data)
 
 
 @pytest.mark.parametrize(
-    "dense_rows",
-    [
-        DenseRows(),
-        DenseRows(ring_slots=4, warpgroups=True, tiles=2),
-        DenseRows(warpgroups=True, tiles=3, coded=True, combines_later=True),
-        DenseRows(step_planes=1, coded=True),
-    ],
-    ids=str,
+    "dense_rows", [DenseRows(), DenseRows(ring_slots=4, warpgroups=True, tiles=2)], ids=str
 )
 def test_more_than_two_tiles(dense_rows):
     """Some CTAs have several tiles, and the last tile of outputs is not whole."""
     config = DENSE_ROWS.config(dense_rows=dense_rows)
     case = Case(700, 2200, rows=11, dtype="bfloat16", activations="heavy", config=config)
     assert_agrees_with_the_row_alone(case, 9)
-
-
-@pytest.mark.parametrize("warpgroups", [False, True])
-def test_activations_coded_in_a_launch_of_their_own(monkeypatch, warpgroups):
-    """``partial_sums`` makes two launches, with the result of the one that codes and multiplies."""
-    builders = [kernel._matvec_kernel, kernel._coding_kernel, kernel._coded_matvec_kernel]
-    monkeypatch.setattr(kernel, "lane_kernel", emulated_launch.lane_kernel)
-    x, weight, thresholds = Case(300, 600, rows=11).arrays()
-    squares = np.random.default_rng(0).uniform(0, 1, (11, 3)).astype(np.float32)
-    results = []
-    for coded in (False, True):
-        for build in builders:
-            build.cache_clear()
-        config = DENSE_ROWS.config(dense_rows=DenseRows(warpgroups=warpgroups, coded=coded))
-        inputs = Activations.of(jnp.asarray(x), squares, eps=0.25)
-        y, stats = kernel.partial_sums(inputs, weight, thresholds, config=config)
-        results.append([np.asarray(y.partials), np.asarray(stats.packed)])
-        launched = [build.cache_info().currsize for build in builders]
-        assert launched == ([0, 1, 1] if coded else [1, 0, 0])
-    for build in builders:
-        build.cache_clear()
-    for one, two in zip(*results, strict=True):
-        np.testing.assert_array_equal(one.view(np.uint32), two.view(np.uint32))
 
 
 @pytest.mark.parametrize(

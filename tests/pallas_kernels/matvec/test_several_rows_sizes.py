@@ -21,13 +21,7 @@ GPUS = [
 PAIRS = Config(warpgroups=2, warps_per_group=1, ring_slots=8, byte_pairs=BytePairs())
 DENSE = Config(warpgroups=1, warps_per_group=1, ring_slots=8, dense_rows=DenseRows())
 TILES = dataclasses.replace(DENSE, dense_rows=DenseRows(ring_slots=4, tiles=2))
-CODED = dataclasses.replace(DENSE, dense_rows=DenseRows(ring_slots=4, coded=True))
-LOWERED = {
-    "pairs": (PAIRS, (2, 7)),
-    "dense": (DENSE, (2, 16, 8)),
-    "tiles": (TILES, (2, 16, 8)),
-    "coded": (CODED, (2, 16, 8)),
-}
+LOWERED = {"pairs": (PAIRS, (2, 7)), "dense": (DENSE, (2, 16, 8)), "tiles": (TILES, (2, 16, 8))}
 """Configurations, and the numbers of rows that they are lowered for."""
 SHAPES = {2: (4096, 6144, 8), 7: (300, 700, 6), 16: (300, 700, 6), 8: (576, 320, 8)}
 """Input features, output features and bits, by the number of rows."""
@@ -38,8 +32,6 @@ SHAPES = {2: (4096, 6144, 8), 7: (300, 700, 6), 16: (300, 700, 6), 8: (576, 320,
 @pytest.mark.parametrize(("name", "rows"), [(name, n) for name, (_, rows) in LOWERED.items() for n in rows])
 def test_lowers_for(gpu, name, rows):
     config, (*shape, max_bits) = LOWERED[name][0], SHAPES[rows]
-    if name == "coded" and gpu[0] == "NVIDIA GeForce RTX 4090":
-        pytest.skip("bulk copies need compute capability 9.0")
     arguments = (
         jax.ShapeDtypeStruct((rows, shape[0]), jnp.bfloat16),
         NestedWeight.abstract(*shape, max_bits),
@@ -53,7 +45,7 @@ def test_lowers_for(gpu, name, rows):
     )
     with jax.sharding.use_abstract_mesh(mesh):
         lowered = product.trace(*arguments).lower(lowering_platforms=("cuda",))
-    assert lowered.as_text().count("@mosaic_gpu") == (2 if name == "coded" else 1)
+    assert "mosaic_gpu" in lowered.as_text()
 
 
 @pytest.mark.parametrize("shape", [(4096, 4096), (4096, 6144), (4096, 24576), (12288, 4096)], ids=str)

@@ -78,83 +78,17 @@ def combine(
     The lane has the activation rows ``4 t + column``. The operations are those of ``reduction.combine`` and
     ``reduction.reduce``, in the same order, so that a row has the same bits as alone.
     """
-    conversions = [load_conversion(isa, g, context, section, t) for t in range(g.row_tiles)]
+    records = context.shared + g.records_base + (section * g.padded_rows + (context.lane & 3)) * RECORD_BYTES
+    conversions = []
+    for t in range(g.row_tiles):
+        record = isa.load_shared(records + t * (ROWS_PER_MATRIX * RECORD_BYTES), 2, "f32")
+        conversions.append(Conversion.of(isa, *record))
     out = list(totals)
     numbers = [isa.half_to_float(word, part) for word in scales for part in ("low", "high")]
     for t, conversion in enumerate(conversions):
         vector = outputs(isa, conversion, accumulators, t)
         now = slice(8 * t, 8 * t + 8)
         out[now] = [isa.multiply_add(*three) for three in zip(vector, numbers, out[now], strict=True)]
-    return out
-
-
-def load_conversion(
-    isa: Instructions,
-    g: DenseRowsGeometry,
-    context: LaneContext,
-    section: Value,
-    row_tile: int,
-    exists: Value | None = None,
-) -> Conversion:
-    """Loads the lane's record of a row tile in a section.
-
-    Args:
-      isa, g, context: The instructions, sizes and indices.
-      section: The section.
-      row_tile: The row tile.
-      exists: Whether the section exists; None if it does. If not, the record is -0. Sums of 0 and scales of 0
-        then change no bit of a total.
-    """
-    records = context.shared + g.records_base + (section * g.padded_rows + (context.lane & 3)) * RECORD_BYTES
-    record = isa.load_shared(records + row_tile * (ROWS_PER_MATRIX * RECORD_BYTES), 2, "f32")
-    if exists is not None:
-        record = [isa.select(exists, number, isa.constant(-0.0, "f32")) for number in record]
-    return Conversion.of(isa, *record)
-
-
-def join(isa: Instructions, g: DenseRowsGeometry, accumulators: list[Value]) -> list[Value]:
-    """Returns int32 ``[row tile][byte of the pair][position]``: the sums of high and low bytes, joined."""
-    byte = isa.constant(256)
-    return [
-        isa.multiply_add(high, byte, low)
-        for t in range(g.row_tiles)
-        for i in range(2)
-        for high, low in (accumulators[accumulator(t, p) + 2 * i :][:2] for p in range(4))
-    ]
-
-
-def no_sums(isa: Instructions, g: DenseRowsGeometry) -> list[Value]:
-    """Returns what ``add_row_tile`` takes before the first section: sums and scales of 0."""
-    return [isa.constant(0)] * (8 * g.row_tiles + 4)
-
-
-def add_row_tile(
-    isa: Instructions,
-    g: DenseRowsGeometry,
-    context: LaneContext,
-    section: Value,
-    row_tile: int,
-    sums: list[Value],
-    totals: list[Value],
-    exists: Value | None = None,
-) -> list[Value]:
-    """Adds a section to the totals of one row tile, with the operations of ``combine``; returns all totals.
-
-    Args:
-      isa, g, context: The instructions, sizes and indices.
-      section: The section.
-      row_tile: The row tile.
-      sums: What ``join`` returns, and the scales of the section.
-      totals: The totals.
-      exists: See ``load_conversion``.
-    """
-    conversion = load_conversion(isa, g, context, section, row_tile, exists)
-    now, scales = slice(8 * row_tile, 8 * row_tile + 8), sums[8 * g.row_tiles :]
-    numbers = [isa.half_to_float(word, part) for word in scales for part in ("low", "high")]
-    even, odd = [conversion.of_joined(isa, sums[now][4 * i :][:4]) for i in range(2)]
-    vector = [v for pair in zip(even, odd, strict=True) for v in pair]
-    out = list(totals)
-    out[now] = [isa.multiply_add(*three) for three in zip(vector, numbers, out[now], strict=True)]
     return out
 
 

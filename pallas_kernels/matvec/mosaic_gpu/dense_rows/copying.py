@@ -1,9 +1,7 @@
 """Phase copy: plane rows that some activation row reads, from global memory to the ring of the CTA."""
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
-from typing import Self
+from collections.abc import Sequence
 
 from pallas_kernels import layout
 from pallas_kernels.lanes.instructions import LANES, Instructions
@@ -64,7 +62,7 @@ class Copies:
     """Offset in the plane of the channel's row in chunk 0 of the CTA and its first tile."""
 
     @classmethod
-    def create(cls, isa: Instructions, g: DenseRowsGeometry, refs: Refs, context: LaneContext) -> Self:
+    def create(cls, isa: Instructions, g: DenseRowsGeometry, refs: Refs, context: LaneContext) -> "Copies":
         """Computes the addresses of the thread."""
         channel, piece = context.thread // COPY_LANES, context.thread % COPY_LANES
         assert g.threads == LANES * COPY_LANES
@@ -114,10 +112,6 @@ class Copies:
         for f, where in zip(planes, conditions, strict=True):
             target = self.target + slot + (f - planes_of_step.start) * BLOCK_BYTES
             isa.copy_async(target, source + f * g.plane_bytes, evict_first=True, where=where)
-
-    def ahead(self, item: Value) -> Callable[[int], None]:
-        """Returns the function that starts, at a step of an item, the copies of a later step."""
-        return functools.partial(self.copy_ahead, item)
 
     def copy_ahead(self, item: Value, step: int) -> None:
         """Starts copying the step that comes ``slots`` steps after a step of an item, as one copy group."""

@@ -4,7 +4,7 @@ import dataclasses
 
 from pallas_kernels import layout
 from pallas_kernels.lanes.instructions import LANES
-from pallas_kernels.matvec.mosaic_gpu.config import WARPS_PER_WARPGROUP, DenseRows
+from pallas_kernels.matvec.mosaic_gpu.config import DenseRows
 from pallas_kernels.matvec.mosaic_gpu.geometry import ROW_BYTES, Geometry
 
 BLOCK_BYTES = LANES * ROW_BYTES
@@ -25,9 +25,6 @@ conflicts of the stores."""
 
 RECORD_BYTES = 8
 """Bytes of a record: the factors that convert the sums of an activation row in a section."""
-
-BARRIER_BYTES = 8
-"""Bytes of an arrival barrier."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +78,7 @@ class DenseRowsGeometry(Geometry):
     @property
     def counting_blocks(self) -> int:
         """Number of CTAs that compute the statistics of the activation rows."""
-        return 0 if self.dense.coded else min(self.rows, self.dense.counting_ctas)
+        return min(self.rows, self.dense.counting_ctas)
 
     @property
     def blocks(self) -> int:
@@ -133,11 +130,6 @@ class DenseRowsGeometry(Geometry):
         return self.row_tiles <= 2
 
     @property
-    def combines_later(self) -> bool:
-        """Whether a section is added to the totals while the matrix unit multiplies the next one."""
-        return self.dense.combines_later and self.dense.warpgroups
-
-    @property
     def slots(self) -> int:
         """Number of steps that the ring holds."""
         return self.dense.ring_slots
@@ -187,27 +179,13 @@ class DenseRowsGeometry(Geometry):
 
     @property
     def masks_base(self) -> int:
-        """Words ``[group][plane][32]``: the bytes that are not 0 belong to channels that some row reads.
-
-        With ``coded`` words ``[section][32]``, see ``mark_bit``.
-        """
+        """Words ``[group][plane][32]``: the bytes that are not 0 belong to channels that some row reads."""
         return layout.round_up(self.cta_chunks * self.chunk_bytes, 128)
 
     @property
     def masks_bytes(self) -> int:
         """Bytes of the words of all groups."""
-        if self.dense.coded:
-            return 4 * LANES * self.sections
         return self.cta_groups * self.planes * layout.GROUP
-
-    def mark_bit(self, chunk: int, plane: int) -> int:
-        """Returns the bit that says, with ``coded``, whether some row reads a plane row.
-
-        Args:
-          chunk: Chunk of the section. The channel in the chunk is the index of the word.
-          plane: The plane.
-        """
-        return chunk * self.planes + plane
 
     @property
     def records_base(self) -> int:
@@ -215,65 +193,9 @@ class DenseRowsGeometry(Geometry):
         return self.masks_base + self.masks_bytes
 
     @property
-    def records_end(self) -> int:
-        """End of codes, masks and records. With ``coded`` a CTA copies these bytes (``CodedActivations``)."""
-        return self.records_base + self.sections * self.padded_rows * RECORD_BYTES
-
-    @property
-    def barriers_base(self) -> int:
-        """Arrival barriers: with ``coded`` one for the codes of each group, and one for masks and records."""
-        return self.records_end
-
-    @property
-    def barriers_bytes(self) -> int:
-        return BARRIER_BYTES * (self.cta_groups + 1) if self.dense.coded else 0
-
-    @property
     def ring_base(self) -> int:
-        return layout.round_up(self.barriers_base + self.barriers_bytes, 128)
+        return layout.round_up(self.records_base + self.sections * self.padded_rows * RECORD_BYTES, 128)
 
     @property
     def shared_bytes(self) -> int:
         return self.ring_base + self.slots * self.slot_bytes
-
-
-class CodingGeometry(DenseRowsGeometry):
-    """Sizes of the launch that codes the activations of a product with ``coded``.
-
-    A CTA codes all rows in one group of channels; a warp codes one row. Then come CTAs that compute the
-    statistics of one row each.
-    """
-
-    @property
-    def product(self) -> DenseRowsGeometry:
-        """The sizes of the product."""
-        return DenseRowsGeometry(**vars(self))
-
-    @property
-    def warps(self) -> int:
-        return max(WARPS_PER_WARPGROUP, self.coded_rows)
-
-    @property
-    def cta_groups(self) -> int:
-        return 1
-
-    @property
-    def sections(self) -> int:
-        return self.config.warps_per_group
-
-    @property
-    def masks_bytes(self) -> int:
-        return self.planes * layout.GROUP
-
-    @property
-    def coding_blocks(self) -> int:
-        """Number of CTAs that code."""
-        return self.splits * self.config.groups_per_cta
-
-    @property
-    def blocks(self) -> int:
-        return self.coding_blocks + self.rows
-
-    @property
-    def shared_bytes(self) -> int:
-        return self.records_end

@@ -62,9 +62,6 @@ def slot_offset(g: DenseRowsGeometry, item: Value, step: int) -> Value | int:
     """Returns the offset in the ring of the slot of a step of an item."""
     if len(g.steps) % g.slots == 0:
         return step % g.slots * g.slot_bytes
-    if g.dense.coded and g.slots % len(g.steps) == 0:  # All steps of an item have one address and constants.
-        item_bytes = len(g.steps) * g.slot_bytes
-        return (item & (g.slots // len(g.steps) - 1)) * item_bytes + step * g.slot_bytes
     return ((item * len(g.steps) + step) & (g.slots - 1)) * g.slot_bytes
 
 

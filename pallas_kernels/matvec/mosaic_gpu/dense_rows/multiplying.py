@@ -1,7 +1,6 @@
 """Phase multiply: from the ring and the codes through the matrix unit to int32 sums."""
 
 import dataclasses
-from collections.abc import Callable
 
 from pallas_kernels.lanes.instructions import Instructions
 from pallas_kernels.lanes.registers import Value
@@ -77,8 +76,7 @@ def multiply(
     step: int,
     operands: list[Value],
     section_codes: Value | None,
-    meanwhile: Callable[[], list[Value]] = list,
-) -> tuple[list[Value], list[Value]]:
+) -> list[Value]:
     """Multiplies a step of a section.
 
     Args:
@@ -87,16 +85,12 @@ def multiply(
       step: The step.
       operands: See ``Operands.load``.
       section_codes: Address of the codes of the section, with ``warpgroups``.
-      meanwhile: Emits instructions, and returns their results. With ``warpgroups`` the matrix unit multiplies
-        the first plane meanwhile.
 
     Returns:
-      The new accumulators, and the results of ``meanwhile``. With ``warpgroups`` only the next step, or
-      ``finish``, may use the accumulators.
+      The new accumulators. With ``warpgroups`` only the next step, or ``finish``, may use them.
     """
     if section_codes is not None:
-        return multiply_by_warpgroup(isa, g, accumulators, step, operands, section_codes, meanwhile)
-    results = meanwhile()
+        return multiply_by_warpgroup(isa, g, accumulators, step, operands, section_codes)
     planes = len(g.steps[step][1])
     codes = operands[4 * planes :]
     out = list(accumulators)
@@ -108,7 +102,7 @@ def multiply(
                 i = accumulator(t, p)
                 b = codes[2 * (n * g.row_tiles + t) :][:2]
                 out[i : i + 4] = isa.matrix_multiply_add(out[i : i + 4], masked, b)
-    return out, results
+    return out
 
 
 def multiply_by_warpgroup(
@@ -118,22 +112,19 @@ def multiply_by_warpgroup(
     step: int,
     operands: list[Value],
     section_codes: Value,
-    meanwhile: Callable[[], list[Value]],
-) -> tuple[list[Value], list[Value]]:
+) -> list[Value]:
     """Multiplies a step like ``multiply``.
 
     The matrix unit multiplies a plane while the warp waits for the next step, and masks the next plane.
     """
-    sums, results = by_position(g, accumulators), []
+    sums = by_position(g, accumulators)
     chunk, planes = g.steps[step]
     for n, f in enumerate(planes):
         a = gather_bytes(isa, operands[4 * n :][:4])
         matrices = [a, *([word & mask for word in a] for mask in POSITION_MASKS[1:])]
         offset = chunk * g.chunk_bytes + f * g.unit_bytes
-        now = list if n else meanwhile
-        sums, new = isa.queue_warpgroup_multiply_add(sums, matrices, section_codes, offset, now)
-        results += new
-    return by_row_tile(g, sums), results
+        sums = isa.queue_warpgroup_multiply_add(sums, matrices, section_codes, offset)
+    return by_row_tile(g, sums)
 
 
 def finish(isa: Instructions, g: DenseRowsGeometry, accumulators: list[Value]) -> list[Value]:

@@ -10,9 +10,6 @@ channels only:
     section    the channels of one warp in the program for one row: they share a peak and integer sums
     step       32 channels in one to four planes, which fill one slot of the ring
 
-With ``DenseRows.coded`` a launch before this one has phase ``code`` (``coding_program``), and the CTA copies
-the codes from it.
-
 Phases
 ======
 code      Computes the codes of all activation rows in all channels of the CTA, their sums and peaks. Codes
@@ -43,23 +40,16 @@ bytes that are multiplied by 0 affect them. All float32 operations follow from t
 section, the factors, the addition of sections in their order, and the addition of partial sums.
 """
 
-import functools
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 from pallas_kernels.lanes.instructions import Instructions
 from pallas_kernels.lanes.registers import Value
 from pallas_kernels.matvec.mosaic_gpu.counting import count_levels
-from pallas_kernels.matvec.mosaic_gpu.dense_rows.coded import CodedOperands
-from pallas_kernels.matvec.mosaic_gpu.dense_rows.coded_copying import CodedCopies
 from pallas_kernels.matvec.mosaic_gpu.dense_rows.coding import Coder, clear_marks
 from pallas_kernels.matvec.mosaic_gpu.dense_rows.combining import (
-    add_row_tile,
     combine,
-    join,
     load_scales,
     new_totals,
-    no_sums,
     store_partials,
 )
 from pallas_kernels.matvec.mosaic_gpu.dense_rows.copying import Copies
@@ -71,9 +61,6 @@ from pallas_kernels.matvec.mosaic_gpu.lane_context import Refs
 
 def dense_rows_program(isa: Instructions, geometry: DenseRowsGeometry, refs: Refs) -> None:
     """Runs the whole program of one lane."""
-    if geometry.dense.coded:
-        matvec(isa, geometry, refs)
-        return
     multiplies = isa.block_index() < geometry.matvec_blocks
     with isa.when(multiplies):
         matvec(isa, geometry, refs)
@@ -98,31 +85,22 @@ def count_rows(isa: Instructions, g: DenseRowsGeometry, refs: Refs) -> None:
 def matvec(isa: Instructions, g: DenseRowsGeometry, refs: Refs) -> None:
     """Runs the phases in a CTA that multiplies."""
     context = lane_context(isa, g, refs)
-    coded = CodedOperands(isa, g, refs, context) if g.dense.coded else None
-    copies = code_and_start(isa, g, refs, context) if coded is None else start_coded(isa, g, refs, coded)
+    copies = code_and_start(isa, g, refs, context)
     operands = Operands.create(isa, g, context)
     isa.wait_copies(g.slots - 1)
     isa.block_barrier()  # Now the codes and step 0 are visible.
     zero = isa.constant(0)
-    if coded is not None:
-        coded.wait_masks()
-        coded.wait_codes(zero)
     scales = load_scales(isa, g, refs, context, zero) if g.loads_scales_ahead else []
     carry = [*scales, *operands.load(zero, zero, 0)]
 
     def multiply_tile(tile: Value, carry: list[Value]) -> list[Value]:
         def body(section: Value, carry: list[Value]) -> list[Value]:
             item = tile * g.sections + section
-            return multiply_section(isa, g, refs, context, copies, coded, operands, item, section, carry)
+            return multiply_section(isa, g, refs, context, copies, operands, item, section, carry)
 
-        count, first = len(carry), no_sums(isa, g) if g.combines_later else []
-        carry = isa.loop(isa.constant(g.sections), carry + first + new_totals(isa, g), body)
-        sums, totals = carry[count:][: len(first)], carry[count + len(first) :]
-        if g.combines_later:
-            last = isa.constant(g.sections - 1)
-            for t in range(g.row_tiles):
-                totals = add_row_tile(isa, g, context, last, t, sums, totals)
-        store_partials(isa, g, refs, context, tile, totals)
+        count = len(carry)
+        carry = isa.loop(isa.constant(g.sections), carry + new_totals(isa, g), body)
+        store_partials(isa, g, refs, context, tile, carry[count:])
         return carry[:count]
 
     if g.dense.tiles == 1:
@@ -153,14 +131,6 @@ def code_and_start(isa: Instructions, g: DenseRowsGeometry, refs: Refs, context:
     return copies
 
 
-def start_coded(isa: Instructions, g: DenseRowsGeometry, refs: Refs, coded: CodedOperands) -> CodedCopies:
-    """Starts copying the coded activations, and the first steps; first what is needed first."""
-    coded.start_first()
-    copies = CodedCopies.create(isa, g, refs, coded.context)
-    copies.start_first(coded.source(), meanwhile=coded.start_others)
-    return copies
-
-
 def own_block(isa: Instructions, context: LaneContext) -> AbstractContextManager[None]:
     """Runs the body in every lane, behind a condition that the compiler does not know to hold.
 
@@ -176,7 +146,6 @@ def multiply_section(
     refs: Refs,
     context: LaneContext,
     copies: Copies,
-    coded: CodedOperands | None,
     operands: Operands,
     item: Value,
     section: Value,
@@ -185,12 +154,10 @@ def multiply_section(
     """Multiplies one section in one tile, and adds its outputs to the totals.
 
     Args:
-      isa, g, refs, context, copies, coded, operands: The instructions, sizes, arrays, indices, copies and
-        loads.
+      isa, g, refs, context, copies, operands: The instructions, sizes, arrays, indices, copies and loads.
       item: Index of the item: of the section, after the sections of the tiles before.
       section: Index of the section.
-      carry: Scales of the section if they are loaded ahead, operands of step 0, with ``combines_later`` the
-        joined sums and scales of the section before, totals.
+      carry: Scales of the section if they are loaded ahead, operands of step 0, totals.
 
     Returns:
       The same for the next item.
@@ -203,40 +170,17 @@ def multiply_section(
         scales = load_scales(isa, g, refs, context, item)
     count = len(carry) - len(new_totals(isa, g))
     loaded, totals = carry[:count], carry[count:]
-    before: list[Value] = []
-    if g.combines_later:
-        count -= len(no_sums(isa, g))
-        loaded, before = loaded[:count], loaded[count:]
     accumulators = [isa.constant(0)] * (16 * g.row_tiles)
     section_codes = operands.section_codes(section) if g.dense.warpgroups else None
-    copy_ahead = copies.ahead(item)
-
-    def beside_products(step: int) -> list[Value]:
-        """Starts copies; returns the totals if it adds row tiles of the section before to them."""
-        copy_ahead(step)
-        row_tiles = range(g.row_tiles)[step :: len(g.steps)] if g.combines_later else []
-        out = totals
-        for t in row_tiles:
-            out = add_row_tile(isa, g, context, section - 1, t, before, out, exists=section >= 1)
-        return out if row_tiles else []
-
     for step in range(len(g.steps)):
         # The operands of this step are in registers, so its slot is free after the barrier.
         isa.wait_copies(g.slots - 2)
         isa.block_barrier()
         after, next_step = divmod(step + 1, len(g.steps))
-        next_section = (section + after) % g.sections
-        if coded is not None and after:
-            coded.wait_codes(next_section)
-        next_loaded = operands.load(item + after, next_section, next_step)
-        meanwhile: Callable[[], list[Value]] = functools.partial(beside_products, step)
-        if not g.dense.coded and not g.combines_later:
-            copy_ahead(step)
-            meanwhile = list
-        accumulators, added = multiply(isa, g, accumulators, step, loaded, section_codes, meanwhile)
-        totals, loaded = added or totals, next_loaded
+        next_loaded = operands.load(item + after, (section + after) % g.sections, next_step)
+        copies.copy_ahead(item, step)
+        accumulators = multiply(isa, g, accumulators, step, loaded, section_codes)
+        loaded = next_loaded
     accumulators = finish(isa, g, accumulators)
-    if g.combines_later:
-        return [*next_scales, *loaded, *join(isa, g, accumulators), *scales, *totals]
     totals = combine(isa, g, context, section, accumulators, scales, totals)
     return [*next_scales, *loaded, *totals]
