@@ -72,8 +72,8 @@ __global__ void instructions(long long *cycles, uint32_t *out, uint32_t seed) {
   if (threadIdx.x == 0) *cycles = end - start;
 }
 
-// wgmma of 64 x N x 32 bytes, A in registers, B in shared memory: 4 of them in a group, then a wait, with LOPS LOP3 that
-// prepare the operands of the next group between them.
+// wgmma of 64 x N x 32 bytes, A in registers, B in shared memory: 4 of them in a group, and LOPS LOP3 that prepare the
+// operands of the next group.
 __device__ inline void wgmma(int (&s)[8], const uint32_t (&a)[4], uint64_t b) {
   asm volatile("{ .reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sync.aligned.m64n16k32.s32.u8.s8 "
                "{%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9,%10,%11}, %12, p; }"
@@ -103,12 +103,26 @@ __device__ inline void wgmma(int (&s)[32], uint64_t a, uint64_t b) {
                : "l"(a), "l"(b));
 }
 
-template <int N, int LOPS, bool SHARED_A = false>
+// Waits until at most PENDING groups are unfinished. The registers pass through, so that instructions that follow in
+// the source and write them stay behind the wait.
+template <int PENDING>
+__device__ inline void wait(uint32_t (&a)[16]) {
+  asm volatile("wgmma.wait_group.sync.aligned %16;"
+               : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3]), "+r"(a[4]), "+r"(a[5]), "+r"(a[6]), "+r"(a[7]), "+r"(a[8]), "+r"(a[9]), "+r"(a[10]), "+r"(a[11]), "+r"(a[12]), "+r"(a[13]), "+r"(a[14]), "+r"(a[15])
+               : "n"(PENDING)
+               : "memory");
+}
+
+// LOP3 prepare the next group behind the wait for this one, or behind a wait for the group before only. (ptxas 13.0 moves
+// them behind the wait for this group even if they come before it in the source, and pass through it.)
+enum Order { BEHIND, QUEUED };
+
+template <int N, int LOPS, Order ORDER = BEHIND, bool SHARED_A = false>
 __global__ void groups(long long *cycles, uint32_t *out, uint32_t seed) {
   __shared__ alignas(1024) uint8_t codes[4096];
   for (int i = threadIdx.x; i < 1024; i += blockDim.x) reinterpret_cast<uint32_t *>(codes)[i] = seed * i;
   int sums[N / 2] = {};
-  uint32_t a[2][16];
+  uint32_t a[2][16], c[4] = {seed + threadIdx.x, seed * 3, seed * 5, seed * 7};
   for (int i = 0; i < 16; ++i) a[0][i] = a[1][i] = seed + i * threadIdx.x;
   uint64_t address = (__cvta_generic_to_shared(codes) & 0x3ffff) >> 4;
   uint64_t descriptor = address | (uint64_t(8) << 16) | (uint64_t(16) << 32);  // no swizzle; which bytes does not matter
@@ -128,11 +142,13 @@ __global__ void groups(long long *cycles, uint32_t *out, uint32_t seed) {
           wgmma(sums, *reinterpret_cast<uint32_t(*)[4]>(&a[now][4 * i]), descriptor);
       }
       asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+      if (ORDER == BEHIND) wait<0>(a[1 - now]);
+      if (ORDER == QUEUED) wait<1>(a[1 - now]);
 #pragma unroll
-      for (int i = 0; i < LOPS; ++i) a[1 - now][i % 16] = lop(a[1 - now][i % 16], seed, n + i);
-      asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+      for (int i = 0; i < LOPS; ++i) a[1 - now][i % 16] = lop(a[1 - now][i % 16], seed, c[i % 4]);
     }
   }
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
   long long end = clock64();
   uint32_t all = 0;
   for (int i = 0; i < N / 2; ++i) all ^= sums[i];
@@ -183,8 +199,11 @@ int main() {
   report("4 wgmma 64x32x32", groups<32, 0>);
   report("4 wgmma 64x32x32, 64 LOP3", groups<32, 64>);
   report("4 wgmma 64x64x32", groups<64, 0>);
-  report("4 wgmma 64x64x32, 64 LOP3", groups<64, 64>);
-  report("4 wgmma 64x64x32, A shared", groups<64, 0, true>);
-  report("4 wgmma 64x64x32, A shared, 64 LOP3", groups<64, 64, true>);
+  report("4 wgmma 64x64x32, then 64 LOP3", groups<64, 64>);
+  report("4 wgmma 64x64x32, 64 LOP3, queued", groups<64, 64, QUEUED>);
+  report("4 wgmma 64x64x32, 48 LOP3, queued", groups<64, 48, QUEUED>);
+  report("4 wgmma 64x64x32, queued", groups<64, 0, QUEUED>);
+  report("4 wgmma 64x64x32, A shared", groups<64, 0, BEHIND, true>);
+  report("4 wgmma 64x64x32, A shared, 64 LOP3, queued", groups<64, 64, QUEUED, true>);
   return 0;
 }

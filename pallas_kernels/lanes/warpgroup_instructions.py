@@ -22,7 +22,8 @@ class WarpgroupInstructions(abc.ABC):
         16) + 16 (n % 8) + k % 16``; ``b`` and ``offset`` are multiples of 16.
 
         The matrix unit multiplies while the warp goes on. The call waits for what was queued before. Only the
-        next ``queue_warpgroup_multiply_add`` or ``finish_warpgroup_multiply_add`` may use the result.
+        next ``queue_warpgroup_multiply_add`` or ``finish_warpgroup_multiply_add`` may use the result. A loop
+        must not carry it: at the end of a loop the compiler may copy registers that are still written.
         """
 
     @abc.abstractmethod

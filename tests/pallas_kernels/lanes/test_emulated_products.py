@@ -69,6 +69,7 @@ def test_refuses_sums_of_a_queued_product(isa):
         lambda v: v + 1,
         lambda v: isa.select(v, v, v),
         lambda v: isa.store_shared(isa.thread_index() << 2, [v]),
+        lambda v: isa.loop(isa.constant(1), [isa.constant(0)], lambda i, carry: [v]),
     ):
         with pytest.raises(EmulationError, match="used before finish"):
             use(sums[0][0])
