@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int, UInt16
 
+from pallas_kernels.experts import grouped
 from pallas_kernels.experts.batches import batch_rows, map_batches
 from pallas_kernels.experts.blocks import block_rows, map_blocks
 
@@ -37,19 +38,23 @@ def grouped_matmul(
     return jax.lax.platform_dependent(x, kernel, experts, cpu=in_blocks, default=_row_by_row)
 
 
-def in_batches(
+def all_at_once(
     x: Float[Array, "rows k"],
     kernel: Float[Array, "e k n"],
     experts: Int[Array, "rows"],
     num_experts: int,
     transposed: bool = False,
 ) -> Float[Array, "rows n"]:
-    """Returns what ``grouped_matmul`` does, in batched products of all kernels; for GPUs.
+    """Returns what ``grouped_matmul`` does, in one product of all kernels; for GPUs.
+
+    That is one launch on Hopper, and else XLA's products of batches with equally many rows of each expert.
 
     Args:
       x, kernel, experts, num_experts: See ``grouped_matmul``; x and kernel have the same dtype.
       transposed: Whether the kernels are ``[experts, n, k]``.
     """
+    if grouped.supports(x, kernel, transposed) is None:
+        return grouped.grouped_product(x, kernel, experts, num_experts, transposed)
     axes = "eck,enk->ecn" if transposed else "eck,ekn->ecn"
     return map_batches(
         lambda batch: jnp.einsum(axes, batch, kernel, preferred_element_type=jnp.float32),
@@ -67,15 +72,15 @@ def _product(
     num_experts: int,
     transposed: bool = False,
 ) -> Float[Array, "rows n"]:
-    """Multiplies many rows: in blocks on a CPU, in batches on other devices (see ``in_batches``)."""
+    """Multiplies many rows: in blocks on a CPU, all at once on other devices."""
     in_blocks = partial(_in_blocks, num_experts=num_experts, transposed=transposed)
-    if _dtype(kernel) != x.dtype:  # A batch would need a cast of all kernels.
+    if _dtype(kernel) != x.dtype:  # All at once would need a cast of all kernels.
         return in_blocks(x, kernel, experts)
 
-    def batches(x: jax.Array, kernel: jax.Array, experts: jax.Array) -> jax.Array:
-        return in_batches(x, _as_stored(kernel), experts, num_experts, transposed)
+    def at_once(x: jax.Array, kernel: jax.Array, experts: jax.Array) -> jax.Array:
+        return all_at_once(x, _as_stored(kernel), experts, num_experts, transposed)
 
-    return jax.lax.platform_dependent(x, kernel, experts, cpu=in_blocks, default=batches)
+    return jax.lax.platform_dependent(x, kernel, experts, cpu=in_blocks, default=at_once)
 
 
 def _in_blocks(

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Float16, Int, UInt32
 
 from grinqh_jax.model.by_token import by_token
-from grinqh_jax.model.expert_products import Kernels, in_batches, jitted_matmul
+from grinqh_jax.model.expert_products import Kernels, all_at_once, jitted_matmul
 from grinqh_jax.model.layer_spec import GatedExperts
 from grinqh_jax.model.partition import InputCut
 from pallas_kernels import (
@@ -262,7 +262,7 @@ class ChosenGraded(NamedTuple):
         rows, experts = x.reshape(-1, x.shape[-1]), self.experts.reshape(-1)
         if dequantization.supports(weight, x.dtype) is None:
             kernel = dequantization.dequantize_to_bfloat16(weight, level)
-            y = in_batches(rows, kernel, experts, weight.num_experts)
+            y = all_at_once(rows, kernel, experts, weight.num_experts)
             y = y if level is None or weight.level_gains is None else y * weight.level_gains[level - 1]
             return _finished(y, self.bias, x, dtype)
 

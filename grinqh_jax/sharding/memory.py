@@ -118,7 +118,8 @@ def _part_bytes(leaf: Any) -> int:
 def _prefill_bytes(config: ModelConfig, local: ModelConfig) -> int:
     """Returns the temporary memory of a prefill: the largest dequantized weight, activations and logits.
 
-    All experts of a projection are dequantized together, and multiplied with equally many rows of each.
+    All experts of a projection are dequantized together, and multiplied with equally many rows of each. The
+    launch of ``experts.grouped`` takes about as many rows.
     """
     sizes, largest = axis_sizes(local), 0
     for projection in projections(config).values():

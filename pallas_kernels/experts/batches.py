@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.experts.sorting import sort_by_expert
 from pallas_kernels.layout import round_up
 
 FREE_ROWS = 128
@@ -32,6 +33,8 @@ def map_batches(
 ) -> Float[Array, "rows n"]:
     """Applies a function to batches of ``capacity`` rows of every expert, until all rows are done.
 
+    For GPUs that do not run ``grouped``, whose work does not grow where rows choose their experts unevenly.
+
     A batch is a few launches on a GPU, where ``blocks.map_blocks`` needs several for each expert and waits
     after each. In return, a batch computes also the rows that experts lack. The number of batches is that of
     the expert with most rows, so one usually is enough.
@@ -45,11 +48,7 @@ def map_batches(
       capacity: Rows of each expert in a batch, as by ``batch_rows``.
     """
     count = len(experts)
-    order = jnp.argsort(experts)
-    counts = jnp.zeros(num_experts, jnp.int32).at[experts].add(1)
-    starts = jnp.cumsum(counts) - counts
-    place = jnp.zeros(count, jnp.int32).at[order].set(jnp.arange(count, dtype=jnp.int32))
-    rank = place - starts.at[experts].get(mode="clip")  # of a row among those of its expert
+    order, counts, starts, rank = sort_by_expert(experts, num_experts)
     batch_of = jnp.where(experts < num_experts, rank // capacity, -1)
     result = jnp.minimum(experts, num_experts - 1) * capacity + rank % capacity
 

@@ -59,7 +59,7 @@ def test_batches_have_all_rows_of_any_distribution(monkeypatch, distribution, dt
     x, kernel = random(len(chosen), 40, dtype=dtype), random(4, 40, 24, dtype=dtype)
     expected = exact(x, kernel, chosen)
     stored = kernel.transpose(0, 2, 1) if transposed else kernel
-    product = partial(expert_products.in_batches, num_experts=4, transposed=transposed)
+    product = partial(expert_products.all_at_once, num_experts=4, transposed=transposed)
     y = jax.jit(product)(x, stored, jnp.asarray(chosen))
     assert y.dtype == jnp.float32
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
@@ -69,7 +69,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(monkeypatch):
     """A row is alone at its expert, or in one of five batches."""
     monkeypatch.setattr(expert_products, "batch_rows", lambda rows, num_experts: 8)
     x, kernel = random(40, 64, dtype=jnp.float32), random(4, 64, 48, dtype=jnp.float32)
-    product = jax.jit(partial(expert_products.in_batches, num_experts=4))
+    product = jax.jit(partial(expert_products.all_at_once, num_experts=4))
     alone = product(x, kernel, jnp.asarray([1] + [0] * 39))[0]
     for place in (0, 13, 39):
         among = product(jnp.roll(x, place, axis=0), kernel, jnp.full(40, 1))[place]
