@@ -112,8 +112,10 @@ def _sources(config: ModelConfig, key: str, shapes: list[tuple[int, ...]]) -> li
 
 def shared_names(config: ModelConfig, key: str) -> list[str]:
     """Returns the names of the tensors that a shared expert adds to a kernel of experts."""
-    names, count = stored_shared_names(config, key), shared_experts(config)
-    return names if count == 1 else [f"{name}[{j}]" for j in range(count) for name in names]
+    names = stored_shared_names(config, key)
+    if not shared_expert_is_cut(config):
+        return names
+    return [f"{name}[{j}]" for j in range(shared_experts(config)) for name in names]
 
 
 def stored_shared_names(config: ModelConfig, key: str) -> list[str]:
@@ -125,6 +127,16 @@ def stored_shared_names(config: ModelConfig, key: str) -> list[str]:
 def shared_experts(config: ModelConfig) -> int:
     """Returns the number of experts that a shared expert is; 0 without one."""
     return 0 if config.mixture is None else config.mixture.shared
+
+
+def shared_expert_is_cut(config: ModelConfig) -> bool:
+    """Whether there is a shared expert of another width than the others."""
+    return shared_width(config) not in (0, config.expert_size)
+
+
+def shared_width(config: ModelConfig) -> int:
+    """Returns the width of the shared expert; 0 without one."""
+    return 0 if config.mixture is None else config.mixture.shared_width
 
 
 def tensor_names(config: ModelConfig, key: str) -> list[str]:

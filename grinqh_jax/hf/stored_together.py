@@ -1,8 +1,8 @@
 """Tensors that a checkpoint stores together, and where each of them is.
 
-Some checkpoints have one tensor for all experts of a layer. A shared expert that is wider than the others is
-several experts, whose tensors get names like ``shared_expert.down_proj.weight[0]``. Qwen3-Next stores the
-projections of gated delta nets key head by key head.
+Some checkpoints have one tensor for all experts of a layer. A shared expert of another width than the others
+is one or several experts, whose tensors get names like ``shared_expert.down_proj.weight[0]``. Qwen3-Next
+stores the projections of gated delta nets key head by key head.
 """
 
 import dataclasses
@@ -16,8 +16,10 @@ from grinqh_jax.hf import mxfp4
 from grinqh_jax.hf.params import (
     is_kernel,
     is_of_experts,
+    shared_expert_is_cut,
     shared_experts,
     shared_names,
+    shared_width,
     sources,
     stored_shared_names,
     tensor_names,
@@ -97,7 +99,32 @@ class RowsOfHeads:
         return rows.reshape(self.heads, -1, *rows.shape[1:])
 
 
-Place = Part | RowsOfHeads
+@dataclasses.dataclass(frozen=True)
+class PaddedPart:
+    """The place of a tensor whose first rows and columns are a range of a stored one, and the others zeros.
+
+    Attributes:
+      shape: Shape of the tensor.
+      index: Range of each axis of the stored tensor.
+      scales: See ``Part``.
+    """
+
+    shape: tuple[int, ...]
+    index: tuple[slice, ...]
+    scales: None = None
+
+    def take(self, stored: Any, scales: None = None) -> np.ndarray:
+        """Returns the tensor. See ``Part.take``."""
+        value = stored[self.index]
+        return np.pad(value, [(0, whole - size) for whole, size in zip(self.shape, value.shape, strict=True)])
+
+    def put(self, stored: np.ndarray, value: np.ndarray) -> None:
+        """Writes the tensor into a stored one, without the zeros."""
+        place = stored[self.index]
+        place[...] = value[tuple(slice(0, size) for size in place.shape)]
+
+
+Place = Part | RowsOfHeads | PaddedPart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +151,7 @@ def stored_forms(config: ModelConfig) -> dict[str, StoredForm]:
     together = FAMILIES[config.family].delta_nets_by_head
     for key in sorted(sources(config)):
         if is_of_experts(config, key):
-            forms |= _together(config, key) | _wide_shared_expert(config, key)
+            forms |= _together(config, key) | _cut_shared_expert(config, key)
         elif together and key.endswith(".delta_in.kernel"):
             forms |= _delta_net_by_head(config, key, together)
     return forms
@@ -180,11 +207,11 @@ def _together(config: ModelConfig, key: str) -> dict[str, StoredForm]:
     return forms
 
 
-def _wide_shared_expert(config: ModelConfig, key: str) -> dict[str, StoredForm]:
-    """Returns the stored tensors of a shared expert that is several experts; none if it is one."""
-    count = shared_experts(config)
-    if count < 2:
+def _cut_shared_expert(config: ModelConfig, key: str) -> dict[str, StoredForm]:
+    """Returns the stored tensors of a shared expert that is cut; none if it is as wide as the others."""
+    if not shared_expert_is_cut(config):
         return {}
+    width, each = shared_width(config), config.expert_size
     names = stored_shared_names(config, key)
     shapes = {source.name: source.shape for source in sources(config)[key]}
     forms = {}
@@ -192,17 +219,12 @@ def _wide_shared_expert(config: ModelConfig, key: str) -> dict[str, StoredForm]:
         shape = shapes[f"{name}[0]"]
         # The channels inside the expert are outputs of the first projection, and inputs of the second.
         cut = 0 if len(names) > 1 else 1
-        parts = {
-            f"{name}[{j}]": Part(
-                shape,
-                tuple(
-                    slice(j * size, (j + 1) * size) if axis == cut else slice(0, size)
-                    for axis, size in enumerate(shape)
-                ),
-            )
-            for j in range(count)
-        }
-        whole = tuple(size * (count if axis == cut else 1) for axis, size in enumerate(shape))
+        parts: dict[str, Place] = {}
+        for j in range(shared_experts(config)):
+            channels = slice(j * each, min((j + 1) * each, width))
+            index = tuple(channels if axis == cut else slice(0, size) for axis, size in enumerate(shape))
+            parts[f"{name}[{j}]"] = PaddedPart(shape, index)
+        whole = tuple(width if axis == cut else size for axis, size in enumerate(shape))
         forms[name] = StoredForm(whole, parts)
     return forms
 

@@ -151,6 +151,8 @@ def _context(reader: ConfigReader, family: Family, description: Description) -> 
 def _refuse_options(reader: ConfigReader, family: Family) -> None:
     """Reports every option that changes the computation and is not implemented."""
     reader.refuse(*(key for key in BIASES if key not in family.biases))
+    if reader.values.get("per_layer_config"):
+        reader.problem("per_layer_config, which changes single layers")
     for experts in EXPERTS:
         if reader.values.get(experts) and not family.mixtures:
             reader.problem(f"mixture of experts ({experts} {reader.values[experts]})")

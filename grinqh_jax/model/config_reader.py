@@ -28,8 +28,12 @@ class ConfigReader:
         self.problems: list[str] = [] if problems is None else problems
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> "ConfigReader":
-        """Returns a reader with values for keys that the object lacks."""
-        return ConfigReader({**defaults, **self.values}, self.problems)
+        """Returns a reader with values for keys that the object lacks. Null is such a key if its default is
+        an object; elsewhere it may mean none, as for a window.
+        """
+        objects = {key for key, value in defaults.items() if isinstance(value, Mapping)}
+        stated = {key: value for key, value in self.values.items() if value is not None or key not in objects}
+        return ConfigReader({**defaults, **stated}, self.problems)
 
     def problem(self, text: str) -> None:
         """Adds a problem, once."""

@@ -177,8 +177,9 @@ class GatedExperts:
       router_bias: Whether a learned vector is added to the scores.
       activation: Activation of the experts.
       shared: Number of last experts that are chosen for every token beside these. A shared expert is cut into
-        experts of the usual width. Their probability is the sigmoid of the router's last score, the other
-        experts' probabilities are those without it.
+        experts of the usual width, the last of which has zeros behind its channels. Their probability is the
+        sigmoid of the router's last score, the other experts' probabilities are those without it.
+      shared_width: Width of the shared expert.
     """
 
     chosen: int
@@ -187,6 +188,7 @@ class GatedExperts:
     router_bias: bool = False
     activation: Activation = "silu"
     shared: int = 0
+    shared_width: int = 0
 
     @property
     def rows(self) -> int:

@@ -78,6 +78,26 @@ def test_experts_that_are_stored_together(name, tmp_path):
         open_checkpoint(hf_directories.write(tmp_path / "transposed", CASES[name], transposed))
 
 
+@pytest.mark.parametrize("width", [24, 100])
+def test_a_shared_expert_of_another_width_has_zeros_behind_its_channels(width, tmp_path):
+    config = CASES["qwen3_5-moe"] | {"shared_expert_intermediate_size": width}
+    each = config["moe_intermediate_size"]
+    whole = -(-width // each) * each
+    state = hf_directories.random_state(config)
+    padded = dict(state)
+    for name, value in state.items():
+        if ".shared_expert." in name:
+            grown = [whole if size == width else size for size in value.shape]
+            padded[name] = np.zeros(grown, value.dtype)
+            padded[name][: value.shape[0], : value.shape[1]] = value
+    narrow = open_checkpoint(hf_directories.write(tmp_path / "narrow", config, state))
+    config = config | {"shared_expert_intermediate_size": whole}
+    wide = open_checkpoint(hf_directories.write(tmp_path / "wide", config, padded))
+    assert narrow.config.mixture.shared == wide.config.mixture.shared == whole // each
+    for key in wide.parameters:
+        np.testing.assert_array_equal(narrow.read(key), wide.read(key))
+
+
 def test_a_missing_bias_is_named(tmp_path):
     state = hf_directories.random_state(CASES["qwen2-window"])
     del state["model.layers.2.self_attn.k_proj.bias"]

@@ -5,6 +5,7 @@ from random_models import CONFIGS
 
 from grinqh_jax.errors import UnsupportedModelError
 from grinqh_jax.model.config import ModelConfig
+from grinqh_jax.model.families import FAMILIES
 from grinqh_jax.model.rope import RopeConfig
 
 LLAMA = CONFIGS["llama3-scaled-rope-gqa"]
@@ -51,6 +52,29 @@ def test_absent_and_null_keys_have_defaults():
     assert ModelConfig.from_hf(QWEN3 | {"num_key_value_heads": None}).num_kv_heads == 4
 
 
+def test_null_in_place_of_an_object_is_its_default():
+    """As in transformers: the ropes of gpt-oss and Ministral 3 are YaRN unless a configuration says more."""
+    for model_type in ("gpt_oss", "ministral3"):
+        absent = ModelConfig.from_hf({"model_type": model_type})
+        assert absent.layers[0].attention.rope.type == "yarn"
+        assert ModelConfig.from_hf({"model_type": model_type, "rope_parameters": None}) == absent
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_defaults_are_those_of_transformers(model_type):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoConfig.for_model(model_type).to_dict()
+    theirs = {key: theirs.get(key) for key in theirs.keys() - NOT_READ}
+    assert ModelConfig.from_hf({"model_type": model_type}) == ModelConfig.from_hf(
+        theirs | {"model_type": model_type}
+    )
+
+
+NOT_READ = {"transformers_version", "architectures"}
+"""Keys of transformers' configurations that say nothing about the model."""
+
+
 def test_model_type_stands_in_for_missing_architectures():
     assert ModelConfig.from_hf({k: v for k, v in QWEN3.items() if k != "architectures"}).family == "qwen3"
 
@@ -63,6 +87,10 @@ def test_unused_sliding_window_and_grinqh_quantization_are_accepted():
 
 UNSUPPORTED = {
     "architecture OlmoForCausalLM": {"architectures": ["OlmoForCausalLM"]},
+    "architecture LlamaForCausalLM with model_type 'qwen3', not llama": {
+        "architectures": ["LlamaForCausalLM"]
+    },
+    "per_layer_config, which changes single layers": {"per_layer_config": {"0": {"head_dim": 8}}},
     "mixture of experts (num_experts 8)": {"num_experts": 8},
     "mlp_bias": {"mlp_bias": True},
     "hidden_act 'gelu'": {"hidden_act": "gelu"},

@@ -37,7 +37,11 @@ def family_of(reader: ConfigReader) -> Family:
     by_architecture = {family.architecture: family for family in FAMILIES.values()}
     for name in names:
         if name in by_architecture:
-            return by_architecture[name]
+            family = by_architecture[name]
+            if model_type not in (None, family.model_type):
+                # transformers follows the model type, which other programs may ignore.
+                reader.problem(f"architecture {name} with model_type {model_type!r}, not {family.model_type}")
+            return family
     if not names and isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
     unsupported = f"architecture {', '.join(names)}" if names else f"model_type {model_type!r}"

@@ -1,6 +1,7 @@
 """A family: its name, the defaults of its configuration, its tensors, and the description of its layers."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -86,6 +87,9 @@ class ExpertLayout:
     transposed: bool = False
     interleaved: bool = False
 
+
+NUM_EXPERTS = ("num_experts", "num_local_experts")
+"""Spellings of the number of experts."""
 
 EMBEDDING, LM_HEAD = TENSORS["embed.embedding"][0], TENSORS["lm_head.kernel"][0]
 
@@ -198,37 +202,32 @@ def head_norms(offset: float = 0.0) -> tuple[Norm, Norm]:
 
 
 def read_experts(
-    reader: ConfigReader, keys: tuple[str, ...], *, normalized: bool, shared: bool = False
+    reader: ConfigReader, default: int, *, normalized: bool, shared: bool = False
 ) -> tuple[int, GatedExperts]:
     """Reads the number of experts, and the mixture that chooses ``num_experts_per_tok`` of them.
 
     Args:
       reader: Configuration.
-      keys: Spellings of the number of experts.
+      default: Number of experts if the configuration has none of ``NUM_EXPERTS``.
       normalized: See ``GatedExperts``.
       shared: Whether there is a shared expert, which the result counts as experts of the usual width.
     """
-    stated = {reader.integer(key) for key in keys if reader.values.get(key) is not None}
+    stated = {reader.integer(key) for key in NUM_EXPERTS if reader.values.get(key) is not None}
+    if not set(NUM_EXPERTS) & reader.values.keys():
+        stated = {default}
     if len(stated) != 1:
-        values = ", ".join(f"{key} {reader.values.get(key)}" for key in keys)
+        values = ", ".join(f"{key} {reader.values.get(key)}" for key in NUM_EXPERTS)
         reader.problem(f"{values}: expected one number of experts")
         return 1, GatedExperts(chosen=1, normalized=normalized)
     count, chosen = stated.pop(), reader.integer("num_experts_per_tok")
     if chosen > count:
         reader.problem(f"num_experts_per_tok {chosen} exceeds the {count} experts")
-    parts = 0
-    if shared:
-        width, each = (
-            reader.integer(key) for key in ("shared_expert_intermediate_size", "moe_intermediate_size")
-        )
-        parts = width // each
-        if parts * each != width:
-            reader.problem(
-                f"shared_expert_intermediate_size {width} is not a multiple of moe_intermediate_size {each}"
-            )
+    width = reader.integer("shared_expert_intermediate_size") if shared else 0
+    parts = math.ceil(width / reader.integer("moe_intermediate_size")) if shared else 0
     return count + parts, GatedExperts(
         chosen=chosen,
         normalized=normalized,
         shared=parts,
+        shared_width=width,
         activation=reader.activation(),  # type: ignore[arg-type]
     )

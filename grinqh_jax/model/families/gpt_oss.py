@@ -15,7 +15,7 @@ def _describe(reader: ConfigReader) -> Description:
     if (activation := reader.activation()) != "silu":
         reader.problem(f"hidden_act {reader.values['hidden_act']!r} (supported in this family: silu)")
     rope = read_rope(reader)
-    num_experts, experts = read_experts(reader, ("num_local_experts", "num_experts"), normalized=True)
+    num_experts, experts = read_experts(reader, 128, normalized=True)
     clamped = ClampedSwiGLU(
         alpha=reader.number_not_null("swiglu_alpha", 1.702), limit=reader.number_not_null("swiglu_limit", 7.0)
     )

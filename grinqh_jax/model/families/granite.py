@@ -32,6 +32,13 @@ FAMILIES = (
         architecture="GraniteForCausalLM",
         describe=_describe,
         biases=("attention_bias", "mlp_bias"),
-        defaults={"max_position_embeddings": 2048},
+        defaults={
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "max_position_embeddings": 2048,
+        },
     ),
 )

@@ -36,7 +36,7 @@ def _mistral(reader: ConfigReader) -> Description:
 
 
 def _mixtral(reader: ConfigReader) -> Description:
-    count, experts = read_experts(reader, ("num_local_experts",), normalized=True)
+    count, experts = read_experts(reader, 8, normalized=True)
     rope, activation = read_rope(reader, theta=1000000.0), reader.activation()
     return Description(
         layers=tuple(
@@ -79,8 +79,15 @@ _ROPE = {
     "mscale": 1.0,
     "llama_4_scaling_beta": 0.1,
 }
-_DEFAULTS = {
+_SIZES = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
     "num_key_value_heads": 8,
+}
+_DEFAULTS = _SIZES | {
     "max_position_embeddings": 131072,
     "sliding_window": 4096,
 }
@@ -106,11 +113,10 @@ FAMILIES = (
             ),
             "layers.{i}.experts_down.kernel": ("model.layers.{i}.block_sparse_moe.experts.{e}.w2.weight",),
         },
-        defaults={
-            "num_key_value_heads": 8,
+        defaults=_SIZES
+        | {
             "max_position_embeddings": 131072,
             "rms_norm_eps": 1e-5,
-            "num_local_experts": 8,
             "num_experts_per_tok": 2,
         },
     ),
@@ -124,8 +130,10 @@ FAMILIES = (
         model_type="ministral3",
         architecture="Ministral3ForCausalLM",
         describe=_ministral3,
-        defaults={
-            "num_key_value_heads": 8,
+        defaults=_SIZES
+        | {
+            "vocab_size": 131072,
+            "num_hidden_layers": 34,
             "head_dim": 128,
             "max_position_embeddings": 262144,
             "rms_norm_eps": 1e-5,

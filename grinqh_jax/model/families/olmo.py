@@ -50,9 +50,7 @@ def _olmoe(reader: ConfigReader) -> Description:
     reader.refuse("clip_qkv", "sliding_window")
     layers = reader.layer_types([GLOBAL] * reader.integer("num_hidden_layers"))
     reader.windows(layers, None)
-    count, experts = read_experts(
-        reader, ("num_experts", "num_local_experts"), normalized=reader.switch("norm_topk_prob")
-    )
+    count, experts = read_experts(reader, 64, normalized=reader.switch("norm_topk_prob"))
     bias = reader.switch("attention_bias")
     spec = layer(
         Attention(rope=read_rope(reader), head_norms=HEAD_NORMS),
@@ -73,7 +71,15 @@ _TENSORS = {
     "layers.{i}.attention_output_norm.scale": ("model.layers.{i}.post_attention_layernorm.weight",),
     "layers.{i}.mlp_output_norm.scale": ("model.layers.{i}.post_feedforward_layernorm.weight",),
 }
-_DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5}
+_DEFAULTS = {
+    "vocab_size": 50304,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+}
 
 FAMILIES = (
     Family(
@@ -99,6 +105,11 @@ FAMILIES = (
         biases=("attention_bias",),
         mixtures=True,
         defaults={
+            "vocab_size": 50304,
+            "hidden_size": 2048,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 16,
             "max_position_embeddings": 4096,
             "rms_norm_eps": 1e-5,
             "num_experts_per_tok": 8,

@@ -35,6 +35,11 @@ FAMILIES = (
             "layers.{i}.gate_up.kernel": ("model.layers.{i}.mlp.gate_up_proj.weight",),
         },
         defaults={
+            "vocab_size": 32064,
+            "hidden_size": 3072,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
             "max_position_embeddings": 4096,
             "original_max_position_embeddings": 4096,
             "rms_norm_eps": 1e-5,

@@ -20,12 +20,7 @@ def _describe(reader: ConfigReader) -> Description:
         reader.problem("use_sliding_window True")
     mixtures = has_experts(reader)
     reader.layer_types([GLOBAL] * len(mixtures), (GLOBAL,))
-    count, experts = read_experts(
-        reader,
-        ("num_experts", "num_local_experts"),
-        normalized=reader.switch("norm_topk_prob"),
-        shared=True,
-    )
+    count, experts = read_experts(reader, 60, normalized=reader.switch("norm_topk_prob"), shared=True)
     return Description(
         layers=tuple(
             layer(Attention(rope=rope), activation, qkv_bias=bias, experts=experts if mixture else None)
@@ -46,6 +41,10 @@ FAMILIES = (
         tensors={**TENSORS, "layers.{i}.router.kernel": ROUTER_WITH_GATE},
         shared_expert=SHARED_EXPERT,
         defaults={
+            "vocab_size": 151936,
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "num_hidden_layers": 24,
             "num_attention_heads": 16,
             "num_key_value_heads": 16,
             "max_position_embeddings": 32768,
@@ -53,7 +52,6 @@ FAMILIES = (
             "moe_intermediate_size": 1408,
             "shared_expert_intermediate_size": 5632,
             "num_experts_per_tok": 4,
-            "num_experts": 60,
         },
     ),
 )

@@ -1,7 +1,6 @@
 """Qwen3.5 and Qwen3.6, text only: gated delta nets between layers of attention whose heads have gates.
 
-The mixtures of Qwen3.5-MoE have a shared expert. It is stored as one more expert (``GatedExperts.shared``),
-so it must be as wide as the others.
+The mixtures of Qwen3.5-MoE have a shared expert. It is stored as more experts (``GatedExperts.shared``).
 """
 
 import dataclasses
@@ -45,7 +44,7 @@ def _dense(reader: ConfigReader) -> Description:
 
 
 def _mixtures(reader: ConfigReader) -> Description:
-    count, experts = read_experts(reader, ("num_experts", "num_local_experts"), normalized=True, shared=True)
+    count, experts = read_experts(reader, 256, normalized=True, shared=True)
     description = describe(reader, [experts] * reader.integer("num_hidden_layers"))
     return dataclasses.replace(
         description, num_experts=count, expert_size=reader.integer("moe_intermediate_size")
@@ -128,7 +127,7 @@ FAMILIES = (
         describe=_dense,
         biases=("attention_bias",),
         tensors=DELTA_TENSORS,
-        defaults=DELTA_DEFAULTS,
+        defaults=DELTA_DEFAULTS | {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 32},
         left_out=_LEFT_OUT,
     ),
     Family(
@@ -141,6 +140,8 @@ FAMILIES = (
         shared_expert=SHARED_EXPERT,
         defaults=DELTA_DEFAULTS
         | {
+            "hidden_size": 2048,
+            "num_hidden_layers": 40,
             "num_key_value_heads": 2,
             "intermediate_size": 512,  # No layer has an MLP without experts.
             "moe_intermediate_size": 512,

@@ -24,9 +24,7 @@ def _describe(reader: ConfigReader) -> Description:
     kinds = [GLOBAL if window is None else SLIDING] * len(mixtures)
     if reader.layer_types(kinds) != kinds:
         reader.problem("layer_types of another kind than sliding_window says")
-    count, experts = read_experts(
-        reader, ("num_experts", "num_local_experts"), normalized=reader.switch("norm_topk_prob")
-    )
+    count, experts = read_experts(reader, 128, normalized=reader.switch("norm_topk_prob"))
     return Description(
         layers=tuple(
             layer(
@@ -51,6 +49,10 @@ FAMILIES = (
         biases=("attention_bias",),
         mixtures=True,
         defaults={
+            "vocab_size": 151936,
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "num_hidden_layers": 24,
             "num_attention_heads": 32,
             "num_key_value_heads": 4,
             "max_position_embeddings": 32768,

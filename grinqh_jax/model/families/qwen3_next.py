@@ -13,12 +13,7 @@ from grinqh_jax.model.layer_spec import Description
 
 
 def _describe(reader: ConfigReader) -> Description:
-    count, experts = read_experts(
-        reader,
-        ("num_experts", "num_local_experts"),
-        normalized=reader.switch("norm_topk_prob"),
-        shared=True,
-    )
+    count, experts = read_experts(reader, 512, normalized=reader.switch("norm_topk_prob"), shared=True)
     description = describe(reader, [experts if mixture else None for mixture in has_experts(reader)])
     return dataclasses.replace(
         description, num_experts=count, expert_size=reader.integer("moe_intermediate_size")
@@ -41,12 +36,13 @@ FAMILIES = (
         defaults=DELTA_DEFAULTS
         | {
             "vocab_size": 151936,
+            "hidden_size": 2048,
+            "num_hidden_layers": 48,
             "num_key_value_heads": 2,
             "intermediate_size": 5632,
             "moe_intermediate_size": 512,
             "shared_expert_intermediate_size": 512,
             "num_experts_per_tok": 10,
-            "num_experts": 512,
             "norm_topk_prob": True,
         },
         left_out=MULTI_TOKEN_HEAD,

@@ -77,7 +77,8 @@ def read_ropes_by_kind(
         GLOBAL: {"rope_theta": reader.values.get("rope_theta", theta)},
         SLIDING: {"rope_theta": reader.values.get(sliding_key or "", sliding_theta)},
     }
-    positions = {"max_position_embeddings": reader.values.get("max_position_embeddings")}
+    common = ("max_position_embeddings", "partial_rotary_factor")
+    beside_all = {key: reader.values.get(key) for key in common}
     types = {name: kind for name, kind in ROPE_TYPES.items() if kind != "longrope"}
     for kind, values in by_kind.items():
         if not values.get("truncate", True):
@@ -86,7 +87,7 @@ def read_ropes_by_kind(
                 f"truncate {values['truncate']} in the rope of {kind}, where transformers ignores it"
             )
     return {
-        kind: _rope(reader.nested(values), reader.nested(beside[kind] | positions), theta, types, False)
+        kind: _rope(reader.nested(values), reader.nested(beside[kind] | beside_all), theta, types, False)
         for kind, values in by_kind.items()
     }
 

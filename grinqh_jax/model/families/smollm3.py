@@ -47,6 +47,11 @@ FAMILIES = (
         describe=_describe,
         biases=("attention_bias", "mlp_bias"),
         defaults={
+            "vocab_size": 128256,
+            "hidden_size": 2048,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 16,
             "num_key_value_heads": 4,
             "max_position_embeddings": 32768,
             "no_rope_layer_interval": 4,
