@@ -106,7 +106,7 @@ def measure(
     collectors = [_Collector() for _ in bits]
     flat = FlatModel(model)
     flat_reference = flat if reference is None else FlatModel(reference)
-    for windows, lengths in _windows(tokens, sequence_length):
+    for windows, lengths in _windows(tokens, sequence_length, padded=not model.config.long_text):
         full_logits = _dense_logits(flat, windows) if reference is None or FULL in bits else None
         reference_logits = full_logits if reference is None else _dense_logits(flat_reference, windows)
         predicted = np.arange(1, windows.shape[1]) < lengths[:, None]
@@ -172,7 +172,7 @@ def check(
     config.check_tokens(tokens.tolist())
     if sequence_length < 2:
         raise UsageError(f"sequence length {sequence_length}: a window needs two tokens or more")
-    positions = min(one.max_position_embeddings for one in (config, reference or config))
+    positions = min(one.longest_text for one in (config, reference or config))
     if sequence_length > positions:
         raise UsageError(
             f"sequence length {sequence_length}: the context of the model has {positions} tokens; "
@@ -186,13 +186,18 @@ def check(
 
 
 def _windows(
-    tokens: np.ndarray, length: int
+    tokens: np.ndarray, length: int, padded: bool
 ) -> Iterator[tuple[Int[np.ndarray, "1 t"], Int[np.ndarray, "1"]]]:
-    """Yields each window, padded with zeros to ``length``, and its number of tokens."""
+    """Yields each window and its number of tokens.
+
+    If ``padded``, the last one is padded with zeros to ``length``, which saves a compilation. With LongRoPE
+    the frequencies depend on the number of tokens.
+    """
     length = min(length, len(tokens))
     for start in range(0, len(tokens), length):
         window = tokens[start : start + length]
-        yield np.pad(window, (0, length - len(window)))[None].astype(np.int32), np.array([len(window)])
+        padding = length - len(window) if padded else 0
+        yield np.pad(window, (0, padding))[None].astype(np.int32), np.array([len(window)])
 
 
 @jax.jit

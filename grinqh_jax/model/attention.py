@@ -59,7 +59,7 @@ def attend_heads(
         if reason is None:
             cos, sin = _cos_sin(attention, positions, config.head_dim)
             if preparation_lacks(attention) is not None:
-                prepared = _prepared(config, attention, qkv, norm_scales, positions, across)
+                prepared = _prepared(config, attention, qkv, norm_scales, positions, across, tokens=0)
                 qkv = Activations.of(jnp.concatenate(prepared, axis=2).reshape(batch, tokens, -1))
                 norm_scales, cos = None, jnp.ones((batch, tokens, config.head_dim // 2), jnp.float32)
                 sin = jnp.zeros_like(cos)
@@ -76,7 +76,8 @@ def attend_heads(
                 **options,
             )
             return attended, cache._replace(keys=keys, values=values)
-    queries, keys, values = _prepared(config, attention, qkv, norm_scales, positions, across)
+    whole = tokens if cache is None else 0
+    queries, keys, values = _prepared(config, attention, qkv, norm_scales, positions, across, whole)
     outputs, updated = attend(queries, keys, values, positions, cache, **options)
     return Activations.of(outputs.reshape(batch, tokens, -1)), updated
 
@@ -103,8 +104,12 @@ def _prepared(
     norm_scales: tuple[Float[Array, "d_q"], Float[Array, "d_k"]] | None,
     positions: Int[Array, "b t"],
     across: str | None,
+    tokens: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns queries, keys and values ``[b, t, heads, head_dim]`` after norms and rotation."""
+    """Returns queries, keys and values ``[b, t, heads, head_dim]`` after norms and rotation.
+
+    ``tokens`` is the length of whole texts, and 0 if there is a cache.
+    """
     heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
     all_heads = qkv.array.reshape(*positions.shape, -1, head_dim)
     queries, keys, values = jnp.split(all_heads, (heads, heads + kv_heads), axis=2)
@@ -113,7 +118,7 @@ def _prepared(
             _normed(x, scale, config.rms_norm_eps, across)
             for x, scale in zip((queries, keys), norm_scales, strict=True)
         )
-    cos, sin = _cos_sin(attention, positions, head_dim)
+    cos, sin = _cos_sin(attention, positions, head_dim, tokens)
     queries, keys = (rope.rotate(x, cos, sin, _score_factor(attention, head_dim)) for x in (queries, keys))
     if attention.query_growth is not None:
         queries = queries * _growth(attention.query_growth, positions)[..., None, None].astype(queries.dtype)
@@ -154,17 +159,17 @@ def _score_factor(attention: Attention, head_dim: int) -> float:
 
 
 def _cos_sin(
-    attention: Attention, positions: Int[Array, "*rows"], head_dim: int
+    attention: Attention, positions: Int[Array, "*rows"], head_dim: int, tokens: int = 0
 ) -> tuple[Float[Array, "*rows half"], Float[Array, "*rows half"]]:
     """Returns cosine and sine of the rotation angles, times the factor of queries and keys.
 
-    A layer without rotation has angles of 0, so the kernel runs it too.
+    A layer without rotation has angles of 0, so the kernel runs it too. ``tokens`` is as for ``_prepared``.
     """
     factor, rotation = _score_factor(attention, head_dim), attention.rope
     if rotation is None:
         cos = jnp.full((*positions.shape, head_dim // 2), factor, jnp.float32)
         return cos, jnp.zeros_like(cos)
-    frequencies = rope.inverse_frequencies(rotation, head_dim)
+    frequencies = rope.inverse_frequencies(rotation, head_dim, tokens)
     return rope.cos_sin(positions, frequencies, rotation.attention_factor * factor)
 
 

@@ -9,6 +9,7 @@ from grinqh_jax.model.config_reader import ConfigReader
 from grinqh_jax.model.families import family_of
 from grinqh_jax.model.families.family import Family
 from grinqh_jax.model.layer_spec import Description
+from grinqh_jax.model.rope import RopeConfig
 
 BIASES = ("attention_bias", "mlp_bias")
 """Keys of biases, which a family that does not implement them refuses."""
@@ -38,6 +39,8 @@ class ModelConfig(Description):
       head_dim: Width of a head. ``num_heads * head_dim`` may differ from ``hidden_size``.
       tie_word_embeddings: Whether the output projection is the transposed embedding.
       max_position_embeddings: Maximum context, in tokens.
+      long_text: Maximum length of texts that are read as a whole, without a cache, in tokens, if LongRoPE
+        makes it larger than the context; 0 otherwise.
       has_vision: Whether the checkpoint also holds a vision tower, which is left out.
     """
 
@@ -51,6 +54,7 @@ class ModelConfig(Description):
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 2048
+    long_text: int = 0
     has_vision: bool = False
 
     @classmethod
@@ -109,6 +113,7 @@ class ModelConfig(Description):
             rms_norm_eps=reader.number("rms_norm_eps", 1e-6),
             tie_word_embeddings=reader.switch("tie_word_embeddings"),
             max_position_embeddings=_context(reader, family, description),
+            long_text=_long_text(reader, description),
             has_vision=has_vision,
         )
         return reader, config
@@ -117,6 +122,11 @@ class ModelConfig(Description):
     def num_layers(self) -> int:
         """Number of layers."""
         return len(self.layers)
+
+    @property
+    def longest_text(self) -> int:
+        """Maximum length of texts that are read as a whole, without a cache, in tokens."""
+        return max(self.max_position_embeddings, self.long_text)
 
     def check_tokens(self, tokens: Iterable[int]) -> None:
         """Raises UsageError if a token is outside the vocabulary; JAX would clip it to another token."""
@@ -142,10 +152,20 @@ def _text_part(hf: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
 
 def _context(reader: ConfigReader, family: Family, description: Description) -> int:
     """Returns the maximum context: that of the configuration, or the original one of LongRoPE."""
-    ropes = [layer.attention.rope for layer in description.layers if layer.attention is not None]
-    limits = [rope.original_max_position_embeddings for rope in ropes if rope and rope.type == "longrope"]
+    limits = [rope.original_max_position_embeddings for rope in _longropes(description)]
     key = "max_position_embeddings"
     return min([reader.integer(key, family.defaults[key]), *limits])
+
+
+def _long_text(reader: ConfigReader, description: Description) -> int:
+    """Returns ``ModelConfig.long_text``."""
+    return reader.integer("max_position_embeddings") if _longropes(description) else 0
+
+
+def _longropes(description: Description) -> list[RopeConfig]:
+    """Returns the rotary embeddings of type ``longrope``, one for each layer that has it."""
+    ropes = (layer.attention.rope for layer in description.layers if layer.attention is not None)
+    return [rope for rope in ropes if rope is not None and rope.type == "longrope"]
 
 
 def _refuse_options(reader: ConfigReader, family: Family) -> None:

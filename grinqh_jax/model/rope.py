@@ -35,6 +35,7 @@ class RopeConfig:
       beta_fast, beta_slow: Turns in the original context above and below which ``yarn`` keeps and stretches.
       truncate: Whether ``yarn`` rounds the channels between which it blends.
       channel_factors: Factor of each wavelength; only for ``longrope``.
+      long_channel_factors: The same in texts of more than ``original_max_position_embeddings`` tokens.
       attention_factor: Factor of cosine and sine.
     """
 
@@ -49,11 +50,15 @@ class RopeConfig:
     beta_slow: float = 1.0
     truncate: bool = True
     channel_factors: tuple[float, ...] = ()
+    long_channel_factors: tuple[float, ...] = ()
     attention_factor: float = 1.0
 
 
-def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
+def inverse_frequencies(rope: RopeConfig, head_dim: int, tokens: int = 0) -> np.ndarray:
     """Returns float32 ``[rotary_dim / 2]`` radians per position: ``theta ** (-2 i / rotary_dim)``, scaled.
+
+    ``tokens`` is the length of the text if it is read as a whole. A text that is read into a cache keeps the
+    frequencies of its first tokens, so that it must not have more than ``original_max_position_embeddings``.
 
     * ``linear`` stretches all wavelengths by ``factor``.
     * ``llama3`` stretches wavelengths above ``original / low_freq_factor`` positions, keeps those below
@@ -61,7 +66,8 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
       ``original_max_position_embeddings``.
     * ``yarn`` keeps wavelengths that turn ``beta_fast`` times or more in ``original`` positions, stretches
       those that turn ``beta_slow`` times or less, and blends the two in between, linearly in the channel.
-    * ``longrope`` stretches each wavelength by its ``channel_factors``.
+    * ``longrope`` stretches each wavelength by its ``channel_factors``, or in long texts by its
+      ``long_channel_factors``.
     """
     dim = rope.rotary_dim or head_dim
     frequency = rope.theta ** (-np.arange(0, dim, 2) / dim)
@@ -80,7 +86,8 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
             high = low + 0.001 if low == high else high
             frequency = _blend(frequency, rope.factor, 1 - (np.arange(dim // 2) - low) / (high - low))
         case "longrope":
-            frequency = frequency / np.asarray(rope.channel_factors)
+            is_long = tokens > rope.original_max_position_embeddings
+            frequency = frequency / np.asarray(rope.long_channel_factors if is_long else rope.channel_factors)
     return frequency.astype(np.float32)
 
 

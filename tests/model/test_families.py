@@ -113,9 +113,10 @@ REFUSED = {
         ({"attention_bias": True}, "attention_bias True"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "rope type 'llama3'"),
         (
-            {"rope_parameters": {"rope_type": "su", "short_factor": [1.0]}},
+            {"rope_parameters": {"rope_type": "su", "short_factor": [1.0], "long_factor": [1.0]}},
             "expected a list of 4 positive numbers",
         ),
+        ({"rope_parameters": {"rope_type": "su", "short_factor": [1.0] * 4}}, "su rope lacks long_factor"),
         ({"partial_rotary_factor": 0.35}, "partial_rotary_factor 0.35 rotates 5 of 16"),
     ],
     "olmo2": [({"sliding_window": 8}, "sliding_window 8"), ({"mlp_bias": True}, "mlp_bias True")],
@@ -245,8 +246,6 @@ def test_logits_of_2048_tokens_equal_transformers(name):
     from record_logits import logits, torch_model
 
     hf_config = CASES[name] | {"max_position_embeddings": 4096}
-    if "original_max_position_embeddings" in hf_config:
-        hf_config |= {"original_max_position_embeddings": 4096}
     tokens = np.random.default_rng(5).integers(0, hf_config["vocab_size"], (1, 2048))
     theirs = logits(torch_model(hf_config, seed=3), tokens)
     model = model_of(hf_config, seed=3)

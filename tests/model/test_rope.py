@@ -5,6 +5,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from family_cases import CASES as FAMILY_CASES
 from random_models import TOKENS, state_tree
 from rope_cases import CASES
 
@@ -72,3 +73,16 @@ def test_contradicting_spellings_give_the_logits_of_transformers(name):
     theirs = logits(torch_model(CASES[name]), tokens)
     ours = Decoder.from_tree(*state_tree(CASES[name]), jnp.float32)(tokens)
     assert np.max(np.abs(ours - theirs)) <= 1e-4 * np.max(np.abs(theirs))
+
+
+def test_longrope_has_other_factors_in_texts_beyond_the_original_context():
+    config = ModelConfig.from_hf(FAMILY_CASES["phi3-longrope"])
+    rope = config.layers[0].attention.rope
+    assert (config.max_position_embeddings, config.longest_text) == (64, 128)
+    for tokens, factors in {
+        0: rope.channel_factors,
+        64: (1.0, 1.5, 2.0, 3.0),
+        65: (2.0, 3.0, 4.0, 6.0),
+    }.items():
+        expected = 500.0 ** (-np.arange(0, 8, 2) / 8) / factors
+        np.testing.assert_allclose(inverse_frequencies(rope, config.head_dim, tokens), expected, rtol=1e-6)

@@ -21,7 +21,7 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor",),
-    "longrope": ("short_factor",),
+    "longrope": ("short_factor", "long_factor"),
 }
 """Keys that a type of rotary embedding needs."""
 
@@ -191,10 +191,10 @@ def _yarn(
 
 
 def _longrope(rope: ConfigReader, theta: float, dim: int, original: int, positions: int) -> RopeConfig:
-    """Reads LongRoPE with the factors for contexts up to the original one.
+    """Reads LongRoPE.
 
-    Longer contexts would need other factors for all their tokens, those in the cache included. So the model
-    has the original context (``ModelConfig.from_hf``).
+    Texts beyond the original context have other factors for all their tokens, those in a cache included. So
+    the model has the original context (``ModelConfig.max_position_embeddings``).
     """
     factor = rope.number("factor", positions / original)
     attention_factor = 1.0
@@ -206,5 +206,6 @@ def _longrope(rope: ConfigReader, theta: float, dim: int, original: int, positio
         rotary_dim=dim,
         original_max_position_embeddings=original,
         channel_factors=rope.numbers("short_factor", dim // 2),
+        long_channel_factors=rope.numbers("long_factor", dim // 2),
         attention_factor=rope.number("attention_factor", attention_factor),
     )
