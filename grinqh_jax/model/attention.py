@@ -118,6 +118,8 @@ def _prepared(
             _normed(x, scale, config.rms_norm_eps, across)
             for x, scale in zip((queries, keys), norm_scales, strict=True)
         )
+    if (limit := attention.qkv_limit) is not None:
+        queries, keys, values = (jnp.clip(x, -limit, limit) for x in (queries, keys, values))
     cos, sin = _cos_sin(attention, positions, head_dim, tokens)
     queries, keys = (rope.rotate(x, cos, sin, _score_factor(attention, head_dim)) for x in (queries, keys))
     if attention.query_growth is not None:
@@ -148,6 +150,8 @@ def preparation_lacks(attention: Attention) -> str | None:
         return "partial rotation"
     if attention.head_norms is not None and attention.head_norms[0].axis != "head":
         return "norms of all heads"
+    if attention.qkv_limit is not None:
+        return "limited queries, keys and values"
     if attention.query_growth is not None:
         return "queries that grow with their position"
     return None

@@ -96,6 +96,7 @@ class Attention:
       window: Number of last positions that a token attends to, including that of the token; None for all.
       head_norms: Norms of the queries and of the keys before the rotation, or None. With the axis ``head``
         they normalize each head, with ``query`` and ``key_value`` all heads together.
+      qkv_limit: Largest absolute value of queries, keys and values after these norms; None for no limit.
       score_scale: Factor of the scores; None for ``head_dim ** -0.5``.
       score_soft_cap: Limit c of the scores s, which become ``c * tanh(s / c)``; None for no limit.
       query_growth: Factor of the queries, or None.
@@ -108,6 +109,7 @@ class Attention:
     rope: RopeConfig | None
     window: int | None = None
     head_norms: tuple[Norm, Norm] | None = None
+    qkv_limit: float | None = None
     score_scale: float | None = None
     score_soft_cap: float | None = None
     query_growth: QueryGrowth | None = None

@@ -117,6 +117,8 @@ def _attention_options(attention: Attention) -> Iterator[str]:
     if attention.head_norms is not None:
         each = attention.head_norms[0].axis == "head"
         yield "norms of each head" if each else "norms of all heads together"
+    if attention.qkv_limit is not None:
+        yield f"queries, keys and values limited to {attention.qkv_limit:g}"
     if attention.score_scale is not None:
         yield f"scores times {attention.score_scale:g}"
     if attention.score_soft_cap is not None:

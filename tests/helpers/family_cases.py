@@ -62,6 +62,8 @@ CASES = {
         moe_intermediate_size=40,
         shared_expert_intermediate_size=120,
         norm_topk_prob=False,
+        use_sliding_window=True,
+        sliding_window=8,
         mlp_only_layers=[1],
         rope_theta=1000.0,
     ),
@@ -95,6 +97,7 @@ CASES = {
         num_experts_per_tok=3,
         norm_topk_prob=False,
         attention_bias=True,
+        clip_qkv=1.25,
         rope_theta=1000.0,
     ),
     "gpt_oss": _config(

@@ -86,7 +86,7 @@ def _without_gates(config: ModelConfig, tree: dict) -> Iterator[tuple[str, Model
 def _changes(spec: LayerSpec, config: ModelConfig) -> Iterator[tuple[str, object]]:
     """Yields ``(option, function)`` of the options of a layer; the function switches it off in any layer."""
     attention = spec.attention
-    for field in ("window", "head_norms", "score_scale", "score_soft_cap", "query_growth"):
+    for field in ("window", "head_norms", "qkv_limit", "score_scale", "score_soft_cap", "query_growth"):
         if attention is not None and getattr(attention, field) is not None:
             yield field, lambda layer, field=field: _with_attention(layer, **{field: None})
     if attention is not None and attention.sinks:

@@ -68,16 +68,16 @@ REFUSED = {
         ({"moe_intermediate_size": 0}, "moe_intermediate_size is 0"),
     ],
     "qwen2-moe": [
-        ({"use_sliding_window": True}, "use_sliding_window True"),
+        ({"use_sliding_window": False, "layer_types": ["sliding_attention"] * 3}, "without a sliding_window"),
         ({"shared_expert_intermediate_size": None}, "shared_expert_intermediate_size is None"),
-        ({"layer_types": ["sliding_attention"] * 3}, "layer_types sliding_attention (supported"),
+        ({"layer_types": ["linear_attention"] * 3}, "layer_types linear_attention (supported"),
     ],
     "mixtral": [
         ({"num_experts_per_tok": 6}, "num_experts_per_tok 6 exceeds the 5 experts"),
         ({"attention_bias": True}, "attention_bias True"),
     ],
     "olmoe": [
-        ({"clip_qkv": 8.0}, "clip_qkv 8.0"),
+        ({"clip_qkv": -8.0}, "clip_qkv is -8.0, expected a positive number"),
         ({"layer_types": ["sliding_attention"] * 3}, "layer_types sliding_attention without"),
     ],
     "gpt_oss": [

@@ -47,13 +47,15 @@ def _olmo3(reader: ConfigReader) -> Description:
 
 
 def _olmoe(reader: ConfigReader) -> Description:
-    reader.refuse("clip_qkv", "sliding_window")
+    reader.refuse("sliding_window")
     layers = reader.layer_types([GLOBAL] * reader.integer("num_hidden_layers"))
     reader.windows(layers, None)
     count, experts = read_experts(reader, 64, normalized=reader.switch("norm_topk_prob"))
     bias = reader.switch("attention_bias")
     spec = layer(
-        Attention(rope=read_rope(reader), head_norms=HEAD_NORMS),
+        Attention(
+            rope=read_rope(reader), head_norms=HEAD_NORMS, qkv_limit=reader.optional_number("clip_qkv")
+        ),
         reader.activation(),
         qkv_bias=bias,
         o_bias=bias,

@@ -1,6 +1,6 @@
 """Qwen2-MoE: Qwen2 with a mixture of experts in all layers or some, and a shared expert with a gate."""
 
-from grinqh_jax.model.config_reader import GLOBAL, ConfigReader
+from grinqh_jax.model.config_reader import GLOBAL, SLIDING, ConfigReader
 from grinqh_jax.model.families.family import (
     ROUTER_WITH_GATE,
     SHARED_EXPERT,
@@ -16,15 +16,21 @@ from grinqh_jax.model.layer_spec import Attention, Description
 
 def _describe(reader: ConfigReader) -> Description:
     bias, activation, rope = reader.switch("qkv_bias"), reader.activation(), read_rope(reader)
-    if reader.switch("use_sliding_window"):
-        reader.problem("use_sliding_window True")
-    mixtures = has_experts(reader)
-    reader.layer_types([GLOBAL] * len(mixtures), (GLOBAL,))
+    mixtures, sliding = has_experts(reader), reader.switch("use_sliding_window")
+    last = reader.integer("max_window_layers")
+    kinds = [SLIDING if sliding and i % 2 == 0 and i < last else GLOBAL for i in range(len(mixtures))]
+    window = reader.optional_integer("sliding_window") if sliding else None
+    windows = reader.windows(reader.layer_types(kinds), window)
     count, experts = read_experts(reader, 60, normalized=reader.switch("norm_topk_prob"), shared=True)
     return Description(
         layers=tuple(
-            layer(Attention(rope=rope), activation, qkv_bias=bias, experts=experts if mixture else None)
-            for mixture in mixtures
+            layer(
+                Attention(rope=rope, window=window),
+                activation,
+                qkv_bias=bias,
+                experts=experts if mixture else None,
+            )
+            for mixture, window in zip(mixtures, windows, strict=True)
         ),
         num_experts=count,
         expert_size=reader.integer("moe_intermediate_size"),
@@ -48,6 +54,8 @@ FAMILIES = (
             "num_attention_heads": 16,
             "num_key_value_heads": 16,
             "max_position_embeddings": 32768,
+            "sliding_window": 4096,
+            "max_window_layers": 28,
             "qkv_bias": True,
             "moe_intermediate_size": 1408,
             "shared_expert_intermediate_size": 5632,
