@@ -106,11 +106,20 @@ get("temperature").value = "0";
 get("bits").value = "2";
 get("bits").dispatchEvent(new Event("input"));
 get("text").value = "The cat <img src=x onerror=alert(1)>";
+const turned = [], plain = window.fetch;
+window.fetch = async (path, options) => {
+  const response = await plain(path, options);
+  if (path.endsWith("/bits")) turned.push([JSON.parse(options.body).bits, response.status]);
+  return response;
+};
 get("send").click();
+get("bits").value = "6";
+get("bits").dispatchEvent(new Event("input"));
 await until(() => get("stop").disabled && get("turns").children.length >= 2 && get("layers").rows.length);
+await until(() => turned.length);
 const turns = [...get("turns").children].map((turn) => [turn.className, turn.textContent]);
 const seen = {
-  turns, shown: get("shown").textContent, figures: get("figures").textContent,
+  turns, turned, shown: get("shown").textContent, figures: get("figures").textContent,
   layers: [...get("layers").rows].map((row) => row.cells[0].textContent),
   colours: new Set([...get("layers").querySelectorAll("td")].map(
     (cell) => getComputedStyle(cell).backgroundColor
@@ -145,7 +154,9 @@ def test_the_page_chats_in_a_real_browser(server):
     assert seen["layers"] == ["qkv", "o", "gate_up", "down", "lm_head.blocks"]
     assert seen["colours"] > 1
     assert seen["height"] > 0
-    assert "2" in seen["shown"]
+    assert "6" in seen["shown"]
+    ((bits, status),) = seen["turned"]
+    assert (bits, status in (200, 404)) == (6, True)  # 404 if the answer has ended meanwhile
     assert re.search(r"\d+ tokens", seen["figures"])
     assert seen["elsewhere"] == "refused"
     errors = [message for message in page["console"] if not message.startswith("[DOM]")]
