@@ -70,7 +70,7 @@ class _Work:
         self._requests = requests
         self._grammar = grammar
         self._calls = calls
-        self._head = {
+        self._head: dict[str, Any] = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": body.model or service.name,

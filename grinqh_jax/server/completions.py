@@ -90,7 +90,7 @@ class _Work:
         self._requests = requests
         self._grammar = grammar
         self._prompt_tokens = sum(map(len, prompts))
-        self._head = {
+        self._head: dict[str, Any] = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
             "created": int(time.time()),

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
-from grinqh_jax.decoding.request import RANGES
+from grinqh_jax.decoding.request import LOGIT_BIAS_RANGE, RANGES
 
 MAX_BITS = 8
 """Most bits per weight that a checkpoint stores."""
@@ -45,6 +45,9 @@ StopStrings = Annotated[
 ]
 Setting = Annotated[float, Field(gt=0, le=MAX_BITS)] | Literal["full"]
 Bits = Setting | None
+
+
+Bias = Annotated[float, Field(ge=LOGIT_BIAS_RANGE.least, le=LOGIT_BIAS_RANGE.most)]
 
 
 class Strict(pydantic.BaseModel):
@@ -125,7 +128,7 @@ class Generation(Strict):
     stop: StopStrings = None
     ignore_eos: bool | None = None
     response_format: ResponseFormat | None = None
-    logit_bias: Annotated[Mapping[str, float], Field(max_length=MOST_BIASED_TOKENS)] | None = None
+    logit_bias: Annotated[Mapping[str, Bias], Field(max_length=MOST_BIASED_TOKENS)] | None = None
 
     @pydantic.model_validator(mode="after")
     def _stream_options_need_a_stream(self):

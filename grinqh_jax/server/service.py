@@ -4,6 +4,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
+import re
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, TypeVar
@@ -311,18 +312,18 @@ class Service:
     def _logit_bias(self, bias: Any) -> dict[int, float]:
         if wrong := [key for key in bias if not (key.isascii() and key.isdecimal() and len(key) < 10)]:
             raise APIError(400, f"logit_bias: {wrong[0]!r:.40} is not a token id", param="logit_bias")
-        return {int(key): value for key, value in bias.items()}
+        tokens = {int(key): value for key, value in bias.items()}
+        try:
+            self.generator.model.config.check_tokens(tokens)
+        except UsageError as error:
+            raise APIError(400, f"logit_bias: {error}", param="logit_bias") from None
+        return tokens
 
 
 def _suffix_bits(suffix: str) -> Bits:
     if suffix == FULL:
         return FULL
-    try:
-        if len(suffix) > 20 or not suffix.isascii():
-            raise ValueError(suffix)
-        value = float(suffix)
-    except ValueError:
-        value = float("nan")
+    value = float(suffix) if re.fullmatch(r"\d{1,2}(\.\d{1,16})?", suffix, re.ASCII) else 0.0
     if not 0 < value <= MAX_BITS:
         raise APIError(
             400, f"model: {suffix!r:.40} is neither a number of bits up to {MAX_BITS} nor full", param="model"

@@ -34,7 +34,8 @@ def without_neutral_fields(fields: dict[str, Any]) -> dict[str, Any]:
     """Returns the fields without those that change nothing.
 
     Raises:
-      APIError: A field asks for something that is not supported. The message names all such fields.
+      APIError: A field asks for something that is not supported; the message names all such fields. Or a
+        label has a wrong type.
     """
     refused = [name for name, value in fields.items() if name in NEUTRAL and not _neutral(name, value)]
     if refused:
@@ -45,8 +46,11 @@ def without_neutral_fields(fields: dict[str, Any]) -> dict[str, Any]:
             param=refused[0],
             code="unsupported_parameter",
         )
-    labels = [name for name in LABELS if name in fields and _is_label(name, fields[name])]
-    return {name: value for name, value in fields.items() if name not in NEUTRAL and name not in labels}
+    for name in LABELS:
+        if name in fields and not _is_label(name, fields[name]):
+            kind = "an object of strings" if name == "metadata" else "a string"
+            raise APIError(400, f"{name}: expected {kind}", param=name)
+    return {name: value for name, value in fields.items() if name not in NEUTRAL and name not in LABELS}
 
 
 def _is_label(name: str, value: Any) -> bool:

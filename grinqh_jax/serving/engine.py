@@ -116,6 +116,7 @@ class Engine:
         self.scheduler = Scheduler(device, self.storage, policy)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._jobs: dict[Answer, Job] = {}  # unfinished ones
+        self._turns: dict[Job, float] = {}  # wanted bits, of jobs with a command that turns them
         self._lock = threading.Lock()
         self._closed: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="grinqh-jax engine", daemon=True)
@@ -275,8 +276,11 @@ class Engine:
         wanted = self._generator.bits(bits)
         with self._lock:
             job = self._jobs.get(answer)
-            if job is not None and wanted is not None:
-                self._commands.put(functools.partial(self.scheduler.turn, job, wanted))
+            if job is None or wanted is None:
+                return
+            if job not in self._turns:
+                self._commands.put(functools.partial(self._turn, job))
+            self._turns[job] = wanted
 
     def close(self) -> None:
         """Ends the engine. Unfinished answers end with an ``EngineError``."""
@@ -299,7 +303,7 @@ class Engine:
             while self._closed is None:
                 if self.scheduler.idle:
                     self._commands.get()()
-                while not self._commands.empty():
+                for _ in range(self._commands.qsize()):  # Those that come meanwhile wait for a round.
                     self._commands.get()()
                 if self._closed is None:
                     self.scheduler.step()
@@ -317,6 +321,12 @@ class Engine:
                 failure = EngineError(f"the engine ended before the answer: {self._closed}")
                 failure.__cause__ = self._closed
                 answer.fail(failure)
+
+    def _turn(self, job: Job) -> None:
+        """Turns a job to the last bits that were wanted, so that many turns cost a round only one."""
+        with self._lock:
+            wanted = self._turns.pop(job)
+        self.scheduler.turn(job, wanted)
 
     def _forget_ended(self) -> None:
         with self._lock:

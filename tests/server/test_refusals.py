@@ -25,6 +25,7 @@ WRONG = [
     ),
     ({"model": "tiny@"}, openai.BadRequestError, "model", "'' is neither"),
     ({"model": "tiny@nan"}, openai.BadRequestError, "model", "'nan' is neither"),
+    ({"model": "tiny@0_3"}, openai.BadRequestError, "model", "'0_3' is neither"),
     ({"extra_body": {"bits": 0.5}}, openai.BadRequestError, "bits", "dial goes from 1 to 8"),
     ({"extra_body": {"bits": "3"}}, openai.BadRequestError, "bits", "bits"),
     ({"extra_body": {"bits": 80}}, openai.BadRequestError, "bits", "less than or equal to 8"),
@@ -39,13 +40,15 @@ WRONG = [
     ({"n": 100}, openai.BadRequestError, None, "asks for 100 answers and the server holds 64"),
     ({"stop": ""}, openai.BadRequestError, "stop", "a stop string is empty"),
     ({"logit_bias": {"x": 1}}, openai.BadRequestError, "logit_bias", "'x' is not a token id"),
-    ({"logit_bias": {"5000": 1}}, openai.BadRequestError, None, "5000"),
+    ({"logit_bias": {"5000": 1}}, openai.BadRequestError, "logit_bias", "5000"),
+    ({"logit_bias": {"5": 101}}, openai.BadRequestError, "logit_bias", "less than or equal to 100"),
     (
         {"stream_options": {"include_usage": True}},
         openai.BadRequestError,
         "stream_options",
         "only with stream",
     ),
+    ({"user": 3}, openai.BadRequestError, "user", "user: expected a string"),
     ({"extra_body": {"best_of": 3}}, openai.BadRequestError, "best_of", "best_of is not supported"),
     ({"extra_body": {"beams": 3}}, openai.BadRequestError, "beams", "'beams' is not a field"),
 ]
@@ -84,7 +87,7 @@ def test_unsupported_fields_of_a_chat_are_refused_by_name_and_neutral_values_pas
         with pytest.raises(openai.BadRequestError, match="an answer of 300 included") as raised:
             client.chat.completions.create(model=MODEL, messages=MESSAGES, **{name: 300})
         assert raised.value.body["param"] == name
-    with pytest.raises(openai.BadRequestError, match="'metadata' is not a field"):
+    with pytest.raises(openai.BadRequestError, match="metadata: expected an object of strings"):
         client.chat.completions.create(**GREEDY, messages=MESSAGES, metadata={"a": 1})
     image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}]
     with pytest.raises(openai.BadRequestError, match=r"messages\.0\.user\.content"):

@@ -90,6 +90,25 @@ def test_the_dial_is_turned_while_an_answer_runs(engine):
         engine.turn(answer, 99.0)
 
 
+def test_many_turns_cost_a_round_one(engine, monkeypatch):
+    dispatch, turn, turned = engine.scheduler.dispatch, engine.scheduler.turn, []
+
+    def dispatch_and_turn():
+        dispatch()
+        for bits in (2.0, 7.0, 3.0):
+            engine.turn(answer, bits)
+
+    monkeypatch.setattr(
+        engine.scheduler, "turn", lambda job, bits: turned.append((job.dispatched, bits)) or turn(job, bits)
+    )
+    monkeypatch.setattr(engine.scheduler, "dispatch", dispatch_and_turn)
+    answer = engine.submit([7, 8, 9], Request(max_tokens=40, bits=1.5, stop_tokens=()))
+    answer.result(60)
+    assert len(turned) > 5
+    assert {bits for _, bits in turned} == {3.0}
+    assert len({dispatched for dispatched, _ in turned}) == len(turned)  # a chunk between two of them
+
+
 def test_a_dial_turned_while_a_prompt_is_read_starts_like_the_one_of_the_request(engine, monkeypatch):
     """The last bucket has fewer tokens than a preview, so the preview is that of the one before the turn."""
     monkeypatch.setattr(prefill_buckets, "LARGEST_BUCKET", 64)
