@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from family_cases import CASES
+from random_models import state_tree
 from tiny_checkpoint import HF_CONFIG, QUANTIZATION, random_tree
 
 from grinqh_jax.cli import perplexity as perplexity_command
@@ -199,6 +201,29 @@ def test_a_model_is_its_own_default_reference(tiny):
     (same,) = measure(tiny.model, tiny.targets, tokens, [2.0], sequence_length=LENGTH, reference=tiny.model)
     assert same == own
     assert own.stderr is None  # a single window
+
+
+@pytest.mark.slow
+def test_windows_beyond_the_original_context_of_longrope():
+    """The first two windows have the long factors, the last one, which is shorter, the short ones."""
+    config, tree = state_tree(CASES["phi3-longrope"])
+    model = Decoder.from_tree(config, jax.tree.map(jnp.asarray, tree), jnp.float32)
+    tokens = np.random.default_rng(5).integers(0, config.vocab_size, 240).astype(np.int32)
+    [result] = measure(model, None, tokens, ["full"], sequence_length=100)
+    long = {"short_factor": CASES["phi3-longrope"]["rope_parameters"]["long_factor"]}
+    ropes = CASES["phi3-longrope"]["rope_parameters"] | long | {"attention_factor": attention_factor(config)}
+    options = {"rope_parameters": ropes, "original_max_position_embeddings": 128}
+    other = ModelConfig.from_hf(CASES["phi3-longrope"] | options)
+    always_long = Decoder.from_tree(other, jax.tree.map(jnp.asarray, tree), jnp.float32)
+    losses = []
+    for one, start, stop in ((always_long, 0, 100), (always_long, 100, 200), (model, 200, 240)):
+        log_p = log_softmax(dense(one, tokens[None, start:stop])[0, :-1])
+        losses.append(-np.take_along_axis(log_p, tokens[start + 1 : stop, None], axis=-1))
+    assert result.perplexity == pytest.approx(np.exp(np.concatenate(losses).mean()), rel=1e-5)
+
+
+def attention_factor(config: ModelConfig) -> float:
+    return config.layers[0].attention.rope.attention_factor
 
 
 def test_invalid_measurements_are_refused(tiny):
