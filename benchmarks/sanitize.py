@@ -22,14 +22,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from grinqh_jax.benchmarking import random_model
-from grinqh_jax.model import attention, gated_mlp, norm
+from grinqh_jax.decoding import policy, sampling
+from grinqh_jax.model import attention, expert_products, gated_mlp, norm
 from grinqh_jax.model.cache import KeyValues
 from grinqh_jax.model.experts import Router
 from grinqh_jax.model.layer_spec import GatedExperts
 from pallas_kernels import Activations, NestedWeight, codes, decode_rows, dequantization, layout
 from pallas_kernels.expert_weights import NestedExperts
+from pallas_kernels.experts import grouped
 from pallas_kernels.experts import mosaic_gpu as experts_kernel
 from pallas_kernels.experts import reference as experts_reference
+from pallas_kernels.matmul import reference as level_reference
+from pallas_kernels.matmul.mosaic_gpu import kernel as level_kernel
 from pallas_kernels.matvec import mosaic_gpu, reference
 from pallas_kernels.matvec.mosaic_gpu import Config, DenseRows
 
@@ -88,6 +92,41 @@ def matvec_cases() -> Iterator[Case]:
 
 def dense_rows(warpgroups: int, warps_per_group: int, tuning: DenseRows) -> Config:
     return Config(warpgroups=warpgroups, warps_per_group=warps_per_group, ring_slots=4, dense_rows=tuning)
+
+
+def level_matmul_cases() -> Iterator[Case]:
+    """Exact and rounded weights, one and several units of a CTA, padded shapes, all levels."""
+    for k, n, rows, level in [
+        (384, 1024, 16, 3),
+        (300, 700, 64, 4),
+        (2048, 2560, 130, 1),
+        (576, 1100, 256, 2),
+    ]:
+        x = jnp.asarray(np.random.default_rng(rows).standard_normal((rows, k)), jnp.bfloat16)
+        yield (
+            f"product at level {level} {k}x{n}, {rows} rows",
+            lambda x, weight, level=level: level_kernel.matmul(x, weight, level),
+            lambda x, weight, level=level: level_reference.matmul(x, weight, level),
+            (x, random_weight(k, n, 8)),
+        )
+
+
+def sampling_cases() -> Iterator[Case]:
+    """All ways to choose a token, with a bias; the vocabulary is no multiple of what a CTA takes."""
+    settings = [(0.0, 0, 1.0, 0.0), (0.6, 20, 0.95, 0.0), (1.0, 0, 0.9, 0.0), (1.5, 1000, 0.99, 0.05)]
+    temperature, top_k, top_p, min_p = (np.array(column) for column in zip(*settings, strict=True))
+    drawn = sampling.Sampling(
+        *(jnp.asarray(a, d) for a, d in zip((temperature, top_k, top_p, min_p), "fiff", strict=True)),
+        jnp.arange(4, dtype=jnp.uint32),
+    )
+    logits = 3 * np.random.default_rng(0).standard_normal((4, 5003)).astype(np.float32)
+    arguments = logits, drawn, np.arange(4, dtype=np.int32)
+    yield (
+        "sampling of 4 rows of 5003 tokens",
+        lambda *a: sampling.choose_tokens(*a, policy.GPU),
+        lambda *a: sampling.sample(*a, policy.GPU),
+        arguments,
+    )
 
 
 def rows_cases() -> Iterator[Case]:
@@ -152,6 +191,28 @@ def mixture_cases() -> Iterator[Case]:
             lambda *a: experts_kernel.partial_sums(*a)[0].array,
             lambda *a: experts_reference.partial_sums(*a)[0].array,
             (*arguments, thresholds),
+        )
+
+    yield (
+        "dequantization of experts",
+        dequantization.dequantize_to_bfloat16,
+        lambda weight: jnp.stack([codes.dequantize(weight.expert(e), dtype=jnp.bfloat16) for e in range(4)]),
+        (dataclasses.replace(weight, out_features=696),),
+    )
+    for count, sizes, transposed in [
+        (150, grouped.Tiling(64, 64, 4), False),
+        (700, grouped.Tiling(128, 64, 3), True),
+        (129, grouped.Tiling(64, 192, 2), False),
+    ]:
+        rng = np.random.default_rng(count)
+        rows, kernel = rng.standard_normal((count, 256)), rng.standard_normal((4, 256, 192))
+        kernel = kernel.transpose(0, 2, 1) if transposed else kernel
+        of = rng.choice([0, 2, 3, 4], count).astype(np.int32)  # Expert 4 is outside of the group.
+        yield (
+            f"product of {count} rows with their experts' kernels, {sizes}, transposed: {transposed}",
+            lambda *a, s=sizes, t=transposed: grouped.grouped_product(*a, 5, t, sizes=s),
+            lambda *a, t=transposed: expert_products._product(*a, 5, t),
+            (jnp.asarray(rows, jnp.bfloat16), jnp.asarray(kernel, jnp.bfloat16), of),
         )
 
     rng = np.random.default_rng(0)
@@ -231,7 +292,10 @@ def main() -> None:
     cpu = jax.devices("cpu")[0]
     # Inputs are made on the CPU, so the GPU runs only the kernels and the operations around them.
     with jax.default_device(cpu):
-        makers = (matvec_cases, rows_cases, mixture_cases, attention_cases, dequantization_cases)
+        makers = (
+            *(matvec_cases, level_matmul_cases, rows_cases, mixture_cases, attention_cases),
+            *(dequantization_cases, sampling_cases),
+        )
         cases = [case for make in makers for case in make()]
     for name, kernel, reference_function, arguments in cases:
         arguments = jax.tree.map(np.asarray, arguments)
