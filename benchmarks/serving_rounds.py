@@ -6,8 +6,9 @@
 There is no server: some answers are decoded, and now and then a prompt comes, whose answer has one token. A
 table has, for each step of a round, the number of calls and the microseconds of a round, without the steps
 inside it, and the arrays and bytes that it gives to the device. Below are the milliseconds between results:
-of a chunk after a chunk, of the first token after a chunk (a prompt on the device, and the time in which the
-device waits for the host), and of a chunk after a first token.
+of a chunk after a chunk, of the first token after a chunk (a prompt's last prefill chunk on the device, and
+the time in which the device waits for the host), and of a chunk after a first token. The rounds are those
+that read the first prefill chunk of a prompt, and those before.
 
 Prompts are also timed alone, one queued behind another, so that the device never waits.
 
@@ -212,13 +213,15 @@ def run_answers(answers: Answers, count: int, args: argparse.Namespace) -> dict[
             steps = answers.round()
             if prompt >= WARM_UP:
                 rounds.append(steps)
+        while answers.scheduler.reading:  # a prompt of several prefill chunks
+            answers.round()
         answers.round()  # The answer of the prompt ends.
         answers.round()
+    gaps = {kind: percentiles(gaps) for kind, gaps in answers.gaps.items()}
     for job in list(answers.scheduler.decoding.values()):
         answers.scheduler.cancel(job)
     while not answers.scheduler.idle:
         answers.round()
-    gaps = {kind: percentiles(gaps) for kind, gaps in answers.gaps.items()}
     return {"answers": count, "gaps_ms": gaps, "rounds": {kind: table(each) for kind, each in kinds.items()}}
 
 
@@ -301,7 +304,8 @@ def main() -> None:
     add("--trace", action="store_true", help="list what the host does longest, too")
     report.add_arguments(parser)
     args = parser.parse_args()
-    args.context = 16 * 5 * (WARM_UP + args.prompts) + 64
+    rounds = 4 + -(-args.prompt_tokens // PREFILL_CHUNK)
+    args.context = 16 * rounds * (WARM_UP + args.prompts) + 64
     fields = random_model.hf_configs().get(args.shape) or read_object(
         pathlib.Path(args.shape) / "config.json"
     )

@@ -88,9 +88,9 @@ async def respond(request: Request, error: Exception) -> Response:
     if isinstance(error, ClientDisconnected):
         return Response(status_code=CLIENT_CLOSED)  # for the metrics
     if isinstance(error, HTTPException) and error.status_code == 404:
-        return APIError(404, f"no such path: {request.url.path}", code="unknown_url").response()
+        return APIError(404, f"no such path: {request.url.path!r:.100}", code="unknown_url").response()
     if isinstance(error, HTTPException) and error.status_code == 405:
-        message = f"{request.method} is not allowed on {request.url.path}"
+        message = f"{request.method:.20} is not allowed on {request.url.path!r:.100}"
         return APIError(405, message, headers=dict(error.headers or {})).response()
     if isinstance(error, AnswerError):
         log(error)

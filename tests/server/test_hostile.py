@@ -146,6 +146,8 @@ HEADERS = [
     (b"GET /../../etc/passwd HTTP/1.1\r\nHost: localhost\r\n\r\n", 404),
     (b"GET /v1/models/..%2f..%2fetc%2fpasswd HTTP/1.1\r\nHost: localhost\r\n\r\n", 404),
     (b"GET /%00%ff HTTP/1.1\r\nHost: localhost\r\n\r\n", 404),
+    (b"GET /a%0ab" + b"a" * 9000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", 404),
+    (b"A" * 9000 + b" /v1/answers/%0a/bits HTTP/1.1\r\nHost: localhost\r\n\r\n", 405),
     (b"DELETE /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n", 405),
     (b"GET /v1/completions HTTP/1.1\r\nHost: localhost\r\n\r\n", 405),
     (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 403),
@@ -175,6 +177,10 @@ def test_malformed_headers(server):
         answers = pool.map(server.exchange, [data for data, _ in HEADERS])
     for (data, expected), (status, body) in zip(HEADERS, answers, strict=True):
         assert status == expected, (data[:100], status, body[:200])
+        if status >= 400:
+            error, _ = json.JSONDecoder().raw_decode(body.decode())  # the first response, if there are two
+            assert "\n" not in error["error"]["message"]
+            assert len(error["error"]["message"]) < 1000
 
 
 def test_slow_senders_get_a_status_and_block_nobody(server):
