@@ -94,8 +94,12 @@ def test_a_shared_expert_of_another_width_has_zeros_behind_its_channels(width, t
     config = config | {"shared_expert_intermediate_size": whole}
     wide = open_checkpoint(hf_directories.write(tmp_path / "wide", config, padded))
     assert narrow.config.mixture.shared == wide.config.mixture.shared == whole // each
+    stored = {}
     for key in wide.parameters:
-        np.testing.assert_array_equal(narrow.read(key), wide.read(key))
+        value = narrow.read(key)
+        np.testing.assert_array_equal(value, wide.read(key))
+        stored |= as_stored(narrow.config, params.to_tensors(narrow.config, key, value))
+    assert {name: value.shape for name, value in stored.items()} == {n: v.shape for n, v in state.items()}
 
 
 def test_a_missing_bias_is_named(tmp_path):
