@@ -8,6 +8,8 @@ ACTIVATIONS = {
     "swish": "silu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
+    "gelu": "gelu",
+    "relu": "relu",
 }
 """Hugging Face's names of the supported activation functions, and ours (``layer_spec.GatedMLP``)."""
 

@@ -1,5 +1,8 @@
 """The activation function of a gated MLP, and of the experts of a mixture."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -30,8 +33,15 @@ def _gated(gate_up: Float[Array, "*rows n2"], activation: Activation) -> Float[A
         gate = jnp.minimum(gate, activation.limit)
         up = jnp.clip(up, -activation.limit, activation.limit)
         return (up + 1) * gate * jax.nn.sigmoid(activation.alpha * gate)
-    activated = jax.nn.silu(gate) if activation == "silu" else jax.nn.gelu(gate, approximate=True)
-    return activated * up
+    return _FUNCTIONS[activation](gate) * up
+
+
+_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": jax.nn.gelu,
+    "relu": jax.nn.relu,
+}
 
 
 @jax.named_scope("mlp")
@@ -40,14 +50,15 @@ def gated_experts(
 ) -> Activations:
     """Returns the inputs of the second projection of experts: ``probability * activation(gate) * up``.
 
-    With all activations but GELU this is one kernel of a decode step on a GPU.
+    With SiLU and ``ClampedSwiGLU`` this is one kernel of a decode step on a GPU.
 
     Args:
       gate_up: Outputs of the experts' first projections ``[*rows, c, 2 n]``, times their grading factors.
       probabilities: Factors of the experts' results.
       activation: Activation of the experts.
     """
-    if activation != "gelu_tanh" and decode_rows.supports_rows(gate_up) is None:
+    has_kernel = activation == "silu" or isinstance(activation, ClampedSwiGLU)
+    if has_kernel and decode_rows.supports_rows(gate_up) is None:
         clamp = None
         if isinstance(activation, ClampedSwiGLU):
             clamp = decode_rows.Clamp(activation.alpha, activation.limit)

@@ -33,9 +33,9 @@ class ClampedSwiGLU:
     limit: float = 7.0
 
 
-Activation = Literal["silu", "gelu_tanh"] | ClampedSwiGLU
-"""Activation of a gated MLP. Of ``gate`` alone, then multiplied by ``up``: SiLU, and the tanh approximation
-of GELU (arXiv 1606.08415)."""
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"] | ClampedSwiGLU
+"""Activation of a gated MLP. Of ``gate`` alone, then multiplied by ``up``: SiLU, GELU (arXiv 1606.08415), its
+tanh approximation, and ReLU."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,8 +53,8 @@ def missing_kernels(description: Description) -> list[str]:
     mlps = [block.mixer for block in blocks if isinstance(block.mixer, GatedMLP)]
     if any(mlp.activation != "silu" for mlp in mlps):
         lines.append("the activation function of the MLP, because it is not SiLU")
-    if any(mixture.activation == "gelu_tanh" for mixture in mixtures):
-        lines.append("the activation function of experts, because it is GELU")
+    if any(mixture.activation in _WITHOUT_KERNEL for mixture in mixtures):
+        lines.append("the activation function of experts, because it is not SiLU")
     for mixture in dict.fromkeys(mixtures):
         if mixture.shared:
             lines.append("routers, because there is a shared expert")
@@ -79,6 +79,10 @@ def rotation_obstacle(description: Description) -> str | None:
     return None
 
 
+_WITHOUT_KERNEL = {"gelu": "GELU", "gelu_tanh": "the tanh approximation of GELU", "relu": "ReLU"}
+"""Activation functions that XLA computes, in words."""
+
+
 def _layer_options(spec: LayerSpec) -> Iterator[str]:
     for block in spec.blocks:
         if isinstance(block.mixer, Attention):
@@ -95,8 +99,8 @@ def _layer_options(spec: LayerSpec) -> Iterator[str]:
             )
             if block.mixer.router_bias:
                 yield "biases of routers"
-        if block.mixer.activation == "gelu_tanh":
-            yield "GELU"
+        if block.mixer.activation in _WITHOUT_KERNEL:
+            yield _WITHOUT_KERNEL[block.mixer.activation]
         if isinstance(block.mixer.activation, ClampedSwiGLU):
             alpha, limit = dataclasses.astuple(block.mixer.activation)
             yield f"SwiGLU clamped at {limit:g}, with alpha {alpha:g}"

@@ -22,7 +22,9 @@ def test_a_hugging_face_checkpoint(tmp_path, capsys):
     assert (code, report["supported"], report["problems"]) == (0, True, [])
     assert (report["format"], report["family"]) == ("huggingface", "gemma3_text")
     assert "a window of 8 tokens in 2 of 3 layers" in report["options"]
-    assert {"norms after the blocks", "GELU", "logits capped at 12"} <= set(report["options"])
+    assert {"norms after the blocks", "the tanh approximation of GELU", "logits capped at 12"} <= set(
+        report["options"]
+    )
     assert report["sizes"]["head_dim"] == 32
     assert report["basis"].startswith("original: layers.0.attention_output_norm scales")
     assert "the activation function of the MLP, because it is not SiLU" in report["computed_by_xla"]
@@ -42,7 +44,7 @@ def test_a_grinqh_checkpoint_as_text(capsys):
 
 
 def test_everything_in_the_way_is_named_at_once(tmp_path, capsys):
-    config = hf_directories.QWEN3 | {"num_experts": 8, "hidden_act": "relu"}
+    config = hf_directories.QWEN3 | {"num_experts": 8, "hidden_act": "mish"}
     directory = hf_directories.write(
         tmp_path / "model", state=hf_directories.random_state(hf_directories.QWEN3)
     )
@@ -52,7 +54,7 @@ def test_everything_in_the_way_is_named_at_once(tmp_path, capsys):
     assert (code, report["supported"]) == (2, False)
     problems = "\n".join(report["problems"])
     assert "mixture of experts (num_experts 8)" in problems
-    assert "hidden_act 'relu'" in problems
+    assert "hidden_act 'mish'" in problems
     assert "tokenizer.json" in problems
 
 

@@ -296,7 +296,7 @@ def test_inspect_says_why_xla_computes_routers_and_activation_functions(original
     block = dataclasses.replace(description.layers[0].blocks[1], mixer=mixture)
     changed = dataclasses.replace(description, layers=(LayerSpec((description.layers[0].blocks[0], block)),))
     assert missing_kernels(changed) == [
-        "the activation function of experts, because it is GELU",
+        "the activation function of experts, because it is not SiLU",
         "routers, because the kernel chooses at most 32 experts, not 33",
     ]
     odd = dataclasses.replace(description, num_experts=7)

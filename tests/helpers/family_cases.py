@@ -171,12 +171,18 @@ CASES = {
         attention_multiplier=0.4,
         residual_multiplier=0.3,
         logits_scaling=4.0,
+        hidden_act="gelu",
         attention_bias=True,
         mlp_bias=True,
         tie_word_embeddings=True,
     ),
     "phi3-partial-window": _config(
-        "phi3", "Phi3ForCausalLM", partial_rotary_factor=0.75, sliding_window=9, rope_theta=1000.0
+        "phi3",
+        "Phi3ForCausalLM",
+        partial_rotary_factor=0.75,
+        sliding_window=9,
+        rope_theta=1000.0,
+        hidden_act="relu",
     ),
     "phi3-longrope": _config(
         "phi3",

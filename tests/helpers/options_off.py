@@ -103,7 +103,7 @@ def _changes(spec: LayerSpec, config: ModelConfig) -> Iterator[tuple[str, object
     for field, off in {"norm_after": None, "multiplier": 1.0}.items():
         if any(getattr(block, field) != off for block in spec.blocks):
             yield field, lambda layer, field=field, off=off: _with_blocks(layer, **{field: off})
-    if any(block.mixer == GatedMLP("gelu_tanh") for block in spec.blocks):
+    if any(isinstance(block.mixer, GatedMLP) and block.mixer != GatedMLP() for block in spec.blocks):
         yield "activation", _with_silu
     if spec.experts is not None:
         yield "normalized probabilities", lambda layer: _with_mixture(layer, "normalized")

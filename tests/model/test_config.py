@@ -93,7 +93,7 @@ UNSUPPORTED = {
     "per_layer_config, which changes single layers": {"per_layer_config": {"0": {"head_dim": 8}}},
     "mixture of experts (num_experts 8)": {"num_experts": 8},
     "mlp_bias": {"mlp_bias": True},
-    "hidden_act 'gelu'": {"hidden_act": "gelu"},
+    "hidden_act 'mish'": {"hidden_act": "mish"},
     "layer_types sliding_attention without a sliding_window": {
         "layer_types": ["full_attention", "sliding_attention"]
     },

@@ -51,7 +51,7 @@ REFUSED = {
             "factor is 0, expected a positive number",
         ),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"hidden_act": "mish"}, "hidden_act 'mish'"),
     ],
     "qwen2-window": [
         ({"mlp_bias": True}, "mlp_bias True"),
@@ -149,7 +149,7 @@ REFUSED = {
     "gemma3": [
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
         ({"attn_logit_softcapping": 30.0}, "attn_logit_softcapping 30.0"),
-        ({"hidden_activation": "gelu"}, "hidden_activation 'gelu'"),
+        ({"hidden_activation": "mish"}, "hidden_activation 'mish'"),
         ({"quantization_config": {"quant_method": "awq"}}, "already quantized by awq"),
     ],
 }
