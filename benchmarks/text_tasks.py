@@ -109,8 +109,8 @@ def main() -> int:
         for name, cases in (("cloze", cloze_cases(text)), ("choice", choice_cases(text, rng))):
             share = -(-wanted[name] // len(args.data))
             tasks[name] += [cases[i] for i in sorted(rng.permutation(len(cases))[:share])]
-    runs = [(str(path), path, bits) for path in args.models for bits in args.bits]
-    runs += [(str(path), path, "full") for path in args.fixed]
+    runs = [(str(path), path, "full") for path in args.fixed]
+    runs += [(str(path), path, bits) for path in args.models for bits in args.bits]
     first = Generator.load(args.models[0])
     source = open_source(args.reference)
     original = load_decoder(source, first.model.compute_dtype)
