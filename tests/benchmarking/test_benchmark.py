@@ -59,12 +59,13 @@ def test_a_run_at_a_level_reads_it_whatever_the_dial(tiny_model):
     assert run.figures(chunk)["realised_bits"] == pytest.approx(6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("device_policy", "with_dial"),
     [
         pytest.param(policy.GPU, True, id="gpu"),
-        pytest.param(policy.CPU, True, id="cpu", marks=pytest.mark.slow),
-        pytest.param(policy.GPU, False, id="gpu, fixed thresholds", marks=pytest.mark.slow),
+        pytest.param(policy.CPU, True, id="cpu"),
+        pytest.param(policy.GPU, False, id="gpu, fixed thresholds"),
     ],
 )
 def test_a_run_of_chunks_decodes_what_one_call_of_all_steps_does(
@@ -191,6 +192,7 @@ def test_the_verb_says_why_bf16_is_faster():
     assert benchmark.why_bf16_is_faster(rows[:4], None) is None
 
 
+@pytest.mark.slow
 def test_the_verb_takes_the_shape_of_a_model_in_a_directory(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, "read_bandwidth", lambda: 1e9)
     directory = tmp_path / "my-model"

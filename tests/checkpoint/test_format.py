@@ -110,7 +110,9 @@ def crc32(data: bytes) -> str:
     return f"crc32:{zlib.crc32(data):08x}"
 
 
-@pytest.fixture(scope="module", params=["bundled", "4 bits, padded", "version 1"])
+@pytest.fixture(
+    scope="module", params=[pytest.param("bundled", marks=pytest.mark.slow), "4 bits, padded", "version 1"]
+)
 def checkpoint(request, tmp_path_factory):
     if request.param == "bundled":
         return BUNDLED_MODEL

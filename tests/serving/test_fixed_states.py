@@ -38,7 +38,7 @@ def greedy(model: Decoder, prompt: list[int], steps: int = STEPS) -> list[int]:
     return tokens[len(prompt) :]
 
 
-@pytest.mark.parametrize("few_sizes", [False, True])
+@pytest.mark.parametrize("few_sizes", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_conversation_reuses_the_state_after_a_prefill_chunk_of_the_last_prompt(generator, few_sizes):
     cache, prompt, reused = PromptCache(few_sizes=few_sizes), PROMPTS[2], []
     for turn in range(3):

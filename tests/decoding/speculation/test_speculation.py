@@ -61,6 +61,7 @@ def test_a_greedy_text_is_the_same_with_drafts(held):
         assert figures.rejected_bits > 0
 
 
+@pytest.mark.slow
 def test_steps_without_drafts_leave_the_text_as_it_is(held):
     """Lookup has drafts in some steps. The others read one row of each text."""
     drafted = run(held, speculation=Speculation(PromptLookup(), always=True))

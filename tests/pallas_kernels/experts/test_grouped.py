@@ -42,7 +42,11 @@ def test_each_row_has_one_place_in_a_block_of_its_expert(distribution, block):
 @needs_mosaic
 @pytest.mark.parametrize(
     ("distribution", "transposed"),
-    [("whole blocks", False), ("rows outside of the group", True), ("all rows outside", False)],
+    [
+        pytest.param("whole blocks", False, marks=pytest.mark.slow),
+        ("rows outside of the group", True),
+        ("all rows outside", False),
+    ],
 )
 def test_products_equal_numpy(distribution, transposed):
     """Four steps of channels go through a pipeline of three, and 192 outputs are three tiles."""
