@@ -112,7 +112,7 @@ def level_matmul_cases() -> Iterator[Case]:
 
 
 def sampling_cases() -> Iterator[Case]:
-    """All ways to choose a token, with a bias; the vocabulary is no multiple of what a CTA takes."""
+    """All ways to choose a token; the vocabulary is no multiple of what a CTA takes."""
     settings = [(0.0, 0, 1.0, 0.0), (0.6, 20, 0.95, 0.0), (1.0, 0, 0.9, 0.0), (1.5, 1000, 0.99, 0.05)]
     temperature, top_k, top_p, min_p = (np.array(column) for column in zip(*settings, strict=True))
     drawn = sampling.Sampling(

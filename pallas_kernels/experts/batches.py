@@ -33,7 +33,8 @@ def map_batches(
 ) -> Float[Array, "rows n"]:
     """Applies a function to batches of ``capacity`` rows of every expert, until all rows are done.
 
-    For GPUs that do not run ``grouped``, whose work does not grow where rows choose their experts unevenly.
+    It serves GPUs that do not run the launch of ``grouped``. The work of that launch does not grow where rows
+    choose their experts unevenly.
 
     A batch is a few launches on a GPU, where ``blocks.map_blocks`` needs several for each expert and waits
     after each. In return, a batch computes also the rows that experts lack. The number of batches is that of

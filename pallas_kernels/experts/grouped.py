@@ -104,8 +104,8 @@ def grouped_product(
     """Returns ``rows[r] @ kernel[experts[r]]``, float32.
 
     Args:
-      rows: Rows, that ``supports`` takes.
-      kernel: Kernels of all experts, or of a group.
+      rows: Rows.
+      kernel: Kernels of all experts, or of a group. ``supports`` must give no reason against rows and kernel.
       experts: Expert of each row, an index into ``kernel``; rows of expert ``len(kernel)`` get zeros.
       num_experts: Number of all experts.
       transposed: Whether the kernels are ``[experts, n, k]``.
