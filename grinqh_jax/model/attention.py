@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from grinqh_jax.model import rope
+from grinqh_jax.model import fused_attention, rope
 from grinqh_jax.model.by_token import MOST_DECODED, by_token
 from grinqh_jax.model.cache import KeyValues
 from grinqh_jax.model.causal_attention import blockwise, softmax_with_sinks
@@ -246,6 +246,8 @@ def attend(
     if window is not None:
         visible &= distance < window
     heads = queries, keys.astype(queries.dtype), values.astype(queries.dtype)
+    if cache is not None and fused_attention.lacks(queries, soft_cap, sinks) is None:
+        return fused_attention.attend(*heads, visible), updated
     if soft_cap is None and sinks is None:
         return jax.nn.dot_product_attention(*heads, mask=visible), updated
     return _attend_masked(*heads, visible, soft_cap, sinks), updated

@@ -48,20 +48,24 @@ class KeyValues(NamedTuple):
         return KeyValues(written(self.keys, keys), written(self.values, values), self.pages)
 
     def cleared(self, lengths: Int[Array, "b"]) -> "KeyValues":
-        """Returns the cache with values of zero from ``lengths`` on, if no two rows share a page.
+        """Returns the cache with keys and values of zero from ``lengths`` on, if no two rows share a page.
 
-        An earlier text of the row may have left values there that are not finite, which a weight of 0 does
-        not remove. With more pages for each row the cache stays as it is, because ``contiguous`` clears its
-        copy.
+        An earlier text of the row may have left numbers there that are not finite. A weight of 0 does not
+        remove such a value, nor an added mask such a score. With more pages for each row the cache stays as
+        it is, because ``contiguous`` clears its copy.
         """
         if self.pages is not None and self.pages.shape[1] > 1:
             return self
         valid = (jnp.arange(self.values.shape[1]) < lengths[:, None])[..., None, None]
-        if self.pages is None:
-            return self._replace(values=jnp.where(valid, self.values, 0))
-        page = self.pages[:, 0]
-        values = jnp.where(valid, self.values.at[page].get(mode="fill", fill_value=0), 0)
-        return self._replace(values=self.values.at[page].set(values, mode="drop"))
+
+        def cleared(cached: jax.Array) -> jax.Array:
+            if self.pages is None:
+                return jnp.where(valid, cached, 0)
+            page = self.pages[:, 0]
+            rows = jnp.where(valid, cached.at[page].get(mode="fill", fill_value=0), 0)
+            return cached.at[page].set(rows, mode="drop")
+
+        return KeyValues(cleared(self.keys), cleared(self.values), self.pages)
 
     def contiguous(self, lengths: Int[Array, "b"]) -> "KeyValues":
         """Returns a contiguous cache of the same rows, a copy if there are pages.

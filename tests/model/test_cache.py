@@ -21,15 +21,17 @@ def test_pages_that_a_row_does_not_have_and_positions_behind_its_end_are_zeros()
     assert none is None
 
 
-def test_values_behind_the_end_are_cleared_in_the_only_page_of_each_row():
+def test_positions_behind_the_end_are_cleared_in_the_only_page_of_each_row():
     values = jnp.full((3, 4, 1, 2), jnp.nan).at[1:, :3].set(1.0)
-    keys = jnp.ones_like(values)
+    keys = -values
     whole = KeyValues(keys, values).cleared(jnp.array([0, 3, 2]))
     expected = np.zeros((3, 4, 1, 2))
     expected[1, :3] = expected[2, :2] = 1
     np.testing.assert_array_equal(whole.values, expected)
+    np.testing.assert_array_equal(whole.keys, -expected)
     one_row = KeyValues(keys, values, jnp.array([[2]])).cleared(jnp.array([2]))
     np.testing.assert_array_equal(one_row.values[2], expected[2])
+    np.testing.assert_array_equal(one_row.keys[2], -expected[2])
     np.testing.assert_array_equal(one_row.values[:2], values[:2])
 
 

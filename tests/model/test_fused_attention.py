@@ -1,0 +1,36 @@
+"""When cuDNN attends. ``test_fused_attention_gpu.py`` compares what it computes."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from grinqh_jax.model import fused_attention
+
+H200 = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+
+
+def queries(tokens=64, head_dim=128, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct((1, tokens, 8, head_dim), dtype)
+
+
+def test_a_cpu_has_no_cudnn():
+    assert "needs an NVIDIA GPU" in fused_attention.lacks(queries())
+
+
+def test_a_gpu_that_is_not_there_is_not_asked_for_its_capability():
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=H200)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert fused_attention.lacks(queries()) == "a device that is not there"
+
+
+@pytest.mark.parametrize(
+    ("case", "options", "reason"),
+    [
+        (queries(tokens=16), {}, "decode steps"),
+        (queries(dtype=jnp.float32), {}, "float32"),
+        (queries(), {"soft_cap": 30.0}, "a soft cap of the scores"),
+        (queries(), {"sinks": jnp.zeros(8)}, "sinks"),
+    ],
+)
+def test_what_cudnn_does_not_compute_is_named(case, options, reason):
+    assert fused_attention.lacks(case, **options) == reason
