@@ -14,7 +14,8 @@ def queries(tokens=64, head_dim=128, dtype=jnp.bfloat16):
 
 
 def test_a_cpu_has_no_cudnn():
-    assert "needs an NVIDIA GPU" in fused_attention.lacks(queries())
+    """Before jax 0.11.2 no GPU has this path, as it has no kernels."""
+    assert fused_attention.lacks(queries()).startswith(("needs an NVIDIA GPU", "needs jax >= 0.11.2"))
 
 
 def test_a_gpu_that_is_not_there_is_not_asked_for_its_capability():
