@@ -39,7 +39,8 @@ PARTS = 8
 
 VARIANTS = {
     "default": SplitConfig(),
-    "same-share": SplitConfig(same_share=True),
+    "same-share": SplitConfig(same_share_capacity=0),
+    "equal-shares": SplitConfig(same_share_capacity=1 << 30),
     "large": SplitConfig(shared_limit=227 << 10),
     "one-by-one": SplitConfig(shared_limit=0),
 }

@@ -3,7 +3,6 @@
 Several new tokens of a sequence have a launch before these two, which prepares them.
 """
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -118,7 +117,7 @@ def decode_attention(
         scale=scale,
         soft_cap=soft_cap,
         has_sinks=sinks is not None,
-        **cache_sizes(keys.shape, None if pages is None else pages.shape, tokens * queries_per_kv),
+        **cache_sizes(keys.shape, None if pages is None else pages.shape),
     )
     unscaled = jnp.ones(head_dim, jnp.bfloat16)
     q_scale, k_scale = (scale.astype(jnp.bfloat16) for scale in norm_scales or (unscaled, unscaled))
@@ -144,13 +143,12 @@ def splits(kv_heads: int) -> int:
     return max(1, BLOCKS // kv_heads)
 
 
-def cache_sizes(cache: tuple[int, ...], table: tuple[int, ...] | None, rows: int) -> dict[str, Any]:
+def cache_sizes(cache: tuple[int, ...], table: tuple[int, ...] | None) -> dict[str, Any]:
     """Returns the sizes of ``Shape`` that depend on the cache, by name.
 
     Args:
       cache: Shape of the keys.
       table: Shape of the page table; None for a contiguous cache.
-      rows: Number of query rows of a kv head.
     """
     if table is None:
         batch, capacity, kv_heads, _ = cache
@@ -164,7 +162,10 @@ def cache_sizes(cache: tuple[int, ...], table: tuple[int, ...] | None, rows: int
     divisors = [n for n in range(1, count + 1) if count % n == 0]
     fitting = (n for n in divisors if batch * kv_heads * (count // n) <= BLOCKS)
     sizes |= {"splits": count, "splits_per_block": next(fitting, count)}
-    return sizes if sizes["splits_per_block"] == 1 else sizes | dataclasses.asdict(SPLIT_CONFIG)
+    if sizes["splits_per_block"] == 1:
+        return sizes
+    same_share = sizes["capacity"] >= SPLIT_CONFIG.same_share_capacity
+    return sizes | {"shared_limit": SPLIT_CONFIG.shared_limit, "same_share": same_share}
 
 
 HEAD_INPUTS = ("qkv", "cos", "sin", "q_scale", "k_scale")

@@ -46,12 +46,14 @@ class SplitConfig:
     Attributes:
       shared_limit: Most bytes of shared memory of a CTA whose warps divide shares. Every supported GPU has
         99 KiB. If the limit leaves fewer than ``WARPS`` slots, a CTA attends to one split after another.
-      same_share: Whether neighbouring warps attend to the same share of neighbouring splits, which reads
-        neighbouring positions, instead of neighbouring shares of a split, which are equally full.
+      same_share_capacity: Smallest capacity of a cache from which on neighbouring warps attend to the same
+        share of neighbouring splits, which reads neighbouring positions, instead of neighbouring shares of a
+        split, which are equally full. On an H200 it is 11 to 13 % faster at 4,160 positions, and up to 3 %
+        slower at 1,056.
     """
 
     shared_limit: int = 99 << 10
-    same_share: bool = False
+    same_share_capacity: int = 2048
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +75,8 @@ class Shape:
       tokens: Number of new tokens of each sequence.
       splits_per_block: Number of splits that a CTA attends to one after another; divides ``splits``.
       shared_limit: ``SplitConfig.shared_limit``.
-      same_share: ``SplitConfig.same_share``.
+      same_share: Whether neighbouring warps attend to the same share of neighbouring splits (see
+        ``SplitConfig``).
       page_size: Number of positions in a page of the cache; None for a contiguous cache. Divides
         ``capacity``.
       num_pages: Number of pages in the cache.

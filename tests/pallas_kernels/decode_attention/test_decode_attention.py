@@ -213,9 +213,9 @@ def test_a_row_without_pages_changes_nothing():
 @pytest.mark.parametrize("batch", [1, 2, 3, 5, 8, 16, 64])
 @pytest.mark.parametrize("kv_heads", [1, 2, 8, 12, 40, 200])
 def test_splits_of_pages_depend_on_the_model_alone(batch, kv_heads):
-    sizes = kernel.cache_sizes((100, 64, kv_heads, 128), (batch, 7), 4)
-    alone = kernel.cache_sizes((3, 16, kv_heads, 128), (1, 2), 4)
-    assert kernel.cache_sizes((batch, 40, kv_heads, 128), None, 4)["splits"] == sizes["splits"]
+    sizes = kernel.cache_sizes((100, 64, kv_heads, 128), (batch, 7))
+    alone = kernel.cache_sizes((3, 16, kv_heads, 128), (1, 2))
+    assert kernel.cache_sizes((batch, 40, kv_heads, 128), None)["splits"] == sizes["splits"]
     assert sizes["splits"] == alone["splits"] == max(1, kernel.BLOCKS // kv_heads)
     assert sizes["splits"] % sizes["splits_per_block"] == 0
     assert alone["splits_per_block"] == 1

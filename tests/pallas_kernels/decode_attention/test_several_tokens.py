@@ -185,7 +185,7 @@ def test_a_sequence_without_pages_changes_nothing():
 def test_long_contexts(length, tokens, options):
     """One kv head has 128 splits. Most keys are nearly orthogonal to the queries, and a few count."""
     capacity = length + 72
-    sizes = kernel.cache_sizes((1, capacity, 1, 64), None, 2 * tokens)
+    sizes = kernel.cache_sizes((1, capacity, 1, 64), None)
     shape = shape_of(tokens=tokens, **options, **sizes)
     assert shape.splits == 128
     check_both_ways(shape, [length])
@@ -193,13 +193,13 @@ def test_long_contexts(length, tokens, options):
 
 def test_offsets_of_the_longest_contexts_fit():
     """64 sequences of 131,072 positions, 16 new tokens each: offsets that are computed in 32 bits."""
-    cache, rows = (64, 131_072, 8, 128), 16 * 4
+    cache = (64, 131_072, 8, 128)
     shape = shape_of(
         batch=64,
         tokens=16,
         kv_heads=8,
         queries_per_kv=4,
-        **kernel.cache_sizes(cache, None, rows) | {"head_dim": 128},
+        **kernel.cache_sizes(cache, None) | {"head_dim": 128},
     )
     assert shape.batch * shape.capacity * shape.kv_heads < 2**31
     partial_bytes = 4 * shape.batch * shape.kv_heads * shape.splits * shape.rows * shape.head_dim

@@ -100,12 +100,17 @@ def test_bits_depend_on_the_row_alone(data):
     check_shares(shape, lengths, np.random.default_rng(data.draw(st.integers(0, 99), "seed")))
 
 
+def test_long_caches_have_the_same_share_of_neighbouring_splits():
+    sizes = [kernel.cache_sizes((8, capacity, 8, 128), None) for capacity in (1088, 4160)]
+    assert [each["same_share"] for each in sizes] == [False, True]
+
+
 @pytest.mark.parametrize("length", [0, 1, 100, 1024, 1056, 2100])
 @pytest.mark.parametrize("batch", [2, 8, 16])
 @pytest.mark.parametrize("same_share", [False, True])
 def test_warps_have_equal_work_and_cover_every_position(batch, length, same_share):
     """The steps of all warps, followed as the program follows them, on the sizes of Qwen3-8B."""
-    cache = kernel.cache_sizes((batch, 2304, 8, 128), None, 4)
+    cache = kernel.cache_sizes((batch, 2304, 8, 128), None)
     shape = shape_of(
         batch=1, kv_heads=1, queries_per_kv=4, **(cache | {"head_dim": 128, "same_share": same_share})
     )

@@ -98,7 +98,7 @@ def test_attention(monkeypatch, tmp_path, architecture, head_dim, tokens, querie
         num_partials=8,
         stored_features=(queries_per_kv + 2) * kv_heads * head_dim,
         **options,
-        **attention.cache_sizes(*sizes, tokens * queries_per_kv),
+        **attention.cache_sizes(*sizes),
     )
     cache = ("lengths", "keys", "values", *(("pages",) if paged else ()))
     launches = [(attention_program, attention.HEAD_INPUTS, attention.PARTIAL_RESULTS, THREADS)]
