@@ -32,7 +32,9 @@ def lacks(
         return f"{queries.dtype}"
     device = target_device()
     if not isinstance(device, jax.Device):
-        return "a device that is not there"  # Lowering asks the device for its capability.
+        # Inside ``shard_map`` the target is a kind of device, and cuDNN has not run on several devices.
+        # Without a GPU lowering could not ask for its capability.
+        return "a mesh or a device that is not there"
     if (reason := unsupported_reason()) is not None:
         return reason
     hopper = float(device.compute_capability) >= 9

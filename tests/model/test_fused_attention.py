@@ -21,7 +21,7 @@ def test_a_cpu_has_no_cudnn():
 def test_a_gpu_that_is_not_there_is_not_asked_for_its_capability():
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=H200)
     with jax.sharding.use_abstract_mesh(mesh):
-        assert fused_attention.lacks(queries()) == "a device that is not there"
+        assert fused_attention.lacks(queries()) == "a mesh or a device that is not there"
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
 
 from grinqh_jax.model import attention
 from grinqh_jax.model.cache import KeyValues
@@ -127,18 +126,3 @@ def test_bits_of_a_token_do_not_depend_on_its_chunk():
             part, cache = program()(*chunk(text, cache, start, start + width))
             outputs.append(part)
         np.testing.assert_array_equal(np.concatenate(outputs, axis=1), expected)
-
-
-def test_a_part_of_the_heads_has_the_same_bits_in_shard_map():
-    """A device of a mesh has a part of the heads; the mesh has as many devices as this machine, at most 2."""
-    text, cache = heads(512), empty_cache(1, 512)
-    expected, _ = program()(*chunk(text, cache, 0, 512))
-    count = min(2, jax.device_count())
-    mesh = jax.make_mesh((count,), ("heads",), (jax.sharding.AxisType.Auto,))
-    cut, whole = PartitionSpec(None, None, "heads"), PartitionSpec()
-    specs = (cut, cut, cut, whole, KeyValues(cut, cut))
-    on_mesh = jax.shard_map(
-        attention.attend, mesh=mesh, in_specs=specs, out_specs=(cut, KeyValues(cut, cut)), check_vma=False
-    )
-    outputs, _ = jax.jit(on_mesh)(*chunk(text, cache, 0, 512))
-    np.testing.assert_array_equal(outputs, expected)
