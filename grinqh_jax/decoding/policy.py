@@ -52,4 +52,4 @@ GPU = DecodePolicy(early_exit=False, skip_unused_sort=False, chunk_steps=32, chu
 GPU_ENGINE = dataclasses.replace(GPU, chunk_steps=8)
 """Shorter chunks, because a new request waits for the chunks in flight, and text pauses for a decode chunk
 and a prefill chunk. With Qwen3-8B on an H200 at 3 bits, a decode chunk takes 12 ms (one answer) to 17 ms (16
-answers, half as many steps), and a prefill chunk of 512 tokens 27 to 30 ms (``docs/performance.md``)."""
+answers, half as many steps), and a prefill chunk of 512 tokens 23 ms (``docs/performance.md``)."""

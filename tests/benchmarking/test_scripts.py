@@ -41,6 +41,24 @@ def test_decode(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "options", "results"),
+    [
+        ("prefill_kernels", f"--shapes {BUNDLED_MODEL} --tokens 64 --layers 1", "prefills"),
+        ("prompt_attention", f"--shape {BUNDLED_MODEL} --chunks 32x64 64x64", "rows"),
+    ],
+)
+def test_prefill_scripts_start_without_a_gpu(tmp_path, script, options, results):
+    """A CPU has no device times: bf16 and graded, or two chunks by XLA."""
+    output = tmp_path / "report.json"
+    command = [sys.executable, SCRIPTS / f"{script}.py", *options.split(), "--output", output]
+    subprocess.run(command, check=True, timeout=100)
+    report = json.loads(output.read_text())
+    assert [row["us"] for row in report[results]] == [0, 0]
+    assert report["skipped"] == report["problems"] == []
+
+
+@pytest.mark.slow
 def test_prefill_alone(tmp_path):
     output = tmp_path / "decode.json"
     options = "--platform cpu --layers 1 --contexts --repeats 1 --prefill 32 64"
