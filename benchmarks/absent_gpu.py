@@ -4,7 +4,8 @@
     XLA_FLAGS=--xla_gpu_enable_command_buffer=+WHILE python benchmarks/absent_gpu.py --program chunk
 
 It needs jax's CUDA plugin, and neither GPU nor driver: ``pip install 'grinqh-jax[gpu]'``. Without a GPU XLA
-measures no algorithms, so its own products, as in prefill, may run other kernels there.
+measures no algorithms, so its own products, as in prefill, may run other kernels there. cuDNN's attention
+asks the device when it is lowered, so the attention of a prefill here is XLA's, which keeps scores in memory.
 
 A table counts the launches at each place of a program: once, at each step of a loop, or in a branch. Those in
 a command buffer (CUDA graph) are one launch of the host. "a layer" is the difference between the numbers of

@@ -1,5 +1,7 @@
 """When cuDNN attends. ``test_fused_attention_gpu.py`` compares what it computes."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -22,6 +24,24 @@ def test_a_gpu_that_is_not_there_is_not_asked_for_its_capability():
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=H200)
     with jax.sharding.use_abstract_mesh(mesh):
         assert fused_attention.lacks(queries()) == "a mesh or a device that is not there"
+
+
+@pytest.mark.parametrize(
+    ("capability", "head_dim", "reason"),
+    [
+        ("8.9", 128, None),
+        ("8.9", 136, "heads of 136"),
+        ("9.0", 256, None),
+        ("9.0", 264, "heads of 264"),
+        ("9.0", 100, "heads of 100"),
+        ("10.0", 256, None),
+    ],
+)
+def test_the_largest_head_depends_on_the_capability(monkeypatch, capability, head_dim, reason):
+    device = mock.Mock(spec=jax.Device, compute_capability=capability)
+    monkeypatch.setattr(fused_attention, "target_device", lambda: device)
+    monkeypatch.setattr(fused_attention, "unsupported_reason", lambda: None)
+    assert fused_attention.lacks(queries(head_dim=head_dim)) == reason
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def assert_close(outputs, expected):
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize(("tokens", "capacity"), [(17, 61), (32, 300), (512, 1024)])
 def test_chunks_match_float64(head_dim, tokens, capacity):
-    """Two rows, whose second chunk ends before the cache does."""
+    """Two rows in two chunks. The second one ends before the cache does, except with 512 tokens."""
     text, cache = heads(2 * tokens, head_dim, batch=2), empty_cache(2, capacity, head_dim)
     arguments = chunk(text, cache, 0, tokens)
     assert "fmha" in program().lower(*arguments).as_text()

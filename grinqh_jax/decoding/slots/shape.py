@@ -6,7 +6,8 @@ from grinqh_jax.errors import UsageError
 
 LEAST_SCORES = 1 << 18
 """Least number of scores that attention of a prefill chunk computes for a head, if texts may be so long. With
-fewer there would be more programs, and each would save less than 1.1 ms (Qwen3-8B, an H200, by estimate)."""
+fewer there would be more programs, and each would save less than a millisecond: on an H200 the attention of
+512 tokens to 512 positions takes cuDNN 23 us, 0.84 ms in the 36 layers of Qwen3-8B."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

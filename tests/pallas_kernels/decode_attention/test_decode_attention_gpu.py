@@ -17,6 +17,7 @@ from grinqh_jax.model import attention
 from grinqh_jax.model.cache import KeyValues
 from pallas_kernels import Activations, decode_attention
 from pallas_kernels.decode_attention import kernel
+from pallas_kernels.decode_attention.lane_context import SplitConfig
 
 pytestmark = pytest.mark.gpu
 
@@ -117,6 +118,21 @@ def test_paged_outputs_depend_bitwise_on_the_row_alone(name, batch):
         alone = in_pages(KeyValues(cache.keys[one], cache.values[one]), rng)
         outputs, _ = step(config, qkv[one], norms, lengths[one], alone)
         np.testing.assert_array_equal(outputs[0], together[row])
+
+
+@pytest.mark.parametrize("batch", [4, *slow(16)])
+def test_the_order_of_shares_changes_no_bit(monkeypatch, batch):
+    """Caches from ``same_share_capacity`` on have another order than shorter ones."""
+    config = random_model.shape("Qwen3-8B")
+    qkv, norms, cache = inputs(config, batch)
+    lengths = np.random.default_rng(batch).integers(0, CAPACITY, batch)
+    results = []
+    for least in (CAPACITY, CAPACITY + 1):
+        monkeypatch.setattr(kernel, "SPLIT_CONFIG", SplitConfig(same_share_capacity=least))
+        program.cache_clear()  # The configuration is read while a program is traced.
+        results.append(step(config, qkv, norms, lengths, cache))
+    program.cache_clear()
+    jax.tree.map(np.testing.assert_array_equal, *results)
 
 
 OPTIONS: list[dict] = [
