@@ -6,7 +6,9 @@
 """
 
 import argparse
+import contextlib
 import os
+from collections.abc import Callable
 from unittest import mock
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -35,13 +37,20 @@ def arguments_of(config: ModelConfig, tokens: int, positions: int) -> list:
     return [*arrays[:3], jnp.arange(positions - tokens, positions)[None], KeyValues(*arrays[3:])]
 
 
+def program(arguments: list, by_cudnn: bool) -> Callable:
+    """Compiles an attention by cuDNN, if it can run, or by XLA.
+
+    The lambda is a new function for each way, because JAX would reuse the trace of an old one.
+    """
+    by_xla = mock.patch.object(fused_attention, "lacks", return_value="this measures XLA")
+    with contextlib.nullcontext() if by_cudnn else by_xla:
+        return jax.jit(lambda *arguments: attention.attend(*arguments)).lower(*arguments).compile()
+
+
 def measure(arguments: list, by_cudnn: bool) -> dict[str, float]:
     """Returns the microseconds of each kernel of an attention."""
-    program = jax.jit(attention.attend)
-    reason = None if by_cudnn else "this measures XLA"
-    with mock.patch.object(fused_attention, "lacks", return_value=reason):
-        jax.block_until_ready(program(*arguments))
-    durations = timing.profile(lambda: program(*arguments)[0], REPEATS)
+    attend = program(arguments, by_cudnn)
+    durations = timing.profile(lambda: attend(*arguments)[0], REPEATS)
     return {name: sum(times) / REPEATS for name, times in durations.items()}
 
 
