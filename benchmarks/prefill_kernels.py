@@ -1,6 +1,6 @@
 """Kernels of a prefill, by device time, in bf16 and graded.
 
-python benchmarks/prefill_kernels.py --shapes Qwen3-8B Qwen3-30B-A3B --tokens 2048 --layers 4
+    python benchmarks/prefill_kernels.py --shapes Qwen3-8B Qwen3-30B-A3B --tokens 2048 --layers 4
 """
 
 import argparse
