@@ -45,6 +45,15 @@ def give_back_large_arrays() -> None:
         libc.mallopt(_M_MMAP_THRESHOLD, LARGE_BYTES)
 
 
+def give_back_freed_memory() -> None:
+    """Makes glibc give back all memory that is free now; other C libraries are left alone.
+
+    By itself glibc keeps what compilers freed in the middle of its heaps.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def peak_host_memory() -> int:
     """Returns the largest resident size that this process has had, in bytes."""
     # psutil 7.2 reports no peak on Linux, and the peak of getrusage starts at the parent process's.

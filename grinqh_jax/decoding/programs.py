@@ -8,11 +8,15 @@ it when the function is called.
 import concurrent.futures
 import contextlib
 import functools
+import os
 import threading
+import time
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
+
+from grinqh_jax import memory
 
 Lowering = Callable[[], jax.stages.Lowered]
 """Function that traces and lowers a program."""
@@ -29,12 +33,20 @@ the same launches in a loop, and have command buffers.
 THREAD_NAME = "compile"
 """Name of the threads that compile programs."""
 
+AT_ONCE = os.cpu_count() or 1
+"""Number of programs that are compiled at once. More take no less time, but the memory of each: LLVM holds
+hundreds of megabytes for a program of a CPU, and glibc keeps most of them when they are freed."""
+
+LONG_SECONDS = 1.0
+"""Seconds of a compilation after which the process gives back what it freed, which takes 0.1 to 0.6 s."""
+
 
 class Programs:
     """The programs of a model that are compiled or being compiled. Several threads may use it."""
 
     def __init__(self):
         self._lock = threading.Lock()
+        self._slots = threading.BoundedSemaphore(AT_ONCE)
         self._futures: dict[Hashable, concurrent.futures.Future[None]] = {}
 
     def compile(self, lowerings: Mapping[Hashable, Lowering]) -> None:
@@ -68,7 +80,11 @@ class Programs:
 
     def _compile(self, key: Hashable, lowered: Any, future: concurrent.futures.Future) -> None:
         try:
-            lowered.compile()
+            with self._slots:
+                start = time.monotonic()
+                lowered.compile()
+                if time.monotonic() - start > LONG_SECONDS:
+                    memory.give_back_freed_memory()
         except BaseException as error:  # The threads that wait for the program raise it.
             self._fail(key, future, error)
         else:

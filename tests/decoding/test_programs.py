@@ -1,10 +1,12 @@
 """Programs are compiled once, whichever thread asks first, and an error reaches every thread that waits."""
 
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
 
+from grinqh_jax.decoding import programs as programs_module
 from grinqh_jax.decoding.programs import THREAD_NAME, Programs, compiling, in_background
 
 
@@ -60,3 +62,23 @@ def test_an_error_is_raised_where_the_program_is_needed_and_the_next_call_tries_
     compiler.error = None
     programs.compile({name: compiler.lowering(name) for name in "abcd"})
     assert sorted(compiler.compiled) == ["a", "b", "c", "d"]
+
+
+def test_no_more_programs_are_compiled_at_once_than_there_are_processors(monkeypatch):
+    monkeypatch.setattr(programs_module, "AT_ONCE", 2)
+    lock, running, most = threading.Lock(), set(), []
+
+    def lowering(name):
+        def compile():
+            with lock:
+                running.add(name)
+                most.append(len(running))
+            time.sleep(0.02)
+            with lock:
+                running.remove(name)
+
+        return lambda: SimpleNamespace(compile=compile)
+
+    Programs().compile({name: lowering(name) for name in "abcdef"})
+    assert len(most) == 6
+    assert max(most) == 2
