@@ -58,14 +58,14 @@ class KeyValues(NamedTuple):
             return self
         valid = (jnp.arange(self.values.shape[1]) < lengths[:, None])[..., None, None]
 
-        def cleared(cached: jax.Array) -> jax.Array:
+        def with_zeros(cached: jax.Array) -> jax.Array:
             if self.pages is None:
                 return jnp.where(valid, cached, 0)
             page = self.pages[:, 0]
             rows = jnp.where(valid, cached.at[page].get(mode="fill", fill_value=0), 0)
             return cached.at[page].set(rows, mode="drop")
 
-        return KeyValues(cleared(self.keys), cleared(self.values), self.pages)
+        return KeyValues(with_zeros(self.keys), with_zeros(self.values), self.pages)
 
     def contiguous(self, lengths: Int[Array, "b"]) -> "KeyValues":
         """Returns a contiguous cache of the same rows, a copy if there are pages.

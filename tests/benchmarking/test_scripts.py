@@ -52,7 +52,7 @@ def test_prefill_scripts_start_without_a_gpu(tmp_path, script, options, results)
     """A CPU has no device times: bf16 and graded, or two chunks by XLA."""
     output = tmp_path / "report.json"
     command = [sys.executable, SCRIPTS / f"{script}.py", *options.split(), "--output", output]
-    subprocess.run(command, check=True, timeout=100)
+    subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, check=True, timeout=100)
     report = json.loads(output.read_text())
     assert [row["us"] for row in report[results]] == [0, 0]
     assert report["skipped"] == report["problems"] == []
