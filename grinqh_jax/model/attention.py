@@ -247,7 +247,7 @@ def attend(
         visible &= distance < window
     heads = queries, keys.astype(queries.dtype), values.astype(queries.dtype)
     if cache is not None and fused_attention.lacks(queries, soft_cap, sinks) is None:
-        return fused_attention.attend(*heads, visible), updated
+        return fused_attention.attend(*heads, visible, sinks), updated
     if soft_cap is None and sinks is None:
         return jax.nn.dot_product_attention(*heads, mask=visible), updated
     return _attend_masked(*heads, visible, soft_cap, sinks), updated

@@ -11,6 +11,10 @@ WIDEST_HEAD, WIDEST_HEAD_BEFORE_HOPPER = 256, 128
 """Largest head that cuDNN multiplies, from compute capability 9.0 on and before."""
 
 
+SINK_CHANNELS = SINK_SLOTS = 8
+"""Channels and slots that sinks add. cuDNN wants a multiple of 8 channels, and a mask in runs of 16 bytes."""
+
+
 def lacks(
     queries: Float[Array, "b t heads head_dim"],
     soft_cap: float | None = None,
@@ -21,13 +25,11 @@ def lacks(
     Decode steps stay with the other implementations: a token must have the same bits among any number of new
     tokens, and GPU tests of cuDNN show this for chunks of 32 to 1,024 only.
     """
-    tokens, head_dim = queries.shape[1], queries.shape[3]
+    tokens, head_dim = queries.shape[1], queries.shape[3] + (SINK_CHANNELS if sinks is not None else 0)
     if tokens <= MOST_DECODED:
         return "decode steps"
     if soft_cap is not None:
         return "a soft cap of the scores"
-    if sinks is not None:
-        return "sinks"
     if queries.dtype not in (jnp.bfloat16, jnp.float16):
         return f"{queries.dtype}"
     device = target_device()
@@ -48,6 +50,7 @@ def attend(
     keys: Float[Array, "b s kv_heads head_dim"],
     values: Float[Array, "b s kv_heads head_dim"],
     visible: Bool[Array, "b 1 t s"],
+    sinks: Float[Array, "heads"] | None = None,
 ) -> Float[Array, "b t heads head_dim"]:
     """Attends from every query to the visible slots, with a softmax in float32.
 
@@ -58,5 +61,52 @@ def attend(
       queries, keys, values: Heads; ``heads / kv_heads`` consecutive query heads share a kv head. bfloat16 or
         float16.
       visible: Whether a query sees a slot; each query sees at least one.
+      sinks: Sink of each query head, a score without a value; None for none.
     """
-    return jax.nn.dot_product_attention(queries, keys, values, mask=visible, implementation="cudnn")
+    head_dim = queries.shape[-1]
+    if sinks is not None:
+        queries, keys, values, visible = with_sink_slot(queries, keys, values, visible, sinks)
+    outputs = jax.nn.dot_product_attention(
+        queries, keys, values, mask=visible, scale=head_dim**-0.5, implementation="cudnn"
+    )
+    return outputs[..., :head_dim]
+
+
+def with_sink_slot(
+    queries: Float[Array, "b t heads head_dim"],
+    keys: Float[Array, "b s kv_heads head_dim"],
+    values: Float[Array, "b s kv_heads head_dim"],
+    visible: Bool[Array, "b 1 t s"],
+    sinks: Float[Array, "heads"],
+) -> tuple[
+    Float[Array, "b t heads more_dim"],
+    Float[Array, "b more_s kv_heads more_dim"],
+    Float[Array, "b more_s kv_heads more_dim"],
+    Bool[Array, "b 1 t more_s"],
+]:
+    """Adds a visible slot with values of 0, whose score is the sink of the query head: cuDNN has no sinks.
+
+    Its key is 1 in channels in which queries have their sink, and all other keys are 0. The sink is a sum of
+    three numbers of the queries' dtype: in bfloat16 as exact as in float32, in float16 to 1e-5.
+    """
+    left, parts = sinks.astype(jnp.float32) * queries.shape[-1] ** 0.5, []
+    for _ in range(3):
+        # A sum of rounded parts would otherwise be simplified to the unrounded number.
+        parts.append(jax.lax.reduce_precision(left, *_precision(queries.dtype)))
+        left = left - parts[-1]
+    channels = jnp.pad(jnp.stack(parts, axis=-1), ((0, 0), (0, SINK_CHANNELS - len(parts))))
+    channels = jnp.broadcast_to(channels.astype(queries.dtype), (*queries.shape[:3], SINK_CHANNELS))
+    more = (0, 0), (0, SINK_SLOTS), (0, 0), (0, SINK_CHANNELS)
+    slot, sink_key = visible.shape[-1], slice(-SINK_CHANNELS, -SINK_CHANNELS + len(parts))
+    return (
+        jnp.concatenate([queries, channels], axis=-1),
+        jnp.pad(keys, more).at[:, slot, :, sink_key].set(1),
+        jnp.pad(values, more),
+        jnp.pad(visible, ((0, 0), (0, 0), (0, 0), (0, SINK_SLOTS))).at[..., slot].set(True),
+    )
+
+
+def _precision(dtype: jnp.dtype) -> tuple[int, int]:
+    """Returns the bits of exponent and mantissa of a dtype."""
+    info = jnp.finfo(dtype)
+    return info.nexp, info.nmant

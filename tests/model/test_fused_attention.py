@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from grinqh_jax.model import fused_attention
+from grinqh_jax.model import attention, fused_attention
 
 H200 = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
 
@@ -50,8 +50,42 @@ def test_the_largest_head_depends_on_the_capability(monkeypatch, capability, hea
         (queries(tokens=16), {}, "decode steps"),
         (queries(dtype=jnp.float32), {}, "float32"),
         (queries(), {"soft_cap": 30.0}, "a soft cap of the scores"),
-        (queries(), {"sinks": jnp.zeros(8)}, "sinks"),
     ],
 )
 def test_what_cudnn_does_not_compute_is_named(case, options, reason):
     assert fused_attention.lacks(case, **options) == reason
+
+
+def test_sinks_need_channels(monkeypatch):
+    device = mock.Mock(spec=jax.Device, compute_capability="9.0")
+    monkeypatch.setattr(fused_attention, "target_device", lambda: device)
+    monkeypatch.setattr(fused_attention, "unsupported_reason", lambda: None)
+    assert fused_attention.lacks(queries(head_dim=64), sinks=jnp.zeros(8)) is None
+    assert fused_attention.lacks(queries(head_dim=256), sinks=jnp.zeros(8)) == "heads of 264"
+
+
+def test_a_slot_whose_score_is_the_sink_is_a_sink(monkeypatch):
+    """XLA computes here what cuDNN does on a GPU. The reference is the softmax with sinks, in float32."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = (2, 33, 8, 64), (2, 61, 2, 64), (2, 61, 2, 64)
+    heads = [jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(keys[:3], shapes, strict=True)]
+    sinks = 3 * jax.random.normal(keys[3], (8,), jnp.float32)
+    visible = jnp.broadcast_to(jnp.arange(33)[:, None] + 20 >= jnp.arange(61), (2, 1, 33, 61))
+    by_xla = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, implementation, **o: by_xla(*a, **o))
+    outputs = jax.jit(fused_attention.attend)(*heads, visible, sinks).astype(jnp.float32)
+    expected = attention._attend_masked(*(x.astype(jnp.float32) for x in heads), visible, None, sinks)
+    assert outputs.shape == expected.shape
+    assert jnp.linalg.norm(outputs - expected) < 4e-3 * jnp.linalg.norm(expected)
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(jnp.bfloat16, 1e-7), (jnp.float16, 1e-5)])
+def test_the_score_of_the_slot_is_the_sink_in_float32(dtype, error):
+    sinks = jax.random.normal(jax.random.key(1), (8,), jnp.float32)
+    zeros = jnp.zeros((1, 1, 8, 64), dtype), *[jnp.zeros((1, 8, 2, 64), dtype)] * 2
+    make = jax.jit(fused_attention.with_sink_slot)
+    q, k, _, visible = make(*zeros, jnp.zeros((1, 1, 1, 8), bool), sinks)
+    scores = jnp.einsum("hd,sd->hs", q[0, 0].astype(jnp.float32), k[0, :, 0].astype(jnp.float32)) / 8
+    assert jnp.allclose(scores[:, 8], sinks, rtol=1e-6, atol=error)
+    assert not scores.at[:, 8].set(0).any()
+    assert visible[0, 0, 0].tolist() == [slot == 8 for slot in range(16)]

@@ -17,10 +17,15 @@ HEADS, KV_HEADS = 8, 2
 PAGE_SIZE = 16
 
 
+SINKS = np.linspace(-2, 6, HEADS, dtype=np.float32)
+"""From a thousandth of the weights to nearly all of them."""
+
+
 @functools.cache
-def program(window=None):
+def program(window=None, sinks=False):
     """``attention.attend`` as a jitted function. Tests share it, so that sizes compile once."""
-    return jax.jit(functools.partial(attention.attend, window=window))
+    options = {"window": window, "sinks": jnp.asarray(SINKS) if sinks else None}
+    return jax.jit(functools.partial(attention.attend, **options))
 
 
 def heads(tokens: int, head_dim: int = 128, batch: int = 1, seed: int = 0):
@@ -51,16 +56,16 @@ def empty_pages(capacity: int, seed: int = 0) -> KeyValues:
     return KeyValues(empty, empty, jnp.asarray(places[None], jnp.int32))
 
 
-def exact(text, start: int, stop: int, window: int | None = None) -> np.ndarray:
+def exact(text, start: int, stop: int, window: int | None = None, sinks: bool = False) -> np.ndarray:
     """Attention of the tokens of a chunk in float64."""
     queries, keys, values = (np.asarray(array, np.float64) for array in text)
     keys, values = (np.repeat(array, HEADS // KV_HEADS, axis=2) for array in (keys, values))
     scores = np.einsum("bthd,bshd->bhts", queries[:, start:stop], keys) / np.sqrt(queries.shape[-1])
     distance = np.arange(start, stop)[:, None] - np.arange(keys.shape[1])
     visible = (distance >= 0) & (distance < (window or keys.shape[1]))
-    scores = np.where(visible, scores, -np.inf)
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    return np.einsum("bhts,bshd->bthd", weights / weights.sum(-1, keepdims=True), values)
+    weights = np.exp(np.where(visible, scores, -np.inf))
+    total = weights.sum(-1, keepdims=True) + (np.exp(np.float64(SINKS))[:, None, None] if sinks else 0)
+    return np.einsum("bhts,bshd->bthd", weights / total, values)
 
 
 def assert_close(outputs, expected):
@@ -102,12 +107,31 @@ def test_windows_match_float64(window):
         assert_close(outputs, expected)
 
 
-def test_bits_depend_neither_on_capacity_nor_on_pages_nor_on_other_rows():
-    text = heads(1024)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_sinks_match_float64(head_dim):
+    """Two rows in two chunks, in a cache with slots behind the end."""
+    text, cache = heads(192, head_dim, batch=2), empty_cache(2, 300, head_dim)
+    arguments = chunk(text, cache, 0, 96)
+    assert "fmha" in program(sinks=True).lower(*arguments).as_text()
+    for start in (0, 96):
+        outputs, cache = program(sinks=True)(*chunk(text, cache, start, start + 96))
+        assert_close(outputs, exact(text, start, start + 96, sinks=True))
+
+
+def test_sinks_and_a_window_match_float64():
+    text, ring = heads(192), RingKeyValues.zeros(1, ring_slots(100), KV_HEADS, 128, jnp.bfloat16)
+    for start in (0, 64, 128):
+        outputs, ring = program(100, sinks=True)(*chunk(text, ring, start, start + 64))
+        assert_close(outputs, exact(text, start, start + 64, 100, sinks=True))
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_bits_depend_neither_on_capacity_nor_on_pages_nor_on_other_rows(sinks):
+    text, attend = heads(1024), program(sinks=sinks)
 
     def second_half(cache, text=text):
-        _, cache = program()(*chunk(text, cache, 0, 512))
-        return np.asarray(program()(*chunk(text, cache, 512, 1024))[0])
+        _, cache = attend(*chunk(text, cache, 0, 512))
+        return np.asarray(attend(*chunk(text, cache, 512, 1024))[0])
 
     expected = second_half(empty_cache(1, 1024))
     for other in (empty_cache(1, 1100), empty_cache(1, 4096), empty_pages(1024), empty_pages(2048, seed=1)):
@@ -116,13 +140,14 @@ def test_bits_depend_neither_on_capacity_nor_on_pages_nor_on_other_rows():
     np.testing.assert_array_equal(second_half(empty_cache(2, 2048), two)[:1], expected)
 
 
-def test_bits_of_a_token_do_not_depend_on_its_chunk():
+@pytest.mark.parametrize("sinks", [False, True])
+def test_bits_of_a_token_do_not_depend_on_its_chunk(sinks):
     """A prompt whose prefix is reused begins in the middle, and a short chunk has a bucket of its own."""
-    text, cache = heads(1024), empty_cache(1, 1024)
-    expected, _ = program()(*chunk(text, cache, 0, 1024))
+    text, cache, attend = heads(1024), empty_cache(1, 1024), program(sinks=sinks)
+    expected, _ = attend(*chunk(text, cache, 0, 1024))
     for width in (32, 64, 128, 256, 512):
         outputs, cache = [], empty_cache(1, 1024)
         for start in range(0, 1024, width):
-            part, cache = program()(*chunk(text, cache, start, start + width))
+            part, cache = attend(*chunk(text, cache, start, start + width))
             outputs.append(part)
         np.testing.assert_array_equal(np.concatenate(outputs, axis=1), expected)
