@@ -80,7 +80,9 @@ def device_memory(config: ModelConfig, devices: int, max_bits: int | None, conte
         other=sum(size for name, size in sizes.items() if name not in linear),
         cache_token=token,
         slot=fixed_bytes(local, jnp.bfloat16, context),
-        work=max(_prefill_bytes(config, local), _cutting_bytes(whole) if devices > 1 else 0),
+        work=max(
+            _prefill_bytes(config, local, devices, context), _cutting_bytes(whole) if devices > 1 else 0
+        ),
     )
 
 
@@ -115,8 +117,8 @@ def _part_bytes(leaf: Any) -> int:
     return math.prod(shape) * leaf.dtype.itemsize
 
 
-def _prefill_bytes(config: ModelConfig, local: ModelConfig) -> int:
-    """Returns the temporary memory of a prefill: the largest dequantized weight, activations and logits.
+def _prefill_bytes(config: ModelConfig, local: ModelConfig, devices: int, context: int) -> int:
+    """Returns the temporary memory of a prefill: the largest dequantized weight or scores, and all the rest.
 
     All experts of a projection are dequantized together, and multiplied with equally many rows of each. The
     launch of ``experts.grouped`` takes about as many rows.
@@ -128,7 +130,19 @@ def _prefill_bytes(config: ModelConfig, local: ModelConfig) -> int:
             weights = config.num_experts
             rows = weights * batch_rows(PREFILL_CHUNK * config.mixture.rows, weights)
         largest = max(largest, weights * k * n * _BF16 + rows * (k + n) * 4)
+    largest = max(largest, _score_bytes(local, devices, context))
     return largest + PREFILL_CHUNK * 4 * config.hidden_size * 4 + 2 * config.vocab_size * 4
+
+
+def _score_bytes(local: ModelConfig, devices: int, context: int) -> int:
+    """Returns the bytes of the scores of a layer, where XLA attends, not cuDNN (``fused_attention``).
+
+    A score is in memory in float32, and its weight in bfloat16.
+    """
+    attention = [layer.attention for layer in local.layers if layer.attention is not None]
+    by_xla = [each for each in attention if devices > 1 or each.score_soft_cap is not None]
+    positions = [min(context, (each.window or context) + PREFILL_CHUNK) for each in by_xla]
+    return PREFILL_CHUNK * max(positions, default=0) * local.num_heads * (4 + _BF16)
 
 
 def _cutting_bytes(leaves: dict[str, Any]) -> int:

@@ -29,6 +29,14 @@ def test_work_includes_all_experts_of_a_projection():
     assert one.work == pytest.approx(1.026e9, rel=0.05)
 
 
+def test_work_includes_scores_on_a_mesh():
+    """XLA needs 3,341 MB of each of two GPUs for 512 tokens (jax 0.11.2, ``benchmarks/absent_gpu.py``)."""
+    config = random_model.shape("Qwen3-8B")
+    assert device_memory(config, 2, 8, 65536).work == pytest.approx(3.341e9, rel=0.03)
+    # On one GPU cuDNN attends, without scores. There the largest dequantized weight counts.
+    assert device_memory(config, 1, 8, 65536).work == device_memory(config, 1, 8, 512).work
+
+
 def test_a_plan_names_what_cannot_be_cut(capsys):
     assert plan.main(["Qwen3-8B", "--devices", "3"]) == 0
     assert "32 query heads and 8 key heads cannot be divided among 3 devices" in capsys.readouterr().out
