@@ -84,10 +84,12 @@ def with_sink_slot(
     Float[Array, "b more_s kv_heads more_dim"],
     Bool[Array, "b 1 t more_s"],
 ]:
-    """Adds a visible slot with values of 0, whose score is the sink of the query head: cuDNN has no sinks.
+    """Adds a visible first slot, whose value is 0 and whose score is the sink of the query head.
 
-    Its key is 1 in channels in which queries have their sink, and all other keys are 0. The sink is a sum of
-    three numbers of the queries' dtype: in bfloat16 as exact as in float32, in float16 to 1e-5.
+    cuDNN has no sinks. The slot is the first one because the order of cuDNN's sums follows the places of the
+    slots: behind the last slot it would make the bits depend on the capacity. Its key is 1 in channels in
+    which queries have their sink, and all other keys are 0. The sink is a sum of three numbers of the dtype
+    of the queries: in bfloat16 as exact as in float32, in float16 to 1e-5.
     """
     left, parts = sinks.astype(jnp.float32) * queries.shape[-1] ** 0.5, []
     for _ in range(3):
@@ -96,13 +98,13 @@ def with_sink_slot(
         left = left - parts[-1]
     channels = jnp.pad(jnp.stack(parts, axis=-1), ((0, 0), (0, SINK_CHANNELS - len(parts))))
     channels = jnp.broadcast_to(channels.astype(queries.dtype), (*queries.shape[:3], SINK_CHANNELS))
-    more = (0, 0), (0, SINK_SLOTS), (0, 0), (0, SINK_CHANNELS)
-    slot, sink_key = visible.shape[-1], slice(-SINK_CHANNELS, -SINK_CHANNELS + len(parts))
+    more = (0, 0), (SINK_SLOTS, 0), (0, 0), (0, SINK_CHANNELS)
+    sink_key = slice(-SINK_CHANNELS, -SINK_CHANNELS + len(parts))
     return (
         jnp.concatenate([queries, channels], axis=-1),
-        jnp.pad(keys, more).at[:, slot, :, sink_key].set(1),
+        jnp.pad(keys, more).at[:, 0, :, sink_key].set(1),
         jnp.pad(values, more),
-        jnp.pad(visible, ((0, 0), (0, 0), (0, 0), (0, SINK_SLOTS))).at[..., slot].set(True),
+        jnp.pad(visible, ((0, 0), (0, 0), (0, 0), (SINK_SLOTS, 0))).at[..., 0].set(True),
     )
 
 
