@@ -39,11 +39,14 @@ class KeyValues(NamedTuple):
         row, slot = jnp.arange(len(positions))[:, None], positions
         if self.pages is not None:
             page_size = self.keys.shape[1]
-            row = self.pages.at[row, positions // page_size].get(mode="fill", fill_value=len(self.keys))
-            slot = positions % page_size
+            page = self.pages.at[row, positions // page_size].get(mode="fill", fill_value=len(self.keys))
+            # Places that are dropped differ, too, so that all are unique.
+            nowhere = len(self.keys) + jnp.arange(positions.size).reshape(positions.shape)
+            row, slot = jnp.where(page < len(self.keys), page, nowhere), positions % page_size
 
         def written(cached: jax.Array, new: jax.Array) -> jax.Array:
-            return cached.at[row, slot].set(new.astype(cached.dtype), mode="drop")
+            # XLA writes 16-bit numbers by compare-and-swap, four times as slow, if places may be equal.
+            return cached.at[row, slot].set(new.astype(cached.dtype), mode="drop", unique_indices=True)
 
         return KeyValues(written(self.keys, keys), written(self.values, values), self.pages)
 

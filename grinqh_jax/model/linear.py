@@ -25,6 +25,10 @@ from pallas_kernels.matmul import choose as choose_level_matmul
 CHECKPOINT_ATTRIBUTES = {"gains": "level_gains", "columns": "token_to_output"}
 """Attributes of modules that have another name in checkpoints, by that name."""
 
+ROWS_OF_ONE_ROUNDING = 512
+"""Least number of rows whose product XLA writes rounded. Otherwise cuBLAS writes float32, and another kernel
+rounds. With few rows XLA may divide the channels among CTAs, and would add up rounded sums."""
+
 
 class DenseLinear(nnx.Module):
     """An unquantized linear layer.
@@ -141,8 +145,10 @@ def build_linear(tree: Mapping[str, Any], shape: tuple[int, int], compute_dtype)
 
 
 def _matmul(x: jax.Array, kernel: jax.Array, bias: nnx.Param | None, dtype) -> jax.Array:
-    product = jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
-    return _finished(product, bias, dtype or x.dtype)
+    dtype = dtype or x.dtype
+    rounds = bias is None and math.prod(x.shape[:-1]) >= ROWS_OF_ONE_ROUNDING
+    product = jnp.matmul(x, kernel, preferred_element_type=dtype if rounds else jnp.float32)
+    return _finished(product, bias, dtype)
 
 
 def _finished(product: jax.Array, bias: nnx.Param | None, dtype) -> jax.Array:
