@@ -1,8 +1,9 @@
 """Device time of a layer's attention of a prefill chunk, by XLA and by cuDNN.
 
-    python benchmarks/prompt_attention.py --chunks 2048x2048 512x4096 512x512
+    python benchmarks/prompt_attention.py --chunks 2048x2048 512x4096 512x4096@1024
 
-``512x4096`` are 512 new tokens at the end of a cache of 4,096 positions.
+``512x4096`` are 512 new tokens at the end of a cache of 4,096 positions; ``512x4096@1024`` are the last ones
+of 1,024 tokens in it.
 """
 
 import argparse
@@ -28,13 +29,20 @@ REPEATS = 5
 """Number of profiled calls."""
 
 
-def arguments_of(config: ModelConfig, tokens: int, positions: int) -> list:
-    """Returns the arguments of ``attention.attend`` for a chunk at the end of a full cache."""
+def sizes_of(chunk: str) -> tuple[int, int, int]:
+    """Returns the new tokens, the positions of the cache, and all tokens of a chunk ``TxS`` or ``TxS@N``."""
+    tokens, _, cache = chunk.partition("x")
+    positions, _, used = cache.partition("@")
+    return int(tokens), int(positions), int(used or positions)
+
+
+def arguments_of(config: ModelConfig, tokens: int, positions: int, used: int) -> list:
+    """Returns the arguments of ``attention.attend`` for the last tokens of ``used`` ones in a cache."""
     keys = jax.random.split(jax.random.key(0), 5)
     new = [(1, tokens, heads, config.head_dim) for heads in (config.num_heads, *[config.num_kv_heads] * 2)]
     cached = [(1, positions, config.num_kv_heads, config.head_dim)] * 2
     arrays = [jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(keys, new + cached, strict=True)]
-    return [*arrays[:3], jnp.arange(positions - tokens, positions)[None], KeyValues(*arrays[3:])]
+    return [*arrays[:3], jnp.arange(used - tokens, used)[None], KeyValues(*arrays[3:])]
 
 
 def program(arguments: list, by_cudnn: bool) -> Callable:
@@ -57,13 +65,13 @@ def measure(arguments: list, by_cudnn: bool) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--shape", default="Qwen3-8B", metavar="NAME_OR_DIR", help="default: Qwen3-8B")
-    chunks = ["2048x2048", "512x4096", "512x512"]
+    chunks = ["2048x2048", "512x4096", "512x4096@1024", "512x512", "64x4096@64"]
     parser.add_argument("--chunks", nargs="+", default=chunks, metavar="TxS", help="new tokens x positions")
     reports.add_arguments(parser)
     args = parser.parse_args()
     config, report = random_model.shape(args.shape), reports.Report(args, rows=[])
     for chunk in args.chunks:
-        arguments = arguments_of(config, *map(int, chunk.split("x")))
+        arguments = arguments_of(config, *sizes_of(chunk))
         for way in ("xla", "cudnn"):
             if way == "cudnn" and (reason := fused_attention.lacks(arguments[0])) is not None:
                 say(f"no cuDNN: {reason}")

@@ -233,13 +233,14 @@ def attend(
             written = paged.write(positions, keys, values)
             updated = cache._replace(keys=written.keys, values=written.values)
             return attend_by_blocks(queries, written, positions, window, soft_cap, sinks), updated
+    lengths = None  # Slots of a ring are in no order of their positions.
     if isinstance(cache, RingKeyValues):
         keys, values, slots, updated = cache.extended(positions, keys, values)
     elif cache is not None:
-        written = cache.write(positions, keys, values)
+        written, lengths = cache.write(positions, keys, values), positions[:, -1] + 1
         if not one_each:
-            written = written.cleared(positions[:, -1] + 1)
-        keys, values, _ = written.contiguous(positions[:, -1] + 1)
+            written = written.cleared(lengths)
+        keys, values, _ = written.contiguous(lengths)
         slots, updated = jnp.arange(keys.shape[1])[None], written
     distance = positions[:, None, :, None] - slots[:, None, None, :]
     visible: Bool[Array, "b 1 t s"] = distance >= 0
@@ -247,7 +248,7 @@ def attend(
         visible &= distance < window
     heads = queries, keys.astype(queries.dtype), values.astype(queries.dtype)
     if cache is not None and fused_attention.lacks(queries, soft_cap, sinks) is None:
-        return fused_attention.attend(*heads, visible, sinks), updated
+        return fused_attention.attend(*heads, visible, sinks, lengths), updated
     if soft_cap is None and sinks is None:
         return jax.nn.dot_product_attention(*heads, mask=visible), updated
     return _attend_masked(*heads, visible, soft_cap, sinks), updated

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from grinqh_jax.model.by_token import MOST_DECODED
 from pallas_kernels.lanes.device import target_device, unsupported_reason
@@ -13,6 +13,10 @@ WIDEST_HEAD, WIDEST_HEAD_BEFORE_HOPPER = 256, 128
 
 SINK_CHANNELS = SINK_SLOTS = 8
 """Channels and slots that sinks add. cuDNN wants a multiple of 8 channels, and a mask in runs of 16 bytes."""
+
+MOST_COMPUTED = 2
+"""Number of slots for each query up to which cuDNN computes the scores of all slots. With more slots it gets
+the lengths, and skips the slots behind them, but is 1.3 times as slow for the others."""
 
 
 def lacks(
@@ -51,6 +55,7 @@ def attend(
     values: Float[Array, "b s kv_heads head_dim"],
     visible: Bool[Array, "b 1 t s"],
     sinks: Float[Array, "heads"] | None = None,
+    lengths: Int[Array, "b"] | None = None,
 ) -> Float[Array, "b t heads head_dim"]:
     """Attends from every query to the visible slots, with a softmax in float32.
 
@@ -62,12 +67,23 @@ def attend(
         float16.
       visible: Whether a query sees a slot; each query sees at least one.
       sinks: Sink of each query head, a score without a value; None for none.
+      lengths: Number of leading slots of each row that hold all visible ones, at least 1; None if the row
+        may use all. It changes the time alone.
     """
     head_dim = queries.shape[-1]
+    if keys.shape[1] <= MOST_COMPUTED * queries.shape[1]:
+        lengths = None
     if sinks is not None:
         queries, keys, values, visible = with_sink_slot(queries, keys, values, visible, sinks)
+        lengths = None if lengths is None else lengths + SINK_SLOTS
     outputs = jax.nn.dot_product_attention(
-        queries, keys, values, mask=visible, scale=head_dim**-0.5, implementation="cudnn"
+        queries,
+        keys,
+        values,
+        mask=visible,
+        scale=head_dim**-0.5,
+        key_value_seq_lengths=None if lengths is None else jnp.minimum(lengths, keys.shape[1]),
+        implementation="cudnn",
     )
     return outputs[..., :head_dim]
 

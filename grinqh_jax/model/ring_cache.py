@@ -83,10 +83,10 @@ class RingKeyValues(NamedTuple):
         slots, index = self.keys.shape[1], jnp.arange(tokens)
         counts = jnp.full(batch, tokens) if self.counts is None else self.counts
         is_last = (index < counts[:, None]) & (index >= counts[:, None] - slots)
-        slot = jnp.where(is_last, positions % slots, slots)  # A slot that does not exist is dropped.
+        slot = jnp.where(is_last, positions % slots, slots + index)  # Slots that do not exist are dropped.
         row = jnp.arange(batch)[:, None]
 
         def written(cached: jax.Array, new: jax.Array) -> jax.Array:
-            return cached.at[row, slot].set(new.astype(cached.dtype), mode="drop")
+            return cached.at[row, slot].set(new.astype(cached.dtype), mode="drop", unique_indices=True)
 
         return RingKeyValues(written(self.keys, keys), written(self.values, values), self.counts)

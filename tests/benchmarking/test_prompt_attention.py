@@ -19,13 +19,13 @@ def test_each_way_is_traced(monkeypatch):
 
     calls = []
 
-    def attend(queries, keys, values, visible):
+    def attend(queries, *others):
         calls.append(queries.shape)
         return jnp.zeros_like(queries)
 
     monkeypatch.setattr(fused_attention, "attend", attend)
     monkeypatch.setattr(fused_attention, "lacks", lambda *_: None)
-    arguments = prompt_attention.arguments_of(random_model.shape(str(BUNDLED_MODEL)), 32, 64)
+    arguments = prompt_attention.arguments_of(random_model.shape(str(BUNDLED_MODEL)), 32, 64, 48)
     prompt_attention.program(arguments, by_cudnn=False)
     assert calls == []
     prompt_attention.program(arguments, by_cudnn=True)

@@ -64,19 +64,44 @@ def test_sinks_need_channels(monkeypatch):
     assert fused_attention.lacks(queries(head_dim=256), sinks=jnp.zeros(8)) == "heads of 264"
 
 
-def test_a_slot_whose_score_is_the_sink_is_a_sink(monkeypatch):
-    """XLA computes here what cuDNN does on a GPU. The reference is the softmax with sinks, in float32."""
+@pytest.fixture
+def by_xla(monkeypatch):
+    """XLA computes what cuDNN does on a GPU."""
+    attend = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, implementation, **o: attend(*a, **o))
+
+
+def random_heads(tokens: int, slots: int):
+    """Queries, keys and values of two rows, and a sink of each head."""
     keys = jax.random.split(jax.random.key(0), 4)
-    shapes = (2, 33, 8, 64), (2, 61, 2, 64), (2, 61, 2, 64)
+    shapes = (2, tokens, 8, 64), (2, slots, 2, 64), (2, slots, 2, 64)
     heads = [jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(keys[:3], shapes, strict=True)]
-    sinks = 3 * jax.random.normal(keys[3], (8,), jnp.float32)
+    return heads, 3 * jax.random.normal(keys[3], (8,), jnp.float32)
+
+
+@pytest.mark.usefixtures("by_xla")
+def test_a_slot_whose_score_is_the_sink_is_a_sink():
+    """The reference is the softmax with sinks, in float32."""
+    heads, sinks = random_heads(33, 61)
     visible = jnp.broadcast_to(jnp.arange(33)[:, None] + 20 >= jnp.arange(61), (2, 1, 33, 61))
-    by_xla = jax.nn.dot_product_attention
-    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, implementation, **o: by_xla(*a, **o))
     outputs = jax.jit(fused_attention.attend)(*heads, visible, sinks).astype(jnp.float32)
     expected = attention._attend_masked(*(x.astype(jnp.float32) for x in heads), visible, None, sinks)
     assert outputs.shape == expected.shape
     assert jnp.linalg.norm(outputs - expected) < 4e-3 * jnp.linalg.norm(expected)
+
+
+@pytest.mark.usefixtures("by_xla")
+@pytest.mark.parametrize("sinks", [False, True])
+def test_slots_behind_the_lengths_are_not_computed(sinks):
+    """The rows have 40 and 61 tokens of a cache of 80 slots. The mask alone lets the first row see more."""
+    (queries, keys, values), sink = random_heads(33, 80)
+    options = sink if sinks else None, jnp.array([40, 61])
+    everything = jnp.ones((2, 1, 33, 80), bool)
+    outputs = jax.jit(fused_attention.attend)(queries, keys, values, everything, *options)
+    for row, length in enumerate([40, 61]):
+        one = [x[row : row + 1] for x in (queries, keys[:, :length], values[:, :length])]
+        alone = fused_attention.attend(*one, everything[:1, ..., :length], options[0])
+        assert jnp.linalg.norm(outputs[row] - alone[0]) < 4e-3 * jnp.linalg.norm(alone)
 
 
 @pytest.mark.parametrize(("dtype", "error"), [(jnp.bfloat16, 1e-7), (jnp.float16, 1e-5)])
