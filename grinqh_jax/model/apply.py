@@ -117,7 +117,7 @@ class Previewing(Dense):
     def bits(self) -> dict[str, Float[Array, "b s"]]:
         """Mean bits at ``positions``, float32 ``[B, s]`` by layer name."""
         if self._inputs:
-            self._select(self.positions)
+            self._select(self.positions)  # No product follows; any array will do.
         while self._pending:
             self._count(self._pending.popitem()[1])
         if cuts := self._cuts:

@@ -10,13 +10,12 @@ from pallas_kernels.lanes.device import target_device, unsupported_reason
 WIDEST_HEAD, WIDEST_HEAD_BEFORE_HOPPER = 256, 128
 """Largest head that cuDNN multiplies, from compute capability 9.0 on and before."""
 
-
 SINK_CHANNELS = SINK_SLOTS = 8
 """Channels and slots that sinks add. cuDNN wants a multiple of 8 channels, and a mask in runs of 16 bytes."""
 
 MOST_COMPUTED = 2
 """Number of slots for each query up to which cuDNN computes the scores of all slots. With more slots it gets
-the lengths, and skips the slots behind them, but is 1.3 times as slow for the others."""
+the lengths, and skips the slots behind them, but takes 1.3 times as long for the others."""
 
 
 def lacks(
