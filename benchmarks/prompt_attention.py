@@ -66,7 +66,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--shape", default="Qwen3-8B", metavar="NAME_OR_DIR", help="default: Qwen3-8B")
     chunks = ["2048x2048", "512x4096", "512x4096@1024", "512x512", "64x4096@64"]
-    parser.add_argument("--chunks", nargs="+", default=chunks, metavar="TxS", help="new tokens x positions")
+    parser.add_argument(
+        "--chunks", nargs="+", default=chunks, metavar="TxS[@N]", help="new tokens x positions @ all tokens"
+    )
     reports.add_arguments(parser)
     args = parser.parse_args()
     config, report = random_model.shape(args.shape), reports.Report(args, rows=[])

@@ -72,7 +72,9 @@ class Previewing(Dense):
     def __init__(self, thresholds: Mapping[str, Float[Array, "b p"]], positions: Int[Array, "b s"]):
         self.thresholds = thresholds
         self.positions = positions
-        self._inputs: dict[str, Float[Array, "b t k"]] = {}  # of one decoder layer, by name
+        self._inputs: dict[
+            str, Float[Array, "b t k"]
+        ] = {}  # of one decoder layer, or of the vocabulary blocks
         self._pending: dict[int, dict[str, Float[Array, "b s k"]]] = {}  # inputs by width, then by layer name
         self._bits: dict[str, Float[Array, "b s"]] = {}
         self._cuts: dict[str, InputCut] = {}  # of layers whose bits are those of one part
@@ -80,13 +82,13 @@ class Previewing(Dense):
     def product(
         self, name: str, linear: AnyLinear, x: Float[Array, "b t *experts k"]
     ) -> Float[Array, "b t *experts n"]:
-        """Returns the product of ``Dense``, after it has counted the bits of ``x``."""
+        """Returns the product of ``Dense``, and keeps ``x``, whose bits are counted later."""
         if linear.input_cut is not None:
             self._cuts[name] = linear.input_cut
         return super().product(name, linear, self.observe(name, x))
 
     def observe(self, name: str, x: Float[Array, "b t *experts k"]) -> Float[Array, "b t *experts k"]:
-        """Counts the bits of a layer's inputs, and returns the inputs. Call it alone to skip the product."""
+        """Keeps a layer's inputs, to count their bits later, and returns them. Alone it skips the product."""
         if self._inputs and next(iter(self._inputs)).rpartition(".")[0] != name.rpartition(".")[0]:
             x = self._select(x)
         # The mean over the channels of all chosen experts of a token is the mean of their bits.

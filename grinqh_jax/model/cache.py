@@ -35,20 +35,28 @@ class KeyValues(NamedTuple):
     pages: Int[Array, "b pages_per_row"] | None = None
 
     def write(self, positions: Int[Array, "b t"], keys: jax.Array, values: jax.Array) -> "KeyValues":
-        """Returns the cache with ``[b, t, kv_heads, head_dim]`` at positions; drops those without a slot."""
-        row, slot = jnp.arange(len(positions))[:, None], positions
-        if self.pages is not None:
-            page_size = self.keys.shape[1]
-            page = self.pages.at[row, positions // page_size].get(mode="fill", fill_value=len(self.keys))
-            # Places that are dropped differ, too, so that all are unique.
-            nowhere = len(self.keys) + jnp.arange(positions.size).reshape(positions.shape)
-            row, slot = jnp.where(page < len(self.keys), page, nowhere), positions % page_size
+        """Returns the cache with ``[b, t, kv_heads, head_dim]`` at positions; drops those without a slot.
+
+        The positions of a row differ, and no two rows may write to the same page.
+        """
+        row, slot = self._places(positions)
 
         def written(cached: jax.Array, new: jax.Array) -> jax.Array:
-            # XLA writes 16-bit numbers by compare-and-swap, four times as slow, if places may be equal.
+            # If places might be equal, XLA would write 16-bit numbers by compare-and-swap, which takes three
+            # to five times as long.
             return cached.at[row, slot].set(new.astype(cached.dtype), mode="drop", unique_indices=True)
 
         return KeyValues(written(self.keys, keys), written(self.values, values), self.pages)
+
+    def _places(self, positions: Int[Array, "b t"]) -> tuple[Int[Array, "b #t"], Int[Array, "b t"]]:
+        """Returns row or page, and slot, of positions. All places differ, also those that do not exist."""
+        row = jnp.arange(len(positions))[:, None]
+        if self.pages is None:
+            return row, positions
+        page_size = self.keys.shape[1]
+        page = self.pages.at[row, positions // page_size].get(mode="fill", fill_value=len(self.keys))
+        nowhere = len(self.keys) + jnp.arange(positions.size).reshape(positions.shape)
+        return jnp.where(page < len(self.keys), page, nowhere), positions % page_size
 
     def cleared(self, lengths: Int[Array, "b"]) -> "KeyValues":
         """Returns the cache with keys and values of zero from ``lengths`` on, if no two rows share a page.

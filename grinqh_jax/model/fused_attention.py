@@ -11,11 +11,12 @@ WIDEST_HEAD, WIDEST_HEAD_BEFORE_HOPPER = 256, 128
 """Largest head that cuDNN multiplies, from compute capability 9.0 on and before."""
 
 SINK_CHANNELS = SINK_SLOTS = 8
-"""Channels and slots that sinks add. cuDNN wants a multiple of 8 channels, and a mask in runs of 16 bytes."""
+"""Channels and slots that sinks add. cuDNN wants a multiple of 8 channels; with 8 slots rows stay aligned."""
 
-MOST_COMPUTED = 2
+MOST_COMPUTED = 4
 """Number of slots for each query up to which cuDNN computes the scores of all slots. With more slots it gets
-the lengths, and skips the slots behind them, but takes 1.3 times as long for the others."""
+the lengths, and skips the slots behind them, but takes 1.2 to 1.3 times as long for the others. Wide prefill
+chunks of an engine use more than half of their slots (``slots.shape``)."""
 
 
 def lacks(

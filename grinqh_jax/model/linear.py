@@ -25,9 +25,10 @@ from pallas_kernels.matmul import choose as choose_level_matmul
 CHECKPOINT_ATTRIBUTES = {"gains": "level_gains", "columns": "token_to_output"}
 """Attributes of modules that have another name in checkpoints, by that name."""
 
-ROWS_OF_ONE_ROUNDING = 512
-"""Least number of rows whose product XLA writes rounded. Otherwise cuBLAS writes float32, and another kernel
-rounds. With few rows XLA may divide the channels among CTAs, and would add up rounded sums."""
+ROWS_OF_ONE_ROUNDING, OUTPUTS_OF_ONE_ROUNDING = 512, 512 * 4096
+"""Least numbers of rows and of outputs of all rows for which XLA writes a product rounded. Otherwise cuBLAS
+writes float32, and another kernel rounds. With few outputs XLA may divide the channels among CTAs, and would
+add up rounded sums."""
 
 
 class DenseLinear(nnx.Module):
@@ -145,13 +146,14 @@ def build_linear(tree: Mapping[str, Any], shape: tuple[int, int], compute_dtype)
 
 
 def _matmul(x: jax.Array, kernel: jax.Array, bias: nnx.Param | None, dtype) -> jax.Array:
-    dtype = dtype or x.dtype
-    rounds = bias is None and math.prod(x.shape[:-1]) >= ROWS_OF_ONE_ROUNDING
+    dtype, rows = dtype or x.dtype, math.prod(x.shape[:-1])
+    large = rows >= ROWS_OF_ONE_ROUNDING and rows * kernel.shape[1] >= OUTPUTS_OF_ONE_ROUNDING
+    rounds = bias is None and large
     product = jnp.matmul(x, kernel, preferred_element_type=dtype if rounds else jnp.float32)
     return _finished(product, bias, dtype)
 
 
 def _finished(product: jax.Array, bias: nnx.Param | None, dtype) -> jax.Array:
-    """Returns a float32 product plus the bias, in ``dtype``."""
+    """Returns a product, which is float32 if there is a bias, plus the bias, in ``dtype``."""
     product = product if bias is None else product + bias[...].astype(jnp.float32)
     return product.astype(dtype)

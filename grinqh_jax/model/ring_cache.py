@@ -79,14 +79,18 @@ class RingKeyValues(NamedTuple):
         return jnp.where(positions < 0, NOWHERE, positions)
 
     def _written(self, positions: Int[Array, "b t"], keys: jax.Array, values: jax.Array) -> "RingKeyValues":
+        row, slot = jnp.arange(len(positions))[:, None], self._slots(positions)
+
+        def written(cached: jax.Array, new: jax.Array) -> jax.Array:
+            # See ``KeyValues.write``.
+            return cached.at[row, slot].set(new.astype(cached.dtype), mode="drop", unique_indices=True)
+
+        return RingKeyValues(written(self.keys, keys), written(self.values, values), self.counts)
+
+    def _slots(self, positions: Int[Array, "b t"]) -> Int[Array, "b t"]:
+        """Returns slots of new tokens. Those that are not kept get slots that do not exist. All differ."""
         batch, tokens = positions.shape
         slots, index = self.keys.shape[1], jnp.arange(tokens)
         counts = jnp.full(batch, tokens) if self.counts is None else self.counts
         is_last = (index < counts[:, None]) & (index >= counts[:, None] - slots)
-        slot = jnp.where(is_last, positions % slots, slots + index)  # Slots that do not exist are dropped.
-        row = jnp.arange(batch)[:, None]
-
-        def written(cached: jax.Array, new: jax.Array) -> jax.Array:
-            return cached.at[row, slot].set(new.astype(cached.dtype), mode="drop", unique_indices=True)
-
-        return RingKeyValues(written(self.keys, keys), written(self.values, values), self.counts)
+        return jnp.where(is_last, positions % slots, slots + index)

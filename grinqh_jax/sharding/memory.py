@@ -137,7 +137,8 @@ def _prefill_bytes(config: ModelConfig, local: ModelConfig, devices: int, contex
 def _score_bytes(local: ModelConfig, devices: int, context: int) -> int:
     """Returns the bytes of the scores of a layer, where XLA attends, not cuDNN (``fused_attention``).
 
-    A score is in memory in float32, and its weight in bfloat16.
+    A score is in memory in float32, and its weight in bfloat16. Heads that cuDNN does not support are not
+    considered.
     """
     attention = [layer.attention for layer in local.layers if layer.attention is not None]
     by_xla = [each for each in attention if devices > 1 or each.score_soft_cap is not None]

@@ -45,7 +45,7 @@ def test_decode(tmp_path):
     ("script", "options", "results"),
     [
         ("prefill_kernels", f"--shapes {BUNDLED_MODEL} --tokens 64 --layers 1", "prefills"),
-        ("prompt_attention", f"--shape {BUNDLED_MODEL} --chunks 32x64 64x64", "rows"),
+        ("prompt_attention", f"--shape {BUNDLED_MODEL} --chunks 32x64@48 64x64", "rows"),
     ],
 )
 def test_prefill_scripts_start_without_a_gpu(tmp_path, script, options, results):

@@ -35,6 +35,31 @@ def test_positions_behind_the_end_are_cleared_in_the_only_page_of_each_row():
     np.testing.assert_array_equal(one_row.values[:2], values[:2])
 
 
+def test_no_two_places_of_a_write_are_equal():
+    """XLA is told so. Rows lack pages; positions are behind the page table, or are padding of a ring."""
+    positions = jnp.array([[2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 4, 5], [4, 5, 6, 7, 8, 9]])
+    pool = jnp.zeros((4, 2, 1, 3))
+    paged = KeyValues(pool, pool, jnp.array([[1, 2, 4], [3, 4, 4], [4, 4, 4]]))
+    row, slot = (np.broadcast_to(x, (3, 6)) for x in paged._places(positions))
+    assert len(set(zip(row.flat, slot.flat, strict=True))) == 18
+    assert [(r, s) for r, s in zip(row.flat, slot.flat, strict=True) if r < 4] == [
+        (2, 0),
+        (2, 1),
+        (3, 0),
+        (3, 1),
+    ]
+    row, slot = (np.broadcast_to(x, (3, 6)) for x in KeyValues(pool[:3], pool[:3])._places(positions))
+    assert len(set(zip(row.flat, slot.flat, strict=True))) == 18
+    ring = RingKeyValues(jnp.zeros((3, 4, 1, 3)), jnp.zeros((3, 4, 1, 3)), jnp.array([6, 2, 0]))
+    slots = np.asarray(ring._slots(positions))
+    assert all(len(set(each)) == 6 for each in slots)
+    assert [sorted(each[each < 4]) for each in slots] == [[0, 1, 2, 3], [0, 1], []]
+    for cache in (paged, ring):
+        write = cache.write if cache is paged else cache._written
+        lowered = jax.jit(write).lower(positions, *[jnp.ones((3, 6, 1, 3))] * 2).as_text()
+        assert lowered.count("unique_indices = true") == 2
+
+
 WINDOW = 5
 extended = jax.jit(RingKeyValues.extended)
 

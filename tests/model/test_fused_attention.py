@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from grinqh_jax.model import attention, fused_attention
+from grinqh_jax.model.cache import KeyValues
+from grinqh_jax.model.ring_cache import RingKeyValues, ring_slots
 
 H200 = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
 
@@ -94,9 +96,9 @@ def test_a_slot_whose_score_is_the_sink_is_a_sink():
 @pytest.mark.parametrize("sinks", [False, True])
 def test_slots_behind_the_lengths_are_not_computed(sinks):
     """The rows have 40 and 61 tokens of a cache of 80 slots. The mask alone lets the first row see more."""
-    (queries, keys, values), sink = random_heads(33, 80)
+    (queries, keys, values), sink = random_heads(17, 80)
     options = sink if sinks else None, jnp.array([40, 61])
-    everything = jnp.ones((2, 1, 33, 80), bool)
+    everything = jnp.ones((2, 1, 17, 80), bool)
     outputs = jax.jit(fused_attention.attend)(queries, keys, values, everything, *options)
     for row, length in enumerate([40, 61]):
         one = [x[row : row + 1] for x in (queries, keys[:, :length], values[:, :length])]
@@ -114,3 +116,24 @@ def test_the_score_of_the_slot_is_the_sink_in_float32(dtype, error):
     assert jnp.allclose(scores[:, 0], sinks, rtol=1e-6, atol=error)
     assert not scores.at[:, 0].set(0).any()
     assert visible[0, 0, 0].tolist() == [slot == 0 for slot in range(16)]
+
+
+@pytest.mark.parametrize("ring", [False, True])
+def test_cudnn_gets_the_length_of_each_text(monkeypatch, ring):
+    """The slots of a ring are in no order of their positions, so it has no length."""
+    got = []
+
+    def attend(queries, keys, values, visible, sinks, lengths):
+        got.append(lengths)
+        return queries
+
+    monkeypatch.setattr(fused_attention, "lacks", lambda *_: None)
+    monkeypatch.setattr(fused_attention, "attend", attend)
+    (queries, keys, values), _ = random_heads(33, 33)
+    positions = jnp.array([[7], [20]]) + jnp.arange(33)
+    cache = RingKeyValues.zeros(2, ring_slots(40), 2, 64, jnp.bfloat16)
+    if not ring:
+        cache = KeyValues(*[jnp.zeros((2, 80, 2, 64), jnp.bfloat16)] * 2)
+    attention.attend(queries, keys, values, positions, cache, 40 if ring else None)
+    (lengths,) = got
+    assert lengths is None if ring else lengths.tolist() == [40, 53]

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from family_cases import CASES
 from random_models import CONFIGS
 
 from grinqh_jax.benchmarking import random_model
@@ -30,11 +31,22 @@ def test_work_includes_all_experts_of_a_projection():
 
 
 def test_work_includes_scores_on_a_mesh():
-    """XLA needs 3,341 MB of each of two GPUs for 512 tokens (jax 0.11.2, ``benchmarks/absent_gpu.py``)."""
+    """XLA needs 3,341 MB (``benchmarks/results/absent-gpu-qwen3-8b-mesh-prefill.json``)."""
     config = random_model.shape("Qwen3-8B")
     assert device_memory(config, 2, 8, 65536).work == pytest.approx(3.341e9, rel=0.03)
     # On one GPU cuDNN attends, without scores. There the largest dequantized weight counts.
     assert device_memory(config, 1, 8, 65536).work == device_memory(config, 1, 8, 512).work
+
+
+@pytest.mark.parametrize("longer", [False, True])
+def test_scores_of_a_window_do_not_grow_with_the_context(longer):
+    """All layers of one model have windows; a layer of the other one sees the whole context."""
+    windows = CASES["mixtral"]
+    hf = windows | {"sliding_window": None} if longer else windows
+    short, long = (
+        device_memory(ModelConfig.from_hf(hf), 2, None, context).work for context in (2**16, 2**17)
+    )
+    assert (long > 1.9 * short) if longer else (long == short)
 
 
 def test_a_plan_names_what_cannot_be_cut(capsys):
