@@ -262,3 +262,14 @@ def test_programs_lower_for_cuda(monkeypatch, script, options, count):
         module.main()
     assert len(texts) == count
     assert any("mosaic_gpu" in text for text in texts)
+
+
+@pytest.mark.slow
+def test_the_engine_on_a_cpu(tmp_path):
+    output = tmp_path / "engine.json"
+    command = [sys.executable, SCRIPTS / "engine_cpu.py", "--tokens", "4", "--slots", "2", "--output", output]
+    subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, check=True, timeout=250)
+    report = json.loads(output.read_text())
+    assert [row["tokens"] for row in report["answers"]] == [64, 64]
+    assert [(row["schema"], row["tokens"]) for row in report["grammar"]] == [(False, 8), (True, 8)]
+    assert report["answers"][1]["different"] == 0
