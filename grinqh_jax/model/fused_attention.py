@@ -107,10 +107,10 @@ def with_sink_slot(
     which queries have their sink, and all other keys are 0. The sink is a sum of three numbers of the dtype
     of the queries: in bfloat16 as exact as in float32, in float16 to 1e-5.
     """
-    left, parts = sinks.astype(jnp.float32) * queries.shape[-1] ** 0.5, []
+    left, parts, dtype = sinks.astype(jnp.float32) * queries.shape[-1] ** 0.5, [], jnp.finfo(queries.dtype)
     for _ in range(3):
-        # A sum of rounded parts would otherwise be simplified to the unrounded number.
-        parts.append(jax.lax.reduce_precision(left, *_precision(queries.dtype)))
+        # XLA may remove a conversion to a narrower dtype and back, but not this rounding.
+        parts.append(jax.lax.reduce_precision(left, dtype.nexp, dtype.nmant))
         left = left - parts[-1]
     channels = jnp.pad(jnp.stack(parts, axis=-1), ((0, 0), (0, SINK_CHANNELS - len(parts))))
     channels = jnp.broadcast_to(channels.astype(queries.dtype), (*queries.shape[:3], SINK_CHANNELS))
@@ -122,9 +122,3 @@ def with_sink_slot(
         jnp.pad(values, more),
         jnp.pad(visible, ((0, 0), (0, 0), (0, 0), (SINK_SLOTS, 0))).at[..., 0].set(True),
     )
-
-
-def _precision(dtype: jnp.dtype) -> tuple[int, int]:
-    """Returns the bits of exponent and mantissa of a dtype."""
-    info = jnp.finfo(dtype)
-    return info.nexp, info.nmant
